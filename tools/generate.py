@@ -1,0 +1,148 @@
+"""Writes what is derived from the plugins: the catalogue, the JSON Schema, the option tables of the plugins' READMEs.
+
+python tools/generate.py            # write
+python tools/generate.py --check    # exit 1 if something differs from what is committed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+TYPES = {
+    "integer": "integer",
+    "number": "number",
+    "boolean": "boolean",
+    "string": "text",
+    "object": "mapping",
+    "array": "list",
+}
+
+
+def plugin_folders() -> list[Path]:
+    return sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))
+
+
+def type_name(schema: dict[str, Any]) -> str:
+    """A JSON Schema type in a word or two."""
+    if "enum" in schema:
+        return ", ".join(str(value) for value in schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(type_name(s) for s in schema["anyOf"] if s.get("type") != "null"))
+    return TYPES.get(schema.get("type", ""), schema.get("type", "value"))
+
+
+def default_text(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value)
+    return str(value)
+
+
+def options_table(config: Any) -> str:
+    """The option table of one plugin."""
+    properties = config.model_json_schema().get("properties", {})
+    if not properties:
+        return "None."
+    values = (
+        config().model_dump(mode="json")
+        if all(not f.is_required() for f in config.model_fields.values())
+        else {}
+    )
+    lines = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, schema in properties.items():
+        default = default_text(values[name]) if name in values else "required"
+        meaning = schema.get("description", "").replace("|", "\\|")
+        lines.append(f"| {name} | {type_name(schema)} | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def readme(folder: Path, registry: Any) -> tuple[Path, str]:
+    """A plugin's README with its option table renewed."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8")
+    table = options_table(registry.config(folder.name))
+    pattern = re.compile(r"(^## Options\n\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{path}: no '## Options'")
+    return path, pattern.sub(lambda match: f"{match[1]}{table}\n\n", text)
+
+
+def catalogue() -> str:
+    """All plugins of this repository in a table by hook."""
+    lines = [
+        "# Catalogue",
+        "",
+        "The plugins of this repository, written by `tools/generate.py` from their metadata. Anyone can publish more.",
+        "",
+    ]
+    by_hook: dict[str, list[Path]] = {}
+    for folder in plugin_folders():
+        by_hook.setdefault(folder.parent.name, []).append(folder)
+    for hook, folders in by_hook.items():
+        lines += [f"## {hook}", "", "| plugin | what | paper | tier |", "| --- | --- | --- | --- |"]
+        for folder in folders:
+            data = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+            project = data["project"]
+            arxiv = next((w for w in project["keywords"] if w.startswith("arXiv:")), "")
+            link = f"[{arxiv}](https://arxiv.org/abs/{arxiv.removeprefix('arXiv:')})" if arxiv else ""
+            place = folder.relative_to(ROOT).as_posix()
+            tier = data["tool"]["peftx"]["tier"]
+            lines.append(
+                f"| [{folder.name}](../{place}/README.md) | {project['description']} | {link} | {tier} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def schema(registry: Any) -> str:
+    """The JSON Schema of a spec with this repository's plugins."""
+    from peftx_spec import json_schema
+
+    return json.dumps(json_schema(registry), indent=1, ensure_ascii=False) + "\n"
+
+
+def derived() -> dict[Path, str]:
+    """Every derived file and what it must hold."""
+    from importlib.metadata import entry_points
+
+    from peftx.registry import GROUP, Registry
+
+    names = {folder.name for folder in plugin_folders()}
+    registry = Registry([point for point in entry_points(group=GROUP) if point.name in names], disabled=())
+    files = {ROOT / "docs/catalogue.md": catalogue(), ROOT / "docs/peftx.schema.json": schema(registry)}
+    return files | dict(readme(folder, registry) for folder in plugin_folders())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check = parser.parse_args().check
+    files = derived()
+    stale = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    if check and stale:
+        print(
+            "stale: " + ", ".join(str(p.relative_to(ROOT)) for p in stale) + "; run python tools/generate.py"
+        )
+        return 1
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
