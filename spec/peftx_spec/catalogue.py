@@ -1,0 +1,28 @@
+"""What the spec has to know about the installed plugins; the core's registry provides it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+class Catalogue(Protocol):
+    """The installed plugins, by name."""
+
+    def names(self) -> list[str]:
+        """All names that `use:` may take."""
+        ...
+
+    def hooks(self, name: str) -> frozenset[str]:
+        """The hooks that the plugin implements: `prepare_data`, `inject`, `train_step`, `compress`, ..."""
+        ...
+
+    def config(self, name: str) -> type[BaseModel]:
+        """The model of the plugin's options. May import the plugin; raises `PeftxError` where that fails."""
+        ...
+
+    def install_hint(self, name: str) -> str:
+        """How to install a plugin that is not there: `pip install peftx-<name>`."""
+        ...

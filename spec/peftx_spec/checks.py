@@ -1,0 +1,278 @@
+"""What no single field can see: unknown plugins, their options, ids, stages, metrics, data that is not there.
+
+Every check reads the raw data and skips what is malformed, so that it speaks also where something else is
+wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+from pydantic import ValidationError
+
+from peftx_spec.catalogue import Catalogue
+from peftx_spec.errors import PeftxError, nearest
+from peftx_spec.models import METRICS
+from peftx_spec.overrides import RESERVED_IDS, entry_ids
+from peftx_spec.problems import Path, describe, path_text
+from peftx_spec.stages import ALL, HOOK_OF_STAGE, RunStage
+from peftx_spec.translate import Finding, examine_options, known_keys
+
+Data = dict[str, object]
+
+
+def check(data: Data, catalogue: Catalogue) -> list[Finding]:
+    """Everything that is wrong with a spec's data beyond what its models say."""
+    names = sorted(catalogue.names())
+    hooks = _hooks(data, catalogue, names)
+    return [
+        *_version(data),
+        *_nulls(data),
+        *_plugins(data, catalogue, names),
+        *_ids(data),
+        *_phases(data, hooks),
+        *_metrics(data, hooks),
+        *_run(data, hooks),
+        *_needs(data, hooks),
+    ]
+
+
+def _hooks(data: Data, catalogue: Catalogue, names: list[str]) -> dict[int, frozenset[str]]:
+    """The hooks of each entry whose plugin loads; `_plugins` says why another one does not."""
+    found: dict[int, frozenset[str]] = {}
+    for index, use, _ in _entries(data):
+        if use in names:
+            with suppress(PeftxError):
+                found[index] = catalogue.hooks(use)
+    return found
+
+
+def _entries(data: Data) -> Iterator[tuple[int, str, Data]]:
+    """Place, plugin and mapping of each entry of the stack that names a plugin."""
+    for index, item in enumerate(_list(data, "stack")):
+        entry = {"use": item} if isinstance(item, str) else item
+        if isinstance(entry, dict) and isinstance(entry.get("use"), str):
+            yield index, entry["use"], entry
+
+
+def _list(data: Data, key: str) -> list[object]:
+    value = data.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _mapping(data: Data, key: str) -> Data:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _version(data: Data) -> Iterator[Finding]:
+    version = data.get("peftx", 1)
+    if type(version) is not int or version != 1:  # true == 1, and no version
+        message = "this peftx reads specs of format 1"
+        yield Finding(("peftx",), message, expected="1", got=describe(version))
+
+
+def _nulls(data: Data) -> Iterator[Finding]:
+    """`train:` with nothing after it could mean the defaults or no training."""
+    sections: list[tuple[Path, object]] = [((key,), data.get(key, "")) for key in ("train", "run", "output")]
+    sections += [(("data", key), value) for key, value in _mapping(data, "data").items()]
+    for path, value in sections:
+        if value is None and path[-1] in ("train", "run", "output", "eval", "calibration"):
+            remedy = (
+                "write {} for the defaults, or leave the key out"
+                if path == ("train",)
+                else "leave the key out"
+            )
+            yield Finding(path, f"'{path[-1]}' has no value", at_key=True, suggestion=remedy)
+
+
+def _plugins(data: Data, catalogue: Catalogue, names: list[str]) -> Iterator[Finding]:
+    for index, item in enumerate(_list(data, "stack")):
+        if isinstance(item, dict) and "use" not in item:
+            for key in item:
+                if key in names:
+                    remedy = f"write 'use: {key}', and its options under 'with:'"
+                    yield Finding(
+                        ("stack", index, key), f"unknown key: '{key}'", at_key=True, suggestion=remedy
+                    )
+    for index, use, entry in _entries(data):
+        path: Path = ("stack", index, "use")
+        if use not in names:
+            near = nearest(use, names)
+            hint = catalogue.install_hint(use)
+            suggestion = f"{near} Otherwise: {hint}" if near else hint
+            yield Finding(path, f"no plugin '{use}' is installed", suggestion=suggestion)
+            continue
+        try:
+            config = catalogue.config(use)
+        except PeftxError as error:
+            yield Finding(path, error.message, suggestion=error.hint or "")
+            continue
+        for key in known_keys(config):
+            if key in entry and key not in ("use", "id", "with", "phase"):
+                remedy = f"options stand under 'with:': with: {{{key}: ...}}"
+                yield Finding(("stack", index, key), f"unknown key: '{key}'", at_key=True, suggestion=remedy)
+        options = entry.get("with")
+        if options is None or isinstance(options, dict):
+            for found in examine_options(config, options or {}, plugin=use):
+                yield Finding(
+                    ("stack", index, "with", *found.path),
+                    found.message,
+                    at_key=found.at_key,
+                    expected=found.expected,
+                    got=found.got,
+                    suggestion=found.suggestion,
+                )
+
+
+def _ids(data: Data) -> Iterator[Finding]:
+    first = entry_ids(data)
+    taken = {str(entry.get("id", use)) for _, use, entry in _entries(data)}
+    for index, use, entry in _entries(data):
+        id = entry.get("id", use)
+        path: Path = ("stack", index, "id" if "id" in entry else "use")
+        if id in RESERVED_IDS:
+            yield Finding(
+                path, f"'{id}' is a word of the spec and cannot be an id", suggestion="add another 'id:'"
+            )
+        elif isinstance(id, str) and first[id] != index:
+            free = next(name for n in range(2, len(taken) + 3) if (name := f"{id}-{n}") not in taken)
+            what = f"the id '{id}'" if "id" in entry else f"the plugin '{use}'"
+            message = f"{what} stands twice: first at {path_text(('stack', first[id]))}, again here"
+            yield Finding(path, message, suggestion=f"add an 'id:' of its own, for example 'id: {free}'")
+
+
+def _phases(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
+    for index, use, entry in _entries(data):
+        if entry.get("phase") is None or index not in hooks:
+            continue
+        path: Path = ("stack", index, "phase")
+        if "compress" not in hooks[index]:
+            message = f"'phase' says when a plugin compresses, and '{use}' does not"
+            yield Finding(path, message, at_key=True, suggestion="leave 'phase' out")
+        elif data.get("run") is not None:
+            message = "'phase' has no effect beside 'run', which says when each plugin compresses"
+            yield Finding(path, message, at_key=True, suggestion="leave 'phase' out")
+
+
+def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
+    plugins = [id for id, index in entry_ids(data).items() if "evaluate" in hooks.get(index, ())]
+    unknown = {id for id, index in entry_ids(data).items() if index not in hooks}
+    known = [*METRICS, *plugins]
+    held_out = _mapping(data, "data").get("eval") is not None
+    for index, item in enumerate(_list(data, "evaluate")):
+        entries = {item: None} if isinstance(item, str) else item
+        if not isinstance(entries, dict):
+            continue
+        for name, options in entries.items():
+            path: Path = ("evaluate", index, name) if isinstance(item, dict) else ("evaluate", index)
+            if name not in known and name not in unknown:
+                yield Finding(
+                    path,
+                    f"no metric '{name}'",
+                    at_key=True,
+                    expected=f"one of {', '.join(known)}",
+                    suggestion=nearest(str(name), known),
+                )
+            elif name in METRICS and not held_out and not _has_path(options):
+                message = f"'{name}' has no data: neither a path of its own nor data.eval"
+                yield Finding(path, message, at_key=True, suggestion=f"write '{name}: {{path: ...}}'")
+
+
+def _has_path(options: object) -> bool:
+    return isinstance(options, str) or (isinstance(options, dict) and "path" in options)
+
+
+def _stages(data: Data) -> Iterator[tuple[int, object, RunStage]]:
+    """Place, raw value and model of each stage of `run` that is well formed."""
+    for index, item in enumerate(_list(data, "run")):
+        try:
+            yield index, item, RunStage.model_validate(item, by_alias=True, by_name=False)
+        except ValidationError:
+            continue  # the pipeline's own validation names what is wrong with it
+
+
+def _id_path(index: int, item: object, stage: RunStage, place: int) -> Path:
+    """Where a stage's id number `place` stands: `compress: [a, b]`, `compress: a`, `train: {plugins: a}`."""
+    path: Path = ("run", index)
+    value = item
+    for key in (stage.kind, *(("plugins",) if stage.train is not None else ())):
+        if isinstance(value, dict) and key in value:
+            path, value = (*path, key), value[key]
+    return (*path, place) if isinstance(value, list) else path
+
+
+def _run(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
+    if not isinstance(data.get("run"), list):
+        return
+    ids = entry_ids(data)
+    used: set[str] = set()
+    results: set[str] = set()
+    trains = saves_to_output = False
+    for index, item, stage in _stages(data):
+        hook = HOOK_OF_STAGE.get(stage.kind)
+        if stage.ids == (ALL,):
+            used |= {id for id, entry in ids.items() if hook in hooks.get(entry, ())}
+        for place, id in enumerate(stage.ids if stage.ids != (ALL,) else ()):
+            path = _id_path(index, item, stage, place)
+            used.add(id)
+            if id in stage.ids[:place]:
+                yield Finding(path, f"'{stage.kind}' lists '{id}' twice")
+            if id not in ids:
+                known = ", ".join(ids) or "none: the stack is empty"
+                message = f"'{stage.kind}' lists '{id}', which is not in the stack"
+                yield Finding(
+                    path, message, expected=f"an id of the stack ({known})", suggestion=nearest(id, ids)
+                )
+            elif hook is not None and hook not in hooks.get(ids[id], frozenset({hook})):
+                able = [name for name, entry in ids.items() if hook in hooks.get(entry, ())]
+                message = f"'{stage.kind}' lists '{id}', which has no {hook} hook"
+                yield Finding(
+                    path, message, expected=f"one of {', '.join(able)}" if able else "no such stage here"
+                )
+        trains = trains or stage.train is not None
+        if stage.evaluate is not None and stage.evaluate.name is not None:
+            if stage.evaluate.name in results:
+                message = (
+                    f"two evaluations are named '{stage.evaluate.name}'; the second would replace the first"
+                )
+                yield Finding(("run", index, "evaluate", "name"), message)
+            results.add(stage.evaluate.name)
+        if stage.save is not None and stage.save.path is None:
+            if data.get("output") is None:
+                message = "'save' has no path, and the spec has no 'output'"
+                yield Finding(("run", index, "save"), message, at_key=True, suggestion="write 'save: folder'")
+            elif saves_to_output:
+                message = "a second 'save' to 'output' would replace the first"
+                yield Finding(("run", index, "save"), message, at_key=True, suggestion="write 'save: folder'")
+            saves_to_output = True
+    if data.get("train") is not None and not trains:
+        yield Finding(("train",), "'train' has no effect: 'run' has no train stage", at_key=True)
+    if used - set(ids):
+        return  # a misspelt id is the likely reason that another one is not listed
+    for id, entry in ids.items():
+        able = [stage for stage, hook in HOOK_OF_STAGE.items() if hook in hooks.get(entry, ())]
+        if able and id not in used:
+            message = f"'{id}' is in the stack, but no stage of 'run' lists it"
+            yield Finding(("stack", entry), message, suggestion=f"add '- {able[0]}: {id}' to 'run'")
+
+
+def _needs(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
+    """Training needs data, and evaluation something to compute."""
+    stages = list(_stages(data))
+    sources = any("prepare_data" in own for own in hooks.values())  # a plugin may make the data
+    if data.get("run") is None:
+        trains: list[Path] = [("train",)] if isinstance(data.get("train"), dict) else []
+    else:
+        trains = [("run", index, "train") for index, _, stage in stages if stage.train is not None]
+    if trains and not sources and _mapping(data, "data").get("train") is None:
+        message = "there is nothing to train on: data.train is missing"
+        yield Finding(trains[0], message, at_key=True, suggestion="write 'data: {train: file}'")
+    computes = bool(_list(data, "evaluate")) or any("evaluate" in own for own in hooks.values())
+    for index, _, stage in stages:
+        if stage.evaluate is not None and not computes:
+            message = "there is nothing to evaluate: the spec lists no metric"
+            yield Finding(
+                ("run", index, "evaluate"), message, at_key=True, suggestion="add 'evaluate: [...]'"
+            )

@@ -1,0 +1,198 @@
+"""The pipeline: a stack of plugins on one model, with its data, its training and its evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, RootModel, model_validator
+
+from peftx_spec.base import Amount, NonNegative, Positive, Rate, Seed, Slug, SpecModel, Text
+from peftx_spec.stages import RunStage
+
+METRICS = ("perplexity", "accuracy", "exact-match")
+"""The metrics that need no plugin."""
+
+Format = Literal["auto", "text", "prompt-completion", "messages", "classification", "preference"]
+Phase = Literal["before-training", "after-training"]
+
+
+class ModelSpec(SpecModel):
+    """The base model; a plain string in its place is its id."""
+
+    id: Text = Field(description="name on the hub, folder, or peftx:tiny for the bundled model")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="dtype of the weights; auto is the checkpoint's own"
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
+        "auto", description="auto (an accelerator if there is one), cpu, cuda, cuda:0, mps"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings along")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        return {"id": data} if isinstance(data, str) else data
+
+
+class SourceSpec(SpecModel):
+    """Where examples come from; a plain string in its place is its path."""
+
+    path: Text = Field(description="file, from the spec's folder")
+    format: Format = Field("auto", description="what an example is made of; auto reads it off the columns")
+    limit: Positive | None = Field(
+        None, description="number of examples to use, from the start; all unless given"
+    )
+    max_length: Positive | None = Field(
+        None, description="tokens of an example; train.max_length unless given"
+    )
+    columns: dict[str, Text] = Field(
+        default_factory=dict,
+        description="name of the file's column for a name of the format: {prompt: question}",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class DataSpec(SpecModel):
+    """The data of a pipeline."""
+
+    train: SourceSpec | None = Field(None, description="what the plugins train on")
+    eval: SourceSpec | None = Field(
+        None, description="held-out data, for loss while training and for metrics"
+    )
+    calibration: SourceSpec | None = Field(
+        None, description="what compression calibrates on; train unless given"
+    )
+
+
+class StackEntry(SpecModel):
+    """One configured plugin; a plain string in its place is `use`."""
+
+    use: Slug = Field(description="name of the plugin")
+    id: Slug = Field(
+        default_factory=lambda data: data["use"],
+        description="name of this entry; needed only where a plugin stands twice",
+    )
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, alias="with", description="the plugin's own options"
+    )
+    phase: Phase | None = Field(
+        None, description="when a compressing plugin acts; from its place in the stack unless given"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        if isinstance(data, str):
+            return {"use": data}
+        if isinstance(data, dict) and "with" in data and data["with"] is None:
+            return {**data, "with": {}}
+        return data
+
+
+class TrainSpec(SpecModel):
+    """How the stack is trained."""
+
+    steps: Positive = Field(200, description="optimizer steps")
+    batch_size: Positive = Field(8, description="examples in one forward pass")
+    gradient_accumulation: Positive = Field(1, description="forward passes to one optimizer step")
+    learning_rate: Rate = Field(1e-3, description="peak of the schedule")
+    weight_decay: Amount = Field(0.0, description="decoupled weight decay")
+    warmup_steps: NonNegative = Field(0, description="steps over which the learning rate rises from 0")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear",
+        description="how the learning rate goes on after warmup: to 0 in a line or a half cosine, or not",
+    )
+    max_grad_norm: Amount = Field(
+        1.0, description="gradients are scaled down to this norm; 0 leaves them alone"
+    )
+    seed: Seed = Field(0, description="of the plugins' first values, the order of the data, and dropout")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="the optimizer, unless a plugin brings its own"
+    )
+    checkpoint_every: Positive | None = Field(
+        None, description="steps between checkpoints; none unless given"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    max_length: Positive = Field(256, description="tokens of an example; longer ones are cut")
+
+
+class MetricOptions(SpecModel):
+    """What a metric is computed on; a plain string in its place is its path."""
+
+    path: Text | None = Field(None, description="file, from the spec's folder; data.eval unless given")
+    format: Format = Field("auto", description="what an example is made of; auto reads it off the columns")
+    limit: Positive | None = Field(
+        None, description="number of examples to use, from the start; all unless given"
+    )
+    max_length: Positive | None = Field(
+        None, description="tokens of an example; train.max_length unless given"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class EvaluateSpec(RootModel[dict[str, MetricOptions]]):
+    """One metric: a mapping with exactly one key, a built-in metric or the id of a plugin that evaluates."""
+
+    model_config = ConfigDict(frozen=True)
+    root: dict[str, MetricOptions] = Field(
+        min_length=1, max_length=1, description="name of the metric, and what it is computed on"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        if isinstance(data, str):
+            return {data: {}}
+        if isinstance(data, dict):
+            return {key: {} if value is None else value for key, value in data.items()}
+        return data
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric, or id of the plugin."""
+        return next(iter(self.root))
+
+    @property
+    def options(self) -> MetricOptions:
+        """What it is computed on."""
+        return self.root[self.metric]
+
+
+class Pipeline(SpecModel):
+    """The declaration of a stack with its data, its training and its evaluation."""
+
+    peftx: Literal[1] = Field(description="version of the spec's format")
+    model: ModelSpec = Field(description="the base model")
+    data: DataSpec = Field(default_factory=DataSpec, description="the data")
+    stack: tuple[StackEntry, ...] = Field((), description="the plugins, in order of effect")
+    train: TrainSpec | None = Field(None, description="how the stack is trained; absent: not at all")
+    evaluate: tuple[EvaluateSpec, ...] = Field((), description="the metrics")
+    run: tuple[RunStage, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the stages in order, for recipes with several; derived from the rest if absent",
+    )
+    output: Text | None = Field(
+        None, description="folder of the bundle, from the spec's folder; not saved if absent"
+    )
+
+    def entry(self, id: str) -> StackEntry:
+        """The entry of the stack with this id. Raises `KeyError`."""
+        for entry in self.stack:
+            if entry.id == id:
+                return entry
+        raise KeyError(id)
+
+    def train_settings(self, stage: RunStage) -> TrainSpec:
+        """The full settings of a `train` stage. Raises `ValueError` for another stage."""
+        if stage.train is None:
+            raise ValueError(f"'{stage.kind}' is no stage of training")
+        return stage.train.settings(self.train or TrainSpec())

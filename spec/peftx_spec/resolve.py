@@ -1,0 +1,65 @@
+"""Paths of a spec are relative to the spec's own folder; here they become absolute."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path as FilePath
+
+from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, Pipeline, SourceSpec
+from peftx_spec.stages import RunStage
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+-]+:")  # peftx:sample; two letters at least, a drive has one
+
+
+def resolved(pipeline: Pipeline, base_dir: str | os.PathLike[str]) -> Pipeline:
+    """The pipeline with absolute paths in data, metrics, saves and output.
+
+    A model id is a path only where it starts with `./`, `../` or `~/`. A name with a scheme (`peftx:tiny`)
+    and an absolute path stay as they are. Nothing has to exist.
+    """
+    base = FilePath(base_dir).absolute()
+    return pipeline.model_copy(
+        update={
+            "model": _model(pipeline.model, base),
+            "data": _data(pipeline.data, base),
+            "evaluate": tuple(_metric(metric, base) for metric in pipeline.evaluate),
+            "run": None if pipeline.run is None else tuple(_stage(stage, base) for stage in pipeline.run),
+            "output": None if pipeline.output is None else absolute(pipeline.output, base),
+        }
+    )
+
+
+def absolute(path: str, base: FilePath) -> str:
+    """`path` seen from `base`, without `.` and `..`; a name with a scheme stays as it is."""
+    if _SCHEME.match(path):
+        return path
+    return os.path.normpath(base / FilePath(path).expanduser())
+
+
+def _model(model: ModelSpec, base: FilePath) -> ModelSpec:
+    if model.id.startswith(("./", "../", "~/")):
+        return model.model_copy(update={"id": absolute(model.id, base)})
+    return model
+
+
+def _data(data: DataSpec, base: FilePath) -> DataSpec:
+    def moved(source: SourceSpec | None) -> SourceSpec | None:
+        return None if source is None else source.model_copy(update={"path": absolute(source.path, base)})
+
+    update = {"train": moved(data.train), "eval": moved(data.eval), "calibration": moved(data.calibration)}
+    return data.model_copy(update=update)
+
+
+def _metric(metric: EvaluateSpec, base: FilePath) -> EvaluateSpec:
+    options = metric.options
+    if options.path is not None:
+        options = options.model_copy(update={"path": absolute(options.path, base)})
+    return EvaluateSpec({metric.metric: options})
+
+
+def _stage(stage: RunStage, base: FilePath) -> RunStage:
+    if stage.save is None or stage.save.path is None:
+        return stage
+    save = stage.save.model_copy(update={"path": absolute(stage.save.path, base)})
+    return stage.model_copy(update={"save": save})

@@ -1,0 +1,200 @@
+"""The stages of a run: how `run:` spells them, and what they are where it is absent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from peftx_spec.base import Amount, Label, NonNegative, Positive, Rate, Seed, Slug, SpecModel, Text
+
+if TYPE_CHECKING:
+    from peftx_spec.catalogue import Catalogue
+    from peftx_spec.models import Pipeline, StackEntry, TrainSpec
+
+ALL = "all"
+StageKind = Literal["prepare", "inject", "train", "freeze", "merge", "drop", "compress", "evaluate", "save"]
+HOOK_OF_STAGE = {"prepare": "prepare_data", "inject": "inject", "compress": "compress"}
+"""The stages that call one hook of the plugins that they list."""
+
+
+def _one_or_many(value: object) -> object:
+    """`prefixquant` is `[prefixquant]`; nothing at all is `[all]`."""
+    if value is None:
+        return (ALL,)
+    return (value,) if isinstance(value, str) else value
+
+
+Ids = Annotated[tuple[Slug, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+
+class TrainStage(SpecModel):
+    """One stretch of training; what is not given here is as in the pipeline's `train`."""
+
+    plugins: Annotated[tuple[Slug, ...], BeforeValidator(_one_or_many)] = Field(
+        (ALL,), min_length=1, description="ids of the plugins that train; all that are injected unless given"
+    )
+    steps: Positive | None = Field(None, description="instead of train.steps: optimizer steps")
+    batch_size: Positive | None = Field(
+        None, description="instead of train.batch_size: examples in a forward pass"
+    )
+    gradient_accumulation: Positive | None = Field(
+        None, description="instead of train.gradient_accumulation: passes"
+    )
+    learning_rate: Rate | None = Field(
+        None, description="instead of train.learning_rate: peak of the schedule"
+    )
+    weight_decay: Amount | None = Field(
+        None, description="instead of train.weight_decay: decoupled weight decay"
+    )
+    warmup_steps: NonNegative | None = Field(
+        None, description="instead of train.warmup_steps: steps of warmup"
+    )
+    schedule: Literal["linear", "cosine", "constant"] | None = Field(
+        None, description="instead of train.schedule: the learning rate after warmup"
+    )
+    max_grad_norm: Amount | None = Field(
+        None, description="instead of train.max_grad_norm: clipping; 0 is none"
+    )
+    seed: Seed | None = Field(None, description="instead of train.seed: order of the data, and dropout")
+    optimizer: Literal["adamw", "sgd"] | None = Field(None, description="instead of train.optimizer")
+    checkpoint_every: Positive | None = Field(None, description="instead of train.checkpoint_every: steps")
+    gradient_checkpointing: bool | None = Field(None, description="instead of train.gradient_checkpointing")
+    max_length: Positive | None = Field(None, description="instead of train.max_length: tokens of an example")
+
+    def settings(self, base: TrainSpec) -> TrainSpec:
+        """`base` with this stage's own values in place of the base's."""
+        own = {name: value for name, value in self if name != "plugins" and value is not None}
+        return base.model_copy(update=own)
+
+
+class EvaluateStage(SpecModel):
+    """Run everything under `evaluate`, and every plugin's evaluate hook, on the stack as it stands here."""
+
+    name: Label | None = Field(
+        None, description="name of the result, so that several evaluations can be told apart"
+    )
+
+
+class SaveStage(SpecModel):
+    """Write a bundle of the stack as it stands here."""
+
+    path: Text | None = Field(
+        None, description="folder of the bundle, from the spec's folder; `output` unless given"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class RunStage(SpecModel):
+    """One step of `run`: a mapping with exactly one key; a lone word is that stage for all plugins."""
+
+    prepare: Ids | None = Field(None, description="ids of the plugins that rewrite the data")
+    inject: Ids | None = Field(None, description="ids of the plugins that attach to the model")
+    train: TrainStage | None = Field(None, description="plugins that train, and own values of `train`")
+    freeze: Ids | None = Field(None, description="ids of the plugins whose parameters stop training")
+    merge: Ids | None = Field(None, description="ids of the plugins that are folded into the weights")
+    drop: Ids | None = Field(None, description="ids of the plugins that are removed from the model")
+    compress: Ids | None = Field(None, description="ids of the plugins that compress the model")
+    evaluate: EvaluateStage | None = Field(None, description="run the evaluation; `name` labels the result")
+    save: SaveStage | None = Field(None, description="write a bundle, to `output` unless a path is given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        if isinstance(data, str):
+            data = {data: None}
+        if not isinstance(data, dict):
+            return data
+        # a stage that says nothing more means all plugins, or its defaults
+        empty: dict[str, object] = {"train": {}, "evaluate": {}, "save": {}}
+        return {key: empty.get(key, (ALL,)) if value is None else value for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RunStage:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"a stage has exactly one key, this one has {' and '.join(given) or 'none'}")
+        return self
+
+    @property
+    def kind(self) -> StageKind:
+        """Which stage this is."""
+        return cast("StageKind", next(name for name, value in self if value is not None))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids that the stage lists; `("all",)` for all; empty for `evaluate` and `save`."""
+        listed = (self.prepare, self.inject, self.freeze, self.merge, self.drop, self.compress)
+        if self.train is not None:
+            return self.train.plugins
+        return next((ids for ids in listed if ids is not None), ())
+
+
+def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
+    """The stages that a run carries out, in order, with every `all` replaced by the ids that it stands for.
+
+    Without `run`: prepare, compress (before training), inject, train (if `train` is given), compress (after
+    training), evaluate (if a metric is listed, or a plugin evaluates), save (if `output` is given); a stage
+    that no plugin takes part in is left out. The pipeline must be valid (`load_pipeline`).
+    """
+    stack = pipeline.stack
+    if pipeline.run is not None:
+        return tuple(_expanded(stage, stack, catalogue) for stage in pipeline.run)
+    early, late = _compression(stack, catalogue)
+    stages = [
+        *_listing("prepare", _with_hook(stack, catalogue, "prepare_data")),
+        *_listing("compress", early),
+        *_listing("inject", _with_hook(stack, catalogue, "inject")),
+    ]
+    if pipeline.train is not None:
+        plugins = tuple(entry.id for entry in stack)
+        stages.append(RunStage(train=TrainStage(plugins=plugins) if plugins else TrainStage()))
+    stages += _listing("compress", late)
+    if pipeline.evaluate or _with_hook(stack, catalogue, "evaluate"):
+        stages.append(RunStage(evaluate=EvaluateStage()))
+    if pipeline.output is not None:
+        stages.append(RunStage(save=SaveStage()))
+    return tuple(stages)
+
+
+def _with_hook(stack: tuple[StackEntry, ...], catalogue: Catalogue, hook: str) -> tuple[str, ...]:
+    return tuple(entry.id for entry in stack if hook in catalogue.hooks(entry.use))
+
+
+def _compression(
+    stack: tuple[StackEntry, ...], catalogue: Catalogue
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The ids that compress before and after training.
+
+    `phase` decides; without it the order of the stack does, because that is the order of effect: what stands
+    before the first plugin that injects compresses the plain model.
+    """
+    early: list[str] = []
+    late: list[str] = []
+    injected = False
+    for entry in stack:
+        hooks = catalogue.hooks(entry.use)
+        if "compress" in hooks:
+            before = entry.phase == "before-training" or (entry.phase is None and not injected)
+            (early if before else late).append(entry.id)
+        injected = injected or "inject" in hooks
+    return tuple(early), tuple(late)
+
+
+def _listing(kind: Literal["prepare", "inject", "compress"], ids: tuple[str, ...]) -> list[RunStage]:
+    return [RunStage.model_validate({kind: ids})] if ids else []
+
+
+def _expanded(stage: RunStage, stack: tuple[StackEntry, ...], catalogue: Catalogue) -> RunStage:
+    if stage.ids != (ALL,):
+        return stage
+    hook = HOOK_OF_STAGE.get(stage.kind)
+    everyone = tuple(entry.id for entry in stack)
+    ids = everyone if hook is None else _with_hook(stack, catalogue, hook)
+    if stage.train is not None:
+        return stage.model_copy(update={"train": stage.train.model_copy(update={"plugins": ids})})
+    return stage.model_copy(update={stage.kind: ids})

@@ -1,0 +1,97 @@
+"""From a file or a text to a valid pipeline, or to everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peftx_spec.catalogue import Catalogue
+from peftx_spec.checks import check
+from peftx_spec.loader import Document, Fault, parse_tolerantly, read_tolerantly
+from peftx_spec.models import Pipeline
+from peftx_spec.overrides import Overridden, override
+from peftx_spec.problems import Path, Problem, SpecError
+from peftx_spec.translate import Finding, examine
+
+
+@dataclass(frozen=True)
+class LoadedSpec:
+    """A valid pipeline, the document it was read from, and the overrides that went into it."""
+
+    pipeline: Pipeline
+    document: Document
+    overridden: Overridden
+
+    def place(self, path: Path) -> str:
+        """`file:line:column` of a path in the spec, or `--set #1` for what an override set."""
+        source = self.overridden.source(path)
+        if source is not None:
+            return f"--set #{source[0] + 1}"
+        position = self.document.position(path)
+        return f"{self.document.file}:{position.line}:{position.column}"
+
+    def place_of(self, id: str) -> str:
+        """`file:line:column` of the stack's entry with this id. Raises `KeyError`."""
+        index = self.pipeline.stack.index(self.pipeline.entry(id))
+        return self.place(("stack", index))
+
+
+def load_pipeline(
+    path_or_text: str | os.PathLike[str], *, catalogue: Catalogue, overrides: Sequence[str] = ()
+) -> Pipeline:
+    """The pipeline that a file or a text declares.
+
+    A string that has a line break or starts with `{`, and the empty one, is a text; all else is the path of a
+    file. `overrides` are `target=value`: `lora.rank=16`, `train.steps=50`; the last one wins.
+
+    Raises `SpecError` with all problems, and `PeftxError` for a file that cannot be read.
+    """
+    return load_spec(path_or_text, catalogue=catalogue, overrides=overrides).pipeline
+
+
+def load_spec(
+    path_or_text: str | os.PathLike[str], *, catalogue: Catalogue, overrides: Sequence[str] = ()
+) -> LoadedSpec:
+    """As `load_pipeline`, and keeps the positions, so that later errors can name the place in the spec."""
+    document, faults = _open(path_or_text)
+    if not isinstance(document.data, dict):
+        raise TypeError(f"the loader gave {type(document.data).__name__}, not a mapping")
+    overridden = override(document.data, overrides)
+    faults = [fault for fault in faults if overridden.source(fault.path) is None]
+    problems = [fault.problem for fault in faults]
+    silent = [fault.path for fault in faults if fault.path]
+    seen: set[Path] = set()
+    for finding in [*check(overridden.data, catalogue), *examine(Pipeline, overridden.data)]:
+        # the checks come first: they know more than the models about the same place
+        if finding.path in seen or any(finding.path[: len(path)] == path for path in silent):
+            continue
+        seen.add(finding.path)
+        problems.append(_located(finding, document, overridden))
+    problems += overridden.problems
+    if problems:
+        raise SpecError(sorted(problems, key=lambda problem: _order(problem, document)))
+    pipeline = Pipeline.model_validate(overridden.data, by_alias=True, by_name=False)
+    return LoadedSpec(pipeline, document, overridden)
+
+
+def _open(path_or_text: str | os.PathLike[str]) -> tuple[Document, list[Fault]]:
+    if isinstance(path_or_text, str):
+        start = path_or_text.lstrip()[:1]
+        if "\n" in path_or_text or start in ("", "{"):
+            return parse_tolerantly(path_or_text)
+    return read_tolerantly(path_or_text)
+
+
+def _order(problem: Problem, document: Document) -> tuple[bool, int, str, int, int]:
+    """The file first, then the overrides by number: `--set #2` before `--set #10`."""
+    return problem.file != document.file, len(problem.file), problem.file, problem.line, problem.column
+
+
+def _located(finding: Finding, document: Document, overridden: Overridden) -> Problem:
+    words = {"expected": finding.expected, "got": finding.got, "suggestion": finding.suggestion}
+    source = overridden.source(finding.path)
+    if source is not None:
+        return overridden.problem(finding.message, source, finding.path, **words)
+    position = document.position(finding.path, key=finding.at_key)
+    return document.problem(finding.message, position, finding.path, **words)

@@ -1,0 +1,90 @@
+"""The stages that a run carries out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftx_spec import Catalogue, Pipeline, RunStage, dump, load_pipeline, stages_of
+from peftx_spec.dumper import plain
+
+
+def stages(catalogue: Catalogue, **rest: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """Kind and ids of each stage of a valid pipeline."""
+    data = {"train": "t.jsonl", "eval": "e.jsonl"}
+    draft = Pipeline.model_validate({"peftx": 1, "model": "m", "data": data, **rest})
+    found = stages_of(load_pipeline(dump(draft), catalogue=catalogue), catalogue)
+    assert all(isinstance(stage, RunStage) for stage in found)
+    return [(stage.kind, stage.ids) for stage in found]
+
+
+MOSAIC = {"use": "mosaic-it", "with": {"keep": 0.5}}
+
+
+def test_the_whole_order(catalogue: Catalogue) -> None:
+    stack = [MOSAIC, "qlora", "lora", "prefixquant", "language-ranker"]
+    ids = ("mosaic-it", "qlora", "lora", "prefixquant", "language-ranker")
+    assert stages(catalogue, stack=stack, train={}, evaluate=["accuracy"], output="out") == [
+        ("prepare", ("mosaic-it",)),
+        ("compress", ("qlora",)),
+        ("inject", ("qlora", "lora")),
+        ("train", ids),
+        ("compress", ("prefixquant",)),
+        ("evaluate", ()),
+        ("save", ()),
+    ]
+
+
+def test_stages_that_nobody_takes_part_in_are_left_out(catalogue: Catalogue) -> None:
+    assert stages(catalogue) == []
+    assert stages(catalogue, stack=["lora"]) == [("inject", ("lora",))]
+    assert stages(catalogue, evaluate=["accuracy"]) == [("evaluate", ())]
+    assert stages(catalogue, stack=["language-ranker"]) == [("evaluate", ())]
+    assert stages(catalogue, output="out") == [("save", ())]
+    assert stages(catalogue, train={}) == [("train", ("all",))]
+
+
+def test_compression_follows_the_order_of_the_stack(catalogue: Catalogue) -> None:
+    assert stages(catalogue, stack=["prefixquant", "lora"]) == [
+        ("compress", ("prefixquant",)),
+        ("inject", ("lora",)),
+    ]
+    assert stages(catalogue, stack=["lora", "prefixquant"]) == [
+        ("inject", ("lora",)),
+        ("compress", ("prefixquant",)),
+    ]
+
+
+def test_phase_overrules_the_order(catalogue: Catalogue) -> None:
+    late = {"use": "prefixquant", "phase": "after-training"}
+    early = {"use": "prefixquant", "phase": "before-training"}
+    assert [kind for kind, _ in stages(catalogue, stack=[late, "lora"])] == ["inject", "compress"]
+    assert [kind for kind, _ in stages(catalogue, stack=["lora", early])] == ["compress", "inject"]
+
+
+def test_all_stands_for_the_plugins_with_the_hook(catalogue: Catalogue) -> None:
+    run = [
+        "prepare",
+        "compress",
+        "inject",
+        "train",
+        "freeze",
+        {"train": {"plugins": "lora"}},
+        {"merge": "lora"},
+    ]
+    ids = ("mosaic-it", "lora", "prefixquant")
+    assert stages(catalogue, stack=[MOSAIC, "lora", "prefixquant"], run=run) == [
+        ("prepare", ("mosaic-it",)),
+        ("compress", ("prefixquant",)),
+        ("inject", ("lora",)),
+        ("train", ids),
+        ("freeze", ids),
+        ("train", ("lora",)),
+        ("merge", ("lora",)),
+    ]
+
+
+def test_own_values_of_a_stage_survive(catalogue: Catalogue) -> None:
+    run = ["inject", {"train": {"steps": 3}}]
+    data = {"peftx": 1, "model": "m", "data": {"train": "t"}, "stack": ["lora"], "run": run}
+    stage = stages_of(Pipeline.model_validate(data), catalogue)[1]
+    assert plain(stage) == {"train": {"plugins": ["lora"], "steps": 3}}
