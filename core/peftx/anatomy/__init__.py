@@ -1,0 +1,22 @@
+"""One vocabulary for every architecture's internals: roles, sites, targets."""
+
+from __future__ import annotations
+
+from peftx.anatomy.anatomy import Anatomy, TowerFacts, count_by_role
+from peftx.anatomy.site import Site
+from peftx.anatomy.table import Fused, Stacked, Table, Tower
+from peftx.anatomy.targets import Targets
+from peftx.anatomy.view import ModelView
+
+__all__ = [
+    "Anatomy",
+    "Fused",
+    "ModelView",
+    "Site",
+    "Stacked",
+    "Table",
+    "Targets",
+    "Tower",
+    "TowerFacts",
+    "count_by_role",
+]

@@ -1,0 +1,314 @@
+"""The anatomy of a model: every place under one vocabulary, from a table or inferred."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftx.anatomy.site import Site
+from peftx.anatomy.table import Fused, Table, Tower
+from peftx.errors import ArchitectureError, nearest
+from peftx.slots import Rows, base_class
+from peftx.slots.carrier import CHILD
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# The tower's own name first: BART and Whisper map the general names to the encoder's.
+_HEADS = ("{tower}_attention_heads", "num_attention_heads", "num_heads", "n_head")
+_KV_HEADS = ("{tower}_attention_heads", "num_key_value_heads")
+_HEAD_DIM = ("head_dim", "d_kv")
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """Sizes of one tower; 0 where the tower has no such thing (heads in Mamba)."""
+
+    name: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention: tuple[str, ...]
+    """Paths of the modules that call the attention interface, by layer."""
+    cross_attention: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key-value head (GQA)."""
+        return self.heads // self.kv_heads if self.kv_heads else 0
+
+
+class Anatomy:
+    """Names of a model's parts.
+
+    Args:
+        model: a `transformers` model, on any device (meta too).
+        table: its table; looked up by `config.model_type`, else inferred (`inferred` is then true).
+
+    Raises:
+        ArchitectureError: the table names a module that the model lacks, or no layers can be found.
+    """
+
+    def __init__(self, model: PreTrainedModel, table: Table | None = None) -> None:
+        from peftx.anatomy.lookup import infer, table_for
+
+        self.model = model
+        self.config: PretrainedConfig = model.config
+        self._modules: dict[str, nn.Module] = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if not any(
+                part.startswith(CHILD) for part in name.split(".")
+            )  # deltas, edits, prompts, kept parts
+        }
+        base = model.base_model
+        self._table_prefix = f"{base.base_model_prefix}."
+        self._own_prefix = "" if base is model else f"{model.base_model_prefix}."
+        found = table or table_for(self.config.model_type)
+        self.inferred = found is None
+        self.table = found or infer(model, self._modules)
+        self.sites: list[Site] = []
+        self.towers: dict[str, TowerFacts] = {}
+        for tower in self.table.towers:
+            self._read_tower(tower)
+        for role, path in self.table.around.items():
+            self._add(role, path, "", None, "")
+        self._add_others()
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def main(self) -> TowerFacts:
+        """The tower that speaks: the decoder if there is one, else the first."""
+        return self.towers.get("decoder") or next(iter(self.towers.values()))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.main.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.main.layers
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.config.is_encoder_decoder)
+
+    @property
+    def is_decoder(self) -> bool:
+        """Is there a tower that generates."""
+        return "decoder" in self.towers
+
+    @property
+    def max_length(self) -> int | None:
+        """The context the model was made for, in tokens; None where it has no such limit."""
+        config = self.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+            if isinstance(value := getattr(config, name, None), int):
+                return value
+        return None
+
+    def site(self, role: str, *, tower: str | None = None, layer: int | None = None) -> Site:
+        """The one site of a role, as in `site("head")` or `site("attention.o", layer=3)`.
+
+        Raises:
+            ArchitectureError: there is none, or more than one.
+        """
+        found = [
+            s
+            for s in self.sites
+            if s.role == role and (tower is None or s.tower == tower) and (layer is None or s.layer == layer)
+        ]
+        if len(found) != 1:
+            roles = sorted({s.role for s in self.sites})
+            what = "no" if not found else f"{len(found)}"
+            raise ArchitectureError(
+                f"{self.config.model_type} has {what} sites of role '{role}'"
+                + (f" in layer {layer}" if layer is not None else ""),
+                hint=nearest(role, roles) or f"its roles: {', '.join(roles)}",
+            )
+        return found[0]
+
+    def attention_site(self, layer: int, *, tower: str | None = None, role: str = "attention") -> Site:
+        """The module of layer `layer` that calls the attention interface."""
+        facts = self.towers[tower] if tower else self.main
+        paths = facts.attention if role == "attention" else facts.cross_attention
+        if not paths:
+            raise ArchitectureError(f"{self.config.model_type}: the {facts.name} has no {role}")
+        return Site(role, paths[layer], self._modules[paths[layer]], "block", facts.name, layer)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _find(self, path: str, layer: str = "") -> tuple[str, nn.Module] | None:
+        """Resolve `a|b?` below `layer`; the base model's prefix may be missing (`LlamaModel`) or another one
+        (`transformer` in `LlamaForQuestionAnswering` and `T5ForTokenClassification`)."""
+        optional = path.endswith("?")
+        for choice in path.rstrip("?").split("|"):
+            full = f"{layer}.{choice}" if layer else choice
+            for name in (full, self._own_prefix + full.removeprefix(self._table_prefix)):
+                if name in self._modules:
+                    return name, self._modules[name]
+        if optional:
+            return None
+        raise ArchitectureError(
+            f"the table of '{self.table.model_type}' names '{layer + '.' if layer else ''}{path}', "
+            f"which {type(self.model).__name__} does not have",
+            hint=nearest(path, self._modules) or None,
+        )
+
+    def _read_tower(self, tower: Tower) -> None:
+        found = self._find(f"{tower.layers}?")
+        if found is None:
+            return  # a text-only model of a family that also has another tower
+        base, layers = found
+        if not isinstance(layers, nn.ModuleList):
+            raise ArchitectureError(f"'{base}' is a {type(layers).__name__}, not the list of layers")
+        config = getattr(self.config, tower.config) if tower.config else self.config
+        facts = self._facts(tower, config, base, len(layers))
+        self.towers[tower.name] = facts
+        for role, path in tower.around.items():
+            self._add(role, path, "", None, tower.name)
+        for index in range(len(layers)):
+            layer = f"{base}.{index}"
+            for role, path in tower.roles.items():
+                self._add(role, path, layer, index, tower.name, read=role in tower.read)
+            for fused in tower.fused:
+                self._add_fused(fused, layer, index, facts)
+            for stack in tower.stacked:
+                hit = self._find(stack.path, layer)
+                if hit is None or stack.parameter not in hit[1]._parameters:
+                    continue
+                total = hit[1]._parameters[stack.parameter].shape[-2]
+                part = total // len(stack.roles)
+                for i, role in enumerate(stack.roles):
+                    rows = Rows(total, i * part, (i + 1) * part) if len(stack.roles) > 1 else None
+                    self.sites.append(
+                        Site(
+                            role,
+                            hit[0],
+                            hit[1],
+                            "experts",
+                            tower.name,
+                            index,
+                            stack.parameter,
+                            rows,
+                            stack.roles,
+                        )
+                    )
+            for role, path in tower.blocks.items():
+                if (hit := self._find(path, layer)) is not None:
+                    self.sites.append(Site(f"block.{role}", *hit, "block", tower.name, index))
+            self.sites.append(Site("block.layer", layer, self._modules[layer], "block", tower.name, index))
+
+    def _facts(self, tower: Tower, config: PretrainedConfig, base: str, layers: int) -> TowerFacts:
+        def first(names: tuple[str, ...]) -> int | None:
+            values = (getattr(config, name.format(tower=tower.name), None) for name in names)
+            return next((v for v in values if isinstance(v, int)), None)
+
+        hidden = first(("hidden_size", "d_model", "n_embd")) or 0
+        dispatch = {**tower.blocks, **tower.dispatch}
+        has_attention = "attention" in dispatch
+        heads = (first(_HEADS) or 0) if has_attention else 0
+        kv_heads = first(_KV_HEADS) or heads
+        head_dim = first(_HEAD_DIM) or (hidden // heads if heads else 0)
+
+        def paths(role: str) -> tuple[str, ...]:
+            if role not in dispatch:
+                return ()
+            return tuple(self._find(dispatch[role], f"{base}.{i}")[0] for i in range(layers))  # type: ignore[index]
+
+        return TowerFacts(
+            tower.name, layers, hidden, heads, kv_heads if heads else 0, head_dim, paths("attention"),
+            paths("cross_attention"),
+        )  # fmt: skip
+
+    def _add(
+        self, role: str, path: str, layer: str, index: int | None, tower: str, *, read: bool = False
+    ) -> None:
+        hit = self._find(path, layer)
+        if hit is not None:
+            self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read))
+
+    def _add_fused(self, fused: Fused, layer: str, index: int, facts: TowerFacts) -> None:
+        hit = self._find(fused.path, layer)
+        if hit is None:
+            return
+        name, module = hit
+        total = _out_features(module)
+        sizes = _part_sizes(fused, total, facts)
+        start = 0
+        for part, (role, size) in enumerate(zip(fused.roles, sizes, strict=True)):
+            if fused.layout == "interleaved":
+                rows = Rows(total, heads=facts.heads, parts=len(fused.roles), part=part)
+            else:
+                rows = Rows(total, start, start + size)
+            start += size
+            self.sites.append(
+                Site(role, name, module, _kind(module, role), facts.name, index, "weight", rows, fused.roles)
+            )
+
+    def _add_others(self) -> None:
+        """Linear layers that no table names: selectable by regular expression only."""
+        known = {id(site.module) for site in self.sites if site.kind != "block"}
+        for name, module in self._modules.items():
+            if id(module) not in known and name and _kind(module, "") in ("linear", "quantized"):
+                known.add(id(module))
+                self.sites.append(Site(f"other.{name.split('.')[-1]}", name, module, "linear"))
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+
+def _kind(module: nn.Module, role: str) -> str:
+    base = base_class(module)
+    if issubclass(base, nn.Linear | Conv1D):
+        return "linear"
+    if role == "router":
+        return "router"
+    if issubclass(base, nn.Embedding):
+        return "embedding"
+    if _is_quantized(base):
+        return "quantized"
+    if issubclass(base, nn.Conv1d | nn.Conv2d):
+        return "convolution"
+    if re.search(r"norm", base.__name__, re.IGNORECASE):
+        return "norm"
+    return "block"
+
+
+def _is_quantized(cls: type[nn.Module]) -> bool:
+    """`QuantLinear` or a plugin's subclass of it; by name, since compression stands on the anatomy."""
+    return any(base.__name__ == "QuantLinear" for base in cls.__mro__)
+
+
+def _out_features(module: nn.Module) -> int:
+    if issubclass(base_class(module), nn.Linear) or _is_quantized(base_class(module)):
+        return module.out_features
+    return module.nf  # Conv1D
+
+
+def _part_sizes(fused: Fused, total: int, facts: TowerFacts) -> list[int]:
+    if fused.roles == ("attention.q", "attention.k", "attention.v") and fused.layout == "concat":
+        sizes = [facts.heads * facts.head_dim, *2 * [facts.kv_heads * facts.head_dim]]
+    else:
+        sizes = len(fused.roles) * [total // len(fused.roles)]
+    if sum(sizes) != total:
+        raise ArchitectureError(
+            f"'{fused.path}' has {total} rows, its roles {', '.join(fused.roles)} need {sizes}"
+        )
+    return sizes
+
+
+def count_by_role(sites: list[Site]) -> Mapping[str, int]:
+    """Role -> number of sites, in order of first appearance."""
+    counts: dict[str, int] = {}
+    for site in sites:
+        counts[site.role] = counts.get(site.role, 0) + 1
+    return counts

@@ -1,0 +1,143 @@
+"""One place of a model, under its canonical name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftx.errors import ArchitectureError
+from peftx.slots import Delta, Rows, base_class
+
+if TYPE_CHECKING:
+    from peftx.anatomy.view import ModelView
+
+D = TypeVar("D", bound=Delta)
+
+LINEAR_KINDS = ("linear", "experts", "router", "quantized")
+
+
+@dataclass(eq=False)
+class Site:
+    """A matrix, or a module, with its role.
+
+    `path` is the module's name in the model, `role` the canonical one (`attention.q`), `layer` its index in `tower`
+    (None outside the layers). Sizes are those of the role, not of the fused matrix that may hold it.
+    """
+
+    role: str
+    path: str
+    module: nn.Module
+    kind: str
+    """linear (nn.Linear, Conv1D), quantized, experts, router, embedding, norm, convolution or block."""
+    tower: str = ""
+    layer: int | None = None
+    parameter: str = "weight"
+    rows: Rows | None = None
+    fused: tuple[str, ...] = ()
+    """All roles of the matrix, if it holds several."""
+    read: bool = False
+    """Another module reads the weight without calling this one."""
+    view: ModelView | None = None
+    """The plugin's view that this site was taken from; None outside a hook."""
+
+    @property
+    def in_all(self) -> bool:
+        """Does the word `all` mean it: the linear layers of the towers, no routers, heads and projections."""
+        return self.layer is not None and self.kind in ("linear", "experts", "quantized")
+
+    @property
+    def key(self) -> str:
+        """Unique in the model: the path, and the role where several share the module."""
+        return f"{self.path}@{self.role}" if self.fused or self.kind == "experts" else self.path
+
+    def bound(self, view: ModelView) -> Site:
+        """The same site, through which `view`'s plugin may act."""
+        site = object.__new__(Site)
+        site.__dict__.update(
+            self.__dict__
+        )  # `dataclasses.replace` would run the constructor: slow on 560 sites
+        site.view = view
+        return site
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """[..., out, in] for matrices (leading: experts), else the parameter's own shape."""
+        if self.kind == "quantized":
+            return (self.module.out_features, self.module.in_features)
+        parameter = self.module._parameters.get(self.parameter)
+        if parameter is None:
+            return ()
+        shape = tuple(parameter.shape)
+        if issubclass(base_class(self.module), Conv1D):
+            shape = (shape[1], shape[0])
+        if self.rows is not None:
+            shape = (*shape[:-2], self.rows.size, shape[-1])
+        return shape
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """(experts,) for stacked experts, else ()."""
+        return self.shape[:-2]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the output's last dimension: out for a matrix, width of an embedding or norm."""
+        shape = self._sized()
+        return shape[-1] if self.kind in ("embedding", "norm") else shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        shape = self._sized()
+        return shape[-1]
+
+    def _sized(self) -> tuple[int, ...]:
+        if not self.shape:
+            raise ArchitectureError(
+                f"{self.path} ({self.kind}) has no '{self.parameter}', so it has no feature sizes"
+            )
+        return self.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [..., out, in] as a view (interleaved rows: a copy); dequantized if it is quantized."""
+        weight = self.module._parameters[self.parameter] if self.kind != "quantized" else self.module.weight
+        weight = weight.t() if issubclass(base_class(self.module), Conv1D) else weight
+        return weight if self.rows is None else self.rows.take(weight, -2)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] or None."""
+        bias = self.module._parameters.get("bias")
+        return bias if bias is None or self.rows is None else self.rows.take(bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter = next(self.module.parameters(), None)
+        return torch.float32 if parameter is None else parameter.dtype
+
+    def attach(self, delta: D) -> D:
+        """Put the plugin's delta into this site's slot; returns it."""
+        return self._bound().attach(self, delta)
+
+    def train(self, *parameters: str) -> list[nn.Parameter]:
+        """Let the plugin train parameters of the base module itself (all of them if none is named)."""
+        return self._bound().train(self, parameters)
+
+    def replace(self, module: nn.Module) -> nn.Module:
+        """Put a storage module (`QuantLinear`, ...) in this one's place; the bundle then holds its tensors."""
+        return self._bound().replace(self, module)
+
+    def _bound(self) -> ModelView:
+        if self.view is None:
+            raise ArchitectureError(
+                f"site {self.path} is read-only here: only a plugin's hook can change the model"
+            )
+        return self.view
+
+    def __repr__(self) -> str:
+        return f"Site({self.role}, {self.path}, {self.kind}, {'x'.join(map(str, self.shape))})"

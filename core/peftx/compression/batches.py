@@ -1,0 +1,56 @@
+"""Calibration text -> batches of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftx.compression.calibration import Calibration
+from peftx.data import read_dataset, text_ids
+from peftx.errors import DataError
+from peftx.models import asset_path
+
+if TYPE_CHECKING:
+    from peftx.stack import Stack
+
+
+def calibration(
+    stack: Stack, data: str | Path | Sequence[str] | None, *, samples: int, length: int
+) -> Calibration:
+    """At most `samples` sequences of `length` tokens, one a batch, in the order of the text; short text gives fewer.
+
+    Args:
+        data: a text file, texts, or None for no batches.
+
+    Raises:
+        DataError: the text gives no sequence.
+    """
+    if data is None:
+        return Calibration([])
+    if isinstance(data, str | Path):
+        rows = read_dataset(asset_path(data))
+        texts = [_text_of(row) for row in rows]
+    else:
+        texts = list(data)
+    tokenizer = stack.tokenizer
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    stream = [i for text in texts for i in text_ids(tokenizer, text)]
+    room = length - len(start)
+    pieces = [stream[i : i + room] for i in range(0, len(stream), room)][:samples]
+    if len(pieces) > 1 and len(pieces[-1]) < room // 2:
+        pieces.pop()
+    if not pieces or not pieces[0]:
+        raise DataError("the calibration data holds no text")
+    device = stack.model.device
+    return Calibration([{"input_ids": torch.tensor([start + piece], device=device)} for piece in pieces])
+
+
+def _text_of(row: dict[str, object]) -> str:
+    if "text" in row:
+        return str(row["text"])
+    if "prompt" in row:
+        return f"{row['prompt']} {row.get('completion', row.get('chosen', ''))}"
+    raise DataError(f"calibration rows need 'text' or 'prompt'; found {', '.join(map(str, row))}")

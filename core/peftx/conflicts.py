@@ -1,0 +1,118 @@
+"""Which plugins cannot stand together, or not in this order. Stated by claim, never by a plugin's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from peftx.errors import ConflictError
+from peftx.hooks import hooks_of
+from peftx.plugin import Claim, Plugin
+
+
+@dataclass(frozen=True)
+class Member:
+    """One plugin in its place: id in the stack, where the spec names it (file:line:column, or empty)."""
+
+    id: str
+    plugin: Plugin
+    where: str = ""
+    phase: str | None = None
+
+    def __str__(self) -> str:
+        return f"'{self.id}'" + (f" ({self.where})" if self.where else "")
+
+    def claims(self, claim: Claim) -> bool:
+        return claim in self.plugin.claims
+
+    def implements(self, hook: str) -> bool:
+        return hook in hooks_of(self.plugin)
+
+    @property
+    def acts_on_weights(self) -> bool:
+        return self.implements("inject") and not self.claims(Claim.DATA_ONLY)
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two plugins that collide, by which claims, why, and the order that would work (empty if none does)."""
+
+    first: str
+    second: str
+    claims: tuple[str, ...]
+    reason: str
+    working_order: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        way = (
+            f"; this order works: {', '.join(self.working_order)}"
+            if self.working_order
+            else "; keep one of them"
+        )
+        return f"{self.reason}{way}"
+
+
+EXCLUSIVE = {
+    Claim.REPLACES_STEP: "both replace the training step, and a step has one loss and one update",
+    Claim.REPLACES_ATTENTION: "both compute the attention themselves",
+    Claim.REPLACES_DECODING: "both replace the decoding loop",
+    Claim.QUANTIZES: "both replace the weights by integers",
+}
+
+
+def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
+    """All conflicts of a stack, in stack order. Nothing is built or touched."""
+    found = []
+    for one, two in combinations(members, 2):
+        for claim, why in EXCLUSIVE.items():
+            if one.claims(claim) and two.claims(claim):
+                found.append(Conflict(one.id, two.id, (claim,), f"{one} and {two} {why}"))
+        for step, other in ((one, two), (two, one)):
+            if step.claims(Claim.REPLACES_STEP) and other.claims(Claim.NEEDS_GRADIENTS):
+                reason = (
+                    f"{other} needs gradients, and {step} replaces the training step by one that makes none"
+                )
+                found.append(Conflict(one.id, two.id, (Claim.REPLACES_STEP, Claim.NEEDS_GRADIENTS), reason))
+        if one.claims(Claim.FINAL) and two.acts_on_weights:
+            reason = (
+                f"{one} measures and compresses the finished model, so {two}, which comes after it and changes the "
+                "model, would undo what it measured"
+            )
+            order = tuple(m.id for m in members if m is not one)
+            found.append(Conflict(one.id, two.id, (Claim.FINAL,), reason, (*order, one.id)))
+        folds = (
+            one.claims(Claim.MERGEABLE) or one.claims(Claim.BESIDE_WEIGHTS) or one.claims(Claim.TRAINS_BASE)
+        )
+        if two.claims(Claim.FOLDS_PREVIOUS) and one.acts_on_weights and not folds:
+            reason = f"{two} starts from merged weights, and {one} does not fold into the weights"
+            found.append(Conflict(one.id, two.id, (Claim.FOLDS_PREVIOUS,), reason))
+    return found
+
+
+def check(members: Sequence[Member]) -> None:
+    """Raise the first conflicts of a stack, all in one message.
+
+    Raises:
+        ConflictError: names both plugins, their places, the claims, and an order that works.
+    """
+    conflicts = find_conflicts(members)
+    if conflicts:
+        raise ConflictError("\n".join(str(c) for c in conflicts), hint="peftx plan shows the stack")
+
+
+def rules(plugin: type[Plugin] | Plugin) -> list[str]:
+    """What a plugin does not go with, in sentences; from its claims alone."""
+    own = plugin.claims
+    found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in own]
+    if Claim.REPLACES_STEP in own:
+        found.append(f"not beside a plugin that claims {Claim.NEEDS_GRADIENTS}")
+    if Claim.NEEDS_GRADIENTS in own:
+        found.append(f"not beside a plugin that claims {Claim.REPLACES_STEP}")
+    if Claim.FINAL in own:
+        found.append("after every plugin that changes the model")
+    if Claim.FOLDS_PREVIOUS in own:
+        found.append("what stands before it must fold into the weights")
+    if "inject" in hooks_of(plugin) and not own & {Claim.MERGEABLE, Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}:
+        found.append(f"not before a plugin that claims {Claim.FOLDS_PREVIOUS}")
+    return found

@@ -1,0 +1,47 @@
+"""Local files -> rows -> token ids -> batches.
+
+read_dataset       formats.py        a file becomes a `datasets.Dataset` of rows in one of five formats
+TrainingData       training_data.py  what the `prepare_data` hook gets and may change
+encode_pair, ...   encoding.py       texts become token ids
+render_messages    messages.py       so do conversations
+tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
+Collator           collate.py        examples become padded tensors
+"""
+
+from __future__ import annotations
+
+from peftx.data.collate import IGNORE, Collator
+from peftx.data.encoding import (
+    Example,
+    continuation,
+    encode_pair,
+    encoder_ids,
+    fill_template,
+    prompt_ids,
+    special_frame,
+    text_ids,
+)
+from peftx.data.formats import FORMATS, detect_format, format_of_keys, read_dataset
+from peftx.data.messages import render_messages
+from peftx.data.tokenize import tokenize_dataset
+from peftx.data.training_data import TrainingData
+
+__all__ = [
+    "FORMATS",
+    "IGNORE",
+    "Collator",
+    "Example",
+    "TrainingData",
+    "continuation",
+    "detect_format",
+    "encode_pair",
+    "encoder_ids",
+    "fill_template",
+    "format_of_keys",
+    "prompt_ids",
+    "read_dataset",
+    "render_messages",
+    "special_frame",
+    "text_ids",
+    "tokenize_dataset",
+]

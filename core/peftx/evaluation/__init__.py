@@ -1,0 +1,37 @@
+"""Metrics with 95 % confidence intervals, and the `Evaluation` that the `evaluate` hook gets.
+
+Score, wilson_interval, bootstrap_ratio   (scores.py)      a number and how far to trust it
+score_requests                            (likelihood.py)  log-probabilities of given tokens, batched
+perplexity                                (language_modelling.py)
+accuracy                                  (classification.py)
+exact_match                               (answers.py)
+Evaluation                                (evaluation.py)
+"""
+
+from __future__ import annotations
+
+from peftx.evaluation.answers import exact_match, last_number, normalise_answer
+from peftx.evaluation.classification import AccuracyResult, ClassCounts, accuracy
+from peftx.evaluation.evaluation import Evaluation
+from peftx.evaluation.language_modelling import perplexity
+from peftx.evaluation.likelihood import Request, context_window, evaluating, score_requests, windows
+from peftx.evaluation.scores import Score, bootstrap_ratio, wilson_interval
+
+__all__ = [
+    "AccuracyResult",
+    "ClassCounts",
+    "Evaluation",
+    "Request",
+    "Score",
+    "accuracy",
+    "bootstrap_ratio",
+    "context_window",
+    "evaluating",
+    "exact_match",
+    "last_number",
+    "normalise_answer",
+    "perplexity",
+    "score_requests",
+    "wilson_interval",
+    "windows",
+]

@@ -1,0 +1,109 @@
+"""Metrics and the `evaluate` hooks over a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftx.data import read_dataset
+from peftx.errors import PeftxError, nearest
+from peftx.evaluation.answers import exact_match
+from peftx.evaluation.classification import accuracy
+from peftx.evaluation.evaluation import Evaluation
+from peftx.evaluation.language_modelling import perplexity
+from peftx.evaluation.likelihood import evaluating
+from peftx.evaluation.scores import Score
+from peftx.models import asset_path
+
+if TYPE_CHECKING:
+    from peftx.stack import Stack
+
+METRICS = ("perplexity", "accuracy", "exact-match")
+
+
+def evaluate(
+    stack: Stack,
+    data: str | Path | Sequence[Any] | Mapping[str, Any] | None,
+    *,
+    metrics: Sequence[str],
+    options: dict[str, Any],
+) -> dict[str, Score]:
+    """Run metrics (built-in names, or ids of plugins with an `evaluate` hook) on one data set.
+
+    Args:
+        data: a file, texts or rows. options: `limit`, `max_length`, `format`, `progress`, `output_dir`.
+
+    Returns:
+        name -> Score; `stack.scores` gets them too.
+
+    Raises:
+        PeftxError: an unknown metric or option.
+    """
+    unknown = set(options) - {"limit", "max_length", "format", "progress", "output_dir"}
+    if unknown:
+        name = sorted(unknown)[0]
+        raise PeftxError(
+            f"evaluate: unknown option '{name}'",
+            hint=nearest(name, ["limit", "max_length", "format"]) or None,
+        )
+    limit, max_length = options.get("limit"), options.get("max_length")
+    rows = _rows(data, options.get("format", "auto"), limit)
+    plugins = [m for m in stack.members if m.implements("evaluate")]
+    scores: dict[str, Score] = {}
+    for metric in metrics:
+        if metric == "perplexity":
+            scores |= perplexity(
+                stack.model, stack.tokenizer, _needed(rows, metric), max_length=max_length,
+                progress=options.get("progress"),
+            )  # fmt: skip
+        elif metric == "accuracy":
+            result = accuracy(
+                stack.model, stack.tokenizer, _needed(rows, metric), max_length=max_length,
+                progress=options.get("progress"),
+            )  # fmt: skip
+            scores[result.score.name] = result.score
+        elif metric == "exact-match":
+            found = exact_match(stack.generate, _needed(rows, metric), progress=options.get("progress"))
+            scores[found.name] = found
+        elif any(m.id == metric for m in plugins):
+            folder = options.get("output_dir")
+            evaluation = Evaluation(
+                stack=stack,
+                data={"eval": rows} if rows is not None else {},
+                output_dir=Path(folder) if folder else None,
+            )
+            with evaluating(stack.model):
+                stack._call(stack.member(metric), "evaluate", evaluation=evaluation)
+            _refuse_overlap(metric, scores, evaluation.scores)
+            scores |= evaluation.scores
+        else:
+            names = [*METRICS, *(m.id for m in plugins)]
+            raise PeftxError(
+                f"unknown metric '{metric}'", hint=nearest(metric, names) or f"there are: {', '.join(names)}"
+            )
+    stack.scores |= scores
+    return scores
+
+
+def _refuse_overlap(plugin: str, known: Mapping[str, Score], new: Mapping[str, Score]) -> None:
+    both = sorted(known.keys() & new.keys())
+    if both:
+        raise PeftxError(
+            f"'{plugin}' reports a score named '{both[0]}', which another metric has given already"
+        )
+
+
+def _rows(data: Any, format: str, limit: int | None) -> list[Any] | None:
+    if data is None:
+        return None
+    if isinstance(data, str | Path):
+        return list(read_dataset(asset_path(data), format=format, limit=limit))
+    rows = list(data)
+    return rows[:limit] if limit is not None else rows
+
+
+def _needed(rows: list[Any] | None, metric: str) -> list[Any]:
+    if not rows:
+        raise PeftxError(f"{metric} needs data", hint="give a file, texts or rows")
+    return rows

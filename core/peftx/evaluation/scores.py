@@ -1,0 +1,87 @@
+"""A measured number with its 95 % confidence interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from peftx.errors import DataError
+
+_Z95: Final = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One named number.
+
+    Attributes:
+        name: what was measured.
+        value: the measurement; may be infinite, never NaN.
+        low, high: its 95 % interval; both None where none is known.
+        count: how many things were measured (tokens, rows); None where that has no meaning.
+        unit: of `value`, `low` and `high`; empty for a pure number.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: int | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise DataError("a score needs a name")
+        if (self.low is None) != (self.high is None):
+            raise DataError(
+                f"score {self.name!r}: an interval needs both ends, got {self.low} and {self.high}"
+            )
+        if any(end is not None and math.isnan(end) for end in (self.value, self.low, self.high)):
+            raise DataError(f"score {self.name!r} is not a number: {self.value} [{self.low}, {self.high}]")
+        if self.low is not None and self.high is not None and not self.low <= self.value <= self.high:
+            raise DataError(f"score {self.name!r}: {self.value} lies outside [{self.low}, {self.high}]")
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of Wilson for a proportion; it stays within [0, 1] and holds at 0 and at n.
+
+    (p + z^2/2n  +-  z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n),   p = successes / trials
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise DataError(f"{successes} of {trials} is no proportion")
+    p, z2 = successes / trials, _Z95 * _Z95
+    middle = p + z2 / (2 * trials)
+    spread = _Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))
+    scale = 1 + z2 / trials
+    # At p = 0 and 1 one end equals p exactly; rounding must not push it past.
+    return min(p, max(0.0, (middle - spread) / scale)), max(p, min(1.0, (middle + spread) / scale))
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], *, seed: int = 0, resamples: int = 1000
+) -> tuple[float, float] | None:
+    """The 95 % percentile bootstrap interval of sum(numerators) / sum(denominators).
+
+    Whole units (documents, windows) are drawn with replacement, so tokens of one unit stay together. None for
+    fewer than two units: nothing is known about their spread. With few units it is too narrow.
+    """
+    top = np.asarray(numerators, dtype=np.float64)
+    bottom = np.asarray(denominators, dtype=np.float64)
+    if len(top) != len(bottom) or len(top) == 0:
+        raise DataError(f"{len(top)} numerators and {len(bottom)} denominators")
+    if len(top) < 2:
+        return None
+    value = float(top.sum() / bottom.sum())
+    if not math.isfinite(value):
+        return None
+    random = np.random.default_rng(seed)
+    ratios = np.empty(resamples)
+    for index in range(resamples):
+        drawn = random.integers(len(top), size=len(top))
+        ratios[index] = top[drawn].sum() / bottom[drawn].sum()
+    low, high = (float(np.quantile(ratios, share)) for share in (0.025, 0.975))
+    return min(low, value), max(high, value)

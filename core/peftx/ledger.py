@@ -1,0 +1,352 @@
+"""What each plugin did to the model: its tensors, how to switch it off, how to take it away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from peftx import attention, virtual_tokens
+from peftx.errors import ArchitectureError, ConflictError, MergeError, UnsupportedError
+from peftx.slots import Delta, attach, bake, base_class, detach, enable, kind_of, slot_of
+from peftx.slots.carrier import CHILD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftx.anatomy import ModelView, Site
+    from peftx.attention import AttentionEdit
+    from peftx.virtual_tokens import VirtualTokens
+
+Kind = Literal["delta", "attention", "prompt", "shift", "free", "base", "replaced"]
+FREE = "peftx_parts"
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """A module that can stand in another one's place and be rebuilt from a bundle."""
+
+    def geometry(self) -> dict[str, Any]:
+        """JSON-able keyword arguments of the constructor, which then gives the same module with empty tensors."""
+
+
+@dataclass(eq=False)
+class Part:
+    """One thing that one plugin did in one place."""
+
+    owner: str
+    kind: Kind
+    key: str
+    """Prefix of its tensors' names in the plugin's file: the module's path (and the role where several share it)."""
+    module: nn.Module
+    """What it put there: the delta, the edit, the new module; of kind `base` the module whose parameters train."""
+    parameters: tuple[str, ...] = ()
+    """Of kind `base`: names of the parameters that train."""
+    geometry: dict[str, Any] = field(default_factory=dict)
+    """Of kind `replaced`: how to build the module again."""
+    place: nn.Module | None = None
+    """Of kind `delta`: the module that carries it, at `path`."""
+    path: str = ""
+    undo: Callable[[], None] = lambda: None
+    switch: Callable[[bool], None] | None = None
+
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(name in the plugin's file, module, attribute) of every parameter and persistent buffer."""
+        if self.kind == "base":
+            for name in self.parameters:
+                yield f"{self.key}.{name}", self.module, name
+            return
+        for path, module in self.module.named_modules():
+            if CHILD in path.split("."):
+                continue  # a delta that a later plugin put on a module of this one
+            prefix = f"{self.key}.{path}." if path else f"{self.key}."
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield prefix + name, module, name
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield prefix + name, module, name
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> parameter or persistent buffer."""
+        return {
+            name: module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+            for name, module, leaf in self.places()
+        }  # type: ignore[return-value]
+
+
+class Ledger:
+    """All parts of a stack, by owner, in order of attachment."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.parts: list[Part] = []
+
+    def of(self, owner: str) -> list[Part]:
+        return [part for part in self.parts if part.owner == owner]
+
+    def tensors(self, owner: str) -> dict[str, Tensor]:
+        """Everything that a bundle must hold for one plugin."""
+        return {name: tensor for part in self.of(owner) for name, tensor in part.tensors().items()}
+
+    def parameters(self, owner: str) -> Iterator[nn.Parameter]:
+        """What the plugin trains (whether or not it is frozen at the moment), each once."""
+        seen: set[int] = set()
+        for part in self.of(owner):
+            if part.kind == "replaced":
+                continue
+            for _, module, leaf in part.places():
+                parameter = module._parameters.get(leaf)
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+    # -- noting --------------------------------------------------------------------------------------------------
+
+    def add_delta(self, view: ModelView, site: Site, delta: Delta) -> None:
+        shared = site.rows is not None or site.kind in ("experts", "block")
+        name = f"{view.owner}@{site.role.replace('.', '_')}" if shared else view.owner
+        if site.read and site.kind != "linear":
+            raise ArchitectureError(
+                f"{view.owner}: {site.path} is never called, so nothing can act on its output"
+            )
+        kind = (
+            "weight" if site.kind in ("experts", "router") else "read" if site.read else kind_of(site.module)
+        )
+        _settle(delta, site.module, full_precision=delta.full_precision)
+        attach(
+            site.module, delta, name=name, owner=view.owner, rank=view.rank,
+            parameter=site.parameter, rows=site.rows, kind=kind,
+        )  # fmt: skip
+        self.parts.append(
+            Part(
+                view.owner,
+                "delta",
+                f"{site.path}@{site.role}" if shared else site.path,
+                delta,
+                place=site.module,
+                path=site.path,
+                undo=lambda: detach(site.module, view.owner),
+                switch=lambda on: enable(site.module, view.owner, on),
+            )
+        )
+
+    def add_base(self, view: ModelView, site: Site, names: tuple[str, ...]) -> list[nn.Parameter]:
+        module = site.module
+        slot = slot_of(module)
+        if slot is not None and slot.originals:
+            raise ConflictError(
+                f"{view.owner}: {site.path} holds merged deltas", hint="stack.unmerge() first"
+            )
+        own = dict(module.named_parameters(recurse=False))
+        for name in names:
+            if name not in own:
+                raise ArchitectureError(
+                    f"{view.owner}: {site.path} ({base_class(module).__name__}) has no parameter '{name}'",
+                    hint=f"it has: {', '.join(own) or 'none'}",
+                )
+        chosen = names or tuple(own)
+        other = next(
+            (
+                p
+                for p in self.parts
+                if p.kind == "base" and p.module is module and set(p.parameters) & set(chosen)
+            ),
+            None,
+        )
+        if other is not None:
+            raise ConflictError(f"{view.owner} and {other.owner} both train the base's {site.path}")
+        # Fresh parameters, so that the base's own tensors come back untouched on removal.
+        before = {name: own[name] for name in chosen}
+        after = {
+            name: nn.Parameter(
+                p.detach().clone() if not view.restoring else torch.empty_like(p, device="meta")
+            )
+            for name, p in before.items()
+        }
+        self._swap(module, before, after)
+        self.parts.append(
+            Part(
+                view.owner, "base", site.path, module, chosen,
+                undo=lambda: self._swap(module, {n: module._parameters[n] for n in chosen}, before),
+                switch=lambda on: self._swap(
+                    module, {n: module._parameters[n] for n in chosen}, after if on else before
+                ),
+            )
+        )  # fmt: skip
+        return list(after.values())
+
+    def _swap(self, module: nn.Module, old: dict[str, Any], new: dict[str, nn.Parameter]) -> None:
+        """Exchange parameters, also where they are tied."""
+        for name, parameter in new.items():
+            tied = [
+                (m, n) for m in self.model.modules() for n, p in m._parameters.items() if p is old[name]
+            ]  # fmt: skip
+            for owner_module, owner_name in tied or [(module, name)]:
+                owner_module._parameters[owner_name] = parameter
+
+    def add_replacement(self, view: ModelView, site: Site, module: nn.Module) -> None:
+        if not isinstance(module, Storage):
+            raise UnsupportedError(
+                f"{type(module).__name__} has no geometry(), so no bundle could rebuild it"
+            )
+        if site.rows is not None:
+            raise UnsupportedError(
+                f"{view.owner}: {site.role} is a part of {site.path}; replace the whole matrix",
+                hint="model.linears(targets, whole=True)",
+            )
+        old = site.module
+        if (slot := slot_of(old)) is not None:
+            owners = sorted({entry.owner for entry in slot.entries})
+            raise ConflictError(
+                f"{view.owner}: {site.path} carries deltas of {', '.join(owners)}",
+                hint="merge them for good first: stack.merge(keep=False)",
+            )
+        parent, _, name = site.path.rpartition(".")
+        holder = self.model.get_submodule(parent)
+        setattr(holder, name, module)
+        site.module = module
+        # What was folded or trained in the old module is part of the new one's tensors now.
+        self.parts = [part for part in self.parts if not (part.kind == "base" and part.module is old)]
+        self.parts.append(
+            Part(
+                view.owner, "replaced", site.path, module, geometry=module.geometry(),
+                undo=lambda: setattr(holder, name, old),
+            )
+        )  # fmt: skip
+
+    def add_free(self, view: ModelView, name: str, module: nn.Module) -> None:
+        if FREE not in self.model._modules:
+            self.model.add_module(FREE, nn.ModuleDict())
+        group: nn.ModuleDict = self.model.get_submodule(FREE)  # type: ignore[assignment]
+        if view.owner not in group:
+            group[view.owner] = nn.ModuleDict()
+        mine: nn.ModuleDict = group[view.owner]  # type: ignore[assignment]
+        if name in mine:
+            raise ConflictError(f"{view.owner} already keeps a module named '{name}'")
+        mine[name] = module
+        _settle(module, self.model)
+
+        def undo() -> None:
+            del mine[name]
+            if not mine:
+                group.pop(view.owner)
+            if not group:
+                del self.model._modules[FREE]
+
+        self.parts.append(
+            Part(view.owner, "free", f"{FREE}.{name}", module, undo=undo, switch=lambda on: None)
+        )
+
+    def add_attention(self, view: ModelView, site: Site, edit: AttentionEdit) -> None:
+        _settle(edit, site.module)
+        attention.attach(self.model, site.module, edit, owner=view.owner, rank=view.rank)
+        self.parts.append(
+            Part(
+                view.owner, "attention", f"{site.path}.attention", edit,
+                undo=lambda: attention.detach(site.module, view.owner),
+                switch=lambda on: attention.enable(site.module, view.owner, on),
+            )
+        )  # fmt: skip
+
+    def add_prompt(self, view: ModelView, tokens: VirtualTokens) -> None:
+        _settle(tokens, self.model)
+        virtual_tokens.attach(self.model, tokens, owner=view.owner, rank=view.rank)
+        self.parts.append(
+            Part(
+                view.owner, "prompt", "prompt", tokens,
+                undo=lambda: virtual_tokens.detach(self.model, view.owner),
+                switch=lambda on: virtual_tokens.enable(self.model, view.owner, on),
+            )
+        )  # fmt: skip
+
+    def add_shift(self, view: ModelView, by: int) -> None:
+        virtual_tokens.shift(self.model, by, owner=view.owner)
+        self.parts.append(
+            Part(
+                view.owner, "shift", "shift", nn.Module(),
+                undo=lambda: virtual_tokens.detach(self.model, view.owner),
+                switch=lambda on: virtual_tokens.enable(self.model, view.owner, on),
+            )
+        )  # fmt: skip
+
+    # -- folding -------------------------------------------------------------------------------------------------
+
+    def fold(self, owner: str) -> None:
+        """Fold the owner's deltas into the weights for good; the changed weights become the owner's tensors.
+
+        Raises:
+            MergeError: a delta that does not fold; nothing is changed then.
+        """
+        deltas = [part for part in self.of(owner) if part.kind == "delta"]
+        places = {id(part.place): (part.place, part.path) for part in deltas}
+        for place, path in places.values():
+            if isinstance(place, Storage):
+                raise MergeError(
+                    f"{owner}: {path} is quantized, and a delta does not fold into integers exactly"
+                )
+        for part in deltas:
+            if not part.module.can_fold():  # type: ignore[operator]
+                raise MergeError(
+                    f"{owner}: {type(part.module).__name__} at {part.key} does not fold into the weights"
+                )
+        for place, path in places.values():
+            changed = bake(place, owner)
+            if changed:
+                self.parts.append(Part(owner, "base", path, place, changed, undo=_cannot_unfold(owner)))
+        self.parts = [part for part in self.parts if part not in deltas]
+
+    # -- undoing -------------------------------------------------------------------------------------------------
+
+    def remove(self, owner: str) -> None:
+        """Undo everything the plugin did, last first."""
+        for part in reversed(self.of(owner)):
+            part.undo()
+            self.parts.remove(part)
+        if not any(part.kind == "attention" for part in self.parts):
+            attention.switch_off(self.model)
+
+    def switch(self, owner: str, on: bool) -> None:
+        """Switch the plugin's parts on or off.
+
+        Raises:
+            UnsupportedError: the plugin replaced weights, which cannot be switched off.
+        """
+        parts = self.of(owner)
+        if any(part.switch is None for part in parts):
+            raise UnsupportedError(
+                f"{owner} replaced weights of the model, so it cannot be switched off",
+                hint=f"stack.remove('{owner}')",
+            )
+        for part in parts:
+            part.switch(on)  # type: ignore[misc]
+
+
+def _cannot_unfold(owner: str) -> Callable[[], None]:
+    def undo() -> None:
+        raise MergeError(f"{owner} was folded into the weights for good", hint="load the base model again")
+
+    return undo
+
+
+def _settle(module: nn.Module, near: nn.Module, *, full_precision: bool = False) -> None:
+    """Give a new module the mode, device and dtype of the one it stands on (float32 if it asks for that)."""
+    module.train(near.training)
+    weight = _first(near)
+    own = _first(module)
+    if weight is None or own is None or own.is_meta:
+        return
+    dtype = weight.dtype if weight.dtype.is_floating_point and not full_precision else own.dtype
+    if own.device != weight.device or own.dtype != dtype:
+        module.to(device=weight.device, dtype=dtype)
+
+
+def _first(module: nn.Module) -> Tensor | None:
+    """A parameter (else a buffer) of the module; its own before its children's."""
+    own = next((p for p in module._parameters.values() if p is not None), None)
+    if own is None:
+        own = next(module.parameters(), None)
+    return own if own is not None else next(module.buffers(), None)

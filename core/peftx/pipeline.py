@@ -1,0 +1,350 @@
+"""Runs the stages of a spec: the declaration becomes a stack, the stack becomes a bundle."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from peftx.conflicts import Member, check
+from peftx.data import TrainingData, read_dataset
+from peftx.data.formats import detect_format
+from peftx.errors import BundleError, DataError
+from peftx.models import asset_path, model_path
+from peftx.registry import Registry
+from peftx.stack import Stack
+from peftx.training.run import TrainingReport, as_training_data, train
+from peftx_spec import load_spec, resolved, stages_of
+from peftx_spec.models import EvaluateSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.stages import RunStage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from peftx.evaluation import Score
+    from peftx_spec.validate import LoadedSpec
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes; the CLI draws it."""
+
+    def stage(self, name: str, ids: Sequence[str]) -> None:
+        """A stage begins."""
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+        """The stage's work so far."""
+
+    def finished(self, name: str, seconds: float, detail: str) -> None:
+        """The stage is done."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, name: str, ids: Sequence[str]) -> None: ...
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
+
+    def finished(self, name: str, seconds: float, detail: str) -> None: ...
+
+
+@dataclass
+class RunResult:
+    """What a run left."""
+
+    stack: Stack
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    """By name of the evaluation stage."""
+    training: list[TrainingReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    trainable: int = 0
+    output: Path | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+class Run:
+    """One run of one pipeline.
+
+    Args:
+        pipeline: valid, with absolute paths. where: id -> file:line:column, for errors.
+        registry: the plugins. reporter: who is told. resume: train from the last checkpoint.
+
+    Everything that can be checked without the model is checked in the constructor: plugins, conflicts, data files and
+    the place of the output, so that bad input changes nothing.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        registry: Registry | None = None,
+        where: dict[str, str] | None = None,
+        reporter: Reporter | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.pipeline = pipeline
+        self.registry = registry or Registry()
+        self.reporter = reporter or Silent()
+        self.resume = resume
+        places = where or {}
+        self.members = [
+            Member(
+                entry.id,
+                self.registry.load(entry.use)(**entry.options),
+                places.get(entry.id, ""),
+                entry.phase,
+            )
+            for entry in pipeline.stack
+        ]
+        check(self.members)
+        self.stages = stages_of(pipeline, self.registry)
+        self._rows: Dataset | None = None
+        self._check_data()
+        self._check_output()
+        self.data: TrainingData | None = None
+        self.result: RunResult | None = None
+
+    def _check_data(self) -> None:
+        data = self.pipeline.data
+        if data.train is not None:
+            self._rows = _rows(data.train, limit=data.train.limit)
+        for source in (data.eval, data.calibration):
+            if source is not None:
+                _rows(source, limit=1)
+        for metric in self.pipeline.evaluate:
+            if metric.options.path is not None:
+                read_dataset(asset_path(metric.options.path), format=metric.options.format, limit=1)
+        if any(s.train is not None for s in self.stages) and data.train is None:
+            raise DataError(
+                "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
+            )
+
+    def _check_output(self) -> None:
+        if self.pipeline.output is None:
+            return
+        path = Path(self.pipeline.output)
+        if path.is_file() or (
+            path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
+        ):
+            raise BundleError(
+                f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
+            )
+
+    def run(self) -> RunResult:
+        """Carry out all stages."""
+        model = self.pipeline.model
+        self.reporter.stage("load", [])
+        started = time.perf_counter()
+        seed = self.pipeline.train.seed if self.pipeline.train is not None else 0
+        stack = Stack(
+            model.id,
+            self.members,
+            dtype=model.dtype,
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+            seed=seed,
+            inject=False,
+        )
+        self.result = RunResult(stack, bytes_before=base_bytes(stack))
+        self.reporter.finished(
+            "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
+        )
+        for index, stage in enumerate(self.stages):
+            name = stage.kind
+            self.reporter.stage(name, stage.ids)
+            started = time.perf_counter()
+            detail = getattr(self, f"_{name}")(stage, index)
+            seconds = time.perf_counter() - started
+            self.result.seconds[f"{index}-{name}"] = seconds
+            self.reporter.finished(name, seconds, detail)
+        return self.result
+
+    # -- stages: each returns a line on what it did ----------------------------------------------------------------
+
+    @property
+    def _stack(self) -> Stack:
+        assert self.result is not None
+        return self.result.stack
+
+    def _training_data(self, settings: TrainSpec) -> TrainingData:
+        if self.data is None:
+            source = self.pipeline.data.train
+            if source is None or self._rows is None:
+                raise DataError("no training data", hint="data: {train: train.jsonl}")
+            self.data = as_training_data(
+                self._stack,
+                self._rows,
+                seed=settings.seed,
+                max_length=source.max_length or settings.max_length,
+                format=_format(source),
+            )
+        return self.data
+
+    def _prepare(self, stage: RunStage, index: int) -> str:
+        data = self._training_data(self.pipeline.train or TrainSpec())
+        before = len(data.train) if data.train is not None else 0
+        self._stack.prepare(data, stage.ids)
+        return f"{before} rows became {len(data.train) if data.train is not None else 0}"
+
+    def _inject(self, stage: RunStage, index: int) -> str:
+        self._stack.inject(stage.ids)
+        count = self._stack.trainable_parameters()
+        assert self.result is not None
+        self.result.trainable = max(self.result.trainable, count)
+        share = 100 * count / max(1, self._stack.base_parameters())
+        return f"{count:,} parameters train ({share:.2f} %)"
+
+    def _train(self, stage: RunStage, index: int) -> str:
+        assert self.result is not None
+        assert stage.train is not None
+        stack, settings = self._stack, self.pipeline.train_settings(stage)
+        resting = [
+            name for name in stack.plugins if name not in stage.train.plugins and name not in stack._frozen
+        ]
+        if resting:
+            stack.freeze(*resting)
+        self.result.trainable = max(self.result.trainable, stack.trainable_parameters())
+        folder = None
+        if self.pipeline.output is not None and settings.checkpoint_every is not None:
+            folder = checkpoints(Path(self.pipeline.output)) / f"stage-{index}"
+        resume = self.resume and folder is not None and any(folder.glob("checkpoint-*"))
+        report = train(
+            stack,
+            self._training_data(settings),
+            output=folder,
+            resume=resume,
+            progress=self.reporter.progress,
+            options=settings,
+            prepare=False,
+        )
+        if resting:
+            stack.unfreeze(*resting)
+        self.result.training.append(report)
+        return f"{report.steps} steps, loss {report.first_loss:.3f} to {report.last_loss:.3f}"
+
+    def _freeze(self, stage: RunStage, index: int) -> str:
+        self._stack.freeze(*stage.ids)
+        return f"{self._stack.trainable_parameters():,} parameters still train"
+
+    def _merge(self, stage: RunStage, index: int) -> str:
+        self._stack.merge(*stage.ids, keep=False)
+        return "folded into the weights"
+
+    def _drop(self, stage: RunStage, index: int) -> str:
+        for name in stage.ids:
+            self._stack.remove(name)
+        return "removed"
+
+    def _compress(self, stage: RunStage, index: int) -> str:
+        source = self.pipeline.data.calibration or self.pipeline.data.train
+        path = asset_path(source.path) if source is not None else None
+        self._stack.compress(path, stage.ids)
+        return f"{sum(t.nbytes for o in stage.ids for t in self._stack.ledger.tensors(o).values()):,} bytes"
+
+    def _evaluate(self, stage: RunStage, index: int) -> str:
+        assert self.result is not None
+        assert stage.evaluate is not None
+        stack = self._stack
+        found: dict[str, Score] = {}
+        specs: list[EvaluateSpec] = list(self.pipeline.evaluate)
+        named = {spec.metric for spec in specs}
+        for member in stack.members:
+            ready = (member.id in stack.compressed or not member.implements("compress")) and (
+                member.id in stack.injected or member.id in stack.folded or not member.implements("inject")
+            )
+            if member.implements("evaluate") and member.id not in named and ready:
+                specs.append(EvaluateSpec.model_validate({member.id: {}}))
+        for spec in specs:
+            options = spec.options
+            source = options.path or (self.pipeline.data.eval.path if self.pipeline.data.eval else None)
+            maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
+            found |= stack.evaluate(
+                asset_path(source) if source is not None else None,
+                metrics=[spec.metric],
+                limit=options.limit,
+                format=options.format,
+                max_length=maximum,
+                progress=lambda done, total: self.reporter.progress(done, total, {}),
+            )
+        self.result.scores[stage.evaluate.name or f"stage-{index}"] = found
+        return ", ".join(f"{name} {score.value:.4g}" for name, score in found.items() if name != "nll")
+
+    def _save(self, stage: RunStage, index: int) -> str:
+        assert self.result is not None
+        assert stage.save is not None
+        target = stage.save.path or self.pipeline.output
+        if target is None:
+            raise BundleError("nowhere to save", hint="output: out/")
+        self.result.output = self._stack.save(target)
+        self.result.bytes_after = folder_bytes(self.result.output)
+        shutil.rmtree(checkpoints(Path(target)), ignore_errors=True)  # the run is complete
+        return f"{self.result.output} ({self.result.bytes_after:,} bytes)"
+
+
+def checkpoints(output: Path) -> Path:
+    """Where a run keeps its checkpoints until its bundle is written: beside the bundle, which holds no strange file."""
+    return output.parent / f"{output.name}.checkpoints"
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def base_bytes(stack: Stack) -> int:
+    """Bytes of the base's weights on disk; in memory if it lies nowhere as a file."""
+    folder = Path(model_path(stack.base_id))
+    files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return sum(f.stat().st_size for f in files) or sum(p.nbytes for p in stack.model.parameters())
+
+
+def _format(source: SourceSpec) -> str:
+    if source.format != "auto":
+        return source.format
+    return detect_format(asset_path(source.path), columns=source.columns or None)
+
+
+def _rows(source: SourceSpec, *, limit: int | None) -> Dataset:
+    path = asset_path(source.path)
+    return read_dataset(path, format=_format(source), columns=source.columns or None, limit=limit)
+
+
+def load_run(
+    spec: str | Path | LoadedSpec,
+    *,
+    overrides: Sequence[str] = (),
+    registry: Registry | None = None,
+    reporter: Reporter | None = None,
+    resume: bool = False,
+) -> Run:
+    """Read and check a spec (a file, or YAML text); nothing runs yet.
+
+    Raises:
+        SpecError: everything that is wrong with the spec, each with its place.
+    """
+    registry = registry or Registry()
+    loaded = (
+        load_spec(spec, catalogue=registry, overrides=overrides) if isinstance(spec, str | Path) else spec
+    )
+    is_file = isinstance(spec, Path) or (
+        isinstance(spec, str) and "\n" not in spec and not spec.lstrip().startswith("{")
+    )
+    base = Path(spec).parent if is_file else Path.cwd()  # type: ignore[arg-type]
+    pipeline = resolved(loaded.pipeline, base)
+    where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
+    return Run(pipeline, registry=registry, where=where, reporter=reporter, resume=resume)
+
+
+def run(
+    spec: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    registry: Registry | None = None,
+    reporter: Reporter | None = None,
+    resume: bool = False,
+) -> RunResult:
+    """Read a spec and carry it out."""
+    return load_run(spec, overrides=overrides, registry=registry, reporter=reporter, resume=resume).run()

@@ -1,0 +1,131 @@
+"""What a run would do, computed on the meta device: no weights are loaded, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from peftx.conflicts import Member, find_conflicts
+from peftx.errors import PeftxError
+from peftx.models import load_model
+from peftx.registry import Registry
+from peftx.stack import Stack
+from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
+from peftx_spec.models import Pipeline
+from peftx_spec.stages import stages_of
+
+
+def plan(
+    pipeline: Pipeline, *, registry: Registry | None = None, where: dict[str, str] | None = None
+) -> Plan:
+    """The plan of a pipeline. A conflict, or a plugin that this model cannot carry, is in `conflicts`, not raised."""
+    registry = registry or Registry()
+    places = where or {}
+    members = [
+        Member(e.id, registry.load(e.use)(**e.options), places.get(e.id, ""), e.phase) for e in pipeline.stack
+    ]
+    conflicts = [
+        PlannedConflict(plugins=(c.first, c.second), reason=c.reason, remedy=", ".join(c.working_order))
+        for c in find_conflicts(members)
+    ]
+    model, _ = load_model(
+        pipeline.model.id,
+        dtype=pipeline.model.dtype,
+        trust_remote_code=pipeline.model.trust_remote_code,
+        meta=True,
+    )
+    stages = stages_of(pipeline, registry)
+    planned = tuple(
+        PlannedStage(
+            name=stage.kind,
+            plugins=() if stage.kind in ("evaluate", "save") else stage.ids,
+            reads=_reads(pipeline, stage.kind),
+            writes=(pipeline.output,) if stage.kind == "save" and pipeline.output else (),
+        )
+        for stage in stages
+    )
+    base = sum(p.numel() for p in model.parameters())
+    base_bytes = sum(p.nbytes for p in model.parameters())
+    if conflicts:
+        totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
+        return Plan(model=pipeline.model.id, stages=planned, conflicts=tuple(conflicts), totals=totals)
+    stack = Stack(model, members, inject=False)
+    with torch.device("meta"):
+        for member in members:
+            if not member.implements("inject"):
+                continue
+            try:
+                stack.inject([member.id])
+            except PeftxError as error:
+                conflicts.append(
+                    PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
+                )
+    modules, saved = _touched(stack, members)
+    trainable = stack.trainable_parameters()
+    added = sum(m.params for m in modules)
+    totals = Totals(
+        base_params=base,
+        base_bytes=base_bytes,
+        added_params=added,
+        trainable_params=trainable,
+        final_bytes=base_bytes + sum(t.nbytes for m in members for t in _own(stack, m)) - saved,
+    )
+    return Plan(
+        model=pipeline.model.id,
+        stages=planned,
+        modules=tuple(modules),
+        conflicts=tuple(conflicts),
+        totals=totals,
+    )
+
+
+def _own(stack: Stack, member: Member) -> list[torch.Tensor]:
+    return list(stack.ledger.tensors(member.id).values())
+
+
+def _touched(stack: Stack, members: Sequence[Member]) -> tuple[list[TouchedModule], int]:
+    """Rows of the table, and the bytes that compression would save."""
+    roles = {site.key: site for site in stack.anatomy.sites} | {
+        site.path: site for site in stack.anatomy.sites if site.rows is None
+    }
+    rows = []
+    for part in stack.ledger.parts:
+        tensors = part.tensors().values()
+        site = roles.get(part.key)
+        rows.append(
+            TouchedModule(
+                path=part.key,
+                role=site.role if site is not None else part.kind,
+                shape=tuple(site.shape) if site is not None else (),
+                plugin=part.owner,
+                params=0 if part.kind == "base" else sum(t.numel() for t in tensors),
+                bytes=sum(t.nbytes for t in tensors),
+            )
+        )
+    saved = 0
+    for member in members:
+        if not member.implements("compress"):
+            continue
+        for site, size in member.plugin.planned(stack.view(member.id)):
+            parameter = site.module._parameters.get(site.parameter)
+            saved += (0 if parameter is None else parameter.nbytes) - size
+            rows.append(
+                TouchedModule(path=site.path, role=site.role, shape=site.shape, plugin=member.id, bytes=size)
+            )
+    return rows, saved
+
+
+def _reads(pipeline: Pipeline, kind: str) -> tuple[str, ...]:
+    data = pipeline.data
+    sources = {
+        "prepare": [data.train],
+        "train": [data.train],
+        "compress": [data.calibration or data.train],
+        "evaluate": [data.eval],
+    }.get(kind, [])
+    found = [source.path for source in sources if source is not None]
+    if kind == "evaluate":
+        found += [m.options.path for m in pipeline.evaluate if m.options.path is not None]
+    return tuple(str(Path(p)) if not p.startswith("peftx:") else p for p in found)

@@ -1,0 +1,174 @@
+"""Finds plugins through entry points, by name, importing only what is asked for.
+
+`names`, `entries` and `describe` read distribution metadata alone (milliseconds for hundreds of plugins, no torch);
+`load` imports one plugin's module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from peftx.errors import RegistryError, nearest
+
+if TYPE_CHECKING:
+    from peftx.plugin import Plugin, PluginConfig
+
+GROUP = "peftx.plugins"
+DISABLE_VARIABLE = "PEFTX_DISABLE_PLUGINS"
+_KNOWN_HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plugin as its distribution's metadata tells it; nothing is imported."""
+
+    name: str
+    distribution: str
+    version: str
+    summary: str
+    hooks: tuple[str, ...]
+    paper: str
+    """`arXiv:2106.09685`, or an empty string."""
+    tier: str
+    family: str
+    point: EntryPoint
+    requires: tuple[str, ...] = ()
+    """Requirements as the distribution states them: `peftx>=0.1,<0.2`."""
+
+    @property
+    def url(self) -> str:
+        return self.paper.replace("arXiv:", "https://arxiv.org/abs/") if self.paper else ""
+
+
+class Registry:
+    """The installed plugins. Implements `peftx_spec`'s `Catalogue`.
+
+    Args:
+        points: entry points to use; those of the environment if left out.
+        disabled: names that count as not there; `PEFTX_DISABLE_PLUGINS=a,b` if left out.
+    """
+
+    def __init__(
+        self, points: Iterable[EntryPoint] | None = None, *, disabled: Iterable[str] | None = None
+    ) -> None:
+        self._points = list(entry_points(group=GROUP) if points is None else points)
+        names = os.environ.get(DISABLE_VARIABLE, "").split(",") if disabled is None else disabled
+        self.disabled = frozenset(name.strip() for name in names if name.strip())
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in self._points:
+            others = found.setdefault(point.name, [])
+            if all((o.value, _distribution(o)) != (point.value, _distribution(point)) for o in others):
+                others.append(point)
+        return dict(sorted(found.items()))
+
+    def names(self) -> list[str]:
+        """All installed names, sorted; disabled ones left out."""
+        return [name for name in self._by_name if name not in self.disabled]
+
+    def install_hint(self, name: str) -> str:
+        return f"pip install peftx-{name}"
+
+    def point(self, name: str) -> EntryPoint:
+        """The entry point of `name`.
+
+        Raises:
+            RegistryError: unknown, disabled, or claimed by two distributions.
+        """
+        if name in self.disabled:
+            raise RegistryError(
+                f"plugin '{name}' is disabled by {DISABLE_VARIABLE}",
+                hint=f"remove it from {DISABLE_VARIABLE}",
+            )
+        points = self._by_name.get(name)
+        if not points:
+            near = nearest(name, self.names())
+            hint = f"{near} " if near else ""
+            raise RegistryError(
+                f"no plugin named '{name}' is installed",
+                hint=f"{hint}(installed: {', '.join(self.names()) or 'none'}); else: {self.install_hint(name)}",
+            )
+        if len(points) > 1:
+            owners = " and ".join(f"'{_distribution(p)}'" for p in points)
+            raise RegistryError(
+                f"the name '{name}' is claimed by two distributions: {owners}",
+                hint=f"pip uninstall {_distribution(points[1])}",
+            )
+        return points[0]
+
+    def describe(self, name: str) -> Entry:
+        """Metadata of one plugin, without importing it."""
+        point = self.point(name)
+        if point.dist is None:
+            return Entry(name, "", "", "", (), "", "", "", point)
+        metadata = point.dist.metadata  # parsed anew at each access
+        words = [
+            w.strip() for w in ",".join(metadata.get_all("Keywords") or ()).replace("\n", ",").split(",")
+        ]
+        return Entry(
+            name=name,
+            distribution=metadata["Name"],
+            version=metadata["Version"],
+            summary="".join(metadata.get_all("Summary") or ()),
+            hooks=tuple(hook for hook in _KNOWN_HOOKS if hook in words),
+            paper=next((w for w in words if w.lower().startswith("arxiv:")), ""),
+            tier=next((w.removeprefix("tier:") for w in words if w.startswith("tier:")), ""),
+            family=next((w.removeprefix("family:") for w in words if w.startswith("family:")), ""),
+            point=point,
+            requires=tuple(metadata.get_all("Requires-Dist") or ()),
+        )
+
+    def entries(self) -> list[Entry]:
+        """Metadata of all plugins whose name is claimed once."""
+        return [self.describe(name) for name in self.names() if len(self._by_name[name]) == 1]
+
+    def clashes(self) -> dict[str, list[str]]:
+        """Names claimed more than once, with the distributions that claim them."""
+        return {n: [_distribution(p) for p in ps] for n, ps in self._by_name.items() if len(ps) > 1}
+
+    def load(self, name: str) -> type[Plugin]:
+        """Import one plugin's class.
+
+        Raises:
+            RegistryError: as `point`, and when the module does not import or is no plugin; names the reason.
+        """
+        from peftx.plugin import Plugin
+
+        point = self.point(name)
+        try:
+            found = point.load()
+        except (
+            Exception
+        ) as error:  # whatever a stranger's module raises: reported with its reason, never skipped
+            raise RegistryError(
+                f"plugin '{name}' ({_distribution(point)}, {point.value}) does not import: "
+                f"{type(error).__name__}: {error}",
+                hint=f"pip install --upgrade {_distribution(point)}, or disable it: {DISABLE_VARIABLE}={name}",
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, Plugin)):
+            raise RegistryError(f"plugin '{name}': {point.value} is no subclass of peftx.Plugin")
+        return found
+
+    def config(self, name: str) -> type[PluginConfig]:
+        return self.load(name).Config
+
+    def hooks(self, name: str) -> frozenset[str]:
+        from peftx.hooks import hooks_of
+
+        return hooks_of(self.load(name))
+
+    def name_of(self, plugin: type[Plugin]) -> str | None:
+        """The entry-point name of a plugin class; None for a class that no distribution publishes."""
+        value = f"{plugin.__module__}:{plugin.__qualname__}"
+        return next((n for n, points in self._by_name.items() if any(p.value == value for p in points)), None)
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "unknown"

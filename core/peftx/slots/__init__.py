@@ -1,0 +1,36 @@
+"""Slots: where deltas stand on a model. See `carrier` for the mechanism and `delta` for what is attached."""
+
+from __future__ import annotations
+
+from peftx.slots.carrier import (
+    Entry,
+    attach,
+    bake,
+    base_class,
+    detach,
+    enable,
+    kind_of,
+    merge,
+    slot_of,
+    unmerge,
+)
+from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
+from peftx.slots.rows import Rows
+
+__all__ = [
+    "Delta",
+    "Entry",
+    "LowRank",
+    "Rows",
+    "add_low_rank",
+    "attach",
+    "bake",
+    "base_class",
+    "detach",
+    "dropout_linear",
+    "enable",
+    "kind_of",
+    "merge",
+    "slot_of",
+    "unmerge",
+]

@@ -1,0 +1,541 @@
+"""The object that users hold: an ordered list of configured plugins on one plain `transformers` model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from peftx.anatomy import Anatomy, ModelView
+from peftx.conflicts import Member, check
+from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, RegistryError, nearest
+from peftx.hooks import HOOKS, HookSpecs, hooks_of
+from peftx.ledger import Ledger
+from peftx.models import fingerprint, load_model
+from peftx.plugin import PROJECT, Claim, Plugin, hookimpl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftx.data import TrainingData
+    from peftx.decoding import Generation
+    from peftx.evaluation import Score
+    from peftx.serving import Server
+    from peftx.training import TrainStep
+    from peftx.training.run import Progress, TrainingReport
+
+_FOLDED = ("inject", "compress", "prepare_data", "serve", "evaluate")
+"""Hooks that run plugin by plugin; wrappers make no sense there."""
+
+
+class _Manager(pluggy.PluginManager):
+    """Refuses what would break "order of the spec = order of effect"."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        if getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None) is None:
+            return None  # most attributes; the manager's own look at each is slow
+        options: Any = super().parse_hookimpl_opts(plugin, name)
+        who = f"{type(plugin).__name__}.{name}"
+        if options.get("tryfirst") or options.get("trylast"):
+            raise PluginError(
+                f"{who}: tryfirst and trylast are refused", hint="the order of the stack decides"
+            )
+        if name in _FOLDED and (options.get("wrapper") or options.get("hookwrapper")):
+            raise PluginError(f"{who}: only train_step and decode take wrappers")
+        return options
+
+
+class Stack:
+    """Plugins on one model. Building it injects all of them, so that `stack.model` is ready to train or run.
+
+    Args:
+        model: `peftx:tiny`, a local folder, a hub id, or a `transformers` model that you made yourself.
+        plugins: in the order of effect; `("name", plugin)` gives one an id of its own (needed when a class stands
+            twice). Ids are the plugins' entry-point names.
+        tokenizer: for a model of your own. seed: of the plugins' first values.
+        dtype, device, trust_remote_code: for a model that is loaded here.
+
+    Raises:
+        ConflictError: two plugins that cannot stand together, or not in this order; nothing is built then.
+        PluginError: a plugin's hook failed; names the plugin and the hook.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        plugins: Sequence[Plugin | tuple[str, Plugin] | Member] = (),
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+        dtype: str = "float32",
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        inject: bool = True,
+    ) -> None:
+        self.members = _members(plugins)
+        check(self.members)
+        self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in self.members}
+        self._manager = _register(self.members)
+        self.seed = seed
+        self.base_id = (
+            model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
+        )
+        if isinstance(model, str):
+            model, found = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = tokenizer or found
+        self.model: PreTrainedModel = model
+        self._tokenizer = tokenizer
+        self.anatomy = Anatomy(model)
+        self.ledger = Ledger(model)
+        self.base_fingerprint = None if any(p.is_meta for p in model.parameters()) else fingerprint(model)
+        self.trained_steps = 0
+        self.scores: dict[str, Score] = {}
+        self.folded: set[str] = set()
+        self.injected: set[str] = set()
+        self.compressed: set[str] = set()
+        self._frozen: set[str] = set()
+        self.disabled_ids: set[str] = set()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if inject:
+            self.inject()
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises PeftxError if the model came without one."""
+        if self._tokenizer is None:
+            raise PeftxError("this stack has no tokenizer", hint="Stack(model, plugins, tokenizer=...)")
+        return self._tokenizer
+
+    def member(self, id: str) -> Member:
+        for member in self.members:
+            if member.id == id:
+                return member
+        raise PeftxError(
+            f"no plugin '{id}' in this stack",
+            hint=nearest(id, self.plugins) or f"its plugins: {', '.join(self.plugins)}",
+        )
+
+    def view(self, id: str, *, restoring: bool = False) -> ModelView:
+        """The model as plugin `id` may change it."""
+        rank = [member.id for member in self.members].index(self.member(id).id)
+        return ModelView(self.anatomy, self.ledger, id, rank, restoring=restoring)
+
+    def _implementers(self, hook: str, ids: Iterable[str] | None = None) -> list[Member]:
+        wanted = None if ids is None else {self.member(id).id for id in ids}
+        return [m for m in self.members if m.implements(hook) and (wanted is None or m.id in wanted)]
+
+    def _caller(self, hook: str) -> Any:
+        """The hook without the plugins that are switched off."""
+        if not self.disabled_ids:
+            return getattr(self._manager.hook, hook)
+        return self._manager.subset_hook_caller(hook, [self.plugins[name] for name in self.disabled_ids])
+
+    def _call(self, member: Member, hook: str, **arguments: Any) -> Any:
+        """Run one plugin's plain hook; a failure names the plugin, the hook and the place in the spec."""
+        function = getattr(member.plugin, hook)
+        taken = {name: arguments[name] for name in inspect.signature(function).parameters}
+        try:
+            return function(**taken)
+        except PeftxError as error:
+            if error.message.startswith((member.id, f"'{member.id}'")):
+                raise
+            place = f" ({member.where})" if member.where else ""
+            raise type(error)(f"{member.id}: {hook}{place}: {error.message}", hint=error.hint) from error
+        except Exception as error:
+            place = f" at {member.where}" if member.where else ""
+            raise PluginError(
+                f"plugin '{member.id}'{place} failed in {hook}: {type(error).__name__}: {error}"
+            ) from error
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def inject(self, ids: Iterable[str] | None = None, *, restoring: bool = False) -> None:
+        """Run the `inject` hooks (all, or of these ids) that have not run yet."""
+        for member in self._implementers("inject", ids):
+            if member.id in self.injected or member.id in self.folded:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed_of(self.seed, member.id))
+                try:
+                    self._call(member, "inject", model=self.view(member.id, restoring=restoring), stack=self)
+                except Exception:
+                    self.ledger.remove(member.id)  # half of a plugin is worse than none
+                    raise
+            self.injected.add(member.id)
+        self._set_trainable()
+
+    def _set_trainable(self) -> None:
+        for id in self.plugins:
+            for parameter in self.ledger.parameters(id):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(id not in self._frozen and id not in self.folded)
+
+    def freeze(self, *ids: str) -> None:
+        """Stop training these plugins' parameters (all without arguments); they stay in effect."""
+        self._frozen |= {self.member(id).id for id in ids} or set(self.plugins)
+        self._set_trainable()
+
+    def unfreeze(self, *ids: str) -> None:
+        self._frozen -= {self.member(id).id for id in ids} or set(self.plugins)
+        self._set_trainable()
+
+    def remove(self, id: str) -> None:
+        """Take a plugin away; the base's own tensors come back, bit for bit."""
+        member = self.member(id)
+        self.ledger.remove(id)
+        self.members = [m for m in self.members if m is not member]
+        del self.plugins[id]
+        self._manager.unregister(member.plugin)
+        self.injected.discard(id)
+        self.compressed.discard(id)
+        self.anatomy = Anatomy(self.model)
+
+    @contextmanager
+    def disabled(self, *ids: str) -> Iterator[None]:
+        """Run with these plugins switched off (all without arguments)."""
+        chosen = [self.member(id).id for id in ids] or list(self.plugins)
+        done: list[str] = []
+        try:
+            for id in chosen:
+                self.ledger.switch(id, False)
+                self.disabled_ids.add(id)
+                done.append(id)
+            yield
+        finally:
+            for id in done:
+                self.ledger.switch(id, True)
+                self.disabled_ids.discard(id)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def merge(self, *ids: str, keep: bool = True) -> None:
+        """Fold deltas into the weights (of all mergeable plugins without arguments).
+
+        Args:
+            keep: keep the untouched weights too, so that `unmerge` is bit-exact in every dtype; with False the plugin
+                is folded for good.
+
+        Raises:
+            MergeError: a plugin whose effect does not fold, or a quantized base; nothing is changed then.
+        """
+        chosen = [self.member(id).id for id in ids] or [
+            m.id for m in self.members if m.plugin.claims and Claim.MERGEABLE in m.plugin.claims
+        ]
+        for name in chosen:
+            if Claim.MERGEABLE not in self.plugins[name].claims:
+                kind = type(self.plugins[name]).__name__
+                raise MergeError(f"'{name}' cannot be merged: {kind} does not fold into the weights")
+        if not keep:
+            for name in chosen:
+                self.ledger.fold(name)
+                self.folded.add(name)
+            self._set_trainable()
+            return
+        from peftx.slots import merge, unmerge
+
+        places: dict[int, nn.Module] = {}
+        for name in chosen:
+            for part in self.ledger.of(name):
+                if part.kind == "delta" and part.place is not None:
+                    places[id(part.place)] = part.place
+        done = []
+        try:
+            for place in places.values():
+                merge(place, set(chosen))
+                done.append(place)
+        except PeftxError:
+            for place in done:
+                unmerge(place)
+            raise
+
+    def unmerge(self) -> None:
+        """Bring back the weights from before `merge`, the very same bits."""
+        from peftx.slots import unmerge
+
+        for part in self.ledger.parts:
+            if part.kind == "delta" and part.place is not None:
+                unmerge(part.place)
+
+    def trainable_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def plugin_parameters(self, id: str) -> int:
+        """How many numbers plugin `id` holds."""
+        return sum(t.numel() for t in self.ledger.tensors(self.member(id).id).values())
+
+    def base_parameters(self) -> int:
+        """Numbers in the base model, each tied tensor once, quantized ones at their full count."""
+        added = [part for part in self.ledger.parts if part.kind != "base"]
+        own = {id(tensor) for part in added for tensor in part.tensors().values()}
+        count = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        replaced = (part.geometry for part in self.ledger.parts if part.kind == "replaced")
+        return count + sum(int(g["in_features"]) * int(g["out_features"]) for g in replaced)
+
+    # -- data and training -------------------------------------------------------------------------------------
+
+    def prepare(self, data: TrainingData, ids: Iterable[str] | None = None) -> TrainingData:
+        """Run the `prepare_data` hooks over the data, in order."""
+        for member in self._implementers("prepare_data", ids):
+            self._call(member, "prepare_data", data=data, stack=self)
+            if data.train is not None and len(data.train) == 0:
+                raise DataError(
+                    f"'{member.id}': no rows are left to train on", hint="it got none, or dropped them all"
+                )
+        return data
+
+    def run_train_step(self, step: TrainStep) -> Tensor:
+        """Run the `train_step` hooks on one micro-batch; returns the loss (0-d, detached)."""
+        loss = self._caller("train_step")(step=step)
+        if loss is None:
+            raise PluginError("train_step: a wrapper returned nothing", hint="return what its `yield` gave")
+        step.finish()
+        return loss.detach()
+
+    def train_step(self, batch: dict[str, Any], *, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+        """One step of a loop of your own: gradients are left in `.grad`, or `optimizer` steps and clears them.
+
+        Args:
+            batch: the model's keyword arguments, with labels.
+
+        Returns:
+            The loss, 0-d, detached.
+        """
+        from peftx.training.step import TrainStep
+
+        rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
+        step = TrainStep(self, batch, index=self.trained_steps, learning_rate=rate)
+        loss = self.run_train_step(step)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+            self.trained_steps += 1
+        return loss
+
+    def train(
+        self,
+        data: str | Path | Sequence[dict[str, Any]] | TrainingData,
+        *,
+        output: str | Path | None = None,
+        resume: bool | str | Path = False,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> TrainingReport:
+        """Train what the plugins declared.
+
+        Args:
+            data: a file, rows, or prepared `TrainingData`.
+            output: folder for checkpoints. resume: from the last checkpoint in `output`, or from this one.
+            progress: called with (steps done, steps planned, loss terms).
+            options: fields of the spec's `train:` section: steps, batch_size, learning_rate, ...
+
+        Raises:
+            DataError: bad data. PeftxError: an unknown option, or nothing to train.
+        """
+        from peftx.training.run import train
+
+        return train(self, data, output=output, resume=resume, progress=progress, options=options)
+
+    # -- compression ---------------------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        data: str | Path | Sequence[str] | None = None,
+        ids: Iterable[str] | None = None,
+        *,
+        samples: int = 32,
+        length: int = 256,
+    ) -> None:
+        """Run the `compress` hooks (all, or of these ids) that have not run yet.
+
+        Args:
+            data: calibration text: a file, or texts; needed where a plugin claims `needs-calibration`.
+            samples, length: at most so many sequences of so many tokens.
+
+        Raises:
+            MergeError: a plugin starts from merged weights, and another one does not fold.
+        """
+        from peftx.compression.batches import calibration
+
+        todo = [m for m in self._implementers("compress", ids) if m.id not in self.compressed]
+        if not todo:
+            raise PeftxError("no plugin of this stack compresses", hint="add one, for example prefixquant")
+        batches = calibration(self, data, samples=samples, length=length)
+        for member in todo:
+            if member.claims(Claim.NEEDS_CALIBRATION) and not batches.batches:
+                raise PeftxError(
+                    f"'{member.id}' needs calibration data", hint='stack.compress("calibration.txt")'
+                )
+            if member.claims(Claim.FOLDS_PREVIOUS):
+                self._fold_before(member)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed_of(self.seed, member.id))
+                self.model.eval()
+                self._call(
+                    member, "compress", model=self.view(member.id), calibration=batches, stack=self
+                )  # fmt: skip
+            self.compressed.add(member.id)
+            self.anatomy = Anatomy(self.model)
+        self._set_trainable()
+
+    def _fold_before(self, member: Member) -> None:
+        for other in self.members[: self.members.index(member)]:
+            if Claim.MERGEABLE in other.plugin.claims and self.ledger.of(other.id):
+                self.merge(other.id, keep=False)
+
+    # -- generation and evaluation -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continue one prompt (or several) through the `decode` hooks.
+
+        Args:
+            options: fields of `transformers.GenerationConfig`: do_sample, temperature, top_p, num_beams, ...
+
+        Returns:
+            The new text, or a list of texts for a list of prompts.
+        """
+        from peftx.decoding.text import generate
+
+        texts, _ = generate(
+            self, [prompt] if isinstance(prompt, str) else list(prompt), max_new_tokens, seed, options
+        )
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def decode(self, request: Generation) -> Tensor:
+        """Run one request through the `decode` hooks; ends in `model.generate` unless a plugin replaces the loop."""
+        with torch.no_grad():
+            ids = self._caller("decode")(request=request)
+        if ids is None:
+            raise PluginError("decode: a wrapper returned nothing", hint="return what its `yield` gave")
+        return ids
+
+    def serve(self, server: Server) -> None:
+        """Run the `serve` hooks on a server that is about to start; see `peftx.serving`."""
+        for member in self._implementers("serve"):
+            self._call(member, "serve", server=server)
+
+    def evaluate(
+        self, data: Any = None, *, metrics: Sequence[str] = ("perplexity",), **options: Any
+    ) -> dict[str, Score]:
+        """Measure; see `peftx.evaluation.run`.
+
+        Args:
+            data: a file, texts or rows. metrics: `perplexity`, `accuracy`, `exact-match`, or ids of plugins.
+        """
+        from peftx.evaluation.run import evaluate
+
+        return evaluate(self, data, metrics=metrics, options=options)
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a bundle: everything that `peftx.load` needs to rebuild this stack bit for bit."""
+        from peftx.bundle import save
+
+        return save(self, Path(path))
+
+    def export(self, path: str | Path) -> Path:
+        """Write a plain `transformers` checkpoint of the merged model, for vLLM, lm-eval and `from_pretrained`.
+
+        Raises:
+            MergeError: a plugin whose effect does not fold into the weights.
+        """
+        from peftx.bundle import export
+
+        return export(self, Path(path))
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{id}={plugin!r}" for id, plugin in self.plugins.items())
+        return f"Stack({self.base_id}, [{names}], trains {self.trainable_parameters():,})"
+
+
+def default_id(plugin: type[Plugin]) -> str:
+    """`peftx_p_tuning_v2:PTuningV2` -> `p-tuning-v2`, the name under which the package publishes it; a class that
+    stands in no plugin package goes by its own name."""
+    module = plugin.__module__.split(".")[0]
+    if module.startswith("peftx_"):
+        return module.removeprefix("peftx_").replace("_", "-")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", plugin.__name__).lower()
+
+
+def _members(plugins: Sequence[Plugin | tuple[str, Plugin] | Member]) -> list[Member]:
+    members: list[Member] = []
+    for item in plugins:
+        if isinstance(item, Member):
+            member = item
+        elif isinstance(item, tuple):
+            member = Member(*item)
+        else:
+            member = Member(default_id(type(item)), item)
+        plugin: object = member.plugin
+        if not isinstance(plugin, Plugin):
+            kind = type(member.plugin).__name__
+            raise PluginError(
+                f"'{member.id}' is a {kind}, not a plugin", hint="an instance of a peftx.Plugin subclass"
+            )
+        if any(other.id == member.id for other in members):
+            raise ConflictError(
+                f"'{member.id}' stands twice in the stack", hint=f"give one an id: ('{member.id}-2', ...)"
+            )
+        if any(other.plugin is member.plugin for other in members):
+            raise ConflictError(
+                f"one plugin object stands twice, as '{member.id}' too", hint="make two objects"
+            )
+        if not hooks_of(member.plugin):
+            raise RegistryError(f"'{member.id}' implements no hook", hint=f"hooks: {', '.join(HOOKS)}")
+        members.append(member)
+    return members
+
+
+class _Defaults:
+    """What runs inside all wrappers where no plugin replaces it: registered first, so it answers last."""
+
+    @hookimpl
+    def train_step(self, step: TrainStep) -> Tensor:
+        from peftx.training.step import default_step
+
+        return default_step(step)
+
+    @hookimpl
+    def decode(self, request: Generation) -> Tensor:
+        return request.run_default()
+
+
+def _register(members: Sequence[Member]) -> pluggy.PluginManager:
+    """A manager of this stack's own; reversed, since pluggy calls the last registered first."""
+    manager = _Manager(PROJECT)
+    manager.add_hookspecs(HookSpecs)
+    manager.register(_Defaults(), name=PROJECT)
+    for member in reversed(members):
+        try:
+            manager.register(member.plugin, name=member.id)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin '{member.id}': {error}") from error
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(str(error), hint=f"hooks: {', '.join(HOOKS)}") from error
+    return manager
+
+
+def _seed_of(seed: int, id: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,120 @@
+"""Right after `inject`."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import torch
+
+from peftx.anatomy.site import LINEAR_KINDS
+from peftx.attention import AttentionEdit
+from peftx.plugin import Claim
+from peftx.stack import Stack
+from peftx.testing.case import Case, assert_equal, assert_same_tensors, difference
+from peftx.testing.checks.check import changes_model, check, injects
+from peftx.testing.subject import TEXT, Subject
+
+
+def _may_change(subject: Subject) -> bool:
+    return injects(subject) and not subject.claims(Claim.IDENTITY_AT_START)
+
+
+@check(when=injects)
+def check_same_under_a_seed(case: Case) -> None:
+    """Two stacks of one seed hold the same tensors, whatever the global generators did in between."""
+    first = case.stack()
+    torch.rand(5), random.random(), numpy.random.rand()  # noqa: NPY002  the global one is what must not matter
+    second = case.stack()
+    expected = {name: t.detach() for name, t in first.ledger.tensors(case.id).items()}
+    found = {name: t.detach() for name, t in second.ledger.tensors(case.id).items()}
+    assert_same_tensors(found, expected, "two builds with seed 0")
+
+
+@check(when=lambda subject: subject.claims(Claim.IDENTITY_AT_START))
+def check_identity_at_start(case: Case) -> None:
+    """The model computes exactly what it computed before, with padding too."""
+    assert_equal(case.output(case.stack()), case.base_output(), "logits after inject and of the base")
+    if case.arch in TEXT:
+        padded = case.output(case.stack(), padding=case.padding)
+        assert_equal(
+            padded, case.base_output(padding=case.padding), "padded logits after inject and of the base"
+        )
+
+
+@check(on="first", when=_may_change)
+def check_identity_not_hidden(case: Case) -> None:
+    """A plugin that does not claim identity at start changes the output, or else should claim it."""
+    stack = case.stack()
+    if _visible(stack):
+        changed = difference(case.output(stack), case.base_output())
+        assert changed > 0, (
+            f"the output is the base's to the bit, and {Claim.IDENTITY_AT_START} is not claimed"
+        )
+
+
+@check(when=injects)
+def check_only_declared_parameters_train(case: Case) -> None:
+    """What requires a gradient is what the plugin's parts hold: no more, no less."""
+    stack = case.stack()
+    declared = {id(p) for p in stack.ledger.parameters(case.id) if p.is_floating_point()}
+    names = {id(p): name for name, p in stack.model.named_parameters()}
+    training = {id(p) for p in stack.model.parameters() if p.requires_grad}
+    undeclared = sorted(names[i] for i in training - declared)
+    lost = sorted(names.get(i, "outside the model") for i in declared - training)
+    assert not undeclared, f"{len(undeclared)} parameters train that no part holds, first {undeclared[0]}"
+    assert not lost, f"{len(lost)} declared parameters do not train, first {lost[0]}"
+
+
+@check(when=changes_model)
+def check_effects_match_claims(case: Case) -> None:
+    """What the plugin does to the model is what it claims."""
+    stack = case.stack()
+    subject = case.subject
+    effects = _effects(stack)
+    for claim in (Claim.TRAINS_BASE, Claim.VIRTUAL_TOKENS, Claim.REPLACES_ATTENTION):
+        assert not (claim in effects and not subject.claims(claim)), f"shows {claim}, and does not claim it"
+    beside = Claim.BESIDE_WEIGHTS
+    if subject.claims(beside):
+        assert beside in effects, f"claims {beside}, and attaches to {_linear_places(stack)[0]}"
+    elif not subject.implements("compress") and not subject.claims(Claim.TRAINS_BASE) and _visible(stack):
+        assert beside not in effects, f"attaches nothing to a linear layer, and does not claim {beside}"
+    case.compress(stack)
+    effects |= _effects(stack)
+    for claim in (Claim.TRAINS_BASE, Claim.VIRTUAL_TOKENS, Claim.REPLACES_ATTENTION, Claim.QUANTIZES):
+        assert not (subject.claims(claim) and claim not in effects), f"claims {claim}, and does not show it"
+
+
+def _visible(stack: Stack) -> bool:
+    """Does anything stand on the model; modules that a plugin only keeps do not."""
+    return any(part.kind != "free" for part in stack.ledger.parts)
+
+
+def _linear_places(stack: Stack) -> list[str]:
+    linear = {s.path for s in stack.anatomy.sites if s.kind in LINEAR_KINDS}
+    return [part.path for part in stack.ledger.parts if part.kind == "delta" and part.path in linear]
+
+
+def _effects(stack: Stack) -> set[Claim]:
+    parts = stack.ledger.parts
+    found = set()
+    if any(part.kind == "base" for part in parts):
+        found.add(Claim.TRAINS_BASE)
+    if any(part.kind == "prompt" for part in parts):
+        found.add(Claim.VIRTUAL_TOKENS)
+    if any(isinstance(part.module, AttentionEdit) and part.module.replaces() for part in parts):
+        found.add(Claim.REPLACES_ATTENTION)
+    if any(not t.is_floating_point() for p in parts if p.kind == "replaced" for t in p.tensors().values()):
+        found.add(Claim.QUANTIZES)
+    if not _linear_places(stack):
+        found.add(Claim.BESIDE_WEIGHTS)
+    return found
+
+
+CHECKS = (
+    check_same_under_a_seed,
+    check_identity_at_start,
+    check_identity_not_hidden,
+    check_only_declared_parameters_train,
+    check_effects_match_claims,
+)

@@ -1,0 +1,85 @@
+"""The `prepare_data` hook."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import torch
+
+from peftx.data import FORMATS, TrainingData, tokenize_dataset
+from peftx.errors import DataError
+from peftx.stack import Stack
+from peftx.testing.case import Case, error_of
+from peftx.testing.checks.check import check
+from peftx.testing.subject import Subject
+from peftx.training.run import as_training_data
+
+
+def _prepares(subject: Subject) -> bool:
+    return subject.implements("prepare_data")
+
+
+def _data(case: Case, stack: Stack, rows: list[Any]) -> TrainingData:
+    return as_training_data(stack, rows, seed=0, max_length=96)
+
+
+@check(on="first", when=_prepares)
+def check_data_repeats_under_a_seed(case: Case) -> None:
+    """The same rows and seed give the same rows, whatever the global generators did in between."""
+    results = []
+    for _ in range(2):
+        stack = case.stack()
+        data = stack.prepare(_data(case, stack, list(case.subject.rows)))
+        assert data.train is not None, "the rows to train on are gone"
+        results.append((data.format, data.train.column_names, data.train.to_list()))
+        torch.rand(3), random.random(), numpy.random.rand()  # noqa: NPY002  must not matter
+    assert results[0] == results[1], _first_difference(results[0][2], results[1][2])
+
+
+def _first_difference(one: list[Any], other: list[Any]) -> str:
+    if len(one) != len(other):
+        return f"two runs with seed 0 give {len(one)} and {len(other)} rows"
+    index = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+    return (
+        f"two runs with seed 0 differ in row {index}: {one[index or 0]!r:.100} and {other[index or 0]!r:.100}"
+    )
+
+
+@check(on="first", when=_prepares)
+def check_rows_fit_their_format(case: Case) -> None:
+    """What comes out is rows of the format that the data names, and can be tokenized."""
+    stack = case.stack()
+    data = stack.prepare(_data(case, stack, list(case.subject.rows)))
+    assert data.train is not None, "the rows to train on are gone"
+    known = (*FORMATS, "tokenized")
+    assert data.format in known, f"format '{data.format}' is none of {', '.join(known)}"
+    needed = {"tokenized": ("input_ids", "labels"), "preference": ("prompt", "chosen", "rejected")}.get(
+        data.format, ()
+    )
+    missing = [name for name in needed if name not in data.train.column_names]
+    assert not missing, (
+        f"rows of format '{data.format}' lack {', '.join(missing)}; they have {data.train.column_names}"
+    )
+    if data.format != "preference":
+        tokenizer = data.tokenizer
+        try:
+            tokenize_dataset(data.train, tokenizer, format=data.format, max_length=data.max_length)
+        except (DataError, KeyError) as error:
+            raise AssertionError(f"rows of format '{data.format}' cannot be tokenized: {error}") from error
+
+
+@check(on="first", when=_prepares)
+def check_empty_data_is_refused(case: Case) -> None:
+    """No rows at all are a `DataError`."""
+    stack = case.stack()
+    data = _data(case, stack, list(case.subject.rows))
+    assert data.train is not None
+    data.train = data.train.select([])
+    error = error_of(DataError, lambda: stack.prepare(data))
+    assert error is not None, "an empty data set went through"
+    assert case.id in str(error), f"the message does not name '{case.id}': {error}"
+
+
+CHECKS = (check_data_repeats_under_a_seed, check_rows_fit_their_format, check_empty_data_is_refused)

@@ -1,0 +1,54 @@
+"""Padding and neighbours in a batch do not show in a row's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftx.plugin import Claim
+from peftx.testing.case import Case, assert_close, inputs_for, output
+from peftx.testing.checks.check import changes_model, check
+from peftx.testing.subject import TEXT
+
+
+def tolerance(case: Case) -> float:
+    """Relative to the largest logit. Rounding of activations turns the last bit of a sum into a whole step."""
+    return 5e-2 if case.subject.claims(Claim.QUANTIZES) else 1e-4
+
+
+@check(on="text", when=changes_model)
+def check_padding_is_invisible(case: Case) -> None:
+    """A padded row computes what it computes alone and without pads."""
+    model = case.finished().model
+    inputs = inputs_for(model, padding=case.padding)
+    together = output(model, inputs)
+    row = len(together) - 1  # the last one is padded most
+    real = inputs["attention_mask"][row].bool()
+    alone: dict[str, Tensor] = {"input_ids": inputs["input_ids"][row, real][None]}
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+    if "decoder_input_ids" in inputs:
+        alone["decoder_input_ids"] = inputs["decoder_input_ids"][row][None]
+        expected, found = output(model, alone)[0], together[row]
+    else:
+        expected, found = output(model, alone)[0], together[row, real]
+    assert_close(found, expected, tolerance(case), f"row {row} padded on the {case.padding} and alone")
+
+
+@check(when=changes_model)
+def check_batch_is_invisible(case: Case) -> None:
+    """A row computes in a batch what it computes alone."""
+    model = case.finished().model
+    inputs = inputs_for(model)
+    together = output(model, inputs)
+    if (
+        case.arch not in TEXT and together.shape[0] == together.shape[-1]
+    ):  # CLIP scores each text against each image
+        together, rows = together.diagonal()[:, None], len(together)
+    else:
+        rows = len(together)
+    for row in range(rows):
+        alone = output(model, {name: x[row : row + 1] for name, x in inputs.items()})
+        assert_close(together[row], alone[0], tolerance(case), f"row {row} in a batch of {rows} and alone")
+
+
+CHECKS = (check_padding_is_invisible, check_batch_is_invisible)

@@ -1,0 +1,50 @@
+"""The package as a stranger gets it."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from pathlib import Path
+
+from peftx.testing.case import Case
+from peftx.testing.checks.check import check
+from peftx.testing.fresh import fresh_process
+from peftx.testing.subject import Subject
+
+_SECONDS = 2.0
+
+
+@check(on="package")
+def check_imports_quickly(case: Case) -> None:
+    """The module imports in a fresh process without a warning, in two seconds of processor time beside torch."""
+    report = fresh_process(case.subject, (*case.subject.models, "")[0])
+    assert report.import_error is None, report.import_error
+    assert report.import_seconds <= _SECONDS, (
+        f"importing takes {report.import_seconds:.1f} s, allowed {_SECONDS} s"
+    )
+
+
+def _source_tree(subject: Subject) -> Path | None:
+    file = Path(inspect.getfile(subject.plugin))
+    folder = file.parent if file.name != "__init__.py" else file.parent.parent
+    return folder.parent if folder.name == "src" else None
+
+
+@check(on="package", when=lambda subject: _source_tree(subject) is not None)
+def check_package_is_whole(case: Case) -> None:
+    """In a source tree: README, and a pyproject whose entry point and keywords agree with the class."""
+    root = _source_tree(case.subject)
+    assert root is not None
+    assert (root / "README.md").exists(), f"{root} has no README.md"
+    assert (root / "pyproject.toml").exists(), f"{root} has no pyproject.toml"
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = project.get("entry-points", {}).get("peftx.plugins", {})
+    plugin = case.subject.plugin
+    value = f"{plugin.__module__}:{plugin.__qualname__}"
+    assert value in points.values(), f"no entry point of peftx.plugins is {value}: {points}"
+    words = set(project.get("keywords", []))
+    silent = sorted(case.subject.hooks - words)
+    assert not silent, f"keywords of pyproject.toml lack the hooks {', '.join(silent)}"
+
+
+CHECKS = (check_imports_quickly, check_package_is_whole)

@@ -1,0 +1,52 @@
+"""Where the plugin does not work, it says so."""
+
+from __future__ import annotations
+
+from peftx.errors import PeftxError
+from peftx.testing.case import Case, crashed
+from peftx.testing.checks.check import changes_model, check
+from peftx.testing.checks.decoding import decoded
+from peftx.testing.subject import GENERATIVE
+
+
+def _use(case: Case) -> None:
+    """Everything that the plugin does, once."""
+    stack = case.training_stack() if case.subject.implements("train_step") else case.stack()
+    if not stack.trainable_parameters() or case.subject.implements("compress"):
+        case.compress(stack)
+    else:
+        case.train(stack, 1)
+    found = case.output(stack)
+    assert bool(found.isfinite().all()), "some logits are not finite"
+    if case.subject.implements("decode") and case.arch in GENERATIVE:
+        decoded(case, stack)
+
+
+def _is_clear(case: Case, error: PeftxError) -> None:
+    assert not crashed(error), f"it crashed: {error}"
+    text = str(error)
+    named = [case.id, case.arch, type(case.model()).__name__, type(case.model().base_model).__name__]
+    assert any(name in text for name in named), f"the message names neither the plugin nor the model: {text}"
+
+
+@check(on="odd", when=changes_model)
+def check_carries_or_refuses(case: Case) -> None:
+    """An unusual architecture works, or is refused with a message that names the plugin or the model."""
+    try:
+        _use(case)
+    except PeftxError as error:
+        _is_clear(case, error)
+
+
+@check(on="refused")
+def check_refuses(case: Case) -> None:
+    """An architecture that the author names as out of reach is refused with a message."""
+    try:
+        _use(case)
+    except PeftxError as error:
+        _is_clear(case, error)
+    else:
+        raise AssertionError(f"it works on {case.arch}; take it out of not_on")
+
+
+CHECKS = (check_carries_or_refuses, check_refuses)

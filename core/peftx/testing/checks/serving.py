@@ -1,0 +1,30 @@
+"""The `serve` hook."""
+
+from __future__ import annotations
+
+from peftx.serving import Engine, Request, Server
+from peftx.testing.case import Case
+from peftx.testing.checks.check import check
+
+_PROMPTS = ("Once upon a time", "Once upon a hill", "The film was", "B")
+_NEW = 6
+_WAIT = 120.0
+"""Seconds."""
+
+
+@check(on="first-generative", when=lambda subject: subject.implements("serve"))
+def check_served_answers_are_the_models(case: Case) -> None:
+    """Under the plugin's policy every request is answered, with the text that the stack gives it alone."""
+    stack = case.stack()
+    stack.model.eval()
+    expected = [stack.generate(prompt, max_new_tokens=_NEW, do_sample=False) for prompt in _PROMPTS]
+    with Engine(Server(stack)) as engine:
+        jobs = [engine.submit(Request(prompt, max_tokens=_NEW, temperature=0.0)) for prompt in _PROMPTS]
+        found = [job.result(_WAIT).text for job in jobs]
+    wrong = [i for i in range(len(_PROMPTS)) if found[i] != expected[i]]
+    assert not wrong, (
+        f"{len(wrong)} of {len(found)} answers differ, first {found[wrong[0]]!r}, not {expected[wrong[0]]!r}"
+    )
+
+
+CHECKS = (check_served_answers_are_the_models,)

@@ -1,0 +1,100 @@
+"""Merging into the weights."""
+
+from __future__ import annotations
+
+import torch
+
+from peftx.errors import MergeError
+from peftx.plugin import Claim
+from peftx.slots.carrier import OutputCarrier
+from peftx.testing.case import (
+    Case,
+    assert_close,
+    assert_equal,
+    assert_same_tensors,
+    base_tensors,
+    error_of,
+    output,
+)
+from peftx.testing.checks.check import check, injects
+from peftx.testing.subject import Subject
+
+_ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+"""Relative to the largest logit."""
+
+
+def _merges(subject: Subject) -> bool:
+    return subject.claims(Claim.MERGEABLE)
+
+
+@check(when=_merges)
+def check_merge_equals_unmerged(case: Case) -> None:
+    """Folded into the weights, the plugin computes the same, to float32's rounding."""
+    _merged_equals_unmerged(case, torch.float32)
+
+
+@check(when=_merges)
+def check_merge_in_bfloat16(case: Case) -> None:
+    """Folded into bfloat16 weights, the plugin computes the same, to bfloat16's rounding."""
+    _merged_equals_unmerged(case, torch.bfloat16)
+
+
+def _merged_equals_unmerged(case: Case, dtype: torch.dtype) -> None:
+    stack = case.stack(dtype=dtype)
+    case.perturb(stack)
+    before = case.output(stack)
+    stack.merge(case.id)
+    assert_close(case.output(stack), before, _ROUNDING[dtype], f"merged and unmerged logits in {dtype}")
+
+
+@check(when=_merges)
+def check_unmerge_is_exact(case: Case) -> None:
+    """After merge and unmerge every weight is the same bits as before, and so are the logits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        stack = case.stack(dtype=dtype)
+        case.perturb(stack)
+        weights, before = base_tensors(stack.model), case.output(stack)
+        stack.merge(case.id)
+        stack.unmerge()
+        assert_same_tensors(base_tensors(stack.model), weights, f"weights after unmerge and before, {dtype}")
+        assert_equal(case.output(stack), before, f"logits after unmerge and before, {dtype}")
+
+
+@check(on="first", when=_merges)
+def check_export_is_plain(case: Case) -> None:
+    """The exported checkpoint is a plain `transformers` model that computes the same, or the export is refused."""
+    stack = case.stack()
+    case.perturb(stack)
+    before = case.output(stack)
+    try:
+        folder = stack.export(case.folder / "export")
+    except MergeError:
+        return  # the architecture has no place for the merged weights, and the user is told
+    plain = type(stack.model).from_pretrained(folder, dtype=torch.float32)
+    assert_close(
+        output(plain, case.inputs()), before, _ROUNDING[torch.float32], "exported and unmerged logits"
+    )
+
+
+@check(on="first", when=lambda subject: injects(subject) and not _merges(subject))
+def check_merge_is_refused(case: Case) -> None:
+    """A plugin that does not claim to be mergeable is refused, and is indeed not."""
+    stack = case.stack()
+    error = error_of(MergeError, lambda: stack.merge(case.id))
+    assert error is not None, f"it merged, and {Claim.MERGEABLE} is not claimed"
+    assert case.id in str(error), f"the message does not name '{case.id}': {error}"
+    parts = stack.ledger.of(case.id)
+    foldable = [
+        part.kind == "delta" and part.module.can_fold() and not isinstance(part.place, OutputCarrier)
+        for part in parts
+    ]
+    assert not (parts and all(foldable)), f"every delta folds, and {Claim.MERGEABLE} is not claimed"
+
+
+CHECKS = (
+    check_merge_equals_unmerged,
+    check_merge_in_bfloat16,
+    check_unmerge_is_exact,
+    check_export_is_plain,
+    check_merge_is_refused,
+)

@@ -1,0 +1,250 @@
+"""The conformance kit: what every plugin must show, generated from its hooks and claims.
+
+    test_conformance = conformance("propulsion")      # a test function for pytest, one case a check
+    results = run_checks("propulsion")                # the same without pytest: `peftx check propulsion`
+
+A check that does not apply is not generated, so the ids of a run say what was proven.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+
+from peftx.errors import PeftxError, nearest
+from peftx.plugin import Plugin
+from peftx.registry import Registry
+from peftx.stack import default_id
+from peftx.testing.case import Case
+from peftx.testing.checks import CHECKS, Check
+from peftx.testing.models import ARCHITECTURES
+from peftx.testing.subject import GENERATIVE, ODD, ROWS, TEXT, Subject, default_models
+
+Outcome = Literal["passed", "failed", "expected", "not-run"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One check on one architecture ("" where no model is built); `expected` says why it is to fail."""
+
+    check: Check
+    subject: Subject
+    arch: str
+    expected: str | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.arch}-{self.check.name}" if self.arch else self.check.name
+
+    def run(self) -> None:
+        """Run the check in a world of its own; torch's, Python's and numpy's generators come back as they were.
+
+        Raises:
+            AssertionError: the plugin does not show it; or it does, and was expected not to.
+        """
+        # The legacy global generator of numpy is one of those to be left alone.
+        state = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
+        try:
+            with tempfile.TemporaryDirectory(prefix="peftx-conformance-") as folder:
+                self._run(Case(self.subject, self.arch, Path(folder)))
+        finally:
+            random.setstate(state[0])
+            numpy.random.set_state(state[1])  # noqa: NPY002
+            torch.random.set_rng_state(state[2])
+
+    def _run(self, case: Case) -> None:
+        if self.expected is None:
+            self.check.run(case)
+            return
+        try:
+            self.check.run(case)
+        except (AssertionError, PeftxError):
+            return
+        raise AssertionError(f"{self.id} passes, and was expected to fail ({self.expected}); take it out")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How one check went; `expected`: it failed, as its author says it must."""
+
+    name: str
+    arch: str
+    outcome: Outcome
+    seconds: float
+    message: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.arch}-{self.name}" if self.arch else self.name
+
+
+def conformance(
+    plugin: str | type[Plugin],
+    *,
+    options: Mapping[str, Any] | None = None,
+    models: Sequence[str] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    not_on: Mapping[str, str] | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+) -> Callable[[Planned], None]:
+    """A pytest function with one case for each check, named like `llama-merge_equals_unmerged`.
+
+    Args:
+        plugin: an installed plugin's name, or a class.
+        options: of the plugin, where the defaults do not fit models of width 32 (a rank of 64, groups of 128).
+        models: architectures; the core's five and `Plugin.architectures` if left out, as far as the hooks call for.
+        expected_failures: check or `arch-check` -> reason. Strict: one that passes is a failure.
+        not_on: architecture -> why the plugin does not work there; that it refuses is then checked.
+        rows: to train and evaluate on, for plugins that need others than prompts and completions.
+
+    Raises:
+        PeftxError: an unknown check, architecture or plugin.
+    """
+    import pytest
+
+    planned = plan_checks(
+        plugin, options=options, models=models, expected_failures=expected_failures, not_on=not_on, rows=rows
+    )
+
+    @pytest.mark.parametrize("check", [pytest.param(item, id=item.id) for item in planned])
+    def test_conformance(check: Planned) -> None:
+        check.run()
+
+    return test_conformance
+
+
+def run_checks(
+    plugin: str | type[Plugin],
+    *,
+    options: Mapping[str, Any] | None = None,
+    models: Sequence[str] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    not_on: Mapping[str, str] | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    only: Sequence[str] | None = None,
+    progress: Callable[[int, int, CheckResult], None] | None = None,
+    deadline: float | None = None,
+) -> list[CheckResult]:
+    """Run the checks one after another, without pytest.
+
+    Args:
+        only: checks or `arch-check` ids to run; all if left out.
+        progress: called with (checks done, checks planned, the last result).
+        deadline: seconds; what has not begun by then is `not-run`.
+
+    Raises:
+        PeftxError: an unknown check, architecture or plugin.
+    """
+    planned = plan_checks(
+        plugin, options=options, models=models, expected_failures=expected_failures, not_on=not_on, rows=rows
+    )
+    if only is not None:
+        _check_names(only, planned)
+        planned = [item for item in planned if item.id in only or item.check.name in only]
+    results: list[CheckResult] = []
+    began = time.perf_counter()
+    for item in planned:
+        if deadline is not None and time.perf_counter() - began >= deadline:
+            result = CheckResult(
+                item.check.name, item.arch, "not-run", 0.0, f"the deadline of {deadline:g} s was over"
+            )
+        else:
+            result = _result(item)
+        results.append(result)
+        if progress is not None:
+            progress(len(results), len(planned), result)
+    return results
+
+
+def _result(item: Planned) -> CheckResult:
+    started = time.perf_counter()
+    outcome: Outcome = "passed" if item.expected is None else "expected"
+    message = item.expected or ""
+    try:
+        item.run()
+    except AssertionError as error:
+        outcome, message = "failed", str(error) or "assertion failed"
+    except Exception as error:  # noqa: BLE001  a plugin may raise anything; that is what the report shows
+        outcome, message = "failed", f"{type(error).__name__}: {error}"
+    return CheckResult(item.check.name, item.arch, outcome, time.perf_counter() - started, message)
+
+
+def plan_checks(
+    plugin: str | type[Plugin],
+    *,
+    options: Mapping[str, Any] | None = None,
+    models: Sequence[str] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    not_on: Mapping[str, str] | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Planned]:
+    """Which checks a plugin gets, in the order they run; nothing is built."""
+    cls, id = (Registry().load(plugin), plugin) if isinstance(plugin, str) else (plugin, default_id(plugin))
+    refused = dict(not_on or {})
+    chosen = [arch for arch in (default_models(cls) if models is None else models) if arch not in refused]
+    for arch in (*chosen, *refused):
+        if arch not in ARCHITECTURES:
+            raise PeftxError(
+                f"no tiny model of '{arch}'",
+                hint=nearest(arch, ARCHITECTURES) or f"there are: {', '.join(ARCHITECTURES)}",
+            )
+    subject = Subject(
+        cls, id, dict(options or {}), tuple(chosen), ROWS if rows is None else tuple(rows), refused
+    )
+    reasons = dict(expected_failures or {})
+    bare = [
+        Planned(check, subject, arch)
+        for check in CHECKS
+        if check.applies(subject)
+        for arch in _architectures(check, subject)
+    ]
+    _check_names(reasons, bare)
+    return [
+        Planned(item.check, subject, item.arch, reasons.get(item.id, reasons.get(item.check.name)))
+        for item in bare
+    ]
+
+
+def _architectures(check: Check, subject: Subject) -> list[str]:
+    chosen = list(subject.models)
+    match check.on:
+        case "package":
+            return [""]
+        case "model":
+            return chosen
+        case "text":
+            return [arch for arch in chosen if arch in TEXT]
+        case "generative":
+            return [arch for arch in chosen if arch in GENERATIVE]
+        case "first":
+            return chosen[:1]
+        case "first-generative":
+            return [arch for arch in chosen if arch in GENERATIVE][:1]
+        case "odd":
+            text_only = subject.implements("compress")  # calibration is text
+            return [
+                a
+                for a in ODD
+                if a not in chosen and a not in subject.refused and (a in TEXT or not text_only)
+            ]
+        case "refused":
+            return list(subject.refused)
+
+
+def _check_names(names: Sequence[str] | Mapping[str, str], planned: Sequence[Planned]) -> None:
+    known = dict.fromkeys([item.check.name for item in planned] + [item.id for item in planned])
+    for name in names:
+        if name not in known:
+            raise PeftxError(
+                f"no check '{name}' is generated for this plugin",
+                hint=nearest(name, known)
+                or f"there are: {', '.join(dict.fromkeys(i.check.name for i in planned))}",
+            )

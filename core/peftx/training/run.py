@@ -1,0 +1,229 @@
+"""From data and options to a trained stack."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from pydantic import ValidationError
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from peftx.data import Collator, TrainingData, read_dataset, tokenize_dataset
+from peftx.data.formats import detect_format, format_of_keys
+from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.models import asset_path
+from peftx.training.trainer import StackTrainer, last_checkpoint
+from peftx_spec.models import TrainSpec
+
+if TYPE_CHECKING:
+    from peftx.stack import Stack
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training run was: losses are means over the logged steps."""
+
+    steps: int
+    losses: list[tuple[int, float]]
+    """(optimizer step, loss of its micro-batches, mean)."""
+    seconds: float
+    trainable: int
+    examples: int
+    terms: dict[str, float] = field(default_factory=dict)
+    """The last step's loss terms."""
+
+    @property
+    def first_loss(self) -> float:
+        return self.losses[0][1]
+
+    @property
+    def last_loss(self) -> float:
+        return self.losses[-1][1]
+
+
+def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
+    """Keyword options -> `TrainSpec`.
+
+    Raises:
+        PeftxError: an unknown option (with the nearest right one) or a bad value.
+    """
+    if isinstance(options, TrainSpec):
+        return options
+    try:
+        return TrainSpec(**options)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            near = nearest(name, TrainSpec.model_fields) if problem["type"] == "extra_forbidden" else ""
+            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
+        raise PeftxError(
+            "train: " + "; ".join(lines), hint=f"options: {', '.join(TrainSpec.model_fields)}"
+        ) from error
+
+
+def as_training_data(
+    stack: Stack,
+    data: str | Path | Sequence[dict[str, Any]] | Dataset | TrainingData,
+    *,
+    seed: int,
+    max_length: int,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+) -> TrainingData:
+    """A file or rows as `TrainingData`, before the `prepare_data` hooks."""
+    if isinstance(data, TrainingData):
+        return data
+    if isinstance(data, str | Path):
+        data = asset_path(data)
+        kind = detect_format(data, columns=columns) if format == "auto" else format
+        rows = read_dataset(data, format=kind, columns=columns, limit=limit)
+    else:
+        if not len(data):
+            raise DataError("no rows to train on")
+        rows = data if isinstance(data, Dataset) else Dataset.from_list(list(data))
+        kind = format if format != "auto" else _kind_of(set(rows.column_names))
+    return TrainingData(
+        train=rows, eval=None, tokenizer=stack.tokenizer, seed=seed, format=kind, max_length=max_length
+    )
+
+
+def _kind_of(columns: set[str]) -> str:
+    return "tokenized" if {"input_ids", "labels"} <= columns else format_of_keys(columns, where="the rows")
+
+
+class _Watcher(TrainerCallback):
+    """Collects losses and reports progress."""
+
+    def __init__(self, trainer: Callable[[], StackTrainer], progress: Progress | None) -> None:
+        self.trainer = trainer
+        self.progress = progress
+        self.losses: list[tuple[int, float]] = []
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.losses.append((state.global_step, float(logs["loss"])))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps, self.trainer().loss_terms)
+
+
+def train(
+    stack: Stack,
+    data: str | Path | Sequence[dict[str, Any]] | TrainingData,
+    *,
+    output: str | Path | None,
+    resume: bool | str | Path,
+    progress: Progress | None,
+    options: dict[str, Any] | TrainSpec,
+    prepare: bool = True,
+) -> TrainingReport:
+    """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already)."""
+    spec = parse_options(options)
+    if stack.trainable_parameters() == 0:
+        raise PeftxError(
+            "nothing trains: no plugin of the stack has trainable parameters",
+            hint="add one that injects (peftx list --hook inject), or unfreeze it",
+        )
+    training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)
+    if prepare:
+        stack.prepare(training_data)
+    if training_data.train is None or len(training_data.train) == 0:
+        raise DataError(
+            "no rows are left to train on", hint="a prepare_data plugin may have dropped them all"
+        )
+    encoder_decoder = bool(stack.model.config.is_encoder_decoder)
+    rows = tokenize_dataset(
+        training_data.train,
+        stack.tokenizer,
+        format=training_data.format,
+        max_length=training_data.max_length,
+        encoder_decoder=encoder_decoder,
+    )
+    tokenizer = stack.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = Collator(pad, encoder_decoder=encoder_decoder)
+    set_seed(spec.seed)
+    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="peftx-"))
+    trainer = StackTrainer(stack, _arguments(spec, folder, stack, output is not None), rows, collator)
+    watcher = _Watcher(lambda: trainer, progress)
+    trainer.add_callback(watcher)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(folder, resume))
+    finally:
+        if spec.gradient_checkpointing:
+            stack.model.activation_checkpointing_disable()
+        stack.model.eval()
+        stack.model.zero_grad(set_to_none=True)
+    steps = int(trainer.state.global_step)
+    stack.trained_steps += steps
+    losses = [
+        (int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
+    ]
+    return TrainingReport(
+        steps,
+        losses,
+        time.perf_counter() - started,
+        stack.trainable_parameters(),
+        len(rows),
+        trainer.loss_terms,
+    )
+
+
+def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:
+    saves = keep and spec.checkpoint_every is not None
+    schedule = "constant_with_warmup" if spec.schedule == "constant" and spec.warmup_steps else spec.schedule
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=spec.warmup_steps,
+        lr_scheduler_type=schedule,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        activation_checkpointing=spec.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="steps" if saves else "no",
+        save_steps=spec.checkpoint_every or 500,
+        save_total_limit=2,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=stack.model.device.type == "cpu",
+        dataloader_pin_memory=False,
+        include_num_input_tokens_seen=False,
+        logging_nan_inf_filter=False,  # a loss that is not a number is reported as such, not as zero
+    )
+    arguments.optim = "sgd" if spec.optimizer == "sgd" else arguments.optim
+    return arguments
+
+
+def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
+    if resume is False:
+        return None
+    found = last_checkpoint(folder) if resume is True else Path(resume)
+    if found is None:
+        raise BundleError(
+            f"nothing to resume: no checkpoint in '{folder}'", hint="train with checkpoint_every"
+        )
+    if not (found / "trainer_state.json").exists():
+        raise BundleError(f"'{found}' is no whole checkpoint: trainer_state.json is missing")
+    return str(found)

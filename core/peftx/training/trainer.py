@@ -1,0 +1,175 @@
+"""`transformers.Trainer` whose step is the `train_step` hook, and whose checkpoints resume bit for bit, no pickle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from peftx.errors import BundleError
+from peftx.files import telling_of_a_full_disk
+from peftx.training.state_io import load_state, random_state, save_state, set_random_state
+from peftx.training.step import TrainStep
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from peftx.data.collate import Collator
+    from peftx.stack import Stack
+
+WEIGHTS = "trained.safetensors"
+
+
+class StackTrainer(Trainer):
+    """Trains a stack.
+
+    Args:
+        stack: its plugins' parameters train; the base is frozen unless a plugin trains it.
+        arguments: of `transformers`. rows: tokenized rows. collator: makes batches of them.
+        callbacks: further callbacks (progress bars).
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        arguments: TrainingArguments,
+        rows: Dataset,
+        collator: Collator,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.stack = stack
+        self.memory: dict[str, Any] = {}
+        self.loss_terms: dict[str, float] = {}
+        self._micro = 0
+        self._staging: Path | None = None
+        super().__init__(
+            model=stack.model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        model.train()
+        accumulation = self.current_gradient_accumulation_steps
+        step = TrainStep(
+            self.stack,
+            self._prepare_inputs(inputs),
+            model=model,
+            index=self.state.global_step,
+            micro=self._micro,
+            accumulation=accumulation,
+            total=self.state.max_steps,
+            learning_rate=self._get_learning_rate(),
+            items=num_items_in_batch if self.model_accepts_loss_kwargs else None,
+            memory=self.memory,
+            backward=self.accelerator.backward,
+        )
+        self._micro = (self._micro + 1) % accumulation
+        with self.compute_loss_context_manager():
+            loss = self.stack.run_train_step(step)
+        self.loss_terms = step.losses
+        return loss / accumulation  # the log sums over the micro-batches
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or SGD over what trains; a step that makes no gradients leaves the optimizer idle."""
+        parameters = [p for p in self.stack.model.parameters() if p.requires_grad]
+        settings = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+        kind = torch.optim.SGD if self.args.optim == "sgd" else torch.optim.AdamW
+        self.optimizer = kind(parameters or [nn.Parameter(torch.zeros(1))], **settings)
+        return self.optimizer
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write beside and rename, so that a checkpoint is there whole or not at all."""
+        run = Path(self.args.output_dir)
+        self._staging = run / f".writing-{os.getpid()}"
+        shutil.rmtree(self._staging, ignore_errors=True)
+        name = f"checkpoint-{self.state.global_step}"
+        try:
+            with telling_of_a_full_disk(run / name):
+                super()._save_checkpoint(model, trial)
+                shutil.rmtree(run / name, ignore_errors=True)
+                os.replace(self._staging / name, run / name)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _trained(self) -> dict[str, Tensor]:
+        ledger = self.stack.ledger
+        return {f"{o}/{name}": t for o in self.stack.plugins for name, t in ledger.tensors(o).items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: t.detach().cpu().contiguous().clone() for k, t in self._trained().items()}, folder / WEIGHTS
+        )
+        states = {owner: plugin.state for owner, plugin in self.stack.plugins.items()}
+        save_state(folder / "plugins", {"state": states, "memory": self.memory})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / WEIGHTS).exists():
+            raise BundleError(f"{folder} is no checkpoint of peftx: it has no {WEIGHTS}")
+        saved, current = load_file(folder / WEIGHTS), self._trained()
+        if saved.keys() != current.keys():
+            differ = sorted(saved.keys() ^ current.keys())
+            raise BundleError(
+                f"{folder} was written by another stack: {len(differ)} tensors differ, e.g. {differ[0]}",
+                hint="resume with the same plugins and options",
+            )
+        with torch.no_grad():
+            for name, tensor in current.items():
+                if tensor.shape != saved[name].shape:
+                    raise BundleError(
+                        f"{folder}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(saved[name])
+        extra = load_state(folder / "plugins")
+        for owner, state in extra["state"].items():
+            self.stack.plugins[owner].state = state
+        self.memory = extra["memory"]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(folder / "optimizer", self.optimizer.state_dict())
+        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k not in ("lr_lambdas",)}
+        save_state(folder / "scheduler", schedule)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer"))
+        schedule = self.lr_scheduler.state_dict() | load_state(Path(checkpoint) / "scheduler")
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / f"random-{self.args.process_index}", random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_state(Path(checkpoint) / f"random-{self.args.process_index}"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)

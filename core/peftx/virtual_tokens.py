@@ -1,0 +1,313 @@
+"""Soft tokens at the model's input, unseen by the caller: lengths, labels, masks, positions, beams stay the caller's.
+
+The *base* model (`LlamaModel` inside `LlamaForCausalLM`, `OPTDecoder` inside `OPTModel`) becomes a subclass of itself
+that puts the learned rows in front of the embedded input when the cache is empty and drops their rows from the output,
+so every head, loss and generation loop above it works unchanged. In an encoder-decoder model they stand in front of
+the encoder's input, and the decoder attends to them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftx.anatomy.lookup import table_for
+from peftx.errors import ArchitectureError, UnsupportedError
+
+CHILD = "peftx_prompt"
+STATE = "_peftx_prompt"
+
+
+class VirtualTokens(nn.Module):
+    """`length` soft tokens. A subclass defines `rows()`.
+
+    Args:
+        length: number of tokens P.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def rows(self) -> Tensor:
+        """The embeddings, [P, hidden], in the embedding's dtype (before any scaling that the model applies)."""
+        raise NotImplementedError
+
+
+class _Prompt:
+    """What one base model has in front of its input."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, str, VirtualTokens]] = []
+        self.shifts: dict[str, int] = {}
+        self.disabled: set[str] = set()
+
+    @property
+    def tokens(self) -> list[VirtualTokens]:
+        return [t for _, owner, t in sorted(self.entries, key=lambda e: e[0]) if owner not in self.disabled]
+
+    @property
+    def shift(self) -> int:
+        return sum(by for owner, by in self.shifts.items() if owner not in self.disabled)
+
+
+class _BaseModelSlot:
+    """Mixin of the swapped class."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _rebuild, (self._peftx_base,), self.__dict__  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        prompt: _Prompt = self.__dict__[STATE]
+        tokens = prompt.tokens
+        length = sum(t.length for t in tokens)
+        if not length and not prompt.shift:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        call = dict(zip(_parameters(self._peftx_base), args, strict=False)) | kwargs  # type: ignore[attr-defined]
+        input_ids, inputs_embeds = call.pop("input_ids", None), call.pop("inputs_embeds", None)
+        attention_mask, position_ids = call.pop("attention_mask", None), call.pop("position_ids", None)
+        past_key_values, states = call.get("past_key_values"), call.get("cache_params")
+        if states is not None and states.has_previous_state():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # Mamba's states hold the rows already
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        new = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+        seen_before = max(past - length, 0)  # tokens of the caller's in the cache
+        positions = self._peftx_positions(position_ids, attention_mask, seen_before, new)
+        if not length or past:
+            if length:
+                _check_past(attention_mask, position_ids, seen_before, new)
+                if attention_mask is not None and attention_mask.ndim == 2:
+                    attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+            if positions is not None:
+                positions = positions + (length + prompt.shift)
+            call |= _given(attention_mask=attention_mask, position_ids=positions)
+            if inputs_embeds is not None:
+                return super().forward(inputs_embeds=inputs_embeds, **call)  # type: ignore[misc]
+            return super().forward(input_ids=input_ids, **call)  # type: ignore[misc]
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        at: int = self._peftx_at  # type: ignore[attr-defined]
+        inputs_embeds = _insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ArchitectureError("virtual tokens need a 2-D attention mask in the first call")
+            seen = torch.ones(1, length, dtype=attention_mask.dtype, device=attention_mask.device)
+            attention_mask = _insert(attention_mask, seen.expand(attention_mask.shape[0], -1), at)
+        if positions is not None:
+            own = torch.arange(at, at + length, device=positions.device).expand(positions.shape[0], -1)
+            positions = torch.cat((positions[:, :at], own, positions[:, at:] + length), 1) + prompt.shift
+        if (types := call.get("token_type_ids")) is not None:
+            call["token_type_ids"] = _insert(types, types.new_zeros(types.shape[0], length), at)
+        call |= _given(attention_mask=attention_mask, position_ids=positions)
+        out = super().forward(inputs_embeds=inputs_embeds, **call)  # type: ignore[misc]
+        return out if self._peftx_visible else _drop(out, at, length)  # type: ignore[attr-defined]
+
+    def _peftx_positions(
+        self, given: Tensor | None, mask: Tensor | None, past: int, new: int
+    ) -> Tensor | None:
+        """Positions of the `new` tokens as the caller counts them, [B, new] or [1, new]; None: the model's own will do.
+
+        Pads on the left stand between the rows and the text, so there the text is counted without them (T5, BART and
+        Mamba take no positions: with them, pad on the right).
+        """
+        if given is not None:
+            return given
+        if "position_ids" not in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+            return None
+        left = (
+            mask is not None
+            and mask.ndim == 2
+            and mask.shape[-1] == past + new
+            and not bool(mask[:, 0].all())
+        )
+        if left and not self._peftx_at:  # type: ignore[attr-defined]
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]  # type: ignore[union-attr]
+        if self.__dict__[STATE].shift:
+            return torch.arange(past, past + new, device=self.device)[None]  # type: ignore[attr-defined]
+        return None
+
+    def _peftx_rows(self, tokens: list[VirtualTokens], like: Tensor) -> Tensor:
+        rows = torch.cat([t.rows() for t in tokens]).to(like.dtype)  # [P, hidden]
+        return rows.expand(like.shape[0], -1, -1)
+
+
+class _CrossAttentionSlot:
+    """The decoder of an encoder-decoder model: the encoder's output is longer than the caller's mask of it."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _rebuild_decoder, (self._peftx_base,), self.__dict__  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is not None and encoder_hidden_states is not None:
+            missing = encoder_hidden_states.shape[1] - mask.shape[-1]
+            if missing > 0:
+                kwargs["encoder_attention_mask"] = nn.functional.pad(mask, (missing, 0), value=1)
+        return super().forward(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)  # type: ignore[misc]
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_past(mask: Tensor | None, positions: Tensor | None, past: int, new: int) -> None:
+    """A caller who takes the cache's length for that of the text counts the soft tokens among its own."""
+    covered = mask.shape[-1] if mask is not None and mask.ndim == 2 else past + new
+    last = (
+        int(positions.max()) if positions is not None and new > 1 else past + new - 1
+    )  # not at each decode step
+    if covered != past + new or last >= past + new:
+        raise UnsupportedError(
+            f"{past} tokens of the text are in the cache and {new} are new, but the mask covers {covered} and the last "
+            f"position is {last}: the soft tokens in the cache were taken for text",
+            hint="a `generate` cannot go on with the cache of an earlier one under soft tokens",
+        )
+
+
+def _insert(tensor: Tensor, rows: Tensor, at: int) -> Tensor:
+    return torch.cat((tensor[:, :at], rows, tensor[:, at:]), 1)
+
+
+def _place(model: PreTrainedModel, host: nn.Module) -> int:
+    """Where the rows stand: in front; but in an encoder whose first token is read as the summary ([CLS]), behind it."""
+    if model.config.is_encoder_decoder:
+        return 0
+    causal = {m.is_causal for m in host.modules() if "is_causal" in m.__dict__}
+    if (
+        not causal and (table := table_for(host.config.model_type)) is not None
+    ):  # DeBERTa, BLOOM, ... do not say
+        causal = {any(tower.name == "decoder" for tower in table.towers)}
+    return 1 if causal == {False} else 0
+
+
+@cache
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of `forward`'s arguments, in order."""
+    import inspect
+
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def _drop(out: Any, at: int, length: int) -> Any:
+    """Remove the prompt's rows from what the base model returns."""
+
+    def without(rows: Tensor) -> Tensor:
+        return torch.cat((rows[:, :at], rows[:, at + length :]), 1) if at else rows[:, length:]
+
+    if isinstance(out, tuple):
+        return (without(out[0]), *out[1:])
+    out.last_hidden_state = without(out.last_hidden_state)
+    if out.get("hidden_states") is not None:
+        out.hidden_states = tuple(without(rows) for rows in out.hidden_states)
+    return out
+
+
+@cache
+def _slot_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
+    names = {"_peftx_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), names)
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = _slot_class(base, _BaseModelSlot)
+    return cls.__new__(cls)
+
+
+def _rebuild_decoder(base: type[nn.Module]) -> nn.Module:
+    cls = _slot_class(base, _CrossAttentionSlot)
+    return cls.__new__(cls)
+
+
+def _host(model: PreTrainedModel) -> nn.Module:
+    """The module whose input gets the tokens: the innermost model around the token embedding.
+
+    The innermost, since `OPTForCausalLM` calls the decoder inside `OPTModel` directly, and images join LLaVA's text
+    before its language model sees it.
+    """
+    base = model.base_model
+    if model.config.is_encoder_decoder:
+        return base.get_encoder()
+    for module in model.modules():
+        if isinstance(module, _BaseModelSlot):
+            return module
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # CLIP, which has two towers
+        return base
+    inside = [m for m in base.modules() if isinstance(m, PreTrainedModel) and embedding in m.modules()]
+    return inside[-1] if inside else base
+
+
+def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
+    host = _host(model)
+    prompt: _Prompt | None = host.__dict__.get(STATE)
+    if prompt is not None:
+        return host, prompt
+    if "inputs_embeds" not in _parameters(type(host)):
+        raise ArchitectureError(
+            f"{type(host).__name__} takes no inputs_embeds, so nothing can stand before its input"
+        )
+    prompt = host.__dict__[STATE] = _Prompt()
+    host.__dict__["_peftx_at"] = _place(model, host)
+    host.__dict__["_peftx_visible"] = bool(model.config.is_encoder_decoder)
+    host.__class__ = _slot_class(type(host), _BaseModelSlot)
+    host.add_module(CHILD, nn.ModuleDict().train(host.training))
+    if model.config.is_encoder_decoder:
+        decoder = model.base_model.get_decoder()
+        decoder.__class__ = _slot_class(type(decoder), _CrossAttentionSlot)
+    return host, prompt
+
+
+def attach(model: PreTrainedModel, tokens: VirtualTokens, *, owner: str, rank: int) -> str:
+    """Add a plugin's soft tokens; the first in the stack stands first. Returns the host's path in the model."""
+    host, prompt = _prepare(model)
+    host.get_submodule(CHILD)[owner] = tokens  # type: ignore[operator]
+    prompt.entries.append((rank, owner, tokens))
+    return next(name for name, module in model.named_modules() if module is host)
+
+
+def shift(model: PreTrainedModel, by: int, *, owner: str) -> None:
+    """Count positions from `by`."""
+    _prepare(model)[1].shifts[owner] = by
+
+
+def detach(model: PreTrainedModel, owner: str) -> None:
+    """Take the owner's tokens and shift away; the last one gone gives the classes back."""
+    host = _host(model)
+    prompt: _Prompt | None = host.__dict__.get(STATE)
+    if prompt is None:
+        return
+    prompt.entries = [entry for entry in prompt.entries if entry[1] != owner]
+    prompt.shifts.pop(owner, None)
+    children: nn.ModuleDict = host.get_submodule(CHILD)  # type: ignore[assignment]
+    if owner in children:
+        del children[owner]
+    if prompt.entries or prompt.shifts:
+        return
+    del (
+        host.__dict__[STATE],
+        host.__dict__["_peftx_visible"],
+        host.__dict__["_peftx_at"],
+        host._modules[CHILD],
+    )
+    host.__class__ = host._peftx_base  # type: ignore[assignment]
+    if model.config.is_encoder_decoder:
+        decoder = model.base_model.get_decoder()
+        decoder.__class__ = decoder._peftx_base
+
+
+def enable(model: PreTrainedModel, owner: str, enabled: bool) -> None:
+    prompt: _Prompt | None = _host(model).__dict__.get(STATE)
+    if prompt is not None:
+        (prompt.disabled.discard if enabled else prompt.disabled.add)(owner)
+
+
+def prompt_length(model: PreTrainedModel) -> int:
+    """Rows that stand in front of the caller's first token now."""
+    prompt: _Prompt | None = _host(model).__dict__.get(STATE)
+    return sum(t.length for t in prompt.tokens) if prompt is not None else 0

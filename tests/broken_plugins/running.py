@@ -1,0 +1,201 @@
+"""Plugins that go wrong when the model runs: padding, batches, caches, decoding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from peftx import AttentionEdit, Claim, Delta, Evaluation, Generation, ModelView, Plugin, hookimpl
+from peftx.serving import Server
+
+Wrapper = Generator[None, Tensor, Tensor]
+
+
+class _Step(Delta):
+    """y + b f(x, y), b: [out]."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.full((features,), 0.3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.b.to(y.dtype) * self.factor(y)
+
+    def factor(self, y: Tensor) -> Tensor:
+        return y.new_ones(())
+
+
+class _RowMean(_Step):
+    def factor(self, y: Tensor) -> Tensor:
+        return y.mean(1, keepdim=True)
+
+
+class LooksAtPads(Plugin):
+    """Uses the mean over all positions, pads too."""
+
+    caught_by = "padding_is_invisible"
+    also = {"padded_generation", "cached_equals_uncached"}  # and later tokens, which a cache has not got
+    claims = {Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.attention"):
+            site.attach(_RowMean(site.out_features))
+
+
+class _BatchMean(_Step):
+    def factor(self, y: Tensor) -> Tensor:
+        return y.mean(0, keepdim=True)
+
+
+class LooksAtNeighbours(Plugin):
+    """Uses the mean over the rows of a batch."""
+
+    caught_by = "batch_is_invisible"
+    also = {"padding_is_invisible", "padded_generation"}
+    claims = {Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.attention"):
+            site.attach(_BatchMean(site.out_features))
+
+
+class _LastOnly(_Step):
+    def factor(self, y: Tensor) -> Tensor:
+        last = y.new_ones(y.shape[1])
+        last[-1] = 3
+        return last[:, None]
+
+
+class TreatsTheLastToken(Plugin):
+    """What was the last token once stays marked in the cache."""
+
+    caught_by = "cached_equals_uncached"
+    claims = {Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.attention"):
+            site.attach(_LastOnly(site.out_features))
+
+
+class _OneOfMany(_Step):
+    def factor(self, y: Tensor) -> Tensor:
+        return y.new_tensor(3.0 if y.shape[0] > 1 and y.shape[1] == 1 else 1.0)
+
+
+class CountsRows(Plugin):
+    """Decodes several rows otherwise than one."""
+
+    caught_by = "padded_generation"
+    also = {"cached_equals_uncached"}
+    claims = {Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.attention"):
+            site.attach(_OneOfMany(site.out_features))
+
+
+class _Louder(AttentionEdit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(3.0))
+
+    def heads(self, out: Tensor, query: Tensor) -> Tensor:
+        return out * self.gain.to(out.dtype)
+
+
+class ClaimsAnExactCache(Plugin):
+    """Generation with it is not generation without it."""
+
+    caught_by = "exact_cache"
+    claims = {Claim.BESIDE_WEIGHTS, Claim.EXACT_CACHE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.attention_sites():
+            model.attend(site, _Louder())
+
+
+class ReturnsTheTail(Plugin):
+    """Drops the prompt from what it returns."""
+
+    caught_by = "decoding_continues_the_prompt"
+    claims = {Claim.REPLACES_DECODING, Claim.LOSSLESS_DECODING}
+
+    @hookimpl
+    def decode(self, request: Generation) -> Tensor:
+        return request.run_default()[:, request.input_ids.shape[1] :]
+
+
+class _Favours(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.token] += 100
+        return scores
+
+
+class LosesTokens(Plugin):
+    """Claims lossless decoding, and has a favourite token."""
+
+    caught_by = "lossless_decoding"
+    claims = {Claim.LOSSLESS_DECODING}
+
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Wrapper:
+        request.logits_processors.append(_Favours(40))
+        return (yield)
+
+
+class DecodesAtRandom(Plugin):
+    """Its favourite token comes from a generator that no seed governs."""
+
+    caught_by = "decoding_repeats_under_a_seed"
+
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Wrapper:
+        request.logits_processors.append(_Favours(random.randrange(40, 200)))
+        return (yield)
+
+
+class WearsOut(Plugin):
+    """Every request moves the model."""
+
+    caught_by = "decoding_leaves_the_model"
+
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Wrapper:
+        ids = yield
+        with torch.no_grad():
+            next(p for n, p in request.model.named_parameters() if "norm" in n).add_(0.1)
+        return ids
+
+
+class ServesAnother(Plugin):
+    """Serves another model than it was given."""
+
+    caught_by = "served_answers_are_the_models"
+
+    @hookimpl
+    def serve(self, server: Server) -> None:
+        with torch.no_grad():
+            next(p for n, p in server.stack.model.named_parameters() if "norm" in n).mul_(-3)
+
+
+class Scores(Plugin):
+    """Measures nothing."""
+
+    caught_by = "scores_are_finite"
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        evaluation.add("nothing", float("nan"))

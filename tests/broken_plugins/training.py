@@ -1,0 +1,197 @@
+"""Plugins that go wrong in training, or afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+
+from peftx import Claim, Delta, ModelView, Plugin, TrainStep, hookimpl
+
+Wrapper = Generator[None, Tensor, Tensor]
+
+
+class _Gain(Delta):
+    """y g, g: [out], starts at one."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.g.to(y.dtype)
+
+
+class _Idle(_Gain):
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.unused = nn.Parameter(torch.zeros(1))
+
+
+class HasAnIdleParameter(Plugin):
+    """One parameter takes no part in the output."""
+
+    caught_by = "every_parameter_gets_a_gradient"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Idle(site.out_features))
+
+
+class ReturnsAVector(Plugin):
+    """The loss has a dimension too many."""
+
+    caught_by = "step_returns_the_loss"
+    also = {"trains_in_the_trainer", "resume_is_exact"}
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        loss = yield
+        return loss[None]
+
+
+class WritesIntoTheBase(Plugin):
+    """Each step moves a norm of the frozen base."""
+
+    caught_by = "base_untouched_by_training"
+    also = {"trains_in_the_trainer", "resume_is_exact"}
+    also |= {"composes_with_weights", "composes_with_norms", "composes_with_prompt"}  # the bundle misses it
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        loss = yield
+        with torch.no_grad():
+            next(p for n, p in step.model.named_parameters() if "norm" in n).add_(0.01)
+        return loss
+
+
+class LeavesATrace(Plugin):
+    """Writes into the model's configuration, and does not clean up."""
+
+    caught_by = "remove_restores_base"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.config.note = "was here"
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))
+
+
+class HooksTheModel(Plugin):
+    """A forward hook that no switch reaches."""
+
+    caught_by = "disable_restores_base"
+    also = {"remove_restores_base", "composes_with_weights", "composes_with_norms", "composes_with_prompt"}
+    claims = {Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        site = model.norms()[0]
+        site.attach(_Gain(site.out_features))
+        site.module.register_forward_hook(_half_as_much_again)
+
+
+def _half_as_much_again(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return out * 1.5
+
+
+class _Counting(_Gain):
+    """Every second call in training counts double."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.calls = 0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            return super().forward(x, y) * (1 + self.calls % 2)
+        return super().forward(x, y)
+
+
+class CountsItsCalls(Plugin):
+    """Recomputed activations are not the first ones."""
+
+    caught_by = "gradient_checkpointing"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.attention"):
+            site.attach(_Counting(site.out_features))
+
+
+class _Wide(_Gain):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.g.float()
+
+
+class Widens(Plugin):
+    """Turns bfloat16 activations into float32."""
+
+    caught_by = "bfloat16"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Wide(site.out_features))
+
+
+class KeepsGradients(Plugin):
+    """Claims to replace the step by one without gradients, and leaves them lying about."""
+
+    caught_by = "step_makes_no_gradients"
+    claims = {Claim.REPLACES_STEP}
+
+    @hookimpl
+    def train_step(self, step: TrainStep) -> Tensor:
+        loss = step.total_loss()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in step.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=step.learning_rate)
+        return loss.detach()
+
+
+class ClipsInSecret(Plugin):
+    """Edits gradients without saying that it needs them."""
+
+    caught_by = "gradient_transforms_are_claimed"
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        step.on_gradients(lambda parameters: None)
+        return (yield)
+
+
+class FailsInTheTrainer(Plugin):
+    """Works in a loop of one's own only."""
+
+    caught_by = "trains_in_the_trainer"
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        loss = yield
+        return loss if step.total is None else torch.tensor(float("nan"))
+
+
+class ForgetsItsPlace(Plugin):
+    """Counts steps in an attribute that no checkpoint holds."""
+
+    caught_by = "resume_is_exact"
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.count = 0
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        self.count += 1
+        step.add_loss("entropy", lambda outputs: outputs.logits.square().mean(), weight=0.1 * self.count)
+        return (yield)

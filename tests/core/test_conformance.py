@@ -1,0 +1,344 @@
+"""The kit bites: each deliberately broken plugin is caught by the check that is there for it, a healthy one by none."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import warnings
+from collections.abc import Generator, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftx import (
+    Claim,
+    Delta,
+    Evaluation,
+    Generation,
+    ModelView,
+    Plugin,
+    Stack,
+    TrainingData,
+    TrainStep,
+    hookimpl,
+)
+from peftx.compression import QuantLinear
+from peftx.errors import PeftxError
+from peftx.serving import Server
+from peftx.testing import conformance, example_inputs, plan_checks, run_checks, tiny, tiny_tokenizer
+from peftx.testing.checks import CHECKS
+from peftx.testing.kit import CheckResult, Planned
+
+FOLDER = Path(__file__).parents[1] / "broken_plugins"
+OTHER_PROCESS = {"imports_quickly", "save_load_in_a_fresh_process"}
+PROVED_HERE = {"package_is_whole", "refuses"}
+"""Their broken plugins are made below, since they need files or arguments."""
+
+
+@cache
+def module(name: str) -> ModuleType:
+    """A file of `broken_plugins`, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"broken_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec.loader.exec_module(found)
+    return found
+
+
+def broken() -> Iterator[type[Plugin]]:
+    for file in sorted(FOLDER.glob("*.py")):
+        for value in vars(module(file.stem)).values():
+            if isinstance(value, type) and issubclass(value, Plugin) and "caught_by" in vars(value):
+                yield value
+
+
+BROKEN = list(broken())
+
+
+class _Gain(Delta):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.g
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        g = self.g.to(weight.dtype)
+        return weight * g[..., None], None if bias is None else bias * g
+
+
+class Healthy(Plugin):
+    """A gain on each feature of the attention's linear layers."""
+
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention"):
+            site.attach(_Gain(site.out_features))
+
+
+def failures(results: list[CheckResult]) -> dict[str, str]:
+    return {result.name: result.message for result in results if result.outcome == "failed"}
+
+
+# ------------------------------------------------------------------------------------------------------- it bites
+def test_every_check_has_a_broken_plugin() -> None:
+    assert {plugin.caught_by for plugin in BROKEN} | PROVED_HERE == {check.name for check in CHECKS}
+
+
+@pytest.mark.parametrize("plugin", BROKEN, ids=lambda plugin: plugin.__name__)
+def test_broken_plugin_is_caught(plugin: type[Plugin]) -> None:
+    found = failures(run_checks(plugin, models=["llama"], only=[plugin.caught_by]))
+    assert set(found) == {plugin.caught_by}
+    assert found[plugin.caught_by], "a failure says what it saw"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", BROKEN, ids=lambda plugin: plugin.__name__)
+def test_broken_plugin_is_caught_by_nothing_else(plugin: type[Plugin]) -> None:
+    if not getattr(plugin, "whole_kit", True):
+        pytest.skip("no stack can be built with it, so every check fails")
+    names = {item.check.name for item in plan_checks(plugin, models=["llama"])}
+    names -= OTHER_PROCESS - {plugin.caught_by}
+    found = failures(run_checks(plugin, models=["llama"], only=sorted(names)))
+    allowed = {plugin.caught_by} | (getattr(plugin, "also", set()) - OTHER_PROCESS)
+    assert plugin.caught_by in found
+    assert set(found) <= allowed, found
+
+
+def test_package_is_whole(tmp_path: Path) -> None:
+    source = "from peftx import Claim, Plugin, hookimpl\n\n\nclass Thing(Plugin):\n    claims = {Claim.DATA_ONLY}\n\n"
+    source += "    @hookimpl\n    def prepare_data(self, data): ...\n"
+    (tmp_path / "src").mkdir()
+    file = tmp_path / "src" / "peftx_thing.py"
+    file.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("peftx_thing", file)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["peftx_thing"] = found
+    spec.loader.exec_module(found)
+
+    def message() -> str:
+        return failures(run_checks(found.Thing, only=["package_is_whole"])).get("package_is_whole", "")
+
+    try:
+        assert "no README.md" in message()
+        (tmp_path / "README.md").write_text("# Thing\n", encoding="utf-8")
+        assert "no pyproject.toml" in message()
+        project = '[project]\nname = "peftx-thing"\nkeywords = []\n'
+        (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
+        assert "no entry point" in message()
+        project += '[project.entry-points."peftx.plugins"]\nthing = "peftx_thing:Thing"\n'
+        (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
+        assert "prepare_data" in message()
+        whole = project.replace("keywords = []", 'keywords = ["prepare_data"]')
+        (tmp_path / "pyproject.toml").write_text(whole, encoding="utf-8")
+        assert not message()
+    finally:
+        del sys.modules["peftx_thing"]
+
+
+def test_refusal_must_happen() -> None:
+    found = run_checks(Healthy, models=["gpt2"], not_on={"llama": "it does not work there"}, only=["refuses"])
+    assert [result.id for result in found] == ["llama-refuses"]
+    assert "take it out of not_on" in found[0].message
+    found = run_checks(Healthy, models=["gpt2"], not_on={"mamba": "it has no attention"}, only=["refuses"])
+    assert [result.outcome for result in found] == ["passed"]
+
+
+# ------------------------------------------------------------------------------------------------ and bites nobody else
+test_healthy = conformance(Healthy, models=["llama", "gpt2"])
+
+
+class Quantizer(Plugin):
+    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
+
+    @hookimpl
+    def compress(self, model: ModelView) -> None:
+        for site in model.linears("mlp", whole=True):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))
+
+
+class Reverser(Plugin):
+    claims = {Claim.DATA_ONLY}
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        data.train = data.train.select(range(len(data.train) - 1, -1, -1))
+
+
+class Signs(Plugin):
+    """Moves every parameter by the learning rate, in a direction that depends on the loss."""
+
+    claims = {Claim.REPLACES_STEP}
+
+    @hookimpl
+    def train_step(self, step: TrainStep) -> Tensor:
+        with torch.no_grad():
+            loss = step.total_loss()
+            for parameter in step.parameters():
+                parameter.sub_(step.learning_rate * loss.sign())
+        return loss
+
+
+class Counter(Plugin):
+    """A lossless decoder, a metric and a policy of serving in one."""
+
+    claims = {Claim.LOSSLESS_DECODING}
+
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Generator[None, Tensor, Tensor]:
+        return (yield)
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        evaluation.add("rows", len(evaluation.rows("eval")))
+
+    @hookimpl
+    def serve(self, server: Server) -> None:
+        server.scheduler.max_batch = 2
+
+
+@pytest.mark.parametrize("plugin", [Quantizer, Reverser, Signs, Counter], ids=lambda plugin: plugin.__name__)
+def test_other_healthy_plugins(plugin: type[Plugin]) -> None:
+    names = {item.check.name for item in plan_checks(plugin, models=["llama"])} - OTHER_PROCESS
+    results = run_checks(plugin, models=["llama"], only=sorted(names))
+    assert not failures(results)
+    assert len(results) > 8
+
+
+def test_ids_say_what_is_proven() -> None:
+    ids = [item.id for item in plan_checks(Healthy, models=["llama", "bert"])]
+    assert len(ids) == len(set(ids))
+    assert {"config_round_trip", "llama-merge_equals_unmerged", "bert-identity_at_start"} <= set(ids)
+    assert "llama-cached_equals_uncached" in ids
+    assert "bert-cached_equals_uncached" not in ids, "an encoder does not generate"
+    assert not any("lossless" in id or "bytes_are_real" in id or "data_repeats" in id for id in ids)
+    assert "llama-resume_is_exact" in ids
+    assert "bert-resume_is_exact" not in ids, "one architecture is enough"
+
+
+def test_plugin_without_claims_gets_the_opposite_checks() -> None:
+    class Bare(Healthy):
+        claims = frozenset()
+
+    names = {item.check.name for item in plan_checks(Bare, models=["llama"])}
+    assert {"identity_not_hidden", "merge_is_refused"} <= names
+    assert not names & {"identity_at_start", "merge_equals_unmerged", "unmerge_is_exact"}
+
+
+# ------------------------------------------------------------------------------------------------------ the engine
+def test_expected_failure_is_strict() -> None:
+    options = {"models": ["llama"], "only": ["config_round_trip", "identity_at_start"]}
+    found = run_checks(Healthy, expected_failures={"identity_at_start": "not yet"}, **options)
+    outcomes = {result.name: result.outcome for result in found}
+    assert outcomes == {"config_round_trip": "passed", "identity_at_start": "failed"}
+    assert "passes, and was expected to fail (not yet)" in found[1].message
+    late = module("building").StartsElsewhere
+    found = run_checks(late, expected_failures={"llama-identity_at_start": "random start"}, **options)
+    assert (found[1].name, found[1].outcome, found[1].message) == (
+        "identity_at_start",
+        "expected",
+        "random start",
+    )
+
+
+def test_crash_does_not_count_as_an_expected_failure() -> None:
+    class Crashes(Plugin):
+        """Its configuration cannot be made."""
+
+        def __init__(self) -> None:
+            raise KeyError("no such thing")
+
+        @hookimpl
+        def prepare_data(self) -> None: ...
+
+    only = ["config_round_trip"]
+    found = run_checks(Crashes, expected_failures={"config_round_trip": "it is new"}, only=only)
+    assert [result.outcome for result in found] == ["failed"]
+    assert "KeyError" in found[0].message
+
+
+@pytest.mark.parametrize("what", ["expected_failures", "only", "models", "not_on"])
+def test_unknown_names_are_refused(what: str) -> None:
+    wrong: dict[str, object] = {
+        "expected_failures": {"merge_equals_unmergd": "why"},
+        "only": ["merge_equals_unmergd"],
+        "models": ["lama"],
+        "not_on": {"lama": "why"},
+    }
+    with pytest.raises(PeftxError, match=r"did you mean '(merge_equals_unmerged|llama)"):
+        run_checks(Healthy, **{what: wrong[what]})
+
+
+def test_progress_and_deadline() -> None:
+    seen: list[tuple[int, int, str]] = []
+    only = ["config_round_trip", "config_schema"]
+
+    def note(done: int, total: int, result: CheckResult) -> None:
+        seen.append((done, total, result.id))
+
+    found = run_checks(Healthy, only=only, progress=note)
+    assert seen == [(1, 2, "config_round_trip"), (2, 2, "config_schema")]
+    assert all(result.seconds > 0 for result in found)
+    found = run_checks(Healthy, only=only, deadline=0.0)
+    assert [result.outcome for result in found] == ["not-run", "not-run"]
+
+
+def test_global_generators_are_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    run_checks(Healthy, models=["llama"], only=["identity_at_start", "base_untouched_by_training"])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_one_function_for_pytest() -> None:
+    function = conformance(Healthy, models=["llama"])
+    (mark,) = function.pytestmark
+    items = [parameter.values[0] for parameter in mark.args[1]]
+    assert all(isinstance(item, Planned) for item in items)
+    assert [parameter.id for parameter in mark.args[1]] == [item.id for item in items]
+
+
+def test_wrappers_stand_around_what_runs() -> None:
+    """Code behind a `yield` sees the gradients of the default step, and the text of the default loop."""
+    seen: dict[str, object] = {}
+
+    class Watches(Plugin):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+            loss = yield
+            seen["gradients"] = [p.grad is not None for p in step.parameters()]
+            seen["loss"] = float(loss)
+            return loss
+
+        @hookimpl(wrapper=True)
+        def decode(self, request: Generation) -> Generator[None, Tensor, Tensor]:
+            ids = yield
+            seen["length"] = ids.shape[1]
+            return ids
+
+    stack = Stack(tiny("llama"), [Healthy(), Watches()], tokenizer=tiny_tokenizer())
+    ids = example_inputs(stack.model)["input_ids"]
+    loss = stack.train_step({"input_ids": ids, "labels": ids})
+    assert seen["loss"] == float(loss)
+    assert seen["gradients"]
+    assert all(seen["gradients"])
+    stack.generate("a", max_new_tokens=3)
+    assert seen["length"] == 4
+
+
+def test_import_is_light() -> None:
+    code = "import sys, peftx.testing; assert 'torch' not in sys.modules and 'pytest' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,236 @@
+"""From a spec to a bundle; and what is refused before anything is touched."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+from torch import Tensor, nn, ones
+
+import peftx
+from peftx import Claim, Delta, Plugin, PluginConfig, hookimpl
+from peftx.errors import BundleError, ConflictError, DataError, SpecError
+from peftx.pipeline import Run, load_run
+from peftx.planning import plan
+from peftx.registry import GROUP, Registry
+
+
+class GainConfig(PluginConfig):
+    start: float = Field(1.0, gt=0, description="first value")
+
+
+class GainDelta(Delta):
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.z = nn.Parameter(ones(width) * start)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.z
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.z[:, None], bias
+
+
+class Gain(Plugin):
+    Config = GainConfig
+    claims = {Claim.MERGEABLE, Claim.IDENTITY_AT_START}
+    config: GainConfig
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(GainDelta(site.out_features, self.config.start))
+
+
+class Half(Plugin):
+    """Keeps every second row."""
+
+    claims = {Claim.DATA_ONLY}
+
+    @hookimpl
+    def prepare_data(self, data: Any) -> None:
+        data.train = data.train.select(range(0, len(data.train), 2))
+
+
+class Length(Plugin):
+    """Measures the mean length of the rows it is given."""
+
+    @hookimpl
+    def evaluate(self, evaluation: Any) -> None:
+        rows = evaluation.rows("eval")
+        evaluation.add("rows", len(rows), count=len(rows))
+
+
+class Step(Plugin):
+    claims = {Claim.REPLACES_STEP}
+
+    @hookimpl
+    def train_step(self, step: Any) -> Any:
+        return step.total_loss()
+
+
+REGISTRY = Registry(
+    [
+        EntryPoint(name, f"{__name__}:{cls.__name__}", GROUP)
+        for name, cls in {"gain": Gain, "half": Half, "length": Length, "step": Step}.items()
+    ],
+    disabled=(),
+)
+
+SPEC = """
+peftx: 1
+model: peftx:tiny
+data: {{train: {train}, eval: {eval}}}
+stack:
+  - half
+  - use: gain
+    with: {{start: 1.0}}
+  - length
+train: {{steps: 3, batch_size: 2, learning_rate: 1e-2, checkpoint_every: 2}}
+evaluate: [perplexity]
+output: {output}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _loadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This module under its own name, since pytest imports it under none."""
+    import sys
+
+    monkeypatch.setitem(
+        sys.modules, __name__, sys.modules.get(__name__) or __import__("types").ModuleType(__name__)
+    )
+    for cls in (Gain, Half, Length, Step):
+        monkeypatch.setattr(sys.modules[__name__], cls.__name__, cls, raising=False)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train": tmp_path / "train.jsonl", "eval": tmp_path / "eval.jsonl", "output": tmp_path / "out"}
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.details: dict[str, str] = {}
+        self.steps: list[int] = []
+
+    def stage(self, name: str, ids: Any) -> None:
+        self.stages.append(name)
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+        if values:
+            self.steps.append(done)
+
+    def finished(self, name: str, seconds: float, detail: str) -> None:
+        self.details[name] = detail
+
+
+def make(files: dict[str, Path], **changes: Any) -> Run:
+    text = SPEC.format(**files)
+    return load_run(text, registry=REGISTRY, **changes)
+
+
+def test_all_stages_run_in_order(files: dict[str, Path]) -> None:
+    recorder = Recorder()
+    result = make(files, reporter=recorder).run()
+    assert recorder.stages == ["load", "prepare", "inject", "train", "evaluate", "save"]
+    assert recorder.details["prepare"] == "8 rows became 4"
+    assert recorder.steps == [1, 2, 3]
+    (scores,) = result.scores.values()
+    assert scores["rows"].value == 8
+    assert scores["perplexity"].value > 1
+    assert result.trainable == 6 * 256
+    assert not (files["output"].parent / "out.checkpoints").exists()
+    back = peftx.load(files["output"], registry=REGISTRY)
+    assert list(back.plugins) == ["half", "gain", "length"]
+    assert back.scores["perplexity"] == scores["perplexity"]
+
+
+def test_explicit_stages(files: dict[str, Path]) -> None:
+    text = (
+        SPEC.format(**files)
+        + "run: [{prepare: half}, inject, {train: {steps: 1}}, {freeze: gain}, {merge: gain},"
+        + (" {evaluate: {name: after}}, save]\n")
+    )
+    result = load_run(text, registry=REGISTRY).run()
+    assert list(result.scores) == ["after"]
+    assert result.stack.folded == {"gain"}
+    assert result.training[0].steps == 1
+    assert peftx.load(files["output"], registry=REGISTRY).folded == {"gain"}
+
+
+def test_resume_goes_on_from_the_checkpoint(files: dict[str, Path]) -> None:
+    class Stop(Exception):
+        pass
+
+    class Stopping(Recorder):
+        def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+            super().progress(done, total, values)
+            if values and done == 3:
+                raise Stop
+
+    with pytest.raises(Stop):
+        make(files, reporter=Stopping()).run()
+    assert not files["output"].exists()
+    recorder = Recorder()
+    make(files, reporter=recorder, resume=True).run()
+    assert recorder.steps == [3]
+
+
+def test_bad_input_is_found_before_the_model_is_loaded(files: dict[str, Path], tmp_path: Path) -> None:
+    files["train"].write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    with pytest.raises(DataError, match=r"train\.jsonl:2"):
+        load_run(SPEC.format(**files), registry=REGISTRY)
+    with pytest.raises(DataError, match="missing"):
+        load_run(SPEC.format(**{**files, "train": tmp_path / "missing.jsonl"}), registry=REGISTRY)
+    files["train"].write_text('{"prompt": "a", "completion": "b"}\n')
+    files["output"].mkdir()
+    (files["output"] / "thesis.tex").write_text("mine")
+    with pytest.raises(BundleError, match="is no bundle"):
+        make(files)
+
+
+def test_conflicts_name_both_places(files: dict[str, Path]) -> None:
+    text = SPEC.format(**files).replace("  - length\n", "  - length\n  - step\n  - {use: step, id: other}\n")
+    with pytest.raises(
+        ConflictError, match=r"'step' \(<text>:10:\d+\) and 'other' \(<text>:11:\d+\) both replace"
+    ):
+        load_run(text, registry=REGISTRY)
+
+
+def test_spec_errors_come_at_once(files: dict[str, Path]) -> None:
+    text = SPEC.format(**files).replace("start: 1.0", "strat: 1.0").replace("steps: 3", "steps: many")
+    with pytest.raises(SpecError) as caught:
+        load_run(text, registry=REGISTRY)
+    assert len(caught.value.problems) == 2
+
+
+def test_overrides(files: dict[str, Path]) -> None:
+    run = load_run(SPEC.format(**files), registry=REGISTRY, overrides=["gain.start=2.5", "train.steps=7"])
+    assert run.members[1].plugin.config == GainConfig(start=2.5)
+    assert run.pipeline.train is not None
+    assert run.pipeline.train.steps == 7
+
+
+def test_plan_loads_no_weight(files: dict[str, Path]) -> None:
+    found = plan(make(files).pipeline, registry=REGISTRY)
+    assert [stage.name for stage in found.stages] == ["prepare", "inject", "train", "evaluate", "save"]
+    assert found.totals.trainable_params == found.totals.added_params == 6 * 256
+    assert {module.role for module in found.modules} == {"mlp.down"}
+    assert found.runnable
+    assert not files["output"].exists()
+
+
+def test_packaged_data() -> None:
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: 'peftx:sample/trian.jsonl'}\n"
+    with pytest.raises(DataError, match=r"no packaged data") as caught:
+        load_run(text, registry=REGISTRY)
+    assert "peftx:sample/train.jsonl" in str(caught.value)

@@ -1,0 +1,476 @@
+"""The server: OpenAI's completions over HTTP, batches, streams, limits, and the `serve` hook."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from torch import Tensor
+
+from peftx import Claim, Generation, ModelView, Plugin, Stack, hookimpl
+from peftx.errors import PeftxError, UnsupportedError
+from peftx.serving import Engine, Job, Request, Scheduler, Server
+from peftx.serving.app import build_app
+from peftx.serving.engine import QueueFull
+from peftx.serving.stream import TextStream, cut_at_stop, settled
+from peftx.testing import tiny, tiny_tokenizer
+from peftx.testing.models import FIRST_BYTE, VOCABULARY
+
+PROMPTS = ["Once upon a time", "The river took the bridge, the camera and the car", "A"]
+
+
+def built(*plugins: Plugin, arch: str = "llama") -> Stack:
+    """A tiny random model that writes printable characters only, and never ends by itself."""
+    model = tiny(arch)
+    printable = range(FIRST_BYTE + 32, FIRST_BYTE + 127)
+    model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in printable]
+    return Stack(model, plugins, tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    return built()
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[TestClient]:
+    with TestClient(build_app(Server(stack, name="small", scheduler=Scheduler(max_wait_ms=0)))) as found:
+        yield found
+
+
+def ask(client: TestClient, prompt: Any = "Once upon a time", **body: Any) -> Any:
+    found = client.post("/v1/completions", json={"model": "small", "prompt": prompt, "max_tokens": 8} | body)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def events(client: TestClient, prompt: str, **body: Any) -> list[Any]:
+    """The JSON of each event but the last, which is [DONE]."""
+    body = {"model": "small", "prompt": prompt, "stream": True} | body
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------- completions
+def test_the_shape_of_an_answer(client: TestClient, stack: Stack) -> None:
+    found = ask(client, temperature=0)
+    assert found["object"] == "text_completion"
+    assert found["model"] == "small"
+    assert found["id"].startswith("cmpl-")
+    count = len(stack.tokenizer("Once upon a time")["input_ids"])
+    assert found["usage"] == {"prompt_tokens": count, "completion_tokens": 8, "total_tokens": count + 8}
+    (choice,) = found["choices"]
+    assert choice["index"] == 0
+    assert choice["finish_reason"] == "length"
+    assert choice["logprobs"] is None
+    assert choice["text"] == stack.generate("Once upon a time", max_new_tokens=8, do_sample=False)
+
+
+def test_models_and_health(client: TestClient) -> None:
+    assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+    ask(client)
+    assert client.get("/healthz").json() == {"status": "ok", "queued": 0, "served": 1, "batches": 1}
+
+
+def test_several_prompts_come_back_in_order(client: TestClient, stack: Stack) -> None:
+    found = ask(client, PROMPTS, temperature=0)
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+    expected = [stack.generate(prompt, max_new_tokens=8, do_sample=False) for prompt in PROMPTS]
+    assert [choice["text"] for choice in found["choices"]] == expected
+
+
+def test_sampling_repeats_under_a_seed(client: TestClient) -> None:
+    texts = [ask(client, seed=seed, temperature=1.5)["choices"][0]["text"] for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+def test_temperature_one_is_the_default(client: TestClient) -> None:
+    assert ask(client, seed=5)["choices"] == ask(client, seed=5, temperature=1.0, top_p=1.0)["choices"]
+
+
+def test_a_stop_string_ends_the_text(client: TestClient) -> None:
+    whole = ask(client, temperature=0, max_tokens=24)["choices"][0]["text"]
+    stop = whole[5:7]
+    found = ask(client, temperature=0, max_tokens=24, stop=stop)
+    assert found["choices"][0]["text"] == whole[: whole.index(stop)]
+    assert found["choices"][0]["finish_reason"] == "stop"
+    assert found["usage"]["completion_tokens"] < 24
+
+
+# -------------------------------------------------------------------------------------------------------------- streams
+def test_a_stream_says_what_the_whole_answer_says(client: TestClient) -> None:
+    for extra in ({"temperature": 0}, {"seed": 3, "temperature": 1.2}):
+        whole = ask(client, max_tokens=20, **extra)
+        pieces = events(client, "Once upon a time", max_tokens=20, **extra)
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole["choices"][0]["text"]
+        assert [piece["choices"][0]["finish_reason"] for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert pieces[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+        assert pieces[-1]["usage"] == whole["usage"]
+        assert len(pieces) > 3, "it came in one piece"
+
+
+def test_a_stream_shows_nothing_of_its_stop_string(client: TestClient) -> None:
+    whole = ask(client, temperature=0, max_tokens=24)["choices"][0]["text"]
+    stop = whole[4:8]
+    pieces = events(client, "Once upon a time", max_tokens=24, temperature=0, stop=[stop])
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_pieces_are_whole_characters() -> None:
+    """The tokenizer has one token for each byte: é is two."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("né à 中", add_special_tokens=False)["input_ids"]
+    got: list[str] = []
+    stream = TextStream(tokenizer, stop=(), send=got.append)
+    stream.put(torch.tensor([[1, 2]]))  # the prompt
+    for token in ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(got) == "né à 中"
+    assert all("�" not in piece for piece in got)
+
+
+def test_what_is_settled() -> None:
+    assert settled("abc", ["cd"]) == 2
+    assert settled("abc", ["xy"]) == 3
+    assert settled("ab\n", ["\n\n", "b\nc"]) == 1
+    assert settled("ab�", []) == 2
+    assert cut_at_stop("one two three", ["three", "two"]) == ("one ", True)
+    assert cut_at_stop("one", ["two"]) == ("one", False)
+
+
+def test_a_client_that_leaves_stops_the_work(stack: Stack) -> None:
+    with Engine(Server(stack)) as engine:
+        job = engine.submit(Request("Once upon a time", max_tokens=100, temperature=0, stream=True))
+        next(job.pieces())
+        job.cancel()
+        assert job.result(timeout=60).completion_tokens < 100
+        assert engine.submit(Request("A", max_tokens=2)).result(timeout=60).completion_tokens == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+class Recorder(Plugin):
+    """Notes the shape of every batch; can hold the first one back."""
+
+    claims: set[Claim] = set()
+    shapes: list[tuple[int, int]]
+    gate: threading.Event
+
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Any:
+        self.shapes.append(tuple(request.input_ids.shape))
+        self.gate.wait(60)
+        return (yield)
+
+
+@pytest.fixture
+def recorded() -> tuple[Stack, Recorder]:
+    plugin = Recorder()
+    plugin.shapes, plugin.gate = [], threading.Event()
+    return built(plugin), plugin
+
+
+def submitted(engine: Engine, recorder: Recorder, requests: Sequence[Request]) -> list[Job]:
+    """Hold the engine with a first request, queue the others, let go."""
+    first = engine.submit(Request("A", max_tokens=1, temperature=0))
+    while not recorder.shapes:
+        threading.Event().wait(0.01)
+    jobs = [engine.submit(request) for request in requests]
+    recorder.gate.set()
+    first.result(timeout=60)
+    for job in jobs:
+        job.result(timeout=60)
+    return jobs
+
+
+def test_requests_that_sample_alike_run_together(recorded: tuple[Stack, Recorder], stack: Stack) -> None:
+    """Each row keeps its own length, and says what it says alone."""
+    watched, recorder = recorded
+    requests = [Request(text, max_tokens=3 + 4 * i, temperature=0) for i, text in enumerate(PROMPTS)]
+    with Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0))) as engine:
+        jobs = submitted(engine, recorder, requests)
+        assert [rows for rows, _ in recorder.shapes] == [1, 3]
+        assert (engine.batches, engine.served) == (2, 4)
+    for job in jobs:
+        alone = stack.generate(job.request.prompt, max_new_tokens=job.request.max_tokens, do_sample=False)
+        assert job.result().text == alone
+        assert job.result().completion_tokens == job.request.max_tokens
+
+
+def test_what_may_not_run_together(recorded: tuple[Stack, Recorder]) -> None:
+    watched, recorder = recorded
+    greedy, seeded = Request("A", max_tokens=2, temperature=0), Request("A", max_tokens=2, seed=1)
+    requests = [greedy, seeded, greedy, Request("A", max_tokens=2, temperature=0.5), seeded]
+    requests.append(Request("A", max_tokens=2, temperature=0, stop=("x",)))
+    with Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0))) as engine:
+        submitted(engine, recorder, requests)
+    assert [rows for rows, _ in recorder.shapes] == [1, 2, 1, 1, 1, 1]
+
+
+def test_a_batch_stays_inside_the_context(recorded: tuple[Stack, Recorder]) -> None:
+    """Two requests that fit alone, and together would need more positions than there are."""
+    watched, recorder = recorded
+    long = Request("x" * 100, max_tokens=5, temperature=0)
+    many = Request("x", max_tokens=100, temperature=0)
+    with Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0))) as engine:
+        assert engine.context == 128
+        submitted(engine, recorder, [long, many])
+    assert [rows for rows, _ in recorder.shapes] == [1, 1, 1]
+
+
+def test_the_largest_batch(recorded: tuple[Stack, Recorder]) -> None:
+    watched, recorder = recorded
+    with Engine(Server(watched, scheduler=Scheduler(max_batch=2, max_wait_ms=0))) as engine:
+        submitted(engine, recorder, [Request("A", max_tokens=2, temperature=0)] * 5)
+    assert [rows for rows, _ in recorder.shapes] == [1, 2, 2, 1]
+
+
+def test_an_order_of_ones_own(recorded: tuple[Stack, Recorder]) -> None:
+    watched, recorder = recorded
+    scheduler = Scheduler(
+        max_batch=1, max_wait_ms=0, order=lambda jobs: sorted(jobs, key=lambda j: j.prompt_tokens)
+    )
+    with Engine(Server(watched, scheduler=scheduler)) as engine:
+        submitted(engine, recorder, [Request("x" * n, max_tokens=1, temperature=0) for n in (30, 10, 20)])
+    lengths = [length for _, length in recorder.shapes[1:]]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 3
+
+
+def test_a_full_queue_turns_requests_away(recorded: tuple[Stack, Recorder]) -> None:
+    watched, recorder = recorded
+    with Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0, max_queue=2))) as engine:
+        first = engine.submit(Request("A", max_tokens=1))
+        while not recorder.shapes:
+            threading.Event().wait(0.01)
+        waiting = [engine.submit(Request("A", max_tokens=1)) for _ in range(2)]
+        with pytest.raises(QueueFull, match="2 requests wait"):
+            engine.submit(Request("A", max_tokens=1))
+        recorder.gate.set()
+        for job in (first, *waiting):
+            assert job.result(timeout=60).completion_tokens == 1
+
+
+def test_closing_turns_the_waiting_away(recorded: tuple[Stack, Recorder]) -> None:
+    watched, recorder = recorded
+    engine = Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0))).start()
+    first = engine.submit(Request("A", max_tokens=1))
+    while not recorder.shapes:
+        threading.Event().wait(0.01)
+    waiting = engine.submit(Request("A", max_tokens=1))
+    threading.Timer(0.2, recorder.gate.set).start()
+    engine.close()
+    assert first.result(timeout=1).completion_tokens == 1
+    with pytest.raises(PeftxError, match="closing"):
+        waiting.result(timeout=1)
+    with pytest.raises(PeftxError, match="closing"):
+        engine.submit(Request("A"))
+
+
+class Failing(Plugin):
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Any:
+        if request.input_ids.shape[1] > 20:
+            raise ZeroDivisionError("a bug in a plugin")
+        return (yield)
+
+
+def test_a_plugin_that_fails_ends_its_request_and_not_the_server() -> None:
+    server = Server(built(Failing()), name="small")
+    with TestClient(build_app(server), raise_server_exceptions=False) as client:
+        body = {"model": "small", "prompt": "x" * 40, "max_tokens": 2}
+        found = client.post("/v1/completions", json=body)
+        assert found.status_code == 500
+        assert found.json()["error"]["type"] == "server_error"
+        assert "a bug in a plugin" in found.text
+        assert ask(client, "x")["usage"]["completion_tokens"] > 0
+
+
+# --------------------------------------------------------------------------------------------------------- prefix cache
+def test_the_prefix_cache_reuses_what_was_served(stack: Stack) -> None:
+    long = "The river took the bridge, the camera and the car. "
+    with Engine(Server(stack, scheduler=Scheduler(prefix_cache=True, max_wait_ms=0))) as engine:
+        assert engine.prefixes is not None
+        for tail in ("One", "Two", "One", ""):
+            found = engine.submit(Request(long + tail, max_tokens=8, temperature=0)).result(timeout=60)
+            assert found.text == stack.generate(long + tail, max_new_tokens=8, do_sample=False)
+        assert engine.prefixes.hits == 3
+        count = len(stack.tokenizer(long)["input_ids"])
+        assert engine.prefixes.reused_tokens >= 3 * (count - 1)
+
+
+def test_the_prefix_cache_forgets_the_oldest(stack: Stack) -> None:
+    with Engine(
+        Server(stack, scheduler=Scheduler(prefix_cache=True, prefix_entries=1, max_wait_ms=0))
+    ) as engine:
+        assert engine.prefixes is not None
+        for prompt in ("aaaaaaaa", "bbbbbbbb", "aaaaaaaa"):
+            engine.submit(Request(prompt, max_tokens=2, temperature=0)).result(timeout=60)
+        assert engine.prefixes.hits <= 1, "only the beginning-of-text token may be shared"
+
+
+def test_no_prefix_cache_where_rows_are_no_tokens() -> None:
+    class Pretending(Plugin):
+        claims = {Claim.VIRTUAL_TOKENS}
+
+        @hookimpl
+        def inject(self, model: ModelView) -> None: ...
+
+    with pytest.raises(PeftxError, match="'pretending' claims virtual-tokens"):
+        Engine(Server(built(Pretending()), scheduler=Scheduler(prefix_cache=True)))
+
+
+# ----------------------------------------------------------------------------------------------------------- serve hook
+class Policy(Plugin):
+    @hookimpl
+    def serve(self, server: Server) -> None:
+        server.scheduler.max_batch = 2
+        server.add_route("GET", "/v1/policy", lambda: {"max_batch": server.scheduler.max_batch})
+
+
+def test_the_serve_hook_sets_the_policy_and_adds_routes() -> None:
+    server = Server(built(Policy()), name="small")
+    with TestClient(build_app(server)) as client:
+        assert client.get("/v1/policy").json() == {"max_batch": 2}
+    assert server.scheduler.max_batch == 2
+
+
+def test_a_serve_hook_that_goes_wrong_names_its_plugin() -> None:
+    class Wrong(Plugin):
+        @hookimpl
+        def serve(self, server: Server) -> None:
+            server.add_route("GET", "/v1/models", dict)
+
+    class Zero(Plugin):
+        @hookimpl
+        def serve(self, server: Server) -> None:
+            server.scheduler.max_batch = 0
+
+    with pytest.raises(PeftxError, match=r"wrong: serve.*GET /v1/models is taken"):
+        Engine(Server(built(Wrong())))
+    with pytest.raises(PeftxError, match="max_batch is 0"):
+        Engine(Server(built(Zero())))
+
+
+def test_a_loop_for_one_sequence_gets_batches_of_one() -> None:
+    class Single(Plugin):
+        claims = {Claim.REPLACES_DECODING}
+
+        @hookimpl
+        def decode(self, request: Generation) -> Tensor:
+            assert len(request.input_ids) == 1
+            return request.run_default()
+
+    server = Server(built(Single()), name="small")
+    with TestClient(build_app(server)) as client:
+        assert len(ask(client, PROMPTS, temperature=0)["choices"]) == 3
+    assert server.scheduler.max_batch == 1
+
+
+def test_a_model_that_writes_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="generates no text"):
+        Engine(Server(Stack(tiny("bert"), [], tokenizer=tiny_tokenizer())))
+
+
+def test_an_encoder_decoder_model_is_served() -> None:
+    served = built(arch="t5")
+    with Engine(Server(served)) as engine:
+        found = engine.submit(Request("Once", max_tokens=5, temperature=0)).result(timeout=60)
+    assert found.text == served.generate("Once", max_new_tokens=5, do_sample=False)
+    assert found.completion_tokens <= 5
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        ({"model": "smal"}, 404, None, "did you mean 'small'?"),
+        ({"prompt": ""}, 400, "prompt", "at least 1 character"),
+        ({"prompt": []}, 400, "prompt", ""),
+        ({"prompt": [1, 2]}, 400, "prompt", "string"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 10_000}, 400, None, "at most 128 fit this model"),
+        ({"temperature": "hot"}, 400, "temperature", "valid number"),
+        ({"temperature": 3}, 400, "temperature", ""),
+        ({"top_p": 0}, 400, "top_p", ""),
+        ({"n": 2}, 400, "n", ""),
+        ({"echo": True}, 400, "echo", "'echo' is not supported"),
+        ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", ""),
+        ({"stop": [""]}, 400, "stop", ""),
+        ({"prompt": ["a", "b"], "stream": True}, 400, None, "one prompt at a time"),
+    ],
+    ids=lambda value: json.dumps(value)[:30] if isinstance(value, dict) else "",
+)
+def test_errors_have_the_shape_of_openai(
+    client: TestClient, body: dict[str, Any], status: int, param: str | None, words: str
+) -> None:
+    found = client.post("/v1/completions", json={"model": "small", "prompt": "A", "max_tokens": 1} | body)
+    assert found.status_code == status, found.text
+    error = found.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert words in error["message"]
+    assert client.get("/healthz").json()["served"] == 0
+
+
+def test_bodies_that_are_no_json_or_too_large(stack: Stack) -> None:
+    with TestClient(build_app(Server(stack, name="small", max_body=200))) as client:
+        found = client.post("/v1/completions", content=b"{nope", headers={"content-type": "application/json"})
+        assert found.status_code == 400
+        assert "no JSON" in found.json()["error"]["message"]
+        found = client.post("/v1/completions", json={"model": "small", "prompt": "x" * 300})
+        assert found.status_code == 413
+        assert "at most 200" in found.json()["error"]["message"]
+
+        def parts() -> Iterator[bytes]:
+            yield b'{"model": "small", '
+            yield b'"prompt": "x"}'
+
+        found = client.post("/v1/completions", content=parts(), headers={"content-type": "application/json"})
+        assert found.status_code == 413
+        assert "Content-Length" in found.text
+        assert client.get("/nowhere").status_code == 404
+        assert client.get("/nowhere").json()["error"]["code"] == "not_found"
+        assert client.get("/v1/completions").status_code == 405
+
+
+def test_only_named_hosts_are_answered(stack: Stack) -> None:
+    """A web page that lets its own name point at 127.0.0.1 does not reach the model."""
+    app = build_app(Server(stack, name="small"), allowed_hosts=["127.0.0.1", "localhost"])
+    with TestClient(app, base_url="http://localhost") as client:
+        assert client.get("/healthz").status_code == 200
+    with TestClient(app, base_url="http://evil.example") as client:
+        assert client.get("/healthz").status_code == 400
+
+
+def test_many_clients_at_once(stack: Stack) -> None:
+    """Every answer is the right one for its own prompt."""
+    prompts = [f"{PROMPTS[n % 3]} {n}" for n in range(12)]
+    expected = [stack.generate(prompt, max_new_tokens=4, do_sample=False) for prompt in prompts]
+    server = Server(stack, name="small", scheduler=Scheduler(max_wait_ms=20))
+    with TestClient(build_app(server)) as client:
+        answers: dict[int, str] = {}
+
+        def work(number: int) -> None:
+            answers[number] = ask(client, prompts[number], temperature=0, max_tokens=4)["choices"][0]["text"]
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert [answers[n] for n in range(len(prompts))] == expected
+        assert client.get("/healthz").json()["batches"] < len(prompts)

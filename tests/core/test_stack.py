@@ -1,0 +1,448 @@
+"""The stack: order, conflicts, hooks, merging, switching off, removing; and its bundles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import peftx
+from peftx import Claim, Delta, Plugin, PluginConfig, Stack, hookimpl
+from peftx.bundle import smallest_exact
+from peftx.compression import QuantLinear
+from peftx.conflicts import Member, find_conflicts
+from peftx.errors import BundleError, ConflictError, MergeError, PeftxError, PluginError
+from peftx.models import fingerprint
+from peftx.testing import tiny, tiny_tokenizer
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+class Shift(Delta):
+    """y + b: folds into a bias, where there may have been none."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.b
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, self.b if bias is None else bias + self.b
+
+
+class Scale(Delta):
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.z
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.z[:, None], None if bias is None else bias * self.z
+
+
+class NumberConfig(PluginConfig):
+    start: float = Field(0.5, description="first value")
+
+
+class Shifts(Plugin):
+    Config = NumberConfig
+    claims = {Claim.MERGEABLE}
+    config: NumberConfig
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Shift(site.out_features, self.config.start))
+
+
+class Scales(Plugin):
+    Config = NumberConfig
+    claims = {Claim.MERGEABLE}
+    config: NumberConfig
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.up attention.o"):
+            site.attach(Scale(site.out_features, self.config.start))
+
+
+class Frozen8(Plugin):
+    """Replaces the feed-forward by 8-bit integers."""
+
+    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS, Claim.FINAL}
+
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        for site in model.linears("mlp", whole=True):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))
+
+
+class Broken(Plugin):
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        site = model.linears("mlp.down")[0]
+        site.attach(Scale(site.out_features, 1.0))
+        raise ValueError("half way")
+
+
+def stack_of(*plugins: Any, arch: str = "llama") -> Stack:
+    return Stack(tiny(arch), plugins, tokenizer=tiny_tokenizer())
+
+
+def logits(stack: Stack) -> Tensor:
+    with torch.no_grad():
+        return stack.model(IDS).logits
+
+
+def test_stack_order_is_the_order_of_effect() -> None:
+    """(u + 0.5) * 0.5 is not u * 0.5 + 0.5."""
+    one, other = stack_of(Shifts(), Scales()), stack_of(Scales(), Shifts())
+    up = one.model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, up.in_features)
+    plain = x @ up.weight.t()
+    assert torch.allclose(up(x), (plain + 0.5) * 0.5)
+    assert torch.allclose(other.model.model.layers[0].mlp.up_proj(x), plain * 0.5 + 0.5)
+
+
+@pytest.mark.parametrize("order", [(Shifts, Scales), (Scales, Shifts)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_all_and_back(order: tuple[type[Plugin], type[Plugin]], dtype: torch.dtype) -> None:
+    stack = Stack(tiny("llama").to(dtype), [plugin() for plugin in order])
+    before, keys = logits(stack), {n: t.clone() for n, t in stack.model.state_dict().items()}
+    stack.merge()
+    merged = logits(stack)
+    assert torch.allclose(before.float(), merged.float(), atol=1e-5 if dtype == torch.float32 else 0.1)
+    stack.unmerge()
+    assert torch.equal(logits(stack), before)
+    assert all(torch.equal(t, keys[n]) for n, t in stack.model.state_dict().items())
+
+
+def test_only_what_lies_nearest_to_the_weights_merges_alone() -> None:
+    stack = stack_of(Shifts(), Scales())
+    stack.merge("shifts")
+    stack.unmerge()
+    with pytest.raises(MergeError, match="scales cannot be merged before shifts"):
+        stack.merge("scales")
+    assert torch.equal(logits(stack), logits(stack_of(Shifts(), Scales())))
+
+
+def test_remove_gives_the_base_back() -> None:
+    base = tiny("llama")
+    stack = stack_of(Shifts(), Scales())
+    stack.remove("shifts")
+    assert torch.equal(logits(stack), logits(stack_of(Scales())))
+    stack.remove("scales")
+    with torch.no_grad():
+        assert torch.equal(logits(stack), base(IDS).logits)
+    assert list(stack.model.state_dict()) == list(base.state_dict())
+    assert type(stack.model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_disabled_is_a_scope() -> None:
+    stack = stack_of(Shifts(), Scales())
+    before = logits(stack)
+    with stack.disabled("scales"):
+        assert torch.equal(logits(stack), logits(stack_of(Shifts())))
+    with pytest.raises(RuntimeError, match="leave"), stack.disabled():
+        raise RuntimeError("leave")
+    assert torch.equal(logits(stack), before)
+
+
+def test_disabled_plugins_neither_decode_nor_step() -> None:
+    calls: list[str] = []
+
+    @hookimpl(wrapper=True)
+    def decode(self: Any, request: Any) -> Any:
+        calls.append("decode")
+        return (yield)
+
+    stack = stack_of(("seen", _plugin(decode=decode)))
+    with stack.disabled("seen"):
+        stack.generate("a", max_new_tokens=1)
+    assert not calls
+    stack.generate("a", max_new_tokens=1)
+    assert calls == ["decode"]
+
+
+def test_freeze_and_unfreeze() -> None:
+    stack = stack_of(Shifts(), Scales())
+    total = stack.trainable_parameters()
+    stack.freeze("shifts")
+    assert stack.trainable_parameters() == total - stack.plugin_parameters("shifts")
+    stack.unfreeze()
+    assert stack.trainable_parameters() == total
+
+
+def test_a_failing_hook_names_the_plugin_and_leaves_nothing() -> None:
+    model = tiny("llama")
+    with pytest.raises(PluginError, match="plugin 'broken' failed in inject: ValueError: half way"):
+        Stack(model, [Broken()])
+    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+
+
+def test_the_place_in_the_spec_is_named() -> None:
+    with pytest.raises(PluginError, match=r"'b' at stack\.yaml:7:3 failed"):
+        Stack(tiny("llama"), [Member("b", Broken(), "stack.yaml:7:3")])
+
+
+def test_ids() -> None:
+    assert list(stack_of(Shifts(), ("again", Shifts())).plugins) == ["shifts", "again"]
+    with pytest.raises(ConflictError, match="'shifts' stands twice"):
+        stack_of(Shifts(), Shifts())
+    one = Shifts()
+    with pytest.raises(ConflictError, match="one plugin object stands twice"):
+        stack_of(("a", one), ("b", one))
+    with pytest.raises(PeftxError, match="no plugin 'shift' in this stack") as caught:
+        stack_of(Shifts()).remove("shift")
+    assert "shifts" in str(caught.value)
+
+
+def test_a_class_is_no_plugin() -> None:
+    with pytest.raises(PluginError, match="not a plugin"):
+        Stack(tiny("llama"), [Shifts])  # type: ignore[list-item]
+
+
+def _plugin(**hooks: Any) -> Plugin:
+    return type("Made", (Plugin,), hooks)()
+
+
+@pytest.mark.parametrize("option", ["tryfirst", "trylast"])
+def test_order_hints_are_refused(option: str) -> None:
+    @hookimpl(**{option: True})
+    def inject(self: Any, model: Any) -> None: ...
+
+    with pytest.raises(PluginError, match="tryfirst and trylast are refused"):
+        stack_of(_plugin(inject=inject))
+
+
+def test_wrappers_only_where_they_make_sense() -> None:
+    @hookimpl(wrapper=True)
+    def inject(self: Any, model: Any) -> Any:
+        yield
+
+    with pytest.raises(PluginError, match="only train_step and decode take wrappers"):
+        stack_of(_plugin(inject=inject))
+
+
+def test_bad_arguments_and_unknown_hooks_are_refused() -> None:
+    @hookimpl
+    def inject(self: Any, modle: Any) -> None: ...
+
+    with pytest.raises(PluginError, match="modle"):
+        stack_of(_plugin(inject=inject))
+
+    @hookimpl
+    def injct(self: Any, model: Any) -> None: ...
+
+    @hookimpl
+    def evaluate(self: Any) -> None: ...
+
+    with pytest.raises(PluginError, match="injct"):
+        stack_of(_plugin(injct=injct, evaluate=evaluate))
+
+
+def _claiming(*claims: Claim, hook: str = "train_step") -> Plugin:
+    @hookimpl
+    def method(self: Any) -> None: ...
+
+    return type("Made", (Plugin,), {"claims": set(claims), hook: method})()
+
+
+@pytest.mark.parametrize(
+    "claim", [Claim.REPLACES_STEP, Claim.REPLACES_ATTENTION, Claim.REPLACES_DECODING, Claim.QUANTIZES]
+)
+def test_exclusive_claims_collide(claim: Claim) -> None:
+    (conflict,) = find_conflicts([Member("a", _claiming(claim)), Member("b", _claiming(claim))])
+    assert (conflict.first, conflict.second) == ("a", "b")
+    assert claim in conflict.claims
+
+
+def test_conflicts_name_the_order_that_works() -> None:
+    with pytest.raises(ConflictError, match="this order works: shifts, frozen8"):
+        stack_of(Frozen8(), Shifts())
+    assert not find_conflicts([Member("shifts", Shifts()), Member("frozen8", Frozen8())])
+
+
+def test_a_step_without_gradients_beside_one_that_needs_them() -> None:
+    members = [Member("zo", _claiming(Claim.REPLACES_STEP)), Member("gs", _claiming(Claim.NEEDS_GRADIENTS))]
+    assert len(find_conflicts(members)) == 1 == len(find_conflicts(members[::-1]))
+
+
+def test_what_does_not_fold_before_a_compression() -> None:
+    members = [Member("a", _claiming(hook="inject")), Member("q", Frozen8())]
+    assert "does not fold" in find_conflicts(members)[0].reason
+    beside = [Member("a", _claiming(Claim.BESIDE_WEIGHTS, hook="inject")), Member("q", Frozen8())]
+    assert not find_conflicts(beside)
+
+
+# -- bundles -----------------------------------------------------------------------------------------------------
+
+
+def test_bundle_brings_everything_back(tmp_path: Path) -> None:
+    stack = stack_of(Shifts(start=0.25), ("more", Scales()))
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("more"):
+            parameter.normal_(1, 0.1)
+    stack.freeze("more")
+    stack.save(tmp_path / "b")
+    back = peftx.load(tmp_path / "b", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(back), logits(stack))
+    assert back.plugins["shifts"].config == NumberConfig(start=0.25)
+    assert back.trainable_parameters() == stack.trainable_parameters() == stack.plugin_parameters("shifts")
+    assert not back.model.training
+    assert all(not module.training for module in back.model.modules())
+
+
+def test_folded_plugins_come_back_with_new_biases(tmp_path: Path) -> None:
+    stack = stack_of(Shifts())
+    before = logits(stack)
+    stack.merge(keep=False)
+    assert torch.allclose(logits(stack), before, atol=1e-5)
+    assert not stack.trainable_parameters()
+    stack.save(tmp_path / "b")
+    back = peftx.load(tmp_path / "b", model=tiny("llama"))
+    assert torch.equal(logits(back), logits(stack))
+    assert isinstance(back.model.model.layers[0].mlp.up_proj.bias, nn.Parameter)
+
+
+def test_compressed_bundles_need_no_base(tmp_path: Path) -> None:
+    stack = stack_of(Scales(), Frozen8())
+    stack.compress()
+    stack.save(tmp_path / "b")
+    assert "scales" in stack.folded
+    back = peftx.load(tmp_path / "b")
+    assert torch.equal(logits(back), logits(stack))
+    assert isinstance(back.model.model.layers[0].mlp.up_proj, QuantLinear)
+    assert back.model.lm_head.weight.device.type == "cpu"
+    saved = (tmp_path / "b" / "frozen8.safetensors").stat().st_size
+    packed = sum(t.nbytes for t in stack.ledger.tensors("frozen8").values())
+    assert packed <= saved <= packed * 1.25 + 8000  # the header of a small file
+
+
+def test_a_delta_on_integers_does_not_merge() -> None:
+    class Late(Scales):
+        claims: ClassVar[set[Claim]] = {Claim.MERGEABLE}
+
+    stack = Stack(tiny("llama"), [Frozen8Early(), ("late", Late(start=1.0))], inject=False)
+    stack.compress(ids=["frozen8-early"])
+    stack.inject()
+    with pytest.raises(MergeError):
+        stack.merge()
+    with pytest.raises(MergeError):
+        stack.merge(keep=False)
+
+
+class Frozen8Early(Frozen8):
+    claims: ClassVar[set[Claim]] = {Claim.QUANTIZES}
+
+
+def test_switching_off_what_replaced_weights_is_refused() -> None:
+    stack = stack_of(Frozen8())
+    stack.compress()
+    with pytest.raises(PeftxError, match="cannot be switched off"), stack.disabled():
+        raise AssertionError("not reached")
+
+
+def test_removing_a_compression_gives_the_base_back() -> None:
+    stack = stack_of(Frozen8())
+    base = logits(stack)
+    stack.compress()
+    assert not torch.equal(logits(stack), base)
+    stack.remove("frozen8")
+    assert torch.equal(logits(stack), base)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    stack_of(Shifts()).save(tmp_path / "b")
+    with pytest.raises(BundleError, match="made for another base model"):
+        peftx.load(tmp_path / "b", model=tiny("llama", seed=1))
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    stack_of(Shifts()).save(tmp_path / "b")
+    file = tmp_path / "b" / "shifts.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (tmp_path / "b" / "stray.txt").write_text("?")
+    (tmp_path / "b" / "README.md").unlink()
+    with pytest.raises(BundleError) as caught:
+        peftx.load(tmp_path / "b", model=tiny("llama"))
+    for words in (
+        "shifts.safetensors is corrupted",
+        "stray.txt is not in the manifest",
+        "README.md is missing",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    stack_of(Shifts()).save(tmp_path / "b")
+    file = tmp_path / "b" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["format"] = 99
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="format 99"):
+        peftx.load(tmp_path / "b", model=tiny("llama"))
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(BundleError, match="not overwritten"):
+        stack_of(Shifts()).save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_saving_over_a_bundle_replaces_it(tmp_path: Path) -> None:
+    stack_of(Shifts()).save(tmp_path / "b")
+    stack_of(Scales()).save(tmp_path / "b")
+    assert list(peftx.load(tmp_path / "b", model=tiny("llama")).plugins) == ["scales"]
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_merged_stacks_are_not_saved(tmp_path: Path) -> None:
+    stack = stack_of(Shifts())
+    stack.merge()
+    with pytest.raises(BundleError, match="merged"):
+        stack.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_export_is_a_plain_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    stack = stack_of(Scales())
+    before = logits(stack)
+    stack.export(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(plain(IDS).logits, before, atol=1e-5)
+    assert torch.equal(logits(stack), before)
+
+
+def test_smallest_exact_keeps_every_bit() -> None:
+    half = torch.randn(50).half().float()
+    brain = torch.tensor([1e30, 2.0**-130]).bfloat16().float()
+    full = torch.tensor([0.1])
+    assert smallest_exact(half).dtype == torch.float16
+    assert smallest_exact(brain).dtype == torch.bfloat16
+    assert smallest_exact(full).dtype == torch.float32
+    for tensor in (half, brain, full):
+        assert torch.equal(smallest_exact(tensor).float(), tensor)
+
+
+def test_fingerprint_tells_trainings_apart() -> None:
+    one, same, other = tiny("llama"), tiny("llama"), tiny("llama", seed=1)
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    with torch.no_grad():
+        same.lm_head.weight.mul_(1.001)
+    assert fingerprint(one) != fingerprint(same)

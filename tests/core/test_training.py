@@ -1,0 +1,308 @@
+"""The training step as plugins see it, and the trainer around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftx import Claim, Delta, Plugin, Stack, hookimpl
+from peftx.errors import BundleError, DataError, PeftxError
+from peftx.testing import tiny, tiny_tokenizer
+from peftx.training import TrainStep, last_checkpoint
+from peftx.training.state_io import load_state, save_state
+
+ROWS = [{"prompt": f"count {i}", "completion": f"{i + 1} {i + 2}"} for i in range(24)]
+
+
+class Gain(Delta):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.z = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y * self.z
+
+
+class Gains(Plugin):
+    """Trains a gain on every feed-forward output."""
+
+    claims = {Claim.IDENTITY_AT_START}
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(Gain(site.out_features))
+
+
+class Logged(Plugin):
+    """Writes down what it sees of every step."""
+
+    def __init__(self, name: str, log: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.name, self.log = name, log
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        self.log.append((f"{self.name} in", step.index, step.micro))
+        loss = yield
+        self.log.append((f"{self.name} out", step.index, step.micro))
+        return loss
+
+
+class Extra(Plugin):
+    """Adds a constant times the sum of the gains."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        parameters = step.parameters()
+        step.add_loss("gains", lambda outputs: torch.stack([p.sum() for p in parameters]).sum(), self.weight)
+        return (yield)
+
+
+class Halved(Plugin):
+    """Halves the accumulated gradient, and counts how often it was asked to."""
+
+    claims = {Claim.NEEDS_GRADIENTS}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        def halve(parameters: list[torch.nn.Parameter]) -> None:
+            self.seen.append(float(parameters[0].grad.norm()))
+            for parameter in parameters:
+                parameter.grad.mul_(0.5)
+
+        step.on_gradients(halve)
+        return (yield)
+
+
+class Replaced(Plugin):
+    """Replaces the step; still sees the terms of others."""
+
+    claims = {Claim.REPLACES_STEP}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[dict[str, float]] = []
+
+    @hookimpl
+    def train_step(self, step: TrainStep) -> torch.Tensor:
+        with torch.no_grad():
+            loss = step.total_loss()
+            self.losses.append(step.losses)
+            for parameter in step.parameters():
+                parameter.sub_(step.learning_rate)
+        return loss
+
+
+def stack_of(*plugins: Plugin | tuple[str, Plugin]) -> Stack:
+    return Stack(tiny("llama"), [Gains(), *plugins], tokenizer=tiny_tokenizer())
+
+
+def batch(rows: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def gradients(stack: Stack) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in stack.model.parameters() if p.requires_grad]
+
+
+def weights(stack: Stack) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in stack.ledger.parameters("gains")]
+
+
+def test_the_loss_and_gradient_are_the_models_own() -> None:
+    stack = stack_of()
+    loss = stack.train_step(batch())
+    found = gradients(stack)
+    stack.model.zero_grad()
+    plain = stack.model(**batch()).loss
+    plain.backward()
+    assert torch.equal(loss, plain.detach())
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(stack), strict=True))
+
+
+def test_loss_terms_add_with_their_weights() -> None:
+    plain, extra = stack_of(), stack_of(Extra(0.25))
+    alone, both = plain.train_step(batch()), extra.train_step(batch())
+    gains = sum(int(p.numel()) for p in extra.ledger.parameters("gains"))
+    assert torch.allclose(both, alone + 0.25 * gains)
+    for a, b in zip(gradients(plain), gradients(extra), strict=True):
+        assert torch.allclose(b, a + 0.25, atol=1e-6)
+
+
+def test_the_first_wrapper_is_the_outer_one() -> None:
+    log: list[tuple[str, int, int]] = []
+    stack_of(("one", Logged("one", log)), ("two", Logged("two", log))).train_step(batch())
+    assert [name for name, _, _ in log] == ["one in", "two in", "two out", "one out"]
+
+
+def test_gradient_transforms_see_the_accumulated_gradient_once() -> None:
+    halved = Halved()
+    stack = stack_of(halved)
+    full = batch(4)
+    parts = [{k: v[i : i + 2] for k, v in full.items()} for i in (0, 2)]
+    for micro, part in enumerate(parts):
+        stack.run_train_step(TrainStep(stack, part, micro=micro, accumulation=2))
+    found = gradients(stack)
+    plain = stack_of()
+    plain.train_step(full)
+    assert len(halved.seen) == 1
+    for a, b in zip(found, gradients(plain), strict=True):
+        assert torch.allclose(2 * a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_accumulation_equals_the_large_batch(schedule: str) -> None:
+    one, two = stack_of(), stack_of()
+    shared = {
+        "steps": 3,
+        "learning_rate": 0.05,
+        "schedule": schedule,
+        "max_grad_norm": 0.3,
+        "optimizer": "sgd",
+    }
+    one.train(ROWS, batch_size=8, **shared)
+    two.train(ROWS, batch_size=2, gradient_accumulation=4, **shared)
+    for a, b in zip(weights(one), weights(two), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.allclose(weights(one)[0], torch.ones_like(weights(one)[0]), atol=1e-4)
+
+
+def test_micro_batches_are_numbered() -> None:
+    log: list[tuple[str, int, int]] = []
+    stack_of(Logged("x", log)).train(ROWS, steps=2, batch_size=2, gradient_accumulation=3)
+    assert [(step, micro) for name, step, micro in log if name == "x in"] == [
+        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)
+    ]  # fmt: skip
+
+
+def test_a_replaced_step_sees_the_terms_of_others_and_leaves_no_gradient() -> None:
+    replaced = Replaced()
+    stack = stack_of(Extra(0.5), replaced)
+    before = weights(stack)
+    stack.train(ROWS, steps=2, batch_size=4, learning_rate=0.1, schedule="constant")
+    assert all(set(terms) == {"task", "gains"} for terms in replaced.losses)
+    assert all(p.grad is None for p in stack.model.parameters())
+    for a, b in zip(before, weights(stack), strict=True):
+        assert torch.allclose(a - 0.2, b)
+
+
+def test_two_terms_of_one_name_are_refused() -> None:
+    with pytest.raises(PeftxError, match="two loss terms are named 'gains'"):
+        stack_of(("a", Extra(1.0)), ("b", Extra(1.0))).train_step(batch())
+
+
+@pytest.mark.parametrize("kill_at", [2, 4])
+def test_resume_is_exact(tmp_path: Path, kill_at: int) -> None:
+    options = {"steps": 6, "batch_size": 3, "learning_rate": 0.02, "checkpoint_every": 2, "warmup_steps": 2}
+    whole = stack_of(Extra(0.1))
+    report = whole.train(ROWS, output=tmp_path / "whole", **options)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int, terms: dict[str, float]) -> None:
+        if done == kill_at + 1:
+            raise Killed
+
+    first = stack_of(Extra(0.1))
+    with pytest.raises(Killed):
+        first.train(ROWS, output=tmp_path / "cut", progress=kill, **options)
+    found = last_checkpoint(tmp_path / "cut")
+    assert found is not None
+    assert found.name == f"checkpoint-{kill_at}"
+    second = stack_of(Extra(0.1))
+    again = second.train(ROWS, output=tmp_path / "cut", resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
+    assert again.losses == report.losses
+
+
+def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
+    stack_of().train(ROWS, steps=2, checkpoint_every=1, output=tmp_path)
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+def test_resume_by_another_stack_is_refused(tmp_path: Path) -> None:
+    stack_of().train(ROWS, steps=2, checkpoint_every=1, output=tmp_path)
+    other = Stack(tiny("llama"), [("other", Gains())], tokenizer=tiny_tokenizer())
+    with pytest.raises(BundleError, match="written by another stack"):
+        other.train(ROWS, steps=4, output=tmp_path, resume=True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="nothing to resume"):
+        stack_of().train(ROWS, steps=1, output=tmp_path, resume=True)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(PeftxError, match="nothing trains"):
+        Stack(tiny("llama"), [], tokenizer=tiny_tokenizer()).train(ROWS, steps=1)
+
+
+def test_misspelt_options_name_the_nearest() -> None:
+    with pytest.raises(PeftxError, match="learning_rate"):
+        stack_of().train(ROWS, learning_rte=0.1)
+
+
+def test_no_rows() -> None:
+    with pytest.raises(DataError, match="no rows"):
+        stack_of().train([])
+
+
+def test_a_loop_of_ones_own() -> None:
+    stack = stack_of()
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=0.05)
+    losses = [float(stack.train_step(batch(), optimizer=optimizer)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert stack.trained_steps == 8
+    assert all(p.grad is None for p in stack.model.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_weights() -> None:
+    one, two = stack_of(), stack_of()
+    one.train(ROWS, steps=2, learning_rate=0.05)
+    two.train(ROWS, steps=2, learning_rate=0.05, gradient_checkpointing=True)
+    for a, b in zip(weights(one), weights(two), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert not two.model.is_gradient_checkpointing
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(value=VALUES)
+@settings(max_examples=60)
+def test_state_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    path = tmp_path_factory.mktemp("state") / "x"
+    save_state(path, value)
+    assert load_state(path) == value
+
+
+def test_state_with_tensors_keeps_bits(tmp_path: Path) -> None:
+    state = {"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(3, 2).bfloat16()}}, "lr": 0.1}
+    save_state(tmp_path / "x", state)
+    found = load_state(tmp_path / "x")
+    assert found["lr"] == 0.1
+    assert all(torch.equal(found["state"][0][k], state["state"][0][k]) for k in ("step", "m"))
+    assert found["state"][0]["m"].dtype == torch.bfloat16

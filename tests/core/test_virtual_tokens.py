@@ -1,0 +1,477 @@
+"""Soft tokens at the input: the caller's lengths everywhere, and the arithmetic of tokens written out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle  # noqa: TID251 - in memory only: worker processes get modules so
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftx import virtual_tokens
+from peftx.anatomy import Anatomy, ModelView
+from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.ledger import Ledger
+from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny
+from peftx.virtual_tokens import VirtualTokens
+
+DECODERS = (
+    "llama",
+    "qwen2",
+    "gpt2",
+    "gemma2",
+    "opt",
+    "gpt_neox",
+    "bloom",
+    "mixtral",
+    "gptj",
+    "phi3",
+    "llava",
+)
+ENCODERS = ("bert", "roberta", "deberta_v2")
+PAIRS = ("t5", "bart")
+
+
+class Rows(VirtualTokens):
+    """Free rows [P, hidden]."""
+
+    def __init__(self, length: int, hidden: int = 32, seed: int = 0) -> None:
+        super().__init__(length)
+        self.table = nn.Parameter(torch.randn(length, hidden, generator=torch.Generator().manual_seed(seed)))
+
+    def rows(self) -> Tensor:
+        return self.table
+
+
+def prompted(model: PreTrainedModel, *lengths: int) -> tuple[Ledger, list[Rows]]:
+    """One plugin for each length, in stack order."""
+    ledger = Ledger(model)
+    prompts = []
+    for rank, length in enumerate(lengths):
+        view = ModelView(Anatomy(model), ledger, f"p{rank}", rank)
+        prompts.append(view.prompt(Rows(length, seed=rank)))
+    return ledger, prompts
+
+
+def run(model: PreTrainedModel, padding: Padding = None, **more: Tensor) -> Tensor:
+    with torch.no_grad():
+        return output_of(model, example_inputs(model, padding=padding) | more)
+
+
+def written_out(
+    model: PreTrainedModel, rows: Tensor, inputs: dict[str, Tensor], *, at: int = 0
+) -> tuple[dict[str, Tensor], int]:
+    """The same input with the rows spelled out as embeddings; `at`: tokens that stand before them."""
+    ids = inputs["input_ids"]
+    embedded = model.get_input_embeddings()(ids)
+    rows = rows.expand(ids.shape[0], -1, -1)
+    mask = inputs["attention_mask"]
+    ones = torch.ones(ids.shape[0], rows.shape[1], dtype=mask.dtype)
+    spelled = {
+        "inputs_embeds": torch.cat((embedded[:, :at], rows, embedded[:, at:]), 1),
+        "attention_mask": torch.cat((mask[:, :at], ones, mask[:, at:]), 1),
+    }
+    if "position_ids" in inspect.signature(model.forward).parameters and not mask[:, 0].all():
+        spelled["position_ids"] = (spelled["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # pads do not count
+    if "decoder_input_ids" in inputs:
+        spelled["decoder_input_ids"] = inputs["decoder_input_ids"]
+    return spelled, rows.shape[1]
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_decoders_equal_embeddings_written_out(arch: str, padding: Padding) -> None:
+    """Rows in front of everything, the pads included; logits of the caller's own length."""
+    model = tiny(arch)
+    reference = copy.deepcopy(model)
+    _, prompts = prompted(model, 3)
+    inputs = example_inputs(model, padding=padding)
+    spelled, length = written_out(reference, prompts[0].table, inputs)
+    with torch.no_grad():
+        expected = reference(**spelled).logits[:, length:]
+        actual = model(**inputs).logits
+    assert actual.shape == expected.shape
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual[real], run(reference, padding)[real], atol=1e-2)
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_left_padding_does_not_matter(arch: str) -> None:
+    model = tiny(arch)
+    prompted(model, 3)
+    whole = example_inputs(model, length=6)["input_ids"]
+    pads = torch.full((2, 4), PAD)
+    ones, zeros = torch.ones_like(whole), torch.zeros_like(pads)
+    mask = torch.cat((zeros, ones), 1)
+    with torch.no_grad():
+        plain = model(input_ids=whole).logits
+        assert torch.equal(model(input_ids=whole, attention_mask=ones).logits, plain)
+        left = model(input_ids=torch.cat((pads, whole), 1), attention_mask=mask).logits
+        right = model(
+            input_ids=torch.cat((whole, pads), 1), attention_mask=torch.cat((ones, zeros), 1)
+        ).logits
+    torch.testing.assert_close(left[:, 4:], plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(right[:, :6], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_loss_is_over_the_callers_tokens(arch: str) -> None:
+    model = tiny(arch)
+    _, prompts = prompted(model, 3)
+    inputs = example_inputs(model)
+    labels = inputs["input_ids"].clone()
+    labels[:, :2] = -100
+    out = model(**inputs, labels=labels)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+    if arch != "mixtral":  # adds a loss of its router
+        torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert prompts[0].table.grad.abs().sum(-1).min() > 0  # every row
+
+
+def test_gradients_are_those_of_the_written_out_input() -> None:
+    model = tiny("llama")
+    reference = copy.deepcopy(model)
+    _, prompts = prompted(model, 3)
+    inputs = example_inputs(model, padding="right")
+    rows = prompts[0].table.detach().clone().requires_grad_()
+    spelled, length = written_out(reference, rows, inputs)
+    real = inputs["attention_mask"].bool()
+    reference(**spelled).logits[:, length:][real].square().sum().backward()
+    model(**inputs).logits[real].square().sum().backward()
+    torch.testing.assert_close(prompts[0].table.grad, rows.grad, rtol=1e-4, atol=1e-4)
+
+
+def generated(model: PreTrainedModel, ids: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """Six new tokens and their logits [steps, rows, vocabulary]."""
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    out = model.generate(input_ids=ids, **fixed, output_logits=True, return_dict_in_generate=True, **options)
+    return out.sequences[:, -6:], torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("arch", [*(a for a in DECODERS if a != "mixtral"), "mamba", *PAIRS])
+def test_generation(arch: str) -> None:
+    """Greedy, cached and not, padded and not, with beams: all of the same tokens, from the same logits."""
+    model = tiny(arch)
+    ids = example_inputs(model, length=5)["input_ids"]
+    mask = torch.ones_like(ids)
+    _, without = generated(model, ids, attention_mask=mask)
+    prompted(model, 3)
+    tokens, logits = generated(model, ids, attention_mask=mask)
+    assert logits.shape == without.shape
+    assert not torch.allclose(logits, without, atol=1e-2)
+
+    def same(other: tuple[Tensor, Tensor], rows: slice = slice(None)) -> None:
+        assert torch.equal(other[0], tokens[rows])
+        torch.testing.assert_close(other[1], logits[:, rows], rtol=1e-4, atol=1e-4)
+
+    same(generated(model, ids, attention_mask=mask, use_cache=False))
+    same(generated(model, ids))  # no mask at all
+    same(generated(model, ids[:1], attention_mask=mask[:1]), slice(0, 1))
+    if arch not in (
+        "bart",
+        "t5",
+        "mamba",
+    ):  # which take no positions: pads stand between the rows and the text
+        padded = torch.cat((torch.full((2, 3), PAD), ids), 1)
+        same(
+            generated(model, padded, attention_mask=torch.cat((torch.zeros(2, 3, dtype=torch.long), mask), 1))
+        )
+    beams = generated(model, ids, attention_mask=mask, num_beams=3)
+    slow = generated(model, ids, attention_mask=mask, num_beams=3, use_cache=False)
+    assert torch.equal(beams[0], slow[0])
+    torch.testing.assert_close(beams[1], slow[1], rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_lookup() -> None:
+    """Drafts that are taken back leave the rows in the cache alone."""
+    model = tiny("llama")
+    prompted(model, 3)
+    ids = example_inputs(model, batch=1, length=5)["input_ids"].repeat(1, 2)
+    tokens, _ = generated(model, ids)
+    drafted = model.generate(
+        input_ids=ids,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=PAD,
+        prompt_lookup_num_tokens=2,
+    )
+    assert torch.equal(drafted[:, -6:], tokens)
+
+
+def test_the_cache_of_an_earlier_generate_is_refused() -> None:
+    """`generate` would take the soft tokens in it for tokens of the text."""
+    model = tiny("llama")
+    prompted(model, 3)
+    ids = example_inputs(model, length=5)["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    first = model.generate(input_ids=ids, return_dict_in_generate=True, **options)
+    longer = torch.cat((first.sequences, ids, ids), 1)
+    with pytest.raises(UnsupportedError, match="soft"):
+        model.generate(input_ids=longer, past_key_values=first.past_key_values, **options)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_prefill_in_chunks(arch: str, chunk: int) -> None:
+    """The rows enter once, with the first chunk."""
+    model = tiny(arch)
+    prompted(model, 3)
+    inputs = example_inputs(model, length=7)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    whole = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=chunk), whole)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
+def test_step_by_step_with_a_cache(arch: str) -> None:
+    """A loop of one's own, with and without masks: each step's logits are those of the whole text."""
+    model = tiny(arch)
+    prompted(model, 3)
+    ids = example_inputs(model, length=6)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        for masks in (False, True):
+            cache = None
+            for start, stop in ((0, 3), (3, 4), (4, 6)):
+                given = {"attention_mask": torch.ones(2, stop, dtype=torch.long)} if masks else {}
+                out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **given)
+                cache = out.past_key_values
+                torch.testing.assert_close(out.logits, whole[:, start:stop], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_embeddings_of_the_callers_own(arch: str) -> None:
+    model = tiny(arch)
+    prompted(model, 3)
+    inputs = example_inputs(model, padding="right")
+    ids = inputs.pop("input_ids")
+    with torch.no_grad():
+        by_ids = model(input_ids=ids, **inputs).logits
+        by_rows = model(inputs_embeds=model.get_input_embeddings()(ids), **inputs).logits
+        second = (None, inputs["attention_mask"]) if arch == "gpt2" else (inputs["attention_mask"],)
+        positional = model.base_model(
+            ids, *second
+        ).last_hidden_state  # the cache comes before the mask in GPT-2
+        named = model.base_model(input_ids=ids, attention_mask=inputs["attention_mask"]).last_hidden_state
+    assert torch.equal(by_ids, by_rows)
+    assert torch.equal(positional, named)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5"])
+def test_hidden_states_and_tuples_have_the_callers_length(arch: str) -> None:
+    model = tiny(arch)
+    prompted(model, 3)
+    inputs = example_inputs(model)
+    out = model(**inputs, output_hidden_states=True)
+    if arch == "t5":
+        assert {h.shape[1] for h in out.decoder_hidden_states} == {9}
+    else:
+        assert {h.shape for h in out.hidden_states} == {(2, 9, 32)}
+    assert model(**inputs, return_dict=False)[0].shape == out.logits.shape
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], out.logits)
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+@pytest.mark.parametrize("padding", [None, "right"])
+def test_encoders_keep_the_first_token_first(arch: str, padding: Padding) -> None:
+    """Rows behind the first token ([CLS]), whose place the head reads."""
+    model = tiny(arch)
+    reference = copy.deepcopy(model)
+    _, prompts = prompted(model, 3)
+    inputs = example_inputs(model, padding=padding)
+    spelled, length = written_out(reference, prompts[0].table, inputs, at=1)
+    if arch == "roberta":  # its positions come from the ids of the pads, which embeddings do not show
+        spelled["position_ids"] = reference.config.pad_token_id + 1 + torch.arange(9 + length).expand(2, -1)
+    with torch.no_grad():
+        out = reference(**spelled).logits
+        expected = torch.cat((out[:, :1], out[:, 1 + length :]), 1)
+        actual = model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_classifiers_read_their_own_token(arch: str) -> None:
+    model = tiny(arch, head="classification")
+    plain = run(model, "right")
+    _, prompts = prompted(model, 3)
+    out = output_of(model, example_inputs(model, padding="right"))
+    assert out.shape == plain.shape
+    assert not torch.allclose(out, plain, atol=1e-3)
+    out.square().sum().backward()
+    assert prompts[0].table.grad.abs().sum(-1).min() > 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_decoder_classifiers_read_the_last_real_token(arch: str, padding: Padding) -> None:
+    model = tiny(arch, head="classification")
+    prompted(model, 3)
+    inputs = example_inputs(model, padding=padding)
+    batch = output_of(model, inputs)
+    alone = inputs["input_ids"][1:][:, inputs["attention_mask"][1].bool()]
+    torch.testing.assert_close(batch[1:], model(input_ids=alone).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_base_models(arch: str) -> None:
+    """A model without a head is its own host."""
+    model = tiny(arch, head="base")
+    plain = run(model)
+    ledger, _ = prompted(model, 3)
+    out = run(model)
+    assert out.shape == plain.shape
+    assert not torch.allclose(out, plain, atol=1e-3)
+    ledger.remove("p0")
+    assert torch.equal(run(model), plain)
+
+
+@pytest.mark.parametrize("arch", PAIRS)
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_encoder_decoders(arch: str, padding: Padding) -> None:
+    """Rows in front of the source; the decoder attends to them, whatever mask of the source the caller gave."""
+    model = tiny(arch)
+    reference = copy.deepcopy(model)
+    _, prompts = prompted(model, 3)
+    inputs = example_inputs(model, padding=padding)
+    spelled, _ = written_out(reference, prompts[0].table, inputs)
+    expected = run_raw(reference, spelled)
+    torch.testing.assert_close(run_raw(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    if padding is None:
+        inputs.pop("attention_mask")
+        torch.testing.assert_close(run_raw(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    labels = {"labels": inputs["decoder_input_ids"], **inputs}
+    labels.pop("decoder_input_ids")
+    out = model(**labels)
+    out.loss.backward()
+    assert prompts[0].table.grad.abs().sum(-1).min() > 0
+
+
+def run_raw(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5"])
+def test_two_plugins_in_stack_order(arch: str) -> None:
+    """The first in the stack stands first, whichever was attached first."""
+    model, swapped, single = tiny(arch), tiny(arch), tiny(arch)
+    _, (first, second) = prompted(model, 2, 3)
+    virtual_tokens.attach(swapped, second, owner="p1", rank=1)
+    virtual_tokens.attach(swapped, first, owner="p0", rank=0)
+    both = Rows(5)
+    both.table = nn.Parameter(torch.cat((first.table, second.table)).detach())
+    virtual_tokens.attach(single, both, owner="both", rank=0)
+    assert torch.equal(run(model, "right"), run(single, "right"))
+    assert torch.equal(run(swapped, "right"), run(single, "right"))
+    assert virtual_tokens.prompt_length(model) == 5
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "t5", "bart"])
+def test_removal_and_switching_off(arch: str) -> None:
+    model = tiny(arch)
+    before = run(model, "right")
+    classes = [type(m) for m in model.modules()]
+    keys = list(model.state_dict())
+    ledger, _ = prompted(model, 2, 3)
+    assert isinstance(model.base_model, classes[[*model.modules()].index(model.base_model)])
+    assert [key for key in model.state_dict() if "peftx" not in key] == keys
+    both = run(model, "right")
+    ledger.switch("p0", False)
+    one = run(model, "right")
+    ledger.switch("p1", False)
+    assert torch.equal(run(model, "right"), before)
+    ledger.switch("p0", True)
+    ledger.switch("p1", True)
+    assert torch.equal(run(model, "right"), both)
+    ledger.remove("p0")
+    assert torch.equal(run(model, "right"), one)
+    ledger.remove("p1")
+    assert torch.equal(run(model, "right"), before)
+    assert [type(m) for m in model.modules()] == classes
+    assert list(model.state_dict()) == keys
+    assert not any("peftx" in key for m in model.modules() for key in m.__dict__)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_copies(arch: str) -> None:
+    model = tiny(arch)
+    _, prompts = prompted(model, 3)
+    before = run(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(copied), before)
+        kept = prompts[0].table.detach().clone()
+        prompts[0].table.data.zero_()
+        assert torch.equal(run(copied), before)
+        assert not torch.equal(run(model), before)
+        prompts[0].table.data.copy_(kept)
+
+
+def test_gradient_checkpointing() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny("llama")
+        _, prompts = prompted(model, 3)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        inputs = example_inputs(model, padding="left")
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        grads.append(prompts[0].table.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_bfloat16() -> None:
+    """Rows in float32 in a bfloat16 model."""
+    model = tiny("llama").to(torch.bfloat16)
+    _, prompts = prompted(model, 3)
+    prompts[0].float()
+    out = run(model, "left")
+    assert out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_position_ids_of_the_caller(arch: str) -> None:
+    model = tiny(arch)
+    prompted(model, 3)
+    inputs = example_inputs(model)
+    positions = torch.arange(9).expand(2, -1)
+    torch.testing.assert_close(run(model, position_ids=positions), run(model), rtol=1e-5, atol=1e-5)
+    assert inputs["input_ids"].shape == (2, 9)
+
+
+def test_shift_alone_and_with_a_prompt() -> None:
+    """`shift_positions` counts from where keys and values of other tokens end."""
+    model, reference = tiny("gpt2"), tiny("gpt2")
+    ledger = Ledger(model)
+    view = ModelView(Anatomy(model), ledger, "one", 0)
+    view.shift_positions(4)
+    inputs = example_inputs(model)
+    expected = reference(**inputs, position_ids=torch.arange(4, 13)[None]).logits
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    cached = model(input_ids=inputs["input_ids"][:, :5])
+    rest = model(input_ids=inputs["input_ids"][:, 5:], past_key_values=cached.past_key_values).logits
+    torch.testing.assert_close(rest, expected[:, 5:], rtol=1e-4, atol=1e-5)
+    prompt = view.prompt(Rows(3))
+    rows = torch.cat((prompt.table.expand(2, -1, -1), reference.transformer.wte(inputs["input_ids"])), 1)
+    both = reference(inputs_embeds=rows, position_ids=torch.arange(4, 16)[None]).logits[:, 3:]
+    torch.testing.assert_close(model(**inputs).logits, both, rtol=1e-4, atol=1e-5)
+    ledger.remove("one")
+    assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
+
+
+@pytest.mark.parametrize("arch", ["vit", "whisper", "clip"])
+def test_models_that_take_no_embeddings_say_so(arch: str) -> None:
+    model = tiny(arch)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ArchitectureError, match="inputs_embeds"):
+        prompted(model, 3)
+    assert [type(m) for m in model.modules()] == classes
