@@ -1,0 +1,258 @@
+"""`list` and `info`: the installed plugins. `list` reads metadata alone and imports no plugin."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftx_cli import options
+
+if TYPE_CHECKING:
+    from peftx.plugin import Plugin
+    from peftx.registry import Entry
+    from peftx_cli.health import Listed
+
+TIERS = ("bronze", "silver", "gold")
+Hook = Annotated[str | None, typer.Option("--hook", metavar="HOOK", help="only plugins with this hook")]
+Family = Annotated[str | None, typer.Option("--family", metavar="NAME", help="only plugins of this family")]
+Tier = Annotated[
+    str | None, typer.Option("--tier", metavar="TIER", help=f"only {', '.join(TIERS[:-1])} or {TIERS[-1]}")
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a plugin")]
+MetadataOnly = Annotated[
+    bool, typer.Option("--metadata", help="do not import the plugin: no options, no claims")
+]
+Readme = Annotated[bool, typer.Option("--readme", help="print the plugin's README")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("list", epilog="Example: peftx list --hook compress --json")(list_plugins)
+    app.command(epilog="Example: peftx info lora")(info)
+
+
+def list_plugins(
+    hook: Hook = None, family: Family = None, tier: Tier = None, as_json: options.Json = False
+) -> None:
+    """List the installed plugins; what is broken, claimed twice or disabled is listed as such."""
+    from peftx.registry import Registry
+    from peftx_cli.health import listed
+    from peftx_cli.render import print_json, print_table
+
+    found = listed(Registry())
+    found = _filtered(found, hook=hook, family=family, tier=tier)
+    if as_json:
+        print_json([_line(one) for one in found])
+        return
+    if not found:
+        print(
+            "no plugin fits"
+            if hook or family or tier
+            else "no plugin is installed; try: pip install peftx-lora"
+        )
+        return
+    rows = [
+        (
+            one.name,
+            one.status if one.status != "ok" else one.entry.tier if one.entry else "",
+            "" if one.entry is None else " ".join(one.entry.hooks),
+            "" if one.entry is None else one.entry.family,
+            "" if one.entry is None else one.entry.paper,
+            one.reason or ("" if one.entry is None else one.entry.summary),
+        )
+        for one in found
+    ]
+    print_table("", ("name", "tier", "hooks", "family", "paper", "summary"), rows)
+    bad = sum(one.status in ("broken", "clash") for one in found)
+    print(f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else ""))
+
+
+def _filtered(found: list[Listed], *, hook: str | None, family: str | None, tier: str | None) -> list[Listed]:
+    """The plugins that fit.
+
+    Raises:
+        PeftxError: a hook, family or tier that does not exist.
+    """
+    if hook is not None:
+        from peftx.hooks import HOOKS
+
+        _known("hook", hook, HOOKS)
+    families = sorted({one.entry.family for one in found if one.entry is not None and one.entry.family})
+    _known("family", family, families)
+    _known("tier", tier, TIERS)
+    if not (hook or family or tier):
+        return found
+    return [
+        one
+        for one in found
+        if one.entry is not None
+        and (hook is None or hook in one.entry.hooks)
+        and (family is None or family == one.entry.family)
+        and (tier is None or tier == one.entry.tier)
+    ]
+
+
+def _known(what: str, name: str | None, names: tuple[str, ...] | list[str]) -> None:
+    from peftx_spec.errors import PeftxError, nearest
+
+    if name is not None and name not in names:
+        raise PeftxError(
+            f"there is no {what} '{name}'",
+            hint=nearest(name, names) or f"there are: {', '.join(names) or 'none'}",
+        )
+
+
+def _line(one: Listed) -> dict[str, Any]:
+    shown: dict[str, Any] = {"name": one.name, "status": one.status, "reason": one.reason}
+    return shown | (_entry(one.entry) if one.entry is not None else {})
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    return {
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "summary": entry.summary,
+        "hooks": list(entry.hooks),
+        "family": entry.family,
+        "tier": entry.tier,
+        "paper": entry.paper,
+        "url": entry.url,
+        "point": entry.point.value,
+    }
+
+
+def info(
+    name: Name, metadata: MetadataOnly = False, readme: Readme = False, as_json: options.Json = False
+) -> None:
+    """Everything about one plugin: options, hooks, claims, paper, and what it does not go with."""
+    from peftx.registry import Registry
+    from peftx_cli.health import module_file
+
+    registry = Registry()
+    entry = registry.describe(name)
+    if readme:
+        _print_readme(entry)
+        return
+    file = module_file(entry)
+    about: dict[str, Any] = {"name": name} | _entry(entry) | {"file": None if file is None else str(file)}
+    about["readme"] = None
+    if file is not None:
+        beside = file.parent.parent / "README.md"  # an editable install: src/module.py
+        about["readme"] = str(beside) if beside.is_file() and file.parent.name == "src" else None
+    if not metadata:
+        about |= _class_facts(registry.load(name))
+    if as_json:
+        from peftx_cli.render import print_json
+
+        print_json(about)
+        return
+    _show(about)
+
+
+def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
+    """What only the class knows."""
+    from peftx.conflicts import rules
+    from peftx.hooks import HOOKS, hooks_of
+
+    return {
+        "hooks": [hook for hook in HOOKS if hook in hooks_of(plugin)],
+        "claims": sorted(plugin.claims),
+        "conflicts": rules(plugin),
+        "architectures": list(plugin.architectures),
+        "options": option_rows(plugin),
+    }
+
+
+def option_rows(plugin: type[Plugin]) -> list[dict[str, str]]:
+    """Name, type, default and meaning of each option."""
+    rows = []
+    for name, field in plugin.Config.model_fields.items():
+        limits = ", ".join(_limit(item) for item in field.metadata)
+        kind = _type(field.annotation)
+        rows.append(
+            {
+                "option": name,
+                "type": f"{kind} ({limits})" if limits else kind,
+                "default": "required"
+                if field.is_required()
+                else _text(field.get_default(call_default_factory=True)),
+                "meaning": field.description or "",
+            }
+        )
+    return rows
+
+
+_LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
+
+
+def _limit(item: Any) -> str:
+    """`Ge(ge=1)` as `>= 1`."""
+    from dataclasses import asdict, is_dataclass
+
+    if not is_dataclass(item) or isinstance(item, type):
+        return str(item)
+    return ", ".join(f"{_LIMITS.get(name, name)} {value}" for name, value in asdict(item).items())
+
+
+def _type(annotation: object) -> str:
+    """`float | None`, `'a', 'b'` for literals, a class by its name."""
+    from typing import Literal, get_args, get_origin
+
+    if get_origin(annotation) is Literal:
+        return " or ".join(repr(value) for value in get_args(annotation))
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    import re
+
+    return re.sub(r"(?:\w+\.)+(?=\w)", "", str(annotation)).replace("NoneType", "None")
+
+
+def _text(value: object) -> str:
+    return "none" if value is None else str(value) if not isinstance(value, bool) else str(value).lower()
+
+
+def _show(about: dict[str, Any]) -> None:
+    from peftx_cli.render import print_table
+
+    print(f"{about['name']} {about['version']}: {about['summary']}")
+    lines = [("hooks", ", ".join(about["hooks"])), ("family", about["family"]), ("tier", about["tier"])]
+    lines += [
+        ("paper", " ".join(filter(None, (about["paper"], about["url"])))),
+        ("package", about["distribution"]),
+    ]
+    lines += [
+        ("file", about["file"] or ""),
+        ("readme", about["readme"] or f"peftx info {about['name']} --readme"),
+    ]
+    if "claims" in about:
+        lines.append(("claims", ", ".join(about["claims"]) or "none"))
+    for label, text in lines:
+        if text:
+            print(f"  {label:<8} {text}")
+    for number, rule in enumerate(about.get("conflicts", ())):
+        print(f"  {'rules' if number == 0 else '':<8} {rule}")
+    if about.get("options"):
+        print()
+        rows = [(o["option"], o["type"], o["default"], o["meaning"]) for o in about["options"]]
+        print_table("options", ("option", "type", "default", "meaning"), rows)
+    elif "options" in about:
+        print("\nno options")
+
+
+def _print_readme(entry: Entry) -> None:
+    """The README travels in the distribution's metadata."""
+    metadata = entry.point.dist.read_text("METADATA") if entry.point.dist is not None else None
+    text = (metadata or "").partition("\n\n")[2]  # the headers end at the first empty line
+    if not text.strip():
+        from peftx_spec.errors import PeftxError
+
+        raise PeftxError(f"{entry.distribution} brings no README")
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))

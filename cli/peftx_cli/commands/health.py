@@ -1,0 +1,249 @@
+"""`doctor` and `check`: is the installation whole, and does a plugin keep its promises."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from peftx_cli import options
+
+PACKAGES = (
+    "peftx", "torch", "transformers", "accelerate", "datasets", "safetensors", "pydantic", "pluggy", "typer", "fastapi"
+)  # fmt: skip
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a plugin")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", metavar="NAME", help="tiny architecture to check on; repeat it"),
+]
+
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="CHECK", help="a check to run; repeat it; else all")
+]
+Option = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="an option of the plugin")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command(epilog="Example: peftx doctor")(doctor)
+    app.command(epilog="Example: peftx check lora --model llama")(check)
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Import every plugin and look at the machine: versions, threads, kernels. Exits with 1 if something is broken."""
+    from peftx.registry import Registry
+    from peftx_cli.render import print_json
+
+    registry = Registry()
+    facts: dict[str, Any] = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "kernels": _kernels(),
+        "model": _model(),
+    }
+    plugins, notes = _plugins(registry)
+    facts["plugins"] = plugins
+    broken = [p for p in plugins if p["status"] in ("broken", "clash")]
+    healthy = not broken and facts["model"]["ok"]
+    if as_json:
+        print_json(facts | {"healthy": healthy, "notes": notes})
+    else:
+        _show(facts, notes, healthy=healthy)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import python_version
+
+    import peftx
+
+    found = {"python": python_version(), "peftx": peftx.__version__}
+    for name in PACKAGES[1:]:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    import os
+    from platform import platform
+
+    import torch
+
+    return {
+        "platform": platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _kernels() -> dict[str, bool]:
+    """Which fast integer kernels run here, found out by running them; without them weights are dequantized first."""
+    import torch
+
+    from peftx.compression.kernels import int4_matmul, int4_pack, int8_matmul
+
+    def int8() -> bool:
+        x = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
+        w = torch.randint(-128, 128, (16, 64), dtype=torch.int8)
+        return torch.equal(int8_matmul(x, w), x.int() @ w.int().t())
+
+    def int4() -> bool:
+        q = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
+        packed, scales = int4_pack(q, torch.ones(32, 2), None, group_size=32)
+        x = torch.ones(1, 64, dtype=torch.bfloat16)
+        return torch.allclose(int4_matmul(x, packed, scales).float(), x.float() @ q.float().t(), atol=2.0)
+
+    found = {}
+    for name, kernel in (("int8 matmul", int8), ("int4 matmul", int4)):
+        try:
+            found[name] = kernel()
+        except (RuntimeError, AttributeError, NotImplementedError):  # this torch or this processor has none
+            found[name] = False
+    return found
+
+
+def _model() -> dict[str, Any]:
+    """Whether the bundled model is there and loads."""
+    from peftx.errors import PeftxError
+    from peftx.models import TINY, load_model
+
+    try:
+        model, tokenizer = load_model(TINY)
+    except PeftxError as error:
+        return {"id": TINY, "ok": False, "reason": str(error)}
+    count = sum(p.numel() for p in model.parameters())
+    return {
+        "id": TINY,
+        "ok": tokenizer is not None,
+        "reason": "" if tokenizer else "no tokenizer",
+        "parameters": count,
+    }
+
+
+def _plugins(registry: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every plugin after an attempt to import it, and what else there is to say."""
+    from peftx.errors import RegistryError
+    from peftx.hooks import hooks_of
+    from peftx_cli.health import Verdicts, listed
+
+    found: list[dict[str, Any]] = []
+    broken = {}
+    notes = []
+    for one in listed(registry):
+        line = {"name": one.name, "status": one.status, "reason": one.reason, "hint": ""}
+        found.append(line)
+        if one.status == "clash":
+            line["hint"] = f"pip uninstall {registry.clashes()[one.name][-1]}"
+        if one.entry is None:
+            continue
+        try:
+            plugin = registry.load(one.name)
+        except RegistryError as error:
+            line |= {"status": "broken", "reason": error.message, "hint": error.hint or ""}
+            broken[one.name] = (one.entry, error.message)
+            continue
+        line |= {"status": "ok", "reason": ""}
+        if hooks_of(plugin) != set(one.entry.hooks):
+            notes.append(
+                f"{one.name}: its metadata names other hooks than its code: {', '.join(sorted(hooks_of(plugin)))}"
+            )
+    try:
+        Verdicts.write(broken)
+    except OSError as error:
+        notes.append(f"what is broken could not be noted for peftx list: {error}")
+    return found, notes
+
+
+def _show(facts: dict[str, Any], notes: list[str], *, healthy: bool) -> None:
+    print("versions  " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    machine = facts["machine"]
+    print(
+        f"machine   {machine['platform']}, {machine['cpus']} CPUs ({machine['cpu']}), "
+        f"torch threads {machine['threads']}"
+    )
+    print(f"          accelerators: {', '.join(machine['accelerators']) or 'none'}")
+    print(
+        "kernels   "
+        + ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in facts["kernels"].items())
+    )
+    model = facts["model"]
+    print(
+        f"model     {model['id']}: "
+        + (f"{model['parameters']:,} parameters" if model["ok"] else model["reason"])
+    )
+    plugins = facts["plugins"]
+    print(f"plugins   {sum(p['status'] == 'ok' for p in plugins)} of {len(plugins)} work")
+    for line in plugins:
+        if line["status"] != "ok":
+            print(f"  {line['status']}: {line['name']}: {line['reason']}")
+            if line["hint"]:
+                print(f"    hint: {line['hint']}")
+    for note in notes:
+        print(f"  note: {note}")
+    print("all is well" if healthy else "something is broken")
+
+
+def check(
+    name: Name, model: Models = None, only: Only = None, option: Option = None, as_json: options.Json = False
+) -> None:
+    """Run the conformance kit on a plugin: what its hooks and claims promise, on tiny random models.
+
+    Exits with 1 when a check fails.
+    """
+    from dataclasses import asdict
+
+    from peftx.registry import Registry
+    from peftx.testing.kit import run_checks
+    from peftx_cli.progress import reporter
+    from peftx_cli.render import print_json, print_table
+
+    chosen = _options(option or [])
+    Registry().load(name)(**chosen)  # a wrong option is the user's mistake, not the plugin's
+    with reporter() as told:
+        told.stage("check", [name])
+        results = run_checks(
+            name,
+            models=model or None,
+            only=only or None,
+            options=chosen,
+            progress=lambda done, total, _: told.progress(done, total, {}),
+        )
+    failed = [result for result in results if result.outcome in ("failed", "not-run")]
+    if as_json:
+        print_json([asdict(result) for result in results])
+    else:
+        rows = [
+            (result.arch or "-", result.name, result.outcome, f"{result.seconds:.2f}", result.message)
+            for result in results
+        ]
+        print_table(name, ("model", "check", "outcome", "seconds", ""), rows)
+        print(f"{len(results) - len(failed)} of {len(results)} checks hold")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    """`rank=4` as an option of the plugin, read like a value of a spec."""
+    from peftx_spec.errors import PeftxError
+    from peftx_spec.loader import parse_value
+    from peftx_spec.scalars import ScalarError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise PeftxError(f"--set {text}: an option is 'name=value'", hint="peftx check lora --set rank=4")
+        try:
+            found[key] = parse_value(value)
+        except ScalarError as error:
+            raise PeftxError(f"--set {text}: {error}") from error
+    return found

@@ -1,0 +1,200 @@
+"""`plan`, `validate` and `schema`: look at a pipeline without running it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftx_cli import options
+from peftx_cli.recipe import Asked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peftx.registry import Registry
+    from peftx_spec import Pipeline, Plan
+
+MODULES_SHOWN = 40
+All = Annotated[bool, typer.Option("--all", help=f"every touched module, not {MODULES_SHOWN} of them")]
+SchemaFile = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="write it here; else stdout")
+]
+SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="pipeline as YAML")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command(epilog="Example: peftx plan pipeline.yaml --set lora.rank=16")(plan)
+    app.command(epilog="Example: peftx validate pipeline.yaml")(validate)
+    app.command(epilog="Example: peftx schema -o peftx.schema.json")(schema)
+
+
+def plan(
+    spec: options.Spec = None,
+    plugin: options.Plugins = None,
+    model: options.Model = None,
+    override: options.Overrides = None,
+    data: options.Data = None,
+    eval: options.Eval = None,
+    calibration: options.Calibration = None,
+    steps: options.Steps = None,
+    output: options.Output = None,
+    show_all: All = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a run would do: stages, touched modules, parameters, bytes, conflicts. Loads no weights.
+
+    Exits with 2 when a conflict stands in the way.
+    """
+    from peftx.planning import plan as planned
+    from peftx.registry import Registry
+    from peftx_cli.recipe import read
+
+    registry = Registry()
+    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or ())
+    recipe = read(asked, registry)
+    found = planned(recipe.pipeline, registry=registry, where=recipe.where)
+    if as_json:
+        sys.stdout.write(found.to_json())
+    else:
+        _show(found, show_all=show_all)
+    if not found.runnable:
+        raise typer.Exit(2)
+
+
+def _show(found: Plan, *, show_all: bool) -> None:
+    from peftx_cli.render import print_table, size
+
+    stages = [
+        (s.name, ", ".join(s.plugins), ", ".join(s.reads), ", ".join(s.writes), s.detail)
+        for s in found.stages
+    ]
+    print_table(f"stages on {found.model}", ("stage", "plugins", "reads", "writes", ""), stages)
+    modules = found.modules if show_all else found.modules[:MODULES_SHOWN]
+    lines = [
+        (m.path, m.role, "x".join(map(str, m.shape)), m.plugin, f"{m.params:,}", f"{m.bytes:,}")
+        for m in modules
+    ]
+    print()
+    if lines:
+        print_table("touched modules", ("module", "role", "shape", "plugin", "parameters", "bytes"), lines)
+    else:
+        print("touched modules: none")
+    if len(modules) < len(found.modules):
+        print(f"... and {len(found.modules) - len(modules)} more; --all shows them")
+    totals = found.totals
+    print()
+    print_table(
+        "totals",
+        ("", "parameters", "bytes"),
+        [
+            ("base", f"{totals.base_params:,}", size(totals.base_bytes)),
+            ("added", f"{totals.added_params:,}", ""),
+            ("trainable", f"{totals.trainable_params:,}", ""),
+            ("at the end", "", size(totals.final_bytes)),
+        ],
+    )
+    for conflict in found.conflicts:
+        print(f"\nconflict: {conflict.reason}")
+        if conflict.remedy:
+            print(f"  what would work: {conflict.remedy}")
+
+
+def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
+    """Check a pipeline: every mistake at once, each with its place. Exits with 2 when there is one."""
+    from dataclasses import asdict
+
+    from peftx.registry import Registry
+    from peftx_cli.render import print_json
+    from peftx_spec import SpecError, stages_of
+
+    registry = Registry()
+    try:
+        pipeline = _checked(spec, override or (), registry)
+    except SpecError as error:
+        if not as_json:
+            raise
+        print_json({"valid": False, "problems": [asdict(problem) for problem in error.problems]})
+        raise typer.Exit(2) from error
+    stages = [stage.kind for stage in stages_of(pipeline, registry)]
+    if as_json:
+        print_json(
+            {"valid": True, "problems": [], "plugins": [e.use for e in pipeline.stack], "stages": stages}
+        )
+    else:
+        print(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
+
+
+def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipeline:
+    """The pipeline after every check that needs no model.
+
+    Raises:
+        SpecError: all that is wrong in the spec. DataError: a data file that is not there. ConflictError: plugins that
+            do not go together.
+    """
+    from peftx_spec import load_spec, resolved
+
+    loaded = load_spec(spec, catalogue=registry, overrides=overrides)
+    pipeline = resolved(loaded.pipeline, Path(spec).parent)
+    if pipeline.stack:
+        from peftx.conflicts import Member, check
+
+        check(
+            [
+                Member(e.id, registry.load(e.use)(**e.options), loaded.place_of(e.id), e.phase)
+                for e in pipeline.stack
+            ]
+        )
+    data = pipeline.data
+    sources = [source.path for source in (data.train, data.eval, data.calibration) if source is not None]
+    sources += [metric.options.path for metric in pipeline.evaluate if metric.options.path is not None]
+    for path in dict.fromkeys(sources):
+        if not path.startswith("peftx:"):
+            _require_file(Path(path))
+    return pipeline
+
+
+def _require_file(path: Path) -> None:
+    """Without `peftx.data`, which imports a second's worth of libraries."""
+    from peftx.errors import DataError, nearest
+
+    if not path.is_file():
+        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"data file {path} does not exist", hint=nearest(path.name, names) or None)
+
+
+def schema(output: SchemaFile = None) -> None:
+    """Print the JSON Schema of pipelines, with the options of every installed plugin."""
+    import json
+
+    from peftx.registry import Registry
+    from peftx_spec import PeftxError, json_schema
+
+    text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PeftxError(f"cannot write {output}: {error.strerror}") from error
+    print(output)
+
+
+def _loadable(registry: Registry) -> Registry:
+    """The registry without what does not import; a warning names each."""
+    from peftx.errors import RegistryError
+    from peftx.registry import Registry
+    from peftx_cli.failures import warn
+
+    broken = set()
+    for name in registry.names():
+        try:
+            registry.load(name)
+        except RegistryError as error:
+            warn(f"left out: {error.message}")
+            broken.add(name)
+    return Registry(disabled=registry.disabled | broken) if broken else registry

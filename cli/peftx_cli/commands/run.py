@@ -1,0 +1,116 @@
+"""`apply` and `train`: carry out a pipeline."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftx_cli import failures, options
+from peftx_cli.recipe import Asked
+
+if TYPE_CHECKING:
+    from peftx.pipeline import Run
+
+Resume = Annotated[
+    bool, typer.Option("--resume", help="go on from the last checkpoint of an interrupted run")
+]
+ShowSpec = Annotated[bool, typer.Option("--show-spec", help="print the pipeline as YAML and run nothing")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command(epilog="Example: peftx apply --plugin lora --plugin prefixquant --set lora.rank=16")(apply)
+    app.command(epilog="Example: peftx train pipeline.yaml --steps 500 --resume")(train)
+
+
+def apply(
+    spec: options.Spec = None,
+    plugin: options.Plugins = None,
+    model: options.Model = None,
+    override: options.Overrides = None,
+    data: options.Data = None,
+    eval: options.Eval = None,
+    calibration: options.Calibration = None,
+    steps: options.Steps = None,
+    output: options.Output = None,
+    resume: Resume = False,
+    show_spec: ShowSpec = False,
+    as_json: options.Json = False,
+) -> None:
+    """Run a whole pipeline: prepare, inject, train, compress, evaluate, save.
+
+    Without SPEC the plugins named by --plugin run on the bundled model and its sample data; --show-spec prints that
+    pipeline as YAML, to start your own from.
+    """
+    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or ())
+    _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=True)
+
+
+def train(
+    spec: options.Spec = None,
+    plugin: options.Plugins = None,
+    model: options.Model = None,
+    override: options.Overrides = None,
+    data: options.Data = None,
+    eval: options.Eval = None,
+    steps: options.Steps = None,
+    output: options.Output = None,
+    resume: Resume = False,
+    show_spec: ShowSpec = False,
+    as_json: options.Json = False,
+) -> None:
+    """Run a pipeline without its compress stages: what is saved is the trained adapter."""
+    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or ())
+    _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=False)
+
+
+def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
+    from peftx.registry import Registry
+    from peftx_cli.recipe import read, without_compression
+
+    registry = Registry()
+    recipe = read(asked, registry)
+    if not compress:
+        recipe = without_compression(recipe, registry)
+    if show_spec:
+        sys.stdout.write(recipe.text)
+        return
+    from peftx.pipeline import Run
+    from peftx_cli.progress import Interruptible, Interrupts, reporter
+    from peftx_cli.summary import report, samples
+
+    with reporter() as shown, Interrupts() as interrupts:
+        told = Interruptible(shown, interrupts)
+        run = Run(recipe.pipeline, registry=registry, where=recipe.where, reporter=told, resume=resume)
+        if resume and not _checkpoints(run):
+            failures.warn("no checkpoint to resume from: the run starts at the beginning")
+        try:
+            result = run.run()
+        except KeyboardInterrupt as error:
+            failures.say("interrupted", hint=_how_to_resume(run))
+            raise typer.Exit(failures.INTERRUPTED) from error
+        texts = samples(result.stack, recipe.pipeline)
+    report(run, result, texts, as_json=as_json)
+
+
+def _checkpoints(run: Run) -> list[Path]:
+    from peftx.pipeline import checkpoints
+
+    if run.pipeline.output is None:
+        return []
+    return sorted(
+        checkpoints(Path(run.pipeline.output)).glob("stage-*/checkpoint-*"), key=lambda p: p.stat().st_mtime
+    )
+
+
+def _how_to_resume(run: Run) -> str:
+    """What the user types to go on; honest where there is nothing to go on from."""
+    found = _checkpoints(run)
+    if not found:
+        return "no checkpoint was written yet, so the run starts over; --set train.checkpoint_every=20 writes them"
+    words = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+    return f"the last checkpoint is {found[-1]}\nto go on: peftx {shlex.join(words)}"

@@ -1,0 +1,205 @@
+"""`evaluate`, `generate`, `serve` and `merge`: what one does with a bundle or a model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftx_cli import failures, options
+
+if TYPE_CHECKING:
+    from peftx.stack import Stack
+
+Target = Annotated[
+    str, typer.Argument(metavar="BUNDLE|MODEL", help="folder of a bundle, peftx:tiny, or another model")
+]
+Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="folder of a bundle")]
+Base = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere")
+]
+DataFile = Annotated[str, typer.Option("--data", metavar="FILE", help="what to measure on")]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", metavar="NAME", help="perplexity, accuracy, exact-match, or a plugin"),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="examples to use, from the start")]
+Prompt = Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens to write at most")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="sample from so much of the probability")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="the same text again")]
+Stream = Annotated[bool, typer.Option("--stream", help="print tokens as they come")]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="folder of the plain checkpoint")]
+Host = Annotated[str, typer.Option(help="address to listen on; any but loopback is open to the network")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="port; 0 takes a free one")]
+MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="requests that run together at most")]
+MaxWait = Annotated[
+    float, typer.Option("--max-wait-ms", min=0.0, help="how long a request waits for company")
+]
+PrefixCache = Annotated[bool, typer.Option("--prefix-cache", help="keep keys and values of served prompts")]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command(epilog="Example: peftx evaluate peftx-out --data held_out.jsonl --metric perplexity")(
+        evaluate
+    )
+    app.command(epilog='Example: peftx generate peftx-out "Once upon a time" --max-new-tokens 40')(generate)
+    app.command(epilog="Example: peftx serve peftx-out --port 8000")(serve)
+    app.command(epilog="Example: peftx merge peftx-out merged-model")(merge)
+
+
+def evaluate(
+    target: Target,
+    data: DataFile = "peftx:sample/held_out.jsonl",
+    metric: Metrics = None,
+    limit: Limit = None,
+    model: Base = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a bundle or a model on a data file."""
+    from peftx.models import asset_path
+    from peftx_cli.progress import reporter
+    from peftx_cli.render import print_json, print_table
+    from peftx_cli.stacks import open_stack
+    from peftx_cli.summary import score_dict
+
+    path = asset_path(data)
+    stack = open_stack(target, model=model, device=device)
+    names = metric or ["perplexity"]
+    with reporter() as told:
+        told.stage("evaluate", names)
+        scores = stack.evaluate(
+            path, metrics=names, limit=limit, progress=lambda done, total: told.progress(done, total, {})
+        )
+    if as_json:
+        print_json(score_dict(scores))
+        return
+    rows = [
+        (
+            score.name,
+            f"{score.value:.6g}",
+            "" if score.low is None or score.high is None else f"{score.low:.5g} to {score.high:.5g}",
+            "" if score.count is None else f"{score.count:,}",
+            score.unit,
+        )
+        for score in scores.values()
+    ]
+    print_table(f"{target} on {data}", ("measure", "value", "95 % interval", "count", "unit"), rows)
+
+
+def generate(
+    target: Target,
+    prompt: Prompt,
+    max_new_tokens: Tokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stream: Stream = False,
+    model: Base = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Continue a prompt, through the decode hooks of the bundle's plugins."""
+    from peftx_spec.errors import PeftxError
+
+    if stream and as_json:
+        raise PeftxError("--stream and --json exclude each other", hint="peftx serve streams JSON")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
+    from peftx.decoding.text import request_for
+    from peftx_cli.stacks import open_stack
+
+    stack = open_stack(target, model=model, device=device)
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    request = request_for(stack, [text], max_new_tokens, seed, choice)
+    if stream:
+        from transformers import TextStreamer
+
+        request.streamer = TextStreamer(stack.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = stack.decode(request)
+    start = 0 if stack.model.config.is_encoder_decoder else request.input_ids.shape[1]
+    written = stack.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    if as_json:
+        from peftx_cli.render import print_json
+
+        print_json(
+            {"prompt": text, "text": written, "new_tokens": int(ids.shape[1] - start), "stats": request.stats}
+        )
+    elif not stream:
+        print(written)
+
+
+def serve(
+    target: Target,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_batch: MaxBatch = 8,
+    max_wait_ms: MaxWait = 5.0,
+    prefix_cache: PrefixCache = False,
+    model: Base = None,
+    device: options.Device = "auto",
+) -> None:
+    """Serve a bundle or a model: POST /v1/completions as OpenAI's, with streaming."""
+    from peftx_spec.errors import PeftxError
+
+    try:
+        import uvicorn
+
+        from peftx.serving.app import build_app
+    except ModuleNotFoundError as error:
+        raise PeftxError(
+            f"serving needs {error.name}, which is not installed", hint="pip install 'peftx[serve]'"
+        ) from error
+    from peftx.serving import Scheduler, Server
+    from peftx_cli.stacks import open_stack
+
+    if host not in LOOPBACK:
+        failures.warn(f"{host} is open to the network, and this server asks for no key")
+    stack = open_stack(target, model=model, device=device)
+    scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
+    server = Server(stack, name=Path(target).name, scheduler=scheduler)
+    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
+    uvicorn.run(build_app(server, allowed_hosts=hosts), host=host, port=port, log_level="info")
+
+
+def merge(
+    bundle: Bundle,
+    output: OutFolder,
+    model: Base = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Fold a bundle's plugins into the weights and write a plain checkpoint, for vLLM, lm-eval and from_pretrained.
+
+    Refused where that would not be exact: a quantized base, or a plugin that does not fold.
+    """
+    from transformers.utils import logging
+
+    from peftx.pipeline import folder_bytes
+    from peftx_cli.render import print_json, size
+    from peftx_cli.stacks import open_stack
+
+    logging.disable_progress_bar()  # a library's own bar would stand between our lines
+    stack: Stack = open_stack(bundle, model=model, device=device)
+    path = stack.export(output)
+    count = folder_bytes(path)
+    if as_json:
+        print_json({"output": str(path), "bytes": count, "plugins": list(stack.plugins)})
+    else:
+        print(
+            f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} folded into {stack.base_id}"
+        )

@@ -1,0 +1,83 @@
+"""Errors as the user sees them: the cause, the place, the way out; no traceback unless it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from peftx_spec.errors import PeftxError
+from peftx_spec.problems import Problem, SpecError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+@contextmanager
+def reported(*, traceback: bool = False) -> Iterator[None]:
+    """Print `PeftxError`s on stderr and exit with 2; Ctrl-C exits with 130. Everything else is a bug and stays one."""
+    try:
+        yield
+    except PeftxError as error:
+        if traceback:
+            import traceback as module
+
+            module.print_exc()
+        show(error)
+        raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt as error:
+        say("interrupted", hint="nothing half-written is left behind")
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def show(error: PeftxError) -> None:
+    """One error, or all problems of a spec."""
+    if isinstance(error, SpecError):
+        for problem in error.problems:
+            _print_problem(problem)
+        count = len(error.problems)
+        print(f"{count} problem{'s' if count > 1 else ''} in the spec; nothing was run", file=sys.stderr)
+    else:
+        say(error.message, hint=error.hint)
+
+
+def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
+    """A message on stderr: a panel on a terminal, plain lines elsewhere, so that logs stay readable."""
+    if not sys.stderr.isatty():
+        print(f"{title}: {message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    body = Text(message)
+    if hint:
+        body.append(f"\n{hint}", style="cyan")
+    style = "red" if title == "error" else "yellow"
+    Console(stderr=True).print(Panel(body, title=title, title_align="left", border_style=style, expand=False))
+
+
+def warn(message: str) -> None:
+    """Something that the user should know, and that stops nothing."""
+    say(message, title="warning")
+
+
+def _print_problem(problem: Problem) -> None:
+    text = str(problem)
+    if not sys.stderr.isatty():
+        print(f"{text}\n", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    first, _, rest = text.partition("\n")
+    shown = Text(first, style="bold red")
+    if rest:
+        shown.append(f"\n{rest}", style="not bold default")
+    if problem.suggestion:
+        shown.highlight_words([problem.suggestion], style="cyan")
+    Console(stderr=True).print(shown, "\n", soft_wrap=True)

@@ -1,0 +1,63 @@
+"""The entry point `peftx`: the commands, and what happens when one fails."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from peftx_cli import failures
+from peftx_cli.commands import catalogue, health, inspect, run, scaffold, use
+
+
+class Commands(TyperGroup):
+    """Turns errors that the user can mend into a message and exit code 2, for every command alike."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with failures.reported(traceback=bool(ctx.params.get("traceback"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tuning, compression and decoding research as plugins that stack on one model.",
+    epilog="Example: peftx apply --plugin lora --plugin prefixquant",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import peftx
+
+        typer.echo(f"peftx {peftx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="show where in the code an error arose")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Fine-tuning, compression and decoding research as plugins that stack on one model."""
+
+
+for group in (run, use, inspect, catalogue, health, scaffold):
+    group.register(app)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 something is broken or crashed, 2 bad input, 130 interrupted."""
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # its warning after a fork would end up in our output
+    app(prog_name="peftx")

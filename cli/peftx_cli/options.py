@@ -1,0 +1,32 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Spec = Annotated[
+    str | None, typer.Argument(metavar="[SPEC]", help="pipeline as YAML; or name plugins instead")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", "-p", metavar="NAME", help="a plugin; repeat it, in order of effect"),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="ID", help="base model: peftx:tiny, a folder, or a hub id"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="as in lora.rank=16, train.steps=50"),
+]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="what to train on")]
+Eval = Annotated[str | None, typer.Option("--eval", metavar="FILE", help="held-out data, for the metrics")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", metavar="FILE", help="text that compression calibrates on")
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="optimizer steps")]
+Output = Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="folder of the bundle")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for scripts")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps")]

@@ -1,0 +1,47 @@
+"""A bundle or a model on the command line becomes a stack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftx_spec.errors import PeftxError, nearest
+
+if TYPE_CHECKING:
+    from peftx.stack import Stack
+
+
+def open_stack(target: str, *, model: str | None = None, device: str = "auto") -> Stack:
+    """The stack of a bundle, or a plain model as a stack without plugins.
+
+    Args:
+        target: a bundle's folder, peftx:tiny, a model's folder, or a hub id.
+        model: the bundle's base model, where it lies elsewhere now.
+
+    Raises:
+        PeftxError: no such bundle or model, or a bundle that does not fit its base.
+    """
+    from peftx.bundle import load
+    from peftx.models import TINY
+    from peftx.stack import Stack
+
+    folder = Path(target).expanduser()
+    if (folder / "manifest.json").exists() or (folder.is_dir() and not (folder / "config.json").exists()):
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load(folder, model=model, device=device)
+    if model is not None:
+        raise PeftxError(
+            f"--model names the base of a bundle, and '{target}' is none", hint="leave --model out"
+        )
+    looks_local = target.startswith((".", "/", "~")) or target.count("/") > 1 or "/" not in target
+    if not target.startswith("peftx:") and not folder.exists() and looks_local:
+        near = [str(p.parent) for p in folder.absolute().parent.glob("*/manifest.json")]
+        names = [Path(path).name for path in near]
+        hint = nearest(folder.name, names) or (
+            f"bundles there: {', '.join(names)}" if names else f"or {TINY}"
+        )
+        raise PeftxError(f"there is no bundle or model '{target}'", hint=hint)
+    return Stack(target, device=device)

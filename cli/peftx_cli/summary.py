@@ -1,0 +1,159 @@
+"""What a run ends in: one table, and what the model writes now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peftx_cli.render import print_json, print_table, size
+
+if TYPE_CHECKING:
+    from peftx.evaluation import Score
+    from peftx.pipeline import Run, RunResult
+    from peftx.stack import Stack
+    from peftx_spec import Pipeline
+
+SAMPLES = 2
+SAMPLE_TOKENS = 48
+RESTATED = ("nll", "bits_per_byte")  # the perplexity in other units; --json has them
+PROMPT_WORDS = 12  # of a text that has no prompt of its own
+
+
+def samples(stack: Stack, pipeline: Pipeline) -> list[dict[str, str]]:
+    """What the finished stack writes after the first prompts of the held-out data; none where there is no text.
+
+    Returns:
+        `prompt` and `text`, and `reference` where the data has one.
+    """
+    from peftx.data import read_dataset
+    from peftx.models import asset_path
+
+    source = pipeline.data.eval or pipeline.data.train
+    if source is None or not stack.model.can_generate() or stack._tokenizer is None:
+        return []
+    rows = read_dataset(
+        asset_path(source.path), format=source.format, columns=dict(source.columns) or None, limit=SAMPLES
+    )
+    found = []
+    for row in rows:
+        prompt, reference = _prompt(row)
+        if not prompt:
+            continue
+        text = stack.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+        found.append({"prompt": prompt, "text": text, "reference": reference})
+    return found
+
+
+def _prompt(row: dict[str, Any]) -> tuple[str, str]:
+    """Prompt and reference answer of a row of any format."""
+    if "prompt" in row:
+        return str(row["prompt"]), str(row.get("completion", row.get("chosen", "")))
+    words = str(row.get("text", "")).split(" ")
+    return " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS : 3 * PROMPT_WORDS])
+
+
+def report(run: Run, result: RunResult, texts: list[dict[str, str]], *, as_json: bool) -> None:
+    """The table and the samples, or all of it as JSON."""
+    if as_json:
+        print_json(to_dict(run, result, texts))
+        return
+    print_table(
+        " + ".join(result.stack.plugins) + f" on {run.pipeline.model.id}",
+        ("", "value", "detail"),
+        rows(result),
+    )
+    for sample in texts:
+        print(f"\nprompt:    {_one_line(sample['prompt'])}")
+        print(f"model:     {_one_line(sample['text'])}")
+        if sample["reference"]:
+            print(f"reference: {_one_line(sample['reference'])}")
+
+
+def rows(result: RunResult) -> list[tuple[str, str, str]]:
+    """Name, value and detail of everything that the run tells."""
+    base = result.stack.base_parameters()
+    table = [
+        (
+            "trainable parameters",
+            f"{result.trainable:,}",
+            f"{100 * result.trainable / max(1, base):.2f} % of {base:,}",
+        ),
+        ("bytes on disk before", f"{result.bytes_before:,}", size(result.bytes_before)),
+    ]
+    if result.output is not None:
+        table.append(("bytes on disk after", f"{result.bytes_after:,}", _what_was_saved(result)))
+    for stage, scores in result.scores.items():
+        for score in scores.values():
+            if score.name not in RESTATED:
+                table.append(
+                    (
+                        f"{score.name}, {stage}",
+                        f"{number(score.value)} {score.unit}".rstrip(),
+                        _interval(score),
+                    )
+                )
+    for training in result.training:
+        detail = f"loss {training.first_loss:.4g} to {training.last_loss:.4g}, {training.seconds:.1f} s"
+        table.append(("training steps", f"{training.steps:,}", detail))
+    return table
+
+
+def _what_was_saved(result: RunResult) -> str:
+    if any(part.kind == "replaced" for part in result.stack.ledger.parts):
+        smaller = result.bytes_before / result.bytes_after
+        return f"{size(result.bytes_after)}, the whole model, {smaller:.1f} times smaller"
+    return f"{size(result.bytes_after)}, the plugins alone; the base stays as it is"
+
+
+def number(value: float) -> str:
+    """Counts in full, everything else with five digits."""
+    return f"{int(value):,}" if value.is_integer() else f"{value:.5g}"
+
+
+def _interval(score: Score) -> str:
+    count = "" if score.count is None else f"{score.count:,} counted"
+    if score.low is None or score.high is None:
+        return count
+    return f"95 %: {score.low:.4g} to {score.high:.4g}" + (f", {count}" if count else "")
+
+
+def to_dict(run: Run, result: RunResult, texts: list[dict[str, str]]) -> dict[str, Any]:
+    """Everything that the table tells, with full precision."""
+    return {
+        "model": run.pipeline.model.id,
+        "plugins": list(result.stack.plugins),
+        "output": None if result.output is None else str(result.output),
+        "base_parameters": result.stack.base_parameters(),
+        "trainable_parameters": result.trainable,
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "scores": {stage: score_dict(scores) for stage, scores in result.scores.items()},
+        "training": [
+            {"steps": t.steps, "first_loss": t.first_loss, "last_loss": t.last_loss, "seconds": t.seconds}
+            for t in result.training
+        ],
+        "seconds": result.seconds,
+        "samples": texts,
+    }
+
+
+def score_dict(scores: dict[str, Score]) -> dict[str, Any]:
+    """Scores for JSON, which has no infinity: text in its place."""
+    import math
+
+    def plain(number: float | None) -> float | str | None:
+        return str(number) if number is not None and math.isinf(number) else number
+
+    return {
+        name: {
+            "value": plain(score.value),
+            "low": plain(score.low),
+            "high": plain(score.high),
+            "count": score.count,
+            "unit": score.unit,
+        }
+        for name, score in scores.items()
+    }
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(line.strip() for line in text.splitlines() if line.strip())

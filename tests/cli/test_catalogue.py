@@ -1,0 +1,266 @@
+"""`list`, `info`, `doctor`, `check`, `new`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
+
+
+def named(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(line for line in lines if line["name"] == name)
+
+
+def test_list_tells_what_the_metadata_says(
+    installed: Any, ok_json: Callable[..., Any], ok: Callable[..., str]
+) -> None:
+    installed.scaffold("fake-gain", "inject")
+    line = named(ok_json("list", "--json"), "fake-gain")
+    assert line["status"] == "ok"
+    assert (line["hooks"], line["family"], line["tier"]) == (["inject"], "fake", "bronze")
+    assert line["url"] == "https://arxiv.org/abs/2101.00001"
+    assert "fake-gain" in ok("list")
+    assert "arXiv:2101.00001" in ok("list")
+
+
+def test_list_filters(installed: Any, ok_json: Callable[..., Any], refused: Callable[..., str]) -> None:
+    installed.scaffold("fake-gain", "inject")
+    installed.scaffold("fake-words", "evaluate")
+    names = {line["name"] for line in ok_json("list", "--hook", "evaluate", "--json")}
+    assert "fake-words" in names
+    assert "fake-gain" not in names
+    assert {line["name"] for line in ok_json("list", "--family", "fake", "--json")} == {
+        "fake-gain",
+        "fake-words",
+    }
+    assert "did you mean 'inject'?" in refused("list", "--hook", "injct")
+    assert "there is no tier 'iron'" in refused("list", "--tier", "iron")
+    assert "did you mean 'fake'?" in refused("list", "--family", "fale")
+
+
+def test_a_plugin_that_does_not_import_is_listed_as_broken(
+    installed: Any, ok_json: Callable[..., Any], run: Callable[..., Any], ok: Callable[..., str]
+) -> None:
+    module = installed.publish("fake-torn", "raise RuntimeError('the moon is wrong')\n")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "broken: fake-torn" in result.stdout
+    assert "the moon is wrong" in result.stdout
+    line = named(ok_json("list", "--json"), "fake-torn")
+    assert line["status"] == "broken"
+    assert "RuntimeError: the moon is wrong" in line["reason"]
+    assert "broken" in ok("list")
+    (installed.site / f"{module}.py").write_text(
+        "from peftx import Plugin, hookimpl\n\n\nclass Fake(Plugin):\n    @hookimpl\n    def inject(self, model): ...\n"
+    )
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok", "the note is of an older file"
+
+
+def test_what_is_missing_shows_without_an_import(installed: Any, ok_json: Callable[..., Any]) -> None:
+    module = installed.publish("fake-gone", "")
+    (installed.site / f"{module}.py").unlink()
+    installed.publish(
+        "fake-poor", "", requires=["a-package-that-is-nowhere>=1", "also-nowhere; extra == 'x'"]
+    )
+    lines = ok_json("list", "--json")
+    assert f"its module {module} is not there" in named(lines, "fake-gone")["reason"]
+    assert named(lines, "fake-poor")["reason"] == "needs a-package-that-is-nowhere, which is not installed"
+
+
+def test_a_name_claimed_twice_and_a_disabled_one(
+    installed: Any, ok_json: Callable[..., Any], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.publish("fake-twin", "")
+    installed.publish("fake-twin", "", distribution="fake-other")
+    installed.publish("fake-rest", "")
+    monkeypatch.setenv("PEFTX_DISABLE_PLUGINS", "fake-rest")
+    lines = ok_json("list", "--json")
+    twin = named(lines, "fake-twin")
+    assert twin["status"] == "clash"
+    assert "peftx-fake-twin" in twin["reason"]
+    assert "fake-other" in twin["reason"]
+    assert named(lines, "fake-rest")["status"] == "disabled"
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "clash: fake-twin" in result.stdout
+
+
+def test_doctor_is_content_with_a_whole_installation(
+    installed: Any, ok_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import entry_points
+
+    others = {
+        point.name for point in entry_points(group="peftx.plugins")
+    }  # only ours are this test's business
+    installed.scaffold("fake-gain", "inject")
+    monkeypatch.setenv("PEFTX_DISABLE_PLUGINS", ",".join(others))
+    facts = ok_json("doctor", "--json")
+    assert facts["healthy"]
+    assert facts["notes"] == []
+    assert facts["model"]["ok"]
+    assert facts["model"]["parameters"] > 1_000_000
+    assert facts["versions"]["torch"]
+    assert facts["machine"]["threads"] >= 1
+    assert set(facts["kernels"]) == {"int8 matmul", "int4 matmul"}
+
+
+def test_doctor_notes_metadata_that_names_other_hooks(installed: Any, run: Callable[..., Any]) -> None:
+    source = "from peftx import Plugin, hookimpl\n\n\nclass Fake(Plugin):\n"
+    source += "    @hookimpl\n    def decode(self, request): ...\n"
+    installed.publish("fake-liar", source, keywords=["inject"])
+    assert "fake-liar: its metadata names other hooks than its code: decode" in run("doctor").stdout
+
+
+def test_info(
+    installed: Any, ok_json: Callable[..., Any], ok: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    installed.scaffold("fake-gain", "inject")
+    installed.scaffold("fake-bits", "compress")
+    about = ok_json("info", "fake-gain", "--json")
+    assert about["claims"] == ["identity-at-start", "mergeable"]
+    power = next(option for option in about["options"] if option["option"] == "power")
+    assert power == {
+        "option": "power", "type": "int (>= 1)", "default": "1", "meaning": "p, the exponent of the gains"
+    }  # fmt: skip
+    assert ok_json("info", "fake-bits", "--json")["conflicts"][0] == "one in a stack: quantizes"
+    text = ok("info", "fake-gain")
+    assert "int (>= 1)" in text
+    assert "https://arxiv.org/abs/2101.00001" in text
+    assert ok("info", "fake-gain", "--readme").lstrip().startswith("# FakeGain")
+    assert "did you mean 'fake-gain'" in refused("info", "fake-gian")
+
+
+def test_info_of_what_does_not_import(
+    installed: Any, refused: Callable[..., str], ok: Callable[..., str]
+) -> None:
+    installed.publish("fake-torn", "import a_module_that_is_nowhere\n")
+    assert "No module named 'a_module_that_is_nowhere'" in refused("info", "fake-torn")
+    assert "A fake fake-torn" in ok("info", "fake-torn", "--metadata")
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+def test_check(
+    installed: Any, ok_json: Callable[..., Any], run: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    installed.scaffold("fake-gain", "inject")
+    results = ok_json("check", "fake-gain", "--model", "llama", "--only", "identity_at_start", "--json")
+    assert [result["outcome"] for result in results] == ["passed"]
+    assert "power" in refused(
+        "check", "fake-gain", "--set", "power=0", "--only", "config_round_trip", "-m", "llama"
+    )
+    assert "did you mean 'llama'" in refused("check", "fake-gain", "--model", "lama")
+    assert "did you mean 'identity_at_start'" in refused(
+        "check", "fake-gain", "-m", "llama", "--only", "identity_at_strat"
+    )
+
+
+def test_check_fails_a_plugin_that_breaks_its_word(installed: Any, run: Callable[..., Any]) -> None:
+    folder = installed.scaffold("fake-word", "inject")
+    file = installed.site / "peftx_fake_word.py"
+    file.write_text(file.read_text().replace("torch.ones(*batch", "2 * torch.ones(*batch"))
+    assert folder.is_dir()
+    result = run("check", "fake-word", "--model", "llama", "--only", "identity_at_start")
+    assert result.exit_code == 1
+    assert "failed" in result.stdout
+    assert "0 of 1 checks hold" in result.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- new
+def structure() -> ModuleType:
+    """The test that every plugin folder of this repository must pass."""
+    file = Path(__file__).parents[1] / "meta" / "test_structure.py"
+    spec = importlib.util.spec_from_file_location("peftx_test_structure", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("paper", ["--arxiv=2106.09685", ""], ids=["paper", "none"])
+def test_a_new_folder_is_complete(installed: Any, ok: Callable[..., str], hook: str, paper: str) -> None:
+    out = ok(
+        "new",
+        "two-words",
+        "--hook",
+        hook,
+        *([paper] if paper else []),
+        "--title",
+        "Two words: as small as it gets",
+    )
+    folder = installed.work / "plugins" / hook / "two-words"
+    assert str(Path("plugins") / hook / "two-words" / "README.md") in out
+    assert structure().problems(folder) == []
+    for file in folder.rglob("*.py"):
+        compile(file.read_text("utf-8"), str(file), "exec")
+    text = (folder / "README.md").read_text("utf-8")
+    assert "$" not in text, "a placeholder is left"
+    assert ("2106.09685" in text) == bool(paper)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_new_plugin_keeps_its_promises(installed: Any, hook: str) -> None:
+    """The conformance kit, on one model, without the checks that start a process or need a source tree."""
+    from peftx.testing.kit import plan_checks
+
+    installed.scaffold(f"fake-{hook.replace('_', '-')}", hook)
+    planned = plan_checks(f"fake-{hook.replace('_', '-')}", models=["llama"])
+    slow = ("fresh", "imports_quickly", "package_is_whole", "reload", "resume")
+    ran = [
+        item for item in planned if item.arch in ("", "llama") and not any(word in item.id for word in slow)
+    ]
+    assert len(ran) >= 6
+    for item in ran:
+        item.run()
+
+
+def test_the_bad_option_of_a_new_plugin_is_refused(installed: Any) -> None:
+    from peftx.errors import PeftxError
+    from peftx.registry import Registry
+    from peftx_cli.scaffold import OPTIONS
+
+    for hook in HOOKS:
+        name = f"fake-{hook.replace('_', '-')}"
+        installed.scaffold(name, hook)
+        option, bad, good, _ = OPTIONS[hook]
+        plugin = Registry().load(name)
+        with pytest.raises(PeftxError, match=option):
+            plugin(**{option: float(bad)})
+        assert plugin(**{option: float(good)})
+
+
+@pytest.mark.parametrize(
+    ("words", "named_"),
+    [
+        (["Two_Words"], "try 'two-words'"),
+        (["two--words"], "lower-case words joined by hyphens"),
+        (["spec"], "cannot be a plugin's name"),
+        (["2bits"], "cannot be a plugin's name"),
+        (["two-words", "--hook", "injekt"], "did you mean 'inject'?"),
+        (["two-words", "--arxiv", "21.06"], "no arXiv id"),
+        (["two-words", "--title", "short"], "10 to 90"),
+        (["two-words", "--title", "It ends in a full stop."], "full stop"),
+        (["two-words", "--title", 'It has "quotation" marks'], "quotation marks"),
+        (["two-words", "--family", "Low Rank"], "no family"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_new_refuses(refused: Callable[..., str], words: list[str], named_: str) -> None:
+    assert named_ in refused("new", *words)
+
+
+def test_new_leaves_an_existing_folder_alone(
+    installed: Any, ok: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    ok("new", "two-words")
+    assert "exists already" in refused("new", "two-words")

@@ -1,0 +1,116 @@
+"""`--help`, `list` and `info --metadata` start at once: they import neither torch nor a plugin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "fastapi", "pandas", "pyarrow")
+
+PROBE = """
+import sys, time
+began = time.process_time()
+from peftx_cli.main import main
+sys.argv = ["peftx", *{words!r}]
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code or 0
+loaded = [name for name in {heavy!r} if name in sys.modules]
+plugins = [name for name in sys.modules if name.startswith("peftx_fake")]
+print(loaded, plugins, code, round(time.process_time() - began, 3), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["list"],
+        ["list", "--json"],
+        ["list", "--hook", "inject"],
+        ["info", "fake-gain", "--metadata"],
+        ["apply", "--help"],
+        ["validate", "empty.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_starts_without_heavy_imports(installed: Any, words: list[str]) -> None:
+    installed.scaffold("fake-gain", "inject")
+    (installed.work / "empty.yaml").write_text("peftx: 1\nmodel: peftx:tiny\n", "utf-8")
+    code = PROBE.format(words=words, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("[] [] 0 "), last
+
+
+def test_the_probe_sees_a_heavy_import(installed: Any) -> None:
+    installed.scaffold("fake-gain", "inject")
+    code = PROBE.format(words=["info", "fake-gain"], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "torch" in done.stderr
+    assert "peftx_fake_gain" in done.stderr
+
+
+def test_two_hundred_plugins_cost_little(installed: Any) -> None:
+    """Processor time, not the clock's: the machine may be busy. torch alone takes more than a second."""
+    for number in range(200):
+        installed.publish(f"fake-{number:03}", "raise RuntimeError('imported')", readme="word " * 2000)
+    code = PROBE.format(words=["list", "--json"], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert len([one for one in json.loads(done.stdout) if one["name"].startswith("fake-")]) == 200
+    seconds = float(done.stderr.strip().splitlines()[-1].split()[-1])
+    assert seconds < 0.6, f"{seconds} s of processor time"
+
+
+def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
+    from peftx_cli.main import app
+
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    expected = {
+        "apply",
+        "train",
+        "evaluate",
+        "generate",
+        "serve",
+        "plan",
+        "validate",
+        "schema",
+        "list",
+        "info",
+    }
+    assert expected | {"check", "new", "merge", "doctor"} == set(names)
+    for name in names:
+        text = ok(name, "--help")
+        assert f"Example: peftx {name}" in text, f"peftx {name} --help shows no example"
+
+
+def test_no_arguments_show_the_help(run: Callable[..., Any]) -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "apply" in result.output
+    assert "doctor" in result.output
+
+
+def test_a_misspelt_command_names_the_right_one(run: Callable[..., Any]) -> None:
+    result = run("aply")
+    assert result.exit_code == 2
+    assert "apply" in result.stderr
+
+
+def test_the_reader_of_a_pipe_may_go_away(installed: Any) -> None:
+    for number in range(300):
+        installed.publish(f"fake-{number:03}", "", readme="")
+    shell = f"{sys.executable} -m peftx_cli list --json | head -1"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "["
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "BrokenPipe" not in done.stderr, done.stderr

@@ -1,0 +1,193 @@
+"""What is printed where: panels, tables and bars on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from peftx_cli.progress import LineReporter
+from peftx_cli.render import plain_table, size
+
+
+def on_a_terminal(*words: str) -> str:
+    """Everything that a command shows where stdout and stderr are a terminal of 100 columns."""
+    control, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
+    process = subprocess.Popen([sys.executable, *words], stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(control, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    process.wait(60)
+    os.close(control)
+    return shown.decode("utf-8")
+
+
+def test_an_error_is_a_panel_on_a_terminal(installed: Any) -> None:
+    shown = on_a_terminal("-m", "peftx_cli", "info", "nowhere")
+    assert "╭" in shown
+    assert "no plugin named 'nowhere' is installed" in shown
+
+
+def test_a_list_is_a_table_on_a_terminal(installed: Any) -> None:
+    installed.scaffold("fake-gain", "inject")
+    shown = on_a_terminal("-m", "peftx_cli", "list", "--family", "fake")
+    assert "│ fake-gain" in shown
+    assert "\x1b[" in shown
+
+
+def test_markup_in_a_message_is_shown_as_it_is(installed: Any) -> None:
+    """`pip install 'peftx[serve]'` must not lose its brackets to rich."""
+    code = (
+        "from peftx_cli.failures import say; say('needs [bold]x[/bold]', hint=\"pip install 'peftx[serve]'\")"
+    )
+    shown = on_a_terminal("-c", code)
+    assert "needs [bold]x[/bold]" in shown
+    assert "peftx[serve]" in shown
+
+
+BAR = """
+import time
+from peftx_cli.progress import reporter
+with reporter() as told:
+    told.stage("train", ["lora"])
+    for done in range(3):
+        told.progress(done + 1, 3, {"task": 0.5})
+        time.sleep(0.15)
+    told.finished("train", 0.45, "3 steps [of 3]")
+"""
+
+
+def test_a_bar_while_it_runs_and_a_line_when_it_is_done() -> None:
+    shown = on_a_terminal("-c", BAR)
+    assert "train lora" in shown
+    assert "3/3" in shown
+    assert "task 0.5" in shown
+    assert "train        0.45 s  3 steps [of 3]" in shown
+
+
+def test_lines_in_a_log() -> None:
+    done = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == "train        0.45 s  3 steps [of 3]\n"
+
+
+def test_a_long_stage_writes_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    told = LineReporter()
+    told.stage("train", ["lora"])
+    for done in range(40):
+        now[0] += 1.0
+        told.progress(done + 1, 40, {"task": 2.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["train lora: 15 of 40  task 2", "train lora: 30 of 40  task 2"]
+
+
+def test_a_plain_table() -> None:
+    text = plain_table("title", ("name", "empty", ""), [("a", "", ""), ("long one", "", "")])
+    assert text.splitlines() == ["title", "name      empty", "--------  -----", "a", "long one"]
+    assert plain_table("", ("a",), [("two\nlines",)]).splitlines() == ["a", "---------", "two lines"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (21_600_000, "21.60 MB"), (7 * 10**12, "7000.00 GB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+# -------------------------------------------------------------------------------------------------------------- serve
+def test_serve_listens_on_loopback_unless_told(
+    installed: Any, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: calls.append(options | {"app": app}))
+    result = run("serve", "peftx:tiny", "--max-batch", "3", "--max-wait-ms", "7")
+    assert result.exit_code == 0, result.output
+    assert (calls[0]["host"], calls[0]["port"]) == ("127.0.0.1", 8000)
+    assert "open to the network" not in result.stderr
+    result = run("serve", "peftx:tiny", "--host", "0.0.0.0", "--port", "9000")
+    assert result.exit_code == 0
+    assert "0.0.0.0 is open to the network" in result.stderr
+    assert (calls[1]["host"], calls[1]["port"]) == ("0.0.0.0", 9000)
+
+
+def test_serve_without_its_packages(
+    installed: Any, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    message = refused("serve", "peftx:tiny")
+    assert "uvicorn" in message
+    assert "pip install 'peftx[serve]'" in message
+
+
+def test_serve_answers_over_a_socket(installed: Any) -> None:
+    import signal
+    import socket
+    import time
+
+    import httpx
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peftx_cli", "serve", "peftx:tiny", "--port", str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                health = httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10)
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline, "it does not answer"
+                time.sleep(0.2)
+        assert health.json()["status"] == "ok"
+        body = {"model": "peftx:tiny", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        strange = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"Host": "evil.example"}, timeout=10)
+        assert strange.status_code == 400
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert "Traceback" not in output, output
+
+
+def test_a_ctrl_c_that_a_library_loses_is_found_at_the_next_step() -> None:
+    import contextlib
+    import os
+    import signal
+
+    from peftx_cli.progress import Interrupts
+
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as a destructor does
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert signal.getsignal(signal.SIGINT) is before
