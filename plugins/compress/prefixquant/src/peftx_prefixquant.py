@@ -1,0 +1,250 @@
+"""PrefixQuant: static activation scales, made possible by outlier tokens that stand in a prefix of the cache.
+
+"PrefixQuant: Static Quantization Beats Dynamic through Prefixed Outliers in LLMs" (arXiv:2410.05265)
+
+    M_t = max_c |x_tc|, x the input of a down projection;   t is an outlier token where M_t / median(M) > eta
+    o = ceil(max over layers of the mean number of outlier tokens);   prefix = [the o most frequent ids, BOS]
+    K = [K_prefix, fq(K_text)],   V = [V_prefix, fq(V_text)],   fq(x) = s clamp(round(x / s))
+    y = s_x s_w x_q w_q^T,   x_q = clamp(round(R x / s_x)),   w_q = clamp(round(W R^T / s_w))
+
+s_x is a constant of the layer, s_k and s_v of the head, s_w of the output channel: each the clipping point with the
+least squared error on calibration text behind the prefix. R is a Hadamard rotation: W x = (W R^T)(R x).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import peftx.compression as packing
+from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
+from peftx.compression.batches import calibration as sequences
+from peftx.errors import ArchitectureError
+from peftx.evaluation import context_window, perplexity
+
+Mode = Literal["with_prefix", "without_prefix", "dynamic"]  # dynamic: a scale a token, and no prefix either
+
+
+class PrefixQuantConfig(PluginConfig):
+    """Options of PrefixQuant; the paper runs W4A8KV4 and W4A4KV4."""
+
+    weight_bits: Literal[4, 8] = Field(4, description="bits of a weight")
+    activation_bits: Literal[4, 8, 16] = Field(8, description="bits of a layer's input; 16: not rounded")
+    kv_bits: Literal[4, 8, 16] = Field(4, description="bits of a key or value; 16: not rounded")
+    group_size: int | None = Field(None, ge=1, description="weights that share a scale; a row if left out")
+    eta: float = Field(64.0, gt=1, description="ratio to the median above which a token is an outlier")
+    prefix_tokens: int = Field(16, ge=0, description="most tokens in the prefix; 0: none")
+    rotate: bool = Field(True, description="rotate what is rounded by Hadamard matrices")
+    clip_search: bool = Field(True, description="search the clipping points; false: the largest magnitude")
+
+
+class RotatedLinear(packing.QuantLinear):
+    """Packed W R^T, which rotates its input: y = (W R^T)(R x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(rotated(x))
+
+
+class StaticKV(AttentionEdit):
+    """[K_prefix, fq(K)], [V_prefix, fq(V)]; nothing is rounded before there are scales.
+
+    Buffers, empty at first: prefix [2, Hkv, P, D] of K and V; float32 scales, with and without the prefix: scale
+    [2, 2, Hkv] of K and V, input_scale [2, linear layers of the block].
+    """
+
+    def __init__(self, *, bits: int, rotate: bool) -> None:
+        super().__init__()
+        self.bits, self.rotate, self.mode = bits, rotate, "with_prefix"
+        self.seen: tuple[Tensor, ...] = ()  # before there are scales: the last K and V, [Hkv, T, D]
+        for name in ("prefix", "scale", "input_scale"):
+            self.register_buffer(name, torch.empty(0))
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.scale.numel() == 0:
+            self.seen = (key[0], value[0])
+        elif self.bits < 16:
+            key, value = self.rounded(key, 0), self.rounded(value, 1)
+        if self.mode != "with_prefix" or self.prefix.numel() == 0:
+            return key, value
+        front = self.prefix.to(key)[:, None].expand(2, len(key), -1, -1, -1)
+        return torch.cat((front[0], key), 2), torch.cat((front[1], value), 2)
+
+    def rounded(self, x: Tensor, which: int) -> Tensor:
+        """fq(x), x [B, Hkv, K, D]; with R it is R^T fq(R x), so that q k stays what it was."""
+        x = rotated(x) if self.rotate else x
+        scale = self.scale[int(self.mode != "with_prefix"), which].view(1, -1, 1, 1)
+        scale = packing.token_scale(x, bits=self.bits)[0] if self.mode == "dynamic" else scale
+        x = packing.fake_quantize(x, scale, bits=self.bits)
+        return rotated(x, inverse=True) if self.rotate else x
+
+
+def rotated(x: Tensor, *, inverse: bool = False) -> Tensor:
+    """R x along the last dimension; R has blocks of the largest Hadamard order that divides its size."""
+    n = x.shape[-1]
+    block = next(n // k for k in range(1, n + 1) if n % k == 0 and packing.hadamard_exists(n // k))
+    return packing.fwht(x, block_size=block, inverse=inverse)
+
+
+def static_scale(x: Tensor, bits: int, *, clip: bool, bins: int = 2**14) -> Tensor:
+    """One scale s a row, x [R, N] -> [R]: max|x| / (2^(b-1) - 1), or its best fraction by a histogram of the row."""
+    top = x.abs().amax(-1).clamp_min(1e-12)
+    if not clip:
+        return top / (2 ** (bits - 1) - 1)
+    counts = torch.stack([torch.histc(row, bins, -float(t), float(t)) for row, t in zip(x, top, strict=True)])
+    centres = top[:, None] * ((torch.arange(bins, device=x.device) + 0.5) * (2 / bins) - 1)  # [R, bins]
+    return packing.mse_clip_scale(centres, bits=bits, counts=counts, per_row=True)
+
+
+def token_peaks(stack: Stack, batches: list[dict[str, Any]]) -> list[list[Tensor]]:
+    """M_t at the input of every down projection: [sequences][layers], each [T] float32."""
+    downs = {site.path: site.module for site in stack.anatomy.sites if site.role == "mlp.down"}
+    runs = (packing.observe(downs, lambda b=b: stack.model(**b, use_cache=False)) for b in batches)
+    return [[stats.token_absmax for stats in run.values()] for run in runs]
+
+
+def find_prefix(peaks: list[list[Tensor]], ids: list[Tensor], eta: float, start: int, most: int) -> list[int]:
+    """The o most frequent ids of outlier tokens that do not stand first, then `start`; at most `most` in all."""
+    outliers = [[(m / m.median() > eta).nonzero()[:, 0].tolist() for m in layers] for layers in peaks]
+    number = -(-max(sum(map(len, layer)) for layer in zip(*outliers, strict=True)) // len(peaks))  # o
+    kinds = Counter(int(ids[i][t]) for i, layers in enumerate(outliers) for at in layers for t in at if t > 0)
+    front = [token for token, _ in kinds.most_common(min(number, most - 1))]
+    return [*front, start] if number and most else []
+
+
+class PrefixQuant(Plugin):
+    """See the module."""
+
+    Config = PrefixQuantConfig
+    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS, Claim.FINAL, Claim.NEEDS_CALIBRATION, Claim.PREFIX_CACHE}
+    config: PrefixQuantConfig
+
+    @hookimpl
+    def compress(self, model: ModelView, calibration: packing.Calibration, stack: Stack) -> None:
+        blocks, edits = self.linears(model), self.attach(model)
+        plain = self.measure(model, calibration, edits, 0)
+        batches, tokenizer = calibration.batches, stack.tokenizer
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        fronts = {Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE}  # of others: they stand behind the outlier tokens
+        others = [m.id for m in stack.members if m.plugin is not self and m.plugin.claims & fronts]
+        with stack.disabled(*others) if others else torch.no_grad():
+            ids = [batch["input_ids"][0] for batch in batches]
+            peaks, most = token_peaks(stack, batches), self.config.prefix_tokens
+            self.state["prefix"] = prefix = find_prefix(peaks, ids, self.config.eta, start, most)
+            if prefix:
+                model.module(input_ids=ids[0].new_tensor([prefix]), use_cache=False)
+                for edit in edits:
+                    edit.prefix = torch.stack(edit.seen)
+        model.shift_positions(len(prefix))
+        # The prefix has a BOS, so that of the text does not count.
+        found = self.measure(model, calibration, edits, 1) if prefix else plain
+        for edit, sites, new, old in zip(edits, blocks, found, plain, strict=True):
+            for site, scale, squares in zip(sites, new[0], new[2], strict=True):
+                site.replace(self.packed(site, scale, squares))
+            edit.input_scale, edit.scale = (torch.stack((new[i], old[i])) for i in (0, 1))
+            edit.seen = ()
+
+    def restore(self, model: ModelView, stack: Stack) -> None:
+        self.attach(model)
+        model.shift_positions(len(self.state["prefix"]))
+
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        for site in itertools.chain(*self.linears(model)):
+            n, bias = site.in_features, 0 if site.bias is None else site.bias.nbytes
+            row = -(-n * self.config.weight_bits // 8) + 4 * -(-n // (self.config.group_size or n))
+            yield site, site.out_features * row + bias + (4 if self.config.activation_bits < 16 else 0)
+
+    def linears(self, model: ModelView) -> list[list[Site]]:
+        """The linear layers of each block, fused ones whole."""
+        sites = model.linears("all", whole=True)
+        fits = {site.kind for site in sites} == {"linear"} and "mlp.down" in {site.role for site in sites}
+        if not fits or set(model.towers) != {"decoder"}:
+            kind = model.config.model_type
+            raise ArchitectureError(
+                f"{model.owner}: {kind} is no decoder of linear layers, mlp.down among them"
+            )
+        return [[site for site in sites if site.layer == layer] for layer in range(model.num_layers)]
+
+    def attach(self, model: ModelView) -> list[StaticKV]:
+        """An edit for each layer's attention, still empty."""
+        edits = []
+        for site in model.attention_sites():
+            edits.append(StaticKV(bits=self.config.kv_bits, rotate=self.config.rotate))
+            model.attend(site, edits[-1])
+        return edits
+
+    def measure(
+        self, model: ModelView, text: packing.Calibration, edits: list[StaticKV], skip: int
+    ) -> list[Any]:
+        """By block: scales of the inputs [layers], of K and V [2, Hkv], and the inputs' E[x_j^2], before rounding."""
+        results, blocks, config = [], self.linears(model), self.config
+
+        def scales(parts: Iterable[Tensor], bits: int) -> tuple[Tensor, Tensor]:  # [1 or Hkv, ..., n] each
+            x = torch.cat([part.flatten(1, -2)[:, skip:] for part in parts], 1).float()
+            x = rotated(x) if config.rotate else x
+            return static_scale(x.flatten(1), min(bits, 8), clip=config.clip_search), x.square().mean((0, 1))
+
+        def on_block(layer: int, block: nn.Module, calls: packing.BlockInputs) -> None:
+            rows: dict[nn.Module, list[Tensor]] = {site.module: [] for site in blocks[layer]}
+            hooks = [m.register_forward_pre_hook(lambda m, x: rows[m].append(x[0][None])) for m in rows]
+            sides = zip(*(edits[layer].seen for _ in calls.replay(block)), strict=True)
+            heads = torch.stack([scales(side, config.kv_bits)[0] for side in sides])
+            found = [scales(row, config.activation_bits) for row in rows.values()]
+            results.append((torch.cat([s for s, _ in found]), heads, [squares for _, squares in found]))
+            for hook in hooks:
+                hook.remove()
+
+        text.walk(model.module, [site.module for site in model.blocks("layer")], on_block)
+        return results
+
+    def packed(self, site: Site, input_scale: Tensor, squares: Tensor) -> packing.QuantLinear:
+        """W R^T in integers, whose scales have the least sum_j E[x_j^2] (w_j - fq(w_j))^2 in their row."""
+        config, bits, acts, scale = self.config, self.config.weight_bits, self.config.activation_bits, None
+        weight = rotated(site.weight.float()) if config.rotate else site.weight.float()  # [out, in]
+        if config.clip_search and config.group_size is None:
+            counts = squares.expand_as(weight)
+            scale = packing.mse_clip_scale(weight, bits=bits, counts=counts, per_row=True)[:, None]
+        integers = packing.quantize(weight, bits=bits, group_size=config.group_size, scale=scale)
+        static = {"activation": "static-tensor", "act_bits": acts, "input_scale": input_scale}
+        make = (RotatedLinear if config.rotate else packing.QuantLinear).from_quantized
+        return make(integers, bias=site.bias, dtype=site.weight.dtype, **(static if acts < 16 else {}))
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """In each mode: perplexity, and the outlier ratio of tokens that do not stand first."""
+        stack, rows, prefix = evaluation.stack, evaluation.rows("eval"), self.state.get("prefix", [])
+        texts = [row if isinstance(row, str) else " ".join(map(str, row.values())) for row in rows]
+        batches = sequences(stack, texts, samples=8, length=256).batches
+        id = next(id for id, plugin in stack.plugins.items() if plugin is self)
+        evaluation.add("prefix_tokens", len(prefix))
+        evaluation.add("packed_bytes", sum(t.nbytes for t in stack.ledger.tensors(id).values()), unit="bytes")
+        size = context_window(stack.model, stack.tokenizer) - len(prefix)
+        try:
+            for mode in get_args(Mode) if id in stack.compressed else ("unquantized",):
+                switch(stack, id, mode)
+                score = perplexity(stack.model, stack.tokenizer, rows, max_length=size)["perplexity"]
+                evaluation.add(f"perplexity_{mode}", score.value, score.low, score.high, score.count)
+                peaks = [m for layers in token_peaks(stack, batches) for m in layers]
+                k = int(mode == "with_prefix" and bool(prefix))  # the text's BOS does not count
+                evaluation.add(f"outlier_ratio_{mode}", max(float(m[k:].max() / m.median()) for m in peaks))
+        finally:
+            switch(stack, id, "with_prefix")
+
+
+def switch(stack: Stack, id: str, mode: Mode) -> None:
+    """Run the packed model of plugin `id` in another mode, with the static scales that belong to it."""
+    parts, row = stack.ledger.of(id), int(mode != "with_prefix")
+    scales = itertools.chain(*(p.module.input_scale[row] for p in parts if p.kind == "attention"))
+    for part in parts:
+        if part.kind == "attention":
+            part.module.mode = mode
+        elif part.kind == "shift":
+            part.switch(mode == "with_prefix")
+        elif part.module.activation is not None:
+            part.module.activation = "dynamic-token" if mode == "dynamic" else "static-tensor"
+            part.module.input_scale = next(scales).clone()

@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import peftx
+from peftx.compression import QuantLinear
+from peftx.data import read_dataset
+from peftx.errors import PeftxError
+from peftx.evaluation import perplexity
+from peftx.models import asset_path
+from peftx.testing import conformance
+from peftx.testing.models import tiny
+from peftx_prefixquant import PrefixQuant, StaticKV, find_prefix, rotated, static_scale, switch, token_peaks
+
+test_conformance = conformance(
+    "prefixquant", not_on={"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
+)
+
+CALIBRATION = asset_path("peftx:sample/calibration.txt")
+EXTRA = 8  # channels and neurons that planting adds
+
+
+@torch.no_grad()
+def planted(model: LlamaForCausalLM, tokens: tuple[int, int], *, height: float = 150.0) -> LlamaForCausalLM:
+    """A copy in which the first of each of two tokens in a context makes a massive activation, and later ones do not.
+
+    Channel 0 of the added ones is a constant, 1 and 2 mark the two tokens, 3 and 4 say that an earlier one was seen:
+    a head in block 0 scores a marked token with A sin(theta distance), so it looks at the oldest one and never at
+    itself. A neuron of block 0 then computes height^2 where "marked and not seen", and its output weight is zero, so
+    that in full precision the model is what it was.
+    """
+    config = copy.deepcopy(model.config)
+    old, head = config.hidden_size, config.head_dim
+    config.hidden_size += EXTRA
+    config.intermediate_size += EXTRA
+    group = config.num_attention_heads // config.num_key_value_heads
+    config.num_attention_heads = model.config.num_attention_heads + 2 * group
+    config.num_key_value_heads = model.config.num_key_value_heads + 2
+    twin = LlamaForCausalLM(config).to(model.dtype).eval()
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    source = model.state_dict()
+    for name, tensor in twin.state_dict().items():
+        part = source[name]
+        tensor.zero_()
+        tensor[tuple(slice(0, size) for size in part.shape)] = part
+        if name.endswith("norm.weight"):
+            tensor[:old] *= math.sqrt(old / (old + EXTRA))  # the mean square is now over more channels
+    embedding = twin.model.embed_tokens.weight
+    size = (
+        source["model.embed_tokens.weight"].square().mean(1).sqrt()
+    )  # so that each token has the same after the norm
+    embedding[:, old] = size
+    block = twin.model.layers[0]
+    peak = float(model.model.layers[0].input_layernorm.weight.abs().max()) * 3
+    block.input_layernorm.weight[old:] = peak
+    block.post_attention_layernorm.weight[old:] = peak
+    dim = head // 2 - 1 - head // 8  # rotates slowly: half a turn takes more tokens than the window has
+    theta = config.rope_parameters["rope_theta"] ** (-2 * dim / head)
+    attention, mlp = block.self_attn, block.mlp
+    unit = peak * peak / math.sqrt(head)
+    for i, token in enumerate(tokens):
+        embedding[token, old + 1 + i] = size[token]
+        kv = model.config.num_key_value_heads + i
+        query = model.config.num_attention_heads + i * group
+        attention.q_proj.weight[query * head + dim + head // 2, old] = -30.0 / (math.sin(theta) * unit)
+        attention.k_proj.weight[kv * head + dim, old + 1 + i] = 1.0
+        attention.v_proj.weight[kv * head, old + 1 + i] = 1.0
+        attention.o_proj.weight[old + 3 + i, query * head] = size[token] / peak
+        neuron = model.config.intermediate_size + i
+        for channel, weight in ((0, -0.5), (1 + i, 1.0), (3 + i, -1.0)):
+            mlp.gate_proj.weight[neuron, old + channel] = 2 * height * weight / peak
+        mlp.up_proj.weight[neuron, old + 1 + i] = height / peak
+    return twin
+
+
+DOT, LINE = ".", "\n"
+
+
+def tiny_stack(model: LlamaForCausalLM | None = None, **options: object) -> peftx.Stack:
+    """The bundled model (or another one with its tokenizer), compressed on the sample's calibration text."""
+    bundled = peftx.Stack("peftx:tiny", [])
+    plugin = PrefixQuant(**options)
+    stack = peftx.Stack(bundled.model if model is None else model, [plugin], tokenizer=bundled.tokenizer)
+    stack.compress(CALIBRATION, samples=4, length=160)
+    return stack
+
+
+@pytest.fixture(scope="module")
+def outliers() -> LlamaForCausalLM:
+    stack = peftx.Stack("peftx:tiny", [])
+    tokens = tuple(stack.tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in (DOT, LINE))
+    return planted(stack.model, tokens)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    return list(read_dataset(asset_path("peftx:sample/held_out.jsonl"), limit=6))
+
+
+def edits_of(stack: peftx.Stack) -> list[StaticKV]:
+    return [part.module for part in stack.ledger.of("prefixquant") if part.kind == "attention"]
+
+
+# -- the paper's claims ----------------------------------------------------------------------------------------------
+
+
+def test_planting_changes_nothing_in_full_precision(outliers: LlamaForCausalLM, rows: list) -> None:
+    base = peftx.Stack("peftx:tiny", [])
+    plain, copy_ = (perplexity(m, base.tokenizer, rows)["perplexity"].value for m in (base.model, outliers))
+    assert copy_ == pytest.approx(plain, rel=0.02)
+
+
+def test_prefix_takes_the_outliers_in(outliers: LlamaForCausalLM, rows: list) -> None:
+    stack = tiny_stack(copy.deepcopy(outliers), activation_bits=4, kv_bits=4)
+    dot, line = (stack.tokenizer(t, add_special_tokens=False)["input_ids"][-1] for t in (DOT, LINE))
+    prefix = stack.plugins["prefixquant"].state["prefix"]
+    assert prefix[-1] == stack.tokenizer.bos_token_id
+    assert set(prefix[:-1]) == {dot, line}
+    scores = stack.evaluate(rows, metrics=["prefixquant"])
+    value = {name: score.value for name, score in scores.items()}
+    assert value["outlier_ratio_with_prefix"] < stack.plugins["prefixquant"].config.eta
+    base = peftx.Stack(copy.deepcopy(outliers), [PrefixQuant()], tokenizer=stack.tokenizer)
+    assert base.evaluate(rows, metrics=["prefixquant"])["outlier_ratio_unquantized"].value > 300
+    assert value["perplexity_with_prefix"] < value["perplexity_without_prefix"] / 2
+    assert value["perplexity_with_prefix"] < 1.1 * value["perplexity_dynamic"]
+    assert perplexity(stack.model, stack.tokenizer, rows)["perplexity"].value == pytest.approx(
+        value["perplexity_with_prefix"], rel=1e-6
+    )
+
+
+def test_modes_leave_no_trace(outliers: LlamaForCausalLM) -> None:
+    stack = tiny_stack(copy.deepcopy(outliers))
+    ids = torch.arange(40)[None]
+    before = stack.model(ids).logits
+    tensors = {name: tensor.clone() for name, tensor in stack.ledger.tensors("prefixquant").items()}
+    outputs = []
+    for mode in ("without_prefix", "dynamic", "with_prefix"):
+        switch(stack, "prefixquant", mode)
+        outputs.append(stack.model(ids).logits)
+    assert not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], before)
+    assert all(torch.equal(t, tensors[name]) for name, t in stack.ledger.tensors("prefixquant").items())
+
+
+# -- exactness -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_prefix_rows_equal_running_the_tokens() -> None:
+    """Without rounding, [K_prefix, K], [V_prefix, V] and shifted positions are the model run on prefix + text."""
+    model = tiny("llama")
+    plugin = PrefixQuant(kv_bits=16)
+    stack = peftx.Stack(model, [("prefixquant", plugin)])
+    prefix, text = [7, 9, 0], torch.arange(3, 20)[None]
+    expected = model(torch.cat([torch.tensor([prefix]), text], 1)).logits[:, len(prefix) :]
+    view = stack.view("prefixquant")
+    edits = plugin.attach(view)
+    model(torch.tensor([prefix]))
+    for edit in edits:
+        edit.prefix = torch.stack(edit.seen)
+    view.shift_positions(len(prefix))
+    torch.testing.assert_close(model(text).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rotation_is_invisible() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in (32, 48, 688, 43):  # 688 has blocks of 16, 43 is not rotated
+        x, weight = torch.randn(5, n, generator=generator), torch.randn(3, n, generator=generator)
+        torch.testing.assert_close(rotated(x) @ rotated(weight).T, x @ weight.T, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(rotated(rotated(x), inverse=True), x, atol=1e-6, rtol=1e-5)
+    spike = torch.zeros(32)
+    spike[3] = 8.0
+    assert float(rotated(spike).abs().max()) == pytest.approx(8 / math.sqrt(32), rel=1e-5)
+
+
+@torch.no_grad()
+def test_rotated_model_is_near_the_base() -> None:
+    """8-bit weights and nothing else rounded: the rotation moves logits no further than the rounding does."""
+    errors = {}
+    expected = peftx.Stack("peftx:tiny", []).model(torch.arange(60)[None]).logits
+    for rotate in (False, True):
+        stack = tiny_stack(weight_bits=8, activation_bits=16, kv_bits=16, rotate=rotate, prefix_tokens=0)
+        errors[rotate] = float((stack.model(torch.arange(60)[None]).logits - expected).abs().max())
+    assert max(errors.values()) < 0.02 * float(expected.abs().max()), errors
+
+
+def test_static_equals_dynamic_on_constant_scale() -> None:
+    """Tokens that all reach the same largest magnitude: one constant is what every token would choose."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(16, 8)
+    x = torch.rand(20, 16, generator=generator) * 2 - 1
+    x[:, 5] = 1.5
+    scale = static_scale(x.view(1, -1), 4, clip=False)
+    assert float(scale) == pytest.approx(1.5 / 7)
+    static = QuantLinear.from_linear(
+        linear, bits=4, activation="static-tensor", act_bits=4, input_scale=scale[0]
+    )
+    dynamic = QuantLinear.from_linear(linear, bits=4, activation="dynamic-token", act_bits=4)
+    assert torch.equal(static(x), dynamic(x))
+
+
+def test_search_clips_what_is_rare() -> None:
+    """Among 4001 values up to 1, a single 3 is clipped in 4 bits; four hundred of them are not."""
+    body = torch.linspace(-1, 1, 4001)
+    kept = static_scale(torch.cat((body, torch.tensor([3.0])))[None], 4, clip=True)
+    assert float(kept) < 2.0 / 7
+    assert float(static_scale(torch.cat((body, torch.full((400,), 3.0)))[None], 4, clip=True)) > 2.8 / 7
+    assert float(static_scale(torch.zeros(1, 4), 4, clip=True)) > 0
+
+
+def test_constant_scales_of_keys_by_hand() -> None:
+    edit = StaticKV(bits=4, rotate=False)
+    edit.scale = torch.tensor([[[0.5], [1.0]], [[1.0], [1.0]]])  # [with, without][K, V][heads]
+    key = torch.tensor([0.3, 1.1, -9.0, 3.4]).view(1, 1, 2, 2)
+    new_key, new_value = edit.keys_values(key, key)
+    assert new_key.flatten().tolist() == [0.5, 1.0, -4.0, 3.5]
+    assert new_value.flatten().tolist() == [0.0, 1.0, -8.0, 3.0]
+    edit.prefix = torch.tensor([[[[9.9, 9.9]]], [[[8.8, 8.8]]]])  # stays as it is
+    new_key, new_value = edit.keys_values(key, key)
+    assert new_key[0, 0].tolist() == [pytest.approx([9.9, 9.9]), [0.5, 1.0], [-4.0, 3.5]]
+    assert new_value[0, 0, 0].tolist() == pytest.approx([8.8, 8.8])
+
+
+# -- outlier tokens --------------------------------------------------------------------------------------------------
+
+
+def peaks(*places: int, length: int = 10) -> Tensor:
+    m = torch.ones(length)
+    m[list(places)] = 100.0
+    return m
+
+
+def test_prefix_by_hand() -> None:
+    """Layer 1 has (3 + 2) / 2 outliers a sequence, so o = 3; ids 50 (three times), 60 (once); BOS is 1."""
+    ids = [torch.arange(10) + 100, torch.arange(10) + 200]
+    ids[0][4], ids[0][6], ids[1][2] = 50, 60, 50
+    found = [[peaks(4), peaks(0, 4, 6)], [peaks(), peaks(0, 2)]]
+    assert find_prefix(found, ids, 64.0, 1, 16) == [50, 60, 1]
+    assert find_prefix(found, ids, 64.0, 1, 2) == [50, 1]
+    assert find_prefix(found, ids, 64.0, 1, 1) == [1]
+    assert find_prefix(found, ids, 64.0, 1, 0) == []
+    assert find_prefix(found, ids, 101.0, 1, 16) == []
+    assert find_prefix([[peaks(0)], [peaks(0)]], ids, 64.0, 1, 16) == [1]
+
+
+def test_no_prefix_is_the_plain_quantizer(outliers: LlamaForCausalLM) -> None:
+    stack = tiny_stack(copy.deepcopy(outliers), prefix_tokens=0)
+    assert stack.plugins["prefixquant"].state["prefix"] == []
+    ids = torch.arange(40)[None]
+    expected = stack.model(ids).logits
+    switch(stack, "prefixquant", "without_prefix")
+    assert torch.equal(stack.model(ids).logits, expected)
+    for edit in edits_of(stack):
+        assert torch.equal(edit.scale[0], edit.scale[1])
+        assert torch.equal(edit.input_scale[0], edit.input_scale[1])
+    with_prefix = tiny_stack(copy.deepcopy(outliers))
+    switch(
+        with_prefix, "prefixquant", "without_prefix"
+    )  # the same static scales as those found without a prefix
+    for one, other in zip(edits_of(stack), edits_of(with_prefix), strict=True):
+        assert torch.equal(one.input_scale[1], other.input_scale[1])
+
+
+# -- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [({}, 0.5), ({"weight_bits": 8}, 1.0), ({"group_size": 32, "activation_bits": 16}, 0.5)],
+)
+def test_bundle_is_exact_and_bytes_are_real(options: dict, weight: float, tmp_path: Path) -> None:
+    stack = tiny_stack(**options)
+    ids = torch.arange(50)[None]
+    expected = stack.model(ids).logits
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle")
+    assert torch.equal(loaded.model(ids).logits, expected)
+    tensors = stack.ledger.tensors("prefixquant")
+    header = 8 + int.from_bytes((tmp_path / "bundle" / "prefixquant.safetensors").read_bytes()[:8], "little")
+    assert (tmp_path / "bundle" / "prefixquant.safetensors").stat().st_size - header == sum(
+        t.nbytes for t in tensors.values()
+    )
+    packed = [part for part in stack.ledger.of("prefixquant") if part.kind == "replaced"]
+    numbers = sum(part.geometry["in_features"] * part.geometry["out_features"] for part in packed)
+    assert sum(part.module.qweight.nbytes for part in packed) == numbers * weight
+    planned = PrefixQuant(**options).planned(peftx.Stack("peftx:tiny", [PrefixQuant()]).view("prefixquant"))
+    assert sum(size for _, size in planned) == sum(part.module.nbytes_packed for part in packed)
+
+
+def test_the_integer_kernel_runs() -> None:
+    stack = tiny_stack()
+    layers = [part.module for part in stack.ledger.of("prefixquant") if part.kind == "replaced"]
+    assert len(layers) == 7 * 6
+    assert {layer.kernel for layer in layers} == {"int8-matmul"}
+
+
+@torch.no_grad()
+def test_lora_before_is_folded() -> None:
+    from peftx_lora import Lora
+
+    bundled = peftx.Stack("peftx:tiny", [])
+    options = {"weight_bits": 8, "activation_bits": 16, "kv_bits": 16}
+    stack = peftx.Stack("peftx:tiny", [Lora(rank=4), PrefixQuant(**options)])
+    for parameter in stack.ledger.parameters("lora"):
+        parameter.normal_(std=0.05)
+    ids = torch.arange(40)[None]
+    adapted, plain = stack.model(ids).logits, bundled.model(ids).logits
+    stack.compress(CALIBRATION, samples=3, length=128)
+    assert not [part for part in stack.ledger.of("lora") if part.kind == "delta"]
+    switch(stack, "prefixquant", "without_prefix")
+    found = stack.model(ids).logits
+    assert float((found - adapted).abs().mean()) < 0.2 * float((adapted - plain).abs().mean())
+
+
+def test_generation_goes_on_from_the_cache(outliers: LlamaForCausalLM) -> None:
+    stack = tiny_stack(copy.deepcopy(outliers))
+    ids = stack.tokenizer("Write the log of Cape Arden.", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        cached, anew = (stack.model.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, anew)
+    assert isinstance(stack.generate("Write the log", max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize("arch", ["bert", "t5", "mixtral", "mamba"])
+def test_other_architectures_are_refused(arch: str) -> None:
+    plugin = PrefixQuant()
+    stack = peftx.Stack(tiny(arch), [plugin])
+    with pytest.raises(PeftxError, match="prefixquant"):
+        list(plugin.planned(stack.view("prefixquant")))
+    assert not stack.ledger.parts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_bits": 3},
+        {"activation_bits": 2},
+        {"kv_bits": 5},
+        {"group_size": 0},
+        {"eta": 1.0},
+        {"prefix_tokens": -1},
+        {"rotation": True},
+    ],
+)
+def test_bad_options(options: dict) -> None:
+    with pytest.raises(PeftxError, match=next(iter(options))) as error:
+        PrefixQuant(**options)
+    assert "PrefixQuant" in str(error.value)
+
+
+def test_nothing_to_calibrate_on() -> None:
+    stack = peftx.Stack("peftx:tiny", [PrefixQuant()])
+    with pytest.raises(PeftxError, match="prefixquant"):
+        stack.compress()
+    assert token_peaks(stack, [{"input_ids": torch.arange(5)[None]}])[0][0].shape == (5,)

@@ -1,0 +1,201 @@
+"""LoRA: a trainable low-rank update beside each frozen linear map.
+
+"LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), section 4.1:
+
+    h = W x + s B A x        A: [r, in], B: [out, r], W frozen
+
+A starts Kaiming-uniform and B at zero, so the model starts unchanged. s = alpha / r, or alpha / sqrt(r) with
+`rank_stabilized` ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732). Merged,
+W' = W + s B A, the adapter costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peftx import (
+    Claim,
+    Delta,
+    LowRank,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Targets,
+    add_low_rank,
+    dropout_linear,
+    hookimpl,
+)
+from peftx.errors import PeftxError
+
+if TYPE_CHECKING:
+    from peftx import Site, Stack
+
+
+class LoraConfig(PluginConfig):
+    """Options of LoRA; the paper adapts the attention's q and v with r = 4 to 8."""
+
+    rank: int = Field(8, ge=1, description="r, the rank of the update")
+    alpha: float | None = Field(None, gt=0, description="alpha; twice the rank if left out, so s = 2")
+    rank_stabilized: bool = Field(
+        False, description="s = alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of zeroing an input of A while training")
+    ranks: dict[str, int] = Field(
+        default_factory=dict, description="other ranks for some targets, as in {'attention.q': 4, 'mlp': 16}"
+    )
+    targets: Targets = Field(Targets("all"), description="linear layers to adapt")
+
+
+class LoraDelta(Delta):
+    """h = y + s B A dropout(x).
+
+    Args:
+        in_features, out_features: of the layer. rank: r. scale: s. dropout: p.
+        batch: leading dimensions of stacked experts' weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        batch: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        self.A = nn.Parameter(torch.empty(*batch, rank, in_features))
+        self.B = nn.Parameter(torch.zeros(*batch, out_features, rank))
+        nn.init.uniform_(
+            self.A, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features)
+        )  # Kaiming with a = sqrt(5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.dropout and self.training:
+            A, B = self.A.to(y.dtype), self.B.to(y.dtype)
+            down = dropout_linear(x.to(y.dtype), A, self.dropout)  # [..., r]
+            return torch.add(y, down @ B.t(), alpha=self.scale)
+        return add_low_rank(x, y, self.A, self.B, self.scale)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (self.B @ self.A).to(weight.dtype), bias  # W + s B A
+
+    def low_rank(self) -> LowRank | None:
+        return None if self.dropout and self.training else LowRank(self.A, self.B, self.scale)
+
+
+class Lora(Plugin):
+    """See the module."""
+
+    Config = LoraConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    architectures = ("mixtral", "mamba")
+    config: LoraConfig
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        special = {
+            site.key: rank
+            for target, rank in self.config.ranks.items()
+            for site in model.linears(Targets(target))
+        }
+        for site in model.linears(self.config.targets):
+            rank = special.get(site.key, self.config.rank)
+            self._check(site, rank)
+            site.attach(
+                LoraDelta(
+                    site.in_features,
+                    site.out_features,
+                    rank=rank,
+                    scale=self.scale(rank),
+                    dropout=self.config.dropout,
+                    batch=site.batch,
+                )
+            )
+
+    def scale(self, rank: int) -> float:
+        """s for a rank."""
+        alpha = 2.0 * rank if self.config.alpha is None else self.config.alpha
+        return alpha / (math.sqrt(rank) if self.config.rank_stabilized else rank)
+
+    @staticmethod
+    def _check(site: Site, rank: int) -> None:
+        full = min(site.in_features, site.out_features)
+        if rank > full:
+            raise PeftxError(
+                f"lora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
+                hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
+            )
+
+
+# -- HF PEFT's format: adapter_config.json and adapter_model.safetensors, read by PEFT, TRL and vLLM ------------------
+
+
+def to_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> Path:
+    """Write the adapter `id` of a stack as HF PEFT writes it.
+
+    Raises:
+        PeftxError: parts of a fused matrix or stacked experts, which the format cannot say.
+    """
+    tensors, ranks, alphas = {}, {}, {}
+    for part in stack.ledger.of(id):
+        delta = part.module
+        if part.key != part.path or not isinstance(delta, LoraDelta):
+            raise PeftxError(
+                f"{id}: {part.key} is a part of a fused or stacked matrix, which PEFT's format cannot name"
+            )
+        tensors[f"base_model.model.{part.path}.lora_A.weight"] = delta.A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{part.path}.lora_B.weight"] = delta.B.detach().cpu().contiguous()
+        ranks[part.path] = delta.A.shape[0]
+        alphas[part.path] = delta.scale * delta.A.shape[0]  # PEFT's scale is alpha / r
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": stack.base_id,
+        "r": max(ranks.values()), "lora_alpha": max(alphas.values()), "target_modules": sorted(ranks),
+        "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": stack.plugins[id].config.dropout,
+        "bias": "none", "inference_mode": True,
+    }  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def from_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> None:
+    """Fill the adapter `id` of a stack with the weights of an HF PEFT adapter; its targets and ranks must be the same.
+
+    Raises:
+        PeftxError: modules or ranks differ, or the scale of the config does.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    parts = {part.path: part.module for part in stack.ledger.of(id)}
+    theirs = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in saved}
+    if theirs != parts.keys():
+        differ = sorted(theirs ^ parts.keys())
+        raise PeftxError(
+            f"{id}: {len(differ)} modules differ from the adapter's, e.g. {differ[0]}", hint="set `targets`"
+        )
+    for path, delta in parts.items():
+        rank = config.get("rank_pattern", {}).get(path, config["r"])
+        alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if rank != delta.A.shape[0] or not math.isclose(scale, delta.scale, rel_tol=1e-6):
+            raise PeftxError(
+                f"{id}: {path} has rank {delta.A.shape[0]} and scale {delta.scale:g}, the adapter {rank} and {scale:g}",
+                hint="set `rank`, `alpha` and `rank_stabilized` as the adapter has them",
+            )
+        with torch.no_grad():
+            delta.A.copy_(saved[f"base_model.model.{path}.lora_A.weight"])
+            delta.B.copy_(saved[f"base_model.model.{path}.lora_B.weight"])

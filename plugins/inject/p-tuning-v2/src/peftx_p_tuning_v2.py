@@ -1,0 +1,164 @@
+"""P-Tuning v2: trained keys and values in front of the attention of every layer.
+
+"P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks" (arXiv:2110.07602).
+In layer i every query sees l more rows:
+
+    K' = [P_K^i ; K],  V' = [P_V^i ; V]        P_K^i, P_V^i: [heads, l, head size], trained; K, V as in the base
+
+No query belongs to a prompt, so hidden states keep the caller's length, and real tokens keep their positions. The
+prompts are trained as they are, or (with `projection` = h) come out of a small network that shares its first layer:
+
+    [P_K^i ; P_V^i] = U_i tanh(D e + d) + u_i  e: [l, width], D: [h, width], U_i: [2 * heads * head size, h]
+
+Dropout acts on the prompts. The backbone is frozen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
+from peftx.errors import PeftxError
+
+INIT_STD = 0.02
+"""Standard deviation of first values: what BERT and RoBERTa give new weights."""
+
+
+class PTuningV2Config(PluginConfig):
+    """Options of P-Tuning v2; the paper takes fewer than 20 rows for classification, about 100 for sequence tagging."""
+
+    length: int = Field(20, ge=1, description="l, rows in front of each layer's keys and values")
+    projection: int | None = Field(
+        None,
+        ge=1,
+        description="h, width of the network that makes the prompts (paper: 512); none: trained as they are",
+    )
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="probability of zeroing a number of the prompts while training"
+    )
+    targets: Targets = Field(
+        Targets("attention"),
+        description="attentions that get prompts, as in 'attention layers=-2,-1' or 'attention cross_attention'",
+    )
+
+
+class Rows(nn.Module):
+    """Prompts of one layer, trained as they are: [2 (keys, values), heads, l, head size]."""
+
+    def __init__(self, heads: int, size: int, length: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(2, heads, length, size).normal_(std=INIT_STD))
+
+    def forward(self) -> Tensor:
+        return self.rows
+
+
+class Trunk(nn.Module):
+    """What the projected prompts of all layers share: tanh(D e + d), [l, h]."""
+
+    def __init__(self, length: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.e = nn.Parameter(torch.empty(length, width).normal_(std=INIT_STD))
+        self.down = nn.Linear(width, hidden)
+        _start(self.down)
+
+    def forward(self) -> Tensor:
+        return self.down(self.e).tanh()
+
+
+class ProjectedRows(nn.Module):
+    """Prompts of one layer out of the trunk: U_i tanh(D e + d) + u_i, as [2, heads, l, head size]."""
+
+    def __init__(self, heads: int, size: int, hidden: int, trunk: Trunk) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, 2 * heads * size)
+        self.shape = (2, heads, size)
+        self.trunk = (trunk,)  # in a tuple: the plugin owns it, not this layer
+        _start(self.up)
+
+    def forward(self) -> Tensor:
+        flat = self.up(self.trunk[0]())  # [l, 2 * heads * size]
+        return flat.unflatten(-1, self.shape).permute(1, 2, 0, 3)
+
+
+class Prefix(AttentionEdit):
+    """K' = [P_K ; K], V' = [P_V ; V] in one layer.
+
+    Args:
+        prompt: gives [2, heads, l, head size]. dropout: p.
+    """
+
+    def __init__(self, prompt: Rows | ProjectedRows, dropout: float) -> None:
+        super().__init__()
+        self.prompt = prompt
+        self.dropout = dropout
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (
+            self.prompt().to(key).unsqueeze(1).expand(-1, key.shape[0], -1, -1, -1)
+        )  # [2, B, heads, l, size]
+        rows = F.dropout(rows, self.dropout, self.training)  # other zeros in each row of the batch
+        return torch.cat((rows[0], key), 2), torch.cat((rows[1], value), 2)
+
+
+class PTuningV2(Plugin):
+    """See the module."""
+
+    Config = PTuningV2Config
+    claims = {Claim.BESIDE_WEIGHTS}
+    config: PTuningV2Config
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        sites = self._sites(model)
+        length, hidden = self.config.length, self.config.projection
+        like = {"device": model.module.device, "dtype": model.module.dtype}
+        trunk = None
+        if hidden is not None:
+            trunk = model.keep("trunk", Trunk(length, model.hidden_size, hidden).to(**like))
+        for site in sites:
+            facts = model.towers[site.tower]
+            heads, size = facts.kv_heads, facts.head_dim
+            prompt = Rows(heads, size, length) if trunk is None else ProjectedRows(heads, size, hidden, trunk)
+            model.attend(site, Prefix(prompt, self.config.dropout).to(**like))
+
+    def _sites(self, model: ModelView) -> list[Site]:
+        """The attentions of all towers that the targets select."""
+        found = []
+        for tower in model.towers.values():
+            found += model.attention_sites(tower=tower.name)
+            if tower.cross_attention:
+                found += model.attention_sites(tower=tower.name, role="cross_attention")
+        depth = max(tower.layers for tower in model.towers.values())
+        return self.config.targets.select(found, layers=depth)
+
+
+@torch.no_grad()
+def copy_projected(source: Stack, target: Stack, *, id: str = "p-tuning-v2") -> None:
+    """Write the prompts that `source` computes into `target`, whose plugin has no `projection`: the same function of
+    the input with nothing to compute.
+
+    Raises:
+        PeftxError: the two differ in length, targets or model, or `target` has a projection.
+    """
+    pairs = [[part for part in stack.ledger.of(id) if part.kind == "attention"] for stack in (source, target)]
+    values = {part.key: part.module.prompt() for part in pairs[0]}
+    tables = {part.key: part.module.prompt for part in pairs[1]}
+    plain = all(
+        isinstance(table, Rows) and table.rows.shape == values[key].shape for key, table in tables.items()
+    )
+    if values.keys() != tables.keys() or not plain:
+        raise PeftxError(
+            f"{id}: the prompts of the two stacks do not match",
+            hint="the same model, length and targets, and no projection in the second",
+        )
+    for key, table in tables.items():
+        table.rows.copy_(values[key])
+
+
+def _start(linear: nn.Linear) -> None:
+    nn.init.normal_(linear.weight, std=INIT_STD)
+    nn.init.zeros_(linear.bias)

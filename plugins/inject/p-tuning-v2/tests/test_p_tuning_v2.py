@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import peftx
+from peftx import AttentionEdit, ModelView, Plugin, Stack, hookimpl
+from peftx.errors import ArchitectureError, PeftxError
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx_lora import Lora
+from peftx_p_tuning_v2 import Prefix, ProjectedRows, PTuningV2, Rows, Trunk, copy_projected
+
+test_conformance = conformance(
+    "p-tuning-v2", not_on={"mamba": "it has no attention", "bloom": "its attention is not looked up by name"}
+)
+
+ARCHES = ["llama", "gpt2", "qwen2", "bert", "t5"]
+
+
+def edits(stack: Stack, id: str = "p-tuning-v2") -> list[Prefix]:
+    return [part.module for part in stack.ledger.of(id) if part.kind == "attention"]
+
+
+def spread(stack: Stack, by: float = 1.0) -> Stack:
+    """Move the prompts far enough from their start to matter."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("p-tuning-v2"):
+            parameter.add_(torch.randn_like(parameter), alpha=by)
+    return stack
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    return float((one - two).abs().max())
+
+
+class HidePrompts(AttentionEdit):
+    """Attention that masks the first `length` rows: what the paper's mask of zeros over the prompts does."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def replace(self, query, key, value, mask, scaling, attend):  # type: ignore[no-untyped-def]
+        if mask is None:
+            mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        hidden = torch.zeros_like(mask[..., : self.length])
+        if mask.dtype != torch.bool:
+            hidden = hidden + torch.finfo(mask.dtype).min
+        return attend(query, key, value, torch.cat((hidden, mask[..., self.length :]), -1))
+
+
+class Hide(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for tower in model.towers:
+            for site in model.attention_sites(tower=tower):
+                model.attend(site, HidePrompts(4))
+
+
+def test_the_rows_stand_in_front() -> None:
+    prompt = Rows(1, 1, 2)
+    prompt.rows.data = torch.tensor([[[[1.0], [2.0]]], [[[3.0], [4.0]]]])  # keys 1, 2; values 3, 4
+    key, value = Prefix(prompt, 0.0).keys_values(torch.full((2, 1, 1, 1), 5.0), torch.full((2, 1, 1, 1), 6.0))
+    assert key.tolist() == 2 * [[[[1.0], [2.0], [5.0]]]]
+    assert value.tolist() == 2 * [[[[3.0], [4.0], [6.0]]]]
+
+
+def test_projection_is_the_formula() -> None:
+    trunk = Trunk(1, 2, 2)
+    trunk.e.data, trunk.down.weight.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.0], [0.0, -0.5]])
+    trunk.down.bias.data = torch.tensor([0.0, 1.5])
+    prompt = ProjectedRows(1, 2, 2, trunk)
+    prompt.up.weight.data, prompt.up.bias.data = (
+        torch.eye(4)[:, :2].contiguous(),
+        torch.tensor([0.0, 0.0, 7.0, 8.0]),
+    )
+    half = 0.46211715726  # tanh(0.5), and -0.5 * 2 + 1.5 = 0.5 too
+    assert torch.allclose(prompt().flatten(), torch.tensor([half, half, 7.0, 8.0]))  # key, then value
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+def test_equals_a_filled_cache_with_unchanged_positions(arch: str, padding: str | None) -> None:
+    model = tiny(arch)
+    inputs = example_inputs(model, padding=padding)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) if padding else torch.arange(9)[None]
+    stack = spread(Stack(model, [PTuningV2(length=4)]))
+    with torch.no_grad():
+        ours = model(**inputs, position_ids=positions).logits
+        cache = DynamicCache()
+        for layer, edit in enumerate(edits(stack)):
+            key, value = edit.prompt().unsqueeze(1).expand(-1, 2, -1, -1, -1)
+            cache.update(key, value, layer)
+        with stack.disabled():
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (4, 0), value=1)
+            theirs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+            ).logits
+            base = model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert difference(ours[real], theirs[real]) < 2e-5
+    assert difference(ours[real], base[real]) > 0.1
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_masked_prompts_give_the_base(arch: str) -> None:
+    model = tiny(arch)
+    inputs = example_inputs(model, padding="right")
+    real = inputs["attention_mask"].bool() if arch != "t5" else slice(None)
+    with torch.no_grad():
+        base = output_of(model, inputs)[real]
+        stack = spread(Stack(model, [PTuningV2(length=4), Hide()]))
+        hidden = output_of(model, inputs)[real]
+        with stack.disabled("hide"):
+            seen = output_of(model, inputs)[real]
+    assert difference(hidden, base) < 5e-6  # another number of keys, another order of the sums
+    assert difference(seen, base) > 0.05
+
+
+@pytest.mark.parametrize(("arch", "heads"), [("llama", 2), ("gpt2", 4), ("bert", 4)])
+def test_trainable_count(arch: str, heads: int) -> None:
+    layers, size = 2, 8
+    plain = Stack(tiny(arch), [PTuningV2(length=7)])
+    assert plain.trainable_parameters() == 2 * layers * heads * size * 7  # 2 L d l, d = width of keys
+    projected = Stack(tiny(arch), [PTuningV2(length=7, projection=5)])
+    outputs = layers * 2 * heads * size
+    assert projected.trainable_parameters() == 7 * 32 + (32 + 1) * 5 + (5 + 1) * outputs
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_projected_tensor_reproduces_the_network(arch: str) -> None:
+    source = spread(Stack(tiny(arch), [PTuningV2(length=3, projection=6)]), 0.3)
+    target = Stack(tiny(arch), [PTuningV2(length=3)])
+    inputs = example_inputs(source.model)
+    with torch.no_grad():
+        assert difference(output_of(target.model, inputs), output_of(source.model, inputs)) > 0.01
+        copy_projected(source, target)
+        assert torch.equal(output_of(target.model, inputs), output_of(source.model, inputs))
+    assert target.plugin_parameters("p-tuning-v2") < source.plugin_parameters("p-tuning-v2")
+
+
+def test_copy_refuses_another_shape() -> None:
+    source = Stack(tiny("llama"), [PTuningV2(length=3, projection=6)])
+    for options in ({"length": 4}, {"projection": 6}, {"targets": "attention layers=0"}):
+        with pytest.raises(PeftxError, match="do not match"):
+            copy_projected(source, Stack(tiny("llama"), [PTuningV2(**{"length": 3, **options})]))
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_order_of_rows_does_not_matter(arch: str) -> None:
+    model = tiny(arch)
+    stack = spread(Stack(model, [PTuningV2(length=4)]))
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        before = output_of(model, inputs)
+        for edit in edits(stack):
+            edit.prompt.rows.copy_(edit.prompt.rows[:, :, [2, 0, 3, 1]])
+        assert difference(output_of(model, inputs), before) < 5e-6
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_prompts_in_the_last_layer_leave_earlier_states(arch: str) -> None:
+    model = tiny(arch)
+    inputs = example_inputs(model, padding="left")
+    with torch.no_grad():
+        before = model(**inputs, output_hidden_states=True).hidden_states
+        stack = spread(Stack(model, [PTuningV2(length=4, targets="attention layers=-1")]))
+        after = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(edits(stack)) == 1
+    assert all(torch.equal(one, two) for one, two in zip(before[:-1], after[:-1], strict=True))
+    assert difference(before[-1], after[-1]) > 0.05
+
+
+def test_towers_and_cross_attention() -> None:
+    counts = {}
+    for targets in (
+        "attention",
+        "attention tower=decoder",
+        "cross_attention",
+        "attention cross_attention layers=1",
+    ):
+        counts[targets] = len(edits(Stack(tiny("t5"), [PTuningV2(targets=targets)])))
+    assert list(counts.values()) == [4, 2, 2, 3]
+    model = tiny("t5")
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        base = model(**inputs)
+        stack = Stack(model, [PTuningV2(length=4, targets="cross_attention")])
+        spread(stack)
+        after = model(**inputs)
+    assert torch.equal(base.encoder_last_hidden_state, after.encoder_last_hidden_state)
+    assert difference(base.logits, after.logits) > 0.05
+
+
+@pytest.mark.parametrize("projection", [None, 8])
+def test_cached_generation_equals_uncached(projection: int | None) -> None:
+    model = tiny("llama")
+    spread(Stack(model, [PTuningV2(length=4, projection=projection)]), 0.5)
+    inputs = example_inputs(model, padding="left")
+    kept = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2}
+    cached, uncached = (model.generate(**inputs, use_cache=use, **kept) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_dropout_acts_on_the_prompts_while_training() -> None:
+    edit = Prefix(Rows(2, 3, 50), 0.5)
+    rows = edit.prompt.rows.detach()
+    empty = torch.zeros(2, 2, 0, 3)
+    one, two = edit.keys_values(empty, empty)[0]
+    assert not torch.equal(one, two)  # other zeros for each example
+    assert 0.35 < float((one == 0).float().mean()) < 0.65
+    kept = one != 0
+    assert torch.allclose(one[kept], 2 * rows[0][kept])
+    edit.eval()
+    assert torch.equal(edit.keys_values(empty, empty)[0][0], rows[0])
+
+
+def test_trains_beside_lora_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+
+    def stack() -> Stack:
+        plugins = [PTuningV2(length=3, projection=4), Lora(rank=2)]
+        return Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+
+    options = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 2}
+    straight, again = stack(), stack()
+    report = straight.train(rows, output=tmp_path, **options)
+    again.train(rows, output=tmp_path, resume=tmp_path / "checkpoint-2", **options)
+    assert report.trainable == straight.trainable_parameters()
+    for name, tensor in straight.ledger.tensors("p-tuning-v2").items():
+        assert torch.equal(tensor, again.ledger.tensors("p-tuning-v2")[name]), name
+    start = stack().ledger.tensors("p-tuning-v2")
+    assert all(not torch.equal(t, start[n]) for n, t in straight.ledger.tensors("p-tuning-v2").items())
+
+
+@pytest.mark.parametrize("arch", ["mamba", "bloom", "gptj", "deberta_v2"])
+def test_refuses_models_that_do_not_dispatch(arch: str) -> None:
+    with pytest.raises(
+        ArchitectureError, match=r"p-tuning-v2: .*(no attention layers|does not look its attention up)"
+    ):
+        Stack(tiny(arch), [PTuningV2()])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"length": 0}, "length"),
+        ({"projection": 0}, "projection"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"targets": "layers=1"}, "targets"),
+    ],
+)
+def test_bad_options(options: dict[str, object], match: str) -> None:
+    with pytest.raises(PeftxError, match=f"PTuningV2: {match}") as caught:
+        PTuningV2(**options)
+    assert "length, projection, dropout, targets" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("targets", ["attention layers=2", "cross_attention", "mlp"])
+def test_targets_that_are_not_there(targets: str) -> None:
+    with pytest.raises(PeftxError, match="p-tuning-v2: "):
+        Stack(tiny("llama"), [PTuningV2(targets=targets)])
+
+
+def test_bundle_keeps_the_network(tmp_path: Path) -> None:
+    model = tiny("llama")
+    stack = spread(Stack(model, [PTuningV2(length=3, projection=6)], tokenizer=tiny_tokenizer()), 0.3)
+    saved = stack.save(tmp_path / "bundle")
+    again = peftx.load(saved, model=tiny("llama"))
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(output_of(again.model, inputs), output_of(model, inputs))
+    assert again.plugin_parameters("p-tuning-v2") == stack.plugin_parameters("p-tuning-v2")
