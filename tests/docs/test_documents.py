@@ -1,0 +1,73 @@
+"""The documents' code blocks run, and every hook is documented with its exact signature."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from peftx.hooks import HOOKS, HookSpecs
+
+ROOT = Path(__file__).parent.parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall((ROOT / document).read_text()) if kind == language]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hooks.md"])
+def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "document"}
+    code = blocks(document, "python")
+    assert code
+    for body in code:
+        exec(compile(body, document, "exec", dont_inherit=True), names)
+
+
+def test_yaml_in_the_readme_is_valid() -> None:
+    from peftx.pipeline import load_run
+
+    (text,) = blocks("README.md", "yaml")
+    run = load_run(text)
+    assert [stage.kind for stage in run.stages] == ["inject", "train", "compress", "evaluate", "save"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_commands_exist(document: str) -> None:
+    from typer.main import get_command
+
+    from peftx_cli.main import app
+
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    used = re.findall(r"^\$ peftx (\w+)", "\n".join(blocks(document, "console")), re.MULTILINE)
+    assert used
+    assert set(used) <= set(known)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_is_documented_with_its_signature(hook: str) -> None:
+    arguments = [name for name in inspect.signature(getattr(HookSpecs, hook)).parameters if name != "self"]
+    heading = f"## `{hook}({', '.join(arguments)})`"
+    assert heading in (ROOT / "docs/hooks.md").read_text()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_is_implemented_by_a_plugin(hook: str) -> None:
+    """Every hook has a real plugin in the repository, or a test that runs one."""
+    sources = [*ROOT.glob("plugins/*/*/src/*.py"), *ROOT.glob("tests/core/*.py")]
+    found = [
+        path.name
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == hook and _is_hookimpl(node)
+    ]
+    assert found
+
+
+def _is_hookimpl(node: ast.FunctionDef) -> bool:
+    return any("hookimpl" in ast.unparse(decorator) for decorator in node.decorator_list)

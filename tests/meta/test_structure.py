@@ -1,0 +1,316 @@
+"""Every folder `plugins/<hook>/<slug>/` is complete and says the same thing everywhere.
+
+The folders are the only list of plugins that there is; this file derives everything from them.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftx.hooks import HOOKS
+
+PLUGINS = Path(__file__).parents[2] / "plugins"
+TIERS = ("bronze", "silver", "gold")
+HEADINGS = (
+    "What it does",
+    "Use",
+    "Options",
+    "The method",
+    "What we measured",
+    "Departures from the paper",
+    "Cite",
+)
+SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7})")
+RESERVED = ("spec", "cli")  # peftx-spec and peftx_cli are not plugins
+
+
+# ------------------------------------------------------------------------------------------------ reading a folder
+def headings(readme: str) -> list[str]:
+    """The second-level headings, in order; what looks like one inside a code block is none."""
+    prose = re.sub(r"^(```|~~~).*?^\1", "", readme, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^## +(.+?) *$", prose, flags=re.MULTILINE)
+
+
+def module_file(folder: Path, module: str) -> Path | None:
+    for path in (folder / "src" / f"{module}.py", folder / "src" / module / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def top_level_names(source: str) -> set[str]:
+    """Classes that a module defines, and names that it imports from somewhere."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+    return names
+
+
+def problems(folder: Path) -> list[str]:
+    """What is missing or contradictory in one plugin folder; empty when it is complete."""
+    hook, slug = folder.parent.name, folder.name
+    module = f"peftx_{slug.replace('-', '_')}"
+    found = []
+    if hook not in HOOKS:
+        found.append(f"folder {hook!r} is no hook; hooks: {', '.join(HOOKS)}")
+    if not SLUG.fullmatch(slug) or slug in RESERVED:
+        found.append(f"slug {slug!r}: lower-case words joined by hyphens, and none of {RESERVED}")
+    if not (folder / "pyproject.toml").is_file():
+        return [*found, "pyproject.toml is missing"]
+    try:
+        metadata = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        return [*found, f"pyproject.toml: {error}"]
+
+    code = module_file(folder, module)
+    names = top_level_names(code.read_text("utf-8")) if code is not None else set()
+    if code is None:
+        found.append(f"src/{module}.py (or src/{module}/__init__.py) is missing")
+    elif [path.name for path in (folder / "src").glob("[!_.]*")] not in ([f"{module}.py"], [module]):
+        found.append(f"src/ holds more than {module}: one package, one module")
+    return found + metadata_problems(metadata, hook, slug, names) + text_problems(folder, slug, module)
+
+
+def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set[str]) -> list[str]:
+    """`names`: what the entry point may name."""
+    found = []
+    module = f"peftx_{slug.replace('-', '_')}"
+    project = metadata.get("project", {})
+
+    def expect(place: str, got: object, wanted: object) -> None:
+        if got != wanted:
+            found.append(f"{place} is {got!r}, not {wanted!r}")
+
+    expect(
+        "build-system.build-backend",
+        metadata.get("build-system", {}).get("build-backend"),
+        "flit_core.buildapi",
+    )
+    expect("project.name", project.get("name"), f"peftx-{slug}")
+    expect("project.readme", project.get("readme"), "README.md")
+    expect("project.requires-python", project.get("requires-python"), ">=3.11")
+    expect("project.license", project.get("license"), "Apache-2.0")
+    expect("project.dynamic", project.get("dynamic"), None)
+    if not re.fullmatch(r"\d+\.\d+\.\d+", str(project.get("version"))):
+        found.append(f"project.version is {project.get('version')!r}, not like '0.1.0'")
+    description = project.get("description", "")
+    if not 10 <= len(description) <= 120 or description.endswith("."):
+        found.append(
+            f"project.description is {description!r}: one line of 10 to 120 characters, no full stop"
+        )
+
+    dependencies = project.get("dependencies", [])
+    if not any(re.fullmatch(r"peftx *>=[\d.]+, *<[\d.]+", line) for line in dependencies):
+        found.append(
+            f"project.dependencies is {dependencies!r}: it needs peftx with both bounds, 'peftx>=0.1,<0.2'"
+        )
+    found += [
+        f"{line!r} pins a sibling: give a range" for line in dependencies if re.match(r"peftx[^=]*==", line)
+    ]
+
+    keywords = project.get("keywords", [])
+    papers = [word for word in keywords if ARXIV.fullmatch(word)]
+    known = (*HOOKS, *papers, "paper:none")
+    strange = [word for word in keywords if word not in known and not word.startswith(("family:", "tier:"))]
+    if hook not in keywords:
+        found.append(f"project.keywords lacks the hook {hook!r}")
+    if (not papers and "paper:none" not in keywords) or (papers and "paper:none" in keywords):
+        found.append("project.keywords needs 'arXiv:<id>' or 'paper:none', and not both")
+    if sum(word.startswith("family:") for word in keywords) > 1:
+        found.append("project.keywords names more than one family")
+    if strange:
+        found.append(
+            f"project.keywords: {strange} are none of: a hook, family:..., tier:..., arXiv:..., paper:none"
+        )
+    if papers:
+        urls = [f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" for paper in papers]
+        if project.get("urls", {}).get("Paper") not in urls:
+            found.append(f"project.urls.Paper is not {urls[0]}")
+
+    groups = project.get("entry-points", {})
+    expect("the entry point groups", sorted(groups), ["peftx.plugins"])
+    points = groups.get("peftx.plugins", {})
+    expect("the entry points", sorted(points), [slug])
+    target = points.get(slug, "")
+    if re.fullmatch(rf"{module}:[A-Z]\w*", target) is None:
+        found.append(f"the entry point is {target!r}, not '{module}:<Class>'")
+    elif names and target.partition(":")[2] not in names:
+        found.append(f"the entry point names {target}, which {module} does not define")
+
+    tools = metadata.get("tool", {})
+    tier = tools.get("peftx", {}).get("tier")
+    if tier not in TIERS:
+        found.append(f"[tool.peftx] tier is {tier!r}, not one of {', '.join(TIERS)}")
+    # `peftx list` reads the distribution's metadata, which has the keywords but no [tool] table.
+    expect(
+        "the tier among project.keywords", [w for w in keywords if w.startswith("tier:")], [f"tier:{tier}"]
+    )
+    if set(tools) - {"peftx", "flit"}:
+        found.append(
+            f"[tool] has {sorted(set(tools) - {'peftx', 'flit'})}: tool settings live in the root pyproject"
+        )
+    return found
+
+
+def text_problems(folder: Path, slug: str, module: str) -> list[str]:
+    found = []
+    readme, test = folder / "README.md", folder / "tests" / f"test_{slug.replace('-', '_')}.py"
+    if not readme.is_file():
+        found.append("README.md is missing")
+    else:
+        text = readme.read_text("utf-8")
+        if not text.startswith("# "):
+            found.append("README.md does not begin with '# <title>'")
+        if headings(text) != list(HEADINGS):
+            found.append(f"README.md has the headings {headings(text)}, not {list(HEADINGS)}")
+    if not test.is_file():
+        found.append(f"tests/{test.name} is missing")
+    elif not re.search(rf"conformance\(\s*[\"']{slug}[\"']", test.read_text("utf-8")):
+        found.append(f'tests/{test.name} does not call conformance("{slug}")')
+    return found
+
+
+def plugin_folders(root: Path) -> list[Path]:
+    """Every folder two levels down, whether it is complete or not; caches left by removed plugins do not count."""
+    return sorted(
+        folder
+        for folder in root.glob("[!_.]*/[!_.]*/")
+        if any(path.is_file() and "__pycache__" not in path.parts for path in folder.rglob("*"))
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the tests
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_plugin_folder_is_complete(hook: str) -> None:
+    folders = [folder for folder in plugin_folders(PLUGINS) if folder.parent.name == hook]
+    report = [f"plugins/{hook}/{folder.name}: {line}" for folder in folders for line in problems(folder)]
+    assert not report, "\n" + "\n".join(report)
+
+
+def test_no_folder_escapes_the_test_above() -> None:
+    checked = [folder for folder in plugin_folders(PLUGINS) if folder.parent.name in HOOKS]
+    described = [path.parent for path in PLUGINS.glob("**/pyproject.toml")]
+    assert sorted(described) == checked, (
+        "a pyproject.toml lies outside plugins/<hook>/<slug>/, or a folder has none"
+    )
+
+
+def test_a_name_is_claimed_once() -> None:
+    slugs = [folder.name for folder in plugin_folders(PLUGINS)]
+    assert not {slug for slug in slugs if slugs.count(slug) > 1}
+
+
+# ------------------------------------------------------------------- the check itself: each defect is seen, and named
+PYPROJECT = """
+[build-system]
+requires = ["flit_core>=3.11,<5"]
+build-backend = "flit_core.buildapi"
+
+[project]
+name = "peftx-two-words"
+version = "0.1.0"
+description = "Two words: an example of a complete folder"
+readme = "README.md"
+requires-python = ">=3.11"
+license = "Apache-2.0"
+keywords = ["inject", "family:example", "tier:bronze", "arXiv:2101.00001"]
+dependencies = ["peftx>=0.1,<0.2"]
+
+[project.urls]
+Paper = "https://arxiv.org/abs/2101.00001"
+
+[project.entry-points."peftx.plugins"]
+two-words = "peftx_two_words:TwoWords"
+
+[tool.peftx]
+tier = "bronze"
+"""
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> Path:
+    folder = tmp_path / "inject" / "two-words"
+    (folder / "src").mkdir(parents=True)
+    (folder / "tests").mkdir()
+    (folder / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    (folder / "src" / "peftx_two_words.py").write_text("class TwoWords: ...\n", "utf-8")
+    (folder / "tests" / "test_two_words.py").write_text('test_it = conformance("two-words")\n', "utf-8")
+    body = "".join(f"## {heading}\n\n```yaml\n## not a heading\n```\n" for heading in HEADINGS)
+    (folder / "README.md").write_text(f"# Two words\n\n{body}", "utf-8")
+    return folder
+
+
+def test_a_complete_folder_has_no_problems(complete: Path) -> None:
+    assert problems(complete) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("flit_core.buildapi", "hatchling.build", "build-backend"),
+        ('"peftx-two-words"', '"peftx-two"', "project.name"),
+        ('"0.1.0"', '"1"', "project.version"),
+        ("Two words: an example", "Two.\\nwords" + "x" * 120, "project.description"),
+        ('keywords = ["inject", ', 'keywords = ["decode", ', "lacks the hook"),
+        (', "arXiv:2101.00001"', "", "arXiv:<id>"),
+        (', "arXiv:2101.00001"', ', "arXiv:2101.1"', "are none of"),
+        ('"family:example"', '"paper:none"', "not both"),
+        ("abs/2101.00001", "abs/2101.00002", "project.urls.Paper"),
+        (">=0.1,<0.2", ">=0.1", "both bounds"),
+        (">=0.1,<0.2", "==0.1", "pins a sibling"),
+        ("two-words = ", "two_words = ", "entry points"),
+        (":TwoWords", ":Other", "does not define"),
+        ('"peftx_two_words:', '"peftx_two:', "the entry point is"),
+        ('tier = "bronze"', 'tier = "platinum"', "[tool.peftx] tier is 'platinum'"),
+        ('tier = "bronze"', 'tier = "silver"', "not ['tier:silver']"),
+        (', "tier:bronze"', "", "the tier among"),
+        ("[tool.peftx]", "[tool.ruff]\n[tool.peftx]", "root pyproject"),
+        ("[project]", "[project", "pyproject.toml"),
+    ],
+)
+def test_wrong_metadata_is_named(complete: Path, old: str, new: str, named: str) -> None:
+    assert PYPROJECT.count(old) >= 1
+    (complete / "pyproject.toml").write_text(PYPROJECT.replace(old, new), "utf-8")
+    assert any(named in line for line in problems(complete)), problems(complete)
+
+
+@pytest.mark.parametrize(
+    "name", ["pyproject.toml", "README.md", "src/peftx_two_words.py", "tests/test_two_words.py"]
+)
+def test_a_missing_file_is_named(complete: Path, name: str) -> None:
+    (complete / name).unlink()
+    assert any(f"{name}" in line and "missing" in line for line in problems(complete))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("README.md", lambda text: text.replace("## Options", "## Settings"), "headings"),
+        ("README.md", lambda text: text + "## More\n", "headings"),
+        ("README.md", lambda text: text.removeprefix("# "), "<title>"),
+        ("tests/test_two_words.py", lambda text: text.replace("two-words", "other"), "conformance"),
+    ],
+)
+def test_wrong_text_is_named(complete: Path, name: str, change: Callable[[str], str], named: str) -> None:
+    path = complete / name
+    path.write_text(change(path.read_text("utf-8")), "utf-8")
+    assert any(named in line for line in problems(complete))
+
+
+def test_wrong_places_are_named(complete: Path) -> None:
+    (complete / "src" / "helpers.py").touch()
+    assert any("holds more than" in line for line in problems(complete))
+    assert any("is no hook" in line for line in problems(complete.parents[1] / "injekt" / "two-words"))
+    assert any("slug" in line for line in problems(complete.parents[1] / "inject" / "Two_Words"))
+    assert any("slug" in line for line in problems(complete.parents[1] / "inject" / "spec"))
