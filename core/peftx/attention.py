@@ -182,7 +182,7 @@ def attach(model: PreTrainedModel, module: nn.Module, edit: AttentionEdit, *, ow
             raise ConflictError(
                 f"'{owner}' and '{other}' both replace the attention of one layer", hint="keep one"
             )
-    module.get_submodule(CHILD)[owner] = edit  # type: ignore[operator]
+    module._modules[CHILD]._modules[owner] = edit  # type: ignore[union-attr]  # ModuleDict refuses some names
     edits.entries.append((rank, owner, edit))
     edits.rebuild()
 

@@ -57,6 +57,7 @@ EXCLUSIVE = {
     Claim.REPLACES_STEP: "both replace the training step, and a step has one loss and one update",
     Claim.REPLACES_ATTENTION: "both compute the attention themselves",
     Claim.REPLACES_DECODING: "both replace the decoding loop",
+    Claim.CLASSIFIES: "both bring the head that names a text's class",
     Claim.QUANTIZES: "both replace the weights by integers",
 }
 
@@ -87,7 +88,40 @@ def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
         if two.claims(Claim.FOLDS_PREVIOUS) and one.acts_on_weights and not folds:
             reason = f"{two} starts from merged weights, and {one} does not fold into the weights"
             found.append(Conflict(one.id, two.id, (Claim.FOLDS_PREVIOUS,), reason))
-    return found
+    return found + _rows_that_do_not_fit(members)
+
+
+def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
+    """Plugins whose training rows differ: what one leaves behind must be what the next one takes."""
+    found = _unfit(members)
+    if found is None:
+        return []
+    one, two, reason = found
+    order = [m for m in members if m is not two]
+    order.insert(order.index(one), two)
+    works = _unfit(order) is None
+    claims = (f"takes {'/'.join(one.plugin.takes) or 'any'}", f"takes {'/'.join(two.plugin.takes)}")
+    return [Conflict(one.id, two.id, claims, reason, tuple(m.id for m in order) if works else ())]
+
+
+def _unfit(members: Sequence[Member]) -> tuple[Member, Member, str] | None:
+    """The first pair: a plugin that narrowed the rows' format, and a later one that takes none of what is left."""
+    formats, by = frozenset[str](), None  # empty: any
+    for member in members:
+        takes = frozenset(member.plugin.takes)
+        if takes and formats and not takes & formats:
+            assert by is not None
+            verb = "leaves" if by.plugin.gives else "trains on"
+            reason = (
+                f"{by} {verb} rows of format {' or '.join(sorted(formats))}, and {member} trains on "
+                f"{' or '.join(sorted(takes))}"
+            )
+            return by, member, reason
+        if takes:
+            formats, by = (takes & formats or takes), member
+        if member.plugin.gives:
+            formats, by = frozenset({member.plugin.gives}), member
+    return None
 
 
 def check(members: Sequence[Member]) -> None:
@@ -109,6 +143,9 @@ def rules(plugin: type[Plugin] | Plugin) -> list[str]:
         found.append(f"not beside a plugin that claims {Claim.NEEDS_GRADIENTS}")
     if Claim.NEEDS_GRADIENTS in own:
         found.append(f"not beside a plugin that claims {Claim.REPLACES_STEP}")
+    if plugin.takes:
+        gives = f", and leaves {plugin.gives}" if plugin.gives else ""
+        found.append(f"trains on rows of format {' or '.join(plugin.takes)}{gives}")
     if Claim.FINAL in own:
         found.append("after every plugin that changes the model")
     if Claim.FOLDS_PREVIOUS in own:

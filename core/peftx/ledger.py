@@ -222,19 +222,19 @@ class Ledger:
         if FREE not in self.model._modules:
             self.model.add_module(FREE, nn.ModuleDict())
         group: nn.ModuleDict = self.model.get_submodule(FREE)  # type: ignore[assignment]
-        if view.owner not in group:
-            group[view.owner] = nn.ModuleDict()
+        if view.owner not in group._modules:
+            group._modules[view.owner] = nn.ModuleDict()  # ModuleDict itself refuses the names of its methods
         mine: nn.ModuleDict = group[view.owner]  # type: ignore[assignment]
-        if name in mine:
+        if name in mine._modules:
             raise ConflictError(f"{view.owner} already keeps a module named '{name}'")
-        mine[name] = module
+        mine._modules[name] = module
         _settle(module, self.model)
 
         def undo() -> None:
             del mine[name]
-            if not mine:
-                group.pop(view.owner)
-            if not group:
+            if not len(mine):
+                del group[view.owner]
+            if not len(group):
                 del self.model._modules[FREE]
 
         self.parts.append(

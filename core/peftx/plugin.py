@@ -10,7 +10,7 @@ class Lora(Plugin):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peftx.errors import PluginError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from peftx.anatomy import ModelView, Site
     from peftx.stack import Stack
 
@@ -50,6 +52,8 @@ class Claim(StrEnum):
     """A plain `decode`: one plugin a stack."""
     NEEDS_GRADIENTS = "needs-gradients"
     """Reads or edits gradients; cannot stand beside a step that makes none."""
+    CLASSIFIES = "classifies"
+    """Brings the head that names a text's class (`Plugin.classify`); one a stack."""
     QUANTIZES = "quantizes"
     """Replaces weights by integers: nothing folds into them afterwards."""
     FINAL = "final"
@@ -92,6 +96,11 @@ class Plugin:
     architectures: ClassVar[tuple[str, ...]] = ()
     """Extra architectures (`model_type`s) whose conformance tests this plugin passes, beside the kit's own five."""
 
+    takes: ClassVar[tuple[str, ...]] = ()
+    """Formats of the rows that the plugin trains on (`peftx.data.FORMATS`); any if empty."""
+    gives: ClassVar[str] = ""
+    """Format of the rows that its `prepare_data` leaves behind; empty: that which it got."""
+
     def __init__(self, config: PluginConfig | None = None, /, **options: Any) -> None:
         if config is None:
             config = self._configured(options)
@@ -129,6 +138,14 @@ class Plugin:
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
         """What `compress` would replace, and the bytes it would take then; for `peftx plan`, on the meta device."""
         return ()
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Scores of the classes by the plugin's own head; of plugins that claim `CLASSIFIES`.
+
+        Returns:
+            (labels, scores [N, C]); the class of the highest score is the answer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not classify")
 
     def __repr__(self) -> str:
         changed = {

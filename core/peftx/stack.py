@@ -146,16 +146,26 @@ class Stack:
         taken = {name: arguments[name] for name in inspect.signature(function).parameters}
         try:
             return function(**taken)
-        except PeftxError as error:
-            if error.message.startswith((member.id, f"'{member.id}'")):
-                raise
-            place = f" ({member.where})" if member.where else ""
-            raise type(error)(f"{member.id}: {hook}{place}: {error.message}", hint=error.hint) from error
         except Exception as error:
-            place = f" at {member.where}" if member.where else ""
-            raise PluginError(
-                f"plugin '{member.id}'{place} failed in {hook}: {type(error).__name__}: {error}"
-            ) from error
+            blame(error, member, hook)
+            raise
+
+    @contextmanager
+    def _blaming(self, hook: str) -> Iterator[None]:
+        """For hooks that run nested: whose implementation was the innermost one on the way to the error."""
+        try:
+            yield
+        except Exception as error:
+            inner = None
+            trace = error.__traceback__
+            while trace is not None:
+                if trace.tb_frame.f_code.co_name == hook:
+                    caller = trace.tb_frame.f_locals.get("self")
+                    inner = next((m for m in self.members if m.plugin is caller), inner)
+                trace = trace.tb_next
+            if inner is not None:
+                blame(error, inner, hook)
+            raise
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -296,7 +306,8 @@ class Stack:
 
     def run_train_step(self, step: TrainStep) -> Tensor:
         """Run the `train_step` hooks on one micro-batch; returns the loss (0-d, detached)."""
-        loss = self._caller("train_step")(step=step)
+        with self._blaming("train_step"):
+            loss = self._caller("train_step")(step=step)
         if loss is None:
             raise PluginError("train_step: a wrapper returned nothing", hint="return what its `yield` gave")
         step.finish()
@@ -420,7 +431,7 @@ class Stack:
 
     def decode(self, request: Generation) -> Tensor:
         """Run one request through the `decode` hooks; ends in `model.generate` unless a plugin replaces the loop."""
-        with torch.no_grad():
+        with torch.no_grad(), self._blaming("decode"):
             ids = self._caller("decode")(request=request)
         if ids is None:
             raise PluginError("decode: a wrapper returned nothing", hint="return what its `yield` gave")
@@ -430,6 +441,24 @@ class Stack:
         """Run the `serve` hooks on a server that is about to start; see `peftx.serving`."""
         for member in self._implementers("serve"):
             self._call(member, "serve", server=server)
+
+    def classify(self, texts: str | Sequence[str]) -> Any:
+        """The class of one text (or several) by the head of the plugin that claims `classifies`.
+
+        Returns:
+            A label, or a list of labels for a list of texts.
+
+        Raises:
+            PeftxError: no plugin of the stack has a head; `evaluate(metrics=["accuracy"])` compares likelihoods then.
+        """
+        from peftx.evaluation.classification import classify, head_of
+
+        head = head_of(self)
+        if head is None:
+            raise PeftxError("no plugin of this stack classifies", hint="add one, for example sk-tuning")
+        labels, scores = classify(self, head, [texts] if isinstance(texts, str) else list(texts))
+        named = [labels[index] for index in scores.argmax(-1).tolist()]
+        return named[0] if isinstance(texts, str) else named
 
     def evaluate(
         self, data: Any = None, *, metrics: Sequence[str] = ("perplexity",), **options: Any
@@ -502,6 +531,19 @@ def _members(plugins: Sequence[Plugin | tuple[str, Plugin] | Member]) -> list[Me
             raise RegistryError(f"'{member.id}' implements no hook", hint=f"hooks: {', '.join(HOOKS)}")
         members.append(member)
     return members
+
+
+def blame(error: Exception, member: Member, hook: str) -> None:
+    """Raise `error` anew with the plugin, the hook and the place in the spec; return if it names the plugin already."""
+    if isinstance(error, PeftxError):
+        if error.message.startswith((member.id, f"'{member.id}'", f"plugin '{member.id}'")):
+            return
+        place = f" ({member.where})" if member.where else ""
+        raise type(error)(f"{member.id}: {hook}{place}: {error.message}", hint=error.hint) from error
+    place = f" at {member.where}" if member.where else ""
+    raise PluginError(
+        f"plugin '{member.id}'{place} failed in {hook}: {type(error).__name__}: {error}"
+    ) from error
 
 
 class _Defaults:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from peftx import AttentionEdit, Claim, Delta, Evaluation, Generation, ModelView, Plugin, hookimpl
+from peftx import (
+    AttentionEdit,
+    Claim,
+    Delta,
+    Evaluation,
+    Generation,
+    ModelView,
+    Plugin,
+    Stack,
+    hookimpl,
+)
 from peftx.serving import Server
 
 Wrapper = Generator[None, Tensor, Tensor]
@@ -189,6 +199,21 @@ class ServesAnother(Plugin):
     def serve(self, server: Server) -> None:
         with torch.no_grad():
             next(p for n, p in server.stack.model.named_parameters() if "norm" in n).mul_(-3)
+
+
+class JudgesByCompany(Plugin):
+    """The scores of a text depend on the texts beside it."""
+
+    caught_by = "classes_are_named"
+    claims = {Claim.CLASSIFIES}
+    takes = ("classification",)
+
+    @hookimpl(wrapper=True)
+    def train_step(self) -> Wrapper:
+        return (yield)
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        return ["negative", "positive"], torch.full((len(texts), 2), float(len(texts)))
 
 
 class Scores(Plugin):

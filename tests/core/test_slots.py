@@ -259,6 +259,53 @@ def test_merge_in_the_wrong_order_is_refused() -> None:
     assert all(entry.merged for entry in slot_of(module).entries)
 
 
+class HalfTheRows(Delta):
+    """Computes the layer itself: W x + b with every second output left at zero."""
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = nn.functional.linear(x, weight, bias)
+        return y * (torch.arange(y.shape[-1]) % 2 == 0)
+
+
+def test_a_delta_that_computes_the_layer_itself() -> None:
+    layer, x = nn.Linear(4, 6), torch.randn(3, 4)
+    plain = layer(x)
+    kept = torch.arange(6) % 2 == 0
+    attach(layer, Gain(6), name="a", owner="a", rank=1)
+    gained = layer(x)
+    attach(layer, HalfTheRows(), name="half", owner="half", rank=0)
+    assert torch.equal(layer(x), gained * kept)  # inside all others, which still act
+    twin = copy.deepcopy(layer)
+    detach(layer, "half")
+    assert torch.equal(layer(x), gained)
+    assert torch.equal(twin(x), gained * kept)
+    enable(twin, "half", False)
+    assert torch.equal(twin(x), gained)
+    enable(twin, "half", True)
+    merge(twin, {"a"})  # though `half` stands nearer: it computes with whatever the weights are
+    assert torch.allclose(twin(x), gained * kept, atol=1e-6)
+    unmerge(twin)
+    assert torch.equal(twin(x), gained * kept)
+    detach(twin, "a")
+    attach(twin, OnlyBefore(), name="pre", owner="pre", rank=2)
+    assert torch.allclose(
+        twin(x), nn.functional.linear(twin.peftx["pre"].pre(x), twin.weight, twin.bias) * kept
+    )
+    assert not torch.equal(plain, plain * kept)
+
+
+def test_computing_the_layer_is_for_one_on_a_whole_linear_layer() -> None:
+    layer = nn.Linear(4, 6)
+    attach(layer, HalfTheRows(), name="a", owner="a", rank=0)
+    with pytest.raises(ConflictError, match="'b' and 'a' both compute one layer"):
+        attach(layer, HalfTheRows(), name="b", owner="b", rank=1)
+    with pytest.raises(UnsupportedError, match=r"only a whole nn\.Linear"):
+        attach(Conv1D(6, 4), HalfTheRows(), name="a", owner="a", rank=0)
+    with pytest.raises(UnsupportedError, match=r"only a whole nn\.Linear"):
+        attach(nn.Linear(4, 6), HalfTheRows(), name="a", owner="a", rank=0, rows=Rows(6, 0, 2))
+    assert slot_of(nn.Linear(4, 6)) is None
+
+
 def test_merging_the_near_one_then_the_far_one() -> None:
     module = linear()
     put(module, Gain(6), "near", 0)

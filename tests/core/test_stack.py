@@ -19,6 +19,7 @@ from peftx.conflicts import Member, find_conflicts
 from peftx.errors import BundleError, ConflictError, MergeError, PeftxError, PluginError
 from peftx.models import fingerprint
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, output_of
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -446,3 +447,19 @@ def test_fingerprint_tells_trainings_apart() -> None:
     with torch.no_grad():
         same.lm_head.weight.mul_(1.001)
     assert fingerprint(one) != fingerprint(same)
+
+
+@pytest.mark.parametrize("id", ["half", "type", "keys", "train"])
+def test_an_id_may_be_the_name_of_a_method(id: str) -> None:
+    from peftx_lora import Lora
+
+    model = tiny("llama")
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        before = output_of(model, inputs)
+        stack = Stack(model, [(id, Lora(rank=2))])
+        for parameter in stack.ledger.parameters(id):
+            parameter.add_(0.1)
+        assert not torch.equal(output_of(model, inputs), before)
+        stack.remove(id)
+        assert torch.equal(output_of(model, inputs), before)

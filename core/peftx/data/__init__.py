@@ -5,11 +5,13 @@ TrainingData       training_data.py  what the `prepare_data` hook gets and may c
 encode_pair, ...   encoding.py       texts become token ids
 render_messages    messages.py       so do conversations
 tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
+tokenize_classes   classes.py        classification rows become texts with the number of their class
 Collator           collate.py        examples become padded tensors
 """
 
 from __future__ import annotations
 
+from peftx.data.classes import CLASS_INDEX, check_labels, class_ids, class_index, tokenize_classes
 from peftx.data.collate import IGNORE, Collator
 from peftx.data.encoding import (
     Example,
@@ -27,11 +29,15 @@ from peftx.data.tokenize import tokenize_dataset
 from peftx.data.training_data import TrainingData
 
 __all__ = [
+    "CLASS_INDEX",
     "FORMATS",
     "IGNORE",
     "Collator",
     "Example",
     "TrainingData",
+    "check_labels",
+    "class_ids",
+    "class_index",
     "continuation",
     "detect_format",
     "encode_pair",
@@ -43,5 +49,6 @@ __all__ = [
     "render_messages",
     "special_frame",
     "text_ids",
+    "tokenize_classes",
     "tokenize_dataset",
 ]

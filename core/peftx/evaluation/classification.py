@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftx.data import continuation, encoder_ids, fill_template, prompt_ids, special_frame, text_ids
+from peftx.data import (
+    class_index,
+    continuation,
+    encoder_ids,
+    fill_template,
+    prompt_ids,
+    special_frame,
+    text_ids,
+)
 from peftx.errors import DataError
 from peftx.evaluation.likelihood import (
     Progress,
     Request,
     context_window,
     decoder_start,
+    evaluating,
     opening_ids,
     refuse_masked,
     score_requests,
 )
 from peftx.evaluation.scores import Score, wilson_interval
+
+if TYPE_CHECKING:
+    from peftx.plugin import Plugin
+    from peftx.stack import Stack
 
 Normalise = Literal["none", "tokens", "bytes"]
 
@@ -89,21 +103,12 @@ def accuracy(
     if normalise not in ("none", "tokens", "bytes"):
         raise DataError(f"normalise is {normalise!r}; 'none', 'tokens' or 'bytes'")
     examples = list(rows)
-    if not examples:
-        raise DataError("no rows to classify")
-    for index, row in enumerate(examples):
-        if not isinstance(row.get("text"), str) or not isinstance(row.get("label"), str):
-            raise DataError(
-                f"row {index} (counting from 0) needs strings 'text' and 'label'; found {', '.join(row)}"
-            )
+    _check_rows(examples)
     names = sorted({row["label"] for row in examples}) if labels is None else list(labels)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise DataError(f"classification needs at least two different labels, got {names}")
     for index, row in enumerate(examples):
-        if row["label"] not in names:
-            raise DataError(
-                f"row {index} (counting from 0): label {row['label']!r} is not among {', '.join(names)}"
-            )
+        class_index(row["label"], names, f"row {index} (counting from 0)")
 
     size = context_window(model, tokenizer) if max_length is None else max_length
     requests: list[Request] = []
@@ -132,6 +137,44 @@ def accuracy(
         ranked = [log / length for log, length in zip(log_probs, size_of[normalise], strict=True)]
         predictions.append(names[ranked.index(max(ranked))])
     return _tally(examples, names, predictions)
+
+
+def head_of(stack: Stack) -> Plugin | None:
+    """The plugin of a stack that classifies by a head of its own, if there is one and it is switched on."""
+    from peftx.plugin import Claim
+
+    found = (m for m in stack.members if m.claims(Claim.CLASSIFIES) and m.id not in stack.disabled_ids)
+    return next((member.plugin for member in found), None)
+
+
+def classify(stack: Stack, head: Plugin, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """(labels, scores [N, C]) of a plugin's own head, in evaluation mode and without gradients."""
+    with evaluating(stack.model):
+        return head.classify(stack, texts)
+
+
+def accuracy_of_head(stack: Stack, head: Plugin, rows: Iterable[Mapping[str, Any]]) -> AccuracyResult:
+    """As `accuracy`, by a plugin's own head.
+
+    Raises:
+        DataError: no rows, or a label that the head does not know.
+    """
+    examples = list(rows)
+    _check_rows(examples)
+    labels, scores = classify(stack, head, [row["text"] for row in examples])
+    for index, row in enumerate(examples):
+        class_index(row["label"], labels, f"row {index} (counting from 0)")
+    return _tally(examples, labels, [labels[index] for index in scores.argmax(-1).tolist()])
+
+
+def _check_rows(examples: list[Mapping[str, Any]]) -> None:
+    if not examples:
+        raise DataError("no rows to classify")
+    for index, row in enumerate(examples):
+        if not isinstance(row.get("text"), str) or not isinstance(row.get("label"), str):
+            raise DataError(
+                f"row {index} (counting from 0) needs strings 'text' and 'label'; found {', '.join(row)}"
+            )
 
 
 def _label_ids(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.data import read_dataset
 from peftx.errors import PeftxError, nearest
 from peftx.evaluation.answers import exact_match
-from peftx.evaluation.classification import accuracy
+from peftx.evaluation.classification import accuracy, accuracy_of_head, head_of
 from peftx.evaluation.evaluation import Evaluation
 from peftx.evaluation.language_modelling import perplexity
 from peftx.evaluation.likelihood import evaluating
@@ -58,9 +58,14 @@ def evaluate(
                 progress=options.get("progress"),
             )  # fmt: skip
         elif metric == "accuracy":
-            result = accuracy(
-                stack.model, stack.tokenizer, _needed(rows, metric), max_length=max_length,
-                progress=options.get("progress"),
+            head = head_of(stack)
+            result = (
+                accuracy_of_head(stack, head, _needed(rows, metric))
+                if head is not None
+                else accuracy(
+                    stack.model, stack.tokenizer, _needed(rows, metric), max_length=max_length,
+                    progress=options.get("progress"),
+                )
             )  # fmt: skip
             scores[result.score.name] = result.score
         elif metric == "exact-match":

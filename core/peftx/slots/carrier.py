@@ -55,17 +55,20 @@ class SlotState:
         self.run: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
         self.nested: tuple[Entry, ...] = ()
         self.low_rank: tuple[Delta, ...] = ()
+        self.base: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
         self.folded: dict[str, tuple[Entry, ...]] = {}
 
     def rebuild(self) -> None:
         """Recompute what `forward` walks over; called at every change, so that `forward` decides nothing."""
         active = [entry for entry in self.entries if entry.active]
-        self.nested = tuple(active) if any(entry.delta.has_pre() for entry in active) else ()
+        self.base = next((e.delta.base for e in active if e.delta.has_base()), F.linear)
+        outer = [e for e in active if e.delta.has_forward() or e.delta.has_pre()]
+        self.nested = tuple(outer) if any(entry.delta.has_pre() for entry in outer) else ()
         self.run = tuple(
-            entry.delta if entry.rows is None else RowsRun(entry.delta, entry.rows) for entry in active
+            entry.delta if entry.rows is None else RowsRun(entry.delta, entry.rows) for entry in outer
         )
-        plain = all(e.rows is None and type(e.delta).low_rank is not Delta.low_rank for e in active)
-        self.low_rank = tuple(entry.delta for entry in active) if plain else ()
+        plain = all(e.rows is None and type(e.delta).low_rank is not Delta.low_rank for e in outer)
+        self.low_rank = tuple(entry.delta for entry in outer) if plain else ()
         self.folded = {
             name: tuple(entry for entry in active if entry.parameter == name)
             for name in dict.fromkeys(entry.parameter for entry in active)
@@ -119,8 +122,8 @@ class PlainLinearCarrier(Carrier):
     def forward(self, input: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.nested:
-            return _nested(slot.nested, input, super().forward)  # type: ignore[misc]
-        y = F.linear(input, self.weight, self.bias)
+            return _nested(slot.nested, input, lambda x: slot.base(x, self.weight, self.bias))
+        y = slot.base(input, self.weight, self.bias)
         if slot.low_rank and not torch.is_grad_enabled() and _add_low_rank(slot.low_rank, input, y):
             return y
         for delta in slot.run:
@@ -291,7 +294,16 @@ def attach(
             f"{type(delta).__name__} edits the input, which {place} does not offer",
             hint="target unfused linear layers, for example 'mlp'",
         )
+    if delta.has_base() and (kind != "plain" or rows is not None):
+        raise UnsupportedError(
+            f"{type(delta).__name__} computes the layer itself, which only a whole nn.Linear offers, "
+            f"and this is {base_class(module).__name__}"
+        )
     slot = slot_of(module)
+    if delta.has_base() and slot is not None:
+        other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
+        if other is not None:
+            raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
     if slot is None:
         slot = SlotState()
         module.__class__ = _slot_class(type(module), kind)
@@ -302,9 +314,12 @@ def attach(
             f"{owner}: the layer holds merged deltas",
             hint="stack.unmerge() first, or stack.merge(keep=False) for good",
         )
-    if name in module.get_submodule(CHILD)._modules:
+    children = module._modules[CHILD]._modules  # type: ignore[union-attr]
+    if name in children:
         raise ConflictError(f"{owner}: a delta named '{name}' already stands on this module")
-    module.get_submodule(CHILD)[name] = delta  # type: ignore[operator]
+    children[name] = (
+        delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
+    )
     entry = Entry(name, owner, rank, delta, parameter, rows)
     position = next((i for i, other in enumerate(slot.entries) if other.rank > rank), len(slot.entries))
     slot.entries.insert(position, entry)
@@ -391,7 +406,9 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
             raise MergeError(f"{entry.owner}: {type(entry.delta).__name__} does not fold into the weights")
     last = slot.entries.index(chosen[-1])
     between = [
-        e for e in slot.entries[:last] if e.active and e not in chosen and e.parameter == chosen[-1].parameter
+        e
+        for e in slot.entries[:last]
+        if e.active and e not in chosen and e.parameter == chosen[-1].parameter and not _only_base(e.delta)
     ]
     if between:
         raise MergeError(
@@ -443,6 +460,11 @@ def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
     return tuple(
         name for name, p in module._parameters.items() if p is not None and p is not before.get(name)
     )
+
+
+def _only_base(delta: Delta) -> bool:
+    """Does it compute the layer and nothing around it, so that it reads merged weights as it reads the others."""
+    return delta.has_base() and not delta.has_forward() and not delta.has_pre()
 
 
 def _like(values: Tensor, old: nn.Parameter) -> nn.Parameter:

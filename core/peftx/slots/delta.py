@@ -24,8 +24,8 @@ class Delta(nn.Module):
     Deltas on a module nest in stack order: the first wraps the plain module, the second wraps the first, and so on.
     `x` is what this delta's own `pre` returned (the module's input if it has none), `y` what the layers inside gave.
 
-    A subclass implements `forward`; `pre` and `fold` where the method has them. What it does not define is not there:
-    the core looks at the class, never probes instances.
+    A subclass implements `forward`; `pre`, `base` and `fold` where the method has them. What it does not define is not
+    there: the core looks at the class, never probes instances.
     """
 
     full_precision: ClassVar[bool] = False
@@ -45,6 +45,19 @@ class Delta(nn.Module):
     def pre(self, x: Tensor) -> Tensor:
         """Edit the input before the layers inside see it: [..., in] -> [..., in]."""
         raise NotImplementedError(f"{type(self).__name__} defines no pre")
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the plain layer in its stead: W x + b, or what the method puts in its place.
+
+        At most one on a layer, and only on `nn.Linear`; it runs inside all deltas.
+
+        Args:
+            x: [..., in], after every `pre`. weight: [out, in], merged deltas included. bias: [out] or None.
+
+        Returns:
+            [..., out].
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the layer to itself")
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weights that make the delta superfluous.
@@ -69,6 +82,10 @@ class Delta(nn.Module):
     @classmethod
     def has_pre(cls) -> bool:
         return cls.pre is not Delta.pre
+
+    @classmethod
+    def has_base(cls) -> bool:
+        return cls.base is not Delta.base
 
     @classmethod
     def can_fold(cls) -> bool:

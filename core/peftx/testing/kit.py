@@ -26,7 +26,7 @@ from peftx.stack import default_id
 from peftx.testing.case import Case
 from peftx.testing.checks import CHECKS, Check
 from peftx.testing.models import ARCHITECTURES
-from peftx.testing.subject import GENERATIVE, ODD, ROWS, TEXT, Subject, default_models
+from peftx.testing.subject import GENERATIVE, ODD, TEXT, Subject, default_models, default_rows
 
 Outcome = Literal["passed", "failed", "expected", "not-run"]
 
@@ -103,7 +103,7 @@ def conformance(
         models: architectures; the core's five and `Plugin.architectures` if left out, as far as the hooks call for.
         expected_failures: check or `arch-check` -> reason. Strict: one that passes is a failure.
         not_on: architecture -> why the plugin does not work there; that it refuses is then checked.
-        rows: to train and evaluate on, for plugins that need others than prompts and completions.
+        rows: to train and evaluate on, where those of the format that the plugin takes do not do.
 
     Raises:
         PeftxError: an unknown check, architecture or plugin.
@@ -197,7 +197,12 @@ def plan_checks(
                 hint=nearest(arch, ARCHITECTURES) or f"there are: {', '.join(ARCHITECTURES)}",
             )
     subject = Subject(
-        cls, id, dict(options or {}), tuple(chosen), ROWS if rows is None else tuple(rows), refused
+        cls,
+        id,
+        dict(options or {}),
+        tuple(chosen),
+        default_rows(cls) if rows is None else tuple(rows),
+        refused,
     )
     reasons = dict(expected_failures or {})
     bare = [

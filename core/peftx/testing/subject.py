@@ -36,6 +36,33 @@ ROWS: tuple[dict[str, str], ...] = tuple(
 )
 """Rows to train and to measure on where the author of a plugin gives none."""
 
+_CLASSES = tuple(
+    {"text": row["prompt"].removesuffix("\nSentiment:"), "label": row["completion"]} for row in ROWS
+)
+ROWS_BY_FORMAT: dict[str, tuple[dict[str, Any], ...]] = {
+    "prompt-completion": ROWS,
+    "classification": _CLASSES,
+    "text": tuple({"text": f"{row['prompt']} {row['completion']}"} for row in ROWS),
+    "messages": tuple(
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in ROWS
+    ),
+    "preference": tuple(
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": "positive" if row["completion"] == "negative" else "negative",
+        }
+        for row in ROWS
+    ),
+}
+"""Rows of every format, for plugins that take others than prompts and completions; labels: negative, positive."""
+
 TEXTS = (
     "Once upon a time there was a film that was good, and nobody went to see it.",
     "The second film was bad. It ran for a year, in every town, and then it was forgotten.",
@@ -74,6 +101,11 @@ class Subject:
 
     def make(self) -> Plugin:
         return self.plugin(**self.options)
+
+
+def default_rows(plugin: type[Plugin]) -> Sequence[Mapping[str, Any]]:
+    """Rows of the first format that the plugin takes."""
+    return ROWS_BY_FORMAT[plugin.takes[0]] if plugin.takes else ROWS
 
 
 def default_models(plugin: type[Plugin]) -> tuple[str, ...]:

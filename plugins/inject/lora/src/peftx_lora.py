@@ -92,7 +92,12 @@ class LoraDelta(Delta):
         return weight + self.scale * (self.B @ self.A).to(weight.dtype), bias  # W + s B A
 
     def low_rank(self) -> LowRank | None:
-        return None if self.dropout and self.training else LowRank(self.A, self.B, self.scale)
+        if self.dropout and self.training:
+            return None
+        own = (
+            self._parameters
+        )  # as decoding reads it for every layer and token, not through nn.Module's lookup
+        return LowRank(own["A"], own["B"], self.scale)
 
 
 class Lora(Plugin):

@@ -1,0 +1,288 @@
+"""Methods side by side: every method under several seeds, a curve of its score against CPU seconds, a table, a plot.
+
+A benchmark of a plugin names its methods and how a stack is scored; this file trains, measures and draws:
+
+    methods = [Method("LoRA, rank 8", lambda: [Lora(rank=8)], rate=1e-3), ...]
+    results = compare(methods, train, score, seeds=(0, 1, 2), steps=200, every=50, target=0.8)
+    write("sk_tuning", "SK-Tuning on sentence polarity", results, unit="accuracy")
+
+`write` leaves benchmarks/results/<name>.json, .md and .png. One thread; seconds are CPU time of training alone.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from peftx import ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
+from peftx.data import Collator, tokenize_dataset
+from peftx.training.run import as_training_data
+
+RESULTS = Path(__file__).parent / "results"
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        name: as the table says it. plugins: makes fresh plugins (none: the base, not trained).
+        rate: learning rate. train: rows of its own, where they differ from the others'.
+    """
+
+    name: str
+    plugins: Callable[[], list[Plugin | tuple[str, Plugin]]]
+    rate: float = 0.0
+    train: Rows | None = None
+
+
+@dataclass
+class Curve:
+    """One method under one seed."""
+
+    seed: int
+    steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """CPU seconds of training until then."""
+    scores: list[float] = field(default_factory=list)
+    seconds_to_target: float | None = None
+
+
+@dataclass
+class Result:
+    """One method under all seeds."""
+
+    method: str
+    rate: float
+    trained_parameters: int
+    curves: list[Curve]
+
+    @property
+    def finals(self) -> list[float]:
+        return [curve.scores[-1] for curve in self.curves]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.finals)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 for a single one."""
+        return statistics.stdev(self.finals) if len(self.finals) > 1 else 0.0
+
+
+class FullTuningConfig(PluginConfig):
+    """What trains."""
+
+    targets: Targets = Field(Targets("all embedding norm"), description="everything that has parameters")
+
+
+class FullTuning(Plugin):
+    """Full fine-tuning: every parameter of the base trains."""
+
+    Config = FullTuningConfig
+    config: FullTuningConfig
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        seen: set[str] = set()
+        for site in model.sites(self.config.targets):
+            if site.path not in seen:
+                seen.add(site.path)
+                site.train()
+
+
+def compare(
+    methods: Sequence[Method],
+    train: Rows,
+    score: Callable[[Stack], float],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int,
+    every: int,
+    batch_size: int = 8,
+    max_length: int = 128,
+    target: float | None = None,
+    higher_is_better: bool = True,
+    model: str = "peftx:tiny",
+) -> list[Result]:
+    """Train every method under every seed on the same batches; score at the start and after every `every` steps.
+
+    Args:
+        train: rows. score: of a stack, as higher (or lower) is better.
+        target: the score whose first crossing is timed.
+    """
+    torch.set_num_threads(1)
+    results = []
+    for method in methods:
+        curves, trained = [], 0
+        for seed in seeds:
+            stack = Stack(model, method.plugins(), seed=seed)
+            trained = stack.trainable_parameters()
+            curve = Curve(seed)
+            _train(
+                stack, method, curve, method.train or train, score,
+                steps=steps if trained else 0, every=every, batch_size=batch_size, max_length=max_length,
+            )  # fmt: skip
+            if target is not None:
+                reached = [(s >= target) if higher_is_better else (s <= target) for s in curve.scores]
+                if any(reached):
+                    curve.seconds_to_target = curve.seconds[reached.index(True)]
+            curves.append(curve)
+            print(
+                f"{method.name:40} seed {seed}  {curve.scores[-1]:.4f}  {curve.seconds[-1]:.1f} s", flush=True
+            )
+            if not trained:
+                break  # nothing depends on the seed
+        results.append(Result(method.name, method.rate, trained, curves))
+    return results
+
+
+def _train(
+    stack: Stack,
+    method: Method,
+    curve: Curve,
+    rows: Rows,
+    score: Callable[[Stack], float],
+    *,
+    steps: int,
+    every: int,
+    batch_size: int,
+    max_length: int,
+) -> None:
+    def look(step: int, seconds: float) -> None:
+        curve.steps.append(step)
+        curve.seconds.append(round(seconds, 2))
+        curve.scores.append(round(float(score(stack)), 5))
+
+    look(0, 0.0)
+    if not steps:
+        return
+    torch.manual_seed(curve.seed)
+    data = stack.prepare(as_training_data(stack, list(rows), seed=curve.seed, max_length=max_length))
+    tokenized = list(
+        tokenize_dataset(data.train, stack.tokenizer, format=data.format, max_length=data.max_length)
+    )
+    collate = Collator(stack.tokenizer.pad_token_id)
+    order = torch.Generator().manual_seed(curve.seed)
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=method.rate)
+    queue: list[int] = []
+    spent = 0.0
+    for step in range(1, steps + 1):
+        if len(queue) < batch_size:
+            queue += torch.randperm(len(tokenized), generator=order).tolist()
+        batch = collate([tokenized[queue.pop(0)] for _ in range(batch_size)])
+        for group in optimizer.param_groups:
+            group["lr"] = method.rate * (1 - (step - 1) / steps)  # linear to zero
+        stack.model.train()
+        started = time.process_time()
+        stack.train_step(batch, optimizer=optimizer)
+        spent += time.process_time() - started
+        stack.model.eval()
+        if step % every == 0 or step == steps:
+            look(step, spent)
+
+
+def table(results: Sequence[Result], *, unit: str, target: float | None = None) -> str:
+    """Markdown: a row a method, mean and standard deviation over the seeds."""
+    timed = f" | CPU seconds to {target:g}" if target is not None else ""
+    lines = [
+        f"| method | rate | trained | {unit} | CPU seconds{timed} |",
+        "| --- | --- | --- | --- | --- |" + (" --- |" if target is not None else ""),
+    ]
+    for result in results:
+        seconds = statistics.mean(curve.seconds[-1] for curve in result.curves)
+        cells = [
+            result.method,
+            f"{result.rate:g}" if result.trained_parameters else "",
+            f"{result.trained_parameters:,}",
+            f"{result.mean:.3f} ± {result.spread:.3f}" if len(result.curves) > 1 else f"{result.mean:.3f}",
+            f"{seconds:.0f}",
+        ]
+        if target is not None:
+            reached = [c.seconds_to_target for c in result.curves if c.seconds_to_target is not None]
+            missing = len(result.curves) - len(reached)
+            said = f"{statistics.mean(reached):.0f}" if reached else "not reached"
+            cells.append(
+                said + (f" ({missing} of {len(result.curves)} never)" if reached and missing else "")
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(
+    name: str,
+    title: str,
+    results: Sequence[Result],
+    *,
+    unit: str,
+    target: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    folder: Path = RESULTS,
+) -> None:
+    """Leave <name>.json, <name>.md and <name>.png in `folder`, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        "title": title,
+        "unit": unit,
+        "settings": dict(settings or {}),
+        "results": [asdict(r) for r in results],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    lines = table(results, unit=unit, target=target)
+    said = ", ".join(f"{key} {value}" for key, value in (settings or {}).items())
+    page = f"# {title}\n\n{said}\n\n{lines}\n\n![{unit} against CPU seconds of training]({name}.png)\n"
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
+    plot(results, title, unit, folder / f"{name}.png", target=target)
+    print(lines)
+
+
+def plot(
+    results: Sequence[Result], title: str, unit: str, path: Path, *, target: float | None = None
+) -> None:
+    """Left: score against seconds of training, mean and range over the seeds. Right: against trained parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for index, result in enumerate(results):
+        color = f"C{index % 10}"
+        scores = list(zip(*(curve.scores for curve in result.curves), strict=True))
+        means = [statistics.mean(row) for row in scores]
+        if not result.trained_parameters:
+            left.axhline(means[0], color="0.5", linestyle=":", label=result.method)
+            right.axhline(means[0], color="0.5", linestyle=":")
+            continue
+        seconds = [statistics.mean(row) for row in zip(*(c.seconds for c in result.curves), strict=True)]
+        left.plot(seconds, means, color=color, marker=".", label=result.method)
+        left.fill_between(
+            seconds, [min(r) for r in scores], [max(r) for r in scores], color=color, alpha=0.15
+        )
+        right.errorbar(
+            result.trained_parameters, result.mean, yerr=result.spread, color=color, marker="o", capsize=3
+        )
+    if target is not None:
+        left.axhline(target, color="0.8", linewidth=0.8)
+    left.set(xlabel="CPU seconds of training", ylabel=unit)
+    right.set(xlabel="trained parameters", ylabel=unit, xscale="log")
+    low, high = right.get_xlim()
+    right.set_xlim(low / 3, high * 3)
+    right.xaxis.set_minor_formatter(NullFormatter())
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

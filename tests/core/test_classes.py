@@ -1,0 +1,189 @@
+"""Plugins that classify by a head of their own: rows, training, prediction, accuracy; and rows that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx.conflicts import Member, find_conflicts
+from peftx.data import CLASS_INDEX, IGNORE, check_labels, class_ids, class_index, tokenize_classes
+from peftx.errors import DataError, PeftxError, PluginError
+from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.training.run import as_training_data
+
+LABELS = ["bad", "good"]
+ROWS = [{"text": f"number {i} is {word}", "label": word} for i in range(4) for word in LABELS]
+
+
+class HeadConfig(PluginConfig):
+    labels: list[str] = Field(LABELS, description="the classes")
+
+
+class Head(Plugin):
+    """A linear map of the mean of the last hidden states."""
+
+    Config = HeadConfig
+    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS}
+    takes = ("classification",)
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        tokenize_classes(data, self.config.labels)
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.linear = model.keep("head", nn.Linear(model.hidden_size, len(self.config.labels)))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        target = step.batch.pop(CLASS_INDEX)
+        step.batch.pop("labels")
+
+        def loss() -> tuple[Tensor, object]:
+            outputs = step.forward(output_hidden_states=True)
+            return F.cross_entropy(self.scores(outputs, step.batch["attention_mask"]), target), outputs
+
+        step.replace_task_loss(loss)
+        return (yield)
+
+    def scores(self, outputs: object, mask: Tensor) -> Tensor:
+        hidden = outputs.hidden_states[-1] * mask[..., None]  # type: ignore[attr-defined]
+        return self.linear(hidden.sum(1) / mask.sum(1, keepdim=True))
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        rows = []
+        for text in texts:
+            ids = torch.tensor([class_ids(stack.tokenizer, text, max_length=64)])
+            mask = torch.ones_like(ids)
+            out = stack.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+            rows.append(self.scores(out, mask))
+        return self.config.labels, torch.cat(rows)
+
+
+def stack_of(*plugins: Plugin) -> Stack:
+    return Stack(tiny("llama"), plugins or [Head()], tokenizer=tiny_tokenizer())
+
+
+def test_rows_become_texts_with_the_number_of_their_class() -> None:
+    stack = stack_of()
+    data = stack.prepare(as_training_data(stack, ROWS, seed=0, max_length=16))
+    assert data.format == "tokenized"
+    assert data.train[1][CLASS_INDEX] == 1
+    assert set(data.train[1]["labels"]) == {IGNORE}
+    assert data.train[1]["input_ids"] == class_ids(stack.tokenizer, ROWS[1]["text"], max_length=16)
+
+
+def test_a_long_text_is_cut_at_its_left_after_bos() -> None:
+    tokenizer = tiny_tokenizer()
+    whole = class_ids(tokenizer, "a b c d e f g h", max_length=99)
+    cut = class_ids(tokenizer, "a b c d e f g h", max_length=5)
+    assert len(cut) == 5
+    frame = [i for i in (tokenizer.bos_token_id,) if i == whole[0]]
+    assert cut == frame + whole[len(whole) - 5 + len(frame) :]
+
+
+def test_the_head_learns_and_names_classes() -> None:
+    stack = stack_of()
+    before = stack.evaluate(ROWS, metrics=["accuracy"])["accuracy"]
+    stack.train(ROWS, steps=60, batch_size=8, learning_rate=3e-2, max_length=16)
+    after = stack.evaluate(ROWS, metrics=["accuracy"])["accuracy"]
+    assert before.value < 1
+    assert after.value == 1
+    assert stack.classify("number 2 is good") == "good"
+    assert stack.classify(["number 2 is good", "number 0 is bad"]) == ["good", "bad"]
+    assert not stack.model.training
+
+
+def test_switched_off_there_is_no_head() -> None:
+    stack = stack_of()
+    with stack.disabled("head"), pytest.raises(PeftxError, match="no plugin of this stack classifies"):
+        stack.classify("x")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [(["one"], "1 class"), (["a", "a"], "'a' stands twice"), (["a", " "], "is empty")],
+)
+def test_labels_that_are_no_classes(labels: list[str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        check_labels(labels)
+    assert check_labels(["a", "b"]) == ["a", "b"]
+
+
+def test_a_strange_label_names_its_row_and_the_nearest() -> None:
+    with pytest.raises(DataError, match=r"row 3 .*'goood' is not among bad, good") as caught:
+        class_index("goood", LABELS, "row 3 (counting from 0)")
+    assert "good" in str(caught.value.hint)
+    stack = stack_of()
+    with pytest.raises(DataError, match="row 0"):
+        stack.train([{"text": "x", "label": "awful"}], steps=1)
+    with pytest.raises(DataError, match="row 1"):
+        stack.evaluate([ROWS[0], {"text": "x", "label": "awful"}], metrics=["accuracy"])
+
+
+def test_rows_of_another_format_are_refused() -> None:
+    with pytest.raises(DataError, match="head: prepare_data: the rows are of format 'text'"):
+        stack_of().train([{"text": "only text"}], steps=1)
+    with pytest.raises(DataError, match="has no tokens"):
+        stack_of().train([{"text": "", "label": "bad"}], steps=1)
+
+
+class Asks(Plugin):
+    """Trains on preferences."""
+
+    takes = ("preference",)
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None: ...
+
+
+class Rewrites(Plugin):
+    """Makes preferences of messages."""
+
+    takes = ("messages",)
+    gives = "preference"
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None: ...
+
+
+def members(*plugins: Plugin) -> list[Member]:
+    return [Member(type(plugin).__name__.lower(), plugin) for plugin in plugins]
+
+
+def test_rows_that_do_not_fit_are_a_conflict() -> None:
+    (conflict,) = find_conflicts(members(Head(), Asks()))
+    assert "trains on rows of format classification, and 'asks' trains on preference" in conflict.reason
+    assert conflict.working_order == ()
+    assert find_conflicts(members(Rewrites(), Asks())) == []
+    (conflict,) = find_conflicts(members(Asks(), Rewrites()))
+    assert conflict.working_order == ("rewrites", "asks")
+
+
+class Fails(Plugin):
+    """Breaks in the hooks that run nested."""
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        raise ZeroDivisionError("nothing")
+        yield
+
+    @hookimpl(wrapper=True)
+    def decode(self, request: object) -> Generator[None, Tensor, Tensor]:
+        raise PeftxError("no way", hint="turn back")
+        yield
+
+
+def test_a_nested_hook_that_fails_names_its_plugin_and_place() -> None:
+    stack = Stack(tiny("llama"), [Head(), Member("fails", Fails(), "a.yaml:3:5")], tokenizer=tiny_tokenizer())
+    with pytest.raises(PluginError, match=r"plugin 'fails' at a.yaml:3:5 failed in train_step: ZeroDivision"):
+        stack.train(ROWS, steps=1)
+    with pytest.raises(PeftxError, match=r"fails: decode \(a.yaml:3:5\): no way") as caught:
+        stack.generate("x", max_new_tokens=1)
+    assert caught.value.hint == "turn back"
