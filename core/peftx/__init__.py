@@ -27,6 +27,7 @@ _WHERE = {
     "add_low_rank": "peftx.slots",
     "dropout_linear": "peftx.slots",
     "AttentionEdit": "peftx.attention",
+    "CallEdit": "peftx.calls",
     "VirtualTokens": "peftx.virtual_tokens",
     "PeftxError": "peftx.errors",
     "Registry": "peftx.registry",
@@ -43,6 +44,7 @@ _WHERE = {
 __all__ = [
     "Anatomy",
     "AttentionEdit",
+    "CallEdit",
     "Claim",
     "Delta",
     "Evaluation",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from peftx.anatomy import Anatomy, ModelView, Site, Targets
     from peftx.attention import AttentionEdit
     from peftx.bundle import load
+    from peftx.calls import CallEdit
     from peftx.data import TrainingData
     from peftx.decoding import Generation
     from peftx.errors import PeftxError

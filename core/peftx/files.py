@@ -109,6 +109,17 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with telling_of_a_full_disk(path):
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from peftx import attention, virtual_tokens
+from peftx import attention, calls, virtual_tokens
 from peftx.errors import ArchitectureError, ConflictError, MergeError, UnsupportedError
 from peftx.slots import Delta, attach, bake, base_class, detach, enable, kind_of, slot_of
 from peftx.slots.carrier import CHILD
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from peftx.anatomy import ModelView, Site
     from peftx.attention import AttentionEdit
+    from peftx.calls import CallEdit
     from peftx.virtual_tokens import VirtualTokens
 
-Kind = Literal["delta", "attention", "prompt", "shift", "free", "base", "replaced"]
+Kind = Literal["delta", "attention", "prompt", "shift", "call", "free", "base", "replaced"]
 FREE = "peftx_parts"
 
 
@@ -59,8 +60,9 @@ class Part:
             for name in self.parameters:
                 yield f"{self.key}.{name}", self.module, name
             return
-        for path, module in self.module.named_modules():
-            if CHILD in path.split("."):
+        walk = self.module.named_modules() if self.module._modules else (("", self.module),)
+        for path, module in walk:
+            if path and CHILD in path.split("."):
                 continue  # a delta that a later plugin put on a module of this one
             prefix = f"{self.key}.{path}." if path else f"{self.key}."
             for name, parameter in module._parameters.items():
@@ -79,10 +81,15 @@ class Part:
 
 
 class Ledger:
-    """All parts of a stack, by owner, in order of attachment."""
+    """All parts of a stack, by owner, in order of attachment.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        before_change: called before the base's own weights change for the first time (trained, folded, replaced).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, before_change: Callable[[], object] = lambda: None) -> None:
         self.model = model
+        self.before_change = before_change
         self.parts: list[Part] = []
 
     def of(self, owner: str) -> list[Part]:
@@ -159,6 +166,7 @@ class Ledger:
         )
         if other is not None:
             raise ConflictError(f"{view.owner} and {other.owner} both train the base's {site.path}")
+        self.before_change()
         # Fresh parameters, so that the base's own tensors come back untouched on removal.
         before = {name: own[name] for name in chosen}
         after = {
@@ -205,6 +213,7 @@ class Ledger:
                 f"{view.owner}: {site.path} carries deltas of {', '.join(owners)}",
                 hint="merge them for good first: stack.merge(keep=False)",
             )
+        self.before_change()
         parent, _, name = site.path.rpartition(".")
         holder = self.model.get_submodule(parent)
         setattr(holder, name, module)
@@ -262,6 +271,11 @@ class Ledger:
                 switch=lambda on: virtual_tokens.enable(self.model, view.owner, on),
             )
         )  # fmt: skip
+
+    def add_call(self, view: ModelView, edit: CallEdit) -> None:
+        _settle(edit, self.model)
+        switch = calls.attach(self.model, edit)
+        self.parts.append(Part(view.owner, "call", "call", edit, undo=lambda: switch(False), switch=switch))
 
     def add_shift(self, view: ModelView, by: int) -> None:
         virtual_tokens.shift(self.model, by, owner=view.owner)

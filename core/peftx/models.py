@@ -187,7 +187,7 @@ def fingerprint(model: PreTrainedModel, *, skip: frozenset[int] = frozenset()) -
         described.append((name, list(tensor.shape), str(tensor.dtype)))
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
-        samples.append(flat[::step][:64].float())
+        samples.append(flat[: 64 * step : step].float())
     digest.update(json.dumps(described).encode())
     if samples:
         digest.update(torch.cat([s.cpu() for s in samples]).numpy().tobytes())

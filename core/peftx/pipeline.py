@@ -264,6 +264,7 @@ class Run:
             maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
             found |= stack.evaluate(
                 asset_path(source) if source is not None else None,
+                output_dir=self._figures(),
                 metrics=[spec.metric],
                 limit=options.limit,
                 format=options.format,
@@ -272,6 +273,13 @@ class Run:
             )
         self.result.scores[stage.evaluate.name or f"stage-{index}"] = found
         return ", ".join(f"{name} {score.value:.4g}" for name, score in found.items() if name != "nll")
+
+    def _figures(self) -> Path | None:
+        """Where `evaluate` plugins put figures: beside the bundle, which holds no strange file."""
+        if self.pipeline.output is None:
+            return None
+        output = Path(self.pipeline.output)
+        return output.parent / f"{output.name}.figures"
 
     def _save(self, stage: RunStage, index: int) -> str:
         assert self.result is not None
@@ -329,10 +337,7 @@ def load_run(
     loaded = (
         load_spec(spec, catalogue=registry, overrides=overrides) if isinstance(spec, str | Path) else spec
     )
-    is_file = isinstance(spec, Path) or (
-        isinstance(spec, str) and "\n" not in spec and not spec.lstrip().startswith("{")
-    )
-    base = Path(spec).parent if is_file else Path.cwd()  # type: ignore[arg-type]
+    base = loaded.document.folder or Path.cwd()
     pipeline = resolved(loaded.pipeline, base)
     where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
     return Run(pipeline, registry=registry, where=where, reporter=reporter, resume=resume)

@@ -62,7 +62,7 @@ def plan(
                 conflicts.append(
                     PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
                 )
-    modules, saved = _touched(stack, members)
+    modules, saved = _touched(stack, members, conflicts)
     trainable = stack.trainable_parameters()
     added = sum(m.params for m in modules)
     totals = Totals(
@@ -85,8 +85,10 @@ def _own(stack: Stack, member: Member) -> list[torch.Tensor]:
     return list(stack.ledger.tensors(member.id).values())
 
 
-def _touched(stack: Stack, members: Sequence[Member]) -> tuple[list[TouchedModule], int]:
-    """Rows of the table, and the bytes that compression would save."""
+def _touched(
+    stack: Stack, members: Sequence[Member], conflicts: list[PlannedConflict]
+) -> tuple[list[TouchedModule], int]:
+    """Rows of the table, and the bytes that compression would save; a plugin that refuses goes to `conflicts`."""
     roles = {site.key: site for site in stack.anatomy.sites} | {
         site.path: site for site in stack.anatomy.sites if site.rows is None
     }
@@ -108,7 +110,14 @@ def _touched(stack: Stack, members: Sequence[Member]) -> tuple[list[TouchedModul
     for member in members:
         if not member.implements("compress"):
             continue
-        for site, size in member.plugin.planned(stack.view(member.id)):
+        try:
+            replaced = list(member.plugin.planned(stack.view(member.id)))
+        except PeftxError as error:
+            conflicts.append(
+                PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
+            )
+            continue
+        for site, size in replaced:
             parameter = site.module._parameters.get(site.parameter)
             saved += (0 if parameter is None else parameter.nbytes) - size
             rows.append(

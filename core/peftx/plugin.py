@@ -10,7 +10,7 @@ class Lora(Plugin):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -96,6 +96,8 @@ class Plugin:
     architectures: ClassVar[tuple[str, ...]] = ()
     """Extra architectures (`model_type`s) whose conformance tests this plugin passes, beside the kit's own five."""
 
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options with which the plugin runs on a model of width 32, where the defaults do not: required ones, sizes."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Formats of the rows that the plugin trains on (`peftx.data.FORMATS`); any if empty."""
     gives: ClassVar[str] = ""

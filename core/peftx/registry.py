@@ -117,7 +117,7 @@ class Registry:
             distribution=metadata["Name"],
             version=metadata["Version"],
             summary="".join(metadata.get_all("Summary") or ()),
-            hooks=tuple(hook for hook in _KNOWN_HOOKS if hook in words),
+            hooks=tuple(word for word in words if word in _KNOWN_HOOKS),  # the main one stands first
             paper=next((w for w in words if w.lower().startswith("arxiv:")), ""),
             tier=next((w.removeprefix("tier:") for w in words if w.startswith("tier:")), ""),
             family=next((w.removeprefix("family:") for w in words if w.startswith("family:")), ""),

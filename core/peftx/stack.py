@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
@@ -93,8 +94,8 @@ class Stack:
         self.model: PreTrainedModel = model
         self._tokenizer = tokenizer
         self.anatomy = Anatomy(model)
-        self.ledger = Ledger(model)
-        self.base_fingerprint = None if any(p.is_meta for p in model.parameters()) else fingerprint(model)
+        self.ledger = Ledger(model, before_change=lambda: self.base_fingerprint)
+        self._base_fingerprint: str | None = None
         self.trained_steps = 0
         self.scores: dict[str, Score] = {}
         self.folded: set[str] = set()
@@ -115,6 +116,20 @@ class Stack:
         if self._tokenizer is None:
             raise PeftxError("this stack has no tokenizer", hint="Stack(model, plugins, tokenizer=...)")
         return self._tokenizer
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base as it was before any plugin changed its weights; None where some are on the meta device."""
+        if self._base_fingerprint is None and not any(p.is_meta for p in self.model.parameters()):
+            own = {
+                id(t) for part in self.ledger.parts for t in part.module.parameters() if part.kind != "base"
+            }
+            self._base_fingerprint = fingerprint(self.model, skip=frozenset(own))
+        return self._base_fingerprint
+
+    @base_fingerprint.setter
+    def base_fingerprint(self, value: str) -> None:
+        self._base_fingerprint = value
 
     def member(self, id: str) -> Member:
         for member in self.members:
@@ -174,8 +189,8 @@ class Stack:
         for member in self._implementers("inject", ids):
             if member.id in self.injected or member.id in self.folded:
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed_of(self.seed, member.id))
+            # Of a bundle the tensors follow, so no first values are made; what a plugin draws is drawn again.
+            with _seeded(self.seed, member.id), no_init_weights() if restoring else nullcontext():
                 try:
                     self._call(member, "inject", model=self.view(member.id, restoring=restoring), stack=self)
                 except Exception:
@@ -245,6 +260,7 @@ class Stack:
             if Claim.MERGEABLE not in self.plugins[name].claims:
                 kind = type(self.plugins[name]).__name__
                 raise MergeError(f"'{name}' cannot be merged: {kind} does not fold into the weights")
+        self.ledger.before_change()
         if not keep:
             for name in chosen:
                 self.ledger.fold(name)
@@ -389,8 +405,7 @@ class Stack:
                 )
             if member.claims(Claim.FOLDS_PREVIOUS):
                 self._fold_before(member)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed_of(self.seed, member.id))
+            with torch.no_grad(), _seeded(self.seed, member.id):
                 self.model.eval()
                 self._call(
                     member, "compress", model=self.view(member.id), calibration=batches, stack=self
@@ -575,6 +590,14 @@ def _register(members: Sequence[Member]) -> pluggy.PluginManager:
     except pluggy.PluginValidationError as error:
         raise PluginError(str(error), hint=f"hooks: {', '.join(HOOKS)}") from error
     return manager
+
+
+@contextmanager
+def _seeded(seed: int, id: str) -> Iterator[None]:
+    """Torch's global generator at a state of this plugin's own; as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed_of(seed, id))
+        yield
 
 
 def _seed_of(seed: int, id: str) -> int:

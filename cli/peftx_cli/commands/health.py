@@ -1,4 +1,4 @@
-"""`doctor` and `check`: is the installation whole, and does a plugin keep its promises."""
+"""`doctor`, `check` and `matrix`: is the installation whole, does a plugin keep its promises, which go together."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ Models = Annotated[
 Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="CHECK", help="a check to run; repeat it; else all")
 ]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="plugins; all if left out")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="processes; 0: one a core")]
+Page = Annotated[
+    str | None, typer.Option("--output", "-o", metavar="FILE", help="an HTML page; the JSON goes beside it")
+]
+
 Option = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="an option of the plugin")
 ]
@@ -29,6 +35,7 @@ def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command(epilog="Example: peftx doctor")(doctor)
     app.command(epilog="Example: peftx check lora --model llama")(check)
+    app.command(epilog="Example: peftx matrix lora mezo prefixquant --output matrix.html")(matrix)
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -229,6 +236,60 @@ def check(
         print(f"{len(results) - len(failed)} of {len(results)} checks hold")
     if failed:
         raise typer.Exit(1)
+
+
+def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: options.Json = False) -> None:
+    """Try every ordered pair of plugins on a tiny model: built, trained, saved, reloaded and run, or refused.
+
+    Exits with 1 when a pair fails.
+    """
+    import os
+    from pathlib import Path
+
+    from peftx.errors import PeftxError
+    from peftx.files import write_text
+    from peftx.testing.matrix import run_matrix
+    from peftx.testing.matrix_page import page, to_json
+    from peftx_cli.progress import reporter
+
+    if output is not None and Path(output).suffix != ".html":
+        raise PeftxError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise PeftxError(f"--output {output}: there is no folder {Path(output).parent}")
+    with reporter() as told:
+        told.stage("matrix", [])
+        found = run_matrix(
+            names or (),
+            jobs=jobs or len(os.sched_getaffinity(0)),
+            progress=lambda done, total, _: told.progress(done, total, {}),
+        )
+    failed = [cell for cell in found.cells if cell.outcome == "failed"]
+    if output is not None:
+        write_text(Path(output), page(found))
+        write_text(Path(output).with_suffix(".json"), to_json(found) + "\n")
+    if as_json:
+        print(to_json(found))
+    else:
+        _show_matrix(found, whole=len(found.plugins) <= 12)
+        if output is not None:
+            print(f"{output} and {Path(output).with_suffix('.json')}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show_matrix(found: Any, *, whole: bool) -> None:
+    """Counts; every pair that does not work where there are few plugins, else the failures."""
+    from peftx_cli.render import print_table
+
+    rows = [
+        (cell.first, cell.second, cell.outcome, cell.reason, ", ".join(cell.order))
+        for cell in found.cells
+        if cell.outcome == "failed" or (whole and cell.outcome != "works")
+    ]
+    if rows:
+        print_table("pairs", ("first", "second", "", "reason", "order that works"), rows)
+    words = ("works", "refused", "other-model", "failed")
+    print(f"{len(found.cells)} pairs: " + ", ".join(f"{found.count(word)} {word}" for word in words))
 
 
 def _options(texts: list[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from peftx.anatomy.anatomy import TowerFacts
     from peftx.attention import AttentionEdit
+    from peftx.calls import CallEdit
     from peftx.ledger import Ledger
     from peftx.virtual_tokens import VirtualTokens
 
@@ -172,6 +173,10 @@ class ModelView:
         """Put soft tokens in front of the model's input (the encoder's, where there is one)."""
         self._ledger.add_prompt(self, tokens)
         return tokens
+
+    def around(self, edit: CallEdit) -> None:
+        """See every call of the whole model: its arguments before, its output after."""
+        self._ledger.add_call(self, edit)
 
     def shift_positions(self, by: int) -> None:
         """Count the position of every real token from `by` (keys and values of `by` tokens stand before them)."""

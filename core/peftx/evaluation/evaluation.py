@@ -34,7 +34,7 @@ class Evaluation:
         stack: has `.model`, `.tokenizer` and `.generate(prompt, ...)`.
         data: name -> texts or rows, as the spec names them.
         scores: name -> Score in the order of `add`; read it, and write through `add`.
-        output_dir: where figures go; None where the run keeps none.
+        output_dir: where figures go, made by whoever writes the first; None where the run keeps none.
     """
 
     def __init__(

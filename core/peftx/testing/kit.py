@@ -99,7 +99,7 @@ def conformance(
 
     Args:
         plugin: an installed plugin's name, or a class.
-        options: of the plugin, where the defaults do not fit models of width 32 (a rank of 64, groups of 128).
+        options: of the plugin; `Plugin.example` if left out.
         models: architectures; the core's five and `Plugin.architectures` if left out, as far as the hooks call for.
         expected_failures: check or `arch-check` -> reason. Strict: one that passes is a failure.
         not_on: architecture -> why the plugin does not work there; that it refuses is then checked.
@@ -199,7 +199,7 @@ def plan_checks(
     subject = Subject(
         cls,
         id,
-        dict(options or {}),
+        dict(cls.example if options is None else options),
         tuple(chosen),
         default_rows(cls) if rows is None else tuple(rows),
         refused,

@@ -1,0 +1,38 @@
+"""Every ordered pair of the installed plugins: results/matrix.html (a heat map) and results/matrix.json.
+
+python benchmarks/matrix.py
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from peftx.testing.matrix import Cell, run_matrix
+from peftx.testing.matrix_page import page, to_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def told(done: int, total: int, cell: Cell) -> None:
+    if cell.outcome == "failed":
+        print(f"{cell.first}, {cell.second}: {cell.reason}", flush=True)
+    if done % 50 == 0 or done == total:
+        print(f"{done} of {total}", flush=True)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    matrix = run_matrix(jobs=len(os.sched_getaffinity(0)), progress=told)
+    (RESULTS / "matrix.html").write_text(page(matrix), encoding="utf-8")
+    (RESULTS / "matrix.json").write_text(to_json(matrix) + "\n", encoding="utf-8")
+    words = ("works", "refused", "other-model", "failed")
+    print(
+        ", ".join(f"{matrix.count(word)} {word}" for word in words),
+        f"in {time.perf_counter() - started:.0f} s",
+    )
+
+
+if __name__ == "__main__":
+    main()
