@@ -36,12 +36,13 @@ class Method:
 
     Args:
         name: as the table says it. plugins: makes fresh plugins (none: the base, not trained).
-        rate: learning rate. train: rows of its own, where they differ from the others'.
+        rate: learning rate. rates: of single plugins, by id. train: rows of its own, where they differ.
     """
 
     name: str
     plugins: Callable[[], list[Plugin | tuple[str, Plugin]]]
     rate: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
     train: Rows | None = None
 
 
@@ -174,7 +175,8 @@ def _train(
     )
     collate = Collator(stack.tokenizer.pad_token_id)
     order = torch.Generator().manual_seed(curve.seed)
-    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=method.rate)
+    groups = _groups(stack, method)
+    optimizer = torch.optim.AdamW(groups)
     queue: list[int] = []
     spent = 0.0
     for step in range(1, steps + 1):
@@ -182,7 +184,7 @@ def _train(
             queue += torch.randperm(len(tokenized), generator=order).tolist()
         batch = collate([tokenized[queue.pop(0)] for _ in range(batch_size)])
         for group in optimizer.param_groups:
-            group["lr"] = method.rate * (1 - (step - 1) / steps)  # linear to zero
+            group["lr"] = group["rate"] * (1 - (step - 1) / steps)  # linear to zero
         stack.model.train()
         started = time.process_time()
         stack.train_step(batch, optimizer=optimizer)
@@ -190,6 +192,16 @@ def _train(
         stack.model.eval()
         if step % every == 0 or step == steps:
             look(step, spent)
+
+
+def _groups(stack: Stack, method: Method) -> list[dict[str, Any]]:
+    """Parameters that train, by learning rate."""
+    own = {id(p): rate for owner, rate in method.rates.items() for p in stack.ledger.parameters(owner)}
+    by_rate: dict[float, list[torch.nn.Parameter]] = {}
+    for parameter in stack.model.parameters():
+        if parameter.requires_grad:
+            by_rate.setdefault(own.get(id(parameter), method.rate), []).append(parameter)
+    return [{"params": found, "lr": rate, "rate": rate} for rate, found in by_rate.items()]
 
 
 def table(results: Sequence[Result], *, unit: str, target: float | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Writes the sample data of the demos: log entries of imaginary lighthouses, made by the small grammar below.
+"""Writes the sample data of the demos: logs of imaginary lighthouses and talks with their keepers, by a small grammar.
 
     python tools/make_sample.py            # core/peftx/assets/sample/
     python tools/make_sample.py --check    # exits 1 if the files there differ
@@ -61,13 +61,37 @@ def entry(rng: random.Random, places: str, keepers: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": "\n".join(lines)}
 
 
+def talk(rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    """One row: the office asks a keeper by radio, who answers in short reports."""
+    pick = lambda words, mark=",": rng.choice(words.split(mark))  # noqa: E731
+    place, keeper, wind, knots = pick(PLACES), pick(KEEPERS), pick(WINDS), rng.randrange(2, 48)
+    asked = {
+        "How is the weather?": f"Wind {wind}, {knots} knots. Sky {pick(SKIES)}. Over.",
+        "What of the sea?": f"Sea {pick(SEAS)} at {place}. Over.",
+        "Any ships?": f"I see {pick(SHIPS)}, {pick(COURSES)}. Over.",
+        "What have you done today?": f"I {pick(WORKS, '|')}. Over.",
+        "Anything else?": f"{pick(NOTES, '|')} Over.",
+    }
+    messages = [
+        {"role": "user", "content": f"Office to {place}. Who is on duty?"},
+        {"role": "assistant", "content": f"{place} here. {keeper} on duty. Over."},
+    ]
+    for question in rng.sample(sorted(asked), 2):
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": asked[question]},
+        ]
+    return {"messages": messages}
+
+
 def files() -> dict[str, str]:
     """Name -> content of every sample file; the same at every call."""
     rng = random.Random("peftx sample")
     train = [entry(rng, PLACES, KEEPERS) for _ in range(300)]
     held_out = [entry(rng, HELD_OUT_PLACES, HELD_OUT_KEEPERS) for _ in range(60)]
     calibration = [entry(rng, PLACES, KEEPERS) for _ in range(60)]
-    jsonl = {"train.jsonl": train, "held_out.jsonl": held_out}
+    talks = [talk(rng) for _ in range(50)]
+    jsonl = {"train.jsonl": train, "held_out.jsonl": held_out, "dialogues.jsonl": talks}
     texts = {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in jsonl.items()}
     texts["calibration.txt"] = (
         "\n\n".join(f"{row['prompt']} {row['completion']}" for row in calibration) + "\n"

@@ -106,22 +106,37 @@ def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
 
 def _unfit(members: Sequence[Member]) -> tuple[Member, Member, str] | None:
     """The first pair: a plugin that narrowed the rows' format, and a later one that takes none of what is left."""
-    formats, by = frozenset[str](), None  # empty: any
+    formats: frozenset[str] | None = None  # any
+    by = members[0] if members else None
     for member in members:
-        takes = frozenset(member.plugin.takes)
-        if takes and formats and not takes & formats:
-            assert by is not None
-            verb = "leaves" if by.plugin.gives else "trains on"
-            reason = (
-                f"{by} {verb} rows of format {' or '.join(sorted(formats))}, and {member} trains on "
-                f"{' or '.join(sorted(takes))}"
-            )
-            return by, member, reason
-        if takes:
-            formats, by = (takes & formats or takes), member
-        if member.plugin.gives:
-            formats, by = frozenset({member.plugin.gives}), member
+        if takes := frozenset(member.plugin.takes):
+            left = takes if formats is None else takes & formats
+            if not left:
+                assert by is not None
+                assert formats is not None
+                verb = "leaves" if by.plugin.gives else "trains on"
+                reason = (
+                    f"{by} {verb} rows of format {' or '.join(sorted(formats))}, and {member} trains on "
+                    f"{' or '.join(sorted(takes))}"
+                )
+                return by, member, reason
+            formats, by = left, member
+        if member.plugin.gives and formats is not None:
+            formats, by = frozenset(member.plugin.gives.get(f, f) for f in formats), member
     return None
+
+
+def starting_format(members: Sequence[Member]) -> str | None:
+    """A format of rows that goes through all `prepare_data` hooks; None: any does."""
+    candidates = next((member.plugin.takes for member in members if member.plugin.takes), ())
+    for candidate in candidates:
+        now, fits = candidate, True
+        for member in members:
+            fits = fits and (not member.plugin.takes or now in member.plugin.takes)
+            now = member.plugin.gives.get(now, now)
+        if fits:
+            return candidate
+    return candidates[0] if candidates else None
 
 
 def check(members: Sequence[Member]) -> None:
@@ -144,7 +159,8 @@ def rules(plugin: type[Plugin] | Plugin) -> list[str]:
     if Claim.NEEDS_GRADIENTS in own:
         found.append(f"not beside a plugin that claims {Claim.REPLACES_STEP}")
     if plugin.takes:
-        gives = f", and leaves {plugin.gives}" if plugin.gives else ""
+        made = sorted(set(plugin.gives.values()))
+        gives = f", and leaves {' or '.join(made)}" if made else ""
         found.append(f"trains on rows of format {' or '.join(plugin.takes)}{gives}")
     if Claim.FINAL in own:
         found.append("after every plugin that changes the model")

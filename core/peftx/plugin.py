@@ -100,8 +100,8 @@ class Plugin:
     """Options with which the plugin runs on a model of width 32, where the defaults do not: required ones, sizes."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Formats of the rows that the plugin trains on (`peftx.data.FORMATS`); any if empty."""
-    gives: ClassVar[str] = ""
-    """Format of the rows that its `prepare_data` leaves behind; empty: that which it got."""
+    gives: ClassVar[Mapping[str, str]] = {}
+    """What `prepare_data` makes of the rows, where it is another format: taken -> left behind."""
 
     def __init__(self, config: PluginConfig | None = None, /, **options: Any) -> None:
         if config is None:

@@ -140,6 +140,13 @@ class Stack:
             hint=nearest(id, self.plugins) or f"its plugins: {', '.join(self.plugins)}",
         )
 
+    def id_of(self, plugin: Plugin) -> str:
+        """Under which id a plugin object stands in this stack. Raises PeftxError where it does not."""
+        for id, other in self.plugins.items():
+            if other is plugin:
+                return id
+        raise PeftxError(f"this {type(plugin).__name__} does not stand in the stack")
+
     def view(self, id: str, *, restoring: bool = False) -> ModelView:
         """The model as plugin `id` may change it."""
         rank = [member.id for member in self.members].index(self.member(id).id)

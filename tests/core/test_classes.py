@@ -147,7 +147,7 @@ class Rewrites(Plugin):
     """Makes preferences of messages."""
 
     takes = ("messages",)
-    gives = "preference"
+    gives = {"messages": "preference"}
 
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None: ...

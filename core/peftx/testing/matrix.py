@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 import peftx
-from peftx.conflicts import Member, find_conflicts
+from peftx.conflicts import Member, find_conflicts, starting_format
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.hooks import HOOKS
 from peftx.plugin import Plugin
@@ -36,7 +36,7 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
-LENGTH = 96  # tokens of a row at most
+LENGTH = 128  # tokens of a row at most
 STEPS = 2
 
 
@@ -176,10 +176,8 @@ def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
 
 
 def _rows(members: Sequence[Member]) -> list[Mapping[str, Any]]:
-    """Rows of a format that the first plugin which has a wish takes."""
-    wishes = next((member.plugin.takes for member in members if member.plugin.takes), ("prompt-completion",))
-    narrowed = [f for f in wishes if all(not m.plugin.takes or f in m.plugin.takes for m in members)]
-    return list(ROWS_BY_FORMAT[(narrowed or wishes)[0]])
+    """Rows of a format that goes through."""
+    return list(ROWS_BY_FORMAT[starting_format(members) or "prompt-completion"])
 
 
 def _arch(*names: str) -> str:

@@ -191,6 +191,8 @@ class MosaicIt(Plugin):
     Config = MosaicItConfig
     claims = {Claim.DATA_ONLY}
     config: MosaicItConfig
+    takes = ("prompt-completion", "messages", "classification")
+    gives = {"classification": "prompt-completion"}
 
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None:
