@@ -75,6 +75,14 @@ def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
                     f"{other} needs gradients, and {step} replaces the training step by one that makes none"
                 )
                 found.append(Conflict(one.id, two.id, (Claim.REPLACES_STEP, Claim.NEEDS_GRADIENTS), reason))
+        for row, soft in ((one, two), (two, one)):
+            if row.claims(Claim.OWN_LAYOUT) and soft.claims(Claim.VIRTUAL_TOKENS):
+                reason = (
+                    f"{row} lays its rows out with positions and a mask of its own, and the soft tokens of {soft} "
+                    "would stand in front of the first text alone"
+                )
+                claims = (Claim.OWN_LAYOUT, Claim.VIRTUAL_TOKENS)
+                found.append(Conflict(one.id, two.id, claims, reason))
         if one.claims(Claim.FINAL) and two.acts_on_weights:
             reason = (
                 f"{one} measures and compresses the finished model, so {two}, which comes after it and changes the "
@@ -158,6 +166,10 @@ def rules(plugin: type[Plugin] | Plugin) -> list[str]:
         found.append(f"not beside a plugin that claims {Claim.NEEDS_GRADIENTS}")
     if Claim.NEEDS_GRADIENTS in own:
         found.append(f"not beside a plugin that claims {Claim.REPLACES_STEP}")
+    if Claim.OWN_LAYOUT in own:
+        found.append(f"not beside a plugin that claims {Claim.VIRTUAL_TOKENS}")
+    if Claim.VIRTUAL_TOKENS in own:
+        found.append(f"not beside a plugin that claims {Claim.OWN_LAYOUT}")
     if plugin.takes:
         made = sorted(set(plugin.gives.values()))
         gives = f", and leaves {' or '.join(made)}" if made else ""

@@ -64,6 +64,8 @@ class Claim(StrEnum):
     """`inject` attaches nothing to a linear layer (soft tokens, attention, norms, block outputs)."""
     VIRTUAL_TOKENS = "virtual-tokens"
     """Puts soft tokens in front of the input."""
+    OWN_LAYOUT = "own-layout"
+    """Lays several texts out in one row, with positions and a 4-D mask of its own."""
     PREFIX_CACHE = "prefix-cache"
     """Puts keys and values in front of the cache."""
     CHANGES_VOCABULARY = "changes-vocabulary"
@@ -98,6 +100,8 @@ class Plugin:
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Options with which the plugin runs on a model of width 32, where the defaults do not: required ones, sizes."""
+    example_rows: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Rows to try it on, where those that its format has anyway do not do (further columns)."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Formats of the rows that the plugin trains on (`peftx.data.FORMATS`); any if empty."""
     gives: ClassVar[Mapping[str, str]] = {}

@@ -30,9 +30,7 @@ def test_the_page_and_its_json(tmp_path: Path) -> None:
         (["mezzo"], "mezo"),
     ],
 )
-def test_bad_input(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["matrix", "lora", *arguments])
     assert result.exit_code == 2

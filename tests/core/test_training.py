@@ -306,3 +306,12 @@ def test_state_with_tensors_keeps_bits(tmp_path: Path) -> None:
     assert found["lr"] == 0.1
     assert all(torch.equal(found["state"][0][k], state["state"][0][k]) for k in ("step", "m"))
     assert found["state"][0]["m"].dtype == torch.bfloat16
+
+
+def test_a_column_that_the_first_row_lacks_is_kept() -> None:
+    from peftx.training.run import as_training_data
+
+    stack = Stack(tiny("llama"), [], tokenizer=tiny_tokenizer())
+    rows = [{"text": "one"}, {"text": "two", "weight": 3}]
+    data = as_training_data(stack, rows, seed=0, max_length=8)
+    assert data.train.to_list() == [{"text": "one", "weight": None}, {"text": "two", "weight": 3}]

@@ -13,7 +13,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml")
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} == {"dialogues", "mosaic-lora-deft-prefixquant", "prompt-lora-mezo"}
+    assert {path.stem for path in RECIPES} == {
+        "dialogues",
+        "mosaic-lora-deft-prefixquant",
+        "prompt-lora-mezo",
+    }
 
 
 @pytest.mark.slow

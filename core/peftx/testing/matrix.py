@@ -176,7 +176,10 @@ def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
 
 
 def _rows(members: Sequence[Member]) -> list[Mapping[str, Any]]:
-    """Rows of a format that goes through."""
+    """A plugin's own examples, else rows of a format that goes through."""
+    own = next((member.plugin.example_rows for member in members if member.plugin.example_rows), None)
+    if own is not None:
+        return list(own)
     return list(ROWS_BY_FORMAT[starting_format(members) or "prompt-completion"])
 
 

@@ -104,7 +104,9 @@ class Subject:
 
 
 def default_rows(plugin: type[Plugin]) -> Sequence[Mapping[str, Any]]:
-    """Rows of the first format that the plugin takes."""
+    """The plugin's own examples, else rows of the first format that it takes."""
+    if plugin.example_rows:
+        return plugin.example_rows
     return ROWS_BY_FORMAT[plugin.takes[0]] if plugin.takes else ROWS
 
 

@@ -89,7 +89,11 @@ def as_training_data(
     else:
         if not len(data):
             raise DataError("no rows to train on")
-        rows = data if isinstance(data, Dataset) else Dataset.from_list(list(data))
+        if isinstance(data, Dataset):
+            rows = data
+        else:  # `Dataset.from_list` would drop the columns that the first row lacks
+            names = dict.fromkeys(name for row in data for name in row)
+            rows = Dataset.from_dict({name: [row.get(name) for row in data] for name in names})
         kind = format if format != "auto" else _kind_of(set(rows.column_names))
     return TrainingData(
         train=rows, eval=None, tokenizer=stack.tokenizer, seed=seed, format=kind, max_length=max_length

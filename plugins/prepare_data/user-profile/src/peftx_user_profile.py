@@ -1,0 +1,381 @@
+"""User profiles: a language model makes and updates key-value profiles of a person, and says how sure it is.
+
+No paper; from the abstract of "LLM-based User Profile construction and updating". A profile P = {(key_i, value_i)} is
+written as lines `key: value` (JSON strings where a key or value would not survive that), so parse(serialise(P)) = P.
+
+    construction   p(P  | T)           T: a passage
+    updating       p(P' | P, T')       T': a new text; fields that it leaves alone stay, others change, new ones come
+    loss         = - sum_t log p(w_t | w_<t, prompt)        w: the tokens of the serialised target alone, and EOS
+
+Updating pairs can be made of construction rows: P is the gold profile of T with fields left out or given the value of
+another row, P' the gold profile, so the edit is known. Generated profiles are compared with the gold ones:
+
+    precision = matched / generated,  recall = matched / gold,  F1 = 2 matched / (generated + gold)       over all rows
+    p(value_i | key_i, fields before, prompt) = prod of the probabilities of the value's tokens and of what ends it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from pydantic import Field
+
+from peftx import Evaluation, Plugin, PluginConfig, TrainingData, hookimpl
+from peftx.data import prompt_ids, text_ids
+from peftx.errors import DataError, UnsupportedError
+from peftx.evaluation import Request, bootstrap_ratio, evaluating, score_requests, wilson_interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Profile = dict[str, str]
+EMPTY = "none"  # an empty profile's line; it has no colon, so it reads as no field
+KINDS = ("kept", "changed", "added", "removed")
+
+
+class UserProfileConfig(PluginConfig):
+    """Options of user profiles."""
+
+    updates: float = Field(
+        0.0, ge=0, le=1, description="share of construction rows that give an updating row too"
+    )
+    fuzzy: float = Field(
+        0.8, gt=0, le=1, description="least similarity at which the fuzzy scores match two values"
+    )
+    max_new_tokens: int = Field(128, ge=1, description="tokens that a generated profile may have")
+    batch_size: int = Field(8, ge=1, description="rows that are generated and scored at once")
+    probabilities: bool = Field(
+        True, description="evaluate p(value | key, ...) of gold and of generated fields"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- profiles
+def serialise(profile: Mapping[str, str]) -> str:
+    """One line a field, in the profile's order."""
+    lines = [f"{_quoted(key, plain=':' not in key)}: {_quoted(value)}" for key, value in profile.items()]
+    return "\n".join(lines) or EMPTY
+
+
+def _quoted(text: str, *, plain: bool = True) -> str:
+    plain = plain and bool(text) and text.isprintable() and text == text.strip() and text[0] != '"'
+    return text if plain else json.dumps(text)
+
+
+def parse(text: str) -> Profile:
+    """The fields of a text; a line that is no field is left out, and a key's first value counts."""
+    profile: Profile = {}
+    for line in text.split("\n"):
+        key, rest = _unquoted(line.strip(), until=":")
+        if key is not None and rest.startswith(":"):
+            value, after = _unquoted(rest[1:].strip(), until=None)
+            profile.setdefault(key, rest[1:].strip() if value is None or after else value)
+    return profile
+
+
+def _unquoted(text: str, *, until: str | None) -> tuple[str | None, str]:
+    """A JSON string, else what stands before `until`; and the rest of the text. None: neither is there."""
+    if text.startswith('"'):
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except ValueError:
+            return None, text
+        return value, text[end:].lstrip()
+    value, found, rest = text.partition(until) if until is not None else (text, "", "")
+    return value.strip() or None, found + rest
+
+
+def normalise(text: str) -> str:
+    """Case folded, letters and digits only (if there are any), one space between words: `Home_City` is `home city`."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold())) or text
+
+
+def matched(predicted: Profile, gold: Profile, fuzzy: float | None = None) -> set[str]:
+    """Keys of `gold` whose field is predicted: the same strings; with `fuzzy`, keys alike when normalised, and values
+    too, or similar by 2 M / T of `difflib` on the normalised ones."""
+    if fuzzy is None:
+        return {key for key, value in gold.items() if predicted.get(key) == value}
+    values = {normalise(key): normalise(value) for key, value in predicted.items()}
+    found = set()
+    for key, value in gold.items():
+        other, own = values.get(normalise(key)), normalise(value)
+        if other is not None and (other == own or SequenceMatcher(None, other, own).ratio() >= fuzzy):
+            found.add(key)
+    return found
+
+
+def edits(old: Profile, gold: Profile, predicted: Profile) -> Counter[str]:
+    """Of an update, for each kind of field how many there are, and `<kind> right`; `edits` and `spurious`: fields that
+    the prediction changed or added, and those of them that are not gold."""
+    found: Counter[str] = Counter()
+    for key in old | gold:
+        same, was, stays = old.get(key) == gold.get(key), key in old, key in gold
+        kind = "kept" if same else "added" if not was else "changed" if stays else "removed"
+        found[kind] += 1
+        found[f"{kind} right"] += predicted.get(key) == gold.get(key)
+    made = [key for key, value in predicted.items() if old.get(key) != value]
+    found["edits"] = len(made)
+    found["spurious"] = sum(predicted[key] != gold.get(key) for key in made)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- rows
+@dataclass(frozen=True)
+class Task:
+    """One example: construction where `old` is None, else updating."""
+
+    text: str
+    gold: Profile
+    old: Profile | None = None
+
+    @property
+    def name(self) -> str:
+        return "construction" if self.old is None else "updating"
+
+    @property
+    def prompt(self) -> str:
+        if self.old is None:
+            return f"Text: {self.text}\n\nProfile:\n"
+        return f"Old profile:\n{serialise(self.old)}\n\nText: {self.text}\n\nNew profile:\n"
+
+
+def read_task(row: Mapping[str, Any], where: str) -> Task:
+    """A row with `text`, `profile`, and for updating `old_profile`; DataError for one that cannot be learned."""
+    text, gold = row.get("text"), row.get("profile")
+    if not isinstance(text, str) or gold is None:
+        raise DataError(f"user-profile: {where} needs 'text' and 'profile'; it has {', '.join(row)}")
+    old = row.get("old_profile")
+    task = Task(
+        text.strip(),
+        read_profile(gold, f"{where}, profile"),
+        None if old is None else read_profile(old, f"{where}, old_profile"),
+    )
+    if not task.text and task.old is None:
+        raise DataError(f"user-profile: {where} has an empty text, and a profile is made of one")
+    if not task.text and task.old != task.gold:
+        raise DataError(f"user-profile: {where} has an empty text, and yet the profile changes")
+    return task
+
+
+def read_profile(value: Any, where: str) -> Profile:
+    """An object of strings, or its JSON text. A null is a field that is not there, as tables fill missing columns."""
+    pairs = value
+    if isinstance(value, str):
+        try:
+            pairs = json.loads(value, object_pairs_hook=tuple)
+        except ValueError as error:
+            raise DataError(f"user-profile: {where} is no JSON: {error}", hint='{"name": "Ann"}') from error
+    pairs = tuple(pairs.items()) if isinstance(pairs, Mapping) else pairs
+    if not isinstance(pairs, tuple):
+        raise DataError(f"user-profile: {where} must be an object of strings, got {value!r:.60}")
+    profile: Profile = {}
+    seen: dict[str, str] = {}
+    for key, item in pairs:
+        if item is None:
+            continue
+        if not isinstance(item, str) or not item.strip() or not key.strip():
+            raise DataError(
+                f"user-profile: {where}: {key!r} is {item!r}; keys and values are texts, not empty"
+            )
+        name = normalise(key)
+        if name in seen:
+            raise DataError(
+                f"user-profile: {where}: the keys {seen[name]!r} and {key!r} clash: both read as {name!r}",
+                hint="give each field a name of its own, beyond case and punctuation",
+            )
+        seen[name], profile[key] = key, item
+    return profile
+
+
+def perturb(gold: Profile, others: Mapping[str, list[str]], rng: Random) -> Profile:
+    """The gold profile with one field at least, and each other one with chance 1/3, left out or given another value."""
+    certain = rng.choice(list(gold))
+    old = {}
+    for key, value in gold.items():
+        edited = key == certain or rng.random() < 1 / 3
+        choices = [other for other in others[key] if other != value]
+        if not edited:
+            old[key] = value
+        elif choices and rng.random() < 1 / 2:
+            old[key] = rng.choice(choices)
+    return old
+
+
+# --------------------------------------------------------------------------------------------------- probabilities
+def field_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, Profile]],
+    batch_size: int = 8,
+) -> list[dict[str, float]]:
+    """p(value_i | key_i, fields before, prompt) for pairs of a prompt and a profile, given or generated."""
+    if model.config.is_encoder_decoder or not tokenizer.is_fast:
+        raise UnsupportedError(
+            "user-profile: probabilities of fields need a decoder and a fast tokenizer",
+            hint="set probabilities: false",
+        )
+    requests, places = [], []
+    for prompt, profile in pairs:
+        completion = serialise(profile)
+        found = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        target = [*found["input_ids"], tokenizer.eos_token_id]
+        offsets = [*found["offset_mapping"], (len(completion), len(completion) + 1)]
+        head = prompt_ids(tokenizer, prompt)
+        requests.append(Request(inputs=head + target[:-1], first=len(head) - 1, targets=[target]))
+        at, spans = 0, {}
+        for line, key in zip(completion.split("\n"), profile, strict=False):
+            end = at + len(line) + 1  # with the line break or EOS that says that the value is over
+            value = end - 1 - len(_quoted(profile[key]))
+            spans[key] = [i for i, (a, b) in enumerate(offsets) if b > value and a < end]
+            at = end
+        places.append(spans)
+    scores = score_requests(
+        model, requests, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id or 0, device=model.device
+    )
+    return [
+        {key: math.exp(float(logs[0][tokens].sum())) for key, tokens in spans.items()}
+        for logs, spans in zip(scores, places, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- plugin
+class UserProfile(Plugin):
+    """See the module."""
+
+    Config = UserProfileConfig
+    config: UserProfileConfig
+    takes = ("text",)  # with `profile` beside it
+    gives = {"text": "prompt-completion"}
+    example = {"max_new_tokens": 24}
+    example_rows = (
+        {"text": "I am Ann, from Rome.", "profile": {"name": "Ann", "city": "Rome"}},
+        {"text": "Moved to Oslo.", "old_profile": {"city": "Rome"}, "profile": {"city": "Oslo"}},
+        {"text": "Hello!", "old_profile": {"job": "cook"}, "profile": {"job": "cook"}},
+    )
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        """Rows with `text`, `profile` and perhaps `old_profile` become prompts and completions."""
+        if data.train is not None:
+            tasks = _tasks(data.train)
+            data.train = self._rows(tasks + self._made(tasks, data.rng("user-profile")), data)
+        if data.eval is not None:
+            data.eval = self._rows(_tasks(data.eval), data)
+        data.format = "prompt-completion"
+
+    def _made(self, tasks: list[Task], rng: Random) -> list[Task]:
+        chosen = [
+            task for task in tasks if task.old is None and task.gold and rng.random() < self.config.updates
+        ]
+        if self.config.updates and not any(task.old is None and task.gold for task in tasks):
+            raise DataError(
+                f"user-profile: updates is {self.config.updates}, and no row is a construction with fields",
+                hint="leave updates out; the rows are updates already",
+            )
+        others: dict[str, list[str]] = {}
+        for task in tasks:
+            for key, value in task.gold.items():
+                others.setdefault(key, []).append(value)
+        return [Task(task.text, task.gold, perturb(task.gold, others, rng)) for task in chosen]
+
+    @staticmethod
+    def _rows(tasks: list[Task], data: TrainingData) -> Dataset:
+        rows = []
+        for task in tasks:
+            completion = serialise(task.gold)
+            length = (
+                len(prompt_ids(data.tokenizer, task.prompt)) + len(text_ids(data.tokenizer, completion)) + 1
+            )
+            if length > data.max_length:
+                raise DataError(
+                    f"user-profile: a row of {task.name} has {length} tokens, max_length is {data.max_length}, and "
+                    f"what is cut may hold fields: {task.text!r:.60}",
+                    hint="raise max_length, or leave out long rows",
+                )
+            rows.append({"prompt": task.prompt, "completion": completion, "task": task.name})
+        return Dataset.from_list(rows)
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Add the scores of the module for each task that has rows: see the README."""
+        tasks = _tasks(evaluation.rows("eval"))
+        stack, size = evaluation.stack, self.config.batch_size
+        answers: list[Profile] = []
+        for begin in range(0, len(tasks), size):
+            prompts = [task.prompt for task in tasks[begin : begin + size]]
+            texts = stack.generate(prompts, max_new_tokens=self.config.max_new_tokens, do_sample=False)
+            answers += [parse(text) for text in texts]
+        for name in ("construction", "updating"):
+            chosen = [
+                (task, answer) for task, answer in zip(tasks, answers, strict=True) if task.name == name
+            ]
+            if chosen:
+                self._score(evaluation, name, chosen)
+                if self.config.probabilities:
+                    with evaluating(stack.model):
+                        self._believe(evaluation, name, chosen)
+
+    def _score(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
+        sizes = [(len(answer), len(task.gold)) for task, answer in pairs]
+        for label, fuzzy in (("", None), ("fuzzy-", self.config.fuzzy)):
+            hits = [len(matched(answer, task.gold, fuzzy)) for task, answer in pairs]
+            _ratio(evaluation, f"{name}/{label}precision", hits, [p for p, _ in sizes], sizes)
+            _ratio(evaluation, f"{name}/{label}recall", hits, [g for _, g in sizes], sizes)
+            _ratio(
+                evaluation, f"{name}/{label}f1", [2 * hit for hit in hits], [p + g for p, g in sizes], sizes
+            )
+        if name == "updating":
+            found = sum((edits(task.old or {}, task.gold, answer) for task, answer in pairs), Counter())
+            shares = [(kind, found[f"{kind} right"], found[kind]) for kind in KINDS]
+            for kind, part, whole in (*shares, ("spurious", found["spurious"], found["edits"])):
+                if whole:
+                    low, high = wilson_interval(part, whole)
+                    evaluation.add(f"updating/{kind}", part / whole, low, high, whole)
+
+    def _believe(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
+        model, tokenizer = evaluation.stack.model, evaluation.stack.tokenizer
+        profiles = [
+            [(task.prompt, task.gold) for task, _ in pairs],
+            [(t.prompt, answer) for t, answer in pairs],
+        ]
+        gold, own = (field_probabilities(model, tokenizer, some, self.config.batch_size) for some in profiles)
+        groups: dict[str, list[float]] = {
+            "probability": [p for fields in gold for p in fields.values()],
+            "probability-right": [],
+            "probability-wrong": [],
+        }
+        for (task, answer), fields in zip(pairs, own, strict=True):
+            for key, p in fields.items():
+                right = answer[key] == task.gold.get(key)
+                groups["probability-right" if right else "probability-wrong"].append(p)
+        for label, values in groups.items():
+            if values:
+                evaluation.add(f"{name}/{label}", sum(values) / len(values), count=len(values))
+
+
+def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Task]:
+    tasks = [read_task(row, f"row {index} (counting from 0)") for index, row in enumerate(rows)]
+    if not tasks:
+        raise DataError("user-profile: there are no rows")
+    return tasks
+
+
+def _ratio(
+    evaluation: Evaluation, name: str, top: list[int], bottom: list[int], sizes: list[tuple[int, int]]
+) -> None:
+    """sum(top) / sum(bottom), rows drawn again for its interval; without any field on both sides 1, on one side 0."""
+    used = [(a, b) for a, b in zip(top, bottom, strict=True) if b]
+    if not used:
+        evaluation.add(name, float(not any(map(any, sizes))), count=0)
+        return
+    tops, bottoms = zip(*used, strict=True)
+    ends = bootstrap_ratio(tops, bottoms) or (None, None)
+    evaluation.add(name, sum(tops) / sum(bottoms), *ends, count=sum(bottoms))

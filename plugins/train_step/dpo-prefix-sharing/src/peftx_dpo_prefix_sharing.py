@@ -1,0 +1,253 @@
+"""DPO with prefix sharing: prompt, chosen and rejected answer in one row, so that the prompt is computed once.
+
+"Accelerating Direct Preference Optimization with Prefix Sharing" (arXiv:2410.20305). A prompt x of P tokens, the chosen
+answer y_w and the rejected one y_l become one row of P + |y_w| + |y_l| + 1 tokens, where two rows have P more:
+
+    s = [x_1 .. x_P ; y_w ; x_P ; y_l]        x_P stands twice, so each branch predicts its first token from its own
+
+With c the place of the first x_P and r that of the second, token i sees token j <= i unless i >= r and c <= j < r. Let
+part be 0 before c, 1 from c, 2 from r on:
+
+    visible[i, j] = j <= i and (part(j) = 0 or part(j) = part(i))                     [T, T]
+    position[i]   = sum_j visible[i, j] - 1             [T]; the second x_P gets that of the first, P - 1
+
+Token, position and visible context are those of the rows [x; y_w] and [x; y_l], so log-probabilities and gradients are
+too. With the reference, the model before training:
+
+    h    = log p(y_w|x) - log p(y_l|x) - (the same of the reference)
+    loss = -log sigmoid(beta h)   or   max(0, 1 - beta h)   or   (h - 1 / (2 beta))**2       mean over the triples
+
+Packed, a row holds several triples, and a token sees none of another triple.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from collections.abc import Generator, Sequence
+from typing import Literal
+
+import torch
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx.data import IGNORE, encode_pair, prompt_ids
+from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.evaluation import evaluating
+
+Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
+Loss = Literal["sigmoid", "hinge", "ipo"]
+
+
+class DpoPrefixSharingConfig(PluginConfig):
+    """Options of DPO with prefix sharing."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+    loss: Loss = Field("sigmoid", description="sigmoid is DPO, hinge SLiC, ipo IPO")
+    packing: bool = Field(False, description="put several triples into a row, as many as max_length holds")
+
+
+def join(prompt: list[int], chosen: list[int], rejected: list[int]) -> Triple:
+    """s of one triple; the labels are the answers, the prompt's last token and its copy begin parts 1 and 2."""
+    ids = [*prompt, *chosen, prompt[-1], *rejected]
+    labels = [IGNORE] * len(prompt) + chosen + [IGNORE] + rejected
+    parts = [0] * (len(prompt) - 1) + [1] * (len(chosen) + 1) + [2] * (len(rejected) + 1)
+    return ids, labels, parts
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in bins: longest first, each into the bin with the most room."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (-room, bin), a heap
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not room or -room[0][0] < lengths[index]:
+            heapq.heappush(room, (-capacity, len(bins)))
+            bins.append([])
+        free, place = room[0]
+        bins[place].append(index)
+        heapq.heapreplace(room, (free + lengths[index], place))
+    return bins
+
+
+def layout(segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mask and positions of rows.
+
+    Args:
+        segments: [B, T] int64, 1 + 3 * (number of the triple in its row) + part; 0 on pads.
+
+    Returns:
+        The mask to add to the attention scores [B, 1, T, T], and positions [B, T].
+    """
+    triple, part = (
+        (segments - 1).div(3, rounding_mode="floor"),
+        (segments - 1) % 3,
+    )  # [B, T]; -1 and 2 on pads
+    same = triple[:, :, None] == triple[:, None, :]
+    visible = (same & ((part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :]))).tril()  # [B, T, T]
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None], visible.sum(-1) - 1
+
+
+def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p of each labelled token, row by row: [number of labels], float32."""
+    kept = labels[:, 1:] != IGNORE  # [B, T - 1]
+    return -cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept], reduction="none")
+
+
+def answer_log_probs(logits: Tensor, labels: Tensor, segments: Tensor) -> Tensor:
+    """log p(y_w|x), log p(y_l|x) of every triple: [triples, 2]."""
+    scores = token_log_probs(logits, labels)
+    code = (segments - 1)[:, 1:]
+    rows = torch.arange(len(code), device=code.device)[:, None] * (int(code.max()) // 3 + 1)
+    kept = labels[:, 1:] != IGNORE
+    _, triple = (rows + code.div(3, rounding_mode="floor"))[kept].unique(return_inverse=True)
+    sums = scores.new_zeros(2 * (int(triple.max()) + 1))
+    return sums.index_add(0, 2 * triple + (code % 3)[kept] - 1, scores).view(-1, 2)
+
+
+def preference_loss(h: Tensor, beta: float, loss: Loss) -> Tensor:
+    """h: [triples] -> the loss of each."""
+    if loss == "sigmoid":
+        return -logsigmoid(beta * h)
+    return (1 - beta * h).clamp(min=0) if loss == "hinge" else (h - 1 / (2 * beta)).square()
+
+
+class DpoPrefixSharing(Plugin):
+    """See the module."""
+
+    Config = DpoPrefixSharingConfig
+    claims = {Claim.OWN_LAYOUT}
+    takes = ("preference",)
+    gives = {"preference": "tokenized"}
+    architectures = ("mistral",)
+    config: DpoPrefixSharingConfig
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
+        """`preference` rows -> `tokenized` ones; `token_type_ids` hold the segments."""
+        if data.format != "preference":
+            raise UnsupportedError(
+                f"dpo-prefix-sharing: the rows are of format '{data.format}', and it trains on preferences",
+                hint="give rows with prompt, chosen and rejected",
+            )
+        self._check_model(stack)
+        if data.train is not None:
+            data.train = self._rows(data.train, data, stack)
+        if data.eval is not None:
+            data.eval = self._rows(data.eval, data, stack)
+        data.format = "tokenized"
+
+    def _rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
+        triples = [self._triple(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
+        if not triples:
+            raise DataError("dpo-prefix-sharing: there are no rows to train on")
+        lengths = [len(ids) for ids, _, _ in triples]
+        prove(stack, triples[lengths.index(max(lengths))])
+        bins = pack(lengths, data.max_length) if self.config.packing else [[i] for i in range(len(triples))]
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "token_type_ids": []}
+        for chosen in bins:
+            columns["input_ids"].append([token for i in chosen for token in triples[i][0]])
+            columns["labels"].append([label for i in chosen for label in triples[i][1]])
+            columns["token_type_ids"].append(
+                [1 + 3 * number + part for number, i in enumerate(chosen) for part in triples[i][2]]
+            )
+        return Dataset.from_dict(columns)
+
+    @staticmethod
+    def _triple(row: dict[str, str], where: str, data: TrainingData) -> Triple:
+        """The prompt is tokenized alone and cut once, at its left behind BOS, so both branches have the same."""
+        tokenizer, answers = data.tokenizer, []
+        prompt, frame = prompt_ids(tokenizer, row["prompt"]), prompt_ids(tokenizer, "")
+        if not prompt:
+            raise DataError(f"{where} has no prompt, and the tokenizer no BOS that an answer could follow")
+        for name in ("chosen", "rejected"):
+            pair = encode_pair(
+                tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
+            )
+            answers.append([label for label in pair.labels if label != IGNORE])
+        room = data.max_length - sum(map(len, answers)) - 1
+        if room < len(frame) + 1:
+            raise DataError(
+                f"{where}: the answers have {len(answers[0])} and {len(answers[1])} tokens with EOS, which leaves no "
+                f"room for the prompt in max_length {data.max_length}",
+                hint="a row holds both answers: raise max_length, or leave out long answers",
+            )
+        body = prompt[len(frame) :]
+        cut = frame + body[max(0, len(body) - room + len(frame)) :]
+        return join(cut, answers[0], answers[1])
+
+    @staticmethod
+    def _check_model(stack: Stack) -> None:
+        model = stack.model
+        name = type(model).__name__
+        if (
+            model.config.is_encoder_decoder
+            or "position_ids" not in inspect.signature(model.forward).parameters
+        ):
+            raise ArchitectureError(
+                f"dpo-prefix-sharing: {name} takes no positions for a row with two branches",
+                hint="use a decoder with positions that can be given (Llama, Mistral, Qwen, GPT-2)",
+            )
+        attention = str(model.config._attn_implementation)
+        if not attention.endswith(("eager", "sdpa")):
+            raise ArchitectureError(
+                f"dpo-prefix-sharing: the attention '{attention}' of {name} takes no mask of our own",
+                hint="load the model with attn_implementation='sdpa'",
+            )
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        batch = dict(step.batch)
+        if "token_type_ids" not in batch or "labels" not in batch:
+            raise PeftxError(
+                f"dpo-prefix-sharing: the batch has {', '.join(batch)}; it needs labels and token_type_ids",
+                hint="train on preference rows; in a loop of your own, on those that stack.prepare returns",
+            )
+        segments, labels = batch.pop("token_type_ids"), batch.pop("labels")
+        mask, positions = layout(segments, step.model.dtype)
+        step.batch = {**batch, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+        trained = [
+            id for id in step.stack.plugins if any(p.requires_grad for p in step.stack.ledger.parameters(id))
+        ]
+        with step.stack.disabled(*trained), evaluating(step.model):
+            reference = answer_log_probs(step.forward().logits, labels, segments)
+        reference = reference.clone()  # autograd takes no tensor of inference mode
+
+        def task() -> tuple[Tensor, object]:
+            outputs = step.forward()
+            ratio = answer_log_probs(outputs.logits, labels, segments) - reference  # [triples, 2]
+            h = ratio[:, 0] - ratio[:, 1]
+            return preference_loss(h, self.config.beta, self.config.loss).mean(), outputs
+
+        step.replace_task_loss(task)
+        return (yield)
+
+
+def prove(stack: Stack, triple: Triple) -> None:
+    """Raise unless the model gives the answers the same probabilities in one row and in two.
+
+    It does not where tokens are mixed otherwise than by the mask: sliding windows, recurrent layers, ALiBi, both ways.
+    """
+    model = stack.model
+    ids, labels, parts = (torch.tensor(values, device=model.device)[None] for values in triple)  # [1, T]
+    mask, positions = layout(parts + 1, model.dtype)
+    with evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        shared = token_log_probs(logits, labels)
+        rows = []
+        for part in (1, 2):
+            own = ((parts == 0) | (parts == part))[0]
+            logits = model(
+                input_ids=ids[:, own], attention_mask=torch.ones_like(ids[:, own]), use_cache=False
+            ).logits
+            rows.append(token_log_probs(logits, labels[:, own]))
+    wrong = float((shared - torch.cat(rows)).abs().max())
+    if not wrong <= (1e-3 if model.dtype == torch.float32 else 1.0):
+        raise ArchitectureError(
+            f"dpo-prefix-sharing: {type(model).__name__} does not keep to the mask: a token of the longest row, of "
+            f"{ids.shape[1]}, has another log-probability than in a row of its own, by {wrong:.3g}",
+            hint="sliding windows that are shorter than the row, ALiBi and recurrent layers do that",
+        )
