@@ -120,9 +120,7 @@ class Ledger:
             raise ArchitectureError(
                 f"{view.owner}: {site.path} is never called, so nothing can act on its output"
             )
-        kind = (
-            "weight" if site.kind in ("experts", "router") else "read" if site.read else kind_of(site.module)
-        )
+        kind = _carrier(site)
         _settle(delta, site.module, full_precision=delta.full_precision)
         attach(
             site.module, delta, name=name, owner=view.owner, rank=view.rank,
@@ -337,6 +335,15 @@ class Ledger:
             )
         for part in parts:
             part.switch(on)  # type: ignore[misc]
+
+
+def _carrier(site: Site) -> str:
+    """Which carrier a site needs."""
+    if site.kind in ("experts", "router"):
+        return "weight"
+    if site.called:
+        return "called"
+    return "read" if site.read else kind_of(site.module)
 
 
 def _cannot_unfold(owner: str) -> Callable[[], None]:

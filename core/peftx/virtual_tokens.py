@@ -34,7 +34,7 @@ class VirtualTokens(nn.Module):
         self.length = length
 
     def rows(self) -> Tensor:
-        """The embeddings, [P, hidden], in the embedding's dtype (before any scaling that the model applies)."""
+        """The embeddings, [P, hidden], in the embedding's dtype, as large as what the embedding returns."""
         raise NotImplementedError
 
 

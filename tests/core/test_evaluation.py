@@ -602,3 +602,16 @@ def test_data_is_found_by_name() -> None:
         run.rows("heldout")
     with pytest.raises(DataError, match="there is: none"):
         evaluation().rows("x")
+
+
+def test_soft_tokens_take_room_in_the_window() -> None:
+    from peftx import Stack
+    from peftx.testing.reference import ReferencePrompt
+
+    from peftx.testing import tiny, tiny_tokenizer
+
+    model, tokenizer = tiny("gpt2"), tiny_tokenizer()
+    before = context_window(model, tokenizer)
+    stack = Stack(model, [ReferencePrompt()], tokenizer=tokenizer)
+    (part,) = stack.ledger.of("reference-prompt")
+    assert context_window(model, tokenizer) == before - part.module.length

@@ -178,7 +178,9 @@ class Anatomy:
         for index in range(len(layers)):
             layer = f"{base}.{index}"
             for role, path in tower.roles.items():
-                self._add(role, path, layer, index, tower.name, read=role in tower.read)
+                self._add(
+                    role, path, layer, index, tower.name, read=role in tower.read, called=role in tower.called
+                )
             for fused in tower.fused:
                 self._add_fused(fused, layer, index, facts)
             for stack in tower.stacked:
@@ -230,11 +232,19 @@ class Anatomy:
         )  # fmt: skip
 
     def _add(
-        self, role: str, path: str, layer: str, index: int | None, tower: str, *, read: bool = False
+        self,
+        role: str,
+        path: str,
+        layer: str,
+        index: int | None,
+        tower: str,
+        *,
+        read: bool = False,
+        called: bool = False,
     ) -> None:
         hit = self._find(path, layer)
         if hit is not None:
-            self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read))
+            self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called))
 
     def _add_fused(self, fused: Fused, layer: str, index: int, facts: TowerFacts) -> None:
         hit = self._find(fused.path, layer)

@@ -42,6 +42,8 @@ class Site:
     """All roles of the matrix, if it holds several."""
     read: bool = False
     """Another module reads the weight without calling this one."""
+    called: bool = False
+    """It does so only where a fused kernel runs, and calls this one elsewhere."""
     view: ModelView | None = None
     """The plugin's view that this site was taken from; None outside a hook."""
 

@@ -47,6 +47,7 @@ class Tower:
         dispatch: `attention`, `cross_attention` -> module that calls the attention interface; `blocks`' if left out.
         read: roles whose weight another module reads without calling theirs (Mamba's `dt_proj`): a delta there is
             folded into the weight that is read.
+        called: those of `read` that are called after all, unless a fused kernel runs (Mamba's `x_proj`).
         config: path of the tower's own sub-config (`text_config`), empty for the model's own.
     """
 
@@ -59,6 +60,7 @@ class Tower:
     around: Mapping[str, str] = field(default_factory=dict)
     dispatch: Mapping[str, str] = field(default_factory=dict)
     read: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
     config: str = ""
 
 

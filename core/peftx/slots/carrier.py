@@ -183,8 +183,26 @@ class ReadCarrier(Carrier):
     def _peftx_fold(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         for entry in self._peftx_slot.folded.get("weight", ()):
-            weight, bias = _fold_rows(entry, weight, bias)
+            if entry.delta.can_fold():  # Mamba reads it in training also where the kernel is not there
+                weight, bias = _fold_rows(entry, weight, bias)
         return weight, bias
+
+
+class CalledCarrier(ReadCarrier):
+    """Linear layers that are called, but for a fused kernel that reads their weight. A call runs the deltas; what is
+    read has those folded in that fold, and a delta that does not must see for itself that it was called."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        slot = self._peftx_slot
+        if slot.nested:
+            return _nested(slot.nested, input, self._peftx_plain)
+        y = self._peftx_plain(input)
+        for delta in slot.run:
+            y = delta(input, y)
+        return y
+
+    def _peftx_plain(self, input: Tensor) -> Tensor:
+        return F.linear(input, self._parameters["weight"], self._parameters["bias"])
 
 
 _CARRIERS: dict[str, type[Carrier]] = {
@@ -192,6 +210,7 @@ _CARRIERS: dict[str, type[Carrier]] = {
     "linear": LinearCarrier,
     "weight": WeightCarrier,
     "read": ReadCarrier,
+    "called": CalledCarrier,
     "output": OutputCarrier,
 }
 

@@ -21,6 +21,7 @@ TABLE = Table(
             blocks={"ssm": "mixer"},
             # `dt_proj` and `conv1d` always, the others in the kernel that runs in training where it is installed.
             read=("ssm.x", "ssm.dt", "ssm.out", "ssm.conv"),
+            called=("ssm.x", "ssm.out"),
             around={"embedding": "backbone.embeddings", "norm.final": "backbone.norm_f"},
         ),
     ),

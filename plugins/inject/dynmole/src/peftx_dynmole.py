@@ -1,0 +1,236 @@
+"""DynMoLE: a mixture of LoRA experts that each token's routing entropy makes sparse or dense.
+
+"DynMoLE: Boosting Mixture of LoRA Experts Fine-Tuning with a Hybrid Routing Mechanism" (arXiv:2504.00661). Each chosen
+layer has N experts and a router of its own; for a token x:
+
+    p   = softmax(W_g x)                          W_g: [N, in], float32
+    S   = (1 - sum_i p_i**q) / (q - 1)            Tsallis entropy; Shannon's at q = 1
+    w_i = p_i if expert i is on, else 0           not normalised again
+    y   = W x + s sum_i w_i B_i A_i x             A_i: [r, in], B_i: [out, r], s = alpha / r, W frozen
+
+Sorted by p, an expert is on while the mass down to it, itself included, is at most rho; the k likeliest always are. If
+S >= H, the router is unsure and all are. Over the real tokens of all layers the loss gains
+
+    c_aux N sum_i F_i P_i + c_dyn mean(S)         F_i: share of tokens that expert i is on for, P_i: mean of w_i
+
+A_i starts Kaiming-uniform and B_i at zero, so the model starts unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
+from peftx.errors import PeftxError, UnsupportedError
+
+LEAST = 1e-12
+"""Smallest p in the entropy: no logarithm or slope of zero."""
+ROUNDING = 1e-6
+"""Of a sum of probabilities; with rho = 1 all experts are on."""
+IGNORED = -100
+"""Label of a token without a loss: where a decoder's rows are padded."""
+
+Mask = Literal["attention_mask", "labels"] | None
+
+
+class DynmoleConfig(PluginConfig):
+    """Options of DynMoLE; the released configuration adapts the feed-forward layers with 6 experts of rank 24."""
+
+    experts: int = Field(6, ge=2, description="N, experts of a layer")
+    rank: int = Field(16, ge=1, description="r, rank of an expert")
+    alpha: float | None = Field(None, gt=0, description="alpha; twice the rank if left out, so s = 2")
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="probability of zeroing an input of the experts while training"
+    )
+    q: float = Field(1.1, gt=0, le=2, description="q, index of the entropy; 1 is Shannon's")
+    threshold: float = Field(0.9, gt=0, description="H, entropy from which all experts are on")
+    relative: bool = Field(
+        False,
+        description="measure S as a share of its maximum, as the released code does (H = 1: never all on)",
+    )
+    rho: float = Field(0.75, gt=0, le=1, description="rho, mass of probability that experts are on for")
+    k_min: int = Field(2, ge=1, description="k, the likeliest experts, always on")
+    balance: float = Field(1e-3, ge=0, description="c_aux, weight of the loss that balances experts")
+    certainty: float = Field(1e-2, ge=0, description="c_dyn, weight of the entropy in the loss")
+    targets: Targets = Field(Targets("mlp"), description="linear layers to adapt")
+
+
+class Routing(NamedTuple):
+    """What a router decided, one row a token."""
+
+    w: Tensor  # [..., N]
+    on: Tensor  # [..., N], bool
+    S: Tensor  # [...]
+
+
+class Mixture(Delta):
+    """y + s sum_i w_i B_i A_i x.
+
+    Args:
+        in_features, out_features: of the layer. experts: N. rank: r. scale: s. dropout: of x before A.
+        q, threshold, relative, rho, k_min: see `route`. mask: entry of the batch that says which tokens are real.
+    """
+
+    full_precision = True  # routing is decided by differences of probabilities
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        experts: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        q: float,
+        threshold: float,
+        relative: bool,
+        rho: float,
+        k_min: int,
+        mask: Mask,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        self.rule = {"q": q, "threshold": threshold, "relative": relative, "rho": rho, "k_min": k_min}
+        self.mask = mask
+        bound = 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
+        self.W_g = nn.Parameter(torch.empty(experts, in_features).uniform_(-bound, bound))
+        self.A = nn.Parameter(torch.empty(experts, rank, in_features).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(out_features, experts, rank))
+        self.watched = False
+        self.routing: Routing | None = None
+        """Of the last call while `watched`."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        p = F.linear(x.float(), self.W_g).softmax(-1)  # [..., N]
+        routing = route(p, **self.rule)
+        if self.watched:
+            self.routing = routing
+        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
+        down = F.linear(x, self.A.flatten(0, 1).to(y.dtype))  # [..., N r]
+        down = down.unflatten(-1, self.A.shape[:2]) * routing.w.to(y.dtype).unsqueeze(-1)  # [..., N, r]
+        return torch.add(y, F.linear(down.flatten(-2), self.B.flatten(1).to(y.dtype)), alpha=self.scale)
+
+
+def route(p: Tensor, *, q: float, threshold: float, relative: bool, rho: float, k_min: int) -> Routing:
+    """Which experts are on for probabilities p, [..., N]."""
+    mass, order = p.sort(-1, descending=True)
+    on = mass.cumsum(-1) <= rho + ROUNDING
+    on[..., :k_min] = True
+    on = torch.zeros_like(on).scatter(-1, order, on)  # back in the experts' order
+    S = entropy(p, q)
+    if relative:
+        S = S / entropy_of_uniform(p.shape[-1], q)
+    on = on | (threshold <= S).unsqueeze(-1)
+    return Routing(p * on, on, S)
+
+
+def entropy(p: Tensor, q: float) -> Tensor:
+    """Tsallis entropy over the last dimension."""
+    p = p.clamp(min=LEAST)
+    return -(p * p.log()).sum(-1) if q == 1 else (1 - p.pow(q).sum(-1)) / (q - 1)
+
+
+def entropy_of_uniform(n: int, q: float) -> float:
+    """The largest entropy of n experts."""
+    return math.log(n) if q == 1 else (1 - n ** (1 - q)) / (q - 1)
+
+
+class Dynmole(Plugin):
+    """See the module."""
+
+    Config = DynmoleConfig
+    claims = {Claim.IDENTITY_AT_START}
+    config: DynmoleConfig
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        c = self.config
+        if c.k_min > c.experts:
+            raise PeftxError(f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts")
+        for site in model.linears(c.targets):
+            full = min(site.in_features, site.out_features)
+            if c.rank > full:
+                raise PeftxError(
+                    f"dynmole: rank {c.rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
+                    hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
+                )
+            site.attach(
+                Mixture(
+                    site.in_features,
+                    site.out_features,
+                    experts=c.experts,
+                    rank=c.rank,
+                    scale=2.0 if c.alpha is None else c.alpha / c.rank,
+                    dropout=c.dropout,
+                    q=c.q,
+                    threshold=c.threshold,
+                    relative=c.relative,
+                    rho=c.rho,
+                    k_min=c.k_min,
+                    mask=mask_of(model, site),
+                )
+            )
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        id = next(id for id, plugin in step.stack.plugins.items() if plugin is self)
+        mixtures: list[Any] = [part.module for part in step.stack.ledger.of(id)]
+        for mixture in mixtures:
+            mixture.watched = True
+        step.add_loss(id, lambda _: self.loss(mixtures, step.batch))
+        try:
+            return (
+                yield
+            )  # a checkpointed layer runs again in the backward pass, when the loss has read the first run
+        finally:
+            for mixture in mixtures:
+                mixture.watched, mixture.routing = False, None
+
+    def loss(self, mixtures: Sequence[Mixture], batch: dict[str, Any]) -> Tensor:
+        """c_aux N sum_i F_i P_i + c_dyn mean(S) over the real tokens of all layers that ran, 0-d."""
+        ran = [mixture for mixture in mixtures if mixture.routing is not None]
+        if not ran:
+            raise PeftxError("dynmole: no layer with experts ran in this step", hint="set `targets`")
+        for mixture in ran:
+            if torch.is_grad_enabled() and mixture.W_g.requires_grad and not mixture.routing.w.requires_grad:
+                raise UnsupportedError(
+                    "dynmole: reentrant checkpointing hides the routers from the loss",
+                    hint="gradient checkpointing with use_reentrant=False",
+                )
+        real = torch.cat([real_tokens(mixture, batch) for mixture in ran])  # [tokens]
+        real = real / real.sum()
+        w = torch.cat([mixture.routing.w.flatten(0, -2) for mixture in ran])  # [tokens, N]
+        on = torch.cat([mixture.routing.on.flatten(0, -2) for mixture in ran])
+        S = torch.cat([mixture.routing.S.flatten() for mixture in ran])
+        share, mean = real @ on.to(real), real @ w  # F, P
+        return self.config.balance * len(mean) * share @ mean + self.config.certainty * real @ S
+
+
+def mask_of(model: ModelView, site: Site) -> Mask:
+    """What says which of a layer's tokens are real: pads of the text it sees; None: it sees no text (images)."""
+    if not model.config.is_encoder_decoder:
+        return "attention_mask" if site.tower in (model.main.name, "") else None
+    source = site.tower == "encoder" or site.role in ("cross_attention.k", "cross_attention.v")
+    return "attention_mask" if source else "labels"
+
+
+def real_tokens(mixture: Mixture, batch: dict[str, Any]) -> Tensor:
+    """1 for each real token that the layer saw, 0 for each pad: float32, [tokens]."""
+    S = mixture.routing.S
+    mask = None if mixture.mask is None else batch.get(mixture.mask)
+    if mask is None or mask.ndim != 2:
+        return torch.ones_like(S).flatten()
+    real = mask != (IGNORED if mixture.mask == "labels" else 0)  # [batch, T]
+    ahead = S.numel() // len(real) - real.shape[1]  # soft tokens in front are real
+    if ahead < 0:  # one vector for each text, as in a pooler
+        return torch.ones_like(S).flatten()
+    return F.pad(real, (ahead, 0), value=True).flatten().to(S)
