@@ -310,6 +310,10 @@ class Ledger:
             if changed:
                 self.parts.append(Part(owner, "base", path, place, changed, undo=_cannot_unfold(owner)))
         self.parts = [part for part in self.parts if part not in deltas]
+        for part in self.of(owner):
+            if part.kind == "free":  # what the deltas shared: it is in the weights now
+                part.undo()
+                self.parts.remove(part)
 
     # -- undoing -------------------------------------------------------------------------------------------------
 

@@ -463,3 +463,19 @@ def test_an_id_may_be_the_name_of_a_method(id: str) -> None:
         assert not torch.equal(output_of(model, inputs), before)
         stack.remove(id)
         assert torch.equal(output_of(model, inputs), before)
+
+
+def test_what_deltas_share_is_gone_once_they_are_folded(tmp_path: Path) -> None:
+    from peftx_aligner import Aligner
+
+    model = tiny("llama")
+    stack = Stack(model, [Aligner()], tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("aligner"):
+            parameter.add_(0.1)
+    stack.merge(keep=False)
+    before = logits(stack)
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(loaded), before)
+    assert "peftx_parts" not in dict(loaded.model.named_children())
