@@ -114,7 +114,8 @@ class Site:
     @property
     def bias(self) -> Tensor | None:
         """[out] or None."""
-        bias = self.module._parameters.get("bias")
+        # A quantized layer's is a buffer.
+        bias = self.module.bias if self.kind == "quantized" else self.module._parameters.get("bias")
         return bias if bias is None or self.rows is None else self.rows.take(bias)
 
     @property

@@ -220,7 +220,7 @@ class PrefixQuant(Plugin):
         stack, rows, prefix = evaluation.stack, evaluation.rows("eval"), self.state.get("prefix", [])
         texts = [row if isinstance(row, str) else " ".join(map(str, row.values())) for row in rows]
         batches = sequences(stack, texts, samples=8, length=256).batches
-        id = next(id for id, plugin in stack.plugins.items() if plugin is self)
+        id = stack.id_of(self)
         evaluation.add("prefix_tokens", len(prefix))
         evaluation.add("packed_bytes", sum(t.nbytes for t in stack.ledger.tensors(id).values()), unit="bytes")
         size = context_window(stack.model, stack.tokenizer) - len(prefix)

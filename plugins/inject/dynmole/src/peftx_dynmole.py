@@ -182,7 +182,7 @@ class Dynmole(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        id = next(id for id, plugin in step.stack.plugins.items() if plugin is self)
+        id = step.stack.id_of(self)
         mixtures: list[Any] = [part.module for part in step.stack.ledger.of(id)]
         for mixture in mixtures:
             mixture.watched = True
