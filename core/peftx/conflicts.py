@@ -61,6 +61,9 @@ EXCLUSIVE = {
     Claim.QUANTIZES: "both replace the weights by integers",
 }
 
+NO_ADAPTERS = (Claim.BESIDE_WEIGHTS, Claim.EDITS_INPUTS, Claim.TRAINS_BASE)
+"""Claims of plugins that train something else than deltas on the output of layers."""
+
 
 def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
     """All conflicts of a stack, in stack order. Nothing is built or touched."""
@@ -96,7 +99,26 @@ def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
         if two.claims(Claim.FOLDS_PREVIOUS) and one.acts_on_weights and not folds:
             reason = f"{two} starts from merged weights, and {one} does not fold into the weights"
             found.append(Conflict(one.id, two.id, (Claim.FOLDS_PREVIOUS,), reason))
-    return found + _rows_that_do_not_fit(members)
+    return found + _without_adapters(members) + _rows_that_do_not_fit(members)
+
+
+def _without_adapters(members: Sequence[Member]) -> list[Conflict]:
+    """Plugins that work on adapters, in a stack that trains other things only."""
+    trained = [m for m in members if m.implements("inject") and not m.claims(Claim.NEEDS_ADAPTERS)]
+    kinds = [next((claim for claim in NO_ADAPTERS if m.claims(claim)), None) for m in trained]
+    if not trained or None in kinds:
+        return []
+    return [
+        Conflict(
+            member.id,
+            trained[0].id,
+            (Claim.NEEDS_ADAPTERS, str(kinds[0])),
+            f"{member} works on what adapters add to the output of layers, and {trained[0]} adds nothing there "
+            f"({kinds[0]}); put an adapter such as lora beside it",
+        )
+        for member in members
+        if member.claims(Claim.NEEDS_ADAPTERS)
+    ]
 
 
 def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
@@ -170,6 +192,8 @@ def rules(plugin: type[Plugin] | Plugin) -> list[str]:
         found.append(f"not beside a plugin that claims {Claim.VIRTUAL_TOKENS}")
     if Claim.VIRTUAL_TOKENS in own:
         found.append(f"not beside a plugin that claims {Claim.OWN_LAYOUT}")
+    if Claim.NEEDS_ADAPTERS in own:
+        found.append("with an adapter, whose deltas add to the output of layers")
     if plugin.takes:
         made = sorted(set(plugin.gives.values()))
         gives = f", and leaves {' or '.join(made)}" if made else ""

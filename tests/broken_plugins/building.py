@@ -173,3 +173,29 @@ class AvoidsPrompts(Plugin):
             raise ArchitectureError("the input is occupied")
         for site in model.linears("attention"):
             site.attach(_LowRank(site.in_features, site.out_features))
+
+
+class _ActsBefore(Delta):
+    """Halves what goes in, by a trained half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.full((), 0.5))
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * self.z.to(x.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.z.to(weight.dtype), bias
+
+
+class ActsBeforeInSecret(Plugin):
+    """Edits inputs, and does not say so."""
+
+    caught_by = "input_edits_are_claimed"
+    claims = {Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(_ActsBefore())

@@ -187,3 +187,24 @@ def test_a_nested_hook_that_fails_names_its_plugin_and_place() -> None:
     with pytest.raises(PeftxError, match=r"fails: decode \(a.yaml:3:5\): no way") as caught:
         stack.generate("x", max_new_tokens=1)
     assert caught.value.hint == "turn back"
+
+
+class Listens(Plugin):
+    """Works on adapters."""
+
+    claims = {Claim.NEEDS_ADAPTERS}
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        return (yield)
+
+
+def test_what_works_on_adapters_needs_one() -> None:
+    from peftx_lora import Lora
+
+    (conflict,) = find_conflicts(members(Head(), Listens()))
+    assert (conflict.first, conflict.second) == ("listens", "head")
+    assert conflict.claims == (Claim.NEEDS_ADAPTERS, Claim.BESIDE_WEIGHTS)
+    assert "put an adapter such as lora beside it" in conflict.reason
+    assert find_conflicts(members(Head(), Lora(), Listens())) == []
+    assert find_conflicts(members(Listens())) == []  # whoever trains it says that nothing trains

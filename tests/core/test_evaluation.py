@@ -606,9 +606,8 @@ def test_data_is_found_by_name() -> None:
 
 def test_soft_tokens_take_room_in_the_window() -> None:
     from peftx import Stack
-    from peftx.testing.reference import ReferencePrompt
-
     from peftx.testing import tiny, tiny_tokenizer
+    from peftx.testing.reference import ReferencePrompt
 
     model, tokenizer = tiny("gpt2"), tiny_tokenizer()
     before = context_window(model, tokenizer)

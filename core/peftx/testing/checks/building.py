@@ -10,6 +10,7 @@ import torch
 from peftx.anatomy.site import LINEAR_KINDS
 from peftx.attention import AttentionEdit
 from peftx.plugin import Claim
+from peftx.slots import Delta
 from peftx.stack import Stack
 from peftx.testing.case import Case, assert_equal, assert_same_tensors, difference
 from peftx.testing.checks.check import changes_model, check, injects
@@ -111,10 +112,25 @@ def _effects(stack: Stack) -> set[Claim]:
     return found
 
 
+@check(on="first", when=injects)
+def check_input_edits_are_claimed(case: Case) -> None:
+    """`edits-inputs` is claimed if, and only if, a delta edits what goes into its layer."""
+    stack = case.stack()
+    shown = [
+        part.key
+        for part in stack.ledger.of(case.id)
+        if isinstance(part.module, Delta) and part.module.has_pre()
+    ]
+    claimed = Claim.EDITS_INPUTS in stack.plugins[case.id].claims
+    assert shown or not claimed, f"claims edits-inputs, and no delta has a `pre` on '{case.arch}'"
+    assert claimed or not shown, f"the delta at {shown[0]} edits its input: claim edits-inputs"
+
+
 CHECKS = (
     check_same_under_a_seed,
     check_identity_at_start,
     check_identity_not_hidden,
     check_only_declared_parameters_train,
     check_effects_match_claims,
+    check_input_edits_are_claimed,
 )

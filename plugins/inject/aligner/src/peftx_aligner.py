@@ -118,7 +118,7 @@ class Aligner(Plugin):
     """See the module."""
 
     Config = AlignerConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.EDITS_INPUTS}
     architectures = ("qwen3", "gpt_neox")
     config: AlignerConfig
 

@@ -150,6 +150,7 @@ class Dynmole(Plugin):
     Config = DynmoleConfig
     claims = {Claim.IDENTITY_AT_START}
     config: DynmoleConfig
+    example = {"rank": 2}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -14,7 +14,7 @@ from peftx_dynmole import Dynmole, Mixture, Routing, entropy, entropy_of_uniform
 from peftx_mezo import Mezo
 from peftx_prompt_tuning import PromptTuning
 
-test_conformance = conformance("dynmole", options={"rank": 2})
+test_conformance = conformance("dynmole")
 
 RULE = {"q": 1.1, "threshold": 0.9, "relative": False, "rho": 0.75, "k_min": 2}
 

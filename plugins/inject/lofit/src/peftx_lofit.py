@@ -111,7 +111,11 @@ class Lofit(Plugin):
     """See the module."""
 
     Config = LofitConfig
-    claims = {Claim.MERGEABLE, Claim.NEEDS_GRADIENTS}  # v must rest while it gets no gradient
+    claims = {
+        Claim.MERGEABLE,
+        Claim.NEEDS_GRADIENTS,
+        Claim.EDITS_INPUTS,
+    }  # v must rest while it gets no gradient
     architectures = ("gemma", "bloom")
     config: LofitConfig
     edits: list[Heads]

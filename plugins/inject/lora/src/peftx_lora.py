@@ -107,6 +107,7 @@ class Lora(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
     architectures = ("mixtral", "mamba")
     config: LoraConfig
+    example = {"rank": 2}  # the tiny Mamba has a matrix of rank 2
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -161,6 +161,7 @@ class Lorma(Plugin):
                 multiplier = self.multiplier(site, site.out_features)
                 site.attach(MultiplyOutput(multiplier, bias=site.bias))
         else:
+            self.claims = {*type(self).claims, Claim.EDITS_INPUTS}  # of this one
             chosen = {(site.path, site.role) for site in model.linears(self.config.targets)}
             for site in model.linears(self.config.targets, whole=True):
                 left_out = [role for role in site.fused if (site.path, role) not in chosen]

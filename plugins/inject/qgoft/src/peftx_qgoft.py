@@ -100,7 +100,7 @@ class Qgoft(Plugin):
     """See the module."""
 
     Config = QgoftConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.EDITS_INPUTS}
     config: QgoftConfig
 
     @hookimpl

@@ -133,7 +133,7 @@ class StateOffsetTuning(Plugin):
     """See the module."""
 
     Config = StateOffsetTuningConfig
-    claims = {Claim.IDENTITY_AT_START}
+    claims = {Claim.IDENTITY_AT_START, Claim.EDITS_INPUTS}
     architectures = ("mamba",)
     config: StateOffsetTuningConfig
 
@@ -170,4 +170,3 @@ class StateOffsetTuning(Plugin):
                 f"state-offset-tuning: rank {rank} exceeds the {d}x{n} state",
                 hint=f"rank at most {min(d, n)}",
             )
-

@@ -8,7 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 
 from peftx import Stack
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny
 from peftx_lora import Lora

@@ -1,0 +1,203 @@
+"""BA-LoRA: low-rank adapters from the principal components, with three regularisers on the outputs.
+
+"BA-LoRA: Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance in Large Language Models"
+(arXiv:2408.04556). The adapter starts at the r largest singular values of W = U S V^T (PiSSA, arXiv:2404.02948):
+
+    A0 = sqrt(S_r / s) V_r^T     B0 = U_r sqrt(S_r / s)          A: [r, in], B: [out, r], s = alpha / r
+    y  = (W - s B0 A0) x + s B A x = W x + s (B A - B0 A0) x     W stays as it is; A, B train from A0, B0
+
+    loss = task + l1 L_C + l2 L_D + l3 L_S                       Z the logits, Z0 those without the adapter
+
+    of classes, Z: [b, c]                                        of tokens, Z: [b, T, V], p = softmax(Z)
+    L_C = mean (Z_i / |Z_i| - Z0_i / |Z0_i|)**2                  KL(p0 || p), mean over tokens
+    L_D = 1/c sum over i != j of Cov(Z)_ij**2                    mean over tokens of sum p log p
+    L_S = - sum of the k largest singular values of Z / sum of all, Z as [b, c] or [b, T V]
+
+L_C holds on to what the model knew, L_D spreads the outputs, L_S gathers them in few directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import linear, log_softmax, mse_loss, normalize
+
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx.data import IGNORE
+from peftx.errors import PeftxError
+
+
+class BaLoraConfig(PluginConfig):
+    """Options of BA-LoRA, with the values of the released training script."""
+
+    rank: int = Field(128, ge=1, description="r, the rank of the update")
+    alpha: float | None = Field(None, gt=0, description="alpha; the rank if left out, so s = 1")
+    targets: Targets = Field(Targets("attention mlp"), description="linear layers to adapt")
+    consistency: float = Field(1e-4, ge=0, description="l1, weight of L_C; 0 saves the second forward pass")
+    diversity: float = Field(3e-4, ge=0, description="l2, weight of L_D")
+    singular: float = Field(1e-4, ge=0, description="l3, weight of L_S")
+    top: int = Field(3, ge=1, description="k, singular values that L_S gathers the logits in")
+
+
+class PrincipalDelta(Delta):
+    """y + s (B A - B0 A0) x.
+
+    Args:
+        in_features, out_features: of the layer. rank: r. scale: s. batch: leading dimensions of experts' weights.
+    """
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, *, rank: int, scale: float, batch: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.A = nn.Parameter(torch.zeros(*batch, rank, in_features))
+        self.B = nn.Parameter(torch.zeros(*batch, out_features, rank))
+        self.register_buffer("A0", torch.zeros(*batch, rank, in_features))
+        self.register_buffer("B0", torch.zeros(*batch, out_features, rank))
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """A = A0, B = B0, from the SVD of the weight [..., out, in]."""
+        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+        r = self.A.shape[-2]
+        root = (S[..., :r] / self.scale).sqrt()
+        for A, B in ((self.A, self.B), (self.A0, self.B0)):
+            A.copy_(root.unsqueeze(-1) * Vh[..., :r, :])
+            B.copy_(U[..., :r] * root.unsqueeze(-2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        A, B, A0, B0 = (M.to(y.dtype) for M in (self.A, self.B, self.A0, self.B0))
+        x = x.to(y.dtype)
+        change = linear(linear(x, A), B) - linear(linear(x, A0), B0)  # apart, so that the start is exactly 0
+        return y + self.scale * change
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (self.B @ self.A - self.B0 @ self.A0).to(weight.dtype), bias
+
+
+class BaLora(Plugin):
+    """See the module."""
+
+    Config = BaLoraConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    architectures = ("mixtral",)
+    config: BaLoraConfig
+    example = {"rank": 2}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        rank = self.config.rank
+        scale = 1.0 if self.config.alpha is None else self.config.alpha / rank
+        for site in model.linears(self.config.targets):
+            full = min(site.in_features, site.out_features)
+            if rank > full:
+                raise PeftxError(
+                    f"ba-lora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
+                    hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
+                )
+            delta = PrincipalDelta(
+                site.in_features, site.out_features, rank=rank, scale=scale, batch=site.batch
+            )
+            site.attach(delta)
+            if not model.restoring:
+                delta.start(site.weight)
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        terms = {
+            "consistency": lambda outputs: consistency(step, logits_of(outputs), self._reference(step)),
+            "diversity": lambda outputs: diversity(step, logits_of(outputs)),
+            "singular": lambda outputs: singular(step, logits_of(outputs), self.config.top),
+        }
+        weights = self.config.model_dump(include=set(terms))
+        for name, term in terms.items():
+            if weights[name]:
+                step.add_loss(name, term, weight=weights[name])
+        return (yield)
+
+    def _reference(self, step: TrainStep) -> Tensor:
+        """Z0: logits of the model without this adapter, in eval mode."""
+        owner = step.stack.id_of(self)
+        with torch.no_grad(), evaluating(step.model), step.stack.disabled(owner):
+            return logits_of(step.model(**step.batch))
+
+
+def consistency(step: TrainStep, Z: Tensor, Z0: Tensor) -> Tensor:
+    """L_C, 0-d."""
+    if Z.ndim == 2:
+        return mse_loss(normalize(Z.float(), dim=-1), normalize(Z0.float(), dim=-1))
+    log_p, log_p0 = (log_softmax(labelled(step, logits).float(), -1) for logits in (Z, Z0))  # [N, V]
+    return (log_p0.exp() * (log_p0 - log_p)).sum() / max(1, len(log_p))
+
+
+def diversity(step: TrainStep, Z: Tensor) -> Tensor:
+    """L_D, 0-d."""
+    if Z.ndim == 2:
+        b, c = Z.shape
+        if b == 1:
+            if step.index == 0:
+                raise PeftxError(
+                    "ba-lora: diversity: the covariance of a batch of 1 row is not defined",
+                    hint="batch_size of 2 or more, or diversity: 0",
+                )
+            return Z.sum() * 0  # what is left over at the end of the data
+        centred = Z.float() - Z.float().mean(0)
+        covariance = centred.t() @ centred / (b - 1)  # [c, c]
+        return (covariance.square().sum() - covariance.diagonal().square().sum()) / c
+    log_p = log_softmax(labelled(step, Z).float(), -1)  # [N, V]
+    return (log_p.exp() * log_p).sum() / max(1, len(log_p))
+
+
+def singular(step: TrainStep, Z: Tensor, k: int) -> Tensor:
+    """L_S, 0-d; -1 where Z has at most k rows or columns."""
+    if Z.ndim > 2:
+        shown, mask = predictions(step, Z)
+        Z = (shown * mask.unsqueeze(-1)).flatten(1)  # [b, T V], other positions at 0
+    s = torch.linalg.svdvals(Z.float())  # [min(b, T V)], falling
+    return -s[:k].sum() / (s.sum() + 1e-10)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    if "logits" not in outputs:
+        raise PeftxError(
+            f"ba-lora: {type(outputs).__name__} has no logits to regularise", hint="a model with one head"
+        )
+    return outputs["logits"]
+
+
+def predictions(step: TrainStep, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits [b, T, V], whether each has a label [b, T]); a decoder's position predicts the token after it."""
+    if "labels" not in step.batch:
+        raise PeftxError("ba-lora: the batch has no 'labels', which say what positions count")
+    labels = step.batch["labels"]
+    anatomy = step.stack.anatomy
+    if anatomy.is_decoder and not anatomy.is_encoder_decoder:
+        Z, labels = Z[:, :-1], labels[:, 1:]
+    return Z, labels != IGNORE
+
+
+def labelled(step: TrainStep, Z: Tensor) -> Tensor:
+    """The logits of positions that have a label, [N, V]."""
+    shown, mask = predictions(step, Z)
+    return shown[mask]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout; each module's own mode comes back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

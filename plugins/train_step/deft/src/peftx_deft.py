@@ -1,0 +1,219 @@
+"""DEFT: adapters whose loss also counts the MLP activations that are not zero.
+
+"From PEFT to DEFT: Parameter Efficient Finetuning for Reducing Activation Density in Transformers" (arXiv:2402.01911).
+Let o [B, T, d_ff] be what the second matrix of an MLP reads, in the blocks l = 1..L:
+
+    D    = mean of o**2 / (o**2 + eps)       over rows, their tokens, features and blocks; about the share of o != 0
+    loss = task + alpha D                    encoder and decoder: alpha (D_encoder + D_decoder)
+
+The count of non-zeros has no gradient; D has 2 o eps / (o**2 + eps)**2, which is 0 at o = 0 and far from it. The plugin
+has no parameters: the adapters beside it in the stack learn to keep units at zero. `evaluate` counts: the share of
+entries with |o| > threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx.data import IGNORE, Collator, format_of_keys, tokenize_dataset
+from peftx.errors import PeftxError
+from peftx.evaluation import bootstrap_ratio, context_window
+
+Measure = Callable[[Tensor], Tensor]
+"""Activations [B, T, d_ff] -> one number a token, [B, T]."""
+ROWS = 8
+"""Rows in one forward pass of `evaluate`."""
+
+
+class DeftConfig(PluginConfig):
+    """Options of DEFT."""
+
+    alpha: float = Field(1.0, ge=0, description="alpha, weight of the density in the loss")
+    eps: float = Field(1e-7, gt=0, description="eps; the smaller, the nearer the density is to the count")
+    threshold: float = Field(
+        0.0, ge=0, description="`evaluate` counts |o| above it; 0 counts what is not exactly zero"
+    )
+    targets: Targets = Field(Targets("mlp.down"), description="linear layers whose input is o")
+
+
+def density(o: Tensor, eps: float) -> Tensor:
+    """Mean over features of o**2 / (o**2 + eps): [..., d_ff] -> [...], float32."""
+    squares = o.float().square()
+    return (squares / (squares + eps)).mean(-1)
+
+
+def count(o: Tensor, threshold: float) -> Tensor:
+    """Share of features with |o| > threshold: [..., d_ff] -> [...], float32."""
+    return (o.abs() > threshold).float().mean(-1)
+
+
+class Observer(Delta):
+    """Measures its layer's input while somebody watches, and changes nothing.
+
+    Args:
+        tower, layer: where it stands.
+    """
+
+    def __init__(self, *, tower: str, layer: int | None) -> None:
+        super().__init__()
+        self.tower = tower
+        self.layer = layer
+        self.measure: Measure | None = None
+        self.seen: list[tuple[bool, Tensor]] = []  # was a gradient recorded; [B, T]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.measure is not None:
+            self.seen.append((torch.is_grad_enabled(), self.measure(x)))
+        return y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.clone(), None if bias is None else bias.clone()
+
+    def take(self) -> list[Tensor]:
+        """What was seen since the last call under the present gradient mode (a reference pass without gradients
+        is none of the loss's business), [B, T] each.
+
+        Raises:
+            PeftxError: nothing was.
+        """
+        found = [tokens for recorded, tokens in self.seen if recorded == torch.is_grad_enabled()]
+        self.seen.clear()
+        if not found:
+            raise PeftxError(
+                f"deft: the MLP of layer {self.layer} was not observed: it did not run, or its observer is merged "
+                "or switched off, or reentrant gradient checkpointing hides it",
+                hint="stack.unmerge(), or use_reentrant=False",
+            )
+        return found
+
+
+@contextmanager
+def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
+    """Observe. On until after the backward pass, since checkpointing runs the blocks a second time there."""
+    try:
+        for observer in observers:
+            observer.measure = measure
+        yield
+    finally:
+        for observer in observers:
+            observer.measure = None
+            observer.seen.clear()
+
+
+def real_tokens(batch: Mapping[str, Any], tower: str, encoder_decoder: bool) -> Tensor | None:
+    """1 for tokens and 0 for pads of what the tower reads, [B, T]; None if nothing is padded."""
+    if tower in ("vision", "audio"):
+        return None
+    if tower == "decoder" and encoder_decoder:
+        if "decoder_attention_mask" in batch or "labels" not in batch:
+            return batch.get("decoder_attention_mask")
+        return batch["labels"] != IGNORE
+    return batch.get("attention_mask")
+
+
+def row_means(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
+    if mask is None:
+        return tokens.flatten(1).mean(1) if tokens.ndim > 1 else tokens.mean(0, keepdim=True)
+    soft, rest = divmod(
+        tokens.numel() - mask.numel(), len(mask)
+    )  # soft tokens of other plugins stand in front
+    if mask.ndim != 2 or soft < 0 or rest:
+        raise PeftxError(
+            f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(mask.shape)}",
+            hint="a batch needs a 2-D attention_mask of the rows that the model reads",
+        )
+    weights = nn.functional.pad(mask.to(tokens.dtype), (soft, 0), value=1.0)
+    return (tokens.reshape(len(mask), -1) * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class Deft(Plugin):
+    """See the module."""
+
+    Config = DeftConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    architectures = ("opt", "gemma2")
+    config: DeftConfig
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears(self.config.targets):
+            if site.kind not in ("linear", "quantized"):
+                raise PeftxError(
+                    f"deft: {site.path} ({site.kind}) uses its matrix without a call that shows its input",
+                    hint=f"leave it out of targets: '!{site.role}'",
+                )
+            site.attach(Observer(tower=site.tower, layer=site.layer))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        observers = _observers(step.model)
+        with watching(observers, partial(density, eps=self.config.eps)):
+            step.add_loss("density", lambda _: _total(step, observers), weight=self.config.alpha)
+            return (yield)
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Add `density`, and `density/layer-<l>` for each block; with two towers `density/<tower>` and so on."""
+        model = evaluation.stack.model
+        observers = _observers(model)
+        two_towers = bool(model.config.is_encoder_decoder)
+        found: dict[str, list[Tensor]] = {}  # score -> densities of rows
+        with watching(observers, partial(count, threshold=self.config.threshold)):
+            for batch in _batches(evaluation):
+                model(**batch)
+                for observer in observers:
+                    mask = real_tokens(batch, observer.tower, two_towers)
+                    rows = torch.cat([row_means(tokens, mask) for tokens in observer.take()])
+                    name = f"density/{observer.tower}" if two_towers else "density"
+                    found.setdefault(f"{name}/layer-{observer.layer}", []).append(rows.cpu())
+        layers = {name: torch.cat(parts) for name, parts in found.items()}  # [N] each
+        for name in dict.fromkeys(name.rpartition("/")[0] for name in layers):
+            rows = torch.stack([v for k, v in layers.items() if k.rpartition("/")[0] == name]).mean(0)
+            value, ends = float(rows.mean()), bootstrap_ratio(rows.tolist(), [1.0] * len(rows))
+            low, high = (min(ends[0], value), max(ends[1], value)) if ends else (None, None)
+            evaluation.add(name, value, low, high, len(rows), "share")
+        for name, rows in layers.items():
+            evaluation.add(name, rows.mean().item(), count=len(rows), unit="share")
+
+
+def _observers(model: nn.Module) -> list[Observer]:
+    return [module for module in model.modules() if isinstance(module, Observer)]
+
+
+def _total(step: TrainStep, observers: Sequence[Observer]) -> Tensor:
+    """The sum over towers of D, 0-d."""
+    towers: dict[str, list[Tensor]] = {}
+    for observer in observers:
+        mask = real_tokens(step.batch, observer.tower, step.stack.anatomy.is_encoder_decoder)
+        towers.setdefault(observer.tower, []).extend(row_means(tokens, mask) for tokens in observer.take())
+    return torch.stack([torch.cat(rows).mean() for rows in towers.values()]).sum()
+
+
+def _batches(evaluation: Evaluation) -> Iterator[dict[str, Tensor]]:
+    """The evaluation rows as the model reads them in training."""
+    model, tokenizer = evaluation.stack.model, evaluation.stack.tokenizer
+    rows = [{"text": row} if isinstance(row, str) else dict(row) for row in evaluation.rows("eval")]
+    data = Dataset.from_list(rows)
+    pairs = bool(model.config.is_encoder_decoder)
+    examples = tokenize_dataset(
+        data,
+        tokenizer,
+        format=format_of_keys(set(data.column_names), where="the evaluation rows"),
+        max_length=context_window(model, tokenizer),
+        encoder_decoder=pairs,
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collate = Collator(pad, encoder_decoder=pairs)
+    for start in range(0, len(examples), ROWS):
+        batch = collate(list(examples.select(range(start, min(start + ROWS, len(examples))))))
+        yield {name: tensor.to(model.device) for name, tensor in batch.items()}

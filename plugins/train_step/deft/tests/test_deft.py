@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftx import Stack, TrainStep
+from peftx.errors import PeftxError
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx_deft import Deft, Observer, count, density, watching
+from peftx_lora import Lora
+
+# With eps = 1e-7 the gradient turns within |o| of 3e-4, and float32's rounding of o shows as 4e-4 of it on a tiny T5
+# (as compared with float64): more than the kit allows between kept and recomputed activations.
+test_conformance = conformance("deft", options={"eps": 1e-3})
+
+BLOCKS = [  # activations [B, T, d_ff] of two blocks
+    torch.tensor([[[0.0, 1e-3, -2e-4], [0.5, 0.0, 3e-4]], [[0.0, 0.0, 0.0], [-1e-4, 2.0, 1e-5]]]),
+    torch.tensor([[[4e-4, 0.0, 0.0], [0.0, -5e-4, 1.0]], [[2e-3, 0.0, -3e-4], [0.0, 0.0, 6e-4]]]),
+]
+# What the official `compute_l0_penalty` and `compute_eval_sparsity` give for BLOCKS: [B, L]; and the gradient of the
+# mean of the first in BLOCKS[0], eps = 1e-7. Made once by running them outside this repository; the README says which
+# commit.
+OFFICIAL = {
+    1e-7: [[0.4447481632232666, 0.38827836513519287], [0.18198467791080475, 0.3719837963581085]],
+    1e-2: [[0.16027525067329407, 0.1650233417749405], [0.16625119745731354, 7.413978892145678e-05]],
+}
+OFFICIAL_COUNT = [[0.6666666865348816, 0.5], [0.5, 0.5]]
+OFFICIAL_GRADIENT = [
+    [[0.0, 6.887046813964844, -85.03401184082031], [5.960464477539063e-08, 0.0, 69.2520751953125]],
+    [[0.0, 0.0, 0.0], [-68.87052154541016, 0.0, 8.316690444946289]],
+]
+
+
+def stack_of(arch: str = "llama", **options: Any) -> Stack:
+    return Stack(tiny(arch), [Lora(rank=2), Deft(**options)], tokenizer=tiny_tokenizer())
+
+
+def batch_of(model: Any, padding: Any = None) -> dict[str, Tensor]:
+    inputs = example_inputs(model, padding=padding)
+    if "decoder_input_ids" in inputs:
+        labels = inputs.pop("decoder_input_ids")
+        labels[1, 5:] = -100  # pads of the decoder
+        return {**inputs, "labels": labels}
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def terms(stack: Stack, batch: dict[str, Any]) -> dict[str, float]:
+    step = TrainStep(stack, batch)
+    stack.run_train_step(step)
+    stack.model.zero_grad()
+    return step.losses
+
+
+def observers(stack: Stack) -> list[Observer]:
+    return [part.module for part in stack.ledger.of("deft")]
+
+
+@pytest.mark.parametrize("eps", OFFICIAL)
+def test_density_is_the_official_one(eps: float) -> None:
+    ours = torch.stack([density(o, eps).mean(1) for o in BLOCKS], 1)
+    assert torch.allclose(ours, torch.tensor(OFFICIAL[eps]), rtol=1e-6, atol=1e-9)
+
+
+def test_gradient_is_the_official_one_and_the_formula() -> None:
+    o = [block.clone().requires_grad_() for block in BLOCKS]
+    torch.stack([density(block, 1e-7).mean(1) for block in o], 1).mean().backward()
+    assert torch.allclose(o[0].grad, torch.tensor(OFFICIAL_GRADIENT), rtol=1e-5, atol=1e-6)
+    x = BLOCKS[0].double()
+    formula = 2 * x * 1e-7 / (x.square() + 1e-7).square() / x.numel() / len(BLOCKS)
+    assert torch.allclose(o[0].grad.double(), formula, rtol=1e-4, atol=1e-6)
+
+
+def test_count_is_the_official_one() -> None:
+    ours = torch.stack([count(o, 0.0).mean(1) for o in BLOCKS], 1)
+    assert torch.allclose(ours, torch.tensor(OFFICIAL_COUNT))
+    assert count(BLOCKS[1], 5e-4).tolist() == [[0, pytest.approx(1 / 3)], [pytest.approx(1 / 3)] * 2]
+
+
+def test_density_goes_from_zero_to_one() -> None:
+    assert density(torch.zeros(2, 3, 4), 1e-7).max() == 0
+    values = [density(torch.full((4,), size * 1e-2), 1e-4).item() for size in (0.1, 1.0, 10.0, 1000.0)]
+    assert values == sorted(values)
+    assert values[1] == pytest.approx(0.5)
+    assert values[-1] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "padding"), [("llama", "left"), ("llama", "right"), ("opt", "right"), ("bert", "right")]
+)
+def test_padding_does_not_count(arch: str, padding: str) -> None:
+    """Of a padded batch the density is the mean of what its rows have alone; OPT's MLP sees [B * T, d_ff]."""
+    stack = stack_of(arch)
+    batch = batch_of(stack.model, padding)
+    if padding == "left":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    alone = []
+    for row in range(2):
+        real = batch["attention_mask"][row].bool()
+        alone.append(terms(stack, {name: x[row, real][None] for name, x in batch.items()})["density"])
+    assert abs(alone[0] - alone[1]) > 1e-6  # else any mean would do
+    assert terms(stack, batch)["density"] == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def test_density_of_the_loss_is_that_of_what_the_second_matrix_reads() -> None:
+    stack = stack_of("llama", eps=1e-3)
+    seen: list[Tensor] = []
+    for layer in stack.model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    batch = batch_of(stack.model)
+    found = terms(stack, batch)["density"]
+    o = torch.stack(seen)  # [L, B, T, d_ff]
+    assert o.shape == (2, 2, 9, 48)
+    assert found == pytest.approx((o.square() / (o.square() + 1e-3)).mean().item(), rel=1e-6)
+
+
+def test_encoder_and_decoder_are_summed_and_masked() -> None:
+    found = {}
+    for tower in ("encoder", "decoder", "encoder,decoder"):
+        stack = stack_of("t5", targets=f"mlp.down tower={tower}", eps=1e-2)
+        batch = batch_of(stack.model, "right")
+        found[tower] = terms(stack, batch)["density"]
+        longer = {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)}
+        assert terms(stack, longer)["density"] == pytest.approx(found[tower], rel=1e-5)
+    assert found["encoder,decoder"] == pytest.approx(found["encoder"] + found["decoder"], rel=1e-6)
+
+
+def test_soft_tokens_count_as_tokens() -> None:
+    from peftx.testing.reference import ReferencePrompt
+
+    stack = Stack(tiny("llama"), [("prompt", ReferencePrompt(length=3)), Deft()])
+    batch = batch_of(stack.model, "right")
+    seen: list[Tensor] = []
+    for layer in stack.model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    found = terms(stack, batch)["density"]
+    o = torch.stack([density(x, 1e-7) for x in seen])  # [L, B, 3 + T]
+    assert o.shape == (2, 2, 12)
+    rows = (o[:, 0].mean(), o[:, 1, : 12 - 2].mean())  # row 1 has 2 pads
+    assert found == pytest.approx(float(sum(rows) / 2), rel=1e-6)
+
+
+def test_a_pass_without_gradients_is_not_part_of_the_loss() -> None:
+    """A preference loss reads a reference first, on another batch."""
+    stack = stack_of()
+    batch = batch_of(stack.model)
+    plain = terms(stack, batch)["density"]
+    step = TrainStep(stack, batch)
+
+    def task() -> tuple[Tensor, Any]:
+        with torch.no_grad():
+            step.model(batch["input_ids"][:, :4] + 1)
+        outputs = step.forward()
+        return outputs.loss, outputs
+
+    step.replace_task_loss(task)
+    stack.run_train_step(step)
+    assert step.losses["density"] == plain
+
+
+def test_a_step_without_gradients_sees_the_density_too() -> None:
+    from peftx_mezo import Mezo
+
+    stack = Stack(tiny("llama"), [Lora(rank=2), Deft(), Mezo(eps=1e-6)])  # eps: hardly away from the start
+    batch = batch_of(stack.model)
+    torch.manual_seed(0)
+    assert terms(stack, batch)["density"] == pytest.approx(terms(stack_of(), batch)["density"], rel=1e-3)
+
+
+def test_checkpointing_gives_the_same_density_and_leaves_nothing_behind() -> None:
+    stack = stack_of()
+    batch = batch_of(stack.model, "right")
+    stack.model.train()
+    plain = terms(stack, batch)["density"]
+    stack.model.activation_checkpointing_enable({"use_reentrant": False})
+    assert terms(stack, batch)["density"] == plain
+    assert all(o.measure is None and not o.seen for o in observers(stack))
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_checkpointing_gives_the_same_gradients(arch: str) -> None:
+    """In float64, with the default eps."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny(arch).double()
+        stack = Stack(model, [Lora(rank=2), Deft()])
+        with torch.no_grad():
+            for i, parameter in enumerate(stack.ledger.parameters("lora")):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        stack.train_step(batch_of(model, "right"))
+        gradients.append(torch.cat([p.grad.flatten() for p in stack.ledger.parameters("lora")]))
+    assert gradients[0].abs().max() > 1e-3
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    stack = stack_of()
+    stack.model.train()
+    stack.model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(PeftxError, match=r"layer 0 was not observed") as caught:
+        terms(stack, batch_of(stack.model))
+    assert "use_reentrant=False" in str(caught.value.hint)
+
+
+def trained(alpha: float | None, steps: int = 8, arch: str = "llama") -> Stack:
+    plugins = [Lora(rank=2)] if alpha is None else [Lora(rank=2), Deft(alpha=alpha, eps=1e-3)]
+    stack = Stack(tiny(arch), plugins, tokenizer=tiny_tokenizer())
+    batch = batch_of(stack.model, "right")
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        stack.train_step(batch, optimizer=optimizer)
+    return stack
+
+
+def test_alpha_zero_trains_as_without_the_plugin() -> None:
+    with_it, without = trained(0.0).ledger.tensors("lora"), trained(None).ledger.tensors("lora")
+    assert with_it.keys() == without.keys()
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
+def test_density_falls_with_alpha() -> None:
+    """A tiny OPT has ReLUs: the exact count falls, and the task is still learned."""
+    found, losses = [], []
+    for alpha in (0.0, 1.0, 5.0):
+        stack = trained(alpha, steps=40, arch="opt")
+        batch = batch_of(stack.model, "right")
+        losses.append(terms(stack, batch)["task"])
+        with watching(observers(stack), partial(count, threshold=0.0)), torch.no_grad():
+            stack.model(**batch)
+            found.append(float(torch.stack([o.take()[0].mean() for o in observers(stack)]).mean()))
+    start = terms(stack_of("opt"), batch)["task"]
+    assert found[0] > found[1] + 0.02 > found[2] + 0.04, found
+    assert max(losses[:2]) < start / 2, (start, losses)
+
+
+def test_evaluate_counts_by_hand() -> None:
+    stack = Stack(tiny("opt"), [Deft()], tokenizer=tiny_tokenizer())
+    rows = [{"prompt": "one", "completion": " two"}, {"prompt": "three four", "completion": " five six"}]
+    scores = stack.evaluate(rows, metrics=["deft"])
+    assert list(scores) == ["density", "density/layer-0", "density/layer-1"]
+    tokenizer, seen = tiny_tokenizer(), []
+    for layer in stack.model.model.decoder.layers:
+        layer.fc2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    shares = []
+    for row in rows:
+        ids = [*tokenizer(row["prompt"] + row["completion"]).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            stack.model(torch.tensor([ids]))
+    for layer in range(2):
+        shares.append([float((seen[2 * row + layer] != 0).float().mean()) for row in range(2)])
+        assert scores[f"density/layer-{layer}"].value == pytest.approx(sum(shares[layer]) / 2, rel=1e-5)
+    assert scores["density"].value == pytest.approx(sum(map(sum, shares)) / 4, rel=1e-5)
+    assert 0.2 < scores["density"].value < 0.8
+    assert scores["density"].count == 2
+
+
+def test_evaluate_reports_both_towers_and_the_threshold_counts() -> None:
+    rows = [{"prompt": "one", "completion": " two"}] * 3
+    values = []
+    for threshold in (0.0, 0.1, 1e3):
+        stack = Stack(tiny("t5"), [Deft(threshold=threshold)], tokenizer=tiny_tokenizer())
+        scores = stack.evaluate(rows, metrics=["deft"])
+        assert {"density/encoder", "density/decoder", "density/encoder/layer-1"} < set(scores)
+        values.append(scores["density/encoder"].value)
+    assert values[0] == 1 > values[1] > values[2] == 0  # a smooth activation has no exact zeros
+
+
+def test_texts_are_rows_too() -> None:
+    stack = Stack(tiny("llama"), [Deft()], tokenizer=tiny_tokenizer())
+    assert stack.evaluate(["Once upon a time."], metrics=["deft"])["density"].value == 1
+
+
+def test_adapters_merge_and_export_with_it(tmp_path: Path) -> None:
+    for plugins in ([Lora(rank=2), Deft()], [Deft(), Lora(rank=2)]):
+        stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+        stack.merge()
+        with pytest.raises(PeftxError, match="was not observed") as caught:
+            stack.evaluate(["text"], metrics=["deft"])
+        assert "unmerge" in str(caught.value.hint)
+        stack.unmerge()
+        stack.export(tmp_path / plugins[0].__class__.__name__)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"alpha": -0.1}, "alpha"),
+        ({"eps": 0.0}, "eps"),
+        ({"threshold": -1.0}, "threshold"),
+        ({"targets": ""}, "targets"),
+    ],
+)
+def test_bad_options(options: dict[str, object], match: str) -> None:
+    with pytest.raises(PeftxError, match=f"Deft: {match}"):
+        Deft(**options)
+
+
+def test_targets_that_match_nothing_and_models_without_an_mlp() -> None:
+    with pytest.raises(PeftxError, match=r"deft: .*'mlp.dwon' matches nothing"):
+        stack_of("llama", targets="mlp.dwon")
+    for arch in ("mamba", "mixtral"):
+        with pytest.raises(PeftxError, match=r"deft: .*'mlp.down' matches nothing"):
+            Stack(tiny(arch), [Deft()])
+    with pytest.raises(PeftxError, match=r"deft: .*experts \(experts\) uses its matrix without a call"):
+        Stack(tiny("mixtral"), [Deft(targets="experts.down")])
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    stack = stack_of()
+    batch = batch_of(stack.model)
+    mask = torch.zeros(2, 1, 9, 9)  # additive, as packed rows have it
+    with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 9, 9\)"):
+        terms(stack, {**batch, "attention_mask": mask})
+
+
+def test_a_merged_observer_is_told_in_training() -> None:
+    stack = Stack(tiny("llama"), [Deft(), Lora(rank=2)])
+    stack.merge("deft")
+    with pytest.raises(PeftxError, match="was not observed"):
+        terms(stack, batch_of(stack.model))

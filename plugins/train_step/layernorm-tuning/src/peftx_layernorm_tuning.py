@@ -1,0 +1,172 @@
+"""LayerNorm tuning: only the norms train, or a small part of them.
+
+"LayerNorm: A key component in parameter-efficient fine-tuning" (arXiv:2403.20284). Of each norm
+
+    y = gamma * normalized(x) + beta          gamma, beta: [d]; an RMSNorm has no beta
+
+gamma and beta train in place, everything else is frozen. With `fraction` k < 1 only the k n entries, of all n entries
+theta_j together, that have the largest Fisher information train:
+
+    F_j = 1/N sum_i (d L_i / d theta_j)**2        L_i: the loss of row i = 1..N; of a classifier, -log p(y_i | x_i)
+
+F is estimated on the first N rows of the training, during which no norm moves; then the mask is fixed. A masked entry
+gets no gradient, and is put back after the optimizer's step, whatever weight decay did to it: it keeps its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
+from peftx.errors import PeftxError
+
+
+class LayernormTuningConfig(PluginConfig):
+    """Options of LayerNorm tuning. The learning rate is larger than for full tuning (1e-3 to 1e-2)."""
+
+    targets: Targets = Field(
+        Targets("norm"), description="norms to train; 'norm.mlp' for those at the MLPs alone"
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="k, share of the norms' entries that train")
+    fisher_rows: int = Field(
+        128, ge=1, description="N, rows that the Fisher information is estimated on, if k < 1"
+    )
+    head: bool = Field(False, description="train the classification head too, all of it")
+
+
+class Subset(nn.Module):
+    """Which entries train; saved with the plugin.
+
+    Args:
+        entries: n.
+    """
+
+    fisher: Tensor
+    rows: Tensor
+    mask: Tensor
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.register_buffer(
+            "fisher", torch.zeros(entries)
+        )  # sum over rows of squared gradients, [n] float32
+        self.register_buffer("rows", torch.zeros((), dtype=torch.long))
+        self.register_buffer(
+            "mask", torch.zeros(entries, dtype=torch.bool)
+        )  # all false until the rows are seen
+
+    @property
+    def chosen(self) -> bool:
+        return bool(self.mask.any())
+
+    def choose(self, count: int) -> None:
+        """Fix the mask: the `count` entries of largest F; of equal ones the first."""
+        if not (self.fisher.isfinite().all() and self.fisher.any()):
+            raise PeftxError(
+                f"layernorm-tuning: the Fisher information of {int(self.rows)} rows is zero or not finite",
+                hint="the loss must depend on the norms, and be finite",
+            )
+        self.mask[self.fisher.argsort(descending=True, stable=True)[:count]] = True
+
+
+class LayernormTuning(Plugin):
+    """See the module."""
+
+    Config = LayernormTuningConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.BESIDE_WEIGHTS, Claim.NEEDS_GRADIENTS}
+    architectures = ("gemma2", "mamba")
+    config: LayernormTuningConfig
+    _handle: RemovableHandle | None = None
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        entries = sum(p.numel() for site in model.norms(self.config.targets) for p in site.train())
+        if self.config.fraction < 1:
+            model.keep("subset", Subset(entries)).float()  # squares of gradients need float32
+        if self.config.head:
+            for site in model.linears("classifier"):
+                site.train()
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        if self.config.fraction < 1:
+            subset, norms = self._parts(step.stack)
+            if not subset.chosen:
+                self._estimate(step, subset, norms)
+            step.on_gradients(lambda _: self._mask(subset, norms))
+        return (yield)
+
+    def _mask(self, subset: Subset, norms: list[nn.Parameter]) -> None:
+        if self._handle is not None:
+            self._handle.remove()  # of the step before
+        self._handle = keep_to(subset, norms)
+
+    def _parts(self, stack: Stack) -> tuple[Subset, list[nn.Parameter]]:
+        """The subset, and the norms' parameters in the order of its entries."""
+        owner = stack.id_of(self)
+        parts = stack.ledger.of(owner)
+        (subset,) = (part.module for part in parts if isinstance(part.module, Subset))
+        norms = [
+            part.module._parameters[name]
+            for part in parts
+            if part.kind == "base" and not isinstance(part.module, nn.Linear)  # a linear layer is the head
+            for name in part.parameters
+        ]
+        return subset, norms  # type: ignore[return-value]
+
+    def _estimate(self, step: TrainStep, subset: Subset, norms: list[nn.Parameter]) -> None:
+        wanted = self.config.fisher_rows - int(subset.rows)
+        for row in list(rows_of(step.batch))[:wanted]:
+            subset.fisher += squared_gradients(step, row, norms)
+            subset.rows += 1
+        if subset.rows >= self.config.fisher_rows:
+            subset.choose(max(1, round(self.config.fraction * len(subset.fisher))))
+
+
+def rows_of(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The batch's rows, as batches of one."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    for i in range(len(next(iter(tensors.values())))):
+        yield {**batch, **{name: tensor[i : i + 1] for name, tensor in tensors.items()}}
+
+
+def squared_gradients(step: TrainStep, row: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """(d L_i / d theta)**2 of one row, [n] float32."""
+    loss = step.model(**row).loss
+    if loss is None:
+        raise PeftxError("layernorm-tuning: the model returned no loss", hint="the batch needs 'labels'")
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return torch.cat([g.float().flatten() for g in flat]).square()
+
+
+def keep_to(subset: Subset, parameters: Sequence[nn.Parameter]) -> RemovableHandle | None:
+    """Clear the gradient of masked entries, and let the optimizer's next step put back what it does to them: it skips
+    a parameter without a gradient, but decays the whole of one that has any. Returns the handle of that.
+    """
+    if not subset.chosen:
+        for p in parameters:
+            p.grad = None
+        return None
+    masks = subset.mask.split([p.numel() for p in parameters])
+    kept = [(p, mask.view_as(p), p.detach().clone()) for p, mask in zip(parameters, masks, strict=True)]
+    for p, mask, _ in kept:
+        if p.grad is not None:
+            p.grad.mul_(mask)
+
+    @torch.no_grad()
+    def put_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in stepped for p in parameters):  # the hook sees every optimizer of the process
+            for p, mask, before in kept:
+                p.copy_(torch.where(mask, p, before))
+            kept.clear()
+
+    return register_optimizer_step_post_hook(put_back)

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftx import Stack, TrainStep
+from peftx.errors import PeftxError
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx_layernorm_tuning import LayernormTuning, Subset, rows_of, squared_gradients
+
+test_conformance = conformance("layernorm-tuning")
+test_conformance_of_a_subset = conformance(
+    "layernorm-tuning", options={"fraction": 0.25, "fisher_rows": 2}, models=["llama", "t5"]
+)
+
+ID = "layernorm-tuning"
+
+
+def batch_of(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    inputs = example_inputs(model, padding="right", seed=seed)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def train(stack: Stack, steps: int = 4, *, weight_decay: float = 0.1, kind: Any = torch.optim.AdamW) -> None:
+    parameters = [p for p in stack.model.parameters() if p.requires_grad]
+    optimizer = kind(parameters, lr=1e-2, weight_decay=weight_decay)
+    for i in range(steps):
+        stack.train_step(batch_of(stack.model, seed=i), optimizer=optimizer)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def subset_of(stack: Stack) -> Subset:
+    (subset,) = (part.module for part in stack.ledger.of(ID) if isinstance(part.module, Subset))
+    return subset
+
+
+def norms_of(stack: Stack) -> dict[str, Tensor]:
+    """By name, in the order of the mask's entries."""
+    return {name: p for name, p in stack.ledger.tensors(ID).items() if "norm" in name.lower()}
+
+
+def test_trainable_count_of_bert() -> None:
+    model = tiny("bert", head="base")
+    stack = Stack(model, [LayernormTuning()])
+    layers, d = model.config.num_hidden_layers, model.config.hidden_size
+    assert (
+        stack.trainable_parameters() == 4 * layers * d + 2 * d
+    )  # BERT-large: 4 * 24 * 1024 + 2 * 1024 = 100,352
+    output_only = Stack(tiny("bert", head="base"), [LayernormTuning(targets="norm.mlp")])
+    assert output_only.trainable_parameters() == 2 * layers * d
+
+
+def test_an_rms_norm_has_gammas_only() -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning()])
+    assert stack.trainable_parameters() == 5 * 32  # two a layer and the last one
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("fraction", [1.0, 0.2])
+def test_only_norms_move(arch: str, fraction: float) -> None:
+    stack = Stack(tiny(arch), [LayernormTuning(fraction=fraction, fisher_rows=2)])
+    before = weights(stack.model)
+    declared = {n for n, p in stack.model.named_parameters() if p.requires_grad}
+    train(stack)
+    after = weights(stack.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= declared
+    assert moved == declared if fraction == 1.0 else moved
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's, about norms
+def test_equals_ln_tuning_of_peft() -> None:
+    """Trained by PEFT's LN tuning on the same weights and batches, the norms end in the same values."""
+    from peft import LNTuningConfig, get_peft_model
+
+    stack = Stack(tiny("llama"), [LayernormTuning()])
+    norms = ["input_layernorm", "post_attention_layernorm", "model.norm"]
+    theirs = get_peft_model(tiny("llama"), LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM"))
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == stack.trainable_parameters()
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for i in range(4):
+        theirs(**batch_of(stack.model, seed=i)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train(stack)
+    ours = [p.detach() for p in stack.model.parameters() if p.requires_grad]
+    assert max(float((a - b.detach()).abs().max()) for a, b in zip(ours, trained, strict=True)) == 0
+
+
+def test_fisher_of_a_logistic_model_by_hand() -> None:
+    """p(y | x) = sigmoid(y theta x), y = +-1: (d log p / d theta)**2 = ((1 - p) x)**2."""
+
+    class Logistic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([0.5, -0.25]))
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            class Output:
+                loss = -nn.functional.logsigmoid(labels * (x * self.theta).sum(-1)).mean()
+
+            return Output
+
+    model = Logistic()
+    batch = {
+        "x": torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0]]),
+        "labels": torch.tensor([1.0, -1.0, 1.0]),
+    }
+    stack = Stack(tiny("llama"), [LayernormTuning()])
+    step = TrainStep(stack, batch)
+    stack.model = model  # what `step.model` is
+    total = sum(squared_gradients(step, row, [model.theta]) for row in rows_of(batch))
+    margin = batch["labels"] * (batch["x"] @ model.theta.detach())
+    expected = ((1 - margin.sigmoid())[:, None] * batch["x"]).square().sum(0)
+    assert torch.allclose(total, expected)
+
+
+def test_fisher_is_estimated_row_by_row_before_anything_moves() -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.25, fisher_rows=5)])
+    start = weights(stack.model)
+    expected = torch.zeros(160)
+    for seed, count in ((0, 2), (1, 2), (2, 1)):  # two rows a batch; of the third batch one
+        batch = batch_of(stack.model, seed)
+        for i in range(count):
+            real = batch["attention_mask"][i].bool()
+            row = batch["input_ids"][i, real][None]
+            gradients = torch.autograd.grad(
+                stack.model(input_ids=row, labels=row).loss, list(norms_of(stack).values())
+            )
+            expected += torch.cat([g.flatten() for g in gradients]).square()
+    train(stack, 2)
+    assert not subset_of(stack).chosen
+    assert all(torch.equal(p, start[name]) for name, p in stack.model.named_parameters())
+    train(stack, 0)
+    stack.train_step(batch_of(stack.model, 2))
+    subset = subset_of(stack)
+    assert int(subset.rows) == 5
+    assert torch.allclose(subset.fisher, expected, rtol=1e-4)
+    assert int(subset.mask.sum()) == 40 == round(0.25 * 160)
+    assert subset.fisher[subset.mask].min() >= subset.fisher[~subset.mask].max()
+    fixed = subset.mask.clone()
+    train(stack, 2)
+    assert torch.equal(subset.mask, fixed)
+    assert int(subset.rows) == 5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_masked_entries_keep_their_bits_under_weight_decay(kind: Any) -> None:
+    stack = Stack(tiny("bert"), [LayernormTuning(fraction=0.1, fisher_rows=4)])
+    before = torch.cat([p.detach().flatten().clone() for p in norms_of(stack).values()])
+    train(stack, 6, weight_decay=0.5, kind=kind)
+    after = torch.cat([p.detach().flatten() for p in norms_of(stack).values()])
+    mask = subset_of(stack).mask
+    assert torch.equal(before[~mask], after[~mask])
+    assert (before[mask] != after[mask]).all()
+    assert int(mask.sum()) == round(0.1 * len(before))
+
+
+def test_masked_entries_keep_their_bits_in_the_trainer(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}:", "completion": " yes"} for i in range(8)]
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=4)], tokenizer=tiny_tokenizer())
+    before = torch.cat([p.detach().flatten().clone() for p in norms_of(stack).values()])
+    stack.train(
+        rows,
+        steps=4,
+        batch_size=2,
+        gradient_accumulation=2,
+        weight_decay=0.5,
+        learning_rate=1e-2,
+        max_length=32,
+    )
+    after = torch.cat([p.detach().flatten() for p in norms_of(stack).values()])
+    mask = subset_of(stack).mask
+    assert torch.equal(before[~mask], after[~mask])
+    assert (before[mask] != after[mask]).all()
+    assert all(p.dtype == torch.float32 for p in norms_of(stack).values())
+
+
+def test_another_optimizer_of_the_process_is_left_alone() -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=2)])
+    stack.train_step(batch_of(stack.model))  # gradients, and no step of an optimizer yet
+    parameters = list(norms_of(stack).values())
+    before = torch.cat([p.detach().flatten().clone() for p in parameters])
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1).step()
+    assert torch.allclose(other, torch.tensor(0.9))
+    torch.optim.SGD(parameters, lr=0.1, weight_decay=0.5).step()
+    after = torch.cat([p.detach().flatten() for p in parameters])
+    mask = subset_of(stack).mask
+    assert torch.equal(before[~mask], after[~mask])
+    assert not torch.equal(before[mask], after[mask])
+
+
+def test_a_mask_of_all_entries_is_ln_tuning() -> None:
+    found = []
+    for options in ({}, {"fraction": 0.999, "fisher_rows": 2}):  # 0.999 * 160 rounds to 160
+        stack = Stack(tiny("llama"), [LayernormTuning(**options)])
+        train(stack)
+        found.append(norms_of(stack))
+    assert subset_of(stack).mask.all()
+    assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())
+
+
+def test_resetting_the_chosen_entries_restores_the_base() -> None:
+    model = tiny("llama")
+    base = weights(model)
+    stack = Stack(model, [LayernormTuning(fraction=0.2, fisher_rows=2)])
+    train(stack)
+    names = list(norms_of(stack))
+    masks = subset_of(stack).mask.split([base[name].numel() for name in names])
+    with torch.no_grad():
+        for name, mask in zip(names, masks, strict=True):
+            parameter = stack.model.get_parameter(name)
+            parameter[mask] = base[name][mask]
+    assert all(
+        torch.equal(tensor, base[name]) for name, tensor in weights(stack.model).items() if name in base
+    )
+
+
+def test_export_is_in_place(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=2)], tokenizer=tiny_tokenizer())
+    train(stack)
+    plain = AutoModelForCausalLM.from_pretrained(stack.export(tmp_path / "export"))
+    expected = weights(stack.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(plain).items())
+
+
+def test_the_head_trains_whole() -> None:
+    stack = Stack(
+        tiny("bert", head="classification", num_labels=3),
+        [LayernormTuning(fraction=0.2, fisher_rows=2, head=True)],
+    )
+    head = stack.model.classifier
+    before = head.weight.detach().clone()
+    inputs = example_inputs(stack.model)
+    optimizer = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=0.1)
+    stack.train_step({**inputs, "labels": torch.tensor([0, 2])}, optimizer=optimizer)
+    assert (head.weight != before).all()
+    assert len(subset_of(stack).mask) == 4 * 2 * 32 + 2 * 32
+    with pytest.raises(PeftxError, match=r"layernorm-tuning: .*'classifier' matches nothing"):
+        Stack(tiny("llama"), [LayernormTuning(head=True)])
+
+
+def test_fisher_stays_in_full_precision() -> None:
+    stack = Stack(tiny("llama").to(torch.bfloat16), [LayernormTuning(fraction=0.2, fisher_rows=2)])
+    train(stack, 2)
+    assert subset_of(stack).fisher.dtype == torch.float32
+    assert {p.dtype for p in norms_of(stack).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"fraction": 0.0}, "fraction"),
+        ({"fraction": 1.5}, "fraction"),
+        ({"fisher_rows": 0}, "fisher_rows"),
+        ({"targets": ""}, "targets"),
+        ({"head": "yes please"}, "head"),
+    ],
+)
+def test_bad_options(options: dict[str, object], match: str) -> None:
+    with pytest.raises(PeftxError, match=f"LayernormTuning: {match}"):
+        LayernormTuning(**options)
+
+
+def test_targets_that_match_nothing() -> None:
+    with pytest.raises(PeftxError, match=r"layernorm-tuning: .*'nrom' matches nothing"):
+        Stack(tiny("llama"), [LayernormTuning(targets="nrom")])
+
+
+def test_a_model_without_norms_is_refused() -> None:
+    model = tiny("llama")
+    model.model.norm = nn.Identity()
+    for layer in model.model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = nn.Identity(), nn.Identity()
+    with pytest.raises(PeftxError, match=r"layernorm-tuning: .*'norm' matches nothing"):
+        Stack(model, [LayernormTuning()])
+
+
+def test_no_labels_and_no_information_are_refused() -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=2)])
+    batch = batch_of(stack.model)
+    with pytest.raises(PeftxError, match="layernorm-tuning: the model returned no loss"):
+        stack.train_step({name: batch[name] for name in ("input_ids", "attention_mask")})
+    with torch.no_grad():
+        stack.model.lm_head.weight.zero_()
+    with pytest.raises(PeftxError, match="Fisher information of 2 rows is zero"):
+        stack.train_step(batch)
