@@ -236,8 +236,9 @@ def load(
         )
     if contained is not None:
         _fill_base(stack, folder, contained)
-    for entry in manifest["plugins"]:
-        _restore(stack, entry, folder)
+    for index, entry in enumerate(manifest["plugins"]):
+        later = {path for other in manifest["plugins"][index + 1 :] for path in other["replaced"] or ()}
+        _restore(stack, entry, folder, later)
     if contained is not None:
         stack.base_fingerprint = base["fingerprint"]
         stack.model.to(device)
@@ -319,7 +320,8 @@ def _subclasses(cls: type[Plugin]) -> Iterator[type[Plugin]]:
         yield from _subclasses(sub)
 
 
-def _restore(stack: Stack, entry: dict[str, Any], folder: Path) -> None:
+def _restore(stack: Stack, entry: dict[str, Any], folder: Path, later: set[str]) -> None:
+    """`later`: modules that a later plugin replaces; what was trained in them is part of its tensors."""
     owner = entry["id"]
     member = stack.member(owner)
     view = stack.view(owner, restoring=True)
@@ -343,7 +345,7 @@ def _restore(stack: Stack, entry: dict[str, Any], folder: Path) -> None:
         member.plugin.restore(view, stack)
         stack.compressed.add(owner)
         stack.anatomy = Anatomy(stack.model)  # its sites still hold the replaced modules
-    _fill(stack, owner, tensors, file)
+    _fill(stack, owner, tensors, file, later)
 
 
 def _rebuild(stack: Stack, view: Any, path: str, kind: str, geometry: dict[str, Any], plugin: Plugin) -> None:
@@ -360,11 +362,12 @@ def _rebuild(stack: Stack, view: Any, path: str, kind: str, geometry: dict[str, 
     view.replace(Site("", path, old, "linear"), cls(**geometry))
 
 
-def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | None) -> None:
+def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | None, later: set[str]) -> None:
     """Put the file's tensors in the parts' places; no name may be missing or left over."""
     places = {
         name: (module, leaf, part.kind == "base")
         for part in stack.ledger.of(owner)
+        if not (part.kind == "base" and part.key in later)
         for name, module, leaf in part.places()
     }
     missing, extra = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())

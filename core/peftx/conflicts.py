@@ -86,6 +86,11 @@ def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
                 )
                 claims = (Claim.OWN_LAYOUT, Claim.VIRTUAL_TOKENS)
                 found.append(Conflict(one.id, two.id, claims, reason))
+        for reader, taker in ((one, two), (two, one)):
+            takes = next((c for c in (Claim.CLASSIFIES, Claim.OWN_LAYOUT) if taker.claims(c)), None)
+            if reader.claims(Claim.NEEDS_LABELS) and takes is not None:
+                reason = f"{reader} reads labels of tokens in its step, and the rows of {taker} have none of the kind"
+                found.append(Conflict(one.id, two.id, (Claim.NEEDS_LABELS, takes), reason))
         if one.claims(Claim.FINAL) and two.acts_on_weights:
             reason = (
                 f"{one} measures and compresses the finished model, so {two}, which comes after it and changes the "
@@ -188,6 +193,8 @@ def rules(plugin: type[Plugin] | Plugin) -> list[str]:
         found.append(f"not beside a plugin that claims {Claim.NEEDS_GRADIENTS}")
     if Claim.NEEDS_GRADIENTS in own:
         found.append(f"not beside a plugin that claims {Claim.REPLACES_STEP}")
+    if Claim.NEEDS_LABELS in own:
+        found.append(f"not beside a plugin that claims {Claim.CLASSIFIES} or {Claim.OWN_LAYOUT}")
     if Claim.OWN_LAYOUT in own:
         found.append(f"not beside a plugin that claims {Claim.VIRTUAL_TOKENS}")
     if Claim.VIRTUAL_TOKENS in own:

@@ -121,6 +121,13 @@ class Ledger:
                 f"{view.owner}: {site.path} is never called, so nothing can act on its output"
             )
         kind = _carrier(site)
+        if delta.has_base():
+            trained = next((p for p in self.parts if p.kind == "base" and p.module is site.module), None)
+            if trained is not None:
+                raise ConflictError(
+                    f"{view.owner} computes {site.path} itself as a frozen layer, and {trained.owner} trains it",
+                    hint="leave the layer out of one of them",
+                )
         _settle(delta, site.module, full_precision=delta.full_precision)
         attach(
             site.module, delta, name=name, owner=view.owner, rank=view.rank,
@@ -142,6 +149,13 @@ class Ledger:
     def add_base(self, view: ModelView, site: Site, names: tuple[str, ...]) -> list[nn.Parameter]:
         module = site.module
         slot = slot_of(module)
+        for entry in slot.entries if slot is not None else ():
+            if entry.delta.has_base():
+                raise ConflictError(
+                    f"{view.owner} trains the base's {site.path}, which {entry.owner} computes itself as a frozen "
+                    "layer",
+                    hint="leave the layer out of one of them",
+                )
         if slot is not None and slot.originals:
             raise ConflictError(
                 f"{view.owner}: {site.path} holds merged deltas", hint="stack.unmerge() first"

@@ -68,6 +68,8 @@ class Claim(StrEnum):
     """Works on what the deltas of other plugins add to the output of layers."""
     VIRTUAL_TOKENS = "virtual-tokens"
     """Puts soft tokens in front of the input."""
+    NEEDS_LABELS = "needs-labels"
+    """Its step reads the batch's labels of tokens."""
     OWN_LAYOUT = "own-layout"
     """Lays several texts out in one row, with positions and a 4-D mask of its own."""
     PREFIX_CACHE = "prefix-cache"

@@ -106,7 +106,12 @@ class Stack:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         if inject:
-            self.inject()
+            try:
+                self.inject()
+            except Exception:
+                for id in reversed(self.plugins):
+                    self.ledger.remove(id)  # the caller's model is as it was
+                raise
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class RunStage(SpecModel):
 def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
     """The stages that a run carries out, in order, with every `all` replaced by the ids that it stands for.
 
-    Without `run`: prepare, compress (before training), inject, train (if `train` is given), compress (after
+    Without `run`: compress (before training), inject, prepare, train (if `train` is given), compress (after
     training), evaluate (if a metric is listed, or a plugin evaluates), save (if `output` is given); a stage
     that no plugin takes part in is left out. The pipeline must be valid (`load_pipeline`).
     """
@@ -146,9 +146,9 @@ def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
         return tuple(_expanded(stage, stack, catalogue) for stage in pipeline.run)
     early, late = _compression(stack, catalogue)
     stages = [
-        *_listing("prepare", _with_hook(stack, catalogue, "prepare_data")),
         *_listing("compress", early),
         *_listing("inject", _with_hook(stack, catalogue, "inject")),
+        *_listing("prepare", _with_hook(stack, catalogue, "prepare_data")),
     ]
     if pipeline.train is not None:
         plugins = tuple(entry.id for entry in stack)

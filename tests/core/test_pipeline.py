@@ -141,7 +141,7 @@ def make(files: dict[str, Path], **changes: Any) -> Run:
 def test_all_stages_run_in_order(files: dict[str, Path]) -> None:
     recorder = Recorder()
     result = make(files, reporter=recorder).run()
-    assert recorder.stages == ["load", "prepare", "inject", "train", "evaluate", "save"]
+    assert recorder.stages == ["load", "inject", "prepare", "train", "evaluate", "save"]
     assert recorder.details["prepare"] == "8 rows became 4"
     assert recorder.steps == [1, 2, 3]
     (scores,) = result.scores.values()
@@ -222,7 +222,7 @@ def test_overrides(files: dict[str, Path]) -> None:
 
 def test_plan_loads_no_weight(files: dict[str, Path]) -> None:
     found = plan(make(files).pipeline, registry=REGISTRY)
-    assert [stage.name for stage in found.stages] == ["prepare", "inject", "train", "evaluate", "save"]
+    assert [stage.name for stage in found.stages] == ["inject", "prepare", "train", "evaluate", "save"]
     assert found.totals.trainable_params == found.totals.added_params == 6 * 256
     assert {module.role for module in found.modules} == {"mlp.down"}
     assert found.runnable

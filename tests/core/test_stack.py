@@ -479,3 +479,34 @@ def test_what_deltas_share_is_gone_once_they_are_folded(tmp_path: Path) -> None:
     loaded = peftx.load(tmp_path / "bundle", model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert torch.equal(logits(loaded), before)
     assert "peftx_parts" not in dict(loaded.model.named_children())
+
+
+def test_a_stack_that_cannot_be_built_leaves_the_model_as_it_was() -> None:
+    from peftx_hft import Hft
+    from peftx_lora import Lora
+
+    model = tiny("llama")
+    inputs, before = example_inputs(model), dict(model.named_parameters())
+    names = [name for name, _ in model.named_modules()]
+    with torch.no_grad():
+        logits = output_of(model, inputs)
+        with pytest.raises(ConflictError, match="both train the base's"):
+            Stack(model, [Lora(rank=2), Hft(fraction=1), ("again", Hft(fraction=1))])
+        assert torch.equal(output_of(model, inputs), logits)
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_weights_that_were_trained_and_then_quantized_come_back(tmp_path: Path) -> None:
+    from peftx_hft import Hft
+    from peftx_prefixquant import PrefixQuant
+
+    stack = Stack(tiny("llama"), [Hft(), PrefixQuant(weight_bits=4)], tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("hft"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    stack.compress(["Once upon a time there was a fox that had no name."] * 3, samples=2, length=16)
+    before = logits(stack)
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle", tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(loaded), before)

@@ -201,9 +201,13 @@ def test_a_replaced_step_sees_the_terms_of_others_and_leaves_no_gradient() -> No
         assert torch.allclose(a - 0.2, b)
 
 
-def test_two_terms_of_one_name_are_refused() -> None:
-    with pytest.raises(PeftxError, match="two loss terms are named 'gains'"):
-        stack_of(("a", Extra(1.0)), ("b", Extra(1.0))).train_step(batch())
+def test_two_terms_of_one_name_are_told_apart() -> None:
+    stack = stack_of(("a", Extra(1.0)), ("b", Extra(0.5)))
+    step = TrainStep(stack, batch())
+    total = float(stack.run_train_step(step))
+    assert list(step.losses) == ["task", "gains", "gains #2"]
+    assert step.losses["gains"] == step.losses["gains #2"]
+    assert total == pytest.approx(step.losses["task"] + 1.5 * step.losses["gains"])
 
 
 @pytest.mark.parametrize("kill_at", [2, 4])

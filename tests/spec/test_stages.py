@@ -24,9 +24,9 @@ def test_the_whole_order(catalogue: Catalogue) -> None:
     stack = [MOSAIC, "qlora", "lora", "prefixquant", "language-ranker"]
     ids = ("mosaic-it", "qlora", "lora", "prefixquant", "language-ranker")
     assert stages(catalogue, stack=stack, train={}, evaluate=["accuracy"], output="out") == [
-        ("prepare", ("mosaic-it",)),
         ("compress", ("qlora",)),
         ("inject", ("qlora", "lora")),
+        ("prepare", ("mosaic-it",)),
         ("train", ids),
         ("compress", ("prefixquant",)),
         ("evaluate", ()),

@@ -3,7 +3,8 @@
     cells = run_matrix(["lora", "mezo", "prefixquant"])        # `peftx matrix` shows them
 
 A pair *works* if it trains two steps to finite losses, is saved, comes back bit for bit and generates the same tokens.
-It is *refused* if its claims collide: before anything is built, with the reason and the order that would work. It is
+It is *refused* if its claims collide: before anything is built, with the reason and the order that would work; or if
+both want one place, and then the model is bit for bit what it was. It is
 *not for this model* if one of the two cannot stand on the pair's architecture by itself. Anything else *failed*, and is
 a bug.
 """
@@ -26,7 +27,7 @@ import torch
 
 import peftx
 from peftx.conflicts import Member, find_conflicts, starting_format
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
 from peftx.hooks import HOOKS
 from peftx.plugin import Plugin
 from peftx.registry import Registry
@@ -131,6 +132,17 @@ def try_pair(first: str, second: str) -> Cell:
     for name in dict.fromkeys((first, second)):
         if (why := _stands_on(name, arch)) is not None:
             return cell("other-model", why)
+    model = tiny(arch)
+    try:
+        Stack(model, _members(first, second), tokenizer=tiny_tokenizer())
+    except ConflictError as error:
+        inputs = inputs_for(model)
+        if not torch.equal(output(model, inputs), output(tiny(arch), inputs)):
+            return cell("failed", f"refused, and the model is not what it was: {error}")
+        shared = set(members[0].plugin.claims) & set(members[1].plugin.claims)
+        return cell("refused", str(error), claims=tuple(sorted(shared)))
+    except Exception as error:  # noqa: BLE001  as below
+        return cell("failed", f"{type(error).__name__}: {error}")
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -194,10 +206,14 @@ def _arch(*names: str) -> str:
 
 @cache
 def _stands_on(name: str, arch: str) -> str | None:
-    """Why a plugin alone cannot stand on a tiny model; None if it can."""
+    """Why a plugin alone has no place on a tiny model; None if it has."""
     try:
-        Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
-    except ArchitectureError as error:
+        if arch == "llama":
+            Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
+        else:  # only the whole life tells, as for drafts on a model without a cache that can be cut
+            with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder:
+                _use(_members(name), arch, Path(folder) / "bundle")
+    except (ArchitectureError, TargetError, UnsupportedError) as error:
         return str(error)
     except PeftxError:
         return None  # it needs a companion, which a pair may have

@@ -54,7 +54,7 @@ ROWS_BY_FORMAT: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "preference": tuple(
         {
-            "prompt": row["prompt"],
+            "prompt": f"User: {row['prompt']}\nAssistant:",
             "chosen": row["completion"],
             "rejected": "positive" if row["completion"] == "negative" else "negative",
         }

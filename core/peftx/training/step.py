@@ -91,11 +91,11 @@ class TrainStep:
     def add_loss(self, name: str, term: LossTerm, weight: float = 1.0) -> None:
         """Add `weight * term(outputs)` to the loss; `outputs` is what the model returned.
 
-        A function and not a number, so that a step that evaluates the loss several times (MeZO) sees it too.
+        A function and not a number, so that a step that evaluates the loss several times (MeZO) sees it too. A name
+        that is taken gets a number, since a plugin may stand twice in a stack.
         """
-        if name in self._terms:
-            raise PeftxError(f"two loss terms are named '{name}'")
-        self._terms[name] = (term, weight)
+        same = sum(known == name or known.startswith(f"{name} #") for known in self._terms)
+        self._terms[f"{name} #{same + 1}" if same else name] = (term, weight)
 
     def replace_task_loss(self, function: Callable[[], tuple[Tensor, Any]]) -> None:
         """Compute the task's loss otherwise: a function that returns (loss, outputs); preference losses do this."""

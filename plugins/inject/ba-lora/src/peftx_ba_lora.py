@@ -88,7 +88,7 @@ class BaLora(Plugin):
     """See the module."""
 
     Config = BaLoraConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_LABELS}
     architectures = ("mixtral",)
     config: BaLoraConfig
     example = {"rank": 2}

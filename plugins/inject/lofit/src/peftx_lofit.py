@@ -148,7 +148,11 @@ class Lofit(Plugin):
         if self._choosing() and step.total is not None and step.index >= self._steps(step.total):
             self.choose()
         if self._choosing():
-            step.add_loss("lofit", lambda _: sum(edit.A.abs().sum() for edit in self.edits), self.config.l1)
+            step.add_loss(
+                step.stack.id_of(self),
+                lambda _: sum(edit.A.abs().sum() for edit in self.edits),
+                self.config.l1,
+            )
         return (yield)
 
     @torch.no_grad()

@@ -169,7 +169,7 @@ class TokenTrails(Plugin):
     Config = TokenTrailsConfig
     claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
     architectures = ("opt", "gpt_neox", "gemma2")
-    takes = ("messages", "prompt-completion", "preference", "text")
+    takes = ("messages", "preference")  # or any text with markers; a stack of its own may train on that
     config: TokenTrailsConfig
 
     @hookimpl

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftx import Plugin, Stack, TrainStep, hookimpl
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.reference import ReferencePrompt
+from peftx_ist import Ist
+from peftx_lora import Lora
+from peftx_sparselora import AttentionChannels, ByColumns, ByRows, Estimate, MlpChannels, Sparselora
+
+ALL: dict[str, Any] = {
+    "mlp": 0.5,
+    "attention": 0.5,
+    "mlp_layers": [0, 1],
+    "attention_layers": [0, 1],
+    "start": 0,
+}
+"""Both layers of the tiny models, half of the channels."""
+
+test_conformance = conformance(
+    "sparselora",
+    not_on={
+        "gpt2": "no gated MLP, and q, k, v in one matrix",
+        "bert": "an encoder without a gated MLP",
+        "t5": "an encoder and a decoder",
+    },
+)
+
+ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+
+
+def stack_of(*plugins: Plugin, **options: Any) -> Stack:
+    stack = Stack(tiny("llama"), [Lora(rank=2, **options), *plugins], tokenizer=tiny_tokenizer())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in stack.ledger.parameters("lora"):
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+    return stack
+
+
+def batch_for(stack: Stack, *, answers: int = 3, length: int = 12, padding: Any = None) -> dict[str, Tensor]:
+    """Rows whose last `answers` tokens have labels."""
+    inputs = example_inputs(stack.model, length=length, padding=padding)
+    labels = inputs["input_ids"].clone()
+    labels[:, : length - answers] = -100
+    return inputs | {"labels": labels}
+
+
+def gradients(stack: Stack, batch: dict[str, Tensor], **step: Any) -> tuple[float, list[Tensor]]:
+    stack.model.train()
+    stack.model.zero_grad()
+    loss = float(stack.run_train_step(TrainStep(stack, batch, **step)))
+    return loss, [p.grad.clone() for p in stack.ledger.parameters("lora") if p.grad is not None]
+
+
+def equal(one: tuple[float, list[Tensor]], two: tuple[float, list[Tensor]]) -> bool:
+    return one[0] == two[0] and all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+
+
+def sliced(stack: Stack) -> Sparselora:
+    plugin = stack.plugins["sparselora"]
+    assert isinstance(plugin, Sparselora)
+    return plugin
+
+
+def estimate(weight: Tensor, rank: int) -> Estimate:
+    found = Estimate(weight.shape[1], weight.shape[0], rank=rank)
+    found.fit(weight)
+    return found
+
+
+# -- the estimators ----------------------------------------------------------------------------------------------------
+
+
+def test_estimate_is_the_best_of_its_rank() -> None:
+    weight, x = torch.randn(20, 12), torch.randn(5, 12)
+    u, s, vh = torch.linalg.svd(weight)
+    cut = u[:, :4] @ torch.diag(s[:4]) @ vh[:4]
+    assert torch.allclose(estimate(weight, 4)(x), x @ cut.t(), atol=1e-4)
+    assert torch.allclose(estimate(weight, 12)(x), x @ weight.t(), atol=1e-4)
+
+
+def test_full_rank_chooses_the_oracles_mlp_channels() -> None:
+    gate, up, x = torch.randn(24, 8), torch.randn(24, 8), torch.randn(10, 8)
+    channels = MlpChannels(estimate(gate, 8), estimate(up, 8), keep=6, activation="silu")(x)
+    oracle = (F.silu(x @ gate.t()) * (x @ up.t())).norm(dim=0).topk(6).indices.sort().values
+    assert all(torch.equal(channels[role], oracle) for role in ("gate", "up", "down"))
+
+
+def test_full_rank_chooses_the_oracles_attention_channels() -> None:
+    q, k, v, x = torch.randn(16, 8), torch.randn(8, 8), torch.randn(8, 8), torch.randn(10, 8)
+    channels = AttentionChannels(
+        estimate(q, 8), estimate(k, 8), estimate(v, 8), keep=3, groups=2, head_dim=4
+    )(x)
+    # 4 query heads of 4 channels, 2 key-value heads: query heads 0 and 1 read key-value head 0, 2 and 3 read 1.
+    of_q = (x @ q.t()).norm(dim=0).view(4, 4)
+    mean = torch.cat([of_q[:2].mean(dim=0), of_q[2:].mean(dim=0)])
+    qk = (mean * (x @ k.t()).norm(dim=0)).topk(3).indices.sort().values
+    vo = (x @ v.t()).norm(dim=0).topk(3).indices.sort().values
+    assert torch.equal(channels["k"], qk)
+    assert torch.equal(channels["v"], vo)
+    for narrow, wide in (("k", "q"), ("v", "o")):
+        expected = [
+            h * 4 + int(c) % 4 for c in channels[narrow] for h in (2 * (int(c) // 4), 2 * (int(c) // 4) + 1)
+        ]
+        assert channels[wide].tolist() == sorted(expected)
+
+
+# -- the products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("product", [ByRows, ByColumns])
+def test_slices_equal_masked_dense_products(product: Any) -> None:
+    x, weight = torch.randn(7, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    chosen, dense = torch.tensor([0, 2, 5]), torch.tensor([1, 6])
+    mask = torch.zeros(7, 9 if product is ByRows else 6, dtype=torch.float64)
+    mask[:, chosen] = 1
+    mask[dense] = 1
+
+    def masked(x: Tensor) -> Tensor:
+        return (x @ weight.t()) * mask if product is ByRows else (x * mask) @ weight.t()
+
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = product.apply(one, weight, chosen, dense), masked(two)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    assert torch.allclose(y, expected)
+    assert torch.allclose(one.grad, two.grad)
+    torch.autograd.gradcheck(lambda t: product.apply(t, weight, chosen, dense), x.clone().requires_grad_())
+
+
+def masked_forward(stack: Stack, batch: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
+    """The same step by masking dense activations: what the frozen layers give is multiplied by 0 and 1."""
+    context = batch["labels"] == -100
+    hooks = []
+    for part in stack.ledger.of("sparselora"):
+        if part.kind != "delta":
+            continue
+        place, role, chosen = part.place, part.module.role, part.module.block.chosen[part.module.role]
+        assert isinstance(place, nn.Linear)
+        columns = role in ("o", "down")
+        mask = torch.zeros(*context.shape, place.in_features if columns else place.out_features)
+        mask[..., chosen] = 1
+        mask[~context] = 1
+
+        def edit(
+            _: nn.Module,
+            inputs: tuple[Tensor],
+            y: Tensor,
+            mask: Tensor = mask,
+            w: Tensor = place.weight,
+            by: bool = columns,
+        ) -> Tensor:
+            whole = inputs[0] @ w.t()
+            return y - whole + ((inputs[0] * mask) @ w.t() if by else whole * mask)
+
+        hooks.append(place.register_forward_hook(edit))
+    with stack.disabled("sparselora"):
+        found = gradients(stack, batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp": 0}, {"attention": 0}, {"mlp": 0.9, "attention": 0.25}])
+def test_a_step_equals_masking_the_dense_activations(options: dict[str, float]) -> None:
+    stack = stack_of(Sparselora(**{**ALL, **options}))
+    batch = batch_for(stack)
+    loss, found = gradients(stack, batch)
+    other, expected = masked_forward(stack, batch)
+    assert loss == pytest.approx(other, rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    plain = gradients(stack_of(), batch)
+    assert abs(plain[0] - loss) > 1e-3  # or nothing was left out
+
+
+# -- what stays dense --------------------------------------------------------------------------------------------------
+
+
+def test_sparsity_zero_is_lora() -> None:
+    plain, none = stack_of(), stack_of(Sparselora(mlp=0, attention=0))
+    assert equal(gradients(plain, batch_for(plain)), gradients(none, batch_for(none)))
+    for stack in (plain, none):
+        stack.train(ROWS, steps=3, batch_size=2, learning_rate=1e-2)
+    pairs = zip(plain.ledger.parameters("lora"), none.ledger.parameters("lora"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_all_channels_are_lora_to_rounding() -> None:
+    plain, whole = stack_of(), stack_of(Sparselora(**ALL | {"mlp": 1e-9, "attention": 1e-9}))
+    one, two = gradients(plain, batch_for(plain)), gradients(whole, batch_for(whole))
+    assert one[0] == pytest.approx(two[0], rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one[1], two[1], strict=True))
+
+
+def test_answer_tokens_are_dense() -> None:
+    """Where no token is context but the first, whose part in the rest is what attention takes of it: layer by layer."""
+    stack = stack_of(Sparselora(**ALL))
+    batch = batch_for(stack, answers=4)
+    seen: dict[str, Tensor] = {}
+    mlp = stack.model.model.layers[0].mlp
+    hook = mlp.register_forward_hook(lambda _, inputs, y: seen.update(x=inputs[0].detach(), y=y.detach()))
+    gradients(stack, batch)
+    hook.remove()
+    with torch.no_grad():
+        dense = mlp(seen["x"])
+    wrong = (seen["y"] - dense).abs().amax(dim=-1)  # [B, T]
+    assert wrong[:, -4:].max() < 1e-6
+    assert wrong[:, :-4].min() > 1e-4
+
+
+def test_evaluation_is_dense() -> None:
+    plain, stack = stack_of(), stack_of(Sparselora(**ALL))
+    batch = batch_for(stack)
+    with torch.no_grad():
+        for training in (False, True):  # outside a step of training even a model in training mode is dense
+            logits = [s.model.train(training)(**batch).logits for s in (plain, stack)]
+            assert torch.equal(*logits)
+    gradients(stack, batch)
+    with torch.no_grad():
+        assert torch.equal(plain.model(**batch).logits, stack.model(**batch).logits)
+
+
+def test_a_failing_step_ends_dense() -> None:
+    class Break(Plugin):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Any:
+            raise RuntimeError("broken")
+            yield
+
+    stack = stack_of(Sparselora(**ALL), Break())
+    with pytest.raises(PeftxError, match="broken"):
+        stack.run_train_step(TrainStep(stack, batch_for(stack)))
+    assert sliced(stack).tokens.context is None
+
+
+def test_first_steps_are_dense() -> None:
+    plain, stack = stack_of(), stack_of(Sparselora(**ALL | {"start": 0.2}))
+    batch = batch_for(stack)
+    dense = gradients(plain, batch)
+    assert [equal(gradients(stack, batch, index=i, total=10), dense) for i in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_default_layers() -> None:
+    stack = Stack(tiny("llama", num_hidden_layers=8), [Lora(rank=2), Sparselora()])
+    parts = [part for part in stack.ledger.of("sparselora") if part.kind == "delta"]
+    found = {(part.path.split(".")[3], int(part.path.split(".")[2])) for part in parts}
+    assert found == {("mlp", i) for i in range(1, 7)} | {("self_attn", i) for i in range(4, 7)}
+    assert stack.trainable_parameters() == stack.plugin_parameters("lora")
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_padding_does_not_count() -> None:
+    """Pads are context, but no pad has a say in the choice."""
+    stack = stack_of(Sparselora(**ALL))
+    batch = batch_for(stack, padding="right")
+    chosen = []
+    for filler in (2, 77):
+        changed = batch | {"input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], filler)}
+        gradients(stack, changed)
+        deltas = [part.module for part in stack.ledger.of("sparselora") if part.kind == "delta"]
+        chosen.append([d.block.chosen[d.role] for d in deltas])
+    assert all(torch.equal(a, b) for a, b in zip(*chosen, strict=True))
+
+
+def test_soft_tokens_are_context() -> None:
+    stack = Stack(tiny("llama"), [Lora(rank=2), ReferencePrompt(), Sparselora(**ALL)])
+    loss = float(stack.model.train() and stack.run_train_step(TrainStep(stack, batch_for(stack))))
+    assert loss > 0
+    tokens = sliced(stack).tokens
+    tokens.set(torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+    scored, dense = tokens.rows(torch.Size((1, 5)))
+    assert (scored.tolist(), dense.tolist()) == ([0, 1, 2, 3], [4])
+
+
+def test_checkpointing_chooses_the_same_channels() -> None:
+    stack, again = stack_of(Sparselora(**ALL)), stack_of(Sparselora(**ALL))
+    again.model.activation_checkpointing_enable({"use_reentrant": False})
+    assert equal(gradients(stack, batch_for(stack)), gradients(again, batch_for(again)))
+
+
+def test_labels_of_rows_leave_all_tokens_sparse() -> None:
+    model = tiny("llama", head="classification", num_labels=3)
+    stack = Stack(model, [Lora(rank=2), Sparselora(**ALL)])
+    model.train()
+    stack.run_train_step(TrainStep(stack, example_inputs(model) | {"labels": torch.tensor([0, 2])}))
+    assert all(p.grad is not None for p in stack.ledger.parameters("lora"))
+
+
+def test_ist_measures_with_dense_layers() -> None:
+    scores = []
+    for plugins in ([], [Sparselora(**ALL)]):
+        stack = stack_of(Ist(interval=1), *plugins)
+        gradients(stack, batch_for(stack), index=1)
+        scores.append(stack.plugins["ist"].state["scores"])
+    assert scores[0] == scores[1]
+    assert any(scores[0])
+
+
+def test_copies_go_on_alone() -> None:
+    stack = stack_of(Sparselora(**ALL))
+    twin = copy.deepcopy(stack.model)
+    sliced(stack).tokens.set(torch.ones(2, 12, dtype=torch.bool), torch.ones(2, 12, dtype=torch.bool))
+    batch = batch_for(stack)
+    with torch.no_grad():
+        sparse, dense = (m.train()(**batch).logits for m in (stack.model, twin))
+    assert not torch.allclose(sparse, dense, atol=1e-3)
+    assert torch.equal(dense, stack_of().model(**batch).logits)
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_work_of_the_frozen_layers_scales_with_what_is_kept() -> None:
+    model_options = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+
+    def flops(*plugins: Plugin) -> int:
+        stack = Stack(tiny("llama", **model_options), [Lora(rank=1), *plugins])
+        stack.model.train()
+        batch = batch_for(stack, answers=1, length=24)
+        with FlopCounterMode(display=False) as counter:
+            stack.run_train_step(TrainStep(stack, batch))
+        return counter.get_total_flops()
+
+    qkv, rest = 64 * 64 + 2 * 64 * 32, 3 * 64 * 192 + 64 * 64  # numbers in the sliced matrices of a layer
+    forward, backward = 2 * (qkv + rest), 2 * (qkv + rest) - qkv  # no dX below the first layer
+    work = 48 * 2 * (forward + backward)
+    whole = flops()
+    for rho in (0.25, 0.5, 0.75):
+        saved = whole - flops(Sparselora(**ALL | {"mlp": rho, "attention": rho, "rank": 1}))
+        assert saved / work == pytest.approx(
+            rho - 1 / 24, abs=0.012
+        )  # 1 token in 24 is dense; estimators: 0.9%
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "opt", "phi3", "mixtral", "bert", "t5", "gpt_neox"])
+def test_models_without_the_layers_are_refused(arch: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"sparselora slices .*{arch} does not have them"):
+        Stack(tiny(arch), [Lora(rank=2), Sparselora(**ALL)])
+
+
+def test_nothing_to_train_is_refused() -> None:
+    stack = Stack(tiny("llama"), [Sparselora(**ALL)], tokenizer=tiny_tokenizer())
+    with pytest.raises(PeftxError, match="sparselora: nothing trains beside it"):
+        stack.run_train_step(TrainStep(stack, batch_for(stack)))
+    with pytest.raises(PeftxError, match="nothing trains"):
+        stack.train(ROWS, steps=1)
+
+
+def test_a_trained_base_is_refused() -> None:
+    from peftx_lt_sft import LtSft
+
+    with pytest.raises(
+        ConflictError, match=r"sparselora computes model\.layers\.\d\.\S+ itself .* lt-sft trains"
+    ):
+        Stack(tiny("llama"), [LtSft(phase1=1), Sparselora(**ALL)])
+    with pytest.raises(ConflictError, match=r"lt-sft trains .*, which sparselora computes itself"):
+        Stack(tiny("llama"), [Sparselora(**ALL), LtSft(phase1=1)])
+
+
+def test_batches_without_context_are_refused() -> None:
+    stack = stack_of(Sparselora(**ALL))
+    with pytest.raises(PeftxError, match="all 24 tokens of the batch have a label"):
+        stack.run_train_step(TrainStep(stack, batch_for(stack, answers=12)))
+
+
+def test_other_batches_inside_the_step_are_refused() -> None:
+    stack = stack_of(Sparselora(**ALL))
+    stack.model.train()
+    step = TrainStep(stack, batch_for(stack))
+    step.replace_task_loss(lambda: (step.forward(input_ids=step.batch["input_ids"][:1]).loss, None))
+    with pytest.raises(PeftxError, match="the model runs on 1x12 tokens, the batch has labels for 2x12"):
+        stack.run_train_step(step)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": 33}, r"rank 33 exceeds the 48x32 matrix model\.layers\.0\.mlp\.gate_proj"),
+        ({"mlp_layers": [0, 2]}, r"mlp_layers \[0, 2\] of a model with 2 layers"),
+        ({"attention_layers": [1, 1]}, r"attention_layers \[1, 1\]"),
+        ({"mlp_layers": None}, "of 2 layers none is left for mlp"),
+        ({"mlp_layers": []}, "of 2 layers none is left for mlp"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(PeftxError, match=f"sparselora: {match}"):
+        Stack(tiny("llama"), [Lora(rank=2), Sparselora(**{**ALL, **options})])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mlp": 1},
+        {"mlp": -0.1},
+        {"attention": 1},
+        {"rank": 0},
+        {"start": 1},
+        {"start": -0.1},
+        {"dense_answers": 2},
+    ],
+)
+def test_bad_options(options: dict[str, float]) -> None:
+    with pytest.raises(PeftxError, match=f"Sparselora: {next(iter(options))}") as caught:
+        Sparselora(**options)
+    assert "mlp, attention, mlp_layers, attention_layers, rank, start, dense_answers" in str(
+        caught.value.hint
+    )

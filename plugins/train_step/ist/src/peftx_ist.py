@@ -1,0 +1,204 @@
+"""IST: train the adapters of a few important layers at each step, and learn which layers those are.
+
+"Layer-wise Importance Matters: Less Memory for Better Performance in Parameter-efficient Fine-tuning of Large Language
+Models" (arXiv:2410.11772). L layers carry adapters; s: [L] starts at 0, and a high s says that a layer can be spared
+(the sign of the released code; the paper's importance is -s). p = sigmoid(s). Every `interval` steps:
+
+    S_1..S_n                            distinct sets of L/2 layers, drawn without replacement by p
+    l_k                                 the loss with the response of the adapters in S_k times 0.25
+    r_k  = exp(-l_k) - mean_j exp(-l_j)
+    s_i += rate * r_k * p_i (1 - p_i)   for each i in S_k: suppressing them hurt less, so they matter less
+
+At every step L/4 layers are drawn by sigmoid(-s), and only their adapters train: the others get no gradient, keep
+what the optimizer knows of them, and need no activations below the lowest layer that trains. The response of a delta D
+is what it adds to y, D(x, y) - y; suppressed it gives y + 0.25 (D(x, y) - y), which for LoRA is 0.25 of its scale.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
+from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.ledger import Part
+from peftx.slots.carrier import ReadCarrier, WeightCarrier
+
+MEMORY = "ist"
+DRAWS = 100
+"""Attempts at distinct sets: two layers have but two sets of one, and skewed scores repeat themselves."""
+
+
+class IstConfig(PluginConfig):
+    """Options of IST."""
+
+    updated: float = Field(0.25, gt=0, le=1, description="share of the layers that train in a step")
+    suppressed: float = Field(0.5, gt=0, lt=1, description="share of the layers in each set that is tried")
+    factor: float = Field(0.25, ge=0, lt=1, description="what is left of a suppressed adapter's response")
+    interval: int = Field(10, ge=1, description="steps from one measurement of importance to the next")
+    candidates: int = Field(3, ge=2, description="n, sets that are tried in a measurement")
+    rate: float = Field(
+        10.0, ge=0, description="learning rate of s; 0: no measurements, layers at random (RST)"
+    )
+
+
+class Ist(Plugin):
+    """See the module."""
+
+    Config = IstConfig
+    claims = {Claim.NEEDS_ADAPTERS}
+    example = {"interval": 1}  # else a few steps hold no measurement
+    config: IstConfig
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise UnsupportedError("ist trains in one process", hint="start without torchrun")
+        layers = adapters(step.stack)
+        known = self.state.get("scores", [])
+        start = known if len(known) == len(layers) else [0.0] * len(layers)
+        memory = step.memory.setdefault(MEMORY, {"scores": start})
+        measures = self.config.rate > 0 and step.index > 0 and step.index % self.config.interval == 0
+        if step.first_micro and measures:
+            memory["scores"] = self.state["scores"] = self.measure(step, layers, memory["scores"])
+        importance = [-s for s in memory["scores"]]
+        chosen = draw(importance, count(self.config.updated, len(layers)), random_of(step, "update"))
+        active = {id(p) for i in chosen for p in parameters(layers[i])}
+        rest = [p for layer in layers for p in parameters(layer) if id(p) not in active]
+        for p in rest:
+            p.grad = None  # a loop may have left zeros, with which an optimizer would move
+        with frozen(rest):
+            return (yield)
+
+    def measure(self, step: TrainStep, layers: list[list[Part]], scores: list[float]) -> list[float]:
+        """s after trying the sets S_k on the step's own batch."""
+        generator = random_of(step, "measure")
+        sets: list[list[int]] = []
+        for _ in range(DRAWS):
+            found = draw(scores, count(self.config.suppressed, len(layers)), generator)
+            if found not in sets and len(sets) < self.config.candidates:
+                sets.append(found)
+        losses = []
+        # Frozen, and not under no_grad: there a low-rank delta may be added without being called.
+        with evaluating(step.module), frozen(step.parameters()):
+            for chosen in sets:
+                with suppressed([part for i in chosen for part in layers[i]], self.config.factor):
+                    losses.append(float(step.total_loss()))
+        if not all(map(math.isfinite, losses)):
+            raise PeftxError(
+                f"ist: the losses with suppressed layers are {losses} in step {step.index}",
+                hint="a smaller learning rate",
+            )
+        return updated(scores, sets, losses, self.config.rate)
+
+
+def adapters(stack: Stack) -> list[list[Part]]:
+    """What the plugins of the stack attached, by layer (of an encoder, then of a decoder); layers without are left out.
+
+    Raises:
+        ConflictError: nothing stands in a layer, or something whose response cannot be scaled.
+    """
+    order = [site.path for site in stack.anatomy.sites if site.role == "block.layer"]
+    found: dict[str, list[Part]] = {path: [] for path in order}
+    for part in stack.ledger.parts:
+        path = part.key.partition("@")[0]
+        while path and path not in found:
+            path = path.rpartition(".")[0]
+        if path and list(parameters([part])):
+            scalable = part.kind == "delta" and not isinstance(part.place, ReadCarrier | WeightCarrier)
+            if not scalable or part.module.has_pre():  # type: ignore[operator]
+                raise ConflictError(
+                    f"ist scales what adapters add to an output, and {part.owner} does something else at {part.key}",
+                    hint="adapters of linear layers, norms and blocks go with ist",
+                )
+            found[path].append(part)
+    layers = [parts for parts in found.values() if parts]
+    if not layers:
+        others = ", ".join(dict.fromkeys(part.owner for part in stack.ledger.parts)) or "the stack"
+        raise ConflictError(
+            f"ist chooses among layers with adapters, and {others} has none", hint="add one, such as lora"
+        )
+    return layers
+
+
+def parameters(layer: Iterable[Part]) -> Iterator[nn.Parameter]:
+    for part in layer:
+        for _, module, name in part.places():
+            if (parameter := module._parameters.get(name)) is not None:
+                yield parameter
+
+
+def count(share: float, layers: int) -> int:
+    """round(share * L), at least one."""
+    return max(1, round(share * layers))
+
+
+def draw(scores: list[float], number: int, generator: torch.Generator) -> list[int]:
+    """`number` layers without replacement, with probability proportional to sigmoid(scores); sorted."""
+    weights = torch.tensor(scores, dtype=torch.float64).sigmoid()
+    return sorted(torch.multinomial(weights, number, generator=generator).tolist())
+
+
+def updated(scores: list[float], sets: list[list[int]], losses: list[float], rate: float) -> list[float]:
+    """s_i + rate * r_k * p_i (1 - p_i) for i in S_k, over all k; p is that of the old s."""
+    # Counted from the first, so that equal losses leave s as it is, to the bit.
+    gains = [math.exp(-loss) - math.exp(-losses[0]) for loss in losses]
+    mean = sum(gains) / len(gains)
+    slopes = [p * (1 - p) for p in torch.tensor(scores, dtype=torch.float64).sigmoid().tolist()]
+    new = list(scores)
+    for chosen, gain in zip(sets, gains, strict=True):
+        for i in chosen:
+            new[i] += rate * (gain - mean) * slopes[i]
+    return new
+
+
+def random_of(step: TrainStep, purpose: str) -> torch.Generator:
+    """A stream of its own for each step, so that all micro-batches, and a resumed run, draw the same."""
+    seed = zlib.crc32(f"ist:{step.stack.seed}:{step.index}:{purpose}".encode())
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def suppressed(parts: list[Part], factor: float) -> Iterator[None]:
+    """y + factor * (D(x, y) - y) for these deltas; each is as it was afterwards."""
+
+    def scale(delta: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+        return torch.lerp(inputs[1], output, factor)
+
+    hooks = [part.module.register_forward_hook(scale) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No gradient for these; what trained before trains again afterwards."""
+    held = [p for p in parameters if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout; each module's own mode comes back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
