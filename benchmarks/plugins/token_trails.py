@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--target", type=float, default=14.0, help="perplexity whose first reaching is timed")
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -96,6 +97,7 @@ def main() -> None:
         every=arguments.every,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
+        target=arguments.target,
         higher_is_better=False,
     )
     names = ("steps", "batch_size", "max_length", "seeds")
@@ -104,6 +106,7 @@ def main() -> None:
         "Token Trails on the Schema-Guided Dialogue set",
         results,
         unit="perplexity of the system's turns",
+        target=arguments.target,
         settings={"train": len(train), "test": len(test)}
         | {name: getattr(arguments, name) for name in names},
         folder=arguments.output,
