@@ -70,6 +70,12 @@ class Tokens:
     def set(self, context: Tensor | None, real: Tensor | None = None) -> None:
         self.context, self.real, self._known = context, real, {}
 
+    def foreign(self, shape: torch.Size) -> bool:
+        """Is it no text of the batch: a few rows that another plugin sends through one layer (Aligner's tokens)."""
+        assert self.context is not None
+        batch, length = self.context.shape
+        return len(shape) < 2 or (shape[0] != batch and shape[1] < length)
+
     def rows(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """For an input of this shape [B, T + P], P soft tokens in front: rows to score, and rows that run dense."""
         if shape not in self._known:
@@ -188,7 +194,7 @@ class Sliced(Delta):
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = self.block.tokens
-        if tokens.context is None or not self.training:
+        if tokens.context is None or not self.training or tokens.foreign(x.shape[:-1]):
             return F.linear(x, weight, bias)
         scored, dense = tokens.rows(x.shape[:-1])
         rows = x.flatten(0, -2)  # [N, in]

@@ -427,3 +427,14 @@ def test_bad_options(options: dict[str, float]) -> None:
     assert "mlp, attention, mlp_layers, attention_layers, rank, start, dense_answers" in str(
         caught.value.hint
     )
+
+
+def test_rows_that_another_plugin_sends_through_a_layer_run_dense() -> None:
+    from peftx_aligner import Aligner
+
+    stack = Stack(tiny("llama"), [Aligner(), Sparselora(**ALL)], tokenizer=tiny_tokenizer())
+    stack.train(ROWS, steps=2, batch_size=2, learning_rate=1e-2)
+    assert all(p.isfinite().all() for p in stack.ledger.parameters("aligner"))
+    assert any(
+        p.abs().max() > 0 for name, p in stack.ledger.tensors("aligner").items() if name.endswith(".g")
+    )
