@@ -1,35 +1,38 @@
-"""Accuracy against trained parameters: no training, Propulsion with k = 1 and k = 15, LoRA.
+"""Accuracy on AG News under a prompt that the model has not seen: Propulsion's degrees, LoRA, full tuning, prompts.
 
-    python benchmarks/plugins/propulsion.py ag_news.jsonl.gz --skip 6000
+    python benchmarks/plugins/propulsion.py ag_news_test.jsonl.gz --skip 6000
 
 The data: rows with `text` and `label`. Rows before `--skip` are left out (the bundled model has read the first 6000 of
-AG News, but asked otherwise). Every method sees the same batches; nothing but it trains, no head. Prints JSON.
+AG News, but asked otherwise). Every method sees the same batches under each seed; nothing but it trains. Leaves
+propulsion.json, .md and .png in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from peftx import Plugin, Stack
+from peftx import Stack
 from peftx.data import read_dataset
 from peftx_lora import Lora
+from peftx_p_tuning_v2 import PTuningV2
+from peftx_prompt_tuning import PromptTuning
 from peftx_propulsion import Propulsion
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from compare import RESULTS, FullTuning, Method, compare, write
 
-def methods() -> dict[str, tuple[Plugin, float]]:
-    """Name -> plugin, learning rate (Adam's step in z moves the gain by k times the rate)."""
-    return {
-        "propulsion k=1, lr 1e-3": (Propulsion(degree=1), 1e-3),
-        "propulsion k=15, lr 1e-3": (Propulsion(), 1e-3),
-        "propulsion k=1, lr 1.5e-2": (Propulsion(degree=1), 1.5e-2),
-        "lora rank 8, lr 1e-3": (Lora(rank=8), 1e-3),
-    }
+METHODS = (
+    Method(name="no training", plugins=list),
+    Method(name="Propulsion, k = 1", plugins=lambda: [Propulsion(degree=1)], rate=1e-3),
+    Method(name="Propulsion, k = 15", plugins=lambda: [Propulsion(degree=15)], rate=1e-3),
+    Method(name="Propulsion, k = 1, 15 times the rate", plugins=lambda: [Propulsion(degree=1)], rate=1.5e-2),
+    Method(name="LoRA, rank 8", plugins=lambda: [Lora(rank=8)], rate=1e-3),
+    Method(name="prompt tuning, 20 tokens", plugins=lambda: [PromptTuning(length=20)], rate=0.3),
+    Method(name="P-tuning v2, 20 rows", plugins=lambda: [PTuningV2(length=20)], rate=1e-2),
+    Method(name="full fine-tuning", plugins=lambda: [FullTuning()], rate=3e-4),
+)
 
 
 def main() -> None:
@@ -38,37 +41,42 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="leave out the first rows")
     parser.add_argument("--word", default="Section", help="stands between text and label")
     parser.add_argument("--train", type=int, default=1000, help="rows to train on")
-    parser.add_argument("--test", type=int, default=400, help="rows to test on")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--test", type=int, default=150, help="rows to test on")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--target", type=float, default=0.8)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
 
     found = list(read_dataset(arguments.data, format="classification"))[arguments.skip :]
     rows = [{"text": f"{row['text']}\n{arguments.word}:", "label": row["label"]} for row in found]
     train, test = rows[: arguments.train], rows[arguments.train :][: arguments.test]
 
-    def accuracy(stack: Stack) -> dict[str, float]:
-        score = stack.evaluate(test, metrics=["accuracy"], max_length=128)["accuracy"]
-        return {"accuracy": round(score.value, 4), "low": round(score.low, 4), "high": round(score.high, 4)}
+    def accuracy(stack: Stack) -> float:
+        return stack.evaluate(test, metrics=["accuracy"], max_length=128)["accuracy"].value
 
-    results: dict[str, Any] = {}
-    for name, (plugin, rate) in methods().items():
-        stack = Stack("peftx:tiny", [plugin])
-        if not results:
-            results["no training"] = {"trained_parameters": 0, **accuracy(stack)}  # identity at the start
-        started = time.process_time()
-        report = stack.train(
-            train, steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=rate, max_length=128
-        )
-        seconds = time.process_time() - started
-        results[name] = {
-            "trained_parameters": report.trainable,
-            **accuracy(stack),
-            "cpu_seconds": round(seconds, 1),
-        }
-    options = {name: getattr(arguments, name) for name in ("skip", "word", "steps", "batch_size")}
-    print(json.dumps({"train": len(train), "test": len(test), **options, "results": results}, indent=1))
+    results = compare(
+        METHODS,
+        train,
+        accuracy,
+        seeds=range(arguments.seeds),
+        steps=arguments.steps,
+        every=arguments.every,
+        batch_size=arguments.batch_size,
+        target=arguments.target,
+    )
+    names = ("skip", "word", "steps", "batch_size", "seeds")
+    write(
+        "propulsion",
+        "Propulsion on AG News",
+        results,
+        unit="accuracy",
+        target=arguments.target,
+        settings={"train": len(train), "test": len(test)} | {n: getattr(arguments, n) for n in names},
+        folder=arguments.output,
+    )
 
 
 if __name__ == "__main__":

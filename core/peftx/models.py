@@ -125,7 +125,7 @@ def load_model(
     if meta:
         with torch.device("meta"):
             model = cls._from_config(config, dtype=wanted)
-        return model.eval(), None
+        return model.eval(), _tokenizer(source, trust_remote_code)
     with _quiet():
         model = cls.from_pretrained(
             source, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True

@@ -30,7 +30,7 @@ def plan(
         PlannedConflict(plugins=(c.first, c.second), reason=c.reason, remedy=", ".join(c.working_order))
         for c in find_conflicts(members)
     ]
-    model, _ = load_model(
+    model, tokenizer = load_model(
         pipeline.model.id,
         dtype=pipeline.model.dtype,
         trust_remote_code=pipeline.model.trust_remote_code,
@@ -51,7 +51,7 @@ def plan(
     if conflicts:
         totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
         return Plan(model=pipeline.model.id, stages=planned, conflicts=tuple(conflicts), totals=totals)
-    stack = Stack(model, members, inject=False)
+    stack = Stack(model, members, tokenizer=tokenizer, inject=False)
     with torch.device("meta"):
         for member in members:
             if not member.implements("inject"):

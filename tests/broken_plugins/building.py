@@ -199,3 +199,16 @@ class ActsBeforeInSecret(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.linears("mlp.down"):
             site.attach(_ActsBefore())
+
+
+class LooksAtNumbers(Plugin):
+    """Reads a weight's value while it is built, which a model on the meta device has not got."""
+
+    caught_by = "builds_on_meta"
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention"):
+            if float(site.weight.detach().sum()) != float("inf"):
+                site.attach(_LowRank(site.in_features, site.out_features))

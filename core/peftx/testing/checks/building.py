@@ -113,6 +113,26 @@ def _effects(stack: Stack) -> set[Claim]:
 
 
 @check(on="first", when=injects)
+def check_builds_on_meta(case: Case) -> None:
+    """On the meta device, as `peftx plan` builds it: the same tensors, and none of them has values."""
+    real = case.stack()
+    with torch.device("meta"):
+        shape = Stack(
+            case.model().to("meta"),
+            [(case.id, case.subject.make())],
+            tokenizer=real.tokenizer,
+            seed=real.seed,
+        )
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in stack.ledger.tensors(case.id).items()}
+        for stack in (shape, real)
+    )
+    assert found == expected, f"tensors on meta: {found}, with values: {expected}"
+    solid = [name for name, tensor in shape.ledger.tensors(case.id).items() if not tensor.is_meta]
+    assert not solid, f"{solid[0]} has values, on the meta device"
+
+
+@check(on="first", when=injects)
 def check_input_edits_are_claimed(case: Case) -> None:
     """`edits-inputs` is claimed if, and only if, a delta edits what goes into its layer."""
     stack = case.stack()
@@ -132,5 +152,6 @@ CHECKS = (
     check_identity_not_hidden,
     check_only_declared_parameters_train,
     check_effects_match_claims,
+    check_builds_on_meta,
     check_input_edits_are_claimed,
 )

@@ -54,7 +54,7 @@ class Hft(Plugin):
         inside, outside = _units(model)
         if not model.restoring:
             # Inside `inject` the global seed is made of the stack's seed and the plugin's id.
-            generator = torch.Generator().manual_seed(torch.initial_seed() + self.config.round)
+            generator = torch.Generator("cpu").manual_seed(torch.initial_seed() + self.config.round)
             chosen = self._draw(inside, generator) + (outside if self.config.outside else [])
             self.state["trained"] = [_name(site) for site in chosen]
         named = {_name(site): site for site in inside + outside}
@@ -96,12 +96,12 @@ def draw(layers: list[list[Unit]], fraction: float, generator: torch.Generator) 
     sizes = [math.floor(fraction * len(units) + 1e-9) for units in layers]
     spare = round(fraction * sum(map(len, layers))) - sum(sizes)
     open_layers = [i for i, units in enumerate(layers) if sizes[i] < len(units)]
-    for i in torch.randperm(len(open_layers), generator=generator)[:spare].tolist():
+    for i in torch.randperm(len(open_layers), generator=generator, device="cpu")[:spare].tolist():
         sizes[open_layers[i]] += 1
     return [
         units[i]
         for units, size in zip(layers, sizes, strict=True)
-        for i in sorted(torch.randperm(len(units), generator=generator)[:size].tolist())
+        for i in sorted(torch.randperm(len(units), generator=generator, device="cpu")[:size].tolist())
     ]
 
 

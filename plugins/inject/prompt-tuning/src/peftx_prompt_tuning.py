@@ -102,7 +102,12 @@ class PromptTuning(Plugin):
         length = self.config.length
         among = min(self.config.frequent, len(site.weight))
         # None twice while there are enough.
-        drawn = torch.randperm(among)[:length] if length <= among else torch.randint(among, (length,))
+        draw = (
+            torch.randperm(among, device="cpu")
+            if length <= among
+            else torch.randint(among, (length,), device="cpu")
+        )
+        drawn = draw[:length]
         rows = [[int(id)] for id in drawn]
         if self.config.init != "vocabulary":
             named = self._named(stack)
