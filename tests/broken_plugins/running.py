@@ -181,6 +181,7 @@ class WearsOut(Plugin):
     """Every request moves the model."""
 
     caught_by = "decoding_leaves_the_model"
+    also = {"composes_with_weights", "composes_with_norms", "composes_with_prompt"}  # bundles of another base
 
     @hookimpl(wrapper=True)
     def decode(self, request: Generation) -> Wrapper:
