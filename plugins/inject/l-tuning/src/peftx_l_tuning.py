@@ -1,0 +1,316 @@
+"""L-Tuning: label texts, read by the frozen model, become the prompt or prefix that a text is asked under.
+
+"L-Tuning: Synchronized Label Tuning for Prompt and Prefix in LLMs" (arXiv:2402.01643).
+Class c has a label text l_c of n tokens (short ones end in '.'). The frozen model M reads it; x is put behind what a
+trained projection makes of that, and a head says whether the label holds:
+
+    H_c = M(l_c)                                   [n, d], read once: neither M nor l_c changes
+    prompt:  P_c = H_c W_p + b_p                   W_p: [d, d];  h = M([P_c ; E(x)])
+    prefix:  a_c = H_c w + b                       [n], w: [d];  K_c = A_k a_c,  V_c = A_v a_c
+                                                   A_k, A_v: n -> L * heads * n * size, with biases
+             K_c, V_c = A H_c without pooling      A: d -> 2 * L * heads * size, for each position
+             h = M(x | K' = [K_c ; K], V' = [V_c ; V]), positions of x go on after the n of l_c
+    log p(c holds | x) = log softmax(U h + u)_1    U: [2, d]; h at the last token (an encoder's first)
+
+In training half of a batch's texts stand behind their own label and the others behind a wrong one, as in entailment.
+A text is of the class with the highest log p. A class that was never trained needs its label text only (`add_label`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import (
+    AttentionEdit,
+    Claim,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Stack,
+    TrainingData,
+    TrainStep,
+    hookimpl,
+)
+from peftx.data import (
+    CLASS_INDEX,
+    Collator,
+    check_labels,
+    class_ids,
+    text_ids,
+    tokenize_classes,
+)
+from peftx.errors import ArchitectureError, PeftxError
+from peftx.evaluation import context_window, evaluating
+
+
+class LTuningConfig(PluginConfig):
+    """Options of L-Tuning."""
+
+    variant: Literal["prompt", "prefix"] = Field("prompt", description="where the label stands")
+    labels: list[str] = Field(["negative", "positive"], description="the classes")
+    texts: dict[str, str] = Field(
+        {}, description="label -> the text that is read for it; the label, if left out"
+    )
+    length: int | None = Field(None, ge=1, description="n, tokens of a label text; none: of the longest")
+    pool: bool = Field(True, description="prefix: one number a position is all that is projected (a_c)")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="of keys and values, and before the head, while training"
+    )
+
+
+class LabelPrompts(nn.Module):
+    """P_c of every class, [C, n, d], out of H, [C, n, d]."""
+
+    def __init__(self, H: Tensor) -> None:
+        super().__init__()
+        self.project = nn.Linear(H.shape[-1], H.shape[-1])
+        self.register_buffer("H", H)
+
+    def forward(self) -> Tensor:
+        return self.project(self.H)
+
+
+class LabelPrefixes(nn.Module):
+    """K_c and V_c of every class, [L, 2, C, heads, n, size], out of H, [C, n, d].
+
+    Args:
+        shape: (L, heads, size). pool: through a_c. dropout: p.
+    """
+
+    def __init__(self, H: Tensor, *, shape: tuple[int, int, int], pool: bool, dropout: float) -> None:
+        super().__init__()
+        (layers, heads, size), (_, n, d) = shape, H.shape
+        self.shape, self.dropout = shape, dropout
+        self.w = nn.Linear(d, 1) if pool else None
+        self.A_k, self.A_v = (
+            nn.Linear(n, layers * heads * n * size) if pool else nn.Linear(d, layers * heads * size)
+            for _ in range(2)
+        )
+        self.register_buffer("H", H)
+
+    def forward(self) -> Tensor:
+        (classes, n, _), (layers, heads, size) = self.H.shape, self.shape
+        if self.w is None:
+            flat = torch.stack((self.A_k(self.H), self.A_v(self.H)))  # [2, C, n, L * heads * size]
+            both = flat.view(2, classes, n, layers, heads, size).permute(3, 0, 1, 4, 2, 5)
+        else:
+            a = self.w(self.H).squeeze(-1)  # [C, n]
+            flat = torch.stack((self.A_k(a), self.A_v(a)))  # [2, C, L * heads * n * size]
+            both = flat.view(2, classes, layers, heads, n, size).permute(2, 0, 1, 3, 4, 5)
+        return F.dropout(both, self.dropout, self.training)
+
+
+class Prefix(AttentionEdit):
+    """K' = [K_c ; K], V' = [V_c ; V] in one layer, while texts are asked about labels."""
+
+    rows: Tensor | None = None  # [2, B, heads, n, size], by row of the batch
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rows is None:
+            return key, value
+        return torch.cat((self.rows[0].to(key), key), 2), torch.cat((self.rows[1].to(value), value), 2)
+
+
+def pairs(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """A label to stand before each row, and whether it is the row's own: [B], [B]. Half are; of an odd number, one more
+    or one less."""
+    count = len(target)
+    own = torch.randperm(count) < (count + int(torch.randint(2, ()))) // 2
+    other = torch.randint(1, classes, (count,))  # how far from the right one
+    own, other = own.to(target.device), other.to(target.device)
+    return torch.where(own, target, (target + other) % classes), own.long()
+
+
+class LTuning(Plugin):
+    """See the module."""
+
+    Config = LTuningConfig
+    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START, Claim.PREFIX_CACHE}
+    architectures = ("mistral",)
+    takes = ("classification",)
+    gives = {"classification": "tokenized"}
+    config: LTuningConfig
+
+    @hookimpl
+    def inject(self, model: ModelView, stack: Stack) -> None:
+        config = self.config
+        if len(model.towers) > 1:
+            raise ArchitectureError(
+                f"{model.owner}: {model.config.model_type} has {' and '.join(model.towers)}, and the head reads one",
+                hint="take a decoder or an encoder",
+            )
+        self.encoder = "encoder" in model.towers
+        self.embedding = model.embedding().module
+        if "labels" not in self.state:
+            self.state["labels"] = self.tokens(model, stack)
+        ids = torch.tensor([row for _, row in self.state["labels"]])
+        if (
+            model.restoring or model.module.device.type == "meta"
+        ):  # no weights yet, or none at all (`peftx plan`)
+            H = torch.empty(*ids.shape, model.hidden_size)
+        else:
+            H = read(model.module, ids)
+        self.edits: list[Prefix] = []
+        if config.variant == "prompt":
+            labels: nn.Module = LabelPrompts(H)
+        else:
+            sites, facts = model.attention_sites(), model.main
+            shape = (len(sites), facts.kv_heads, facts.head_dim)
+            labels = LabelPrefixes(H, shape=shape, pool=config.pool, dropout=config.dropout)
+            for site in sites:
+                self.edits.append(Prefix())
+                model.attend(site, self.edits[-1])
+        self.labels = model.keep("labels", labels)
+        self.head = model.keep("head", nn.Linear(model.hidden_size, 2))
+
+    def tokens(self, model: ModelView, stack: Stack) -> list[tuple[str, list[int]]]:
+        """(label, n token ids) of every class."""
+        config, names = self.config, check_labels(self.config.labels)
+        strange = [name for name in config.texts if name not in names]
+        if strange:
+            raise PeftxError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
+        found = [label_ids(stack, config.texts.get(name, name), self.encoder) for name in names]
+        n, window = config.length or max(map(len, found)), context_window(model.module, stack.tokenizer)
+        if n >= window:
+            raise PeftxError(
+                f"{model.owner}: label texts of {n} tokens, and the model reads {window} in all",
+                hint="shorter `texts`",
+            )
+        return [(name, filled(stack, name, ids, n)) for name, ids in zip(names, found, strict=True)]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.state["labels"]]
+
+    @property
+    def length(self) -> int:
+        return len(self.state["labels"][0][1])
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
+        if "labels" not in self.state:
+            raise PeftxError("l-tuning: the data is prepared before the labels are read", hint="inject first")
+        data.max_length = min(data.max_length, self.room(stack))
+        tokenize_classes(data, self.names, closed=self.encoder)
+
+    def room(self, stack: Stack) -> int:
+        """Tokens that the model can read behind a label."""
+        return context_window(stack.model, stack.tokenizer) - self.length
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        target = step.batch[CLASS_INDEX]
+        step.batch = {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
+        chosen, holds = pairs(target, len(self.names))
+
+        def loss() -> tuple[Tensor, Any]:
+            logits, outputs = self.ask(step.forward, step.batch, chosen)
+            return F.cross_entropy(logits, holds), outputs
+
+        step.replace_task_loss(loss)
+        try:
+            return (yield)
+        finally:
+            self.forget()
+
+    def ask(
+        self, forward: Callable[..., Any], batch: dict[str, Tensor], chosen: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Logits [B, 2] (it does not hold, it holds) of a label for each text, and what the model returned."""
+        ids, mask, n = batch["input_ids"], batch["attention_mask"], self.length
+        rows = self.labels()
+        if self.edits:
+            for layer, edit in enumerate(self.edits):
+                edit.rows = rows[layer][:, chosen]
+            changes: dict[str, Any] = {
+                "position_ids": torch.arange(n, n + ids.shape[1], device=ids.device)[None]
+            }
+        else:
+            embedded = self.embedding(ids)
+            both = torch.cat((rows[chosen].to(embedded), embedded), 1)
+            seen = F.pad(mask, (n, 0), value=1)
+            changes = {"input_ids": None, "inputs_embeds": both, "attention_mask": seen}
+        outputs = forward(**changes, output_hidden_states=True)
+        hidden = outputs.hidden_states[-1][:, -ids.shape[1] :]  # of x: [B, T, d]
+        at = mask.sum(1) - 1 if not self.encoder else torch.zeros_like(mask[:, 0])
+        h = hidden[torch.arange(len(ids), device=ids.device), at]
+        return self.head(F.dropout(h, self.config.dropout, self.head.training)), outputs
+
+    def forget(self) -> None:
+        """Ask about no label any more; until the backward pass is over, layers that recompute need their rows."""
+        for edit in self.edits:
+            edit.rows = None
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        tokenizer, room, closed = stack.tokenizer, self.room(stack), self.encoder
+        rows = [class_ids(tokenizer, text, max_length=room, closed=closed) for text in texts]
+        nothing = class_ids(tokenizer, "", max_length=room, closed=closed)
+        if nothing in rows:
+            index = rows.index(nothing)
+            raise PeftxError(f"l-tuning: text {index} (counting from 0), {texts[index]!r}, has no tokens")
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        names, device, found = self.names, stack.model.device, []
+        every = torch.arange(len(names), device=device)
+        try:
+            for row in rows:  # one text a pass, behind each of the labels
+                batch = Collator(pad)([{"input_ids": row}] * len(names))
+                batch = {name: x.to(device) for name, x in batch.items()}
+                logits, _ = self.ask(partial(stack.model, **batch), batch, every)
+                found.append(logits.float().log_softmax(-1)[:, 1])
+        finally:
+            self.forget()
+        return names, torch.stack(found)
+
+
+def read(model: nn.Module, ids: Tensor) -> Tensor:
+    """H_c: last hidden states of label texts, ids [C, n] -> [C, n, d]."""
+    ids = ids.to(model.device)
+    with evaluating(model):
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        found = out.hidden_states[-1]
+    return found.clone()  # an ordinary tensor, which gradients may pass
+
+
+def label_ids(stack: Stack, text: str, encoder: bool) -> list[int]:
+    """Tokens of a label text; an encoder's ends belong to them."""
+    bare = text_ids(stack.tokenizer, text)
+    if not bare:
+        raise PeftxError(f"l-tuning: the label text {text!r} has no tokens", hint="other words in `texts`")
+    return list(stack.tokenizer(text)["input_ids"]) if encoder else bare
+
+
+def filled(stack: Stack, label: str, ids: list[int], n: int) -> list[int]:
+    """Label tokens up to n, with full stops."""
+    if len(ids) > n:
+        raise PeftxError(
+            f"l-tuning: the text of label {label!r} has {len(ids)} tokens, and n is {n}",
+            hint="shorter words for it in `texts`, or a larger `length` from the start",
+        )
+    return ids + text_ids(stack.tokenizer, ".")[-1:] * (n - len(ids))
+
+
+def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l-tuning") -> None:
+    """Make `label` one of the classes, by its text alone; nothing is trained.
+
+    Args:
+        text: what is read for it; the label itself if left out.
+
+    Raises:
+        PeftxError: the label is there already, or its text has no tokens or more than n.
+    """
+    plugin = stack.member(id).plugin
+    if not isinstance(plugin, LTuning):
+        raise PeftxError(f"'{id}' is no L-Tuning, so it has no label texts")
+    check_labels([*plugin.names, label])
+    ids = label_ids(stack, label if text is None else text, plugin.encoder)
+    ids = filled(stack, label, ids, plugin.length)
+    H = read(stack.model, torch.tensor([ids]))
+    plugin.labels.H = torch.cat((plugin.labels.H, H.to(plugin.labels.H)))
+    plugin.state["labels"] = [*plugin.state["labels"], (label, ids)]

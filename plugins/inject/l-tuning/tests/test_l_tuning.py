@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import peftx
+from peftx import Stack
+from peftx.data import CLASS_INDEX
+from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.evaluation import evaluating
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.subject import ROWS_BY_FORMAT
+from peftx_l_tuning import LabelPrefixes, LTuning, add_label, pairs
+
+NOT_ON = {"t5": "the head reads one tower"}
+
+test_conformance = conformance("l-tuning", not_on=NOT_ON)
+test_conformance_of_the_prefix = conformance(
+    "l-tuning",
+    options={"variant": "prefix"},
+    not_on=NOT_ON | {"bloom": "its attention is not looked up by name", "mamba": "it has no attention"},
+)
+
+ROWS = list(ROWS_BY_FORMAT["classification"])
+LABELS = ["bad", "fair", "great"]
+
+# What the official Llama classes give on `tiny("llama", num_key_value_heads=4)` for labels "bad" and "good!", its
+# `example_inputs` and the numbers that the test fills in: logits, then the norms of the gradients of the projections
+# and of the head. Made once by running those classes outside this repository; the README says which commit.
+OFFICIAL = {
+    "prompt": (
+        [[-1.347628, -0.113795], [-0.859747, -0.175239], [-0.464953, 0.757973]],
+        [20.062067, 3.1624308, 1.2010231],
+    ),
+    "prefix": (
+        [[-1.577021, -0.780615]],
+        [0.8853666, 0.193412, 0.0593436, 0.1106536, 0.3482516, 0.6493582, 2.5109396],
+    ),
+}
+VARIANTS = ({"variant": "prompt"}, {"variant": "prefix"}, {"variant": "prefix", "pool": False})
+
+
+def stack_of(arch: str = "llama", **options: object) -> Stack:
+    return Stack(tiny(arch), [LTuning(**{"labels": LABELS, **options})], tokenizer=tiny_tokenizer())
+
+
+def plugin_of(stack: Stack) -> LTuning:
+    return stack.plugins["l-tuning"]
+
+
+def scores_of(stack: Stack, texts: list[str]) -> Tensor:
+    with evaluating(stack.model):
+        return plugin_of(stack).classify(stack, texts)[1]
+
+
+def ask(stack: Stack, inputs: dict[str, Tensor], chosen: list[int]) -> Tensor:
+    """Two-way logits in evaluation mode."""
+    plugin = plugin_of(stack)
+    stack.model.eval()
+    with torch.no_grad():
+        logits, _ = plugin.ask(lambda **new: stack.model(**{**inputs, **new}), inputs, torch.tensor(chosen))
+    plugin.forget()
+    return logits
+
+
+def label_states(stack: Stack) -> Tensor:
+    """H, read here and now by the frozen model."""
+    ids = torch.tensor([row for _, row in plugin_of(stack).state["labels"]])
+    with torch.no_grad():
+        return stack.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+
+
+def trained(stack: Stack, steps: int = 2) -> Stack:
+    rows = [{"text": row["text"], "label": LABELS[i % 3]} for i, row in enumerate(ROWS)]
+    stack.train(rows, steps=steps, batch_size=2, learning_rate=1e-2, max_length=32)
+    return stack
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    return float((one - two).detach().abs().max())
+
+
+@pytest.mark.parametrize("variant", OFFICIAL)
+def test_equals_the_official_code(variant: str) -> None:
+    plugin = LTuning(labels=["bad", "good!"], variant=variant, dropout=0.0)
+    stack = Stack(tiny("llama", num_key_value_heads=4), [plugin], tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        for p in plugin.labels.parameters():
+            row = torch.linspace(-0.1, 0.12, p.numel()).view_as(p)
+            p.copy_(row.flip(0) if p.ndim == 1 else row)
+        plugin.head.weight.copy_(torch.linspace(-0.3, 0.4, 64).view(2, 32))
+        plugin.head.bias.zero_()
+    count = len(OFFICIAL[variant][0])  # one row of a prefix: the official code mixes the rows of a batch
+    inputs, chosen = example_inputs(stack.model, batch=count), torch.tensor([0, 1, 1])[:count]
+    logits, _ = plugin.ask(lambda **new: stack.model(**{**inputs, **new}), inputs, chosen)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0, 1])[:count]).backward()
+    trained = [*plugin.labels.parameters(), plugin.head.weight]
+    norms = torch.stack([p.grad.norm() for p in trained])
+    expected = [torch.tensor(numbers) for numbers in OFFICIAL[variant]]
+    assert difference(logits, expected[0]) < 1e-5
+    assert float(((norms - expected[1]) / expected[1]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+def test_the_prompt_is_the_formula(arch: str) -> None:
+    stack = trained(stack_of(arch))
+    plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [2, 0]
+    project, head, n = plugin.labels.project, plugin.head, plugin.length
+    P = label_states(stack)[chosen] @ project.weight.t() + project.bias
+    embedded = torch.cat((P, stack.model.get_input_embeddings()(inputs["input_ids"])), 1)
+    for row in range(2):
+        real = n + int(inputs["attention_mask"][row].sum())
+        with torch.no_grad():
+            states = stack.model(inputs_embeds=embedded[row : row + 1, :real], output_hidden_states=True)
+        at = n if arch == "bert" else -1  # an encoder's first token, a decoder's last
+        expected = head(states.hidden_states[-1][0, at])
+        assert difference(ask(stack, inputs, chosen)[row], expected) < 1e-5
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+def test_the_prefix_is_a_filled_cache(arch: str, pool: bool) -> None:
+    stack = trained(stack_of(arch, variant="prefix", pool=pool))
+    plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [1, 2]
+    labels, n, L = plugin.labels, plugin.length, stack.anatomy.num_layers
+    heads, size = labels.shape[1:]
+    expected = []
+    for row, c in enumerate(chosen):
+        H, cache = label_states(stack)[c], DynamicCache()
+        if pool:
+            a = labels.w(H)[:, 0]  # [n]
+            flat = [A(a).view(L, heads, n, size) for A in (labels.A_k, labels.A_v)]
+        else:
+            flat = [A(H).view(n, L, heads, size).permute(1, 2, 0, 3) for A in (labels.A_k, labels.A_v)]
+        for layer in range(L):
+            cache.update(flat[0][layer][None].detach(), flat[1][layer][None].detach(), layer)
+        real = int(inputs["attention_mask"][row].sum())
+        with torch.no_grad():
+            out = stack.model(
+                input_ids=inputs["input_ids"][row : row + 1, :real],
+                past_key_values=cache,
+                output_hidden_states=True,
+            )
+        expected.append(plugin.head(out.hidden_states[-1][0, -1]))
+    assert difference(ask(stack, inputs, chosen), torch.stack(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_kept_label_equals_a_live_one_exactly(options: dict[str, object]) -> None:
+    """The model is frozen, so what it made of a label before training is what it makes of it afterwards."""
+    stack = trained(stack_of(**options))
+    labels = plugin_of(stack).labels.eval()
+    kept = labels()
+    labels.H = label_states(stack)
+    assert torch.equal(labels(), kept)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_only_projection_and_head_train(options: dict[str, object]) -> None:
+    d, n, L, width = 32, 5, 2, 16
+    count = {
+        "prompt": d * d + d,
+        "prefix": (d + 1)
+        + 2 * (n * n * L * width + n * L * width),  # width: of the keys, d without grouped queries
+        "unpooled": 2 * (d + 1) * L * width,
+    }["unpooled" if "pool" in options else options["variant"]]
+    stack = stack_of(**options)
+    assert plugin_of(stack).length == n
+    assert stack.trainable_parameters() == count + 2 * (d + 1)
+    batch = example_inputs(stack.model) | {
+        CLASS_INDEX: torch.tensor([0, 1]),
+        "labels": torch.full((2, 9), -100),
+    }
+    stack.train_step(batch)
+    own = {id(p) for p in stack.ledger.parameters("l-tuning")}
+    assert {id(p) for p in stack.model.parameters() if p.grad is not None} == own
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_classes_are_independent_questions(options: dict[str, object]) -> None:
+    stack = trained(stack_of(**options))
+    texts = [row["text"] for row in ROWS[:3]]
+    scores = scores_of(stack, texts)
+    for row, text in enumerate(texts):
+        ids = torch.tensor([stack.tokenizer(text)["input_ids"]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        alone = [float(ask(stack, inputs, [c]).log_softmax(-1)[0, 1]) for c in range(3)]
+        assert scores[row].tolist() == pytest.approx(alone, abs=1e-5)
+    assert stack.classify(texts) == [LABELS[i] for i in scores.argmax(-1).tolist()]
+
+
+def test_the_order_of_labels_does_not_matter() -> None:
+    one, two = stack_of(), stack_of(labels=LABELS[::-1])
+    texts = [row["text"] for row in ROWS]
+    assert difference(scores_of(one, texts), scores_of(two, texts).flip(1)) < 1e-6
+    assert one.classify(texts) == two.classify(texts)
+
+
+def test_half_of_the_pairs_are_true() -> None:
+    target = torch.arange(8) % 4
+    counts = torch.zeros(4, 4)
+    for seed in range(300):
+        torch.manual_seed(seed)
+        chosen, holds = pairs(target, 4)
+        assert holds.sum() == 4
+        assert torch.equal(chosen == target, holds.bool())
+        counts.index_put_((target, chosen), torch.ones(8), accumulate=True)
+    shares = counts / counts.sum(1, keepdim=True)
+    assert (
+        difference(shares, torch.full((4, 4), 1 / 6) + torch.eye(4) / 3) < 0.05
+    )  # wrong ones are drawn evenly
+    sums = [int(pairs(target[:3], 4)[1].sum()) for _ in range(50)]
+    assert set(sums) == {1, 2}
+
+
+def test_short_labels_end_in_full_stops() -> None:
+    stack = stack_of(labels=["a", "bcd"], texts={"a": "xy"})
+    said = [stack.tokenizer.decode(ids) for _, ids in plugin_of(stack).state["labels"]]
+    assert said == ["xy.", "bcd"]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_new_label_by_its_text(options: dict[str, object], tmp_path: Path) -> None:
+    stack, texts = trained(stack_of(**options, length=6)), [row["text"] for row in ROWS]
+    before = scores_of(stack, texts)
+    add_label(stack, "fine", "great.")
+    after = scores_of(stack, texts)
+    assert difference(after[:, :3], before) < 1e-6
+    assert torch.equal(after[:, 3], after[:, 2])  # its text is read as that of 'great' is
+    assert stack.trainable_parameters() == stack_of(**options, length=6).trainable_parameters()
+    again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
+    assert torch.equal(scores_of(again, texts), after)
+    assert plugin_of(again).names == [*LABELS, "fine"]
+    with pytest.raises(PeftxError, match="'fine' stands twice"):
+        add_label(stack, "fine")
+    with pytest.raises(PeftxError, match="'excellent' has 9 tokens, and n is 6"):
+        add_label(stack, "excellent")
+
+
+def test_it_learns() -> None:
+    stack = stack_of(labels=["negative", "positive"], dropout=0.0)
+    stack.train(ROWS, steps=40, batch_size=8, learning_rate=1e-2, max_length=48)
+    assert stack.evaluate(ROWS, metrics=["accuracy"])["accuracy"].value >= 0.875
+
+
+def test_dropout_acts_while_training() -> None:
+    labels = LabelPrefixes(torch.randn(2, 5, 4), shape=(2, 3, 50), pool=True, dropout=0.5)
+    assert 0.4 < float((labels() == 0).float().mean()) < 0.6
+    assert not bool((labels.eval()() == 0).any())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"texts": {"bad": ""}}, "the label text '' has no tokens"),
+        ({"texts": {"awful": "x"}}, "texts names 'awful'"),
+        ({"texts": {"bad": "x" * 200}}, "label texts of 200 tokens, and the model reads 128"),
+        ({"length": 3}, "label 'fair' has 4 tokens, and n is 3"),
+        ({"labels": ["bad"]}, "1 class"),
+        ({"labels": ["bad", " "]}, "is empty"),
+    ],
+)
+def test_bad_input(options: dict[str, object], said: str) -> None:
+    with pytest.raises(PeftxError, match=f"l-tuning: .*{said}"):
+        stack_of(**options)
+
+
+def test_bad_texts_and_models() -> None:
+    stack = stack_of()
+    with pytest.raises(PeftxError, match=r"l-tuning: text 1 .* has no tokens"):
+        stack.classify(["fine", ""])
+    with pytest.raises(DataError, match="'awful' is not among"):
+        stack.train([{"text": "x", "label": "awful"}], steps=1)
+    with pytest.raises(ArchitectureError, match="l-tuning: t5 has encoder and decoder"):
+        stack_of("t5")
+    with pytest.raises(ArchitectureError, match="l-tuning: mamba has no attention"):
+        stack_of("mamba", variant="prefix")
+    assert len(stack.classify(["y" * 500, "z"])) == 2  # cut to what the model reads behind a label

@@ -1,0 +1,343 @@
+"""PredGen: the model writes the answer as tokens, and an adapter reads the prediction off the written places.
+
+"Predicting Through Generation: Why Generation Is Better for Prediction" (arXiv:2502.17817). A row is a prompt x of P
+tokens and G tokens y of the answer: the label's words, or a number digit by digit, then EOS up to G. In step t = 1,
+2, ... the model is fed
+
+    x + y~        y~ = its own greedy tokens behind x with probability p_t, drawn once for the batch; else y
+    p_t = p_min + (p_max - p_min) min(t / T_s, 1)
+    L_gen = next-token cross entropy over x + y                             the writer
+    Z = logits of the answer's places                                       [B, G, V]
+    o = W2 mean_g (W1 Z_g),   L_task = CE(o, class)                         the director; W1: [h, V], W2: [C, h]
+    L_task = mean_g (w_g CE(Z_g, y_g)),   w = linspace(G, 2, G) / mean      of a number, which has no o
+    L = a + b + m^2 exp(-|a - b|)       a = log(1 + L_gen), b = log(1 + L_task), m = 1 + max(L_gen, L_task)
+
+Targets are the true y in either case. The director's Z_g are the logits where y~_g is read, as released; those of a
+number are the logits that predict y_g, one place before. Prediction: the model writes G tokens behind x and reads all
+of it once; the class is argmax o, a number is what it wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx.data import (
+    CLASS_INDEX,
+    IGNORE,
+    Collator,
+    check_labels,
+    class_ids,
+    class_index,
+    special_frame,
+    text_ids,
+    tokenize_classes,
+)
+from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
+
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+DENSE = 64
+
+
+class PredgenConfig(PluginConfig):
+    """Options of PredGen."""
+
+    labels: list[str] | None = Field(
+        ["negative", "positive"], description="the classes; none: regression, the rows' labels are numbers"
+    )
+    dense: int = Field(DENSE, ge=1, description="h, width of the director; classes only")
+    p_min: float = Field(
+        0.0, ge=0, le=1, description="p_0, how often the model reads its own answer at first"
+    )
+    p_max: float = Field(1.0, ge=0, le=1, description="p_t from step T_s on")
+    ramp: int = Field(500, ge=1, description="T_s, steps until p_max")
+
+
+class Director(nn.Module):
+    """o = W2 mean_g (W1 Z_g): logits [B, G, V] -> scores [B, C].
+
+    W1 is U / sqrt(V), and U trains: a step of Adam in W1 itself moves o by the sum of all logits at once.
+    """
+
+    def __init__(self, vocabulary: int, dense: int, classes: int) -> None:
+        super().__init__()
+        self.U = nn.Linear(vocabulary, dense, bias=False)
+        self.W2 = nn.Linear(dense, classes, bias=False)
+        self.scale = vocabulary**-0.5
+        with torch.no_grad():
+            self.U.weight /= self.scale  # W1 starts as a linear layer does
+
+    def forward(self, Z: Tensor) -> Tensor:
+        scores: Tensor = self.W2(self.U(Z.to(self.U.weight.dtype) * self.scale).mean(1))
+        return scores
+
+
+def alignment(L_gen: Tensor, L_task: Tensor) -> Tensor:
+    """The writer-director alignment loss, 0-d."""
+    a, b, m = torch.log1p(L_gen), torch.log1p(L_task), 1 + torch.maximum(L_gen, L_task)
+    return a + b + m.square() * torch.exp(-(a - b).abs())
+
+
+def position_weights(G: int) -> Tensor:
+    """w [G], of mean 1; from G = 3 on the first digit weighs most."""
+    w = torch.linspace(G, 2, G)
+    return w / w.mean()
+
+
+def places(mask: Tensor, G: int) -> Tensor:
+    """Of rows padded on the right, the answer's places and the one before them; [B, T] -> [B, 1 + G]."""
+    return mask.sum(1, keepdim=True) - 1 + torch.arange(-G, 1, device=mask.device)
+
+
+def logits_at(logits: Tensor, at: Tensor) -> Tensor:
+    return logits[torch.arange(len(at), device=at.device)[:, None], at]  # [B, 1 + G, V]
+
+
+def write(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, G: int, eos: int) -> Tensor:
+    """The rows with the model's own greedy tokens in their last G places, what stands there unread; [B, T]."""
+    lengths = (mask.sum(1) - G).tolist()
+    prompts = ids.new_full((len(ids), max(lengths)), eos)
+    seen = torch.zeros_like(prompts)
+    for row, length in enumerate(lengths):
+        prompts[row, -length:], seen[row, -length:] = ids[row, :length], 1
+    with evaluating(model):
+        found = model.generate(
+            input_ids=prompts, attention_mask=seen, max_new_tokens=G, do_sample=False, num_beams=1,
+            repetition_penalty=1.0, use_cache=True, eos_token_id=eos, pad_token_id=eos,
+        )[:, prompts.shape[1] :]  # fmt: skip
+    own = F.pad(found, (0, G - found.shape[1]), value=eos)  # all rows may have ended early
+    return ids.scatter(1, places(mask, G)[:, 1:], own)
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, label: str, *, digits: bool) -> list[int]:
+    """A word as it follows a text, or a number character by character."""
+    pieces = list(label) if digits else [f" {label.strip()}"]
+    return [id for piece in pieces for id in text_ids(tokenizer, piece)]
+
+
+def as_number(label: str, where: str) -> float:
+    """Raises DataError, which names `where`."""
+    if not NUMBER.fullmatch(label):
+        raise DataError(
+            f"predgen: {where}: label {label!r} is no number",
+            hint="write it in digits, as 3.50; or name the classes in `labels`",
+        )
+    return float(label)
+
+
+class Predgen(Plugin):
+    """See the module."""
+
+    Config = PredgenConfig
+    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS}
+    architectures = ("mistral", "mamba", "bloom")
+    takes = ("classification",)
+    gives = {"classification": "tokenized"}
+    config: PredgenConfig
+
+    @hookimpl
+    def inject(self, model: ModelView, stack: Stack) -> None:
+        config, who = self.config, model.owner
+        if list(model.towers) != ["decoder"]:
+            raise ArchitectureError(
+                f"{who}: {model.config.model_type} does not write behind its prompt", hint="take a decoder"
+            )
+        if config.p_max < config.p_min:
+            raise PeftxError(f"{who}: p_max {config.p_max} is below p_min {config.p_min}", hint="swap them")
+        if stack.tokenizer.eos_token_id is None:
+            raise PeftxError(f"{who}: the tokenizer has no EOS, which ends an answer", hint="set eos_token")
+        if config.labels is None:
+            if config.dense != DENSE:
+                raise PeftxError(
+                    f"{who}: dense is {config.dense}, and numbers have no director", hint="leave it out"
+                )
+            return
+        labels, V = check_labels(config.labels), model.site("head").out_features
+        self.state["G"] = max(map(len, self.answers(stack.tokenizer, labels)))
+        self.director = model.keep("director", Director(V, config.dense, len(labels)))
+
+    def answers(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
+        """Tokens of every label, EOS included.
+
+        Raises:
+            DataError: a label without tokens, or two of the same.
+        """
+        found: list[list[int]] = []
+        for label in labels:
+            ids = answer_ids(tokenizer, label, digits=self.config.labels is None)
+            if not ids:
+                raise DataError(f"predgen: label {label!r} has no tokens", hint="another word")
+            found.append([*ids, int(tokenizer.eos_token_id)])
+            if found.index(found[-1]) < len(found) - 1:
+                twin = labels[found.index(found[-1])]
+                raise DataError(
+                    f"predgen: labels {twin!r} and {label!r} have the same tokens", hint="another word"
+                )
+        return found
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
+        labels = self.numerals(data) if self.config.labels is None else check_labels(self.config.labels)
+        answers = self.answers(data.tokenizer, labels)
+        self.state["G"] = G = max(map(len, answers), default=1)
+        frame = len(special_frame(data.tokenizer)[0])
+        limit = min(data.max_length, context_window(stack.model, data.tokenizer))
+        if limit <= frame + G:
+            raise DataError(
+                f"predgen: answers of {G} tokens leave no room for a text in max_length {limit}",
+                hint="raise max_length, or shorten the labels",
+            )
+        data.max_length = limit - G
+        tokenize_classes(data, labels)
+        data.max_length = limit
+        data.train, data.eval = (
+            None if rows is None else self.answered(rows, answers) for rows in (data.train, data.eval)
+        )
+
+    def numerals(self, data: TrainingData) -> list[str]:
+        """The numbers that the rows have for labels, each way of writing one once; `tokenize_classes` takes it on."""
+        found: dict[str, float] = {}
+        for rows in (data.train, data.eval):
+            labels = rows["label"] if rows and data.format == "classification" else ()
+            values = [as_number(label, f"row {i} (counting from 0)") for i, label in enumerate(labels)]
+            found |= dict(zip(labels, values, strict=True))
+            if values and rows is data.train:
+                self.state["mean"] = sum(values) / len(values)
+        return sorted(found)
+
+    def answered(self, rows: Dataset, answers: list[list[int]]) -> Dataset:
+        """Tokenized texts, with their answers behind them: G tokens, learned up to the first EOS."""
+        table: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+        for ids, number in zip(rows["input_ids"], rows[CLASS_INDEX], strict=True):
+            y = answers[number]
+            missing = self.state["G"] - len(y)
+            table["input_ids"].append([*ids, *y, *y[-1:] * missing])
+            table["labels"].append([*ids, *y, *[IGNORE] * missing])
+        if self.config.labels is not None:
+            table[CLASS_INDEX] = list(rows[CLASS_INDEX])
+        return Dataset.from_dict(table)
+
+    def probability(self, t: int) -> float:
+        """p_t, t from 1."""
+        config = self.config
+        return config.p_min + (config.p_max - config.p_min) * min(t / config.ramp, 1)
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        G, labels, target = self.state["G"], step.batch["labels"], step.batch.get(CLASS_INDEX)
+        step.batch = {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
+        ids, mask = step.batch["input_ids"], step.batch["attention_mask"]
+        p = self.probability(step.index + 1)
+        if p > 0 and float(torch.rand(())) < p:
+            ids = write(step.model, ids, mask, G=G, eos=int(step.stack.tokenizer.eos_token_id))
+
+        def loss() -> tuple[Tensor, Any]:
+            outputs = step.forward(input_ids=ids)
+            logits, at = outputs.logits.float(), places(mask, G)  # [B, T, V], [B, 1 + G]
+            L_gen = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+            )
+            Z = logits_at(logits, at)
+            if self.config.labels is None:
+                L_task = self.digit_loss(Z[:, :-1], labels.gather(1, at[:, 1:]))
+            else:
+                L_task = F.cross_entropy(self.director(Z[:, 1:]).float(), target)
+            return alignment(L_gen, L_task), outputs
+
+        step.replace_task_loss(loss)
+        return (yield)
+
+    @staticmethod
+    def digit_loss(Z: Tensor, y: Tensor) -> Tensor:
+        """mean of w_g CE(Z_g, y_g) over the tokens of the answers; [B, G, V], [B, G] -> 0-d."""
+        each = F.cross_entropy(Z.transpose(1, 2), y, ignore_index=IGNORE, reduction="none")  # [B, G]
+        return (each * position_weights(y.shape[1]).to(each.device)).sum() / (y != IGNORE).sum()
+
+    # -- prediction ----------------------------------------------------------------------------------------------
+
+    def predict(self, stack: Stack, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the model writes behind each text, [N, G], and the director's scores of that, [N, C] ([N, 0])."""
+        if "G" not in self.state:
+            raise PeftxError("predgen: how long the numbers are is not known yet", hint="train first")
+        G, tokenizer, model = self.state["G"], stack.tokenizer, stack.model
+        eos, frame = int(tokenizer.eos_token_id), len(special_frame(tokenizer)[0])
+        room = context_window(model, tokenizer) - G
+        rows = [class_ids(tokenizer, text, max_length=room) for text in texts]
+        for index, row in enumerate(rows):
+            if len(row) <= frame:
+                raise PeftxError(f"predgen: text {index} (counting from 0), {texts[index]!r}, has no tokens")
+        written = torch.empty(len(rows), G, dtype=torch.int64, device=model.device)
+        scores = torch.empty(len(rows), len(self.config.labels or ()), device=model.device)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        for start in range(0, len(rows), 32):
+            chosen = order[start : start + 32]
+            batch = Collator(eos)([{"input_ids": [*rows[index], *[eos] * G]} for index in chosen])
+            ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            ids, at = write(model, ids, mask, G=G, eos=eos), places(mask, G)[:, 1:]
+            written[chosen] = ids.gather(1, at)
+            if self.config.labels is not None:
+                Z = logits_at(model(input_ids=ids, attention_mask=mask).logits, at)  # [B, G, V]
+                scores[chosen] = self.director(Z).to(scores.dtype)
+        return written, scores
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        if self.config.labels is None:
+            raise PeftxError("predgen: numbers are no classes", hint="`numbers`, or the metric predgen")
+        return list(self.config.labels), self.predict(stack, texts)[1]
+
+    def numbers(self, stack: Stack, texts: Sequence[str]) -> list[float | None]:
+        """The number that the model writes behind each text; None where it writes none."""
+        if self.config.labels is not None:
+            raise PeftxError("predgen: classes are no numbers", hint="`stack.classify`, or labels=None")
+        found = []
+        for row in self.predict(stack, texts)[0].tolist():
+            eos = stack.tokenizer.eos_token_id
+            text = stack.tokenizer.decode(row[: row.index(eos)] if eos in row else row)
+            number = NUMBER.search("".join(text.split()))
+            found.append(float(number.group()) if number else None)
+        return found
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """`mae` and `numbers_written`, or `accuracy_director` and `accuracy_writer`; nothing without rows."""
+        if "eval" not in evaluation.data:
+            return  # a run that has only training data
+        stack: Any = evaluation.stack
+        rows, labels = list(evaluation.rows("eval")), self.config.labels
+        if not all({"text", "label"} <= set(row) for row in rows):
+            raise DataError("predgen: every row needs 'text' and 'label'", hint="data: {eval: {path: ...}}")
+        texts, count = [row["text"] for row in rows], len(rows)
+        where = [f"row {index} (counting from 0)" for index in range(count)]
+        if labels is None:
+            truth = [as_number(row["label"], place) for row, place in zip(rows, where, strict=True)]
+            found = self.numbers(stack, texts)
+            guess = self.state["mean"]  # where nothing is written
+            errors = [abs((guess if x is None else x) - y) for x, y in zip(found, truth, strict=True)]
+            low, high = bootstrap_ratio(errors, [1.0] * count) or (None, None)
+            evaluation.add("mae", sum(errors) / count, low, high, count)
+            shares = {"numbers_written": count - found.count(None)}
+        else:
+            classes = [
+                class_index(row["label"], labels, place) for row, place in zip(rows, where, strict=True)
+            ]
+            answers = self.answers(stack.tokenizer, labels)
+            written, scores = self.predict(stack, texts)
+            wrote = [
+                row[: len(answers[k])] == answers[k] for row, k in zip(written.tolist(), classes, strict=True)
+            ]
+            named = [p == k for p, k in zip(scores.argmax(-1).tolist(), classes, strict=True)]
+            shares = {"accuracy_director": sum(named), "accuracy_writer": sum(wrote)}
+        for name, share in shares.items():
+            evaluation.add(name, share / count, *wilson_interval(share, count), count)
