@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peftx.conflicts import Member, check
 from peftx.data import TrainingData, read_dataset
@@ -260,10 +260,15 @@ class Run:
                 specs.append(EvaluateSpec.model_validate({member.id: {}}))
         for spec in specs:
             options = spec.options
-            source = options.path or (self.pipeline.data.eval.path if self.pipeline.data.eval else None)
+            source = self.pipeline.data.eval
+            rows: Path | list[Any] | None = None
+            if options.path is not None:
+                rows = asset_path(options.path)
+            elif source is not None:
+                rows = list(_rows(source, limit=options.limit or source.limit))
             maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
             found |= stack.evaluate(
-                asset_path(source) if source is not None else None,
+                rows,
                 output_dir=self._figures(),
                 metrics=[spec.metric],
                 limit=options.limit,

@@ -42,8 +42,8 @@ class Head(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        target = step.batch.pop(CLASS_INDEX)
-        step.batch.pop("labels")
+        target = step.batch[CLASS_INDEX]
+        step.batch = {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
 
         def loss() -> tuple[Tensor, object]:
             outputs = step.forward(output_hidden_states=True)

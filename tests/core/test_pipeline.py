@@ -234,3 +234,16 @@ def test_packaged_data() -> None:
     with pytest.raises(DataError, match=r"no packaged data") as caught:
         load_run(text, registry=REGISTRY)
     assert "peftx:sample/train.jsonl" in str(caught.value)
+
+
+def test_columns_of_the_evaluation_data_are_read_as_the_spec_says(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"question": "2 + 2 =", "answer": "4"}\n' * 3)
+    spec = (
+        "peftx: 1\nmodel: peftx:tiny\n"
+        "data: {eval: {path: held.jsonl, columns: {prompt: question, completion: answer}, limit: 2}}\n"
+        "evaluate: [perplexity]\n"
+    )
+    (tmp_path / "a.yaml").write_text(spec)
+    result = load_run(tmp_path / "a.yaml").run()
+    (scores,) = result.scores.values()
+    assert scores["perplexity"].count == 2  # one token in each of two rows
