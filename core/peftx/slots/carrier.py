@@ -60,6 +60,15 @@ class SlotState:
 
     def rebuild(self) -> None:
         """Recompute what `forward` walks over; called at every change, so that `forward` decides nothing."""
+        if len(self.entries) == 1:  # most slots, whenever a stack is built
+            only = self.entries[0]
+            kind = type(only.delta)
+            if only.active and only.rows is None and not kind.has_pre() and not kind.has_base():
+                self.base, self.nested = F.linear, ()
+                self.run = (only.delta,) if kind.has_forward() else ()
+                self.low_rank = self.run if kind.low_rank is not Delta.low_rank else ()
+                self.folded = {only.parameter: (only,)}
+                return
         active = [entry for entry in self.entries if entry.active]
         self.base = next((e.delta.base for e in active if e.delta.has_base()), F.linear)
         outer = [e for e in active if e.delta.has_forward() or e.delta.has_pre()]
