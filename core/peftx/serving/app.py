@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHttpException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from peftx.errors import PeftxError, nearest
+from peftx.errors import PeftxError, PluginError, nearest
 from peftx.serving.engine import Completion, Engine, Job, QueueFull
 from peftx.serving.server import Request, Server
 
@@ -149,12 +149,20 @@ def _events(job: Job, head: dict[str, Any]) -> Iterator[str]:
         yield event(head | {"choices": [_choice(0, "", done.finish_reason)], "usage": answer["usage"]})
         yield "data: [DONE]\n\n"
     except PeftxError as error:
-        yield event(_error_body(400, str(error)))
+        yield event(_error_body(_status(error), str(error)))
     finally:
         job.cancel()  # nothing is left to do, or the client is gone
 
 
 # -- errors, in OpenAI's shape ---------------------------------------------------------------------------------------
+
+
+def _status(error: Exception) -> int:
+    """A plugin that crashed is the server's fault, everything else that is said in words the request's."""
+    if isinstance(error, PluginError):
+        return 500
+    return 429 if isinstance(error, QueueFull) else 400
+
 
 _CODES = {400: "bad_request", 404: "not_found", 413: "too_large", 429: "queue_full", 500: "internal_error"}
 
@@ -189,7 +197,7 @@ def _http_error(_: HttpRequest, error: Exception) -> JSONResponse:
 
 
 def _peftx_error(_: HttpRequest, error: Exception) -> JSONResponse:
-    return _error(429 if isinstance(error, QueueFull) else 400, str(error))
+    return _error(_status(error), str(error))
 
 
 def _crash(_: HttpRequest, error: Exception) -> JSONResponse:

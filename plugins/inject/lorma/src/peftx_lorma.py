@@ -76,7 +76,7 @@ class Pi(nn.Module):
     def __init__(self, features: int, *, rank: int, scale: float, batch: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.scale = scale
-        root = torch.tensor(1 / math.sqrt(scale))  # half of 1/c for B, half for A
+        root = torch.tensor(1 / math.sqrt(scale), device="cpu")  # half of 1/c for B, half for A
         self.one = float(scale * (root * root))  # c B A at the start: 1, but for float32's rounding
         self.B = nn.Parameter(torch.empty(*batch, features, rank))
         self.A = nn.Parameter(torch.zeros(*batch, rank, features))
