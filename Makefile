@@ -32,7 +32,8 @@ format: setup ## write the style that `lint` checks
 
 ci: lint test ## what a change must pass
 
-bench: setup ## measure against the peers; results as JSON under benchmarks/
+bench: ## measure against the peers; results under benchmarks/results/
+	@$(PYTHON) tools/dev_install.py --extra bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 docs: ## build the site into site/

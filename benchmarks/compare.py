@@ -11,8 +11,10 @@ A benchmark of a plugin names its methods and how a stack is scored; this file t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +30,9 @@ from peftx.training.run import as_training_data
 
 RESULTS = Path(__file__).parent / "results"
 Rows = Sequence[Mapping[str, Any]]
+
+if importlib.util.find_spec("matplotlib") is None:  # now, and not after an hour of training
+    sys.exit("the plots need matplotlib: python3 tools/dev_install.py --extra bench")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -373,7 +373,10 @@ def _cannot_unfold(owner: str) -> Callable[[], None]:
 
 def _settle(module: nn.Module, near: nn.Module, *, full_precision: bool = False) -> None:
     """Give a new module the mode, device and dtype of the one it stands on (float32 if it asks for that)."""
-    module.train(near.training)
+    if module._modules:
+        module.train(near.training)
+    else:  # most deltas
+        module.training = near.training
     weight = _first(near)
     own = _first(module)
     if weight is None or own is None or own.is_meta:

@@ -209,7 +209,8 @@ class Stack:
                     self.ledger.remove(member.id)  # half of a plugin is worse than none
                     raise
             self.injected.add(member.id)
-        self._set_trainable()
+        if not restoring:  # of a bundle, after its tensors are in place
+            self._set_trainable()
 
     def _set_trainable(self) -> None:
         for id in self.plugins:
@@ -606,9 +607,13 @@ def _register(members: Sequence[Member]) -> pluggy.PluginManager:
 
 @contextmanager
 def _seeded(seed: int, id: str) -> Iterator[None]:
-    """Torch's global generator at a state of this plugin's own; as it was afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed_of(seed, id))
+    """Torch's global generators at a state of this plugin's own; as they were afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        if devices:
+            torch.manual_seed(_seed_of(seed, id))
+        else:  # `torch.manual_seed` keeps a stack trace for a GPU that nobody uses
+            torch.default_generator.manual_seed(_seed_of(seed, id))
         yield
 
 

@@ -249,9 +249,15 @@ def _add_low_rank(deltas: tuple[Delta, ...], x: Tensor, y: Tensor) -> bool:
     """y += s B A x for each, written into `y`, without calling the deltas as modules: what a decode step spends on an
     adapter of rank 8 is mostly Python. False, and `y` untouched, if one is not just a low-rank addition right now."""
     factors = [delta.low_rank() for delta in deltas]
+    dtype = y.dtype
     for found in factors:
-        if found is None or found[0].dtype is not y.dtype:
+        if found is None or found[0].dtype is not dtype:
             return False
+    if y.numel() == y.shape[-1]:  # one row: the products of a matrix and a vector take half the calls
+        row, input = y.view(-1), x.reshape(-1)
+        for A, B, scale in factors:  # type: ignore[misc]
+            row.addmv_(B, A.mv(input), alpha=scale)
+        return True
     rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     for A, B, scale in factors:  # type: ignore[misc]
         rows.addmm_(inputs.mm(A.t()), B.t(), alpha=scale)
@@ -336,16 +342,18 @@ def attach(
         slot = SlotState()
         module.__class__ = _slot_class(type(module), kind)
         module.__dict__[STATE] = slot
-        module.add_module(CHILD, nn.ModuleDict().train(module.training))
+        children = nn.ModuleDict()
+        children.training = module.training
+        module._modules[CHILD] = children
     elif any(entry.merged for entry in slot.entries):
         raise ConflictError(
             f"{owner}: the layer holds merged deltas",
             hint="stack.unmerge() first, or stack.merge(keep=False) for good",
         )
-    children = module._modules[CHILD]._modules  # type: ignore[union-attr]
-    if name in children:
+    deltas = module._modules[CHILD]._modules  # type: ignore[union-attr]
+    if name in deltas:
         raise ConflictError(f"{owner}: a delta named '{name}' already stands on this module")
-    children[name] = (
+    deltas[name] = (
         delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
     )
     entry = Entry(name, owner, rank, delta, parameter, rows)
