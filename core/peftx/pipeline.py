@@ -276,8 +276,16 @@ class Run:
                 max_length=maximum,
                 progress=lambda done, total: self.reporter.progress(done, total, {}),
             )
-        self.result.scores[stage.evaluate.name or f"stage-{index}"] = found
+        self.result.scores[stage.evaluate.name or self._moment(index)] = found
         return ", ".join(f"{name} {score.value:.4g}" for name, score in found.items() if name != "nll")
+
+    def _moment(self, index: int) -> str:
+        """A name for an evaluation that has none: after which change of the model it stands."""
+        changes = [stage.kind for stage in self.stages[:index] if stage.kind not in ("evaluate", "save")]
+        name = f"after {changes[-1]}" if changes else "base"
+        assert self.result is not None
+        same = sum(known == name or known.startswith(f"{name} #") for known in self.result.scores)
+        return f"{name} #{same + 1}" if same else name
 
     def _figures(self) -> Path | None:
         """Where `evaluate` plugins put figures: beside the bundle, which holds no strange file."""

@@ -72,7 +72,7 @@ class EvaluateStage(SpecModel):
     """Run everything under `evaluate`, and every plugin's evaluate hook, on the stack as it stands here."""
 
     name: Label | None = Field(
-        None, description="name of the result, so that several evaluations can be told apart"
+        None, description="name of the result; what it follows unless given, such as 'after train'"
     )
 
 

@@ -145,6 +145,7 @@ def test_all_stages_run_in_order(files: dict[str, Path]) -> None:
     assert recorder.details["prepare"] == "8 rows became 4"
     assert recorder.steps == [1, 2, 3]
     (scores,) = result.scores.values()
+    assert list(result.scores) == ["after train"]
     assert scores["rows"].value == 8
     assert scores["perplexity"].value > 1
     assert result.trainable == 6 * 256
@@ -152,6 +153,12 @@ def test_all_stages_run_in_order(files: dict[str, Path]) -> None:
     back = peftx.load(files["output"], registry=REGISTRY)
     assert list(back.plugins) == ["half", "gain", "length"]
     assert back.scores["perplexity"] == scores["perplexity"]
+
+
+def test_evaluations_are_named_after_what_they_follow(files: dict[str, Path]) -> None:
+    stages = "run: [evaluate, {prepare: half}, inject, evaluate, {train: {steps: 1}}, evaluate, evaluate, {evaluate: {name: last}}]"
+    result = load_run(SPEC.format(**files) + stages, registry=REGISTRY).run()
+    assert list(result.scores) == ["base", "after inject", "after train", "after train #2", "last"]
 
 
 def test_explicit_stages(files: dict[str, Path]) -> None:
