@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftx import attention, calls, virtual_tokens
-from peftx.errors import ArchitectureError, ConflictError, MergeError, UnsupportedError
-from peftx.slots import Delta, attach, bake, base_class, detach, enable, kind_of, slot_of
+from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxError, UnsupportedError
+from peftx.slots import Delta, attach, bake, base_class, detach, enable, follow, kind_of, slot_of, snapshot
 from peftx.slots.carrier import CHILD
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ class Part:
     path: str = ""
     undo: Callable[[], None] = lambda: None
     switch: Callable[[bool], None] | None = None
+    final: str = ""
+    """Why it cannot be undone, if it cannot."""
+    covers: frozenset[str] = frozenset()
+    """Of kind `replaced`: plugins whose values are part of the new module's tensors."""
 
     def places(self) -> Iterator[tuple[str, nn.Module, str]]:
         """(name in the plugin's file, module, attribute) of every parameter and persistent buffer."""
@@ -202,6 +206,7 @@ class Ledger:
     def _swap(self, module: nn.Module, old: dict[str, Any], new: dict[str, nn.Parameter]) -> None:
         """Exchange parameters, also where they are tied."""
         for name, parameter in new.items():
+            follow(parameter, old[name])
             tied = [
                 (m, n) for m in self.model.modules() for n, p in m._parameters.items() if p is old[name]
             ]  # fmt: skip
@@ -231,11 +236,17 @@ class Ledger:
         setattr(holder, name, module)
         site.module = module
         # What was folded or trained in the old module is part of the new one's tensors now.
-        self.parts = [part for part in self.parts if not (part.kind == "base" and part.module is old)]
+        inside = [part for part in self.parts if part.kind == "base" and part.module is old]
+        self.parts = [part for part in self.parts if part not in inside]
+
+        def undo() -> None:
+            setattr(holder, name, old)
+            self.parts = inside + self.parts
+
         self.parts.append(
             Part(
-                view.owner, "replaced", site.path, module, geometry=module.geometry(),
-                undo=lambda: setattr(holder, name, old),
+                view.owner, "replaced", site.path, module, geometry=module.geometry(), undo=undo,
+                covers=frozenset(part.owner for part in inside),
             )
         )  # fmt: skip
 
@@ -301,28 +312,48 @@ class Ledger:
 
     # -- folding -------------------------------------------------------------------------------------------------
 
+    def carriers(self, owners: Iterable[str]) -> list[nn.Module]:
+        """The modules that carry deltas of these plugins, each once."""
+        wanted = set(owners)
+        return list(
+            {id(p.place): p.place for p in self.parts if p.owner in wanted and p.place is not None}.values()
+        )
+
+    def merged(self) -> list[str]:
+        """Plugins that are merged somewhere, and can be unmerged."""
+        slots = [slot_of(place) for place in self.carriers({part.owner for part in self.parts})]
+        entries = [entry for slot in slots if slot is not None for entry in slot.entries]
+        return list(dict.fromkeys(entry.owner for entry in entries if entry.merged))
+
+    def check_fold(self, owner: str) -> None:
+        """Raises MergeError where a delta of the plugin does not fold."""
+        for part in self.of(owner):
+            if part.kind != "delta":
+                continue
+            if isinstance(part.place, Storage):
+                raise MergeError(
+                    f"{owner}: {part.path} is quantized, and a delta does not fold into integers exactly"
+                )
+            if not part.module.can_fold():  # type: ignore[operator]
+                raise MergeError(
+                    f"{owner}: {type(part.module).__name__} at {part.key} does not fold into the weights"
+                )
+
     def fold(self, owner: str) -> None:
         """Fold the owner's deltas into the weights for good; the changed weights become the owner's tensors.
 
         Raises:
             MergeError: a delta that does not fold; nothing is changed then.
         """
+        self.check_fold(owner)
         deltas = [part for part in self.of(owner) if part.kind == "delta"]
         places = {id(part.place): (part.place, part.path) for part in deltas}
+        reason = f"{owner} was folded into the weights for good"
         for place, path in places.values():
-            if isinstance(place, Storage):
-                raise MergeError(
-                    f"{owner}: {path} is quantized, and a delta does not fold into integers exactly"
-                )
-        for part in deltas:
-            if not part.module.can_fold():  # type: ignore[operator]
-                raise MergeError(
-                    f"{owner}: {type(part.module).__name__} at {part.key} does not fold into the weights"
-                )
-        for place, path in places.values():
+            assert place is not None
             changed = bake(place, owner)
             if changed:
-                self.parts.append(Part(owner, "base", path, place, changed, undo=_cannot_unfold(owner)))
+                self.parts.append(Part(owner, "base", path, place, changed, final=reason))
         self.parts = [part for part in self.parts if part not in deltas]
         for part in self.of(owner):
             if part.kind == "free":  # what the deltas shared: it is in the weights now
@@ -331,8 +362,77 @@ class Ledger:
 
     # -- undoing -------------------------------------------------------------------------------------------------
 
+    def snapshot(self) -> Callable[[], None]:
+        """Note what every plugin did so far, before weights are folded and replaced. Returns the way back."""
+        parts = list(self.parts)
+        slots = [snapshot(place) for place in self.carriers({part.owner for part in parts})]
+        free = self.model._modules.get(FREE)
+        kept = (
+            {}
+            if free is None
+            else {name: (group, dict(group._modules)) for name, group in free.named_children()}
+        )
+
+        def restore() -> None:
+            for part in reversed([part for part in self.parts if part not in parts]):
+                part.undo()
+            for slot in slots:
+                slot()
+            if free is not None:
+                self.model._modules[FREE] = free
+                for name, (group, modules) in kept.items():
+                    group._modules = modules
+                    free._modules[name] = group
+            self.parts = parts
+
+        return restore
+
+    def release(self, owner: str) -> None:
+        """Let go of the layers that the plugin replaced: their memory is free, and it stays for good."""
+        for part in self.of(owner):
+            if part.kind == "replaced":
+                part.undo = lambda: None
+                part.final = f"the layers that {owner} replaced were not kept"
+
+    def check_removable(self, owner: str) -> None:
+        """Raises ConflictError where other plugins stand on what this one put there, MergeError where its values, or
+        others', were folded into weights that it would take away."""
+        for part in self.parts:
+            if part.kind == "replaced" and owner in part.covers and part.owner != owner:
+                raise MergeError(
+                    f"{owner} is in the weights that {part.owner} replaced",
+                    hint=f"stack.remove('{part.owner}') first",
+                )
+        for part in self.of(owner):
+            if part.final:
+                raise MergeError(part.final, hint="load the base model again")
+            if part.kind == "base":
+                _check_unmerged(part)
+                later = self.parts[self.parts.index(part) + 1 :]
+                above = next((p for p in later if p.kind == "base" and p.module is part.module
+                              and set(p.parameters) & set(part.parameters)), None)  # fmt: skip
+                if above is not None:
+                    raise MergeError(
+                        f"{above.owner} was folded into {part.path or part.key}, which {owner} trained",
+                        hint="load the base model again",
+                    )
+            slot = slot_of(part.module) if part.kind == "replaced" else None
+            others = (
+                [entry.owner for entry in slot.entries if entry.owner != owner] if slot is not None else []
+            )
+            if others:
+                raise ConflictError(
+                    f"{others[0]} stands on {part.key}, which {owner} replaced",
+                    hint=f"stack.remove('{others[0]}') first",
+                )
+
     def remove(self, owner: str) -> None:
-        """Undo everything the plugin did, last first."""
+        """Undo everything the plugin did, last first.
+
+        Raises:
+            ConflictError, MergeError: see `check_removable`; nothing is changed then.
+        """
+        self.check_removable(owner)
         for part in reversed(self.of(owner)):
             part.undo()
             self.parts.remove(part)
@@ -344,6 +444,7 @@ class Ledger:
 
         Raises:
             UnsupportedError: the plugin replaced weights, which cannot be switched off.
+            MergeError: deltas are merged into weights that it trains, or over it; nothing is changed then.
         """
         parts = self.of(owner)
         if any(part.switch is None for part in parts):
@@ -352,7 +453,17 @@ class Ledger:
                 hint=f"stack.remove('{owner}')",
             )
         for part in parts:
-            part.switch(on)  # type: ignore[misc]
+            if part.kind == "base":
+                _check_unmerged(part)
+        done = []
+        try:
+            for part in parts:
+                part.switch(on)  # type: ignore[misc]
+                done.append(part)
+        except PeftxError:
+            for part in done:
+                part.switch(not on)  # type: ignore[misc]
+            raise
 
 
 def _carrier(site: Site) -> str:
@@ -364,11 +475,14 @@ def _carrier(site: Site) -> str:
     return "read" if site.read else kind_of(site.module)
 
 
-def _cannot_unfold(owner: str) -> Callable[[], None]:
-    def undo() -> None:
-        raise MergeError(f"{owner} was folded into the weights for good", hint="load the base model again")
-
-    return undo
+def _check_unmerged(part: Part) -> None:
+    """The parameters of a `base` part are exchanged for others: merged deltas would be lost with them."""
+    slot = slot_of(part.module)
+    if slot is not None and slot.originals:
+        merged = next(entry.owner for entry in slot.entries if entry.merged)
+        raise MergeError(
+            f"{merged} is merged into {part.key}, which {part.owner} trains", hint="stack.unmerge() first"
+        )
 
 
 def _settle(module: nn.Module, near: nn.Module, *, full_precision: bool = False) -> None:

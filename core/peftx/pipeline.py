@@ -209,7 +209,7 @@ class Run:
             stack.freeze(*resting)
         self.result.trainable = max(self.result.trainable, stack.trainable_parameters())
         folder = None
-        if self.pipeline.output is not None and settings.checkpoint_every is not None:
+        if self.pipeline.output is not None:
             folder = checkpoints(Path(self.pipeline.output)) / f"stage-{index}"
         resume = self.resume and folder is not None and any(folder.glob("checkpoint-*"))
         report = train(

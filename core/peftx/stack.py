@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from peftx.anatomy import Anatomy, ModelView
@@ -162,10 +163,11 @@ class Stack:
         return [m for m in self.members if m.implements(hook) and (wanted is None or m.id in wanted)]
 
     def _caller(self, hook: str) -> Any:
-        """The hook without the plugins that are switched off."""
-        if not self.disabled_ids:
+        """The hook without the plugins that are switched off, and a step without those that are in the weights."""
+        left_out = self.disabled_ids | self.folded if hook == "train_step" else self.disabled_ids
+        if not left_out:
             return getattr(self._manager.hook, hook)
-        return self._manager.subset_hook_caller(hook, [self.plugins[name] for name in self.disabled_ids])
+        return self._manager.subset_hook_caller(hook, [self.plugins[name] for name in left_out])
 
     def _call(self, member: Member, hook: str, **arguments: Any) -> Any:
         """Run one plugin's plain hook; a failure names the plugin, the hook and the place in the spec."""
@@ -228,31 +230,41 @@ class Stack:
         self._set_trainable()
 
     def remove(self, id: str) -> None:
-        """Take a plugin away; the base's own tensors come back, bit for bit."""
+        """Take a plugin away; the base's own tensors come back, bit for bit.
+
+        Raises:
+            MergeError: it was folded into the weights for good, or something else is folded into those that it trained.
+            ConflictError: another plugin stands on layers that this one replaced. Nothing is changed then.
+        """
         member = self.member(id)
         self.ledger.remove(id)
+        if id in self.folded:
+            raise MergeError(f"'{id}' was folded into the weights for good", hint="load the base model again")
         self.members = [m for m in self.members if m is not member]
         del self.plugins[id]
         self._manager.unregister(member.plugin)
         self.injected.discard(id)
         self.compressed.discard(id)
+        self.disabled_ids.discard(id)
         self.anatomy = Anatomy(self.model)
 
     @contextmanager
     def disabled(self, *ids: str) -> Iterator[None]:
-        """Run with these plugins switched off (all without arguments)."""
+        """Run with these plugins switched off (all without arguments); those that were off already stay off."""
         chosen = [self.member(id).id for id in ids] or list(self.plugins)
         done: list[str] = []
         try:
             for id in chosen:
-                self.ledger.switch(id, False)
-                self.disabled_ids.add(id)
-                done.append(id)
+                if id not in self.disabled_ids:
+                    self.ledger.switch(id, False)
+                    self.disabled_ids.add(id)
+                    done.append(id)
             yield
         finally:
             for id in done:
-                self.ledger.switch(id, True)
-                self.disabled_ids.discard(id)
+                if id in self.disabled_ids:  # else it was removed meanwhile
+                    self.ledger.switch(id, True)
+                    self.disabled_ids.discard(id)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -266,36 +278,41 @@ class Stack:
         Raises:
             MergeError: a plugin whose effect does not fold, or a quantized base; nothing is changed then.
         """
-        chosen = [self.member(id).id for id in ids] or [
-            m.id for m in self.members if m.plugin.claims and Claim.MERGEABLE in m.plugin.claims
+        wanted = {self.member(id).id for id in ids}
+        chosen = [
+            m.id for m in self.members if (m.id in wanted if ids else Claim.MERGEABLE in m.plugin.claims)
         ]
         for name in chosen:
             if Claim.MERGEABLE not in self.plugins[name].claims:
                 kind = type(self.plugins[name]).__name__
                 raise MergeError(f"'{name}' cannot be merged: {kind} does not fold into the weights")
         self.ledger.before_change()
-        if not keep:
-            for name in chosen:
-                self.ledger.fold(name)
-                self.folded.add(name)
-            self._set_trainable()
-            return
-        from peftx.slots import merge, unmerge
+        from peftx.slots import merge, snapshot, unmerge
 
-        places: dict[int, nn.Module] = {}
+        places = self.ledger.carriers(chosen)
+        if keep:
+            restores = [snapshot(place) for place in places]
+            try:
+                for place in places:
+                    merge(place, set(chosen))
+            except BaseException:
+                for restore in restores:
+                    restore()
+                raise
+            return
         for name in chosen:
-            for part in self.ledger.of(name):
-                if part.kind == "delta" and part.place is not None:
-                    places[id(part.place)] = part.place
-        done = []
-        try:
-            for place in places.values():
-                merge(place, set(chosen))
-                done.append(place)
-        except PeftxError:
-            for place in done:
+            self.ledger.check_fold(name)
+        for place in places:  # what one place refuses is refused before any is changed
+            restore = snapshot(place)
+            try:
                 unmerge(place)
-            raise
+                merge(place, set(chosen))
+            finally:
+                restore()
+        for name in chosen:
+            self.ledger.fold(name)
+            self.folded.add(name)
+        self._set_trainable()
 
     def unmerge(self) -> None:
         """Bring back the weights from before `merge`, the very same bits."""
@@ -395,15 +412,18 @@ class Stack:
         *,
         samples: int = 32,
         length: int = 256,
+        keep: bool = True,
     ) -> None:
         """Run the `compress` hooks (all, or of these ids) that have not run yet.
 
         Args:
             data: calibration text: a file, or texts; needed where a plugin claims `needs-calibration`.
             samples, length: at most so many sequences of so many tokens.
+            keep: keep the layers that are replaced, so that `remove` brings them back; with False their memory is free.
 
         Raises:
             MergeError: a plugin starts from merged weights, and another one does not fold.
+            PluginError: a hook failed. Its plugin has changed nothing then, nor is anything folded for it.
         """
         from peftx.compression.batches import calibration
 
@@ -416,13 +436,27 @@ class Stack:
                 raise PeftxError(
                     f"'{member.id}' needs calibration data", hint='stack.compress("calibration.txt")'
                 )
-            if member.claims(Claim.FOLDS_PREVIOUS):
-                self._fold_before(member)
-            with torch.no_grad(), _seeded(self.seed, member.id):
-                self.model.eval()
-                self._call(
-                    member, "compress", model=self.view(member.id), calibration=batches, stack=self
-                )  # fmt: skip
+            restore, folded, state = (
+                self.ledger.snapshot(),
+                set(self.folded),
+                copy.deepcopy(member.plugin.state),
+            )
+            try:
+                if member.claims(Claim.FOLDS_PREVIOUS):
+                    self._fold_before(member)
+                with torch.no_grad(), _seeded(self.seed, member.id):
+                    self.model.eval()
+                    self._call(
+                        member, "compress", model=self.view(member.id), calibration=batches, stack=self
+                    )  # fmt: skip
+            except BaseException:
+                restore()
+                self.folded, member.plugin.state = folded, state
+                self.anatomy = Anatomy(self.model)
+                self._set_trainable()
+                raise
+            if not keep:
+                self.ledger.release(member.id)
             self.compressed.add(member.id)
             self.anatomy = Anatomy(self.model)
         self._set_trainable()
@@ -517,6 +551,10 @@ class Stack:
         from peftx.bundle import export
 
         return export(self, Path(path))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+        """Its parts know the model that they stand on, so a copy would change the original."""
+        raise PeftxError("a stack cannot be copied", hint="save it and load it, or copy stack.model alone")
 
     def __repr__(self) -> str:
         names = ", ".join(f"{id}={plugin!r}" for id, plugin in self.plugins.items())

@@ -156,7 +156,10 @@ def test_all_stages_run_in_order(files: dict[str, Path]) -> None:
 
 
 def test_evaluations_are_named_after_what_they_follow(files: dict[str, Path]) -> None:
-    stages = "run: [evaluate, {prepare: half}, inject, evaluate, {train: {steps: 1}}, evaluate, evaluate, {evaluate: {name: last}}]"
+    stages = (
+        "run: [evaluate, {prepare: half}, inject, evaluate, {train: {steps: 1}}, evaluate, evaluate,"
+        " {evaluate: {name: last}}]"
+    )
     result = load_run(SPEC.format(**files) + stages, registry=REGISTRY).run()
     assert list(result.scores) == ["base", "after inject", "after train", "after train #2", "last"]
 

@@ -22,7 +22,7 @@ ROWS = [{"prompt": f"count {i}", "completion": f"{i + 1} {i + 2}"} for i in rang
 class Gain(Delta):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.z = torch.nn.Parameter(torch.ones(width))
+        self.z = torch.torch.nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y * self.z
@@ -244,8 +244,100 @@ def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
 def test_resume_by_another_stack_is_refused(tmp_path: Path) -> None:
     stack_of().train(ROWS, steps=2, checkpoint_every=1, output=tmp_path)
     other = Stack(tiny("llama"), [("other", Gains())], tokenizer=tiny_tokenizer())
-    with pytest.raises(BundleError, match="written by another stack"):
+    with pytest.raises(BundleError, match="differs in the plugins"):
         other.train(ROWS, steps=4, output=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 0.1}, "train.learning_rate: 0.02, now 0.1"),
+        ({"seed": 7}, "train.seed"),
+        ({"batch_size": 4}, "train.batch_size"),
+    ],
+)
+def test_resume_with_other_options_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    options = {"steps": 2, "batch_size": 3, "learning_rate": 0.02}
+    stack_of().train(ROWS, output=tmp_path, **options)
+    with pytest.raises(BundleError, match=named):
+        stack_of().train(ROWS, output=tmp_path, resume=True, **{**options, **changes})
+    with pytest.raises(BundleError, match="differs in the rows"):
+        stack_of().train(ROWS[1:], output=tmp_path, resume=True, **options)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    """Under a schedule that does not end at a rate of zero a further step would show."""
+    options = {"steps": 4, "batch_size": 3, "learning_rate": 0.02, "schedule": "constant"}
+    whole = stack_of()
+    report = whole.train(ROWS, output=tmp_path, **options)
+    again = stack_of()
+    assert again.train(ROWS, output=tmp_path, resume=True, **options).losses == report.losses
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_run_without_output_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stack_of().train(ROWS, steps=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_updates_add_up_in_narrow_types(dtype: torch.dtype, optimizer: str) -> None:
+    """2^-12 of one is nothing in bfloat16, and 64 of them are 2^-6."""
+    from peftx.training.optimizer import optimizer_for
+
+    p = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+    made = optimizer_for([p], optimizer, learning_rate=2.0**-12, weight_decay=0.0)
+    for _ in range(64):
+        p.grad = torch.ones_like(p)
+        made.step()
+        assert p.dtype == p.grad.dtype == dtype
+    assert torch.allclose(p.float(), torch.tensor(1 - 2.0**-6), atol=1e-4)
+
+
+def test_what_is_written_into_a_narrow_parameter_counts() -> None:
+    from peftx.training.optimizer import optimizer_for
+
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    made = optimizer_for([p], "sgd", learning_rate=2.0**-12, weight_decay=0.0)
+    for _ in range(8):
+        p.grad = torch.ones_like(p)
+        made.step()
+        with torch.no_grad():
+            p[0] = 3.0
+    assert made.wide[p][0] == 3 - 7 * 2.0**-12
+    assert made.wide[p][1] == 1 - 8 * 2.0**-12
+
+
+def test_narrow_training_resumes_exactly(tmp_path: Path) -> None:
+    def fresh() -> Stack:
+        return Stack(tiny("llama").to(torch.bfloat16), [Gains()], tokenizer=tiny_tokenizer())
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int, terms: dict[str, float]) -> None:
+        if done == 5:
+            raise Killed
+
+    options = {"steps": 8, "batch_size": 3, "learning_rate": 1e-3, "checkpoint_every": 4}
+    whole, cut, again = fresh(), fresh(), fresh()
+    whole.train(ROWS, output=tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        cut.train(ROWS, output=tmp_path / "cut", progress=kill, **options)
+    again.train(ROWS, output=tmp_path / "cut", resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_no_number_ends_the_run() -> None:
+    stack = stack_of()
+    with torch.no_grad():
+        next(stack.ledger.parameters("gains")).fill_(float("nan"))
+    with pytest.raises(PeftxError, match="'task' of step 1 is nan"):
+        stack.train(ROWS, steps=2)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from peftx.slots.carrier import (
     base_class,
     detach,
     enable,
+    follow,
     kind_of,
     merge,
     slot_of,
+    snapshot,
     unmerge,
 )
 from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
@@ -29,8 +31,10 @@ __all__ = [
     "detach",
     "dropout_linear",
     "enable",
+    "follow",
     "kind_of",
     "merge",
     "slot_of",
+    "snapshot",
     "unmerge",
 ]

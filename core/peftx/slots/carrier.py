@@ -2,9 +2,10 @@
 
 The module keeps its identity, class name, parameters and state-dict keys, so checkpoints, `isinstance`, deepcopy,
 pickle, `torch.compile`, FSDP2 and HF PEFT on top of it keep working; the deltas are children under the name `peftx`.
-Four carriers: `Linear` (nn.Linear and Conv1D), `Weight` (modules that hold a matrix and use it in a forward of their
-own: stacked experts, routers), `Read` (linear layers whose weight another module uses), `Output` (all the rest: norms,
-embeddings, blocks, quantized layers).
+Six carriers: `PlainLinear` (nn.Linear itself), `Linear` (its subclasses and Conv1D), `Weight` (modules that hold a
+matrix and use it in a forward of their own: stacked experts, routers), `Read` (linear layers whose weight another
+module uses), `Called` (those of them that are called too), `Output` (all the rest: norms, embeddings, blocks, quantized
+layers).
 """
 
 from __future__ import annotations
@@ -311,7 +312,7 @@ def attach(
     Args:
         name: key of the child module, unique in the slot, no dots.
         parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles.
-        kind: carrier (`plain`, `linear`, `weight`, `read`, `output`); `kind_of(module)` if left out.
+        kind: carrier (`plain`, `linear`, `weight`, `read`, `called`, `output`); `kind_of(module)` if left out.
 
     Raises:
         ConflictError: the name is taken, or the slot holds merged deltas.
@@ -483,19 +484,65 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
 
 
 def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
-    """Fold the owner's deltas in for good and take them out. Returns the names of the parameters that changed."""
+    """Fold the owner's deltas in for good and take them out. Returns the names of the parameters that changed.
+
+    Raises:
+        MergeError: see `merge`; nothing is changed then.
+    """
     slot = slot_of(module)
     if slot is None:
         return ()
-    unmerge(module)
-    before = dict(module._parameters)
-    merge(module, {owner}, keep=False)
+    again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
+    restore = snapshot(module)
+    try:
+        unmerge(module)
+        before = dict(module._parameters)
+        merge(module, {owner}, keep=False)
+    except BaseException:
+        restore()
+        raise
     for entry in [entry for entry in slot.entries if entry.owner == owner]:
         entry.merged = False
     detach(module, owner)
-    return tuple(
+    changed = tuple(
         name for name, p in module._parameters.items() if p is not None and p is not before.get(name)
     )
+    merge(module, again)
+    return changed
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """Note a slot, and the module's own weights, as they are; what is returned brings them back."""
+    slot = slot_of(module)
+    if slot is None:
+        return lambda: None
+    cls, weights, originals = type(module), dict(module._parameters), dict(slot.originals)
+    holder = module._modules[CHILD]
+    assert holder is not None
+    deltas = dict(holder._modules)
+    entries = [(entry, entry.enabled, entry.merged) for entry in slot.entries]
+
+    def restore() -> None:
+        module.__class__ = cls
+        module.__dict__[STATE] = slot
+        module._modules[CHILD] = holder
+        holder._modules = deltas
+        module._parameters = weights
+        slot.originals = originals
+        slot.entries = [entry for entry, _, _ in entries]
+        for entry, enabled, merged in entries:
+            entry.enabled, entry.merged = enabled, merged
+        slot.rebuild()
+
+    return restore
+
+
+def follow(kept: nn.Parameter | None, now: nn.Parameter | None) -> None:
+    """Move and cast a parameter that stood aside, in place, as its stand-in was: `model.to` cannot see it."""
+    if kept is None or now is None or kept.is_meta or now.is_meta:
+        return
+    if kept.device != now.device or kept.dtype != now.dtype:
+        kept.data = kept.data.to(now.device, now.dtype)
 
 
 def _only_base(delta: Delta) -> bool:
@@ -515,6 +562,7 @@ def unmerge(module: nn.Module) -> None:
     if not slot.originals:
         raise MergeError("the weights from before the merge were not kept", hint="merge with keep=True")
     for name, parameter in slot.originals.items():
+        follow(parameter, module._parameters[name])
         module._parameters[name] = parameter
     slot.originals.clear()
     for entry in slot.entries:

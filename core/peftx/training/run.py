@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -17,7 +20,7 @@ from peftx.data import Collator, TrainingData, read_dataset, tokenize_dataset
 from peftx.data.formats import detect_format, format_of_keys
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.models import asset_path
-from peftx.training.trainer import StackTrainer, last_checkpoint
+from peftx.training.trainer import IDENTITY, StackTrainer, last_checkpoint
 from peftx_spec.models import TrainSpec
 
 if TYPE_CHECKING:
@@ -140,6 +143,7 @@ def train(
             "nothing trains: no plugin of the stack has trainable parameters",
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
         )
+    _check_that_it_acts(stack)
     training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)
     if prepare:
         stack.prepare(training_data)
@@ -159,18 +163,25 @@ def train(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = Collator(pad, encoder_decoder=encoder_decoder)
     set_seed(spec.seed)
-    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="peftx-"))
-    trainer = StackTrainer(stack, _arguments(spec, folder, stack, output is not None), rows, collator)
-    watcher = _Watcher(lambda: trainer, progress)
-    trainer.add_callback(watcher)
     started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=_checkpoint(folder, resume))
-    finally:
-        if spec.gradient_checkpointing:
-            stack.model.activation_checkpointing_disable()
-        stack.model.eval()
-        stack.model.zero_grad(set_to_none=True)
+    with ExitStack() as exits:
+        folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
+        identity = _identity(stack, spec, rows)
+        trainer = StackTrainer(
+            stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity
+        )
+        trainer.add_callback(_Watcher(lambda: trainer, progress))
+        start = _checkpoint(folder, resume, identity)
+        if start is None or not trainer.finished(start):
+            try:
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            finally:
+                if spec.gradient_checkpointing:
+                    stack.model.activation_checkpointing_disable()
+                stack.model.eval()
+                stack.model.zero_grad(set_to_none=True)
+            if output is not None:
+                trainer.keep()
     steps = int(trainer.state.global_step)
     stack.trained_steps += steps
     losses = [
@@ -220,7 +231,39 @@ def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> Train
     return arguments
 
 
-def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
+def _check_that_it_acts(stack: Stack) -> None:
+    """Raises PeftxError where parameters would get no gradient: their plugin is merged, or all are switched off."""
+    training = [id for id in stack.plugins if any(p.requires_grad for p in stack.ledger.parameters(id))]
+    merged = [id for id in stack.ledger.merged() if id in training]
+    if merged:
+        raise PeftxError(
+            f"'{merged[0]}' is merged, so nothing of it trains",
+            hint="stack.unmerge() first, or stack.freeze it",
+        )
+    if training and stack.disabled_ids.issuperset(training):
+        raise PeftxError(
+            f"nothing trains: {', '.join(training)} is switched off", hint="train outside of stack.disabled()"
+        )
+
+
+def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
+    """What decides about every bit of a run beside its length: JSON-able."""
+    settings = spec.model_dump(mode="json", exclude={"steps", "checkpoint_every"})
+    plugins = {id: plugin.config.model_dump(mode="json") for id, plugin in stack.plugins.items()}
+    digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
+    for index in range(0, len(rows), max(1, len(rows) // 64)):
+        digest.update(json.dumps(rows[index]["input_ids"]).encode())
+    return {
+        **{f"train.{name}": value for name, value in settings.items()},
+        **{f"{id}.{name}": value for id, options in plugins.items() for name, value in options.items()},
+        "the plugins": list(plugins),
+        "the rows": digest.hexdigest(),
+        "the base model": stack.base_fingerprint,
+    }
+
+
+def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any]) -> Path | None:
+    """Where to go on from. Raises BundleError if there is nothing, or a checkpoint of another run."""
     if resume is False:
         return None
     found = last_checkpoint(folder) if resume is True else Path(resume)
@@ -228,6 +271,17 @@ def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
         raise BundleError(
             f"nothing to resume: no checkpoint in '{folder}'", hint="train with checkpoint_every"
         )
-    if not (found / "trainer_state.json").exists():
-        raise BundleError(f"'{found}' is no whole checkpoint: trainer_state.json is missing")
-    return str(found)
+    for name in ("trainer_state.json", IDENTITY):
+        if not (found / name).exists():
+            raise BundleError(f"'{found}' is no whole checkpoint: {name} is missing")
+    theirs = json.loads((found / IDENTITY).read_text(encoding="utf-8"))
+    differ = sorted(n for n in identity.keys() | theirs.keys() if identity.get(n) != theirs.get(n))
+    if differ:
+        name = differ[0]
+        was = "" if name.startswith("the ") else f": {theirs.get(name)!r}, now {identity.get(name)!r}"
+        raise BundleError(
+            f"'{found}' is of another run: it differs in {name}{was}"
+            + (f", and in {', '.join(differ[1:4])}" if differ[1:] else ""),
+            hint="resume with the options that it was started with, or start anew in another folder",
+        )
+    return found

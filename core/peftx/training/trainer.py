@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from peftx.errors import BundleError
+from peftx.errors import BundleError, PeftxError
 from peftx.files import telling_of_a_full_disk
+from peftx.training.optimizer import optimizer_for
 from peftx.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.training.step import TrainStep
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from peftx.stack import Stack
 
 WEIGHTS = "trained.safetensors"
+IDENTITY = "run.json"
 
 
 class StackTrainer(Trainer):
@@ -34,7 +38,8 @@ class StackTrainer(Trainer):
     Args:
         stack: its plugins' parameters train; the base is frozen unless a plugin trains it.
         arguments: of `transformers`. rows: tokenized rows. collator: makes batches of them.
-        callbacks: further callbacks (progress bars).
+        callbacks: further callbacks (progress bars). identity: what a run must have in common with a checkpoint that it
+            goes on from; JSON.
     """
 
     def __init__(
@@ -44,8 +49,10 @@ class StackTrainer(Trainer):
         rows: Dataset,
         collator: Collator,
         callbacks: list[TrainerCallback] | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.stack = stack
+        self.identity = identity or {}
         self.memory: dict[str, Any] = {}
         self.loss_terms: dict[str, float] = {}
         self._micro = 0
@@ -80,17 +87,41 @@ class StackTrainer(Trainer):
         with self.compute_loss_context_manager():
             loss = self.stack.run_train_step(step)
         self.loss_terms = step.losses
+        for name, value in step.losses.items():
+            if not math.isfinite(value):
+                raise PeftxError(
+                    f"training: the loss '{name}' of step {step.index + 1} is {value}",
+                    hint="a smaller learning_rate"
+                    + (", or dtype: bfloat16" if self.stack.model.dtype == torch.float16 else ""),
+                )
         return loss / accumulation  # the log sums over the micro-batches
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or SGD over what trains; a step that makes no gradients leaves the optimizer idle."""
         parameters = [p for p in self.stack.model.parameters() if p.requires_grad]
-        settings = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        kind = torch.optim.SGD if self.args.optim == "sgd" else torch.optim.AdamW
-        self.optimizer = kind(parameters or [nn.Parameter(torch.zeros(1))], **settings)
+        self.optimizer = optimizer_for(
+            parameters or [nn.Parameter(torch.zeros(1))],
+            str(self.args.optim),
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+        )
         return self.optimizer
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def keep(self) -> None:
+        """Write a checkpoint of the finished run, unless its last step wrote one."""
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WEIGHTS).exists():
+            self._save_checkpoint(self.model, None)
+
+    def finished(self, checkpoint: Path) -> bool:
+        """Take everything from a checkpoint if the run was complete there: there is nothing to go on with."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.args.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write beside and rename, so that a checkpoint is there whole or not at all."""
@@ -123,6 +154,7 @@ class StackTrainer(Trainer):
         )
         states = {owner: plugin.state for owner, plugin in self.stack.plugins.items()}
         save_state(folder / "plugins", {"state": states, "memory": self.memory})
+        (folder / IDENTITY).write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
