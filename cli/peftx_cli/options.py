@@ -27,6 +27,14 @@ Calibration = Annotated[
     str | None, typer.Option("--calibration", metavar="FILE", help="text that compression calibrates on")
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="optimizer steps")]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="perplexity, accuracy, exact-match or a plugin; repeat it; none for none",
+    ),
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="folder of the bundle")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for scripts")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps")]

@@ -23,6 +23,8 @@ SAMPLE = {
 OUTPUT = "peftx-out"
 STEPS = 60
 RATE = 3e-3
+NO_METRIC = "none"
+_MINIMAL = {"peftx": 1, "model": {"id": TINY}, "stack": [{"use": "x"}]}
 CHECKPOINTS = 4  # of a run, so that an interrupted one has something to resume
 
 
@@ -39,6 +41,7 @@ class Asked:
     steps: int | None = None
     output: str | None = None
     overrides: Sequence[str] = ()
+    metrics: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     Raises:
         PeftxError: neither a spec nor a plugin, or both. SpecError: all that is wrong in it.
     """
-    from peftx_spec import load_spec, resolved
+    from peftx_spec import Pipeline, load_spec, resolved
     from peftx_spec.dumper import dump_plain
 
     if bool(asked.spec) == bool(asked.plugins):
@@ -76,7 +79,12 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     loaded = load_spec(asked.spec, catalogue=registry, overrides=[*asked.overrides, *_as_overrides(asked)])
     pipeline = resolved(loaded.pipeline, Path(asked.spec).parent)
     where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
-    return Recipe(pipeline, where, dump_plain(loaded.overridden.data))
+    data = loaded.overridden.data
+    if asked.metrics:
+        data = {**data, "evaluate": _metrics(asked)}  # type: ignore[dict-item]
+        metrics = Pipeline.model_validate({**_MINIMAL, "evaluate": _metrics(asked)}).evaluate
+        pipeline = pipeline.model_copy(update={"evaluate": metrics})
+    return Recipe(pipeline, where, dump_plain(data))
 
 
 def without_compression(recipe: Recipe, registry: Registry) -> Recipe:
@@ -137,11 +145,29 @@ def _document(asked: Asked, registry: Registry) -> dict[str, Any]:
         raise PeftxError(
             "--steps has no effect: no plugin of this stack trains", hint="peftx list --hook inject"
         )
-    document["evaluate"] = ["perplexity"]
+    document["evaluate"] = _metrics(asked) if asked.metrics else _metrics_for(data["eval"])
     stages = stages_of(Pipeline.model_validate(document), registry)
     order = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
     document["run"] = _run(stages)
+    if not document["evaluate"] and not any("evaluate" in own for own in hooks):
+        document["run"] = [
+            stage for stage in document["run"] if not isinstance(stage, dict) or "evaluate" not in stage
+        ]
     return {key: document[key] for key in order if key in document}
+
+
+def _metrics(asked: Asked) -> list[str]:
+    return [] if list(asked.metrics) == [NO_METRIC] else list(asked.metrics)
+
+
+def _metrics_for(file: str) -> list[str]:
+    """The metric that says most of rows of this format."""
+    if file.startswith("peftx:"):
+        return ["perplexity"]
+    from peftx.data import detect_format
+
+    kind = detect_format(Path(file).expanduser())
+    return {"classification": ["accuracy"], "preference": []}.get(kind, ["perplexity"])
 
 
 def _entries(names: Sequence[str], registry: Registry) -> list[dict[str, Any]]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from peftx.compression.batches import calibration_texts
 from peftx.conflicts import Member, check
 from peftx.data import TrainingData, read_dataset
 from peftx.data.formats import detect_format
 from peftx.errors import BundleError, DataError
+from peftx.evaluation.run import METRICS, check_metric
 from peftx.models import asset_path, model_path
 from peftx.registry import Registry
 from peftx.stack import Stack
@@ -116,8 +118,19 @@ class Run:
             if source is not None:
                 _rows(source, limit=1)
         for metric in self.pipeline.evaluate:
-            if metric.options.path is not None:
-                read_dataset(asset_path(metric.options.path), format=metric.options.format, limit=1)
+            options = metric.options
+            path = options.path or (data.eval.path if data.eval is not None else None)
+            if options.path is not None:
+                read_dataset(asset_path(options.path), format=options.format, limit=1)
+            if metric.metric not in METRICS or not any(s.evaluate is not None for s in self.stages):
+                continue
+            if path is None:
+                raise DataError(f"{metric.metric} needs data", hint="data: {eval: held_out.jsonl}")
+            if options.path is None and data.eval is not None:
+                check_metric(metric.metric, _format(data.eval))
+            else:
+                known = options.format != "auto"
+                check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
         if any(s.train is not None for s in self.stages) and data.train is None:
             raise DataError(
                 "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
@@ -134,9 +147,23 @@ class Run:
                 f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
             )
 
+    def _make_place(self) -> None:
+        """The folder that the bundle will stand in, before anything takes time."""
+        if self.pipeline.output is None:
+            return
+        parent = Path(self.pipeline.output).parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(
+                f"output '{self.pipeline.output}': {parent} cannot be made: {error.strerror}",
+                hint="choose another folder",
+            ) from error
+
     def run(self) -> RunResult:
         """Carry out all stages."""
         model = self.pipeline.model
+        self._make_place()
         self.reporter.stage("load", [])
         started = time.perf_counter()
         seed = self.pipeline.train.seed if self.pipeline.train is not None else 0
@@ -241,8 +268,10 @@ class Run:
 
     def _compress(self, stage: RunStage, index: int) -> str:
         source = self.pipeline.data.calibration or self.pipeline.data.train
-        path = asset_path(source.path) if source is not None else None
-        self._stack.compress(path, stage.ids)
+        texts = None if source is None else calibration_texts(_rows(source, limit=source.limit))
+        dropped = {id for later in self.stages[index:] if later.kind == "drop" for id in later.ids}
+        length = {} if source is None or source.max_length is None else {"length": source.max_length}
+        self._stack.compress(texts, stage.ids, keep=bool(dropped & set(stage.ids)), **length)
         return f"{sum(t.nbytes for o in stage.ids for t in self._stack.ledger.tensors(o).values()):,} bytes"
 
     def _evaluate(self, stage: RunStage, index: int) -> str:

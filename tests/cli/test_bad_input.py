@@ -352,12 +352,17 @@ def test_a_full_disk(
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(peftx.bundle, "save_file", full)
-    result = run("apply", "spec.yaml", "--set", "train.steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(peftx.bundle, "save_file", full)
+        result = run("apply", "spec.yaml", "--set", "train.steps=1")
     assert result.exit_code == 2
     assert "the disk is full" in result.stderr
     assert "the old one is intact" in result.stderr
-    assert installed.files() == before
+    assert "the training is not lost" in result.stderr
+    kept = {name: data for name, data in installed.files().items() if ".checkpoints/" not in name}
+    assert kept == before
+    assert "train" in ok("apply", "spec.yaml", "--set", "train.steps=1", "--resume")
+    assert not (installed.work / "out.checkpoints").exists()
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(

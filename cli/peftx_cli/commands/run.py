@@ -36,6 +36,7 @@ def apply(
     eval: options.Eval = None,
     calibration: options.Calibration = None,
     steps: options.Steps = None,
+    metric: options.Metrics = None,
     output: options.Output = None,
     resume: Resume = False,
     show_spec: ShowSpec = False,
@@ -46,7 +47,8 @@ def apply(
     Without SPEC the plugins named by --plugin run on the bundled model and its sample data; --show-spec prints that
     pipeline as YAML, to start your own from.
     """
-    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or ())
+    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
+                  metric or ())  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=True)
 
 
@@ -58,17 +60,19 @@ def train(
     data: options.Data = None,
     eval: options.Eval = None,
     steps: options.Steps = None,
+    metric: options.Metrics = None,
     output: options.Output = None,
     resume: Resume = False,
     show_spec: ShowSpec = False,
     as_json: options.Json = False,
 ) -> None:
     """Run a pipeline without its compress stages: what is saved is the trained adapter."""
-    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or ())
+    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or (), metric or ())
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=False)
 
 
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
+    from peftx.errors import PeftxError
     from peftx.registry import Registry
     from peftx_cli.recipe import read, without_compression
 
@@ -93,6 +97,10 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
         except KeyboardInterrupt as error:
             failures.say("interrupted", hint=_how_to_resume(run))
             raise typer.Exit(failures.INTERRUPTED) from error
+        except PeftxError:
+            if run.result is not None and run.result.training and _checkpoints(run):
+                failures.warn(f"the training is not lost: {_how_to_resume(run)}")
+            raise
         texts = samples(result.stack, recipe.pipeline)
     report(run, result, texts, as_json=as_json)
 
@@ -111,6 +119,10 @@ def _how_to_resume(run: Run) -> str:
     """What the user types to go on; honest where there is nothing to go on from."""
     found = _checkpoints(run)
     if not found:
-        return "no checkpoint was written yet, so the run starts over; --set train.checkpoint_every=20 writes them"
+        every = run.pipeline.train.checkpoint_every if run.pipeline.train is not None else None
+        more = (
+            f"the first comes after {every} steps" if every else "--set train.checkpoint_every=20 writes them"
+        )
+        return f"no checkpoint was written yet, so the run starts over; {more}"
     words = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
     return f"the last checkpoint is {found[-1]}\nto go on: peftx {shlex.join(words)}"

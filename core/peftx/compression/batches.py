@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,8 +31,7 @@ def calibration(
     if data is None:
         return Calibration([])
     if isinstance(data, str | Path):
-        rows = read_dataset(asset_path(data))
-        texts = [_text_of(row) for row in rows]
+        texts = calibration_texts(read_dataset(asset_path(data)))
     else:
         texts = list(data)
     tokenizer = stack.tokenizer
@@ -48,9 +47,16 @@ def calibration(
     return Calibration([{"input_ids": torch.tensor([start + piece], device=device)} for piece in pieces])
 
 
-def _text_of(row: dict[str, object]) -> str:
+def calibration_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The text of rows of any format."""
+    return [_text_of(row) for row in rows]
+
+
+def _text_of(row: Mapping[str, Any]) -> str:
     if "text" in row:
         return str(row["text"])
     if "prompt" in row:
         return f"{row['prompt']} {row.get('completion', row.get('chosen', ''))}"
-    raise DataError(f"calibration rows need 'text' or 'prompt'; found {', '.join(map(str, row))}")
+    if "messages" in row:
+        return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in row["messages"])
+    raise DataError(f"calibration rows need 'text', 'prompt' or 'messages'; found {', '.join(map(str, row))}")

@@ -24,7 +24,7 @@ from peftx.data.encoding import (
     text_ids,
 )
 from peftx.data.formats import FORMATS, detect_format, format_of_keys, read_dataset
-from peftx.data.messages import render_messages
+from peftx.data.messages import render_messages, turns
 from peftx.data.tokenize import tokenize_dataset
 from peftx.data.training_data import TrainingData
 
@@ -51,4 +51,5 @@ __all__ = [
     "text_ids",
     "tokenize_classes",
     "tokenize_dataset",
+    "turns",
 ]

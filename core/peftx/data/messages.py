@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,23 @@ def messages_encoder(
         return Example(front + body[cut:], [IGNORE] * len(front) + labels[cut:])
 
     return encode
+
+
+def turns(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, object], where: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """A conversation as it is trained on: ids, and where each turn of the assistant begins and ends (no EOS)."""
+    example = messages_encoder(tokenizer, sys.maxsize)(row, where)
+    ids, labels = example.input_ids, example.labels
+    found: list[tuple[int, int]] = []
+    for index, label in enumerate(labels):
+        if label == IGNORE:
+            continue
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return ids, [(max(1, begin), end - (ids[end - 1] == tokenizer.eos_token_id)) for begin, end in found]
 
 
 def _plain_segments(messages: Sequence[Mapping[str, str]], *, ask: bool) -> Iterator[tuple[str, bool]]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftx.data import continuation, encoder_ids, prompt_ids, text_ids
+from peftx.data import continuation, encoder_ids, prompt_ids, text_ids, turns
 from peftx.errors import DataError
 from peftx.evaluation.likelihood import (
     Progress,
@@ -49,7 +49,8 @@ def perplexity(
 
     Args:
         texts: documents; or rows with `text`; or rows with `prompt` and `completion`, of which the completion
-            is scored. An encoder-decoder model needs the last: prompt in the encoder, completion in the decoder.
+            is scored; or rows with `messages`, of which the assistant's turns are. An encoder-decoder model needs
+            prompt and completion: the one in the encoder, the other in the decoder.
         max_length: ids read at once; the model's window when None.
         stride: by how much a window moves on; half of `max_length` when None. Smaller gives every token more
             context and takes more passes.
@@ -131,6 +132,8 @@ def _text_requests(
     stride: int,
 ) -> tuple[list[Request], int]:
     """Windows over one document of a causal model, and the bytes that they score."""
+    if isinstance(item, Mapping) and "messages" in item:
+        return _turn_requests(tokenizer, item, where, size)
     if isinstance(item, Mapping) and "completion" in item and "prompt" in item:
         context = prompt_ids(tokenizer, item["prompt"]) or opening_ids(tokenizer)
         text = continuation(item["prompt"], item["completion"])
@@ -138,7 +141,7 @@ def _text_requests(
     else:
         if isinstance(item, Mapping) and "text" not in item:
             raise DataError(
-                f"{where} has neither 'text' nor 'prompt' and 'completion'; found {', '.join(item)}"
+                f"{where} has neither 'text' nor 'prompt' and 'completion' nor 'messages'; found {', '.join(item)}"
             )
         text = item["text"] if isinstance(item, Mapping) else item
         whole, context = prompt_ids(tokenizer, text), opening_ids(tokenizer)
@@ -151,6 +154,24 @@ def _text_requests(
         for begin, first, end in windows(len(ids), size=size, stride=stride, start=len(context))
     ]
     return requests, len(text.encode())
+
+
+def _turn_requests(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where: str, size: int
+) -> tuple[list[Request], int]:
+    """The assistant's turns of one conversation, each with what stands before it, cut on the left where it is long."""
+    requests, count = [], 0
+    ids, learned = turns(tokenizer, row, where)
+    for begin, end in learned:
+        start = max(0, end - 1 - size)
+        if begin - 1 < start:
+            raise DataError(f"{where}: a turn of {end - begin} tokens does not fit in max_length {size}")
+        requests.append(
+            Request(inputs=ids[start : end - 1], first=begin - 1 - start, targets=[ids[begin:end]])
+        )
+    for message in row["messages"]:
+        count += len(message["content"].encode()) if message["role"] == "assistant" else 0
+    return requests, count
 
 
 def _pair_requests(

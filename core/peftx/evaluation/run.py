@@ -19,7 +19,23 @@ from peftx.models import asset_path
 if TYPE_CHECKING:
     from peftx.stack import Stack
 
-METRICS = ("perplexity", "accuracy", "exact-match")
+METRICS = {
+    "perplexity": ("text", "prompt-completion", "messages", "classification"),
+    "accuracy": ("classification",),
+    "exact-match": ("prompt-completion",),
+}
+"""Metric -> the formats of rows that it reads."""
+
+
+def check_metric(metric: str, format: str) -> None:
+    """Raises PeftxError where a metric of the core cannot read rows of this format."""
+    formats = METRICS.get(metric, (format,))
+    if format not in formats:
+        other = next((name for name, known in METRICS.items() if format in known), None)
+        raise PeftxError(
+            f"{metric} reads rows of {' or '.join(formats)}, and these are {format}",
+            hint=f"evaluate: [{other}]" if other else "give it other data: path",
+        )
 
 
 def evaluate(
