@@ -278,6 +278,58 @@ def test_closing_turns_the_waiting_away(recorded: tuple[Stack, Recorder]) -> Non
         engine.submit(Request("A"))
 
 
+def test_threads_that_submit_at_once(stack: Stack) -> None:
+    """Tokenizers are not made for several threads: prompts of one batch and of the next have different lengths."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    requests = [Request("x" * (1 + i % 37), max_tokens=1, temperature=0) for i in range(240)]
+    scheduler = Scheduler(max_batch=8, max_wait_ms=1, max_queue=1000)
+    with Engine(Server(stack, scheduler=scheduler)) as engine, ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda r: engine.submit(r).result(timeout=120), requests))
+    assert [done.prompt_tokens for done in found] == [len(r.prompt) for r in requests]
+
+
+def test_tokens_after_a_stop_string_are_not_counted(stack: Stack) -> None:
+    """Alone the loop ends there; beside a longer request it goes on."""
+    text = stack.generate("A", max_new_tokens=12, do_sample=False)
+    stop = Request("A", max_tokens=12, temperature=0, stop=(text[5:7],))
+    other = next(
+        p for p in "BCDEFGH" if text[5:7] not in stack.generate(p, max_new_tokens=12, do_sample=False)
+    )
+    more = Request(other, max_tokens=12, temperature=0, stop=(text[5:7],))
+    with Engine(Server(stack, scheduler=Scheduler(max_wait_ms=500, max_batch=2))) as engine:
+        jobs = [engine.submit(stop), engine.submit(more)]
+        both = [job.result(timeout=60) for job in jobs]
+        assert engine.batches == 1
+        alone = engine.submit(stop).result(timeout=60)
+    assert both[0] == alone
+    assert alone.completion_tokens <= 7
+    assert both[1].completion_tokens == 12
+
+
+def test_waiting_requests_leave_the_server_responsive(recorded: tuple[Stack, Recorder]) -> None:
+    """More requests than the thread pool has threads wait, and the health route answers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    watched, recorder = recorded
+    server = Server(watched, name="small", scheduler=Scheduler(max_wait_ms=0, max_batch=1))
+    with TestClient(build_app(server)) as client, ThreadPoolExecutor(60) as pool:
+        answers = [pool.submit(ask, client, "A", max_tokens=1) for _ in range(60)]
+        while client.get("/healthz").json()["queued"] < 59:
+            threading.Event().wait(0.01)
+        recorder.gate.set()
+        assert all(answer.result(timeout=60)["choices"] for answer in answers)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "bart"])
+def test_more_tokens_than_positions_are_refused(arch: str) -> None:
+    with TestClient(build_app(Server(built(arch=arch), name="small"))) as client:
+        body = {"model": "small", "prompt": "A", "max_tokens": 500}
+        found = client.post("/v1/completions", json=body)
+        assert found.status_code == 400
+        assert "128 fit this model" in found.json()["error"]["message"]
+
+
 class Failing(Plugin):
     @hookimpl(wrapper=True)
     def decode(self, request: Generation) -> Any:

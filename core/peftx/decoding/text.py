@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from transformers import GenerationConfig
 
+from peftx.data import Collator
 from peftx.decoding.generation import Generation
 from peftx.errors import DataError, PeftxError, nearest
+from peftx.virtual_tokens import prompt_length
 
 if TYPE_CHECKING:
     from peftx.stack import Stack
@@ -18,13 +20,55 @@ if TYPE_CHECKING:
 def request_for(
     stack: Stack, prompts: list[str], max_new_tokens: int, seed: int | None, options: dict[str, Any]
 ) -> Generation:
-    """One `Generation` for several prompts, padded on the left.
+    """One `Generation` for several prompts, padded on the left (an encoder's on the right).
 
     Raises:
-        PeftxError: an option that `GenerationConfig` does not have. DataError: an empty prompt list.
+        PeftxError: an option that `GenerationConfig` does not have, or more tokens than the model reads.
+        DataError: no prompt, or one without tokens.
     """
-    if not prompts:
+    rows = [stack.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return request_of_ids(stack, rows, max_new_tokens, seed, options)
+
+
+def positions(stack: Stack) -> int | None:
+    """Tokens that the model can read, soft tokens in front taken off; None where its configuration sets no limit."""
+    config = stack.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else int(limit) - prompt_length(stack.model)
+
+
+def check_length(stack: Stack, prompt: int, new: int) -> None:
+    """Raises PeftxError where so many tokens do not fit the model."""
+    limit = positions(stack)
+    if limit is None:
+        return
+    if stack.model.config.is_encoder_decoder:
+        if max(prompt, new) > limit:
+            raise PeftxError(
+                f"the prompt has {prompt} tokens and max_new_tokens is {new}; each at most {limit} fit this model"
+            )
+    elif prompt + new > limit:
+        raise PeftxError(
+            f"the prompt has {prompt} tokens and max_new_tokens is {new}; together at most {limit} fit this model"
+        )
+
+
+def request_of_ids(
+    stack: Stack,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seed: int | None,
+    options: dict[str, Any],
+) -> Generation:
+    """The same for prompts as token ids."""
+    if not rows:
         raise DataError("no prompt to continue")
+    if max_new_tokens < 1:
+        raise PeftxError(f"max_new_tokens is {max_new_tokens}, and one is the least")
+    lengths = [len(row) for row in rows]
+    if min(lengths) == 0:
+        raise DataError("the prompt has no tokens")
+    check_length(stack, max(lengths), max_new_tokens)
     config = copy.deepcopy(stack.model.generation_config)
     known = GenerationConfig().to_dict()
     for name in options:
@@ -35,15 +79,21 @@ def request_for(
     config.max_length = None
     tokenizer = stack.tokenizer
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    tokens = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
+    pad = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+    )  # masked anyway
+    side: Literal["left", "right"] = "right" if stack.model.config.is_encoder_decoder else "left"
+    tokens = Collator(pad, padding_side=side)([{"input_ids": list(row)} for row in rows])
     device = stack.model.device
     return Generation(
         model=stack.model,
         tokenizer=tokenizer,
-        input_ids=tokens["input_ids"].to(torch.int64).to(device),
+        input_ids=tokens["input_ids"].to(device),
         attention_mask=tokens["attention_mask"].to(device),
         generation_config=config,
         seed=seed,

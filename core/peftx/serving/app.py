@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -21,6 +23,7 @@ from peftx.errors import PeftxError, PluginError, nearest
 from peftx.serving.engine import Completion, Engine, Job, QueueFull
 from peftx.serving.server import Request, Server
 
+ASK_AGAIN = 0.5  # seconds between two looks whether the client is still there
 MOST_STOPS = 4  # as OpenAI
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -98,7 +101,7 @@ def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> 
         return {"object": "list", "data": [about]}
 
     @app.post("/v1/completions", response_model=None)
-    def completions(body: CompletionBody) -> Response:
+    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         if body.model != server.name:
             hint = nearest(body.model, [server.name]) or f"there is '{server.name}'"
             raise HTTPException(404, f"no model '{body.model}' here; {hint}")
@@ -109,14 +112,18 @@ def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> 
         jobs: list[Job] = []
         try:
             for prompt in body.prompts:
-                jobs.append(engine.submit(body.request(prompt)))
+                jobs.append(await run_in_threadpool(engine.submit, body.request(prompt)))
         except PeftxError:
             for job in jobs:
                 job.cancel()
             raise
         if body.stream:
             return StreamingResponse(_events(jobs[0], head), media_type="text/event-stream")
-        return JSONResponse(head | _answer([job.result() for job in jobs]))
+        try:
+            return JSONResponse(head | _answer([await _answered(job, http) for job in jobs]))
+        finally:
+            for job in jobs:
+                job.cancel()  # nothing is left to do, or the client is gone
 
     for route in server.routes:
         app.add_api_route(route.path, route.endpoint, methods=[route.method])
@@ -135,16 +142,36 @@ def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
-def _events(job: Job, head: dict[str, Any]) -> Iterator[str]:
+async def _answered(job: Job, http: HttpRequest) -> Completion:
+    """The job's completion, waited for without a thread. Raises what the model raised, and if the client is gone."""
+    waiting = asyncio.ensure_future(asyncio.shield(asyncio.wrap_future(job.future)))
+    while not waiting.done():
+        await asyncio.wait({waiting}, timeout=ASK_AGAIN)
+        if not waiting.done() and await http.is_disconnected():
+            waiting.cancel()
+            raise HTTPException(499, "the client is gone")
+    return waiting.result()
+
+
+async def _events(job: Job, head: dict[str, Any]) -> AsyncIterator[str]:
     """Server-sent events: pieces of text, an end with the reason, `[DONE]`."""
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+    def send(piece: str | None) -> None:
+        try:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        except RuntimeError:  # the loop is closed, and nobody waits for the text
+            job.cancel()
+
+    job.listen(send)
 
     def event(content: dict[str, Any]) -> str:
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
     try:
-        for piece in job.pieces():
+        while (piece := await pieces.get()) is not None:
             yield event(head | {"choices": [_choice(0, piece, None)]})
-        done = job.result()
+        done = job.future.result()
         answer = _answer([done])
         yield event(head | {"choices": [_choice(0, "", done.finish_reason)], "usage": answer["usage"]})
         yield "data: [DONE]\n\n"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from peftx.decoding.text import request_for
+from peftx.decoding.text import check_length, positions, request_of_ids
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.serving.prefix import PrefixCache
 from peftx.serving.server import Request, Server
@@ -38,45 +40,58 @@ class Completion:
 
 
 class Job:
-    """One request on its way. `pieces` yields the text as it comes, `result` waits for all of it."""
+    """One request on its way. `pieces` yields the text as it comes, `result` waits for all of it; who may not block
+    listens (`listen`) and waits for `future`."""
 
-    def __init__(self, request: Request, prompt_tokens: int) -> None:
+    def __init__(self, request: Request, ids: list[int]) -> None:
         self.request = request
-        self.prompt_tokens = prompt_tokens
+        self.ids = ids
         self.arrived = time.monotonic()
+        self.future: Future[Completion] = Future()
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._done = threading.Event()
-        self._completion: Completion | None = None
-        self._error: Exception | None = None
+        self._send: Callable[[str | None], None] = self._pieces.put
+        self._sending = threading.Lock()
         self.cancelled = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ids)
 
     def cancel(self) -> None:
         """The client is gone: stop at the next token."""
         self.cancelled = True
 
-    def send(self, piece: str) -> None:
-        self._pieces.put(piece)
+    def send(self, piece: str | None) -> None:
+        with self._sending:
+            self._send(piece)
+
+    def listen(self, send: Callable[[str | None], None]) -> None:
+        """Call `send` with each piece, those that came already first, and with None at the end; from any thread."""
+        with self._sending:
+            while not self._pieces.empty():
+                send(self._pieces.get())
+            self._send = send
 
     def finish(self, completion: Completion | None, error: Exception | None = None) -> None:
-        self._completion, self._error = completion, error
-        self._done.set()
-        self._pieces.put(None)
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            assert completion is not None
+            self.future.set_result(completion)
+        self.send(None)
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces, until it ends. Raises what the model raised."""
         while (piece := self._pieces.get()) is not None:
             yield piece
-        if self._error is not None:
-            raise self._error
+        self.future.result()
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the whole text. Raises what the model raised, and TimeoutError."""
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"no answer within {timeout} s")
-        if self._error is not None:
-            raise self._error
-        assert self._completion is not None
-        return self._completion
+        try:
+            return self.future.result(timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {timeout} s") from None
 
 
 class QueueFull(PeftxError):
@@ -115,6 +130,7 @@ class Engine:
             else None
         )
         self._tokenizer = stack.tokenizer
+        self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -125,8 +141,7 @@ class Engine:
     @property
     def context(self) -> int | None:
         """Tokens that prompt and answer may have together; None where the model sets no limit."""
-        config = self.server.stack.model.config.get_text_config()
-        return config.to_dict().get("max_position_embeddings")
+        return positions(self.server.stack)
 
     @property
     def queued(self) -> int:
@@ -140,7 +155,7 @@ class Engine:
             PeftxError: an empty prompt, or one that does not fit the model's context.
             QueueFull: too many wait already.
         """
-        job = Job(request, self.count(request))
+        job = Job(request, self.ids_of(request))
         with self._changed:
             if self._closed:
                 raise PeftxError("the server is closing")
@@ -150,17 +165,14 @@ class Engine:
             self._changed.notify_all()
         return job
 
-    def count(self, request: Request) -> int:
-        """Tokens of the prompt. Raises PeftxError where it is empty or too long."""
-        count = len(self._tokenizer(request.prompt)["input_ids"])
-        if count == 0:
+    def ids_of(self, request: Request) -> list[int]:
+        """The prompt's tokens. Raises PeftxError where there is none, or they do not fit with the answer."""
+        with self._tokenizing:
+            ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+        if not ids:
             raise PeftxError("the prompt has no tokens")
-        if self.context is not None and count + request.max_tokens > self.context:
-            raise PeftxError(
-                f"the prompt has {count} tokens and max_tokens is {request.max_tokens}; "
-                f"together at most {self.context} fit this model"
-            )
-        return count
+        check_length(self.server.stack, len(ids), request.max_tokens)
+        return ids
 
     def start(self) -> Engine:
         if self._thread is None:
@@ -264,7 +276,7 @@ class Engine:
         if first.stop:
             choice["stop_strings"] = list(first.stop)
         longest = max(job.request.max_tokens for job in jobs)
-        generation = request_for(stack, [job.request.prompt for job in jobs], longest, first.seed, choice)
+        generation = request_of_ids(stack, [job.ids for job in jobs], longest, first.seed, choice)
         generation.stopping_criteria.append(_Cancelled(jobs))
         if first.stream:
             generation.streamer = TextStream(self._tokenizer, stop=first.stop, send=jobs[0].send)
@@ -291,6 +303,18 @@ class Engine:
         place = next((index for index, token in enumerate(row) if token in ends), None)
         if place is not None:
             row = row[: place + 1]
-        text, stopped = cut_at_stop(self._tokenizer.decode(row, skip_special_tokens=True), job.request.stop)
+        text, stopped = cut_at_stop(self._text(row), job.request.stop)
+        if (
+            stopped
+        ):  # in a batch others may have gone on: count up to the token that completed the stop string
+            last = bisect_left(
+                range(len(row)),
+                True,
+                key=lambda i: cut_at_stop(self._text(row[: i + 1]), job.request.stop)[1],
+            )
+            row = row[: last + 1]
         reason = "stop" if stopped or place is not None else "length"
         return Completion(text, reason, job.prompt_tokens, len(row))
+
+    def _text(self, row: list[int]) -> str:
+        return str(self._tokenizer.decode(row, skip_special_tokens=True))

@@ -1,0 +1,27 @@
+"""Text in, text out: several prompts at once, and what does not fit the model."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftx import Stack
+from peftx.errors import PeftxError
+from peftx.testing import tiny, tiny_tokenizer
+
+
+@pytest.mark.parametrize("arch", ["llama", "bart", "t5"])
+def test_prompts_together_are_answered_as_alone(arch: str) -> None:
+    stack = Stack(tiny(arch), [], tokenizer=tiny_tokenizer())
+    prompts = ["Once upon a time there was a fox", "A", "The river"]
+    alone = [stack.generate(prompt, max_new_tokens=6, do_sample=False) for prompt in prompts]
+    assert stack.generate(prompts, max_new_tokens=6, do_sample=False) == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "message"),
+    [("x" * 130, 4, "128 fit this model"), ("x", 500, "128 fit this model"), ("x", 0, "one is the least")],
+)
+def test_what_does_not_fit_is_refused(prompt: str, new: int, message: str) -> None:
+    stack = Stack(tiny("gpt2"), [], tokenizer=tiny_tokenizer())
+    with pytest.raises(PeftxError, match=message):
+        stack.generate(prompt, max_new_tokens=new)
