@@ -8,8 +8,10 @@ config, tokenizer) and needs no base model to load.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ PIPELINE = "pipeline.yaml"
 CARD = "README.md"
 BASE = "base.safetensors"
 BASE_FOLDER = "base"
+EXPORT = "peftx_export.json"
 
 
 def save(stack: Stack, path: Path) -> Path:
@@ -79,8 +82,15 @@ def save(stack: Stack, path: Path) -> Path:
         manifest["files"] = {
             str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()
         }
+        manifest["own"] = _digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest's content, its own entry left out."""
+    rest = {name: value for name, value in manifest.items() if name != "own"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _merged(part: Part) -> bool:
@@ -175,8 +185,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _pipeline_text(stack: Stack) -> str:
+    """The spec that a run was made from, with every option of every plugin; of a stack made in Python what it tells."""
     from peftx_spec import dump
-    from peftx_spec.models import Pipeline
+    from peftx_spec.models import Pipeline, StackEntry
 
     entries = []
     for member in stack.members:
@@ -186,6 +197,10 @@ def _pipeline_text(stack: Stack) -> str:
         if member.phase:
             entry["phase"] = member.phase
         entries.append(entry)
+    made_from = stack.pipeline
+    if made_from is not None and [entry.id for entry in made_from.stack] == list(stack.plugins):
+        full = tuple(StackEntry.model_validate(entry) for entry in entries)
+        return dump(made_from.model_copy(update={"stack": full}))
     dtype = str(stack.model.dtype).removeprefix("torch.")
     pipeline = {"peftx": 1, "model": {"id": stack.base_id, "dtype": dtype}, "stack": entries}
     return dump(Pipeline.model_validate(pipeline))
@@ -219,6 +234,8 @@ def load(
     base = manifest["base"]
     contained = base.get("contained")
     if contained is not None:
+        if model is not None:
+            raise BundleError(f"'{folder}' holds its base itself, compressed", hint="leave the model out")
         model, tokenizer = _empty_base(folder, base, tokenizer)
     elif not isinstance(model, nn.Module):
         source = model or base["id"]
@@ -236,9 +253,14 @@ def load(
         )
     if contained is not None:
         _fill_base(stack, folder, contained)
-    for index, entry in enumerate(manifest["plugins"]):
-        later = {path for other in manifest["plugins"][index + 1 :] for path in other["replaced"] or ()}
-        _restore(stack, entry, folder, later)
+    undo = stack.ledger.snapshot()
+    try:
+        for index, entry in enumerate(manifest["plugins"]):
+            later = {path for other in manifest["plugins"][index + 1 :] for path in other["replaced"] or ()}
+            _restore(stack, entry, folder, later)
+    except BaseException:
+        undo()  # the caller's model is as it was
+        raise
     if contained is not None:
         stack.base_fingerprint = base["fingerprint"]
         stack.model.to(device)
@@ -280,6 +302,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"'{folder}' has format {number}; this peftx reads up to {FORMAT}",
             hint="pip install --upgrade peftx",
+        )
+    if manifest.get("own") != _digest(manifest):
+        raise BundleError(
+            f"'{file}' is corrupted or was edited (sha256 differs)", hint="change a stack and save it anew"
         )
     present = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
     problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
@@ -330,12 +356,16 @@ def _restore(stack: Stack, entry: dict[str, Any], folder: Path, later: set[str])
     if entry["folded"] is not None:
         for path, names in entry["folded"].items():
             module = stack.model.get_submodule(path)
+            own = module._parameters
+            if unknown := [name for name in names if name not in own]:
+                raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'")
+            undo = partial(own.update, dict(own))
             for name in names:
-                old = module._parameters.get(name)
-                module._parameters[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
-                if old is None and name not in module._parameters:
-                    raise BundleError(f"{owner}: {path} has no parameter '{name}'")
-            stack.ledger.parts.append(Part(owner, "base", path, module, tuple(names)))
+                own[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+            reason = f"{owner} was folded into the weights for good"
+            stack.ledger.parts.append(
+                Part(owner, "base", path, module, tuple(names), undo=undo, final=reason)
+            )
         stack.folded.add(owner)
     elif entry["injected"]:
         stack.inject([owner], restoring=True)
@@ -485,16 +515,38 @@ def export(stack: Stack, path: Path) -> Path:
     if mergeable:
         stack.merge(*mergeable)
     try:
-        with replacing(path, marker="config.json") as folder:
+        _refuse_strange_files(path)
+        with replacing(path, marker=EXPORT) as folder:
             state = {n: t for n, t in stack.model.state_dict(keep_vars=True).items() if not _is_ours(n)}
             _check_plain(stack.model, state)
             stack.model.save_pretrained(folder, state_dict={n: t.detach() for n, t in state.items()})
             if stack._tokenizer is not None:
                 stack._tokenizer.save_pretrained(folder)
+            files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+            about = {
+                "base": stack.base_id,
+                "plugins": list(stack.plugins),
+                "versions": _versions(),
+                "files": files,
+            }
+            (folder / EXPORT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     finally:
         if mergeable:
             stack.unmerge()
     return path
+
+
+def _refuse_strange_files(path: Path) -> None:
+    """An earlier export is replaced; what somebody put beside its files is not thrown away."""
+    if not (path / EXPORT).exists():
+        return
+    ours = {*json.loads((path / EXPORT).read_text(encoding="utf-8"))["files"], EXPORT}
+    strange = sorted({str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - ours)
+    if strange:
+        raise BundleError(
+            f"'{path}' holds {strange[0]}, which is not of the checkpoint that stands there, so it is not overwritten",
+            hint="choose another folder",
+        )
 
 
 def _check_plain(model: PreTrainedModel, state: dict[str, Tensor]) -> None:

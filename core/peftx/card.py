@@ -34,9 +34,10 @@ def model_card(stack: Stack) -> str:
             f"{name}={getattr(member.plugin.config, name)}"
             for name in sorted(member.plugin.config.model_fields_set)
         )
-        lines.append(
-            f"| {member.id} | {paper} | {stack.plugin_parameters(member.id):,} | {options or 'defaults'} |"
-        )
+        count = f"{stack.plugin_parameters(member.id):,}" if stack.ledger.of(member.id) else "none"
+        if member.id in stack.folded:
+            count = "in the base's weights"
+        lines.append(f"| {member.id} | {paper} | {count} | {options or 'defaults'} |")
     lines += ["", f"Trained for {stack.trained_steps} steps; seed {stack.seed}.", ""]
     if stack.scores:
         lines += ["| measure | value | 95 % interval |", "| --- | --- | --- |"]

@@ -108,6 +108,7 @@ class Run:
         self._check_data()
         self._check_output()
         self.data: TrainingData | None = None
+        self._max_length = 0
         self.result: RunResult | None = None
 
     def _check_data(self) -> None:
@@ -125,7 +126,7 @@ class Run:
             if metric.metric not in METRICS or not any(s.evaluate is not None for s in self.stages):
                 continue
             if path is None:
-                raise DataError(f"{metric.metric} needs data", hint="data: {eval: held_out.jsonl}")
+                continue  # the spec says so
             if options.path is None and data.eval is not None:
                 check_metric(metric.metric, _format(data.eval))
             else:
@@ -176,6 +177,7 @@ class Run:
             seed=seed,
             inject=False,
         )
+        stack.pipeline = self.pipeline
         self.result = RunResult(stack, bytes_before=base_bytes(stack))
         self.reporter.finished(
             "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
@@ -198,10 +200,10 @@ class Run:
         return self.result.stack
 
     def _training_data(self, settings: TrainSpec) -> TrainingData:
+        source = self.pipeline.data.train
+        if source is None or self._rows is None:
+            raise DataError("no training data", hint="data: {train: train.jsonl}")
         if self.data is None:
-            source = self.pipeline.data.train
-            if source is None or self._rows is None:
-                raise DataError("no training data", hint="data: {train: train.jsonl}")
             self.data = as_training_data(
                 self._stack,
                 self._rows,
@@ -209,6 +211,11 @@ class Run:
                 max_length=source.max_length or settings.max_length,
                 format=_format(source),
             )
+            self._max_length = self.data.max_length
+        wanted = source.max_length or settings.max_length  # each stage has its own
+        untouched = self.data.max_length == self._max_length  # a plugin may have taken room for its tokens
+        self.data.max_length = wanted if untouched else min(wanted, self.data.max_length)
+        self._max_length = wanted if untouched else self._max_length
         return self.data
 
     def _prepare(self, stage: RunStage, index: int) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peftx.serving import Server
     from peftx.training import TrainStep
     from peftx.training.run import Progress, TrainingReport
+    from peftx_spec import Pipeline
 
 _FOLDED = ("inject", "compress", "prepare_data", "serve", "evaluate")
 """Hooks that run plugin by plugin; wrappers make no sense there."""
@@ -98,6 +99,10 @@ class Stack:
         self.ledger = Ledger(model, before_change=lambda: self.base_fingerprint)
         self._base_fingerprint: str | None = None
         self.trained_steps = 0
+        self.memory: dict[str, Any] = {}
+        """What plugins remember between the steps of a loop of your own."""
+        self.pipeline: Pipeline | None = None
+        """The spec that made this stack; its bundle repeats it."""
         self.scores: dict[str, Score] = {}
         self.folded: set[str] = set()
         self.injected: set[str] = set()
@@ -359,11 +364,20 @@ class Stack:
         step.finish()
         return loss.detach()
 
-    def train_step(self, batch: dict[str, Any], *, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+    def train_step(
+        self,
+        batch: dict[str, Any],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        micro: int = 0,
+        accumulation: int = 1,
+    ) -> Tensor:
         """One step of a loop of your own: gradients are left in `.grad`, or `optimizer` steps and clears them.
 
         Args:
             batch: the model's keyword arguments, with labels.
+            micro: which of the `accumulation` batches of one optimizer step this is, from 0; the optimizer steps after
+                the last one.
 
         Returns:
             The loss, 0-d, detached.
@@ -371,9 +385,12 @@ class Stack:
         from peftx.training.step import TrainStep
 
         rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
-        step = TrainStep(self, batch, index=self.trained_steps, learning_rate=rate)
+        step = TrainStep(
+            self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, learning_rate=rate,
+            memory=self.memory,
+        )  # fmt: skip
         loss = self.run_train_step(step)
-        if optimizer is not None:
+        if optimizer is not None and step.last_micro:
             optimizer.step()
             optimizer.zero_grad()
             self.trained_steps += 1
@@ -567,7 +584,8 @@ def default_id(plugin: type[Plugin]) -> str:
     module = plugin.__module__.split(".")[0]
     if module.startswith("peftx_"):
         return module.removeprefix("peftx_").replace("_", "-")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", plugin.__name__).lower()
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", plugin.__name__).lower()
+    return re.sub("[^a-z0-9]+", "-", words).strip("-")
 
 
 def _members(plugins: Sequence[Plugin | tuple[str, Plugin] | Member]) -> list[Member]:
@@ -584,6 +602,10 @@ def _members(plugins: Sequence[Plugin | tuple[str, Plugin] | Member]) -> list[Me
             kind = type(member.plugin).__name__
             raise PluginError(
                 f"'{member.id}' is a {kind}, not a plugin", hint="an instance of a peftx.Plugin subclass"
+            )
+        if not re.fullmatch("[a-z0-9][a-z0-9-]*", member.id):
+            raise PluginError(
+                f"'{member.id}' is no id", hint="lower-case letters, digits and hyphens, as in 'lora-2'"
             )
         if any(other.id == member.id for other in members):
             raise ConflictError(

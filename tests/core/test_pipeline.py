@@ -257,3 +257,64 @@ def test_columns_of_the_evaluation_data_are_read_as_the_spec_says(tmp_path: Path
     result = load_run(tmp_path / "a.yaml").run()
     (scores,) = result.scores.values()
     assert scores["perplexity"].count == 2  # one token in each of two rows
+
+
+def test_the_bundle_repeats_the_spec_that_made_it(files: dict[str, Path]) -> None:
+    make(files).run()
+    again = load_run(files["output"] / "pipeline.yaml", registry=REGISTRY).pipeline
+    assert again.data.train is not None
+    assert again.data.train.path == str(files["train"])
+    assert again.train is not None
+    assert again.train.steps == 3
+    assert [metric.metric for metric in again.evaluate] == ["perplexity"]
+    assert {entry.id: dict(entry.options) for entry in again.stack}["gain"] == {"start": 1.0}
+
+
+def test_a_metric_that_cannot_read_the_data_is_refused_before_anything_runs(files: dict[str, Path]) -> None:
+    from peftx.errors import PeftxError
+
+    text = SPEC.format(**files).replace("[perplexity]", "[accuracy]")
+    with pytest.raises(PeftxError, match="accuracy reads rows of classification"):
+        load_run(text, registry=REGISTRY)
+
+
+def test_a_failed_evaluation_does_not_lose_the_training(files: dict[str, Path], monkeypatch: Any) -> None:
+    def fails(self: Any, evaluation: Any) -> None:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Length.evaluate, "__code__", fails.__code__)
+        with pytest.raises(Exception, match="a bug"):
+            make(files).run()
+    recorder = Recorder()
+    make(files, resume=True, reporter=recorder).run()
+    assert recorder.steps == []  # nothing was trained again
+    assert files["output"].exists()
+
+
+def test_calibration_honours_its_options(files: dict[str, Path]) -> None:
+    seen: list[Any] = []
+
+    class Looks(Plugin):
+        claims = {Claim.QUANTIZES, Claim.NEEDS_CALIBRATION}
+
+        @hookimpl
+        def compress(self, model: Any, calibration: Any) -> None:
+            seen.append(calibration)
+
+    path = files["train"].parent / "calibration.jsonl"
+    path.write_text("".join(json.dumps({"body": "word " * 40 + str(i)}) + "\n" for i in range(6)))
+    spec = f"""
+peftx: 1
+model: peftx:tiny
+data: {{calibration: {{path: {path}, columns: {{text: body}}, limit: 2, max_length: 16}}}}
+stack: [looks]
+"""
+    sys_registry = Registry([EntryPoint("looks", f"{__name__}:Looks", GROUP)], disabled=())
+    import sys
+
+    sys.modules[__name__].Looks = Looks
+    load_run(spec, registry=sys_registry).run()
+    lengths = [batch["input_ids"].shape[1] for batch in seen[0].batches]
+    assert max(lengths) == 16
+    assert sum(lengths) < 120  # two rows and not six

@@ -510,3 +510,82 @@ def test_weights_that_were_trained_and_then_quantized_come_back(tmp_path: Path) 
     stack.save(tmp_path / "bundle")
     loaded = peftx.load(tmp_path / "bundle", tokenizer=tiny_tokenizer())
     assert torch.equal(logits(loaded), before)
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    stack_of(Scales()).save(tmp_path / "bundle")
+    file = tmp_path / "bundle" / "manifest.json"
+    file.write_text(file.read_text().replace('"start": 0.5', '"start": 5.5'))
+    with pytest.raises(BundleError, match="was edited"):
+        peftx.load(tmp_path / "bundle", model=tiny("llama"))
+
+
+def test_a_load_that_fails_leaves_the_callers_model(tmp_path: Path) -> None:
+    class More(Scales):
+        @hookimpl
+        def inject(self, model: Any) -> None:
+            for site in model.linears("mlp.up"):
+                site.attach(Scale(site.out_features, 1.0))
+
+    stack = stack_of(Shifts(), ("more", More()))
+    stack.save(tmp_path / "bundle")
+    More.inject = Scales.inject  # type: ignore[method-assign]  the plugin changed since
+    model = tiny("llama")
+    before = dict(model.named_parameters())
+    with pytest.raises(BundleError, match=r"too many|missing"):
+        peftx.load(tmp_path / "bundle", model=model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is p for name, p in before.items())
+
+
+def test_a_base_for_a_bundle_that_holds_one_is_refused(tmp_path: Path) -> None:
+    stack = stack_of(Frozen8())
+    stack.compress()
+    stack.save(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="holds its base itself"):
+        peftx.load(tmp_path / "bundle", model=tiny("llama"))
+
+
+def test_an_export_does_not_throw_away_what_others_wrote(tmp_path: Path) -> None:
+    stack = stack_of(Scales())
+    base = tmp_path / "base"
+    stack.model.save_pretrained(base)
+    with pytest.raises(BundleError, match="not overwritten"):
+        stack.export(base)
+    out = stack.export(tmp_path / "out")
+    stack.export(out)  # its own is replaced
+    (out / "notes.txt").write_text("keep")
+    with pytest.raises(BundleError, match=r"notes.txt"):
+        stack.export(out)
+    assert (out / "notes.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("id", ["v1.0", "a/b", "A", ""])
+def test_an_id_that_no_bundle_could_hold_is_refused(id: str) -> None:
+    with pytest.raises(PluginError, match="is no id"):
+        stack_of((id, Scales()))
+
+
+def test_folded_plugins_are_named_in_the_card(tmp_path: Path) -> None:
+    stack = stack_of(Scales())
+    stack.merge(keep=False)
+    stack.save(tmp_path / "bundle")
+    assert "in the base's weights" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_a_loop_of_ones_own_accumulates_and_remembers() -> None:
+    class Counts(Plugin):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: Any) -> Any:
+            step.memory["n"] = step.memory.get("n", 0) + 1
+            step.on_gradients(lambda _: step.memory.update(updates=step.memory.get("updates", 0) + 1))
+            return (yield)
+
+    stack = stack_of(Scales(), ("counts", Counts()))
+    optimizer = torch.optim.SGD(list(stack.ledger.parameters("scales")), lr=0.1)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    for micro in (0, 1, 2, 0, 1, 2):
+        stack.train_step(batch, optimizer=optimizer, micro=micro, accumulation=3)
+    assert stack.memory == {"n": 6, "updates": 2}
+    assert stack.trained_steps == 2

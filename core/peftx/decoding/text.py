@@ -69,6 +69,10 @@ def request_of_ids(
     if min(lengths) == 0:
         raise DataError("the prompt has no tokens")
     check_length(stack, max(lengths), max_new_tokens)
+    if options.get("num_return_sequences", 1) != 1:
+        raise PeftxError(
+            "num_return_sequences: one text comes of a prompt", hint="give the prompt several times"
+        )
     config = copy.deepcopy(stack.model.generation_config)
     known = GenerationConfig().to_dict()
     for name in options:

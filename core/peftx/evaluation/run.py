@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ def evaluate(
     """Run metrics (built-in names, or ids of plugins with an `evaluate` hook) on one data set.
 
     Args:
-        data: a file, texts or rows. options: `limit`, `max_length`, `format`, `progress`, `output_dir`.
+        data: a file, texts or rows. options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer),
+            `format`, `progress`, `output_dir`.
 
     Returns:
         name -> Score; `stack.scores` gets them too.
@@ -56,7 +58,7 @@ def evaluate(
     Raises:
         PeftxError: an unknown metric or option.
     """
-    unknown = set(options) - {"limit", "max_length", "format", "progress", "output_dir"}
+    unknown = set(options) - {"limit", "max_length", "max_new_tokens", "format", "progress", "output_dir"}
     if unknown:
         name = sorted(unknown)[0]
         raise PeftxError(
@@ -85,7 +87,10 @@ def evaluate(
             )  # fmt: skip
             scores[result.score.name] = result.score
         elif metric == "exact-match":
-            found = exact_match(stack.generate, _needed(rows, metric), progress=options.get("progress"))
+            answer = partial(
+                stack.generate, max_new_tokens=options.get("max_new_tokens", 64), do_sample=False
+            )
+            found = exact_match(answer, _needed(rows, metric), progress=options.get("progress"))
             scores[found.name] = found
         elif any(m.id == metric for m in plugins):
             folder = options.get("output_dir")
