@@ -37,8 +37,14 @@ def new(
     directory: Folder = None,
 ) -> None:
     """Write a complete plugin folder that works, passes its own tests, and is yours to change."""
+    from peftx.registry import Registry
     from peftx_cli.scaffold import write
+    from peftx_spec.errors import PeftxError
 
+    if slug in Registry().names():
+        raise PeftxError(
+            f"a plugin '{slug}' is installed already", hint="two of one name clash: choose another one"
+        )
     folder = directory if directory is not None else Path("plugins") / hook / slug
     files = write(folder, slug=slug, hook=hook, arxiv=arxiv, title=title, family=family)
     for file in files:
