@@ -319,6 +319,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def holds_base(path: str | Path) -> bool:
+    """Is the base in the bundle itself, compressed, so that none is to be given."""
+    return read_manifest(Path(path))["base"].get("contained") is not None
+
+
 def _member(entry: dict[str, Any], registry: Registry) -> Member:
     from peftx.conflicts import Member
 

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import save_file
 
 import peftx
+from peftx.bundle import holds_base
 from peftx.testing.case import inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
 
@@ -38,7 +39,8 @@ def main(path: Path) -> None:
     report["import_seconds"] = time.process_time() - started
     if job["bundle"] is not None and report["import_error"] is None:
         try:
-            stack = peftx.load(job["bundle"], model=tiny(job["arch"]), tokenizer=tiny_tokenizer())
+            model = None if holds_base(job["bundle"]) else tiny(job["arch"])
+            stack = peftx.load(job["bundle"], model=model, tokenizer=tiny_tokenizer())
             logits = output(stack.model, inputs_for(stack.model))
             save_file({"output": logits.contiguous()}, job["output"])
             report["loaded"] = True

@@ -19,13 +19,14 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 import peftx.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.compression.batches import calibration as sequences
-from peftx.errors import ArchitectureError
+from peftx.errors import ArchitectureError, PeftxError
 from peftx.evaluation import context_window, perplexity
 
 Mode = Literal["with_prefix", "without_prefix", "dynamic"]  # dynamic: a scale a token, and no prefix either
@@ -101,6 +102,12 @@ def static_scale(x: Tensor, bits: int, *, clip: bool, bins: int = 2**14) -> Tens
     return packing.mse_clip_scale(centres, bits=bits, counts=counts, per_row=True)
 
 
+def groups(x: Tensor, size: int | None) -> Tensor:
+    """[out, in] -> [out, groups, size], the last one filled up with zeros."""
+    size = x.shape[-1] if size is None else size
+    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
 def token_peaks(stack: Stack, batches: list[dict[str, Any]]) -> list[list[Tensor]]:
     """M_t at the input of every down projection: [sequences][layers], each [T] float32."""
     downs = {site.path: site.module for site in stack.anatomy.sites if site.role == "mlp.down"}
@@ -168,6 +175,12 @@ class PrefixQuant(Plugin):
             raise ArchitectureError(
                 f"{model.owner}: {kind} is no decoder of linear layers, mlp.down among them"
             )
+        size, least = self.config.group_size or 1, min(sites, key=lambda site: site.in_features)
+        if size > least.in_features:
+            raise PeftxError(
+                f"{model.owner}: group_size {size} exceeds the {least.in_features} weights in a row of {least.path}",
+                hint=f"at most {least.in_features}, or leave it out: a scale for each row",
+            )
         return [[site for site in sites if site.layer == layer] for layer in range(model.num_layers)]
 
     def attach(self, model: ModelView) -> list[StaticKV]:
@@ -203,12 +216,12 @@ class PrefixQuant(Plugin):
         return results
 
     def packed(self, site: Site, input_scale: Tensor, squares: Tensor) -> packing.QuantLinear:
-        """W R^T in integers, whose scales have the least sum_j E[x_j^2] (w_j - fq(w_j))^2 in their row."""
+        """W R^T in integers, whose scales have the least sum_j E[x_j^2] (w_j - fq(w_j))^2 in their row or group."""
         config, bits, acts, scale = self.config, self.config.weight_bits, self.config.activation_bits, None
         weight = rotated(site.weight.float()) if config.rotate else site.weight.float()  # [out, in]
-        if config.clip_search and config.group_size is None:
-            counts = squares.expand_as(weight)
-            scale = packing.mse_clip_scale(weight, bits=bits, counts=counts, per_row=True)[:, None]
+        if config.clip_search:
+            values, counts = (groups(x, config.group_size) for x in (weight, squares.expand_as(weight)))
+            scale = packing.mse_clip_scale(values, bits=bits, counts=counts, per_row=True)  # [out, groups]
         integers = packing.quantize(weight, bits=bits, group_size=config.group_size, scale=scale)
         static = {"activation": "static-tensor", "act_bits": acts, "input_scale": input_scale}
         make = (RotatedLinear if config.rotate else packing.QuantLinear).from_quantized

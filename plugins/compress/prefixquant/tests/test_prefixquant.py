@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,26 @@ def test_search_clips_what_is_rare() -> None:
     assert float(static_scale(torch.zeros(1, 4), 4, clip=True)) > 0
 
 
+def test_weights_are_clipped_in_groups() -> None:
+    """Each group of a row has the scale that is best for what its inputs are worth; the last one is not full."""
+    linear = torch.nn.Linear(10, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.linspace(-1, 1, 20).view(2, 10))
+        linear.weight[:, 4] = 3.0  # alone large, and its input hardly counts
+    squares, site = torch.ones(10), SimpleNamespace(weight=linear.weight, bias=None)
+    squares[4] = 1e-6
+    found = {}
+    for search in (True, False):
+        plugin = PrefixQuant(group_size=4, rotate=False, activation_bits=16, clip_search=search)
+        layer = plugin.packed(site, torch.ones(()), squares)
+        assert layer.scale.shape == (2, 3)
+        error = (squares * (linear.weight - layer.weight).square()).sum(1)
+        found[search] = layer.scale, error
+    assert torch.allclose(found[False][0][:, 1], torch.full((2,), 3 / 7))
+    assert bool((found[True][0][:, 1] < 2 / 7).all())
+    assert bool((found[True][1] < found[False][1] / 2).all())
+
+
 def test_constant_scales_of_keys_by_hand() -> None:
     edit = StaticKV(bits=4, rotate=False)
     edit.scale = torch.tensor([[[0.5], [1.0]], [[1.0], [1.0]]])  # [with, without][K, V][heads]
@@ -355,6 +376,17 @@ def test_bad_options(options: dict) -> None:
     with pytest.raises(PeftxError, match=next(iter(options))) as error:
         PrefixQuant(**options)
     assert "PrefixQuant" in str(error.value)
+
+
+def test_a_group_larger_than_a_row_is_refused() -> None:
+    plugin = PrefixQuant(group_size=300)
+    stack = peftx.Stack("peftx:tiny", [plugin])
+    with pytest.raises(
+        PeftxError, match=r"prefixquant: group_size 300 exceeds the 256 weights in a row"
+    ) as e:
+        stack.compress(CALIBRATION, samples=1, length=32)
+    assert "at most 256" in str(e.value.hint)
+    assert not stack.ledger.parts
 
 
 def test_nothing_to_calibrate_on() -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
@@ -50,6 +50,20 @@ class AdedConfig(PluginConfig):
     c2: float = Field(8.0, gt=0, description="how slowly that weight grows with the visits")
     keep_updates: bool = Field(True, description="what one text taught the table serves the next ones")
     seed: int = Field(0, ge=0, description="of the search's random paths; the text does not depend on it")
+
+    @model_validator(mode="after")
+    def _used(self) -> AdedConfig:
+        if self.cap < self.increment:
+            raise ValueError(
+                f"cap {self.cap:g} is less than the increment {self.increment:g}, which it would cut"
+            )
+        if self.corpus is None and self.increment == 0:
+            raise ValueError(
+                "without a corpus and with increment 0 the table stays empty, and drafts nothing"
+            )
+        if self.corpus is None and self.successors != type(self).model_fields["successors"].default:
+            raise ValueError("successors cuts the counts of a corpus, and there is none")
+        return self
 
 
 Pair = tuple[int, int]
@@ -151,8 +165,8 @@ class Node:
     mean: float = math.inf
 
 
-def search(table: TrigramTable, start: Pair, config: AdedConfig, rng: random.Random) -> list[list[int]]:
-    """The most visited paths of tokens after the pair `start`, by Monte Carlo tree search; most visited first."""
+def grow(table: TrigramTable, start: Pair, config: AdedConfig, rng: random.Random) -> list[Node]:
+    """The tree of a Monte Carlo search from the pair `start`: all nodes, the root first, in the order of expansion."""
     c1, c2 = config.c1, config.c2
     weight = [
         (c1 + math.log((n + c2 + 1) / c2)) * math.sqrt(n) for n in range(config.iterations)
@@ -187,6 +201,12 @@ def search(table: TrigramTable, start: Pair, config: AdedConfig, rng: random.Ran
             node.total += value
             node.mean = node.total / node.visits
             node.share = node.prior / (1 + node.visits)
+    return nodes
+
+
+def search(table: TrigramTable, start: Pair, config: AdedConfig, rng: random.Random) -> list[list[int]]:
+    """The most visited paths of tokens after the pair `start`; most visited first."""
+    nodes = grow(table, start, config, rng)
     chosen = sorted(nodes[1:], key=lambda node: -node.visits)[: config.sequences]
     # Each goes on with the best successor of its last pair.
     return [[*node.path, *table.row(node.pair).tokens[:1]] for node in chosen]

@@ -15,7 +15,7 @@ from peftx.decoding import Drafter, DraftTree, VerifiedStep, speculative_generat
 from peftx.errors import DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx_aded import Aded, AdedConfig, TrigramDrafter, TrigramTable, search
+from peftx_aded import Aded, AdedConfig, TrigramDrafter, TrigramTable, grow, search
 
 test_conformance = conformance("aded", not_on={"t5": "drafts are checked on decoders alone"})
 
@@ -109,6 +109,47 @@ def test_search_by_hand() -> None:
     assert visits == [16, 4]  # about in proportion to M
 
 
+def tree_of(config: AdedConfig, *text: list[int], seed: int = 0) -> dict[tuple[int, ...], tuple[int, float]]:
+    """Path -> visits and mean value, after a search from (1, 2)."""
+    nodes = grow(TrigramTable.count(text, successors=12), (1, 2), config, random.Random(seed))
+    return {node.path: (node.visits, node.total / max(1, node.visits)) for node in nodes}
+
+
+def test_values_of_a_chain_by_hand() -> None:
+    """M = 1 all along, so a path of d - 1 searched tokens is worth 1 + (d - 1) however far the tree has grown."""
+    for depth in (2, 3, 4, 6):
+        for iterations in (1, 2, 9):
+            tree = tree_of(AdedConfig(depth=depth, iterations=iterations), [*range(1, 12)])
+            assert {mean for visits, mean in tree.values() if visits} == {1 + (depth - 1)}
+            searched = {tuple(range(3, 3 + n)): max(0, iterations - max(0, n - 1)) for n in range(depth)}
+            assert {path: visits for path, (visits, _) in tree.items() if visits} == {
+                path: visits for path, visits in searched.items() if visits
+            }
+
+
+@pytest.mark.parametrize(
+    ("c1", "c2", "visits_of_4"),
+    [(0.5, 2.0, [2, 13, 20, 27, 35]), (32.0, 8.0, [2, 8, 12, 16, 21, 25, 29, 34, 38])],
+)
+def test_visits_of_two_children_by_hand(c1: float, c2: float, visits_of_4: list[int]) -> None:
+    """Depth 2: after (1, 2) come 3 and 4, M = 0.75 and 0.25, values 1.75 and 1.25. With c1 = 0.5 and c2 = 2:
+
+    N_n = 0   3, the likeliest, is expanded and visited
+    N_n = 1   4 has no visits, and comes first
+    N_n = 2   w = (0.5 + ln 2.5) sqrt 2 = 2.003: 1.75 + w 0.75 / 2 = 2.501, 1.25 + w 0.25 / 2 = 1.500: 3
+    N_n = 12  w = (0.5 + ln 7.5) sqrt 12 = 8.712: 1.75 + w 0.75 / 12 = 2.295, 1.25 + w 0.25 / 2 = 2.339: 4
+    """
+    visited = [0]
+    for iterations in range(1, 41):
+        config = AdedConfig(depth=2, iterations=iterations, c1=c1, c2=c2)
+        tree = tree_of(config, [1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 4])
+        assert tree[3,][1] == 1.75
+        assert tree[4,][1] == (0 if iterations == 1 else 1.25)
+        assert tree[()][0] == tree[3,][0] + tree[4,][0] == iterations
+        visited.append(tree[4,][0])
+    assert [n for n in range(1, 41) if visited[n] > visited[n - 1]] == visits_of_4
+
+
 def test_paths() -> None:
     table = TrigramTable.count([PERIOD * 3], successors=12)
     paths = search(table, (40, 50), AdedConfig(), random.Random(0))
@@ -121,7 +162,7 @@ def test_draft_is_bounded_and_repeatable() -> None:
     text = [rng.randrange(15) for _ in range(4000)]
     table = TrigramTable.count([text], successors=12)
     for limit in (64, 10, 1):
-        drafter = TrigramDrafter(table, AdedConfig(draft_tokens=limit, increment=0))
+        drafter = TrigramDrafter(table, AdedConfig(corpus="given", draft_tokens=limit, increment=0))
         drafts = [drafter.propose(torch.tensor(text[: 20 + i]), 9) for i in range(20)]
         sizes = [len(draft) for draft in drafts]
         assert max(sizes) <= limit
@@ -129,8 +170,8 @@ def test_draft_is_bounded_and_repeatable() -> None:
         if limit == 64:
             assert min(sizes) > 24  # 24 nodes and their successors
             assert not drafts[0].is_linear
-    again = TrigramDrafter(table, AdedConfig(increment=0))
-    first = TrigramDrafter(table, AdedConfig(increment=0))
+    again = TrigramDrafter(table, AdedConfig(corpus="given", increment=0))
+    first = TrigramDrafter(table, AdedConfig(corpus="given", increment=0))
     ids = torch.tensor(text[:20])
     assert torch.equal(first.propose(ids, 9).tokens, again.propose(ids, 9).tokens)
 
@@ -196,7 +237,7 @@ def test_batches_and_sampling_are_unchanged() -> None:
     assert stack.generate(prompts, max_new_tokens=20) == alone.generate(prompts, max_new_tokens=20)
 
 
-def test_accepted_length_rises_with_the_context_and_is_one_without_a_table() -> None:
+def test_accepted_length_rises_with_the_context_and_is_one_without_a_table(tmp_path: Path) -> None:
     """The target is made to write PERIOD for ever: its logits are replaced by the one token that follows."""
     model = tiny("llama", max_position_embeddings=512)
     following = dict(zip(PERIOD, PERIOD[1:] + PERIOD[:1], strict=True))
@@ -214,7 +255,9 @@ def test_accepted_length_rises_with_the_context_and_is_one_without_a_table() -> 
     assert learning.stats["tokens_per_call"] > 4  # four drafted tokens and the target's own
 
     stack.remove("aded")
-    empty = request(stack := Stack(model, [Aded(increment=0)]), PERIOD * 4, 100)
+    (tmp_path / "one.txt").write_text("z", encoding="utf-8")  # no tri-gram
+    aded = Aded(corpus=str(tmp_path / "one.txt"), increment=0)
+    empty = request(stack := Stack(model, [aded], tokenizer=tiny_tokenizer()), PERIOD * 4, 100)
     assert stack.decode(empty)[0].tolist() == PERIOD * 24
     assert empty.stats["tokens_per_call"] == 1
     assert empty.stats["draft_tokens"] == 0
@@ -251,6 +294,21 @@ def test_empty_bundle(tmp_path: Path) -> None:
     stack.save(tmp_path / "bundle")
     again = peftx.load(tmp_path / "bundle", model=tiny("llama"))
     assert torch.equal(again.decode(request(again, PERIOD, 8)), plain(stack, PERIOD, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"successors": 3}, "successors cuts the counts of a corpus, and there is none"),
+        ({"increment": 0}, "without a corpus and with increment 0 the table stays empty"),
+        ({"cap": 0.03}, "cap 0.03 is less than the increment 0.04"),
+    ],
+)
+def test_options_that_would_do_nothing(options: dict[str, float], match: str) -> None:
+    with pytest.raises(PeftxError, match=f"Aded: .*{match}"):
+        Aded(**options)
+    whole = AdedConfig().model_dump()  # as a bundle gives them back
+    assert Aded(**whole).config.model_dump() == whole
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ positions begin where the shared ones end. Everything else in the model is as it
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from peftx import AttentionEdit, Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.attention import Attend
@@ -132,6 +133,17 @@ class OwnLayer(DynamicLayer):
         return self.shared + super().get_seq_length()
 
 
+def as_in_a_batch(layer: CacheLayerMixin, pads: Tensor) -> CacheLayerMixin:
+    """What another plugin noted in a cache of its own kind about the head, [1, H, K, D], for rows that begin with so
+    many pads, [B]: the first K columns of a plain batch."""
+    at = torch.arange(layer.keys.shape[2], device=pads.device) - pads[:, None]  # [B, K]
+    real, twin = (at >= 0)[:, None, :, None], copy.copy(layer)
+    twin.keys, twin.values = (
+        part[0][:, at.clamp(min=0)].transpose(0, 1) * real for part in (layer.keys, layer.values)
+    )
+    return twin
+
+
 def take_apart(rows: list[list[int]], least: int) -> tuple[int, list[int]]:
     """What rows of tokens share.
 
@@ -172,6 +184,8 @@ class Hydragen(Plugin):
         if found := [reason for reason, wrong in refused.items() if wrong]:
             raise ArchitectureError(f"hydragen: {type(module).__name__} {' and '.join(found)}")
         self.stack, self.owner = stack, model.owner
+        takes = inspect.signature(module.forward).parameters
+        self.little = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # none is read
         self.edits = [SharedAttention() for _ in sites]
         for site, edit in zip(sites, self.edits, strict=True):
             model.attend(site, edit)
@@ -214,36 +228,55 @@ class Hydragen(Plugin):
         rows = [row[own.bool()].tolist() for row, own in zip(ids, real, strict=True) for _ in range(copies)]
         head, starts = take_apart(rows, self.config.min_prefix)
         order = torch.cat([real.new_ones(len(ids), head), real[:, : ids.shape[1] - head]], dim=1)
+        pads, notes = (1 - real).sum(1), []
         if head:
-            self.share(request, ids.new_tensor(rows[:1])[:, :head], order[:1, :head], 0)
+            notes = self.share(request, ids.new_tensor(rows[:1])[:, :head], order[:1, :head], self.cache(0))
         if starts:
             first = ids.new_tensor(starts) // copies
-            self.share(request, ids[first, head:-1], order[first, :-1], head)
+            behind = self.cache(head, [as_in_a_batch(layer, pads[first]) for layer in notes])
+            notes = self.share(request, ids[first, head:-1], order[first, :-1], behind)
+            for layer in notes:
+                layer.batch_repeat_interleave(len(rows) // len(starts))
+        elif head:
+            notes = [as_in_a_batch(layer, pads.repeat_interleave(copies)) for layer in notes]
         if head or starts:
-            shared = ids.shape[1] - 1 if starts else head
-            request.past_key_values = Cache(layers=[OwnLayer(shared) for _ in self.edits])
+            request.past_key_values = self.cache(ids.shape[1] - 1 if starts else head, notes)
             request.attention_mask = order
 
-    def share(self, request: Generation, ids: Tensor, mask: Tensor, shared: int) -> None:
-        """Run `ids` [N, K] behind `shared` columns; their keys and values become a level. `mask`: [N, shared + K]."""
-        cache = Cache(layers=[OwnLayer(shared) for _ in self.edits])
+    def cache(self, shared: int, notes: Sequence[CacheLayerMixin] = ()) -> Cache:
+        """An empty one behind `shared` columns. Notes: layers that other plugins keep behind the model's own."""
+        return Cache(layers=[*(OwnLayer(shared) for _ in self.edits), *notes])
+
+    def share(self, request: Generation, ids: Tensor, mask: Tensor, cache: Cache) -> list[CacheLayerMixin]:
+        """Run `ids` [N, K] with an empty cache behind shared columns; their keys and values become a level.
+
+        The whole model runs, since other plugins stand around it.
+
+        Args:
+            mask: [N, shared + K].
+
+        Returns:
+            The notes of other plugins in the cache.
+        """
+        shared = cache.get_seq_length()
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]  # the first token after the head is at n_p
         request.add("model_calls", 1)
-        request.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache
+        request.model(
+            input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, **self.little
         )
         if soft := cache.get_seq_length() - mask.shape[1]:
             raise UnsupportedError(
                 f"hydragen: {soft} soft tokens stand before the text", hint="tune a prefix"
             )
         real = None if bool(mask.all()) else mask[:, shared:].bool()
-        for edit, layer in zip(self.edits, cache.layers, strict=True):
+        for edit, layer in zip(self.edits, cache.layers, strict=False):  # the model's own come first
             edit.learned = edit.learned if edit.levels else edit.keys - ids.shape[1]
             edit.levels.append(Level(layer.keys, layer.values, real))
+        return cache.layers[len(self.edits) :]
 
     def report(self, request: Generation, cache: Cache, columns: int) -> None:
         """Count shared tokens, bytes of keys and values, and those of a cache of `columns` for every sequence."""
-        own = [layer.keys for layer in cache.layers]
+        own = [layer.keys for layer in cache.layers[: len(self.edits)]]
         levels = [level.keys for edit in self.edits for level in edit.levels]
         request.add("shared_tokens", cache.get_seq_length() - own[0].shape[2])
         request.add("kv_bytes", sum(keys.nbytes for keys in own + levels) * 2)

@@ -11,9 +11,10 @@ from torch import Tensor
 from peftx import AttentionEdit, Claim, Generation, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.testing import conformance
-from peftx.testing.models import PAD, tiny
+from peftx.testing.models import PAD, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
 from peftx_hydragen import Hydragen, attend_part, merge, take_apart
+from peftx_token_trails import TokenTrails
 
 test_conformance = conformance(
     "hydragen", not_on={"bert": "an encoder writes no text", "t5": "its encoder is not a prefix"}
@@ -290,6 +291,28 @@ def test_with_a_learned_prefix(rows: list[list[int]]) -> None:
     assert torch.equal(both.decode(got), expected)
     assert got.stats["shared_tokens"] >= 39
     assert not torch.equal(expected, plain(tiny("llama"), rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 3, "do_sample": True}, {"num_beams": 2}])
+@pytest.mark.parametrize("last", [True, False])
+def test_with_a_plugin_around_the_model(last: bool, options: dict[str, object]) -> None:
+    """Token Trails keeps who speaks in the cache. Behind the head, within a marker, rows go on at unlike lengths."""
+    head = "User: how many seats?\nAssistant: three\nUs"
+    texts = [head + rest for rest in ("er: at two", "er: where", "ually no")]
+    rows = [tiny_tokenizer()(text)["input_ids"] for text in texts]
+    stacks = []
+    for plugins in ([Hydragen(), TokenTrails()] if last else [TokenTrails(), Hydragen()], [TokenTrails()]):
+        stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+        for p in stack.ledger.parameters("token-trails"):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        stacks.append(stack)
+    both, alone = stacks
+    for batch in (rows, rows[:1] * 2 + rows[1:2] * 2):
+        got = request(both.model, batch, **options)
+        expected = alone.decode(request(alone.model, batch, **options))
+        assert torch.equal(both.decode(got), expected)
+        assert got.stats["shared_tokens"] >= len(head)
+    assert not torch.equal(expected, plain(tiny("llama"), batch, **options))
 
 
 def test_soft_tokens_are_refused() -> None:

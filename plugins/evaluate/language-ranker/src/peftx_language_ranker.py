@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from xml.sax.saxutils import escape
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -47,6 +47,9 @@ Thank you for your help. | Danke für deine Hilfe. | Merci pour ton aide. | Grac
 """  # noqa: E501
 
 
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
 class LanguageRankerConfig(PluginConfig):
     """Options of Language Ranker; the paper reads the last token and compares with English."""
 
@@ -56,11 +59,18 @@ class LanguageRankerConfig(PluginConfig):
     layers: tuple[int, ...] = Field(
         (), description="blocks in the score, 1..L or -1 for the last; empty: all"
     )
-    shares: dict[str, float] = Field(
-        {}, description="share of languages in the pre-training data, for `spearman`"
+    shares: dict[str, Share] = Field(
+        {}, description="share of languages in the pre-training data, over 0 up to 1, for `spearman`"
     )
     batch_size: int = Field(16, ge=1, description="sentences in one forward pass")
     curves: bool = Field(True, description="give the similarity at every layer, as scores and a figure")
+
+    @field_validator("languages")
+    @classmethod
+    def _once(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := next((name for name in languages if languages.count(name) > 1), None):
+            raise ValueError(f"'{twice}' stands twice")
+        return languages
 
 
 def built_in() -> list[dict[str, str]]:
@@ -179,15 +189,22 @@ class LanguageRanker(Plugin):
             self._correlate(evaluation, S)
 
     def _rows(self, evaluation: Evaluation) -> list[dict[str, Any]]:
-        """The pairs: of the file, else of the evaluation's data if it has an English column, else the built-in ones."""
-        config, given = self.config, list(evaluation.data.get("eval", ()))
+        """The pairs: of the file, else the evaluation's rows, else, where there are none, the built-in ones."""
+        config = self.config
         if config.pairs is not None:
             read = read_dataset(Path(config.pairs), format="text", columns={"text": config.english})
             rows = [{config.english: row.pop("text"), **row} for row in read]
-        elif given and isinstance(given[0], Mapping) and config.english in given[0]:
-            rows = [dict(row) for row in given]
+        elif "eval" in evaluation.data:
+            given = evaluation.rows("eval")
+            rows = [dict(row) if isinstance(row, Mapping) else {"text": row} for row in given]
         else:
             rows = built_in()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        if config.english not in columns:
+            raise DataError(
+                f"language-ranker: no column '{config.english}' in the rows; columns: {', '.join(columns) or 'none'}",
+                hint="set `english` to one of them, or `pairs` to a file with a column for each language",
+            )
         for index, row in enumerate(rows):
             if not isinstance(row.get(config.english), str) or not row[config.english].strip():
                 raise DataError(

@@ -22,9 +22,9 @@ from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_language_ranker import LanguageRanker, built_in, figure, last_states, spearman
 
-test_conformance = conformance("language-ranker")
-
 ROWS = built_in()
+
+test_conformance = conformance("language-ranker", rows=ROWS)
 
 
 @cache
@@ -159,9 +159,26 @@ def test_pairs_from_a_file(tmp_path):
         scores(pairs=str(path))
 
 
-def test_rows_of_another_kind_leave_the_built_in_pairs():
-    assert scores([{"prompt": "a", "completion": "b"}]) == expected()
-    assert scores(["a text"]) == expected()
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([{"prompt": "a", "completion": "b"}], "prompt, completion"),
+        ([{"eng": "a", "de": "b"}, {"fr": "c"}], "eng, de, fr"),
+        (["a text"], "text"),
+        ([], "none"),
+    ],
+)
+def test_given_rows_are_never_replaced(rows, columns):
+    """The built-in pairs are for no rows at all."""
+    with pytest.raises(
+        DataError, match=f"language-ranker: no column 'en' in the rows; columns: {columns}\n"
+    ) as error:
+        scores(rows)
+    assert "set `english`" in str(error.value.hint)
+    assert "`pairs`" in str(error.value.hint)
+    assert scores(None) == expected()
+    with pytest.raises(DataError, match="no column 'eng' in the rows; columns: en, de, fr, es, tr, sw"):
+        scores(english="eng")
 
 
 def test_figure(tmp_path):
@@ -227,7 +244,14 @@ def test_bad_pairs():
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"english": ""}, {"layers": ["last"]}, {"shares": {"de": "much"}}]
+    "options",
+    [
+        {"batch_size": 0},
+        {"english": ""},
+        {"layers": ["last"]},
+        {"languages": ["de", "fr", "de"]},
+        *({"shares": {"de": share}} for share in ("much", 0, -0.1, 1.1, 17, float("nan"), float("inf"))),
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(PluginError, match=f"LanguageRanker: {next(iter(options))}"):

@@ -113,6 +113,25 @@ def test_keys_and_values_go_through_the_layer() -> None:
     assert difference(edit.value(), v.view(3, 4, 8).transpose(0, 1)) < 1e-6
 
 
+def test_keys_are_normalised_where_the_layer_does_so() -> None:
+    """Qwen3 scales each head's keys; K_p goes through the same norm."""
+    stack = spread(Stack(tiny("qwen3"), [Aligner(tokens=3)]))
+    edit, attention = readers(stack)[0], stack.model.model.layers[0].self_attn
+    query = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        P = tokens_of(stack).P
+        K = (P @ attention.k_proj.weight.t()).view(3, 2, 8)
+        K = (
+            attention.k_norm.weight
+            * K
+            / (K.square().mean(-1, keepdim=True) + attention.k_norm.variance_epsilon).sqrt()
+        )
+        V = (P @ attention.v_proj.weight.t()).view(3, 2, 8)
+        K, V = (part.transpose(0, 1).repeat_interleave(2, 0) for part in (K, V))
+        expected = edit.g * ((query @ K.mT / 8**0.5).softmax(-1) @ V)
+        assert difference(edit.heads(torch.zeros(2, 5, 4, 8), query), expected.transpose(1, 2)) < 1e-5
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_one_token_is_a_bias(arch: str) -> None:
     """What attention adds is b_l = W_o (g V_p) at every position, and folded it is that bias."""

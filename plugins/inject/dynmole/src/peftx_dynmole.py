@@ -4,7 +4,7 @@
 layer has N experts and a router of its own; for a token x:
 
     p   = softmax(W_g x)                          W_g: [N, in], float32
-    S   = (1 - sum_i p_i**q) / (q - 1)            Tsallis entropy; Shannon's at q = 1
+    S   = (1 - sum_i p_i**q) / (q - 1)            Tsallis entropy (Shannon's at q = 1), as a share of its maximum
     w_i = p_i if expert i is on, else 0           not normalised again
     y   = W x + s sum_i w_i B_i A_i x             A_i: [r, in], B_i: [out, r], s = alpha / r, W frozen
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,21 +46,39 @@ class DynmoleConfig(PluginConfig):
 
     experts: int = Field(6, ge=2, description="N, experts of a layer")
     rank: int = Field(16, ge=1, description="r, rank of an expert")
-    alpha: float | None = Field(None, gt=0, description="alpha; twice the rank if left out, so s = 2")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="alpha; twice the rank if left out, so s = 2"
+    )
     dropout: float = Field(
         0.05, ge=0, lt=1, description="probability of zeroing an input of the experts while training"
     )
     q: float = Field(1.1, gt=0, le=2, description="q, index of the entropy; 1 is Shannon's")
-    threshold: float = Field(0.9, gt=0, description="H, entropy from which all experts are on")
+    threshold: float = Field(
+        0.9, gt=0, allow_inf_nan=False, description="H, entropy from which all experts are on"
+    )
     relative: bool = Field(
-        False,
-        description="measure S as a share of its maximum, as the released code does (H = 1: never all on)",
+        True, description="measure S as a share of its maximum (H above 1: never all on); false: as it is"
     )
     rho: float = Field(0.75, gt=0, le=1, description="rho, mass of probability that experts are on for")
     k_min: int = Field(2, ge=1, description="k, the likeliest experts, always on")
-    balance: float = Field(1e-3, ge=0, description="c_aux, weight of the loss that balances experts")
-    certainty: float = Field(1e-2, ge=0, description="c_dyn, weight of the entropy in the loss")
+    balance: float = Field(
+        1e-3, ge=0, allow_inf_nan=False, description="c_aux, weight of the loss that balances experts"
+    )
+    certainty: float = Field(
+        1e-2, ge=0, allow_inf_nan=False, description="c_dyn, weight of the entropy in the loss"
+    )
     targets: Targets = Field(Targets("mlp"), description="linear layers to adapt")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which experts are on: q, H, what S is measured in, rho and k."""
+
+    q: float
+    threshold: float
+    relative: bool
+    rho: float
+    k_min: int
 
 
 class Routing(NamedTuple):
@@ -75,7 +94,7 @@ class Mixture(Delta):
 
     Args:
         in_features, out_features: of the layer. experts: N. rank: r. scale: s. dropout: of x before A.
-        q, threshold, relative, rho, k_min: see `route`. mask: entry of the batch that says which tokens are real.
+        rule: which of them are on. mask: entry of the batch that says which tokens are real.
     """
 
     full_precision = True  # routing is decided by differences of probabilities
@@ -89,17 +108,13 @@ class Mixture(Delta):
         rank: int,
         scale: float,
         dropout: float,
-        q: float,
-        threshold: float,
-        relative: bool,
-        rho: float,
-        k_min: int,
+        rule: Rule,
         mask: Mask,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = dropout
-        self.rule = {"q": q, "threshold": threshold, "relative": relative, "rho": rho, "k_min": k_min}
+        self.rule = rule
         self.mask = mask
         bound = 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
         self.W_g = nn.Parameter(torch.empty(experts, in_features).uniform_(-bound, bound))
@@ -111,7 +126,7 @@ class Mixture(Delta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         p = F.linear(x.float(), self.W_g).softmax(-1)  # [..., N]
-        routing = route(p, **self.rule)
+        routing = route(p, self.rule)
         reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.w.requires_grad
         if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business
             self.routing = routing
@@ -121,16 +136,16 @@ class Mixture(Delta):
         return torch.add(y, F.linear(down.flatten(-2), self.B.flatten(1).to(y.dtype)), alpha=self.scale)
 
 
-def route(p: Tensor, *, q: float, threshold: float, relative: bool, rho: float, k_min: int) -> Routing:
+def route(p: Tensor, rule: Rule) -> Routing:
     """Which experts are on for probabilities p, [..., N]."""
     mass, order = p.sort(-1, descending=True)
-    on = mass.cumsum(-1) <= rho + ROUNDING
-    on[..., :k_min] = True
+    on = mass.cumsum(-1) <= rule.rho + ROUNDING
+    on[..., : rule.k_min] = True
     on = torch.zeros_like(on).scatter(-1, order, on)  # back in the experts' order
-    S = entropy(p, q)
-    if relative:
-        S = S / entropy_of_uniform(p.shape[-1], q)
-    on = on | (threshold <= S).unsqueeze(-1)
+    S = entropy(p, rule.q)
+    if rule.relative:
+        S = S / entropy_of_uniform(p.shape[-1], rule.q)
+    on = on | (rule.threshold <= S).unsqueeze(-1)
     return Routing(p * on, on, S)
 
 
@@ -158,6 +173,7 @@ class Dynmole(Plugin):
         c = self.config
         if c.k_min > c.experts:
             raise PeftxError(f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts")
+        rule = Rule(q=c.q, threshold=c.threshold, relative=c.relative, rho=c.rho, k_min=c.k_min)
         for site in model.linears(c.targets):
             full = min(site.in_features, site.out_features)
             if c.rank > full:
@@ -173,11 +189,7 @@ class Dynmole(Plugin):
                     rank=c.rank,
                     scale=2.0 if c.alpha is None else c.alpha / c.rank,
                     dropout=c.dropout,
-                    q=c.q,
-                    threshold=c.threshold,
-                    relative=c.relative,
-                    rho=c.rho,
-                    k_min=c.k_min,
+                    rule=rule,
                     mask=mask_of(model, site),
                 )
             )
@@ -190,10 +202,8 @@ class Dynmole(Plugin):
             mixture.watched = True
         step.add_loss(id, lambda _: self.loss(mixtures, step.batch))
         try:
-            return (
-                yield
-            )  # a checkpointed layer runs again in the backward pass, when the loss has read the first run
-        finally:
+            return (yield)
+        finally:  # only now: a checkpointed layer runs again in the backward pass
             for mixture in mixtures:
                 mixture.watched, mixture.routing = False, None
 

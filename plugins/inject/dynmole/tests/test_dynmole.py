@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from peftx import Stack, TrainStep
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny
-from peftx_dynmole import Dynmole, Mixture, Routing, entropy, entropy_of_uniform, real_tokens, route
+from peftx_dynmole import Dynmole, Mixture, Routing, Rule, entropy, entropy_of_uniform, real_tokens, route
 from peftx_mezo import Mezo
 from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("dynmole")
 
-RULE = {"q": 1.1, "threshold": 0.9, "relative": False, "rho": 0.75, "k_min": 2}
+RAW = Rule(q=1.1, threshold=0.9, relative=False, rho=0.75, k_min=2)
+NEVER = replace(RAW, threshold=9.0)  # broadcast
 
 # What the official `DynMoleSparseMoe` gives for the waves below, four experts, k = 1, rho = 0.95, no dropout (float32):
 # weights, entropies, output, the gradients of router, A and B, and of the router in 100 times the entropy loss. Made
@@ -81,9 +83,9 @@ def close(one: Tensor, two: Tensor | list[object], tolerance: float = 2e-6) -> b
     return torch.allclose(one, torch.as_tensor(two), rtol=tolerance, atol=tolerance)
 
 
-def mixture(**changes: object) -> Mixture:
-    rule = RULE | {"relative": True, "rho": 0.95, "k_min": 1} | changes
-    built = Mixture(3, 2, experts=4, rank=2, scale=2.0, dropout=0.0, mask="attention_mask", **rule)
+def mixture() -> Mixture:
+    rule = replace(RAW, relative=True, rho=0.95, k_min=1)
+    built = Mixture(3, 2, experts=4, rank=2, scale=2.0, dropout=0.0, rule=rule, mask="attention_mask")
     built.W_g.data, built.A.data, built.B.data = (
         3 * wave(4, 3, f=1.0),
         wave(4, 2, 3, f=2.0),
@@ -135,7 +137,7 @@ def test_equals_the_official_layer() -> None:
 
 def test_uniform_is_dense_and_certain_is_sparse() -> None:
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]])
-    w, on, S = route(p, **RULE)
+    w, on, S = route(p, RAW)
     assert on.sum(-1).tolist() == [4, 2]
     assert torch.equal(w, p)
     assert S[0] > 0.9 > S[1]
@@ -144,11 +146,11 @@ def test_uniform_is_dense_and_certain_is_sparse() -> None:
 
 def test_weights_are_not_normalised_again() -> None:
     p = torch.tensor([[0.06, 0.7, 0.04, 0.2], [0.5, 0.1, 0.3, 0.1]])
-    w, on, _ = route(p, **RULE | {"threshold": 9.0})
+    w, on, _ = route(p, NEVER)
     assert on.tolist() == [[False, True, False, True], [True, False, True, False]]
     assert torch.equal(w, p * on)
     assert w.sum(-1).max() < 1
-    _, on, _ = route(p, **RULE | {"threshold": 9.0, "rho": 0.95})
+    _, on, _ = route(p, replace(NEVER, rho=0.95))
     assert on.tolist() == [
         [False, True, False, True],
         [True, True, True, False],
@@ -167,22 +169,46 @@ def test_entropy_tends_to_shannon() -> None:
 
 def test_limits_of_the_rule() -> None:
     p = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    assert torch.equal(route(p, **RULE | {"rho": 1.0, "threshold": 9.0}).w, p)  # dense
+    assert torch.equal(route(p, replace(NEVER, rho=1.0)).w, p)  # dense
     top = p.topk(3)
     expected = torch.zeros_like(p).scatter(-1, top.indices, top.values)
-    assert torch.equal(route(p, **RULE | {"rho": 1e-9, "threshold": 9.0, "k_min": 3}).w, expected)
-    assert torch.equal(route(p, **RULE | {"threshold": 1e-9}).w, p)  # never sure
+    assert torch.equal(route(p, replace(NEVER, rho=1e-9, k_min=3)).w, expected)
+    assert torch.equal(route(p, replace(RAW, threshold=1e-9)).w, p)  # never sure
+
+
+def test_broadcast_starts_at_the_threshold_itself() -> None:
+    p = torch.full((1, 4), 0.25)
+    gini = replace(RAW, q=2.0, threshold=0.75)
+    assert entropy(p, 2.0).item() == 0.75  # to the bit
+    assert route(p, gini).on.all()
+    assert route(p, replace(gini, threshold=0.7501)).on.sum() == 3
+
+
+def test_the_defaults_are_sparse() -> None:
+    """H = 0.9 is a share of the largest entropy, 1.64; as it is, an entropy of 1.2 would be far above."""
+    (layer, *_) = mixtures(Stack(tiny("llama"), [Dynmole(rank=2)]))
+    p = torch.tensor([[0.55, 0.2, 0.1, 0.05, 0.05, 0.05]])
+    assert 1.1 < entropy(p, layer.rule.q).item() < 1.3
+    assert route(p, layer.rule).on.sum() == 2
+    assert route(torch.full((1, 6), 1 / 6), layer.rule).on.all()
+
+
+def test_routers_are_float32_in_a_bfloat16_model() -> None:
+    layer, x = mixture(), wave(1, 5, 3, f=0.7).bfloat16()
+    layer.watched = True
+    layer(x, wave(1, 5, 2, f=0.3).bfloat16())
+    assert close(layer.routing.w, route((x.float() @ layer.W_g.t()).softmax(-1), layer.rule).w, 1e-6)
 
 
 def test_relative_entropy_moves_the_threshold() -> None:
     p = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
-    assert route(p, **RULE).on.all()  # 1.09 of at most 1.29
-    assert route(p, **RULE | {"relative": True}).on.sum() == 2
+    assert route(p, RAW).on.all()  # 1.09 of at most 1.29
+    assert route(p, replace(RAW, relative=True)).on.sum() == 2
 
 
 def test_output_is_the_weighted_sum_of_the_experts() -> None:
     layer, x, y = mixture(), wave(2, 3, f=0.9), wave(2, 2, f=0.4)
-    w = route((x @ layer.W_g.t()).softmax(-1), **layer.rule).w
+    w = route((x @ layer.W_g.t()).softmax(-1), layer.rule).w
     expected = y + 2 * sum(w[:, i, None] * (x @ layer.A[i].t() @ layer.B[:, i].t()) for i in range(4))
     assert close(layer(x, y), expected)
 
@@ -202,7 +228,7 @@ def test_loss_by_hand() -> None:
 @pytest.mark.parametrize("soft", [0, 3])
 def test_pads_are_not_in_the_loss(side: str, soft: int) -> None:
     prompts = [PromptTuning(length=soft)] if soft else []
-    stack = trained("llama", *prompts, targets="all", threshold=1.2)
+    stack = trained("llama", *prompts, targets="all", threshold=0.73)
     plain = example_inputs(stack.model)
     plain["labels"] = plain["input_ids"].clone()
     sides = (2, 0) if side == "left" else (0, 2)
@@ -300,6 +326,7 @@ def test_trained_parameters() -> None:
         ({"k_min": 0}, "k_min"),
         ({"dropout": 1.0}, "dropout"),
         ({"balance": -1.0}, "balance"),
+        *(({name: math.inf}, name) for name in ("alpha", "threshold", "balance", "certainty")),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:

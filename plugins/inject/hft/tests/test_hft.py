@@ -187,6 +187,16 @@ def test_every_matrix_gets_its_turn() -> None:
     assert all(70 < counts[j] < 130 for j in range(4)), counts
 
 
+def test_every_layer_gets_the_spare_matrix_in_its_turn() -> None:
+    """Three matrices a layer: the layers in which two train are a random half of the four."""
+    layers = [[((i, j),) for j in range(3)] for i in range(4)]
+    with_two: Counter[int] = Counter()
+    for seed in range(200):
+        chosen = draw(layers, 0.5, torch.Generator().manual_seed(seed))
+        with_two.update(i for i, size in Counter(unit[0][0] for unit in chosen).items() if size == 2)
+    assert all(70 < with_two[i] < 130 for i in range(4)), with_two
+
+
 def test_the_choice_comes_back_from_a_bundle(tmp_path: Path) -> None:
     stack = llama(2, round=3)
     train(stack)

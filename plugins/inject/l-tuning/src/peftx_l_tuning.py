@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import (
@@ -63,6 +63,12 @@ class LTuningConfig(PluginConfig):
     dropout: float = Field(
         0.1, ge=0, lt=1, description="of keys and values, and before the head, while training"
     )
+
+    @model_validator(mode="after")
+    def _fit(self) -> LTuningConfig:
+        if self.variant == "prompt" and not self.pool:
+            raise ValueError("pool=False is of the prefix, and this is the prompt: leave it out")
+        return self
 
 
 class LabelPrompts(nn.Module):
@@ -148,6 +154,7 @@ class LTuning(Plugin):
             )
         self.encoder = "encoder" in model.towers
         self.embedding = model.embedding().module
+        self.first = first_position(model)
         if "labels" not in self.state:
             self.state["labels"] = self.tokens(model, stack)
         ids = torch.tensor([row for _, row in self.state["labels"]])
@@ -167,8 +174,10 @@ class LTuning(Plugin):
             for site in sites:
                 self.edits.append(Prefix())
                 model.attend(site, self.edits[-1])
-        self.labels = model.keep("labels", labels)
-        self.head = model.keep("head", nn.Linear(model.hidden_size, 2))
+        # Not in half precision, which would lose small steps.
+        full = torch.promote_types(model.module.dtype, torch.float32)
+        self.labels = model.keep("labels", labels).to(full)
+        self.head = model.keep("head", nn.Linear(model.hidden_size, 2)).to(full)
 
     def tokens(self, model: ModelView, stack: Stack) -> list[tuple[str, list[int]]]:
         """(label, n token ids) of every class."""
@@ -183,7 +192,11 @@ class LTuning(Plugin):
                 f"{model.owner}: label texts of {n} tokens, and the model reads {window} in all",
                 hint="shorter `texts`",
             )
-        return [(name, filled(stack, name, ids, n)) for name, ids in zip(names, found, strict=True)]
+        rows: list[tuple[str, list[int]]] = []
+        for name, ids in zip(names, found, strict=True):
+            rows.append((name, filled(stack, name, ids, n)))
+            check_distinct(rows)
+        return rows
 
     @property
     def names(self) -> list[str]:
@@ -202,12 +215,14 @@ class LTuning(Plugin):
 
     def room(self, stack: Stack) -> int:
         """Tokens that the model can read behind a label."""
-        return context_window(stack.model, stack.tokenizer) - self.length
+        return context_window(stack.model, stack.tokenizer) - self.length - self.first
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         target = step.batch[CLASS_INDEX]
-        step.batch = {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
+        step.batch = pads_right(
+            {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
+        )
         chosen, holds = pairs(target, len(self.names))
 
         def loss() -> tuple[Tensor, Any]:
@@ -223,15 +238,18 @@ class LTuning(Plugin):
     def ask(
         self, forward: Callable[..., Any], batch: dict[str, Tensor], chosen: Tensor
     ) -> tuple[Tensor, Any]:
-        """Logits [B, 2] (it does not hold, it holds) of a label for each text, and what the model returned."""
+        """Logits [B, 2] (it does not hold, it holds) of a label for each text, and what the model returned.
+
+        Args:
+            batch: padded on the right. chosen: the labels, [B].
+        """
         ids, mask, n = batch["input_ids"], batch["attention_mask"], self.length
         rows = self.labels()
         if self.edits:
             for layer, edit in enumerate(self.edits):
                 edit.rows = rows[layer][:, chosen]
-            changes: dict[str, Any] = {
-                "position_ids": torch.arange(n, n + ids.shape[1], device=ids.device)[None]
-            }
+            places = torch.arange(ids.shape[1], device=ids.device)[None] + n + self.first
+            changes: dict[str, Any] = {"position_ids": places}
         else:
             embedded = self.embedding(ids)
             both = torch.cat((rows[chosen].to(embedded), embedded), 1)
@@ -241,7 +259,8 @@ class LTuning(Plugin):
         hidden = outputs.hidden_states[-1][:, -ids.shape[1] :]  # of x: [B, T, d]
         at = mask.sum(1) - 1 if not self.encoder else torch.zeros_like(mask[:, 0])
         h = hidden[torch.arange(len(ids), device=ids.device), at]
-        return self.head(F.dropout(h, self.config.dropout, self.head.training)), outputs
+        h = F.dropout(h.to(self.head.weight.dtype), self.config.dropout, self.head.training)
+        return self.head(h), outputs
 
     def forget(self) -> None:
         """Ask about no label any more; until the backward pass is over, layers that recompute need their rows."""
@@ -267,6 +286,20 @@ class LTuning(Plugin):
         finally:
             self.forget()
         return names, torch.stack(found)
+
+
+def first_position(model: ModelView) -> int:
+    """Position of a text's first token: RoBERTa's table keeps a row for pads, and counts from behind it."""
+    tables = [site.module for site in model.anatomy.sites if site.role == "embedding.position"]
+    pads = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+    return 0 if pads is None else pads + 1
+
+
+def pads_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows with their pads behind the text, so that the text follows on its label."""
+    mask = batch["attention_mask"]
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return {name: x.gather(1, order) if x.shape == mask.shape else x for name, x in batch.items()}
 
 
 def read(model: nn.Module, ids: Tensor) -> Tensor:
@@ -296,6 +329,17 @@ def filled(stack: Stack, label: str, ids: list[int], n: int) -> list[int]:
     return ids + text_ids(stack.tokenizer, ".")[-1:] * (n - len(ids))
 
 
+def check_distinct(rows: Sequence[tuple[str, list[int]]]) -> None:
+    """Raises PeftxError where the last label is read as another one is: they would always tie."""
+    label, ids = rows[-1]
+    twin = next((name for name, other in rows[:-1] if other == ids), None)
+    if twin is not None:
+        raise PeftxError(
+            f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart",
+            hint=f"other words for {label!r} in `texts`",
+        )
+
+
 def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l-tuning") -> None:
     """Make `label` one of the classes, by its text alone; nothing is trained.
 
@@ -303,7 +347,7 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
         text: what is read for it; the label itself if left out.
 
     Raises:
-        PeftxError: the label is there already, or its text has no tokens or more than n.
+        PeftxError: the label is there already, or its text is, or has no tokens or more than n.
     """
     plugin = stack.member(id).plugin
     if not isinstance(plugin, LTuning):
@@ -311,6 +355,8 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
     check_labels([*plugin.names, label])
     ids = label_ids(stack, label if text is None else text, plugin.encoder)
     ids = filled(stack, label, ids, plugin.length)
+    rows = [*plugin.state["labels"], (label, ids)]
+    check_distinct(rows)
     H = read(stack.model, torch.tensor([ids]))
     plugin.labels.H = torch.cat((plugin.labels.H, H.to(plugin.labels.H)))
-    plugin.state["labels"] = [*plugin.state["labels"], (label, ids)]
+    plugin.state["labels"] = rows

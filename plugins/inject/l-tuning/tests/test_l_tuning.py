@@ -9,11 +9,11 @@ from transformers import DynamicCache
 
 import peftx
 from peftx import Stack
-from peftx.data import CLASS_INDEX
+from peftx.data import CLASS_INDEX, Collator
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.evaluation import evaluating
 from peftx.testing import conformance
-from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.models import PAD, example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx_l_tuning import LabelPrefixes, LTuning, add_label, pairs
 
@@ -218,6 +218,57 @@ def test_half_of_the_pairs_are_true() -> None:
     assert set(sums) == {1, 2}
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "mamba"])
+@pytest.mark.parametrize("variant", ["prompt", "prefix"])
+def test_the_side_of_the_pads_does_not_matter(arch: str, variant: str) -> None:
+    """In a loop of one's own: rows of unlike lengths, padded on either side."""
+    if (arch, variant) == ("mamba", "prefix"):
+        return
+    stack = stack_of(arch, variant=variant, dropout=0.0)
+    found = []
+    for side in ("right", "left"):
+        rows = [
+            {"input_ids": list(b"good food")},
+            {"input_ids": list(b"so")},
+            {"input_ids": list(b"nothing")},
+        ]
+        batch = Collator(PAD, padding_side=side)(rows) | {CLASS_INDEX: torch.tensor([0, 1, 2])}
+        stack.model.zero_grad()
+        torch.manual_seed(0)
+        loss = stack.train_step(batch)
+        found.append((loss, [p.grad.clone() for p in stack.ledger.parameters("l-tuning")]))
+    (right, gradients), (left, others) = found
+    assert float(right) == pytest.approx(float(left), rel=1e-6)
+    assert all(difference(a, b) < 1e-6 for a, b in zip(gradients, others, strict=True))
+
+
+def test_robertas_text_stands_behind_its_prefix() -> None:
+    """RoBERTa counts positions from padding_idx + 1, so the first token behind n rows stands at n + padding_idx + 1."""
+    stack, plain = stack_of("roberta", variant="prefix"), stack_of("bert", variant="prefix")
+    plugin, seen = plugin_of(stack), []
+    table = stack.model.roberta.embeddings.position_embeddings
+    table.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    inputs = example_inputs(stack.model)
+    ask(stack, inputs, [0, 1])
+    assert seen[-1][0].tolist() == [plugin.length + PAD + 1 + t for t in range(9)]
+    assert plugin_of(plain).first == 0
+    assert len(stack.classify(["y" * 500, "z"])) == 2  # the longest text has a place in the table
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_in_half_precision_small_steps_count(options: dict[str, object]) -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    stack = Stack(model, [LTuning(labels=LABELS, **options)], tokenizer=tiny_tokenizer())
+    trained = list(stack.ledger.parameters("l-tuning"))
+    before = [p.detach().clone() for p in trained]
+    rows = [{"text": row["text"], "label": LABELS[i % 3]} for i, row in enumerate(ROWS)]
+    stack.train(rows, steps=20, batch_size=2, learning_rate=1e-4, max_length=32)
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    moved = torch.cat([(p != q).flatten() for p, q in zip(trained, before, strict=True)])
+    assert float(moved.float().mean()) > 0.95
+
+
 def test_short_labels_end_in_full_stops() -> None:
     stack = stack_of(labels=["a", "bcd"], texts={"a": "xy"})
     said = [stack.tokenizer.decode(ids) for _, ids in plugin_of(stack).state["labels"]]
@@ -228,16 +279,19 @@ def test_short_labels_end_in_full_stops() -> None:
 def test_a_new_label_by_its_text(options: dict[str, object], tmp_path: Path) -> None:
     stack, texts = trained(stack_of(**options, length=6)), [row["text"] for row in ROWS]
     before = scores_of(stack, texts)
-    add_label(stack, "fine", "great.")
+    add_label(stack, "fine", "fair!")
     after = scores_of(stack, texts)
     assert difference(after[:, :3], before) < 1e-6
-    assert torch.equal(after[:, 3], after[:, 2])  # its text is read as that of 'great' is
+    assert difference(plugin_of(stack).labels.H, label_states(stack)) < 1e-6  # read as the others are
+    assert difference(after[:, 3:], before) > 1e-6
     assert stack.trainable_parameters() == stack_of(**options, length=6).trainable_parameters()
     again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert torch.equal(scores_of(again, texts), after)
     assert plugin_of(again).names == [*LABELS, "fine"]
     with pytest.raises(PeftxError, match="'fine' stands twice"):
         add_label(stack, "fine")
+    with pytest.raises(PeftxError, match="'great' and 'fabulous' have one text"):
+        add_label(stack, "fabulous", "great.")
     with pytest.raises(PeftxError, match="'excellent' has 9 tokens, and n is 6"):
         add_label(stack, "excellent")
 
@@ -261,6 +315,8 @@ def test_dropout_acts_while_training() -> None:
         ({"texts": {"awful": "x"}}, "texts names 'awful'"),
         ({"texts": {"bad": "x" * 200}}, "label texts of 200 tokens, and the model reads 128"),
         ({"length": 3}, "label 'fair' has 4 tokens, and n is 3"),
+        ({"texts": {"bad": "x", "great": "x"}}, "labels 'bad' and 'great' have one text"),
+        ({"texts": {"fair": "bad."}}, "labels 'bad' and 'fair' have one text"),  # full stops fill up
         ({"labels": ["bad"]}, "1 class"),
         ({"labels": ["bad", " "]}, "is empty"),
     ],
@@ -268,6 +324,12 @@ def test_dropout_acts_while_training() -> None:
 def test_bad_input(options: dict[str, object], said: str) -> None:
     with pytest.raises(PeftxError, match=f"l-tuning: .*{said}"):
         stack_of(**options)
+
+
+def test_what_has_no_effect_is_refused() -> None:
+    with pytest.raises(PeftxError, match="pool=False is of the prefix"):
+        LTuning(pool=False)
+    assert LTuning(pool=True).config.pool  # a bundle writes every option down
 
 
 def test_bad_texts_and_models() -> None:

@@ -41,7 +41,9 @@ class LofitConfig(PluginConfig):
         le=1,
         description="share of the steps that choose the heads; 1: look at top_heads afterwards",
     )
-    l1: float = Field(5e-4, ge=0, description="lambda, weight of sum |A| while the heads are chosen")
+    l1: float = Field(
+        5e-4, ge=0, allow_inf_nan=False, description="lambda, weight of sum |A| while the heads are chosen"
+    )
 
 
 class Offsets(nn.Module):
@@ -111,11 +113,8 @@ class Lofit(Plugin):
     """See the module."""
 
     Config = LofitConfig
-    claims = {
-        Claim.MERGEABLE,
-        Claim.NEEDS_GRADIENTS,
-        Claim.EDITS_INPUTS,
-    }  # v must rest while it gets no gradient
+    # Needs gradients: v must rest while it gets none.
+    claims = {Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.EDITS_INPUTS}
     architectures = ("gemma", "bloom")
     config: LofitConfig
     edits: list[Heads]
@@ -164,6 +163,7 @@ class Lofit(Plugin):
         for edit in self.edits:
             edit.A.zero_()  # stays as zeros, since a checkpoint of either step must fit this stack
             edit.A.requires_grad_(False)
+            edit.A.grad = None  # one of zeros would let Adam's momentum move A on
 
     @torch.no_grad()
     def top_heads(self) -> list[list[int]]:

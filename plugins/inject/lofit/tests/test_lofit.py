@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftx
-from peftx import Claim, Stack
+from peftx import Claim, Stack, TrainStep
 from peftx.compression import QuantLinear
 from peftx.errors import MergeError, PeftxError
 from peftx.testing import conformance
@@ -114,9 +114,8 @@ def test_trainable_count() -> None:
     assert choosing.trainable_parameters() == layers * heads * size + 3 * size
     choosing.plugins["lofit"].choose()
     assert choosing.trainable_parameters() == 3 * size
-    assert (
-        built().plugins["lofit"].top_heads() == built(heads=1).plugins["lofit"].top_heads()
-    )  # 3% of 8 heads
+    # 3% of 8 heads.
+    assert built().plugins["lofit"].top_heads() == built(heads=1).plugins["lofit"].top_heads()
     assert v_of(built("gemma", heads=PAIRS)).shape == (3, 16)  # heads wider than hidden / heads
 
 
@@ -273,6 +272,32 @@ def test_a_loop_of_your_own_chooses_when_told() -> None:
     assert not torch.equal(v_of(stack), start)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_scales_stay_zero_after_the_choice(set_to_none: bool) -> None:
+    """Adam goes on by its momentum where a gradient is zeros and not None."""
+    stack, plugin = (stack := built(heads=2)), stack.plugins["lofit"]
+    batch = example_inputs(stack.model)
+    batch["labels"] = batch["input_ids"]
+    optimizer = torch.optim.AdamW(stack.ledger.parameters("lofit"), lr=1e-2)
+    for step in range(4):
+        if step == 2:
+            plugin.choose()
+        stack.train_step(batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert not any(edit.A.any() for edit in edits(stack))
+
+
+def test_the_penalty_is_the_sum_of_magnitudes() -> None:
+    stack = spread(built(heads=2, l1=0.1))
+    batch = example_inputs(stack.model)
+    step = TrainStep(stack, batch | {"labels": batch["input_ids"]})
+    total = stack.run_train_step(step)
+    magnitudes = sum(float(edit.A.detach().abs().sum()) for edit in edits(stack))
+    assert step.losses["lofit"] == pytest.approx(magnitudes, rel=1e-5)
+    assert float(total) == pytest.approx(step.losses["task"] + 0.1 * magnitudes, rel=1e-5)
+
+
 def test_a_frozen_plugin_chooses_nothing() -> None:
     stack = Stack(tiny("llama"), [Lofit(heads=2), Lora(rank=2)], tokenizer=tiny_tokenizer())
     stack.freeze("lofit")
@@ -311,6 +336,7 @@ def test_over_a_quantized_projection(heads: int | tuple[tuple[int, int], ...]) -
         ({"selection": 0}, "selection"),
         ({"selection": 1.1}, "selection"),
         ({"l1": -1}, "l1"),
+        ({"l1": float("inf")}, "l1"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:

@@ -19,7 +19,7 @@ B (A z), never (B A) z, in `plus`; `pi` has to form the product, a d x d matrix.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +33,9 @@ class LormaConfig(PluginConfig):
     """Options of LoRMA; the paper adapts the attention's q and v of RoBERTa and GPT-2."""
 
     rank: int = Field(8, ge=1, description="r, the columns of B and rows of A")
-    alpha: float | None = Field(None, gt=0, description="alpha; twice the rank if left out, so c = 2")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="alpha; twice the rank if left out, so c = 2"
+    )
     inflation: Literal["plus", "pi"] = Field(
         "plus", description="what lifts the rank of B A: plus adds the identity, pi turns row i by i places"
     )
@@ -154,6 +156,14 @@ class Lorma(Plugin):
     architectures = ("mixtral",)
     config: LormaConfig
 
+    def __init__(self, config: LormaConfig | None = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.config.mode == "post":
+            self.claims = {
+                *type(self).claims,
+                Claim.EDITS_INPUTS,
+            }  # of this one, and before a stack is checked
+
     @hookimpl
     def inject(self, model: ModelView) -> None:
         if self.config.mode == "pre":
@@ -161,7 +171,6 @@ class Lorma(Plugin):
                 multiplier = self.multiplier(site, site.out_features)
                 site.attach(MultiplyOutput(multiplier, bias=site.bias))
         else:
-            self.claims = {*type(self).claims, Claim.EDITS_INPUTS}  # of this one
             chosen = {(site.path, site.role) for site in model.linears(self.config.targets)}
             for site in model.linears(self.config.targets, whole=True):
                 left_out = [role for role in site.fused if (site.path, role) not in chosen]

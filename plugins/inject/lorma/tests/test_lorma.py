@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftx import Stack
 from peftx.compression.linear import QuantLinear
-from peftx.errors import PeftxError
+from peftx.errors import ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_lorma import Lorma, MultiplyInput, MultiplyOutput, Pi, Plus
@@ -150,6 +152,11 @@ def test_number_of_parameters_is_2_d_r(mode: str, inflation: str) -> None:
     assert stack.trainable_parameters() == sum(2 * 3 * d for d in sizes)
 
 
+def test_A_of_plus_starts_kaiming_uniform() -> None:
+    top = float(Plus(64, rank=8, scale=2.0).A.detach().abs().max())  # of 512 numbers
+    assert 0.9 / math.sqrt(64) < top <= 1 / math.sqrt(64)
+
+
 def test_plus_never_forms_a_square_matrix() -> None:
     d, m, r = 64, 64, 2
     M = Plus(d, rank=r, scale=2.0)
@@ -236,9 +243,8 @@ def test_what_the_first_step_moves() -> None:
         before.backward()
         assert torch.equal(output_of(stack.model, inputs), base)
         still = {n.rsplit(".", 1)[1] for n, p in stack.ledger.tensors("lorma").items() if not p.grad.any()}
-        assert still == (
-            {"A"} if inflation == "plus" else set()
-        )  # B = 0 holds A still; pi trains both at once
+        # B = 0 holds A still; pi trains both at once.
+        assert still == ({"A"} if inflation == "plus" else set())
 
 
 @pytest.mark.parametrize(
@@ -250,6 +256,7 @@ def test_what_the_first_step_moves() -> None:
         {"mode": "both"},
         {"targets": ""},
         {"dropout": 0.1},
+        {"alpha": math.inf},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -266,6 +273,17 @@ def test_rank_above_the_matrix_is_refused(mode: str, size: int, role: str) -> No
     ) as caught:
         Stack(tiny("llama"), [Lorma(rank=size + 1, mode=mode, targets=role)])
     assert f"'!{role}'" in str(caught.value.hint)
+
+
+def test_post_beside_a_plugin_that_needs_adapters_is_refused_before_anything_is_built() -> None:
+    from peftx_ist import Ist
+
+    with pytest.raises(
+        ConflictError, match=r"'ist' works on what adapters add .* and 'lorma' adds nothing there"
+    ):
+        Stack(tiny("llama"), [Lorma(rank=2, mode="post"), Ist()])
+    Stack(tiny("llama"), [Lorma(rank=2), Ist()])
+    assert Lorma(mode="pre").claims == Lorma.claims
 
 
 def test_post_on_a_part_of_a_fused_matrix_is_refused() -> None:

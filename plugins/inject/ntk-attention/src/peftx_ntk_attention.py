@@ -97,9 +97,8 @@ class Prefix(AttentionEdit):
     def _log_sum(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """L = log sum exp of the scores over the keys that a query sees; 0 where it sees none."""
         grouped = query.float().unflatten(1, (key.shape[1], -1))  # [B, Hkv, groups, Q, d]
-        scores = (grouped @ key.float().transpose(-1, -2).unsqueeze(2)).flatten(
-            1, 2
-        ) * scaling  # [B, H, Q, K]
+        scores = grouped @ key.float().transpose(-1, -2).unsqueeze(2)
+        scores = scores.flatten(1, 2) * scaling  # [B, H, Q, K]
         lowest = torch.finfo(scores.dtype).min
         if mask is not None and mask.dim() != 4:
             raise UnsupportedError(
@@ -130,6 +129,12 @@ class NtkAttention(Plugin):
                 f"ntk-attention: {model.config.model_type} caps its scores, so their sum is not known here"
             )
         for site in self._sites(model):
+            if any("sink" in name.split(".")[0] for name, _ in site.module.named_parameters()):
+                raise ArchitectureError(
+                    f"ntk-attention: {model.config.model_type} has attention sinks, which belong to the sum of scores, "
+                    "so it is not known here",
+                    hint="real rows of keys and values (p-tuning-v2) stand beside sinks",
+                )
             facts = model.towers[site.tower]
             # CLIP's text tower says it with each call and not on the module.
             causal = vars(site.module).get("is_causal", True) or site.tower == "text"

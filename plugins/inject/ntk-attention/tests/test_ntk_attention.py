@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
 
 from peftx import Stack
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_lora import Lora
@@ -295,11 +295,8 @@ def test_dropout_acts_on_phi_while_training() -> None:
         return torch.zeros(1, 400, 1, 2)
 
     arguments = zeros, zeros[:, :, :1], zeros, None, 0.7, nothing
-    assert edit.replace(*arguments).detach().unique().tolist() == [
-        0,
-        2,
-        4,
-    ]  # none, one or both entries, doubled
+    # None, one or both entries, doubled.
+    assert edit.replace(*arguments).detach().unique().tolist() == [0, 2, 4]
     edit.eval()
     assert edit.replace(*arguments).detach().unique().tolist() == [2]
 
@@ -345,6 +342,15 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
 def test_what_does_not_fit_the_model(arch: str, options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=f"ntk-attention: .*{match}"):
         Stack(tiny(arch), [NtkAttention(**options)])
+
+
+def test_attention_sinks_are_refused() -> None:
+    """GPT-OSS adds a trained score to each query's sum, which L does not hold."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 320}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, pad_token_id=2))
+    with pytest.raises(ArchitectureError, match="ntk-attention: gpt_oss has attention sinks"):
+        Stack(model, [NtkAttention()])
 
 
 def test_a_mask_of_another_kind() -> None:

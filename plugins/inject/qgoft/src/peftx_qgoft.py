@@ -42,7 +42,10 @@ class QgoftConfig(PluginConfig):
         "quasi", description="quasi: free 2x2 blocks, kept near rotations by a penalty; strict: rotations"
     )
     penalty: float | None = Field(
-        None, ge=0, description=f"lambda of the quasi form's penalty; {PENALTY} if left out"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description=f"lambda of the quasi form's penalty; {PENALTY} if left out",
     )
     scale: bool = Field(False, description="strict form: also train a factor for each input feature")
     targets: Targets = Field(Targets("all"), description="linear layers whose input to turn")

@@ -243,7 +243,14 @@ def test_stacked_experts_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"form": "hard"}, {"penalty": -1.0}, {"scale": "much"}, {"targets": ""}, {"strict": True}],
+    [
+        {"form": "hard"},
+        {"penalty": -1.0},
+        {"penalty": math.inf},
+        {"scale": "much"},
+        {"targets": ""},
+        {"strict": True},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:

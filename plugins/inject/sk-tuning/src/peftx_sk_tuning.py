@@ -114,7 +114,7 @@ class Reader(nn.Module):
             )
         try:
             self.base[0](
-                inputs_embeds=self.E[None],
+                inputs_embeds=self.E[None].to(self.base[0].dtype),
                 attention_mask=torch.ones_like(places),
                 position_ids=places - len(self.E),  # `shift_positions` adds n
                 use_cache=False,
@@ -126,7 +126,9 @@ class Reader(nn.Module):
         self.rows = [[self.adapted(part[:, :, -len(self.E) :]) for part in pair] for pair in noted]
 
     def adapted(self, part: Tensor) -> Tensor:
-        return part if self.W is None else F.dropout(self.W(part), self.dropout, self.training)
+        if self.W is None:
+            return part
+        return F.dropout(self.W(part.to(self.W.weight.dtype)), self.dropout, self.training).to(part)
 
     @contextmanager
     def cached(self) -> Iterator[None]:
@@ -169,7 +171,8 @@ class Head(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        each = self.linear(F.dropout(hidden, self.dropout, self.training))  # [B, T, C]
+        hidden = F.dropout(hidden.to(self.linear.weight.dtype), self.dropout, self.training)
+        each = self.linear(hidden)  # [B, T, C]
         return (each * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -197,19 +200,22 @@ class SkTuning(Plugin):
             self.state["ids"] = self.sentence(model, stack)
         E = embedding(torch.tensor(self.state["ids"], device=model.module.device)).detach().clone()
         self.reader = None
+        # What trains is not in half precision, which would lose small steps; it is rounded where the model reads it.
+        full = torch.promote_types(E.dtype, torch.float32)
         if config.variant == "prompt":
-            model.prompt(Prompt(E, adapter=config.adapter, dropout=config.dropout))
+            model.prompt(Prompt(E, adapter=config.adapter, dropout=config.dropout)).to(full)
         else:
             sites = model.attention_sites()
             blocks = [site.module for site in model.blocks("layer")]
             size = model.main.head_dim if config.adapter else None
             base = model.module.base_model
             reader = Reader(E, size=size, dropout=config.dropout, base=base, blocks=blocks)
-            self.reader = model.keep("sentence", reader)
+            self.reader = model.keep("sentence", reader).to(full)
             for layer, site in enumerate(sites):
                 model.attend(site, Prefix(reader, layer))
             model.shift_positions(len(E))
-        self.head = model.keep("head", Head(model.hidden_size, len(labels), dropout=config.dropout))
+        head = Head(model.hidden_size, len(labels), dropout=config.dropout)
+        self.head = model.keep("head", head).to(full)
         # Where the last hidden state comes from; an encoder's last layer ends in a norm.
         last = (
             model.site("norm.mlp", layer=model.num_layers - 1) if self.encoder else model.site("norm.final")

@@ -217,9 +217,32 @@ def test_adapter_is_the_formula() -> None:
     assert torch.equal(prompt.eval().rows(), E @ W.t())
     dropped = prompt.train().rows().detach()
     assert bool(((dropped == 0) | (dropped == 2 * E @ W.t())).all())
-    reader = Reader(E, size=2, dropout=0.0, base=nn.Identity(), blocks=[])
+    reader = Reader(E, size=2, dropout=0.5, base=nn.Identity(), blocks=[])
     reader.W.weight.data = W
-    assert torch.equal(reader.adapted(E[None, None]), (E @ W.t())[None, None])
+    rows = (E @ W.t()).expand(1, 64, 2, 2)
+    assert torch.equal(reader.eval().adapted(E.expand(1, 64, 2, 2)), rows)
+    dropped = reader.train().adapted(E.expand(1, 64, 2, 2)).detach()
+    assert bool(((dropped == 0) | (dropped == 2 * rows)).all())
+    assert 0.3 < float((dropped[rows != 0] == 0).float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("variant", ["prompt", "prefix"])
+def test_in_half_precision_small_steps_count(variant: str, adapter: bool) -> None:
+    """What trains stays in float32, and is rounded where the model reads it."""
+    model = tiny("llama").to(torch.bfloat16)
+    plugin = SkTuning(text=TEXT, variant=variant, adapter=adapter)
+    stack = Stack(model, [plugin], tokenizer=tiny_tokenizer())
+    trained = list(stack.ledger.parameters("sk-tuning"))
+    before = [p.detach().clone() for p in trained]
+    stack.train(ROWS, steps=20, batch_size=4, learning_rate=1e-4, max_length=32)
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    moved = torch.cat([(p != q).flatten() for p, q in zip(trained, before, strict=True)])
+    assert float(moved.float().mean()) > 0.95
+    if variant == "prefix":
+        with torch.no_grad(), cached(stack):
+            assert {part.dtype for pair in plugin.reader.rows for part in pair} == {torch.bfloat16}
 
 
 def test_head_leaves_pads_out() -> None:

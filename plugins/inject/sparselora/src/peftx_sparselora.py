@@ -20,21 +20,19 @@ biases, adapters, and everything outside a training step.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
+from peftx.data import IGNORE
 from peftx.errors import ArchitectureError, PeftxError
 
-IGNORED = -100
-"""Label of tokens without a loss."""
 MLP = ("gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 
@@ -57,6 +55,13 @@ class SparseloraConfig(PluginConfig):
     dense_answers: bool = Field(
         True, description="tokens with a label run dense; false: all tokens are sparse"
     )
+
+    @model_validator(mode="after")
+    def _fit(self) -> SparseloraConfig:
+        for block in ("mlp", "attention"):
+            if getattr(self, block) == 0 and (layers := getattr(self, f"{block}_layers")) is not None:
+                raise ValueError(f"{block}_layers is {layers}, and {block} = 0 leaves them dense: drop one")
+        return self
 
 
 class Tokens:
@@ -121,13 +126,15 @@ class MlpChannels(nn.Module):
     """I of one MLP.
 
     Args:
-        gate, up: estimates. keep: channels in I. activation: name of the gate's function.
+        gate, up: estimates. keep: channels in I. activation: the gate's function.
     """
 
-    def __init__(self, gate: Estimate, up: Estimate, *, keep: int, activation: str) -> None:
+    def __init__(
+        self, gate: Estimate, up: Estimate, *, keep: int, activation: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.gate, self.up, self.keep = gate, up, keep
-        self.activation = ACT2FN[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         score = (self.activation(self.gate(x)) * self.up(x)).norm(dim=0)  # [intermediate]
@@ -197,50 +204,46 @@ class Sliced(Delta):
         if tokens.context is None or not self.training or tokens.foreign(x.shape[:-1]):
             return F.linear(x, weight, bias)
         scored, dense = tokens.rows(x.shape[:-1])
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # a function of its own is not cast
+            x = x.to(torch.get_autocast_dtype(kind))
         rows = x.flatten(0, -2)  # [N, in]
         if self.role in ("q", "gate"):
             with torch.no_grad():
                 self.block.chosen = self.block.channels(rows[scored])
-        product = ByColumns if self.role in ("o", "down") else ByRows
-        y = product.apply(rows, weight, self.block.chosen[self.role], dense).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
+        axis = int(self.role in ("o", "down"))
+        y = SlicedProduct.apply(rows, weight, self.block.chosen[self.role], dense, axis)
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias
 
 
-class ByRows(torch.autograd.Function):
-    """x W^T on the channels I of the output, zero on the others; rows in `dense` whole. W is frozen."""
+def sliced(x: Tensor, weight: Tensor, chosen: Tensor, dense: Tensor, axis: int, back: bool) -> Tensor:
+    """x W^T, or back x W, of the rows I of W (axis 0) or its columns I (axis 1) alone; rows of x in `dense` whole."""
+    part = (weight[chosen] if axis == 0 else weight[:, chosen]).to(x.dtype)
+    if back:
+        part, weight = part.t(), weight.t()
+    if axis == back:  # I are channels of the output: zero on the others
+        y = x.new_zeros(len(x), len(weight)).index_copy_(1, chosen, x @ part.t())
+    else:
+        y = x[:, chosen] @ part.t()
+    return y.index_copy_(0, dense, x[dense] @ weight.to(x.dtype).t()) if len(dense) else y
+
+
+class SlicedProduct(torch.autograd.Function):
+    """`sliced`, of a frozen W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor, dense: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor, dense: Tensor, axis: int) -> Tensor:
         ctx.save_for_backward(weight, chosen, dense)
-        y = x.new_zeros(len(x), len(weight))
-        y.index_copy_(1, chosen, x @ weight[chosen].t())
-        return y.index_copy_(0, dense, x[dense] @ weight.t())
+        ctx.axis = axis
+        return sliced(x, weight, chosen, dense, axis, back=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, chosen, dense = ctx.saved_tensors
-        grad_x = grad[:, chosen] @ weight[chosen]
-        return grad_x.index_copy_(0, dense, grad[dense] @ weight), None, None, None
-
-
-class ByColumns(torch.autograd.Function):
-    """x W^T from the channels I of the input alone; rows in `dense` whole. W is frozen."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor, dense: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, chosen, dense)
-        y = x[:, chosen] @ weight[:, chosen].t()
-        return y.index_copy_(0, dense, x[dense] @ weight.t())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, chosen, dense = ctx.saved_tensors
-        grad_x = grad.new_zeros(len(grad), weight.shape[1])
-        grad_x.index_copy_(1, chosen, grad @ weight[:, chosen])
-        return grad_x.index_copy_(0, dense, grad[dense] @ weight), None, None, None
+        return sliced(grad, *ctx.saved_tensors, ctx.axis, back=True), None, None, None, None
 
 
 class Sparselora(Plugin):
@@ -248,7 +251,7 @@ class Sparselora(Plugin):
 
     Config = SparseloraConfig
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_LABELS}
-    architectures = ("mistral",)
+    architectures = ("mistral", "gemma2")
     example = {
         "mlp": 0.5,
         "attention": 0.5,
@@ -271,7 +274,7 @@ class Sparselora(Plugin):
                 channels = MlpChannels(
                     *(self._estimate(model, sites[role]) for role in ("gate", "up")),
                     keep=kept(width, config.mlp),
-                    activation=model.config.hidden_act,
+                    activation=model.module.get_submodule(sites["gate"].path.rpartition(".")[0]).act_fn,
                 )
                 self._attach(model, f"mlp_{layer}", sites, channels)
         if config.attention:
@@ -297,7 +300,7 @@ class Sparselora(Plugin):
             )  # a classifier has one label to a row: all its tokens are context
             context = torch.ones_like(ids, dtype=torch.bool)
             if self.config.dense_answers and per_token:
-                context = labels == IGNORED
+                context = labels == IGNORE
                 if not context.any():
                     raise PeftxError(
                         f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
@@ -313,6 +316,11 @@ class Sparselora(Plugin):
     def _check(step: TrainStep) -> None:
         if not step.parameters():
             raise PeftxError("sparselora: nothing trains beside it", hint="add an adapter, such as lora")
+        if not step.model.training:
+            raise PeftxError(
+                "sparselora: the model is in evaluation mode, in which every layer runs dense",
+                hint="stack.model.train() before a loop of your own",
+            )
 
     @staticmethod
     def _layers(block: str, given: list[int] | None, rule: range, total: int) -> list[int]:

@@ -16,7 +16,7 @@ from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
 from peftx_ist import Ist
 from peftx_lora import Lora
-from peftx_sparselora import AttentionChannels, ByColumns, ByRows, Estimate, MlpChannels, Sparselora
+from peftx_sparselora import AttentionChannels, Estimate, MlpChannels, SlicedProduct, Sparselora
 
 ALL: dict[str, Any] = {
     "mlp": 0.5,
@@ -67,10 +67,16 @@ def equal(one: tuple[float, list[Tensor]], two: tuple[float, list[Tensor]]) -> b
     return one[0] == two[0] and all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
 
 
-def sliced(stack: Stack) -> Sparselora:
+def plugin_of(stack: Stack) -> Sparselora:
     plugin = stack.plugins["sparselora"]
     assert isinstance(plugin, Sparselora)
     return plugin
+
+
+def all_chosen(stack: Stack) -> list[Tensor]:
+    """I of each sliced layer in the last step."""
+    deltas = [part.module for part in stack.ledger.of("sparselora") if part.kind == "delta"]
+    return [delta.block.chosen[delta.role] for delta in deltas]
 
 
 def estimate(weight: Tensor, rank: int) -> Estimate:
@@ -92,7 +98,7 @@ def test_estimate_is_the_best_of_its_rank() -> None:
 
 def test_full_rank_chooses_the_oracles_mlp_channels() -> None:
     gate, up, x = torch.randn(24, 8), torch.randn(24, 8), torch.randn(10, 8)
-    channels = MlpChannels(estimate(gate, 8), estimate(up, 8), keep=6, activation="silu")(x)
+    channels = MlpChannels(estimate(gate, 8), estimate(up, 8), keep=6, activation=F.silu)(x)
     oracle = (F.silu(x @ gate.t()) * (x @ up.t())).norm(dim=0).topk(6).indices.sort().values
     assert all(torch.equal(channels[role], oracle) for role in ("gate", "up", "down"))
 
@@ -119,25 +125,27 @@ def test_full_rank_chooses_the_oracles_attention_channels() -> None:
 # -- the products ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("product", [ByRows, ByColumns])
-def test_slices_equal_masked_dense_products(product: Any) -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_equal_masked_dense_products(axis: int) -> None:
     x, weight = torch.randn(7, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
     chosen, dense = torch.tensor([0, 2, 5]), torch.tensor([1, 6])
-    mask = torch.zeros(7, 9 if product is ByRows else 6, dtype=torch.float64)
+    mask = torch.zeros(7, 6 if axis else 9, dtype=torch.float64)
     mask[:, chosen] = 1
     mask[dense] = 1
 
     def masked(x: Tensor) -> Tensor:
-        return (x @ weight.t()) * mask if product is ByRows else (x * mask) @ weight.t()
+        return (x * mask) @ weight.t() if axis else (x @ weight.t()) * mask
 
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = product.apply(one, weight, chosen, dense), masked(two)
+    y, expected = SlicedProduct.apply(one, weight, chosen, dense, axis), masked(two)
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.backward(grad)
     assert torch.allclose(y, expected)
     assert torch.allclose(one.grad, two.grad)
-    torch.autograd.gradcheck(lambda t: product.apply(t, weight, chosen, dense), x.clone().requires_grad_())
+    torch.autograd.gradcheck(
+        lambda t: SlicedProduct.apply(t, weight, chosen, dense, axis), x.clone().requires_grad_()
+    )
 
 
 def masked_forward(stack: Stack, batch: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
@@ -173,7 +181,15 @@ def masked_forward(stack: Stack, batch: dict[str, Tensor]) -> tuple[float, list[
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": 0}, {"attention": 0}, {"mlp": 0.9, "attention": 0.25}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mlp": 0, "mlp_layers": None},
+        {"attention": 0, "attention_layers": None},
+        {"mlp": 0.9, "attention": 0.25},
+    ],
+)
 def test_a_step_equals_masking_the_dense_activations(options: dict[str, float]) -> None:
     stack = stack_of(Sparselora(**{**ALL, **options}))
     batch = batch_for(stack)
@@ -240,9 +256,10 @@ def test_a_failing_step_ends_dense() -> None:
             yield
 
     stack = stack_of(Sparselora(**ALL), Break())
+    stack.model.train()
     with pytest.raises(PeftxError, match="broken"):
         stack.run_train_step(TrainStep(stack, batch_for(stack)))
-    assert sliced(stack).tokens.context is None
+    assert plugin_of(stack).tokens.context is None
 
 
 def test_first_steps_are_dense() -> None:
@@ -269,23 +286,24 @@ def test_default_layers() -> None:
 
 
 def test_padding_does_not_count() -> None:
-    """Pads are context, but no pad has a say in the choice."""
+    """A pad has no label, as context has none, and no say in the choice."""
     stack = stack_of(Sparselora(**ALL))
-    batch = batch_for(stack, padding="right")
-    chosen = []
-    for filler in (2, 77):
-        changed = batch | {"input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], filler)}
-        gradients(stack, changed)
-        deltas = [part.module for part in stack.ledger.of("sparselora") if part.kind == "delta"]
-        chosen.append([d.block.chosen[d.role] for d in deltas])
-    assert all(torch.equal(a, b) for a, b in zip(*chosen, strict=True))
+    row = {name: x[:1] for name, x in batch_for(stack).items()}
+    fill = {"input_ids": 2, "attention_mask": 0, "labels": -100}
+    padded = {name: F.pad(x, (0, 9), value=fill[name]) for name, x in row.items()}
+    (one, chosen), (two, of_padded) = (
+        (gradients(stack, batch), all_chosen(stack)) for batch in (row, padded)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(chosen, of_padded, strict=True))
+    assert one[0] == pytest.approx(two[0], rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(one[1], two[1], strict=True))
 
 
 def test_soft_tokens_are_context() -> None:
     stack = Stack(tiny("llama"), [Lora(rank=2), ReferencePrompt(), Sparselora(**ALL)])
     loss = float(stack.model.train() and stack.run_train_step(TrainStep(stack, batch_for(stack))))
     assert loss > 0
-    tokens = sliced(stack).tokens
+    tokens = plugin_of(stack).tokens
     tokens.set(torch.tensor([[True, False]]), torch.tensor([[True, True]]))
     scored, dense = tokens.rows(torch.Size((1, 5)))
     assert (scored.tolist(), dense.tolist()) == ([0, 1, 2, 3], [4])
@@ -295,6 +313,45 @@ def test_checkpointing_chooses_the_same_channels() -> None:
     stack, again = stack_of(Sparselora(**ALL)), stack_of(Sparselora(**ALL))
     again.model.activation_checkpointing_enable({"use_reentrant": False})
     assert equal(gradients(stack, batch_for(stack)), gradients(again, batch_for(again)))
+
+
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "qwen2"])
+def test_the_gate_is_the_models_own(arch: str) -> None:
+    """Gemma 2 and 3 name it otherwise in their config than Llama does; Qwen 2 has biases."""
+    model = tiny(arch)
+    stack = Stack(model, [Lora(rank=2), Sparselora(**ALL)], tokenizer=tiny_tokenizer())
+    mlp = next(m for m in model.modules() if hasattr(m, "act_fn"))
+    channels = next(m for m in model.modules() if isinstance(m, MlpChannels))
+    assert channels.activation is mlp.act_fn
+    gradients(stack, batch_for(stack))
+    assert all(len(chosen) for chosen in all_chosen(stack))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("around_backward", [False, True])
+def test_autocast(arch: str, around_backward: bool) -> None:
+    """Channels, loss and gradients are near those in float32."""
+    stack = Stack(tiny(arch), [Lora(rank=2), Sparselora(**ALL)], tokenizer=tiny_tokenizer())
+    for p in stack.ledger.parameters("lora"):
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.05
+    batch = batch_for(stack)
+    expected, chosen = gradients(stack, batch), all_chosen(stack)
+    stack.model.zero_grad()
+    losses: list[Tensor] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = float(stack.run_train_step(TrainStep(stack, batch, backward=losses.append)))
+        if around_backward:
+            losses[0].backward()
+    if not around_backward:
+        losses[0].backward()
+    found = [p.grad for p in stack.ledger.parameters("lora")]
+    assert loss == pytest.approx(expected[0], rel=2e-2)
+    same = torch.cat([torch.isin(a, b) for a, b in zip(chosen, all_chosen(stack), strict=True)])
+    assert float(same.float().mean()) > 0.9  # what is on the edge may change places
+    near = torch.cosine_similarity(
+        *(torch.cat([g.flatten() for g in gs]) for gs in (found, expected[1])), dim=0
+    )
+    assert float(near) > 0.9
 
 
 def test_labels_of_rows_leave_all_tokens_sparse() -> None:
@@ -318,7 +375,7 @@ def test_ist_measures_with_dense_layers() -> None:
 def test_copies_go_on_alone() -> None:
     stack = stack_of(Sparselora(**ALL))
     twin = copy.deepcopy(stack.model)
-    sliced(stack).tokens.set(torch.ones(2, 12, dtype=torch.bool), torch.ones(2, 12, dtype=torch.bool))
+    plugin_of(stack).tokens.set(torch.ones(2, 12, dtype=torch.bool), torch.ones(2, 12, dtype=torch.bool))
     batch = batch_for(stack)
     with torch.no_grad():
         sparse, dense = (m.train()(**batch).logits for m in (stack.model, twin))
@@ -379,8 +436,20 @@ def test_a_trained_base_is_refused() -> None:
         Stack(tiny("llama"), [Sparselora(**ALL), LtSft(phase1=1)])
 
 
+def test_a_step_in_evaluation_mode_is_refused() -> None:
+    stack = stack_of(Sparselora(**ALL))
+    batch = batch_for(stack)
+    with pytest.raises(PeftxError, match="sparselora: the model is in evaluation mode") as caught:
+        stack.train_step(batch)
+    assert "stack.model.train()" in str(caught.value.hint)
+    stack.model.train()
+    stack.train_step(batch)
+    assert all(len(chosen) for chosen in all_chosen(stack))
+
+
 def test_batches_without_context_are_refused() -> None:
     stack = stack_of(Sparselora(**ALL))
+    stack.model.train()
     with pytest.raises(PeftxError, match="all 24 tokens of the batch have a label"):
         stack.run_train_step(TrainStep(stack, batch_for(stack, answers=12)))
 
@@ -438,3 +507,9 @@ def test_rows_that_another_plugin_sends_through_a_layer_run_dense() -> None:
     assert any(
         p.abs().max() > 0 for name, p in stack.ledger.tensors("aligner").items() if name.endswith(".g")
     )
+
+
+@pytest.mark.parametrize("block", ["mlp", "attention"])
+def test_layers_of_a_dense_block_are_refused(block: str) -> None:
+    with pytest.raises(PeftxError, match=rf"{block}_layers is \[1\], and {block} = 0 leaves them dense"):
+        Sparselora(**{block: 0, f"{block}_layers": [1]})

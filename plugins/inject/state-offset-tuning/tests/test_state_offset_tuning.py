@@ -163,6 +163,11 @@ def test_states_of_a_layer_are_those_of_the_base() -> None:
     assert (second[0] - second[1]).abs().max() > 1e-3
 
 
+def test_A_starts_kaiming_uniform() -> None:
+    top = float(StateOffset(Call(), 64, 16, rank=32).A.detach().abs().max())  # of 512 numbers
+    assert 0.9 / 16**0.5 < top <= 1 / 16**0.5
+
+
 def test_one_state_that_is_read_by_one_is_variant_y() -> None:
     call = Call(z=Z, C=torch.ones(1, 2, 1))
     state, output = StateOffset(call, 3, 1, rank=None), OutputOffset(call, 3)

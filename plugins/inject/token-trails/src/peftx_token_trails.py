@@ -140,17 +140,23 @@ class Calls(CallEdit):
         x, cache = call.get("input_ids"), call.get("past_key_values")
         if types is not None:
             trail.now = x, trail.checked(types, x)
-        elif x is not None:
-            layer = trail.remembered(cache)
-            known = 0 if layer is None else layer.get_seq_length()
-            rows = 0 if cache is None else int(cache.get_seq_length())
-            if rows != known:
-                raise UnsupportedError(
-                    f"{trail.owner}: the cache holds {rows} rows, and it is known who spoke {known} of them",
-                    hint="fill it by calls of the model with the plugin switched on, or give token_type_ids",
-                )
+            return call
+        layer = trail.remembered(cache)
+        known = 0 if layer is None else layer.get_seq_length()
+        rows = 0 if cache is None else int(cache.get_seq_length())
+        if rows != known:
+            raise UnsupportedError(
+                f"{trail.owner}: the cache holds {rows} rows, and it is known who spoke {known} of them",
+                hint="fill it by calls of the model with the plugin switched on, or give token_type_ids",
+            )
+        if x is not None:
             past = (layer.keys[:, 0, :, 0], layer.values[:, 0, -1:, 0]) if rows else ()
             trail.now = x, trail.read(x, *past)
+        elif rows:
+            raise UnsupportedError(
+                f"{trail.owner}: inputs_embeds go on from a cache of {rows} rows, and embeddings do not say who speaks",
+                hint="give input_ids",
+            )
         return call
 
     def after(self, output: Any) -> None:

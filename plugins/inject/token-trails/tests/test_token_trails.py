@@ -233,6 +233,31 @@ def test_a_cache_of_unknown_speakers_is_refused() -> None:
 
 
 @torch.no_grad()
+def test_embeddings_behind_a_cache_are_refused() -> None:
+    """They do not say who speaks, and what is said with the cache so far would go on without a speaker."""
+    stack = build()
+    model, ids = stack.model, ids_of(stack, SHORT)
+    embedded = model.get_input_embeddings()(ids)
+    assert model(inputs_embeds=embedded).logits.isfinite().all()  # with nothing before it, as it stands
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(UnsupportedError, match=f"inputs_embeds go on from a cache of {ids.shape[1]} rows"):
+        model(inputs_embeds=embedded, past_key_values=cache)
+    assert trail_of(stack).now is None
+
+
+def test_speakers_stay_in_full_precision() -> None:
+    stack = Stack(tiny("llama").to(torch.bfloat16), [TokenTrails()], tokenizer=tiny_tokenizer())
+    R = trail_of(stack).R
+    R.data.fill_(1.0)
+    rows = [{"messages": [{"role": r, "content": "words"} for r in ("user", "assistant")]}]
+    stack.train(rows * 4, steps=4, batch_size=2, learning_rate=1e-4)
+    assert R.dtype == torch.float32
+    assert float((R != 1).float().mean()) > 0.95  # in bfloat16 the next number below 1 is 4e-3 away
+    logits = stack.model(ids_of(stack, SHORT)).logits
+    assert logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_given_types_are_taken_and_carried_on() -> None:
     stack = build()
     model, trail = stack.model, trail_of(stack)

@@ -21,7 +21,7 @@ from random import Random
 from typing import Annotated, Any, Literal
 
 from datasets import Dataset
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from peftx import Claim, Plugin, PluginConfig, TrainingData, hookimpl
 from peftx.data import continuation, render_messages, special_frame
@@ -116,6 +116,34 @@ class MosaicItConfig(PluginConfig):
         "error", description="a pair of over L tokens: refuse it, drop it, or keep it alone as it is"
     )
 
+    @field_validator("strategies")
+    @classmethod
+    def _once(cls, strategies: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := next((name for name in strategies if strategies.count(name) > 1), None):
+            raise ValueError(f"'{twice}' stands twice, and all have equal chances")
+        return strategies
+
+    @field_validator("mask_ratio")
+    @classmethod
+    def _rising(cls, mask_ratio: tuple[float, float]) -> tuple[float, float]:
+        if mask_ratio[0] > mask_ratio[1]:
+            raise ValueError("the lower end comes first")
+        return mask_ratio
+
+    @model_validator(mode="after")
+    def _used(self) -> MosaicItConfig:
+        """No option that does nothing; compared with the default, since a bundle names them all."""
+        changed = {
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
+        }
+        if self.distribution == "fill" and "k_max" in changed:
+            raise ValueError(
+                "k_max does nothing under distribution 'fill', which joins what fits into max_len"
+            )
+        if "mask_ratio" in changed and "maskout" not in self.strategies:
+            raise ValueError("mask_ratio does nothing without 'maskout' among the strategies")
+        return self
+
 
 def compose(rng: Random, config: MosaicItConfig, pairs: Sequence[Pair]) -> tuple[str, str, list[int], str]:
     """Draw a strategy and a format for these pairs.
@@ -137,7 +165,14 @@ def compose(rng: Random, config: MosaicItConfig, pairs: Sequence[Pair]) -> tuple
             rules = [rng.choice(TAG_RULES).format(begin=begin, end=end)]
     answered = [*range(k)]
     if strategy != "format":
-        order, wording = CHOICES[strategy][rng.choice([*CHOICES[strategy]])]
+        names = [*CHOICES[strategy]]
+        if (
+            strategy == "maskout"
+        ):  # "odd" and "even" leave out as many as there are: only where r may give that
+            low, high = (max(1, int(k * r)) for r in config.mask_ratio)
+            halves = {"odd": (k + 1) // 2, "even": k // 2}
+            names = [name for name in names if low <= halves.get(name, low) <= high]
+        order, wording = CHOICES[strategy][rng.choice(names)]
         listed = order([x for x, _ in pairs], rng.sample(range(k), k))
         if strategy == "maskout":
             listed = listed[: max(1, int(k * rng.uniform(*config.mask_ratio)))] if "{" in wording else listed

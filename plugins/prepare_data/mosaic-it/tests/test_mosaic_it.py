@@ -124,6 +124,21 @@ def test_maskout_leaves_a_response_out_iff_it_is_listed(numbers, seed):
             assert present == [place % 2 != first for place in range(len(present))]
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.5), (0.1, 0.2), (0.4, 0.6), (0.6, 0.9)])
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_maskout_omits_what_the_ratio_allows(low, high, k):
+    config = MosaicItConfig(strategies=["maskout"], mask_ratio=[low, high], tags=0)
+    counts, halves = set(), set()
+    for seed in range(150):
+        prompt, _, answered, _ = compose(Random(seed), config, [(f"x{i}", f"y{i}") for i in range(k)])
+        counts.add(k - len(answered))
+        halves |= {name for name in ("odd", "even") if f"at {name} places" in prompt}
+    ends = [max(1, int(k * share)) for share in (low, high)]
+    assert counts == set(range(ends[0], ends[1] + 1))
+    expected = {"odd": k - k // 2, "even": k // 2}
+    assert halves == {name for name, count in expected.items() if ends[0] <= count <= ends[1]}
+
+
 @given(st.lists(texts, min_size=2, max_size=8), st.sampled_from(sorted(CHOICES["permute"])), st.randoms())
 def test_every_order_is_a_permutation(prompts, name, rng):
     places = list(range(len(prompts)))
@@ -330,6 +345,8 @@ def test_nothing_to_do_without_training_rows():
         {"numbering": []},
         {"mask_ratio": [0.0, 0.5]},
         {"mask_ratio": [0.5, 1.0]},
+        {"mask_ratio": [0.5, 0.1]},
+        {"strategies": ["permute", "format", "permute"]},
         {"too_long": "cut"},
     ],
 )
@@ -337,3 +354,21 @@ def test_bad_options(options):
     with pytest.raises(PluginError, match=f"MosaicIt: {next(iter(options))}") as error:
         MosaicIt(**options)
     assert "its options are: k_max" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("options", "idle", "match"),
+    [
+        ({"distribution": "fill"}, {"k_max": 4}, "k_max does nothing under distribution 'fill'"),
+        (
+            {"strategies": ["permute"]},
+            {"mask_ratio": [0.2, 0.3]},
+            "mask_ratio does nothing without 'maskout'",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing(options, idle, match):
+    with pytest.raises(PluginError, match=f"MosaicIt: .*{match}"):
+        MosaicIt(**options, **idle)
+    whole = MosaicItConfig(**options).model_dump()  # as a bundle gives them back: all, as they are by default
+    assert MosaicIt(**whole).config.model_dump() == whole

@@ -32,7 +32,14 @@ from pydantic import Field
 from peftx import Evaluation, Plugin, PluginConfig, TrainingData, hookimpl
 from peftx.data import prompt_ids, text_ids
 from peftx.errors import DataError, UnsupportedError
-from peftx.evaluation import Request, bootstrap_ratio, evaluating, score_requests, wilson_interval
+from peftx.evaluation import (
+    Request,
+    bootstrap_ratio,
+    context_window,
+    evaluating,
+    score_requests,
+    wilson_interval,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -307,6 +314,7 @@ class UserProfile(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add the scores of the module for each task that has rows: see the README."""
         tasks = _tasks(evaluation.rows("eval"))
+        self._check_room(tasks, evaluation.stack.model, evaluation.stack.tokenizer)
         stack, size = evaluation.stack, self.config.batch_size
         answers: list[Profile] = []
         for begin in range(0, len(tasks), size):
@@ -322,6 +330,24 @@ class UserProfile(Plugin):
                 if self.config.probabilities:
                     with evaluating(stack.model):
                         self._believe(evaluation, name, chosen)
+
+    def _check_room(
+        self, tasks: Sequence[Task], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Raise for a prompt that leaves the model no room for an answer: it would be read from wrong positions."""
+        window, apart = context_window(model, tokenizer), model.config.is_encoder_decoder
+        for index, task in enumerate(tasks):
+            prompt = len(prompt_ids(tokenizer, task.prompt))
+            behind = {"max_new_tokens": self.config.max_new_tokens}
+            if self.config.probabilities:
+                behind["the gold profile and EOS"] = len(text_ids(tokenizer, serialise(task.gold))) + 1
+            for name, count in behind.items():
+                if (max(prompt, count) if apart else prompt + count) > window:
+                    raise DataError(
+                        f"user-profile: row {index} (counting from 0) has a prompt of {prompt} tokens, and with "
+                        f"{count} for {name} that is more than the {window} that the model reads",
+                        hint="lower max_new_tokens, or leave out long rows",
+                    )
 
     def _score(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
         sizes = [(len(answer), len(task.gold)) for task, answer in pairs]

@@ -63,7 +63,11 @@ class Oracle:
     """A stack that answers from a list."""
 
     def __init__(self, answers: list[str]) -> None:
-        self.model, self.tokenizer, self.answers = tiny("llama"), TOKENIZER, list(answers)
+        self.model, self.tokenizer, self.answers = (
+            tiny("llama", max_position_embeddings=512),
+            TOKENIZER,
+            list(answers),
+        )
         self.prompts: list[str] = []
 
     def generate(self, prompts: list[str], **options: Any) -> list[str]:
@@ -168,7 +172,19 @@ def test_a_made_update_has_a_known_edit(gold: dict[str, str], seed: int) -> None
     old = perturb(gold, others, Random(seed))
     assert old != gold
     assert set(old) <= set(gold)
+    assert all(value in others[key] for key, value in old.items())
     assert perturb(gold, others, Random(seed)) == old
+
+
+def test_a_made_update_changes_values_as_often_as_it_leaves_fields_out() -> None:
+    """A field is edited for certain or with chance 1/3, and of two ways each has half."""
+    gold, others = {"a": "x", "b": "x"}, {"a": ["x", "y", "z"], "b": ["x", "x"]}
+    made = [perturb(gold, others, Random(seed)) for seed in range(900)]
+    changed, gone = (sum("a" in old and old["a"] != "x" for old in made), sum("a" not in old for old in made))
+    assert 240 < changed < 360  # 900 * (1/2 + 1/2 * 1/3) / 2 = 300
+    assert 240 < gone < 360
+    assert {old["a"] for old in made if "a" in old} == {"x", "y", "z"}
+    assert {old["b"] for old in made if "b" in old} == {"x"}  # no other row has another value
 
 
 def test_updates_come_on_top() -> None:
@@ -344,6 +360,26 @@ def test_bad_rows(row: dict[str, Any], match: str) -> None:
         good["profile"] = json.dumps(good["profile"])
     with pytest.raises(DataError, match=match):
         prepared([good, row])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"max_new_tokens": 100}, "100 for max_new_tokens"),
+        ({"max_new_tokens": 24, "probabilities": True}, "51 for the gold profile and EOS"),
+    ],
+)
+def test_prompts_that_leave_no_room_are_refused(options: dict[str, Any], what: str) -> None:
+    rows = [{"text": "I am Ann.", "profile": {"a": "b"}}, {"text": "x" * 64, "profile": {"a": "b" * 47}}]
+    stack = Stack(tiny("llama"), [UserProfile(**{"probabilities": False, **options})], tokenizer=TOKENIZER)
+    match = rf"user-profile: row 1 .* has a prompt of 81 tokens, and with {what} that is more than the 128"
+    with pytest.raises(DataError, match=match):
+        stack.evaluate(rows, metrics=["user-profile"])
+    if "probabilities" in options:  # without them the gold profile is not read
+        fits = Stack(
+            tiny("llama"), [UserProfile(max_new_tokens=40, probabilities=False)], tokenizer=TOKENIZER
+        )
+        assert "construction/f1" in fits.evaluate(rows, metrics=["user-profile"])
 
 
 def test_rows_without_profiles() -> None:

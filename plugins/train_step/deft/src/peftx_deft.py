@@ -8,7 +8,7 @@ Let o [B, T, d_ff] be what the second matrix of an MLP reads, in the blocks l = 
 
 The count of non-zeros has no gradient; D has 2 o eps / (o**2 + eps)**2, which is 0 at o = 0 and far from it. The plugin
 has no parameters: the adapters beside it in the stack learn to keep units at zero. `evaluate` counts: the share of
-entries with |o| > threshold.
+entries with |o| > threshold, in a merged or quantized model too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx import (
+    Claim,
+    Delta,
+    Evaluation,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Site,
+    Targets,
+    TrainStep,
+    hookimpl,
+)
 from peftx.data import IGNORE, Collator, format_of_keys, tokenize_dataset
 from peftx.errors import PeftxError
 from peftx.evaluation import bootstrap_ratio, context_window
@@ -37,10 +48,20 @@ ROWS = 8
 class DeftConfig(PluginConfig):
     """Options of DEFT."""
 
-    alpha: float = Field(1.0, ge=0, description="alpha, weight of the density in the loss")
-    eps: float = Field(1e-7, gt=0, description="eps; the smaller, the nearer the density is to the count")
+    alpha: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="alpha, weight of the density in the loss"
+    )
+    eps: float = Field(
+        1e-7,
+        gt=0,
+        allow_inf_nan=False,
+        description="eps; the smaller, the nearer the density is to the count",
+    )
     threshold: float = Field(
-        0.0, ge=0, description="`evaluate` counts |o| above it; 0 counts what is not exactly zero"
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="`evaluate` counts |o| above it; 0 counts what is not exactly zero",
     )
     targets: Targets = Field(Targets("mlp.down"), description="linear layers whose input is o")
 
@@ -109,6 +130,22 @@ def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
             observer.seen.clear()
 
 
+@contextmanager
+def listening(sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
+    """Observers outside the layers: those in the slots may be folded away, merged or switched off."""
+    observers = [Observer(tower=site.tower, layer=site.layer) for site in sites]
+    hooks = [
+        site.module.register_forward_hook(lambda _, x, y, observer=observer: observer(x[0], y))
+        for site, observer in zip(sites, observers, strict=True)
+    ]
+    try:
+        with watching(observers, measure):
+            yield observers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def real_tokens(batch: Mapping[str, Any], tower: str, encoder_decoder: bool) -> Tensor | None:
     """1 for tokens and 0 for pads of what the tower reads, [B, T]; None if nothing is padded."""
     if tower in ("vision", "audio"):
@@ -124,9 +161,8 @@ def row_means(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
     if mask is None:
         return tokens.flatten(1).mean(1) if tokens.ndim > 1 else tokens.mean(0, keepdim=True)
-    soft, rest = divmod(
-        tokens.numel() - mask.numel(), len(mask)
-    )  # soft tokens of other plugins stand in front
+    # Soft tokens of other plugins stand in front.
+    soft, rest = divmod(tokens.numel() - mask.numel(), len(mask))
     if mask.ndim != 2 or soft < 0 or rest:
         raise PeftxError(
             f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(mask.shape)}",
@@ -156,7 +192,7 @@ class Deft(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        observers = _observers(step.model)
+        observers = [module for module in step.model.modules() if isinstance(module, Observer)]
         with watching(observers, partial(density, eps=self.config.eps)):
             step.add_loss("density", lambda _: _total(step, observers), weight=self.config.alpha)
             return (yield)
@@ -164,11 +200,11 @@ class Deft(Plugin):
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `density`, and `density/layer-<l>` for each block; with two towers `density/<tower>` and so on."""
-        model = evaluation.stack.model
-        observers = _observers(model)
+        stack, model = evaluation.stack, evaluation.stack.model
+        sites = stack.view(stack.id_of(self)).linears(self.config.targets)
         two_towers = bool(model.config.is_encoder_decoder)
         found: dict[str, list[Tensor]] = {}  # score -> densities of rows
-        with watching(observers, partial(count, threshold=self.config.threshold)):
+        with listening(sites, partial(count, threshold=self.config.threshold)) as observers:
             for batch in _batches(evaluation):
                 model(**batch)
                 for observer in observers:
@@ -184,10 +220,6 @@ class Deft(Plugin):
             evaluation.add(name, value, low, high, len(rows), "share")
         for name, rows in layers.items():
             evaluation.add(name, rows.mean().item(), count=len(rows), unit="share")
-
-
-def _observers(model: nn.Module) -> list[Observer]:
-    return [module for module in model.modules() if isinstance(module, Observer)]
 
 
 def _total(step: TrainStep, observers: Sequence[Observer]) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,15 +279,47 @@ def test_texts_are_rows_too() -> None:
     assert stack.evaluate(["Once upon a time."], metrics=["deft"])["density"].value == 1
 
 
-def test_adapters_merge_and_export_with_it(tmp_path: Path) -> None:
-    for plugins in ([Lora(rank=2), Deft()], [Deft(), Lora(rank=2)]):
-        stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
-        stack.merge()
-        with pytest.raises(PeftxError, match="was not observed") as caught:
-            stack.evaluate(["text"], metrics=["deft"])
-        assert "unmerge" in str(caught.value.hint)
-        stack.unmerge()
-        stack.export(tmp_path / plugins[0].__class__.__name__)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_merged_model_is_measured_too(tmp_path: Path, first: bool) -> None:
+    """The numbers are those from before; for good merged, its observers are gone, and they still are."""
+    plugins = [Lora(rank=2), Deft(threshold=0.1)]
+    stack = Stack(tiny("llama"), plugins if first else plugins[::-1], tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("lora"):
+            parameter.normal_(std=0.3)
+
+    def measured() -> list[float]:
+        return [score.value for score in stack.evaluate(["a text"], metrics=["deft"]).values()]
+
+    before = measured()
+    assert len(before) == 3
+    assert 0 < before[0] < 1
+    stack.merge()
+    assert measured() == pytest.approx(before, abs=1e-3)
+    stack.unmerge()
+    stack.export(tmp_path / "exported")
+    stack.merge(keep=False)
+    assert not any(isinstance(module, Observer) for module in stack.model.modules())
+    assert measured() == pytest.approx(before, abs=1e-3)
+
+
+def test_a_quantized_model_is_measured_by_what_its_matrices_read(tmp_path: Path) -> None:
+    import peftx
+    from peftx_prefixquant import PrefixQuant
+
+    stack = Stack(tiny("opt"), [Lora(rank=2), Deft(), PrefixQuant(rotate=False)], tokenizer=tiny_tokenizer())
+    text = "two words and two more"
+    stack.compress([text] * 2, samples=2, length=16)
+    scores = stack.evaluate([text], metrics=["deft"])
+    seen: list[Tensor] = []
+    for layer in stack.model.model.decoder.layers:
+        layer.fc2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        stack.model(torch.tensor([[*tiny_tokenizer()(text).input_ids, tiny_tokenizer().eos_token_id]]))
+    for layer, o in enumerate(seen):
+        assert scores[f"density/layer-{layer}"].value == pytest.approx(float((o != 0).float().mean()))
+    again = peftx.load(stack.save(tmp_path / "bundle"), tokenizer=tiny_tokenizer())
+    assert again.evaluate([text], metrics=["deft"])["density"].value == scores["density"].value
 
 
 @pytest.mark.parametrize(
@@ -296,6 +329,9 @@ def test_adapters_merge_and_export_with_it(tmp_path: Path) -> None:
         ({"eps": 0.0}, "eps"),
         ({"threshold": -1.0}, "threshold"),
         ({"targets": ""}, "targets"),
+        ({"alpha": math.inf}, "alpha"),
+        ({"eps": math.inf}, "eps"),
+        ({"threshold": math.inf}, "threshold"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:

@@ -12,10 +12,13 @@ part be 0 before c, 1 from c, 2 from r on:
     position[i]   = sum_j visible[i, j] - 1             [T]; the second x_P gets that of the first, P - 1
 
 Token, position and visible context are those of the rows [x; y_w] and [x; y_l], so log-probabilities and gradients are
-too. With the reference, the model before training:
+too. With the reference, the model before training (after supervised fine-tuning, say: adapters as they were then):
 
     h    = log p(y_w|x) - log p(y_l|x) - (the same of the reference)
-    loss = -log sigmoid(beta h)   or   max(0, 1 - beta h)   or   (h - 1 / (2 beta))**2       mean over the triples
+    loss = -log sigmoid(beta h)   or   max(0, 1 - beta h)   or   (h - 1 / (2 beta))**2
+
+The loss of a micro-batch is the mean over its n_i triples. Of A micro-batches in a step each weighs 1/A, whatever its
+n_i, so a triple weighs 1/(A n_i): how many triples the others hold is not known while one is computed.
 
 Packed, a row holds several triples, and a token sees none of another triple.
 """
@@ -24,13 +27,14 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from datasets import Dataset
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
@@ -40,6 +44,8 @@ from peftx.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
 Loss = Literal["sigmoid", "hinge", "ipo"]
+MEMORY = "dpo-prefix-sharing"
+"""What `step.memory` holds: the reference's values of all that trains, by name."""
 
 
 class DpoPrefixSharingConfig(PluginConfig):
@@ -125,6 +131,9 @@ class DpoPrefixSharing(Plugin):
     architectures = ("mistral",)
     config: DpoPrefixSharingConfig
 
+    own_loop: dict[str, Tensor] | None = None
+    """The same, in a loop of one's own, whose steps share no memory."""
+
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """`preference` rows -> `tokenized` ones; `token_type_ids` hold the segments."""
@@ -209,10 +218,7 @@ class DpoPrefixSharing(Plugin):
         segments, labels = batch.pop("token_type_ids"), batch.pop("labels")
         mask, positions = layout(segments, step.model.dtype)
         step.batch = {**batch, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-        trained = [
-            id for id in step.stack.plugins if any(p.requires_grad for p in step.stack.ledger.parameters(id))
-        ]
-        with step.stack.disabled(*trained), evaluating(step.model):
+        with swapped(self.reference(step)), evaluating(step.model):
             reference = answer_log_probs(step.forward().logits, labels, segments)
         reference = reference.clone()  # autograd takes no tensor of inference mode
 
@@ -224,6 +230,43 @@ class DpoPrefixSharing(Plugin):
 
         step.replace_task_loss(task)
         return (yield)
+
+    def reference(self, step: TrainStep) -> list[tuple[nn.Parameter, Tensor]]:
+        """All that trains, with its value at the run's first step; copied there, and kept in checkpoints.
+
+        In a loop of one's own the stack's first step counts, and the values stay for as long as the plugin lives.
+        """
+        if step.total is None:
+            self.own_loop = self.own_loop or {}
+            start = self.own_loop
+        elif step.index > 0 and MEMORY not in step.memory:
+            raise PeftxError(
+                f"dpo-prefix-sharing: step {step.index} does not remember the reference",
+                hint="give all steps of a loop of your own one `memory`, or leave `total` out",
+            )
+        else:
+            start = step.memory.setdefault(MEMORY, {})
+        for name, p in step.model.named_parameters():
+            if (
+                p.requires_grad and name not in start
+            ):  # also one that is unfrozen later: till then it was as it is
+                start[name] = p.detach().clone()
+            elif name in start and start[name].device != p.device:  # from a checkpoint
+                start[name] = start[name].to(p.device)
+        return [(p, start[name]) for name, p in step.model.named_parameters() if name in start]
+
+
+@contextmanager
+def swapped(values: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Other values in the parameters' place; nothing is copied."""
+    own = [(p, p.data) for p, _ in values]
+    try:
+        for p, value in values:
+            p.data = value
+        yield
+    finally:
+        for p, value in own:
+            p.data = value
 
 
 def prove(stack: Stack, triple: Triple) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from peftx import Stack, TrainingData
+from peftx import Stack, TrainingData, TrainStep
 from peftx.data import Collator, continuation, encode_pair, prompt_ids
 from peftx.errors import (
     ArchitectureError,
@@ -66,11 +67,21 @@ def batch_of(data: TrainingData) -> dict[str, Any]:
 def build(arch: str, **options: Any) -> Stack:
     """LoRA away from its start, and the plugin."""
     stack = Stack(tiny(arch), [Lora(rank=2), DpoPrefixSharing(**options)], tokenizer=TOKENIZER)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in stack.ledger.parameters("lora"):
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    shift(stack, 1)
     return stack
+
+
+def shift(stack: Stack, seed: int) -> None:
+    """Move what trains."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (p for p in stack.model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def losses(stack: Stack, steps: int, **options: Any) -> list[float]:
+    report = stack.train(ROWS, steps=steps, batch_size=6, learning_rate=1e-2, max_length=96, **options)
+    return [loss for _, loss in report.losses]
 
 
 def two_rows(model: torch.nn.Module, rows: list[dict[str, str]]) -> Tensor:
@@ -143,11 +154,15 @@ def test_loss_and_gradients_are_those_of_two_rows(arch: str, packing: bool) -> N
     stack = build(arch, packing=packing)
     batch = batch_of(prepared(stack))
     assert len(batch["input_ids"]) == (3 if packing else len(ROWS))
+    reference = two_rows(stack.model, ROWS).detach()
+    stack.train_step(batch)  # notes the reference
+    stack.model.zero_grad()
+    shift(stack, 2)
     loss = stack.train_step(batch)
     found = {n: p.grad.clone() for n, p in stack.model.named_parameters() if p.requires_grad}
     stack.model.zero_grad()
 
-    ratio = two_rows(stack.model, ROWS) - two_rows(tiny(arch), ROWS).detach()
+    ratio = two_rows(stack.model, ROWS) - reference
     expected = -logsigmoid(0.1 * (ratio[:, 0] - ratio[:, 1])).mean()
     expected.backward()
     assert abs(float(loss - expected.detach())) < 1e-6
@@ -207,17 +222,83 @@ def test_training_raises_the_chosen_answers() -> None:
     assert bool((gain > 0).all())
 
 
-def test_a_frozen_plugin_belongs_to_the_reference() -> None:
-    first = build("llama")
-    stack = Stack(
-        tiny("llama"), [("sft", Lora(rank=2)), ("dpo", Lora(rank=2)), DpoPrefixSharing()], tokenizer=TOKENIZER
+def test_the_reference_is_the_model_before_training() -> None:
+    """Adapters that were trained before, and those that do not start at nothing, belong to it."""
+    from peftx_p_tuning_v2 import PTuningV2
+
+    prefixes = Stack(
+        tiny("llama"), [PTuningV2(length=3, dropout=0.0), DpoPrefixSharing()], tokenizer=TOKENIZER
     )
+    lora = build("llama")
+    assert not torch.allclose(two_rows(lora.model, ROWS), two_rows(tiny("llama"), ROWS), atol=0.1)
+    for stack in (lora, prefixes):
+        found = losses(stack, 6)
+        assert abs(found[0] - math.log(2)) < 1e-5
+        assert found[-1] < found[0] - 5e-3
+        again = losses(stack, 2)  # another run starts from another reference
+        assert abs(again[0] - math.log(2)) < 1e-5
+
+
+def test_the_reference_stays_in_a_loop_of_ones_own() -> None:
+    stack = build("llama")
+    batch = batch_of(prepared(stack))
+    reference = two_rows(stack.model, ROWS).detach()
+    optimizer = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=1.0)
+    found = [float(stack.train_step(batch, optimizer=optimizer)) for _ in range(3)]
+    assert abs(found[0] - math.log(2)) < 1e-5
+    ratio = two_rows(stack.model, ROWS).detach() - reference
+    expected = float(-logsigmoid(0.1 * (ratio[:, 0] - ratio[:, 1])).mean())
+    assert abs(float(stack.train_step(batch)) - expected) < 1e-5 < abs(expected - found[0])
+    with pytest.raises(PeftxError, match="dpo-prefix-sharing: step 3 does not remember the reference"):
+        stack.run_train_step(TrainStep(stack, batch, index=3, total=9))
+
+
+def test_a_resumed_run_keeps_its_reference(tmp_path: Path) -> None:
+    straight, resumed = build("llama"), build("llama")
+    whole = losses(straight, 4, output=tmp_path, checkpoint_every=2)
+    shift(resumed, 5)  # the checkpoint brings weights and reference
+    rest = losses(resumed, 4, output=tmp_path, checkpoint_every=2, resume=tmp_path / "checkpoint-2")
+    assert rest[-2:] == whole[-2:]
+    for one, two in zip(straight.ledger.parameters("lora"), resumed.ledger.parameters("lora"), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_trains_may_change_and_the_reference_does_not() -> None:
+    first = build("llama")
+    plugins = [("sft", Lora(rank=2)), ("dpo", Lora(rank=2)), DpoPrefixSharing()]
+    stack = Stack(tiny("llama"), plugins, tokenizer=TOKENIZER)
     for ours, theirs in zip(stack.ledger.parameters("sft"), first.ledger.parameters("lora"), strict=True):
         ours.data = theirs.data.clone()
     batch = batch_of(prepared(stack))
-    assert abs(float(stack.train_step(batch)) - math.log(2)) > 1e-3  # both train: the reference is the base
     stack.freeze("sft")
-    assert abs(float(stack.train_step(batch)) - math.log(2)) < 1e-5  # `dpo` starts at nothing over `sft`
+    assert abs(float(stack.train_step(batch)) - math.log(2)) < 1e-5
+    stack.unfreeze("sft")
+    assert abs(float(stack.train_step(batch)) - math.log(2)) < 1e-5
+    shift(stack, 3)
+    moved = float(stack.train_step(batch))
+    assert abs(moved - math.log(2)) > 1e-3
+    stack.freeze("sft")  # stays in the model as it is now, and in the reference as it was
+    assert float(stack.train_step(batch)) == moved
+
+
+def test_micro_batches_weigh_alike_whatever_they_hold() -> None:
+    """As the docstring says: a triple of a micro-batch with n_i weighs 1 / (A n_i)."""
+    stack = build("llama")
+    parts = [batch_of(prepared(stack, rows)) for rows in (ROWS[:1], ROWS[1:])]
+    stack.train_step(parts[0])
+    shift(stack, 2)
+    stack.model.zero_grad()
+    for micro, batch in enumerate(parts):
+        stack.run_train_step(TrainStep(stack, batch, micro=micro, accumulation=2))
+    found = [p.grad.clone() for p in stack.ledger.parameters("lora")]
+    expected = [torch.zeros_like(gradient) for gradient in found]
+    for rows in ([row] for row in ROWS):
+        stack.model.zero_grad()
+        stack.train_step(batch_of(prepared(stack, rows)))
+        for total, p in zip(expected, stack.ledger.parameters("lora"), strict=True):
+            total += p.grad / (2 * (1 if rows[0] is ROWS[0] else 5))
+    for one, two in zip(found, expected, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
 
 
 def test_the_batch_of_the_caller_stays() -> None:
@@ -227,13 +308,6 @@ def test_the_batch_of_the_caller_stays() -> None:
     stack.train_step(batch)
     assert batch.keys() == before.keys()
     assert all(torch.equal(batch[name], before[name]) for name in before)
-
-
-def test_prefixes_of_keys_and_values_compose() -> None:
-    from peftx_p_tuning_v2 import PTuningV2
-
-    stack = Stack(tiny("llama"), [PTuningV2(length=3), DpoPrefixSharing()], tokenizer=TOKENIZER)
-    assert math.isfinite(float(stack.train_step(batch_of(prepared(stack)))))
 
 
 # -------------------------------------------------------------------------------------------------------- prompts

@@ -11,6 +11,7 @@ numbers of the pretrained model:
 
     theta_0 + phi_language + phi_task           a task in a language that it was never trained in
 
+A run that begins with a mask (a second `stack.train`) goes on in phase 2, from theta_2 and without a rewind.
 Either phase may pull towards theta_0: loss + l1 * mean |theta - theta_0|. `take` reads phi from a trained stack;
 `Skills` adds and subtracts such differences on any model. Sums are made anew from theta_0, in one order and in float64,
 so neither the order of adding nor what was there before leaves a trace.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class LtSftConfig(PluginConfig):
     phase1: float = Field(
         0.5,
         ge=0,
-        description="share of a run's steps in phase 1; from 1 on, how many; 0: none, and a random mask",
+        description="share of a run's steps in phase 1; whole from 1 on: how many; 0: none, and a random mask",
     )
     l1: float = Field(
         0.0, ge=0, description="weight of mean |theta - theta_0| in the loss (0.1 for languages)"
@@ -58,6 +59,13 @@ class LtSftConfig(PluginConfig):
     dense: Targets | None = Field(
         None, description="layers that train without a mask and are kept whole: a new task head, 'classifier'"
     )
+
+    @field_validator("phase1")
+    @classmethod
+    def _share_or_steps(cls, phase1: float) -> float:
+        if phase1 >= 1 and phase1 != int(phase1):
+            raise ValueError("from 1 on it is a number of steps, and must be whole")
+        return phase1
 
 
 class Mask(nn.Module):
@@ -125,29 +133,43 @@ class LtSft(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        first = self.first_of_phase_2(step)
-        if step.index == first and step.first_micro:
-            self.rewind(step.stack.seed)
+        if step.index == 0 and step.first_micro:  # a run begins
+            self.state.pop("rewound", None)
+        if not self.chosen():
+            first = self.first_of_phase_2(step)
+            if step.index == first and step.first_micro:
+                self.rewind(step.stack.seed)
+                self.state["rewound"] = first  # a run that is resumed, or lengthened, does not rewind again
+            elif step.index >= first:
+                raise PeftxError(
+                    "lt-sft: phase 2 without a mask", hint="start before it: at the rewind, or at step 0"
+                )
         if self.config.l1:
             step.add_loss("l1", lambda _: self.distance(), weight=self.config.l1)
-        if step.index >= first:
-            step.on_gradients(lambda _: self.before_update(rewound=step.index == first))
+        if self.chosen():
+            rewound = step.index == self.state.get("rewound")
+            step.on_gradients(lambda _: self.before_update(rewound=rewound))
         return (yield)
+
+    def chosen(self) -> bool:
+        """Is there a mask: is it phase 2."""
+        return bool(self.mask.chosen[0] >= 0)
 
     def first_of_phase_2(self, step: TrainStep) -> int:
         """Index of the step that starts from theta_0 again."""
+        first = int(self.config.phase1)
         if 0 < self.config.phase1 < 1:
             if step.total is None:
                 raise PeftxError(
                     f"lt-sft: phase1 = {self.config.phase1:g} of a run whose length is not known",
                     hint="phase1 as a number of steps, or stack.train",
                 )
-            return max(1, round(self.config.phase1 * step.total))
-        first = int(self.config.phase1)
+            first = max(1, round(self.config.phase1 * step.total))
         if step.total is not None and first >= step.total:
             raise PeftxError(
-                f"lt-sft: phase 1 takes {first} steps, and the run has {step.total}",
-                hint="phase1 = 0.5 for half",
+                f"lt-sft: phase1 = {self.config.phase1:g} takes {first} of the run's {step.total} steps, and none "
+                "is left for phase 2",
+                hint=f"more than {first} steps" if step.total < 2 else "more steps, or phase1 = 0.5 for half",
             )
         return first
 
@@ -171,10 +193,6 @@ class LtSft(Plugin):
 
     def before_update(self, *, rewound: bool) -> None:
         """Zero every gradient outside the mask; the optimizer forgets phase 1, and moves nothing outside."""
-        if self.mask.chosen[0] < 0:
-            raise PeftxError(
-                "lt-sft: phase 2 without a mask", hint="start before it: at the rewind, or at step 0"
-            )
         for place, entries in zip(self.sparse.values(), self.mask.split(self.sizes()), strict=True):
             gradient = place.theta.grad
             if gradient is not None:
@@ -287,7 +305,7 @@ def take(stack: Stack, *, id: str = "lt-sft") -> Skill:
     plugin = stack.plugins.get(id)
     if not isinstance(plugin, LtSft):
         raise PeftxError(f"lt-sft: no LT-SFT has the id '{id}'", hint=f"ids: {', '.join(stack.plugins)}")
-    if plugin.mask.chosen[0] < 0:
+    if not plugin.chosen():
         raise PeftxError(
             "lt-sft: the mask is not chosen, so the difference is dense", hint="train through phase 2"
         )

@@ -377,12 +377,85 @@ def test_checkpoint_at_the_rewind(tmp_path: Path) -> None:
     assert same(weights(again.model), weights(straight.model))
 
 
+def test_a_second_run_goes_on_in_phase_2(tmp_path: Path) -> None:
+    options = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "schedule": "constant"}
+    stack, resumed = trained(density=0.05), trained(density=0.05)
+    plugin, base = plugin_of(stack), tiny("llama")
+    chosen, middle = plugin.mask.chosen.clone(), weights(stack.model)
+    stack.train(OTHERS, output=tmp_path, checkpoint_every=2, **options)
+    assert torch.equal(plugin.mask.chosen, chosen)
+    for (name, place), entries in zip(plugin.sparse.items(), plugin.mask.split(plugin.sizes()), strict=True):
+        moved = (place.theta != base.get_parameter(name)).flatten().nonzero().flatten()
+        assert torch.isin(moved, entries).all()
+    after = weights(stack.model)
+    assert not same(after, middle)
+    # From theta_2 on: a second run at a rate that moves nothing keeps what the first one learned.
+    still = trained(density=0.05)
+    still.train(OTHERS, **(options | {"learning_rate": 1e-12}))
+    far, near = (
+        sum(float((w[n] - middle[n]).abs().sum()) for n in middle)
+        for w in (weights(base), weights(still.model))
+    )
+    assert near < 1e-3 * far
+    # A checkpoint of the second run knows that it has no phase 1.
+    fresh = stack_of(density=0.05)
+    for again in (resumed, fresh):
+        again.train(OTHERS, output=tmp_path, resume=tmp_path / "checkpoint-2", checkpoint_every=2, **options)
+        assert same(weights(again.model), after)
+
+
+def test_a_run_that_is_lengthened_does_not_rewind_again(tmp_path: Path) -> None:
+    options = {"batch_size": 2, "learning_rate": 1e-2, "schedule": "constant", "checkpoint_every": 4}
+    stack, longer = stack_of(density=0.05), stack_of(density=0.05)
+    stack.train(ROWS, steps=4, output=tmp_path, **options)  # phase 2 from step 2 on
+    chosen, short = plugin_of(stack).mask.chosen, take(stack)
+    for total in (8, 12):  # half of 8 is where it goes on, half of 12 is later
+        longer = stack_of(density=0.05)
+        longer.train(ROWS, steps=total, output=tmp_path, resume=tmp_path / "checkpoint-4", **options)
+        assert torch.equal(plugin_of(longer).mask.chosen, chosen)
+        assert len(take(longer)) <= len(chosen)
+        one, two = (
+            sum(float(v.abs().sum()) for _, v in phi.sparse.values()) for phi in (short, take(longer))
+        )
+        assert two > 1.2 * one
+
+
+def test_a_random_mask_is_chosen_once() -> None:
+    """A loop that counts no steps: the mask stays, and what was learned too."""
+    stack = stack_of(phase1=0, density=0.1)
+    for _ in range(3):
+        steps(stack, 1)
+    once = stack_of(phase1=0, density=0.1)
+    steps(once, 1)
+    assert torch.equal(plugin_of(stack).mask.chosen, plugin_of(once).mask.chosen)
+    one, three = (sum(float(v.abs().sum()) for _, v in take(s).sparse.values()) for s in (once, stack))
+    assert three > 1.5 * one
+
+
+def test_dense_parameters_are_rewound() -> None:
+    model = tiny("llama", head="classification", num_labels=3)
+    stack = Stack(model, [LtSft(phase1=2, targets="attention", dense="classifier")])
+    before = weights(model)
+    batch = example_inputs(model) | {"labels": torch.tensor([0, 2])}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for index in range(2):
+        stack.run_train_step(TrainStep(stack, batch, index=index))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.score.weight, before["score.weight"])
+    stack.run_train_step(TrainStep(stack, batch, index=2))  # rewinds, and nothing steps after it
+    assert same(weights(model), before)
+
+
 def test_wrong_moments_are_refused() -> None:
     stack = stack_of()
     with pytest.raises(PeftxError, match=r"phase1 = 0\.5 of a run whose length is not known"):
         stack.train_step(batch_for(stack))
-    with pytest.raises(PeftxError, match="phase 1 takes 9 steps, and the run has 4"):
-        stack_of(phase1=9).train(ROWS, steps=4, batch_size=2)
+    for phase1, steps_, found in ((9, 4, "9 takes 9"), (0.99, 10, "0.99 takes 10"), (0.5, 1, "0.5 takes 1")):
+        with pytest.raises(
+            PeftxError, match=rf"phase1 = {found} of the run's {steps_} steps, and none is left"
+        ):
+            stack_of(phase1=phase1).train(ROWS, steps=steps_, batch_size=2)
     late = stack_of(phase1=2)
     with pytest.raises(PeftxError, match="phase 2 without a mask"):
         late.run_train_step(TrainStep(late, batch_for(late), index=5))
@@ -418,7 +491,8 @@ def test_two_that_train_the_base_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"density": 0}, {"density": 1.1}, {"phase1": -1}, {"l1": -0.1}, {"targets": ""}]
+    "options",
+    [{"density": 0}, {"density": 1.1}, {"phase1": -1}, {"phase1": 1.5}, {"l1": -0.1}, {"targets": ""}],
 )
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(PeftxError, match=f"LtSft: {next(iter(options))}") as caught:

@@ -6,13 +6,15 @@ seed s, for every number that trains, and the loss L of a batch:
     g     = (L(theta + eps z) - L(theta - eps z)) / (2 eps)     two forward passes; g is one number
     theta = theta - eta (g z + lambda theta)                    z drawn from s again, tensor by tensor
 
-z is never stored: theta moves by +eps z, -2 eps z and +eps z in place, each time drawn from s. `samples` = n takes the
-mean of g z over n seeds (n-SPSA). A step is known by its (s, g), so a run can be made again from a list of them
-(`replay`). L may be anything that a forward pass gives: `objective: accuracy` minimises the share of wrong tokens.
+z is never stored: theta moves by +eps z, -2 eps z and +eps z in place, each time drawn from s. Under 32 bits that does
+not cancel, so what trains in bfloat16 or float16 is copied before and put back after. `samples` = n takes the mean of
+g z over n seeds (n-SPSA). A step is known by its (s, g), so a run can be made again from a list of them (`replay`).
+L may be anything that a forward pass gives: `objective: accuracy` minimises the share of wrong tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +25,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
+from peftx.data import IGNORE
 from peftx.errors import PeftxError, UnsupportedError
 
 MEMORY = "mezo"
 """What `step.memory` holds between the micro-batches of a step: seeds and the g so far."""
-IGNORED = -100
-"""Label of tokens without a loss."""
 
 
 class MezoConfig(PluginConfig):
@@ -63,7 +64,10 @@ class Mezo(Plugin):
         if not parameters:
             raise PeftxError("mezo: nothing trains", hint="add a plugin with parameters, such as lora")
         if self.config.objective == "accuracy":
+            check_labels_of_tokens(step)
             step.replace_task_loss(lambda: wrong_share(step))
+        if self.config.record:
+            self.note_start(step)
         if step.first_micro:  # all micro-batches of a step look along the same directions
             seeds = torch.randint(2**53, (self.config.samples,)).tolist()
             step.memory[MEMORY] = {"seeds": seeds, "g": [0.0] * len(seeds)}
@@ -75,6 +79,11 @@ class Mezo(Plugin):
                     parameters, seed, self.config.eps, lambda: float(step.total_loss())
                 )
                 if not math.isfinite(slope):
+                    if nothing_labelled(step):
+                        raise PeftxError(
+                            f"mezo: no token of the batch has a label in step {step.index}, so there is no loss",
+                            hint="every row needs a completion that max_length leaves room for",
+                        )
                     raise PeftxError(
                         f"mezo: the loss is {loss} in step {step.index}",
                         hint="a smaller learning rate or eps",
@@ -94,26 +103,52 @@ class Mezo(Plugin):
                     self.state.setdefault("updates", []).append(update)
         return torch.tensor(total)
 
+    def note_start(self, step: TrainStep) -> None:
+        """What the recorded steps start from: it stays the first one's, and all must train the same."""
+        if "start" not in self.state:
+            self.state["start"] = {"shapes": shapes(step.stack), "sha256": digest(step.parameters())}
+        elif self.state["start"]["shapes"] != shapes(step.stack):
+            raise PeftxError(
+                f"mezo: other parameters train in step {step.index} than when the record began",
+                hint="freeze and unfreeze before the first step, or take a new Mezo(record=True)",
+            )
+
 
 def projected_gradient(
     parameters: list[nn.Parameter], seed: int, eps: float, loss: Callable[[], float]
 ) -> tuple[float, float]:
-    """g along the seed's z, and the mean of the two losses; `parameters` end where they were, to rounding.
+    """g along the seed's z, and the mean of the two losses; `parameters` end where they were: of 32 bits and more to
+    rounding, narrower ones to the bit.
 
     Both losses are computed with torch's global generators at the same state.
     """
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     values = []
-    try:
-        for distance in (eps, -2 * eps):
-            perturb(parameters, seed, distance)
-            with torch.random.fork_rng(devices=list(devices)):
-                torch.manual_seed(seed)
-                values.append(loss())
-    finally:
-        perturb(parameters, seed, eps if values else -eps)  # also when `loss` fails
+    with restored(parameters):
+        try:
+            for distance in (eps, -2 * eps):
+                perturb(parameters, seed, distance)
+                with torch.random.fork_rng(devices=list(devices)):
+                    torch.manual_seed(seed)
+                    values.append(loss())
+        finally:
+            perturb(parameters, seed, eps if values else -eps)  # also when `loss` fails
     plus, minus = values
     return (plus - minus) / (2 * eps), (plus + minus) / 2
+
+
+@contextmanager
+def restored(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Parameters of less than 32 bits come back to the bit; holds a copy of those meanwhile.
+
+    In bfloat16 a perturbation rounds by up to a 256th of a weight, so the weights would walk at random, at rate 0 too.
+    """
+    starts = [(p, p.clone()) for p in parameters if p.element_size() < 4]
+    try:
+        yield
+    finally:
+        for p, start in starts:
+            p.copy_(start)
 
 
 def perturb(parameters: list[nn.Parameter], seed: int, distance: float) -> None:
@@ -142,17 +177,64 @@ def replay(stack: Stack, mezo: Mezo) -> None:
     and no data. The perturbations are repeated too, since they round.
 
     Raises:
-        PeftxError: nothing was recorded.
+        PeftxError: nothing was recorded, or the stack trains other parameters, or starts from other values.
     """
     if "updates" not in mezo.state:
         raise PeftxError("mezo: no steps were recorded", hint="train with record: true")
-    parameters = [p for p in stack.model.parameters() if p.requires_grad]
+    start, parameters = mezo.state["start"], [p for p in stack.model.parameters() if p.requires_grad]
+    here = shapes(stack)
+    if start["shapes"] != here:
+        differ = sorted(n for n in start["shapes"].keys() | here if start["shapes"].get(n) != here.get(n))
+        raise PeftxError(
+            f"mezo: the steps were recorded on other parameters: {len(differ)} differ, first {differ[0]}",
+            hint="replay on the same model, with the same plugins, options and ids",
+        )
+    if start["sha256"] != digest(parameters):
+        raise PeftxError(
+            "mezo: the parameters start from other values than those of the record",
+            hint="a stack that has not been trained, with the same seed and dtype",
+        )
     for update in mezo.state["updates"]:
-        for _ in range(update["micro_batches"]):
-            for seed in update["seeds"]:
+        for seed in [*update["seeds"]] * update["micro_batches"]:
+            with restored(parameters):
                 for distance in (1, -2, 1):
                     perturb(parameters, seed, distance * mezo.config.eps)
         move(parameters, update, mezo.config.weight_decay)
+
+
+def shapes(stack: Stack) -> dict[str, list[int]]:
+    """Name -> shape of all that trains."""
+    return {name: list(p.shape) for name, p in stack.model.named_parameters() if p.requires_grad}
+
+
+def digest(parameters: list[nn.Parameter]) -> str:
+    """SHA-256 of dtypes and values, parameter by parameter."""
+    found = hashlib.sha256()
+    for p in parameters:
+        found.update(str(p.dtype).encode())
+        found.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def nothing_labelled(step: TrainStep) -> bool:
+    """Has the batch labels of tokens, and none that counts. A head's rows never have one."""
+    head = any(member.claims(Claim.CLASSIFIES) for member in step.stack.members)
+    return not head and "labels" in step.batch and bool((step.batch["labels"] == IGNORE).all())
+
+
+def check_labels_of_tokens(step: TrainStep) -> None:
+    """Raise where `objective: accuracy` has no labels to compare the likeliest tokens with."""
+    for member in step.stack.members:
+        if member.claims(Claim.CLASSIFIES) or member.claims(Claim.OWN_LAYOUT):
+            raise UnsupportedError(
+                f"mezo: objective 'accuracy' counts label tokens, and '{member.id}' has a loss of its own instead",
+                hint="objective: loss",
+            )
+    if "labels" not in step.batch:
+        raise PeftxError(
+            f"mezo: objective 'accuracy' needs labels; the batch has {', '.join(step.batch)}",
+            hint="give labels, or take objective: loss",
+        )
 
 
 def wrong_share(step: TrainStep) -> tuple[Tensor, Any]:
@@ -161,7 +243,7 @@ def wrong_share(step: TrainStep) -> tuple[Tensor, Any]:
     logits, labels = outputs.logits, step.batch["labels"]
     if step.stack.anatomy.is_decoder and not step.stack.anatomy.is_encoder_decoder and labels.ndim > 1:
         logits, labels = logits[:, :-1], labels[:, 1:]  # token i is predicted at i - 1
-    known = labels != IGNORED
+    known = labels != IGNORE
     return (logits.argmax(-1)[known] != labels[known]).float().mean(), outputs
 
 

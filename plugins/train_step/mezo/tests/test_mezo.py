@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftx import Claim, Plugin, Stack, TrainStep, hookimpl
-from peftx.errors import ConflictError, PeftxError
+from peftx.data import CLASS_INDEX, IGNORE
+from peftx.errors import ConflictError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -27,8 +28,11 @@ def batch_for(stack: Stack, *, seed: int = 0, length: int = 8) -> dict[str, Tens
     return inputs | {"labels": inputs["input_ids"]}
 
 
-def lora_stack(*more: Plugin, dropout: float = 0.0) -> Stack:
-    return Stack(tiny("llama"), [Lora(rank=2, dropout=dropout), *more], tokenizer=tiny_tokenizer())
+def lora_stack(
+    *more: Plugin, dropout: float = 0.0, dtype: torch.dtype = torch.float32, rank: int = 2
+) -> Stack:
+    model = tiny("llama").to(dtype)
+    return Stack(model, [Lora(rank=rank, dropout=dropout), *more], tokenizer=tiny_tokenizer())
 
 
 def weights(stack: Stack) -> list[Tensor]:
@@ -54,6 +58,19 @@ def test_perturbations_give_the_weights_back() -> None:
     values = torch.cat([v.flatten() for v in z])
     assert abs(float(values.mean())) < 0.1
     assert 0.9 < float(values.std()) < 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_do_not_drift(dtype: torch.dtype) -> None:
+    stack = lora_stack(Mezo(), dtype=dtype)
+    before, batch = weights(stack), batch_for(stack)
+    assert {w.dtype for w in before} == {dtype}
+    for index in range(50):
+        stack.run_train_step(TrainStep(stack, batch, index=index, learning_rate=0.0))
+    assert difference(weights(stack), before) == 0
+    for index in range(5):
+        stack.run_train_step(TrainStep(stack, batch, index=index, learning_rate=1e-1))
+    assert difference(weights(stack), before) > 1e-3
 
 
 @torch.no_grad()
@@ -137,21 +154,24 @@ class Peak(TorchDispatchMode):
         return out
 
 
+def peak(stack: Stack, run: Any) -> int:
+    batch = batch_for(stack, length=64)
+    run(stack, batch)  # buffers of the first call
+    with Peak() as mode:
+        run(stack, batch)
+    return mode.peak
+
+
+def forward(stack: Stack, batch: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        stack.model(**batch)
+
+
+def step(stack: Stack, batch: dict[str, Tensor]) -> None:
+    stack.run_train_step(TrainStep(stack, batch, learning_rate=1e-3))
+
+
 def test_peak_memory_is_that_of_a_forward_pass() -> None:
-    def peak(stack: Stack, run: Any) -> int:
-        batch = batch_for(stack, length=64)
-        run(stack, batch)  # buffers of the first call
-        with Peak() as mode:
-            run(stack, batch)
-        return mode.peak
-
-    def forward(stack: Stack, batch: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            stack.model(**batch)
-
-    def step(stack: Stack, batch: dict[str, Tensor]) -> None:
-        stack.run_train_step(TrainStep(stack, batch, learning_rate=1e-3))
-
     inference, mezo, backward = (
         peak(lora_stack(), forward),
         peak(lora_stack(Mezo()), step),
@@ -160,6 +180,16 @@ def test_peak_memory_is_that_of_a_forward_pass() -> None:
     assert inference > 300_000  # logits alone: 4 * 64 * 320 numbers
     assert mezo < 1.05 * inference
     assert backward > 1.5 * inference
+
+
+def test_peak_memory_of_narrow_weights_is_a_copy_more() -> None:
+    copy = sum(w.nbytes for w in weights(lora_stack(dtype=torch.bfloat16, rank=16)))
+    inference, mezo = (
+        peak(lora_stack(*plugins, dtype=torch.bfloat16, rank=16), run)
+        for plugins, run in (((), forward), ((Mezo(),), step))
+    )
+    assert copy > 0.02 * inference
+    assert abs(mezo - inference - copy) < 0.1 * copy
 
 
 @pytest.mark.parametrize("options", [{}, {"samples": 4}])
@@ -231,6 +261,34 @@ def test_trains_with_lora_resumes_and_replays_to_the_bit(tmp_path: Path) -> None
     assert difference(weights(fresh), weights(lora_stack(Mezo()))) > 1e-3
 
 
+def test_replays_narrow_weights_to_the_bit() -> None:
+    straight, fresh = lora_stack(Mezo(record=True), dtype=torch.bfloat16), lora_stack(dtype=torch.bfloat16)
+    straight.train(ROWS, steps=3, batch_size=2, learning_rate=1e-1)
+    mezo: Any = straight.plugins["mezo"]
+    replay(fresh, mezo)
+    assert difference(weights(fresh), weights(straight)) == 0
+
+
+def test_replays_on_the_same_start_alone() -> None:
+    recorded = lora_stack(Mezo(record=True))
+    recorded.train(ROWS, steps=1, batch_size=2, learning_rate=1e-2)
+    mezo: Any = recorded.plugins["mezo"]
+    other = lora_stack(rank=3)
+    before = weights(other)
+    with pytest.raises(
+        PeftxError, match=r"mezo: the steps were recorded on other parameters: \d+ differ, first "
+    ):
+        replay(other, mezo)
+    assert difference(weights(other), before) == 0
+    for stack in (recorded, lora_stack(dtype=torch.bfloat16)):
+        with pytest.raises(PeftxError, match="mezo: the parameters start from other values"):
+            replay(stack, mezo)
+    recorded.unfreeze()
+    frozen = Stack(tiny("llama"), [Lora(rank=2), ("more", Lora(rank=2)), mezo], tokenizer=tiny_tokenizer())
+    with pytest.raises(PeftxError, match="mezo: other parameters train in step 0 than when the record began"):
+        frozen.run_train_step(TrainStep(frozen, batch_for(frozen)))
+
+
 class Pull(Plugin):
     """A loss term and a batch edit around the step."""
 
@@ -296,6 +354,56 @@ def test_trains_on_accuracy() -> None:
     slopes = [g for update in stack.plugins["mezo"].state["updates"] for g in update["g"]]
     assert any(slopes)
     assert sum(first[-5:]) < sum(first[:5])
+
+
+class Head(Plugin):
+    """Takes the labels of tokens away, as heads of their own do."""
+
+    claims = {Claim.CLASSIFIES}
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        step.batch = {name: x for name, x in step.batch.items() if name not in ("labels", CLASS_INDEX)}
+        step.replace_task_loss(lambda: (torch.tensor(1.0), None))
+        return (yield)
+
+
+class Rows(Head):
+    claims = {Claim.OWN_LAYOUT}
+
+
+class Thief(Head):
+    claims = set()
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (Head, "'head' has a loss of its own"),
+        (Rows, "'rows' has a loss of its own"),
+        (Thief, "the batch has input_ids"),
+    ],
+)
+def test_accuracy_needs_labels_of_tokens(other: type[Plugin], match: str) -> None:
+    stack = lora_stack(other(), Mezo(objective="accuracy"))
+    with pytest.raises(
+        (UnsupportedError, PeftxError), match=f"mezo: objective 'accuracy' .*{match}"
+    ) as caught:
+        stack.run_train_step(TrainStep(stack, batch_for(stack)))
+    assert "objective: loss" in str(caught.value.hint)
+    on_loss = lora_stack(other(), Mezo())
+    assert float(on_loss.run_train_step(TrainStep(on_loss, batch_for(on_loss)))) == 1
+
+
+@pytest.mark.parametrize("objective", ["loss", "accuracy"])
+def test_no_label_at_all_is_said(objective: str) -> None:
+    stack = lora_stack(Mezo(objective=objective))
+    batch = batch_for(stack)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+    before = weights(stack)
+    with pytest.raises(PeftxError, match="mezo: no token of the batch has a label in step 2"):
+        stack.run_train_step(TrainStep(stack, batch, index=2, learning_rate=1e-3))
+    assert difference(weights(stack), before) < 1e-7
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights() -> None:

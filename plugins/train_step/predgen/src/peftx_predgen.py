@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,6 +62,12 @@ class PredgenConfig(PluginConfig):
     p_max: float = Field(1.0, ge=0, le=1, description="p_t from step T_s on")
     ramp: int = Field(500, ge=1, description="T_s, steps until p_max")
 
+    @model_validator(mode="after")
+    def _fit(self) -> PredgenConfig:
+        if self.p_max < self.p_min:
+            raise ValueError(f"p_max {self.p_max} is below p_min {self.p_min}: swap them")
+        return self
+
 
 class Director(nn.Module):
     """o = W2 mean_g (W1 Z_g): logits [B, G, V] -> scores [B, C].
@@ -92,6 +98,13 @@ def position_weights(G: int) -> Tensor:
     """w [G], of mean 1; from G = 3 on the first digit weighs most."""
     w = torch.linspace(G, 2, G)
     return w / w.mean()
+
+
+def pads_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows with their pads behind the text, where `places` looks for the answer."""
+    mask = batch["attention_mask"]
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return {name: x.gather(1, order) if x.shape == mask.shape else x for name, x in batch.items()}
 
 
 def places(mask: Tensor, G: int) -> Tensor:
@@ -152,8 +165,6 @@ class Predgen(Plugin):
             raise ArchitectureError(
                 f"{who}: {model.config.model_type} does not write behind its prompt", hint="take a decoder"
             )
-        if config.p_max < config.p_min:
-            raise PeftxError(f"{who}: p_max {config.p_max} is below p_min {config.p_min}", hint="swap them")
         if stack.tokenizer.eos_token_id is None:
             raise PeftxError(f"{who}: the tokenizer has no EOS, which ends an answer", hint="set eos_token")
         if config.labels is None:
@@ -236,8 +247,9 @@ class Predgen(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        G, labels, target = self.state["G"], step.batch["labels"], step.batch.get(CLASS_INDEX)
-        step.batch = {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
+        batch = pads_right(step.batch)
+        G, labels, target = self.state["G"], batch["labels"], batch.get(CLASS_INDEX)
+        step.batch = {name: x for name, x in batch.items() if name not in (CLASS_INDEX, "labels")}
         ids, mask = step.batch["input_ids"], step.batch["attention_mask"]
         p = self.probability(step.index + 1)
         if p > 0 and float(torch.rand(())) < p:

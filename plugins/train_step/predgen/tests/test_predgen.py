@@ -169,6 +169,19 @@ def test_the_step_is_the_formula(labels: list[str] | None, p: float) -> None:
         assert torch.allclose(gradient, by_autograd[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("labels", [["negative", "positive"], None])
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_the_side_of_the_pads_does_not_matter(labels: list[str] | None, p: float) -> None:
+    """In a loop of one's own: the same rows, padded on the left."""
+    stack = stack_of(Lora(), labels=labels, p_min=p, p_max=p)
+    right = batch_of(stack, ROWS if labels else [*NUMBERS, {"text": "longer ->", "label": "7"}], count=5)
+    order = right["attention_mask"].argsort(dim=1, stable=True)
+    assert not torch.equal(order, order.sort(1).values)
+    left = {name: x.gather(1, order) if x.ndim == 2 else x for name, x in right.items()}
+    losses = [float(stack.train_step(batch)) for batch in (right, left)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_teacher_forcing_draws_nothing() -> None:
     stack = stack_of(p_max=0.0)
     batch, state = batch_of(stack), torch.get_rng_state()
@@ -324,13 +337,17 @@ def test_the_director_reads_what_was_written() -> None:
         ({"labels": ["one"]}, "1 class"),
         ({"labels": ["one", " "]}, "is empty"),
         ({"labels": ["one", "one "]}, "'one' and 'one ' have the same tokens"),
-        ({"p_min": 0.5, "p_max": 0.2}, "p_max 0.2 is below p_min 0.5"),
         ({"labels": None, "dense": 8}, "dense is 8, and numbers have no director"),
     ],
 )
 def test_bad_options(options: dict[str, object], said: str) -> None:
     with pytest.raises(PeftxError, match=f"predgen: .*{said}"):
         stack_of(**options)
+
+
+def test_a_falling_schedule_is_refused() -> None:
+    with pytest.raises(PeftxError, match=r"Predgen: .*p_max 0.2 is below p_min 0.5: swap them"):
+        Predgen(p_min=0.5, p_max=0.2)
 
 
 def test_bad_rows_and_uses() -> None:
