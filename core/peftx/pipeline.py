@@ -258,7 +258,13 @@ class Run:
         if resting:
             stack.unfreeze(*resting)
         self.result.training.append(report)
-        return f"{report.steps} steps, loss {report.first_loss:.3f} to {report.last_loss:.3f}"
+        done = f"{report.steps} steps, loss {report.first_loss:.3f} to {report.last_loss:.3f}"
+        if report.full:
+            length = self._training_data(settings).max_length
+            done += (
+                f"; {report.full} of {report.examples} rows reach max_length {length}: longer ones are cut"
+            )
+        return done
 
     def _freeze(self, stage: RunStage, index: int) -> str:
         self._stack.freeze(*stage.ids)

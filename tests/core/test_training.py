@@ -276,6 +276,20 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_checkpoints_of_another_run_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    options = {"steps": 6, "batch_size": 3, "learning_rate": 0.02}
+    stack_of().train(ROWS, output=tmp_path, seed=5, **options)
+    options |= {"steps": 4, "checkpoint_every": 1}
+    whole = stack_of()
+    whole.train(ROWS, output=tmp_path, **options)
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (3, 4, 6)}
+    again = stack_of()
+    again.train(
+        ROWS, output=tmp_path, resume=True, **options
+    )  # not from the newest, which is the other run's
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
 def test_a_run_without_output_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     stack_of().train(ROWS, steps=1)

@@ -90,6 +90,8 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
     with reporter() as shown, Interrupts() as interrupts:
         told = Interruptible(shown, interrupts)
         run = Run(recipe.pipeline, registry=registry, where=recipe.where, reporter=told, resume=resume)
+        if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
+            failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
         if resume and not _checkpoints(run):
             failures.warn("no checkpoint to resume from: the run starts at the beginning")
         try:

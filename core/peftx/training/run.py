@@ -20,7 +20,7 @@ from peftx.data import Collator, TrainingData, read_dataset, tokenize_dataset
 from peftx.data.formats import detect_format, format_of_keys
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.models import asset_path
-from peftx.training.trainer import IDENTITY, StackTrainer, last_checkpoint
+from peftx.training.trainer import IDENTITY, StackTrainer, checkpoints_of
 from peftx_spec.models import TrainSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class TrainingReport:
     examples: int
     terms: dict[str, float] = field(default_factory=dict)
     """The last step's loss terms."""
+    full: int = 0
+    """Rows of prompts and completions, or of messages, as long as `max_length`: what was longer is cut at its left."""
 
     @property
     def first_loss(self) -> float:
@@ -194,6 +196,7 @@ def train(
         stack.trainable_parameters(),
         len(rows),
         trainer.loss_terms,
+        _full(rows, training_data),
     )
 
 
@@ -231,6 +234,12 @@ def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> Train
     return arguments
 
 
+def _full(rows: Dataset, data: TrainingData) -> int:
+    if data.format in ("text", "tokenized"):
+        return 0
+    return sum(len(ids) >= data.max_length for ids in rows["input_ids"])
+
+
 def _check_that_it_acts(stack: Stack) -> None:
     """Raises PeftxError where parameters would get no gradient: their plugin is merged, or all are switched off."""
     training = [id for id in stack.plugins if any(p.requires_grad for p in stack.ledger.parameters(id))]
@@ -266,22 +275,25 @@ def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any
     """Where to go on from. Raises BundleError if there is nothing, or a checkpoint of another run."""
     if resume is False:
         return None
-    found = last_checkpoint(folder) if resume is True else Path(resume)
-    if found is None:
+    choice = checkpoints_of(folder) if resume is True else [Path(resume)]
+    if not choice:
         raise BundleError(
             f"nothing to resume: no checkpoint in '{folder}'", hint="train with checkpoint_every"
         )
-    for name in ("trainer_state.json", IDENTITY):
-        if not (found / name).exists():
-            raise BundleError(f"'{found}' is no whole checkpoint: {name} is missing")
+    for found in choice:
+        for name in ("trainer_state.json", IDENTITY):
+            if not (found / name).exists():
+                raise BundleError(f"'{found}' is no whole checkpoint: {name} is missing")
+        if json.loads((found / IDENTITY).read_text(encoding="utf-8")) == identity:
+            return found
+    found = choice[0]
     theirs = json.loads((found / IDENTITY).read_text(encoding="utf-8"))
     differ = sorted(n for n in identity.keys() | theirs.keys() if identity.get(n) != theirs.get(n))
-    if differ:
-        name = differ[0]
-        was = "" if name.startswith("the ") else f": {theirs.get(name)!r}, now {identity.get(name)!r}"
-        raise BundleError(
-            f"'{found}' is of another run: it differs in {name}{was}"
-            + (f", and in {', '.join(differ[1:4])}" if differ[1:] else ""),
-            hint="resume with the options that it was started with, or start anew in another folder",
-        )
-    return found
+    name, was = differ[0], ""
+    if not name.startswith("the "):
+        was = f": {theirs.get(name)!r}, now {identity.get(name)!r}"
+    raise BundleError(
+        f"'{found}' is of another run: it differs in {name}{was}"
+        + (f", and in {', '.join(differ[1:4])}" if differ[1:] else ""),
+        hint="resume with the options that it was started with, or start anew in another folder",
+    )

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
 
 from peftx.errors import BundleError, PeftxError
 from peftx.files import telling_of_a_full_disk
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "trained.safetensors"
 IDENTITY = "run.json"
+KEPT = 2
 
 
 class StackTrainer(Trainer):
@@ -57,6 +57,7 @@ class StackTrainer(Trainer):
         self.loss_terms: dict[str, float] = {}
         self._micro = 0
         self._staging: Path | None = None
+        self._written: list[Path] = []
         super().__init__(
             model=stack.model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks
         )
@@ -137,7 +138,11 @@ class StackTrainer(Trainer):
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        self._written.append(run / name)
+        while (
+            len(self._written) > KEPT
+        ):  # its own: those of another run in the same folder are not its to delete
+            shutil.rmtree(self._written.pop(0), ignore_errors=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -201,7 +206,12 @@ class StackTrainer(Trainer):
             set_random_state(load_state(Path(checkpoint) / f"random-{self.args.process_index}"))
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, the newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    return next(iter(checkpoints_of(folder)), None)
