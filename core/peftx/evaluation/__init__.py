@@ -14,7 +14,14 @@ from peftx.evaluation.answers import exact_match, last_number, normalise_answer
 from peftx.evaluation.classification import AccuracyResult, ClassCounts, accuracy
 from peftx.evaluation.evaluation import Evaluation
 from peftx.evaluation.language_modelling import perplexity
-from peftx.evaluation.likelihood import Request, context_window, evaluating, score_requests, windows
+from peftx.evaluation.likelihood import (
+    Request,
+    context_window,
+    eval_mode,
+    evaluating,
+    score_requests,
+    windows,
+)
 from peftx.evaluation.scores import Score, bootstrap_ratio, wilson_interval
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "accuracy",
     "bootstrap_ratio",
     "context_window",
+    "eval_mode",
     "evaluating",
     "exact_match",
     "last_number",

@@ -44,16 +44,22 @@ class Request:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inference mode with every module in eval mode; each module's own mode comes back afterwards."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, so without dropout, and with gradients; each module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inference mode with every module in eval mode; each module's own mode comes back afterwards."""
+    with eval_mode(model), torch.inference_mode():
+        yield
 
 
 def refuse_masked(model: PreTrainedModel) -> None:

@@ -18,8 +18,7 @@ L_C holds on to what the model knew, L_D spreads the outputs, L_S gathers them i
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -30,17 +29,22 @@ from torch.nn.functional import linear, log_softmax, mse_loss, normalize
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.data import IGNORE
 from peftx.errors import PeftxError
+from peftx.evaluation import eval_mode
 
 
 class BaLoraConfig(PluginConfig):
     """Options of BA-LoRA, with the values of the released training script."""
 
     rank: int = Field(128, ge=1, description="r, the rank of the update")
-    alpha: float | None = Field(None, gt=0, description="alpha; the rank if left out, so s = 1")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="alpha; the rank if left out, so s = 1"
+    )
     targets: Targets = Field(Targets("attention mlp"), description="linear layers to adapt")
-    consistency: float = Field(1e-4, ge=0, description="l1, weight of L_C; 0 saves the second forward pass")
-    diversity: float = Field(3e-4, ge=0, description="l2, weight of L_D")
-    singular: float = Field(1e-4, ge=0, description="l3, weight of L_S")
+    consistency: float = Field(
+        1e-4, ge=0, allow_inf_nan=False, description="l1, weight of L_C; 0 saves the second forward pass"
+    )
+    diversity: float = Field(3e-4, ge=0, allow_inf_nan=False, description="l2, weight of L_D")
+    singular: float = Field(1e-4, ge=0, allow_inf_nan=False, description="l3, weight of L_S")
     top: int = Field(3, ge=1, description="k, singular values that L_S gathers the logits in")
 
 
@@ -50,6 +54,8 @@ class PrincipalDelta(Delta):
     Args:
         in_features, out_features: of the layer. rank: r. scale: s. batch: leading dimensions of experts' weights.
     """
+
+    full_precision = True  # two products that nearly cancel: bfloat16 rounds a step of A and B away
 
     A0: Tensor
     B0: Tensor
@@ -75,10 +81,10 @@ class PrincipalDelta(Delta):
             B.copy_(U[..., :r] * root.unsqueeze(-2))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        A, B, A0, B0 = (M.to(y.dtype) for M in (self.A, self.B, self.A0, self.B0))
-        x = x.to(y.dtype)
-        change = linear(linear(x, A), B) - linear(linear(x, A0), B0)  # apart, so that the start is exactly 0
-        return y + self.scale * change
+        x = x.to(self.A.dtype)
+        # Apart, so that the start is exactly 0.
+        change = linear(linear(x, self.A), self.B) - linear(linear(x, self.A0), self.B0)
+        return y + (self.scale * change).to(y.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.B @ self.A - self.B0 @ self.A0).to(weight.dtype), bias
@@ -91,7 +97,7 @@ class BaLora(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_LABELS}
     architectures = ("mixtral",)
     config: BaLoraConfig
-    example = {"rank": 2}
+    example = {"rank": 2, "top": 1}  # a batch of two rows has two singular values
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
@@ -127,7 +133,7 @@ class BaLora(Plugin):
     def _reference(self, step: TrainStep) -> Tensor:
         """Z0: logits of the model without this adapter, in eval mode."""
         owner = step.stack.id_of(self)
-        with torch.no_grad(), evaluating(step.model), step.stack.disabled(owner):
+        with torch.no_grad(), eval_mode(step.model), step.stack.disabled(owner):
             return logits_of(step.model(**step.batch))
 
 
@@ -158,10 +164,16 @@ def diversity(step: TrainStep, Z: Tensor) -> Tensor:
 
 
 def singular(step: TrainStep, Z: Tensor, k: int) -> Tensor:
-    """L_S, 0-d; -1 where Z has at most k rows or columns."""
+    """L_S, 0-d; -1 where Z has at most k rows or columns, as what is left over at the end of the data may."""
     if Z.ndim > 2:
         shown, mask = predictions(step, Z)
         Z = (shown * mask.unsqueeze(-1)).flatten(1)  # [b, T V], other positions at 0
+    if min(Z.shape) <= k and step.index == 0:
+        raise PeftxError(
+            f"ba-lora: singular: the logits, {Z.shape[0]}x{Z.shape[1]}, have no singular values beside the top {k}, so "
+            "that the term is constant",
+            hint=f"a batch_size (and number of classes) above {k}, a smaller top, or singular: 0",
+        )
     s = torch.linalg.svdvals(Z.float())  # [min(b, T V)], falling
     return -s[:k].sum() / (s.sum() + 1e-10)
 
@@ -189,15 +201,3 @@ def labelled(step: TrainStep, Z: Tensor) -> Tensor:
     """The logits of positions that have a label, [N, V]."""
     shown, mask = predictions(step, Z)
     return shown[mask]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """No dropout; each module's own mode comes back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -316,6 +316,41 @@ def test_a_batch_of_one_row_has_no_covariance() -> None:
     assert losses(stack, batch, index=7)["diversity"] == 0  # the last rows of an epoch
 
 
+def test_singular_values_that_are_all_in_the_top_are_refused() -> None:
+    """The term would be the constant -1, with no gradient."""
+    batch = {name: x[:3] for name, x in batch_of(stack_of().model).items()}
+    match = r"ba-lora: singular: the logits, 3x\d+, have no singular values beside the top 3"
+    with pytest.raises(PeftxError, match=match) as caught:
+        losses(stack_of(), batch)
+    assert "a batch_size (and number of classes) above 3" in str(caught.value.hint)
+    assert -1 < losses(stack_of(top=2), batch)["singular"] < 0
+    assert "singular" not in losses(stack_of(singular=0), batch)
+    assert losses(stack_of(), batch, index=7)["singular"] == pytest.approx(-1)  # the last rows of an epoch
+    classes = Stack(tiny("bert", head="classification", num_labels=2), [BaLora(rank=2)])
+    batch = {**example_inputs(classes.model, batch=5), "labels": torch.tensor([0, 1, 1, 1, 0])}
+    with pytest.raises(PeftxError, match="the logits, 5x2, have no"):
+        losses(classes, batch)
+
+
+def test_small_steps_count_in_bfloat16() -> None:
+    """bfloat16 keeps 8 bits: a step of a thousandth of A would be rounded away, and so would its effect on y."""
+    torch.manual_seed(0)
+    model = tiny("llama").to(torch.bfloat16)
+    stack = Stack(model, [BaLora(rank=2)])
+    assert {t.dtype for t in stack.ledger.tensors("ba-lora").values()} == {torch.float32}
+    delta = model.model.layers[0].mlp.down_proj.peftx["ba-lora"]
+    with torch.no_grad():
+        for _ in range(8):
+            delta.A.mul_(1 + 1e-4)
+        assert torch.allclose(delta.A, delta.A0 * (1 + 1e-4) ** 8, rtol=1e-5)
+        x = torch.randn(3, 48).bfloat16()
+        found = delta(x, torch.zeros(3, 32, dtype=torch.bfloat16))
+        expected = ((1 + 1e-4) ** 8 - 1) * x.double() @ (delta.B0.double() @ delta.A0.double()).t()
+    assert found.dtype == torch.bfloat16
+    assert expected.abs().max() > 1e-4
+    assert torch.allclose(found.double(), expected, rtol=0.02, atol=1e-6)
+
+
 def test_the_bundle_holds_the_start(tmp_path: Any) -> None:
     import peftx
 
@@ -349,9 +384,11 @@ def test_outputs_without_logits_are_refused() -> None:
     [
         ({"rank": 0}, "rank"),
         ({"alpha": 0.0}, "alpha"),
+        ({"alpha": float("inf")}, "alpha"),
         ({"consistency": -1.0}, "consistency"),
         ({"diversity": -1.0}, "diversity"),
         ({"singular": -1.0}, "singular"),
+        ({"singular": float("inf")}, "singular"),
         ({"top": 0}, "top"),
         ({"targets": ""}, "targets"),
     ],

@@ -11,14 +11,11 @@ W' = W + s B A, the adapter costs nothing.
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
-from safetensors.torch import load_file, save_file
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftx import (
@@ -36,19 +33,21 @@ from peftx import (
 from peftx.errors import PeftxError
 
 if TYPE_CHECKING:
-    from peftx import Site, Stack
+    from peftx import Site
 
 
 class LoraConfig(PluginConfig):
     """Options of LoRA; the paper adapts the attention's q and v with r = 4 to 8."""
 
     rank: int = Field(8, ge=1, description="r, the rank of the update")
-    alpha: float | None = Field(None, gt=0, description="alpha; twice the rank if left out, so s = 2")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="alpha; twice the rank if left out, so s = 2"
+    )
     rank_stabilized: bool = Field(
         False, description="s = alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of zeroing an input of A while training")
-    ranks: dict[str, int] = Field(
+    ranks: dict[str, PositiveInt] = Field(
         default_factory=dict, description="other ranks for some targets, as in {'attention.q': 4, 'mlp': 16}"
     )
     targets: Targets = Field(Targets("all"), description="linear layers to adapt")
@@ -111,13 +110,18 @@ class Lora(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        special = {
-            site.key: rank
-            for target, rank in self.config.ranks.items()
-            for site in model.linears(Targets(target))
-        }
-        for site in model.linears(self.config.targets):
-            rank = special.get(site.key, self.config.rank)
+        sites = {site.key: site for site in model.linears(self.config.targets)}
+        ranks = dict.fromkeys(sites, self.config.rank)
+        for target, rank in self.config.ranks.items():
+            keys = sites.keys() & {site.key for site in model.linears(target)}
+            if not keys:
+                raise PeftxError(
+                    f"lora: ranks: '{target}' matches nothing inside targets '{self.config.targets}'",
+                    hint="add it to targets, or take it out of ranks",
+                )
+            ranks |= dict.fromkeys(keys, rank)
+        for key, site in sites.items():
+            rank = ranks[key]
             self._check(site, rank)
             site.attach(
                 LoraDelta(
@@ -143,65 +147,3 @@ class Lora(Plugin):
                 f"lora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
                 hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
             )
-
-
-# -- HF PEFT's format: adapter_config.json and adapter_model.safetensors, read by PEFT, TRL and vLLM ------------------
-
-
-def to_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> Path:
-    """Write the adapter `id` of a stack as HF PEFT writes it.
-
-    Raises:
-        PeftxError: parts of a fused matrix or stacked experts, which the format cannot say.
-    """
-    tensors, ranks, alphas = {}, {}, {}
-    for part in stack.ledger.of(id):
-        delta = part.module
-        if part.key != part.path or not isinstance(delta, LoraDelta):
-            raise PeftxError(
-                f"{id}: {part.key} is a part of a fused or stacked matrix, which PEFT's format cannot name"
-            )
-        tensors[f"base_model.model.{part.path}.lora_A.weight"] = delta.A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{part.path}.lora_B.weight"] = delta.B.detach().cpu().contiguous()
-        ranks[part.path] = delta.A.shape[0]
-        alphas[part.path] = delta.scale * delta.A.shape[0]  # PEFT's scale is alpha / r
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": stack.base_id,
-        "r": max(ranks.values()), "lora_alpha": max(alphas.values()), "target_modules": sorted(ranks),
-        "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": stack.plugins[id].config.dropout,
-        "bias": "none", "inference_mode": True,
-    }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def from_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> None:
-    """Fill the adapter `id` of a stack with the weights of an HF PEFT adapter; its targets and ranks must be the same.
-
-    Raises:
-        PeftxError: modules or ranks differ, or the scale of the config does.
-    """
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    saved = load_file(Path(folder) / "adapter_model.safetensors")
-    parts = {part.path: part.module for part in stack.ledger.of(id)}
-    theirs = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in saved}
-    if theirs != parts.keys():
-        differ = sorted(theirs ^ parts.keys())
-        raise PeftxError(
-            f"{id}: {len(differ)} modules differ from the adapter's, e.g. {differ[0]}", hint="set `targets`"
-        )
-    for path, delta in parts.items():
-        rank = config.get("rank_pattern", {}).get(path, config["r"])
-        alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if rank != delta.A.shape[0] or not math.isclose(scale, delta.scale, rel_tol=1e-6):
-            raise PeftxError(
-                f"{id}: {path} has rank {delta.A.shape[0]} and scale {delta.scale:g}, the adapter {rank} and {scale:g}",
-                hint="set `rank`, `alpha` and `rank_stabilized` as the adapter has them",
-            )
-        with torch.no_grad():
-            delta.A.copy_(saved[f"base_model.model.{path}.lora_A.weight"])
-            delta.B.copy_(saved[f"base_model.model.{path}.lora_B.weight"])

@@ -1,24 +1,28 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from peftx import Stack
 from peftx.errors import PeftxError
+from peftx.interop import from_peft, to_peft
 from peftx.testing import conformance, tiny
-from peftx_lora import Lora, LoraDelta, from_peft, to_peft
+from peftx.testing.models import example_inputs, output_of
+from peftx_lora import Lora, LoraDelta
 
 test_conformance = conformance("lora")
 
 IDS = torch.arange(24).reshape(2, 12)
 
 
-def randomised(**options: object) -> Stack:
+def randomised(model: torch.nn.Module | None = None, **options: object) -> Stack:
     """A stack whose B is not zero."""
-    stack = Stack(tiny("llama"), [Lora(**options)])
+    stack = Stack(tiny("llama") if model is None else model, [Lora(**options)])
     generator = torch.Generator().manual_seed(1)
     for part in stack.ledger.of("lora"):
         with torch.no_grad():
@@ -41,6 +45,15 @@ def test_update_by_hand() -> None:
     assert delta(x, y.clone()).tolist() == [[31.0, -11.0]]
     weight, _ = delta.fold(torch.zeros(2, 2), None)
     assert weight.tolist() == [[3.0, 6.0], [-3.0, -6.0]]
+
+
+def test_start_is_kaiming_uniform() -> None:
+    """U(-1 / sqrt(in), 1 / sqrt(in)), and B = 0."""
+    torch.manual_seed(0)
+    delta = LoraDelta(400, 5, rank=8, scale=1.0)
+    assert 0.99 / 20 < float(delta.A.detach().abs().max()) <= 1 / 20
+    assert float(delta.A.detach().std()) == pytest.approx(1 / 20 / math.sqrt(3), rel=0.05)
+    assert not delta.B.any()
 
 
 def test_number_of_parameters_is_r_times_in_plus_out() -> None:
@@ -71,8 +84,26 @@ def test_rank_above_the_matrix_is_refused() -> None:
         Stack(tiny("llama"), [Lora(rank=9999)])
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"dropout": 1.0}, {"alpha": -1.0}, {"rnak": 8}])
-def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+def test_ranks_outside_the_targets_are_refused() -> None:
+    with pytest.raises(
+        PeftxError, match="lora: ranks: 'mlp' matches nothing inside targets 'attention'"
+    ) as caught:
+        Stack(tiny("llama"), [Lora(rank=2, targets="attention", ranks={"attention.q": 3, "mlp": 4})])
+    assert "add it to targets" in str(caught.value.hint)
+    stack = Stack(
+        tiny("llama"), [Lora(rank=2, targets="mlp layers=1", ranks={"mlp.down": 4})]
+    )  # of some layers
+    assert sorted(part.module.A.shape[0] for part in stack.ledger.of("lora")) == [2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0}, {"dropout": 1.0}, {"alpha": -1.0}, {"alpha": math.inf}, {"alpha": math.nan}, {"rnak": 8},
+        {"ranks": {"mlp": 0}}, {"ranks": {"mlp": -2}},
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(PeftxError, match=next(iter(options))):
         Lora(**options)
 
@@ -131,11 +162,151 @@ def test_peft_in_ours_gives_the_same_logits(tmp_path: Path, stabilized: bool) ->
     assert not torch.allclose(logits(stack.model), logits(tiny("llama")), atol=1e-3)
 
 
+def peft_adapter(folder: Path, **options: Any) -> torch.nn.Module:
+    """A PEFT model on the tiny Llama, and what it saves."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "init_lora_weights": False,
+    } | options
+    theirs = get_peft_model(tiny("llama"), LoraConfig(**options)).eval()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # of the last case
+@pytest.mark.parametrize(
+    ("rank_pattern", "alpha_pattern", "ranks"),
+    [
+        ({"q_proj": 2}, {"q_proj": 4}, {"attention.q": 2}),  # the module's name
+        ({"self_attn.q_proj": 2}, {"self_attn.q_proj": 4}, {"attention.q": 2}),  # the end of its path
+        ({"(q|v)_proj": 2}, {".*_proj": 4}, {"attention.q": 2, "attention.v": 2}),  # a regular expression
+        ({r"layers\.1\..*": 3}, {r"model.layers\.1\..*": 6}, {"attention layers=1": 3}),
+        ({"_proj": 2}, {"_proj": 4, "self_attn": 6}, {}),  # no whole name: nothing matches
+    ],
+)  # fmt: skip
+def test_patterns_are_read_as_peft_reads_them(
+    tmp_path: Path, rank_pattern: dict[str, int], alpha_pattern: dict[str, int], ranks: dict[str, int]
+) -> None:
+    theirs = peft_adapter(tmp_path, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    stack = Stack(tiny("llama"), [Lora(rank=4, ranks=ranks, targets="attention.q,v")])
+    from_peft(stack, tmp_path)
+    assert torch.allclose(logits(theirs), logits(stack.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about its own saving
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\]"),
+        ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_more_than_lora_is_refused(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    peft_adapter(tmp_path, **options)
+    stack = Stack(tiny("llama"), [Lora(rank=4, targets="attention.q,v")])
+    with pytest.raises(PeftxError, match=f"lora: the adapter is more than A and B of LoRA, it has .*{match}"):
+        from_peft(stack, tmp_path)
+
+
+def test_tensors_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) -> None:
+    peft_adapter(tmp_path, use_dora=True)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": False}))
+    stack = Stack(tiny("llama"), [Lora(rank=4, targets="attention.q,v")])
+    with pytest.raises(PeftxError, match=r"it has base_model.*lora_magnitude_vector"):
+        from_peft(stack, tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "IA3"}))
+    with pytest.raises(PeftxError, match="it has peft_type='IA3'"):
+        from_peft(stack, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head", "task"),
+    [
+        ("bert", "classification", "SEQ_CLS"),
+        ("llama", None, "CAUSAL_LM"),
+        ("llama", "classification", "SEQ_CLS"),
+        ("t5", None, "SEQ_2_SEQ_LM"),
+        ("bert", "base", None),
+        ("vit", None, None),  # it has a head, and PEFT has no wrapper for images
+    ],
+)
+def test_the_task_is_that_of_the_model(tmp_path: Path, arch: str, head: str | None, task: str | None) -> None:
+    """PEFT wraps the model by it, and computes the same; what is written comes back."""
+    from peft import PeftModel
+
+    options = {"head": head} if head else {}
+    stack = randomised(tiny(arch, **options), rank=4)
+    to_peft(stack, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
+    theirs = PeftModel.from_pretrained(tiny(arch, **options), tmp_path).eval()
+    inputs = example_inputs(stack.model)
+    for model in (stack.model, theirs.get_base_model()):
+        model.config.pad_token_id = 0
+    with torch.no_grad():
+        one, two = (output_of(model, inputs) for model in (stack.model, theirs))
+        with stack.disabled():
+            base = output_of(stack.model, inputs)
+    assert torch.allclose(one, two, atol=1e-5, rtol=0)
+    assert not torch.allclose(one, base, atol=1e-3)
+    again = Stack(tiny(arch, **options), [Lora(rank=4)])
+    again.model.config.pad_token_id = 0
+    from_peft(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(output_of(again.model, inputs), one)
+
+
+def test_a_head_of_another_model_is_refused(tmp_path: Path) -> None:
+    """The file of a classifier holds the head, as PEFT wants it; an adapter for another head does not fit."""
+    to_peft(randomised(tiny("bert", head="classification"), rank=2), tmp_path)
+    stack = Stack(tiny("bert", head="classification"), [Lora(rank=2)])
+    with torch.no_grad():
+        stack.model.classifier.bias.add_(1)
+    with pytest.raises(PeftxError, match=r"it has base_model\.model\.classifier\.bias"):
+        from_peft(stack, tmp_path)
+
+
+def test_an_adapted_head_goes_without_a_task(tmp_path: Path) -> None:
+    """PEFT would replace the head, and with it the adapter."""
+    from peft import PeftModel
+
+    stack = randomised(tiny("bert", head="classification"), rank=2, targets="attention classifier")
+    to_peft(stack, tmp_path)
+    theirs = PeftModel.from_pretrained(tiny("bert", head="classification"), tmp_path).eval()
+    assert torch.allclose(logits(theirs), logits(stack.model), atol=1e-5, rtol=0)
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     to_peft(randomised(rank=4), tmp_path)
     with pytest.raises(PeftxError, match="modules differ"):
         from_peft(Stack(tiny("llama"), [Lora(rank=4, targets="mlp")]), tmp_path)
-    with pytest.raises(PeftxError, match="has rank 2"):
-        from_peft(Stack(tiny("llama"), [Lora(rank=2)]), tmp_path)
+    stack = Stack(tiny("llama"), [Lora(rank=4, ranks={"mlp.down layers=1": 2})])
+    with pytest.raises(
+        PeftxError, match=r"down_proj \(32x48\) has rank 2 and scale 2, the adapter \(32x48\) 4 and 2"
+    ):
+        from_peft(stack, tmp_path)
+    assert not any(part.module.B.any() for part in stack.ledger.of("lora"))  # all or nothing
+    with pytest.raises(PeftxError, match=r"has rank 4 and scale 1.5, .* 4 and 2"):
+        from_peft(Stack(tiny("llama"), [Lora(rank=4, alpha=6)]), tmp_path)
+    wide = Stack(tiny("llama", intermediate_size=40), [Lora(rank=4)])
+    with pytest.raises(PeftxError, match=r"\(40x32\) has rank 4 and scale 2, the adapter \(48x32\) 4 and 2"):
+        from_peft(wide, tmp_path)
+    fused = Stack(tiny("gpt2"), [Lora(rank=2)])
     with pytest.raises(PeftxError, match="fused"):
-        to_peft(Stack(tiny("gpt2"), [Lora(rank=2)]), tmp_path / "gpt2")
+        to_peft(fused, tmp_path / "gpt2")
+    with pytest.raises(PeftxError, match="fused"):
+        from_peft(fused, tmp_path)
+    with pytest.raises(PeftxError, match="no plugin 'lroa'"):
+        to_peft(fused, tmp_path, id="lroa")

@@ -10,17 +10,33 @@ prompts are trained as they are, or (with `projection` = h) come out of a small 
 
     [P_K^i ; P_V^i] = U_i tanh(D e + d) + u_i  e: [l, width], D: [h, width], U_i: [2 * heads * head size, h]
 
-Dropout acts on the prompts. The backbone is frozen.
+Dropout acts on the prompts. The backbone is frozen; a classifier's head trains with `head`.
 """
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import Cache
 
-from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
+from peftx import (
+    AttentionEdit,
+    CallEdit,
+    Claim,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Site,
+    Stack,
+    Targets,
+    hookimpl,
+)
 from peftx.errors import PeftxError
 
 INIT_STD = 0.02
@@ -43,6 +59,7 @@ class PTuningV2Config(PluginConfig):
         Targets("attention"),
         description="attentions that get prompts, as in 'attention layers=-2,-1' or 'attention cross_attention'",
     )
+    head: bool = Field(False, description="train the classification head too, all of it")
 
 
 class Rows(nn.Module):
@@ -72,6 +89,10 @@ class Trunk(nn.Module):
 class ProjectedRows(nn.Module):
     """Prompts of one layer out of the trunk: U_i tanh(D e + d) + u_i, as [2, heads, l, head size]."""
 
+    keeps = False
+    kept: Tensor | None = None
+    """See `OncePerCache`."""
+
     def __init__(self, heads: int, size: int, hidden: int, trunk: Trunk) -> None:
         super().__init__()
         self.up = nn.Linear(hidden, 2 * heads * size)
@@ -80,8 +101,44 @@ class ProjectedRows(nn.Module):
         _start(self.up)
 
     def forward(self) -> Tensor:
+        if not self.keeps or self.training or torch.is_grad_enabled():
+            self.kept = None
+            return self.compute()
+        if self.kept is None:
+            self.kept = self.compute()
+        return self.kept
+
+    def compute(self) -> Tensor:
         flat = self.up(self.trunk[0]())  # [l, 2 * heads * size]
         return flat.unflatten(-1, self.shape).permute(1, 2, 0, 3)
+
+
+class OncePerCache(CallEdit):
+    """The network runs once for each cache, not for each token: what a cache holds was computed with these rows, so
+    whoever changes the network starts another one. (`Tensor._version` would not do: a fused optimizer leaves it.)
+    """
+
+    def __init__(self, prompts: Sequence[ProjectedRows]) -> None:
+        super().__init__()
+        self.prompts = tuple(prompts)
+        self.cache: Callable[[], Cache | None] = _no_cache
+
+    def before(self, call: dict[str, Any]) -> dict[str, Any]:
+        cache = call.get("past_key_values")
+        same = cache is not None and cache is self.cache() and int(cache.get_seq_length()) > 0  # not reset
+        self.cache = weakref.ref(cache) if isinstance(cache, Cache) else _no_cache
+        for prompt in self.prompts:
+            prompt.keeps = True
+            if not same:
+                prompt.kept = None
+        return call
+
+    def after(self, output: Any) -> None:
+        for prompt in self.prompts:
+            prompt.keeps = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": _no_cache}  # a copy has seen none
 
 
 class Prefix(AttentionEdit):
@@ -115,15 +172,23 @@ class PTuningV2(Plugin):
     def inject(self, model: ModelView) -> None:
         sites = self._sites(model)
         length, hidden = self.config.length, self.config.projection
-        like = {"device": model.module.device, "dtype": model.module.dtype}
         trunk = None
         if hidden is not None:
-            trunk = model.keep("trunk", Trunk(length, model.hidden_size, hidden).to(**like))
+            trunk = model.keep("trunk", Trunk(length, model.hidden_size, hidden))
+        prompts = []
         for site in sites:
             facts = model.towers[site.tower]
             heads, size = facts.kv_heads, facts.head_dim
             prompt = Rows(heads, size, length) if trunk is None else ProjectedRows(heads, size, hidden, trunk)
-            model.attend(site, Prefix(prompt, self.config.dropout).to(**like))
+            edit = Prefix(prompt, self.config.dropout)
+            # Of the trunk's dtype and device also where the attention is quantized and has no parameter to go by.
+            model.attend(site, edit.to(device=model.module.device, dtype=model.module.dtype))
+            prompts.append(prompt)
+        if projected := [prompt for prompt in prompts if isinstance(prompt, ProjectedRows)]:
+            model.around(OncePerCache(projected))
+        if self.config.head:
+            for site in model.linears("classifier"):
+                site.train()
 
     def _sites(self, model: ModelView) -> list[Site]:
         """The attentions of all towers that the targets select."""
@@ -138,11 +203,11 @@ class PTuningV2(Plugin):
 
 @torch.no_grad()
 def copy_projected(source: Stack, target: Stack, *, id: str = "p-tuning-v2") -> None:
-    """Write the prompts that `source` computes into `target`, whose plugin has no `projection`: the same function of
-    the input with nothing to compute.
+    """Write the prompts that `source` computes (and its head, if that trained) into `target`, whose plugin has no
+    `projection`: the same function of the input with nothing to compute.
 
     Raises:
-        PeftxError: the two differ in length, targets or model, or `target` has a projection.
+        PeftxError: the two differ in length, targets, head or model, or `target` has a projection.
     """
     pairs = [[part for part in stack.ledger.of(id) if part.kind == "attention"] for stack in (source, target)]
     values = {part.key: part.module.prompt() for part in pairs[0]}
@@ -150,13 +215,23 @@ def copy_projected(source: Stack, target: Stack, *, id: str = "p-tuning-v2") -> 
     plain = all(
         isinstance(table, Rows) and table.rows.shape == values[key].shape for key, table in tables.items()
     )
-    if values.keys() != tables.keys() or not plain:
+    heads = [
+        {name: t for part in stack.ledger.of(id) if part.kind == "base" for name, t in part.tensors().items()}
+        for stack in (source, target)
+    ]
+    if values.keys() != tables.keys() or heads[0].keys() != heads[1].keys() or not plain:
         raise PeftxError(
             f"{id}: the prompts of the two stacks do not match",
-            hint="the same model, length and targets, and no projection in the second",
+            hint="the same model, length, targets and head, and no projection in the second",
         )
     for key, table in tables.items():
         table.rows.copy_(values[key])
+    for name, tensor in heads[1].items():
+        tensor.copy_(heads[0][name])
+
+
+def _no_cache() -> None:
+    return None
 
 
 def _start(linear: nn.Linear) -> None:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 import peftx
 from peftx import AttentionEdit, ModelView, Plugin, Stack, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, MergeError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -258,18 +259,200 @@ def test_refuses_models_that_do_not_dispatch(arch: str) -> None:
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"targets": "layers=1"}, "targets"),
+        ({"head": 3}, "head"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=f"PTuningV2: {match}") as caught:
         PTuningV2(**options)
-    assert "length, projection, dropout, targets" in str(caught.value.hint)
+    assert "length, projection, dropout, targets, head" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("targets", ["attention layers=2", "cross_attention", "mlp"])
 def test_targets_that_are_not_there(targets: str) -> None:
     with pytest.raises(PeftxError, match="p-tuning-v2: "):
         Stack(tiny("llama"), [PTuningV2(targets=targets)])
+
+
+def test_start_is_berts() -> None:
+    """N(0, 0.02**2), the prompts and all matrices; biases 0."""
+    stack = Stack(tiny("llama"), [PTuningV2(length=100, projection=64), ("plain", PTuningV2(length=100))])
+    found = [t for id in stack.plugins for t in stack.ledger.tensors(id).items()]
+    for name, tensor in found:
+        if name.endswith("bias"):
+            assert not tensor.any()
+        else:
+            assert float(tensor.detach().std()) == pytest.approx(0.02, rel=0.06), name
+            assert abs(float(tensor.detach().mean())) < 2e-3
+    assert len(found) == 3 + 2 * 2 + 2
+
+
+def generated(stack: Stack, *, beams: int = 1, **options: object) -> tuple[Tensor, Tensor]:
+    """Tokens and scores of a greedy continuation."""
+    inputs = example_inputs(stack.model)
+    inputs.pop("decoder_input_ids", None)
+    stack.model.eval()
+    out = stack.model.generate(
+        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams,
+        return_dict_in_generate=True, output_logits=True, **options,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits)
+
+
+def uncached(stack: Stack, arch: str = "llama", **options: object) -> tuple[Tensor, Tensor]:
+    """The same by prompts that are written out."""
+    plain = Stack(tiny(arch), [PTuningV2(length=3)])
+    copy_projected(stack, plain)
+    return generated(plain, **options)
+
+
+def equal(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def projected(arch: str = "llama") -> Stack:
+    return spread(Stack(tiny(arch), [PTuningV2(length=3, projection=6)], tokenizer=tiny_tokenizer()), 0.3)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_decoding_runs_the_network_once(monkeypatch: pytest.MonkeyPatch, arch: str, beams: int) -> None:
+    stack = projected(arch)
+    calls, forward = [], Trunk.forward
+    monkeypatch.setattr(Trunk, "forward", lambda self: calls.append(1) or forward(self))
+    found = generated(stack, beams=beams)
+    assert len(calls) == len(edits(stack))  # once a layer, and not at each token
+    assert equal(found, uncached(stack, arch, beams=beams))
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(2):  # calls that are no generation
+            output_of(stack.model, example_inputs(stack.model))
+    assert len(calls) == 2 * len(edits(stack))
+
+
+def adamw(stack: Stack, **options: object) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=0.1, **options)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", [True, False])  # a loop of one's own may forget `model.train()`
+def test_decoding_sees_what_training_changes(mode: bool, fused: bool) -> None:
+    """A fused optimizer writes into parameters without counting up their version."""
+    stack = projected()
+    optimizer, inputs, before = adamw(stack, fused=fused), example_inputs(stack.model), generated(stack)
+    for _ in range(2):
+        stack.model.train(mode)
+        stack.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert equal(generated(stack), before)
+        optimizer.step()
+        after = generated(stack)
+        assert equal(after, uncached(stack))
+        assert difference(after[1], before[1]) > 1e-2
+        before = after
+
+
+def test_decoding_sees_what_loading_changes(tmp_path: Path) -> None:
+    stack, other = projected(), Stack(tiny("llama"), [PTuningV2(length=3, projection=6)])
+    expected = generated(stack)
+    again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"))
+    assert equal(generated(again), expected)
+    assert difference(generated(other)[1], expected[1]) > 1e-2
+    pairs = [s.ledger.parameters("p-tuning-v2") for s in (other, stack)]
+    for mine, theirs in zip(*pairs, strict=True):
+        mine.data.copy_(theirs.data)  # which no version counts either
+    assert equal(generated(other), expected)
+
+
+def test_a_cache_that_is_used_again_gets_the_rows_of_now() -> None:
+    from transformers import StaticCache
+
+    stack = projected()
+    cache = StaticCache(config=stack.model.config, max_cache_len=32)
+    before = generated(stack, past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("p-tuning-v2"):
+            parameter.add_(0.1)
+    after = generated(stack, past_key_values=cache)
+    assert difference(after[1], uncached(stack)[1]) < 1e-5  # its empty places are masked: other sums
+    assert difference(after[1], before[1]) > 1e-2
+
+
+def test_rows_are_those_of_the_call() -> None:
+    """Not those of another cache, of a call of the inner model, or of a call that is to have gradients."""
+    stack, ids = projected(), torch.tensor([[5, 6, 7]])
+    cache = DynamicCache()
+    (once,) = (part.module for part in stack.ledger.of("p-tuning-v2") if part.kind == "call")
+    with torch.no_grad():
+        stack.model(ids, past_key_values=cache)
+        fork, third = copy.deepcopy(cache), copy.deepcopy(cache)
+        assert once.cache() is cache
+        assert copy.deepcopy(once).cache() is None  # nobody copies or pickles a reference to a cache
+        plain = Stack(tiny("llama"), [PTuningV2(length=3)])
+        for mine, theirs in (
+            (lambda: stack.model(ids, past_key_values=fork), lambda: plain.model(ids, past_key_values=third)),
+            (lambda: stack.model.model(ids), lambda: plain.model.model(ids)),
+        ):
+            for parameter in stack.ledger.parameters("p-tuning-v2"):
+                parameter.add_(0.1)
+            found = next(iter(mine().values()))
+            assert not any(edit.prompt.keeps for edit in edits(stack))
+            copy_projected(stack, plain)
+            assert torch.equal(found, next(iter(theirs().values())))
+        stack.model(ids, past_key_values=fork)
+    stack.model(ids, past_key_values=fork, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in stack.ledger.parameters("p-tuning-v2"))
+
+
+def test_the_head_trains(tmp_path: Path) -> None:
+    def bert() -> PreTrainedModel:
+        return tiny("bert", head="classification", num_labels=3)
+
+    def build(**options: object) -> Stack:
+        return Stack(bert(), [PTuningV2(length=3, **options)], tokenizer=tiny_tokenizer())
+
+    stack = build(projection=4, head=True)
+    head = stack.model.classifier
+    assert stack.trainable_parameters() == build(projection=4).trainable_parameters() + 3 * 32 + 3
+    before = head.weight.detach().clone()
+    batch = {**example_inputs(stack.model), "labels": torch.tensor([0, 2])}
+    optimizer = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=0.1)
+    stack.train_step(batch, optimizer=optimizer)
+    assert (head.weight != before).all()
+    inputs = example_inputs(stack.model)
+    plain = build(head=True)
+    copy_projected(stack, plain)  # with the head
+    again = peftx.load(stack.save(tmp_path / "bundle"), model=bert())
+    with torch.no_grad():
+        expected = output_of(stack.model, inputs)
+        assert torch.equal(output_of(plain.model, inputs), expected)
+        assert torch.equal(output_of(again.model, inputs), expected)
+    with pytest.raises(PeftxError, match="do not match"):
+        copy_projected(stack, build())
+    with pytest.raises(MergeError, match="'p-tuning-v2' does not fold"):
+        stack.export(tmp_path / "export")  # a plain checkpoint would hold the head, and no prompts
+    with pytest.raises(PeftxError, match=r"p-tuning-v2: .*'classifier' matches nothing"):
+        Stack(tiny("llama"), [PTuningV2(head=True)])
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+@pytest.mark.parametrize("projection", [None, 6])
+def test_prompts_take_the_dtype_of_the_model(arch: str, projection: int | None) -> None:
+    model = tiny(arch).to(torch.bfloat16)
+    stack = Stack(model, [PTuningV2(length=3, projection=projection)])
+    assert {t.dtype for t in stack.ledger.tensors("p-tuning-v2").values()} == {torch.bfloat16}
+    assert output_of(model, example_inputs(model)).dtype == torch.bfloat16
+
+
+def test_on_a_quantized_base() -> None:
+    """Its attention has no parameters whose dtype the network could take; trunk and layers still fit each other."""
+    from peftx_prefixquant import PrefixQuant
+
+    model = tiny("llama").to(torch.bfloat16)
+    Stack(model, [PrefixQuant()], tokenizer=tiny_tokenizer()).compress(["Once upon a time."], length=4)
+    stack = Stack(model, [PTuningV2(length=3, projection=6)])
+    assert {t.dtype for t in stack.ledger.tensors("p-tuning-v2").values()} == {torch.bfloat16}
+    assert output_of(model, example_inputs(model)).isfinite().all()
 
 
 def test_bundle_keeps_the_network(tmp_path: Path) -> None:

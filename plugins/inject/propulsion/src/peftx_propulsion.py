@@ -13,11 +13,14 @@ W' = diag(z**k) W and b' = (b + c) * z**k, the gains cost nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, hookimpl
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
+from peftx.conflicts import check
 from peftx.errors import PeftxError
 
 SCALED_KINDS = ("linear", "quantized", "experts", "router", "embedding", "norm")
@@ -94,13 +97,26 @@ class Propulsion(Plugin):
     architectures = ("mixtral",)
     config: PropulsionConfig
 
+    def __init__(self, config: PropulsionConfig | None = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        words = [word for word in self.config.targets.text.split() if not word.startswith("re:")]
+        groups = {group for word in words for group in word.partition(".")[0].split(",")}
+        if groups & {"embedding", "norm"}:
+            self._does_not_fold()
+
+    def _does_not_fold(self) -> None:
+        self.claims = type(self).claims - {Claim.MERGEABLE}  # of this one
+
     @hookimpl
-    def inject(self, model: ModelView) -> None:
+    def inject(self, model: ModelView, stack: Stack) -> None:
         degree = self.config.degree
         biased = 0
         for site in model.sites(self.config.targets, kinds=SCALED_KINDS):
             if site.kind in ("embedding", "norm"):
                 site.attach(PushOutput(site.out_features, degree=degree))
+                if Claim.MERGEABLE in self.claims:  # a regular expression led here: not known before
+                    self._does_not_fold()
+                    check(stack.members)
                 continue
             bias = self.config.train_bias and site.kind == "linear" and site.bias is not None
             biased += bias

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftx import Stack
+from peftx import Claim, Stack
 from peftx.anatomy import Anatomy
-from peftx.errors import MergeError, PeftxError
+from peftx.errors import ConflictError, MergeError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_propulsion import Propulsion, Push, PushOutput
@@ -181,8 +181,61 @@ def test_embedding_is_scaled_and_stays_out_of_the_head() -> None:
     table = model.transformer.wte
     assert torch.equal(table(ids), 9 * table.weight[ids])
     assert torch.equal(model.lm_head(torch.ones(1, 32)), torch.ones(1, 32) @ table.weight.t())
-    with pytest.raises(MergeError, match="PushOutput does not fold"):
+    with pytest.raises(MergeError, match="'propulsion' cannot be merged"):
+        stack.merge("propulsion")
+
+
+OUTPUTS = [
+    "attention mlp embedding",
+    "mlp,norm",
+    "norm.mlp",
+    "embedding",
+    r"attention re:norm$",
+    "re:wte$ mlp",
+]
+"""Targets among which something does not fold; the last two by a regular expression."""
+
+
+@pytest.mark.parametrize("targets", OUTPUTS)
+def test_gains_of_outputs_leave_the_others_mergeable(targets: str) -> None:
+    """Merging folds LoRA, and leaves the gains where they are."""
+    from peftx_lora import Lora
+
+    known = Claim.MERGEABLE not in Propulsion(targets=targets).claims
+    assert known == ("re:" not in targets)  # before a model is there, where the words tell
+    model = tiny("gpt2" if "wte" in targets else "llama")
+    stack = Stack(model, [Lora(rank=2, targets="mlp.down"), Propulsion(targets=targets)])
+    assert Claim.MERGEABLE not in stack.plugins["propulsion"].claims
+    assert Claim.MERGEABLE in Propulsion.claims
+    randomize(stack)
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("lora"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        before = output_of(model, inputs)
         stack.merge()
+        assert stack.ledger.merged() == ["lora"]
+        assert (output_of(model, inputs) - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("targets", OUTPUTS)
+def test_gains_of_outputs_are_refused_before_what_starts_from_merged_weights(targets: str) -> None:
+    """When the stack is built, not after training."""
+    from peftx_prefixquant import PrefixQuant
+
+    model = tiny("gpt2" if "wte" in targets else "llama")
+    with pytest.raises(ConflictError, match="starts from merged weights, and 'propulsion' does not fold"):
+        Stack(model, [Propulsion(targets=targets), PrefixQuant()])
+    Stack(model, [Propulsion(targets="attention mlp"), PrefixQuant()])  # and the model is as it was
+
+
+@pytest.mark.parametrize("targets", ["attention mlp", "all !mlp.down", r"re:(q|v)_proj$", "mlp layers=0"])
+def test_gains_of_linear_layers_merge(targets: str) -> None:
+    stack = Stack(tiny("llama"), [Propulsion(targets=targets)])
+    assert Claim.MERGEABLE in stack.plugins["propulsion"].claims
+    stack.merge()
+    assert stack.ledger.merged() == ["propulsion"]
 
 
 def test_gains_stay_in_full_precision() -> None:

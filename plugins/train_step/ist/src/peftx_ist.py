@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
 from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.evaluation import eval_mode
 from peftx.ledger import Part
 from peftx.slots.carrier import ReadCarrier, WeightCarrier
 
@@ -44,7 +45,10 @@ class IstConfig(PluginConfig):
     interval: int = Field(10, ge=1, description="steps from one measurement of importance to the next")
     candidates: int = Field(3, ge=2, description="n, sets that are tried in a measurement")
     rate: float = Field(
-        10.0, ge=0, description="learning rate of s; 0: no measurements, layers at random (RST)"
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="learning rate of s; 0: no measurements, layers at random (RST)",
     )
 
 
@@ -64,8 +68,8 @@ class Ist(Plugin):
         known = self.state.get("scores", [])
         start = known if len(known) == len(layers) else [0.0] * len(layers)
         memory = step.memory.setdefault(MEMORY, {"scores": start})
-        measures = self.config.rate > 0 and step.index > 0 and step.index % self.config.interval == 0
-        if step.first_micro and measures:
+        due = step.index > 0 and step.index % self.config.interval == 0
+        if step.first_micro and due and self.config.rate > 0 and len(layers) > 1:
             memory["scores"] = self.state["scores"] = self.measure(step, layers, memory["scores"])
         importance = [-s for s in memory["scores"]]
         chosen = draw(importance, count(self.config.updated, len(layers)), random_of(step, "update"))
@@ -79,14 +83,18 @@ class Ist(Plugin):
     def measure(self, step: TrainStep, layers: list[list[Part]], scores: list[float]) -> list[float]:
         """s after trying the sets S_k on the step's own batch."""
         generator = random_of(step, "measure")
+        # Of all layers there is but one set, and one loss says nothing about any of them.
+        size = min(count(self.config.suppressed, len(layers)), len(layers) - 1)
         sets: list[list[int]] = []
         for _ in range(DRAWS):
-            found = draw(scores, count(self.config.suppressed, len(layers)), generator)
-            if found not in sets and len(sets) < self.config.candidates:
+            found = draw(scores, size, generator)
+            if found not in sets:
                 sets.append(found)
+            if len(sets) == self.config.candidates:
+                break
         losses = []
         # Frozen, and not under no_grad: there a low-rank delta may be added without being called.
-        with evaluating(step.module), frozen(step.parameters()):
+        with eval_mode(step.module), frozen(step.parameters()):
             for chosen in sets:
                 with suppressed([part for i in chosen for part in layers[i]], self.config.factor):
                     losses.append(float(step.total_loss()))
@@ -99,10 +107,11 @@ class Ist(Plugin):
 
 
 def adapters(stack: Stack) -> list[list[Part]]:
-    """What the plugins of the stack attached, by layer (of an encoder, then of a decoder); layers without are left out.
+    """What the plugins of the stack attached and train, by layer (of an encoder, then of a decoder); layers without are
+    left out. What is frozen stays in effect, and is not chosen.
 
     Raises:
-        ConflictError: nothing stands in a layer, or something whose response cannot be scaled.
+        ConflictError: nothing in a layer trains, or something whose response cannot be scaled.
     """
     order = [site.path for site in stack.anatomy.sites if site.role == "block.layer"]
     found: dict[str, list[Part]] = {path: [] for path in order}
@@ -110,7 +119,7 @@ def adapters(stack: Stack) -> list[list[Part]]:
         path = part.key.partition("@")[0]
         while path and path not in found:
             path = path.rpartition(".")[0]
-        if path and list(parameters([part])):
+        if path and any(p.requires_grad for p in parameters([part])):
             scalable = part.kind == "delta" and not isinstance(part.place, ReadCarrier | WeightCarrier)
             if not scalable or part.module.has_pre():  # type: ignore[operator]
                 raise ConflictError(
@@ -122,7 +131,8 @@ def adapters(stack: Stack) -> list[list[Part]]:
     if not layers:
         others = ", ".join(dict.fromkeys(part.owner for part in stack.ledger.parts)) or "the stack"
         raise ConflictError(
-            f"ist chooses among layers with adapters, and {others} has none", hint="add one, such as lora"
+            f"ist chooses among layers with adapters that train, and {others} has none",
+            hint="add one, such as lora, or stack.unfreeze() it",
         )
     return layers
 
@@ -190,15 +200,3 @@ def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in held:
             p.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """No dropout; each module's own mode comes back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -124,9 +124,8 @@ def test_a_failing_measurement_leaves_nothing_behind() -> None:
 def test_suppression_scales_lora(factor: float) -> None:
     stack = stack_of(layers=4)
     perturb(stack)
-    for p in stack.model.parameters():
-        p.requires_grad_(False)
     batch, layers = batch_for(stack), adapters(stack)
+    stack.freeze()
     whole = stack.model(**batch).logits
     with suppressed([*layers[1], *layers[3]], factor):
         found = stack.model(**batch).logits
@@ -160,6 +159,84 @@ def test_a_useless_layer_trains_less_often() -> None:
     assert times[2] == min(times)
     assert times[2] < 0.5 * sum(times) / 6
     assert scores[2] == max(scores)
+
+
+def test_a_high_score_is_tried_often_and_trains_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """s of layer 0 is 4 (it can be spared), of the others 0."""
+    ist, tried, indices = Ist(interval=4), [], []
+    stack = stack_of(ist, layers=6)
+    ist.state["scores"] = [4.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+    def keep(scores: list[float], sets: list[list[int]], losses: list[float], rate: float) -> list[float]:
+        tried.append(sets)
+        return scores
+
+    measure = Ist.measure
+
+    def spy(self: Ist, step: TrainStep, *given: Any) -> list[float]:
+        indices.append(step.index)
+        return measure(self, step, *given)
+
+    monkeypatch.setattr("peftx_ist.updated", keep)
+    monkeypatch.setattr(Ist, "measure", spy)
+    trained, batch = [0] * 6, batch_for(stack)
+    for index in range(200):
+        stack.run_train_step(TrainStep(stack, batch, index=index))
+        for i in trained_layers(stack):
+            trained[i] += 1
+        stack.model.zero_grad()
+    assert indices == list(range(4, 200, 4))  # never before anything was learned
+    assert all(len({tuple(chosen) for chosen in sets}) == len(sets) == 3 for sets in tried)
+    assert all(len(chosen) == 3 for sets in tried for chosen in sets)
+    suppressed_times = [sum(i in chosen for sets in tried for chosen in sets) for i in range(6)]
+    assert suppressed_times[0] > 1.3 * max(suppressed_times[1:])
+    assert trained[0] < 20
+    assert min(trained[1:]) > 50
+
+
+@pytest.mark.parametrize(("layers", "share", "size"), [(2, 0.9, 1), (4, 0.9, 3), (3, 0.99, 2)])
+def test_sets_leave_a_layer_out(
+    monkeypatch: pytest.MonkeyPatch, layers: int, share: float, size: int
+) -> None:
+    """Of all layers there is but one set, and from one loss nothing can be learned."""
+    ist, tried = Ist(interval=1, suppressed=share), []
+    stack = stack_of(ist, layers=layers)
+    perturb(stack)
+    monkeypatch.setattr("peftx_ist.updated", lambda *given: tried.append(given[1]) or updated(*given))
+    stack.run_train_step(TrainStep(stack, batch_for(stack), index=1))
+    assert len(tried[0]) == min(layers, 3)
+    assert all(len(chosen) == size for chosen in tried[0])
+    assert any(ist.state["scores"])
+
+
+def test_drawing_ends_with_the_last_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+    monkeypatch.setattr("peftx_ist.draw", lambda *given: draws.append(given) or draw(*given))
+    stack = stack_of(Ist(interval=1))
+    stack.run_train_step(TrainStep(stack, batch_for(stack), index=1))
+    assert len(draws) < 10  # three sets of four layers in eight, and the layers that train
+
+
+def test_frozen_adapters_are_not_chosen() -> None:
+    """Else a step may draw layers with nothing to train in them."""
+    for targets, count in (("mlp layers=0-1", 2), ("mlp layers=0", 1)):
+        stack = Stack(
+            tiny("llama", num_hidden_layers=8),
+            [Lora(rank=2), ("l2", Lora(rank=2, targets=targets)), Ist(interval=1)],
+            tokenizer=tiny_tokenizer(),
+        )
+        stack.freeze("lora")
+        perturb(stack)
+        assert len(adapters(stack)) == count
+        assert {part.owner for layer in adapters(stack) for part in layer} == {"l2"}
+        for index in range(6):
+            stack.run_train_step(TrainStep(stack, batch_for(stack), index=index))
+            assert len(trained_layers(stack)) == 1
+            stack.model.zero_grad()
+        assert len(stack.plugins["ist"].state.get("scores", [])) == (2 if count == 2 else 0)
+    stack.freeze("l2")
+    with pytest.raises(ConflictError, match="layers with adapters that train, and lora, l2 has none"):
+        adapters(stack)
 
 
 def test_draws_follow_the_scores() -> None:
@@ -250,7 +327,7 @@ def test_global_random_streams_are_left_alone() -> None:
 def test_needs_adapters_in_layers() -> None:
     stack = Stack(tiny("llama"), [Propulsion(targets="norm.final"), Ist()])
     with pytest.raises(
-        ConflictError, match="ist chooses among layers with adapters, and propulsion has none"
+        ConflictError, match="ist chooses among layers with adapters that train, and propulsion has none"
     ):
         stack.run_train_step(TrainStep(stack, batch_for(stack)))
     alone = Stack(tiny("llama"), [Ist()])
@@ -268,7 +345,7 @@ def test_refuses_what_it_cannot_scale() -> None:
     "options",
     [
         {"updated": 0}, {"updated": 1.5}, {"suppressed": 0}, {"suppressed": 1}, {"factor": 1}, {"factor": -0.1},
-        {"interval": 0}, {"candidates": 1}, {"rate": -1},
+        {"interval": 0}, {"candidates": 1}, {"rate": -1}, {"rate": float("inf")},
     ],
 )  # fmt: skip
 def test_bad_options(options: dict[str, float]) -> None:

@@ -9,8 +9,9 @@ theta_j together, that have the largest Fisher information train:
 
     F_j = 1/N sum_i (d L_i / d theta_j)**2        L_i: the loss of row i = 1..N; of a classifier, -log p(y_i | x_i)
 
-F is estimated on the first N rows of the training, during which no norm moves; then the mask is fixed. A masked entry
-gets no gradient, and is put back after the optimizer's step, whatever weight decay did to it: it keeps its bits.
+F is estimated on the first N rows of the training, without dropout, during which no norm moves; then the mask is fixed.
+A masked entry gets no gradient, and is put back after the optimizer's step, whatever weight decay did to it: it keeps
+its bits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError
+from peftx.evaluation import eval_mode
 
 
 class LayernormTuningConfig(PluginConfig):
@@ -87,6 +89,13 @@ class LayernormTuning(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
+        # Not `model_fields_set`: the pipeline in a bundle names every option, and must stay good.
+        default = LayernormTuningConfig.model_fields["fisher_rows"].default
+        if self.config.fraction == 1 and self.config.fisher_rows != default:
+            raise PeftxError(
+                f"layernorm-tuning: fisher_rows {self.config.fisher_rows}, but all entries train, and none is chosen",
+                hint="leave fisher_rows out, or a fraction below 1",
+            )
         entries = sum(p.numel() for site in model.norms(self.config.targets) for p in site.train())
         if self.config.fraction < 1:
             model.keep("subset", Subset(entries)).float()  # squares of gradients need float32
@@ -98,9 +107,12 @@ class LayernormTuning(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if self.config.fraction < 1:
             subset, norms = self._parts(step.stack)
-            if not subset.chosen:
-                self._estimate(step, subset, norms)
-            step.on_gradients(lambda _: self._mask(subset, norms))
+            if all(
+                p.requires_grad for p in norms
+            ):  # not while frozen, as beside an adapter that trains alone
+                if not subset.chosen:
+                    self._estimate(step, subset, norms)
+                step.on_gradients(lambda _: self._mask(subset, norms))
         return (yield)
 
     def _mask(self, subset: Subset, norms: list[nn.Parameter]) -> None:
@@ -122,12 +134,26 @@ class LayernormTuning(Plugin):
         return subset, norms  # type: ignore[return-value]
 
     def _estimate(self, step: TrainStep, subset: Subset, norms: list[nn.Parameter]) -> None:
-        wanted = self.config.fisher_rows - int(subset.rows)
-        for row in list(rows_of(step.batch))[:wanted]:
-            subset.fisher += squared_gradients(step, row, norms)
-            subset.rows += 1
+        rows, seen = list(rows_of(step.batch)), int(subset.rows)
+        if step.index == 0 and step.first_micro and step.total is not None:
+            self._check_length(step, seen + step.total * step.accumulation * len(rows))
+        with eval_mode(step.model):
+            for row in rows[: self.config.fisher_rows - seen]:
+                subset.fisher += squared_gradients(step, row, norms)
+                subset.rows += 1
         if subset.rows >= self.config.fisher_rows:
             subset.choose(max(1, round(self.config.fraction * len(subset.fisher))))
+        elif step.index + 1 == step.total and step.last_micro:  # batches were smaller than the first
+            self._check_length(step, int(subset.rows))
+
+    def _check_length(self, step: TrainStep, rows: int) -> None:
+        """Refuse a run that ends after `rows` rows with no mask, and so trains nothing."""
+        if rows < self.config.fisher_rows:
+            raise PeftxError(
+                f"layernorm-tuning: fisher_rows is {self.config.fisher_rows}, and the training ends after {rows} rows "
+                f"(steps: {step.total}), before any norm trains",
+                hint=f"fisher_rows below {rows}, or more steps",
+            )
 
 
 def rows_of(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import peftx
 from peftx import Stack, TrainStep
 from peftx.errors import PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_layernorm_tuning import LayernormTuning, Subset, rows_of, squared_gradients
+from peftx_lora import Lora
 
 test_conformance = conformance("layernorm-tuning")
 test_conformance_of_a_subset = conformance(
@@ -31,6 +33,10 @@ def train(stack: Stack, steps: int = 4, *, weight_decay: float = 0.1, kind: Any 
     optimizer = kind(parameters, lr=1e-2, weight_decay=weight_decay)
     for i in range(steps):
         stack.train_step(batch_of(stack.model, seed=i), optimizer=optimizer)
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{i}:", "completion": " yes"} for i in range(count)]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +72,8 @@ def test_an_rms_norm_has_gammas_only() -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("fraction", [1.0, 0.2])
 def test_only_norms_move(arch: str, fraction: float) -> None:
-    stack = Stack(tiny(arch), [LayernormTuning(fraction=fraction, fisher_rows=2)])
+    options = {} if fraction == 1 else {"fraction": fraction, "fisher_rows": 2}
+    stack = Stack(tiny(arch), [LayernormTuning(**options)])
     before = weights(stack.model)
     declared = {n for n, p in stack.model.named_parameters() if p.requires_grad}
     train(stack)
@@ -166,11 +173,10 @@ def test_masked_entries_keep_their_bits_under_weight_decay(kind: Any) -> None:
 
 
 def test_masked_entries_keep_their_bits_in_the_trainer(tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i}:", "completion": " yes"} for i in range(8)]
     stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=4)], tokenizer=tiny_tokenizer())
     before = torch.cat([p.detach().flatten().clone() for p in norms_of(stack).values()])
     stack.train(
-        rows,
+        rows(8),
         steps=4,
         batch_size=2,
         gradient_accumulation=2,
@@ -251,6 +257,96 @@ def test_the_head_trains_whole() -> None:
     assert len(subset_of(stack).mask) == 4 * 2 * 32 + 2 * 32
     with pytest.raises(PeftxError, match=r"layernorm-tuning: .*'classifier' matches nothing"):
         Stack(tiny("llama"), [LayernormTuning(head=True)])
+
+
+def test_fisher_is_measured_without_dropout() -> None:
+    """Twice the same F, the modes as before, and the random stream where a plain run has it."""
+    fishers, streams = [], []
+    for options in ({"fraction": 0.2, "fisher_rows": 2}, {"fraction": 0.2, "fisher_rows": 2}, {}):
+        stack = Stack(tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), [LayernormTuning(**options)])
+        stack.model.train()
+        stack.model.transformer.h[1].eval()
+        modes = [m.training for m in stack.model.modules()]
+        torch.manual_seed(len(fishers))  # another one each time
+        if options:
+            state = torch.random.get_rng_state()
+            plugin = stack.plugins[ID]
+            subset, norms = plugin._parts(stack)
+            plugin._estimate(TrainStep(stack, batch_of(stack.model)), subset, norms)
+            assert torch.equal(torch.random.get_rng_state(), state)
+            fishers.append(subset.fisher)
+        torch.manual_seed(7)
+        stack.train_step(batch_of(stack.model))
+        streams.append(torch.random.get_rng_state())
+        assert [m.training for m in stack.model.modules()] == modes
+    assert torch.equal(*fishers)
+    assert torch.equal(streams[0], streams[2])
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "seen"),
+    [
+        (8, {"steps": 2, "batch_size": 2}, 4),
+        (8, {"steps": 1, "batch_size": 2, "gradient_accumulation": 2}, 4),
+        (3, {"steps": 3, "batch_size": 2}, None),  # 2 + 1 + 2 rows
+        (3, {"steps": 4, "batch_size": 1}, 4),
+        (1, {"steps": 5, "batch_size": 2}, None),
+        (5, {"steps": 2, "batch_size": 4}, None),
+        (4, {"steps": 2, "batch_size": 3}, 4),  # known at the end alone
+    ],
+)
+def test_a_run_that_is_over_before_the_mask_is_refused(
+    count: int, options: dict[str, Any], seen: int | None
+) -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=5)], tokenizer=tiny_tokenizer())
+    before = weights(stack.model)
+    if seen is None:
+        stack.train(rows(count), max_length=32, **options)
+        assert subset_of(stack).chosen
+        assert any(not torch.equal(p, before[name]) for name, p in stack.model.named_parameters())
+        return
+    ends = f"fisher_rows is 5, and the training ends after {seen} rows"
+    with pytest.raises(PeftxError, match=f"layernorm-tuning: {ends}"):
+        stack.train(rows(count), max_length=32, **options)
+    assert int(subset_of(stack).rows) == (4 if count == 4 else 0)  # the others at once
+
+
+def test_a_run_that_goes_on_counts_the_rows_of_the_first() -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=5)], tokenizer=tiny_tokenizer())
+    train(stack, 2)  # four rows
+    stack.train(rows(4), steps=1, batch_size=1, max_length=32)
+    assert subset_of(stack).chosen
+
+
+@pytest.mark.parametrize("rows_before", [0, 2])
+def test_frozen_beside_lora(rows_before: int) -> None:
+    """Neither estimate nor mask: only LoRA trains; on later, the estimate goes on."""
+    stack = Stack(
+        tiny("llama"),
+        [Lora(rank=2), LayernormTuning(fraction=0.2, fisher_rows=4)],
+        tokenizer=tiny_tokenizer(),
+    )
+    if rows_before:
+        stack.train_step(batch_of(stack.model))
+        stack.model.zero_grad()
+    stack.freeze(ID)
+    before = weights(stack.model)
+    stack.train(rows(4), steps=1, batch_size=2, learning_rate=1e-2, weight_decay=0.5, max_length=32)
+    moved = {name for name, p in stack.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(".peftx." in name for name in moved)
+    assert int(subset_of(stack).rows) == rows_before
+    stack.unfreeze(ID)
+    train(stack, 2)
+    assert subset_of(stack).chosen
+
+
+def test_rows_without_a_choice_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PeftxError, match="layernorm-tuning: fisher_rows 16, but all entries train"):
+        Stack(tiny("llama"), [LayernormTuning(fisher_rows=16)])
+    stack = Stack(tiny("llama"), [LayernormTuning()], tokenizer=tiny_tokenizer())
+    stack.save(tmp_path / "bundle")  # a bundle names every option
+    assert peftx.load(tmp_path / "bundle", model=tiny("llama")).plugins[ID].config == stack.plugins[ID].config
 
 
 def test_fisher_stays_in_full_precision() -> None:

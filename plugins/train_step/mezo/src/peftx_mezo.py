@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
 from peftx.data import IGNORE
 from peftx.errors import PeftxError, UnsupportedError
+from peftx.evaluation import eval_mode
 
 MEMORY = "mezo"
 """What `step.memory` holds between the micro-batches of a step: seeds and the g so far."""
@@ -73,7 +74,7 @@ class Mezo(Plugin):
             step.memory[MEMORY] = {"seeds": seeds, "g": [0.0] * len(seeds)}
         seeds, g = step.memory[MEMORY]["seeds"], step.memory[MEMORY]["g"]
         total = 0.0
-        with torch.no_grad(), evaluating(step.module):
+        with torch.no_grad(), eval_mode(step.module):
             for i, seed in enumerate(seeds):
                 slope, loss = projected_gradient(
                     parameters, seed, self.config.eps, lambda: float(step.total_loss())
@@ -245,15 +246,3 @@ def wrong_share(step: TrainStep) -> tuple[Tensor, Any]:
         logits, labels = logits[:, :-1], labels[:, 1:]  # token i is predicted at i - 1
     known = labels != IGNORE
     return (logits.argmax(-1)[known] != labels[known]).float().mean(), outputs
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """No dropout, as in the paper; each module's own mode comes back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
