@@ -29,6 +29,8 @@ from peftx.errors import PeftxError
 
 BOUND = 0.5
 """Of the uniform start."""
+FREQUENT = 5000
+"""Of the vocabulary start."""
 
 
 class PromptTuningConfig(PluginConfig):
@@ -39,7 +41,7 @@ class PromptTuningConfig(PluginConfig):
         "vocabulary", description="what the rows start as"
     )
     frequent: int = Field(
-        5000, ge=1, description="tokens that vocabulary rows are drawn among: the lowest ids"
+        FREQUENT, ge=1, description="tokens that vocabulary rows are drawn among: the lowest ids"
     )
     text: str | None = Field(None, description="the string of init: text")
     labels: tuple[str, ...] = Field(
@@ -89,6 +91,12 @@ class PromptTuning(Plugin):
                     f"prompt-tuning: init is '{self.config.init}', but {name} is {'given' if value else 'empty'}",
                     hint=f"init: {name} goes with {name}, and {name} with nothing else",
                 )
+        # Not `model_fields_set`: the pipeline in a bundle names every option, and must stay good.
+        if self.config.init == "uniform" and self.config.frequent != FREQUENT:
+            raise PeftxError(
+                f"prompt-tuning: frequent {self.config.frequent}, but init is 'uniform', which draws no tokens",
+                hint="leave frequent out, or another init",
+            )
         room = positions(model)
         if room is not None and self.config.length >= room:
             raise PeftxError(

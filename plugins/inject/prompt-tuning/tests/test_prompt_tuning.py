@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.testing import conformance
@@ -163,6 +164,7 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
         ({"init": "labels"}, "init is 'labels', but labels is empty"),
         ({"text": "Topic:"}, "init is 'vocabulary', but text is given"),
         ({"init": "text", "text": "Topic:", "labels": ["yes"]}, "init is 'text', but labels is given"),
+        ({"init": "uniform", "frequent": 9}, "frequent 9, but init is 'uniform'"),
         ({"init": "text", "text": "Topic:", "length": 5}, "6 tokens of text in length 5"),
         ({"init": "labels", "labels": ["a", "b", "c"], "length": 2}, "3 labels in length 2"),
         ({"init": "labels", "labels": ["a", ""]}, "labels: '' has no tokens"),
@@ -171,6 +173,13 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=f"prompt-tuning: {match}"):
         start(**options)
+
+
+def test_a_bundle_names_every_option(tmp_path: Path) -> None:
+    stack = Stack(tiny("llama"), [PromptTuning(init="uniform")], tokenizer=tiny_tokenizer())
+    loaded = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"))
+    assert "frequent" in loaded.plugins["prompt-tuning"].config.model_fields_set
+    Stack(tiny("llama"), [PromptTuning(loaded.plugins["prompt-tuning"].config)])  # as its pipeline.yaml would
 
 
 @pytest.mark.parametrize("arch", ["vit", "whisper"])
