@@ -82,12 +82,12 @@ def save(stack: Stack, path: Path) -> Path:
         manifest["files"] = {
             str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()
         }
-        manifest["own"] = _digest(manifest)
+        manifest["own"] = own_digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     return path
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def own_digest(manifest: dict[str, Any]) -> str:
     """sha256 of the manifest's content, its own entry left out."""
     rest = {name: value for name, value in manifest.items() if name != "own"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -303,7 +303,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"'{folder}' has format {number}; this peftx reads up to {FORMAT}",
             hint="pip install --upgrade peftx",
         )
-    if manifest.get("own") != _digest(manifest):
+    if manifest.get("own") != own_digest(manifest):
         raise BundleError(
             f"'{file}' is corrupted or was edited (sha256 differs)", hint="change a stack and save it anew"
         )

@@ -260,6 +260,7 @@ def test_every_changed_byte_of_a_bundle_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["missing", "extra", "renamed"])
 def test_tensors_that_do_not_fit(tmp_path: Path, change: str) -> None:
     """Files that agree with their manifest, of another version of the plugin."""
+    from peftx.bundle import own_digest
     from peftx.files import sha256
 
     folder = stack().save(tmp_path / "bundle")
@@ -273,6 +274,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: str) -> None:
     save_file(tensors, file)
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     manifest["files"][file.name] = sha256(file)
+    manifest["own"] = own_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     with pytest.raises(BundleError, match="do not fit this model") as caught:
         peftx.load(folder, model=tiny("llama"), tokenizer=tiny_tokenizer())
