@@ -56,6 +56,7 @@ class SlotState:
         self.run: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
         self.nested: tuple[Entry, ...] = ()
         self.low_rank: tuple[Delta, ...] = ()
+        self.alone: Delta | None = None
         self.base: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
         self.folded: dict[str, tuple[Entry, ...]] = {}
 
@@ -68,6 +69,7 @@ class SlotState:
                 self.base, self.nested = F.linear, ()
                 self.run = (only.delta,) if kind.has_forward() else ()
                 self.low_rank = self.run if kind.low_rank is not Delta.low_rank else ()
+                self.alone = only.delta if self.low_rank else None
                 self.folded = {only.parameter: (only,)}
                 return
         active = [entry for entry in self.entries if entry.active]
@@ -79,6 +81,7 @@ class SlotState:
         )
         plain = all(e.rows is None and type(e.delta).low_rank is not Delta.low_rank for e in outer)
         self.low_rank = tuple(entry.delta for entry in outer) if plain else ()
+        self.alone = self.low_rank[0] if len(self.low_rank) == 1 else None
         self.folded = {
             name: tuple(entry for entry in active if entry.parameter == name)
             for name in dict.fromkeys(entry.parameter for entry in active)
@@ -128,14 +131,22 @@ class PlainLinearCarrier(Carrier):
 
     weight: Tensor
     bias: Tensor | None
+    in_features: int
 
     def forward(self, input: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.nested:
             return _nested(slot.nested, input, lambda x: slot.base(x, self.weight, self.bias))
         y = slot.base(input, self.weight, self.bias)
-        if slot.low_rank and not torch.is_grad_enabled() and _add_low_rank(slot.low_rank, input, y):
-            return y
+        if slot.low_rank and not torch.is_grad_enabled():
+            if slot.alone is not None and input.numel() == self.in_features:
+                # One adapter and one row, a step of decoding: a product of a matrix and a vector takes half the calls.
+                found = slot.alone.low_rank()
+                if found is not None and found.A.dtype is y.dtype:
+                    y.view(-1).addmv_(found.B, found.A.mv(input.view(-1)), alpha=found.scale)
+                    return y
+            elif _add_low_rank(slot.low_rank, input, y):
+                return y
         for delta in slot.run:
             y = delta(input, y)
         return y
@@ -250,15 +261,9 @@ def _add_low_rank(deltas: tuple[Delta, ...], x: Tensor, y: Tensor) -> bool:
     """y += s B A x for each, written into `y`, without calling the deltas as modules: what a decode step spends on an
     adapter of rank 8 is mostly Python. False, and `y` untouched, if one is not just a low-rank addition right now."""
     factors = [delta.low_rank() for delta in deltas]
-    dtype = y.dtype
     for found in factors:
-        if found is None or found[0].dtype is not dtype:
+        if found is None or found[0].dtype is not y.dtype:
             return False
-    if y.numel() == y.shape[-1]:  # one row: the products of a matrix and a vector take half the calls
-        row, input = y.view(-1), x.reshape(-1)
-        for A, B, scale in factors:  # type: ignore[misc]
-            row.addmv_(B, A.mv(input), alpha=scale)
-        return True
     rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     for A, B, scale in factors:  # type: ignore[misc]
         rows.addmm_(inputs.mm(A.t()), B.t(), alpha=scale)
