@@ -109,14 +109,17 @@ class Stack:
         self.compressed: set[str] = set()
         self._frozen: set[str] = set()
         self.disabled_ids: set[str] = set()
-        for parameter in model.parameters():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.requires_grad_(False)
         if inject:
             try:
                 self.inject()
-            except Exception:
+            except BaseException:  # Ctrl-C too: the caller's model is as it was
                 for id in reversed(self.plugins):
-                    self.ledger.remove(id)  # the caller's model is as it was
+                    self.ledger.remove(id)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
                 raise
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -212,8 +215,8 @@ class Stack:
             with _seeded(self.seed, member.id), no_init_weights() if restoring else nullcontext():
                 try:
                     self._call(member, "inject", model=self.view(member.id, restoring=restoring), stack=self)
-                except Exception:
-                    self.ledger.remove(member.id)  # half of a plugin is worse than none
+                except BaseException:  # Ctrl-C too: half of a plugin is worse than none
+                    self.ledger.remove(member.id)
                     raise
             self.injected.add(member.id)
         if not restoring:  # of a bundle, after its tensors are in place
@@ -387,7 +390,6 @@ class Stack:
         rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
         step = TrainStep(
             self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, learning_rate=rate,
-            memory=self.memory,
         )  # fmt: skip
         loss = self.run_train_step(step)
         if optimizer is not None and step.last_micro:

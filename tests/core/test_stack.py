@@ -487,6 +487,8 @@ def test_a_stack_that_cannot_be_built_leaves_the_model_as_it_was() -> None:
 
     model = tiny("llama")
     inputs, before = example_inputs(model), dict(model.named_parameters())
+    model.model.norm.weight.requires_grad_(False)
+    trains = {name: p.requires_grad for name, p in before.items()}
     names = [name for name, _ in model.named_modules()]
     with torch.no_grad():
         logits = output_of(model, inputs)
@@ -495,6 +497,8 @@ def test_a_stack_that_cannot_be_built_leaves_the_model_as_it_was() -> None:
         assert torch.equal(output_of(model, inputs), logits)
     assert [name for name, _ in model.named_modules()] == names
     assert all(p is before[name] for name, p in model.named_parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+    assert len(set(trains.values())) == 2
 
 
 def test_weights_that_were_trained_and_then_quantized_come_back(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ class TrainStep:
         index: optimizer steps done so far. micro: which micro-batch of this optimizer step, from 0.
         accumulation: micro-batches in this optimizer step. total: optimizer steps planned, None if unknown.
         learning_rate: of the schedule, now. items: labelled tokens in all micro-batches of this step, if known.
-        memory: what plugins remember between steps; plain numbers, strings, lists and tensors, saved in checkpoints.
+        memory: what plugins remember between steps; plain numbers, strings, lists and tensors, saved in checkpoints;
+            the stack's own, of a loop of your own, if left out.
         backward: called with the scaled loss; `Tensor.backward` if left out.
     """
 
@@ -56,7 +57,7 @@ class TrainStep:
         self.total = total
         self.learning_rate = learning_rate
         self.items = items
-        self.memory = memory if memory is not None else {}
+        self.memory = memory if memory is not None else stack.memory
         self.losses: dict[str, float] = {}
         """Value of each term in the last `total_loss`, for the log."""
         self._backward = backward

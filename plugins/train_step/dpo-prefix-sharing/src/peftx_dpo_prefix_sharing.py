@@ -131,9 +131,6 @@ class DpoPrefixSharing(Plugin):
     architectures = ("mistral",)
     config: DpoPrefixSharingConfig
 
-    own_loop: dict[str, Tensor] | None = None
-    """The same, in a loop of one's own, whose steps share no memory."""
-
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """`preference` rows -> `tokenized` ones; `token_type_ids` hold the segments."""
@@ -234,18 +231,14 @@ class DpoPrefixSharing(Plugin):
     def reference(self, step: TrainStep) -> list[tuple[nn.Parameter, Tensor]]:
         """All that trains, with its value at the run's first step; copied there, and kept in checkpoints.
 
-        In a loop of one's own the stack's first step counts, and the values stay for as long as the plugin lives.
+        In a loop of one's own that is the first `stack.train_step`, whose memory is the stack's.
         """
-        if step.total is None:
-            self.own_loop = self.own_loop or {}
-            start = self.own_loop
-        elif step.index > 0 and MEMORY not in step.memory:
+        if step.total is not None and step.index > 0 and MEMORY not in step.memory:
             raise PeftxError(
                 f"dpo-prefix-sharing: step {step.index} does not remember the reference",
                 hint="give all steps of a loop of your own one `memory`, or leave `total` out",
             )
-        else:
-            start = step.memory.setdefault(MEMORY, {})
+        start = step.memory.setdefault(MEMORY, {})
         for name, p in step.model.named_parameters():
             if (
                 p.requires_grad and name not in start
