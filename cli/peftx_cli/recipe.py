@@ -24,7 +24,6 @@ OUTPUT = "peftx-out"
 STEPS = 60
 RATE = 3e-3
 NO_METRIC = "none"
-_MINIMAL = {"peftx": 1, "model": {"id": TINY}, "stack": [{"use": "x"}]}
 CHECKPOINTS = 4  # of a run, so that an interrupted one has something to resume
 
 
@@ -60,8 +59,9 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     Raises:
         PeftxError: neither a spec nor a plugin, or both. SpecError: all that is wrong in it.
     """
-    from peftx_spec import Pipeline, load_spec, resolved
+    from peftx_spec import load_spec, resolved
     from peftx_spec.dumper import dump_plain
+    from peftx_spec.models import EvaluateSpec
 
     if bool(asked.spec) == bool(asked.plugins):
         problem = (
@@ -82,7 +82,7 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     data = loaded.overridden.data
     if asked.metrics:
         data = {**data, "evaluate": _metrics(asked)}  # type: ignore[dict-item]
-        metrics = Pipeline.model_validate({**_MINIMAL, "evaluate": _metrics(asked)}).evaluate
+        metrics = tuple(EvaluateSpec.model_validate({name: {}}) for name in _metrics(asked))
         pipeline = pipeline.model_copy(update={"evaluate": metrics})
     return Recipe(pipeline, where, dump_plain(data))
 

@@ -14,7 +14,7 @@ from peftx.conflicts import Member, check
 from peftx.data import TrainingData, read_dataset
 from peftx.data.formats import detect_format
 from peftx.errors import BundleError, DataError
-from peftx.evaluation.run import METRICS, check_metric
+from peftx.evaluation.run import METRICS, check_known, check_metric
 from peftx.models import asset_path, model_path
 from peftx.registry import Registry
 from peftx.stack import Stack
@@ -118,8 +118,10 @@ class Run:
         for source in (data.eval, data.calibration):
             if source is not None:
                 _rows(source, limit=1)
+        own = [member.id for member in self.members if member.implements("evaluate")]
         for metric in self.pipeline.evaluate:
             options = metric.options
+            check_known(metric.metric, own)
             path = options.path or (data.eval.path if data.eval is not None else None)
             if options.path is not None:
                 read_dataset(asset_path(options.path), format=options.format, limit=1)

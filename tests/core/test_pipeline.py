@@ -278,6 +278,24 @@ def test_a_metric_that_cannot_read_the_data_is_refused_before_anything_runs(file
         load_run(text, registry=REGISTRY)
 
 
+def test_a_metric_of_the_command_line_is_known_before_anything_runs(files: dict[str, Path]) -> None:
+    from peftx.errors import PeftxError
+    from peftx_spec.models import EvaluateSpec
+
+    pipeline = load_run(SPEC.format(**files), registry=REGISTRY).pipeline
+    wrong = pipeline.model_copy(update={"evaluate": (EvaluateSpec.model_validate({"perplexty": {}}),)})
+    with pytest.raises(PeftxError, match="unknown metric 'perplexty'") as caught:
+        Run(wrong, registry=REGISTRY)
+    assert "perplexity" in str(caught.value.hint)
+
+
+def test_the_spec_and_the_core_know_the_same_metrics() -> None:
+    import peftx_spec
+    from peftx.evaluation.run import METRICS
+
+    assert tuple(METRICS) == peftx_spec.METRICS
+
+
 def test_a_failed_evaluation_does_not_lose_the_training(files: dict[str, Path], monkeypatch: Any) -> None:
     def fails(self: Any, evaluation: Any) -> None:
         raise ValueError("a bug")

@@ -28,6 +28,15 @@ METRICS = {
 """Metric -> the formats of rows that it reads."""
 
 
+def check_known(metric: str, plugins: Sequence[str]) -> None:
+    """Raises PeftxError for a name that is neither a metric nor one of these plugins, with the nearest right one."""
+    names = [*METRICS, *plugins]
+    if metric not in names:
+        raise PeftxError(
+            f"unknown metric '{metric}'", hint=nearest(metric, names) or f"there are: {', '.join(names)}"
+        )
+
+
 def check_metric(metric: str, format: str) -> None:
     """Raises PeftxError where a metric of the core cannot read rows of this format."""
     formats = METRICS.get(metric, (format,))
@@ -70,6 +79,7 @@ def evaluate(
     plugins = [m for m in stack.members if m.implements("evaluate")]
     scores: dict[str, Score] = {}
     for metric in metrics:
+        check_known(metric, [m.id for m in plugins])
         if metric == "perplexity":
             scores |= perplexity(
                 stack.model, stack.tokenizer, _needed(rows, metric), max_length=max_length,
@@ -92,7 +102,7 @@ def evaluate(
             )
             found = exact_match(answer, _needed(rows, metric), progress=options.get("progress"))
             scores[found.name] = found
-        elif any(m.id == metric for m in plugins):
+        else:
             folder = options.get("output_dir")
             evaluation = Evaluation(
                 stack=stack,
@@ -103,11 +113,6 @@ def evaluate(
                 stack._call(stack.member(metric), "evaluate", evaluation=evaluation)
             _refuse_overlap(metric, scores, evaluation.scores)
             scores |= evaluation.scores
-        else:
-            names = [*METRICS, *(m.id for m in plugins)]
-            raise PeftxError(
-                f"unknown metric '{metric}'", hint=nearest(metric, names) or f"there are: {', '.join(names)}"
-            )
     stack.scores |= scores
     return scores
 

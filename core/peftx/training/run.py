@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as compute
 from datasets import Dataset
 from pydantic import ValidationError
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -237,7 +238,8 @@ def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> Train
 def _full(rows: Dataset, data: TrainingData) -> int:
     if data.format in ("text", "tokenized"):
         return 0
-    return sum(len(ids) >= data.max_length for ids in rows["input_ids"])
+    lengths = compute.list_value_length(rows.with_format("arrow")["input_ids"])
+    return int(compute.sum(compute.greater_equal(lengths, data.max_length)).as_py())
 
 
 def _check_that_it_acts(stack: Stack) -> None:
