@@ -307,6 +307,12 @@ def enable(model: PreTrainedModel, owner: str, enabled: bool) -> None:
         (prompt.disabled.discard if enabled else prompt.disabled.add)(owner)
 
 
+def free_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read behind its soft tokens; None where its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit) - prompt_length(model)
+
+
 def prompt_length(model: PreTrainedModel) -> int:
     """Rows that stand in front of the caller's first token now."""
     prompt: _Prompt | None = _host(model).__dict__.get(STATE)

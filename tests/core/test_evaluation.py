@@ -75,6 +75,10 @@ class Bigram(nn.Module):
         self.generation_config = GenerationConfig()
         self.shapes: list[tuple[int, int]] = []
 
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         assert input_ids.shape == attention_mask.shape
         self.shapes.append(tuple(input_ids.shape))

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from peftx.data import Collator
 from peftx.decoding.generation import Generation
 from peftx.errors import DataError, PeftxError, nearest
-from peftx.virtual_tokens import prompt_length
+from peftx.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
     from peftx.stack import Stack
@@ -30,26 +30,18 @@ def request_for(
     return request_of_ids(stack, rows, max_new_tokens, seed, options)
 
 
-def positions(stack: Stack) -> int | None:
-    """Tokens that the model can read, soft tokens in front taken off; None where its configuration sets no limit."""
-    config = stack.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit) - prompt_length(stack.model)
-
-
 def check_length(stack: Stack, prompt: int, new: int) -> None:
     """Raises PeftxError where so many tokens do not fit the model."""
-    limit = positions(stack)
+    limit = free_positions(stack.model)
     if limit is None:
         return
-    if stack.model.config.is_encoder_decoder:
-        if max(prompt, new) > limit:
-            raise PeftxError(
-                f"the prompt has {prompt} tokens and max_new_tokens is {new}; each at most {limit} fit this model"
-            )
-    elif prompt + new > limit:
+    apart = bool(stack.model.config.is_encoder_decoder)  # the one in the encoder, the other in the decoder
+    room = limit if apart else limit - prompt
+    if prompt > limit or new > room:
         raise PeftxError(
-            f"the prompt has {prompt} tokens and max_new_tokens is {new}; together at most {limit} fit this model"
+            f"the prompt has {prompt} tokens and {new} new ones are asked for; "
+            f"{'each' if apart else 'together'} at most {limit} fit this model",
+            hint=f"ask for {room} at most" if prompt <= limit and room > 0 else "a shorter prompt",
         )
 
 
@@ -88,9 +80,8 @@ def request_of_ids(
         )
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    pad = next(
-        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-    )  # masked anyway
+    # Which one does not matter: pads are masked.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     side: Literal["left", "right"] = "right" if stack.model.config.is_encoder_decoder else "left"
     tokens = Collator(pad, padding_side=side)([{"input_ids": list(row)} for row in rows])
     device = stack.model.device

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from peftx.data import special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
-from peftx.virtual_tokens import prompt_length
+from peftx.virtual_tokens import free_positions
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -84,11 +84,11 @@ def refuse_masked(model: PreTrainedModel) -> None:
 def context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens the model can read at once: its number of positions less those of soft tokens in front, else the
     tokenizer's limit, else 1024."""
-    try:
-        return int(model.config.get_text_config().max_position_embeddings) - prompt_length(model)
-    except AttributeError:  # relative positions or a state space: no limit in the config
-        limit = int(tokenizer.model_max_length)
-        return limit if limit < _SANE_LENGTH else _DEFAULT_WINDOW
+    room = free_positions(model)
+    if room is not None:
+        return room
+    limit = int(tokenizer.model_max_length)  # relative positions or a state space: no limit in the config
+    return limit if limit < _SANE_LENGTH else _DEFAULT_WINDOW
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from peftx.decoding.text import check_length, positions, request_of_ids
+from peftx.decoding.text import check_length, request_of_ids
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.serving.prefix import PrefixCache
 from peftx.serving.server import Request, Server
 from peftx.serving.stream import TextStream, cut_at_stop
+from peftx.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
     from peftx.decoding import Generation
@@ -141,7 +142,7 @@ class Engine:
     @property
     def context(self) -> int | None:
         """Tokens that prompt and answer may have together; None where the model sets no limit."""
-        return positions(self.server.stack)
+        return free_positions(self.server.stack.model)
 
     @property
     def queued(self) -> int:
@@ -303,14 +304,13 @@ class Engine:
         place = next((index for index, token in enumerate(row) if token in ends), None)
         if place is not None:
             row = row[: place + 1]
-        text, stopped = cut_at_stop(self._text(row), job.request.stop)
-        if (
-            stopped
-        ):  # in a batch others may have gone on: count up to the token that completed the stop string
+        stop = job.request.stop
+        text, stopped = cut_at_stop(self._text(row), stop)
+        if stopped:
+            # In a batch the row may have gone on: up to the token that completed the stop string it counts.
+            whole = row
             last = bisect_left(
-                range(len(row)),
-                True,
-                key=lambda i: cut_at_stop(self._text(row[: i + 1]), job.request.stop)[1],
+                range(len(row)), True, key=lambda i: cut_at_stop(self._text(whole[: i + 1]), stop)[1]
             )
             row = row[: last + 1]
         reason = "stop" if stopped or place is not None else "length"
