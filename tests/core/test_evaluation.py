@@ -70,7 +70,7 @@ class Bigram(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.table = nn.Parameter(table)
+        self.embedding = nn.Embedding.from_pretrained(table)
         self.config = LlamaConfig(vocab_size=len(table), max_position_embeddings=16)
         self.generation_config = GenerationConfig()
         self.shapes: list[tuple[int, int]] = []
@@ -79,10 +79,13 @@ class Bigram(nn.Module):
     def base_model(self) -> nn.Module:
         return self
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         assert input_ids.shape == attention_mask.shape
         self.shapes.append(tuple(input_ids.shape))
-        return SimpleNamespace(logits=self.table[input_ids])
+        return SimpleNamespace(logits=self.embedding(input_ids))
 
 
 def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
@@ -336,7 +339,7 @@ def test_nan_is_not_a_result(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_logits_of_another_length_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = Bigram(torch.zeros(VOCAB, VOCAB))
-    model.forward = lambda input_ids, attention_mask: SimpleNamespace(logits=model.table[input_ids[:, 1:]])
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(logits=model.embedding(input_ids[:, 1:]))
     with pytest.raises(PeftxError, match=r"read \(1, 3\) tokens"):
         perplexity(model, tokenizer, ["abc"])
 
