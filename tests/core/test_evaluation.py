@@ -339,7 +339,9 @@ def test_nan_is_not_a_result(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_logits_of_another_length_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = Bigram(torch.zeros(VOCAB, VOCAB))
-    model.forward = lambda input_ids, attention_mask: SimpleNamespace(logits=model.embedding(input_ids[:, 1:]))
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(
+        logits=model.embedding(input_ids[:, 1:])
+    )
     with pytest.raises(PeftxError, match=r"read \(1, 3\) tokens"):
         perplexity(model, tokenizer, ["abc"])
 
