@@ -59,8 +59,11 @@ def asset_path(path: str | Path) -> Path:
     return file
 
 
-def check_weights(path: Path) -> None:
+def check_weights(path: Path, *, shape_only: bool = False) -> None:
     """Refuse folders without safetensors.
+
+    Args:
+        shape_only: a config alone will do, as long as a later run would not stop at the weights beside it.
 
     Raises:
         BundleError: no such folder, no config, or weights only as pickles.
@@ -77,7 +80,8 @@ def check_weights(path: Path) -> None:
             f"'{path}' has its weights only as pickles ({', '.join(pickles[:3])}), which peftx does not read",
             hint="convert them where you trust them: model.save_pretrained(path) writes safetensors",
         )
-    raise BundleError(f"'{path}' holds no weights: no *.safetensors")
+    if not shape_only:
+        raise BundleError(f"'{path}' holds no weights: no *.safetensors")
 
 
 def load_model(
@@ -103,8 +107,8 @@ def load_model(
 
     path = model_path(model_id)
     local = Path(path).exists() or path.startswith((".", "/", "~"))
-    if local and not meta:
-        check_weights(Path(path).expanduser())
+    if local:
+        check_weights(Path(path).expanduser(), shape_only=meta)
     source = str(Path(path).expanduser()) if local else path
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -215,6 +215,7 @@ def test_a_checkpoint_of_pickles(installed: Any, refused: Callable[..., str]) ->
     spec(installed)
     for words in (
         ["apply", "spec.yaml", "--model", "./old"],
+        ["plan", "spec.yaml", "--model", "./old"],
         ["generate", "old", "x"],
         ["evaluate", "./old"],
     ):

@@ -22,6 +22,7 @@ import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
 from peftx.bundle import read_manifest
 from peftx.errors import BundleError, MergeError, PeftxError
+from peftx.models import load_model
 from peftx.testing import tiny, tiny_tokenizer
 
 ROWS = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(8)]
@@ -341,8 +342,11 @@ def test_a_folder_of_pickles(tmp_path: Path) -> None:
     shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
     with pytest.raises(BundleError, match=r"only as pickles \(pytorch_model.bin\)"):
         Stack(str(folder))
+    with pytest.raises(BundleError, match=r"only as pickles \(pytorch_model.bin\)"):
+        load_model(str(folder), meta=True)  # a plan that no run could follow
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(BundleError, match="holds no weights"):
         Stack(str(folder))
+    assert load_model(str(folder), meta=True)[0].device.type == "meta"  # a shape needs none
     with pytest.raises(PeftxError, match="does not exist"):
         Stack(str(tmp_path / "nowhere"))
