@@ -84,6 +84,13 @@ class Part:
         }  # type: ignore[return-value]
 
 
+def carried(model: nn.Module) -> list[str]:
+    """Plugins that have modules of their own on the model, whatever stack put them there."""
+    names = (CHILD, attention.CHILD, virtual_tokens.CHILD, FREE)
+    groups = (group for module in model.modules() for name in names if (group := module._modules.get(name)))
+    return sorted({key.partition("@")[0] for group in groups for key in group._modules})
+
+
 class Ledger:
     """All parts of a stack, by owner, in order of attachment.
 

@@ -19,7 +19,7 @@ from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, RegistryError, nearest
 from peftx.hooks import HOOKS, HookSpecs, hooks_of
-from peftx.ledger import Ledger
+from peftx.ledger import Ledger, carried
 from peftx.models import fingerprint, load_model
 from peftx.plugin import PROJECT, Claim, Plugin, hookimpl
 
@@ -66,7 +66,8 @@ class Stack:
         dtype, device, trust_remote_code: for a model that is loaded here.
 
     Raises:
-        ConflictError: two plugins that cannot stand together, or not in this order; nothing is built then.
+        ConflictError: two plugins that cannot stand together, or not in this order; a model with another stack's
+            plugins on it. Nothing is built then.
         PluginError: a plugin's hook failed; names the plugin and the hook.
     """
 
@@ -84,6 +85,11 @@ class Stack:
     ) -> None:
         self.members = _members(plugins)
         check(self.members)
+        if not isinstance(model, str) and (others := carried(model)):
+            raise ConflictError(
+                f"the model carries {', '.join(others)} of another stack, which alone can train and save them",
+                hint="one Stack with all plugins; or that stack's merge(keep=False) or remove(id) first",
+            )
         self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in self.members}
         self._manager = _register(self.members)
         self.seed = seed

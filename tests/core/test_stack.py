@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, Stack, hookimpl
+from peftx.attention import AttentionEdit
 from peftx.bundle import smallest_exact
 from peftx.compression import QuantLinear
 from peftx.conflicts import Member, find_conflicts
@@ -20,6 +21,7 @@ from peftx.errors import BundleError, ConflictError, MergeError, PeftxError, Plu
 from peftx.models import fingerprint
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import example_inputs, output_of
+from peftx.virtual_tokens import VirtualTokens
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -499,6 +501,47 @@ def test_a_stack_that_cannot_be_built_leaves_the_model_as_it_was() -> None:
     assert all(p is before[name] for name, p in model.named_parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
     assert len(set(trains.values())) == 2
+
+
+class Everywhere(Plugin):
+    """Puts something of its own where `where` says."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        if self.where == "slot":
+            site = model.linears("mlp.up")[0]
+            site.attach(Shift(site.out_features, 1.0))
+        elif self.where == "attention":
+            model.attend(model.attention_sites()[1], AttentionEdit())
+        elif self.where == "prompt":
+            model.prompt(VirtualTokens(2))
+        else:
+            model.keep("head", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("where", ["slot", "attention", "prompt", "kept"])
+def test_a_second_stack_on_one_model_is_refused(where: str) -> None:
+    """It would freeze the first one's parameters, and neither could save both."""
+    model = tiny("llama")
+    first = Stack(model, [("first", Everywhere(where))])
+    trains = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ConflictError, match="carries first of another stack"):
+        Stack(model, [Scales()])
+    assert [p.requires_grad for p in model.parameters()] == trains
+    first.remove("first")
+    Stack(model, [Scales()])
+
+
+def test_a_model_that_keeps_the_folded_weights_takes_another_stack() -> None:
+    first = stack_of(Shifts())
+    first.merge(keep=False)
+    before = logits(first)
+    second = Stack(first.model, [Scales(start=1.0)])
+    assert torch.equal(logits(second), before)
 
 
 def test_weights_that_were_trained_and_then_quantized_come_back(tmp_path: Path) -> None:
