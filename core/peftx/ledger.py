@@ -292,6 +292,7 @@ class Ledger:
         )  # fmt: skip
 
     def add_prompt(self, view: ModelView, tokens: VirtualTokens) -> None:
+        virtual_tokens.check_room(self.model, tokens.length, owner=view.owner)
         _settle(tokens, self.model)
         virtual_tokens.attach(self.model, tokens, owner=view.owner, rank=view.rank)
         self.parts.append(
@@ -308,6 +309,7 @@ class Ledger:
         self.parts.append(Part(view.owner, "call", "call", edit, undo=lambda: switch(False), switch=switch))
 
     def add_shift(self, view: ModelView, by: int) -> None:
+        virtual_tokens.check_room(self.model, by, owner=view.owner)
         virtual_tokens.shift(self.model, by, owner=view.owner)
         self.parts.append(
             Part(

@@ -14,9 +14,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
 from peftx.anatomy.lookup import table_for
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 
 CHILD = "peftx_prompt"
 STATE = "_peftx_prompt"
@@ -76,11 +77,13 @@ class _BaseModelSlot:
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         new = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
         seen_before = max(past - length, 0)  # tokens of the caller's in the cache
+        if length:
+            attention_mask = _flat(attention_mask, seen_before, new)
         positions = self._peftx_positions(position_ids, attention_mask, seen_before, new)
         if not length or past:
             if length:
                 _check_past(attention_mask, position_ids, seen_before, new)
-                if attention_mask is not None and attention_mask.ndim == 2:
+                if attention_mask is not None:
                     attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
             if positions is not None:
                 positions = positions + (length + prompt.shift)
@@ -94,8 +97,6 @@ class _BaseModelSlot:
         at: int = self._peftx_at  # type: ignore[attr-defined]
         inputs_embeds = _insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
         if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                raise ArchitectureError("virtual tokens need a 2-D attention mask in the first call")
             seen = torch.ones(1, length, dtype=attention_mask.dtype, device=attention_mask.device)
             attention_mask = _insert(attention_mask, seen.expand(attention_mask.shape[0], -1), at)
         if positions is not None:
@@ -104,6 +105,8 @@ class _BaseModelSlot:
         if (types := call.get("token_type_ids")) is not None:
             call["token_type_ids"] = _insert(types, types.new_zeros(types.shape[0], length), at)
         call |= _given(attention_mask=attention_mask, position_ids=positions)
+        if past_key_values is not None:
+            _make_room(past_key_values, length, getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
         out = super().forward(inputs_embeds=inputs_embeds, **call)  # type: ignore[misc]
         return out if self._peftx_visible else _drop(out, at, length)  # type: ignore[attr-defined]
 
@@ -153,6 +156,44 @@ class _CrossAttentionSlot:
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _flat(mask: Any, past: int, new: int) -> Tensor | None:
+    """The mask as [B, past + new], 1 where a token is no pad.
+
+    With a static cache `generate` prepares [B, 1, new, cache] itself, for each kind of layer; there the last query sees
+    every token that is no pad.
+
+    Raises:
+        ArchitectureError: a mask that is not causal; the rows have no place in it.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", False)
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask[:, 0, :, : past + new]  # [B, new, past + new]
+        if seen.is_floating_point():
+            seen = seen == 0
+        kept = seen[:, -1]
+        if new == 1 or torch.equal(seen, torch.ones_like(seen).tril(past) & kept[:, None]):
+            return kept.long()
+    raise ArchitectureError(
+        "virtual tokens need a 2-D attention mask, or a causal one",
+        hint="give a mask of [rows, tokens]; models whose layers all have a sliding window take no static cache here",
+    )
+
+
+def _make_room(cache: Any, length: int, window: int | None) -> None:
+    """A static cache is as long as the caller's text; before its first use it can still grow by the soft tokens.
+
+    Args:
+        window: of the layers that keep no more than that.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            longer = layer.max_cache_len + length
+            layer.max_cache_len = min(longer, window) if layer.is_sliding and window else longer
 
 
 def _check_past(mask: Tensor | None, positions: Tensor | None, past: int, new: int) -> None:
@@ -310,7 +351,21 @@ def enable(model: PreTrainedModel, owner: str, enabled: bool) -> None:
 def free_positions(model: PreTrainedModel) -> int | None:
     """Tokens that the model can read behind its soft tokens; None where its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit) - prompt_length(model)
+    if limit is None:
+        return None
+    prompt: _Prompt | None = _host(model).__dict__.get(STATE)
+    return int(limit) - prompt_length(model) - (prompt.shift if prompt is not None else 0)
+
+
+def check_room(model: PreTrainedModel, length: int, *, owner: str) -> None:
+    """Raises PeftxError where `length` more rows leave the text no position."""
+    room = free_positions(model)
+    if room is not None and length >= room:
+        raise PeftxError(
+            f"{owner}: {length} soft tokens leave no room in the {room} positions that the model has for them "
+            f"and the text",
+            hint="fewer soft tokens, or a model with a longer context",
+        )
 
 
 def prompt_length(model: PreTrainedModel) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from peftx import virtual_tokens
 from peftx.anatomy import Anatomy, ModelView
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.ledger import Ledger
 from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny
 from peftx.virtual_tokens import VirtualTokens
@@ -154,6 +154,24 @@ def generated(model: PreTrainedModel, ids: Tensor, **options: object) -> tuple[T
     return out.sequences[:, -6:], torch.stack(out.logits)
 
 
+def test_rows_that_leave_the_text_no_position_are_refused() -> None:
+    """Of 128; what other plugins took counts, and so does a prefix that positions start behind."""
+    model = tiny("llama")
+    assert virtual_tokens.free_positions(model) == 128
+    ledger, _ = prompted(model, 100)
+    assert virtual_tokens.free_positions(model) == 28
+    view = ModelView(Anatomy(model), ledger, "shifts", 1)
+    view.shift_positions(20)
+    assert virtual_tokens.free_positions(model) == 8
+    names = [name for name, _ in model.named_parameters()]
+    for refused in (lambda: view.prompt(Rows(8)), lambda: view.shift_positions(8)):
+        with pytest.raises(PeftxError, match="shifts: 8 soft tokens leave no room in the 8 positions"):
+            refused()
+    assert [name for name, _ in model.named_parameters()] == names
+    assert virtual_tokens.free_positions(model) == 8
+    assert virtual_tokens.free_positions(tiny("t5")) is None
+
+
 @pytest.mark.parametrize("arch", [*(a for a in DECODERS if a != "mixtral"), "mamba", *PAIRS])
 def test_generation(arch: str) -> None:
     """Greedy, cached and not, padded and not, with beams: all of the same tokens, from the same logits."""
@@ -186,6 +204,41 @@ def test_generation(arch: str) -> None:
     slow = generated(model, ids, attention_mask=mask, num_beams=3, use_cache=False)
     assert torch.equal(beams[0], slow[0])
     torch.testing.assert_close(beams[1], slow[1], rtol=1e-4, atol=1e-4)
+
+
+STATIC = {
+    "sdpa": tiny("llama"),
+    "eager": tiny("llama", attn_implementation="eager"),
+    "table of positions": tiny("gpt2"),
+    "experts": tiny("mixtral"),
+    "encoder": tiny("t5"),
+    "long windows": tiny("gemma2"),
+    "short windows": tiny("gemma2", sliding_window=9),
+}
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_static_cache_has_room_for_the_rows(kind: str) -> None:
+    """It is made for the caller's lengths, and `generate` makes its masks; pads, beams and a longer call included."""
+    model = copy.deepcopy(STATIC[kind])
+    prompted(model, 4, 3)
+    for length, more in ((6, {}), (9, {"num_beams": 2})):
+        inputs = example_inputs(model, length=length, padding=None if kind == "encoder" else "left")
+        inputs.pop("decoder_input_ids", None)
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": PAD} | more
+        wanted = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, cache_implementation="static", **options), wanted)
+
+
+def test_masks_without_a_place_for_the_rows_are_refused() -> None:
+    model = tiny("llama")
+    prompted(model, 4)
+    ids = torch.arange(3, 9)[None]
+    block = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).tril().bool()[None, None]  # two packed rows
+    with pytest.raises(ArchitectureError, match="2-D attention mask, or a causal one"):
+        model(ids, attention_mask=block)
+    causal = torch.ones(6, 6).tril().bool()[None, None]
+    assert torch.equal(model(ids, attention_mask=causal).logits, model(ids).logits)
 
 
 def test_prompt_lookup() -> None:

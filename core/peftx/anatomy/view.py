@@ -170,7 +170,11 @@ class ModelView:
         ]
 
     def prompt(self, tokens: VirtualTokens) -> VirtualTokens:
-        """Put soft tokens in front of the model's input (the encoder's, where there is one)."""
+        """Put soft tokens in front of the model's input (the encoder's, where there is one).
+
+        Raises:
+            PeftxError: they leave the text no position.
+        """
         self._ledger.add_prompt(self, tokens)
         return tokens
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Site, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError
+from peftx.virtual_tokens import free_positions
 
 BOUND = 0.5
 """Of the uniform start."""
@@ -97,10 +98,10 @@ class PromptTuning(Plugin):
                 f"prompt-tuning: frequent {self.config.frequent}, but init is 'uniform', which draws no tokens",
                 hint="leave frequent out, or another init",
             )
-        room = positions(model)
+        room = free_positions(model.module)
         if room is not None and self.config.length >= room:
             raise PeftxError(
-                f"prompt-tuning: length {self.config.length} leaves no room in the model's {room} positions",
+                f"prompt-tuning: length {self.config.length} leaves no room in the model's {room} free positions",
                 hint="a shorter prompt; the paper gains little beyond 20 rows",
             )
 
@@ -138,11 +139,3 @@ class PromptTuning(Plugin):
                 f"prompt-tuning: {len(rows)} {what} in length {length}", hint=f"length: {len(rows)} or more"
             )
         return rows
-
-
-def positions(model: ModelView) -> int | None:
-    """How many the model can number; None where they are relative (T5) or not there (Mamba)."""
-    try:
-        return int(model.config.get_text_config().max_position_embeddings)
-    except AttributeError:
-        return None

@@ -159,7 +159,7 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"length": 128}, "length 128 leaves no room in the model's 128 positions"),
+        ({"length": 128}, "length 128 leaves no room in the model's 128 free positions"),
         ({"init": "text"}, "init is 'text', but text is empty"),
         ({"init": "labels"}, "init is 'labels', but labels is empty"),
         ({"text": "Topic:"}, "init is 'vocabulary', but text is given"),
