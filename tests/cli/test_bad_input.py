@@ -343,7 +343,7 @@ def test_a_full_disk(
     """safetensors raises an error of its own, which is no OSError."""
     from safetensors import SafetensorError
 
-    import peftx.bundle
+    import peftx.bundle.saving
 
     installed.scaffold("fake-gain", "inject")
     spec(installed)
@@ -354,7 +354,7 @@ def test_a_full_disk(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(peftx.bundle, "save_file", full)
+        patch.setattr(peftx.bundle.saving, "save_file", full)
         result = run("apply", "spec.yaml", "--set", "train.steps=1")
     assert result.exit_code == 2
     assert "the disk is full" in result.stderr

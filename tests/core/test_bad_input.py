@@ -70,19 +70,19 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {here!r})
     from test_bad_input import stack
-    import peftx.bundle as bundle, peftx.files as files
+    import peftx.bundle.saving as saving, peftx.files as files
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
     target, name = {target!r}.rsplit(".", 1)
-    setattr({{"bundle": bundle, "files": files, "os": os}}[target], name, die)
+    setattr({{"saving": saving, "files": files, "os": os}}[target], name, die)
     stack(2.0).save({folder!r})
 """
 
 
 @pytest.mark.parametrize(
-    "moment", ["bundle.save_file", "bundle.sha256", "bundle._pipeline_text", "os.fsync", "files._exchange"]
+    "moment", ["saving.save_file", "saving.sha256", "saving._pipeline_text", "os.fsync", "files._exchange"]
 )
 def test_kill_during_a_save_leaves_the_old_bundle(tmp_path: Path, moment: str) -> None:
     folder = tmp_path / "bundle"
@@ -136,7 +136,7 @@ def test_full_disk_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("peftx.bundle.save_file", full)
+    monkeypatch.setattr("peftx.bundle.saving.save_file", full)
     with pytest.raises(BundleError, match=r"the disk is full.*the old one is intact"):
         stack(2.0).save(folder)
     assert value_in(folder) == 1.0
@@ -150,7 +150,7 @@ def test_another_error_while_saving_stays_what_it_is(tmp_path: Path, monkeypatch
     def denied(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("peftx.bundle.save_file", denied)
+    monkeypatch.setattr("peftx.bundle.saving.save_file", denied)
     with pytest.raises(PermissionError):
         stack().save(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -1,22 +1,11 @@
-"""Slots: where deltas stand on a model. See `carrier` for the mechanism and `delta` for what is attached."""
+"""Slots: where deltas stand on a model. See `carrier` for the mechanism, `delta` for what is attached."""
 
 from __future__ import annotations
 
-from peftx.slots.carrier import (
-    Entry,
-    attach,
-    bake,
-    base_class,
-    detach,
-    enable,
-    follow,
-    kind_of,
-    merge,
-    slot_of,
-    snapshot,
-    unmerge,
-)
+from peftx.slots.attaching import attach, bake, detach, enable
+from peftx.slots.carrier import Entry, base_class, kind_of, slot_of
 from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
+from peftx.slots.folding import follow, merge, snapshot, unmerge
 from peftx.slots.rows import Rows
 
 __all__ = [

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftx.errors import ConflictError, MergeError, UnsupportedError
+from peftx.errors import UnsupportedError
 from peftx.slots.delta import Delta
 from peftx.slots.rows import Rows
 
@@ -45,6 +45,17 @@ class Entry:
     @property
     def active(self) -> bool:
         return self.enabled and not self.merged
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Into [..., out, in] weights, or into its rows of them."""
+        if self.rows is None:
+            return self.delta.fold(weight, bias)
+        part_bias = None if bias is None else self.rows.take(bias)
+        new_weight, new_bias = self.delta.fold(self.rows.take(weight, -2), part_bias)
+        weight = self.rows.put(weight, new_weight, -2)
+        if new_bias is not None:
+            bias = self.rows.put(weight.new_zeros(weight.shape[:-1]) if bias is None else bias, new_bias)
+        return weight, bias
 
 
 class SlotState:
@@ -179,7 +190,7 @@ class WeightCarrier(Carrier):
             for name, entries in slot.folded.items():
                 weight: Tensor = self._parameters[name]  # type: ignore[attr-defined]
                 for entry in entries:
-                    weight = _fold_rows(entry, weight, None)[0]
+                    weight = entry.fold(weight, None)[0]
                 self.__dict__[name] = weight  # found before the parameter of the same name
                 shadowed.append(name)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -205,7 +216,7 @@ class ReadCarrier(Carrier):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         for entry in self._peftx_slot.folded.get("weight", ()):
             if entry.delta.can_fold():  # Mamba reads it in training also where the kernel is not there
-                weight, bias = _fold_rows(entry, weight, bias)
+                weight, bias = entry.fold(weight, bias)
         return weight, bias
 
 
@@ -301,275 +312,18 @@ def slot_of(module: nn.Module) -> SlotState | None:
     return module.__dict__.get(STATE)
 
 
-def attach(
-    module: nn.Module,
-    delta: Delta,
-    *,
-    name: str,
-    owner: str,
-    rank: int,
-    parameter: str = "weight",
-    rows: Rows | None = None,
-    kind: str | None = None,
-) -> Entry:
-    """Put `delta` into the module's slot, at its plugin's place in stack order.
-
-    Args:
-        name: key of the child module, unique in the slot, no dots.
-        parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles.
-        kind: carrier (`plain`, `linear`, `weight`, `read`, `called`, `output`); `kind_of(module)` if left out.
-
-    Raises:
-        ConflictError: the name is taken, or the slot holds merged deltas.
-        UnsupportedError: a delta that edits the input where the carrier cannot, or cannot fold where it must.
-    """
-    kind = kind or kind_of(module)
-    if kind in ("weight", "read") and not delta.can_fold():
-        raise UnsupportedError(
-            f"{type(delta).__name__} does not fold, so it cannot act on {base_class(module).__name__}"
-        )
-    if delta.has_pre() and (kind in ("weight", "read", "output") or rows is not None):
-        place = "part of a fused matrix" if rows is not None else base_class(module).__name__
-        raise UnsupportedError(
-            f"{type(delta).__name__} edits the input, which {place} does not offer",
-            hint="target unfused linear layers, for example 'mlp'",
-        )
-    if delta.has_base() and (kind != "plain" or rows is not None):
-        raise UnsupportedError(
-            f"{type(delta).__name__} computes the layer itself, which only a whole nn.Linear offers, "
-            f"and this is {base_class(module).__name__}"
-        )
-    slot = slot_of(module)
-    if delta.has_base() and slot is not None:
-        other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
-        if other is not None:
-            raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
-    if slot is None:
-        slot = SlotState()
-        module.__class__ = _slot_class(type(module), kind)
-        module.__dict__[STATE] = slot
-        children = nn.ModuleDict()
-        children.training = module.training
-        module._modules[CHILD] = children
-    elif any(entry.merged for entry in slot.entries):
-        raise ConflictError(
-            f"{owner}: the layer holds merged deltas",
-            hint="stack.unmerge() first, or stack.merge(keep=False) for good",
-        )
-    deltas = module._modules[CHILD]._modules  # type: ignore[union-attr]
-    if name in deltas:
-        raise ConflictError(f"{owner}: a delta named '{name}' already stands on this module")
-    deltas[name] = (
-        delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
-    )
-    entry = Entry(name, owner, rank, delta, parameter, rows)
-    position = next((i for i, other in enumerate(slot.entries) if other.rank > rank), len(slot.entries))
-    slot.entries.insert(position, entry)
-    slot.rebuild()
-    return entry
+def open_slot(module: nn.Module, kind: str) -> SlotState:
+    """Give the module an empty slot of this kind of carrier."""
+    module.__class__ = _slot_class(type(module), kind)
+    slot = module.__dict__[STATE] = SlotState()
+    children = nn.ModuleDict()
+    children.training = module.training
+    module._modules[CHILD] = children
+    return slot
 
 
-def detach(module: nn.Module, owner: str) -> None:
-    """Take the owner's deltas out; the last one gone gives the module its own class back."""
-    slot = slot_of(module)
-    if slot is None:
-        return
-    again: set[str] = set()
-    if any(entry.merged and entry.owner == owner for entry in slot.entries):
-        again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
-        unmerge(module)
-    for entry in [entry for entry in slot.entries if entry.owner == owner]:
-        slot.entries.remove(entry)
-        del module.get_submodule(CHILD)[entry.name]  # type: ignore[operator]
-    slot.rebuild()
-    if again:
-        merge(module, again)
-    if not slot.entries:
-        del module._modules[CHILD]
-        del module.__dict__[STATE]
-        module.__class__ = base_class(module)
-
-
-def enable(module: nn.Module, owner: str, enabled: bool) -> None:
-    """Switch the owner's deltas on or off.
-
-    Raises:
-        MergeError: it is merged, or is to act under one that is; nothing is changed then.
-    """
-    slot = slot_of(module)
-    if slot is None:
-        return
-    for i, entry in enumerate(slot.entries):
-        if entry.owner != owner or entry.enabled == enabled:
-            continue
-        if entry.merged:
-            raise MergeError(f"{owner} is merged and cannot be switched off", hint="stack.unmerge() first")
-        outer = [e.owner for e in slot.entries[i:] if e.merged and e.parameter == entry.parameter]
-        if outer:
-            raise MergeError(f"{owner} acts nearer to the weights than {outer[0]}, which is merged into them",
-                             hint="stack.unmerge() first")  # fmt: skip
-    for entry in slot.entries:
-        if entry.owner == owner:
-            entry.enabled = enabled
-    slot.rebuild()
-
-
-def _fold_rows(entry: Entry, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Fold one entry into [..., out, in] weights, or into its rows of them."""
-    if entry.rows is None:
-        return entry.delta.fold(weight, bias)
-    rows = entry.rows
-    part_bias = None if bias is None else rows.take(bias)
-    new_weight, new_bias = entry.delta.fold(rows.take(weight, -2), part_bias)
-    weight = rows.put(weight, new_weight, -2)
-    if new_bias is not None:
-        bias = rows.put(weight.new_zeros(weight.shape[:-1]) if bias is None else bias, new_bias)
-    return weight, bias
-
-
-@torch.no_grad()
-def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
-    """Fold the owners' deltas into the weights; computed in float32 (float64 stays), rounded once.
-
-    Args:
-        keep: keep the untouched weights, so that `unmerge` is bit-exact.
-
-    Raises:
-        MergeError: a delta that does not fold, or one that is not merged stands nearer to the weights.
-    """
-    slot = slot_of(module)
-    if slot is None:
-        return
-    chosen = [entry for entry in slot.entries if entry.owner in owners and entry.active]
-    if not chosen:
-        return
-    for entry in chosen:
-        if not entry.delta.can_fold():
-            raise MergeError(f"{entry.owner}: {type(entry.delta).__name__} does not fold into the weights")
-    last = slot.entries.index(chosen[-1])
-    between = [
-        e
-        for e in slot.entries[:last]
-        if e.active and e not in chosen and e.parameter == chosen[-1].parameter and not _only_base(e.delta)
-    ]
-    if between:
-        raise MergeError(
-            f"{chosen[-1].owner} cannot be merged before {between[0].owner}, which acts nearer to the weights",
-            hint=f"merge {between[0].owner} as well, or let it come later in the stack",
-        )
-    if isinstance(module, OutputCarrier):
-        raise MergeError(
-            f"{chosen[0].owner}: deltas on {base_class(module).__name__} do not fold into weights"
-        )
-    transposed = isinstance(module, Conv1D)
-    for parameter in dict.fromkeys(entry.parameter for entry in chosen):
-        old = module._parameters[parameter]
-        has_bias = parameter == "weight" and isinstance(module, nn.Linear | Conv1D)
-        old_bias = module._parameters.get("bias") if has_bias else None
-        compute = torch.promote_types(old.dtype, torch.float32)
-        weight = old.detach().to(compute)
-        weight = weight.t() if transposed else weight
-        bias = None if old_bias is None else old_bias.detach().to(compute)
-        for entry in chosen:
-            if entry.parameter == parameter:
-                weight, bias = _fold_rows(entry, weight, bias)
-        if bias is not None and not has_bias:
-            raise MergeError(f"{chosen[0].owner}: {base_class(module).__name__} has no place for a bias")
-        weight = weight.t().contiguous() if transposed else weight
-        slot.originals.setdefault(parameter, old)
-        module._parameters[parameter] = _like(weight, old)
-        if has_bias and bias is not None:
-            slot.originals.setdefault("bias", old_bias)
-            module._parameters["bias"] = _like(bias, old_bias if old_bias is not None else old)
-    for entry in chosen:
-        entry.merged = True
-    if not keep:
-        slot.originals.clear()
-    slot.rebuild()
-
-
-def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
-    """Fold the owner's deltas in for good and take them out. Returns the names of the parameters that changed.
-
-    Raises:
-        MergeError: see `merge`; nothing is changed then.
-    """
-    slot = slot_of(module)
-    if slot is None:
-        return ()
-    again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
-    restore = snapshot(module)
-    try:
-        unmerge(module)
-        before = dict(module._parameters)
-        merge(module, {owner}, keep=False)
-    except BaseException:
-        restore()
-        raise
-    for entry in [entry for entry in slot.entries if entry.owner == owner]:
-        entry.merged = False
-    detach(module, owner)
-    changed = tuple(
-        name for name, p in module._parameters.items() if p is not None and p is not before.get(name)
-    )
-    merge(module, again)
-    return changed
-
-
-def snapshot(module: nn.Module) -> Callable[[], None]:
-    """Note a slot, and the module's own weights, as they are; what is returned brings them back."""
-    slot = slot_of(module)
-    if slot is None:
-        return lambda: None
-    cls, weights, originals = type(module), dict(module._parameters), dict(slot.originals)
-    holder = module._modules[CHILD]
-    assert holder is not None
-    deltas = dict(holder._modules)
-    entries = [(entry, entry.enabled, entry.merged) for entry in slot.entries]
-
-    def restore() -> None:
-        module.__class__ = cls
-        module.__dict__[STATE] = slot
-        module._modules[CHILD] = holder
-        holder._modules = deltas
-        module._parameters = weights
-        slot.originals = originals
-        slot.entries = [entry for entry, _, _ in entries]
-        for entry, enabled, merged in entries:
-            entry.enabled, entry.merged = enabled, merged
-        slot.rebuild()
-
-    return restore
-
-
-def follow(kept: nn.Parameter | None, now: nn.Parameter | None) -> None:
-    """Move and cast a parameter that stood aside, in place, as its stand-in was: `model.to` cannot see it."""
-    if kept is None or now is None or kept.is_meta or now.is_meta:
-        return
-    if kept.device != now.device or kept.dtype != now.dtype:
-        kept.data = kept.data.to(now.device, now.dtype)
-
-
-def _only_base(delta: Delta) -> bool:
-    """Does it compute the layer and nothing around it, so that it reads merged weights as it reads the others."""
-    return delta.has_base() and not delta.has_forward() and not delta.has_pre()
-
-
-def _like(values: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
-
-
-def unmerge(module: nn.Module) -> None:
-    """Bring back the very parameters from before the merge."""
-    slot = slot_of(module)
-    if slot is None or not any(entry.merged for entry in slot.entries):
-        return
-    if not slot.originals:
-        raise MergeError("the weights from before the merge were not kept", hint="merge with keep=True")
-    for name, parameter in slot.originals.items():
-        follow(parameter, module._parameters[name])
-        module._parameters[name] = parameter
-    slot.originals.clear()
-    for entry in slot.entries:
-        entry.merged = False
-    slot.rebuild()
+def close_slot(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    del module._modules[CHILD]
+    del module.__dict__[STATE]
+    module.__class__ = base_class(module)

@@ -1,0 +1,145 @@
+"""Deltas onto a module, off it, and in or out of effect."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftx.errors import ConflictError, MergeError, UnsupportedError
+from peftx.slots.carrier import CHILD, Entry, base_class, close_slot, kind_of, open_slot, slot_of
+from peftx.slots.delta import Delta
+from peftx.slots.folding import merge, snapshot, unmerge
+from peftx.slots.rows import Rows
+
+
+def attach(
+    module: nn.Module,
+    delta: Delta,
+    *,
+    name: str,
+    owner: str,
+    rank: int,
+    parameter: str = "weight",
+    rows: Rows | None = None,
+    kind: str | None = None,
+) -> Entry:
+    """Put `delta` into the module's slot, at its plugin's place in stack order.
+
+    Args:
+        name: key of the child module, unique in the slot, no dots.
+        parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles.
+        kind: carrier (`plain`, `linear`, `weight`, `read`, `called`, `output`); `kind_of(module)` if left out.
+
+    Raises:
+        ConflictError: the name is taken, or the slot holds merged deltas.
+        UnsupportedError: a delta that edits the input where the carrier cannot, or cannot fold where it must.
+    """
+    kind = kind or kind_of(module)
+    if kind in ("weight", "read") and not delta.can_fold():
+        raise UnsupportedError(
+            f"{type(delta).__name__} does not fold, so it cannot act on {base_class(module).__name__}"
+        )
+    if delta.has_pre() and (kind in ("weight", "read", "output") or rows is not None):
+        place = "part of a fused matrix" if rows is not None else base_class(module).__name__
+        raise UnsupportedError(
+            f"{type(delta).__name__} edits the input, which {place} does not offer",
+            hint="target unfused linear layers, for example 'mlp'",
+        )
+    if delta.has_base() and (kind != "plain" or rows is not None):
+        raise UnsupportedError(
+            f"{type(delta).__name__} computes the layer itself, which only a whole nn.Linear offers, "
+            f"and this is {base_class(module).__name__}"
+        )
+    slot = slot_of(module)
+    if delta.has_base() and slot is not None:
+        other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
+        if other is not None:
+            raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
+    if slot is None:
+        slot = open_slot(module, kind)
+    elif any(entry.merged for entry in slot.entries):
+        raise ConflictError(
+            f"{owner}: the layer holds merged deltas",
+            hint="stack.unmerge() first, or stack.merge(keep=False) for good",
+        )
+    deltas = module._modules[CHILD]._modules  # type: ignore[union-attr]
+    if name in deltas:
+        raise ConflictError(f"{owner}: a delta named '{name}' already stands on this module")
+    deltas[name] = (
+        delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
+    )
+    entry = Entry(name, owner, rank, delta, parameter, rows)
+    position = next((i for i, other in enumerate(slot.entries) if other.rank > rank), len(slot.entries))
+    slot.entries.insert(position, entry)
+    slot.rebuild()
+    return entry
+
+
+def detach(module: nn.Module, owner: str) -> None:
+    """Take the owner's deltas out; the last one gone gives the module its own class back."""
+    slot = slot_of(module)
+    if slot is None:
+        return
+    again: set[str] = set()
+    if any(entry.merged and entry.owner == owner for entry in slot.entries):
+        again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
+        unmerge(module)
+    for entry in [entry for entry in slot.entries if entry.owner == owner]:
+        slot.entries.remove(entry)
+        del module.get_submodule(CHILD)[entry.name]  # type: ignore[operator]
+    slot.rebuild()
+    if again:
+        merge(module, again)
+    if not slot.entries:
+        close_slot(module)
+
+
+def enable(module: nn.Module, owner: str, enabled: bool) -> None:
+    """Switch the owner's deltas on or off.
+
+    Raises:
+        MergeError: it is merged, or is to act under one that is; nothing is changed then.
+    """
+    slot = slot_of(module)
+    if slot is None:
+        return
+    for i, entry in enumerate(slot.entries):
+        if entry.owner != owner or entry.enabled == enabled:
+            continue
+        if entry.merged:
+            raise MergeError(f"{owner} is merged and cannot be switched off", hint="stack.unmerge() first")
+        outer = [e.owner for e in slot.entries[i:] if e.merged and e.parameter == entry.parameter]
+        if outer:
+            raise MergeError(f"{owner} acts nearer to the weights than {outer[0]}, which is merged into them",
+                             hint="stack.unmerge() first")  # fmt: skip
+    for entry in slot.entries:
+        if entry.owner == owner:
+            entry.enabled = enabled
+    slot.rebuild()
+
+
+def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
+    """Fold the owner's deltas in for good and take them out. Returns the names of the parameters that changed.
+
+    Raises:
+        MergeError: see `merge`; nothing is changed then.
+    """
+    slot = slot_of(module)
+    if slot is None:
+        return ()
+    again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
+    restore = snapshot(module)
+    try:
+        unmerge(module)
+        before = dict(module._parameters)
+        merge(module, {owner}, keep=False)
+    except BaseException:
+        restore()
+        raise
+    for entry in [entry for entry in slot.entries if entry.owner == owner]:
+        entry.merged = False
+    detach(module, owner)
+    changed = tuple(
+        name for name, p in module._parameters.items() if p is not None and p is not before.get(name)
+    )
+    merge(module, again)
+    return changed

@@ -1,0 +1,133 @@
+"""Deltas into the weights and out again, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftx.errors import MergeError
+from peftx.slots.carrier import CHILD, STATE, OutputCarrier, base_class, slot_of
+from peftx.slots.delta import Delta
+
+
+@torch.no_grad()
+def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
+    """Fold the owners' deltas into the weights; computed in float32 (float64 stays), rounded once.
+
+    Args:
+        keep: keep the untouched weights, so that `unmerge` is bit-exact.
+
+    Raises:
+        MergeError: a delta that does not fold, or one that is not merged stands nearer to the weights.
+    """
+    slot = slot_of(module)
+    if slot is None:
+        return
+    chosen = [entry for entry in slot.entries if entry.owner in owners and entry.active]
+    if not chosen:
+        return
+    for entry in chosen:
+        if not entry.delta.can_fold():
+            raise MergeError(f"{entry.owner}: {type(entry.delta).__name__} does not fold into the weights")
+    last = slot.entries.index(chosen[-1])
+    between = [
+        e
+        for e in slot.entries[:last]
+        if e.active and e not in chosen and e.parameter == chosen[-1].parameter and not _only_base(e.delta)
+    ]
+    if between:
+        raise MergeError(
+            f"{chosen[-1].owner} cannot be merged before {between[0].owner}, which acts nearer to the weights",
+            hint=f"merge {between[0].owner} as well, or let it come later in the stack",
+        )
+    if isinstance(module, OutputCarrier):
+        raise MergeError(
+            f"{chosen[0].owner}: deltas on {base_class(module).__name__} do not fold into weights"
+        )
+    transposed = isinstance(module, Conv1D)
+    for parameter in dict.fromkeys(entry.parameter for entry in chosen):
+        old = module._parameters[parameter]
+        has_bias = parameter == "weight" and isinstance(module, nn.Linear | Conv1D)
+        old_bias = module._parameters.get("bias") if has_bias else None
+        compute = torch.promote_types(old.dtype, torch.float32)
+        weight = old.detach().to(compute)
+        weight = weight.t() if transposed else weight
+        bias = None if old_bias is None else old_bias.detach().to(compute)
+        for entry in chosen:
+            if entry.parameter == parameter:
+                weight, bias = entry.fold(weight, bias)
+        if bias is not None and not has_bias:
+            raise MergeError(f"{chosen[0].owner}: {base_class(module).__name__} has no place for a bias")
+        weight = weight.t().contiguous() if transposed else weight
+        slot.originals.setdefault(parameter, old)
+        module._parameters[parameter] = _like(weight, old)
+        if has_bias and bias is not None:
+            slot.originals.setdefault("bias", old_bias)
+            module._parameters["bias"] = _like(bias, old_bias if old_bias is not None else old)
+    for entry in chosen:
+        entry.merged = True
+    if not keep:
+        slot.originals.clear()
+    slot.rebuild()
+
+
+def unmerge(module: nn.Module) -> None:
+    """Bring back the very parameters from before the merge."""
+    slot = slot_of(module)
+    if slot is None or not any(entry.merged for entry in slot.entries):
+        return
+    if not slot.originals:
+        raise MergeError("the weights from before the merge were not kept", hint="merge with keep=True")
+    for name, parameter in slot.originals.items():
+        follow(parameter, module._parameters[name])
+        module._parameters[name] = parameter
+    slot.originals.clear()
+    for entry in slot.entries:
+        entry.merged = False
+    slot.rebuild()
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """Note a slot, and the module's own weights, as they are; what is returned brings them back."""
+    slot = slot_of(module)
+    if slot is None:
+        return lambda: None
+    cls, weights, originals = type(module), dict(module._parameters), dict(slot.originals)
+    holder = module._modules[CHILD]
+    assert holder is not None
+    deltas = dict(holder._modules)
+    entries = [(entry, entry.enabled, entry.merged) for entry in slot.entries]
+
+    def restore() -> None:
+        module.__class__ = cls
+        module.__dict__[STATE] = slot
+        module._modules[CHILD] = holder
+        holder._modules = deltas
+        module._parameters = weights
+        slot.originals = originals
+        slot.entries = [entry for entry, _, _ in entries]
+        for entry, enabled, merged in entries:
+            entry.enabled, entry.merged = enabled, merged
+        slot.rebuild()
+
+    return restore
+
+
+def follow(kept: nn.Parameter | None, now: nn.Parameter | None) -> None:
+    """Move and cast a parameter that stood aside, in place, as its stand-in was: `model.to` cannot see it."""
+    if kept is None or now is None or kept.is_meta or now.is_meta:
+        return
+    if kept.device != now.device or kept.dtype != now.dtype:
+        kept.data = kept.data.to(now.device, now.dtype)
+
+
+def _only_base(delta: Delta) -> bool:
+    """Does it compute the layer and nothing around it, so that it reads merged weights as it reads the others."""
+    return delta.has_base() and not delta.has_forward() and not delta.has_pre()
+
+
+def _like(values: Tensor, old: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
