@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftx.members import default_id
 from peftx.registry import Registry
-from peftx.stack import default_id
 
 if TYPE_CHECKING:
     from peftx.stack import Stack

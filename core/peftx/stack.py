@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pluggy
 import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
-from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, RegistryError, nearest
-from peftx.hooks import HOOKS, HookSpecs, hooks_of
+from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, nearest
 from peftx.ledger import Ledger, carried
+from peftx.members import blame, members_of, register
 from peftx.models import fingerprint, load_model
-from peftx.plugin import PROJECT, Claim, Plugin, hookimpl
+from peftx.plugin import Claim, Plugin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,26 +31,6 @@ if TYPE_CHECKING:
     from peftx.training import TrainStep
     from peftx.training.run import Progress, TrainingReport
     from peftx_spec import Pipeline
-
-_FOLDED = ("inject", "compress", "prepare_data", "serve", "evaluate")
-"""Hooks that run plugin by plugin; wrappers make no sense there."""
-
-
-class _Manager(pluggy.PluginManager):
-    """Refuses what would break "order of the spec = order of effect"."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        if getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None) is None:
-            return None  # most attributes; the manager's own look at each is slow
-        options: Any = super().parse_hookimpl_opts(plugin, name)
-        who = f"{type(plugin).__name__}.{name}"
-        if options.get("tryfirst") or options.get("trylast"):
-            raise PluginError(
-                f"{who}: tryfirst and trylast are refused", hint="the order of the stack decides"
-            )
-        if name in _FOLDED and (options.get("wrapper") or options.get("hookwrapper")):
-            raise PluginError(f"{who}: only train_step and decode take wrappers")
-        return options
 
 
 class Stack:
@@ -83,7 +61,7 @@ class Stack:
         trust_remote_code: bool = False,
         inject: bool = True,
     ) -> None:
-        self.members = _members(plugins)
+        self.members = members_of(plugins)
         check(self.members)
         if not isinstance(model, str) and (others := carried(model)):
             raise ConflictError(
@@ -91,7 +69,7 @@ class Stack:
                 hint="one Stack with all plugins; or that stack's merge(keep=False) or remove(id) first",
             )
         self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in self.members}
-        self._manager = _register(self.members)
+        self._manager = register(self.members)
         self.seed = seed
         self.base_id = (
             model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
@@ -584,93 +562,6 @@ class Stack:
     def __repr__(self) -> str:
         names = ", ".join(f"{id}={plugin!r}" for id, plugin in self.plugins.items())
         return f"Stack({self.base_id}, [{names}], trains {self.trainable_parameters():,})"
-
-
-def default_id(plugin: type[Plugin]) -> str:
-    """`peftx_p_tuning_v2:PTuningV2` -> `p-tuning-v2`, the name under which the package publishes it; a class that
-    stands in no plugin package goes by its own name."""
-    module = plugin.__module__.split(".")[0]
-    if module.startswith("peftx_"):
-        return module.removeprefix("peftx_").replace("_", "-")
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", plugin.__name__).lower()
-    return re.sub("[^a-z0-9]+", "-", words).strip("-")
-
-
-def _members(plugins: Sequence[Plugin | tuple[str, Plugin] | Member]) -> list[Member]:
-    members: list[Member] = []
-    for item in plugins:
-        if isinstance(item, Member):
-            member = item
-        elif isinstance(item, tuple):
-            member = Member(*item)
-        else:
-            member = Member(default_id(type(item)), item)
-        plugin: object = member.plugin
-        if not isinstance(plugin, Plugin):
-            kind = type(member.plugin).__name__
-            raise PluginError(
-                f"'{member.id}' is a {kind}, not a plugin", hint="an instance of a peftx.Plugin subclass"
-            )
-        if not re.fullmatch("[a-z0-9][a-z0-9-]*", member.id):
-            raise PluginError(
-                f"'{member.id}' is no id", hint="lower-case letters, digits and hyphens, as in 'lora-2'"
-            )
-        if any(other.id == member.id for other in members):
-            raise ConflictError(
-                f"'{member.id}' stands twice in the stack", hint=f"give one an id: ('{member.id}-2', ...)"
-            )
-        if any(other.plugin is member.plugin for other in members):
-            raise ConflictError(
-                f"one plugin object stands twice, as '{member.id}' too", hint="make two objects"
-            )
-        if not hooks_of(member.plugin):
-            raise RegistryError(f"'{member.id}' implements no hook", hint=f"hooks: {', '.join(HOOKS)}")
-        members.append(member)
-    return members
-
-
-def blame(error: Exception, member: Member, hook: str) -> None:
-    """Raise `error` anew with the plugin, the hook and the place in the spec; return if it names the plugin already."""
-    if isinstance(error, PeftxError):
-        if error.message.startswith((member.id, f"'{member.id}'", f"plugin '{member.id}'")):
-            return
-        place = f" ({member.where})" if member.where else ""
-        raise type(error)(f"{member.id}: {hook}{place}: {error.message}", hint=error.hint) from error
-    place = f" at {member.where}" if member.where else ""
-    raise PluginError(
-        f"plugin '{member.id}'{place} failed in {hook}: {type(error).__name__}: {error}"
-    ) from error
-
-
-class _Defaults:
-    """What runs inside all wrappers where no plugin replaces it: registered first, so it answers last."""
-
-    @hookimpl
-    def train_step(self, step: TrainStep) -> Tensor:
-        from peftx.training.step import default_step
-
-        return default_step(step)
-
-    @hookimpl
-    def decode(self, request: Generation) -> Tensor:
-        return request.run_default()
-
-
-def _register(members: Sequence[Member]) -> pluggy.PluginManager:
-    """A manager of this stack's own; reversed, since pluggy calls the last registered first."""
-    manager = _Manager(PROJECT)
-    manager.add_hookspecs(HookSpecs)
-    manager.register(_Defaults(), name=PROJECT)
-    for member in reversed(members):
-        try:
-            manager.register(member.plugin, name=member.id)
-        except pluggy.PluginValidationError as error:
-            raise PluginError(f"plugin '{member.id}': {error}") from error
-    try:
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise PluginError(str(error), hint=f"hooks: {', '.join(HOOKS)}") from error
-    return manager
 
 
 @contextmanager

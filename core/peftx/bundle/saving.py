@@ -25,7 +25,8 @@ from peftx.bundle.manifest import (
 from peftx.errors import BundleError
 from peftx.files import replacing, sha256
 from peftx.ledger import Part
-from peftx.stack import Stack, default_id
+from peftx.members import default_id
+from peftx.stack import Stack
 
 if TYPE_CHECKING:
     from peftx.conflicts import Member

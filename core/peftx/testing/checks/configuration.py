@@ -80,7 +80,7 @@ def check_config_is_frozen(case: Case) -> None:
 @check(on="package")
 def check_hook_signatures(case: Case) -> None:
     """Hooks are marked, known, ordered by the stack alone, and take arguments that exist."""
-    from peftx.stack import _members, _register
+    from peftx.members import members_of, register
 
     subject = case.subject
     for name in HOOKS:
@@ -89,7 +89,7 @@ def check_hook_signatures(case: Case) -> None:
         assert marked, f"{name} is defined without @hookimpl, so it would never run"
     assert subject.hooks, f"no hook is implemented; there are: {', '.join(HOOKS)}"
     try:
-        _register(_members([(subject.id, subject.make())]))
+        register(members_of([(subject.id, subject.make())]))
     except PeftxError as error:
         raise AssertionError(str(error)) from error
 
