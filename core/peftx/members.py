@@ -87,7 +87,7 @@ class _Manager(pluggy.PluginManager):
         return options
 
 
-class _Defaults:
+class Defaults:
     """What runs inside all wrappers where no plugin replaces it: registered first, so it answers last."""
 
     @hookimpl
@@ -105,7 +105,7 @@ def register(members: Sequence[Member]) -> pluggy.PluginManager:
     """A manager of this stack's own; reversed, since pluggy calls the last registered first."""
     manager = _Manager(PROJECT)
     manager.add_hookspecs(HookSpecs)
-    manager.register(_Defaults(), name=PROJECT)
+    manager.register(Defaults(), name=PROJECT)
     for member in reversed(members):
         try:
             manager.register(member.plugin, name=member.id)

@@ -17,7 +17,7 @@ from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, nearest
 from peftx.ledger import Ledger, carried
-from peftx.members import blame, members_of, register
+from peftx.members import Defaults, blame, members_of, register
 from peftx.models import fingerprint, load_model
 from peftx.plugin import Claim, Plugin
 
@@ -182,7 +182,10 @@ class Stack:
             while trace is not None:
                 if trace.tb_frame.f_code.co_name == hook:
                     caller = trace.tb_frame.f_locals.get("self")
-                    inner = next((m for m in self.members if m.plugin is caller), inner)
+                    own = (
+                        None if isinstance(caller, Defaults) else inner
+                    )  # a wrapper is not to blame for the model
+                    inner = next((m for m in self.members if m.plugin is caller), own)
                 trace = trace.tb_next
             if inner is not None:
                 blame(error, inner, hook)

@@ -180,15 +180,6 @@ class Fails(Plugin):
         yield
 
 
-def test_a_nested_hook_that_fails_names_its_plugin_and_place() -> None:
-    stack = Stack(tiny("llama"), [Head(), Member("fails", Fails(), "a.yaml:3:5")], tokenizer=tiny_tokenizer())
-    with pytest.raises(PluginError, match=r"plugin 'fails' at a.yaml:3:5 failed in train_step: ZeroDivision"):
-        stack.train(ROWS, steps=1)
-    with pytest.raises(PeftxError, match=r"fails: decode \(a.yaml:3:5\): no way") as caught:
-        stack.generate("x", max_new_tokens=1)
-    assert caught.value.hint == "turn back"
-
-
 class Listens(Plugin):
     """Works on adapters."""
 
@@ -197,6 +188,27 @@ class Listens(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         return (yield)
+
+
+def test_a_wrapper_is_not_blamed_for_what_it_wraps() -> None:
+    """Neither for the model's own step, nor for another plugin's."""
+    from peftx_lora import Lora
+
+    stack = Stack(tiny("llama"), [Lora(rank=1), Listens()], tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        stack.train_step({"nonsense": 1})
+    stack = Stack(tiny("llama"), [Lora(rank=1), Listens(), Fails()], tokenizer=tiny_tokenizer())
+    with pytest.raises(PluginError, match="plugin 'fails' failed in train_step"):
+        stack.train_step({"input_ids": torch.ones(1, 2, dtype=torch.long)})
+
+
+def test_a_nested_hook_that_fails_names_its_plugin_and_place() -> None:
+    stack = Stack(tiny("llama"), [Head(), Member("fails", Fails(), "a.yaml:3:5")], tokenizer=tiny_tokenizer())
+    with pytest.raises(PluginError, match=r"plugin 'fails' at a.yaml:3:5 failed in train_step: ZeroDivision"):
+        stack.train(ROWS, steps=1)
+    with pytest.raises(PeftxError, match=r"fails: decode \(a.yaml:3:5\): no way") as caught:
+        stack.generate("x", max_new_tokens=1)
+    assert caught.value.hint == "turn back"
 
 
 def test_what_works_on_adapters_needs_one() -> None:
