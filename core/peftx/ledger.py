@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["delta", "attention", "prompt", "shift", "call", "free", "base", "replaced"]
 FREE = "peftx_parts"
+_LEDGERS: WeakKeyDictionary[nn.Module, weakref.ref[Ledger]] = WeakKeyDictionary()
+"""The ledger of the stack that a model stands in now."""
 
 
 @runtime_checkable
@@ -85,10 +89,14 @@ class Part:
 
 
 def carried(model: nn.Module) -> list[str]:
-    """Plugins that have modules of their own on the model, whatever stack put them there."""
+    """Plugins that stand on the model: those with modules of their own on it, whatever stack put them there, and all
+    of a stack that is still in use."""
     names = (CHILD, attention.CHILD, virtual_tokens.CHILD, FREE)
     groups = (group for module in model.modules() for name in names if (group := module._modules.get(name)))
-    return sorted({key.partition("@")[0] for group in groups for key in group._modules})
+    found = {key.partition("@")[0] for group in groups for key in group._modules}
+    ledger = _LEDGERS.get(model, lambda: None)()
+    parts = ledger.parts if ledger is not None else []
+    return sorted(found | {part.owner for part in parts if not part.final})
 
 
 class Ledger:
@@ -102,6 +110,7 @@ class Ledger:
         self.model = model
         self.before_change = before_change
         self.parts: list[Part] = []
+        _LEDGERS[model] = weakref.ref(self)
 
     def of(self, owner: str) -> list[Part]:
         return [part for part in self.parts if part.owner == owner]

@@ -20,6 +20,10 @@ ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+"""What a Trainer leaves beside the weights."""
+
+
 def bundled() -> list[str]:
     """Ids of the bundled models."""
     return sorted(f"peftx:{p.name}" for p in ASSETS.iterdir() if (p / "config.json").exists())
@@ -74,7 +78,12 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
         raise BundleError(f"'{path}' holds no model: config.json is missing")
     if any(path.glob("*.safetensors")):
         return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+    pickles = sorted(
+        p.name
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")
+        for p in path.glob(pattern)
+        if not p.name.startswith(_NO_WEIGHTS)
+    )
     if pickles:
         raise BundleError(
             f"'{path}' has its weights only as pickles ({', '.join(pickles[:3])}), which peftx does not read",

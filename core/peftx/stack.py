@@ -66,7 +66,7 @@ class Stack:
         if not isinstance(model, str) and (others := carried(model)):
             raise ConflictError(
                 f"the model carries {', '.join(others)} of another stack, which alone can train and save them",
-                hint="one Stack with all plugins; or that stack's merge(keep=False) or remove(id) first",
+                hint="one Stack with all plugins; or that stack.remove(id) first, or load the model anew",
             )
         self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in self.members}
         self._manager = register(self.members)

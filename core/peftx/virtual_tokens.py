@@ -78,7 +78,9 @@ class _BaseModelSlot:
         new = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
         seen_before = max(past - length, 0)  # tokens of the caller's in the cache
         if length:
-            attention_mask = _flat(attention_mask, seen_before, new)
+            if past_key_values is not None and not past:
+                _make_room(past_key_values, length, getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
+            attention_mask = _flat(attention_mask, seen_before, new, past_key_values)
         positions = self._peftx_positions(position_ids, attention_mask, seen_before, new)
         if not length or past:
             if length:
@@ -105,8 +107,6 @@ class _BaseModelSlot:
         if (types := call.get("token_type_ids")) is not None:
             call["token_type_ids"] = _insert(types, types.new_zeros(types.shape[0], length), at)
         call |= _given(attention_mask=attention_mask, position_ids=positions)
-        if past_key_values is not None:
-            _make_room(past_key_values, length, getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
         out = super().forward(inputs_embeds=inputs_embeds, **call)  # type: ignore[misc]
         return out if self._peftx_visible else _drop(out, at, length)  # type: ignore[attr-defined]
 
@@ -158,30 +158,36 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _flat(mask: Any, past: int, new: int) -> Tensor | None:
+def _flat(mask: Any, past: int, new: int, cache: Any) -> Tensor | None:
     """The mask as [B, past + new], 1 where a token is no pad.
 
-    With a static cache `generate` prepares [B, 1, new, cache] itself, for each kind of layer; there the last query sees
-    every token that is no pad.
+    With a static cache `generate` prepares [B, 1, new, cache] itself, for each kind of layer; where a layer attends to
+    everything, the last query sees every token that is no pad.
 
     Raises:
-        ArchitectureError: a mask that is not causal; the rows have no place in it.
+        ArchitectureError: any other mask; the rows have no place in it.
     """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", False)
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StaticLayer)]
+    if isinstance(mask, dict) and layers:
+        mask = mask.get("full_attention", mask)
+    if mask is None:
+        return None
+    form = tuple(mask.shape) if isinstance(mask, Tensor) else ()
+    if len(form) == 2 and not (layers and form[1] > past + new):  # BLOOM's is as wide as a static cache
         return mask
-    if isinstance(mask, Tensor) and mask.ndim == 4:
+    if len(form) == 4 and form[1] == 1 and any(not layer.is_sliding for layer in layers):
         seen = mask[:, 0, :, : past + new]  # [B, new, past + new]
         if seen.is_floating_point():
             seen = seen == 0
         kept = seen[:, -1]
-        if new == 1 or torch.equal(seen, torch.ones_like(seen).tril(past) & kept[:, None]):
+        if torch.equal(seen, torch.ones_like(seen).tril(past) & kept[:, None]):
             return kept.long()
-    raise ArchitectureError(
-        "virtual tokens need a 2-D attention mask, or a causal one",
-        hint="give a mask of [rows, tokens]; models whose layers all have a sliding window take no static cache here",
-    )
+    if layers:
+        raise ArchitectureError(
+            "the soft tokens have no place in the mask that `generate` prepared for this static cache",
+            hint="leave cache_implementation out: the dynamic cache takes every mask, window and chunk",
+        )
+    raise ArchitectureError("virtual tokens need a 2-D attention mask", hint="[rows, tokens], 1 for a token")
 
 
 def _make_room(cache: Any, length: int, window: int | None) -> None:
@@ -189,19 +195,30 @@ def _make_room(cache: Any, length: int, window: int | None) -> None:
 
     Args:
         window: of the layers that keep no more than that.
+
+    Raises:
+        UnsupportedError: it holds its tensors already, and was not made for so many rows.
     """
     for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, StaticLayer) and not layer.is_initialized:
-            longer = layer.max_cache_len + length
-            layer.max_cache_len = min(longer, window) if layer.is_sliding and window else longer
+        if not isinstance(layer, StaticLayer) or getattr(layer, "peftx_rows", 0) >= length:
+            continue
+        if layer.is_initialized:
+            raise UnsupportedError(
+                f"a static cache that was filled or initialised before has no room for {length} soft tokens",
+                hint="hand over a new one, and leave prefill_chunk_size out",
+            )
+        longer = layer.max_cache_len + length - getattr(layer, "peftx_rows", 0)
+        layer.max_cache_len = min(longer, window) if layer.is_sliding and window else longer
+        layer.peftx_rows = length
 
 
 def _check_past(mask: Tensor | None, positions: Tensor | None, past: int, new: int) -> None:
     """A caller who takes the cache's length for that of the text counts the soft tokens among its own."""
     covered = mask.shape[-1] if mask is not None and mask.ndim == 2 else past + new
-    last = (
-        int(positions.max()) if positions is not None and new > 1 else past + new - 1
-    )  # not at each decode step
+    cheap = new > 1 or (
+        positions is not None and positions.device.type == "cpu"
+    )  # else a step waits for the GPU
+    last = int(positions.max()) if positions is not None and cheap else past + new - 1
     if covered != past + new or last >= past + new:
         raise UnsupportedError(
             f"{past} tokens of the text are in the cache and {new} are new, but the mask covers {covered} and the last "
@@ -353,8 +370,12 @@ def free_positions(model: PreTrainedModel) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return None
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    first = 0 if padding is None else int(padding) + 1  # RoBERTa counts from there
     prompt: _Prompt | None = _host(model).__dict__.get(STATE)
-    return int(limit) - prompt_length(model) - (prompt.shift if prompt is not None else 0)
+    shift = prompt.shift if prompt is not None else 0
+    return int(limit) - first - prompt_length(model) - shift
 
 
 def check_room(model: PreTrainedModel, length: int, *, owner: str) -> None:

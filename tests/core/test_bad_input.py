@@ -345,6 +345,7 @@ def test_a_folder_of_pickles(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"only as pickles \(pytorch_model.bin\)"):
         load_model(str(folder), meta=True)  # a plan that no run could follow
     (folder / "pytorch_model.bin").unlink()
+    (folder / "training_args.bin").write_bytes(b"\x80")  # a Trainer's, and no weights
     with pytest.raises(BundleError, match="holds no weights"):
         Stack(str(folder))
     assert load_model(str(folder), meta=True)[0].device.type == "meta"  # a shape needs none

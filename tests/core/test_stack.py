@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, Stack, hookimpl
 from peftx.attention import AttentionEdit
 from peftx.bundle import smallest_exact
+from peftx.calls import CallEdit
 from peftx.compression import QuantLinear
 from peftx.conflicts import Member, find_conflicts
 from peftx.errors import BundleError, ConflictError, MergeError, PeftxError, PluginError
@@ -519,11 +521,17 @@ class Everywhere(Plugin):
             model.attend(model.attention_sites()[1], AttentionEdit())
         elif self.where == "prompt":
             model.prompt(VirtualTokens(2))
+        elif self.where == "base":
+            model.train(model.norms()[0])
+        elif self.where == "call":
+            model.around(CallEdit())
+        elif self.where == "positions":
+            model.shift_positions(2)
         else:
             model.keep("head", nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("where", ["slot", "attention", "prompt", "kept"])
+@pytest.mark.parametrize("where", ["slot", "attention", "prompt", "base", "call", "positions", "kept"])
 def test_a_second_stack_on_one_model_is_refused(where: str) -> None:
     """It would freeze the first one's parameters, and neither could save both."""
     model = tiny("llama")
@@ -533,6 +541,17 @@ def test_a_second_stack_on_one_model_is_refused(where: str) -> None:
         Stack(model, [Scales()])
     assert [p.requires_grad for p in model.parameters()] == trains
     first.remove("first")
+    Stack(model, [Scales()])
+
+
+def test_a_trained_base_takes_a_stack_when_its_own_is_gone() -> None:
+    """It is a fine-tuned model then, and nothing else."""
+    model = tiny("llama")
+    first = Stack(model, [("first", Everywhere("base"))])
+    with pytest.raises(ConflictError):
+        Stack(model, [Scales()])
+    del first
+    gc.collect()
     Stack(model, [Scales()])
 
 

@@ -9,7 +9,7 @@ import pickle  # noqa: TID251 - in memory only: worker processes get modules so
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from peftx import virtual_tokens
 from peftx.anatomy import Anatomy, ModelView
@@ -170,6 +170,9 @@ def test_rows_that_leave_the_text_no_position_are_refused() -> None:
     assert [name for name, _ in model.named_parameters()] == names
     assert virtual_tokens.free_positions(model) == 8
     assert virtual_tokens.free_positions(tiny("t5")) is None
+    assert (
+        virtual_tokens.free_positions(tiny("roberta")) == 128 - 1 - PAD
+    )  # which counts from behind the pad's id
 
 
 @pytest.mark.parametrize("arch", [*(a for a in DECODERS if a != "mixtral"), "mamba", *PAIRS])
@@ -214,6 +217,9 @@ STATIC = {
     "encoder": tiny("t5"),
     "long windows": tiny("gemma2"),
     "short windows": tiny("gemma2", sliding_window=9),
+    "short windows under SDPA": tiny(
+        "gemma3", sliding_window=9, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 
 
@@ -222,23 +228,47 @@ def test_a_static_cache_has_room_for_the_rows(kind: str) -> None:
     """It is made for the caller's lengths, and `generate` makes its masks; pads, beams and a longer call included."""
     model = copy.deepcopy(STATIC[kind])
     prompted(model, 4, 3)
-    for length, more in ((6, {}), (9, {"num_beams": 2})):
-        inputs = example_inputs(model, length=length, padding=None if kind == "encoder" else "left")
+    for length, padding, more in ((6, None, {}), (6, "left", {}), (9, "left", {"num_beams": 2})):
+        inputs = example_inputs(model, length=length, padding=None if kind == "encoder" else padding)
         inputs.pop("decoder_input_ids", None)
         options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": PAD} | more
         wanted = model.generate(**inputs, **options)
         assert torch.equal(model.generate(**inputs, cache_implementation="static", **options), wanted)
 
 
-def test_masks_without_a_place_for_the_rows_are_refused() -> None:
+@pytest.mark.parametrize("model", [tiny("mistral", sliding_window=16), tiny("mistral"), tiny("bloom")])
+def test_masks_that_generate_prepares_for_a_static_cache(model: PreTrainedModel) -> None:
+    """Those of windows alone, and those as wide as the cache, have no place for the rows."""
+    model = copy.deepcopy(model)
+    prompted(model, 7)
+    inputs = example_inputs(model, length=9, padding="left")
+    with pytest.raises(ArchitectureError, match="generate` prepared for this static cache"):
+        model.generate(**inputs, max_new_tokens=8, pad_token_id=PAD, cache_implementation="static")
+
+
+def test_a_static_cache_that_holds_its_tensors_cannot_grow() -> None:
     model = tiny("llama")
     prompted(model, 4)
-    ids = torch.arange(3, 9)[None]
-    block = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).tril().bool()[None, None]  # two packed rows
-    with pytest.raises(ArchitectureError, match="2-D attention mask, or a causal one"):
-        model(ids, attention_mask=block)
-    causal = torch.ones(6, 6).tril().bool()[None, None]
-    assert torch.equal(model(ids, attention_mask=causal).logits, model(ids).logits)
+    ids, options = torch.arange(3, 9)[None], {"do_sample": False, "pad_token_id": PAD}
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    found = model.generate(ids, past_key_values=cache, max_new_tokens=7, **options)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=7, **options))
+    cache.reset()
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=7, **options), found)
+    with pytest.raises(UnsupportedError, match="has no room for 4 soft tokens"):
+        model.generate(ids, cache_implementation="static", prefill_chunk_size=8, max_new_tokens=7, **options)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_masks_of_the_callers_own_shape_are_refused(arch: str) -> None:
+    """The rows have no place in them: packed rows, a mask for each head, causality where there was none."""
+    model = tiny(arch)
+    prompted(model, 4)
+    inputs = example_inputs(model, length=6)
+    for heads in (1, 4):
+        mask = torch.ones(2, heads, 6, 6, dtype=torch.bool).tril()
+        with pytest.raises(ArchitectureError, match="2-D attention mask"):
+            model(**inputs | {"attention_mask": mask})
 
 
 def test_prompt_lookup() -> None:
@@ -266,8 +296,12 @@ def test_the_cache_of_an_earlier_generate_is_refused() -> None:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
     first = model.generate(input_ids=ids, return_dict_in_generate=True, **options)
     longer = torch.cat((first.sequences, ids, ids), 1)
-    with pytest.raises(UnsupportedError, match="soft"):
-        model.generate(input_ids=longer, past_key_values=first.past_key_values, **options)
+    held = int(first.past_key_values.get_seq_length())
+    for length in (longer.shape[1], held + 1):  # one token is read as a step of decoding is
+        with pytest.raises(UnsupportedError, match="soft tokens in the cache were taken for text"):
+            model.generate(
+                input_ids=longer[:, :length], past_key_values=copy.deepcopy(first.past_key_values), **options
+            )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -42,7 +42,7 @@ def load(
 
     Raises:
         BundleError: a missing, extra or corrupted file, missing or extra tensors, another base model, a newer format.
-        RegistryError: a plugin that is not installed.
+        RegistryError: a plugin that is not installed. ConflictError: a model that carries plugins already.
     """
     folder = Path(path)
     manifest = read_manifest(folder)

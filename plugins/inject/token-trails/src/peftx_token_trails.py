@@ -105,6 +105,7 @@ class Trail(Delta):
         if layer is None:
             layer = DynamicLayer()
             layer.token_trails = self.owner
+            layer.is_compileable = True  # as the rest of a static cache: else its empty places were read
             cache.layers.append(layer)
         # Rows that are no tokens: a soft prompt in front.
         others = int(cache.get_seq_length()) - layer.get_seq_length() - x.shape[1]

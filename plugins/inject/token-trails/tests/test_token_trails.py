@@ -214,12 +214,23 @@ def test_soft_tokens_in_front_are_nobodys(prompt_first: bool) -> None:
 
 
 @torch.no_grad()
-def test_a_static_cache() -> None:
-    stack = build()
-    inputs = stack.tokenizer([TALK, SHORT], return_tensors="pt", padding=True)
-    settings = {"max_new_tokens": 8, "do_sample": False}
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("texts", [[TALK, SHORT], [TALK]])
+def test_a_static_cache(texts: list[str], prompt: bool) -> None:
+    """With pads and without: then `generate` prepares no mask, and asks the cache whether it is static."""
+    from peftx_prompt_tuning import PromptTuning
+
+    stack = build(before=[PromptTuning(length=3)] if prompt else [])
+    inputs = stack.tokenizer(texts, return_tensors="pt", padding=True)
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     found = stack.model.generate(**inputs, cache_implementation="static", **settings)
-    assert torch.equal(found, stack.model.generate(**inputs, **settings))
+    wanted = stack.model.generate(**inputs, **settings)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
