@@ -201,6 +201,8 @@ def main() -> None:
 
     pairs = read_pairs(arguments.data)
     stack = Stack("peftx:tiny", [Lora(rank=8), DpoPrefixSharing()])
+    stack.train_step(shared_batch(cut_to(stack.tokenizer, pairs, 64, 16, 1)))  # which notes the reference
+    stack.model.zero_grad()
     with torch.no_grad():  # off the start, where every loss is log 2
         for parameter in stack.ledger.parameters("lora"):
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

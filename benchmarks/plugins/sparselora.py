@@ -21,9 +21,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftx import Plugin, Stack, TrainStep
-from peftx.data import read_dataset
+from peftx.data import IGNORE, read_dataset
 from peftx_lora import Lora
-from peftx_sparselora import IGNORED, Sparselora
+from peftx_sparselora import Sparselora
 
 CASES: dict[str, dict[str, Any] | None] = {
     "lora": None,
@@ -48,7 +48,7 @@ def step_times(width: int, repeats: int) -> dict[str, Any]:
     )  # fmt: skip
     ids = torch.randint(0, 1024, (4, 256), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
-    labels[:, :-26] = IGNORED
+    labels[:, :-26] = IGNORE
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     stacks, build, best = {}, {}, dict.fromkeys(CASES, float("inf"))
     for case in CASES:
