@@ -167,13 +167,15 @@ def _flat(mask: Any, past: int, new: int, cache: Any) -> Tensor | None:
     Raises:
         ArchitectureError: any other mask; the rows have no place in it.
     """
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] <= past + new):
+        return mask  # nearly always, so first
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StaticLayer)]
     if isinstance(mask, dict) and layers:
         mask = mask.get("full_attention", mask)
-    if mask is None:
-        return None
+        if mask is None:
+            return None
     form = tuple(mask.shape) if isinstance(mask, Tensor) else ()
-    if len(form) == 2 and not (layers and form[1] > past + new):  # BLOOM's is as wide as a static cache
+    if len(form) == 2 and not layers:  # with them it is BLOOM's, which is as wide as the cache
         return mask
     if len(form) == 4 and form[1] == 1 and any(not layer.is_sliding for layer in layers):
         seen = mask[:, 0, :, : past + new]  # [B, new, past + new]
