@@ -104,7 +104,9 @@ def start_loss(plugins: list[Plugin], rows: list[dict[str, str]], labels: list[s
     """Cross entropy at step 0 of a head that is fitted to half of the rows, on the other half."""
     stack = Stack("peftx:tiny", plugins, seed=seed)
     plugin = stack.plugins["sk-tuning"]
-    plugin.head.linear = torch.nn.Identity()  # the mean of the hidden states is the score
+    width = plugin.head.linear.in_features
+    plugin.head.linear = torch.nn.Linear(width, width, bias=False)
+    torch.nn.init.eye_(plugin.head.linear.weight)  # so that the mean of the hidden states is the score
     states = []
     with torch.no_grad():
         for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -94,9 +95,15 @@ def carried(model: nn.Module) -> list[str]:
     names = (CHILD, attention.CHILD, virtual_tokens.CHILD, FREE)
     groups = (group for module in model.modules() for name in names if (group := module._modules.get(name)))
     found = {key.partition("@")[0] for group in groups for key in group._modules}
+    if not found and _owners(model):
+        gc.collect()  # whether the stack of another cell or function is in use must not be left to chance
+    return sorted(found | _owners(model))
+
+
+def _owners(model: nn.Module) -> set[str]:
+    """Of what the stack that the model stands in can still take away."""
     ledger = _LEDGERS.get(model, lambda: None)()
-    parts = ledger.parts if ledger is not None else []
-    return sorted(found | {part.owner for part in parts if not part.final})
+    return {part.owner for part in ledger.parts if not part.final} if ledger is not None else set()
 
 
 class Ledger:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import peftx
@@ -446,10 +446,13 @@ def test_prompts_take_the_dtype_of_the_model(arch: str, projection: int | None) 
 
 def test_on_a_quantized_base() -> None:
     """Its attention has no parameters whose dtype the network could take; trunk and layers still fit each other."""
-    from peftx_prefixquant import PrefixQuant
+    from peftx.compression import QuantLinear
 
     model = tiny("llama").to(torch.bfloat16)
-    Stack(model, [PrefixQuant()], tokenizer=tiny_tokenizer()).compress(["Once upon a time."], length=4)
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, QuantLinear.from_linear(child, bits=8))
     stack = Stack(model, [PTuningV2(length=3, projection=6)])
     assert {t.dtype for t in stack.ledger.tensors("p-tuning-v2").values()} == {torch.bfloat16}
     assert output_of(model, example_inputs(model)).isfinite().all()

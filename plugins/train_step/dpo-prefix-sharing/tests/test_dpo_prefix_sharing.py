@@ -175,11 +175,10 @@ def test_loss_and_gradients_are_those_of_two_rows(arch: str, packing: bool) -> N
 
 
 def test_log_probs_survive_packing_and_padding() -> None:
-    stack = build("llama")
-    expected = two_rows(stack.model, ROWS).detach()
     for packing in (False, True):
-        plugin = Stack(stack.model, [DpoPrefixSharing(packing=packing)], tokenizer=TOKENIZER)
-        batch = batch_of(prepared(plugin))
+        stack = build("llama", packing=packing)
+        expected = two_rows(stack.model, ROWS).detach()
+        batch = batch_of(prepared(stack))
         mask, positions = layout(batch["token_type_ids"], torch.float32)
         logits = stack.model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits
         found = answer_log_probs(logits, batch["labels"], batch["token_type_ids"])
