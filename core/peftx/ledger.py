@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from peftx import attention, calls, virtual_tokens
 from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxError, UnsupportedError
-from peftx.slots import Delta, attach, bake, base_class, detach, enable, follow, kind_of, slot_of, snapshot
+from peftx.slots import (
+    Delta,
+    attach,
+    bake,
+    base_class,
+    detach,
+    enable,
+    follow,
+    is_ours,
+    kind_of,
+    slot_of,
+    snapshot,
+)
 from peftx.slots.carrier import CHILD
 
 if TYPE_CHECKING:
@@ -92,8 +104,8 @@ class Part:
 def carried(model: nn.Module) -> list[str]:
     """Plugins that stand on the model: those with modules of their own on it, whatever stack put them there, and all
     of a stack that is still in use."""
-    names = (CHILD, attention.CHILD, virtual_tokens.CHILD, FREE)
-    groups = (group for module in model.modules() for name in names if (group := module._modules.get(name)))
+    children = (child for module in model.modules() for child in module._modules.items())
+    groups = (group for name, group in children if group is not None and is_ours(name))
     found = {key.partition("@")[0] for group in groups for key in group._modules}
     if not found and _owners(model):
         gc.collect()  # whether the stack of another cell or function is in use must not be left to chance

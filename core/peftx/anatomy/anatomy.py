@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from peftx.anatomy.site import Site
 from peftx.anatomy.table import Fused, Table, Tower
 from peftx.errors import ArchitectureError, nearest
-from peftx.slots import Rows, base_class
-from peftx.slots.carrier import CHILD
+from peftx.slots import Rows, base_class, is_ours
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -62,11 +61,7 @@ class Anatomy:
         self.model = model
         self.config: PretrainedConfig = model.config
         self._modules: dict[str, nn.Module] = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if not any(
-                part.startswith(CHILD) for part in name.split(".")
-            )  # deltas, edits, prompts, kept parts
+            name: module for name, module in model.named_modules(remove_duplicate=False) if not is_ours(name)
         }
         base = model.base_model
         self._table_prefix = f"{base.base_model_prefix}."

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftx.bundle.manifest import is_ours, versions
+from peftx.bundle.manifest import versions
 from peftx.errors import BundleError, MergeError
 from peftx.files import replacing
 from peftx.plugin import Claim
+from peftx.slots import is_ours
 from peftx.stack import Stack
 
 if TYPE_CHECKING:

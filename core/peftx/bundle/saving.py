@@ -18,7 +18,6 @@ from peftx.bundle.manifest import (
     FORMAT,
     MANIFEST,
     PIPELINE,
-    is_ours,
     own_digest,
     versions,
 )
@@ -26,6 +25,7 @@ from peftx.errors import BundleError
 from peftx.files import replacing, sha256
 from peftx.ledger import Part
 from peftx.members import default_id
+from peftx.slots import is_ours
 from peftx.stack import Stack
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from peftx.slots.delta import Delta
 from peftx.slots.rows import Rows
 
 CHILD = "peftx"
-"""Name of the child module that holds the deltas."""
+"""Name of the child module that holds the deltas; those for anything else that stands on a model begin with it."""
 STATE = "_peftx_slot"
 
 
@@ -306,6 +306,11 @@ def kind_of(module: nn.Module) -> str:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without the slot."""
     return type(module)._peftx_base if isinstance(module, Carrier) else type(module)  # type: ignore[attr-defined]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a dotted name leads into something that a plugin put on the model."""
+    return any(part == CHILD or part.startswith(f"{CHILD}_") for part in name.split("."))
 
 
 def slot_of(module: nn.Module) -> SlotState | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftx.errors import PeftxError, PluginError
 from peftx.plugin import Plugin
+from peftx.slots import is_ours
 from peftx.stack import Stack
 from peftx.testing.models import Padding, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceLowRank
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=PeftxError)
 
-OURS = ("peftx", "peftx_attention", "peftx_prompt", "peftx_parts")
 """Names of the child modules that hold what plugins attach."""
 
 
@@ -197,7 +197,7 @@ def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ):
-        if not any(word in OURS for word in name.split(".")):
+        if not is_ours(name):
             yield name, tensor
 
 
