@@ -217,10 +217,10 @@ def _make_room(cache: Any, length: int, window: int | None) -> None:
 def _check_past(mask: Tensor | None, positions: Tensor | None, past: int, new: int) -> None:
     """A caller who takes the cache's length for that of the text counts the soft tokens among its own."""
     covered = mask.shape[-1] if mask is not None and mask.ndim == 2 else past + new
-    cheap = new > 1 or (
-        positions is not None and positions.device.type == "cpu"
-    )  # else a step waits for the GPU
-    last = int(positions.max()) if positions is not None and cheap else past + new - 1
+    last = past + new - 1
+    # Not at each step of decoding where it would wait for a GPU.
+    if positions is not None and (new > 1 or positions.device.type == "cpu"):
+        last = int(positions.max())
     if covered != past + new or last >= past + new:
         raise UnsupportedError(
             f"{past} tokens of the text are in the cache and {new} are new, but the mask covers {covered} and the last "
@@ -372,12 +372,16 @@ def free_positions(model: PreTrainedModel) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return None
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    first = 0 if padding is None else int(padding) + 1  # RoBERTa counts from there
     prompt: _Prompt | None = _host(model).__dict__.get(STATE)
     shift = prompt.shift if prompt is not None else 0
-    return int(limit) - first - prompt_length(model) - shift
+    return int(limit) - first_position(model) - prompt_length(model) - shift
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Of a text's first token: RoBERTa's table keeps a row for pads, and counts from behind it."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def check_room(model: PreTrainedModel, length: int, *, owner: str) -> None:

@@ -12,7 +12,7 @@ Collator           collate.py        examples become padded tensors
 from __future__ import annotations
 
 from peftx.data.classes import CLASS_INDEX, check_labels, class_ids, class_index, tokenize_classes
-from peftx.data.collate import IGNORE, Collator
+from peftx.data.collate import IGNORE, Collator, pads_right
 from peftx.data.encoding import (
     Example,
     continuation,
@@ -44,6 +44,7 @@ __all__ = [
     "encoder_ids",
     "fill_template",
     "format_of_keys",
+    "pads_right",
     "prompt_ids",
     "read_dataset",
     "render_messages",

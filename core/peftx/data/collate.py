@@ -117,6 +117,13 @@ class Collator:
         return padded
 
 
+def pads_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows with their pads behind the text; what is not [B, T] as `attention_mask` is stays as it is."""
+    mask = batch["attention_mask"]
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return {name: x.gather(1, order) if x.shape == mask.shape else x for name, x in batch.items()}
+
+
 def _numbers(name: str, values: list[object]) -> Tensor:
     if not all(isinstance(value, (int, float)) for value in values):
         raise DataError(f"column {name!r} mixes single numbers with other values")

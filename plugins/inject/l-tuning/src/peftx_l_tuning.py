@@ -43,11 +43,13 @@ from peftx.data import (
     Collator,
     check_labels,
     class_ids,
+    pads_right,
     text_ids,
     tokenize_classes,
 )
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.evaluation import context_window, evaluating
+from peftx.virtual_tokens import first_position
 
 
 class LTuningConfig(PluginConfig):
@@ -154,7 +156,7 @@ class LTuning(Plugin):
             )
         self.encoder = "encoder" in model.towers
         self.embedding = model.embedding().module
-        self.first = first_position(model)
+        self.first = first_position(model.module)
         if "labels" not in self.state:
             self.state["labels"] = self.tokens(model, stack)
         ids = torch.tensor([row for _, row in self.state["labels"]])
@@ -215,7 +217,7 @@ class LTuning(Plugin):
 
     def room(self, stack: Stack) -> int:
         """Tokens that the model can read behind a label."""
-        return context_window(stack.model, stack.tokenizer) - self.length - self.first
+        return context_window(stack.model, stack.tokenizer) - self.length
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -286,20 +288,6 @@ class LTuning(Plugin):
         finally:
             self.forget()
         return names, torch.stack(found)
-
-
-def first_position(model: ModelView) -> int:
-    """Position of a text's first token: RoBERTa's table keeps a row for pads, and counts from behind it."""
-    tables = [site.module for site in model.anatomy.sites if site.role == "embedding.position"]
-    pads = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
-    return 0 if pads is None else pads + 1
-
-
-def pads_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows with their pads behind the text, so that the text follows on its label."""
-    mask = batch["attention_mask"]
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    return {name: x.gather(1, order) if x.shape == mask.shape else x for name, x in batch.items()}
 
 
 def read(model: nn.Module, ids: Tensor) -> Tensor:

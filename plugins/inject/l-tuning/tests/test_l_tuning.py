@@ -252,7 +252,9 @@ def test_robertas_text_stands_behind_its_prefix() -> None:
     ask(stack, inputs, [0, 1])
     assert seen[-1][0].tolist() == [plugin.length + PAD + 1 + t for t in range(9)]
     assert plugin_of(plain).first == 0
-    assert len(stack.classify(["y" * 500, "z"])) == 2  # the longest text has a place in the table
+    assert len(stack.classify(["y" * 500, "z"])) == 2
+    # The longest text has a place in the table, and all of it.
+    assert max(int(positions.max()) for positions in seen) == table.num_embeddings - 1
 
 
 @pytest.mark.parametrize("options", VARIANTS)

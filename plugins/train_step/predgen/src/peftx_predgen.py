@@ -38,6 +38,7 @@ from peftx.data import (
     check_labels,
     class_ids,
     class_index,
+    pads_right,
     special_frame,
     text_ids,
     tokenize_classes,
@@ -98,13 +99,6 @@ def position_weights(G: int) -> Tensor:
     """w [G], of mean 1; from G = 3 on the first digit weighs most."""
     w = torch.linspace(G, 2, G)
     return w / w.mean()
-
-
-def pads_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows with their pads behind the text, where `places` looks for the answer."""
-    mask = batch["attention_mask"]
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    return {name: x.gather(1, order) if x.shape == mask.shape else x for name, x in batch.items()}
 
 
 def places(mask: Tensor, G: int) -> Tensor:
