@@ -283,7 +283,8 @@ class Run:
 
     def _compress(self, stage: RunStage, index: int) -> str:
         source = self.pipeline.data.calibration or self.pipeline.data.train
-        texts = None if source is None else calibration_texts(_rows(source, limit=source.limit))
+        rows = None if source is None else _rows(source, limit=source.limit)
+        texts = None if rows is None else calibration_texts(rows, self._stack.tokenizer)
         dropped = {id for later in self.stages[index:] if later.kind == "drop" for id in later.ids}
         length = {} if source is None or source.max_length is None else {"length": source.max_length}
         self._stack.compress(texts, stage.ids, keep=bool(dropped & set(stage.ids)), **length)

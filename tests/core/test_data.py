@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peftx.compression.batches import calibration_texts
 from peftx.data import (
     IGNORE,
     Collator,
@@ -24,6 +25,7 @@ from peftx.data import (
     read_dataset,
     render_messages,
     special_frame,
+    text_ids,
     tokenize_dataset,
 )
 from peftx.errors import DataError, UnsupportedError
@@ -366,6 +368,17 @@ TEMPLATE = (
 
 def learned(tokenizer: PreTrainedTokenizerFast, row: dict[str, list[int]]) -> str:
     return tokenizer.decode([label for label in row["labels"] if label != IGNORE])
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "template"])
+def test_conversations_calibrate_as_they_train(template: str | None) -> None:
+    """What a quantizer measures is what the model reads, chat template included."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    rows = Dataset.from_dict({"messages": [TURNS]})
+    trained = tokenize_dataset(rows, tokenizer, format="messages", max_length=200)[0]["input_ids"]
+    (text,) = calibration_texts(rows, tokenizer)
+    assert [tokenizer.bos_token_id, *text_ids(tokenizer, text.removeprefix("<s>"))] == trained
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "template"])

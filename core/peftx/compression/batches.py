@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftx.compression.calibration import Calibration
-from peftx.data import read_dataset, text_ids
+from peftx.data import read_dataset, render_messages, text_ids
 from peftx.errors import DataError
 from peftx.models import asset_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from peftx.stack import Stack
 
 
@@ -31,7 +33,7 @@ def calibration(
     if data is None:
         return Calibration([])
     if isinstance(data, str | Path):
-        texts = calibration_texts(read_dataset(asset_path(data)))
+        texts = calibration_texts(read_dataset(asset_path(data)), stack.tokenizer)
     else:
         texts = list(data)
     tokenizer = stack.tokenizer
@@ -47,16 +49,16 @@ def calibration(
     return Calibration([{"input_ids": torch.tensor([start + piece], device=device)} for piece in pieces])
 
 
-def calibration_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The text of rows of any format."""
-    return [_text_of(row) for row in rows]
+def calibration_texts(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of rows of any format; conversations as they are trained on."""
+    return [_text_of(row, tokenizer) for row in rows]
 
 
-def _text_of(row: Mapping[str, Any]) -> str:
+def _text_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if "text" in row:
         return str(row["text"])
     if "prompt" in row:
         return f"{row['prompt']} {row.get('completion', row.get('chosen', ''))}"
     if "messages" in row:
-        return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in row["messages"])
+        return render_messages(tokenizer, row["messages"], ask=False)
     raise DataError(f"calibration rows need 'text', 'prompt' or 'messages'; found {', '.join(map(str, row))}")

@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that asks for the assistant's next turn after `messages`.
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, ask: bool = True
+) -> str:
+    """The text that asks for the assistant's next turn after `messages`; without `ask` all up to its last one.
 
     With a chat template: its rendering with the generation prompt, BOS included (encode it with
     `add_special_tokens=False`). Without: `User: hi`, a line break, `Assistant:`; BOS not included.
     """
+    while not ask and messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
     if tokenizer.chat_template is not None:
-        return _render(tokenizer, messages, ask=True)
+        return _render(tokenizer, messages, ask=ask)
     ended = "" if tokenizer.eos_token is None else str(tokenizer.eos_token)
-    segments = _plain_segments(messages, ask=True)
+    segments = _plain_segments(messages, ask=ask)
     return "".join(text + ended if learned else text for text, learned in segments)
 
 
