@@ -107,9 +107,8 @@ def _plain(config: dict[str, Any], saved: dict[str, Tensor], stack: Stack, id: s
     own = dict(stack.model.named_parameters())
     for name in sorted(saved.keys() - factors.keys()):
         mine = own.get(name.removeprefix(PREFIX))
-        if mine is None or not torch.equal(
-            mine.to(saved[name]), saved[name]
-        ):  # a head like the model's own is fine
+        same = mine is not None and torch.equal(mine.to(saved[name]), saved[name])
+        if not same:  # a head like the model's own is fine
             found[name] = tuple(saved[name].shape)
     if found:
         what = ", ".join(f"{name}={value!r}" for name, value in list(found.items())[:3])
@@ -163,7 +162,6 @@ def _task(stack: Stack, deltas: dict[str, LowRank]) -> tuple[str | None, dict[st
     if task not in HEADS:
         return task, {}
     head = {PREFIX + n: p for n, p in stack.model.named_parameters() if HEADS[task] & set(n.split("."))}
-    adapted = any(
-        HEADS[task] & set(path.split(".")) for path in deltas
-    )  # PEFT's wrapper does not go with that
+    # PEFT's wrapper does not go with an adapted head.
+    adapted = any(HEADS[task] & set(path.split(".")) for path in deltas)
     return (None, {}) if adapted or not head else (task, head)

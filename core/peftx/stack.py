@@ -182,10 +182,9 @@ class Stack:
             while trace is not None:
                 if trace.tb_frame.f_code.co_name == hook:
                     caller = trace.tb_frame.f_locals.get("self")
-                    own = (
-                        None if isinstance(caller, Defaults) else inner
-                    )  # a wrapper is not to blame for the model
-                    inner = next((m for m in self.members if m.plugin is caller), own)
+                    # A wrapper is not to blame for the framework's own loop, which it wraps.
+                    other = None if isinstance(caller, Defaults) else inner
+                    inner = next((m for m in self.members if m.plugin is caller), other)
                 trace = trace.tb_next
             if inner is not None:
                 blame(error, inner, hook)

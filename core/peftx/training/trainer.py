@@ -139,9 +139,7 @@ class StackTrainer(Trainer):
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         self._written.append(run / name)
-        while (
-            len(self._written) > KEPT
-        ):  # its own: those of another run in the same folder are not its to delete
+        if len(self._written) > KEPT:  # of its own: another run's in this folder are not its to delete
             shutil.rmtree(self._written.pop(0), ignore_errors=True)
 
     def _get_output_dir(self, trial: Any) -> str:

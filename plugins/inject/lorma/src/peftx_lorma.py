@@ -159,10 +159,8 @@ class Lorma(Plugin):
     def __init__(self, config: LormaConfig | None = None, /, **options: Any) -> None:
         super().__init__(config, **options)
         if self.config.mode == "post":
-            self.claims = {
-                *type(self).claims,
-                Claim.EDITS_INPUTS,
-            }  # of this one, and before a stack is checked
+            # Of this one, and before a stack is checked.
+            self.claims = {*type(self).claims, Claim.EDITS_INPUTS}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -166,9 +166,7 @@ def compose(rng: Random, config: MosaicItConfig, pairs: Sequence[Pair]) -> tuple
     answered = [*range(k)]
     if strategy != "format":
         names = [*CHOICES[strategy]]
-        if (
-            strategy == "maskout"
-        ):  # "odd" and "even" leave out as many as there are: only where r may give that
+        if strategy == "maskout":  # "odd" and "even" leave out as many as there are: if r may give that
             low, high = (max(1, int(k * r)) for r in config.mask_ratio)
             halves = {"odd": (k + 1) // 2, "even": k // 2}
             names = [name for name in names if low <= halves.get(name, low) <= high]

@@ -240,9 +240,7 @@ class DpoPrefixSharing(Plugin):
             )
         start = step.memory.setdefault(MEMORY, {})
         for name, p in step.model.named_parameters():
-            if (
-                p.requires_grad and name not in start
-            ):  # also one that is unfrozen later: till then it was as it is
+            if p.requires_grad and name not in start:  # or unfrozen later: till then it was as it is
                 start[name] = p.detach().clone()
             elif name in start and start[name].device != p.device:  # from a checkpoint
                 start[name] = start[name].to(p.device)

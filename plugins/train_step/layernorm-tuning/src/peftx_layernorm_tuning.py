@@ -107,9 +107,8 @@ class LayernormTuning(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if self.config.fraction < 1:
             subset, norms = self._parts(step.stack)
-            if all(
-                p.requires_grad for p in norms
-            ):  # not while frozen, as beside an adapter that trains alone
+            # Not while frozen, as beside an adapter that trains alone.
+            if all(p.requires_grad for p in norms):
                 if not subset.chosen:
                     self._estimate(step, subset, norms)
                 step.on_gradients(lambda _: self._mask(subset, norms))
