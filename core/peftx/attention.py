@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peftx.errors import ArchitectureError, ConflictError
-from peftx.slots import base_class
+from peftx.slots import base_class, child_name, drop_children
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,7 +182,8 @@ def attach(model: PreTrainedModel, module: nn.Module, edit: AttentionEdit, *, ow
             raise ConflictError(
                 f"'{owner}' and '{other}' both replace the attention of one layer", hint="keep one"
             )
-    module._modules[CHILD]._modules[owner] = edit  # type: ignore[union-attr]  # ModuleDict refuses some names
+    children = module._modules[CHILD]._modules  # type: ignore[union-attr]  # ModuleDict itself refuses some names
+    children[child_name(children, owner)] = edit
     edits.entries.append((rank, owner, edit))
     edits.rebuild()
 
@@ -193,9 +194,7 @@ def detach(module: nn.Module, owner: str) -> None:
     if edits is None:
         return
     edits.entries = [entry for entry in edits.entries if entry[1] != owner]
-    children: nn.ModuleDict = module.get_submodule(CHILD)  # type: ignore[assignment]
-    if owner in children:
-        del children[owner]
+    drop_children(module, CHILD, owner)
     edits.rebuild()
     if not edits.entries:
         del module.__dict__[STATE], module._modules[CHILD]

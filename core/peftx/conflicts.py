@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from peftx.errors import ConflictError
@@ -28,10 +28,6 @@ class Member:
 
     def implements(self, hook: str) -> bool:
         return hook in hooks_of(self.plugin)
-
-    @property
-    def acts_on_weights(self) -> bool:
-        return self.implements("inject") and not self.claims(Claim.DATA_ONLY)
 
 
 @dataclass(frozen=True)
@@ -60,51 +56,128 @@ EXCLUSIVE = {
     Claim.CLASSIFIES: "both bring the head that names a text's class",
     Claim.QUANTIZES: "both replace the weights by integers",
 }
+"""One in a stack."""
 
 NO_ADAPTERS = (Claim.BESIDE_WEIGHTS, Claim.EDITS_INPUTS, Claim.TRAINS_BASE)
 """Claims of plugins that train something else than deltas on the output of layers."""
 
 
+AnyPlugin = Plugin | type[Plugin]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a rule: which plugins it is about, and how its rule is told to one of the other side."""
+
+    is_it: Callable[[AnyPlugin], bool]
+    claims: tuple[Claim, ...]
+    told: str
+    """After "not beside", "not before" or "not after"."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Two kinds of plugins that do not go together: in no order, or not with `one` before `two`."""
+
+    one: Side
+    two: Side
+    reason: str
+    """With {one} and {two}."""
+    ordered: bool = False
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return (*self.one.claims, *self.two.claims)
+
+
+def _claiming(claim: Claim) -> Side:
+    return Side(lambda plugin: claim in plugin.claims, (claim,), f"a plugin that claims {claim}")
+
+
+def _changes_model(plugin: AnyPlugin) -> bool:
+    """Does it attach something that what is computed depends on; decoding that is exact does not."""
+    exact = {Claim.DATA_ONLY, Claim.EXACT_CACHE, Claim.LOSSLESS_DECODING}
+    return "inject" in hooks_of(plugin) and not exact & plugin.claims
+
+
+def _stays_beside(plugin: AnyPlugin) -> bool:
+    """Does it leave something on the model that does not go into the weights, and acts on them."""
+    folds = {Claim.MERGEABLE, Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}
+    return _changes_model(plugin) and not folds & plugin.claims
+
+
+RULES = (
+    Rule(
+        _claiming(Claim.REPLACES_STEP),
+        _claiming(Claim.NEEDS_GRADIENTS),
+        "{two} needs gradients, and {one} replaces the training step by one that makes none",
+    ),
+    Rule(
+        _claiming(Claim.OWN_LAYOUT),
+        _claiming(Claim.VIRTUAL_TOKENS),
+        "{one} lays its rows out with positions and a mask of its own, and the soft tokens of {two} would stand in "
+        "front of the first text alone",
+    ),
+    Rule(
+        _claiming(Claim.NEEDS_LABELS),
+        _claiming(Claim.CLASSIFIES),
+        "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
+    ),
+    Rule(
+        _claiming(Claim.NEEDS_LABELS),
+        _claiming(Claim.OWN_LAYOUT),
+        "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
+    ),
+    Rule(
+        _claiming(Claim.FINAL),
+        Side(_changes_model, (), "a plugin that changes the model"),
+        "{one} measures and compresses the finished model, so {two}, which comes after it and changes the model, would "
+        "undo what it measured",
+        ordered=True,
+    ),
+    Rule(
+        Side(_stays_beside, (), "a plugin that does not fold into the weights"),
+        _claiming(Claim.FOLDS_PREVIOUS),
+        "{two} starts from merged weights, and {one} does not fold into the weights",
+        ordered=True,
+    ),
+)
+"""Who does not go with whom. `find_conflicts` and `rules` both read it."""
+
+
 def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
     """All conflicts of a stack, in stack order. Nothing is built or touched."""
-    found = []
-    for one, two in combinations(members, 2):
-        for claim, why in EXCLUSIVE.items():
-            if one.claims(claim) and two.claims(claim):
-                found.append(Conflict(one.id, two.id, (claim,), f"{one} and {two} {why}"))
-        for step, other in ((one, two), (two, one)):
-            if step.claims(Claim.REPLACES_STEP) and other.claims(Claim.NEEDS_GRADIENTS):
-                reason = (
-                    f"{other} needs gradients, and {step} replaces the training step by one that makes none"
-                )
-                found.append(Conflict(one.id, two.id, (Claim.REPLACES_STEP, Claim.NEEDS_GRADIENTS), reason))
-        for row, soft in ((one, two), (two, one)):
-            if row.claims(Claim.OWN_LAYOUT) and soft.claims(Claim.VIRTUAL_TOKENS):
-                reason = (
-                    f"{row} lays its rows out with positions and a mask of its own, and the soft tokens of {soft} "
-                    "would stand in front of the first text alone"
-                )
-                claims = (Claim.OWN_LAYOUT, Claim.VIRTUAL_TOKENS)
-                found.append(Conflict(one.id, two.id, claims, reason))
-        for reader, taker in ((one, two), (two, one)):
-            takes = next((c for c in (Claim.CLASSIFIES, Claim.OWN_LAYOUT) if taker.claims(c)), None)
-            if reader.claims(Claim.NEEDS_LABELS) and takes is not None:
-                reason = f"{reader} reads labels of tokens in its step, and the rows of {taker} have none of the kind"
-                found.append(Conflict(one.id, two.id, (Claim.NEEDS_LABELS, takes), reason))
-        if one.claims(Claim.FINAL) and two.acts_on_weights:
-            reason = (
-                f"{one} measures and compresses the finished model, so {two}, which comes after it and changes the "
-                "model, would undo what it measured"
-            )
-            order = tuple(m.id for m in members if m is not one)
-            found.append(Conflict(one.id, two.id, (Claim.FINAL,), reason, (*order, one.id)))
-        folds = (
-            one.claims(Claim.MERGEABLE) or one.claims(Claim.BESIDE_WEIGHTS) or one.claims(Claim.TRAINS_BASE)
-        )
-        if two.claims(Claim.FOLDS_PREVIOUS) and one.acts_on_weights and not folds:
-            reason = f"{two} starts from merged weights, and {one} does not fold into the weights"
-            found.append(Conflict(one.id, two.id, (Claim.FOLDS_PREVIOUS,), reason))
+    found = [_with_order(conflict, rule, members) for conflict, rule in _collisions(members)]
     return found + _without_adapters(members) + _rows_that_do_not_fit(members)
+
+
+def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | None]]:
+    for first, second in combinations(members, 2):
+        for claim, why in EXCLUSIVE.items():
+            if first.claims(claim) and second.claims(claim):
+                yield Conflict(first.id, second.id, (claim,), f"{first} and {second} {why}"), None
+        for rule in RULES:
+            pairs = [(first, second)] if rule.ordered else [(first, second), (second, first)]
+            for one, two in pairs:
+                if rule.one.is_it(one.plugin) and rule.two.is_it(two.plugin):
+                    reason = rule.reason.format(one=one, two=two)
+                    yield Conflict(first.id, second.id, rule.claims, reason), rule
+
+
+def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]) -> Conflict:
+    """The conflict with an order of the whole stack that works, if one of the two moved past the other makes one."""
+    if rule is None or not rule.ordered:
+        return conflict
+    first, second = (next(m for m in members if m.id == id) for id in (conflict.first, conflict.second))
+    later = [m for m in members if m is not first]
+    earlier = [m for m in members if m is not second]
+    later.insert(later.index(second) + 1, first)
+    earlier.insert(earlier.index(first), second)
+    at_the_end = [*(m for m in members if m is not first), first]
+    for order in (later, earlier, at_the_end):
+        if next(_collisions(order), None) is None and _unfit(order) is None:
+            return replace(conflict, working_order=tuple(m.id for m in order))
+    return conflict
 
 
 def _without_adapters(members: Sequence[Member]) -> list[Conflict]:
@@ -185,30 +258,18 @@ def check(members: Sequence[Member]) -> None:
         raise ConflictError("\n".join(str(c) for c in conflicts), hint="peftx plan shows the stack")
 
 
-def rules(plugin: type[Plugin] | Plugin) -> list[str]:
+def rules(plugin: AnyPlugin) -> list[str]:
     """What a plugin does not go with, in sentences; from its claims alone."""
-    own = plugin.claims
-    found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in own]
-    if Claim.REPLACES_STEP in own:
-        found.append(f"not beside a plugin that claims {Claim.NEEDS_GRADIENTS}")
-    if Claim.NEEDS_GRADIENTS in own:
-        found.append(f"not beside a plugin that claims {Claim.REPLACES_STEP}")
-    if Claim.NEEDS_LABELS in own:
-        found.append(f"not beside a plugin that claims {Claim.CLASSIFIES} or {Claim.OWN_LAYOUT}")
-    if Claim.OWN_LAYOUT in own:
-        found.append(f"not beside a plugin that claims {Claim.VIRTUAL_TOKENS}")
-    if Claim.VIRTUAL_TOKENS in own:
-        found.append(f"not beside a plugin that claims {Claim.OWN_LAYOUT}")
-    if Claim.NEEDS_ADAPTERS in own:
+    found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in plugin.claims]
+    for rule in RULES:
+        if rule.one.is_it(plugin):
+            found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
+        if rule.two.is_it(plugin):
+            found.append(f"not {'after' if rule.ordered else 'beside'} {rule.one.told}")
+    if Claim.NEEDS_ADAPTERS in plugin.claims:
         found.append("with an adapter, whose deltas add to the output of layers")
     if plugin.takes:
         made = sorted(set(plugin.gives.values()))
         gives = f", and leaves {' or '.join(made)}" if made else ""
         found.append(f"trains on rows of format {' or '.join(plugin.takes)}{gives}")
-    if Claim.FINAL in own:
-        found.append("after every plugin that changes the model")
-    if Claim.FOLDS_PREVIOUS in own:
-        found.append("what stands before it must fold into the weights")
-    if "inject" in hooks_of(plugin) and not own & {Claim.MERGEABLE, Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}:
-        found.append(f"not before a plugin that claims {Claim.FOLDS_PREVIOUS}")
     return found

@@ -4,25 +4,91 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
+import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from peftx.errors import BundleError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 _HERE = -100  # AT_FDCWD
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder that we wrote, which holds nothing but files and folders.
+
+    Raises:
+        BundleError: a link, which may lead out of it, or a pipe or device, which may never end; names it.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            yield from plain_files(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            yield Path(entry.path)
+        else:
+            kind = "a symbolic link" if entry.is_symlink() else "no plain file"
+            raise BundleError(f"'{entry.path}' is {kind}", hint="copy the files themselves (cp -L)")
+
+
+def require_plain(file: Path, *, most: int | None = None, links: bool = False) -> None:
+    """Raises BundleError unless `file` is a plain file of at most `most` bytes.
+
+    Args:
+        links: a symbolic link to such a file will do (the hub's cache is made of them).
+    """
+    try:
+        found = file.stat() if links else file.lstat()
+    except OSError as error:
+        raise BundleError(f"'{file}' cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no plain file"
+        raise BundleError(f"'{file}' is {kind}")
+    if most is not None and found.st_size > most:
+        raise BundleError(f"'{file}' has {found.st_size:,} bytes, and at most {most:,} are read")
+
+
+MOST_JSON = 64 * 2**20
+"""Bytes of a JSON file of ours: a manifest of a thousand plugins has two megabytes."""
+
+
+def read_json(file: Path, *, links: bool = False) -> Any:
+    """What a JSON file holds. Raises BundleError, which names it, for anything that is no such file."""
+    require_plain(file, most=MOST_JSON, links=links)
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise BundleError(f"'{file}' is corrupted: {type(error).__name__}: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises BundleError, which names it, for anything that is no such file."""
+    from safetensors.torch import load_file
+
+    require_plain(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise BundleError(f"'{file}' is no whole safetensors file: {error}") from error
 
 
 def _exchange(one: Path, two: Path) -> bool:
@@ -40,22 +106,26 @@ def aside(path: Path) -> Path:
 
 
 @contextmanager
-def telling_of_a_full_disk(path: Path) -> Iterator[None]:
+def telling_what_was_not_written(path: Path) -> Iterator[None]:
     """Turn the system's error into one that says what was not written.
 
     Raises:
-        BundleError: the disk, or the user's share of it, is full.
+        BundleError: the disk, or the user's share of it, is full; the place cannot be written.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not _is_full(error):
-            raise
-        raise BundleError(
-            f"the disk is full: '{path}' was not written"
-            + (", the old one is intact" if path.exists() else ""),
-            hint="free some space, or give another folder",
-        ) from error
+        kept = ", the old one is intact" if os.path.lexists(path) else ""
+        if _is_full(error):
+            raise BundleError(
+                f"the disk is full: '{path}' was not written{kept}",
+                hint="free some space, or give another folder",
+            ) from error
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            raise BundleError(
+                f"'{path}' was not written: {error.strerror}{kept}", hint="give another folder"
+            ) from error
+        raise
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:
@@ -71,32 +141,27 @@ def _is_full(error: OSError | SafetensorError) -> bool:
 def replacing(path: Path, *, marker: str) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it takes `path`'s place, on failure `path` is as it was.
 
+    Where `path` is a symbolic link, the folder that it leads to is replaced, and the link stays.
+
     Args:
         marker: a file that an existing folder must hold to be replaced.
 
     Raises:
-        BundleError: `path` is something else, or the disk is full.
+        BundleError: `path` is something else, cannot be written, or the disk is full.
     """
-    path = path.absolute()
+    path = path.resolve()
     if path.exists() and not (path / marker).exists() and (path.is_file() or any(path.iterdir())):
         raise BundleError(
             f"'{path}' exists and holds no {marker}, so it is not overwritten",
             hint="choose another folder, or empty it",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.writing-*"):
-        if not _alive(stale.name.rpartition("-")[2]):
-            shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed
-    new = path.parent / f".{path.name}.writing-{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        with telling_of_a_full_disk(path):
-            new.mkdir()
+    with telling_what_was_not_written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staging(path) as new:
             yield new
-            for file in new.rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
+            for file in plain_files(new):
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
             if not path.exists():
                 new.rename(path)
             elif not _exchange(new, path):
@@ -105,26 +170,46 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
                 path.rename(old)
                 new.rename(path)
                 shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, of this call alone; what is left there at the end is removed, and so is what calls
+    left that were killed. Who writes holds a lock on the folder, which threads, processes and containers respect."""
+    for stale in path.parent.glob(f".{path.name}.writing-*"):
+        _remove_unless_locked(stale)
+    new = path.parent / f".{path.name}.writing-{secrets.token_hex(6)}"
+    new.mkdir()
+    handle = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_unless_locked(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # its writer was quicker
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # somebody is writing there
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    beside = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
-        with telling_of_a_full_disk(path):
+        with telling_what_was_not_written(path):
             beside.write_text(text, encoding="utf-8")
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True

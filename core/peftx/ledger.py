@@ -19,6 +19,7 @@ from peftx.slots import (
     attach,
     bake,
     base_class,
+    child_name,
     detach,
     enable,
     follow,
@@ -70,6 +71,9 @@ class Part:
     path: str = ""
     undo: Callable[[], None] = lambda: None
     switch: Callable[[bool], None] | None = None
+    on: bool = True
+    original: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Of kind `base`: the base's own parameters, which stand aside and come back."""
     final: str = ""
     """Why it cannot be undone, if it cannot."""
     covers: frozenset[str] = frozenset()
@@ -120,15 +124,13 @@ def _owners(model: nn.Module) -> set[str]:
 
 class Ledger:
     """All parts of a stack, by owner, in order of attachment.
+"""
 
-    Args:
-        before_change: called before the base's own weights change for the first time (trained, folded, replaced).
-    """
-
-    def __init__(self, model: PreTrainedModel, *, before_change: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.before_change = before_change
         self.parts: list[Part] = []
+        self.finished: dict[int, nn.Parameter] = {}
+        """By id: what plugins own and train no more, whoever is frozen or not."""
         _LEDGERS[model] = weakref.ref(self)
 
     def of(self, owner: str) -> list[Part]:
@@ -164,7 +166,7 @@ class Ledger:
             trained = next((p for p in self.parts if p.kind == "base" and p.module is site.module), None)
             if trained is not None:
                 raise ConflictError(
-                    f"{view.owner} computes {site.path} itself as a frozen layer, and {trained.owner} trains it",
+                    f"'{view.owner}' computes {site.path} itself as a frozen layer, and {trained.owner} trains it",
                     hint="leave the layer out of one of them",
                 )
         _settle(delta, site.module, full_precision=delta.full_precision)
@@ -191,7 +193,7 @@ class Ledger:
         for entry in slot.entries if slot is not None else ():
             if entry.delta.has_base():
                 raise ConflictError(
-                    f"{view.owner} trains the base's {site.path}, which {entry.owner} computes itself as a frozen "
+                    f"'{view.owner}' trains the base's {site.path}, which {entry.owner} computes itself as a frozen "
                     "layer",
                     hint="leave the layer out of one of them",
                 )
@@ -207,36 +209,53 @@ class Ledger:
                     hint=f"it has: {', '.join(own) or 'none'}",
                 )
         chosen = names or tuple(own)
-        other = next(
-            (
-                p
-                for p in self.parts
-                if p.kind == "base" and p.module is module and set(p.parameters) & set(chosen)
-            ),
-            None,
-        )
-        if other is not None:
-            raise ConflictError(f"{view.owner} and {other.owner} both train the base's {site.path}")
-        self.before_change()
+        others = self._trained_by_others(view.owner, module)
+        for name in chosen:
+            # Matrices have one trainer, vectors (norms, biases) any number: each sees the updates of the others.
+            if name in others and (own[name].ndim > 1 or name not in others[name].original):
+                raise ConflictError(
+                    f"'{view.owner}' and '{others[name].owner}' both train the base's {site.path}",
+                    hint="leave it out of the targets of one of them, or keep one of the two",
+                )
+        part = Part(view.owner, "base", site.path, module, chosen)
         # Fresh parameters, so that the base's own tensors come back untouched on removal.
-        before = {name: own[name] for name in chosen}
-        after = {
-            name: nn.Parameter(
-                p.detach().clone() if not view.restoring else torch.empty_like(p, device="meta")
-            )
-            for name, p in before.items()
-        }
-        self._swap(module, before, after)
-        self.parts.append(
-            Part(
-                view.owner, "base", site.path, module, chosen,
-                undo=lambda: self._swap(module, {n: module._parameters[n] for n in chosen}, before),
-                switch=lambda on: self._swap(
-                    module, {n: module._parameters[n] for n in chosen}, after if on else before
-                ),
-            )
-        )  # fmt: skip
-        return list(after.values())
+        for name in chosen:
+            if name in others:
+                part.original[name] = others[name].original[name]
+                continue
+            part.original[name] = own[name]
+            new = torch.empty_like(own[name], device="meta") if view.restoring else own[name].detach().clone()
+            self._swap(module, {name: own[name]}, {name: nn.Parameter(new)})
+        part.undo = lambda: self._give_back(part)
+        part.switch = self._switch_of(part)
+        self.parts.append(part)
+        return [module._parameters[name] for name in chosen]  # type: ignore[misc]
+
+    def _trained_by_others(self, owner: str, module: nn.Module) -> dict[str, Part]:
+        """Name -> the part of another plugin that trains this parameter of the module."""
+        parts = (p for p in self.parts if p.kind == "base" and p.module is module and p.owner != owner)
+        return {name: part for part in parts for name in part.parameters}
+
+    def _give_back(self, part: Part) -> None:
+        """Put the base's own parameters back in their places, where no other plugin trains them."""
+        kept = self._trained_by_others(part.owner, part.module)
+        mine = {name: old for name, old in part.original.items() if name not in kept}
+        self._swap(part.module, {name: part.module._parameters[name] for name in mine}, mine)
+
+    def _switch_of(self, part: Part) -> Callable[[bool], None]:
+        trained = {name: part.module._parameters[name] for name in part.parameters}
+
+        def switch(on: bool) -> None:
+            part.on = on
+            others = self._trained_by_others(part.owner, part.module)
+            for name, own in part.original.items():
+                now = part.module._parameters[name]
+                if now is not own:
+                    trained[name] = now  # a bundle may have put another one there
+                if name not in others or not others[name].on:
+                    self._swap(part.module, {name: now}, {name: trained[name] if on else own})
+
+        return switch
 
     def _swap(self, module: nn.Module, old: dict[str, Any], new: dict[str, nn.Parameter]) -> None:
         """Exchange parameters, also where they are tied."""
@@ -265,7 +284,6 @@ class Ledger:
                 f"{view.owner}: {site.path} carries deltas of {', '.join(owners)}",
                 hint="merge them for good first: stack.merge(keep=False)",
             )
-        self.before_change()
         parent, _, name = site.path.rpartition(".")
         holder = self.model.get_submodule(parent)
         setattr(holder, name, module)
@@ -293,7 +311,7 @@ class Ledger:
             group._modules[view.owner] = nn.ModuleDict()  # ModuleDict itself refuses the names of its methods
         mine: nn.ModuleDict = group[view.owner]  # type: ignore[assignment]
         if name in mine._modules:
-            raise ConflictError(f"{view.owner} already keeps a module named '{name}'")
+            raise ConflictError(f"'{view.owner}' already keeps a module named '{name}'")
         mine._modules[name] = module
         _settle(module, self.model)
 
@@ -308,12 +326,16 @@ class Ledger:
             Part(view.owner, "free", f"{FREE}.{name}", module, undo=undo, switch=lambda on: None)
         )
 
+    def _free_key(self, owner: str, key: str) -> str:
+        """`key`, numbered where the plugin did the same in the same place before."""
+        return child_name({part.key: part for part in self.of(owner)}, key)
+
     def add_attention(self, view: ModelView, site: Site, edit: AttentionEdit) -> None:
         _settle(edit, site.module)
         attention.attach(self.model, site.module, edit, owner=view.owner, rank=view.rank)
         self.parts.append(
             Part(
-                view.owner, "attention", f"{site.path}.attention", edit,
+                view.owner, "attention", self._free_key(view.owner, f"{site.path}.attention"), edit,
                 undo=lambda: attention.detach(site.module, view.owner),
                 switch=lambda on: attention.enable(site.module, view.owner, on),
             )
@@ -325,7 +347,7 @@ class Ledger:
         virtual_tokens.attach(self.model, tokens, owner=view.owner, rank=view.rank)
         self.parts.append(
             Part(
-                view.owner, "prompt", "prompt", tokens,
+                view.owner, "prompt", self._free_key(view.owner, "prompt"), tokens,
                 undo=lambda: virtual_tokens.detach(self.model, view.owner),
                 switch=lambda on: virtual_tokens.enable(self.model, view.owner, on),
             )
@@ -333,15 +355,16 @@ class Ledger:
 
     def add_call(self, view: ModelView, edit: CallEdit) -> None:
         _settle(edit, self.model)
-        switch = calls.attach(self.model, edit)
-        self.parts.append(Part(view.owner, "call", "call", edit, undo=lambda: switch(False), switch=switch))
+        edits = calls.attach(self.model, edit, owner=view.owner)
+        key = self._free_key(view.owner, "call")
+        self.parts.append(Part(view.owner, "call", key, edit, undo=edits.remove, switch=edits.switch))
 
     def add_shift(self, view: ModelView, by: int) -> None:
         virtual_tokens.check_room(self.model, by, owner=view.owner)
         virtual_tokens.shift(self.model, by, owner=view.owner)
         self.parts.append(
             Part(
-                view.owner, "shift", "shift", nn.Module(),
+                view.owner, "shift", self._free_key(view.owner, "shift"), nn.Module(),
                 undo=lambda: virtual_tokens.detach(self.model, view.owner),
                 switch=lambda on: virtual_tokens.enable(self.model, view.owner, on),
             )
@@ -385,7 +408,7 @@ class Ledger:
         self.check_fold(owner)
         deltas = [part for part in self.of(owner) if part.kind == "delta"]
         places = {id(part.place): (part.place, part.path) for part in deltas}
-        reason = f"{owner} was folded into the weights for good"
+        reason = f"'{owner}' was folded into the weights for good"
         for place, path in places.values():
             assert place is not None
             changed = bake(place, owner)
@@ -437,7 +460,7 @@ class Ledger:
         for part in self.parts:
             if part.kind == "replaced" and owner in part.covers and part.owner != owner:
                 raise MergeError(
-                    f"{owner} is in the weights that {part.owner} replaced",
+                    f"'{owner}' is in the weights that {part.owner} replaced",
                     hint=f"stack.remove('{part.owner}') first",
                 )
         for part in self.of(owner):
@@ -450,7 +473,7 @@ class Ledger:
                               and set(p.parameters) & set(part.parameters)), None)  # fmt: skip
                 if above is not None:
                     raise MergeError(
-                        f"{above.owner} was folded into {part.path or part.key}, which {owner} trained",
+                        f"'{above.owner}' was folded into {part.path or part.key}, which {owner} trained",
                         hint="load the base model again",
                     )
             slot = slot_of(part.module) if part.kind == "replaced" else None
@@ -459,7 +482,7 @@ class Ledger:
             )
             if others:
                 raise ConflictError(
-                    f"{others[0]} stands on {part.key}, which {owner} replaced",
+                    f"'{others[0]}' stands on {part.key}, which {owner} replaced",
                     hint=f"stack.remove('{others[0]}') first",
                 )
 
@@ -486,7 +509,7 @@ class Ledger:
         parts = self.of(owner)
         if any(part.switch is None for part in parts):
             raise UnsupportedError(
-                f"{owner} replaced weights of the model, so it cannot be switched off",
+                f"'{owner}' replaced weights of the model, so it cannot be switched off",
                 hint=f"stack.remove('{owner}')",
             )
         for part in parts:
@@ -518,7 +541,7 @@ def _check_unmerged(part: Part) -> None:
     if slot is not None and slot.originals:
         merged = next(entry.owner for entry in slot.entries if entry.merged)
         raise MergeError(
-            f"{merged} is merged into {part.key}, which {part.owner} trains", hint="stack.unmerge() first"
+            f"'{merged}' is merged into {part.key}, which {part.owner} trains", hint="stack.unmerge() first"
         )
 
 

@@ -13,6 +13,7 @@ from peftx.conflicts import Member
 from peftx.errors import ConflictError, PeftxError, PluginError, RegistryError
 from peftx.hooks import HOOKS, HookSpecs, hooks_of
 from peftx.plugin import PROJECT, Plugin, hookimpl
+from peftx.registry import Registry
 
 if TYPE_CHECKING:
     from peftx.decoding import Generation
@@ -23,11 +24,11 @@ _FOLDED = ("inject", "compress", "prepare_data", "serve", "evaluate")
 
 
 def default_id(plugin: type[Plugin]) -> str:
-    """`peftx_p_tuning_v2:PTuningV2` -> `p-tuning-v2`, the name under which the package publishes it; a class that
-    stands in no plugin package goes by its own name."""
-    module = plugin.__module__.split(".")[0]
-    if module.startswith("peftx_"):
-        return module.removeprefix("peftx_").replace("_", "-")
+    """The name under which a distribution publishes the class; one that none does goes by its own: `MyGain` is
+    `my-gain`."""
+    published = Registry().name_of(plugin)
+    if published is not None:
+        return published
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", plugin.__name__).lower()
     return re.sub("[^a-z0-9]+", "-", words).strip("-")
 
@@ -121,7 +122,8 @@ def register(members: Sequence[Member]) -> pluggy.PluginManager:
 def blame(error: Exception, member: Member, hook: str) -> None:
     """Raise `error` anew with the plugin, the hook and the place in the spec; return if it names the plugin already."""
     if isinstance(error, PeftxError):
-        if error.message.startswith((member.id, f"'{member.id}'", f"plugin '{member.id}'")):
+        # By its id as such: one of id `loss` is not named by "loss must be finite".
+        if error.message.startswith((f"{member.id}:", f"'{member.id}'", f"plugin '{member.id}'")):
             return
         place = f" ({member.where})" if member.where else ""
         raise type(error)(f"{member.id}: {hook}{place}: {error.message}", hint=error.hint) from error

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from peftx.errors import ArchitectureError, BundleError, DataError, PeftxError, nearest
+from peftx.files import read_json, require_plain
+from peftx.slots import is_ours
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = "peftx:tiny"
 ASSETS = Path(__file__).parent / "assets"
@@ -74,7 +80,11 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
         raise BundleError(f"model folder '{path}' does not exist", hint=_near_folder(path))
     if not (path / "config.json").exists():
         raise BundleError(f"'{path}' holds no model: config.json is missing")
-    if any(path.glob("*.safetensors")):
+    _check_index(path)
+    files = list(path.glob("*.safetensors"))
+    for file in files:
+        require_plain(file, links=True)
+    if files:
         return
     pickles = sorted(
         p.name
@@ -91,10 +101,32 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
         raise BundleError(f"'{path}' holds no weights: no *.safetensors")
 
 
+def _check_index(path: Path) -> None:
+    """Raises BundleError where an index of shards names anything but safetensors files of the folder."""
+    for index in path.glob("*.index.json"):
+        if index.name.startswith("pytorch_model"):
+            continue  # of pickles, which nobody reads
+        found = read_json(index, links=True)
+        shards = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise BundleError(f"'{index}' is corrupted: it has no weight_map from names to files")
+        for name in dict.fromkeys(shards.values()):
+            if not name.endswith(".safetensors") or Path(name).name != name:
+                raise BundleError(
+                    f"'{index}' names {name!r}, which is no safetensors file of this folder",
+                    hint="a folder that somebody else packed may want to run code; get it from its authors",
+                )
+            if not (path / name).exists():
+                raise BundleError(
+                    f"'{path / name}' is missing, and '{index.name}' says that weights are in it",
+                    hint="copy the model again, with every shard",
+                )
+
+
 def load_model(
     model_id: str,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     meta: bool = False,
@@ -103,47 +135,146 @@ def load_model(
 
     Args:
         model_id: `peftx:tiny`, a local folder, or a hub id.
-        dtype: float32, bfloat16, float16 or auto (as saved). device: a torch device, or auto.
+        dtype: float32, bfloat16, float16 or auto (as saved; float32 where the device cannot compute in that, which a
+            warning says). device: a torch device, or auto.
+        trust_remote_code: run Python code that lies beside the weights. Without it, such code is never looked at.
         meta: build the shape only, without weights (`peftx plan`).
 
     Raises:
-        BundleError: no such model, or one that holds pickles only.
+        BundleError: no such model, one that holds pickles only, or not the tensors that its class has.
+        PeftxError: an unknown dtype, or a device that this machine does not have.
     """
     import transformers
-    from transformers import AutoConfig
 
-    path = model_path(model_id)
-    local = Path(path).exists() or path.startswith((".", "/", "~"))
-    if local:
-        check_weights(Path(path).expanduser(), shape_only=meta)
-    source = str(Path(path).expanduser()) if local else path
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"model '{model_id}' cannot be read: {_first_line(error)}",
-            hint=f"give a local folder, a hub id that is in your cache, or {TINY}",
-        ) from error
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        cls = transformers.AutoModelForCausalLM
+    device = usable_device(device)
     if dtype not in (*DTYPES, "auto"):
         raise PeftxError(
             f"unknown dtype '{dtype}'", hint=nearest(dtype, DTYPES) or f"one of {', '.join(DTYPES)}, auto"
         )
-    wanted = DTYPES.get(dtype, config.dtype or torch.float32)
+    path = model_path(model_id)
+    local = Path(path).exists() or path.startswith((".", "/", "~"))
+    if local:
+        check_weights(Path(path).expanduser(), shape_only=meta)
+    source = Path(path).expanduser() if local else path
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    names = config.architectures or []
+    cls = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        cls = transformers.AutoModelForCausalLM
+    wanted = _dtype(dtype, config, "cpu" if meta else device)
+    tokenizer = _tokenizer(str(source), trust_remote_code)
     if meta:
         with torch.device("meta"):
             model = cls._from_config(config, dtype=wanted)
-        return model.eval(), _tokenizer(source, trust_remote_code)
-    with _quiet():
-        model = cls.from_pretrained(
-            source, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        return model.eval(), tokenizer
+    return _read_weights(cls, str(source), wanted, trust_remote_code).to(device).eval(), tokenizer
+
+
+def usable_device(device: str) -> str:
+    """`auto` -> an accelerator if there is one, else the CPU; anything else as it is.
+
+    Raises:
+        PeftxError: a device that torch does not know, or this machine does not have.
+    """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), _tokenizer(source, trust_remote_code)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PeftxError(
+            f"device '{device}' cannot be used: {_first_line(error)}", hint="device: cpu, or auto"
+        ) from error
+    return device
+
+
+def _dtype(name: str, config: PretrainedConfig, device: str) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    saved = config.dtype or torch.float32
+    if saved not in DTYPES.values():
+        return torch.float32
+    if not _computes(saved, device):
+        warnings.warn(
+            f"{device} cannot compute in {str(saved).removeprefix('torch.')}, the checkpoint's dtype: float32 is used",
+            stacklevel=3,
+        )
+        return torch.float32
+    return saved  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=16)
+def _computes(dtype: torch.dtype, device: str) -> bool:
+    """Are the kernels of a transformer there, forward and backward."""
+    x = torch.ones(1, 2, 4, 8, dtype=dtype, device=device, requires_grad=True)
+    try:
+        y = F.scaled_dot_product_attention(F.linear(x, x[0, 0, :, :].repeat(2, 1)), x, x)
+        F.silu(F.layer_norm(y, y.shape[-1:])).softmax(-1).sum().backward()
+    except RuntimeError:  # "not implemented for 'Half'"
+        return False
+    return True
+
+
+def _read_weights(
+    cls: type[PreTrainedModel], source: str, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with every tensor of its class from the checkpoint, and every tensor of the checkpoint in it.
+
+    Raises:
+        BundleError: tensors are missing, too many or of another shape, or a file of the checkpoint is not there.
+    """
+    with _quiet(), _silent("transformers.modeling_utils", "transformers.utils.loading_report"):
+        try:
+            model, report = cls.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise BundleError(
+                f"'{source}': the weights cannot be read: {_first_line(error)}",
+                hint="copy the model again, with every file that its index names",
+            ) from error
+    wrong = {
+        "missing": report["missing_keys"],
+        "too many": {n for n in report["unexpected_keys"] if not n.endswith(_COMPUTED)},
+        "of another shape": {str(key[0]) for key in report["mismatched_keys"]},
+    }
+    found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in wrong.items() if names]
+    if found:
+        ours = any(is_ours(name) for name in wrong["too many"])
+        raise BundleError(
+            f"'{source}' does not hold the tensors of a {model.__class__.__name__}: {'; '.join(found)}",
+            hint="it was saved with plugins on it: save with stack.save(path) and load with peftx.load(path)"
+            if ours
+            else "config.json and the weights are not of one model; its 'architectures' names the class",
+        )
+    return model
+
+
+_COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".position_ids", ".num_batches_tracked")
+"""Ends of names of buffers that older versions saved, and newer ones compute."""
+
+
+def read_config(source: str | Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """A model's configuration.
+
+    Raises:
+        BundleError: there is none, it is damaged, or needs code of strangers.
+    """
+    from transformers import AutoConfig
+
+    if isinstance(source, Path):
+        read_json(source / "config.json", links=True)
+    try:
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # its classes check as they like: KeyError, TypeError, huggingface_hub's own
+        needs_code = "trust_remote_code" in str(error)
+        raise BundleError(
+            f"model '{source}' cannot be read: {type(error).__name__}: {_first_line(error)}",
+            hint="it brings Python code along: --trust-remote-code (in Python trust_remote_code=True) runs that, if you "
+            "trust its authors"
+            if needs_code
+            else f"give a local folder, a hub id that is in your cache, or {TINY}",
+        ) from error
 
 
 @contextmanager
@@ -160,15 +291,50 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
+@contextmanager
+def _silent(*loggers: str) -> Iterator[None]:
+    """Without tables on the terminal of what the caller will say as an error."""
+    import logging
 
+    chosen = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in chosen]
+    try:
+        for logger in chosen:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(chosen, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     if Path(source).is_dir() and not any(
         (Path(source) / name).exists()
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     ):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return read_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def read_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; its EOS pads where it names nothing else.
+
+    Raises:
+        BundleError: it is damaged, or needs code of strangers.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(source)
+    if folder.is_dir():
+        for file in folder.glob("*.json"):
+            require_plain(file, links=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(
+            f"the tokenizer of '{source}' cannot be read: {type(error).__name__}: {_first_line(error)}",
+            hint="copy its files again; code of its own runs with --trust-remote-code alone",
+        ) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -205,8 +371,8 @@ def fingerprint(model: PreTrainedModel, *, skip: frozenset[int] = frozenset()) -
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _near_folder(path: Path) -> str:

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Registry:
     def __init__(
         self, points: Iterable[EntryPoint] | None = None, *, disabled: Iterable[str] | None = None
     ) -> None:
-        self._points = list(entry_points(group=GROUP) if points is None else points)
+        self._points = list(installed(GROUP) if points is None else points)
         names = os.environ.get(DISABLE_VARIABLE, "").split(",") if disabled is None else disabled
         self.disabled = frozenset(name.strip() for name in names if name.strip())
 
@@ -166,8 +167,32 @@ class Registry:
 
     def name_of(self, plugin: type[Plugin]) -> str | None:
         """The entry-point name of a plugin class; None for a class that no distribution publishes."""
-        value = f"{plugin.__module__}:{plugin.__qualname__}"
-        return next((n for n, points in self._by_name.items() if any(p.value == value for p in points)), None)
+        return next((n for n, points in self._by_name.items() if any(_is(p, plugin) for p in points)), None)
+
+
+def installed(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group. They are looked for anew when the path, or what lies on it, has changed."""
+    return _scan(group, tuple((place, _changed(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=8)
+def _scan(group: str, state: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+def _changed(place: str) -> int:
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _is(point: EntryPoint, plugin: type[Plugin]) -> bool:
+    """Does the entry point lead to this class. Nothing is imported: the class is there, and so is its package."""
+    found: object = sys.modules.get(point.module)
+    for name in point.attr.split("."):
+        found = getattr(found, name, None)
+    return found is plugin
 
 
 def _distribution(point: EntryPoint) -> str:

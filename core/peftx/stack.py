@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,19 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, nearest
+from peftx.identity import Identity
 from peftx.ledger import Ledger, carried
 from peftx.members import Defaults, blame, members_of, register
-from peftx.models import fingerprint, load_model
+from peftx.models import load_model
 from peftx.plugin import Claim, Plugin
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from peftx.data import TrainingData
     from peftx.decoding import Generation
@@ -63,6 +66,11 @@ class Stack:
     ) -> None:
         self.members = members_of(plugins)
         check(self.members)
+        if not isinstance(model, str | PreTrainedModel):
+            raise PeftxError(
+                f"a {type(model).__name__} is no transformers model",
+                hint="Stack(AutoModelForCausalLM.from_pretrained(...), ...), or the name of a model",
+            )
         if not isinstance(model, str) and (others := carried(model)):
             raise ConflictError(
                 f"the model carries {', '.join(others)} of another stack, which alone can train and save them",
@@ -71,17 +79,23 @@ class Stack:
         self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in self.members}
         self._manager = register(self.members)
         self.seed = seed
+        self.tokenizer_of_base: str | None = None
+        """Digest of the tokenizer that lies beside the base, as it was loaded; None where none was."""
         self.base_id = (
             model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
         )
         if isinstance(model, str):
             model, found = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            self._came_with(found)
             tokenizer = tokenizer or found
         self.model: PreTrainedModel = model
         self._tokenizer = tokenizer
         self.anatomy = Anatomy(model)
-        self.ledger = Ledger(model, before_change=lambda: self.base_fingerprint)
-        self._base_fingerprint: str | None = None
+        self.ledger = Ledger(model)
+        self.identity = Identity.of(model)
+        """Of the base as it was before any plugin changed it; None where it is on the meta device."""
+        self.given_fingerprint: str | None = None
+        """What a bundle that holds its base, compressed, tells of it."""
         self.trained_steps = 0
         self.memory: dict[str, Any] = {}
         """What plugins remember between the steps of a loop of your own."""
@@ -115,19 +129,19 @@ class Stack:
             raise PeftxError("this stack has no tokenizer", hint="Stack(model, plugins, tokenizer=...)")
         return self._tokenizer
 
+    def _came_with(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Note what lies beside the base, before anybody changes it."""
+        from peftx.bundle.surroundings import tokenizer_digest
+
+        self.tokenizer_of_base = tokenizer_digest(tokenizer) if tokenizer is not None else None
+
     @property
     def base_fingerprint(self) -> str | None:
-        """Of the base as it was before any plugin changed its weights; None where some are on the meta device."""
-        if self._base_fingerprint is None and not any(p.is_meta for p in self.model.parameters()):
-            own = {
-                id(t) for part in self.ledger.parts for t in part.module.parameters() if part.kind != "base"
-            }
-            self._base_fingerprint = fingerprint(self.model, skip=frozenset(own))
-        return self._base_fingerprint
-
-    @base_fingerprint.setter
-    def base_fingerprint(self, value: str) -> None:
-        self._base_fingerprint = value
+        """Of the base as it was before any plugin changed its weights, in the dtype that it has now; None where it was
+        on the meta device."""
+        if self.identity is None:
+            return self.given_fingerprint
+        return self.identity.digest({name: t.dtype for name, t in self.model.named_parameters()})
 
     def member(self, id: str) -> Member:
         for member in self.members:
@@ -212,11 +226,18 @@ class Stack:
         for id in self.plugins:
             for parameter in self.ledger.parameters(id):
                 if parameter.is_floating_point():
-                    parameter.requires_grad_(id not in self._frozen and id not in self.folded)
+                    rests = id in self._frozen or id in self.folded or builtins.id(parameter) in self.ledger.finished
+                    parameter.requires_grad_(not rests)
 
     def freeze(self, *ids: str) -> None:
         """Stop training these plugins' parameters (all without arguments); they stay in effect."""
         self._frozen |= {self.member(id).id for id in ids} or set(self.plugins)
+        self._set_trainable()
+
+    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Train these no more, in this stack or one that is loaded from its bundle: a plugin is done with them, and keeps
+        their values. Other than `freeze`, nobody takes it back."""
+        self.ledger.finished |= {builtins.id(parameter): parameter for parameter in parameters}
         self._set_trainable()
 
     def unfreeze(self, *ids: str) -> None:
@@ -280,7 +301,6 @@ class Stack:
             if Claim.MERGEABLE not in self.plugins[name].claims:
                 kind = type(self.plugins[name]).__name__
                 raise MergeError(f"'{name}' cannot be merged: {kind} does not fold into the weights")
-        self.ledger.before_change()
         from peftx.slots import merge, snapshot, unmerge
 
         places = self.ledger.carriers(chosen)

@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticLayer
 
 from peftx.anatomy.lookup import table_for
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.slots import child_name, drop_children
 
 CHILD = "peftx_prompt"
 STATE = "_peftx_prompt"
@@ -135,8 +136,16 @@ class _BaseModelSlot:
         return None
 
     def _peftx_rows(self, tokens: list[VirtualTokens], like: Tensor) -> Tensor:
-        rows = torch.cat([t.rows() for t in tokens]).to(like.dtype)  # [P, hidden]
-        return rows.expand(like.shape[0], -1, -1)
+        found = []
+        for edit in tokens:
+            rows, needed = edit.rows(), (edit.length, like.shape[-1])
+            if tuple(rows.shape) != needed:
+                raise PeftxError(
+                    f"{type(edit).__name__}: rows() gave {tuple(rows.shape)}, and {needed} is needed: as many as "
+                    "its length, as wide as the embedding"
+                )
+            found.append(rows.to(like.dtype))
+        return torch.cat(found).expand(like.shape[0], -1, -1)  # [B, P, hidden]
 
 
 class _CrossAttentionSlot:
@@ -326,14 +335,16 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
 def attach(model: PreTrainedModel, tokens: VirtualTokens, *, owner: str, rank: int) -> str:
     """Add a plugin's soft tokens; the first in the stack stands first. Returns the host's path in the model."""
     host, prompt = _prepare(model)
-    host.get_submodule(CHILD)[owner] = tokens  # type: ignore[operator]
+    children = host.get_submodule(CHILD)._modules
+    children[child_name(children, owner)] = tokens
     prompt.entries.append((rank, owner, tokens))
     return next(name for name, module in model.named_modules() if module is host)
 
 
 def shift(model: PreTrainedModel, by: int, *, owner: str) -> None:
-    """Count positions from `by`."""
-    _prepare(model)[1].shifts[owner] = by
+    """Count positions from `by`; what the owner asked for before counts too."""
+    shifts = _prepare(model)[1].shifts
+    shifts[owner] = shifts.get(owner, 0) + by
 
 
 def detach(model: PreTrainedModel, owner: str) -> None:
@@ -344,9 +355,7 @@ def detach(model: PreTrainedModel, owner: str) -> None:
         return
     prompt.entries = [entry for entry in prompt.entries if entry[1] != owner]
     prompt.shifts.pop(owner, None)
-    children: nn.ModuleDict = host.get_submodule(CHILD)  # type: ignore[assignment]
-    if owner in children:
-        del children[owner]
+    drop_children(host, CHILD, owner)
     if prompt.entries or prompt.shifts:
         return
     del (

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from peftx.anatomy import Anatomy
-from peftx.bundle.manifest import BASE, BASE_FOLDER, read_manifest
+from peftx.bundle.manifest import BASE, BASE_FOLDER, BaseEntry, Manifest, PluginEntry, read_manifest
+from peftx.bundle.sparse import AT, TO, unpack
+from peftx.bundle.surroundings import TOKENIZER_FOLDER, check_settings, generation_of, tokenizer_digest
 from peftx.errors import BundleError
+from peftx.files import read_tensors
 from peftx.ledger import Part
-from peftx.models import load_model
+from peftx.models import fingerprint, load_model, read_config, read_tokenizer
 from peftx.plugin import Plugin
 from peftx.registry import Registry
 from peftx.stack import Stack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from peftx.conflicts import Member
+    from peftx.evaluation import Score
 
 
 def load(
@@ -47,71 +54,124 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     registry = registry or Registry()
-    members = [_member(entry, registry) for entry in manifest["plugins"]]
-    base = manifest["base"]
-    contained = base.get("contained")
+    members = [_member(entry, registry) for entry in manifest.plugins]
+    base = manifest.base
+    contained = base.contained
+    tokenizer = tokenizer or _own_tokenizer(folder)
+    came_with = None
     if contained is not None:
         if model is not None:
             raise BundleError(f"'{folder}' holds its base itself, compressed", hint="leave the model out")
-        model, tokenizer = _empty_base(folder, base, tokenizer)
+        model = _empty_base(folder, base)
     elif not isinstance(model, nn.Module):
-        source = model or base["id"]
-        model, found = load_model(
-            source, dtype=base["dtype"], device=device, trust_remote_code=trust_remote_code
+        source = model or base.id
+        model, came_with = load_model(
+            source, dtype=base.dtype, device=device, trust_remote_code=trust_remote_code
         )
-        tokenizer = tokenizer or found
-    stack = Stack(model, members, tokenizer=tokenizer, seed=manifest["seed"], inject=False)
-    stack.base_id = base["id"]
-    if contained is None and stack.base_fingerprint != base["fingerprint"]:
-        raise BundleError(
-            f"'{folder}' was made for another base model than '{stack.base_id}': "
-            f"fingerprint {base['fingerprint'][:12]}, this one has {str(stack.base_fingerprint)[:12]}",
-            hint="give the right one: peftx.load(path, model=...)",
-        )
-    if contained is not None:
+        if tokenizer is None:
+            tokenizer = came_with
+            _check_tokenizer(tokenizer, base, folder)
+    stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
+    stack._came_with(came_with)
+    stack.base_id = base.id
+    if contained is None:
+        _check_base(stack, base, folder)
+    else:
         _fill_base(stack, folder, contained)
+        stack.given_fingerprint = base.fingerprint
     undo = stack.ledger.snapshot()
+    generation = model.generation_config if base.generation is not None else None
     try:
-        for index, entry in enumerate(manifest["plugins"]):
-            later = {path for other in manifest["plugins"][index + 1 :] for path in other["replaced"] or ()}
+        for index, entry in enumerate(manifest.plugins):
+            later = {path for other in manifest.plugins[index + 1 :] for path in other.replaced}
             _restore(stack, entry, folder, later)
+        if base.generation is not None and base.generation != generation_of(model):
+            model.generation_config = _generation_config(base.generation, folder)
     except BaseException:
         undo()  # the caller's model is as it was
+        if generation is not None:
+            model.generation_config = generation
         raise
     if contained is not None:
-        stack.base_fingerprint = base["fingerprint"]
         stack.model.to(device)
-    stack._frozen = {entry["id"] for entry in manifest["plugins"] if entry["frozen"]}
+    stack._frozen = {entry.id for entry in manifest.plugins if entry.frozen}
     stack._set_trainable()
-    stack.trained_steps = manifest["trained_steps"]
-    from peftx.evaluation import Score
-
-    stack.scores = {
-        name: Score(name=name, value=value, low=low, high=high, count=count, unit=unit)
-        for name, (value, low, high, count, unit) in manifest["scores"].items()
-    }
+    stack.trained_steps = manifest.trained_steps
+    stack.scores = dict(_scores(manifest, folder))
     return stack
 
 
-def _member(entry: dict[str, Any], registry: Registry) -> Member:
+def _check_base(stack: Stack, base: BaseEntry, folder: Path) -> None:
+    """Raises BundleError where the base is another one, or configured otherwise."""
+    if base.fingerprint is not None and base.settings is None:  # of a bundle of version 0.1
+        found: str | None = fingerprint(stack.model)
+    else:
+        found = stack.base_fingerprint
+    if found != base.fingerprint:
+        raise BundleError(
+            f"'{folder}' was made for another base model than '{stack.base_id}': "
+            f"fingerprint {str(base.fingerprint)[:12]}, this one has {str(found)[:12]}",
+            hint="give the right one: peftx.load(path, model=...)",
+        )
+    if base.settings is not None:
+        check_settings(base.settings, stack.model, folder)
+
+
+def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The one that the bundle holds; None where the base's place has it."""
+    places = (folder / TOKENIZER_FOLDER, folder / BASE_FOLDER)  # version 0.1 kept it with a compressed base
+    place = next((p for p in places if (p / "tokenizer_config.json").exists()), None)
+    return read_tokenizer(str(place), trust_remote_code=False) if place is not None else None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, base: BaseEntry, folder: Path) -> None:
+    found = tokenizer_digest(tokenizer) if tokenizer is not None else None
+    if base.tokenizer is not None and found != base.tokenizer:
+        what = "has another tokenizer than" if found is not None else "has no tokenizer, unlike"
+        raise BundleError(
+            f"'{base.id}' {what} the base that '{folder}' was made with",
+            hint="give the right one: peftx.load(path, tokenizer=...)",
+        )
+
+
+def _generation_config(saved: dict[str, Any], folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"'{folder}': its generation settings are refused: {error}") from error
+
+
+def _scores(manifest: Manifest, folder: Path) -> Iterator[tuple[str, Score]]:
+    from peftx.evaluation import Score
+
+    for name, found in manifest.scores.items():
+        try:
+            value, low, high, number, unit = found
+        except ValueError as error:
+            raise BundleError(f"'{folder}': the score '{name}' is no score: {found}") from error
+        yield name, Score(name=name, value=value, low=low, high=high, count=number, unit=unit)  # type: ignore[arg-type]
+
+
+def _member(entry: PluginEntry, registry: Registry) -> Member:
     from peftx.conflicts import Member
 
-    if entry["use"] in registry.names():
-        plugin: type[Plugin] = registry.load(entry["use"])
-    else:
-        plugin = _unpublished(entry, registry)
-    member = Member(entry["id"], plugin(**entry["options"]), phase=entry["phase"])
-    member.plugin.state = entry["state"]
+    known = entry.published and entry.use in registry.names()
+    plugin = registry.load(entry.use) if known else _unpublished(entry, registry)
+    member = Member(entry.id, plugin(**entry.options), phase=entry.phase)
+    member.plugin.state = entry.state
     return member
 
 
-def _unpublished(entry: dict[str, Any], registry: Registry) -> type[Plugin]:
+def _unpublished(entry: PluginEntry, registry: Registry) -> type[Plugin]:
     """A plugin class of the running program (a notebook, a test), which no distribution publishes."""
     for cls in _subclasses(Plugin):
-        if f"{cls.__module__}:{cls.__qualname__}" == entry["class"]:
+        if f"{cls.__module__}:{cls.__qualname__}" == entry.cls:
             return cls
-    registry.point(entry["use"])  # raises, with the nearest names and how to install
-    raise BundleError(f"plugin class {entry['class']} is not defined")
+    registry.point(entry.use)  # raises, with the nearest names and how to install
+    raise BundleError(
+        f"the plugin class {entry.cls} is not defined in this program",
+        hint=f"import the module that defines it, before the bundle is loaded: {entry.cls.partition(':')[0]}",
+    )
 
 
 def _subclasses(cls: type[Plugin]) -> Iterator[type[Plugin]]:
@@ -120,15 +180,15 @@ def _subclasses(cls: type[Plugin]) -> Iterator[type[Plugin]]:
         yield from _subclasses(sub)
 
 
-def _restore(stack: Stack, entry: dict[str, Any], folder: Path, later: set[str]) -> None:
+def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) -> None:
     """`later`: modules that a later plugin replaces; what was trained in them is part of its tensors."""
-    owner = entry["id"]
+    owner = entry.id
     member = stack.member(owner)
     view = stack.view(owner, restoring=True)
-    file = folder / entry["file"] if "file" in entry else None
-    tensors = load_file(file) if file is not None else {}
-    if entry["folded"] is not None:
-        for path, names in entry["folded"].items():
+    file = folder / entry.file if entry.file is not None else None
+    tensors = read_tensors(file) if file is not None else {}
+    if entry.folded is not None:
+        for path, names in entry.folded.items():
             module = stack.model.get_submodule(path)
             own = module._parameters
             if unknown := [name for name in names if name not in own]:
@@ -141,15 +201,34 @@ def _restore(stack: Stack, entry: dict[str, Any], folder: Path, later: set[str])
                 Part(owner, "base", path, module, tuple(names), undo=undo, final=reason)
             )
         stack.folded.add(owner)
-    elif entry["injected"]:
+    elif entry.injected:
         stack.inject([owner], restoring=True)
-    if entry["compressed"]:
-        for path, (kind, geometry) in entry["replaced"].items():
+    if entry.compressed:
+        for path, (kind, geometry) in entry.replaced.items():
             _rebuild(stack, view, path, kind, geometry, member.plugin)
         member.plugin.restore(view, stack)
         stack.compressed.add(owner)
         stack.anatomy = Anatomy(stack.model)  # its sites still hold the replaced modules
+    _unpack(stack, entry, tensors, file)
     _fill(stack, owner, tensors, file, later)
+    if entry.finished:
+        own = stack.ledger.tensors(owner)
+        stack.finish(p for name in entry.finished if isinstance(p := own.get(name), nn.Parameter))
+
+
+def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:
+    """Put whole tensors in the place of what changed in them."""
+    parts = stack.ledger.of(entry.id)
+    originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
+    for name in entry.sparse:
+        pair = [tensors.pop(name + end, None) for end in (AT, TO)]
+        old = originals.get(name)
+        if old is None or pair[0] is None or pair[1] is None:
+            raise BundleError(f"{file}: {name} is to be made of what changed in it, and that is not there")
+        try:
+            tensors[name] = unpack(old, pair[0], pair[1])
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
 
 
 def _rebuild(stack: Stack, view: Any, path: str, kind: str, geometry: dict[str, Any], plugin: Plugin) -> None:
@@ -212,40 +291,35 @@ def _check_shape(name: str, old: Tensor | None, value: Tensor) -> None:
         raise BundleError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
 
 
-def _empty_base(
-    folder: Path, base: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The shape of the contained base: parameters on the meta device, buffers (rotary tables) computed."""
+def _empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
+    """The shape of the contained base: parameters and buffers on the meta device."""
     import transformers
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     inner = folder / BASE_FOLDER
-    config = AutoConfig.from_pretrained(inner)
-    cls = getattr(transformers, base["class"], None)
-    if cls is None:
+    config = read_config(inner, trust_remote_code=False)
+    cls = getattr(transformers, base.cls, None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise BundleError(
-            f"'{folder}' holds a {base['class']}, which transformers {transformers.__version__} does not have",
+            f"'{folder}' holds a {base.cls}, which transformers {transformers.__version__} does not have",
             hint="see versions in manifest.json; models of remote code cannot be bundled compressed",
         )
     with torch.device("meta"):
-        model = cls._from_config(config, dtype=getattr(torch, base["dtype"]))
-    model.eval()
-    if (inner / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(inner)
-    if tokenizer is None and (inner / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(inner)
-    return model, tokenizer
+        model = cls._from_config(config, dtype=getattr(torch, base.dtype))
+    return model.eval()
 
 
 def _fill_base(stack: Stack, folder: Path, contained: list[str]) -> None:
     model = stack.model
-    tensors = load_file(folder / BASE)
+    tensors = read_tensors(folder / BASE)
     if sorted(tensors) != contained:
         raise BundleError(f"{folder / BASE} does not hold the tensors that the manifest names")
     for name, packed in tensors.items():
         value = _aligned(packed)
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise BundleError(f"{folder / BASE}: the model has no place for {name}") from error
         old = module._parameters.get(leaf)
         if old is None:
             module._buffers[leaf] = value
@@ -258,16 +332,21 @@ def _fill_base(stack: Stack, folder: Path, contained: list[str]) -> None:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed by a module's constructor, on the CPU."""
-    for name, module in list(model.named_modules()):
+    """Buffers that no checkpoint holds (rotary frequencies) are computed by the constructors, on the CPU: of the model
+    as it was made, with parameters that take no memory."""
+    if not any(b is not None and b.is_meta for m in model.modules() for b in m._buffers.values()):
+        return
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    for name, module in model.named_modules():
         hollow = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
         if not hollow:
             continue
-        fresh = type(module)(model.config)
+        whole = fresh.get_submodule(name)
         for buffer in hollow:
-            module._buffers[buffer] = fresh._buffers[buffer]
-        for attribute, value in vars(fresh).items():
-            if isinstance(value, Tensor) and attribute not in fresh._buffers:
+            module._buffers[buffer] = whole._buffers[buffer]
+        for attribute, value in vars(whole).items():
+            if isinstance(value, Tensor) and attribute not in whole._buffers:
                 setattr(module, attribute, value)
-        if any(b is not None and b.is_meta for b in module._buffers.values()):
+        if any(b is None or b.is_meta for n, b in module._buffers.items() if n in hollow):
             raise BundleError(f"{name}: buffers cannot be computed")

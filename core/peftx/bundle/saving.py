@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,13 @@ from peftx.bundle.manifest import (
     own_digest,
     versions,
 )
+from peftx.bundle.sparse import AT, TO, pack
+from peftx.bundle.surroundings import TOKENIZER_FOLDER, generation_of, settings_of, tokenizer_digest
 from peftx.errors import BundleError
-from peftx.files import replacing, sha256
+from peftx.files import plain_files, replacing, sha256
 from peftx.ledger import Part
 from peftx.members import default_id
+from peftx.registry import Registry
 from peftx.slots import is_ours
 from peftx.stack import Stack
 
@@ -43,10 +46,10 @@ def save(stack: Stack, path: Path) -> Path:
             raise BundleError(
                 "the stack is merged", hint="stack.unmerge() first, or stack.merge(keep=False) for good"
             )
+    _check_base(stack)
+    contained = any(part.kind == "replaced" for part in stack.ledger.parts)
     with replacing(path, marker=MANIFEST) as folder:
-        entries = []
-        for member in stack.members:
-            entries.append(_write_plugin(stack, member, folder))
+        entries = [_write_plugin(stack, member, folder, sparse=not contained) for member in stack.members]
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "versions": versions(),
@@ -56,24 +59,55 @@ def save(stack: Stack, path: Path) -> Path:
                 "model_type": stack.model.config.model_type,
                 "class": type(stack.model).__name__,
                 "dtype": str(stack.model.dtype).removeprefix("torch."),
+                "settings": settings_of(stack.model.config),
+                "generation": generation_of(stack.model),
+                "tokenizer": _write_tokenizer(stack, folder, always=contained),
             },
             "seed": stack.seed,
             "trained_steps": stack.trained_steps,
             "plugins": entries,
             "scores": {n: [s.value, s.low, s.high, s.count, s.unit] for n, s in stack.scores.items()},
         }
-        if any(part.kind == "replaced" for part in stack.ledger.parts):
+        if contained:
             manifest["base"]["contained"] = _write_base(stack, folder)
         (folder / PIPELINE).write_text(_pipeline_text(stack), encoding="utf-8")
         from peftx.card import model_card
 
         (folder / CARD).write_text(model_card(stack), encoding="utf-8")
-        manifest["files"] = {
-            str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()
-        }
+        manifest["files"] = {str(f.relative_to(folder)): sha256(f) for f in plain_files(folder)}
         manifest["own"] = own_digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def _check_base(stack: Stack) -> None:
+    """Raises BundleError where tensors of the base changed and no plugin says that it did so: they would be lost."""
+    if stack.identity is None:
+        return
+    tensors = {name: t for name, t in stack.model.named_parameters(remove_duplicate=False) if not is_ours(name)}
+    known = {f"{p.key}.{name}" for p in stack.ledger.parts if p.kind == "base" for name in p.parameters}
+    known |= {n for n, t in tensors.items() if id(t) in {id(tensors[k]) for k in known if k in tensors}}  # tied
+    replaced = tuple(f"{p.key}." for p in stack.ledger.parts if p.kind == "replaced")
+    names = [n for n in stack.identity.changed(tensors, left_out=known) if not n.startswith(replaced)]
+    if names:
+        more = f" and {len(names) - 1} others" if names[1:] else ""
+        raise BundleError(
+            f"{names[0]}{more} of the base changed, and no plugin of the stack says that it trains them, so no bundle "
+            "would hold the change",
+            hint="in a plugin: site.train(), or attach a delta; else stack.model.save_pretrained(folder) first, and build "
+            "the stack on that",
+        )
+
+
+def _write_tokenizer(stack: Stack, folder: Path, *, always: bool) -> str | None:
+    """Its digest; and its files, unless the base's place has the same one."""
+    tokenizer = stack._tokenizer
+    if tokenizer is None:
+        return None
+    digest = tokenizer_digest(tokenizer)
+    if always or digest != stack.tokenizer_of_base:
+        tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    return digest
 
 
 def _merged(part: Part) -> bool:
@@ -83,13 +117,16 @@ def _merged(part: Part) -> bool:
     return slot is not None and any(entry.merged for entry in slot.entries)
 
 
-def _write_plugin(stack: Stack, member: Member, folder: Path) -> dict[str, Any]:
+def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -> dict[str, Any]:
     parts = stack.ledger.of(member.id)
     tensors = stack.ledger.tensors(member.id)
+    packed = _packed(parts) if sparse else {}
+    finished = [name for name, t in tensors.items() if id(t) in stack.ledger.finished]
     folded = {p.path or p.key: list(p.parameters) for p in parts if p.kind == "base"}
     entry: dict[str, Any] = {
         "id": member.id,
         "use": default_id(type(member.plugin)),
+        "published": Registry().name_of(type(member.plugin)) is not None,
         "class": f"{type(member.plugin).__module__}:{type(member.plugin).__qualname__}",
         "options": member.plugin.config.model_dump(mode="json"),
         "phase": member.phase,
@@ -97,14 +134,30 @@ def _write_plugin(stack: Stack, member: Member, folder: Path) -> dict[str, Any]:
         "injected": member.id in stack.injected,
         "compressed": member.id in stack.compressed,
         "frozen": member.id in stack._frozen,
+        "finished": finished,
         "folded": folded if member.id in stack.folded else None,
         "replaced": {p.key: [type(p.module).__name__, p.geometry] for p in parts if p.kind == "replaced"},
     }  # fmt: skip
+    if packed:
+        entry["sparse"] = sorted(packed)
     if tensors:
         name = f"{member.id}.safetensors"
-        save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(tensors)}, folder / name)
+        rest = {k: t for k, t in tensors.items() if k not in packed}
+        changes = {k + end: t for k, pair in packed.items() for end, t in zip((AT, TO), pair, strict=True)}
+        save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | changes)}, folder / name)
         entry["file"] = name
     return entry
+
+
+def _packed(parts: Sequence[Part]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What changed in trained parameters of the base, where that is the shorter way to say it."""
+    found = {}
+    for part in parts:
+        for name, old in part.original.items():
+            new = part.module._parameters[name]
+            if new is not None and (pair := pack(new, old)) is not None:
+                found[f"{part.key}.{name}"] = pair
+    return found
 
 
 def _unshared(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -135,8 +188,6 @@ def _write_base(stack: Stack, folder: Path) -> list[str]:
     stack.model.config.save_pretrained(inner)
     if stack.model.can_generate():
         stack.model.generation_config.save_pretrained(inner)
-    if stack._tokenizer is not None:
-        stack._tokenizer.save_pretrained(inner)
     return sorted(rest)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftx.slots.attaching import attach, bake, detach, enable
-from peftx.slots.carrier import Entry, base_class, is_ours, kind_of, slot_of
+from peftx.slots.carrier import Entry, base_class, child_name, drop_children, is_ours, kind_of, slot_of
 from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
 from peftx.slots.folding import follow, merge, snapshot, unmerge
 from peftx.slots.rows import Rows
@@ -17,7 +17,9 @@ __all__ = [
     "attach",
     "bake",
     "base_class",
+    "child_name",
     "detach",
+    "drop_children",
     "dropout_linear",
     "enable",
     "follow",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from peftx.errors import ConflictError, MergeError, UnsupportedError
@@ -49,11 +51,20 @@ def attach(
             f"{type(delta).__name__} computes the layer itself, which only a whole nn.Linear offers, "
             f"and this is {base_class(module).__name__}"
         )
+    if kind == "output" and not delta.has_forward():
+        raise UnsupportedError(
+            f"{type(delta).__name__} defines no forward, and on {base_class(module).__name__} nothing else can act",
+            hint="define forward(x, y), or target linear layers",
+        )
+    if not (delta.has_forward() or delta.has_pre() or delta.has_base() or delta.can_fold()):
+        raise UnsupportedError(f"{type(delta).__name__} defines none of forward, pre, base and fold")
     slot = slot_of(module)
     if delta.has_base() and slot is not None:
         other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
         if other is not None:
             raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
+    entry = Entry(name, owner, rank, delta, parameter, rows)
+    _check_weight_edits(slot.entries if slot is not None else [], entry, kind)
     if slot is None:
         slot = open_slot(module, kind)
     elif any(entry.merged for entry in slot.entries):
@@ -67,11 +78,26 @@ def attach(
     deltas[name] = (
         delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
     )
-    entry = Entry(name, owner, rank, delta, parameter, rows)
     position = next((i for i, other in enumerate(slot.entries) if other.rank > rank), len(slot.entries))
     slot.entries.insert(position, entry)
     slot.rebuild()
     return entry
+
+
+def _check_weight_edits(entries: Sequence[Entry], new: Entry, kind: str) -> None:
+    """Raises ConflictError where a delta that only folds would stand over one that does not: it edits the weights, and
+    the other one leaves none."""
+    if kind not in ("plain", "linear"):
+        return
+    ordered = sorted([*entries, new], key=lambda entry: entry.rank)
+    for index, entry in enumerate(ordered):
+        below = next((other for other in ordered[:index] if not other.delta.can_fold()), None)
+        if entry.delta.only_folds() and below is not None:
+            raise ConflictError(
+                f"'{entry.owner}' edits the weights, and '{below.owner}', which stands before it, does not fold into "
+                "them",
+                hint=f"this order works: {entry.owner}, {below.owner}",
+            )
 
 
 def detach(module: nn.Module, owner: str) -> None:

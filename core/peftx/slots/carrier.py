@@ -10,9 +10,10 @@ layers).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any, SupportsIndex
 
 import torch
@@ -65,7 +66,10 @@ class SlotState:
         self.entries: list[Entry] = []
         self.originals: dict[str, nn.Parameter | None] = {}
         self.run: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
+        self.weighted: tuple[Entry, ...] = ()
+        """Up to the last delta that only folds: these act on the weights at each call, those after them as usual."""
         self.nested: tuple[Entry, ...] = ()
+        self.uncommon = False
         self.low_rank: tuple[Delta, ...] = ()
         self.alone: Delta | None = None
         self.base: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
@@ -76,17 +80,21 @@ class SlotState:
         if len(self.entries) == 1:  # most slots, whenever a stack is built
             only = self.entries[0]
             kind = type(only.delta)
-            if only.active and only.rows is None and not kind.has_pre() and not kind.has_base():
-                self.base, self.nested = F.linear, ()
-                self.run = (only.delta,) if kind.has_forward() else ()
+            simple = kind.has_forward() and not kind.has_pre() and not kind.has_base()
+            if only.active and only.rows is None and simple:
+                self.base, self.weighted, self.nested, self.uncommon = F.linear, (), (), False
+                self.run = (only.delta,)
                 self.low_rank = self.run if kind.low_rank is not Delta.low_rank else ()
                 self.alone = only.delta if self.low_rank else None
                 self.folded = {only.parameter: (only,)}
                 return
         active = [entry for entry in self.entries if entry.active]
         self.base = next((e.delta.base for e in active if e.delta.has_base()), F.linear)
-        outer = [e for e in active if e.delta.has_forward() or e.delta.has_pre()]
+        inner = max((i for i, e in enumerate(active, 1) if e.delta.only_folds()), default=0)
+        self.weighted = tuple(active[:inner])
+        outer = [e for e in active[inner:] if e.delta.has_forward() or e.delta.has_pre()]
         self.nested = tuple(outer) if any(entry.delta.has_pre() for entry in outer) else ()
+        self.uncommon = bool(self.weighted or self.nested)
         self.run = tuple(
             entry.delta if entry.rows is None else RowsRun(entry.delta, entry.rows) for entry in outer
         )
@@ -130,11 +138,25 @@ class LinearCarrier(Carrier):
     def forward(self, x: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.nested:
-            return _nested(slot.nested, x, super().forward)  # type: ignore[misc]
-        y = super().forward(x)  # type: ignore[misc]
+            return _nested(slot.nested, x, self._peftx_base_forward)
+        y = self._peftx_base_forward(x)
         for delta in slot.run:
             y = delta(x, y)
         return y
+
+    def _peftx_base_forward(self, x: Tensor) -> Tensor:
+        weighted = self._peftx_slot.weighted
+        if not weighted:
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        own: dict[str, Tensor] = self._parameters  # type: ignore[attr-defined]
+        transposed = isinstance(self, Conv1D)
+        weight, bias = _folded(weighted, own["weight"].t() if transposed else own["weight"], own["bias"])
+        try:
+            # Found before the parameters of the same names.
+            self.__dict__["weight"], self.__dict__["bias"] = weight.t() if transposed else weight, bias
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        finally:
+            del self.__dict__["weight"], self.__dict__["bias"]
 
 
 class PlainLinearCarrier(Carrier):
@@ -146,8 +168,14 @@ class PlainLinearCarrier(Carrier):
 
     def forward(self, input: Tensor) -> Tensor:
         slot = self._peftx_slot
-        if slot.nested:
-            return _nested(slot.nested, input, lambda x: slot.base(x, self.weight, self.bias))
+        if slot.uncommon:
+            weight, bias = _folded(slot.weighted, self.weight, self.bias)
+            if slot.nested:
+                return _nested(slot.nested, input, lambda x: slot.base(x, weight, bias))
+            y = slot.base(input, weight, bias)
+            for delta in slot.run:
+                y = delta(input, y)
+            return y
         y = slot.base(input, self.weight, self.bias)
         if slot.low_rank and not torch.is_grad_enabled():
             if slot.alone is not None and input.numel() == self.in_features:
@@ -281,6 +309,15 @@ def _add_low_rank(deltas: tuple[Delta, ...], x: Tensor, y: Tensor) -> bool:
     return True
 
 
+def _folded(
+    entries: tuple[Entry, ...], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weights that these deltas make of a layer's own."""
+    for entry in entries:
+        weight, bias = entry.fold(weight, bias)
+    return weight, bias
+
+
 def _nested(entries: tuple[Entry, ...], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
     """Deltas that edit the input: inputs go from the outermost in, outputs from the innermost out."""
     inputs = []
@@ -306,6 +343,18 @@ def kind_of(module: nn.Module) -> str:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without the slot."""
     return type(module)._peftx_base if isinstance(module, Carrier) else type(module)  # type: ignore[attr-defined]
+
+
+def child_name(children: Mapping[str, object], owner: str) -> str:
+    """The owner's own name for what it attaches, numbered where it attached there before: `lora`, `lora@2`."""
+    return owner if owner not in children else next(n for i in count(2) if (n := f"{owner}@{i}") not in children)
+
+
+def drop_children(module: nn.Module, group: str, owner: str) -> None:
+    """Take all that the owner attached out of a module's group of children."""
+    children = module.get_submodule(group)._modules
+    for name in [name for name in children if name.partition("@")[0] == owner]:
+        del children[name]
 
 
 def is_ours(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from peftx.data import Collator, TrainingData, read_dataset, tokenize_dataset
 from peftx.data.formats import detect_format, format_of_keys
 from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.files import read_json
 from peftx.models import asset_path
-from peftx.training.trainer import IDENTITY, StackTrainer, checkpoints_of
+from peftx.training.trainer import IDENTITY, StackTrainer, check_whole, checkpoints_of
 from peftx_spec.models import TrainSpec
 
 if TYPE_CHECKING:
@@ -274,22 +276,29 @@ def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any]) -> Path | None:
-    """Where to go on from. Raises BundleError if there is nothing, or a checkpoint of another run."""
+    """Where to go on from. Raises BundleError if there is nothing, or only checkpoints of another run."""
     if resume is False:
         return None
+    if resume is not True:
+        check_whole(Path(resume))
     choice = checkpoints_of(folder) if resume is True else [Path(resume)]
-    if not choice:
-        raise BundleError(
-            f"nothing to resume: no checkpoint in '{folder}'", hint="train with checkpoint_every"
-        )
+    others: list[Path] = []
     for found in choice:
-        for name in ("trainer_state.json", IDENTITY):
-            if not (found / name).exists():
-                raise BundleError(f"'{found}' is no whole checkpoint: {name} is missing")
-        if json.loads((found / IDENTITY).read_text(encoding="utf-8")) == identity:
+        try:
+            check_whole(found)
+        except BundleError as error:
+            warnings.warn(f"left out: {error.message}", stacklevel=2)
+            continue
+        if read_json(found / IDENTITY) == identity:
             return found
-    found = choice[0]
-    theirs = json.loads((found / IDENTITY).read_text(encoding="utf-8"))
+        others.append(found)
+    if not others:
+        raise BundleError(
+            f"nothing to resume: no whole checkpoint in '{folder}'", hint="train with checkpoint_every"
+        )
+    found, theirs = others[0], read_json(others[0] / IDENTITY)
+    if not isinstance(theirs, dict):
+        raise BundleError(f"'{found / IDENTITY}' is corrupted")
     differ = sorted(n for n in identity.keys() | theirs.keys() if identity.get(n) != theirs.get(n))
     name, was = differ[0], ""
     if not name.startswith("the "):

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from peftx.errors import BundleError
+from peftx.files import read_json, read_tensors
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -52,10 +55,14 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Read what `save_state` wrote."""
+    """Read what `save_state` wrote. Raises BundleError, which names the file, for anything else."""
     file = path.with_suffix(".safetensors")
-    tensors = load_file(file) if file.exists() else {}
-    return restore(json.loads(path.with_suffix(".json").read_text()), tensors)
+    tensors = read_tensors(file) if file.exists() else {}
+    found = read_json(path.with_suffix(".json"))
+    try:
+        return restore(found, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"'{path.with_suffix('.json')}' is corrupted: {error}") from error
 
 
 def random_state() -> dict[str, Any]:

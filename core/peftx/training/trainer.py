@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from peftx.errors import BundleError, PeftxError
-from peftx.files import telling_of_a_full_disk
+from peftx.files import plain_files, read_json, read_tensors, sha256, staging, telling_what_was_not_written
 from peftx.training.optimizer import optimizer_for
 from peftx.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.training.step import TrainStep
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "trained.safetensors"
 IDENTITY = "run.json"
+SUMS = "checksums.json"
 KEPT = 2
 
 
@@ -126,21 +129,22 @@ class StackTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write beside and rename, so that a checkpoint is there whole or not at all."""
-        run = Path(self.args.output_dir)
-        self._staging = run / f".writing-{os.getpid()}"
-        shutil.rmtree(self._staging, ignore_errors=True)
-        name = f"checkpoint-{self.state.global_step}"
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            with telling_of_a_full_disk(run / name):
-                super()._save_checkpoint(model, trial)
-                shutil.rmtree(run / name, ignore_errors=True)
-                os.replace(self._staging / name, run / name)
+            with telling_what_was_not_written(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with staging(place) as self._staging:
+                    super()._save_checkpoint(model, trial)
+                    made = self._staging / place.name
+                    sums = {str(file.relative_to(made)): sha256(file) for file in plain_files(made)}
+                    (made / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+                    _remove(place)
+                    made.rename(place)
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        self._written.append(run / name)
+        self._written.append(place)
         if len(self._written) > KEPT:  # of its own: another run's in this folder are not its to delete
-            shutil.rmtree(self._written.pop(0), ignore_errors=True)
+            _remove(self._written.pop(0))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -161,9 +165,7 @@ class StackTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if not (folder / WEIGHTS).exists():
-            raise BundleError(f"{folder} is no checkpoint of peftx: it has no {WEIGHTS}")
-        saved, current = load_file(folder / WEIGHTS), self._trained()
+        saved, current = read_tensors(folder / WEIGHTS), self._trained()
         if saved.keys() != current.keys():
             differ = sorted(saved.keys() ^ current.keys())
             raise BundleError(
@@ -204,12 +206,49 @@ class StackTrainer(Trainer):
             set_random_state(load_state(Path(checkpoint) / f"random-{self.args.process_index}"))
 
 
+def _remove(checkpoint: Path) -> None:
+    """Rename, then remove: a kill in between leaves nothing that looks like a checkpoint."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(f".{checkpoint.name}.removed-{secrets.token_hex(6)}")
+        checkpoint.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    for rest in checkpoint.parent.glob(".checkpoint-*.removed-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, the newest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    """The checkpoints in a folder, the newest first; whether they are whole is `check_whole`'s to say."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
 
 
+def check_whole(checkpoint: Path) -> None:
+    """Raises BundleError unless every file of a checkpoint is there as it was written."""
+    if not checkpoint.is_dir():
+        raise BundleError(f"no checkpoint at '{checkpoint}'")
+    if not os.path.lexists(checkpoint / SUMS):
+        raise BundleError(f"'{checkpoint}' is no whole checkpoint: {SUMS} is missing")
+    sums = read_json(checkpoint / SUMS)
+    present = {str(f.relative_to(checkpoint)) for f in plain_files(checkpoint)} - {SUMS}
+    needed = {"trainer_state.json", WEIGHTS, IDENTITY}
+    if not isinstance(sums, dict) or not needed <= sums.keys():
+        raise BundleError(f"'{checkpoint / SUMS}' is corrupted")
+    for name in sorted(sums.keys() - present):
+        raise BundleError(f"'{checkpoint}' is no whole checkpoint: {name} is missing")
+    for name in sorted(present - sums.keys()):
+        raise BundleError(f"'{checkpoint}' holds {name}, which is not of it")
+    for name, expected in sums.items():
+        if sha256(checkpoint / name) != expected:
+            raise BundleError(f"'{checkpoint / name}' is corrupted (sha256 differs)")
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    return next(iter(checkpoints_of(folder)), None)
+    """The newest whole checkpoint of a run; a warning names each that is newer and not whole."""
+    for checkpoint in checkpoints_of(folder):
+        try:
+            check_whole(checkpoint)
+        except BundleError as error:
+            warnings.warn(f"left out: {error.message}", stacklevel=2)
+            continue
+        return checkpoint
+    return None
