@@ -1,7 +1,7 @@
 """Which base a stack stands on: told from a few values of each tensor, without reading the weights.
 
-Of each tensor the first and the last values count. Two trainings of one architecture never agree there, and memory-mapped
-weights stay on the disk: values spread over a tensor would page in all of it.
+Of each tensor the first and the last values count. Two trainings of one architecture never agree there, and
+memory-mapped weights stay on the disk: values spread over a tensor would page in all of it.
 """
 
 from __future__ import annotations

@@ -123,8 +123,7 @@ def _owners(model: nn.Module) -> set[str]:
 
 
 class Ledger:
-    """All parts of a stack, by owner, in order of attachment.
-"""
+    """All parts of a stack, by owner, in order of attachment."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

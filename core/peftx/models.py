@@ -222,7 +222,7 @@ def _read_weights(
     Raises:
         BundleError: tensors are missing, too many or of another shape, or a file of the checkpoint is not there.
     """
-    with _quiet(), _silent("transformers.modeling_utils", "transformers.utils.loading_report"):
+    with _quiet(), _silent("transformers.utils.loading_report"):
         try:
             model, report = cls.from_pretrained(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
@@ -238,7 +238,9 @@ def _read_weights(
         "too many": {n for n in report["unexpected_keys"] if not n.endswith(_COMPUTED)},
         "of another shape": {str(key[0]) for key in report["mismatched_keys"]},
     }
-    found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in wrong.items() if names]
+    found = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in wrong.items() if names
+    ]
     if found:
         ours = any(is_ours(name) for name in wrong["too many"])
         raise BundleError(
@@ -270,8 +272,8 @@ def read_config(source: str | Path, *, trust_remote_code: bool) -> PretrainedCon
         needs_code = "trust_remote_code" in str(error)
         raise BundleError(
             f"model '{source}' cannot be read: {type(error).__name__}: {_first_line(error)}",
-            hint="it brings Python code along: --trust-remote-code (in Python trust_remote_code=True) runs that, if you "
-            "trust its authors"
+            hint="it brings Python code along: --trust-remote-code (in Python trust_remote_code=True) runs that, for those "
+            "who trust its authors"
             if needs_code
             else f"give a local folder, a hub id that is in your cache, or {TINY}",
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from peftx.conflicts import Member, find_conflicts
-from peftx.errors import PeftxError
+from peftx.errors import ArchitectureError, PeftxError
 from peftx.models import load_model
 from peftx.registry import Registry
 from peftx.stack import Stack
@@ -51,7 +51,14 @@ def plan(
     if conflicts:
         totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
         return Plan(model=pipeline.model.id, stages=planned, conflicts=tuple(conflicts), totals=totals)
-    stack = Stack(model, members, tokenizer=tokenizer, inject=False)
+    try:
+        stack = Stack(model, members, tokenizer=tokenizer, inject=False)
+    except ArchitectureError as error:
+        refused = PlannedConflict(
+            plugins=tuple(m.id for m in members), reason=error.message, remedy=error.hint or ""
+        )
+        totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
+        return Plan(model=pipeline.model.id, stages=planned, conflicts=(refused,), totals=totals)
     with torch.device("meta"):
         for member in members:
             if not member.implements("inject"):

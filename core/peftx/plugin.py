@@ -106,6 +106,10 @@ class Plugin:
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Options with which the plugin runs on a model of width 32, where the defaults do not: required ones, sizes."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Architectures of the kit that the method has no place on, and why: the plugin says so before anything runs."""
+    exempt: ClassVar[Mapping[str, str]] = {}
+    """Checks of the kit (or `arch-check`) that the method cannot pass by its nature, and why. Strict: none may pass."""
     example_rows: ClassVar[Sequence[Mapping[str, Any]]] = ()
     """Rows to try it on, where those that its format has anyway do not do (further columns)."""
     takes: ClassVar[tuple[str, ...]] = ()
@@ -145,6 +149,14 @@ class Plugin:
         """Put back what `compress` attached (not what it replaced: the bundle rebuilds that), without data.
 
         Called instead of `compress` when a bundle is loaded; tensors are filled in afterwards.
+        """
+
+    def suits(self, model: ModelView) -> None:
+        """Refuse a model on which the method has no place; asked of every plugin of a stack before anything runs, on the
+        meta device too (`peftx plan`). What `inject` refuses by itself need not be said here.
+
+        Raises:
+            ArchitectureError: names the model, and what does.
         """
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:

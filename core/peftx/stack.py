@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peftx.serving import Server
     from peftx.training import TrainStep
     from peftx.training.run import Progress, TrainingReport
+    from peftx.training.shares import Share
     from peftx_spec import Pipeline
 
 
@@ -107,6 +108,7 @@ class Stack:
         self.compressed: set[str] = set()
         self._frozen: set[str] = set()
         self.disabled_ids: set[str] = set()
+        self._check_suits()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -206,6 +208,17 @@ class Stack:
 
     # -- building ------------------------------------------------------------------------------------------------
 
+    def _check_suits(self) -> None:
+        """Raises ArchitectureError where a plugin has no place on the model; nothing was touched then."""
+        for member in self.members:
+            if type(member.plugin).suits is Plugin.suits:
+                continue
+            try:
+                member.plugin.suits(self.view(member.id))
+            except Exception as error:
+                blame(error, member, "suits")
+                raise
+
     def inject(self, ids: Iterable[str] | None = None, *, restoring: bool = False) -> None:
         """Run the `inject` hooks (all, or of these ids) that have not run yet."""
         for member in self._implementers("inject", ids):
@@ -226,7 +239,11 @@ class Stack:
         for id in self.plugins:
             for parameter in self.ledger.parameters(id):
                 if parameter.is_floating_point():
-                    rests = id in self._frozen or id in self.folded or builtins.id(parameter) in self.ledger.finished
+                    rests = (
+                        id in self._frozen
+                        or id in self.folded
+                        or builtins.id(parameter) in self.ledger.finished
+                    )
                     parameter.requires_grad_(not rests)
 
     def freeze(self, *ids: str) -> None:
@@ -235,8 +252,8 @@ class Stack:
         self._set_trainable()
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Train these no more, in this stack or one that is loaded from its bundle: a plugin is done with them, and keeps
-        their values. Other than `freeze`, nobody takes it back."""
+        """Train these no more, in this stack or one that is loaded from its bundle: a plugin is done with them, and
+        keeps their values. Other than `freeze`, nobody takes it back."""
         self.ledger.finished |= {builtins.id(parameter): parameter for parameter in parameters}
         self._set_trainable()
 
@@ -380,13 +397,20 @@ class Stack:
         optimizer: torch.optim.Optimizer | None = None,
         micro: int = 0,
         accumulation: int = 1,
+        share: Share | None = None,
     ) -> Tensor:
         """One step of a loop of your own: gradients are left in `.grad`, or `optimizer` steps and clears them.
+
+            parts = stack.shares(batches)  # of one optimizer step
+            for i, (batch, share) in enumerate(zip(batches, parts)):
+                stack.train_step(batch, optimizer=optimizer, micro=i, accumulation=len(batches), share=share)
 
         Args:
             batch: the model's keyword arguments, with labels.
             micro: which of the `accumulation` batches of one optimizer step this is, from 0; the optimizer steps after
                 the last one.
+            share: what part of the optimizer step this batch is, of `shares`; equal parts if left out, which is right
+                where all batches have as many labels.
 
         Returns:
             The loss, 0-d, detached.
@@ -396,6 +420,7 @@ class Stack:
         rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
         step = TrainStep(
             self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, learning_rate=rate,
+            share=share,
         )  # fmt: skip
         loss = self.run_train_step(step)
         if optimizer is not None and step.last_micro:
@@ -403,6 +428,12 @@ class Stack:
             optimizer.zero_grad()
             self.trained_steps += 1
         return loss
+
+    def shares(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+        """What part of one optimizer step each of its micro-batches is, for `train_step`."""
+        from peftx.training.shares import shares
+
+        return shares(self.model, batches)
 
     def train(
         self,

@@ -147,11 +147,17 @@ def test_full_disk_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_another_error_while_saving_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    def fails(number: int) -> None:
+        def failing(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("peftx.bundle.saving.save_file", denied)
-    with pytest.raises(PermissionError):
+        monkeypatch.setattr("peftx.bundle.saving.save_file", failing)
+
+    fails(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        stack().save(tmp_path / "bundle")
+    fails(errno.EACCES)
+    with pytest.raises(BundleError, match="bundle' was not written: Permission denied"):
         stack().save(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

@@ -84,9 +84,9 @@ def _check_base(stack: Stack) -> None:
     """Raises BundleError where tensors of the base changed and no plugin says that it did so: they would be lost."""
     if stack.identity is None:
         return
-    tensors = {name: t for name, t in stack.model.named_parameters(remove_duplicate=False) if not is_ours(name)}
-    known = {f"{p.key}.{name}" for p in stack.ledger.parts if p.kind == "base" for name in p.parameters}
-    known |= {n for n, t in tensors.items() if id(t) in {id(tensors[k]) for k in known if k in tensors}}  # tied
+    tensors = {name: t for name, t in stack.model.named_parameters() if not is_ours(name)}
+    owned = {id(t) for part in stack.ledger.parts if part.kind == "base" for t in part.tensors().values()}
+    known = {name for name, t in tensors.items() if id(t) in owned}
     replaced = tuple(f"{p.key}." for p in stack.ledger.parts if p.kind == "replaced")
     names = [n for n in stack.identity.changed(tensors, left_out=known) if not n.startswith(replaced)]
     if names:
@@ -94,8 +94,7 @@ def _check_base(stack: Stack) -> None:
         raise BundleError(
             f"{names[0]}{more} of the base changed, and no plugin of the stack says that it trains them, so no bundle "
             "would hold the change",
-            hint="in a plugin: site.train(), or attach a delta; else stack.model.save_pretrained(folder) first, and build "
-            "the stack on that",
+            hint="in a plugin: site.train(), or attach a delta; else change the model before the stack is built on it",
         )
 
 

@@ -26,7 +26,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over what makes a tokenizer's ids and chats: its algorithm and vocabulary, special tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     algorithm = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
     about = json.dumps([special, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(f"{algorithm}\n{about}".encode()).hexdigest()
 

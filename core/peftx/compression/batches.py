@@ -10,6 +10,7 @@ import torch
 
 from peftx.compression.calibration import Calibration
 from peftx.data import read_dataset, render_messages, text_ids
+from peftx.data.gate import require_text
 from peftx.errors import DataError
 from peftx.models import asset_path
 
@@ -35,7 +36,9 @@ def calibration(
     if isinstance(data, str | Path):
         texts = calibration_texts(read_dataset(asset_path(data)), stack.tokenizer)
     else:
-        texts = list(data)
+        if isinstance(data, Mapping):
+            raise DataError("one row is no list of texts", hint="[row]")
+        texts = [require_text(text, f"text {index} (counting from 0)") for index, text in enumerate(data)]
     tokenizer = stack.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = [i for text in texts for i in text_ids(tokenizer, text)]

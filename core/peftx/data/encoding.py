@@ -12,6 +12,7 @@ tokenizer puts in front (BOS, exactly once); the completion ends with EOS.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 from peftx.data.collate import IGNORE
 from peftx.errors import DataError, UnsupportedError
@@ -32,6 +33,30 @@ class Example(NamedTuple):
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids without BOS and EOS; no warning for texts longer than the model's window."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+_MARKS: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
+
+
+def _marks_starts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Does the tokenizer put a mark before the first word of a text (SentencePiece's dummy prefix)."""
+    found = _MARKS.get(tokenizer)
+    if found is None:
+        after, before = text_ids(tokenizer, f"\n{_PROBE}"), text_ids(tokenizer, "\n")
+        found = after[len(before) :] != text_ids(tokenizer, _PROBE)
+        _MARKS[tokenizer] = found
+    return found
+
+
+def following_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that goes on after another one: without the mark of a text's start."""
+    if not text or not _marks_starts(tokenizer):
+        return text_ids(tokenizer, text)
+    for before in ("\n", _PROBE, "."):  # the first that the text does not melt into
+        head, whole = text_ids(tokenizer, before), text_ids(tokenizer, before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return text_ids(tokenizer, text)
 
 
 def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -113,8 +138,11 @@ def join_pair(
     return Example(head + tail, [IGNORE] * len(head) + tail)
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
-    ids = text_ids(tokenizer, text)
+def completion_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: str, *, alone: bool = False
+) -> list[int]:
+    """`alone`: a decoder of its own begins with it, and no prompt stands before."""
+    ids = text_ids(tokenizer, text) if alone else following_ids(tokenizer, text)
     if not ids:
         raise DataError(f"{where}: the completion {text!r} has no tokens, so there is nothing to learn")
     return ids

@@ -205,7 +205,9 @@ def json_type(value: object) -> str:
         str: "a string",
         int: "a number",
         float: "a number",
+        tuple: "an array",
         list: "an array",
         dict: "an object",
     }
-    return words[type(value)]
+    found = words.get(type(value))
+    return found if found is not None else f"a {type(value).__name__}"

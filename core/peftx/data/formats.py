@@ -14,7 +14,7 @@ are. Everything is held in memory; nothing is written to a cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,19 +31,11 @@ from peftx.data.files import (
     read_text,
     require_file,
 )
+from peftx.data.gate import COLUMNS, FORMATS, check_row, check_rows, names_of
 from peftx.errors import DataError, nearest
 
-_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
-    "text": ("text",),
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "classification": ("text", "label"),
-    "preference": ("prompt", "chosen", "rejected"),
-}
-FORMATS: Final = tuple(_COLUMNS)
 # What Arrow raises for mixed types, for integers over 64 bits, and for lone surrogates.
 _NOT_ARROW: Final = (pa.ArrowException, OverflowError, UnicodeEncodeError)
-ROLES: Final = ("system", "user", "assistant")
 
 
 def read_dataset(
@@ -77,7 +69,7 @@ def read_dataset(
     _check_mapping(file, columns)
     if format == "auto":
         format = detect_format(file, columns=columns)
-    if format not in _COLUMNS:
+    if format not in COLUMNS:
         raise DataError(
             f"{file}: unknown format {format!r}; formats: auto, {', '.join(FORMATS)}",
             hint=nearest(format, FORMATS) or None,
@@ -104,14 +96,65 @@ def read_dataset(
     places: list[str] = []
     for record in read_records(file):
         row = _rename(record, columns)
-        _check_row(row, record.place, format)
+        check_row(row, record.place, format)
         rows.append(row)
         places.append(record.place)
         if len(rows) == limit:
             break
     if not rows:
         raise DataError(f"{file} holds no rows")
-    return _to_dataset(rows, places, first=_COLUMNS[format])
+    return _to_dataset(rows, places, first=COLUMNS[format])
+
+
+def dataset_of(
+    rows: Sequence[Mapping[str, object]], *, format: str = "auto", columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, str]:
+    """Rows that a program made, through the same gate as rows of a file.
+
+    Args:
+        rows: mappings; the keys of the first one tell the format.
+
+    Returns:
+        (dataset, format); a row that lacks a further column has None there.
+
+    Raises:
+        DataError: as `read_dataset`; names the row.
+    """
+    places = [f"row {index} (counting from 0)" for index in range(len(rows))]
+    renamed = []
+    for place, row in zip(places, rows, strict=True):
+        value = dict(row) if isinstance(row, Mapping) else row
+        renamed.append(_rename(Record(place, value), columns))
+    if not renamed:
+        raise DataError("there are no rows")
+    if format == "auto":
+        tokenized = {"input_ids", "labels"} <= renamed[0].keys()
+        format = "tokenized" if tokenized else format_of_keys(set(renamed[0]), where=places[0])
+    if format not in (*FORMATS, "tokenized"):
+        raise DataError(f"unknown format {format!r}", hint=nearest(format, FORMATS) or None)
+    if format != "tokenized":
+        for place, row in zip(places, renamed, strict=True):
+            check_row(row, place, format)
+    return _to_dataset(renamed, places, first=COLUMNS.get(format, ())), format
+
+
+def checked_dataset(
+    rows: Dataset, *, format: str = "auto", columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, str]:
+    """A `datasets.Dataset` that a program made, through the same gate; nothing is copied."""
+    for ours, theirs in (columns or {}).items():
+        if theirs not in rows.column_names:
+            raise DataError(
+                f"no column {theirs!r}; found {names_of(set(rows.column_names))}",
+                hint=nearest(theirs, rows.column_names) or None,
+            )
+        rows = rows.rename_column(theirs, ours) if theirs != ours else rows
+    names = set(rows.column_names)
+    if format == "auto":
+        tokenized = {"input_ids", "labels"} <= names
+        format = "tokenized" if tokenized else format_of_keys(names, where="the rows")
+    check_rows(rows, format)
+    return rows, format
 
 
 def detect_format(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> str:
@@ -138,15 +181,15 @@ def detect_format(path: str | os.PathLike[str], *, columns: Mapping[str, str] | 
 
 def format_of_keys(keys: set[str], *, where: str) -> str:
     """The one format whose columns are among `keys`; a DataError that names `where` if there are none or several."""
-    fitting = [name for name, needed in _COLUMNS.items() if keys >= set(needed)]
+    fitting = [name for name, needed in COLUMNS.items() if keys >= set(needed)]
     # {text, label} fits `text` and `classification`; the format that explains more of the row wins.
-    best = [a for a in fitting if not any(set(_COLUMNS[a]) < set(_COLUMNS[b]) for b in fitting)]
+    best = [a for a in fitting if not any(set(COLUMNS[a]) < set(COLUMNS[b]) for b in fitting)]
     if len(best) == 1:
         return best[0]
-    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in _COLUMNS.items())
+    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     fault = f"fit {' and '.join(best)}" if best else "fit no format"
     raise DataError(
-        f"{where}: the keys {_names(keys)} {fault} ({known})",
+        f"{where}: the keys {names_of(keys)} {fault} ({known})",
         hint="set `format:`"
         if best
         else "set `columns:` to map our names to the file's, such as {prompt: question}",
@@ -158,10 +201,6 @@ def _document(file: Path) -> str:
     if not text.strip():
         raise DataError(f"{file} holds only white space")
     return text
-
-
-def _names(keys: set[str]) -> str:
-    return ", ".join(repr(key) for key in sorted(keys)) or "(none)"
 
 
 def _check_mapping(file: Path, columns: Mapping[str, str] | None) -> None:
@@ -181,7 +220,7 @@ def _rename(record: Record, columns: Mapping[str, str] | None) -> dict[str, obje
     missing = [source for source in columns.values() if source not in row]
     if missing:
         raise DataError(
-            f"{record.place}: no column {missing[0]!r}; found {_names(set(row))}",
+            f"{record.place}: no column {missing[0]!r}; found {names_of(set(row))}",
             hint=nearest(missing[0], list(row)) or "columns maps our name to the file's: {prompt: question}",
         )
     renamed = {ours: row.pop(source) for ours, source in columns.items()}
@@ -192,45 +231,6 @@ def _rename(record: Record, columns: Mapping[str, str] | None) -> dict[str, obje
             hint=f"rename that one too: {{old_{clash[0]}: {clash[0]}}}",
         )
     return {**renamed, **row}
-
-
-def _check_row(row: Mapping[str, object], place: str, format: str) -> None:
-    for key in _COLUMNS[format]:
-        if key not in row:
-            needed = ", ".join(_COLUMNS[format])
-            raise DataError(
-                f"{place}: no key {key!r}, which format {format!r} needs ({needed}); found {_names(set(row))}",
-                hint=nearest(key, list(row)) or None,
-            )
-        value = row[key]
-        if key == "messages":
-            _check_messages(value, place)
-        elif not isinstance(value, str):
-            hint = (
-                f'labels are strings: write "{value}"' if key == "label" and isinstance(value, int) else None
-            )
-            raise DataError(f"{place}: {key!r} must be a string, got {json_type(value)}", hint=hint)
-
-
-def _check_messages(messages: object, place: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        got = "an empty array" if messages == [] else json_type(messages)
-        raise DataError(f"{place}: 'messages' must be an array of {{role, content}}, got {got}")
-    for index, message in enumerate(messages):
-        at = f"{place}: messages[{index}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{at} must be an object {{role, content}}, got {json_type(message)}")
-        if set(message) != {"role", "content"}:
-            raise DataError(
-                f"{at} must have the keys 'role' and 'content' only; found {_names(set(message))}"
-            )
-        if not isinstance(message["content"], str):
-            raise DataError(f"{at}: 'content' must be a string, got {json_type(message['content'])}")
-        if message["role"] not in ROLES:
-            raise DataError(
-                f"{at}: role {message['role']!r}; roles are {', '.join(ROLES)}",
-                hint=nearest(str(message["role"]), ROLES) or None,
-            )
 
 
 def _to_dataset(rows: list[dict[str, object]], places: list[str], *, first: tuple[str, ...]) -> Dataset:

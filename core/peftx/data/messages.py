@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from peftx.data.collate import IGNORE
 from peftx.data.encoding import (
     Example,
     completion_ids,
     continuation,
     eos_id,
+    following_ids,
     special_frame,
     text_ids,
     without_prefix,
@@ -47,25 +50,24 @@ def messages_encoder(
 
     def encode(row: Mapping[str, object], where: str) -> Example:
         messages: Sequence[Mapping[str, str]] = row["messages"]  # type: ignore[assignment]
-        segments = (
+        segments = list(
             _plain_segments(messages, ask=False) if plain else _template_segments(tokenizer, messages, where)
         )
-        ids: list[int] = []
-        labels: list[int] = []
-        last = 0  # tokens of the assistant's last turn
-        for text, learned in segments:
-            if learned:
-                piece = [*completion_ids(tokenizer, text, where), *([eos_id(tokenizer)] if plain else [])]
-                labels += piece
-                last = len(piece)
-            else:
-                piece = text_ids(tokenizer, text)
-                labels += [IGNORE] * len(piece)
-            ids += piece
-        if not last:
+        if not segments:
             raise DataError(
                 f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
             )
+        if plain:
+            eos_id(tokenizer)  # refused where there is none
+            segments = [
+                (text + str(tokenizer.eos_token) if learned else text, learned) for text, learned in segments
+            ]
+        # What stands before the last answer is one piece, as the model is asked for it; the answer goes on from it.
+        ids, labels = _asked(tokenizer, segments[:-1])
+        answer = completion_ids(tokenizer, segments[-1][0], where)
+        if not _ends(tokenizer, answer):
+            answer.append(eos_id(tokenizer))  # the template ends a turn by the next one's beginning
+        ids, labels, last = ids + answer, labels + answer, len(answer)
         # A chat template writes BOS itself; one that does not is for a model that has none.
         has_prefix = plain or ids[: len(prefix)] == prefix
         front = prefix if has_prefix else []
@@ -80,6 +82,42 @@ def messages_encoder(
         return Example(front + body[cut:], [IGNORE] * len(front) + labels[cut:])
 
     return encode
+
+
+def _asked(
+    tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]]
+) -> tuple[list[int], list[int]]:
+    """Ids of the segments as one text, and labels of those tokens that lie inside a learned one."""
+    text = "".join(piece for piece, _ in segments)
+    if not tokenizer.is_fast:  # it does not tell where its tokens stand
+        pieces = [(following_ids(tokenizer, piece) if i else text_ids(tokenizer, piece), learned)
+                  for i, (piece, learned) in enumerate(segments)]  # fmt: skip
+        ids = [i for piece, _ in pieces for i in piece]
+        return ids, [i if learned else IGNORE for piece, learned in pieces for i in piece]
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ids, labels, spans, end = list(found["input_ids"]), [], [], 0
+    for piece, learned in segments:
+        begin, end = end, end + len(piece)
+        if learned:
+            spans.append((begin, end))
+    at = 0
+    for token, (begin, end) in zip(ids, found["offset_mapping"], strict=True):
+        while at < len(spans) and spans[at][1] <= begin:
+            at += 1
+        inside = at < len(spans) and spans[at][0] <= begin < end <= spans[at][1]
+        labels.append(token if inside else IGNORE)
+    return ids, labels
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> bool:
+    """Does an answer end in a token that stands for an end (white space may follow), and not in words."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for token in reversed(answer):
+        if token in marks:
+            return True
+        if tokenizer.decode([token]).strip():
+            return False
+    return False
 
 
 def turns(
@@ -124,8 +162,11 @@ def _template_segments(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = _render(tokenizer, messages[:index], ask=True)
-        answered = _render(tokenizer, messages[: index + 1], ask=False)
+        try:
+            asked = _render(tokenizer, messages[:index], ask=True)
+            answered = _render(tokenizer, messages[: index + 1], ask=False)
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise UnsupportedError(
                 f"{where}: the chat template rewrites earlier turns (before messages[{index}]), so the "
@@ -138,7 +179,13 @@ def _template_segments(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, ask: bool) -> str:
-    rendered = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tokenize=False, add_generation_prompt=ask
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=ask
+        )
+    except TemplateError as error:  # what a template raises itself, and what is wrong with it
+        raise DataError(
+            f"the chat template refuses the conversation: {error}",
+            hint="change the row, or set another tokenizer.chat_template",
+        ) from error
     return str(rendered)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset
@@ -20,7 +20,7 @@ from peftx.data.encoding import (
     text_ids,
     without_prefix,
 )
-from peftx.data.formats import FORMATS
+from peftx.data.gate import FORMATS, check_rows
 from peftx.data.messages import messages_encoder
 from peftx.errors import DataError, UnsupportedError, nearest
 
@@ -87,11 +87,12 @@ def tokenize_dataset(
             "preference rows have two completions and no single label",
             hint="a plugin that trains on preferences calls encode_pair for 'chosen' and for 'rejected'",
         )
+    check_rows(dataset, format)
     if format == "text":
         if keep:
             raise DataError("text is repacked into blocks, so no column of its rows can be kept")
         return _columns(_pack(dataset, tokenizer, max_length=max_length))
-    encode: Callable[[Mapping[str, object], str], Example]
+    encode: Callable[[Mapping[str, Any], str], Example]
     if format == "messages":
         encode = messages_encoder(tokenizer, max_length)
     else:
@@ -108,14 +109,14 @@ def _pair_encoder(
 ) -> Callable[[Mapping[str, object], str], Example]:
     prefix, _ = special_frame(tokenizer)
 
-    def encode(row: Mapping[str, object], where: str) -> Example:
+    def encode(row: Mapping[str, Any], where: str) -> Example:
         if format == "classification":
-            prompt, completion = fill_template(template, str(row["text"])), str(row["label"])
+            prompt, completion = fill_template(template, row["text"]), row["label"]
         else:
-            prompt, completion = str(row["prompt"]), str(row["completion"])
+            prompt, completion = row["prompt"], row["completion"]
         if not encoder_decoder:
             return join_pair(tokenizer, prefix, prompt, completion, max_length, where)
-        labels = [*completion_ids(tokenizer, completion, where), eos_id(tokenizer)]
+        labels = [*completion_ids(tokenizer, completion, where, alone=True), eos_id(tokenizer)]
         if len(labels) > max_length:
             raise DataError(
                 f"{where}: the completion has {len(labels)} tokens with EOS; max_length is {max_length}"

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from peftx.decoding.stopping import StopStrings
 from peftx.errors import PeftxError, UnsupportedError
 
 
@@ -224,7 +224,7 @@ class Generation:
             # `generate` drops the tokenizer when it is given a loop, so the criterion is built here for both ways.
             if self.tokenizer is None:
                 raise PeftxError("stop_strings need a tokenizer, and this request has none")
-            stop = StopStringCriteria(self.tokenizer, config.stop_strings)
+            stop = StopStrings(self.tokenizer, config.stop_strings, self._start_length())
             criteria = StoppingCriteriaList([stop, *criteria])
             config = copy.deepcopy(config)
             config.stop_strings = None

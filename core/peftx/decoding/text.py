@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import GenerationConfig
 
-from peftx.data import Collator
+from peftx.data import Collator, encoder_ids, prompt_ids
+from peftx.data.gate import require_text
 from peftx.decoding.generation import Generation
 from peftx.errors import DataError, PeftxError, nearest
 from peftx.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
     from peftx.stack import Stack
+
+
+COLDEST = 1e-5
+"""Temperatures below it are greedy: logits over them leave float32's range."""
 
 
 def request_for(
@@ -26,8 +32,20 @@ def request_for(
         PeftxError: an option that `GenerationConfig` does not have, or more tokens than the model reads.
         DataError: no prompt, or one without tokens.
     """
-    rows = [stack.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = [ids_for(stack, prompt) for prompt in prompts]
     return request_of_ids(stack, rows, max_new_tokens, seed, options)
+
+
+def ids_for(stack: Stack, prompt: str) -> list[int]:
+    """A prompt as the model was trained on prompts: BOS exactly once, nothing that closes the text.
+
+    Raises:
+        DataError: it is no text, or holds half a surrogate pair.
+    """
+    require_text(prompt, "the prompt")
+    if stack.model.config.is_encoder_decoder:
+        return encoder_ids(stack.tokenizer, prompt, max_length=sys.maxsize)
+    return prompt_ids(stack.tokenizer, prompt)
 
 
 def check_length(stack: Stack, prompt: int, new: int) -> None:
@@ -70,6 +88,8 @@ def request_of_ids(
     for name in options:
         if name not in known:
             raise PeftxError(f"generate: unknown option '{name}'", hint=nearest(name, known) or None)
+    if options.get("do_sample") and 0 < options.get("temperature", 1.0) < COLDEST:
+        options = options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     config.update(**options)
     config.max_new_tokens = max_new_tokens
     config.max_length = None

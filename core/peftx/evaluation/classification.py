@@ -15,6 +15,7 @@ from peftx.data import (
     continuation,
     encoder_ids,
     fill_template,
+    following_ids,
     prompt_ids,
     special_frame,
     text_ids,
@@ -182,7 +183,10 @@ def _label_ids(
 ) -> list[list[int]]:
     """Ids of every label as it follows the prompt."""
     in_decoder = model.config.is_encoder_decoder
-    targets = [text_ids(tokenizer, name if in_decoder else continuation(prompt, name)) for name in names]
+    targets = [
+        text_ids(tokenizer, name) if in_decoder else following_ids(tokenizer, continuation(prompt, name))
+        for name in names
+    ]
     for index, target in enumerate(targets):
         if not target:
             raise DataError(f"label {names[index]!r} has no tokens")

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftx.data import continuation, encoder_ids, prompt_ids, text_ids, turns
+from peftx.data import continuation, encoder_ids, following_ids, prompt_ids, text_ids, turns
 from peftx.errors import DataError
 from peftx.evaluation.likelihood import (
     Progress,
@@ -137,7 +137,7 @@ def _text_requests(
     if isinstance(item, Mapping) and "completion" in item and "prompt" in item:
         context = prompt_ids(tokenizer, item["prompt"]) or opening_ids(tokenizer)
         text = continuation(item["prompt"], item["completion"])
-        scored = text_ids(tokenizer, text)
+        scored = following_ids(tokenizer, text)
     else:
         if isinstance(item, Mapping) and "text" not in item:
             raise DataError(

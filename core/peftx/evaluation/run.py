@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.data import read_dataset
-from peftx.errors import PeftxError, nearest
+from peftx.data.gate import check_item
+from peftx.errors import DataError, PeftxError, nearest
 from peftx.evaluation.answers import exact_match
 from peftx.evaluation.classification import accuracy, accuracy_of_head, head_of
 from peftx.evaluation.evaluation import Evaluation
@@ -130,8 +131,12 @@ def _rows(data: Any, format: str, limit: int | None) -> list[Any] | None:
         return None
     if isinstance(data, str | Path):
         return list(read_dataset(asset_path(data), format=format, limit=limit))
-    rows = list(data)
-    return rows[:limit] if limit is not None else rows
+    if isinstance(data, Mapping):
+        raise DataError("one row is no list of rows", hint="[row]")
+    rows = list(data)[:limit]
+    for index, item in enumerate(rows):
+        check_item(item, f"row {index} (counting from 0)")
+    return rows
 
 
 def _needed(rows: list[Any] | None, metric: str) -> list[Any]:

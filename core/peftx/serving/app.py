@@ -8,36 +8,46 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHttpException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from peftx.errors import PeftxError, PluginError, nearest
 from peftx.serving.engine import Completion, Engine, Job, QueueFull
+from peftx.serving.guards import Guard
 from peftx.serving.server import Request, Server
 
 ASK_AGAIN = 0.5  # seconds between two looks whether the client is still there
 MOST_STOPS = 4  # as OpenAI
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start}, which is no text") from error
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_text)]
 
 
 class CompletionBody(BaseModel):
-    """`POST /v1/completions`. What this server does not do is refused, not ignored."""
+    """`POST /v1/completions`. What this server does not do is refused, not ignored; a field of OpenAI's that is null,
+    or as it would be anyway, asks for nothing."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    prompt: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Text | Annotated[list[Text], Field(min_length=1)]
     max_tokens: int = Field(16, ge=1)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
@@ -46,6 +56,23 @@ class CompletionBody(BaseModel):
     stream: bool = False
     n: int = Field(1, ge=1, le=1)
     user: str | None = None
+    best_of: int = Field(1, ge=1, le=1)
+    echo: Literal[False] = False
+    logprobs: None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: object) -> object:
+        """As OpenAI reads them: null is "not given"."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value for name, value in data.items() if value is not None or name not in cls.model_fields
+        }
 
     @property
     def prompts(self) -> list[str]:
@@ -88,7 +115,7 @@ def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> 
     app.add_exception_handler(AnyHttpException, _http_error)
     app.add_exception_handler(PeftxError, _peftx_error)
     app.add_exception_handler(Exception, _crash)
-    _add_limit(app, server.max_body)
+    app.add_middleware(Guard, most=server.max_body, refusal=_error_body)
     started = int(time.time())
 
     @app.get("/healthz")
@@ -191,7 +218,14 @@ def _status(error: Exception) -> int:
     return 429 if isinstance(error, QueueFull) else 400
 
 
-_CODES = {400: "bad_request", 404: "not_found", 413: "too_large", 429: "queue_full", 500: "internal_error"}
+_CODES = {
+    400: "bad_request",
+    404: "not_found",
+    408: "timeout",
+    413: "too_large",
+    429: "queue_full",
+    500: "internal_error",
+}
 
 
 def _error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -205,6 +239,11 @@ def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
     return JSONResponse(_error_body(status, message, param), status_code=status)
 
 
+_AT_DEFAULT_ALONE = (
+    "best_of", "echo", "logprobs", "logit_bias", "presence_penalty", "frequency_penalty", "suffix", "n",
+)  # fmt: skip
+
+
 def _bad_body(_: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
@@ -213,6 +252,8 @@ def _bad_body(_: HttpRequest, error: Exception) -> JSONResponse:
     if problem["type"] == "extra_forbidden":
         near = nearest(str(name), CompletionBody.model_fields)
         return _error(400, f"'{name}' is not supported by this server {near}".rstrip(), name)
+    if name in _AT_DEFAULT_ALONE:
+        return _error(400, f"'{name}' is not supported by this server, but as null or at its default", name)
     if problem["type"] == "json_invalid":
         return _error(400, f"the body is no JSON: {problem['ctx']['error']}")
     return _error(400, f"{name or 'body'}: {problem['msg']}", name)
@@ -229,17 +270,3 @@ def _peftx_error(_: HttpRequest, error: Exception) -> JSONResponse:
 
 def _crash(_: HttpRequest, error: Exception) -> JSONResponse:
     return _error(500, f"{type(error).__name__}: {error}")
-
-
-def _add_limit(app: FastAPI, most: int) -> None:
-    """Refuse bodies of more than `most` bytes before they are read; the length must be told."""
-
-    @app.middleware("http")
-    async def limit(request: HttpRequest, call_next: Any) -> Response:
-        length = request.headers.get("content-length")
-        if request.method == "POST" and length is None:
-            return _error(413, "the body's length must be told (Content-Length)")
-        if length is not None and (not length.isdigit() or int(length) > most):
-            return _error(413, f"the body has {length} bytes; at most {most} are read")
-        answer: Response = await call_next(request)
-        return answer

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from peftx.decoding.text import check_length, request_of_ids
+from peftx.decoding.text import COLDEST, check_length, ids_for, request_of_ids
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.serving.prefix import PrefixCache
 from peftx.serving.server import Request, Server
@@ -74,6 +74,9 @@ class Job:
             self._send = send
 
     def finish(self, completion: Completion | None, error: Exception | None = None) -> None:
+        """Give the answer; what comes after the first one is not asked for any more."""
+        if self.future.done():
+            return
         if error is not None:
             self.future.set_exception(error)
         else:
@@ -169,7 +172,7 @@ class Engine:
     def ids_of(self, request: Request) -> list[int]:
         """The prompt's tokens. Raises PeftxError where there is none, or they do not fit with the answer."""
         with self._tokenizing:
-            ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+            ids = ids_for(self.server.stack, request.prompt)
         if not ids:
             raise PeftxError("the prompt has no tokens")
         check_length(self.server.stack, len(ids), request.max_tokens)
@@ -272,7 +275,7 @@ class Engine:
     def _run(self, jobs: list[Job]) -> None:
         first, stack = jobs[0].request, self.server.stack
         choice: dict[str, Any] = {"do_sample": False}
-        if first.temperature > 0:
+        if first.temperature >= COLDEST:
             choice = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
         if first.stop:
             choice["stop_strings"] = list(first.stop)

@@ -309,9 +309,7 @@ def _add_low_rank(deltas: tuple[Delta, ...], x: Tensor, y: Tensor) -> bool:
     return True
 
 
-def _folded(
-    entries: tuple[Entry, ...], weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _folded(entries: tuple[Entry, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The weights that these deltas make of a layer's own."""
     for entry in entries:
         weight, bias = entry.fold(weight, bias)
@@ -347,7 +345,9 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def child_name(children: Mapping[str, object], owner: str) -> str:
     """The owner's own name for what it attaches, numbered where it attached there before: `lora`, `lora@2`."""
-    return owner if owner not in children else next(n for i in count(2) if (n := f"{owner}@{i}") not in children)
+    return (
+        owner if owner not in children else next(n for i in count(2) if (n := f"{owner}@{i}") not in children)
+    )
 
 
 def drop_children(module: nn.Module, group: str, owner: str) -> None:

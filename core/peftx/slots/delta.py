@@ -24,9 +24,9 @@ class Delta(nn.Module):
     Deltas on a module nest in stack order: the first wraps the plain module, the second wraps the first, and so on.
     `x` is what this delta's own `pre` returned (the module's input if it has none), `y` what the layers inside gave.
 
-    A subclass implements `forward`; `pre`, `base` and `fold` where the method has them. `fold` alone makes an edit of the
-    weights: W' = fold(W) is computed at each call, which costs as much memory as the layer. What it does not define is
-    not there: the core looks at the class, never probes instances.
+    A subclass implements `forward`; `pre`, `base` and `fold` where the method has them. `fold` alone makes an edit of
+    the weights: W' = fold(W) is computed at each call, which costs as much memory as the layer. What it does not define
+    is not there: the core looks at the class, never probes instances.
     """
 
     full_precision: ClassVar[bool] = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
         bias = None if old_bias is None else old_bias.detach().to(compute)
         for entry in chosen:
             if entry.parameter == parameter:
-                weight, bias = entry.fold(weight, bias)
+                with _widened(entry.delta, compute):
+                    weight, bias = entry.fold(weight, bias)
         if bias is not None and not has_bias:
             raise MergeError(f"{chosen[0].owner}: {base_class(module).__name__} has no place for a bias")
         weight = weight.t().contiguous() if transposed else weight
@@ -72,6 +74,24 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
     if not keep:
         slot.originals.clear()
     slot.rebuild()
+
+
+@contextmanager
+def _widened(delta: Delta, dtype: torch.dtype) -> Iterator[None]:
+    """The delta's own numbers, and those of modules that it holds in a tuple, in the dtype that is computed in: products
+    of two narrow factors round too."""
+    held = [v for value in vars(delta).values() if isinstance(value, tuple) for v in value]
+    modules = [delta, *(value for value in held if isinstance(value, nn.Module))]
+    narrow = [t for m in modules for t in (*m.parameters(), *m.buffers())
+              if t.is_floating_point() and t.dtype != dtype and not t.is_meta]  # fmt: skip
+    kept = [(t, t.data) for t in {id(t): t for t in narrow}.values()]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def unmerge(module: nn.Module) -> None:

@@ -101,8 +101,10 @@ def conformance(
         plugin: an installed plugin's name, or a class.
         options: of the plugin; `Plugin.example` if left out.
         models: architectures; the core's five and `Plugin.architectures` if left out, as far as the hooks call for.
-        expected_failures: check or `arch-check` -> reason. Strict: one that passes is a failure.
-        not_on: architecture -> why the plugin does not work there; that it refuses is then checked.
+        expected_failures: check or `arch-check` -> reason; `Plugin.exempt` if left out. Strict: one that passes is a
+            failure.
+        not_on: architecture -> why the plugin does not work there; `Plugin.refuses` if left out. That it refuses, before
+            anything runs, is then checked.
         rows: to train and evaluate on, where those of the format that the plugin takes do not do.
 
     Raises:
@@ -188,7 +190,8 @@ def plan_checks(
 ) -> list[Planned]:
     """Which checks a plugin gets, in the order they run; nothing is built."""
     cls, id = (Registry().load(plugin), plugin) if isinstance(plugin, str) else (plugin, default_id(plugin))
-    refused = dict(not_on or {})
+    own = options is None or dict(options) == dict(cls.example)  # what the class says is of its example
+    refused = dict(not_on if not_on is not None else cls.refuses)
     chosen = [arch for arch in (default_models(cls) if models is None else models) if arch not in refused]
     for arch in (*chosen, *refused):
         if arch not in ARCHITECTURES:
@@ -204,7 +207,7 @@ def plan_checks(
         default_rows(cls) if rows is None else tuple(rows),
         refused,
     )
-    reasons = dict(expected_failures or {})
+    reasons = dict(expected_failures if expected_failures is not None else cls.exempt if own else {})
     bare = [
         Planned(check, subject, arch)
         for check in CHECKS

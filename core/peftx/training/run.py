@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from peftx.data import Collator, TrainingData, read_dataset, tokenize_dataset
-from peftx.data.formats import detect_format, format_of_keys
+from peftx.data.formats import checked_dataset, dataset_of, detect_format
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.files import read_json
 from peftx.models import asset_path
@@ -97,19 +97,13 @@ def as_training_data(
     else:
         if not len(data):
             raise DataError("no rows to train on")
-        if isinstance(data, Dataset):
-            rows = data
-        else:  # `Dataset.from_list` would drop the columns that the first row lacks
-            names = dict.fromkeys(name for row in data for name in row)
-            rows = Dataset.from_dict({name: [row.get(name) for row in data] for name in names})
-        kind = format if format != "auto" else _kind_of(set(rows.column_names))
+        gate = checked_dataset if isinstance(data, Dataset) else dataset_of
+        rows, kind = gate(data, format=format, columns=columns)  # type: ignore[operator]
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
     return TrainingData(
         train=rows, eval=None, tokenizer=stack.tokenizer, seed=seed, format=kind, max_length=max_length
     )
-
-
-def _kind_of(columns: set[str]) -> str:
-    return "tokenized" if {"input_ids", "labels"} <= columns else format_of_keys(columns, where="the rows")
 
 
 class _Watcher(TrainerCallback):

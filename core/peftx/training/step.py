@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftx.errors import PeftxError
+from peftx.training.shares import Over, Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,8 @@ class TrainStep:
             one). batch: keyword arguments of the model, labels included.
         index: optimizer steps done so far. micro: which micro-batch of this optimizer step, from 0.
         accumulation: micro-batches in this optimizer step. total: optimizer steps planned, None if unknown.
-        learning_rate: of the schedule, now. items: labelled tokens in all micro-batches of this step, if known.
+        learning_rate: of the schedule, now. share: this micro-batch's part of the optimizer step, of `stack.shares`;
+            equal parts if left out.
         memory: what plugins remember between steps; plain numbers, strings, lists and tensors, saved in checkpoints;
             the stack's own, of a loop of your own, if left out.
         backward: called with the scaled loss; `Tensor.backward` if left out.
@@ -44,7 +46,7 @@ class TrainStep:
         accumulation: int = 1,
         total: int | None = None,
         learning_rate: float = 0.0,
-        items: Tensor | int | None = None,
+        share: Share | None = None,
         memory: dict[str, Any] | None = None,
         backward: Callable[[Tensor], None] | None = None,
     ) -> None:
@@ -56,13 +58,14 @@ class TrainStep:
         self.accumulation = accumulation
         self.total = total
         self.learning_rate = learning_rate
-        self.items = items
+        self.share = share
         self.memory = memory if memory is not None else stack.memory
         self.losses: dict[str, float] = {}
         """Value of each term in the last `total_loss`, for the log."""
         self._backward = backward
-        self._terms: dict[str, tuple[LossTerm, float]] = {}
+        self._terms: dict[str, tuple[LossTerm, float, Over]] = {}
         self._task: Callable[[], tuple[Tensor, Any]] = self._task_loss
+        self._task_over: Over = "labels"
         self._gradients: list[GradientTransform] = []
 
     @property
@@ -89,37 +92,53 @@ class TrainStep:
         """Call the model on the batch, with some entries changed."""
         return self.module(**{**self.batch, **changes})
 
-    def add_loss(self, name: str, term: LossTerm, weight: float = 1.0) -> None:
+    def add_loss(self, name: str, term: LossTerm, weight: float = 1.0, *, over: Over = "labels") -> None:
         """Add `weight * term(outputs)` to the loss; `outputs` is what the model returned.
+
+        Args:
+            over: what the term is a mean over, so that accumulation weighs it rightly: labelled tokens, tokens of the
+                `inputs` that are no pads, `rows`, or nothing of the batch (`step`), as a norm of weights.
 
         A function and not a number, so that a step that evaluates the loss several times (MeZO) sees it too. A name
         that is taken gets a number, since a plugin may stand twice in a stack.
         """
         same = sum(known == name or known.startswith(f"{name} #") for known in self._terms)
-        self._terms[f"{name} #{same + 1}" if same else name] = (term, weight)
+        self._terms[f"{name} #{same + 1}" if same else name] = (term, weight, over)
 
-    def replace_task_loss(self, function: Callable[[], tuple[Tensor, Any]]) -> None:
-        """Compute the task's loss otherwise: a function that returns (loss, outputs); preference losses do this."""
-        self._task = function
+    def replace_task_loss(self, function: Callable[[], tuple[Tensor, Any]], *, over: Over = "labels") -> None:
+        """Compute the task's loss otherwise: a function that returns (loss, outputs); preference losses do this.
+
+        Args:
+            over: what the loss is a mean over, as in `add_loss`.
+        """
+        self._task, self._task_over = function, over
 
     def _task_loss(self) -> tuple[Tensor, Any]:
-        extra = {"num_items_in_batch": self.items} if self.items is not None else {}
-        outputs = self.forward(**extra)
+        # The mean over this micro-batch, as every model gives it; not all of them know the tokens of a whole step.
+        outputs = self.forward()
         if outputs.loss is None:
             raise PeftxError("the model returned no loss", hint="the batch needs 'labels'")
-        # Normalised by the tokens of all micro-batches already; undone here, since `backward` divides again.
-        scale = self.accumulation if self.items is not None else 1
-        return outputs.loss * scale, outputs
+        return outputs.loss, outputs
 
     def total_loss(self) -> Tensor:
-        """The task's loss plus all terms (0-d), mean over the micro-batch's labelled tokens."""
+        """The task's loss plus all terms (0-d), so weighed that the mean over the micro-batches of an optimizer step is
+        the loss of all of its rows at once."""
         loss, outputs = self._task()
         self.losses = {"task": float(loss.detach())}
-        for name, (term, weight) in self._terms.items():
+        loss = self._weighed(loss, self._task_over)
+        for name, (term, weight, over) in self._terms.items():
             value = term(outputs)
             self.losses[name] = float(value.detach())
-            loss = loss + weight * value
+            loss = loss + weight * self._weighed(value, over)
         return loss
+
+    def _weighed(self, mean: Tensor, over: Over) -> Tensor:
+        if self.share is None or over == "step":
+            return mean
+        weight = self.share[over] * self.accumulation
+        if weight == 0 and not bool(mean.detach().isfinite()):  # a mean over nothing
+            return sum((p.sum() * 0 for p in self.parameters()), start=torch.zeros((), device=mean.device))
+        return mean if weight == 1 else mean * weight
 
     # -- gradients -----------------------------------------------------------------------------------------------
 

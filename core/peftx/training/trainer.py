@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import secrets
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from peftx.errors import BundleError, PeftxError
 from peftx.files import plain_files, read_json, read_tensors, sha256, staging, telling_what_was_not_written
 from peftx.training.optimizer import optimizer_for
+from peftx.training.shares import shares
 from peftx.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.training.step import TrainStep
 
@@ -59,6 +62,7 @@ class StackTrainer(Trainer):
         self.memory: dict[str, Any] = {}
         self.loss_terms: dict[str, float] = {}
         self._micro = 0
+        self._shares: list[dict[str, float]] = []
         self._staging: Path | None = None
         self._written: list[Path] = []
         super().__init__(
@@ -83,7 +87,7 @@ class StackTrainer(Trainer):
             accumulation=accumulation,
             total=self.state.max_steps,
             learning_rate=self._get_learning_rate(),
-            items=num_items_in_batch if self.model_accepts_loss_kwargs else None,
+            share=self._shares[self._micro] if accumulation > 1 else None,
             memory=self.memory,
             backward=self.accelerator.backward,
         )
@@ -99,6 +103,15 @@ class StackTrainer(Trainer):
                     + (", or dtype: bfloat16" if self.stack.model.dtype == torch.float16 else ""),
                 )
         return loss / accumulation  # the log sums over the micro-batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The micro-batches of one optimizer step; what part of it each is, is known from here on."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._micro = 0
+        self._shares = shares(self.stack.model, batches) if len(batches) > 1 else []
+        return batches, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or SGD over what trains; a step that makes no gradients leaves the optimizer idle."""

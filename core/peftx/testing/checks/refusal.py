@@ -40,13 +40,21 @@ def check_carries_or_refuses(case: Case) -> None:
 
 @check(on="refused")
 def check_refuses(case: Case) -> None:
-    """An architecture that the author names as out of reach is refused with a message."""
+    """An architecture that the author names as out of reach is refused with a message, before anything runs."""
+    try:
+        stack = case.training_stack() if case.subject.implements("train_step") else case.stack()
+    except PeftxError as error:
+        _is_clear(case, error)
+        return
     try:
         _use(case)
     except PeftxError as error:
-        _is_clear(case, error)
-    else:
-        raise AssertionError(f"it works on {case.arch}; take it out of not_on")
+        raise AssertionError(
+            f"it is refused on {case.arch}, but only after the stack was built and worked on: raise that in "
+            f"`suits(model)` ({error.message})"
+        ) from error
+    assert stack is not None
+    raise AssertionError(f"it works on {case.arch}; take it out of `refuses`")
 
 
 CHECKS = (check_carries_or_refuses, check_refuses)

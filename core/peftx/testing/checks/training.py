@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from peftx.data import IGNORE
 from peftx.plugin import Claim
 from peftx.testing.case import (
     Case,
@@ -151,6 +152,43 @@ def _half_tensors(case: Case) -> set[str]:
     return {n for n, t in base_tensors(case.model(torch.bfloat16)).items() if t.dtype == torch.bfloat16}
 
 
+@check(when=_has_gradients)
+def check_accumulation_makes_the_same_step(case: Case) -> None:
+    """The gradient of some rows is the same whether they come at once or one by one, with unlike numbers of labels."""
+    stack = case.training_stack()
+    if stack.model.config.model_type == "clip":
+        return  # its loss is of pairs of rows, so what stands beside a row matters
+    case.perturb(stack)
+    stack.model.eval()  # dropout draws otherwise
+    batch = case.batch(stack)
+    labels = batch["labels"]
+    if labels.ndim == 2 and bool((labels[1] != IGNORE).all()):
+        batch["labels"] = labels.clone()
+        batch["labels"][1, : labels.shape[1] // 2] = IGNORE
+    rows = len(labels)
+    parts = [
+        {n: v[i : i + 1] if isinstance(v, torch.Tensor) and len(v) == rows else v for n, v in batch.items()}
+        for i in range(rows)
+    ]
+    found = []
+    for batches in ([batch], parts):
+        stack.model.zero_grad()
+        torch.manual_seed(0)
+        for micro, (part, share) in enumerate(zip(batches, stack.shares(batches), strict=True)):
+            stack.train_step(dict(part), micro=micro, accumulation=len(batches), share=share)
+        found.append({n: p.grad.clone() for n, p in stack.model.named_parameters() if p.grad is not None})
+    whole, cut = found
+    assert whole.keys() == cut.keys(), (
+        f"other parameters get a gradient: {sorted(whole.keys() ^ cut.keys())[:3]}"
+    )
+    scale = max((float(g.abs().max()) for g in whole.values()), default=0.0)
+    for name, gradient in whole.items():
+        wrong = difference(cut[name], gradient) / max(scale, 1e-12)
+        assert wrong <= 1e-4, (
+            f"gradient of {name}, rows one by one and at once: {wrong:.3g} of the largest gradient"
+        )
+
+
 CHECKS = (
     check_every_parameter_gets_a_gradient,
     check_step_returns_the_loss,
@@ -158,5 +196,6 @@ CHECKS = (
     check_remove_restores_base,
     check_disable_restores_base,
     check_gradient_checkpointing,
+    check_accumulation_makes_the_same_step,
     check_bfloat16,
 )

@@ -200,7 +200,7 @@ class Dynmole(Plugin):
         mixtures: list[Any] = [part.module for part in step.stack.ledger.of(id)]
         for mixture in mixtures:
             mixture.watched = True
-        step.add_loss(id, lambda _: self.loss(mixtures, step.batch))
+        step.add_loss(id, lambda _: self.loss(mixtures, step.batch), over="inputs")
         try:
             return (yield)
         finally:  # only now: a checkpointed layer runs again in the backward pass

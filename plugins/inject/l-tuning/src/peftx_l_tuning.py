@@ -231,7 +231,7 @@ class LTuning(Plugin):
             logits, outputs = self.ask(step.forward, step.batch, chosen)
             return F.cross_entropy(logits, holds), outputs
 
-        step.replace_task_loss(loss)
+        step.replace_task_loss(loss, over="rows")
         try:
             return (yield)
         finally:

@@ -151,6 +151,7 @@ class Lofit(Plugin):
                 step.stack.id_of(self),
                 lambda _: sum(edit.A.abs().sum() for edit in self.edits),
                 self.config.l1,
+                over="step",
             )
         return (yield)
 

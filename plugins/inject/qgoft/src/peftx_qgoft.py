@@ -134,7 +134,7 @@ class Qgoft(Plugin):
         weight = PENALTY if self.config.penalty is None else self.config.penalty
         if self.config.form == "quasi" and weight > 0:
             id = step.stack.id_of(self)
-            step.add_loss(id, lambda _: self.defect(step.stack, id), weight=weight)
+            step.add_loss(id, lambda _: self.defect(step.stack, id), weight=weight, over="step")
         return (yield)
 
     @staticmethod

@@ -259,7 +259,7 @@ class SkTuning(Plugin):
             scores, outputs = self.scores(step.forward, step.batch["attention_mask"])
             return F.cross_entropy(scores, target), outputs
 
-        step.replace_task_loss(loss)
+        step.replace_task_loss(loss, over="rows")
         return (yield)
 
     def scores(self, forward: Callable[[], Any], mask: Tensor) -> tuple[Tensor, Any]:

@@ -194,7 +194,7 @@ class Deft(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         observers = [module for module in step.model.modules() if isinstance(module, Observer)]
         with watching(observers, partial(density, eps=self.config.eps)):
-            step.add_loss("density", lambda _: _total(step, observers), weight=self.config.alpha)
+            step.add_loss("density", lambda _: _total(step, observers), weight=self.config.alpha, over="rows")
             return (yield)
 
     @hookimpl

@@ -225,7 +225,7 @@ class DpoPrefixSharing(Plugin):
             h = ratio[:, 0] - ratio[:, 1]
             return preference_loss(h, self.config.beta, self.config.loss).mean(), outputs
 
-        step.replace_task_loss(task)
+        step.replace_task_loss(task, over="rows")
         return (yield)
 
     def reference(self, step: TrainStep) -> list[tuple[nn.Parameter, Tensor]]:

@@ -145,7 +145,7 @@ class LtSft(Plugin):
                     "lt-sft: phase 2 without a mask", hint="start before it: at the rewind, or at step 0"
                 )
         if self.config.l1:
-            step.add_loss("l1", lambda _: self.distance(), weight=self.config.l1)
+            step.add_loss("l1", lambda _: self.distance(), weight=self.config.l1, over="step")
         if self.chosen():
             rewound = step.index == self.state.get("rewound")
             step.on_gradients(lambda _: self.before_update(rewound=rewound))

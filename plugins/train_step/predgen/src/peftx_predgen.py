@@ -262,7 +262,7 @@ class Predgen(Plugin):
                 L_task = F.cross_entropy(self.director(Z[:, 1:]).float(), target)
             return alignment(L_gen, L_task), outputs
 
-        step.replace_task_loss(loss)
+        step.replace_task_loss(loss, over="rows")
         return (yield)
 
     @staticmethod
