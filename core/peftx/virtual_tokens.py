@@ -2,7 +2,8 @@
 
 The *base* model (`LlamaModel` inside `LlamaForCausalLM`, `OPTDecoder` inside `OPTModel`) becomes a subclass of itself
 that puts the learned rows in front of the embedded input when the cache is empty and drops their rows from the output,
-so every head, loss and generation loop above it works unchanged. In an encoder-decoder model they stand in front of
+so every head, loss and generation loop above it works unchanged. Pads on the left stay in front of them: what a row
+says must not depend on the rows beside it, also where distance counts (state spaces, windows). In an encoder-decoder model they stand in front of
 the encoder's input, and the decoder attends to them.
 """
 
@@ -86,8 +87,7 @@ class _BaseModelSlot:
         if not length or past:
             if length:
                 _check_past(attention_mask, position_ids, seen_before, new)
-                if attention_mask is not None:
-                    attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+                attention_mask = _with_rows(attention_mask, length)
             if positions is not None:
                 positions = positions + (length + prompt.shift)
             call |= _given(attention_mask=attention_mask, position_ids=positions)
@@ -97,14 +97,15 @@ class _BaseModelSlot:
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        at: int = self._peftx_at  # type: ignore[attr-defined]
+        first: int = self._peftx_at  # type: ignore[attr-defined]
+        at = first if first else _pads(attention_mask)
         inputs_embeds = _insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
         if attention_mask is not None:
-            seen = torch.ones(1, length, dtype=attention_mask.dtype, device=attention_mask.device)
-            attention_mask = _insert(attention_mask, seen.expand(attention_mask.shape[0], -1), at)
+            attention_mask = _insert(attention_mask, attention_mask.new_ones(len(attention_mask), length), at)
         if positions is not None:
-            own = torch.arange(at, at + length, device=positions.device).expand(positions.shape[0], -1)
-            positions = torch.cat((positions[:, :at], own, positions[:, at:] + length), 1) + prompt.shift
+            own = torch.arange(first, first + length, device=positions.device).expand(positions.shape[0], -1)
+            later = torch.cat((positions[:, :first], positions[:, first:] + length), 1)
+            positions = _insert(later, own, at) + prompt.shift
         if (types := call.get("token_type_ids")) is not None:
             call["token_type_ids"] = _insert(types, types.new_zeros(types.shape[0], length), at)
         call |= _given(attention_mask=attention_mask, position_ids=positions)
@@ -116,10 +117,14 @@ class _BaseModelSlot:
     ) -> Tensor | None:
         """Positions of the `new` tokens as the caller counts them, [B, new] or [1, new]; None: the model's own will do.
 
-        Pads on the left stand between the rows and the text, so there the text is counted without them (T5, BART and
-        Mamba take no positions: with them, pad on the right).
+        Pads on the left are not counted, whatever the model itself would do.
         """
         if given is not None:
+            if given.ndim != 2:
+                raise ArchitectureError(
+                    f"positions of shape {tuple(given.shape)} have no place for soft tokens",
+                    hint="[rows, tokens]",
+                )
             return given
         if "position_ids" not in _parameters(self._peftx_base):  # type: ignore[attr-defined]
             return None
@@ -159,7 +164,7 @@ class _CrossAttentionSlot:
         if mask is not None and encoder_hidden_states is not None:
             missing = encoder_hidden_states.shape[1] - mask.shape[-1]
             if missing > 0:
-                kwargs["encoder_attention_mask"] = nn.functional.pad(mask, (missing, 0), value=1)
+                kwargs["encoder_attention_mask"] = _with_rows(mask, missing)
         return super().forward(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)  # type: ignore[misc]
 
 
@@ -238,8 +243,41 @@ def _check_past(mask: Tensor | None, positions: Tensor | None, past: int, new: i
         )
 
 
-def _insert(tensor: Tensor, rows: Tensor, at: int) -> Tensor:
-    return torch.cat((tensor[:, :at], rows, tensor[:, at:]), 1)
+def _pads(mask: Tensor | None) -> int | Tensor:
+    """Pads in front of each row, [B]; 0 where there are none."""
+    if mask is None or bool(mask[:, 0].all()):
+        return 0
+    return (mask.cumsum(1) == 0).sum(1)
+
+
+def _with_rows(mask: Tensor | None, length: int) -> Tensor | None:
+    """A mask of the caller's tokens as one of these and the soft tokens, which stand behind the pads in front."""
+    return None if mask is None else _insert(mask, mask.new_ones(len(mask), length), _pads(mask))
+
+
+def _insert(tensor: Tensor, rows: Tensor, at: int | Tensor) -> Tensor:
+    """[B, T, ...] and [B, P, ...] -> [B, T + P, ...]: the rows from column `at` on, which may be another in each row."""
+    if isinstance(at, int):
+        return torch.cat((tensor[:, :at], rows, tensor[:, at:]), 1)
+    T, P = tensor.shape[1], rows.shape[1]
+    column, at = torch.arange(T + P, device=tensor.device), at[:, None]
+    index = torch.where(
+        column < at, column, torch.where(column < at + P, T + column - at, column - P)
+    )  # [B, T + P]
+    return _take(torch.cat((tensor, rows), 1), index)
+
+
+def _without(tensor: Tensor, length: int, at: int | Tensor) -> Tensor:
+    """The inverse of `_insert`: [B, T + P, ...] -> [B, T, ...]."""
+    if isinstance(at, int):
+        return torch.cat((tensor[:, :at], tensor[:, at + length :]), 1) if at else tensor[:, length:]
+    column = torch.arange(tensor.shape[1] - length, device=tensor.device)
+    return _take(tensor, torch.where(column < at[:, None], column, column + length))
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """[B, N, ...], [B, T] -> [B, T, ...]."""
+    return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], index]
 
 
 def _place(model: PreTrainedModel, host: nn.Module) -> int:
@@ -262,17 +300,13 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-def _drop(out: Any, at: int, length: int) -> Any:
+def _drop(out: Any, at: int | Tensor, length: int) -> Any:
     """Remove the prompt's rows from what the base model returns."""
-
-    def without(rows: Tensor) -> Tensor:
-        return torch.cat((rows[:, :at], rows[:, at + length :]), 1) if at else rows[:, length:]
-
     if isinstance(out, tuple):
-        return (without(out[0]), *out[1:])
-    out.last_hidden_state = without(out.last_hidden_state)
+        return (_without(out[0], length, at), *out[1:])
+    out.last_hidden_state = _without(out.last_hidden_state, length, at)
     if out.get("hidden_states") is not None:
-        out.hidden_states = tuple(without(rows) for rows in out.hidden_states)
+        out.hidden_states = tuple(_without(rows, length, at) for rows in out.hidden_states)
     return out
 
 
@@ -320,6 +354,11 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
     if "inputs_embeds" not in _parameters(type(host)):
         raise ArchitectureError(
             f"{type(host).__name__} takes no inputs_embeds, so nothing can stand before its input"
+        )
+    if "per_layer_inputs" in _parameters(type(host)):
+        raise ArchitectureError(
+            f"{type(host).__name__} looks its tokens up once more in every layer, where soft tokens have no id",
+            hint="a method that works on weights or attention, such as lora or p-tuning-v2",
         )
     prompt = host.__dict__[STATE] = _Prompt()
     host.__dict__["_peftx_at"] = _place(model, host)

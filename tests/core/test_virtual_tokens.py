@@ -64,16 +64,18 @@ def run(model: PreTrainedModel, padding: Padding = None, **more: Tensor) -> Tens
 def written_out(
     model: PreTrainedModel, rows: Tensor, inputs: dict[str, Tensor], *, at: int = 0
 ) -> tuple[dict[str, Tensor], int]:
-    """The same input with the rows spelled out as embeddings; `at`: tokens that stand before them."""
+    """The same input with the rows spelled out as embeddings; `at`: tokens that stand before them, beside pads in front."""
     ids = inputs["input_ids"]
     embedded = model.get_input_embeddings()(ids)
     rows = rows.expand(ids.shape[0], -1, -1)
     mask = inputs["attention_mask"]
     ones = torch.ones(ids.shape[0], rows.shape[1], dtype=mask.dtype)
-    spelled = {
-        "inputs_embeds": torch.cat((embedded[:, :at], rows, embedded[:, at:]), 1),
-        "attention_mask": torch.cat((mask[:, :at], ones, mask[:, at:]), 1),
-    }
+    places = [at + int((one.cumsum(0) == 0).sum()) for one in mask]
+
+    def joined(own: Tensor, new: Tensor) -> Tensor:
+        return torch.stack([torch.cat((o[:n], r, o[n:])) for o, r, n in zip(own, new, places, strict=True)])
+
+    spelled = {"inputs_embeds": joined(embedded, rows), "attention_mask": joined(mask, ones)}
     if "position_ids" in inspect.signature(model.forward).parameters and not mask[:, 0].all():
         spelled["position_ids"] = (spelled["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # pads do not count
     if "decoder_input_ids" in inputs:
@@ -84,19 +86,43 @@ def written_out(
 @pytest.mark.parametrize("arch", DECODERS)
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 def test_decoders_equal_embeddings_written_out(arch: str, padding: Padding) -> None:
-    """Rows in front of everything, the pads included; logits of the caller's own length."""
+    """Rows in front of the text, behind the pads; logits of the caller's own length."""
     model = tiny(arch)
     reference = copy.deepcopy(model)
     _, prompts = prompted(model, 3)
     inputs = example_inputs(model, padding=padding)
     spelled, length = written_out(reference, prompts[0].table, inputs)
     with torch.no_grad():
-        expected = reference(**spelled).logits[:, length:]
+        expected = reference(**spelled).logits
         actual = model(**inputs).logits
-    assert actual.shape == expected.shape
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+    mask = inputs["attention_mask"]
+    assert actual.shape == (*mask.shape, expected.shape[-1])
+    real = mask.bool()
+    behind = torch.stack([
+        torch.cat((row[:pads], row[pads + length :]))
+        for row, pads in zip(expected, (mask.cumsum(1) == 0).sum(1).tolist(), strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(actual[real], behind[real], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actual[real], run(reference, padding)[real], atol=1e-2)
+
+
+@pytest.mark.parametrize("arch", ["mamba", "gemma2", "gemma3", "mistral", "bloom", "llama"])
+def test_a_batch_writes_what_each_prompt_alone_writes(arch: str) -> None:
+    """Also where distance counts: a state space, sliding windows, ALiBi."""
+    options = {"sliding_window": 6} if arch in ("gemma2", "gemma3", "mistral") else {}
+    model = tiny(arch, **options)
+    prompted(model, 4)
+    rows = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 2, 5)]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=2) for row in rows])
+    mask = torch.stack(
+        [torch.ones(longest).long().index_fill(0, torch.arange(longest - len(row)), 0) for row in rows]
+    )
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": 319, "pad_token_id": 2}
+    together = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:]
+    for row, found in zip(rows, together, strict=True):
+        alone = model.generate(input_ids=row[None], attention_mask=torch.ones(1, len(row)).long(), **settings)
+        assert found.tolist() == alone[0, len(row) :].tolist()
 
 
 @pytest.mark.parametrize("arch", DECODERS)

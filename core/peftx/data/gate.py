@@ -81,7 +81,7 @@ def _is_clean(column: pa.ChunkedArray, name: str) -> bool:
         if messages.null_count or not texts:
             return False
         if not set(compute.unique(role).to_pylist()) <= set(ROLES):
-            return False
+            return False  # or other speakers: looked at one by one
     return True
 
 
@@ -137,8 +137,14 @@ def _check_messages(messages: object, place: str) -> None:
         if not isinstance(message["content"], str):
             raise DataError(f"{at}: 'content' must be a string, got {json_type(message['content'])}")
         _check_encodes(message["content"], f"{at}: 'content'")
-        if message["role"] not in ROLES:
+        role = message["role"]
+        if not isinstance(role, str) or not role.strip() or "\n" in role:
             raise DataError(
-                f"{at}: role {message['role']!r}; roles are {', '.join(ROLES)}",
-                hint=nearest(str(message["role"]), ROLES) or None,
+                f"{at}: 'role' must be a name, got {role!r}", hint=f"{', '.join(ROLES)}, or another speaker"
+            )
+        if role not in ROLES and (
+            near := nearest(role, ROLES)
+        ):  # other speakers are the template's or a plugin's to know
+            raise DataError(
+                f"{at}: role {role!r}; roles are {', '.join(ROLES)}, or other speakers", hint=near
             )
