@@ -27,6 +27,7 @@ from peftx.slots import (
     kind_of,
     slot_of,
     snapshot,
+    without_fast_path,
 )
 from peftx.slots.carrier import CHILD
 
@@ -171,8 +172,9 @@ class Ledger:
         _settle(delta, site.module, full_precision=delta.full_precision)
         attach(
             site.module, delta, name=name, owner=view.owner, rank=view.rank,
-            parameter=site.parameter, rows=site.rows, kind=kind,
+            parameter=site.parameter, rows=site.rows, transposed=site.transposed, kind=kind,
         )  # fmt: skip
+        give_back = without_fast_path(self.model, site.path, site.module)
         self.parts.append(
             Part(
                 view.owner,
@@ -181,10 +183,15 @@ class Ledger:
                 delta,
                 place=site.module,
                 path=site.path,
-                undo=lambda: detach(site.module, view.owner),
+                undo=lambda: self._detach(site.module, view.owner, give_back),
                 switch=lambda on: enable(site.module, view.owner, on),
             )
         )
+
+    @staticmethod
+    def _detach(module: nn.Module, owner: str, give_back: Callable[[], None]) -> None:
+        detach(module, owner)
+        give_back()
 
     def add_base(self, view: ModelView, site: Site, names: tuple[str, ...]) -> list[nn.Parameter]:
         module = site.module

@@ -272,8 +272,8 @@ def read_config(source: str | Path, *, trust_remote_code: bool) -> PretrainedCon
         needs_code = "trust_remote_code" in str(error)
         raise BundleError(
             f"model '{source}' cannot be read: {type(error).__name__}: {_first_line(error)}",
-            hint="it brings Python code along: --trust-remote-code (in Python trust_remote_code=True) runs that, for those "
-            "who trust its authors"
+            hint="it brings Python code along, which --trust-remote-code runs (in Python trust_remote_code=True), for "
+            "those who trust its authors"
             if needs_code
             else f"give a local folder, a hub id that is in your cache, or {TINY}",
         ) from error

@@ -70,6 +70,8 @@ def plan(
                     PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
                 )
     modules, saved = _touched(stack, members, conflicts)
+    reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
+    planned = tuple(s.model_copy(update={"detail": reach}) if s.name == "inject" else s for s in planned)
     trainable = stack.trainable_parameters()
     added = sum(m.params for m in modules)
     totals = Totals(
@@ -86,6 +88,23 @@ def plan(
         conflicts=tuple(conflicts),
         totals=totals,
     )
+
+
+def _reach(stack: Stack) -> float:
+    """The share of the numbers in the layers' matrices that plugins stand on, or train."""
+    places = [
+        p.place if p.kind == "delta" else p.module for p in stack.ledger.parts if p.kind in ("delta", "base")
+    ]
+    touched = {
+        id(t): t
+        for m in places
+        if m is not None
+        for t in m._parameters.values()
+        if t is not None and t.ndim > 1
+    }
+    inside = sum(t.numel() for t in touched.values())
+    _, total, _ = stack.anatomy.uncovered()
+    return min(1.0, inside / total) if total else 0.0
 
 
 def _own(stack: Stack, member: Member) -> list[torch.Tensor]:

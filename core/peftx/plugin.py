@@ -152,8 +152,8 @@ class Plugin:
         """
 
     def suits(self, model: ModelView) -> None:
-        """Refuse a model on which the method has no place; asked of every plugin of a stack before anything runs, on the
-        meta device too (`peftx plan`). What `inject` refuses by itself need not be said here.
+        """Refuse a model on which the method has no place. Asked of every plugin of a stack before anything runs, on
+        the meta device too (`peftx plan`). What `inject` refuses by itself need not be said here.
 
         Raises:
             ArchitectureError: names the model, and what does.

@@ -3,8 +3,8 @@
 The *base* model (`LlamaModel` inside `LlamaForCausalLM`, `OPTDecoder` inside `OPTModel`) becomes a subclass of itself
 that puts the learned rows in front of the embedded input when the cache is empty and drops their rows from the output,
 so every head, loss and generation loop above it works unchanged. Pads on the left stay in front of them: what a row
-says must not depend on the rows beside it, also where distance counts (state spaces, windows). In an encoder-decoder model they stand in front of
-the encoder's input, and the decoder attends to them.
+says must not depend on the rows beside it, also where distance counts (state spaces, windows). In an encoder-decoder
+model they stand in front of the encoder's input, and the decoder attends to them.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _with_rows(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def _insert(tensor: Tensor, rows: Tensor, at: int | Tensor) -> Tensor:
-    """[B, T, ...] and [B, P, ...] -> [B, T + P, ...]: the rows from column `at` on, which may be another in each row."""
+    """[B, T, ...] and [B, P, ...] -> [B, T + P, ...]: the new rows from column `at` on, [B] where these differ."""
     if isinstance(at, int):
         return torch.cat((tensor[:, :at], rows, tensor[:, at:]), 1)
     T, P = tensor.shape[1], rows.shape[1]

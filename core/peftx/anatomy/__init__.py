@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftx.anatomy.anatomy import Anatomy, TowerFacts, count_by_role
+from peftx.anatomy.anatomy import Anatomy, TowerFacts
 from peftx.anatomy.site import Site
 from peftx.anatomy.table import Fused, Stacked, Table, Tower
 from peftx.anatomy.targets import Targets
@@ -18,5 +18,4 @@ __all__ = [
     "Targets",
     "Tower",
     "TowerFacts",
-    "count_by_role",
 ]

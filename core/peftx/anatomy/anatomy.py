@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftx.anatomy.site import Site
-from peftx.anatomy.table import Fused, Table, Tower
+from peftx.anatomy.table import Fused, Stacked, Table, Tower
 from peftx.errors import ArchitectureError, nearest
-from peftx.slots import Rows, base_class, is_ours
+from peftx.slots import Rows, base_class, is_map, is_ours
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_ROUTES = re.compile(r"(^|\.)(router|gate)(\.|$)")
+_NO_MATRICES = ("embedding", "norm", "convolution")
 # The tower's own name first: BART and Whisper map the general names to the encoder's.
 _HEADS = ("{tower}_attention_heads", "num_attention_heads", "num_heads", "n_head")
 _KV_HEADS = ("{tower}_attention_heads", "num_key_value_heads")
@@ -35,7 +37,7 @@ class TowerFacts:
     kv_heads: int
     head_dim: int
     attention: tuple[str, ...]
-    """Paths of the modules that call the attention interface, by layer."""
+    """Paths of the modules that call the attention interface, by layer; empty where a layer has none."""
     cross_attention: tuple[str, ...] = ()
 
     @property
@@ -135,8 +137,9 @@ class Anatomy:
         """The module of layer `layer` that calls the attention interface."""
         facts = self.towers[tower] if tower else self.main
         paths = facts.attention if role == "attention" else facts.cross_attention
-        if not paths:
-            raise ArchitectureError(f"{self.config.model_type}: the {facts.name} has no {role}")
+        if not paths or not paths[layer]:
+            where = f"layer {layer} of the {facts.name}" if paths else f"the {facts.name}"
+            raise ArchitectureError(f"{self.config.model_type}: {where} has no {role}")
         return Site(role, paths[layer], self._modules[paths[layer]], "block", facts.name, layer)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -179,26 +182,7 @@ class Anatomy:
             for fused in tower.fused:
                 self._add_fused(fused, layer, index, facts)
             for stack in tower.stacked:
-                hit = self._find(stack.path, layer)
-                if hit is None or stack.parameter not in hit[1]._parameters:
-                    continue
-                total = hit[1]._parameters[stack.parameter].shape[-2]
-                part = total // len(stack.roles)
-                for i, role in enumerate(stack.roles):
-                    rows = Rows(total, i * part, (i + 1) * part) if len(stack.roles) > 1 else None
-                    self.sites.append(
-                        Site(
-                            role,
-                            hit[0],
-                            hit[1],
-                            "experts",
-                            tower.name,
-                            index,
-                            stack.parameter,
-                            rows,
-                            stack.roles,
-                        )
-                    )
+                self._add_stacked(stack, layer, index, tower.name)
             for role, path in tower.blocks.items():
                 if (hit := self._find(path, layer)) is not None:
                     self.sites.append(Site(f"block.{role}", *hit, "block", tower.name, index))
@@ -219,7 +203,8 @@ class Anatomy:
         def paths(role: str) -> tuple[str, ...]:
             if role not in dispatch:
                 return ()
-            return tuple(self._find(dispatch[role], f"{base}.{i}")[0] for i in range(layers))  # type: ignore[index]
+            found = [self._find(dispatch[role], f"{base}.{i}") for i in range(layers)]
+            return tuple(hit[0] if hit is not None else "" for hit in found)
 
         return TowerFacts(
             tower.name, layers, hidden, heads, kv_heads if heads else 0, head_dim, paths("attention"),
@@ -238,8 +223,11 @@ class Anatomy:
         called: bool = False,
     ) -> None:
         hit = self._find(path, layer)
-        if hit is not None:
-            self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called))
+        if hit is None:
+            return
+        # torch's attention takes the weight of its output projection, and never calls it.
+        read = read or isinstance(self._modules.get(hit[0].rpartition(".")[0]), nn.MultiheadAttention)
+        self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called))
 
     def _add_fused(self, fused: Fused, layer: str, index: int, facts: TowerFacts) -> None:
         hit = self._find(fused.path, layer)
@@ -259,6 +247,50 @@ class Anatomy:
                 Site(role, name, module, _kind(module, role), facts.name, index, "weight", rows, fused.roles)
             )
 
+    def _add_stacked(self, stack: Stacked, layer: str, index: int, tower: str) -> None:
+        hit = self._find(stack.path, layer)
+        parameter = None if hit is None else hit[1]._parameters.get(stack.parameter)
+        if hit is None or parameter is None:
+            return
+        total, count = parameter.shape[-1 if stack.transposed else -2], len(stack.roles)
+        part = total // count
+        for i, role in enumerate(stack.roles):
+            rows = None
+            if count > 1 and stack.layout == "interleaved":
+                rows = Rows(total, heads=part, parts=count, part=i)
+            elif count > 1:
+                rows = Rows(total, i * part, (i + 1) * part)
+            self.sites.append(
+                Site(
+                    role, *hit, "experts", tower, index, stack.parameter, rows, stack.roles,
+                    transposed=stack.transposed,
+                )
+            )  # fmt: skip
+
+    def uncovered(self) -> tuple[int, int, list[str]]:
+        """Matrices inside the layers that `targets: all` leaves out: in no table, and by their form no linear layers.
+        Routers, embeddings, norms and convolutions are not counted, since `all` does not mean them.
+
+        Returns:
+            (their numbers, numbers of all matrices inside the layers, their names).
+        """
+        known = {id(s.module._parameters.get(s.parameter)) for s in self.sites if s.kind != "block"}
+        left, total, names = 0, 0, []
+        from peftx.anatomy.lookup import layer_stacks
+
+        stacks = tuple(f"{path}." for path in layer_stacks(self._modules))
+        for name, module in self._modules.items():
+            if not f"{name}.".startswith(stacks) or _kind(module, "") in _NO_MATRICES or _ROUTES.search(name):
+                continue
+            for leaf, parameter in module._parameters.items():
+                if parameter is None or parameter.ndim not in (2, 3):
+                    continue
+                total += parameter.numel()
+                if id(parameter) not in known:
+                    left += parameter.numel()
+                    names.append(f"{name}.{leaf}")
+        return left, total, names
+
     def _add_others(self) -> None:
         """Linear layers that no table names: selectable by regular expression only."""
         known = {id(site.module) for site in self.sites if site.kind != "block"}
@@ -274,7 +306,7 @@ class Anatomy:
 def _kind(module: nn.Module, role: str) -> str:
     base = base_class(module)
     if issubclass(base, nn.Linear | Conv1D):
-        return "linear"
+        return "linear" if is_map(module) else "block"
     if role == "router":
         return "router"
     if issubclass(base, nn.Embedding):
@@ -309,11 +341,3 @@ def _part_sizes(fused: Fused, total: int, facts: TowerFacts) -> list[int]:
             f"'{fused.path}' has {total} rows, its roles {', '.join(fused.roles)} need {sizes}"
         )
     return sizes
-
-
-def count_by_role(sites: list[Site]) -> Mapping[str, int]:
-    """Role -> number of sites, in order of first appearance."""
-    counts: dict[str, int] = {}
-    for site in sites:
-        counts[site.role] = counts.get(site.role, 0) + 1
-    return counts

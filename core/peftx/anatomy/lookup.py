@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftx.anatomy.table import Table, Tower
+from peftx.anatomy.table import Stacked, Table, Tower
 from peftx.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -51,53 +52,133 @@ def table_for(model_type: str) -> Table | None:
     return _tables().get(model_type)
 
 
-def known_types() -> list[str]:
-    """All `model_type`s with a table."""
-    return sorted(_tables())
+def layer_stacks(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the lists of layers: outermost lists whose members hold matrices and are no lone linear layers."""
+    found: list[str] = []
+    for name, module in modules.items():
+        if (
+            not isinstance(module, nn.ModuleList)
+            or not len(module)
+            or name.startswith(tuple(f"{f}." for f in found))
+        ):
+            continue
+        if all(_holds_matrices(member) for member in module):
+            found.append(name)
+    return found
+
+
+def _holds_matrices(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Linear | Conv1D | nn.ModuleList):
+        return False
+    return any(isinstance(m, nn.Linear | Conv1D) or _stacked(m) for m in layer.modules())
+
+
+def _stacked(module: nn.Module) -> list[str]:
+    """Names of parameters that hold one matrix for each of several experts."""
+    if isinstance(module, nn.Conv1d):
+        return []
+    return [
+        name
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim == 3 and min(p.shape[1:]) > 1
+    ]
 
 
 def infer(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Table:
-    """Guess a table: the longest list of equal layers is the tower; linear layers get roles from their names.
+    """Guess a table: each list of layers is a tower; linear layers, and experts, get roles from their names, read off
+    every kind of layer that a tower has.
 
     Raises:
-        ArchitectureError: no list of equal layers.
+        ArchitectureError: no list of layers.
     """
-    lists = [
-        (len(module), name)
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(m) for m in module}) == 1
-        and any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
-    ]  # fmt: skip
-    if not lists:
+    stacks = layer_stacks(modules)
+    if not stacks:
         raise ArchitectureError(
             f"no layers found in {type(model).__name__} (model_type '{model.config.model_type}')",
             hint="publish a table under the entry point group 'peftx.anatomies' (see CONTRIBUTING.md)",
         )
-    layers = max(lists, key=lambda pair: (pair[0], -len(pair[1])))[1]
-    first = f"{layers}.0."
+    head = next((n for n, m in modules.items() if m is model.get_output_embeddings() and m is not None), None)
+    speaks = _speaker(stacks, model, head)
+    towers: list[Tower] = []
+    for path in stacks:
+        name = "decoder" if path == speaks else _tower_name(path)
+        same = sum(tower.name.rstrip("0123456789") == name for tower in towers)
+        towers.append(_tower(f"{name}{same + 1}" if same else name, path, stacks, modules))
+    outside = [
+        n
+        for n, m in modules.items()
+        if isinstance(m, nn.Embedding) and not n.startswith(tuple(f"{s}." for s in stacks))
+    ]
+    around = {f"embedding{'.' + name.split('.')[-1] + (str(i) if i > 1 else '') if i else ''}": name
+              for i, name in enumerate(outside)}  # fmt: skip
+    return Table(model.config.model_type, tuple(towers), around | ({"head": head} if head else {}))
+
+
+def _speaker(stacks: list[str], model: PreTrainedModel, head: str | None) -> str | None:
+    """The list of layers that generates, if one does: a decoder, a language model, else the longest."""
+    for pattern in (r"(^|\.)decoder\.", r"language_model|text_model"):
+        found = [s for s in stacks if re.search(pattern, f"{s}.")]
+        if found:
+            return found[0]
+    if head is None or model.config.is_encoder_decoder:
+        return None
+    return max(stacks, key=lambda s: (len(model.get_submodule(s)), -len(s)))  # type: ignore[arg-type]
+
+
+_TOWERS = (("vision", r"vision|visual|image"), ("audio", r"audio|speech"), ("text", r"text|language"),
+           ("decoder", "decoder"))  # fmt: skip
+
+
+def _tower_name(path: str) -> str:
+    return next((name for name, pattern in _TOWERS if re.search(pattern, path)), "encoder")
+
+
+def _tower(name: str, layers: str, stacks: list[str], modules: Mapping[str, nn.Module]) -> Tower:
+    """Roles of the modules of all layers, each optional, since layers may differ."""
     roles: dict[str, str] = {}
+    stacked: dict[tuple[str, str], Stacked] = {}
     blocks: dict[str, str] = {}
     taken: Counter[str] = Counter()
-    for name, module in modules.items():
-        if not name.startswith(first):
+    for full, module in modules.items():
+        if not full.startswith(f"{layers}."):
             continue
-        path = name.removeprefix(first)
+        _, _, path = full.removeprefix(f"{layers}.").partition(".")
+        if not path or f"{path}?" in roles.values():
+            continue
+        kind = type(module).__name__
         if isinstance(module, nn.Linear | Conv1D):
-            role = next((role for pattern, role in _NAMES if re.search(pattern, path)), None)
+            role = _role(path, routes=_routes(path, modules, full))
             role = role if role is not None and not taken[role] else f"linear.{path.replace('.', '-')}"
             taken[role] += 1
             roles[role] = f"{path}?"
-        elif re.search("norm", type(module).__name__, re.IGNORECASE):
+        elif re.search("norm", kind, re.IGNORECASE):
             roles[f"norm.{path.replace('.', '-')}"] = f"{path}?"
-        elif re.search(r"attention$", type(module).__name__, re.IGNORECASE) and "attention" not in blocks:
-            blocks["attention"] = path
-    around = {
-        f"embedding{'.' + name.split('.')[-1] if i else ''}": name
-        for i, (name, module) in enumerate(
-            (n, m) for n, m in modules.items() if isinstance(m, nn.Embedding) and not n.startswith(layers)
-        )
-    }
-    head = next((n for n, m in modules.items() if m is model.get_output_embeddings() and m is not None), None)
-    name = "decoder" if head is not None and not model.config.is_encoder_decoder else "encoder"
-    tower = Tower(name, layers, roles, blocks=blocks, around=around)
-    return Table(model.config.model_type, (tower,), {"head": head} if head else {})
+        elif (
+            re.search(r"attention$", kind, re.IGNORECASE)
+            and "attention" not in blocks
+            and not _CROSS.search(path)
+        ):
+            blocks["attention"] = f"{path}?"
+        for parameter in _stacked(module):
+            stacked[path, parameter] = Stacked(f"{path}?", parameter, (f"experts.{parameter}",))
+    return Tower(name, layers, roles, stacked=tuple(stacked.values()), blocks=blocks)
+
+
+_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
+
+
+def _role(path: str, *, routes: bool) -> str | None:
+    if routes:
+        return "router"
+    role = next((role for pattern, role in _NAMES if re.search(pattern, path)), None)
+    if role is not None and role.startswith("attention.") and _CROSS.search(path):
+        return f"cross_{role}"
+    return role
+
+
+def _routes(path: str, modules: Mapping[str, nn.Module], full: str) -> bool:
+    """Is a layer the router of experts that stand beside it."""
+    if not re.search(r"(^|\.)(router|gate|wg)(\.|$)", path):
+        return False
+    parent = full.rpartition(".")[0]
+    return any("expert" in name and name.startswith(f"{parent}.") for name in modules)

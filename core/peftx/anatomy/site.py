@@ -44,13 +44,16 @@ class Site:
     """Another module reads the weight without calling this one."""
     called: bool = False
     """It does so only where a fused kernel runs, and calls this one elsewhere."""
+    transposed: bool = False
+    """Stacked experts that are stored as [experts, in, out]."""
     view: ModelView | None = None
     """The plugin's view that this site was taken from; None outside a hook."""
 
     @property
     def in_all(self) -> bool:
         """Does the word `all` mean it: the linear layers of the towers, no routers, heads and projections."""
-        return self.layer is not None and self.kind in ("linear", "experts", "quantized")
+        inside = self.layer is not None and self.kind in ("linear", "experts", "quantized")
+        return inside and self.role.partition(".")[0] != "router"
 
     @property
     def key(self) -> str:
@@ -75,11 +78,16 @@ class Site:
         if parameter is None:
             return ()
         shape = tuple(parameter.shape)
-        if issubclass(base_class(self.module), Conv1D):
-            shape = (shape[1], shape[0])
+        if self.turned:
+            shape = (*shape[:-2], shape[-1], shape[-2])
         if self.rows is not None:
             shape = (*shape[:-2], self.rows.size, shape[-1])
         return shape
+
+    @property
+    def turned(self) -> bool:
+        """Is the matrix stored as [..., in, out]."""
+        return self.transposed or issubclass(base_class(self.module), Conv1D)
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -108,7 +116,7 @@ class Site:
     def weight(self) -> Tensor:
         """The matrix [..., out, in] as a view (interleaved rows: a copy); dequantized if it is quantized."""
         weight = self.module._parameters[self.parameter] if self.kind != "quantized" else self.module.weight
-        weight = weight.t() if issubclass(base_class(self.module), Conv1D) else weight
+        weight = weight.mT if self.turned else weight
         return weight if self.rows is None else self.rows.take(weight, -2)
 
     @property

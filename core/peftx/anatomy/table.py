@@ -25,12 +25,19 @@ class Fused:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Experts stored as one 3-D parameter [experts, out, in]; `roles` share its rows in equal parts."""
+    """Experts stored as one 3-D parameter [experts, out, in]; `roles` share its rows in equal parts.
+
+    concat: all rows of the first role, then all of the second. interleaved: a row of the first, a row of the second,
+    and so on (GPT-OSS).
+    """
 
     path: str
     """Module that holds the parameter."""
     parameter: str
     roles: tuple[str, ...]
+    transposed: bool = False
+    """It is stored as [experts, in, out] (GPT-OSS, Llama 4)."""
+    layout: Layout = "concat"
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ class Targets:
             raise TargetError(f"targets '{self.text}' exclude all that they select")
         return [pool[i] for i in sorted(chosen)]
 
+    @property
+    def names_all(self) -> bool:
+        """Does the word `all` stand in it, without a restriction to layers or towers."""
+        return ALL in self._include and self._layers is None and self._towers is None
+
     def _nothing(self, word: str, sites: Iterable[Site]) -> TargetError:
         roles = sorted({site.role for site in sites if not site.role.startswith("other")})
         groups = sorted({role.split(".")[0] for role in roles})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -86,7 +87,18 @@ class ModelView:
             chosen = targets.select(candidates, layers=depth)
         except TargetError as error:
             raise TargetError(f"{self.owner}: {error.message}", hint=error.hint) from error
+        if targets.names_all and self.anatomy.inferred and not self.restoring:
+            self._say_what_is_left_out()
         return [site.bound(self) for site in chosen]
+
+    def _say_what_is_left_out(self) -> None:
+        left, total, names = self.anatomy.uncovered()
+        if left:
+            warnings.warn(
+                f"{self.owner}: 'all' reaches {1 - left / total:.1%} of the numbers in the layers of "
+                f"{self.config.model_type}, which has no table; {names[0]} and {len(names) - 1} others are left out",
+                stacklevel=4,
+            )
 
     def linears(self, targets: Targets | str, *, whole: bool = False) -> list[Site]:
         """Matrices: nn.Linear, Conv1D, quantized linears, stacked experts, routers.
@@ -164,9 +176,11 @@ class ModelView:
         facts = self.towers[tower] if tower else self.main
         if not facts.attention:
             raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no attention layers")
+        paths = facts.attention if role == "attention" else facts.cross_attention
         return [
             self.anatomy.attention_site(i, tower=facts.name, role=role).bound(self)
             for i in range(facts.layers)
+            if not paths or paths[i]
         ]
 
     def prompt(self, tokens: VirtualTokens) -> VirtualTokens:

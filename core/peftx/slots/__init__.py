@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from peftx.slots.attaching import attach, bake, detach, enable
-from peftx.slots.carrier import Entry, base_class, child_name, drop_children, is_ours, kind_of, slot_of
+from peftx.slots.attaching import attach, bake, detach, enable, without_fast_path
+from peftx.slots.carrier import (
+    Entry,
+    base_class,
+    child_name,
+    drop_children,
+    is_map,
+    is_ours,
+    kind_of,
+    slot_of,
+)
 from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
 from peftx.slots.folding import follow, merge, snapshot, unmerge
 from peftx.slots.rows import Rows
@@ -23,10 +32,12 @@ __all__ = [
     "dropout_linear",
     "enable",
     "follow",
+    "is_map",
     "is_ours",
     "kind_of",
     "merge",
     "slot_of",
     "snapshot",
     "unmerge",
+    "without_fast_path",
 ]

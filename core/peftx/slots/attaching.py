@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -22,13 +22,15 @@ def attach(
     rank: int,
     parameter: str = "weight",
     rows: Rows | None = None,
+    transposed: bool = False,
     kind: str | None = None,
 ) -> Entry:
     """Put `delta` into the module's slot, at its plugin's place in stack order.
 
     Args:
         name: key of the child module, unique in the slot, no dots.
-        parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles.
+        parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles. transposed: it is
+            stored as [..., in, out] by a module that is no Conv1D.
         kind: carrier (`plain`, `linear`, `weight`, `read`, `called`, `output`); `kind_of(module)` if left out.
 
     Raises:
@@ -63,7 +65,7 @@ def attach(
         other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
         if other is not None:
             raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
-    entry = Entry(name, owner, rank, delta, parameter, rows)
+    entry = Entry(name, owner, rank, delta, parameter, rows, transposed)
     _check_weight_edits(slot.entries if slot is not None else [], entry, kind)
     if slot is None:
         slot = open_slot(module, kind)
@@ -98,6 +100,32 @@ def _check_weight_edits(entries: Sequence[Entry], new: Entry, kind: str) -> None
                 "them",
                 hint=f"this order works: {entry.owner}, {below.owner}",
             )
+
+
+def without_fast_path(model: nn.Module, path: str, module: nn.Module) -> Callable[[], None]:
+    """Inside torch's own `TransformerEncoder`, evaluation runs a fused kernel on the bare weights, past every delta. A
+    hook on a module inside, and no nested tensors, keep it from that. Returns the way back."""
+    parts = path.split(".")
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
+    if not any(isinstance(m, nn.TransformerEncoderLayer) for m in around):
+        return _nothing
+    nested = [m for m in around if isinstance(m, nn.TransformerEncoder) and m.enable_nested_tensor]
+    for encoder in nested:
+        encoder.enable_nested_tensor = False
+    handle = module.register_forward_hook(_seen)
+
+    def give_back() -> None:
+        handle.remove()
+        for encoder in nested:
+            encoder.enable_nested_tensor = True
+
+    return give_back
+
+
+def _nothing() -> None: ...
+
+
+def _seen(module: nn.Module, inputs: object, output: object) -> None: ...
 
 
 def detach(module: nn.Module, owner: str) -> None:

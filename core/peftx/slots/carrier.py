@@ -40,6 +40,8 @@ class Entry:
     delta: Delta
     parameter: str
     rows: Rows | None
+    transposed: bool = False
+    """The parameter is stored as [..., in, out]."""
     enabled: bool = True
     merged: bool = False
 
@@ -48,7 +50,11 @@ class Entry:
         return self.enabled and not self.merged
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Into [..., out, in] weights, or into its rows of them."""
+        """Into the weights as they are stored, or into its rows of them."""
+        if self.transposed:
+            turned = Entry(self.name, self.owner, self.rank, self.delta, self.parameter, self.rows)
+            folded, bias = turned.fold(weight.mT, bias)
+            return folded.mT, bias
         if self.rows is None:
             return self.delta.fold(weight, bias)
         part_bias = None if bias is None else self.rows.take(bias)
@@ -336,6 +342,30 @@ def kind_of(module: nn.Module) -> str:
     if base.forward is nn.Linear.forward:
         return "plain"
     return "linear" if issubclass(base, nn.Linear | Conv1D) else "output"
+
+
+def is_map(module: nn.Module) -> bool:
+    """Is a linear layer called as one: a tensor in, a tensor of its output features out. Some subclasses are not, such
+    as routers that choose experts themselves."""
+    base = base_class(module)
+    if issubclass(base, Conv1D) or base.forward is nn.Linear.forward:
+        return True
+    return _maps(base, module)
+
+
+_MAPS: dict[type, bool] = {}
+
+
+def _maps(base: type[nn.Module], module: nn.Module) -> bool:
+    if base not in _MAPS:
+        shadows = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
+        x = torch.empty(1, 2, module.in_features, dtype=module.weight.dtype, device="meta")
+        try:
+            found = torch.func.functional_call(module, shadows, (x,))
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            found = None  # it wants something else
+        _MAPS[base] = isinstance(found, Tensor) and found.shape == (1, 2, module.out_features)
+    return _MAPS[base]
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:

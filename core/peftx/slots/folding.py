@@ -78,8 +78,8 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
 
 @contextmanager
 def _widened(delta: Delta, dtype: torch.dtype) -> Iterator[None]:
-    """The delta's own numbers, and those of modules that it holds in a tuple, in the dtype that is computed in: products
-    of two narrow factors round too."""
+    """The delta's own numbers, and those of modules that it holds in a tuple, in the dtype that is computed in: also
+    products of two narrow factors round."""
     held = [v for value in vars(delta).values() if isinstance(value, tuple) for v in value]
     modules = [delta, *(value for value in held if isinstance(value, nn.Module))]
     narrow = [t for m in modules for t in (*m.parameters(), *m.buffers())

@@ -103,8 +103,8 @@ def conformance(
         models: architectures; the core's five and `Plugin.architectures` if left out, as far as the hooks call for.
         expected_failures: check or `arch-check` -> reason; `Plugin.exempt` if left out. Strict: one that passes is a
             failure.
-        not_on: architecture -> why the plugin does not work there; `Plugin.refuses` if left out. That it refuses, before
-            anything runs, is then checked.
+        not_on: architecture -> why the plugin does not work there; `Plugin.refuses` if left out. That it refuses,
+            before anything runs, is then checked.
         rows: to train and evaluate on, where those of the format that the plugin takes do not do.
 
     Raises:

@@ -1,7 +1,8 @@
 """What part of an optimizer step each of its micro-batches is, so that the step is the same however its rows are cut.
 
-A loss is a mean over something: labelled tokens, tokens of the input, rows. The mean over a whole step is the sum of the
-micro-batches' means, each weighed with its share of that something.
+A loss is a mean over something: labelled tokens, tokens of the input, rows. The mean over a whole step is the sum of
+the micro-batches' means, each weighed with its share of that something. Two kinds of loss are no such means, and depend
+on the cut: those that a model adds for its routers, and terms over pairs of rows. They are averaged as the labels are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 Over = Literal["labels", "inputs", "rows", "step"]
-"""What a loss is a mean over: labelled tokens; tokens that are no pads; rows; nothing of the batch (a norm of weights)."""
+"""What a loss is a mean over: labelled tokens; tokens that are no pads; rows; nothing of the batch (weights' norms)."""
 
 Share = Mapping[str, float]
 """For each of the first three: how much of the step's total a micro-batch has."""
