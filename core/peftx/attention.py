@@ -160,6 +160,13 @@ def implementation_name(inner: str) -> str:
     return name
 
 
+for _inner in ("eager", "sdpa", "flash_attention_2", "flex_attention"):
+    if (
+        _inner in ALL_MASK_ATTENTION_FUNCTIONS
+    ):  # at import: a model that comes out of a pickle or another process names it
+        implementation_name(_inner)
+
+
 def attach(model: PreTrainedModel, module: nn.Module, edit: AttentionEdit, *, owner: str, rank: int) -> None:
     """Add an edit to one layer's attention.
 

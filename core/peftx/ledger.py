@@ -106,12 +106,14 @@ class Part:
         }  # type: ignore[return-value]
 
 
-def carried(model: nn.Module) -> list[str]:
-    """Plugins that stand on the model: those with modules of their own on it, whatever stack put them there, and all
-    of a stack that is still in use."""
+def carried(model: nn.Module, *, trained: bool = True) -> list[str]:
+    """Plugins that stand on the model: those with modules of their own on it, whatever stack put them there, and (with
+    `trained`) all of a stack that is still in use."""
     children = (child for module in model.modules() for child in module._modules.items())
     groups = (group for name, group in children if group is not None and is_ours(name))
     found = {key.partition("@")[0] for group in groups for key in group._modules}
+    if not trained:
+        return sorted(found)
     if not found and _owners(model):
         gc.collect()  # whether the stack of another cell or function is in use must not be left to chance
     return sorted(found | _owners(model))

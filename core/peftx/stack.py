@@ -18,10 +18,12 @@ from transformers.initialization import no_init_weights
 from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, nearest
+from peftx.guard import guard, release
 from peftx.identity import Identity
 from peftx.ledger import Ledger, carried
 from peftx.members import Defaults, blame, members_of, register
 from peftx.models import load_model
+from peftx.objective import objective_of
 from peftx.plugin import Claim, Plugin
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class Stack:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "cpu",
         trust_remote_code: bool = False,
         inject: bool = True,
@@ -109,6 +111,8 @@ class Stack:
         self._frozen: set[str] = set()
         self.disabled_ids: set[str] = set()
         self._check_suits()
+        if self.members:
+            guard(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -120,6 +124,7 @@ class Stack:
                     self.ledger.remove(id)
                 for parameter in trained:
                     parameter.requires_grad_(True)
+                release(model)
                 raise
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -232,8 +237,24 @@ class Stack:
                     self.ledger.remove(member.id)
                     raise
             self.injected.add(member.id)
+            self._train_head(member, restoring=restoring)
         if not restoring:  # of a bundle, after its tensors are in place
             self._set_trainable()
+
+    def _train_head(self, member: Member, *, restoring: bool) -> None:
+        """Let the head of a sequence classifier train with the first plugin that adapts it: a new task has a head that
+        nobody trained yet, and an adapter below it would learn for random numbers."""
+        if objective_of(self.model) != "class" or any(m.claims(Claim.CLASSIFIES) for m in self.members):
+            return
+        heads = [site for site in self.anatomy.sites if site.role.partition(".")[0] == "classifier"]
+        standing = {part.module for part in self.ledger.parts if part.kind == "base"}
+        standing |= {
+            part.place for part in self.ledger.parts if part.kind == "delta" and part.place is not None
+        }
+        if self.ledger.of(member.id) and not any(site.module in standing for site in heads):
+            view = self.view(member.id, restoring=restoring)
+            for site in heads:
+                site.bound(view).train()
 
     def _set_trainable(self) -> None:
         for id in self.plugins:
@@ -279,6 +300,8 @@ class Stack:
         self.compressed.discard(id)
         self.disabled_ids.discard(id)
         self.anatomy = Anatomy(self.model)
+        if not self.plugins:
+            release(self.model)
 
     @contextmanager
     def disabled(self, *ids: str) -> Iterator[None]:

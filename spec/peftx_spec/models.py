@@ -21,7 +21,7 @@ class ModelSpec(SpecModel):
 
     id: Text = Field(description="name on the hub, folder, or peftx:tiny for the bundled model")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="dtype of the weights; auto is the checkpoint's own"
+        "auto", description="dtype of the weights; auto is the checkpoint's own"
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="auto (an accelerator if there is one), cpu, cuda, cuda:0, mps"

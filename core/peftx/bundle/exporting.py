@@ -28,9 +28,17 @@ def export(stack: Stack, path: Path) -> Path:
     for member in stack.members:
         if not stack.ledger.of(member.id):
             continue
-        if Claim.MERGEABLE not in member.plugin.claims and Claim.TRAINS_BASE not in member.plugin.claims:
+        if member.claims(Claim.MERGEABLE):
+            stack.ledger.check_fold(member.id)
+        folds = ("delta", "free") if member.claims(Claim.MERGEABLE) else ()
+        left = next(
+            (p for p in stack.ledger.of(member.id) if p.kind not in ("base", "replaced", *folds)), None
+        )
+        if left is not None:
             raise MergeError(
-                f"'{member.id}' does not fold into the weights, so no plain checkpoint can hold it"
+                f"'{member.id}' does not fold into the weights ({left.kind} at {left.key}), so no plain checkpoint can "
+                "hold it",
+                hint=f"save a bundle, or stack.remove('{member.id}') first",
             )
     if any(part.kind == "replaced" for part in stack.ledger.parts):
         raise MergeError(
@@ -48,7 +56,10 @@ def export(stack: Stack, path: Path) -> Path:
         with replacing(path, marker=EXPORT) as folder:
             state = {n: t for n, t in stack.model.state_dict(keep_vars=True).items() if not is_ours(n)}
             _check_plain(stack.model, state)
-            stack.model.save_pretrained(folder, state_dict={n: t.detach() for n, t in state.items()})
+            plain = type(
+                stack.model
+            ).save_pretrained  # the stack's own guard is for those who do not know of it
+            plain(stack.model, folder, state_dict={n: t.detach() for n, t in state.items()})
             if stack._tokenizer is not None:
                 stack._tokenizer.save_pretrained(folder)
             files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())

@@ -13,6 +13,7 @@ from peftx.data import Collator, encoder_ids, prompt_ids
 from peftx.data.gate import require_text
 from peftx.decoding.generation import Generation
 from peftx.errors import DataError, PeftxError, nearest
+from peftx.objective import pad_of, vocabulary_of
 from peftx.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ def request_of_ids(
     if min(lengths) == 0:
         raise DataError("the prompt has no tokens")
     check_length(stack, max(lengths), max_new_tokens)
+    size, highest = vocabulary_of(stack.model), max(max(row) for row in rows)
+    if size is not None and highest >= size:
+        raise DataError(
+            f"{stack.tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, and the model's embedding has "
+            f"{size} rows",
+            hint="the tokenizer is another model's, or has tokens that the model was never given",
+        )
     if options.get("num_return_sequences", 1) != 1:
         raise PeftxError(
             "num_return_sequences: one text comes of a prompt", hint="give the prompt several times"
@@ -100,8 +108,7 @@ def request_of_ids(
         )
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    # Which one does not matter: pads are masked.
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad = pad_of(stack.model, tokenizer)
     side: Literal["left", "right"] = "right" if stack.model.config.is_encoder_decoder else "left"
     tokens = Collator(pad, padding_side=side)([{"input_ids": list(row)} for row in rows])
     device = stack.model.device

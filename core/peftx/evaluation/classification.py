@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftx.data import (
+    Collator,
+    class_ids,
     class_index,
     continuation,
     encoder_ids,
@@ -32,6 +34,7 @@ from peftx.evaluation.likelihood import (
     score_requests,
 )
 from peftx.evaluation.scores import Score, wilson_interval
+from peftx.objective import objective_of, pad_of
 
 if TYPE_CHECKING:
     from peftx.plugin import Plugin
@@ -140,21 +143,41 @@ def accuracy(
     return _tally(examples, names, predictions)
 
 
-def head_of(stack: Stack) -> Plugin | None:
-    """The plugin of a stack that classifies by a head of its own, if there is one and it is switched on."""
+def head_of(stack: Stack) -> Plugin | ModelHead | None:
+    """The plugin of a stack that classifies by a head of its own, if there is one and it is switched on; else the
+    model's own head, if it has one."""
     from peftx.plugin import Claim
 
     found = (m for m in stack.members if m.claims(Claim.CLASSIFIES) and m.id not in stack.disabled_ids)
-    return next((member.plugin for member in found), None)
+    own = ModelHead() if objective_of(stack.model) == "class" else None
+    return next((member.plugin for member in found), own)
 
 
-def classify(stack: Stack, head: Plugin, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+class ModelHead:
+    """The head of a sequence classifier, as a plugin's."""
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        """(the classes' names, scores [N, C])."""
+        model, config = stack.model, stack.model.config
+        size = context_window(model, stack.tokenizer)
+        closed = "is_decoder" in config.to_dict() and not config.is_decoder
+        rows = [class_ids(stack.tokenizer, text, max_length=size, closed=closed) for text in texts]
+        collator, scores = Collator(pad_of(model, stack.tokenizer)), []
+        for start in range(0, len(rows), 16):
+            batch = collator([{"input_ids": row} for row in rows[start : start + 16]])
+            scores.append(model(**{name: x.to(model.device) for name, x in batch.items()}).logits.float())
+        return [config.id2label[i] for i in range(config.num_labels)], torch.cat(scores)
+
+
+def classify(stack: Stack, head: Plugin | ModelHead, texts: Sequence[str]) -> tuple[list[str], Tensor]:
     """(labels, scores [N, C]) of a plugin's own head, in evaluation mode and without gradients."""
     with evaluating(stack.model):
         return head.classify(stack, texts)
 
 
-def accuracy_of_head(stack: Stack, head: Plugin, rows: Iterable[Mapping[str, Any]]) -> AccuracyResult:
+def accuracy_of_head(
+    stack: Stack, head: Plugin | ModelHead, rows: Iterable[Mapping[str, Any]]
+) -> AccuracyResult:
     """As `accuracy`, by a plugin's own head.
 
     Raises:

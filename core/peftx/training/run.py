@@ -18,11 +18,13 @@ from datasets import Dataset
 from pydantic import ValidationError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from peftx.data import Collator, TrainingData, read_dataset, tokenize_dataset
+from peftx.data import Collator, TrainingData, read_dataset
 from peftx.data.formats import checked_dataset, dataset_of, detect_format
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.files import read_json
 from peftx.models import asset_path
+from peftx.objective import pad_of
+from peftx.training.examples import examples_of, mask_of
 from peftx.training.trainer import IDENTITY, StackTrainer, check_whole, checkpoints_of
 from peftx_spec.models import TrainSpec
 
@@ -151,24 +153,17 @@ def train(
             "no rows are left to train on", hint="a prepare_data plugin may have dropped them all"
         )
     encoder_decoder = bool(stack.model.config.is_encoder_decoder)
-    rows = tokenize_dataset(
-        training_data.train,
-        stack.tokenizer,
-        format=training_data.format,
-        max_length=training_data.max_length,
-        encoder_decoder=encoder_decoder,
-    )
-    tokenizer = stack.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = Collator(pad, encoder_decoder=encoder_decoder)
+    rows = examples_of(stack, training_data)
+    collator = Collator(pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder)
     set_seed(spec.seed)
     started = time.perf_counter()
     with ExitStack() as exits:
         folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
         identity = _identity(stack, spec, rows)
         trainer = StackTrainer(
-            stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity
-        )
+            stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity,
+            masks=mask_of(stack, training_data, spec.seed),
+        )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
         if start is None or not trainer.finished(start):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from peftx.data.collate import Collator
     from peftx.stack import Stack
+    from peftx.training.examples import Masks
 
 WEIGHTS = "trained.safetensors"
 IDENTITY = "run.json"
@@ -45,7 +46,7 @@ class StackTrainer(Trainer):
         stack: its plugins' parameters train; the base is frozen unless a plugin trains it.
         arguments: of `transformers`. rows: tokenized rows. collator: makes batches of them.
         callbacks: further callbacks (progress bars). identity: what a run must have in common with a checkpoint that it
-            goes on from; JSON.
+            goes on from; JSON. masks: hides tokens of each batch, for a masked language model.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class StackTrainer(Trainer):
         collator: Collator,
         callbacks: list[TrainerCallback] | None = None,
         identity: dict[str, Any] | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self.stack = stack
+        self.masks = masks
         self.identity = identity or {}
         self.memory: dict[str, Any] = {}
         self.loss_terms: dict[str, float] = {}
@@ -110,6 +113,8 @@ class StackTrainer(Trainer):
         """The micro-batches of one optimizer step; what part of it each is, is known from here on."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self._micro = 0
+        if self.masks is not None:  # before the labels are counted
+            batches = [self.masks(batch, self.state.global_step, i) for i, batch in enumerate(batches)]
         self._shares = shares(self.stack.model, batches) if len(batches) > 1 else []
         return batches, None
 
