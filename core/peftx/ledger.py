@@ -478,7 +478,7 @@ class Ledger:
                 _check_unmerged(part)
                 later = self.parts[self.parts.index(part) + 1 :]
                 above = next((p for p in later if p.kind == "base" and p.module is part.module
-                              and set(p.parameters) & set(part.parameters)), None)  # fmt: skip
+                              and p.final and set(p.parameters) & set(part.parameters)), None)  # fmt: skip
                 if above is not None:
                     raise MergeError(
                         f"'{above.owner}' was folded into {part.path or part.key}, which {owner} trained",

@@ -109,15 +109,15 @@ def without_fast_path(model: nn.Module, path: str, module: nn.Module) -> Callabl
     around = [model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
     if not any(isinstance(m, nn.TransformerEncoderLayer) for m in around):
         return _nothing
-    nested = [m for m in around if isinstance(m, nn.TransformerEncoder) and m.enable_nested_tensor]
+    nested = [m for m in around if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     for encoder in nested:
-        encoder.enable_nested_tensor = False
+        encoder.use_nested_tensor = False
     handle = module.register_forward_hook(_seen)
 
     def give_back() -> None:
         handle.remove()
         for encoder in nested:
-            encoder.enable_nested_tensor = True
+            encoder.use_nested_tensor = True
 
     return give_back
 
