@@ -66,7 +66,7 @@ class LooksAtNeighbours(Plugin):
     """Uses the mean over the rows of a batch."""
 
     caught_by = "batch_is_invisible"
-    also = {"padding_is_invisible", "padded_generation"}
+    also = {"padding_is_invisible", "padded_generation", "accumulation_makes_the_same_step"}
     claims = {Claim.BESIDE_WEIGHTS}
 
     @hookimpl

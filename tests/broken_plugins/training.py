@@ -58,6 +58,7 @@ class WritesIntoTheBase(Plugin):
 
     caught_by = "base_untouched_by_training"
     also = {"trains_in_the_trainer", "resume_is_exact"}
+    also |= {"accumulation_makes_the_same_step"}  # the second row sees the base that the first one moved
     also |= {"composes_with_weights", "composes_with_norms", "composes_with_prompt"}  # the bundle misses it
 
     @hookimpl(wrapper=True)
@@ -170,6 +171,17 @@ class ClipsInSecret(Plugin):
         return (yield)
 
 
+class CountsRowsAsTokens(Plugin):
+    """A mean over rows, which it says is one over labelled tokens."""
+
+    caught_by = "accumulation_makes_the_same_step"
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        step.add_loss("size", lambda outputs: outputs.logits.square().mean(), weight=1e-2)
+        return (yield)
+
+
 class FailsInTheTrainer(Plugin):
     """Works in a loop of one's own only."""
 
@@ -185,6 +197,7 @@ class ForgetsItsPlace(Plugin):
     """Counts steps in an attribute that no checkpoint holds."""
 
     caught_by = "resume_is_exact"
+    also = {"accumulation_makes_the_same_step"}
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
@@ -193,5 +206,6 @@ class ForgetsItsPlace(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Wrapper:
         self.count += 1
-        step.add_loss("entropy", lambda outputs: outputs.logits.square().mean(), weight=0.1 * self.count)
+        weight = 0.1 * self.count
+        step.add_loss("size", lambda outputs: outputs.logits.square().mean(), weight=weight, over="rows")
         return (yield)

@@ -49,16 +49,41 @@ class FoldsWrongly(Plugin):
 
 
 class _Coarse(_Scale):
+    narrow = False
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.narrow = y.dtype == torch.bfloat16
+        return super().forward(x, y)
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.z.dtype == torch.bfloat16:
-            return weight, bias
-        return super().fold(weight, bias)
+        return (weight, bias) if self.narrow else super().fold(weight, bias)
+
+
+class _RoundsTwice(_Coarse):
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.narrow:
+            return super().fold(weight, bias)
+        root = (2 * self.z).sqrt().bfloat16()[:, None]
+        return (weight.bfloat16() * root * root).to(weight.dtype), bias
+
+
+class FoldsThroughANarrowProduct(Plugin):
+    """Computes the new weights in the model's dtype, and lets them be rounded again."""
+
+    caught_by = "merge_rounds_once"
+    claims = {Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention"):
+            site.attach(_RoundsTwice(site.out_features))
 
 
 class FoldsWideOnly(Plugin):
     """Does not fold into bfloat16."""
 
     caught_by = "merge_in_bfloat16"
+    also = {"merge_rounds_once"}
     claims = {Claim.MERGEABLE}
 
     @hookimpl
@@ -88,7 +113,8 @@ class ExportsAnother(Plugin):
     """Changes the configuration, so that the exported checkpoint is read as another model."""
 
     caught_by = "export_is_plain"
-    also = {"remove_restores_base"}
+    also = {"remove_restores_base", "save_load_same_logits"}  # the bundle asks for the base as it was configured
+    also |= {"composes_with_weights", "composes_with_norms", "composes_with_prompt"}
     claims = {Claim.MERGEABLE}
 
     @hookimpl

@@ -153,7 +153,7 @@ def test_package_is_whole(tmp_path: Path) -> None:
 def test_refusal_must_happen() -> None:
     found = run_checks(Healthy, models=["gpt2"], not_on={"llama": "it does not work there"}, only=["refuses"])
     assert [result.id for result in found] == ["llama-refuses"]
-    assert "take it out of not_on" in found[0].message
+    assert "take it out of `refuses`" in found[0].message
     found = run_checks(Healthy, models=["gpt2"], not_on={"mamba": "it has no attention"}, only=["refuses"])
     assert [result.outcome for result in found] == ["passed"]
 

@@ -7,6 +7,7 @@ import torch
 from peftx.errors import MergeError
 from peftx.plugin import Claim
 from peftx.slots.carrier import OutputCarrier
+from peftx.stack import Stack
 from peftx.testing.case import (
     Case,
     assert_close,
@@ -45,6 +46,27 @@ def _merged_equals_unmerged(case: Case, dtype: torch.dtype) -> None:
     before = case.output(stack)
     stack.merge(case.id)
     assert_close(case.output(stack), before, _ROUNDING[dtype], f"merged and unmerged logits in {dtype}")
+
+
+@check(on="first", when=_merges)
+def check_merge_rounds_once(case: Case) -> None:
+    """bfloat16 weights after a merge are what float32 arithmetic gives, rounded once."""
+    stack = case.stack(dtype=torch.bfloat16)
+    case.perturb(stack)
+    case.output(stack)
+    wide = Stack(
+        case.model(torch.bfloat16).float(), [(case.id, case.subject.make())], tokenizer=stack.tokenizer
+    )
+    tensors = wide.ledger.tensors(case.id)
+    with torch.no_grad():
+        for name, tensor in stack.ledger.tensors(case.id).items():
+            tensors[name].copy_(tensor)
+    for one in (stack, wide):
+        one.merge(case.id)
+    expected = base_tensors(wide.model)
+    for name, tensor in base_tensors(stack.model).items():
+        differ = (tensor != expected[name].to(tensor.dtype)).float().mean().item() if tensor.numel() else 0.0
+        assert differ == 0, f"{differ:.1%} of {name} are rounded more than once"
 
 
 @check(when=_merges)
@@ -94,6 +116,7 @@ def check_merge_is_refused(case: Case) -> None:
 CHECKS = (
     check_merge_equals_unmerged,
     check_merge_in_bfloat16,
+    check_merge_rounds_once,
     check_unmerge_is_exact,
     check_export_is_plain,
     check_merge_is_refused,
