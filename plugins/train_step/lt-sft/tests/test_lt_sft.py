@@ -284,6 +284,30 @@ def test_sums_are_those_of_the_paper() -> None:
     assert len(one) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_write_into_no_skill_and_not_into_theta_0(dtype: torch.dtype) -> None:
+    """Of a float64 tensor `.double()` is the tensor itself."""
+    model = nn.Linear(2, 2).to(dtype)
+    start, head = weights(model), torch.tensor([0.25, -0.5], dtype=dtype)
+    one = Skill(
+        {
+            "weight": (torch.tensor([0, 3]), torch.tensor([1.0, 0.5], dtype=torch.float64)),
+            "bias": (torch.tensor([1]), torch.tensor([2.0], dtype=torch.float64)),
+        },
+        {},
+    )
+    two = Skill({}, {"bias": head.clone()})
+    skills = Skills(model)
+    skills.add("one", one)
+    skills.add("below one", two)  # by name ahead of it, so that `one` adds to the head of `two`
+    assert model.bias.tolist() == [0.25, 1.5]
+    assert torch.equal(two.dense["bias"], head)
+    skills.subtract("one")
+    assert model.bias.tolist() == [0.25, -0.5]
+    skills.subtract("below one")
+    assert same(weights(model), start)
+
+
 def test_a_skill_goes_through_a_file(tmp_path: Path) -> None:
     phi = take(trained())
     again = Skill.load(phi.save(tmp_path / "task.safetensors"))
