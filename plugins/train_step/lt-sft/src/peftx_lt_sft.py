@@ -99,7 +99,7 @@ class Trained(NamedTuple):
 
     @property
     def theta_0(self) -> Tensor:
-        return self.start.to(self.theta.device)
+        return self.start.to(self.theta)  # where it is now, and as a cast of the model rounds it
 
 
 class LtSft(Plugin):

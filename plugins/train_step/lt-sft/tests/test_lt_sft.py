@@ -327,6 +327,23 @@ def test_a_skill_of_a_loaded_bundle(tmp_path: Path) -> None:
     assert all(torch.equal(one.sparse[n][1], two.sparse[n][1]) for n in one.sparse)
 
 
+def test_what_a_cast_rounds_is_no_difference() -> None:
+    """theta_0 is rounded with theta: what phase 1 moved is chosen, and phi has K numbers, not all of the model."""
+    stack = stack_of(phase1=1, density=0.01)
+    stack.model.to(torch.bfloat16)
+    plugin = plugin_of(stack)
+    place = next(iter(plugin.sparse.values()))
+    with torch.no_grad():
+        place.theta.view(-1)[:5] += 1.0
+    plugin.rewind(seed=0)
+    assert plugin.mask.chosen[:5].tolist() == [0, 1, 2, 3, 4]
+    assert float(plugin.distance().detach()) == 0
+    assert len(take(stack)) == 0
+    trained_before = trained(density=0.01)
+    trained_before.model.to(torch.bfloat16)
+    assert 0 < len(take(trained_before)) <= len(plugin_of(trained_before).mask.chosen)
+
+
 def test_training_on_top_of_a_skill_gives_a_difference_from_it() -> None:
     language = take(trained(OTHERS))
     model = tiny("llama")
