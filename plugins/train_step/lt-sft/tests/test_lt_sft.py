@@ -344,6 +344,19 @@ def test_what_a_cast_rounds_is_no_difference() -> None:
     assert 0 < len(take(trained_before)) <= len(plugin_of(trained_before).mask.chosen)
 
 
+def test_a_bundle_of_a_stack_that_was_cast(tmp_path: Path) -> None:
+    """Its base is the one in that dtype."""
+    stack = trained(density=0.01)
+    stack.model.to(torch.bfloat16)
+    base = tiny("llama").to(torch.bfloat16)
+    loaded = peftx.load(stack.save(tmp_path / "bundle"), model=base, tokenizer=tiny_tokenizer())
+    assert same(weights(loaded.model), weights(stack.model))
+    inputs = example_inputs(stack.model)
+    assert torch.equal(loaded.model(**inputs).logits, stack.model(**inputs).logits)
+    loaded.remove("lt-sft")
+    assert same(weights(loaded.model), weights(tiny("llama").to(torch.bfloat16)))
+
+
 def test_training_on_top_of_a_skill_gives_a_difference_from_it() -> None:
     language = take(trained(OTHERS))
     model = tiny("llama")
