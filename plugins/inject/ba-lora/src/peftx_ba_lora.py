@@ -9,11 +9,12 @@
     loss = task + l1 L_C + l2 L_D + l3 L_S                       Z the logits, Z0 those without the adapter
 
     of classes, Z: [b, c]                                        of tokens, Z: [b, T, V], p = softmax(Z)
-    L_C = mean (Z_i / |Z_i| - Z0_i / |Z0_i|)**2                  KL(p0 || p), mean over tokens
+    L_C = mean (Z_i / |Z_i| - Z0_i / |Z0_i|)**2                  KL(p0 || p), summed over a row, mean over rows
     L_D = 1/c sum over i != j of Cov(Z)_ij**2                    mean over tokens of sum p log p
     L_S = - sum of the k largest singular values of Z / sum of all, Z as [b, c] or [b, T V]
 
-L_C holds on to what the model knew, L_D spreads the outputs, L_S gathers them in few directions.
+L_C holds on to what the model knew, L_D spreads the outputs, L_S gathers them in few directions. The weights are those
+of the released code, which sums L_C over all positions of a row; here those with a label count, in all three terms.
 """
 
 from __future__ import annotations
@@ -138,11 +139,11 @@ class BaLora(Plugin):
 
 
 def consistency(step: TrainStep, Z: Tensor, Z0: Tensor) -> Tensor:
-    """L_C, 0-d."""
+    """L_C, 0-d; of tokens it grows with the length of the rows."""
     if Z.ndim == 2:
         return mse_loss(normalize(Z.float(), dim=-1), normalize(Z0.float(), dim=-1))
     log_p, log_p0 = (log_softmax(labelled(step, logits).float(), -1) for logits in (Z, Z0))  # [N, V]
-    return (log_p0.exp() * (log_p0 - log_p)).sum() / max(1, len(log_p))
+    return (log_p0.exp() * (log_p0 - log_p)).sum() / len(Z)
 
 
 def diversity(step: TrainStep, Z: Tensor) -> Tensor:

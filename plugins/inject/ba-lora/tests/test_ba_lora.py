@@ -34,7 +34,7 @@ CLASSES = {
     ],
 }
 TOKENS = {
-    "consistency": 0.06462275236845016,  # the official one sums over positions; so it is T = 2 times ours
+    "consistency": 0.06462275236845016,
     "diversity": -1.1391652822494507,
     "consistency gradient": [
         [-0.0099996738, -0.0118550695, -0.0378185920, 0.0596733093],
@@ -70,9 +70,9 @@ def losses(stack: Stack, batch: dict[str, Any], **step: Any) -> dict[str, float]
     return step.losses
 
 
-def tokens_step() -> TrainStep:
+def tokens_step(rows: int = 2, length: int = 2) -> TrainStep:
     """Of a model whose position i predicts label i."""
-    return TrainStep(stack_of("bert"), {"labels": torch.zeros(2, 2, dtype=torch.long)})
+    return TrainStep(stack_of("bert"), {"labels": torch.zeros(rows, length, dtype=torch.long)})
 
 
 def classes_step() -> TrainStep:
@@ -90,10 +90,21 @@ def test_classes_are_the_official_terms() -> None:
 def test_tokens_are_the_official_terms() -> None:
     step = tokens_step()
     z, z0 = (torch.stack([x[:2], x[1:]]).requires_grad_() for x in (Z, Z0))
-    for name, loss in (("consistency", 2 * consistency(step, z, z0)), ("diversity", diversity(step, z))):
+    for name, loss in (("consistency", consistency(step, z, z0)), ("diversity", diversity(step, z))):
         assert float(loss.detach()) == pytest.approx(TOKENS[name], rel=1e-5)
         (gradient,) = torch.autograd.grad(loss, z)
         assert torch.allclose(gradient[0], torch.tensor(TOKENS[f"{name} gradient"]), atol=1e-6)
+
+
+def test_consistency_is_of_whole_rows() -> None:
+    """Its weight is the release's, which sums over a row: a row twice as long pulls twice as hard, two rows as one."""
+    z, z0 = (torch.stack([x[:2]]) for x in (Z, Z0))
+    value = float(consistency(tokens_step(1), z, z0))
+    longer = consistency(tokens_step(1, 4), z.repeat(1, 2, 1), z0.repeat(1, 2, 1))
+    assert float(longer) == pytest.approx(2 * value, rel=1e-6)
+    more = consistency(tokens_step(2), z.repeat(2, 1, 1), z0.repeat(2, 1, 1))
+    assert float(more) == pytest.approx(value, rel=1e-6)
+    assert BaLora().config.consistency == 1e-4
 
 
 def test_singular_by_hand() -> None:
@@ -248,7 +259,7 @@ def test_the_reference_is_the_model_without_the_adapter() -> None:
         log_p = stack.model(**batch).logits[:, :-1].log_softmax(-1)
         log_p0 = tiny("llama")(**batch).logits[:, :-1].log_softmax(-1)
     known = batch["labels"][:, 1:] != -100
-    expected = (log_p0.exp() * (log_p0 - log_p)).sum(-1)[known].mean()
+    expected = (log_p0.exp() * (log_p0 - log_p)).sum(-1)[known].sum() / len(known)
     assert found == pytest.approx(float(expected), rel=1e-4)
     assert found > 1e-3
     assert stack.model.training

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+import peftx
 from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.testing import conformance
@@ -188,6 +191,17 @@ def test_start_of_the_factors() -> None:
         bound = (6 / (factor.shape[1] + 1)) ** 0.5  # Glorot, fan of one [size, 1] slice
         assert 0.9 * bound < float(factor.detach().abs().max()) <= bound
     assert not matrix.b.any()
+
+
+@pytest.mark.parametrize("train_norms", [True, False])
+def test_a_bundle_of_a_stack_that_was_cast(train_norms: bool, tmp_path: Path) -> None:
+    """Its base is the one in that dtype, whether or not the base's own norms train."""
+    stack = Stack(tiny("llama"), [Compacter(train_norms=train_norms)])
+    stack.model.to(torch.bfloat16)
+    base = tiny("llama").to(torch.bfloat16)
+    loaded = peftx.load(stack.save(tmp_path / "bundle"), model=base)
+    inputs = example_inputs(stack.model)
+    assert torch.equal(output_of(loaded.model, inputs), output_of(stack.model, inputs))
 
 
 @pytest.mark.parametrize(

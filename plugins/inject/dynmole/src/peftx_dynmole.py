@@ -125,7 +125,8 @@ class Mixture(Delta):
         """Of the last call while `watched`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        p = F.linear(x.float(), self.W_g).softmax(-1)  # [..., N]
+        full = torch.promote_types(self.W_g.dtype, torch.float32)  # where the whole stack was cast
+        p = F.linear(x.to(full), self.W_g.to(full)).softmax(-1)  # [..., N]
         routing = route(p, self.rule)
         reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.w.requires_grad
         if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business

@@ -200,6 +200,25 @@ def test_routers_are_float32_in_a_bfloat16_model() -> None:
     assert close(layer.routing.w, route((x.float() @ layer.W_g.t()).softmax(-1), layer.rule).w, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_stack_that_is_cast_routes_as_its_router_says(dtype: torch.dtype) -> None:
+    """Not in bfloat16, whatever W_g is kept in, and in no less than the model has."""
+    layer, x = mixture().to(dtype), wave(1, 5, 3, f=0.7).to(dtype)
+    layer.watched = True
+    layer(x, wave(1, 5, 2, f=0.3).to(dtype))
+    assert layer.routing.w.dtype == torch.promote_types(dtype, torch.float32)
+    expected = route((x.double() @ layer.W_g.double().t()).softmax(-1), layer.rule).w
+    assert torch.allclose(layer.routing.w.double(), expected, atol=1e-6 if dtype == torch.bfloat16 else 1e-12)
+    stack = Stack(tiny("llama"), [Dynmole(rank=2)])
+    stack.model.to(dtype)
+    batch = example_inputs(stack.model)
+    step = TrainStep(stack, batch | {"labels": batch["input_ids"]})
+    stack.run_train_step(step)
+    plain = tiny("llama").to(dtype)(**batch, labels=batch["input_ids"]).loss
+    assert step.losses["task"] == pytest.approx(float(plain.detach()), rel=1e-6)  # B starts at zero
+    assert all(p.grad.isfinite().all() for p in stack.ledger.parameters("dynmole"))
+
+
 def test_relative_entropy_moves_the_threshold() -> None:
     p = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
     assert route(p, RAW).on.all()  # 1.09 of at most 1.29

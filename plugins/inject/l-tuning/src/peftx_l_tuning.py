@@ -201,17 +201,25 @@ class LTuning(Plugin):
         return rows
 
     @property
+    def rows(self) -> list[tuple[str, list[int]]]:
+        """What `tokens` gave. Raises PeftxError before that."""
+        if "labels" not in self.state:
+            raise PeftxError(
+                "l-tuning: the labels are not read and there is no head yet",
+                hint="inject it before prepare and evaluate",
+            )
+        return self.state["labels"]
+
+    @property
     def names(self) -> list[str]:
-        return [name for name, _ in self.state["labels"]]
+        return [name for name, _ in self.rows]
 
     @property
     def length(self) -> int:
-        return len(self.state["labels"][0][1])
+        return len(self.rows[0][1])
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if "labels" not in self.state:
-            raise PeftxError("l-tuning: the data is prepared before the labels are read", hint="inject first")
         data.max_length = min(data.max_length, self.room(stack))
         tokenize_classes(data, self.names, closed=self.encoder)
 

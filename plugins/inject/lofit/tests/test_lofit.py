@@ -288,6 +288,30 @@ def test_scales_stay_zero_after_the_choice(set_to_none: bool) -> None:
     assert not any(edit.A.any() for edit in edits(stack))
 
 
+@pytest.mark.parametrize("way", ["frozen and unfrozen", "another unfrozen", "loaded", "resumed"])
+def test_scales_that_were_thrown_away_do_not_train_again(way: str, tmp_path: Path) -> None:
+    stack = Stack(tiny("llama"), [Lofit(heads=2), Lora(rank=2)], tokenizer=tiny_tokenizer())
+    options = {"steps": 4, "batch_size": 2, "checkpoint_every": 3}
+    stack.train(ROWS, output=tmp_path, **options)
+    match way:
+        case "frozen and unfrozen":
+            stack.freeze()
+            stack.unfreeze()
+        case "another unfrozen":
+            stack.unfreeze("lora")
+        case "loaded":
+            bundle = stack.save(tmp_path / "bundle")
+            stack = peftx.load(bundle, model=tiny("llama"), tokenizer=tiny_tokenizer())
+        case "resumed":
+            stack = Stack(tiny("llama"), [Lofit(heads=2), Lora(rank=2)], tokenizer=tiny_tokenizer())
+            stack.train(ROWS, output=tmp_path, resume=tmp_path / "checkpoint-3", **options)
+    assert "heads" in stack.plugins["lofit"].state
+    assert not any(edit.A.requires_grad for edit in edits(stack))
+    assert v_of(stack).requires_grad
+    lora = sum(p.numel() for p in stack.ledger.parameters("lora"))
+    assert stack.trainable_parameters() == 2 * 8 + lora
+
+
 def test_the_penalty_is_the_sum_of_magnitudes() -> None:
     stack = spread(built(heads=2, l1=0.1))
     batch = example_inputs(stack.model)

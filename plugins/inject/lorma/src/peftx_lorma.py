@@ -79,7 +79,7 @@ class Pi(nn.Module):
         super().__init__()
         self.scale = scale
         root = torch.tensor(1 / math.sqrt(scale), device="cpu")  # half of 1/c for B, half for A
-        self.one = float(scale * (root * root))  # c B A at the start: 1, but for float32's rounding
+        self.root = float(root)
         self.B = nn.Parameter(torch.empty(*batch, features, rank))
         self.A = nn.Parameter(torch.zeros(*batch, rank, features))
         with torch.no_grad():
@@ -88,11 +88,13 @@ class Pi(nn.Module):
             self.A[..., 0, 0] = root
 
     def change(self) -> Tensor:
-        """M - I, [..., d, d] in float32."""
+        """M - I, [..., d, d] in the dtype of B and A, float32 unless the whole stack was cast."""
         product = self.scale * (self.B @ self.A)  # c B A
+        root = torch.tensor(self.root, dtype=product.dtype, device="cpu")
+        one = float(self.scale * (root * root))  # c B A at the start: 1, but for the dtype's rounding
         i = torch.arange(product.shape[-1], device=product.device)
         turned = product.gather(-1, ((i - i[:, None]) % len(i)).expand_as(product))  # [i, (j - i) mod d]
-        return turned - self.one * torch.eye(len(i), device=product.device)
+        return turned - one * torch.eye(len(i), dtype=product.dtype, device=product.device)
 
     def left(self, z: Tensor) -> Tensor:
         return self.change().to(z.dtype) @ z

@@ -125,6 +125,13 @@ def test_pi_starts_as_the_identity_to_the_bit(alpha: float) -> None:
     assert M.B[:, 1:].abs().min() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 16.0, 21.0, 100.0])
+def test_pi_is_the_identity_to_the_bit_in_a_stack_that_is_cast(alpha: float, dtype: torch.dtype) -> None:
+    M = Pi(12, rank=3, scale=alpha / 3).to(dtype)
+    assert torch.equal(M.left(torch.eye(12, dtype=dtype)), torch.zeros(12, 12, dtype=dtype))
+
+
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_pi_has_full_rank_and_the_product_has_not(rank: int, mode: str) -> None:

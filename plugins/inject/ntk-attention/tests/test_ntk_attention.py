@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
 
+import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
-from peftx.testing.models import example_inputs, output_of, tiny
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_ntk_attention import NtkAttention, Prefix, phi, set_prefix, statistics
 from peftx_p_tuning_v2 import PTuningV2
@@ -313,6 +315,19 @@ def test_beside_lora_and_a_prefix() -> None:
     assert difference(model(**inputs).logits, base) > 0.05
     with pytest.raises(ConflictError, match="both compute the attention"):
         Stack(tiny("llama"), [NtkAttention(), ("again", NtkAttention())])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_trained_saved_and_loaded_computes_the_same_bits(arch: str, tmp_path: Path) -> None:
+    """L is a product with the keys, which rounds otherwise if they come out of a cache: both must use one, or none."""
+    stack = Stack(tiny(arch), [NtkAttention()], tokenizer=tiny_tokenizer())
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+    stack.train(rows, steps=4, batch_size=2, learning_rate=1e-2)
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle", model=tiny(arch), tokenizer=tiny_tokenizer())
+    inputs = example_inputs(stack.model)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**inputs).logits, stack.model(**inputs).logits)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,8 @@ class SkTuning(Plugin):
         """Tokens that the model can read behind s."""
         if "ids" not in self.state:
             raise PeftxError(
-                "sk-tuning: the data is prepared before the sentence is there", hint="inject first"
+                "sk-tuning: there is no sentence and no head yet",
+                hint="inject it before prepare and evaluate",
             )
         return context_window(stack.model, stack.tokenizer) - len(self.state["ids"])
 

@@ -8,14 +8,14 @@ Without gradients:
     q and k:    s_j = || (X A_q B_q)_j ||_2 * || (X A_k B_k)_j ||_2      the query's norm is a mean over its group (GQA)
     v and o:    s_j = || (X A_v B_v)_j ||_2
 
-    I = the (1 - rho) share of channels with the largest s;  one I for a block and a batch
+    I = the (1 - rho) share of channels, rounded down, with the largest s;  one I for a block and a batch
 
     q, k, v, gate, up:   y_I = W_I x          rows of W; the other channels of W x are zero
     o, down:             y = W_:I x_I         columns of W
 
 The same slices give dL/dx, so forward and backward are dense products of (1 - rho) the size; W is frozen and needs no
 more. Three things stay dense: answer tokens (those with a label), the first steps, and the first and last layers. So do
-biases, adapters, and everything outside a training step.
+biases, adapters, and everything outside a training step. At least one channel is in I; the released code may take none.
 """
 
 from __future__ import annotations
@@ -380,5 +380,5 @@ class Sparselora(Plugin):
 
 
 def kept(channels: int, rho: float) -> int:
-    """(1 - rho) of the channels, at least one."""
-    return max(1, round(channels * (1 - rho)))
+    """(1 - rho) of the channels, rounded down as in the released code (of 640 at 0.9 to 63 there too), at least one."""
+    return max(1, int(channels * (1 - rho)))

@@ -16,7 +16,7 @@ from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
 from peftx_ist import Ist
 from peftx_lora import Lora
-from peftx_sparselora import AttentionChannels, Estimate, MlpChannels, SlicedProduct, Sparselora
+from peftx_sparselora import AttentionChannels, Estimate, MlpChannels, SlicedProduct, Sparselora, kept
 
 ALL: dict[str, Any] = {
     "mlp": 0.5,
@@ -122,6 +122,23 @@ def test_full_rank_chooses_the_oracles_attention_channels() -> None:
         assert channels[wide].tolist() == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    ("channels", "rho", "count"),
+    [
+        (14336, 0.99, 143),  # Llama 3 8B: 143.36
+        (1024, 0.75, 256),
+        (688, 0.99, 6),  # 6.88
+        (688, 0.9, 68),  # 68.8
+        (640, 0.9, 63),  # 1 - 0.9 is a little less than 0.1, in the release too
+        (48, 0.99, 1),  # the release would keep none
+        (48, 0.0, 48),
+    ],
+)
+def test_as_many_channels_are_kept_as_in_the_release(channels: int, rho: float, count: int) -> None:
+    """int(channels * (1 - sparsity)), in each of its predictors."""
+    assert kept(channels, rho) == count
+
+
 # -- the products ------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +231,8 @@ def test_sparsity_zero_is_lora() -> None:
 
 
 def test_all_channels_are_lora_to_rounding() -> None:
-    plain, whole = stack_of(), stack_of(Sparselora(**ALL | {"mlp": 1e-9, "attention": 1e-9}))
+    # Not 0, which leaves blocks dense, and so small that 1 - rho is 1: no channel is rounded away.
+    plain, whole = stack_of(), stack_of(Sparselora(**ALL | {"mlp": 1e-17, "attention": 1e-17}))
     one, two = gradients(plain, batch_for(plain)), gradients(whole, batch_for(whole))
     assert one[0] == pytest.approx(two[0], rel=1e-6)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one[1], two[1], strict=True))

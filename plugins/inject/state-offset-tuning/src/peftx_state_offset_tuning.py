@@ -57,7 +57,7 @@ class Gate(Delta):
         self.call = call
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        self.call.z = y.chunk(2, -1)[1]
+        self.call.z = noted(y.chunk(2, -1)[1])
         return y
 
 
@@ -70,8 +70,13 @@ class Readout(Delta):
         self.n = n
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        self.call.C = y[..., -self.n :]
+        self.call.C = noted(y[..., -self.n :])
         return y
+
+
+def noted(part: Tensor) -> Tensor:
+    """A part of y as it is now: where no gradient is recorded, a delta that comes behind may write into y."""
+    return part if torch.is_grad_enabled() else part.clone()
 
 
 class StateOffset(Delta):

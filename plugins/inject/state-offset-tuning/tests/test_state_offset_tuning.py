@@ -213,6 +213,23 @@ def test_a_low_rank_update_of_everything_may_come_before() -> None:
         assert close(built.model(ids).logits, beside, 2e-5)
 
 
+@pytest.mark.parametrize("target", ["ssm.in", "ssm.x", "ssm.out"])
+@pytest.mark.parametrize("first", [False, True])
+def test_beside_a_low_rank_update_training_and_evaluation_compute_the_same(first: bool, target: str) -> None:
+    """Where no gradient is recorded, the update writes into what `Gate` and `Readout` have seen."""
+    plugins = [StateOffsetTuning(), Lora(rank=2, targets=target)]
+    built = Stack(tiny("mamba"), plugins if first else plugins[::-1])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for id in built.plugins:
+            for parameter in built.ledger.parameters(id):
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    ids = example_inputs(built.model)["input_ids"]
+    recorded = built.model(ids).logits
+    with torch.no_grad():
+        assert close(built.model(ids).logits, recorded, 1e-5)
+
+
 def test_a_fused_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where mamba-ssm is installed, training computes the layer from its weights in one kernel."""
     monkeypatch.setattr(

@@ -242,8 +242,8 @@ class DpoPrefixSharing(Plugin):
         for name, p in step.model.named_parameters():
             if p.requires_grad and name not in start:  # or unfrozen later: till then it was as it is
                 start[name] = p.detach().clone()
-            elif name in start and start[name].device != p.device:  # from a checkpoint
-                start[name] = start[name].to(p.device)
+            elif name in start:  # from a checkpoint it is on the CPU; and the model may have been cast
+                start[name] = start[name].to(p)
         return [(p, start[name]) for name, p in step.model.named_parameters() if name in start]
 
 

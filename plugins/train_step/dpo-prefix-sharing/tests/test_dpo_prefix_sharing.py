@@ -36,6 +36,7 @@ from peftx_dpo_prefix_sharing import (
     preference_loss,
     token_log_probs,
 )
+from peftx_layernorm_tuning import LayernormTuning
 from peftx_lora import Lora
 
 ROWS = [
@@ -250,6 +251,17 @@ def test_the_reference_stays_in_a_loop_of_ones_own() -> None:
     assert abs(float(stack.train_step(batch)) - expected) < 1e-5 < abs(expected - found[0])
     with pytest.raises(PeftxError, match="dpo-prefix-sharing: step 3 does not remember the reference"):
         stack.run_train_step(TrainStep(stack, batch, index=3, total=9, memory={}))
+
+
+def test_the_reference_follows_a_cast_of_the_model() -> None:
+    """Of what trains in the base itself, a layer takes no other dtype than the model's."""
+    stack = Stack(tiny("llama"), [LayernormTuning(), DpoPrefixSharing()], tokenizer=TOKENIZER)
+    batch = batch_of(prepared(stack))
+    stack.train_step(batch)
+    stack.model.to(torch.bfloat16)
+    optimizer = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=1.0)
+    assert abs(float(stack.train_step(batch, optimizer=optimizer)) - math.log(2)) < 1e-6  # nothing has moved
+    assert float(stack.train_step(batch)) < math.log(2) - 1e-3
 
 
 def test_a_resumed_run_keeps_its_reference(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ class LayernormTuning(Plugin):
             self._check_length(step, seen + step.total * step.accumulation * len(rows))
         with eval_mode(step.model):
             for row in rows[: self.config.fisher_rows - seen]:
-                subset.fisher += squared_gradients(step, row, norms)
+                # Not in place: a cast of the model may have cast the sum.
+                subset.fisher = subset.fisher.float() + squared_gradients(step, row, norms)
                 subset.rows += 1
         if subset.rows >= self.config.fisher_rows:
             subset.choose(max(1, round(self.config.fraction * len(subset.fisher))))

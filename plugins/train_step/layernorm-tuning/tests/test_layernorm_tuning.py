@@ -356,6 +356,25 @@ def test_fisher_stays_in_full_precision() -> None:
     assert {p.dtype for p in norms_of(stack).values()} == {torch.bfloat16}
 
 
+def test_fisher_is_summed_in_full_precision_in_a_stack_that_is_cast() -> None:
+    """bfloat16 would stop to grow at 256 times an addend, and choose other entries long before."""
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=6)])
+    stack.model.to(torch.bfloat16)
+    expected = torch.zeros(len(subset_of(stack).fisher))
+    for seed in range(3):
+        step = TrainStep(stack, batch_of(stack.model, seed=seed))
+        expected += sum(
+            squared_gradients(step, row, list(norms_of(stack).values())) for row in rows_of(step.batch)
+        )
+        stack.run_train_step(step)
+    subset = subset_of(stack)
+    assert subset.fisher.dtype == torch.float32
+    assert torch.allclose(subset.fisher, expected, rtol=1e-6)
+    assert torch.equal(
+        subset.mask.nonzero().flatten(), expected.topk(int(subset.mask.sum())).indices.sort().values
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

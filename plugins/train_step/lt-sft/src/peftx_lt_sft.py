@@ -99,7 +99,7 @@ class Trained(NamedTuple):
 
     @property
     def theta_0(self) -> Tensor:
-        return self.start.to(self.theta.device)
+        return self.start.to(self.theta)  # where it is now, and as a cast of the model rounds it
 
 
 class LtSft(Plugin):
@@ -380,5 +380,5 @@ class Skills:
                     total = skill.dense[key].to(p.device).double().flatten()
                 if key in skill.sparse:
                     indices, values = (t.to(p.device) for t in skill.sparse[key])
-                    total[indices] += values
+                    total = total.index_add(0, indices, values)  # not in place: float64's is the start itself
             p.copy_(total.view_as(p))

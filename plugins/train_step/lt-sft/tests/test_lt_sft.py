@@ -284,6 +284,30 @@ def test_sums_are_those_of_the_paper() -> None:
     assert len(one) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_write_into_no_skill_and_not_into_theta_0(dtype: torch.dtype) -> None:
+    """Of a float64 tensor `.double()` is the tensor itself."""
+    model = nn.Linear(2, 2).to(dtype)
+    start, head = weights(model), torch.tensor([0.25, -0.5], dtype=dtype)
+    one = Skill(
+        {
+            "weight": (torch.tensor([0, 3]), torch.tensor([1.0, 0.5], dtype=torch.float64)),
+            "bias": (torch.tensor([1]), torch.tensor([2.0], dtype=torch.float64)),
+        },
+        {},
+    )
+    two = Skill({}, {"bias": head.clone()})
+    skills = Skills(model)
+    skills.add("one", one)
+    skills.add("below one", two)  # by name ahead of it, so that `one` adds to the head of `two`
+    assert model.bias.tolist() == [0.25, 1.5]
+    assert torch.equal(two.dense["bias"], head)
+    skills.subtract("one")
+    assert model.bias.tolist() == [0.25, -0.5]
+    skills.subtract("below one")
+    assert same(weights(model), start)
+
+
 def test_a_skill_goes_through_a_file(tmp_path: Path) -> None:
     phi = take(trained())
     again = Skill.load(phi.save(tmp_path / "task.safetensors"))
@@ -301,6 +325,36 @@ def test_a_skill_of_a_loaded_bundle(tmp_path: Path) -> None:
     one, two = take(stack), take(loaded)
     assert one.sparse.keys() == two.sparse.keys()
     assert all(torch.equal(one.sparse[n][1], two.sparse[n][1]) for n in one.sparse)
+
+
+def test_what_a_cast_rounds_is_no_difference() -> None:
+    """theta_0 is rounded with theta: what phase 1 moved is chosen, and phi has K numbers, not all of the model."""
+    stack = stack_of(phase1=1, density=0.01)
+    stack.model.to(torch.bfloat16)
+    plugin = plugin_of(stack)
+    place = next(iter(plugin.sparse.values()))
+    with torch.no_grad():
+        place.theta.view(-1)[:5] += 1.0
+    plugin.rewind(seed=0)
+    assert plugin.mask.chosen[:5].tolist() == [0, 1, 2, 3, 4]
+    assert float(plugin.distance().detach()) == 0
+    assert len(take(stack)) == 0
+    trained_before = trained(density=0.01)
+    trained_before.model.to(torch.bfloat16)
+    assert 0 < len(take(trained_before)) <= len(plugin_of(trained_before).mask.chosen)
+
+
+def test_a_bundle_of_a_stack_that_was_cast(tmp_path: Path) -> None:
+    """Its base is the one in that dtype."""
+    stack = trained(density=0.01)
+    stack.model.to(torch.bfloat16)
+    base = tiny("llama").to(torch.bfloat16)
+    loaded = peftx.load(stack.save(tmp_path / "bundle"), model=base, tokenizer=tiny_tokenizer())
+    assert same(weights(loaded.model), weights(stack.model))
+    inputs = example_inputs(stack.model)
+    assert torch.equal(loaded.model(**inputs).logits, stack.model(**inputs).logits)
+    loaded.remove("lt-sft")
+    assert same(weights(loaded.model), weights(tiny("llama").to(torch.bfloat16)))
 
 
 def test_training_on_top_of_a_skill_gives_a_difference_from_it() -> None:

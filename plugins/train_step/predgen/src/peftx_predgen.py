@@ -276,7 +276,9 @@ class Predgen(Plugin):
     def predict(self, stack: Stack, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the model writes behind each text, [N, G], and the director's scores of that, [N, C] ([N, 0])."""
         if "G" not in self.state:
-            raise PeftxError("predgen: how long the numbers are is not known yet", hint="train first")
+            if self.config.labels is None:
+                raise PeftxError("predgen: how long the numbers are is not known yet", hint="train first")
+            raise PeftxError("predgen: there is no director yet", hint="inject it before evaluate")
         G, tokenizer, model = self.state["G"], stack.tokenizer, stack.model
         eos, frame = int(tokenizer.eos_token_id), len(special_frame(tokenizer)[0])
         room = context_window(model, tokenizer) - G

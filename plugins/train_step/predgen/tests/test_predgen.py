@@ -365,6 +365,9 @@ def test_bad_rows_and_uses() -> None:
     assert stack.evaluate(metrics=["predgen"]) == {}  # a run has no rows to measure on
     with pytest.raises(PeftxError, match="how long the numbers are is not known yet"):
         numbers.evaluate(NUMBERS, metrics=["predgen"])
+    bare = Stack(tiny("llama"), [Predgen(labels=["bad", "good"])], tokenizer=tiny_tokenizer(), inject=False)
+    with pytest.raises(PeftxError, match="predgen: there is no director yet"):
+        plugin_of(bare).classify(bare, ["x"])
     with pytest.raises(PeftxError, match="numbers are no classes"):
         numbers.classify("x")
     with pytest.raises(PeftxError, match="classes are no numbers"):
