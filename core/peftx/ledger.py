@@ -131,8 +131,6 @@ class Ledger:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.parts: list[Part] = []
-        self.finished: dict[int, nn.Parameter] = {}
-        """By id: what plugins own and train no more, whoever is frozen or not."""
         _LEDGERS[model] = weakref.ref(self)
 
     def of(self, owner: str) -> list[Part]:
@@ -563,7 +561,9 @@ def _settle(module: nn.Module, near: nn.Module, *, full_precision: bool = False)
     own = _first(module)
     if weight is None or own is None or own.is_meta:
         return
-    dtype = weight.dtype if weight.dtype.is_floating_point and not full_precision else own.dtype
+    dtype = own.dtype
+    if weight.dtype.is_floating_point:  # `full_precision` is float32, or more where the model has more
+        dtype = torch.promote_types(own.dtype, weight.dtype) if full_precision else weight.dtype
     if own.device != weight.device or own.dtype != dtype:
         module.to(device=weight.device, dtype=dtype)
 

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 TINY = "peftx:tiny"
 ASSETS = Path(__file__).parent / "assets"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """What a Trainer leaves beside the weights."""
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peftx.errors import PluginError, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from peftx.anatomy import ModelView, Site
     from peftx.stack import Stack
@@ -158,6 +158,11 @@ class Plugin:
         Raises:
             ArchitectureError: names the model, and what does.
         """
+
+    def finished(self) -> Iterable[nn.Parameter]:
+        """Parameters of the plugin that train no more: what it chose against, or is done with. Asked whenever it is
+        settled what trains, also in a stack that comes out of a bundle or goes on from a checkpoint."""
+        return ()
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
         """What `compress` would replace, and the bytes it would take then; for `peftx plan`, on the meta device."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -257,25 +257,16 @@ class Stack:
                 site.bound(view).train()
 
     def _set_trainable(self) -> None:
-        for id in self.plugins:
+        for id, plugin in self.plugins.items():
+            rests = id in self._frozen or id in self.folded
+            finished = {builtins.id(parameter) for parameter in plugin.finished()}
             for parameter in self.ledger.parameters(id):
                 if parameter.is_floating_point():
-                    rests = (
-                        id in self._frozen
-                        or id in self.folded
-                        or builtins.id(parameter) in self.ledger.finished
-                    )
-                    parameter.requires_grad_(not rests)
+                    parameter.requires_grad_(not rests and builtins.id(parameter) not in finished)
 
     def freeze(self, *ids: str) -> None:
         """Stop training these plugins' parameters (all without arguments); they stay in effect."""
         self._frozen |= {self.member(id).id for id in ids} or set(self.plugins)
-        self._set_trainable()
-
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Train these no more, in this stack or one that is loaded from its bundle: a plugin is done with them, and
-        keeps their values. Other than `freeze`, nobody takes it back."""
-        self.ledger.finished |= {builtins.id(parameter): parameter for parameter in parameters}
         self._set_trainable()
 
     def unfreeze(self, *ids: str) -> None:

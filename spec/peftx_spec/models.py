@@ -20,7 +20,7 @@ class ModelSpec(SpecModel):
     """The base model; a plain string in its place is its id."""
 
     id: Text = Field(description="name on the hub, folder, or peftx:tiny for the bundled model")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = Field(
         "auto", description="dtype of the weights; auto is the checkpoint's own"
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(

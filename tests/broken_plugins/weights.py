@@ -113,7 +113,10 @@ class ExportsAnother(Plugin):
     """Changes the configuration, so that the exported checkpoint is read as another model."""
 
     caught_by = "export_is_plain"
-    also = {"remove_restores_base", "save_load_same_logits"}  # the bundle asks for the base as it was configured
+    also = {
+        "remove_restores_base",
+        "save_load_same_logits",
+    }  # the bundle asks for the base as it was configured
     also |= {"composes_with_weights", "composes_with_norms", "composes_with_prompt"}
     claims = {Claim.MERGEABLE}
 

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import peftx
-from peftx import AttentionEdit, CallEdit, Claim, Delta, ModelView, Plugin, Stack, Targets, VirtualTokens, hookimpl
+from peftx import (
+    AttentionEdit,
+    CallEdit,
+    Claim,
+    Delta,
+    ModelView,
+    Plugin,
+    Stack,
+    Targets,
+    VirtualTokens,
+    hookimpl,
+)
 from peftx.errors import ConflictError, PeftxError, UnsupportedError
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -84,7 +95,9 @@ def test_fold_only_over_what_does_not_fold_is_refused() -> None:
             for site in model.linears("mlp"):
                 site.attach(Bends())
 
-    with pytest.raises(ConflictError, match="(?s)'weights' edits the weights.*this order works: weights, bend"):
+    with pytest.raises(
+        ConflictError, match=r"(?s)'weights' edits the weights.*this order works: weights, bend"
+    ):
         Stack(tiny("llama"), [Bend(), Weights()])
     Stack(tiny("llama"), [Weights(), Bend()])
 

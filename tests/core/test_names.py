@@ -18,7 +18,7 @@ from peftx.members import blame, default_id
 from peftx.plugin import Claim, PluginConfig, hookimpl
 from peftx.testing.models import tiny, tiny_tokenizer
 
-MODULE = '''
+MODULE = """
 from peftx import Claim, Delta, Plugin, hookimpl
 import torch
 
@@ -37,7 +37,7 @@ class LoRAPlus(Plugin):
 
 class Second(LoRAPlus):
     pass
-'''
+"""
 
 
 @pytest.fixture
@@ -97,7 +97,9 @@ def _with(*claims: Claim, hook: str = "inject") -> Member:
     @hookimpl
     def method(self: object) -> None: ...
 
-    return Member(f"p{len(claims)}{hook[:1]}", type("Made", (Plugin,), {"claims": set(claims), hook: method})())
+    return Member(
+        f"p{len(claims)}{hook[:1]}", type("Made", (Plugin,), {"claims": set(claims), hook: method})()
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule.claims) or "folding")

@@ -64,7 +64,7 @@ def run(model: PreTrainedModel, padding: Padding = None, **more: Tensor) -> Tens
 def written_out(
     model: PreTrainedModel, rows: Tensor, inputs: dict[str, Tensor], *, at: int = 0
 ) -> tuple[dict[str, Tensor], int]:
-    """The same input with the rows spelled out as embeddings; `at`: tokens that stand before them, beside pads in front."""
+    """The same input with the rows spelled out as embeddings; `at`: tokens that stand before them, beside pads."""
     ids = inputs["input_ids"]
     embedded = model.get_input_embeddings()(ids)
     rows = rows.expand(ids.shape[0], -1, -1)

@@ -211,9 +211,6 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
         stack.anatomy = Anatomy(stack.model)  # its sites still hold the replaced modules
     _unpack(stack, entry, tensors, file)
     _fill(stack, owner, tensors, file, later)
-    if entry.finished:
-        own = stack.ledger.tensors(owner)
-        stack.finish(p for name in entry.finished if isinstance(p := own.get(name), nn.Parameter))
 
 
 def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:

@@ -57,8 +57,6 @@ class PluginEntry(_Loose):
     injected: bool
     compressed: bool
     frozen: bool
-    finished: list[str] = []
-    """Tensors that the plugin trains no more."""
     folded: dict[str, list[str]] | None
     replaced: dict[str, tuple[str, dict[str, Any]]]
     sparse: list[str] = []

@@ -120,7 +120,6 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     parts = stack.ledger.of(member.id)
     tensors = stack.ledger.tensors(member.id)
     packed = _packed(parts) if sparse else {}
-    finished = [name for name, t in tensors.items() if id(t) in stack.ledger.finished]
     folded = {p.path or p.key: list(p.parameters) for p in parts if p.kind == "base"}
     entry: dict[str, Any] = {
         "id": member.id,
@@ -133,7 +132,6 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
         "injected": member.id in stack.injected,
         "compressed": member.id in stack.compressed,
         "frozen": member.id in stack._frozen,
-        "finished": finished,
         "folded": folded if member.id in stack.folded else None,
         "replaced": {p.key: [type(p.module).__name__, p.geometry] for p in parts if p.kind == "replaced"},
     }  # fmt: skip

@@ -42,7 +42,8 @@ def class_index(label: str, labels: Sequence[str], where: str) -> int:
     """Number of `label` among `labels`. Raises DataError, which names `where` and the nearest label."""
     if label not in labels:
         raise DataError(
-            f"{where}: label {label!r} is not among {', '.join(labels)}", hint=nearest(label, labels) or None
+            f"{where}: label {label!r} is not among {', '.join(labels)}",
+            hint=nearest(label, labels) or "name all classes of the rows, as the plugin's `labels` for one",
         )
     return list(labels).index(label)
 

@@ -148,7 +148,14 @@ def head_of(stack: Stack) -> Plugin | ModelHead | None:
     model's own head, if it has one."""
     from peftx.plugin import Claim
 
-    found = (m for m in stack.members if m.claims(Claim.CLASSIFIES) and m.id not in stack.disabled_ids)
+    ready = (
+        stack.injected - stack.disabled_ids
+    )  # before that there is no head: the base answers by likelihood
+    found = (
+        m
+        for m in stack.members
+        if m.claims(Claim.CLASSIFIES) and (m.id in ready or not m.implements("inject"))
+    )
     own = ModelHead() if objective_of(stack.model) == "class" else None
     return next((member.plugin for member in found), own)
 

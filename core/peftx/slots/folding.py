@@ -150,4 +150,8 @@ def _only_base(delta: Delta) -> bool:
 
 
 def _like(values: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
+    cast = values.to(old.dtype)
+    cast = (
+        cast.clone() if cast.data_ptr() == old.data_ptr() else cast
+    )  # a fold may change nothing: not the original then
+    return nn.Parameter(cast, requires_grad=old.requires_grad)

@@ -157,6 +157,7 @@ def train(
     collator = Collator(pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder)
     set_seed(spec.seed)
     started = time.perf_counter()
+    cached = stack.model.config.to_dict().get("use_cache")
     with ExitStack() as exits:
         folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
         identity = _identity(stack, spec, rows)
@@ -170,6 +171,8 @@ def train(
             try:
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             finally:
+                if cached is not None:
+                    stack.model.config.use_cache = cached  # the Trainer takes it away
                 if spec.gradient_checkpointing:
                     stack.model.activation_checkpointing_disable()
                 stack.model.eval()

@@ -215,6 +215,7 @@ class StackTrainer(Trainer):
         self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer"))
         schedule = self.lr_scheduler.state_dict() | load_state(Path(checkpoint) / "scheduler")
         self.lr_scheduler.load_state_dict(schedule)
+        self.stack._set_trainable()  # now: the optimizer's groups are those of the run's start
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_state(Path(output_dir) / f"random-{self.args.process_index}", random_state())

@@ -128,7 +128,7 @@ class BaLora(Plugin):
         weights = self.config.model_dump(include=set(terms))
         for name, term in terms.items():
             if weights[name]:
-                step.add_loss(name, term, weight=weights[name])
+                step.add_loss(name, term, weight=weights[name], over="rows")
         return (yield)
 
     def _reference(self, step: TrainStep) -> Tensor:

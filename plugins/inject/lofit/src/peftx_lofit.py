@@ -14,7 +14,7 @@ second step runs alone.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 import torch
 from pydantic import Field, PositiveInt
@@ -154,6 +154,10 @@ class Lofit(Plugin):
                 over="step",
             )
         return (yield)
+
+    def finished(self) -> Iterable[nn.Parameter]:
+        """Scales that the choice of heads threw away."""
+        return [edit.A for edit in self.edits if edit.A is not None] if "heads" in self.state else []
 
     @torch.no_grad()
     def choose(self) -> None:

@@ -436,7 +436,10 @@ def said(*roles: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([said("user", "assistant"), {"messages": []}], "row 1 .*'messages' must be an array .* got an empty array"),
+        (
+            [said("user", "assistant"), {"messages": []}],
+            "row 1 .*'messages' must be an array .* got an empty array",
+        ),
         ([said("user", "guide", "assistant")], "row 0 .* 'guide' is none of the 2 speakers user, assistant"),
         ([said("assistant"), said("system", "assistant")], "only assistant, system speaks"),
         ([{"prompt": "2 + 2 =", "completion": "4"}], "no row of the data holds a turn: none of 'User:'"),
