@@ -216,7 +216,14 @@ class Ledger:
                 )
         chosen = names or tuple(own)
         others = self._trained_by_others(view.owner, module)
+        twice = {name for part in self.of(view.owner) if part.kind == "base" and part.module is module
+                 for name in part.parameters}  # fmt: skip
         for name in chosen:
+            if name in twice:
+                raise ConflictError(
+                    f"'{view.owner}' is to train the base's {site.path} twice",
+                    hint="name the layer in one of its options alone",
+                )
             # Matrices have one trainer, vectors (norms, biases) any number: each sees the updates of the others.
             if name in others and (own[name].ndim > 1 or name not in others[name].original):
                 raise ConflictError(
