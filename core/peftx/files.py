@@ -80,11 +80,11 @@ def read_json(file: Path, *, links: bool = False) -> Any:
         raise BundleError(f"'{file}' is corrupted: {type(error).__name__}: {error}") from error
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, *, links: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises BundleError, which names it, for anything that is no such file."""
     from safetensors.torch import load_file
 
-    require_plain(file)
+    require_plain(file, links=links)
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError) as error:

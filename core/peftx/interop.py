@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from peftx.errors import PeftxError
+from peftx.errors import BundleError, PeftxError
+from peftx.files import read_json, read_tensors
 from peftx.slots import Delta, LowRank
 from peftx.stack import Stack
 
@@ -33,6 +34,11 @@ HEADS = {
     "QUESTION_ANS": {"qa_outputs"},
 }
 """Modules that PEFT's wrapper for a task reads from the adapter's file too."""
+
+
+_ALL_HEADS = set().union(*HEADS.values())
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def to_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> Path:
@@ -55,8 +61,8 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> Path:
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
@@ -65,10 +71,14 @@ def from_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> None:
 
     Raises:
         PeftxError: the adapter is more than A and B, or has other modules, sizes or scales; nothing is filled then.
+        BundleError: a file of it is missing or damaged, or its weights are a pickle.
     """
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    saved = _plain(config, load_file(Path(folder) / "adapter_model.safetensors"), stack, id)
+    config = read_json(Path(folder) / CONFIG, links=True)
+    if not isinstance(config, dict):
+        raise BundleError(f"'{Path(folder) / CONFIG}' is corrupted: it holds no settings")
     deltas = _deltas(stack, id)
+    heads = _heads(stack, id)
+    saved, head = _plain(config, _weights(Path(folder)), stack, id, heads)
     tensors = _tensors(deltas)
     differ = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in saved.keys() ^ tensors.keys()}
     if differ:
@@ -92,10 +102,30 @@ def from_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
+        for name, value in head.items():
+            heads[name].copy_(value)
 
 
-def _plain(config: dict[str, Any], saved: dict[str, Tensor], stack: Stack, id: str) -> dict[str, Tensor]:
-    """A and B of the adapter; refused where these and the scale are not all of it."""
+def _weights(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise BundleError(
+            f"'{folder}' has its weights only as a pickle (adapter_model.bin), which peftx does not read",
+            hint="convert it where you trust it: PeftModel.save_pretrained(path) writes safetensors",
+        )
+    return read_tensors(file, links=True)
+
+
+def _heads(stack: Stack, id: str) -> dict[str, Tensor]:
+    """Parameters of the base that train with the plugin, under PEFT's names: the head of a classifier."""
+    parts = [part for part in stack.ledger.of(stack.member(id).id) if part.kind == "base"]
+    return {f"{PREFIX}{part.key}.{n}": part.module._parameters[n] for part in parts for n in part.parameters}  # type: ignore[misc]
+
+
+def _plain(
+    config: dict[str, Any], saved: dict[str, Tensor], stack: Stack, id: str, heads: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A and B of the adapter, and its head; refused where these and the scale are not all of it."""
     found = {name: config[name] for name in OTHER if config.get(name)}
     if config.get("peft_type") != "LORA":
         found["peft_type"] = config.get("peft_type")
@@ -105,7 +135,8 @@ def _plain(config: dict[str, Any], saved: dict[str, Tensor], stack: Stack, id: s
         found["init_lora_weights"] = config["init_lora_weights"]
     factors = {n: t for n, t in saved.items() if n.endswith((".lora_A.weight", ".lora_B.weight"))}
     own = dict(stack.model.named_parameters())
-    for name in sorted(saved.keys() - factors.keys()):
+    head = {n: t for n, t in saved.items() if n in heads and t.shape == heads[n].shape}
+    for name in sorted(saved.keys() - factors.keys() - head.keys()):
         mine = own.get(name.removeprefix(PREFIX))
         same = mine is not None and torch.equal(mine.to(saved[name]), saved[name])
         if not same:  # a head like the model's own is fine
@@ -116,13 +147,15 @@ def _plain(config: dict[str, Any], saved: dict[str, Tensor], stack: Stack, id: s
             f"{id}: the adapter is more than A and B of LoRA, it has {what}",
             hint="load it with PEFT and merge it into the base",
         )
-    return factors
+    return factors, head
 
 
 def _deltas(stack: Stack, id: str) -> dict[str, LowRank]:
     """A, B and s of the plugin's deltas, by the path of their module."""
     deltas = {}
     for part in stack.ledger.of(stack.member(id).id):
+        if part.kind == "base" and _ALL_HEADS & set(part.key.split(".")):
+            continue  # goes beside the adapter
         found = part.module.low_rank() if isinstance(part.module, Delta) else None
         if found is None:
             raise PeftxError(

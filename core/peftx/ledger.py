@@ -169,7 +169,7 @@ class Ledger:
                     f"'{view.owner}' computes {site.path} itself as a frozen layer, and {trained.owner} trains it",
                     hint="leave the layer out of one of them",
                 )
-        _settle(delta, site.module, full_precision=delta.full_precision)
+        self._settle(delta, site.module, full_precision=delta.full_precision)
         attach(
             site.module, delta, name=name, owner=view.owner, rank=view.rank,
             parameter=site.parameter, rows=site.rows, transposed=site.transposed, kind=kind,
@@ -326,7 +326,7 @@ class Ledger:
         if name in mine._modules:
             raise ConflictError(f"'{view.owner}' already keeps a module named '{name}'")
         mine._modules[name] = module
-        _settle(module, self.model)
+        self._settle(module, self.model)
 
         def undo() -> None:
             del mine[name]
@@ -344,7 +344,7 @@ class Ledger:
         return child_name({part.key: part for part in self.of(owner)}, key)
 
     def add_attention(self, view: ModelView, site: Site, edit: AttentionEdit) -> None:
-        _settle(edit, site.module)
+        self._settle(edit, site.module)
         attention.attach(self.model, site.module, edit, owner=view.owner, rank=view.rank)
         self.parts.append(
             Part(
@@ -356,7 +356,7 @@ class Ledger:
 
     def add_prompt(self, view: ModelView, tokens: VirtualTokens) -> None:
         virtual_tokens.check_room(self.model, tokens.length, owner=view.owner)
-        _settle(tokens, self.model)
+        self._settle(tokens, self.model)
         virtual_tokens.attach(self.model, tokens, owner=view.owner, rank=view.rank)
         self.parts.append(
             Part(
@@ -367,7 +367,7 @@ class Ledger:
         )  # fmt: skip
 
     def add_call(self, view: ModelView, edit: CallEdit) -> None:
-        _settle(edit, self.model)
+        self._settle(edit, self.model)
         edits = calls.attach(self.model, edit, owner=view.owner)
         key = self._free_key(view.owner, "call")
         self.parts.append(Part(view.owner, "call", key, edit, undo=edits.remove, switch=edits.switch))
@@ -382,6 +382,27 @@ class Ledger:
                 switch=lambda on: virtual_tokens.enable(self.model, view.owner, on),
             )
         )  # fmt: skip
+
+    def _settle(self, module: nn.Module, near: nn.Module, *, full_precision: bool = False) -> None:
+        """Give a new module the mode, device and dtype of the one it stands on, or else of the model (where that one
+        holds integers); float32 or more if it asks for that."""
+        if module._modules:
+            module.train(near.training)
+        else:  # most deltas
+            module.training = near.training
+        own = _first(module)
+        if own is None or own.is_meta:
+            return
+        weight = _first(near)
+        if weight is None or not weight.dtype.is_floating_point:
+            weight = _first(self.model)
+        if weight is None:
+            return
+        dtype = own.dtype
+        if weight.dtype.is_floating_point:
+            dtype = torch.promote_types(own.dtype, weight.dtype) if full_precision else weight.dtype
+        if own.device != weight.device or own.dtype != dtype:
+            module.to(device=weight.device, dtype=dtype)
 
     # -- folding -------------------------------------------------------------------------------------------------
 
@@ -556,23 +577,6 @@ def _check_unmerged(part: Part) -> None:
         raise MergeError(
             f"'{merged}' is merged into {part.key}, which {part.owner} trains", hint="stack.unmerge() first"
         )
-
-
-def _settle(module: nn.Module, near: nn.Module, *, full_precision: bool = False) -> None:
-    """Give a new module the mode, device and dtype of the one it stands on (float32 if it asks for that)."""
-    if module._modules:
-        module.train(near.training)
-    else:  # most deltas
-        module.training = near.training
-    weight = _first(near)
-    own = _first(module)
-    if weight is None or own is None or own.is_meta:
-        return
-    dtype = own.dtype
-    if weight.dtype.is_floating_point:  # `full_precision` is float32, or more where the model has more
-        dtype = torch.promote_types(own.dtype, weight.dtype) if full_precision else weight.dtype
-    if own.device != weight.device or own.dtype != dtype:
-        module.to(device=weight.device, dtype=dtype)
 
 
 def _first(module: nn.Module) -> Tensor | None:

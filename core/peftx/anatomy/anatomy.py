@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from peftx.anatomy.site import Site
 from peftx.anatomy.table import Fused, Stacked, Table, Tower
 from peftx.errors import ArchitectureError, nearest
-from peftx.slots import Rows, base_class, is_map, is_ours
+from peftx.slots import Rows, base_class, is_map, is_ours, kind_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -311,7 +311,7 @@ def _kind(module: nn.Module, role: str) -> str:
         return "router"
     if issubclass(base, nn.Embedding):
         return "embedding"
-    if _is_quantized(base):
+    if kind_of(module) == "packed":
         return "quantized"
     if issubclass(base, nn.Conv1d | nn.Conv2d):
         return "convolution"
@@ -320,13 +320,8 @@ def _kind(module: nn.Module, role: str) -> str:
     return "block"
 
 
-def _is_quantized(cls: type[nn.Module]) -> bool:
-    """`QuantLinear` or a plugin's subclass of it; by name, since compression stands on the anatomy."""
-    return any(base.__name__ == "QuantLinear" for base in cls.__mro__)
-
-
 def _out_features(module: nn.Module) -> int:
-    if issubclass(base_class(module), nn.Linear) or _is_quantized(base_class(module)):
+    if issubclass(base_class(module), nn.Linear) or kind_of(module) == "packed":
         return module.out_features
     return module.nf  # Conv1D
 

@@ -17,7 +17,14 @@ from transformers.initialization import no_init_weights
 from peftx.anatomy import Anatomy
 from peftx.bundle.manifest import BASE, BASE_FOLDER, BaseEntry, Manifest, PluginEntry, read_manifest
 from peftx.bundle.sparse import AT, TO, unpack
-from peftx.bundle.surroundings import TOKENIZER_FOLDER, check_settings, generation_of, tokenizer_digest
+from peftx.bundle.surroundings import (
+    TOKENIZER_FOLDER,
+    cast_buffers,
+    check_settings,
+    computed_buffers,
+    generation_of,
+    tokenizer_digest,
+)
 from peftx.errors import BundleError
 from peftx.files import read_tensors
 from peftx.ledger import Part
@@ -52,6 +59,7 @@ def load(
         RegistryError: a plugin that is not installed. ConflictError: a model that carries plugins already.
     """
     folder = Path(path)
+    model_given = model
     manifest = read_manifest(folder)
     registry = registry or Registry()
     members = [_member(entry, registry) for entry in manifest.plugins]
@@ -78,6 +86,13 @@ def load(
         _check_base(stack, base, folder)
     else:
         _fill_base(stack, folder, contained)
+    if not isinstance(model_given, nn.Module):
+        cast_buffers(model, base.buffers)
+    elif base.settings is not None and computed_buffers(model) != base.buffers:
+        raise BundleError(
+            f"'{folder}' was made with a base that was cast as a whole, its tables of positions too",
+            hint=f"model.to(torch.{base.dtype}) first, or let peftx.load read the base: leave the model out",
+        )
         stack.given_fingerprint = base.fingerprint
     undo = stack.ledger.snapshot()
     generation = model.generation_config if base.generation is not None else None

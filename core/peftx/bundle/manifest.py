@@ -39,6 +39,8 @@ class BaseEntry(_Loose):
     contained: list[str] | None = None
     settings: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    buffers: dict[str, str] = {}
+    """dtype of each buffer that is computed, and was cast with the model since."""
     tokenizer: str | None = None
     """Digest of the tokenizer; of bundles from version 0.1, and where there is none, None."""
 

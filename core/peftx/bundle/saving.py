@@ -22,7 +22,13 @@ from peftx.bundle.manifest import (
     versions,
 )
 from peftx.bundle.sparse import AT, TO, pack
-from peftx.bundle.surroundings import TOKENIZER_FOLDER, generation_of, settings_of, tokenizer_digest
+from peftx.bundle.surroundings import (
+    TOKENIZER_FOLDER,
+    computed_buffers,
+    generation_of,
+    settings_of,
+    tokenizer_digest,
+)
 from peftx.errors import BundleError
 from peftx.files import plain_files, replacing, sha256
 from peftx.ledger import Part
@@ -61,6 +67,7 @@ def save(stack: Stack, path: Path) -> Path:
                 "dtype": str(stack.model.dtype).removeprefix("torch."),
                 "settings": settings_of(stack.model.config),
                 "generation": generation_of(stack.model),
+                "buffers": computed_buffers(stack.model),
                 "tokenizer": _write_tokenizer(stack, folder, always=contained),
             },
             "seed": stack.seed,

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from peftx.errors import BundleError
+from peftx.models import DTYPES
+from peftx.slots import is_ours
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +56,30 @@ def _without_silent(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name not in _SILENT
     }
+
+
+def computed_buffers(model: PreTrainedModel) -> dict[str, str]:
+    """dtypes of those buffers that no checkpoint holds (rotary frequencies) and that are not float32, as they are made:
+    `model.to(bfloat16)` casts them too, `from_pretrained(dtype=bfloat16)` does not, and the output differs."""
+    return {
+        f"{path}.{name}": str(buffer.dtype).removeprefix("torch.")
+        for path, module in model.named_modules()
+        if not is_ours(path)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+        and buffer.is_floating_point() and buffer.dtype != torch.float32
+    }  # fmt: skip
+
+
+def cast_buffers(model: PreTrainedModel, dtypes: dict[str, str]) -> None:
+    """Cast computed buffers as they were."""
+    for name, dtype in dtypes.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        module._buffers[leaf] = module.get_buffer(leaf).to(DTYPES[dtype])
+        original = vars(module).get(f"original_{leaf}")
+        if isinstance(original, torch.Tensor):
+            setattr(module, f"original_{leaf}", original.to(DTYPES[dtype]))
 
 
 def check_settings(saved: dict[str, Any], model: PreTrainedModel, folder: Path) -> None:

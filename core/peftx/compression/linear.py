@@ -41,6 +41,7 @@ from peftx.compression.packing import (
     unpack_bits,
 )
 from peftx.errors import UnsupportedError
+from peftx.slots import packed
 
 __all__ = ["Activation", "Kernel", "QuantLinear"]
 
@@ -48,6 +49,7 @@ Activation = Literal["dynamic-token", "static-tensor"]
 Kernel = Literal["int8-matmul", "int4-pack", "dequantize", "emulate"]
 
 
+@packed
 class QuantLinear(nn.Module):
     """A frozen linear layer in packed storage.
 

@@ -11,6 +11,7 @@ from peftx.slots.carrier import (
     is_map,
     is_ours,
     kind_of,
+    packed,
     slot_of,
 )
 from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
@@ -36,6 +37,7 @@ __all__ = [
     "is_ours",
     "kind_of",
     "merge",
+    "packed",
     "slot_of",
     "snapshot",
     "unmerge",

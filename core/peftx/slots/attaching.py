@@ -53,7 +53,8 @@ def attach(
             f"{type(delta).__name__} computes the layer itself, which only a whole nn.Linear offers, "
             f"and this is {base_class(module).__name__}"
         )
-    if kind == "output" and not delta.has_forward():
+    acts = delta.has_forward() or (kind == "packed" and delta.has_pre())
+    if kind in ("output", "packed") and not acts:
         raise UnsupportedError(
             f"{type(delta).__name__} defines no forward, and on {base_class(module).__name__} nothing else can act",
             hint="define forward(x, y), or target linear layers",

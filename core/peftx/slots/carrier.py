@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from peftx.slots.rows import Rows
 CHILD = "peftx"
 """Name of the child module that holds the deltas; those for anything else that stands on a model begin with it."""
 STATE = "_peftx_slot"
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -197,6 +198,29 @@ class PlainLinearCarrier(Carrier):
         return y
 
 
+class PackedCarrier(Carrier):
+    """Linear layers in a storage of their own (integers): deltas before and behind, none on the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slot = self._peftx_slot
+        if slot.nested:
+            return _nested(slot.nested, x, super().forward)  # type: ignore[misc]
+        y = super().forward(x)  # type: ignore[misc]
+        for delta in slot.run:
+            y = delta(x, y)
+        return y
+
+
+PACKED: list[type[nn.Module]] = []
+"""Classes of such layers: they have `in_features`, `out_features`, and a `weight` that is computed."""
+
+
+def packed(cls: type[M]) -> type[M]:
+    """Make a storage class known as a linear layer, which adapters may stand on. Subclasses are known with it."""
+    PACKED.append(cls)
+    return cls
+
+
 class OutputCarrier(Carrier):
     """Any module: deltas see its first argument and its output (the first one, if it returns several)."""
 
@@ -277,6 +301,7 @@ _CARRIERS: dict[str, type[Carrier]] = {
     "weight": WeightCarrier,
     "read": ReadCarrier,
     "called": CalledCarrier,
+    "packed": PackedCarrier,
     "output": OutputCarrier,
 }
 
@@ -341,6 +366,8 @@ def kind_of(module: nn.Module) -> str:
     base = base_class(module)
     if base.forward is nn.Linear.forward:
         return "plain"
+    if issubclass(base, tuple(PACKED)):
+        return "packed"
     return "linear" if issubclass(base, nn.Linear | Conv1D) else "output"
 
 

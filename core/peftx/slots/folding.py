@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import MergeError
-from peftx.slots.carrier import CHILD, STATE, OutputCarrier, base_class, slot_of
+from peftx.slots.carrier import CHILD, STATE, OutputCarrier, PackedCarrier, base_class, slot_of
 from peftx.slots.delta import Delta
 
 
@@ -44,7 +44,7 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
             f"{chosen[-1].owner} cannot be merged before {between[0].owner}, which acts nearer to the weights",
             hint=f"merge {between[0].owner} as well, or let it come later in the stack",
         )
-    if isinstance(module, OutputCarrier):
+    if isinstance(module, OutputCarrier | PackedCarrier):
         raise MergeError(
             f"{chosen[0].owner}: deltas on {base_class(module).__name__} do not fold into weights"
         )
