@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+import peftx
+from peftx import Stack
 from peftx.anatomy import Anatomy, Fused, ModelView, Site, Table, Targets, Tower
 from peftx.errors import ArchitectureError, TargetError
 from peftx.ledger import Ledger
@@ -34,6 +37,7 @@ from peftx.testing.models import (
     ARCHITECTURES,
     CORE_ARCHITECTURES,
     IMAGE_TOKEN,
+    PAD,
     Padding,
     example_inputs,
     output_of,
@@ -58,6 +62,12 @@ BART = BERT + "embedding.position "
 GPT = QKVO + PLAIN + BLOCKS + ENDS
 VIT = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.patch "
 WHISPER = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.position "
+
+
+def only(layers: str, roles: str) -> str:
+    """The roles, in these layers alone; without it they are in every layer."""
+    return " ".join(f"{role}@{layers}" for role in roles.split()) + " "
+
 
 # Architecture -> tower -> its roles; "" is the model as a whole.
 EXPECTED: dict[str, dict[str, str]] = {
@@ -118,7 +128,7 @@ HEADS = {
     **{(arch, "vision"): (2, 2, 16) for arch in ("vit", "clip", "llava")},
 }
 
-# Raw names of three roles, independent of the tables; fused and stacked ones are cut out by hand below.
+# Raw names of some roles, independent of the tables; fused and stacked ones are cut out by hand below.
 RAW = {
     "attention.v": {
         "default": r"self_attn\.v_proj$",
@@ -147,8 +157,6 @@ RAW = {
     },
     "mlp.down": {
         "default": r"(mlp\.down_proj|fc2)$",
-        "mixtral": r"mlp\.experts$",
-        "qwen3_moe": r"mlp\.experts$",
         "gpt2": r"mlp\.c_proj$",
         "gpt_neox": r"4h_to_h$",
         "bloom": r"4h_to_h$",
@@ -158,9 +166,23 @@ RAW = {
         "deberta_v2": r"layer\.\d+\.output\.dense$",
         "t5": r"DenseReluDense\.wo$",
     },
+    "experts.down": {"default": r"\.experts$"},
 }
-SPEAKING = tuple(arch for arch in ARCHITECTURES if arch != "mamba")
-MOE = ("mixtral", "qwen3_moe")
+
+
+def has(arch: str, role: str) -> bool:
+    """Does the architecture's language have it."""
+    towers = EXPECTED[arch]
+    return role in _with_layers(towers.get("decoder") or towers.get("encoder") or next(iter(towers.values())))
+
+
+def _with_layers(roles: str) -> dict[str, list[int]]:
+    """Role -> the layers that alone have it, as `only` wrote them; empty: all."""
+    pairs = (word.partition("@") for word in roles.split())
+    return {role: [int(i) for i in layers.split(",") if i] for role, _, layers in pairs}
+
+
+MOE = tuple(arch for arch in ARCHITECTURES if has(arch, "experts.down"))
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -222,17 +244,18 @@ def test_every_tiny_model_has_an_expectation() -> None:
 def test_roles(arch: str) -> None:
     anatomy = shared(arch)
     assert not anatomy.inferred
-    found: dict[str, set[str]] = {}
+    found: dict[str, dict[str, list[int | None]]] = {}
     for site in anatomy:
-        found.setdefault(site.tower, set()).add(site.role)
-    assert found == {tower: set(roles.split()) for tower, roles in EXPECTED[arch].items()}
+        found.setdefault(site.tower, {}).setdefault(site.role, []).append(site.layer)
+    expected = {tower: _with_layers(roles) for tower, roles in EXPECTED[arch].items()}
+    assert {tower: set(roles) for tower, roles in found.items()} == {t: set(r) for t, r in expected.items()}
     assert set(anatomy.towers) == set(found) - {""}
     for name, facts in anatomy.towers.items():
         assert facts.layers == 2
-        for role in found[name]:
-            layers = [s.layer for s in anatomy if s.role == role and s.tower == name]
+        for role, layers in found[name].items():
             inside = layers != [None] and role not in ("embedding.relative",)
-            assert layers == ([0, 1] if inside else layers[:1]), role
+            every = list(range(facts.layers)) if inside else layers[:1]
+            assert layers == (expected[name][role] or every), role
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -269,7 +292,7 @@ def test_sites_cover_every_matrix_once(arch: str) -> None:
         for name, p in anatomy.model.named_parameters()
         if id(p) not in covered and not name.endswith("bias")
     }
-    own = r"A_log$|\.D$|class_embedding$|cls_token$|position_embeddings$|logit_scale$"  # no layer at all
+    own = r"A_log$|\.D$|class_embedding$|cls_token$|position_embeddings$|sinks$|scale$"  # no layer at all
     assert {name for name in loose if not re.search(own, name)} == set()
 
 
@@ -280,17 +303,18 @@ def test_sizes(arch: str) -> None:
         assert facts.hidden_size == 32
         assert (facts.heads, facts.kv_heads, facts.head_dim) == HEADS.get((arch, name), (4, 4, 8))
         for site in anatomy:
-            if site.tower != name:
+            if site.tower != name or site.layer is None:
                 continue
+            width, kv_width = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
             if site.role in ("attention.q", "cross_attention.q"):
-                assert (site.out_features, site.in_features) == (facts.heads * facts.head_dim, 32)
+                assert (site.out_features, site.in_features) == (width, 32)
             elif site.role in ("attention.k", "attention.v", "cross_attention.k", "cross_attention.v"):
-                assert (site.out_features, site.in_features) == (facts.kv_heads * facts.head_dim, 32)
+                assert (site.out_features, site.in_features) == (kv_width, 32)
             elif site.role in ("attention.o", "cross_attention.o"):
-                assert (site.out_features, site.in_features) == (32, facts.heads * facts.head_dim)
+                assert (site.out_features, site.in_features) == (32, width)
             elif site.role in ("mlp.gate", "mlp.up"):
                 assert site.in_features == 32
-            elif site.role == "mlp.down" or site.role == "embedding":
+            elif site.role == "mlp.down":
                 assert site.out_features == 32
             elif site.role == "router":
                 assert site.shape == (4, 32)
@@ -300,9 +324,11 @@ def test_sizes(arch: str) -> None:
             elif site.role == "experts.down":
                 assert site.batch == (4,)
                 assert site.out_features == 32
+        embeddings = [s for s in anatomy if s.tower == name and s.role == "embedding"]
+        assert all(site.out_features == 32 for site in embeddings)
         if facts.heads:
             assert facts.groups == facts.heads // facts.kv_heads
-            assert len(facts.attention) == 2
+            assert len(facts.attention) == facts.layers
     assert (len(anatomy.main.cross_attention) == 2) == anatomy.is_encoder_decoder
 
 
@@ -314,8 +340,10 @@ def zero_by_hand(model: PreTrainedModel, arch: str, role: str) -> None:
     with torch.no_grad():
         for module in hits:
             parts = list(module.parameters(recurse=False))
-            if arch in MOE and role == "mlp.down":
-                module.down_proj.zero_()
+            if role == "experts.down":
+                for name, p in module.named_parameters():
+                    if name.startswith("down_proj"):
+                        p.zero_()
             elif role == "attention.v" and arch == "gpt2":  # [in, q | k | v]
                 for p in parts:
                     p[..., 64:96] = 0
@@ -329,15 +357,14 @@ def zero_by_hand(model: PreTrainedModel, arch: str, role: str) -> None:
                     p.zero_()
 
 
-@pytest.mark.parametrize("role", ["attention.v", "attention.o", "mlp.down"])
-@pytest.mark.parametrize("arch", SPEAKING)
+@pytest.mark.parametrize(("arch", "role"), [(a, r) for r in RAW for a in ARCHITECTURES if has(a, r)])
 def test_a_site_is_what_its_role_says(arch: str, role: str) -> None:
     model = tiny(arch)
     by_hand = copy.deepcopy(model)
     zero_by_hand(by_hand, arch, role)
     before, expected = run(model, padding="right"), run(by_hand, padding="right")
     view = view_of(model)
-    for site in view.linears("experts.down" if arch in MOE and role == "mlp.down" else role):
+    for site in view.linears(role):
         site.attach(Zero())
     actual = run(model, padding="right")
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -359,24 +386,25 @@ def test_query_and_key_of_a_fused_matrix(arch: str) -> None:
     assert not torch.allclose(results[0], run(tiny(arch)), atol=1e-3)
 
 
-def test_gate_and_up_of_phi3() -> None:
+@pytest.mark.parametrize("arch", ["phi3"])
+def test_gate_and_up_of_one_matrix(arch: str) -> None:
     """down(up * silu(gate)): without gate or without up there is no output of the block."""
-    down = tiny("phi3")
-    zero_by_hand(down, "phi3", "mlp.down")
+    down = tiny(arch)
+    zero_by_hand(down, arch, "mlp.down")
     for role in ("mlp.gate", "mlp.up"):
-        model = tiny("phi3")
+        model = tiny(arch)
         for site in view_of(model).linears(role):
             site.attach(Zero())
         torch.testing.assert_close(run(model), run(down))
     halved = {}
     for role in ("mlp.gate", "mlp.up"):
-        model = tiny("phi3")
+        model = tiny(arch)
         for site in view_of(model).linears(role):
             delta = Gain(site.out_features)
             delta.z.data.fill_(0.5)
             site.attach(delta)
         halved[role] = run(model)
-    by_hand = tiny("phi3")  # only `up` is linear in its half
+    by_hand = tiny(arch)  # only `up` is linear in its half
     for layer in by_hand.model.layers:
         layer.mlp.down_proj.weight.data.mul_(0.5)
     torch.testing.assert_close(halved["mlp.up"], run(by_hand), rtol=1e-5, atol=1e-5)
@@ -406,7 +434,7 @@ def test_block_output_is_what_joins_the_residual(arch: str) -> None:
     for before, out in seen:
         if arch in post_norm:
             assert not torch.equal(before, out)
-        elif arch not in ("gemma2", "gemma3"):  # their post-norms have a zero to normalize
+        elif not arch.startswith("gemma") or arch == "gemma":  # their post-norms have a zero to normalize
             torch.testing.assert_close(out, before, rtol=0, atol=0)
 
 
@@ -440,7 +468,7 @@ def test_attach_merge_unmerge_remove(arch: str) -> None:
     assert torch.equal(run(model, padding="right"), before)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("arch", MOE)
 @pytest.mark.parametrize("role", ["experts.gate", "experts.up", "experts.down", "router"])
 def test_experts_one_by_one(arch: str, role: str) -> None:
     """A gain on the rows of a stacked parameter is that gain in the weights, for each expert its own."""
@@ -448,16 +476,15 @@ def test_experts_one_by_one(arch: str, role: str) -> None:
     view = view_of(model)
     for site in view.linears(role):
         delta = site.attach(Gain(site.out_features, batch=site.batch, seed=site.layer or 0))
-        mlp = by_hand.model.layers[site.layer].mlp
+        parameters = dict(by_hand.get_submodule(site.path).named_parameters())
+        weight = "weight" if role == "router" else "down_proj" if role == "experts.down" else "gate_up_proj"
         with torch.no_grad():
-            if role == "router":
-                mlp.gate.weight.mul_(delta.z[:, None])
-            elif role == "experts.down":
-                mlp.experts.down_proj.mul_(delta.z[..., None])
-            else:
-                half = mlp.experts.gate_up_proj.shape[1] // 2
-                mine = slice(0, half) if role == "experts.gate" else slice(half, None)
-                mlp.experts.gate_up_proj[:, mine].mul_(delta.z[..., None])
+            matrix = parameters[weight]
+            mine = slice(None)
+            if role in ("experts.gate", "experts.up"):
+                first, half = role == "experts.gate", matrix.shape[-2] // 2
+                mine = slice(0, half) if first else slice(half, None)
+            matrix[..., mine, :] *= delta.z[..., None]
     torch.testing.assert_close(run(model), run(by_hand))
     assert not torch.allclose(run(model), run(tiny(arch)), atol=1e-4)
 
@@ -551,6 +578,37 @@ def test_gemma3_with_images() -> None:
     assert anatomy.towers["vision"].heads == 4
 
 
+def lacks(anatomy: Anatomy) -> set[str]:
+    """Linear layers and stacked experts inside the towers' layers that have no role."""
+    layers = [site.module for site in anatomy if site.role == "block.layer"]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    named = {(id(site.module), site.parameter) for site in anatomy if site.layer is not None}
+    return {
+        f"{path}.{name}"
+        for path, module in anatomy.model.named_modules()
+        if id(module) in inside
+        for name, parameter in module.named_parameters(recurse=False)
+        if (isinstance(module, nn.Linear) and name == "weight") or parameter.ndim == 3
+        if (id(module), name) not in named and not isinstance(module, nn.Conv1d)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "there", "gone"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp.gate@0 experts.up@1 router@1", ""),
+    ],
+)
+def test_variants(arch: str, options: dict[str, object], there: str, gone: str) -> None:
+    """Other released configurations: what stands elsewhere, and what is not there."""
+    anatomy = Anatomy(tiny(arch, **options))
+    assert not anatomy.inferred
+    assert lacks(anatomy) == set()
+    for role, layers in _with_layers(there).items():
+        assert [s.layer for s in anatomy if s.role == role] == (layers or list(range(anatomy.num_layers)))
+    assert not {site.role for site in anatomy} & set(gone.split())
+
+
 def test_a_table_that_names_what_is_not_there() -> None:
     table = Table("llama", (Tower("decoder", "model.layers", {"attention.q": "self_attn.q_pro"}),))
     message = text_of(lambda: Anatomy(tiny("llama"), table), ArchitectureError)
@@ -605,6 +663,57 @@ def test_anatomy_of_a_changed_model_is_the_old_one() -> None:
         site.attach(delta)
     view.keep("shared", nn.Linear(3, 3))
     assert [(s.role, s.path, s.shape) for s in Anatomy(model)] == places
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+GENERATING = tuple(
+    a for a in ARCHITECTURES if "decoder" in EXPECTED[a] and a not in ("t5", "bart", "whisper", "llava")
+)
+
+
+@pytest.mark.parametrize("arch", GENERATING)
+def test_lora_on_all(arch: str, tmp_path: Path) -> None:
+    """Nothing at the start, then a step that tells; saved, merged and taken off to the bit."""
+    from peftx_lora import Lora
+
+    model = tiny(arch).requires_grad_(False)  # Mamba computes in another order where its weights train
+    before = run(model, padding="left")
+    stack = Stack(model, [Lora(rank=2)], tokenizer=TOKENIZER)
+    assert torch.equal(run(model, padding="left"), before)
+    inputs = example_inputs(model, padding="right")
+    parameters = list(stack.ledger.parameters("lora"))
+    for _ in range(2):  # the gradient of A is zero while B is
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter -= parameter.grad / (parameter.grad.abs().max() + 1e-12) / 20
+                parameter.grad = None
+    after = run(model, padding="left")
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert all(parameter.abs().sum() > 0 for parameter in parameters)
+
+    stack.save(tmp_path / "bundle")
+    other = peftx.load(tmp_path / "bundle", model=tiny(arch), tokenizer=TOKENIZER)
+    assert torch.equal(run(other.model, padding="left"), after)
+    stack.merge()
+    torch.testing.assert_close(run(model, padding="left"), after, rtol=1e-4, atol=1e-4)
+    stack.unmerge()
+    assert torch.equal(run(model, padding="left"), after)
+    _generate_alone_and_padded(model)
+    stack.remove("lora")
+    assert torch.equal(run(model, padding="left"), before)
+
+
+def _generate_alone_and_padded(model: PreTrainedModel) -> None:
+    inputs = example_inputs(model, padding="left")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    both = model.generate(**inputs, **options)
+    real = inputs["attention_mask"][1].bool()
+    alone = model.generate(
+        input_ids=inputs["input_ids"][1:, real], attention_mask=inputs["attention_mask"][1:, real], **options
+    )
+    assert torch.equal(both[1, -4:], alone[0, -4:])
 
 
 # ------------------------------------------------------------------------------------------------------- inference
@@ -695,9 +804,20 @@ def test_towers() -> None:
     assert not any(s.role.startswith("cross") for s in Targets("attention").select(anatomy.sites, layers=2))
 
 
-def test_all_is_the_layers_linears() -> None:
+@pytest.mark.parametrize(
+    ("arch", "groups"),
+    [
+        ("qwen3_moe", "attention experts"),
+    ],
+)
+def test_all_is_the_layers_linears(arch: str, groups: str) -> None:
+    """No routers, nor matrices that weigh a few streams."""
+    everything = Targets("all").select(shared(arch).sites, layers=shared(arch).num_layers)
+    assert {s.role.split(".")[0] for s in everything} == set(groups.split())
+
+
+def test_mlp_means_the_experts() -> None:
     everything = Targets("all").select(shared("qwen3_moe").sites, layers=2)
-    assert {s.role.split(".")[0] for s in everything} == {"attention", "experts"}
     assert {s.role for s in Targets("mlp").select(everything, layers=2)} == {
         "experts.gate",
         "experts.up",

@@ -277,9 +277,9 @@ def tiny(arch: str, *, head: str | None = None, seed: int = 0, **overrides: Any)
 
 @torch.no_grad()
 def _perturb(model: PreTrainedModel) -> None:
-    """Move biases and norm weights off the zeros and ones that they start at."""
+    """Move biases, scales and norm weights off the zeros and ones that they start at."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and name.endswith(("bias", "weight")):
+        if name.endswith("bias") or (parameter.ndim == 1 and name.endswith(("weight", "scale"))):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
