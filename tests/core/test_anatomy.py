@@ -69,6 +69,7 @@ def only(layers: str, roles: str) -> str:
     return " ".join(f"{role}@{layers}" for role in roles.split()) + " "
 
 
+MOE_LLAMA = QKVO + EXPERTS + NORMS + BLOCKS + ENDS
 # Architecture -> tower -> its roles; "" is the model as a whole.
 EXPECTED: dict[str, dict[str, str]] = {
     "llama": {"decoder": LLAMA, "": "head"},
@@ -80,6 +81,8 @@ EXPECTED: dict[str, dict[str, str]] = {
     "gemma3": {"decoder": LLAMA + POST + QK, "": "head"},
     "mixtral": {"decoder": QKVO + EXPERTS + NORMS + BLOCKS + ENDS, "": "head"},
     "qwen3_moe": {"decoder": QKVO + EXPERTS + NORMS + QK + BLOCKS + ENDS, "": "head"},
+    "olmoe": {"decoder": MOE_LLAMA + QK, "": "head"},
+    "granitemoe": {"decoder": MOE_LLAMA, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
     "gpt_neox": {"decoder": GPT + NORMS, "": "head"},
@@ -122,6 +125,7 @@ GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
+    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe")},
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
     **{(arch, "decoder"): (2, 2, 16) for arch in ("bart", "whisper")},
@@ -237,7 +241,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 25
+    assert len(ARCHITECTURES) == 27
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -510,6 +514,8 @@ VARIANTS = {
     "deberta_v2": ("base", "classification"),
     "t5": ("base", "classification", "token-classification", "question-answering"),
     "bart": ("base", "classification", "question-answering"),
+    "olmoe": ("base",),
+    "granitemoe": ("base",),
     "whisper": ("base",),
     "vit": ("base",),
     "llava": ("base",),

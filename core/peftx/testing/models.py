@@ -109,6 +109,12 @@ _RECIPES = {
         "Qwen3MoeConfig",
         _TOKENS | _SIZES | _GQA | _MOE | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24},
     ),
+    "olmoe": _Recipe("OlmoeForCausalLM", "OlmoeConfig", _TOKENS | _SIZES | _GQA | _MOE | {"num_experts": 4}),
+    "granitemoe": _Recipe(
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4},
+    ),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
     "gpt_neox": _Recipe(
