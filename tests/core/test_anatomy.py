@@ -83,6 +83,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "qwen3_moe": {"decoder": QKVO + EXPERTS + NORMS + QK + BLOCKS + ENDS, "": "head"},
     "olmoe": {"decoder": MOE_LLAMA + QK, "": "head"},
     "granitemoe": {"decoder": MOE_LLAMA, "": "head"},
+    "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
     "gpt_neox": {"decoder": GPT + NORMS, "": "head"},
@@ -125,7 +126,7 @@ GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
-    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe")},
+    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "glm4")},
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
     **{(arch, "decoder"): (2, 2, 16) for arch in ("bart", "whisper")},
@@ -241,7 +242,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 27
+    assert len(ARCHITECTURES) == 28
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -390,7 +391,7 @@ def test_query_and_key_of_a_fused_matrix(arch: str) -> None:
     assert not torch.allclose(results[0], run(tiny(arch)), atol=1e-3)
 
 
-@pytest.mark.parametrize("arch", ["phi3"])
+@pytest.mark.parametrize("arch", ["phi3", "glm4"])
 def test_gate_and_up_of_one_matrix(arch: str) -> None:
     """down(up * silu(gate)): without gate or without up there is no output of the block."""
     down = tiny(arch)
@@ -516,6 +517,7 @@ VARIANTS = {
     "bart": ("base", "classification", "question-answering"),
     "olmoe": ("base",),
     "granitemoe": ("base",),
+    "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),
     "llava": ("base",),

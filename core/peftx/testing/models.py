@@ -115,6 +115,7 @@ _RECIPES = {
         "GraniteMoeConfig",
         _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4},
     ),
+    "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
     "gpt_neox": _Recipe(
