@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftx.anatomy.site import Site
-from peftx.anatomy.table import Fused, Table, Tower
+from peftx.anatomy.table import Fused, Stacked, Table, Tower
 from peftx.errors import ArchitectureError, nearest
 from peftx.slots import Rows, base_class, is_ours
 
@@ -21,22 +21,61 @@ if TYPE_CHECKING:
 # The tower's own name first: BART and Whisper map the general names to the encoder's.
 _HEADS = ("{tower}_attention_heads", "num_attention_heads", "num_heads", "n_head")
 _KV_HEADS = ("{tower}_attention_heads", "num_key_value_heads")
-_HEAD_DIM = ("head_dim", "d_kv")
+_HEAD_DIM = ("qk_head_dim", "head_dim", "d_kv")
+"""DeepSeek has the first; its `head_dim` is the rotated part alone."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of one layer's attention; 0 where the tower has none (Mamba)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    """Of queries and keys."""
+    value_dim: int
+    """Of values: as many, but in DeepSeek."""
 
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """Sizes of one tower; 0 where the tower has no such thing (heads in Mamba)."""
+    """Sizes of one tower.
+
+    Raises:
+        ArchitectureError: from `heads` and the others below, if the layers differ in it (Gemma 4).
+    """
 
     name: str
     layers: int
     hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    by_layer: tuple[Heads, ...]
     attention: tuple[str, ...]
-    """Paths of the modules that call the attention interface, by layer."""
+    """Paths of the modules that call the attention interface, by layer; empty where a layer has none."""
     cross_attention: tuple[str, ...] = ()
+
+    @property
+    def heads(self) -> int:
+        return self._one({sizes.heads for sizes in self.by_layer}, "heads")
+
+    @property
+    def kv_heads(self) -> int:
+        return self._one({sizes.kv_heads for sizes in self.by_layer}, "key-value heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self._one({sizes.head_dim for sizes in self.by_layer}, "numbers in a head")
+
+    @property
+    def value_dim(self) -> int:
+        return self._one({sizes.value_dim for sizes in self.by_layer}, "numbers in a head's value")
+
+    def _one(self, found: set[int], what: str) -> int:
+        if len(found) == 1:
+            return next(iter(found))
+        raise ArchitectureError(
+            f"the {self.name}'s layers differ: {' or '.join(map(str, sorted(found)))} {what}",
+            hint="a plugin finds the sizes of each layer in `by_layer`",
+        )
 
     @property
     def groups(self) -> int:
@@ -137,6 +176,10 @@ class Anatomy:
         paths = facts.attention if role == "attention" else facts.cross_attention
         if not paths:
             raise ArchitectureError(f"{self.config.model_type}: the {facts.name} has no {role}")
+        if not paths[layer]:
+            raise ArchitectureError(
+                f"{self.config.model_type}: layer {layer} of the {facts.name} has no {role}"
+            )
         return Site(role, paths[layer], self._modules[paths[layer]], "block", facts.name, layer)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -174,56 +217,48 @@ class Anatomy:
             layer = f"{base}.{index}"
             for role, path in tower.roles.items():
                 self._add(
-                    role, path, layer, index, tower.name, read=role in tower.read, called=role in tower.called
-                )
+                    role, path, layer, index, tower.name,
+                    read=role in tower.read, called=role in tower.called, apart=role in tower.apart,
+                )  # fmt: skip
             for fused in tower.fused:
                 self._add_fused(fused, layer, index, facts)
             for stack in tower.stacked:
-                hit = self._find(stack.path, layer)
-                if hit is None or stack.parameter not in hit[1]._parameters:
-                    continue
-                total = hit[1]._parameters[stack.parameter].shape[-2]
-                part = total // len(stack.roles)
-                for i, role in enumerate(stack.roles):
-                    rows = Rows(total, i * part, (i + 1) * part) if len(stack.roles) > 1 else None
-                    self.sites.append(
-                        Site(
-                            role,
-                            hit[0],
-                            hit[1],
-                            "experts",
-                            tower.name,
-                            index,
-                            stack.parameter,
-                            rows,
-                            stack.roles,
-                        )
-                    )
+                self._add_stacked(stack, layer, index, tower.name)
             for role, path in tower.blocks.items():
                 if (hit := self._find(path, layer)) is not None:
                     self.sites.append(Site(f"block.{role}", *hit, "block", tower.name, index))
             self.sites.append(Site("block.layer", layer, self._modules[layer], "block", tower.name, index))
 
     def _facts(self, tower: Tower, config: PretrainedConfig, base: str, layers: int) -> TowerFacts:
-        def first(names: tuple[str, ...]) -> int | None:
+        def first(names: tuple[str, ...], config: PretrainedConfig = config) -> int | None:
             values = (getattr(config, name.format(tower=tower.name), None) for name in names)
             return next((v for v in values if isinstance(v, int)), None)
 
         hidden = first(("hidden_size", "d_model", "n_embd")) or 0
         dispatch = {**tower.blocks, **tower.dispatch}
         has_attention = "attention" in dispatch
-        heads = (first(_HEADS) or 0) if has_attention else 0
-        kv_heads = first(_KV_HEADS) or heads
-        head_dim = first(_HEAD_DIM) or (hidden // heads if heads else 0)
+
+        def sizes(config: PretrainedConfig) -> Heads:
+            heads = (first(_HEADS, config) or 0) if has_attention else 0
+            kv_heads = first(_KV_HEADS, config) or heads
+            head_dim = first(_HEAD_DIM, config) or (hidden // heads if heads else 0)
+            value_dim = first(("v_head_dim",), config) or head_dim
+            return Heads(heads, kv_heads if heads else 0, head_dim, value_dim)
+
+        by_layer = (
+            tuple(sizes(config.per_layer_config[i]) for i in range(layers))
+            if config.is_heterogeneous
+            else layers * (sizes(config),)
+        )
 
         def paths(role: str) -> tuple[str, ...]:
             if role not in dispatch:
                 return ()
-            return tuple(self._find(dispatch[role], f"{base}.{i}")[0] for i in range(layers))  # type: ignore[index]
+            hits = (self._find(dispatch[role], f"{base}.{i}") for i in range(layers))
+            return tuple(hit[0] if hit is not None else "" for hit in hits)
 
         return TowerFacts(
-            tower.name, layers, hidden, heads, kv_heads if heads else 0, head_dim, paths("attention"),
-            paths("cross_attention"),
+            tower.name, layers, hidden, by_layer, paths("attention"), paths("cross_attention"),
         )  # fmt: skip
 
     def _add(
@@ -236,10 +271,13 @@ class Anatomy:
         *,
         read: bool = False,
         called: bool = False,
+        apart: bool = False,
     ) -> None:
         hit = self._find(path, layer)
         if hit is not None:
-            self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called))
+            self.sites.append(
+                Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called, apart=apart)
+            )
 
     def _add_fused(self, fused: Fused, layer: str, index: int, facts: TowerFacts) -> None:
         hit = self._find(fused.path, layer)
@@ -247,17 +285,43 @@ class Anatomy:
             return
         name, module = hit
         total = _out_features(module)
-        sizes = _part_sizes(fused, total, facts)
+        sizes = _part_sizes(fused, total, facts.by_layer[index])
         start = 0
         for part, (role, size) in enumerate(zip(fused.roles, sizes, strict=True)):
             if fused.layout == "interleaved":
-                rows = Rows(total, heads=facts.heads, parts=len(fused.roles), part=part)
+                rows = Rows(total, heads=facts.by_layer[index].heads, parts=len(fused.roles), part=part)
             else:
                 rows = Rows(total, start, start + size)
             start += size
             self.sites.append(
                 Site(role, name, module, _kind(module, role), facts.name, index, "weight", rows, fused.roles)
             )
+
+    def _add_stacked(self, stack: Stacked, layer: str, index: int, tower: str) -> None:
+        hit = self._find(stack.path, layer)
+        if hit is None:
+            return
+        name, module = hit
+        parameter = module._parameters.get(stack.parameter)
+        if parameter is None or not parameter.is_floating_point():  # packed, in a layout of its own (MXFP4)
+            return
+        total = parameter.shape[-1 if stack.transposed else -2]
+        parts = len(stack.roles)
+        size = total // parts
+        for i, role in enumerate(stack.roles):
+            rows = None
+            if parts > 1:
+                rows = (
+                    Rows(total, heads=size, parts=parts, part=i)
+                    if stack.layout == "interleaved"
+                    else Rows(total, i * size, (i + 1) * size)
+                )
+            self.sites.append(
+                Site(
+                    role, name, module, "experts", tower, index, stack.parameter, rows, stack.roles,
+                    transposed=stack.transposed, bias_name=stack.bias,
+                )
+            )  # fmt: skip
 
     def _add_others(self) -> None:
         """Linear layers that no table names: selectable by regular expression only."""
@@ -273,15 +337,15 @@ class Anatomy:
 
 def _kind(module: nn.Module, role: str) -> str:
     base = base_class(module)
+    if role == "router":  # first: Llama 4's is an nn.Linear, which returns more than its product
+        return "router"
     if issubclass(base, nn.Linear | Conv1D):
         return "linear"
-    if role == "router":
-        return "router"
     if issubclass(base, nn.Embedding):
         return "embedding"
     if _is_quantized(base):
         return "quantized"
-    if issubclass(base, nn.Conv1d | nn.Conv2d):
+    if issubclass(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "convolution"
     if re.search(r"norm", base.__name__, re.IGNORECASE):
         return "norm"
@@ -299,7 +363,7 @@ def _out_features(module: nn.Module) -> int:
     return module.nf  # Conv1D
 
 
-def _part_sizes(fused: Fused, total: int, facts: TowerFacts) -> list[int]:
+def _part_sizes(fused: Fused, total: int, facts: Heads) -> list[int]:
     if fused.roles == ("attention.q", "attention.k", "attention.v") and fused.layout == "concat":
         sizes = [facts.heads * facts.head_dim, *2 * [facts.kv_heads * facts.head_dim]]
     else:

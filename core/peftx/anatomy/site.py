@@ -44,13 +44,19 @@ class Site:
     """Another module reads the weight without calling this one."""
     called: bool = False
     """It does so only where a fused kernel runs, and calls this one elsewhere."""
+    transposed: bool = False
+    """The parameter is stored [..., in, out]."""
+    bias_name: str = "bias"
+    """The parameter that is added to the product."""
+    apart: bool = False
+    """`all` does not mean it."""
     view: ModelView | None = None
     """The plugin's view that this site was taken from; None outside a hook."""
 
     @property
     def in_all(self) -> bool:
         """Does the word `all` mean it: the linear layers of the towers, no routers, heads and projections."""
-        return self.layer is not None and self.kind in ("linear", "experts", "quantized")
+        return self.layer is not None and self.kind in ("linear", "experts", "quantized") and not self.apart
 
     @property
     def key(self) -> str:
@@ -75,11 +81,15 @@ class Site:
         if parameter is None:
             return ()
         shape = tuple(parameter.shape)
-        if issubclass(base_class(self.module), Conv1D):
-            shape = (shape[1], shape[0])
+        if self._flipped:
+            shape = (*shape[:-2], shape[-1], shape[-2])
         if self.rows is not None:
             shape = (*shape[:-2], self.rows.size, shape[-1])
         return shape
+
+    @property
+    def _flipped(self) -> bool:
+        return self.transposed or issubclass(base_class(self.module), Conv1D)
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -108,14 +118,14 @@ class Site:
     def weight(self) -> Tensor:
         """The matrix [..., out, in] as a view (interleaved rows: a copy); dequantized if it is quantized."""
         weight = self.module._parameters[self.parameter] if self.kind != "quantized" else self.module.weight
-        weight = weight.t() if issubclass(base_class(self.module), Conv1D) else weight
+        weight = weight.mT if self._flipped else weight
         return weight if self.rows is None else self.rows.take(weight, -2)
 
     @property
     def bias(self) -> Tensor | None:
         """[out] or None."""
         # A quantized layer's is a buffer.
-        bias = self.module.bias if self.kind == "quantized" else self.module._parameters.get("bias")
+        bias = self.module.bias if self.kind == "quantized" else self.module._parameters.get(self.bias_name)
         return bias if bias is None or self.rows is None else self.rows.take(bias)
 
     @property

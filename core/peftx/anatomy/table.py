@@ -25,12 +25,20 @@ class Fused:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Experts stored as one 3-D parameter [experts, out, in]; `roles` share its rows in equal parts."""
+    """Experts stored as one 3-D parameter; `roles` share its rows in equal parts.
+
+    concat: all rows of the first role, then all of the second. interleaved: a row of each in turn (GPT-OSS).
+    """
 
     path: str
     """Module that holds the parameter."""
     parameter: str
     roles: tuple[str, ...]
+    layout: Layout = "concat"
+    transposed: bool = False
+    """Stored as [experts, in, out] (GPT-OSS, Llama 4), not as [experts, out, in]."""
+    bias: str = ""
+    """The parameter [experts, out] that is added, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Tower:
         blocks: `attention`, `mlp`, ... -> module whose output joins the residual (or the block's own post-norm).
         around: role -> path outside the layers (embedding, norm.final, ...), relative to the model; `?`: optional.
         dispatch: `attention`, `cross_attention` -> module that calls the attention interface; `blocks`' if left out.
+        apart: roles that `all` does not mean: what mixes or weighs a few streams, too small for a low rank.
         read: roles whose weight another module reads without calling theirs (Mamba's `dt_proj`): a delta there is
             folded into the weight that is read.
         called: those of `read` that are called after all, unless a fused kernel runs (Mamba's `x_proj`).
@@ -59,6 +68,7 @@ class Tower:
     blocks: Mapping[str, str] = field(default_factory=dict)
     around: Mapping[str, str] = field(default_factory=dict)
     dispatch: Mapping[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
     called: tuple[str, ...] = ()
     config: str = ""

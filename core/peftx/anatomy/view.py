@@ -166,7 +166,8 @@ class ModelView:
             raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no attention layers")
         return [
             self.anatomy.attention_site(i, tower=facts.name, role=role).bound(self)
-            for i in range(facts.layers)
+            for i, path in enumerate(facts.attention if role == "attention" else facts.cross_attention)
+            if path
         ]
 
     def prompt(self, tokens: VirtualTokens) -> VirtualTokens:

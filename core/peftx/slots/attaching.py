@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, UnsupportedError
 from peftx.slots.carrier import CHILD, Entry, base_class, close_slot, kind_of, open_slot, slot_of
@@ -21,6 +22,8 @@ def attach(
     parameter: str = "weight",
     rows: Rows | None = None,
     kind: str | None = None,
+    bias: str = "bias",
+    transposed: bool = False,
 ) -> Entry:
     """Put `delta` into the module's slot, at its plugin's place in stack order.
 
@@ -28,6 +31,7 @@ def attach(
         name: key of the child module, unique in the slot, no dots.
         parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles.
         kind: carrier (`plain`, `linear`, `weight`, `read`, `called`, `output`); `kind_of(module)` if left out.
+        bias: the parameter that is added to the matrix's product. transposed: the matrix is stored [..., in, out].
 
     Raises:
         ConflictError: the name is taken, or the slot holds merged deltas.
@@ -67,7 +71,7 @@ def attach(
     deltas[name] = (
         delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
     )
-    entry = Entry(name, owner, rank, delta, parameter, rows)
+    entry = Entry(name, owner, rank, delta, parameter, rows, bias, transposed or isinstance(module, Conv1D))
     position = next((i for i, other in enumerate(slot.entries) if other.rank > rank), len(slot.entries))
     slot.entries.insert(position, entry)
     slot.rebuild()
