@@ -83,6 +83,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "qwen3_moe": {"decoder": QKVO + EXPERTS + NORMS + QK + BLOCKS + ENDS, "": "head"},
     "olmoe": {"decoder": MOE_LLAMA + QK, "": "head"},
     "granitemoe": {"decoder": MOE_LLAMA, "": "head"},
+    "phimoe": {"decoder": MOE_LLAMA, "": "head"},
     "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
@@ -126,7 +127,7 @@ GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
-    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "glm4")},
+    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "glm4")},
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
     **{(arch, "decoder"): (2, 2, 16) for arch in ("bart", "whisper")},
@@ -242,7 +243,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 28
+    assert len(ARCHITECTURES) == 29
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -517,6 +518,7 @@ VARIANTS = {
     "bart": ("base", "classification", "question-answering"),
     "olmoe": ("base",),
     "granitemoe": ("base",),
+    "phimoe": ("base", "classification"),
     "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),

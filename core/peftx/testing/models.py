@@ -115,6 +115,12 @@ _RECIPES = {
         "GraniteMoeConfig",
         _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4},
     ),
+    # With the usual noise most tokens see one expert, whose weight is then 1.
+    "phimoe": _Recipe(
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4, "router_jitter_noise": 0.5},
+    ),
     "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
