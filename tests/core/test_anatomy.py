@@ -84,6 +84,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "olmoe": {"decoder": MOE_LLAMA + QK, "": "head"},
     "granitemoe": {"decoder": MOE_LLAMA, "": "head"},
     "phimoe": {"decoder": MOE_LLAMA, "": "head"},
+    "gpt_oss": {"decoder": MOE_LLAMA, "": "head"},
     "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
@@ -127,7 +128,7 @@ GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
-    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "glm4")},
+    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "glm4")},
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
     **{(arch, "decoder"): (2, 2, 16) for arch in ("bart", "whisper")},
@@ -189,6 +190,8 @@ def _with_layers(roles: str) -> dict[str, list[int]]:
 
 
 MOE = tuple(arch for arch in ARCHITECTURES if has(arch, "experts.down"))
+TRANSPOSED = ("gpt_oss",)
+"""Their experts' matrices are stored [in, out]."""
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -243,7 +246,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 29
+    assert len(ARCHITECTURES) == 30
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -484,13 +487,19 @@ def test_experts_one_by_one(arch: str, role: str) -> None:
         delta = site.attach(Gain(site.out_features, batch=site.batch, seed=site.layer or 0))
         parameters = dict(by_hand.get_submodule(site.path).named_parameters())
         weight = "weight" if role == "router" else "down_proj" if role == "experts.down" else "gate_up_proj"
+        bias = parameters.get("bias" if role == "router" else f"{weight}_bias")
         with torch.no_grad():
             matrix = parameters[weight]
+            matrix = matrix.mT if arch in TRANSPOSED and role != "router" else matrix  # [..., out, in]
             mine = slice(None)
             if role in ("experts.gate", "experts.up"):
                 first, half = role == "experts.gate", matrix.shape[-2] // 2
                 mine = slice(0, half) if first else slice(half, None)
+                if arch == "gpt_oss":
+                    mine = slice(0, None, 2) if first else slice(1, None, 2)
             matrix[..., mine, :] *= delta.z[..., None]
+            if bias is not None:
+                bias[..., mine] *= delta.z
     torch.testing.assert_close(run(model), run(by_hand))
     assert not torch.allclose(run(model), run(tiny(arch)), atol=1e-4)
 
@@ -519,6 +528,7 @@ VARIANTS = {
     "olmoe": ("base",),
     "granitemoe": ("base",),
     "phimoe": ("base", "classification"),
+    "gpt_oss": ("base", "classification", "token-classification"),
     "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),

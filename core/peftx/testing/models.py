@@ -121,6 +121,11 @@ _RECIPES = {
         "PhimoeConfig",
         _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4, "router_jitter_noise": 0.5},
     ),
+    "gpt_oss": _Recipe(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _TOKENS | _SIZES | _GQA | _MOE | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 64},
+    ),
     "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
