@@ -60,6 +60,7 @@ LLAMA = QKVO + GATED + NORMS + BLOCKS + ENDS
 BERT = QKVO + PLAIN + NORMS + BLOCKS + "embedding norm.embedding "
 BART = BERT + "embedding.position "
 GPT = QKVO + PLAIN + BLOCKS + ENDS
+SHARED = "shared_experts.gate shared_experts.up shared_experts.down "
 VIT = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.patch "
 WHISPER = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.position "
 
@@ -85,6 +86,15 @@ EXPECTED: dict[str, dict[str, str]] = {
     "granitemoe": {"decoder": MOE_LLAMA, "": "head"},
     "phimoe": {"decoder": MOE_LLAMA, "": "head"},
     "gpt_oss": {"decoder": MOE_LLAMA, "": "head"},
+    "deepseek_v3": {
+        "decoder": "attention.q_a attention.q_b attention.kv_a attention.kv_b attention.o norm.q_a norm.kv_a "
+        + only("0", GATED)
+        + only("1", EXPERTS + SHARED)
+        + NORMS
+        + BLOCKS
+        + ENDS,
+        "": "head",
+    },
     "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
@@ -129,6 +139,7 @@ HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
     **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "glm4")},
+    ("deepseek_v3", "decoder"): (4, 4, 12),
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
     **{(arch, "decoder"): (2, 2, 16) for arch in ("bart", "whisper")},
@@ -174,6 +185,9 @@ RAW = {
         "t5": r"DenseReluDense\.wo$",
     },
     "experts.down": {"default": r"\.experts$"},
+    "shared_experts.down": {"default": r"shared_experts?\.down_proj$"},
+    "attention.q_b": {"default": r"q_b_proj$"},
+    "attention.kv_a": {"default": r"kv_a_proj_with_mqa$"},
 }
 
 
@@ -246,7 +260,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 30
+    assert len(ARCHITECTURES) == 31
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -317,10 +331,13 @@ def test_sizes(arch: str) -> None:
             width, kv_width = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
             if site.role in ("attention.q", "cross_attention.q"):
                 assert (site.out_features, site.in_features) == (width, 32)
+            elif site.role == "attention.q_b":
+                assert site.out_features == width
             elif site.role in ("attention.k", "attention.v", "cross_attention.k", "cross_attention.v"):
                 assert (site.out_features, site.in_features) == (kv_width, 32)
             elif site.role in ("attention.o", "cross_attention.o"):
-                assert (site.out_features, site.in_features) == (32, width)
+                values = 4 * 8 if arch == "deepseek_v3" else width  # there, values are narrower than keys
+                assert (site.out_features, site.in_features) == (32, values)
             elif site.role in ("mlp.gate", "mlp.up"):
                 assert site.in_features == 32
             elif site.role == "mlp.down":
@@ -529,6 +546,7 @@ VARIANTS = {
     "granitemoe": ("base",),
     "phimoe": ("base", "classification"),
     "gpt_oss": ("base", "classification", "token-classification"),
+    "deepseek_v3": ("base", "classification", "token-classification"),
     "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),
@@ -617,6 +635,7 @@ def lacks(anatomy: Anatomy) -> set[str]:
     ("arch", "options", "there", "gone"),
     [
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp.gate@0 experts.up@1 router@1", ""),
+        ("deepseek_v3", {"q_lora_rank": None}, "attention.q", "attention.q_a attention.q_b norm.q_a"),
     ],
 )
 def test_variants(arch: str, options: dict[str, object], there: str, gone: str) -> None:
@@ -828,6 +847,7 @@ def test_towers() -> None:
     ("arch", "groups"),
     [
         ("qwen3_moe", "attention experts"),
+        ("deepseek_v3", "attention mlp experts shared_experts"),
     ],
 )
 def test_all_is_the_layers_linears(arch: str, groups: str) -> None:

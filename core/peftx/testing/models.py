@@ -126,6 +126,27 @@ _RECIPES = {
         "GptOssConfig",
         _TOKENS | _SIZES | _GQA | _MOE | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 64},
     ),
+    # One dense layer, one with experts.
+    "deepseek_v3": _Recipe(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _TOKENS
+        | _SIZES
+        | _MOE
+        | {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+        },
+    ),
     "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
