@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -95,6 +96,10 @@ EXPECTED: dict[str, dict[str, str]] = {
         + ENDS,
         "": "head",
     },
+    "llama4": {
+        "decoder": QKVO + only("0", GATED) + only("1", EXPERTS + SHARED) + NORMS + BLOCKS + ENDS,
+        "": "head",
+    },
     "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
@@ -138,7 +143,7 @@ GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
-    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "glm4")},
+    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4", "glm4")},
     ("deepseek_v3", "decoder"): (4, 4, 12),
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
@@ -175,6 +180,7 @@ RAW = {
     },
     "mlp.down": {
         "default": r"(mlp\.down_proj|fc2)$",
+        "llama4": r"feed_forward\.down_proj$",
         "gpt2": r"mlp\.c_proj$",
         "gpt_neox": r"4h_to_h$",
         "bloom": r"4h_to_h$",
@@ -204,7 +210,10 @@ def _with_layers(roles: str) -> dict[str, list[int]]:
 
 
 MOE = tuple(arch for arch in ARCHITECTURES if has(arch, "experts.down"))
-TRANSPOSED = ("gpt_oss",)
+TRANSPOSED = (
+    "gpt_oss",
+    "llama4",
+)
 """Their experts' matrices are stored [in, out]."""
 
 
@@ -260,7 +269,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 31
+    assert len(ARCHITECTURES) == 32
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -547,6 +556,7 @@ VARIANTS = {
     "phimoe": ("base", "classification"),
     "gpt_oss": ("base", "classification", "token-classification"),
     "deepseek_v3": ("base", "classification", "token-classification"),
+    "llama4": ("base",),
     "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),
@@ -616,6 +626,54 @@ def test_gemma3_with_images() -> None:
     assert anatomy.towers["vision"].heads == 4
 
 
+_EYE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
+# Architecture that sees or hears -> its tiny text, class, configurations of the other towers, roles beside the text's.
+SENSES: dict[str, tuple[str, str, dict[str, dict[str, object]], dict[str, str]]] = {
+    "llama4": (
+        "llama4",
+        "Llama4",
+        {
+            "vision_config": _EYE
+            | {"image_size": 16, "intermediate_size": 128, "vision_output_dim": 32}
+            | {"projector_input_dim": 32, "projector_output_dim": 32},
+        },
+        {
+            "vision": VIT + "norm.embedding",
+            "": "head projector projector.adapter_up projector.adapter_down",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", SENSES)
+def test_models_that_see_and_hear(arch: str) -> None:
+    """The text tower is that of the text-only model; each other tower has its roles, and nothing is left out."""
+    text, name, configs, expected = SENSES[arch]
+    config = getattr(transformers, f"{name}Config")(text_config=tiny(text).config.to_dict(), **configs)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    anatomy = Anatomy(model)
+    assert not anatomy.inferred
+    assert anatomy.main is anatomy.towers["decoder"]
+    if eyes := anatomy.towers.get("vision"):
+        assert (eyes.layers, eyes.heads, eyes.kv_heads, eyes.head_dim) == (2, 2, 2, 16)
+    found: dict[str, set[str]] = {}
+    for site in anatomy:
+        found.setdefault(site.tower, set()).add(site.role)
+    expected = {"decoder": EXPECTED[text]["decoder"]} | expected
+    assert found == {tower: set(_with_layers(roles)) for tower, roles in expected.items()}
+    assert lacks(anatomy) == set()
+    before = run(model)
+    for site in view_of(model).linears("attention.o tower=decoder"):
+        site.attach(Zero())
+    assert not torch.allclose(run(model), before, atol=1e-3)
+
+
 def lacks(anatomy: Anatomy) -> set[str]:
     """Linear layers and stacked experts inside the towers' layers that have no role."""
     layers = [site.module for site in anatomy if site.role == "block.layer"]
@@ -636,6 +694,7 @@ def lacks(anatomy: Anatomy) -> set[str]:
     [
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp.gate@0 experts.up@1 router@1", ""),
         ("deepseek_v3", {"q_lora_rank": None}, "attention.q", "attention.q_a attention.q_b norm.q_a"),
+        ("llama4", {"interleave_moe_layer_step": 1}, "router experts.down shared_experts.up", "mlp.down"),
     ],
 )
 def test_variants(arch: str, options: dict[str, object], there: str, gone: str) -> None:
@@ -847,6 +906,7 @@ def test_towers() -> None:
     ("arch", "groups"),
     [
         ("qwen3_moe", "attention experts"),
+        ("llama4", "attention mlp experts shared_experts"),
         ("deepseek_v3", "attention mlp experts shared_experts"),
     ],
 )

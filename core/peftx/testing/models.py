@@ -147,6 +147,20 @@ _RECIPES = {
             "moe_intermediate_size": 24,
         },
     ),
+    "llama4": _Recipe(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | {
+            "head_dim": 8,
+            "intermediate_size_mlp": 40,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0],
+        },
+    ),
     "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
