@@ -62,6 +62,7 @@ BERT = QKVO + PLAIN + NORMS + BLOCKS + "embedding norm.embedding "
 BART = BERT + "embedding.position "
 GPT = QKVO + PLAIN + BLOCKS + ENDS
 SHARED = "shared_experts.gate shared_experts.up shared_experts.down "
+LINEAR = "linear_attention.out linear_attention.conv norm.linear_attention block.linear_attention "
 VIT = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.patch "
 WHISPER = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.position "
 
@@ -72,6 +73,13 @@ def only(layers: str, roles: str) -> str:
 
 
 MOE_LLAMA = QKVO + EXPERTS + NORMS + BLOCKS + ENDS
+QWEN_HYBRID = (
+    only("0", LINEAR)
+    + only("1", QKVO + QK + "attention.gate block.attention")
+    + NORMS
+    + "block.mlp block.layer "
+    + ENDS
+)
 # Architecture -> tower -> its roles; "" is the model as a whole.
 EXPECTED: dict[str, dict[str, str]] = {
     "llama": {"decoder": LLAMA, "": "head"},
@@ -98,6 +106,26 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "llama4": {
         "decoder": QKVO + only("0", GATED) + only("1", EXPERTS + SHARED) + NORMS + BLOCKS + ENDS,
+        "": "head",
+    },
+    "qwen3_next": {
+        "decoder": QWEN_HYBRID
+        + only("0", GATED + "linear_attention.qkvz linear_attention.ba")
+        + only("1", EXPERTS + SHARED + "router.shared"),
+        "": "head",
+    },
+    "qwen3_5": {
+        "decoder": QWEN_HYBRID
+        + GATED
+        + only("0", "linear_attention.qkv linear_attention.z linear_attention.b linear_attention.a"),
+        "": "head",
+    },
+    "qwen3_5_moe": {
+        "decoder": QWEN_HYBRID
+        + EXPERTS
+        + SHARED
+        + "router.shared "
+        + only("0", "linear_attention.qkv linear_attention.z linear_attention.b linear_attention.a"),
         "": "head",
     },
     "glm4": {"decoder": LLAMA + POST, "": "head"},
@@ -144,6 +172,7 @@ HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
     **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4", "glm4")},
+    **{(arch, "decoder"): GQA for arch in ("qwen3_next", "qwen3_5", "qwen3_5_moe")},
     ("deepseek_v3", "decoder"): (4, 4, 12),
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
@@ -192,8 +221,11 @@ RAW = {
     },
     "experts.down": {"default": r"\.experts$"},
     "shared_experts.down": {"default": r"shared_experts?\.down_proj$"},
+    "router.shared": {"default": r"shared_expert_gate$"},
     "attention.q_b": {"default": r"q_b_proj$"},
     "attention.kv_a": {"default": r"kv_a_proj_with_mqa$"},
+    "attention.gate": {"default": r"self_attn\.q_proj$"},
+    "linear_attention.out": {"default": r"linear_attn\.out_proj$"},
 }
 
 
@@ -269,7 +301,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 32
+    assert len(ARCHITECTURES) == 35
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -338,7 +370,7 @@ def test_sizes(arch: str) -> None:
             if site.tower != name or site.layer is None:
                 continue
             width, kv_width = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-            if site.role in ("attention.q", "cross_attention.q"):
+            if site.role in ("attention.q", "attention.gate", "cross_attention.q"):
                 assert (site.out_features, site.in_features) == (width, 32)
             elif site.role == "attention.q_b":
                 assert site.out_features == width
@@ -379,6 +411,8 @@ def zero_by_hand(model: PreTrainedModel, arch: str, role: str) -> None:
                 for name, p in module.named_parameters():
                     if name.startswith("down_proj"):
                         p.zero_()
+            elif role == "attention.gate":  # [head, (q, gate), 8, in]
+                module.weight.view(4, 2, 8, 32)[:, 1] = 0
             elif role == "attention.v" and arch == "gpt2":  # [in, q | k | v]
                 for p in parts:
                     p[..., 64:96] = 0
@@ -406,7 +440,7 @@ def test_a_site_is_what_its_role_says(arch: str, role: str) -> None:
     assert (expected - before).abs().max() > 1e-2  # the role does something
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "phi3", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("arch", ["gpt2", "phi3", "gpt_neox", "bloom", "qwen3_next", "qwen3_5"])
 def test_query_and_key_of_a_fused_matrix(arch: str) -> None:
     """Turning the query's sign around is turning the key's: the scores are products."""
     results = []
@@ -460,7 +494,7 @@ def test_block_output_is_what_joins_the_residual(arch: str) -> None:
     post_norm = ("bert", "roberta", "deberta_v2", "bart")
     for site in view.blocks("layer"):
         site.module.register_forward_hook(watch, with_kwargs=True)
-    for role in ("attention", "cross_attention", "mlp", "ssm"):
+    for role in ("attention", "cross_attention", "linear_attention", "mlp", "ssm"):
         if any(site.role == f"block.{role}" for site in view.anatomy):
             for site in view.blocks(role):
                 site.attach(Zero())
@@ -510,6 +544,8 @@ def test_experts_one_by_one(arch: str, role: str) -> None:
     model, by_hand = tiny(arch), tiny(arch)
     view = view_of(model)
     for site in view.linears(role):
+        if site.role != role:
+            continue  # `router.shared`
         delta = site.attach(Gain(site.out_features, batch=site.batch, seed=site.layer or 0))
         parameters = dict(by_hand.get_submodule(site.path).named_parameters())
         weight = "weight" if role == "router" else "down_proj" if role == "experts.down" else "gate_up_proj"
@@ -557,6 +593,9 @@ VARIANTS = {
     "gpt_oss": ("base", "classification", "token-classification"),
     "deepseek_v3": ("base", "classification", "token-classification"),
     "llama4": ("base",),
+    "qwen3_next": ("base", "classification", "token-classification", "question-answering"),
+    "qwen3_5": ("base", "classification"),
+    "qwen3_5_moe": ("base",),
     "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),
@@ -633,6 +672,8 @@ _EYE = {
     "num_attention_heads": 2,
     "patch_size": 8,
 }
+_QWEN_EYE = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 8}
+_QWEN_EYE |= {"out_hidden_size": 32, "num_position_embeddings": 16}
 # Architecture that sees or hears -> its tiny text, class, configurations of the other towers, roles beside the text's.
 SENSES: dict[str, tuple[str, str, dict[str, dict[str, object]], dict[str, str]]] = {
     "llama4": (
@@ -646,6 +687,24 @@ SENSES: dict[str, tuple[str, str, dict[str, dict[str, object]], dict[str, str]]]
         {
             "vision": VIT + "norm.embedding",
             "": "head projector projector.adapter_up projector.adapter_down",
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        "Qwen3_5",
+        {"vision_config": _QWEN_EYE},
+        {
+            "vision": VIT.replace("norm.final ", "embedding.position "),
+            "": "head projector.up projector.down norm.projector",
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        "Qwen3_5Moe",
+        {"vision_config": _QWEN_EYE},
+        {
+            "vision": VIT.replace("norm.final ", "embedding.position "),
+            "": "head projector.up projector.down norm.projector",
         },
     ),
 }
@@ -695,6 +754,7 @@ def lacks(anatomy: Anatomy) -> set[str]:
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp.gate@0 experts.up@1 router@1", ""),
         ("deepseek_v3", {"q_lora_rank": None}, "attention.q", "attention.q_a attention.q_b norm.q_a"),
         ("llama4", {"interleave_moe_layer_step": 1}, "router experts.down shared_experts.up", "mlp.down"),
+        ("qwen3_next", {"layer_types": 2 * ["full_attention"]}, "attention.gate", "linear_attention.out"),
     ],
 )
 def test_variants(arch: str, options: dict[str, object], there: str, gone: str) -> None:
@@ -908,6 +968,7 @@ def test_towers() -> None:
         ("qwen3_moe", "attention experts"),
         ("llama4", "attention mlp experts shared_experts"),
         ("deepseek_v3", "attention mlp experts shared_experts"),
+        ("qwen3_next", "attention linear_attention mlp experts shared_experts"),
     ],
 )
 def test_all_is_the_layers_linears(arch: str, groups: str) -> None:

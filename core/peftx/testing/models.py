@@ -54,6 +54,14 @@ _GPT = {
     "attn_pdrop": 0.0,
 }
 _MOE = {"num_experts_per_tok": 2}
+_LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED_EXPERT = _MOE | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _TWO_STACKS = {
     "d_model": 32,
@@ -160,6 +168,27 @@ _RECIPES = {
             "interleave_moe_layer_step": 2,
             "no_rope_layers": [1, 0],
         },
+    ),
+    # One layer of linear attention, one of full attention; in Qwen3-Next also one dense and one with experts.
+    "qwen3_next": _Recipe(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | _LINEAR_ATTENTION
+        | _SHARED_EXPERT
+        | {"head_dim": 8, "mlp_only_layers": [0]},
+    ),
+    "qwen3_5": _Recipe(
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        _TOKENS | _SIZES | _GQA | _LINEAR_ATTENTION | {"head_dim": 8},
+    ),
+    "qwen3_5_moe": _Recipe(
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        _TOKENS | _SIZES | _GQA | _LINEAR_ATTENTION | _SHARED_EXPERT | {"head_dim": 8},
     ),
     "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
