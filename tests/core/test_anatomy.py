@@ -63,6 +63,7 @@ BART = BERT + "embedding.position "
 GPT = QKVO + PLAIN + BLOCKS + ENDS
 SHARED = "shared_experts.gate shared_experts.up shared_experts.down "
 LINEAR = "linear_attention.out linear_attention.conv norm.linear_attention block.linear_attention "
+PER_LAYER = "per_layer.gate per_layer.projection norm.per_layer embedding.per_layer projector.per_layer "
 VIT = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.patch "
 WHISPER = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.position "
 
@@ -80,6 +81,14 @@ QWEN_HYBRID = (
     + "block.mlp block.layer "
     + ENDS
 )
+GEMMA_PER_LAYER = (
+    LLAMA.replace("attention.k attention.v ", "")
+    + POST
+    + PER_LAYER
+    + "norm.q norm.per_layer_model "
+    + only("0,1", "attention.k attention.v norm.k")
+)
+
 # Architecture -> tower -> its roles; "" is the model as a whole.
 EXPECTED: dict[str, dict[str, str]] = {
     "llama": {"decoder": LLAMA, "": "head"},
@@ -128,6 +137,16 @@ EXPECTED: dict[str, dict[str, str]] = {
         + only("0", "linear_attention.qkv linear_attention.z linear_attention.b linear_attention.a"),
         "": "head",
     },
+    "gemma3n": {
+        "decoder": GEMMA_PER_LAYER
+        + "laurel.left laurel.right norm.laurel altup.router altup.predict altup.correct norm.altup "
+        + "projector.altup.0 projector.altup_unembed.0",
+        "": "head",
+    },
+    "gemma4": {
+        "decoder": GEMMA_PER_LAYER + EXPERTS + "norm.dense norm.experts norm.post_experts",
+        "": "head",
+    },
     "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
@@ -166,12 +185,18 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
 }
 
+LAYERS = {"gemma3n": 3, "gemma4": 3}
+"""Where they are not two."""
+
 # Sizes of the heads where they are not 4 query heads of 8 out of 32: (heads, key-value heads, head size).
 GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
-    **{(arch, "decoder"): GQA for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4", "glm4")},
+    **{
+        (arch, "decoder"): GQA
+        for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4", "gemma3n", "glm4")
+    },
     **{(arch, "decoder"): GQA for arch in ("qwen3_next", "qwen3_5", "qwen3_5_moe")},
     ("deepseek_v3", "decoder"): (4, 4, 12),
     ("gemma", "decoder"): (4, 2, 16),
@@ -226,6 +251,10 @@ RAW = {
     "attention.kv_a": {"default": r"kv_a_proj_with_mqa$"},
     "attention.gate": {"default": r"self_attn\.q_proj$"},
     "linear_attention.out": {"default": r"linear_attn\.out_proj$"},
+    "per_layer.gate": {"default": r"per_layer_input_gate$"},
+    "laurel.right": {"default": r"laurel\.linear_right$"},
+    "altup.predict": {"default": r"altup\.prediction_coefs$"},
+    "altup.correct": {"default": r"altup\.correction_coefs$"},
 }
 
 
@@ -242,10 +271,7 @@ def _with_layers(roles: str) -> dict[str, list[int]]:
 
 
 MOE = tuple(arch for arch in ARCHITECTURES if has(arch, "experts.down"))
-TRANSPOSED = (
-    "gpt_oss",
-    "llama4",
-)
+TRANSPOSED = ("gpt_oss", "llama4")
 """Their experts' matrices are stored [in, out]."""
 
 
@@ -301,7 +327,7 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 35
+    assert len(ARCHITECTURES) == 37
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -315,7 +341,7 @@ def test_roles(arch: str) -> None:
     assert {tower: set(roles) for tower, roles in found.items()} == {t: set(r) for t, r in expected.items()}
     assert set(anatomy.towers) == set(found) - {""}
     for name, facts in anatomy.towers.items():
-        assert facts.layers == 2
+        assert facts.layers == LAYERS.get(arch, 2)
         for role, layers in found[name].items():
             inside = layers != [None] and role not in ("embedding.relative",)
             every = list(range(facts.layers)) if inside else layers[:1]
@@ -365,11 +391,14 @@ def test_sizes(arch: str) -> None:
     anatomy = shared(arch)
     for name, facts in anatomy.towers.items():
         assert facts.hidden_size == 32
-        assert (facts.heads, facts.kv_heads, facts.head_dim) == HEADS.get((arch, name), (4, 4, 8))
+        if arch != "gemma4":
+            heads = (facts.heads, facts.kv_heads, facts.head_dim)
+            assert heads == HEADS.get((arch, name), (4, 4, 8))
         for site in anatomy:
             if site.tower != name or site.layer is None:
                 continue
-            width, kv_width = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+            sizes = facts.by_layer[site.layer] if arch == "gemma4" else facts
+            width, kv_width = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
             if site.role in ("attention.q", "attention.gate", "cross_attention.q"):
                 assert (site.out_features, site.in_features) == (width, 32)
             elif site.role == "attention.q_b":
@@ -575,6 +604,17 @@ def test_gradients_reach_experts(arch: str) -> None:
     assert all(d.z.grad is not None and d.z.grad.abs().sum() > 0 for d in deltas)
 
 
+def test_a_delta_acts_where_training_reads_the_weight() -> None:
+    """In training, AltUp clamps the weight of its corrections and uses it without a call."""
+    model = tiny("gemma3n")
+    before = run(model)
+    for site in view_of(model).linears("altup.correct"):
+        site.attach(Gain(site.out_features, seed=site.layer or 0))
+    evaluated = run(model)
+    assert not torch.allclose(evaluated, before, atol=1e-3)
+    torch.testing.assert_close(run(model.train()), evaluated, rtol=1e-5, atol=1e-5)
+
+
 VARIANTS = {
     "llama": ("base", "classification", "token-classification", "question-answering"),
     "qwen2": ("base", "classification"),
@@ -596,6 +636,8 @@ VARIANTS = {
     "qwen3_next": ("base", "classification", "token-classification", "question-answering"),
     "qwen3_5": ("base", "classification"),
     "qwen3_5_moe": ("base",),
+    "gemma3n": ("base",),
+    "gemma4": ("base",),
     "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),
@@ -674,6 +716,16 @@ _EYE = {
 }
 _QWEN_EYE = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 8}
 _QWEN_EYE |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+_EAR = {"hidden_size": 32}
+CONFORMER = (
+    QKVO
+    + "attention.position_k norm.attention norm.post_attention norm.layer block.layer "
+    + "mlp.before_up mlp.before_down norm.mlp_before norm.post_mlp_before "
+    + "mlp.after_up mlp.after_down norm.mlp_after norm.post_mlp_after "
+    + "convolution.in convolution.depthwise convolution.out norm.convolution norm.depthwise "
+    + "embedding.patch embedding.patch.second norm.patch norm.patch.second projector.in "
+)
+
 # Architecture that sees or hears -> its tiny text, class, configurations of the other towers, roles beside the text's.
 SENSES: dict[str, tuple[str, str, dict[str, dict[str, object]], dict[str, str]]] = {
     "llama4": (
@@ -707,13 +759,51 @@ SENSES: dict[str, tuple[str, str, dict[str, dict[str, object]], dict[str, str]]]
             "": "head projector.up projector.down norm.projector",
         },
     ),
+    "gemma3n": (
+        "gemma3n",
+        "Gemma3n",
+        {
+            "audio_config": _EAR
+            | {"conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "input_feat_size": 16}
+            | {"sscp_conv_channel_size": [4, 4]},
+        },
+        {
+            "audio": CONFORMER,
+            "": "head embedding.vision projector.vision norm.hard.vision norm.soft.vision "
+            "embedding.audio projector.audio norm.hard.audio norm.soft.audio",
+        },
+    ),
+    "gemma4": (
+        "gemma4",
+        "Gemma4",
+        {
+            "vision_config": _EYE | {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
+            "audio_config": _EAR
+            | {"num_attention_heads": 4, "num_hidden_layers": 2}
+            | {"subsampling_conv_channels": [4, 4], "output_proj_dims": 32},
+        },
+        {
+            "vision": LLAMA.removesuffix(ENDS) + POST + QK + "embedding.patch",
+            "audio": CONFORMER + "projector.out",
+            "": "head projector.vision projector.audio",
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("arch", SENSES)
-def test_models_that_see_and_hear(arch: str) -> None:
+def test_models_that_see_and_hear(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text tower is that of the text-only model; each other tower has its roles, and nothing is left out."""
     text, name, configs, expected = SENSES[arch]
+    if arch == "gemma3n":  # its images go through a convolutional network of timm's
+        from transformers.models.gemma3n import modeling_gemma3n
+
+        make = modeling_gemma3n.AutoModel.from_config
+        monkeypatch.setattr(
+            modeling_gemma3n.AutoModel,
+            "from_config",
+            lambda config: nn.Identity() if config.model_type == "gemma3n_vision" else make(config),
+        )
     config = getattr(transformers, f"{name}Config")(text_config=tiny(text).config.to_dict(), **configs)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     anatomy = Anatomy(model)
@@ -755,6 +845,9 @@ def lacks(anatomy: Anatomy) -> set[str]:
         ("deepseek_v3", {"q_lora_rank": None}, "attention.q", "attention.q_a attention.q_b norm.q_a"),
         ("llama4", {"interleave_moe_layer_step": 1}, "router experts.down shared_experts.up", "mlp.down"),
         ("qwen3_next", {"layer_types": 2 * ["full_attention"]}, "attention.gate", "linear_attention.out"),
+        ("gemma4", {"attention_k_eq_v": True}, "attention.k@0,1 attention.v@0", ""),
+        ("gemma4", {"hidden_size_per_layer_input": 0}, "router", "per_layer.gate embedding.per_layer"),
+        ("gemma4", {"enable_moe_block": False}, "mlp.down", "router experts.down norm.experts"),
     ],
 )
 def test_variants(arch: str, options: dict[str, object], there: str, gone: str) -> None:
@@ -969,6 +1062,8 @@ def test_towers() -> None:
         ("llama4", "attention mlp experts shared_experts"),
         ("deepseek_v3", "attention mlp experts shared_experts"),
         ("qwen3_next", "attention linear_attention mlp experts shared_experts"),
+        ("gemma3n", "attention mlp per_layer laurel"),
+        ("gemma4", "attention mlp per_layer experts"),
     ],
 )
 def test_all_is_the_layers_linears(arch: str, groups: str) -> None:

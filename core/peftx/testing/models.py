@@ -62,6 +62,13 @@ _LINEAR_ATTENTION = {
     "linear_value_head_dim": 8,
 }
 _SHARED_EXPERT = _MOE | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
+_SHARED_KEYS = {  # the third layer uses the keys and values of the second
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _TWO_STACKS = {
     "d_model": 32,
@@ -189,6 +196,36 @@ _RECIPES = {
         "Qwen3_5MoeForCausalLM",
         "Qwen3_5MoeTextConfig",
         _TOKENS | _SIZES | _GQA | _LINEAR_ATTENTION | _SHARED_EXPERT | {"head_dim": 8},
+    ),
+    "gemma3n": _Recipe(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | _SHARED_KEYS
+        | {
+            "head_dim": 8,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        },
+    ),
+    "gemma4": _Recipe(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | _SHARED_KEYS
+        | {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
     ),
     "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
