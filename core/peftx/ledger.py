@@ -172,7 +172,7 @@ class Ledger:
         self._settle(delta, site.module, full_precision=delta.full_precision)
         attach(
             site.module, delta, name=name, owner=view.owner, rank=view.rank,
-            parameter=site.parameter, rows=site.rows, transposed=site.transposed, kind=kind,
+            parameter=site.parameter, rows=site.rows, kind=kind, bias=site.bias_name, transposed=site.transposed,
         )  # fmt: skip
         give_back = without_fast_path(self.model, site.path, site.module)
         self.parts.append(
@@ -562,11 +562,12 @@ class Ledger:
 
 def _carrier(site: Site) -> str:
     """Which carrier a site needs."""
-    if site.kind in ("experts", "router"):
-        return "weight"
     if site.called:
         return "called"
-    return "read" if site.read else kind_of(site.module)
+    if site.read:
+        return "read"
+    own = kind_of(site.module)
+    return "weight" if site.kind == "experts" or (site.kind == "router" and own != "plain") else own
 
 
 def _check_unmerged(part: Part) -> None:

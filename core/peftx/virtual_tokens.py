@@ -100,6 +100,10 @@ class _BaseModelSlot:
         first: int = self._peftx_at  # type: ignore[attr-defined]
         at = first if first else _pads(attention_mask)
         inputs_embeds = _insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
+        call.pop("logits_to_keep", None)  # of the caller's rows; a base model that cuts by it knows of more
+        if input_ids is not None and "per_layer_inputs" in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+            own = self.get_per_layer_inputs(input_ids)  # type: ignore[attr-defined]  # Gemma 3n and 4; soft tokens have none
+            call["per_layer_inputs"] = _insert(own, own.new_zeros(len(own), length, *own.shape[2:]), at)
         if attention_mask is not None:
             attention_mask = _insert(attention_mask, attention_mask.new_ones(len(attention_mask), length), at)
         if positions is not None:
@@ -354,11 +358,6 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
     if "inputs_embeds" not in _parameters(type(host)):
         raise ArchitectureError(
             f"{type(host).__name__} takes no inputs_embeds, so nothing can stand before its input"
-        )
-    if "per_layer_inputs" in _parameters(type(host)):
-        raise ArchitectureError(
-            f"{type(host).__name__} looks its tokens up once more in every layer, where soft tokens have no id",
-            hint="a method that works on weights or attention, such as lora or p-tuning-v2",
         )
     prompt = host.__dict__[STATE] = _Prompt()
     host.__dict__["_peftx_at"] = _place(model, host)

@@ -7,9 +7,11 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +28,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+import peftx
+from peftx import Stack
 from peftx.anatomy import Anatomy, Fused, ModelView, Site, Table, Targets, Tower
 from peftx.errors import ArchitectureError, TargetError
 from peftx.ledger import Ledger
@@ -34,6 +38,7 @@ from peftx.testing.models import (
     ARCHITECTURES,
     CORE_ARCHITECTURES,
     IMAGE_TOKEN,
+    PAD,
     Padding,
     example_inputs,
     output_of,
@@ -56,8 +61,33 @@ LLAMA = QKVO + GATED + NORMS + BLOCKS + ENDS
 BERT = QKVO + PLAIN + NORMS + BLOCKS + "embedding norm.embedding "
 BART = BERT + "embedding.position "
 GPT = QKVO + PLAIN + BLOCKS + ENDS
+SHARED = "shared_experts.gate shared_experts.up shared_experts.down "
+LINEAR = "linear_attention.out linear_attention.conv norm.linear_attention block.linear_attention "
+PER_LAYER = "per_layer.gate per_layer.projection norm.per_layer embedding.per_layer projector.per_layer "
 VIT = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.patch "
 WHISPER = QKVO + PLAIN + NORMS + BLOCKS + "norm.final embedding.position "
+
+
+def only(layers: str, roles: str) -> str:
+    """The roles, in these layers alone; without it they are in every layer."""
+    return " ".join(f"{role}@{layers}" for role in roles.split()) + " "
+
+
+MOE_LLAMA = QKVO + EXPERTS + NORMS + BLOCKS + ENDS
+QWEN_HYBRID = (
+    only("0", LINEAR)
+    + only("1", QKVO + QK + "attention.gate block.attention")
+    + NORMS
+    + "block.mlp block.layer "
+    + ENDS
+)
+GEMMA_PER_LAYER = (
+    LLAMA.replace("attention.k attention.v ", "")
+    + POST
+    + PER_LAYER
+    + "norm.q norm.per_layer_model "
+    + only("0,1", "attention.k attention.v norm.k")
+)
 
 # Architecture -> tower -> its roles; "" is the model as a whole.
 EXPECTED: dict[str, dict[str, str]] = {
@@ -70,6 +100,54 @@ EXPECTED: dict[str, dict[str, str]] = {
     "gemma3": {"decoder": LLAMA + POST + QK, "": "head"},
     "mixtral": {"decoder": QKVO + EXPERTS + NORMS + BLOCKS + ENDS, "": "head"},
     "qwen3_moe": {"decoder": QKVO + EXPERTS + NORMS + QK + BLOCKS + ENDS, "": "head"},
+    "olmoe": {"decoder": MOE_LLAMA + QK, "": "head"},
+    "granitemoe": {"decoder": MOE_LLAMA, "": "head"},
+    "phimoe": {"decoder": MOE_LLAMA, "": "head"},
+    "gpt_oss": {"decoder": MOE_LLAMA, "": "head"},
+    "deepseek_v3": {
+        "decoder": "attention.q_a attention.q_b attention.kv_a attention.kv_b attention.o norm.q_a norm.kv_a "
+        + only("0", GATED)
+        + only("1", EXPERTS + SHARED)
+        + NORMS
+        + BLOCKS
+        + ENDS,
+        "": "head",
+    },
+    "llama4": {
+        "decoder": QKVO + only("0", GATED) + only("1", EXPERTS + SHARED) + NORMS + BLOCKS + ENDS,
+        "": "head",
+    },
+    "qwen3_next": {
+        "decoder": QWEN_HYBRID
+        + only("0", GATED + "linear_attention.qkvz linear_attention.ba")
+        + only("1", EXPERTS + SHARED + "router.shared"),
+        "": "head",
+    },
+    "qwen3_5": {
+        "decoder": QWEN_HYBRID
+        + GATED
+        + only("0", "linear_attention.qkv linear_attention.z linear_attention.b linear_attention.a"),
+        "": "head",
+    },
+    "qwen3_5_moe": {
+        "decoder": QWEN_HYBRID
+        + EXPERTS
+        + SHARED
+        + "router.shared "
+        + only("0", "linear_attention.qkv linear_attention.z linear_attention.b linear_attention.a"),
+        "": "head",
+    },
+    "gemma3n": {
+        "decoder": GEMMA_PER_LAYER
+        + "laurel.left laurel.right norm.laurel altup.router altup.predict altup.correct norm.altup "
+        + "projector.altup.0 projector.altup_unembed.0",
+        "": "head",
+    },
+    "gemma4": {
+        "decoder": GEMMA_PER_LAYER + EXPERTS + "norm.dense norm.experts norm.post_experts",
+        "": "head",
+    },
+    "glm4": {"decoder": LLAMA + POST, "": "head"},
     "phi3": {"decoder": LLAMA, "": "head"},
     "gpt2": {"decoder": GPT + NORMS + "embedding.position", "": "head"},
     "gpt_neox": {"decoder": GPT + NORMS, "": "head"},
@@ -107,18 +185,27 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
 }
 
+LAYERS = {"gemma3n": 3, "gemma4": 3}
+"""Where they are not two."""
+
 # Sizes of the heads where they are not 4 query heads of 8 out of 32: (heads, key-value heads, head size).
 GQA = (4, 2, 8)
 HEADS = {
     **{(arch, "decoder"): GQA for arch in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")},
     **{(arch, "decoder"): GQA for arch in ("mixtral", "qwen3_moe", "llava")},
+    **{
+        (arch, "decoder"): GQA
+        for arch in ("olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4", "gemma3n", "glm4")
+    },
+    **{(arch, "decoder"): GQA for arch in ("qwen3_next", "qwen3_5", "qwen3_5_moe")},
+    ("deepseek_v3", "decoder"): (4, 4, 12),
     ("gemma", "decoder"): (4, 2, 16),
     ("mamba", "decoder"): (0, 0, 0),
     **{(arch, "decoder"): (2, 2, 16) for arch in ("bart", "whisper")},
     **{(arch, "vision"): (2, 2, 16) for arch in ("vit", "clip", "llava")},
 }
 
-# Raw names of three roles, independent of the tables; fused and stacked ones are cut out by hand below.
+# Raw names of some roles, independent of the tables; fused and stacked ones are cut out by hand below.
 RAW = {
     "attention.v": {
         "default": r"self_attn\.v_proj$",
@@ -147,8 +234,7 @@ RAW = {
     },
     "mlp.down": {
         "default": r"(mlp\.down_proj|fc2)$",
-        "mixtral": r"mlp\.experts$",
-        "qwen3_moe": r"mlp\.experts$",
+        "llama4": r"feed_forward\.down_proj$",
         "gpt2": r"mlp\.c_proj$",
         "gpt_neox": r"4h_to_h$",
         "bloom": r"4h_to_h$",
@@ -158,9 +244,35 @@ RAW = {
         "deberta_v2": r"layer\.\d+\.output\.dense$",
         "t5": r"DenseReluDense\.wo$",
     },
+    "experts.down": {"default": r"\.experts$"},
+    "shared_experts.down": {"default": r"shared_experts?\.down_proj$"},
+    "router.shared": {"default": r"shared_expert_gate$"},
+    "attention.q_b": {"default": r"q_b_proj$"},
+    "attention.kv_a": {"default": r"kv_a_proj_with_mqa$"},
+    "attention.gate": {"default": r"self_attn\.q_proj$"},
+    "linear_attention.out": {"default": r"linear_attn\.out_proj$"},
+    "per_layer.gate": {"default": r"per_layer_input_gate$"},
+    "laurel.right": {"default": r"laurel\.linear_right$"},
+    "altup.predict": {"default": r"altup\.prediction_coefs$"},
+    "altup.correct": {"default": r"altup\.correction_coefs$"},
 }
-SPEAKING = tuple(arch for arch in ARCHITECTURES if arch != "mamba")
-MOE = ("mixtral", "qwen3_moe")
+
+
+def has(arch: str, role: str) -> bool:
+    """Does the architecture's language have it."""
+    towers = EXPECTED[arch]
+    return role in _with_layers(towers.get("decoder") or towers.get("encoder") or next(iter(towers.values())))
+
+
+def _with_layers(roles: str) -> dict[str, list[int]]:
+    """Role -> the layers that alone have it, as `only` wrote them; empty: all."""
+    pairs = (word.partition("@") for word in roles.split())
+    return {role: [int(i) for i in layers.split(",") if i] for role, _, layers in pairs}
+
+
+MOE = tuple(arch for arch in ARCHITECTURES if has(arch, "experts.down"))
+TRANSPOSED = ("gpt_oss", "llama4")
+"""Their experts' matrices are stored [in, out]."""
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -215,24 +327,25 @@ def text_of(call: Callable[[], object], error: type[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------- tables
 def test_every_tiny_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 25
+    assert len(ARCHITECTURES) == 37
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_roles(arch: str) -> None:
     anatomy = shared(arch)
     assert not anatomy.inferred
-    found: dict[str, set[str]] = {}
+    found: dict[str, dict[str, list[int | None]]] = {}
     for site in anatomy:
-        found.setdefault(site.tower, set()).add(site.role)
-    assert found == {tower: set(roles.split()) for tower, roles in EXPECTED[arch].items()}
+        found.setdefault(site.tower, {}).setdefault(site.role, []).append(site.layer)
+    expected = {tower: _with_layers(roles) for tower, roles in EXPECTED[arch].items()}
+    assert {tower: set(roles) for tower, roles in found.items()} == {t: set(r) for t, r in expected.items()}
     assert set(anatomy.towers) == set(found) - {""}
     for name, facts in anatomy.towers.items():
-        assert facts.layers == 2
-        for role in found[name]:
-            layers = [s.layer for s in anatomy if s.role == role and s.tower == name]
+        assert facts.layers == LAYERS.get(arch, 2)
+        for role, layers in found[name].items():
             inside = layers != [None] and role not in ("embedding.relative",)
-            assert layers == ([0, 1] if inside else layers[:1]), role
+            every = list(range(facts.layers)) if inside else layers[:1]
+            assert layers == (expected[name][role] or every), role
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -269,7 +382,7 @@ def test_sites_cover_every_matrix_once(arch: str) -> None:
         for name, p in anatomy.model.named_parameters()
         if id(p) not in covered and not name.endswith("bias")
     }
-    own = r"A_log$|\.D$|class_embedding$|cls_token$|position_embeddings$|logit_scale$"  # no layer at all
+    own = r"A_log$|\.D$|class_embedding$|cls_token$|position_embeddings$|sinks$|scale$"  # no layer at all
     assert {name for name in loose if not re.search(own, name)} == set()
 
 
@@ -278,19 +391,26 @@ def test_sizes(arch: str) -> None:
     anatomy = shared(arch)
     for name, facts in anatomy.towers.items():
         assert facts.hidden_size == 32
-        assert (facts.heads, facts.kv_heads, facts.head_dim) == HEADS.get((arch, name), (4, 4, 8))
+        if arch != "gemma4":
+            heads = (facts.heads, facts.kv_heads, facts.head_dim)
+            assert heads == HEADS.get((arch, name), (4, 4, 8))
         for site in anatomy:
-            if site.tower != name:
+            if site.tower != name or site.layer is None:
                 continue
-            if site.role in ("attention.q", "cross_attention.q"):
-                assert (site.out_features, site.in_features) == (facts.heads * facts.head_dim, 32)
+            sizes = facts.by_layer[site.layer] if arch == "gemma4" else facts
+            width, kv_width = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+            if site.role in ("attention.q", "attention.gate", "cross_attention.q"):
+                assert (site.out_features, site.in_features) == (width, 32)
+            elif site.role == "attention.q_b":
+                assert site.out_features == width
             elif site.role in ("attention.k", "attention.v", "cross_attention.k", "cross_attention.v"):
-                assert (site.out_features, site.in_features) == (facts.kv_heads * facts.head_dim, 32)
+                assert (site.out_features, site.in_features) == (kv_width, 32)
             elif site.role in ("attention.o", "cross_attention.o"):
-                assert (site.out_features, site.in_features) == (32, facts.heads * facts.head_dim)
+                values = 4 * 8 if arch == "deepseek_v3" else width  # there, values are narrower than keys
+                assert (site.out_features, site.in_features) == (32, values)
             elif site.role in ("mlp.gate", "mlp.up"):
                 assert site.in_features == 32
-            elif site.role == "mlp.down" or site.role == "embedding":
+            elif site.role == "mlp.down":
                 assert site.out_features == 32
             elif site.role == "router":
                 assert site.shape == (4, 32)
@@ -300,9 +420,11 @@ def test_sizes(arch: str) -> None:
             elif site.role == "experts.down":
                 assert site.batch == (4,)
                 assert site.out_features == 32
+        embeddings = [s for s in anatomy if s.tower == name and s.role == "embedding"]
+        assert all(site.out_features == 32 for site in embeddings)
         if facts.heads:
             assert facts.groups == facts.heads // facts.kv_heads
-            assert len(facts.attention) == 2
+            assert len(facts.attention) == facts.layers
     assert (len(anatomy.main.cross_attention) == 2) == anatomy.is_encoder_decoder
 
 
@@ -314,8 +436,12 @@ def zero_by_hand(model: PreTrainedModel, arch: str, role: str) -> None:
     with torch.no_grad():
         for module in hits:
             parts = list(module.parameters(recurse=False))
-            if arch in MOE and role == "mlp.down":
-                module.down_proj.zero_()
+            if role == "experts.down":
+                for name, p in module.named_parameters():
+                    if name.startswith("down_proj"):
+                        p.zero_()
+            elif role == "attention.gate":  # [head, (q, gate), 8, in]
+                module.weight.view(4, 2, 8, 32)[:, 1] = 0
             elif role == "attention.v" and arch == "gpt2":  # [in, q | k | v]
                 for p in parts:
                     p[..., 64:96] = 0
@@ -329,22 +455,21 @@ def zero_by_hand(model: PreTrainedModel, arch: str, role: str) -> None:
                     p.zero_()
 
 
-@pytest.mark.parametrize("role", ["attention.v", "attention.o", "mlp.down"])
-@pytest.mark.parametrize("arch", SPEAKING)
+@pytest.mark.parametrize(("arch", "role"), [(a, r) for r in RAW for a in ARCHITECTURES if has(a, r)])
 def test_a_site_is_what_its_role_says(arch: str, role: str) -> None:
     model = tiny(arch)
     by_hand = copy.deepcopy(model)
     zero_by_hand(by_hand, arch, role)
     before, expected = run(model, padding="right"), run(by_hand, padding="right")
     view = view_of(model)
-    for site in view.linears("experts.down" if arch in MOE and role == "mlp.down" else role):
+    for site in view.linears(role):
         site.attach(Zero())
     actual = run(model, padding="right")
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (expected - before).abs().max() > 1e-2  # the role does something
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "phi3", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("arch", ["gpt2", "phi3", "gpt_neox", "bloom", "qwen3_next", "qwen3_5"])
 def test_query_and_key_of_a_fused_matrix(arch: str) -> None:
     """Turning the query's sign around is turning the key's: the scores are products."""
     results = []
@@ -359,24 +484,25 @@ def test_query_and_key_of_a_fused_matrix(arch: str) -> None:
     assert not torch.allclose(results[0], run(tiny(arch)), atol=1e-3)
 
 
-def test_gate_and_up_of_phi3() -> None:
+@pytest.mark.parametrize("arch", ["phi3", "glm4"])
+def test_gate_and_up_of_one_matrix(arch: str) -> None:
     """down(up * silu(gate)): without gate or without up there is no output of the block."""
-    down = tiny("phi3")
-    zero_by_hand(down, "phi3", "mlp.down")
+    down = tiny(arch)
+    zero_by_hand(down, arch, "mlp.down")
     for role in ("mlp.gate", "mlp.up"):
-        model = tiny("phi3")
+        model = tiny(arch)
         for site in view_of(model).linears(role):
             site.attach(Zero())
         torch.testing.assert_close(run(model), run(down))
     halved = {}
     for role in ("mlp.gate", "mlp.up"):
-        model = tiny("phi3")
+        model = tiny(arch)
         for site in view_of(model).linears(role):
             delta = Gain(site.out_features)
             delta.z.data.fill_(0.5)
             site.attach(delta)
         halved[role] = run(model)
-    by_hand = tiny("phi3")  # only `up` is linear in its half
+    by_hand = tiny(arch)  # only `up` is linear in its half
     for layer in by_hand.model.layers:
         layer.mlp.down_proj.weight.data.mul_(0.5)
     torch.testing.assert_close(halved["mlp.up"], run(by_hand), rtol=1e-5, atol=1e-5)
@@ -397,7 +523,7 @@ def test_block_output_is_what_joins_the_residual(arch: str) -> None:
     post_norm = ("bert", "roberta", "deberta_v2", "bart")
     for site in view.blocks("layer"):
         site.module.register_forward_hook(watch, with_kwargs=True)
-    for role in ("attention", "cross_attention", "mlp", "ssm"):
+    for role in ("attention", "cross_attention", "linear_attention", "mlp", "ssm"):
         if any(site.role == f"block.{role}" for site in view.anatomy):
             for site in view.blocks(role):
                 site.attach(Zero())
@@ -406,7 +532,7 @@ def test_block_output_is_what_joins_the_residual(arch: str) -> None:
     for before, out in seen:
         if arch in post_norm:
             assert not torch.equal(before, out)
-        elif arch not in ("gemma2", "gemma3"):  # their post-norms have a zero to normalize
+        elif not arch.startswith("gemma") or arch == "gemma":  # their post-norms have a zero to normalize
             torch.testing.assert_close(out, before, rtol=0, atol=0)
 
 
@@ -440,24 +566,31 @@ def test_attach_merge_unmerge_remove(arch: str) -> None:
     assert torch.equal(run(model, padding="right"), before)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("arch", MOE)
 @pytest.mark.parametrize("role", ["experts.gate", "experts.up", "experts.down", "router"])
 def test_experts_one_by_one(arch: str, role: str) -> None:
     """A gain on the rows of a stacked parameter is that gain in the weights, for each expert its own."""
     model, by_hand = tiny(arch), tiny(arch)
     view = view_of(model)
     for site in view.linears(role):
+        if site.role != role:
+            continue  # `router.shared`
         delta = site.attach(Gain(site.out_features, batch=site.batch, seed=site.layer or 0))
-        mlp = by_hand.model.layers[site.layer].mlp
+        parameters = dict(by_hand.get_submodule(site.path).named_parameters())
+        weight = "weight" if role == "router" else "down_proj" if role == "experts.down" else "gate_up_proj"
+        bias = parameters.get("bias" if role == "router" else f"{weight}_bias")
         with torch.no_grad():
-            if role == "router":
-                mlp.gate.weight.mul_(delta.z[:, None])
-            elif role == "experts.down":
-                mlp.experts.down_proj.mul_(delta.z[..., None])
-            else:
-                half = mlp.experts.gate_up_proj.shape[1] // 2
-                mine = slice(0, half) if role == "experts.gate" else slice(half, None)
-                mlp.experts.gate_up_proj[:, mine].mul_(delta.z[..., None])
+            matrix = parameters[weight]
+            matrix = matrix.mT if arch in TRANSPOSED and role != "router" else matrix  # [..., out, in]
+            mine = slice(None)
+            if role in ("experts.gate", "experts.up"):
+                first, half = role == "experts.gate", matrix.shape[-2] // 2
+                mine = slice(0, half) if first else slice(half, None)
+                if arch == "gpt_oss":
+                    mine = slice(0, None, 2) if first else slice(1, None, 2)
+            matrix[..., mine, :] *= delta.z[..., None]
+            if bias is not None:
+                bias[..., mine] *= delta.z
     torch.testing.assert_close(run(model), run(by_hand))
     assert not torch.allclose(run(model), run(tiny(arch)), atol=1e-4)
 
@@ -469,6 +602,17 @@ def test_gradients_reach_experts(arch: str) -> None:
     deltas = [s.attach(Gain(s.out_features, batch=s.batch)) for s in view.linears("experts router")]
     output_of(model, example_inputs(model)).square().sum().backward()
     assert all(d.z.grad is not None and d.z.grad.abs().sum() > 0 for d in deltas)
+
+
+def test_a_delta_acts_where_training_reads_the_weight() -> None:
+    """In training, AltUp clamps the weight of its corrections and uses it without a call."""
+    model = tiny("gemma3n")
+    before = run(model)
+    for site in view_of(model).linears("altup.correct"):
+        site.attach(Gain(site.out_features, seed=site.layer or 0))
+    evaluated = run(model)
+    assert not torch.allclose(evaluated, before, atol=1e-3)
+    torch.testing.assert_close(run(model.train()), evaluated, rtol=1e-5, atol=1e-5)
 
 
 VARIANTS = {
@@ -483,6 +627,18 @@ VARIANTS = {
     "deberta_v2": ("base", "classification"),
     "t5": ("base", "classification", "token-classification", "question-answering"),
     "bart": ("base", "classification", "question-answering"),
+    "olmoe": ("base",),
+    "granitemoe": ("base",),
+    "phimoe": ("base", "classification"),
+    "gpt_oss": ("base", "classification", "token-classification"),
+    "deepseek_v3": ("base", "classification", "token-classification"),
+    "llama4": ("base",),
+    "qwen3_next": ("base", "classification", "token-classification", "question-answering"),
+    "qwen3_5": ("base", "classification"),
+    "qwen3_5_moe": ("base",),
+    "gemma3n": ("base",),
+    "gemma4": ("base",),
+    "glm4": ("base", "classification", "token-classification"),
     "whisper": ("base",),
     "vit": ("base",),
     "llava": ("base",),
@@ -551,6 +707,159 @@ def test_gemma3_with_images() -> None:
     assert anatomy.towers["vision"].heads == 4
 
 
+_EYE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
+_QWEN_EYE = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 8}
+_QWEN_EYE |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+_EAR = {"hidden_size": 32}
+CONFORMER = (
+    QKVO
+    + "attention.position_k norm.attention norm.post_attention norm.layer block.layer "
+    + "mlp.before_up mlp.before_down norm.mlp_before norm.post_mlp_before "
+    + "mlp.after_up mlp.after_down norm.mlp_after norm.post_mlp_after "
+    + "convolution.in convolution.depthwise convolution.out norm.convolution norm.depthwise "
+    + "embedding.patch embedding.patch.second norm.patch norm.patch.second projector.in "
+)
+
+# Architecture that sees or hears -> its tiny text, class, configurations of the other towers, roles beside the text's.
+SENSES: dict[str, tuple[str, str, dict[str, dict[str, object]], dict[str, str]]] = {
+    "llama4": (
+        "llama4",
+        "Llama4",
+        {
+            "vision_config": _EYE
+            | {"image_size": 16, "intermediate_size": 128, "vision_output_dim": 32}
+            | {"projector_input_dim": 32, "projector_output_dim": 32},
+        },
+        {
+            "vision": VIT + "norm.embedding",
+            "": "head projector projector.adapter_up projector.adapter_down",
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        "Qwen3_5",
+        {"vision_config": _QWEN_EYE},
+        {
+            "vision": VIT.replace("norm.final ", "embedding.position "),
+            "": "head projector.up projector.down norm.projector",
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        "Qwen3_5Moe",
+        {"vision_config": _QWEN_EYE},
+        {
+            "vision": VIT.replace("norm.final ", "embedding.position "),
+            "": "head projector.up projector.down norm.projector",
+        },
+    ),
+    "gemma3n": (
+        "gemma3n",
+        "Gemma3n",
+        {
+            "audio_config": _EAR
+            | {"conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "input_feat_size": 16}
+            | {"sscp_conv_channel_size": [4, 4]},
+        },
+        {
+            "audio": CONFORMER,
+            "": "head embedding.vision projector.vision norm.hard.vision norm.soft.vision "
+            "embedding.audio projector.audio norm.hard.audio norm.soft.audio",
+        },
+    ),
+    "gemma4": (
+        "gemma4",
+        "Gemma4",
+        {
+            "vision_config": _EYE | {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
+            "audio_config": _EAR
+            | {"num_attention_heads": 4, "num_hidden_layers": 2}
+            | {"subsampling_conv_channels": [4, 4], "output_proj_dims": 32},
+        },
+        {
+            "vision": LLAMA.removesuffix(ENDS) + POST + QK + "embedding.patch",
+            "audio": CONFORMER + "projector.out",
+            "": "head projector.vision projector.audio",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", SENSES)
+def test_models_that_see_and_hear(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text tower is that of the text-only model; each other tower has its roles, and nothing is left out."""
+    text, name, configs, expected = SENSES[arch]
+    if arch == "gemma3n":  # its images go through a convolutional network of timm's
+        from transformers.models.gemma3n import modeling_gemma3n
+
+        make = modeling_gemma3n.AutoModel.from_config
+        monkeypatch.setattr(
+            modeling_gemma3n.AutoModel,
+            "from_config",
+            lambda config: nn.Identity() if config.model_type == "gemma3n_vision" else make(config),
+        )
+    config = getattr(transformers, f"{name}Config")(text_config=tiny(text).config.to_dict(), **configs)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    anatomy = Anatomy(model)
+    assert not anatomy.inferred
+    assert anatomy.main is anatomy.towers["decoder"]
+    if eyes := anatomy.towers.get("vision"):
+        assert (eyes.layers, eyes.heads, eyes.kv_heads, eyes.head_dim) == (2, 2, 2, 16)
+    found: dict[str, set[str]] = {}
+    for site in anatomy:
+        found.setdefault(site.tower, set()).add(site.role)
+    expected = {"decoder": EXPECTED[text]["decoder"]} | expected
+    assert found == {tower: set(_with_layers(roles)) for tower, roles in expected.items()}
+    assert lacks(anatomy) == set()
+    before = run(model)
+    for site in view_of(model).linears("attention.o tower=decoder"):
+        site.attach(Zero())
+    assert not torch.allclose(run(model), before, atol=1e-3)
+
+
+def lacks(anatomy: Anatomy) -> set[str]:
+    """Linear layers and stacked experts inside the towers' layers that have no role."""
+    layers = [site.module for site in anatomy if site.role == "block.layer"]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    named = {(id(site.module), site.parameter) for site in anatomy if site.layer is not None}
+    return {
+        f"{path}.{name}"
+        for path, module in anatomy.model.named_modules()
+        if id(module) in inside
+        for name, parameter in module.named_parameters(recurse=False)
+        if (isinstance(module, nn.Linear) and name == "weight") or parameter.ndim == 3
+        if (id(module), name) not in named and not isinstance(module, nn.Conv1d)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "there", "gone"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp.gate@0 experts.up@1 router@1", ""),
+        ("deepseek_v3", {"q_lora_rank": None}, "attention.q", "attention.q_a attention.q_b norm.q_a"),
+        ("llama4", {"interleave_moe_layer_step": 1}, "router experts.down shared_experts.up", "mlp.down"),
+        ("qwen3_next", {"layer_types": 2 * ["full_attention"]}, "attention.gate", "linear_attention.out"),
+        ("gemma4", {"attention_k_eq_v": True}, "attention.k@0,1 attention.v@0", ""),
+        ("gemma4", {"hidden_size_per_layer_input": 0}, "router", "per_layer.gate embedding.per_layer"),
+        ("gemma4", {"enable_moe_block": False}, "mlp.down", "router experts.down norm.experts"),
+    ],
+)
+def test_variants(arch: str, options: dict[str, object], there: str, gone: str) -> None:
+    """Other released configurations: what stands elsewhere, and what is not there."""
+    anatomy = Anatomy(tiny(arch, **options))
+    assert not anatomy.inferred
+    assert lacks(anatomy) == set()
+    for role, layers in _with_layers(there).items():
+        assert [s.layer for s in anatomy if s.role == role] == (layers or list(range(anatomy.num_layers)))
+    assert not {site.role for site in anatomy} & set(gone.split())
+
+
 def test_a_table_that_names_what_is_not_there() -> None:
     table = Table("llama", (Tower("decoder", "model.layers", {"attention.q": "self_attn.q_pro"}),))
     message = text_of(lambda: Anatomy(tiny("llama"), table), ArchitectureError)
@@ -605,6 +914,57 @@ def test_anatomy_of_a_changed_model_is_the_old_one() -> None:
         site.attach(delta)
     view.keep("shared", nn.Linear(3, 3))
     assert [(s.role, s.path, s.shape) for s in Anatomy(model)] == places
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+GENERATING = tuple(
+    a for a in ARCHITECTURES if "decoder" in EXPECTED[a] and a not in ("t5", "bart", "whisper", "llava")
+)
+
+
+@pytest.mark.parametrize("arch", GENERATING)
+def test_lora_on_all(arch: str, tmp_path: Path) -> None:
+    """Nothing at the start, then a step that tells; saved, merged and taken off to the bit."""
+    from peftx_lora import Lora
+
+    model = tiny(arch).requires_grad_(False)  # Mamba computes in another order where its weights train
+    before = run(model, padding="left")
+    stack = Stack(model, [Lora(rank=2)], tokenizer=TOKENIZER)
+    assert torch.equal(run(model, padding="left"), before)
+    inputs = example_inputs(model, padding="right")
+    parameters = list(stack.ledger.parameters("lora"))
+    for _ in range(2):  # the gradient of A is zero while B is
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter -= parameter.grad / (parameter.grad.abs().max() + 1e-12) / 20
+                parameter.grad = None
+    after = run(model, padding="left")
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert all(parameter.abs().sum() > 0 for parameter in parameters)
+
+    stack.save(tmp_path / "bundle")
+    other = peftx.load(tmp_path / "bundle", model=tiny(arch), tokenizer=TOKENIZER)
+    assert torch.equal(run(other.model, padding="left"), after)
+    stack.merge()
+    torch.testing.assert_close(run(model, padding="left"), after, rtol=1e-4, atol=1e-4)
+    stack.unmerge()
+    assert torch.equal(run(model, padding="left"), after)
+    _generate_alone_and_padded(model)
+    stack.remove("lora")
+    assert torch.equal(run(model, padding="left"), before)
+
+
+def _generate_alone_and_padded(model: PreTrainedModel) -> None:
+    inputs = example_inputs(model, padding="left")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    both = model.generate(**inputs, **options)
+    real = inputs["attention_mask"][1].bool()
+    alone = model.generate(
+        input_ids=inputs["input_ids"][1:, real], attention_mask=inputs["attention_mask"][1:, real], **options
+    )
+    assert torch.equal(both[1, -4:], alone[0, -4:])
 
 
 # ------------------------------------------------------------------------------------------------------- inference
@@ -695,9 +1055,25 @@ def test_towers() -> None:
     assert not any(s.role.startswith("cross") for s in Targets("attention").select(anatomy.sites, layers=2))
 
 
-def test_all_is_the_layers_linears() -> None:
+@pytest.mark.parametrize(
+    ("arch", "groups"),
+    [
+        ("qwen3_moe", "attention experts"),
+        ("llama4", "attention mlp experts shared_experts"),
+        ("deepseek_v3", "attention mlp experts shared_experts"),
+        ("qwen3_next", "attention linear_attention mlp experts shared_experts"),
+        ("gemma3n", "attention mlp per_layer laurel"),
+        ("gemma4", "attention mlp per_layer experts"),
+    ],
+)
+def test_all_is_the_layers_linears(arch: str, groups: str) -> None:
+    """No routers, nor matrices that weigh a few streams."""
+    everything = Targets("all").select(shared(arch).sites, layers=shared(arch).num_layers)
+    assert {s.role.split(".")[0] for s in everything} == set(groups.split())
+
+
+def test_mlp_means_the_experts() -> None:
     everything = Targets("all").select(shared("qwen3_moe").sites, layers=2)
-    assert {s.role.split(".")[0] for s in everything} == {"attention", "experts"}
     assert {s.role for s in Targets("mlp").select(everything, layers=2)} == {
         "experts.gate",
         "experts.up",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from peftx.anatomy import Anatomy, ModelView
+from peftx.anatomy.anatomy import Heads
 from peftx.attention import AttentionEdit
 from peftx.errors import ArchitectureError, ConflictError
 from peftx.ledger import Ledger
@@ -40,11 +41,11 @@ class Nothing(AttentionEdit):
 class Prefix(AttentionEdit):
     """Learned keys and values [Hkv, P, D] in front."""
 
-    def __init__(self, kv_heads: int, head_dim: int, seed: int = 0) -> None:
+    def __init__(self, sizes: Heads, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.key = nn.Parameter(torch.randn(kv_heads, P, head_dim, generator=generator))
-        self.value = nn.Parameter(torch.randn(kv_heads, P, head_dim, generator=generator))
+        self.key = nn.Parameter(torch.randn(sizes.kv_heads, P, sizes.head_dim, generator=generator))
+        self.value = nn.Parameter(torch.randn(sizes.kv_heads, P, sizes.value_dim, generator=generator))
 
     def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         batch = key.shape[0]
@@ -98,8 +99,9 @@ def view_of(model: PreTrainedModel, *, owner: str = "one", rank: int = 0) -> Mod
 
 def prefixed(model: PreTrainedModel, *, shift: bool = True) -> tuple[ModelView, list[Prefix]]:
     view = view_of(model)
-    prefixes = [Prefix(view.main.kv_heads, view.main.head_dim, seed=i) for i in range(view.num_layers)]
-    for site, prefix in zip(view.attention_sites(), prefixes, strict=True):
+    sites = view.attention_sites()
+    prefixes = [Prefix(view.main.by_layer[site.layer or 0], seed=i) for i, site in enumerate(sites)]
+    for site, prefix in zip(sites, prefixes, strict=True):
         view.attend(site, prefix)
     if shift:
         view.shift_positions(P)
@@ -279,7 +281,7 @@ def test_replacement_sees_what_the_model_sees(arch: str, prefix: bool) -> None:
         for role in ("attention", "cross_attention") if facts.cross_attention else ("attention",):
             for i, site in enumerate(view.attention_sites(tower=tower, role=role)):
                 if prefix:
-                    view.attend(site, Prefix(facts.kv_heads, facts.head_dim, seed=i))
+                    view.attend(site, Prefix(facts.by_layer[i], seed=i))
                 else:
                     view.attend(site, Nothing())
     expected = {padding: run(model, padding) for padding in paddings}
@@ -323,7 +325,7 @@ def test_prefix_in_cross_attention() -> None:
     view = view_of(model)
     prefixes = []
     for i, site in enumerate(view.attention_sites(role="cross_attention")):
-        prefixes.append(Prefix(view.main.kv_heads, view.main.head_dim, seed=i))
+        prefixes.append(Prefix(view.main.by_layer[i], seed=i))
         view.attend(site, prefixes[-1])
     before = run(tiny("bart"), "right")
     after = run(model, "right")
@@ -353,7 +355,7 @@ def test_prefixes_of_two_plugins_and_switching_off() -> None:
     outputs = {}
     for seed, view in enumerate(views):
         for site in view.attention_sites():
-            view.attend(site, Prefix(2, 8, seed=seed))
+            view.attend(site, Prefix(view.main.by_layer[0], seed=seed))
         outputs[view.owner] = run(model)
     ledger.switch("two", False)
     assert torch.equal(run(model), outputs["one"])

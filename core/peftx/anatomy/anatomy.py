@@ -23,22 +23,61 @@ _NO_MATRICES = ("embedding", "norm", "convolution")
 # The tower's own name first: BART and Whisper map the general names to the encoder's.
 _HEADS = ("{tower}_attention_heads", "num_attention_heads", "num_heads", "n_head")
 _KV_HEADS = ("{tower}_attention_heads", "num_key_value_heads")
-_HEAD_DIM = ("head_dim", "d_kv")
+_HEAD_DIM = ("qk_head_dim", "head_dim", "d_kv")
+"""DeepSeek has the first; its `head_dim` is the rotated part alone."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of one layer's attention; 0 where the tower has none (Mamba)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    """Of queries and keys."""
+    value_dim: int
+    """Of values: as many, but in DeepSeek."""
 
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """Sizes of one tower; 0 where the tower has no such thing (heads in Mamba)."""
+    """Sizes of one tower.
+
+    Raises:
+        ArchitectureError: from `heads` and the others below, if the layers differ in it (Gemma 4).
+    """
 
     name: str
     layers: int
     hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    by_layer: tuple[Heads, ...]
     attention: tuple[str, ...]
     """Paths of the modules that call the attention interface, by layer; empty where a layer has none."""
     cross_attention: tuple[str, ...] = ()
+
+    @property
+    def heads(self) -> int:
+        return self._one({sizes.heads for sizes in self.by_layer}, "heads")
+
+    @property
+    def kv_heads(self) -> int:
+        return self._one({sizes.kv_heads for sizes in self.by_layer}, "key-value heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self._one({sizes.head_dim for sizes in self.by_layer}, "numbers in a head")
+
+    @property
+    def value_dim(self) -> int:
+        return self._one({sizes.value_dim for sizes in self.by_layer}, "numbers in a head's value")
+
+    def _one(self, found: set[int], what: str) -> int:
+        if len(found) == 1:
+            return next(iter(found))
+        raise ArchitectureError(
+            f"the {self.name}'s layers differ: {' or '.join(map(str, sorted(found)))} {what}",
+            hint="a plugin finds the sizes of each layer in `by_layer`",
+        )
 
     @property
     def groups(self) -> int:
@@ -177,8 +216,9 @@ class Anatomy:
             layer = f"{base}.{index}"
             for role, path in tower.roles.items():
                 self._add(
-                    role, path, layer, index, tower.name, read=role in tower.read, called=role in tower.called
-                )
+                    role, path, layer, index, tower.name,
+                    read=role in tower.read, called=role in tower.called, apart=role in tower.apart,
+                )  # fmt: skip
             for fused in tower.fused:
                 self._add_fused(fused, layer, index, facts)
             for stack in tower.stacked:
@@ -189,26 +229,35 @@ class Anatomy:
             self.sites.append(Site("block.layer", layer, self._modules[layer], "block", tower.name, index))
 
     def _facts(self, tower: Tower, config: PretrainedConfig, base: str, layers: int) -> TowerFacts:
-        def first(names: tuple[str, ...]) -> int | None:
+        def first(names: tuple[str, ...], config: PretrainedConfig = config) -> int | None:
             values = (getattr(config, name.format(tower=tower.name), None) for name in names)
             return next((v for v in values if isinstance(v, int)), None)
 
         hidden = first(("hidden_size", "d_model", "n_embd")) or 0
         dispatch = {**tower.blocks, **tower.dispatch}
         has_attention = "attention" in dispatch
-        heads = (first(_HEADS) or 0) if has_attention else 0
-        kv_heads = first(_KV_HEADS) or heads
-        head_dim = first(_HEAD_DIM) or (hidden // heads if heads else 0)
+
+        def sizes(config: PretrainedConfig) -> Heads:
+            heads = (first(_HEADS, config) or 0) if has_attention else 0
+            kv_heads = first(_KV_HEADS, config) or heads
+            head_dim = first(_HEAD_DIM, config) or (hidden // heads if heads else 0)
+            value_dim = first(("v_head_dim",), config) or head_dim
+            return Heads(heads, kv_heads if heads else 0, head_dim, value_dim)
+
+        by_layer = (
+            tuple(sizes(config.per_layer_config[i]) for i in range(layers))
+            if config.is_heterogeneous
+            else layers * (sizes(config),)
+        )
 
         def paths(role: str) -> tuple[str, ...]:
             if role not in dispatch:
                 return ()
-            found = [self._find(dispatch[role], f"{base}.{i}") for i in range(layers)]
-            return tuple(hit[0] if hit is not None else "" for hit in found)
+            hits = (self._find(dispatch[role], f"{base}.{i}") for i in range(layers))
+            return tuple(hit[0] if hit is not None else "" for hit in hits)
 
         return TowerFacts(
-            tower.name, layers, hidden, heads, kv_heads if heads else 0, head_dim, paths("attention"),
-            paths("cross_attention"),
+            tower.name, layers, hidden, by_layer, paths("attention"), paths("cross_attention"),
         )  # fmt: skip
 
     def _add(
@@ -221,13 +270,16 @@ class Anatomy:
         *,
         read: bool = False,
         called: bool = False,
+        apart: bool = False,
     ) -> None:
         hit = self._find(path, layer)
         if hit is None:
             return
         # torch's attention takes the weight of its output projection, and never calls it.
         read = read or isinstance(self._modules.get(hit[0].rpartition(".")[0]), nn.MultiheadAttention)
-        self.sites.append(Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called))
+        self.sites.append(
+            Site(role, *hit, _kind(hit[1], role), tower, index, read=read, called=called, apart=apart)
+        )
 
     def _add_fused(self, fused: Fused, layer: str, index: int, facts: TowerFacts) -> None:
         hit = self._find(fused.path, layer)
@@ -235,11 +287,11 @@ class Anatomy:
             return
         name, module = hit
         total = _out_features(module)
-        sizes = _part_sizes(fused, total, facts)
+        sizes = _part_sizes(fused, total, facts.by_layer[index])
         start = 0
         for part, (role, size) in enumerate(zip(fused.roles, sizes, strict=True)):
             if fused.layout == "interleaved":
-                rows = Rows(total, heads=facts.heads, parts=len(fused.roles), part=part)
+                rows = Rows(total, heads=facts.by_layer[index].heads, parts=len(fused.roles), part=part)
             else:
                 rows = Rows(total, start, start + size)
             start += size
@@ -249,21 +301,27 @@ class Anatomy:
 
     def _add_stacked(self, stack: Stacked, layer: str, index: int, tower: str) -> None:
         hit = self._find(stack.path, layer)
-        parameter = None if hit is None else hit[1]._parameters.get(stack.parameter)
-        if hit is None or parameter is None:
+        if hit is None:
             return
-        total, count = parameter.shape[-1 if stack.transposed else -2], len(stack.roles)
-        part = total // count
+        name, module = hit
+        parameter = module._parameters.get(stack.parameter)
+        if parameter is None or not parameter.is_floating_point():  # packed, in a layout of its own (MXFP4)
+            return
+        total = parameter.shape[-1 if stack.transposed else -2]
+        parts = len(stack.roles)
+        size = total // parts
         for i, role in enumerate(stack.roles):
             rows = None
-            if count > 1 and stack.layout == "interleaved":
-                rows = Rows(total, heads=part, parts=count, part=i)
-            elif count > 1:
-                rows = Rows(total, i * part, (i + 1) * part)
+            if parts > 1:
+                rows = (
+                    Rows(total, heads=size, parts=parts, part=i)
+                    if stack.layout == "interleaved"
+                    else Rows(total, i * size, (i + 1) * size)
+                )
             self.sites.append(
                 Site(
-                    role, *hit, "experts", tower, index, stack.parameter, rows, stack.roles,
-                    transposed=stack.transposed,
+                    role, name, module, "experts", tower, index, stack.parameter, rows, stack.roles,
+                    transposed=stack.transposed, bias_name=stack.bias,
                 )
             )  # fmt: skip
 
@@ -305,15 +363,15 @@ class Anatomy:
 
 def _kind(module: nn.Module, role: str) -> str:
     base = base_class(module)
+    if role == "router":  # first: Llama 4's is an nn.Linear, which returns more than its product
+        return "router"
     if issubclass(base, nn.Linear | Conv1D):
         return "linear" if is_map(module) else "block"
-    if role == "router":
-        return "router"
     if issubclass(base, nn.Embedding):
         return "embedding"
     if kind_of(module) == "packed":
         return "quantized"
-    if issubclass(base, nn.Conv1d | nn.Conv2d):
+    if issubclass(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "convolution"
     if re.search(r"norm", base.__name__, re.IGNORECASE):
         return "norm"
@@ -326,7 +384,7 @@ def _out_features(module: nn.Module) -> int:
     return module.nf  # Conv1D
 
 
-def _part_sizes(fused: Fused, total: int, facts: TowerFacts) -> list[int]:
+def _part_sizes(fused: Fused, total: int, facts: Heads) -> list[int]:
     if fused.roles == ("attention.q", "attention.k", "attention.v") and fused.layout == "concat":
         sizes = [facts.heads * facts.head_dim, *2 * [facts.kv_heads * facts.head_dim]]
     else:

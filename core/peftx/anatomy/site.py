@@ -45,7 +45,11 @@ class Site:
     called: bool = False
     """It does so only where a fused kernel runs, and calls this one elsewhere."""
     transposed: bool = False
-    """Stacked experts that are stored as [experts, in, out]."""
+    """The parameter is stored [..., in, out]."""
+    bias_name: str = "bias"
+    """The parameter that is added to the product."""
+    apart: bool = False
+    """`all` does not mean it."""
     view: ModelView | None = None
     """The plugin's view that this site was taken from; None outside a hook."""
 
@@ -53,7 +57,7 @@ class Site:
     def in_all(self) -> bool:
         """Does the word `all` mean it: the linear layers of the towers, no routers, heads and projections."""
         inside = self.layer is not None and self.kind in ("linear", "experts", "quantized")
-        return inside and self.role.partition(".")[0] != "router"
+        return inside and not self.apart and self.role.partition(".")[0] != "router"
 
     @property
     def key(self) -> str:
@@ -123,7 +127,7 @@ class Site:
     def bias(self) -> Tensor | None:
         """[out] or None."""
         # A quantized layer's is a buffer.
-        bias = self.module.bias if self.kind == "quantized" else self.module._parameters.get("bias")
+        bias = self.module.bias if self.kind == "quantized" else self.module._parameters.get(self.bias_name)
         return bias if bias is None or self.rows is None else self.rows.take(bias)
 
     @property

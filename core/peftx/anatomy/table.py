@@ -35,9 +35,11 @@ class Stacked:
     """Module that holds the parameter."""
     parameter: str
     roles: tuple[str, ...]
-    transposed: bool = False
-    """It is stored as [experts, in, out] (GPT-OSS, Llama 4)."""
     layout: Layout = "concat"
+    transposed: bool = False
+    """Stored as [experts, in, out] (GPT-OSS, Llama 4), not as [experts, out, in]."""
+    bias: str = ""
+    """The parameter [experts, out] that is added, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Tower:
         blocks: `attention`, `mlp`, ... -> module whose output joins the residual (or the block's own post-norm).
         around: role -> path outside the layers (embedding, norm.final, ...), relative to the model; `?`: optional.
         dispatch: `attention`, `cross_attention` -> module that calls the attention interface; `blocks`' if left out.
+        apart: roles that `all` does not mean: what mixes or weighs a few streams, too small for a low rank.
         read: roles whose weight another module reads without calling theirs (Mamba's `dt_proj`): a delta there is
             folded into the weight that is read.
         called: those of `read` that are called after all, unless a fused kernel runs (Mamba's `x_proj`).
@@ -66,6 +69,7 @@ class Tower:
     blocks: Mapping[str, str] = field(default_factory=dict)
     around: Mapping[str, str] = field(default_factory=dict)
     dispatch: Mapping[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
     called: tuple[str, ...] = ()
     config: str = ""

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from peftx.anatomy.site import Site
 
 ALL = "all"
-_ALIASES = {"mlp": ("mlp", "experts")}
-"""A mixture of experts has its feed-forward weights in the experts, so `mlp` means these there."""
+_ALIASES = {"mlp": ("mlp", "experts", "shared_experts"), "attention": ("attention", "linear_attention")}
+"""A mixture of experts has its feed-forward weights in the experts, so `mlp` means these there; and in models that mix
+them, `attention` means the layers with a state too."""
 
 
 class Targets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, UnsupportedError
 from peftx.slots.carrier import CHILD, Entry, base_class, close_slot, kind_of, open_slot, slot_of
@@ -22,16 +23,17 @@ def attach(
     rank: int,
     parameter: str = "weight",
     rows: Rows | None = None,
-    transposed: bool = False,
     kind: str | None = None,
+    bias: str = "bias",
+    transposed: bool = False,
 ) -> Entry:
     """Put `delta` into the module's slot, at its plugin's place in stack order.
 
     Args:
         name: key of the child module, unique in the slot, no dots.
-        parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles. transposed: it is
-            stored as [..., in, out] by a module that is no Conv1D.
+        parameter: the matrix it belongs to. rows: its rows, if the matrix is shared by several roles.
         kind: carrier (`plain`, `linear`, `weight`, `read`, `called`, `output`); `kind_of(module)` if left out.
+        bias: the parameter that is added to the matrix's product. transposed: the matrix is stored [..., in, out].
 
     Raises:
         ConflictError: the name is taken, or the slot holds merged deltas.
@@ -66,7 +68,8 @@ def attach(
         other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
         if other is not None:
             raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
-    entry = Entry(name, owner, rank, delta, parameter, rows, transposed)
+    turned = transposed or isinstance(module, Conv1D)
+    entry = Entry(name, owner, rank, delta, parameter, rows, bias, turned)
     _check_weight_edits(slot.entries if slot is not None else [], entry, kind)
     if slot is None:
         slot = open_slot(module, kind)

@@ -41,8 +41,10 @@ class Entry:
     delta: Delta
     parameter: str
     rows: Rows | None
+    bias: str = "bias"
+    """The parameter that is added to the product of the matrix and the input."""
     transposed: bool = False
-    """The parameter is stored as [..., in, out]."""
+    """The matrix is stored [..., in, out]."""
     enabled: bool = True
     merged: bool = False
 
@@ -51,11 +53,7 @@ class Entry:
         return self.enabled and not self.merged
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Into the weights as they are stored, or into its rows of them."""
-        if self.transposed:
-            turned = Entry(self.name, self.owner, self.rank, self.delta, self.parameter, self.rows)
-            folded, bias = turned.fold(weight.mT, bias)
-            return folded.mT, bias
+        """Into [..., out, in] weights, or into its rows of them."""
         if self.rows is None:
             return self.delta.fold(weight, bias)
         part_bias = None if bias is None else self.rows.take(bias)
@@ -241,20 +239,30 @@ class OutputCarrier(Carrier):
 class WeightCarrier(Carrier):
     """Modules that use their matrices in a forward of their own: the deltas are folded in at each call."""
 
+    _parameters: dict[str, nn.Parameter | None]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slot = self._peftx_slot
         shadowed = []
         try:
             for name, entries in slot.folded.items():
-                weight: Tensor = self._parameters[name]  # type: ignore[attr-defined]
+                weight: Tensor = self._parameters[name]
+                bias = self._parameters.get(entries[0].bias)
+                had_bias, flipped = bias is not None, entries[0].transposed
+                weight = weight.mT if flipped else weight
                 for entry in entries:
-                    weight = entry.fold(weight, None)[0]
-                self.__dict__[name] = weight  # found before the parameter of the same name
-                shadowed.append(name)
+                    weight, bias = entry.fold(weight, bias)
+                if bias is not None and not had_bias:
+                    raise UnsupportedError(f"{type(self).__name__} has no place for a bias")
+                # Found before the parameters of the same names.
+                shadowed += [name, entries[0].bias] if had_bias else [name]
+                self.__dict__[name] = weight.mT.contiguous() if flipped else weight
+                if had_bias:
+                    self.__dict__[entries[0].bias] = bias
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             for name in shadowed:
-                del self.__dict__[name]
+                self.__dict__.pop(name, None)
 
 
 class ReadCarrier(Carrier):

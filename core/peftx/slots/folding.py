@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import MergeError
 from peftx.slots.carrier import CHILD, STATE, OutputCarrier, PackedCarrier, base_class, slot_of
@@ -48,14 +47,13 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
         raise MergeError(
             f"{chosen[0].owner}: deltas on {base_class(module).__name__} do not fold into weights"
         )
-    transposed = isinstance(module, Conv1D)
-    for parameter in dict.fromkeys(entry.parameter for entry in chosen):
+    for parameter, first in {entry.parameter: entry for entry in chosen}.items():
         old = module._parameters[parameter]
-        has_bias = parameter == "weight" and isinstance(module, nn.Linear | Conv1D)
-        old_bias = module._parameters.get("bias") if has_bias else None
+        has_bias = first.bias in module._parameters
+        old_bias = module._parameters.get(first.bias)
         compute = torch.promote_types(old.dtype, torch.float32)
         weight = old.detach().to(compute)
-        weight = weight.t() if transposed else weight
+        weight = weight.mT if first.transposed else weight
         bias = None if old_bias is None else old_bias.detach().to(compute)
         for entry in chosen:
             if entry.parameter == parameter:
@@ -63,12 +61,12 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
                     weight, bias = entry.fold(weight, bias)
         if bias is not None and not has_bias:
             raise MergeError(f"{chosen[0].owner}: {base_class(module).__name__} has no place for a bias")
-        weight = weight.t().contiguous() if transposed else weight
+        weight = weight.mT.contiguous() if first.transposed else weight
         slot.originals.setdefault(parameter, old)
         module._parameters[parameter] = _like(weight, old)
         if has_bias and bias is not None:
-            slot.originals.setdefault("bias", old_bias)
-            module._parameters["bias"] = _like(bias, old_bias if old_bias is not None else old)
+            slot.originals.setdefault(first.bias, old_bias)
+            module._parameters[first.bias] = _like(bias, old_bias if old_bias is not None else old)
     for entry in chosen:
         entry.merged = True
     if not keep:

@@ -54,6 +54,21 @@ _GPT = {
     "attn_pdrop": 0.0,
 }
 _MOE = {"num_experts_per_tok": 2}
+_LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED_EXPERT = _MOE | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
+_SHARED_KEYS = {  # the third layer uses the keys and values of the second
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _TWO_STACKS = {
     "d_model": 32,
@@ -109,6 +124,110 @@ _RECIPES = {
         "Qwen3MoeConfig",
         _TOKENS | _SIZES | _GQA | _MOE | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24},
     ),
+    "olmoe": _Recipe("OlmoeForCausalLM", "OlmoeConfig", _TOKENS | _SIZES | _GQA | _MOE | {"num_experts": 4}),
+    "granitemoe": _Recipe(
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4},
+    ),
+    # With the usual noise most tokens see one expert, whose weight is then 1.
+    "phimoe": _Recipe(
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        _TOKENS | _SIZES | _GQA | _MOE | {"num_local_experts": 4, "router_jitter_noise": 0.5},
+    ),
+    "gpt_oss": _Recipe(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _TOKENS | _SIZES | _GQA | _MOE | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 64},
+    ),
+    # One dense layer, one with experts.
+    "deepseek_v3": _Recipe(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _TOKENS
+        | _SIZES
+        | _MOE
+        | {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "llama4": _Recipe(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | {
+            "head_dim": 8,
+            "intermediate_size_mlp": 40,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0],
+        },
+    ),
+    # One layer of linear attention, one of full attention; in Qwen3-Next also one dense and one with experts.
+    "qwen3_next": _Recipe(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | _LINEAR_ATTENTION
+        | _SHARED_EXPERT
+        | {"head_dim": 8, "mlp_only_layers": [0]},
+    ),
+    "qwen3_5": _Recipe(
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        _TOKENS | _SIZES | _GQA | _LINEAR_ATTENTION | {"head_dim": 8},
+    ),
+    "qwen3_5_moe": _Recipe(
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        _TOKENS | _SIZES | _GQA | _LINEAR_ATTENTION | _SHARED_EXPERT | {"head_dim": 8},
+    ),
+    "gemma3n": _Recipe(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | _SHARED_KEYS
+        | {
+            "head_dim": 8,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        },
+    ),
+    "gemma4": _Recipe(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        _TOKENS
+        | _SIZES
+        | _GQA
+        | _SHARED_KEYS
+        | {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "glm4": _Recipe("Glm4ForCausalLM", "Glm4Config", _TOKENS | _SIZES | _GQA | {"head_dim": 8}),
     "phi3": _Recipe("Phi3ForCausalLM", "Phi3Config", _TOKENS | _SIZES | _GQA),
     "gpt2": _Recipe("GPT2LMHeadModel", "GPT2Config", _TOKENS | _GPT),
     "gpt_neox": _Recipe(
@@ -277,9 +396,9 @@ def tiny(arch: str, *, head: str | None = None, seed: int = 0, **overrides: Any)
 
 @torch.no_grad()
 def _perturb(model: PreTrainedModel) -> None:
-    """Move biases and norm weights off the zeros and ones that they start at."""
+    """Move biases, scales and norm weights off the zeros and ones that they start at."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and name.endswith(("bias", "weight")):
+        if name.endswith("bias") or (parameter.ndim == 1 and name.endswith(("weight", "scale"))):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, Mixtral's experts; some layers may keep a dense feed-forward."""
+"""Qwen3-MoE: Qwen3's attention, Mixtral's experts; some layers may keep a dense feed-forward. OLMoE has none."""
 
 from __future__ import annotations
 
@@ -21,4 +21,5 @@ TABLE = Table(
         ),
     ),
     around=HEADS,
+    same_as=("olmoe",),
 )
