@@ -39,14 +39,12 @@ class Conflict:
     claims: tuple[str, ...]
     reason: str
     working_order: tuple[str, ...] = ()
+    way_out: str = "keep one of them"
+    """Where no order works."""
 
     def __str__(self) -> str:
-        way = (
-            f"; this order works: {', '.join(self.working_order)}"
-            if self.working_order
-            else "; keep one of them"
-        )
-        return f"{self.reason}{way}"
+        way = f"this order works: {', '.join(self.working_order)}" if self.working_order else self.way_out
+        return f"{self.reason}; {way}"
 
 
 EXCLUSIVE = {
@@ -129,6 +127,20 @@ RULES = (
         "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
     ),
     Rule(
+        _claiming(Claim.NEEDS_MASK),
+        _claiming(Claim.OWN_LAYOUT),
+        "{one} tells text from pads by a mask of one number a token, and {two} lays several texts out in one row",
+    ),
+    *(
+        Rule(
+            _claiming(Claim.READS_LOSS),
+            _claiming(other),
+            "{one} evaluates the loss before {two}, which comes after it, has put its own in its place",
+            ordered=True,
+        )
+        for other in (Claim.CLASSIFIES, Claim.OWN_LAYOUT)
+    ),
+    Rule(
         _claiming(Claim.FINAL),
         Side(_changes_model, (), "a plugin that changes the model"),
         "{one} measures and compresses the finished model, so {two}, which comes after it and changes the model, would "
@@ -192,7 +204,8 @@ def _without_adapters(members: Sequence[Member]) -> list[Conflict]:
             trained[0].id,
             (Claim.NEEDS_ADAPTERS, str(kinds[0])),
             f"{member} works on what adapters add to the output of layers, and {trained[0]} adds nothing there "
-            f"({kinds[0]}); put an adapter such as lora beside it",
+            f"({kinds[0]})",
+            way_out=f"put an adapter such as lora in the place of '{trained[0].id}'",
         )
         for member in members
         if member.claims(Claim.NEEDS_ADAPTERS)

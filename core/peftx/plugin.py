@@ -70,6 +70,10 @@ class Claim(StrEnum):
     """Puts soft tokens in front of the input."""
     NEEDS_LABELS = "needs-labels"
     """Its step reads the batch's labels of tokens."""
+    NEEDS_MASK = "needs-mask"
+    """Its step tells real tokens from pads by the batch's mask, [rows, tokens]."""
+    READS_LOSS = "reads-loss"
+    """Its step evaluates the loss by itself, before plugins that stand after it have set theirs."""
     OWN_LAYOUT = "own-layout"
     """Lays several texts out in one row, with positions and a 4-D mask of its own."""
     PREFIX_CACHE = "prefix-cache"
@@ -157,6 +161,14 @@ class Plugin:
 
         Raises:
             ArchitectureError: names the model, and what does.
+        """
+
+    def check(self, stack: Stack) -> None:
+        """Refuse a stack in which the method cannot work, once all of its plugins stand on the model and before anything
+        is trained; on the meta device too. What claims say already need not be said here.
+
+        Raises:
+            ConflictError, ArchitectureError: name what stands in the way, and what does.
         """
 
     def finished(self) -> Iterable[nn.Parameter]:

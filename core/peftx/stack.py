@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from peftx.anatomy import Anatomy, ModelView
 from peftx.conflicts import Member, check
@@ -25,6 +26,8 @@ from peftx.members import Defaults, blame, members_of, register
 from peftx.models import load_model
 from peftx.objective import objective_of
 from peftx.plugin import Claim, Plugin
+from peftx.slots import base_class
+from peftx.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,8 +241,33 @@ class Stack:
                     raise
             self.injected.add(member.id)
             self._train_head(member, restoring=restoring)
-        if not restoring:  # of a bundle, after its tensors are in place
-            self._set_trainable()
+        if restoring:
+            return
+        self._set_trainable()  # of a bundle, after its tensors are in place
+        if all(m.id in self.injected | self.folded for m in self._implementers("inject")):
+            self._check_members()
+
+    def _check_members(self) -> None:
+        """Everything stands on the model: what cannot work together is said now, before anything is paid for."""
+        for index, member in enumerate(self.members):
+            if member.claims(Claim.FOLDS_PREVIOUS) and member.id not in self.compressed:
+                for other in self.members[:index]:
+                    self._check_folds(other, member)
+            if type(member.plugin).check is not Plugin.check:
+                try:
+                    member.plugin.check(self)
+                except Exception as error:
+                    blame(error, member, "check")
+                    raise
+
+    def _check_folds(self, other: Member, member: Member) -> None:
+        for part in self.ledger.of(other.id):
+            linear = part.place is not None and issubclass(base_class(part.place), nn.Linear | Conv1D)
+            if part.kind == "delta" and linear and not part.module.can_fold():  # type: ignore[operator]
+                raise ConflictError(
+                    f"'{member.id}' starts from merged weights, and '{other.id}' does not fold into {part.path}",
+                    hint=f"leave that layer to one of them, or put '{member.id}' first if it allows that",
+                )
 
     def _train_head(self, member: Member, *, restoring: bool) -> None:
         """Let the head of a sequence classifier train with the first plugin that adapts it: a new task has a head that
@@ -500,7 +528,8 @@ class Stack:
         todo = [m for m in self._implementers("compress", ids) if m.id not in self.compressed]
         if not todo:
             raise PeftxError("no plugin of this stack compresses", hint="add one, for example prefixquant")
-        batches = calibration(self, data, samples=samples, length=length)
+        room = free_positions(self.model)
+        batches = calibration(self, data, samples=samples, length=min(length, room or length))
         for member in todo:
             if member.claims(Claim.NEEDS_CALIBRATION) and not batches.batches:
                 raise PeftxError(

@@ -32,6 +32,9 @@ from peftx.slots import (
     slot_of,
     unmerge,
 )
+from peftx.slots.delta import LowRank as factors
+from peftx.slots.delta import _keep
+from peftx.slots.fused import linear_with_low_rank
 from peftx.testing.models import example_inputs, output_of, tiny
 
 STEPS = ("attach", "merge", "unmerge", "disable", "enable", "remove")
@@ -708,3 +711,42 @@ def test_one_plugin_on_a_block_and_on_the_matrix_that_ends_it() -> None:
     torch.testing.assert_close(output_of(model, inputs), attached, rtol=1e-4, atol=1e-5)
     ledger.remove("a")
     assert torch.equal(output_of(model, inputs), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_and_its_low_rank_update_in_one_step_of_autograd(bias: bool) -> None:
+    """The gradients, and those of the gradients, are those of the formula written out."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=bias).requires_grad_(False)
+    A, B, x = (torch.randn(*shape, requires_grad=True) for shape in ((2, 6), (5, 2), (3, 4, 6)))
+
+    def written(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return layer(x) + 1.5 * x @ A.t() @ B.t()
+
+    def fused(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return linear_with_low_rank(x, layer.weight, layer.bias, factors(A, B, 1.5))
+
+    torch.testing.assert_close(fused(x, A, B), written(x, A, B))
+    found, wanted = (
+        torch.autograd.grad(f(x, A, B).tanh().sum(), (x, A, B), create_graph=True) for f in (fused, written)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    second = [
+        torch.autograd.grad(sum(g.square().sum() for g in grads), (x, A, B)) for grads in (found, wanted)
+    ]
+    for one, other in zip(*second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_of_dropout_drops_as_many_as_it_says() -> None:
+    x = torch.ones(400, 500)
+    for p in (0.1, 0.5, 0.9):
+        keep, scale = _keep(x, p, seed=7)
+        assert set(keep.unique().tolist()) == {0.0, 1.0}
+        assert float(keep.mean()) == pytest.approx(1 - p, abs=0.005)
+        assert scale == pytest.approx(1 / (1 - p), rel=1e-4)
+        assert torch.equal(keep, _keep(x, p, seed=7)[0])
+        assert not torch.equal(keep, _keep(x, p, seed=8)[0])
+        lanes = keep.flatten().view(-1, 4)  # four come out of one draw
+        assert float(torch.corrcoef(lanes.t()).fill_diagonal_(0).abs().max()) < 0.02

@@ -77,7 +77,8 @@ class Site:
     def shape(self) -> tuple[int, ...]:
         """[..., out, in] for matrices (leading: experts), else the parameter's own shape."""
         if self.kind == "quantized":
-            return (self.module.out_features, self.module.in_features)
+            out = self.module.out_features if self.rows is None else self.rows.size
+            return (out, self.module.in_features)
         parameter = self.module._parameters.get(self.parameter)
         if parameter is None:
             return ()

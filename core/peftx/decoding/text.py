@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from peftx.data import Collator, encoder_ids, prompt_ids
 from peftx.data.gate import require_text
 from peftx.decoding.generation import Generation
-from peftx.errors import DataError, PeftxError, nearest
+from peftx.errors import ArchitectureError, DataError, PeftxError, nearest
 from peftx.objective import pad_of, vocabulary_of
 from peftx.virtual_tokens import free_positions
 
@@ -74,6 +74,8 @@ def request_of_ids(
     """The same for prompts as token ids."""
     if not rows:
         raise DataError("no prompt to continue")
+    if not stack.model.can_generate():
+        raise ArchitectureError(f"{type(stack.model).__name__} writes no text", hint="take a decoder")
     if max_new_tokens < 1:
         raise PeftxError(f"max_new_tokens is {max_new_tokens}, and one is the least")
     lengths = [len(row) for row in rows]

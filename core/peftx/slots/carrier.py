@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import UnsupportedError
 from peftx.slots.delta import Delta
+from peftx.slots.fused import applies, linear_with_low_rank
 from peftx.slots.rows import Rows
 
 CHILD = "peftx"
@@ -181,6 +182,10 @@ class PlainLinearCarrier(Carrier):
             for delta in slot.run:
                 y = delta(input, y)
             return y
+        if slot.alone is not None and torch.is_grad_enabled():
+            update = slot.alone.low_rank()
+            if update is not None and applies(input, self.weight, self.bias, update):
+                return linear_with_low_rank(input, self.weight, self.bias, update)
         y = slot.base(input, self.weight, self.bias)
         if slot.low_rank and not torch.is_grad_enabled():
             if slot.alone is not None and input.numel() == self.in_features:

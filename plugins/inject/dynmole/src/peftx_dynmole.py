@@ -165,7 +165,7 @@ class Dynmole(Plugin):
     """See the module."""
 
     Config = DynmoleConfig
-    claims = {Claim.IDENTITY_AT_START}
+    claims = {Claim.IDENTITY_AT_START, Claim.NEEDS_MASK}
     config: DynmoleConfig
     example = {"rank": 2}
 

@@ -11,6 +11,7 @@ import torch
 from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.interop import from_peft, to_peft
+from peftx.slots.delta import _keep
 from peftx.testing import conformance, tiny
 from peftx.testing.models import example_inputs, output_of
 from peftx_lora import Lora, LoraDelta
@@ -120,10 +121,8 @@ def test_dropout_gradients_are_those_of_the_masked_input() -> None:
     out = delta(x, y)
     grad_x, grad_A = torch.autograd.grad(out.square().sum(), [x, delta.A])
     torch.manual_seed(7)
-    generator = torch.Generator().manual_seed(
-        int(torch.randint(2**62, ()).item())
-    )  # as documented: a seed, a mask
-    keep = torch.empty_like(x).bernoulli_(0.5, generator=generator) / 0.5
+    mask, scale = _keep(x, 0.5, int(torch.randint(2**62, ()).item()))  # as documented: a seed, a mask
+    keep = mask * scale
     A = delta.A.detach().clone().requires_grad_()
     expected = y + 1.5 * (x * keep) @ A.t() @ delta.B.t()
     assert torch.allclose(out, expected)

@@ -176,7 +176,7 @@ class Deft(Plugin):
     """See the module."""
 
     Config = DeftConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_MASK}
     architectures = ("opt", "gemma2")
     config: DeftConfig
 

@@ -56,7 +56,7 @@ class Ist(Plugin):
     """See the module."""
 
     Config = IstConfig
-    claims = {Claim.NEEDS_ADAPTERS}
+    claims = {Claim.NEEDS_ADAPTERS, Claim.READS_LOSS}
     example = {"interval": 1}  # else a few steps hold no measurement
     config: IstConfig
 

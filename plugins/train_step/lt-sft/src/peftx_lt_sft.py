@@ -95,7 +95,7 @@ class Trained(NamedTuple):
 
     @property
     def theta(self) -> nn.Parameter:
-        return self.module.get_parameter(self.name)  # a bundle that is loaded puts new ones here
+        return self.module._parameters[self.name]  # a bundle that is loaded puts new ones here
 
     @property
     def theta_0(self) -> Tensor:

@@ -540,7 +540,7 @@ def test_density_too_small_for_one_number() -> None:
 def test_two_that_train_the_base_are_refused() -> None:
     with pytest.raises(ConflictError, match="both train"):
         Stack(tiny("llama"), [LtSft(), ("again", LtSft())])
-    with pytest.raises(ConflictError, match="is to train the base's .* twice"):
+    with pytest.raises(ConflictError, match=r"is to train the base's .* twice"):
         stack_of(dense="mlp")
 
 
