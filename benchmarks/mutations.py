@@ -38,7 +38,7 @@ SECONDS = 20.0
 LAWFUL = {
     "flip bytes", "insert bytes", "delete bytes", "truncate", "empty", "delete", "rename", "encoding", "lines",
     "symlink to another", "json value", "json drop", "json type", "tensor value", "tensor swap", "tensor nan",
-    "tensor dtype", "auto map",
+    "tensor dtype", "auto map", "redirect",
 }  # fmt: skip
 """Changes after which a folder without checksums may be another whole one: then its own numbers are right too."""
 SIGNED = LAWFUL - {"json drop", "json type"}

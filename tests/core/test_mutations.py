@@ -134,7 +134,8 @@ def test_an_index_that_leads_out_of_the_folder(bench: Any, how: str) -> None:
     def change(folder: Path, outside: Path) -> str:
         target = outside / "x.safetensors"
         shutil.copyfile(folder / "model.safetensors", target)
-        (folder / "link.safetensors").symlink_to(target)
+        if how == "a link":
+            (folder / "link.safetensors").symlink_to(target)
         index_of(folder, LEADING_OUT[how](folder, target))
         return how
 
@@ -151,7 +152,8 @@ def test_a_manifest_that_leads_out_of_the_folder(bench: Any, how: str) -> None:
     def change(folder: Path, outside: Path) -> str:
         target = outside / "x.safetensors"
         shutil.move(folder / "lora.safetensors", target)
-        (folder / "link.safetensors").symlink_to(target)
+        if how == "a link":
+            (folder / "link.safetensors").symlink_to(target)
         file = folder / "manifest.json"
         manifest = json.loads(file.read_text("utf-8"))
         name = LEADING_OUT[how](folder, target)

@@ -197,8 +197,9 @@ def _watching(folder: Path) -> Iterator[Callable[[], set[str]]]:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-    if watch < 0 or libc.inotify_add_watch(watch, os.fsencode(folder), _IN_OPEN) < 0:
-        raise OSError(ctypes.get_errno(), f"inotify does not watch {folder}")
+    for place in (folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())):
+        if watch < 0 or libc.inotify_add_watch(watch, os.fsencode(place), _IN_OPEN) < 0:
+            raise OSError(ctypes.get_errno(), f"inotify does not watch {place}")
 
     def opened() -> set[str]:
         names: set[str] = set()

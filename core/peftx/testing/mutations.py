@@ -216,6 +216,10 @@ def _swap(scene: _Scene) -> str | None:
     return f"{scene.name(one)} and {scene.name(two)}"
 
 
+def _first_folder(folder: Path) -> Path:
+    return next((p for p in sorted(folder.iterdir()) if p.is_dir()), folder)
+
+
 @_kind("strange file")
 def _strange(scene: _Scene) -> str | None:
     make: dict[str, Callable[[Path], Any]] = {
@@ -229,8 +233,8 @@ def _strange(scene: _Scene) -> str | None:
         "pipe": os.mkfifo,
         "loop": lambda file: file.symlink_to("."),
         "zero": lambda file: file.symlink_to("/dev/zero"),
-        "checkpoint-x": Path.mkdir,
         "checkpoint-99": Path.mkdir,
+        "checkpoint-x": lambda file: shutil.copytree(_first_folder(scene.folder), file),
     }
     name = scene.rng.choice(list(make))
     make[name](scene.folder / name)
@@ -413,11 +417,12 @@ def _path(scene: _Scene) -> str | None:
     file, parent, key = scene.rng.choice(named or trees)
     aim = names.get(parent[key]) or names.get(key) or file
     shutil.copyfile(aim, scene.outside / aim.name)
-    (scene.folder / "link").symlink_to(scene.outside / aim.name)
     relative = os.path.relpath(scene.outside / aim.name, scene.folder)
     new = scene.rng.choice(
         (relative, str(scene.outside / aim.name), "link", "..", ".", "", "/", f"./{aim.name}")
     )
+    if new == "link":
+        (scene.folder / "link").symlink_to(scene.outside / aim.name)
     text = file.read_text("utf-8")
     old = json.dumps(key if key in names else parent[key], ensure_ascii=False)
     file.write_text(text.replace(old, json.dumps(new), 1), "utf-8")
@@ -723,7 +728,8 @@ def _index(scene: _Scene) -> str | None:
         ("../", "absolute", "symlink", "missing", "a folder", "no map", "a list", "numbers")
     )
     shutil.copyfile(file, scene.outside / file.name)
-    (scene.folder / "link.safetensors").symlink_to(scene.outside / file.name)
+    if how == "symlink":
+        (scene.folder / "link.safetensors").symlink_to(scene.outside / file.name)
     target: Any = {
         "../": os.path.relpath(scene.outside / file.name, file.parent), "absolute": str(scene.outside / file.name),
         "symlink": os.path.relpath(scene.folder / "link.safetensors", file.parent), "missing": "missing.safetensors",
@@ -734,6 +740,74 @@ def _index(scene: _Scene) -> str | None:
     (file.parent / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     file.rename(file.with_name("x.safetensors"))
     return f"{scene.name(file)}: {how}"
+
+
+def _adapter_of(entries: Entries, module: str) -> Entries:
+    """An adapter of rank 1, all ones."""
+    found: Entries = {}
+    for name, (dtype, shape, _) in entries.items():
+        if dtype == "F32" and name.endswith(f"{module}.weight"):
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            for letter, size in (("A", [1, shape[1]]), ("B", [shape[0], 1])):
+                found[f"{path}.lora_{letter}.weight"] = (
+                    dtype,
+                    size,
+                    struct.pack("<f", 1.0) * math.prod(size),
+                )
+    return found
+
+
+@_kind("redirect")
+def _redirect(scene: _Scene) -> str | None:
+    """What makes transformers look for weights, a tokenizer or code elsewhere."""
+    configs = [f for f in _files(scene.folder, ".json") if f.name == "config.json"]
+    if not configs:
+        return None
+    file = configs[0]
+    inner, elsewhere = file.parent, scene.outside / "elsewhere"
+    shutil.copytree(inner, elsewhere)
+    (inner / "adapter_model.bin").write_bytes(_unpickles(scene))
+    for weights in _files(inner, ".safetensors")[:1]:
+        _write_tensors(inner / "adapter_model.safetensors", _adapter_of(_read_tensors(weights), "v_proj"))
+    adapter = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(elsewhere),
+        "r": 1,
+        "target_modules": ["v_proj"],
+    }
+    edits: dict[str, tuple[str, dict[str, Any]]] = {
+        "an adapter of another model": ("adapter_config.json", adapter),
+        "weights elsewhere": (
+            "config.json",
+            {"transformers_weights": "../outside/elsewhere/model.safetensors"},
+        ),
+        "weights in a pickle": ("config.json", {"transformers_weights": "adapter_model.bin"}),
+        "a quantizer": (
+            "config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        ),
+        "a kernel": (
+            "config.json",
+            {"attn_implementation": "nobody/kernel", "_attn_implementation": "nobody/kernel"},
+        ),
+        "a tokenizer elsewhere": (
+            "tokenizer_config.json",
+            {
+                "tokenizer_file": str(elsewhere / "tokenizer.json"),
+                "vocab_file": str(elsewhere / "tokenizer.json"),
+            },
+        ),
+        "a tokenizer of a version": (
+            "tokenizer_config.json",
+            {"fast_tokenizer_files": ["../tokenizer.1.0.json"]},
+        ),
+    }
+    how = scene.rng.choice(list(edits))
+    name, more = edits[how]
+    target = inner / name
+    before = json.loads(target.read_text("utf-8")) if target.exists() else {}
+    target.write_text(json.dumps(before | more), "utf-8")
+    return f"{scene.name(target)}: {how}"
 
 
 # ------------------------------------------------------------------------------------------------------------ signing
