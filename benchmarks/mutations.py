@@ -292,7 +292,8 @@ class Bench:
             return None
         if case.signed:
             sign(folder, before)
-        closed = case.closed or not kind.startswith("symlink")
+        linked = kind.startswith("symlink") or what.endswith(("symlink", "'link'"))
+        closed = case.closed or not linked  # the cache of a hub is made of links
         outcome = attempt(case.read, folder, outside, seconds=self.seconds, names=names, closed=closed)
         return Result(
             case.name, kind, what, number, outcome, self._finding(case, kind, what, outcome, reference)
