@@ -390,16 +390,11 @@ def rows_of(members: Sequence[Member]) -> list[dict[str, Any]]:
 
 def shrunk(result: Result) -> Result:
     """The same finding with as few plugins as show it."""
-    found = True
-    while found:
-        found = False
-        for id in result.recipe.ids:
-            if len(result.recipe.ids) == 1:
-                break
-            less = try_stack(result.recipe.without(id))
-            if less.finding and (less.outcome, less.cause) == (result.outcome, result.cause):
-                result, found = less, True
-                break
+    for id in result.recipe.ids:
+        less = try_stack(result.recipe.without(id)) if len(result.recipe.ids) > 1 else result
+        fewer = len(less.recipe.ids) < len(result.recipe.ids)  # a companion comes back
+        if fewer and less.finding and less.cause == result.cause:
+            return shrunk(less)
     return result
 
 

@@ -54,10 +54,9 @@ def ways_out(result: Result) -> list[Way]:
         return [_way_of(recipe, conflict) for conflict in find_conflicts(recipe.members())]
     text = f"{result.reason} | {result.hint}"
     matches = [(follow, re.search(pattern, text)) for pattern, follow in _FORMS]
-    ways = [
-        Way(result.hint or result.reason, tuple(follow(result, m))) for follow, m in matches if m is not None
-    ]
-    return ways or [Way(result.hint, known=False)]
+    known = [(follow, match) for follow, match in matches if match is not None]
+    proposed = tuple(recipe for follow, match in known for recipe in follow(result, match))
+    return [Way(result.hint or result.reason if known else result.hint, proposed, known=bool(known))]
 
 
 def _way_of(recipe: Recipe, conflict: Conflict) -> Way:
