@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from peftx import Claim, Registry
-from peftx.conflicts import find_conflicts
+from peftx.conflicts import Conflict, find_conflicts
 from peftx.hooks import hooks_of
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -50,29 +50,29 @@ def test_a_stack_works_or_is_refused_in_time(number: int) -> None:
     assert not result.finding, what
 
 
-def pairs() -> list[Recipe]:
-    return [recipe_of(*pair) for pair in itertools.permutations(sorted(Registry().names()), 2)]
+@cache
+def refused_pairs() -> list[tuple[Recipe, list[Conflict]]]:
+    """Of plugins that stand on Llama by themselves."""
+    names = [name for name in sorted(Registry().names()) if stands(name, "llama")]
+    recipes = [recipe_of(*pair) for pair in itertools.permutations(names, 2)]
+    found = [(recipe, find_conflicts(recipe.members())) for recipe in recipes]
+    return [(recipe, conflicts) for recipe, conflicts in found if conflicts]
 
 
 def test_the_order_that_a_conflict_of_two_names_is_built() -> None:
-    orders = {
-        conflict.working_order
-        for recipe in pairs()
-        for conflict in find_conflicts(recipe.members())
-        if all(stands(id, recipe.arch) for id in recipe.ids)
-    }
-    assert len(orders) > 20
-    built = [try_stack(recipe_of(*order), until="build") for order in sorted(orders - {()})]
+    orders = {c.working_order for _, conflicts in refused_pairs() for c in conflicts if c.working_order}
+    assert len(orders) > 15
+    built = [try_stack(recipe_of(*order), until="build") for order in sorted(orders)]
     wrong = [f"{result.recipe}: {result.reason}" for result in built if result.outcome != "works"]
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_adapter_that_a_conflict_of_two_asks_for_helps() -> None:
-    found = {}
-    for recipe in pairs():
-        for conflict in find_conflicts(recipe.members()):
-            if "put an adapter" in conflict.reason and all(stands(id, recipe.arch) for id in recipe.ids):
-                found[frozenset(recipe.ids)] = Result(recipe, "refused-before-build")
+    found = {
+        frozenset(recipe.ids): Result(recipe, "refused-before-build")
+        for recipe, conflicts in refused_pairs()
+        if any("put an adapter" in conflict.reason for conflict in conflicts)
+    }
     assert found
     ends = [end for result in found.values() for end in dead_ends(result, depth=0)]
     assert not ends, "\n".join(f"{end.result.recipe}: {end.way.text}: {end.reason}" for end in ends)
