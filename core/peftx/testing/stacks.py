@@ -1,0 +1,481 @@
+"""Random stacks of installed plugins on tiny models, each lived through as a run would.
+
+    results = [try_stack(recipe) for recipe in draw(150, seed=0)]     # benchmarks/stacks.py shows them
+
+A stack *works* if it is built, trains, compresses, measures, generates, is saved, comes back bit for bit with the same
+tensors that train, and goes: after the removal of every plugin the base is, bit for bit, what it was. Else it is
+refused *before* the build (by claims alone), *at the build*, *at the start* of the training, before a step was made, or
+*late*, when one was paid for. Anything else *failed*. What is refused late or failed is a bug, and so is what is
+refused at the start or at the build and `plan` says nothing of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import random
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+import peftx
+from peftx.bundle import holds_base
+from peftx.compression import QuantLinear
+from peftx.conflicts import Member, check, find_conflicts, starting_format
+from peftx.errors import ConflictError, DataError, MergeError, PeftxError
+from peftx.ledger import carried
+from peftx.planning import plan
+from peftx.plugin import Claim, Plugin, hookimpl
+from peftx.registry import GROUP, Registry
+from peftx.stack import Stack
+from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
+from peftx.testing.matrix import LENGTH, PROMPT, STEPS
+from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.reference import COMPANION
+from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows
+from peftx_spec.models import Pipeline
+
+if TYPE_CHECKING:
+    from peftx.anatomy import ModelView
+
+ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "mixtral", "phi3", "bert", "t5", "mamba", "opt")
+QUANTIZER = "reference-quantizer"
+SAYINGS = {"en": "All is well.", "de": "Alles ist gut.", "fr": "Tout va bien."}
+"""One sentence in three languages, for what compares languages."""
+Until = Literal["build", "compression", "removal"]
+Outcome = Literal[
+    "works", "refused-before-build", "refused-at-build", "refused-at-start", "refused-late", "failed"
+]
+
+
+class ReferenceQuantizer(Plugin):
+    """8-bit integers in place of the weights of every linear layer, without calibration."""
+
+    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
+
+    @hookimpl
+    def compress(self, model: ModelView) -> None:
+        for site in model.linears("all", whole=True):
+            if site.kind == "linear":
+                site.replace(QuantLinear.from_linear(site.module, bits=8))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plugin of a stack."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    id: str = ""
+    phase: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.id or self.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A stack on the tiny model of an architecture."""
+
+    arch: str
+    entries: tuple[Entry, ...]
+    merges: bool = False
+    """Is everything folded into the weights for good after the training."""
+
+    def __str__(self) -> str:
+        options = (f"{e.key}{e.options or ''}" for e in self.entries)
+        return f"{self.arch}: {', '.join(options)}{'; merged' if self.merges else ''}"
+
+    @property
+    def code(self) -> str:
+        """Python that makes it."""
+        entries = []
+        for e in self.entries:
+            more = {"options": e.options, "id": e.id, "phase": e.phase}
+            entries.append(", ".join([repr(e.name), *(f"{k}={v!r}" for k, v in more.items() if v)]))
+        return f"Recipe({self.arch!r}, ({' '.join(f'Entry({entry}),' for entry in entries)}){', True' * self.merges})"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(entry.key for entry in self.entries)
+
+    def members(self) -> list[Member]:
+        """Fresh plugins in their places."""
+        load = registry().load
+        return [Member(e.key, load(e.name)(**e.options), phase=e.phase) for e in self.entries]
+
+    def without(self, id: str) -> Recipe:
+        return replace(self, entries=tuple(e for e in self.entries if e.key != id))
+
+    def changed(self, id: str, **options: Any) -> Recipe:
+        """One plugin with other options."""
+        entries = (replace(e, options=e.options | options) if e.key == id else e for e in self.entries)
+        return replace(self, entries=tuple(entries))
+
+    def with_lora(self) -> Recipe:
+        """With a LoRA in front, behind what compresses the plain model."""
+        beside = Entry("lora", {"rank": 2}, "lora-beside")
+        return self if beside.key in self.ids else self._behind_early(beside)
+
+    def accompanied(self) -> Recipe:
+        """With the kit's low-rank update in front."""
+        return self._behind_early(Entry(COMPANION))
+
+    def first(self, id: str) -> Recipe:
+        """One plugin before all others, which come in their order."""
+        entries = sorted(self.entries, key=lambda e: e.key != id)
+        return replace(self, entries=tuple(replace(e, phase=None) for e in entries))
+
+    def last(self, id: str) -> Recipe:
+        """One plugin behind all others."""
+        return replace(self, entries=tuple(sorted(self.entries, key=lambda e: e.key == id)))
+
+    def _behind_early(self, entry: Entry) -> Recipe:
+        early = [e for e in self.entries if e.phase == "before-training"]
+        late = [e for e in self.entries if e.phase != "before-training"]
+        return replace(self, entries=(*early, entry, *late))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a stack: at which stage it stopped, and why."""
+
+    recipe: Recipe
+    outcome: Outcome
+    stage: str = ""
+    reason: str = ""
+    hint: str = ""
+    planned: tuple[str, ...] = ()
+    """Why `plan` says that it cannot be."""
+    steps: int = 0
+    """Steps of training that were made."""
+    still: tuple[str, ...] = ()
+    """Plugins whose parameters are meant to train, and of which none moved."""
+
+    @property
+    def finding(self) -> bool:
+        """Is it a bug, of the stack or of the plan."""
+        known = ("works", "refused-before-build")
+        if self.outcome in ("failed", "refused-late"):
+            return True
+        return bool(self.planned) == (self.outcome in known[:1]) and self.outcome != known[1]
+
+    @property
+    def cause(self) -> str:
+        """What results of one cause have in common: the reason without places, numbers and the ids of others."""
+        first = self.reason.splitlines()[0] if self.reason else ""
+        speaker = min((id for id in self.recipe.ids if id in first), key=first.index, default="")
+        text = re.sub(r"\w+(\.\w+){2,}(@[\w.]+)?", "...", first)
+        for id in sorted(self.recipe.ids, key=len, reverse=True):
+            if id != speaker:
+                text = re.sub(rf"(?<![\w-]){re.escape(id)}(?![\w-])", "#", text)
+        return f"{self.outcome}, {self.stage}: " + re.sub(r"[-+]?\d+(\.\d+)?(e-?\d+)?", "N", text)
+
+
+@cache
+def registry() -> Registry:
+    """The installed plugins, and two of the kit."""
+    own = {COMPANION: "peftx.testing.reference:ReferenceLowRank", QUANTIZER: f"{__name__}:ReferenceQuantizer"}
+    points = [EntryPoint(name, value, GROUP) for name, value in own.items()]
+    return Registry([*entry_points(group=GROUP), *points])
+
+
+# -- living ----------------------------------------------------------------------------------------------------------
+
+
+def try_stack(recipe: Recipe, *, until: Until = "removal") -> Result:
+    """One stack, from its check to here; only a whole one is planned. Nothing is raised: the result says it."""
+    life = Life(recipe, until)
+    with tempfile.TemporaryDirectory(prefix="peftx-stacks-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            life.live(Path(folder) / "bundle")
+        except PeftxError as error:
+            outcome = "failed" if crashed(error) else life.refusal
+            return life.result(outcome, error.message, error.hint or "")
+        except AssertionError as error:
+            return life.result("failed", str(error) or "assertion failed")
+        except Exception as error:  # noqa: BLE001  a stack may break in any way, and the result is to say so
+            return life.result("failed", f"{type(error).__name__}: {error}")
+    return life.result("works")
+
+
+class Life:
+    """A stack from stage to stage."""
+
+    def __init__(self, recipe: Recipe, until: Until = "removal") -> None:
+        self.recipe = recipe
+        self.until = until
+        self.stage = "check"
+        self.steps = 0
+        self.still: tuple[str, ...] = ()
+
+    @property
+    def refusal(self) -> Outcome:
+        """What a refusal is called now."""
+        if self.stage == "check":
+            return "refused-before-build"
+        if self.stage == "build":
+            return "refused-at-build"
+        return "refused-late" if self.steps else "refused-at-start"
+
+    def result(self, outcome: Outcome, reason: str = "", hint: str = "") -> Result:
+        planned = tuple(plan_of(self.recipe)) if self.until == "removal" else ()
+        return Result(self.recipe, outcome, self.stage, reason, hint, planned, self.steps, self.still)
+
+    def live(self, folder: Path) -> None:
+        """Everything that is asked for, in order. folder: for the bundle."""
+        check(self.recipe.members())
+        self.stage = "build"
+        stack = self.built()
+        if self.until == "build":
+            return
+        if not stack.trainable_parameters():
+            self.recipe = self.recipe.accompanied()
+            self.stage = "check"
+            check(self.recipe.members())
+            self.stage = "build"
+            stack = self.built()
+        self.stage = "train"
+        self.train(stack)
+        self.stage = "compress"
+        if self.recipe.merges:
+            stack.merge(keep=False)
+        if todo := [m.id for m in stack.members if m.implements("compress") and m.id not in stack.compressed]:
+            stack.compress(TEXTS, todo, samples=4, length=24)
+        if self.until == "compression":
+            return
+        self.use(stack, folder)
+
+    def use(self, stack: Stack, folder: Path) -> None:
+        """Run, measure, save, load, and take apart."""
+        self.stage = "run"
+        inputs = inputs_for(stack.model)
+        logits, text = output(stack.model, inputs), self.generated(stack)
+        assert bool(logits.isfinite().all()), "some logits are not finite"
+        self.stage = "evaluate"
+        self.evaluate(stack)
+        assert_equal(output(stack.model, inputs), logits, "logits after and before the evaluation")
+        self.stage = "save"
+        stack.save(folder)
+        self.stage = "load"
+        base = None if holds_base(folder) else tiny(self.recipe.arch)
+        again = peftx.load(folder, model=base, tokenizer=tiny_tokenizer(), registry=registry())
+        assert_equal(output(again.model, inputs), logits, "logits loaded and saved")
+        found = self.generated(again)
+        assert found == text, f"generates {found!r} loaded and {text!r} saved"
+        names = [{n for n, p in s.model.named_parameters() if p.requires_grad} for s in (stack, again)]
+        self.stage = "remove"
+        self.remove(stack)
+        self.stage = "load"
+        more, less = sorted(names[1] - names[0]), sorted(names[0] - names[1])
+        assert not more, f"{len(more)} tensors train again after a load: {more[0]}"
+        assert not less, f"{len(less)} tensors do not train after a load: {less[0]}"
+
+    def built(self) -> Stack:
+        """As a run builds it: what stands before the first plugin that injects compresses the plain model."""
+        members, model = self.recipe.members(), tiny(self.recipe.arch)
+        first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
+        early = [
+            m.id
+            for i, m in enumerate(members)
+            if m.implements("compress") and (m.phase == "before-training" or i < first < len(members))
+        ]
+        if early:
+            stack = Stack(model, members, tokenizer=tiny_tokenizer(), inject=False)
+            stack.compress(TEXTS, early, samples=4, length=24)
+            stack.inject()
+            return stack
+        try:
+            return Stack(model, members, tokenizer=tiny_tokenizer())
+        except PeftxError:
+            self.unchanged(model, "the model after the refusal")
+            raise
+
+    def unchanged(self, model: Any, what: str) -> None:
+        fresh = tiny(self.recipe.arch).requires_grad_(False)  # some kernels round otherwise with gradients
+        model.requires_grad_(False)
+        left = carried(model)
+        assert not left, f"{what} still carries {', '.join(left)}"
+        assert_same_tensors(base_tensors(model), base_tensors(fresh), what)
+        inputs = inputs_for(fresh)
+        assert_equal(output(model, inputs), output(fresh, inputs), f"logits of {what}")
+
+    def train(self, stack: Stack) -> None:
+        before = {
+            id: [(p, p.detach().clone()) for p in stack.ledger.parameters(id) if p.requires_grad]
+            for id in stack.plugins
+        }
+
+        def count(done: int, *_: Any) -> None:
+            self.steps = done
+
+        report = stack.train(
+            rows_of(stack.members),
+            steps=STEPS,
+            batch_size=2,
+            max_length=LENGTH,
+            learning_rate=1e-3,
+            progress=count,
+        )
+        losses = [loss for _, loss in report.losses]
+        assert all(map(math.isfinite, losses)), f"losses are {losses}"
+        still = {id: all(torch.equal(p, old) for p, old in pairs) for id, pairs in before.items() if pairs}
+        assert not all(still.values()), f"no parameter of {', '.join(still)} moved"
+        self.still = tuple(id for id, rests in still.items() if rests)
+
+    def generated(self, stack: Stack) -> str | None:
+        """A few tokens; what claims to change none of them is tried without."""
+        if self.recipe.arch not in GENERATIVE:
+            return None
+        text: str = stack.generate(PROMPT, max_new_tokens=4)
+        for member in stack.members:
+            if member.claims(Claim.LOSSLESS_DECODING):
+                with stack.disabled(member.id):
+                    plain = stack.generate(PROMPT, max_new_tokens=4)
+                assert plain == text, f"{member.id}: generates {text!r}, and {plain!r} switched off"
+        return text
+
+    def evaluate(self, stack: Stack) -> None:
+        """What a run measures: a metric, and every plugin's own numbers."""
+        if any(member.claims(Claim.CLASSIFIES) for member in stack.members):
+            stack.evaluate(list(ROWS_BY_FORMAT["classification"]), metrics=["accuracy"], max_length=LENGTH)
+        elif self.recipe.arch in DECODERS:
+            stack.evaluate(list(ROWS), metrics=["perplexity"], max_length=LENGTH)
+        for member in stack.members:
+            if member.implements("evaluate"):
+                rows = [{**SAYINGS, **row} for row in default_rows(type(member.plugin))]
+                with suppress(DataError):  # of rows that are too long for this model, not of the stack
+                    stack.evaluate(rows, metrics=[member.id], max_length=LENGTH)
+
+    def remove(self, stack: Stack) -> None:
+        """In any order; what another one stands on waits for it, and what is folded for good stays."""
+        waiting = list(stack.plugins)
+        random.Random(str(self.recipe)).shuffle(waiting)
+        folded = set(stack.folded)
+        reasons: dict[str, str] = {}
+        for _ in range(len(waiting) ** 2):
+            if not waiting:
+                break
+            id = waiting.pop(0)
+            try:
+                stack.remove(id)
+            except (ConflictError, MergeError) as error:
+                reasons[id] = str(error)
+                waiting.append(id)
+        stuck = [reasons[id] for id in waiting if id not in folded]
+        assert not stuck or folded, f"cannot be removed: {stuck[0]}"
+        if not waiting:
+            self.unchanged(stack.model, "the model after all removals")
+
+
+def rows_of(members: Sequence[Member]) -> list[dict[str, Any]]:
+    """Rows of a format that goes through: a plugin's own examples, if it takes them first."""
+    format = starting_format(members) or "prompt-completion"
+    own = next((m.plugin.example_rows for m in members if m.plugin.takes), ())
+    return [dict(row) for row in own or ROWS_BY_FORMAT[format]]
+
+
+def shrunk(result: Result) -> Result:
+    """The same finding with as few plugins as show it."""
+    for id in result.recipe.ids:
+        less = try_stack(result.recipe.without(id)) if len(result.recipe.ids) > 1 else result
+        fewer = len(less.recipe.ids) < len(result.recipe.ids)  # a companion comes back
+        if fewer and less.finding and less.cause == result.cause:
+            return shrunk(less)
+    return result
+
+
+# -- planning --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _folder(arch: str) -> str:
+    """Of a model's shape, for `plan`, which loads no weights; gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix=f"peftx-{arch}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    model = tiny(arch)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def plan_of(recipe: Recipe) -> list[str]:
+    """Why `plan` says that the stack cannot be; empty if it says nothing."""
+    entries = [
+        {"use": e.name, "id": e.key, "with": e.options} | ({"phase": e.phase} if e.phase else {})
+        for e in recipe.entries
+    ]
+    pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(recipe.arch), "stack": entries})
+    return [conflict.reason for conflict in plan(pipeline, registry=registry()).conflicts]
+
+
+# -- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    count: int,
+    *,
+    seed: int = 0,
+    names: Sequence[str] = (),
+    architectures: Sequence[str] = ARCHITECTURES,
+    sizes: Sequence[int] = (2, 3, 3, 3, 4, 4, 5),
+) -> Iterator[Recipe]:
+    """Stacks that cover as many triples of plugins as so few can; every fifth is taken as it falls, and may well be
+    refused."""
+    rng = random.Random(seed)
+    known = list(names) or registry().names()
+    seen: set[tuple[str, ...]] = set()
+    for number in range(count):
+        arch = rng.choice(list(architectures))
+        if number % 5 == 4:
+            chosen = _one(rng, known, arch, rng.choice(sizes))
+        else:
+            standing = [name for name in known if stands(name, arch)]
+            drawn = [_one(rng, standing, arch, rng.choice(sizes)) for _ in range(24)]
+            free = [recipe for recipe in drawn if not find_conflicts(recipe.members())]
+            chosen = max(free or drawn, key=lambda recipe: len(_groups(recipe) - seen) / len(recipe.ids) ** 2)
+        seen |= _groups(chosen)
+        yield chosen
+
+
+def _groups(recipe: Recipe) -> set[tuple[str, ...]]:
+    names = sorted({entry.name for entry in recipe.entries})
+    return {*combinations(names, 2), *combinations(names, 3)}
+
+
+def _one(rng: random.Random, names: Sequence[str], arch: str, size: int) -> Recipe:
+    chosen = [rng.choice(names) if rng.random() < 0.05 else "" for _ in range(size)]
+    fresh = iter(rng.sample(list(names), min(size, len(names))))
+    entries: list[Entry] = []
+    for name in [name or next(fresh) for name in chosen]:
+        twice = sum(entry.name == name for entry in entries)
+        options = {} if rng.random() < 0.2 else dict(registry().load(name).example)
+        phase = "before-training" if name == QUANTIZER and rng.random() < 0.7 else None
+        entries.append(Entry(name, options, f"{name}-{twice + 1}" if twice else "", phase))
+    entries.sort(key=lambda entry: entry.phase is None)  # what compresses the plain model stands first
+    return Recipe(arch, tuple(entries))
+
+
+@cache
+def stands(name: str, arch: str) -> bool:
+    """Is the plugin alone built on the model."""
+    plugin = registry().load(name)
+    try:
+        Stack(tiny(arch), [(name, plugin(**plugin.example))], tokenizer=tiny_tokenizer())
+    except PeftxError:
+        return False
+    return True

@@ -1,0 +1,101 @@
+"""Stacks of several plugins: what is built trains, is saved and goes; what is refused names a way out that works."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import pytest
+
+from peftx import Claim, Registry
+from peftx.conflicts import Conflict, find_conflicts
+from peftx.hooks import hooks_of
+from peftx.stack import Stack
+from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.reference import ReferenceLowRank
+from peftx.testing.stacks import QUANTIZER, Entry, Recipe, Result, draw, registry, stands, try_stack
+from peftx.testing.subject import ROWS
+from peftx.testing.ways_out import dead_ends, trained
+
+SAMPLE = 13
+"""Random stacks that every run of the tests tries; benchmarks/stacks.py tries more."""
+
+
+def recipe_of(*names: str, arch: str = "llama") -> Recipe:
+    return Recipe(arch, tuple(Entry(name, dict(registry().load(name).example)) for name in names))
+
+
+TRIPLES = [
+    recipe_of("lora", "deft", "dpo-prefix-sharing"),
+    recipe_of("aligner", "sparselora", "user-profile"),
+]
+"""Whose pairs all work."""
+
+
+@pytest.mark.parametrize("recipe", TRIPLES, ids=str)
+def test_a_triple_of_good_pairs_works_or_is_refused_before_it_is_built(recipe: Recipe) -> None:
+    result = try_stack(recipe)
+    assert result.outcome in ("works", "refused-before-build"), result.reason
+
+
+@cache
+def drawn() -> list[Recipe]:
+    return list(draw(SAMPLE, seed=0))
+
+
+@pytest.mark.parametrize("number", range(SAMPLE))
+def test_a_stack_works_or_is_refused_in_time(number: int) -> None:
+    result = try_stack(drawn()[number])
+    what = f"{result.recipe}: {result.outcome} at {result.stage}: {result.reason}; plan: {result.planned}"
+    assert not result.finding, what
+
+
+@cache
+def refused_pairs() -> list[tuple[Recipe, list[Conflict]]]:
+    """Of plugins that stand on Llama by themselves."""
+    names = [name for name in sorted(Registry().names()) if stands(name, "llama")]
+    recipes = [recipe_of(*pair) for pair in itertools.permutations(names, 2)]
+    found = [(recipe, find_conflicts(recipe.members())) for recipe in recipes]
+    return [(recipe, conflicts) for recipe, conflicts in found if conflicts]
+
+
+def test_the_order_that_a_conflict_of_two_names_is_built() -> None:
+    orders = {c.working_order for _, conflicts in refused_pairs() for c in conflicts if c.working_order}
+    assert len(orders) > 15
+    built = [try_stack(recipe_of(*order), until="build") for order in sorted(orders)]
+    wrong = [f"{result.recipe}: {result.reason}" for result in built if result.outcome != "works"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_adapter_that_a_conflict_of_two_asks_for_helps() -> None:
+    found = {
+        frozenset(recipe.ids): Result(recipe, "refused-before-build")
+        for recipe, conflicts in refused_pairs()
+        if any("put an adapter" in conflict.reason for conflict in conflicts)
+    }
+    assert found
+    ends = [end for result in found.values() for end in dead_ends(result, depth=0)]
+    assert not ends, "\n".join(f"{end.result.recipe}: {end.way.text}: {end.reason}" for end in ends)
+
+
+def adapters() -> list[str]:
+    """What acts on weights without training them."""
+    kinds = {name: Registry().load(name) for name in sorted(Registry().names())}
+    others = {Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}
+    return [name for name, kind in kinds.items() if "inject" in hooks_of(kind) and not kind.claims & others]
+
+
+@pytest.mark.parametrize("name", adapters())
+def test_an_adapter_trains_on_a_quantized_base(name: str) -> None:
+    arch = next(arch for arch in ("gpt2", "llama", "mamba") if stands(name, arch))  # gpt2: fused matrices
+    early = Entry(QUANTIZER, phase="before-training")
+    result = trained(Recipe(arch, (early, *recipe_of(name).entries)))
+    assert result.outcome == "works", result.reason
+
+
+def test_training_leaves_the_configuration_as_it_was() -> None:
+    model = tiny("llama")
+    before = model.config.to_dict()
+    stack = Stack(model, [("low-rank", ReferenceLowRank())], tokenizer=tiny_tokenizer())
+    stack.train(list(ROWS), steps=1, batch_size=2)
+    assert model.config.to_dict() == before  # `use_cache` among it: a call of the model is as fast as before
