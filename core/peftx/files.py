@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from peftx.errors import BundleError
+from peftx.errors import BundleError, PeftxError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,16 +75,79 @@ def read_json(file: Path, *, links: bool = False) -> Any:
     """What a JSON file holds. Raises BundleError, which names it, for anything that is no such file."""
     require_plain(file, most=MOST_JSON, links=links)
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
-        raise BundleError(f"'{file}' is corrupted: {type(error).__name__}: {error}") from error
+        return json.loads(file.read_bytes(), object_pairs_hook=_once, parse_constant=_no_number)
+    # Not UTF-8, not JSON, or a number of thousands of digits.
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise BundleError(f"'{file}' is corrupted: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_number(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)  # Infinity stands in configurations
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Whatever fails while a file or folder is read says which one it is.
+
+    Raises:
+        BundleError: in place of what other libraries raise on damaged content. PeftxError: with the name put before.
+    """
+    try:
+        yield
+    except PeftxError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"'{path}': {error.message}", hint=error.hint) from error
+    except Exception as error:  # libraries raise what they like: KeyError, TypeError, Rust's own
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(f"'{path}' is damaged or cannot be read: {type(error).__name__}: {said}") from error
+
+
+def check_tensors(file: Path, *, links: bool = False) -> None:
+    """Raises BundleError unless `file` is a safetensors file as long as its header says; the tensors are not read."""
+    require_plain(file, links=links)
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 2 <= length <= min(MOST_JSON, size - 8):
+            raise BundleError(
+                f"'{file}' is no safetensors file: its header has {length:,} bytes, the file {size:,}"
+            )
+        try:
+            header = json.loads(handle.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            wanted = 8 + length + max(ends, default=0)
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"'{file}' is no safetensors file: {type(error).__name__} in its header"
+            ) from error
+    if wanted != size:
+        raise BundleError(f"'{file}' is not whole: it has {size:,} bytes, and its header tells of {wanted:,}")
+
+
+def differs(file: Path, digest: str) -> bool:
+    """Is a file of ours another one than was written. A size that cannot be is seen without reading all of it."""
+    try:
+        check_tensors(file) if file.suffix == ".safetensors" else require_plain(file, most=MOST_JSON)
+    except BundleError:
+        return True
+    return sha256(file) != digest
 
 
 def read_tensors(file: Path, *, links: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises BundleError, which names it, for anything that is no such file."""
     from safetensors.torch import load_file
 
-    require_plain(file, links=links)
+    check_tensors(file, links=links)
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -149,8 +212,13 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         BundleError: `path` is something else, cannot be written, or the disk is full.
     """
-    path = path.resolve()
-    if path.exists() and not (path / marker).exists() and (path.is_file() or any(path.iterdir())):
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BundleError(f"'{path}' leads nowhere: {error}", hint="choose another folder") from error
+    if os.path.lexists(path) and not path.is_dir():
+        raise BundleError(f"'{path}' exists and is no folder", hint="choose another folder")
+    if path.exists() and not (path / marker).exists() and any(path.iterdir()):
         raise BundleError(
             f"'{path}' exists and holds no {marker}, so it is not overwritten",
             hint="choose another folder, or empty it",

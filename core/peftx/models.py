@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from peftx.errors import ArchitectureError, BundleError, DataError, PeftxError, nearest
-from peftx.files import read_json, require_plain
+from peftx.files import check_tensors, read_json, require_plain
 from peftx.slots import is_ours
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+INDEX = "model.safetensors.index.json"
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """What a Trainer leaves beside the weights."""
 
@@ -87,8 +89,14 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
         raise BundleError(f"'{path}' holds no model: config.json is missing")
     _check_index(path)
     files = list(path.glob("*.safetensors"))
+    shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name)]
+    if shards and len(shards) == len(files) and not (path / INDEX).exists():
+        raise BundleError(
+            f"'{path / INDEX}' is missing, and '{shards[0].name}' is a part of a model",
+            hint="copy the model again",
+        )
     for file in files:
-        require_plain(file, links=True)
+        check_tensors(file, links=True)
     if files:
         return
     pickles = sorted(
@@ -116,7 +124,7 @@ def _check_index(path: Path) -> None:
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise BundleError(f"'{index}' is corrupted: it has no weight_map from names to files")
         for name in dict.fromkeys(shards.values()):
-            if not name.endswith(".safetensors") or Path(name).name != name:
+            if not _is_beside(name):
                 raise BundleError(
                     f"'{index}' names {name!r}, which is no safetensors file of this folder",
                     hint="a folder that somebody else packed may want to run code; get it from its authors",
@@ -163,7 +171,11 @@ def load_model(
     source = Path(path).expanduser() if local else path
     config = read_config(source, trust_remote_code=trust_remote_code)
     names = config.architectures or []
-    cls = getattr(transformers, str(names[0]), None) if names else None
+    cls = (
+        getattr(transformers, names[0], None)
+        if isinstance(names, list) and names and isinstance(names[0], str)
+        else None
+    )
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         cls = transformers.AutoModelForCausalLM
     wanted = _dtype(dtype, config, "cpu" if meta else device)
@@ -270,9 +282,12 @@ def read_config(source: str | Path, *, trust_remote_code: bool) -> PretrainedCon
     from transformers import AutoConfig
 
     if isinstance(source, Path):
-        read_json(source / "config.json", links=True)
+        found = read_json(source / "config.json", links=True)
+        if not isinstance(found, dict):
+            raise BundleError(f"'{source / 'config.json'}' is corrupted: it holds no settings")
+        _refuse_redirects(source, found)
     try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:  # its classes check as they like: KeyError, TypeError, huggingface_hub's own
         needs_code = "trust_remote_code" in str(error)
         raise BundleError(
@@ -282,6 +297,31 @@ def read_config(source: str | Path, *, trust_remote_code: bool) -> PretrainedCon
             if needs_code
             else f"give a local folder, a hub id that is in your cache, or {TINY}",
         ) from error
+    if "/" in str(config._attn_implementation):
+        raise BundleError(
+            f"'{source}' asks for code of the hub: attn_implementation is '{config._attn_implementation}'",
+            hint="take that entry out of its config.json",
+        )
+    return config
+
+
+def _refuse_redirects(folder: Path, config: dict[str, Any]) -> None:
+    """A configuration may name other files to read weights from, and an adapter beside it is put onto the model."""
+    weights = config.get("transformers_weights")
+    if weights is not None and not (isinstance(weights, str) and _is_beside(weights)):
+        raise BundleError(
+            f"'{folder / 'config.json'}' has the weights read from {weights!r}, which is no safetensors file beside it"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise BundleError(
+            f"'{folder}' holds a base and an adapter of HF PEFT beside it, which transformers would put onto the base",
+            hint="move adapter_config.json and its weights to a folder of their own",
+        )
+
+
+def _is_beside(name: str) -> bool:
+    """Is it a safetensors file of the same folder."""
+    return name.endswith(".safetensors") and Path(name).name == name
 
 
 @contextmanager
@@ -337,6 +377,7 @@ def read_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokeniz
             require_plain(file, links=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # what is damaged may show at the first text only
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(
             f"the tokenizer of '{source}' cannot be read: {type(error).__name__}: {_first_line(error)}",

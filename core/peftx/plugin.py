@@ -164,8 +164,8 @@ class Plugin:
         """
 
     def check(self, stack: Stack) -> None:
-        """Refuse a stack in which the method cannot work, once all of its plugins stand on the model and before anything
-        is trained; on the meta device too. What claims say already need not be said here.
+        """Refuse a stack in which the method cannot work, once all of its plugins stand on the model and before
+        anything is trained; on the meta device too. What claims say already need not be said here.
 
         Raises:
             ConflictError, ArchitectureError: name what stands in the way, and what does.

@@ -13,12 +13,23 @@ class PeftxError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = _printable(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = None if hint is None else _printable(hint)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
+
+LONGEST = 20_000
+"""Characters of a message: it may quote a file, and a damaged one has lines of megabytes."""
+
+
+def _printable(text: str) -> str:
+    """Without halves of surrogate pairs, which no terminal takes, and not endless."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
 
 
 def nearest_names(name: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftx.bundle.manifest import versions
 from peftx.errors import BundleError, MergeError
-from peftx.files import replacing
+from peftx.files import read_json, replacing
 from peftx.plugin import Claim
 from peftx.slots import is_ours
 from peftx.stack import Stack
@@ -80,7 +80,13 @@ def _refuse_strange_files(path: Path) -> None:
     """An earlier export is replaced; what somebody put beside its files is not thrown away."""
     if not (path / EXPORT).exists():
         return
-    ours = {*json.loads((path / EXPORT).read_text(encoding="utf-8"))["files"], EXPORT}
+    found = read_json(path / EXPORT)
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise BundleError(
+            f"'{path / EXPORT}' is corrupted: it does not name its files", hint="choose another folder"
+        )
+    ours = {*files, EXPORT}
     strange = sorted({str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - ours)
     if strange:
         raise BundleError(

@@ -26,7 +26,7 @@ from peftx.bundle.surroundings import (
     tokenizer_digest,
 )
 from peftx.errors import BundleError
-from peftx.files import read_tensors
+from peftx.files import naming, read_tensors
 from peftx.ledger import Part
 from peftx.models import fingerprint, load_model, read_config, read_tokenizer
 from peftx.plugin import Plugin
@@ -59,9 +59,21 @@ def load(
         RegistryError: a plugin that is not installed. ConflictError: a model that carries plugins already.
     """
     folder = Path(path)
-    model_given = model
     manifest = read_manifest(folder)
-    registry = registry or Registry()
+    with naming(folder):
+        return _load(folder, manifest, model, tokenizer, device, registry or Registry(), trust_remote_code)
+
+
+def _load(
+    folder: Path,
+    manifest: Manifest,
+    model: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str,
+    registry: Registry,
+    trust_remote_code: bool,
+) -> Stack:
+    model_given = model
     members = [_member(entry, registry) for entry in manifest.plugins]
     base = manifest.base
     contained = base.contained
@@ -210,7 +222,7 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
                 raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'")
             undo = partial(own.update, dict(own))
             for name in names:
-                own[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+                own[name] = nn.Parameter(_hollow(own[name]), requires_grad=False)
             reason = f"{owner} was folded into the weights for good"
             stack.ledger.parts.append(
                 Part(owner, "base", path, module, tuple(names), undo=undo, final=reason)
@@ -292,6 +304,11 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
             module._buffers[leaf] = value
 
 
+def _hollow(tensor: Tensor | None) -> Tensor:
+    """Shape and dtype of a tensor that is to be filled; empty where a bias is new."""
+    return torch.empty(0, device="meta") if tensor is None else torch.empty_like(tensor, device="meta")
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor where torch would have put it: files pack tensors, and products of one that starts in the middle of a
     cache line may round otherwise than before it was saved."""
@@ -301,6 +318,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _check_shape(name: str, old: Tensor | None, value: Tensor) -> None:
     if old is not None and old.numel() and old.shape != value.shape:
         raise BundleError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
+    if old is not None and old.numel() and old.is_floating_point() != value.is_floating_point():
+        raise BundleError(f"{name} is {value.dtype}, the model needs {old.dtype}")
 
 
 def _empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
@@ -315,7 +334,7 @@ def _empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
             f"'{folder}' holds a {base.cls}, which transformers {transformers.__version__} does not have",
             hint="see versions in manifest.json; models of remote code cannot be bundled compressed",
         )
-    with torch.device("meta"):
+    with naming(inner / "config.json"), torch.device("meta"):
         model = cls._from_config(config, dtype=getattr(torch, base.dtype))
     return model.eval()
 

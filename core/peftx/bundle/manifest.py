@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import peftx
 from peftx.errors import BundleError, nearest
-from peftx.files import aside, plain_files, read_json, sha256
+from peftx.files import aside, differs, plain_files, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
     problems += [
         f"{name} is corrupted (sha256 differs)" for name in sorted(files.keys() & present)
-        if sha256(folder / name) != files[name]
+        if differs(folder / name, files[name])
     ]  # fmt: skip
     problems += [
         f"{entry.file}, which '{entry.id}' names, is not in the manifest" for entry in manifest.plugins

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from peftx.files import read_json
 from peftx.models import asset_path
 from peftx.objective import pad_of
 from peftx.training.examples import examples_of, mask_of
-from peftx.training.trainer import IDENTITY, StackTrainer, check_whole, checkpoints_of
+from peftx.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx_spec.models import TrainSpec
 
 if TYPE_CHECKING:
@@ -275,18 +274,21 @@ def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any
         check_whole(Path(resume))
     choice = checkpoints_of(folder) if resume is True else [Path(resume)]
     others: list[Path] = []
+    broken: list[str] = []
     for found in choice:
         try:
             check_whole(found)
         except BundleError as error:
-            warnings.warn(f"left out: {error.message}", stacklevel=2)
+            LOG.warning("left out: %s", error.message)
+            broken.append(error.message)
             continue
         if read_json(found / IDENTITY) == identity:
             return found
         others.append(found)
     if not others:
         raise BundleError(
-            f"nothing to resume: no whole checkpoint in '{folder}'", hint="train with checkpoint_every"
+            f"nothing to resume: no whole checkpoint in '{folder}'" + (f": {broken[0]}" if broken else ""),
+            hint="train with checkpoint_every",
         )
     found, theirs = others[0], read_json(others[0] / IDENTITY)
     if not isinstance(theirs, dict):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import secrets
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from peftx.errors import BundleError, PeftxError
-from peftx.files import plain_files, read_json, read_tensors, sha256, staging, telling_what_was_not_written
+from peftx.files import (
+    differs,
+    plain_files,
+    read_json,
+    read_tensors,
+    sha256,
+    staging,
+    telling_what_was_not_written,
+)
 from peftx.training.optimizer import optimizer_for
 from peftx.training.shares import shares
 from peftx.training.state_io import load_state, random_state, save_state, set_random_state
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
 WEIGHTS = "trained.safetensors"
 IDENTITY = "run.json"
 SUMS = "checksums.json"
+LOG = logging.getLogger("peftx")
 KEPT = 2
 
 
@@ -257,7 +266,7 @@ def check_whole(checkpoint: Path) -> None:
     for name in sorted(present - sums.keys()):
         raise BundleError(f"'{checkpoint}' holds {name}, which is not of it")
     for name, expected in sums.items():
-        if sha256(checkpoint / name) != expected:
+        if differs(checkpoint / name, expected):
             raise BundleError(f"'{checkpoint / name}' is corrupted (sha256 differs)")
 
 
@@ -267,7 +276,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         try:
             check_whole(checkpoint)
         except BundleError as error:
-            warnings.warn(f"left out: {error.message}", stacklevel=2)
+            LOG.warning("left out: %s", error.message)
             continue
         return checkpoint
     return None

@@ -79,7 +79,7 @@ class Tokens:
         """Is it no text of the batch: a few rows that another plugin sends through one layer (Aligner's tokens)."""
         assert self.context is not None
         batch, length = self.context.shape
-        return len(shape) < 2 or (shape[0] != batch and shape[1] < length)
+        return len(shape) < 2 or (shape[1] < length and (shape[0] != batch or batch == 1))
 
     def rows(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """For an input of this shape [B, T + P], P soft tokens in front: rows to score, and rows that run dense."""

@@ -371,7 +371,8 @@ class Skills:
     def _sum(self, changed: Skill) -> None:
         """theta_0 + sum of phi, in float64 and in the order of the names, where `changed` has numbers."""
         for key in (*changed.sparse, *changed.dense):
-            p = self.model.get_parameter(key)
+            path, _, leaf = key.rpartition(".")
+            p = self.model.get_submodule(path)._parameters[leaf]  # a property may stand before it
             start = self._start.setdefault(key, p.detach().clone())
             total = start.double().flatten()
             for name in sorted(self.active):
