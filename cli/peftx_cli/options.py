@@ -37,4 +37,7 @@ Metrics = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="folder of the bundle")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for scripts")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps")]

@@ -41,6 +41,7 @@ class Asked:
     output: str | None = None
     overrides: Sequence[str] = ()
     metrics: Sequence[str] = ()
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def _document(asked: Asked, registry: Registry) -> dict[str, Any]:
     }
     if not any("compress" in own for own in hooks):
         del document["data"]["calibration"]
-    if _trains(document, hooks, registry):
+    document["evaluate"] = _metrics(asked) if asked.metrics else _metrics_for(data["eval"])
+    if _trains(document, asked, hooks, registry):
         steps = asked.steps or STEPS
         document["train"] = {
             "steps": steps,
@@ -145,7 +147,6 @@ def _document(asked: Asked, registry: Registry) -> dict[str, Any]:
         raise PeftxError(
             "--steps has no effect: no plugin of this stack trains", hint="peftx list --hook inject"
         )
-    document["evaluate"] = _metrics(asked) if asked.metrics else _metrics_for(data["eval"])
     stages = stages_of(Pipeline.model_validate(document), registry)
     order = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
     document["run"] = _run(stages)
@@ -180,16 +181,25 @@ def _entries(names: Sequence[str], registry: Registry) -> list[dict[str, Any]]:
     return entries
 
 
-def _trains(document: dict[str, Any], hooks: Sequence[frozenset[str]], registry: Registry) -> bool:
-    """Whether a parameter of the stack trains: asked of the stack itself, on the meta device."""
+def _trains(
+    document: dict[str, Any], asked: Asked, hooks: Sequence[frozenset[str]], registry: Registry
+) -> bool:
+    """Whether a parameter of the stack trains: asked of the stack itself, on the meta device, overrides in it.
+
+    Raises:
+        SpecError: what is wrong with the overrides, before a model is looked at.
+    """
     if any("train_step" in own for own in hooks):
         return True
     if not any("inject" in own for own in hooks):
         return False
     from peftx.planning import plan
-    from peftx_spec import Pipeline
+    from peftx_spec import load_pipeline
+    from peftx_spec.dumper import dump_plain
 
-    planned = plan(Pipeline.model_validate(document), registry=registry)
+    draft = dump_plain({**document, "train": {}})
+    pipeline = load_pipeline(draft, catalogue=registry, overrides=list(asked.overrides))
+    planned = plan(pipeline, registry=registry, trust_remote_code=asked.trust_remote_code)
     return bool(planned.conflicts) or planned.totals.trainable_params > 0  # a conflict is reported by the run
 
 

@@ -74,6 +74,7 @@ class Run:
     Args:
         pipeline: valid, with absolute paths. where: id -> file:line:column, for errors.
         registry: the plugins. reporter: who is told. resume: train from the last checkpoint.
+        trust_remote_code: run Python code that the checkpoint brings along; no spec can ask for it.
 
     Everything that can be checked without the model is checked in the constructor: plugins, conflicts, data files and
     the place of the output, so that bad input changes nothing.
@@ -87,8 +88,10 @@ class Run:
         where: dict[str, str] | None = None,
         reporter: Reporter | None = None,
         resume: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self.pipeline = pipeline
+        self.trust_remote_code = trust_remote_code
         self.registry = registry or Registry()
         self.reporter = reporter or Silent()
         self.resume = resume
@@ -175,7 +178,7 @@ class Run:
             self.members,
             dtype=model.dtype,
             device=model.device,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=self.trust_remote_code,
             seed=seed,
             inject=False,
         )
@@ -385,6 +388,7 @@ def load_run(
     registry: Registry | None = None,
     reporter: Reporter | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
 ) -> Run:
     """Read and check a spec (a file, or YAML text); nothing runs yet.
 
@@ -398,7 +402,14 @@ def load_run(
     base = loaded.document.folder or Path.cwd()
     pipeline = resolved(loaded.pipeline, base)
     where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
-    return Run(pipeline, registry=registry, where=where, reporter=reporter, resume=resume)
+    return Run(
+        pipeline,
+        registry=registry,
+        where=where,
+        reporter=reporter,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def run(
@@ -408,6 +419,14 @@ def run(
     registry: Registry | None = None,
     reporter: Reporter | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
 ) -> RunResult:
     """Read a spec and carry it out."""
-    return load_run(spec, overrides=overrides, registry=registry, reporter=reporter, resume=resume).run()
+    return load_run(
+        spec,
+        overrides=overrides,
+        registry=registry,
+        reporter=reporter,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    ).run()

@@ -18,7 +18,11 @@ from peftx_spec.stages import stages_of
 
 
 def plan(
-    pipeline: Pipeline, *, registry: Registry | None = None, where: dict[str, str] | None = None
+    pipeline: Pipeline,
+    *,
+    registry: Registry | None = None,
+    where: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of a pipeline. A conflict, or a plugin that this model cannot carry, is in `conflicts`, not raised."""
     registry = registry or Registry()
@@ -33,7 +37,7 @@ def plan(
     model, tokenizer = load_model(
         pipeline.model.id,
         dtype=pipeline.model.dtype,
-        trust_remote_code=pipeline.model.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         meta=True,
     )
     stages = stages_of(pipeline, registry)

@@ -28,6 +28,7 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
     hooks = _hooks(data, catalogue, names)
     return [
         *_version(data),
+        *_remote_code(data),
         *_nulls(data),
         *_plugins(data, catalogue, names),
         *_ids(data),
@@ -71,6 +72,14 @@ def _version(data: Data) -> Iterator[Finding]:
     if type(version) is not int or version != 1:  # true == 1, and no version
         message = "this peftx reads specs of format 1"
         yield Finding(("peftx",), message, expected="1", got=describe(version))
+
+
+def _remote_code(data: Data) -> Iterator[Finding]:
+    """A spec may be a stranger's, who would then be trusting himself."""
+    if "trust_remote_code" in _mapping(data, "model"):
+        message = "'trust_remote_code' is not a spec's to set: it would let the file run code of its author's choice"
+        remedy = "leave it out; if you trust the model, run with --trust-remote-code (Python: trust_remote_code=True)"
+        yield Finding(("model", "trust_remote_code"), message, at_key=True, suggestion=remedy)
 
 
 def _nulls(data: Data) -> Iterator[Finding]:

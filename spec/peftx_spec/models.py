@@ -26,7 +26,6 @@ class ModelSpec(SpecModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="auto (an accelerator if there is one), cpu, cuda, cuda:0, mps"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings along")
 
     @model_validator(mode="before")
     @classmethod

@@ -30,7 +30,14 @@ CASES: list[tuple[str, str, list[str]]] = [
     ),
     ("peftx: 1\nmodel: {id: m, dtype: ▸flaot32}\n", "model.dtype", ["did you mean 'float32'"]),
     ("peftx: 1\nmodel: {id: m, device: ▸gpu}\n", "model.device", ["text that matches", "cuda"]),
-    ("peftx: 1\nmodel: {id: m, trust_remote_code: ▸yes}\n", "model.trust_remote_code", ["write true"]),
+    *(
+        (
+            f"peftx: 1\nmodel: {{id: m, ▸trust_remote_code: {value}}}\n",
+            "model.trust_remote_code",
+            ["not a spec's to set", "--trust-remote-code"],
+        )
+        for value in ("true", "false", "yes", "1", "'${env:HOME}'", "[true]")
+    ),
     (HEAD + "▸stak: []\n", "stak", ["unknown key: 'stak'", "did you mean 'stack'?"]),
     (HEAD + "▸zzz: []\n", "zzz", ["expected: one of peftx, model, data, stack"]),
     (HEAD + "data: ▸x\n", "data", ["expected: a mapping", "got: the text 'x'"]),

@@ -76,7 +76,7 @@ def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
 
 FITS = [
     "{peftx: 1, model: m}",
-    "{peftx: 1, model: {id: m, dtype: auto, device: 'cuda:1', trust_remote_code: true}}",
+    "{peftx: 1, model: {id: m, dtype: auto, device: 'cuda:1'}}",
     "{peftx: 1, model: m, data: {train: t, eval: {path: e, limit: 3, columns: {a: b}}}, train: {steps: 3}}",
     "{peftx: 1, model: m, stack: [lora, {use: lora, id: b, with: {rank: 3}}]}",
     "{peftx: 1, model: m, stack: [{use: prefixquant, with: {bits: 3}}]}",
@@ -97,6 +97,7 @@ DOES_NOT = [
     "{peftx: 1, model: ''}",
     "{peftx: 1, model: {id: m, dtype: x}}",
     "{peftx: 1, model: {id: m, x: 1}}",
+    "{peftx: 1, model: {id: m, trust_remote_code: false}}",
     "{peftx: 1, model: m, stack: [none]}",
     "{peftx: 1, model: m, stack: [{use: none}]}",
     "{peftx: 1, model: m, stack: [mosaic-it]}",

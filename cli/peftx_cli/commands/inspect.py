@@ -43,6 +43,7 @@ def plan(
     steps: options.Steps = None,
     output: options.Output = None,
     show_all: All = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what a run would do: stages, touched modules, parameters, bytes, conflicts. Loads no weights.
@@ -54,9 +55,12 @@ def plan(
     from peftx_cli.recipe import read
 
     registry = Registry()
-    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or ())
+    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
+                  trust_remote_code=trust_remote_code)  # fmt: skip
     recipe = read(asked, registry)
-    found = planned(recipe.pipeline, registry=registry, where=recipe.where)
+    found = planned(
+        recipe.pipeline, registry=registry, where=recipe.where, trust_remote_code=trust_remote_code
+    )
     if as_json:
         sys.stdout.write(found.to_json())
     else:

@@ -40,6 +40,7 @@ def apply(
     output: options.Output = None,
     resume: Resume = False,
     show_spec: ShowSpec = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Run a whole pipeline: prepare, inject, train, compress, evaluate, save.
@@ -48,7 +49,7 @@ def apply(
     pipeline as YAML, to start your own from.
     """
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
-                  metric or ())  # fmt: skip
+                  metric or (), trust_remote_code)  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=True)
 
 
@@ -64,10 +65,12 @@ def train(
     output: options.Output = None,
     resume: Resume = False,
     show_spec: ShowSpec = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Run a pipeline without its compress stages: what is saved is the trained adapter."""
-    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or (), metric or ())
+    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or (),
+                  metric or (), trust_remote_code)  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=False)
 
 
@@ -89,7 +92,14 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
 
     with reporter() as shown, Interrupts() as interrupts:
         told = Interruptible(shown, interrupts)
-        run = Run(recipe.pipeline, registry=registry, where=recipe.where, reporter=told, resume=resume)
+        run = Run(
+            recipe.pipeline,
+            registry=registry,
+            where=recipe.where,
+            reporter=told,
+            resume=resume,
+            trust_remote_code=asked.trust_remote_code,
+        )
         if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
             failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
         if resume and not _checkpoints(run):

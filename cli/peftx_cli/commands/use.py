@@ -65,6 +65,7 @@ def evaluate(
     limit: Limit = None,
     model: Base = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a bundle or a model on a data file."""
@@ -75,7 +76,7 @@ def evaluate(
     from peftx_cli.summary import score_dict
 
     path = asset_path(data)
-    stack = open_stack(target, model=model, device=device)
+    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     names = metric or ["perplexity"]
     with reporter() as told:
         told.stage("evaluate", names)
@@ -108,6 +109,7 @@ def generate(
     stream: Stream = False,
     model: Base = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, through the decode hooks of the bundle's plugins."""
@@ -121,7 +123,7 @@ def generate(
     from peftx.decoding.text import request_for
     from peftx_cli.stacks import open_stack
 
-    stack = open_stack(target, model=model, device=device)
+    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     choice: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -152,6 +154,7 @@ def serve(
     prefix_cache: PrefixCache = False,
     model: Base = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a bundle or a model: POST /v1/completions as OpenAI's, with streaming."""
     from peftx_spec.errors import PeftxError
@@ -169,7 +172,7 @@ def serve(
 
     if host not in LOOPBACK:
         failures.warn(f"{host} is open to the network, and this server asks for no key")
-    stack = open_stack(target, model=model, device=device)
+    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
     server = Server(stack, name=Path(target).name, scheduler=scheduler)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
@@ -181,6 +184,7 @@ def merge(
     output: OutFolder,
     model: Base = None,
     device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Fold a bundle's plugins into the weights and write a plain checkpoint, for vLLM, lm-eval and from_pretrained.
@@ -194,7 +198,7 @@ def merge(
     from peftx_cli.stacks import open_stack
 
     logging.disable_progress_bar()  # a library's own bar would stand between our lines
-    stack: Stack = open_stack(bundle, model=model, device=device)
+    stack: Stack = open_stack(bundle, model=model, device=device, trust_remote_code=trust_remote_code)
     path = stack.export(output)
     count = folder_bytes(path)
     if as_json:
