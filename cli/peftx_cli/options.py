@@ -6,6 +6,25 @@ from typing import Annotated
 
 import typer
 
+
+def known_device(name: str) -> str:
+    """The device's name, if it is one; whether the machine has it is for torch to say.
+
+    Raises:
+        PeftxError: no name of a device.
+    """
+    import re
+
+    from peftx_spec.errors import PeftxError
+    from peftx_spec.models import DEVICE
+
+    if not re.match(DEVICE, name):
+        raise PeftxError(
+            f"--device {name}: there is no such device", hint="one of auto, cpu, cuda, cuda:0, mps"
+        )
+    return name
+
+
 Spec = Annotated[
     str | None, typer.Argument(metavar="[SPEC]", help="pipeline as YAML; or name plugins instead")
 ]
@@ -40,4 +59,4 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for sc
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps", callback=known_device)]

@@ -12,6 +12,9 @@ from peftx_spec.stages import RunStage
 METRICS = ("perplexity", "accuracy", "exact-match")
 """The metrics that need no plugin."""
 
+DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,4})?)$"
+"""How a device is written."""
+
 Format = Literal["auto", "text", "prompt-completion", "messages", "classification", "preference"]
 Phase = Literal["before-training", "after-training"]
 
@@ -23,7 +26,7 @@ class ModelSpec(SpecModel):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="dtype of the weights; auto is the checkpoint's own"
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
+    device: Annotated[str, Field(pattern=DEVICE)] = Field(
         "auto", description="auto (an accelerator if there is one), cpu, cuda, cuda:0, mps"
     )
 
