@@ -21,6 +21,9 @@ from peftx_spec.translate import Finding, examine_options, known_keys
 
 Data = dict[str, object]
 
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+_LONGEST_NAME, _LONGEST_PLACE = 255, 4095  # bytes, on the systems that people use
+
 
 def check(data: Data, catalogue: Catalogue) -> list[Finding]:
     """Everything that is wrong with a spec's data beyond what its models say."""
@@ -29,6 +32,8 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
     return [
         *_version(data),
         *_remote_code(data),
+        *_places(data),
+        *_large_numbers((), data),
         *_nulls(data),
         *_plugins(data, catalogue, names),
         *_ids(data),
@@ -80,6 +85,48 @@ def _remote_code(data: Data) -> Iterator[Finding]:
         message = "'trust_remote_code' is not a spec's to set: it would let the file run code of its author's choice"
         remedy = "leave it out; if you trust the model, run with --trust-remote-code (Python: trust_remote_code=True)"
         yield Finding(("model", "trust_remote_code"), message, at_key=True, suggestion=remedy)
+
+
+def _places(data: Data) -> Iterator[Finding]:
+    """Names that no file can have; whether the file is there is another question."""
+    for path, name in _files(data):
+        if "\0" in name:
+            yield Finding(path, "no name of a file holds the character U+0000")
+            continue
+        part = max((len(part.encode("utf-8", "replace")) for part in name.split("/")), default=0)
+        whole = len(name.encode("utf-8", "replace"))
+        if part > _LONGEST_NAME or whole > _LONGEST_PLACE:
+            long, most = (part, _LONGEST_NAME) if part > _LONGEST_NAME else (whole, _LONGEST_PLACE)
+            yield Finding(path, f"a name of {long} bytes is too long for a file: at most {most}")
+
+
+def _files(data: Data) -> Iterator[tuple[Path, str]]:
+    """Path and value of everything that names a file or a folder."""
+    found: list[tuple[Path, object]] = [(("output",), data.get("output"))]
+    found += _either(("model",), data.get("model"), "id")
+    for key, source in _mapping(data, "data").items():
+        found += _either(("data", key), source, "path")
+    for index, item in enumerate(_list(data, "evaluate")):
+        for name, options in item.items() if isinstance(item, dict) else ():
+            found += _either(("evaluate", index, name), options, "path")
+    for index, item in enumerate(_list(data, "run")):
+        if isinstance(item, dict):
+            found += _either(("run", index, "save"), item.get("save"), "path")
+    return ((path, name) for path, name in found if isinstance(name, str))
+
+
+def _either(path: Path, value: object, key: str) -> list[tuple[Path, object]]:
+    """A place that stands bare or under a key: `train: x` is `train: {path: x}`."""
+    return [((*path, key), value.get(key))] if isinstance(value, dict) else [(path, value)]
+
+
+def _large_numbers(path: Path, value: object) -> Iterator[Finding]:
+    """Whole numbers that neither a file nor a tensor nor any other program holds."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _large_numbers((*path, key), item)
+    elif isinstance(value, int) and not _SMALLEST <= value <= _LARGEST:
+        yield Finding(path, "the number does not fit in 64 bits", got=describe(value))
 
 
 def _nulls(data: Data) -> Iterator[Finding]:
@@ -141,11 +188,13 @@ def _ids(data: Data) -> Iterator[Finding]:
     for index, use, entry in _entries(data):
         id = entry.get("id", use)
         path: Path = ("stack", index, "id" if "id" in entry else "use")
+        if not isinstance(id, str):
+            continue  # the pipeline's own validation says so
         if id in RESERVED_IDS:
             yield Finding(
                 path, f"'{id}' is a word of the spec and cannot be an id", suggestion="add another 'id:'"
             )
-        elif isinstance(id, str) and first[id] != index:
+        elif first[id] != index:
             free = next(name for n in range(2, len(taken) + 3) if (name := f"{id}-{n}") not in taken)
             what = f"the id '{id}'" if "id" in entry else f"the plugin '{use}'"
             message = f"{what} stands twice: first at {path_text(('stack', first[id]))}, again here"

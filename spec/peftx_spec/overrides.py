@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peftx_spec.errors import nearest
-from peftx_spec.loader import parse_value
+from peftx_spec.loader import MAX_DEPTH, parse_value
 from peftx_spec.problems import Path, Problem, describe, path_text
 from peftx_spec.scalars import ScalarError
 
@@ -78,6 +78,8 @@ def _carry_out(result: Overridden, index: int, text: str) -> None:
         raise _OverrideError(
             "an override is 'target=value'", expected="lora.rank=16, train.steps=50, model.id=..."
         )
+    if len(names) > MAX_DEPTH:
+        raise _OverrideError(f"a target of {len(names)} names; a spec is at most {MAX_DEPTH} levels deep")
     try:
         value = parse_value(raw)
     except ScalarError as error:

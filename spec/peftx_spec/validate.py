@@ -60,11 +60,12 @@ def load_spec(
     overridden = override(document.data, overrides)
     faults = [fault for fault in faults if overridden.source(fault.path) is None]
     problems = [fault.problem for fault in faults]
-    silent = [fault.path for fault in faults if fault.path]
+    silent = {fault.path for fault in faults if fault.path}
     seen: set[Path] = set()
     for finding in [*check(overridden.data, catalogue), *examine(Pipeline, overridden.data)]:
         # the checks come first: they know more than the models about the same place
-        if finding.path in seen or any(finding.path[: len(path)] == path for path in silent):
+        around = (finding.path[: end + 1] for end in range(len(finding.path)))
+        if finding.path in seen or not silent.isdisjoint(around):
             continue
         seen.add(finding.path)
         problems.append(_located(finding, document, overridden))

@@ -106,7 +106,7 @@ def test_caret_under_wide_and_odd_characters(
 
 def test_long_lines_are_cut_around_the_caret(problem: Callable[[str], Problem]) -> None:
     shown = str(
-        problem(HEAD + f"data: {{eval: {{path: {'x' * 500}, limit: 0, format: text, columns: {{}}}}}}\n")
+        problem(HEAD + f"data: {{eval: {{path: {'xx/' * 170}, limit: 0, format: text, columns: {{}}}}}}\n")
     ).split("\n")
     assert len(shown[1]) < 140
     assert shown[1][shown[2].index("^")] == "0"
