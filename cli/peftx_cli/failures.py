@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import typer
 
-from peftx_spec.errors import PeftxError
+from peftx_spec.errors import PeftxError, visible
 from peftx_spec.problems import Problem, SpecError
 
 BAD_INPUT = 2
@@ -24,7 +24,7 @@ def reported(*, traceback: bool = False) -> Iterator[None]:
         if traceback:
             import traceback as module
 
-            module.print_exc()
+            print(visible(module.format_exc(), lines=True), file=sys.stderr)
         show(error)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
@@ -36,7 +36,7 @@ def show(error: PeftxError) -> None:
     """One error, or all problems of a spec."""
     if isinstance(error, SpecError):
         for problem in error.problems:
-            _print_problem(problem)
+            _print_problem(problem)  # its text is fit to be shown
         count = len(error.problems)
         print(f"{count} problem{'s' if count > 1 else ''} in the spec; nothing was run", file=sys.stderr)
     else:
@@ -45,6 +45,7 @@ def show(error: PeftxError) -> None:
 
 def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
     """A message on stderr: a panel on a terminal, plain lines elsewhere, so that logs stay readable."""
+    message, hint = visible(message, lines=True), visible(hint or "", lines=True)
     if not sys.stderr.isatty():
         print(f"{title}: {message}", file=sys.stderr)
         if hint:
@@ -79,5 +80,5 @@ def _print_problem(problem: Problem) -> None:
     if rest:
         shown.append(f"\n{rest}", style="not bold default")
     if problem.suggestion:
-        shown.highlight_words([problem.suggestion], style="cyan")
+        shown.highlight_words([visible(problem.suggestion)], style="cyan")
     Console(stderr=True).print(shown, "\n", soft_wrap=True)

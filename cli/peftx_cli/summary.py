@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftx_cli.render import print_json, print_table, size
+from peftx_cli.render import out, print_json, print_table, size
 
 if TYPE_CHECKING:
     from peftx.evaluation import Score
@@ -62,10 +62,10 @@ def report(run: Run, result: RunResult, texts: list[dict[str, str]], *, as_json:
         rows(result),
     )
     for sample in texts:
-        print(f"\nprompt:    {_one_line(sample['prompt'])}")
-        print(f"model:     {_one_line(sample['text'])}")
+        out(f"\nprompt:    {_one_line(sample['prompt'])}")
+        out(f"model:     {_one_line(sample['text'])}")
         if sample["reference"]:
-            print(f"reference: {_one_line(sample['reference'])}")
+            out(f"reference: {_one_line(sample['reference'])}")
 
 
 def rows(result: RunResult) -> list[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_UNSEEN = re.compile(
+UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 """What steers a terminal, or is not seen: control characters, marks of direction, spaces of no width, surrogates."""
@@ -33,7 +33,7 @@ def visible(text: str, *, lines: bool = False) -> str:
 
     `lines`: line breaks and tabs stay as they are.
     """
-    return _UNSEEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escaped(found[0]), text)
+    return UNSEEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escaped(found[0]), text)
 
 
 def _escaped(char: str) -> str:

@@ -190,7 +190,7 @@ def test_what_once_came_out_as_a_bug(
 @pytest.mark.parametrize(
     "text",
     [
-        HEAD + "".join(f"k{n}: ${{env:NOT_SET}}\nj{n}: 1\n" for n in range(9000)),
+        HEAD + "".join(f"k{n}: ${{env:NOT_SET}}\nj{n}: 1\n" for n in range(6500)),
         HEAD + "stack: [" + "3," * 15_000 + "]\n",
         HEAD + "x: [" + "1," * 500_000 + "]\n",
         HEAD + "".join(f"k{n}: 1\n" for n in range(90_000)),

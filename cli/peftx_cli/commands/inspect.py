@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +52,7 @@ def plan(
     from peftx.planning import plan as planned
     from peftx.registry import Registry
     from peftx_cli.recipe import read
+    from peftx_cli.render import out_json
 
     registry = Registry()
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
@@ -62,7 +62,7 @@ def plan(
         recipe.pipeline, registry=registry, where=recipe.where, trust_remote_code=trust_remote_code
     )
     if as_json:
-        sys.stdout.write(found.to_json())
+        out_json(found.to_json())
     else:
         _show(found, show_all=show_all)
     if not found.runnable:
@@ -70,7 +70,7 @@ def plan(
 
 
 def _show(found: Plan, *, show_all: bool) -> None:
-    from peftx_cli.render import print_table, size
+    from peftx_cli.render import out, print_table, size
 
     stages = [
         (s.name, ", ".join(s.plugins), ", ".join(s.reads), ", ".join(s.writes), s.detail)
@@ -82,15 +82,15 @@ def _show(found: Plan, *, show_all: bool) -> None:
         (m.path, m.role, "x".join(map(str, m.shape)), m.plugin, f"{m.params:,}", f"{m.bytes:,}")
         for m in modules
     ]
-    print()
+    out()
     if lines:
         print_table("touched modules", ("module", "role", "shape", "plugin", "parameters", "bytes"), lines)
     else:
-        print("touched modules: none")
+        out("touched modules: none")
     if len(modules) < len(found.modules):
-        print(f"... and {len(found.modules) - len(modules)} more; --all shows them")
+        out(f"... and {len(found.modules) - len(modules)} more; --all shows them")
     totals = found.totals
-    print()
+    out()
     print_table(
         "totals",
         ("", "parameters", "bytes"),
@@ -102,9 +102,9 @@ def _show(found: Plan, *, show_all: bool) -> None:
         ],
     )
     for conflict in found.conflicts:
-        print(f"\nconflict: {conflict.reason}")
+        out(f"\nconflict: {conflict.reason}")
         if conflict.remedy:
-            print(f"  what would work: {conflict.remedy}")
+            out(f"  what would work: {conflict.remedy}")
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
@@ -112,7 +112,7 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
     from dataclasses import asdict
 
     from peftx.registry import Registry
-    from peftx_cli.render import print_json
+    from peftx_cli.render import out, print_json
     from peftx_spec import SpecError, stages_of
 
     registry = Registry()
@@ -129,7 +129,7 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
             {"valid": True, "problems": [], "plugins": [e.use for e in pipeline.stack], "stages": stages}
         )
     else:
-        print(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
+        out(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
 
 
 def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipeline:
@@ -175,17 +175,18 @@ def schema(output: SchemaFile = None) -> None:
     import json
 
     from peftx.registry import Registry
+    from peftx_cli.render import out, out_json
     from peftx_spec import PeftxError, json_schema
 
     text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
     if output is None:
-        sys.stdout.write(text)
+        out_json(text)
         return
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise PeftxError(f"cannot write {output}: {error.strerror}") from error
-    print(output)
+    out(str(output))
 
 
 def _loadable(registry: Registry) -> Registry:

@@ -78,13 +78,14 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
     from peftx.errors import PeftxError
     from peftx.registry import Registry
     from peftx_cli.recipe import read, without_compression
+    from peftx_cli.render import out_yaml
 
     registry = Registry()
     recipe = read(asked, registry)
     if not compress:
         recipe = without_compression(recipe, registry)
     if show_spec:
-        sys.stdout.write(recipe.text)
+        out_yaml(recipe.text)
         return
     from peftx.pipeline import Run
     from peftx_cli.progress import Interruptible, Interrupts, reporter

@@ -121,6 +121,7 @@ def generate(
     if not text:
         raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
     from peftx.decoding.text import request_for
+    from peftx_cli.render import out_exactly, print_json
     from peftx_cli.stacks import open_stack
 
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
@@ -129,20 +130,29 @@ def generate(
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     request = request_for(stack, [text], max_new_tokens, seed, choice)
     if stream:
-        from transformers import TextStreamer
-
-        request.streamer = TextStreamer(stack.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        request.streamer = _streamer(stack.tokenizer)
     ids = stack.decode(request)
     start = 0 if stack.model.config.is_encoder_decoder else request.input_ids.shape[1]
     written = stack.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
     if as_json:
-        from peftx_cli.render import print_json
-
         print_json(
             {"prompt": text, "text": written, "new_tokens": int(ids.shape[1] - start), "stats": request.stats}
         )
     elif not stream:
-        print(written)
+        out_exactly(written)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints a text as it comes."""
+    from transformers import TextStreamer
+
+    from peftx_cli.render import out_exactly
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            out_exactly(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def serve(
@@ -194,7 +204,7 @@ def merge(
     from transformers.utils import logging
 
     from peftx.pipeline import folder_bytes
-    from peftx_cli.render import print_json, size
+    from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
 
     logging.disable_progress_bar()  # a library's own bar would stand between our lines
@@ -204,6 +214,4 @@ def merge(
     if as_json:
         print_json({"output": str(path), "bytes": count, "plugins": list(stack.plugins)})
     else:
-        print(
-            f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} folded into {stack.base_id}"
-        )
+        out(f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} folded into {stack.base_id}")
