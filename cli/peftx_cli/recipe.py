@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def _metrics_for(file: str) -> list[str]:
         return ["perplexity"]
     from peftx.data import detect_format
 
-    kind = detect_format(Path(file).expanduser())
+    kind = detect_format(os.path.expanduser(file))
     return {"classification": ["accuracy"], "preference": []}.get(kind, ["perplexity"])
 
 
@@ -223,7 +224,7 @@ def _run(stages: Sequence[Any]) -> list[Any]:
 
 
 def _from_here(path: str) -> str:
-    return path if path.startswith("peftx:") else str(Path(path).expanduser().absolute())
+    return path if path.startswith("peftx:") else os.path.abspath(os.path.expanduser(path))
 
 
 def _model(id: str | None) -> str | None:

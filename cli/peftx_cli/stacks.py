@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def open_stack(
     from peftx.models import TINY
     from peftx.stack import Stack
 
-    folder = Path(target).expanduser()
+    folder = Path(os.path.expanduser(target))  # pathlib's own raises for an unknown user
     if (folder / "manifest.json").exists() or (folder.is_dir() and not (folder / "config.json").exists()):
         if device == "auto":
             import torch
