@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from peftx.registry import Registry
 from peftx.stack import Stack
 from peftx.training.run import TrainingReport, as_training_data, train
 from peftx_spec import load_spec, resolved, stages_of
-from peftx_spec.models import EvaluateSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.models import FORMATS, DataSpec, EvaluateSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
 from peftx_spec.stages import RunStage
 
 if TYPE_CHECKING:
@@ -53,6 +55,19 @@ class Silent:
     def finished(self, name: str, seconds: float, detail: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of the training data that are evaluated on and not trained on."""
+
+    rows: Dataset
+    of: int
+    """Rows that there were."""
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{len(self.rows):,} of {self.of:,} rows held out, seed {self.seed}"
+
+
 @dataclass
 class RunResult:
     """What a run left."""
@@ -66,6 +81,8 @@ class RunResult:
     output: Path | None = None
     bytes_before: int = 0
     bytes_after: int = 0
+    held_out: HeldOut | None = None
+    """What was evaluated on, where it was taken from the training data."""
 
 
 class Run:
@@ -107,7 +124,7 @@ class Run:
         ]
         check(self.members)
         self.stages = stages_of(pipeline, self.registry)
-        self._rows: Dataset | None = None
+        self._rows, self.held_out = training_rows(pipeline.data)
         self._check_data()
         self._check_output()
         self.data: TrainingData | None = None
@@ -116,8 +133,7 @@ class Run:
 
     def _check_data(self) -> None:
         data = self.pipeline.data
-        if data.train is not None:
-            self._rows = _rows(data.train, limit=data.train.limit)
+        evaluated = data.train if data.holdout is not None else data.eval
         for source in (data.eval, data.calibration):
             if source is not None:
                 _rows(source, limit=1)
@@ -125,15 +141,15 @@ class Run:
         for metric in self.pipeline.evaluate:
             options = metric.options
             check_known(metric.metric, own)
-            path = options.path or (data.eval.path if data.eval is not None else None)
+            path = options.path or (evaluated.path if evaluated is not None else None)
             if options.path is not None:
                 read_dataset(asset_path(options.path), format=options.format, limit=1)
             if metric.metric not in METRICS or not any(s.evaluate is not None for s in self.stages):
                 continue
             if path is None:
                 continue  # the spec says so
-            if options.path is None and data.eval is not None:
-                check_metric(metric.metric, _format(data.eval))
+            if options.path is None and evaluated is not None:
+                check_metric(metric.metric, _format(evaluated))
             else:
                 known = options.format != "auto"
                 check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
@@ -183,7 +199,7 @@ class Run:
             inject=False,
         )
         stack.pipeline = self.pipeline
-        self.result = RunResult(stack, bytes_before=base_bytes(stack))
+        self.result = RunResult(stack, bytes_before=base_bytes(stack), held_out=self.held_out)
         self.reporter.finished(
             "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
         )
@@ -286,7 +302,9 @@ class Run:
 
     def _compress(self, stage: RunStage, index: int) -> str:
         source = self.pipeline.data.calibration or self.pipeline.data.train
-        rows = None if source is None else _rows(source, limit=source.limit)
+        rows = self._rows  # without those that are held out
+        if self.pipeline.data.calibration is not None:
+            rows = _rows(self.pipeline.data.calibration, limit=self.pipeline.data.calibration.limit)
         texts = None if rows is None else calibration_texts(rows, self._stack.tokenizer)
         dropped = {id for later in self.stages[index:] if later.kind == "drop" for id in later.ids}
         length = {} if source is None or source.max_length is None else {"length": source.max_length}
@@ -314,6 +332,8 @@ class Run:
                 rows = asset_path(options.path)
             elif source is not None:
                 rows = list(_rows(source, limit=options.limit or source.limit))
+            elif self.held_out is not None:
+                rows = list(self.held_out.rows)
             maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
             found |= stack.evaluate(
                 rows,
@@ -374,6 +394,43 @@ def _format(source: SourceSpec) -> str:
     if source.format != "auto":
         return source.format
     return detect_format(asset_path(source.path), columns=source.columns or None)
+
+
+def training_rows(data: DataSpec) -> tuple[Dataset | None, HeldOut | None]:
+    """The rows that are trained on, and those that are held out of them.
+
+    Raises:
+        DataError: the file cannot be read, or none of its rows can be held out.
+    """
+    if data.train is None:
+        return None, None
+    rows = _rows(data.train, limit=data.train.limit)
+    if data.holdout is None:
+        return rows, None
+    held = _chosen(rows.select_columns(list(FORMATS[_format(data.train)])), data.holdout)
+    if not held:
+        raise DataError(
+            f"{data.train.path}: none of its {len(rows)} rows can be held out: there are no two that differ",
+            hint="give data to evaluate on: data: {eval: file} (--eval FILE), or evaluate nothing (--metric none)",
+        )
+    rest = [index for index in range(len(rows)) if index not in held]
+    return rows.select(rest), HeldOut(rows.select(sorted(held)), len(rows), data.holdout.seed)
+
+
+def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
+    """The rows to hold out, by what is in them: equal rows go together, and their order in the file plays no part."""
+    groups: dict[bytes, list[int]] = {}
+    for index, row in enumerate(rows):
+        text = f"{holdout.seed}:{json.dumps(row, sort_keys=True)}"
+        groups.setdefault(hashlib.sha256(text.encode()).digest(), []).append(index)
+    if len(groups) < 2:
+        return set()
+    wanted = min(max(1, round(holdout.share * len(rows))), holdout.most or len(rows), len(rows) - 1)
+    chosen: set[int] = set()
+    for _, group in sorted(groups.items()):
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    return chosen or set(min(groups.values(), key=lambda group: len(group)))
 
 
 def _rows(source: SourceSpec, *, limit: int | None) -> Dataset:

@@ -10,6 +10,7 @@ import torch
 from peftx.conflicts import Member, find_conflicts
 from peftx.errors import PeftxError
 from peftx.models import load_model
+from peftx.pipeline import training_rows
 from peftx.registry import Registry
 from peftx.stack import Stack
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
@@ -41,12 +42,14 @@ def plan(
         meta=True,
     )
     stages = stages_of(pipeline, registry)
+    held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(
         PlannedStage(
             name=stage.kind,
             plugins=() if stage.kind in ("evaluate", "save") else stage.ids,
             reads=_reads(pipeline, stage.kind),
             writes=(pipeline.output,) if stage.kind == "save" and pipeline.output else (),
+            detail=str(held_out) if stage.kind == "evaluate" and held_out is not None else "",
         )
         for stage in stages
     )
@@ -136,7 +139,7 @@ def _reads(pipeline: Pipeline, kind: str) -> tuple[str, ...]:
         "prepare": [data.train],
         "train": [data.train],
         "compress": [data.calibration or data.train],
-        "evaluate": [data.eval],
+        "evaluate": [data.eval if data.holdout is None else data.train],
     }.get(kind, [])
     found = [source.path for source in sources if source is not None]
     if kind == "evaluate":

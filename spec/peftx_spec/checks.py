@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.errors import PeftxError, nearest
-from peftx_spec.models import METRICS
+from peftx_spec.models import FORMATS, METRIC_FORMATS, METRICS
 from peftx_spec.overrides import RESERVED_IDS, entry_ids
 from peftx_spec.problems import Path, describe, path_text
 from peftx_spec.stages import ALL, HOOK_OF_STAGE, RunStage
@@ -38,7 +38,9 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
         *_plugins(data, catalogue, names),
         *_ids(data),
         *_phases(data, hooks),
+        *_holdout(data),
         *_metrics(data, hooks),
+        *_metric_formats(data),
         *_run(data, hooks),
         *_needs(data, hooks),
     ]
@@ -134,7 +136,7 @@ def _nulls(data: Data) -> Iterator[Finding]:
     sections: list[tuple[Path, object]] = [((key,), data.get(key, "")) for key in ("train", "run", "output")]
     sections += [(("data", key), value) for key, value in _mapping(data, "data").items()]
     for path, value in sections:
-        if value is None and path[-1] in ("train", "run", "output", "eval", "calibration"):
+        if value is None and path[-1] in ("train", "run", "output", "eval", "calibration", "holdout"):
             remedy = (
                 "write {} for the defaults, or leave the key out"
                 if path == ("train",)
@@ -214,11 +216,35 @@ def _phases(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
             yield Finding(path, message, at_key=True, suggestion="leave 'phase' out")
 
 
+def _holdout(data: Data) -> Iterator[Finding]:
+    """Rows that are held out of data.train must come from there, and nothing else may look at them."""
+    sources = _mapping(data, "data")
+    if sources.get("holdout") is None:
+        return
+    path: Path = ("data", "holdout")
+    if sources.get("train") is None:
+        message = "'holdout' keeps rows of data.train, and there is none"
+        yield Finding(path, message, at_key=True, suggestion="write 'data: {train: file}'")
+    if sources.get("eval") is not None:
+        message = "'eval' and 'holdout' exclude each other: both say what is evaluated on"
+        yield Finding(path, message, at_key=True, suggestion="leave one of them out")
+    trained, calibrated = (_place(sources.get(name)) for name in ("train", "calibration"))
+    if trained is not None and trained == calibrated:
+        message = "'calibration' names the file of 'train', and so the rows that 'holdout' keeps back too"
+        remedy = "leave 'calibration' out: it is the rows that are trained on then"
+        yield Finding(("data", "calibration"), message, suggestion=remedy)
+
+
+def _place(source: object) -> object:
+    return source.get("path") if isinstance(source, dict) else source
+
+
 def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
     plugins = [id for id, index in entry_ids(data).items() if "evaluate" in hooks.get(index, ())]
     unknown = {id for id, index in entry_ids(data).items() if index not in hooks}
     known = [*METRICS, *plugins]
-    held_out = _mapping(data, "data").get("eval") is not None
+    sources = _mapping(data, "data")
+    held_out = sources.get("eval") is not None or sources.get("holdout") is not None
     for index, item in enumerate(_list(data, "evaluate")):
         entries = {item: None} if isinstance(item, str) else item
         if not isinstance(entries, dict):
@@ -235,7 +261,41 @@ def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
                 )
             elif name in METRICS and not held_out and not _has_path(options):
                 message = f"'{name}' has no data: neither a path of its own nor data.eval"
-                yield Finding(path, message, at_key=True, suggestion=f"write '{name}: {{path: ...}}'")
+                remedy = f"write '{name}: {{path: ...}}', or keep rows of the training data: 'data: {{holdout: 0.1}}'"
+                yield Finding(path, message, at_key=True, suggestion=remedy)
+
+
+def _metric_formats(data: Data) -> Iterator[Finding]:
+    """Metrics that cannot read the rows that they are given, as far as `format:` tells."""
+    sources = _mapping(data, "data")
+    held_out = sources.get("eval") if sources.get("holdout") is None else sources.get("train")
+    for index, item in enumerate(_list(data, "evaluate")):
+        entries = {item: None} if isinstance(item, str) else item
+        for name, options in entries.items() if isinstance(entries, dict) else ():
+            format = _declared(options if _has_path(options) else held_out)
+            if name in METRIC_FORMATS and format in FORMATS and format not in METRIC_FORMATS[name]:
+                path: Path = ("evaluate", index, name) if isinstance(item, dict) else ("evaluate", index)
+                yield Finding(
+                    path,
+                    f"'{name}' cannot read these rows: they are {format}",
+                    at_key=True,
+                    expected=f"rows of {' or '.join(METRIC_FORMATS[name])}",
+                    suggestion=metric_for(str(format)),
+                )
+
+
+def metric_for(format: str) -> str:
+    """What to do about a metric that does not fit, as a suggestion."""
+    others = [name for name, formats in METRIC_FORMATS.items() if format in formats]
+    return (
+        f"for these rows there is {' and '.join(others)}"
+        if others
+        else "give it rows of another file: {path: ...}"
+    )
+
+
+def _declared(source: object) -> object:
+    return source.get("format") if isinstance(source, dict) else None
 
 
 def _has_path(options: object) -> bool:
@@ -317,20 +377,57 @@ def _run(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
 
 
 def _needs(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
-    """Training needs data, and evaluation something to compute."""
+    """Training needs data and something that trains, evaluation something to compute; and what is given has a use."""
     stages = list(_stages(data))
-    sources = any("prepare_data" in own for own in hooks.values())  # a plugin may make the data
     if data.get("run") is None:
         trains: list[Path] = [("train",)] if isinstance(data.get("train"), dict) else []
+        will_train, evaluates = "train" in data, True
     else:
         trains = [("run", index, "train") for index, _, stage in stages if stage.train is not None]
-    if trains and not sources and _mapping(data, "data").get("train") is None:
+        is_whole = len(stages) == len(_list(data, "run"))  # of a stage that is malformed nothing is known
+        will_train = bool(trains) or not is_whole or "train" in data  # that it has no effect is said already
+        evaluates = not is_whole or any(stage.evaluate is not None for _, _, stage in stages)
+    able = frozenset().union(*hooks.values())
+    is_known = len(hooks) == len(_list(data, "stack")) and isinstance(data.get("stack", []), list)
+    sources = _mapping(data, "data")
+    if trains and "prepare_data" not in able and sources.get("train") is None:  # a plugin may make the data
         message = "there is nothing to train on: data.train is missing"
         yield Finding(trains[0], message, at_key=True, suggestion="write 'data: {train: file}'")
-    computes = bool(_list(data, "evaluate")) or any("evaluate" in own for own in hooks.values())
+    elif trains and is_known and not able & {"inject", "train_step"}:
+        message = (
+            "there is nothing to train: no plugin of the stack injects parameters or brings a training step"
+        )
+        remedy = "add one to 'stack' (peftx list --hook inject), or leave 'train' out"
+        yield Finding(trains[0], message, at_key=True, suggestion=remedy)
+    if is_known:
+        yield from _idle_data(data, able, will_train=will_train)
+    metrics = bool(_list(data, "evaluate"))
+    if metrics and not evaluates:
+        message = "'evaluate' has no effect: 'run' has no evaluate stage"
+        yield Finding(("evaluate",), message, at_key=True, suggestion="add '- evaluate' to 'run'")
     for index, _, stage in stages:
-        if stage.evaluate is not None and not computes:
+        if stage.evaluate is not None and not metrics and "evaluate" not in able:
             message = "there is nothing to evaluate: the spec lists no metric"
             yield Finding(
                 ("run", index, "evaluate"), message, at_key=True, suggestion="add 'evaluate: [...]'"
             )
+
+
+def _idle_data(data: Data, able: frozenset[str], *, will_train: bool) -> Iterator[Finding]:
+    """Data that nothing reads: most often a 'train' section that was forgotten, and an adapter that stays untrained."""
+    sources = _mapping(data, "data")
+    calibrates = "compress" in able and sources.get("calibration") is None
+    read = will_train or "prepare_data" in able or calibrates or sources.get("holdout") is not None
+    if sources.get("train") is not None and not read:
+        message = "'data.train' has no effect: nothing is trained"
+        remedy = (
+            "add 'train: {}' for training with the defaults"
+            if data.get("run") is None
+            else "add '- train' to 'run'"
+        )
+        yield Finding(
+            ("data", "train"), message, at_key=True, suggestion=f"{remedy}, or leave data.train out"
+        )
+    if sources.get("calibration") is not None and "compress" not in able:
+        message = "'data.calibration' has no effect: no plugin of the stack compresses"
+        yield Finding(("data", "calibration"), message, at_key=True, suggestion="leave it out")

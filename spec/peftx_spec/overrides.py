@@ -23,6 +23,9 @@ _SHORTHAND: dict[Path, str] = {
 }
 """Where a plain string stands for a mapping with one key."""
 
+_INSTEAD: dict[Path, str] = {("data", "eval"): "holdout", ("data", "holdout"): "eval"}
+"""Two ways to say one thing: what is set takes the place of the file's other one."""
+
 
 class _OverrideError(Exception):
     """An override that cannot be carried out; `column` counts from 1 in its text."""
@@ -92,7 +95,7 @@ def _target(data: dict[str, object], names: list[str]) -> tuple[Path, list[str]]
     """The path of the mapping that the override goes into, and the keys below it."""
     head = names[0]
     if head in SETTABLE:
-        if head == "evaluate":
+        if head == "evaluate" and len(names) > 1:
             return _metric(data, names)
         return (), names
     if head in SECTIONS:
@@ -137,6 +140,9 @@ def _put(result: Overridden, index: int, path: Path, rest: list[str], value: obj
         container = _mapping_at(result, path[:-1], (name,), index, column)
     path = (*path, rest[-1])
     container[rest[-1]] = value
+    other = _INSTEAD.get(path[:2])
+    if other is not None and result.source((path[0], other)) is None:
+        _mapping_at(result, (), path[:1], index, column).pop(other, None)
     for old in [place for place in result.origin if place[: len(path)] == path]:
         del result.origin[old]
     result.origin[path] = (index, column)
@@ -174,6 +180,8 @@ def _written_out(path: Path, value: object) -> dict[str, object] | None:
     """The mapping that a shorthand stands for; None where the value is no shorthand."""
     if value is None:
         return {}
+    if path == ("data", "holdout") and isinstance(value, int | float) and not isinstance(value, bool):
+        return {"share": value}
     if not isinstance(value, str):
         return None
     if path in _SHORTHAND:

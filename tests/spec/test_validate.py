@@ -70,6 +70,7 @@ def test_all_at_once_in_the_order_of_the_text(problems: Callable[..., list[Probl
         ("<text>", 8, "stack[2].use"),
         ("<text>", 9, "train.steps"),
         ("<text>", 9, "train.seed"),
+        ("<text>", 10, "evaluate"),
         ("<text>", 10, "evaluate[0]"),
         ("<text>", 11, "run[2].compress"),
         ("<text>", 11, "run[3].freeze"),

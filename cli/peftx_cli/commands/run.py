@@ -77,6 +77,7 @@ def train(
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
     from peftx.errors import PeftxError
     from peftx.registry import Registry
+    from peftx_cli.ahead import measured_on_what_it_trained_on
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 
@@ -101,6 +102,14 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             resume=resume,
             trust_remote_code=asked.trust_remote_code,
         )
+        for (
+            conflict
+        ) in recipe.conflicts:  # between plugins, Run has named it already: this one has another model
+            raise PeftxError(conflict.reason, hint=conflict.remedy or None)
+        if (trained := measured_on_what_it_trained_on(run.pipeline)) is not None:
+            failures.warn(
+                f"{trained} is both trained on and evaluated on: the numbers say nothing about rows that are new"
+            )
         if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
             failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
         if resume and not _checkpoints(run):
@@ -114,7 +123,7 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             if run.result is not None and run.result.training and _checkpoints(run):
                 failures.warn(f"the training is not lost: {_how_to_resume(run)}")
             raise
-        texts = samples(result.stack, recipe.pipeline)
+        texts = samples(run, result)
     report(run, result, texts, as_json=as_json)
 
 
