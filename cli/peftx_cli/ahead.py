@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from peftx_cli import failures
 from peftx_cli.peek import Unfit, look
 from peftx_spec.checks import metric_for
 from peftx_spec.models import METRIC_FORMATS
@@ -68,14 +69,17 @@ def members_of(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> li
     ]
 
 
-def measured_on_what_it_trained_on(pipeline: Pipeline) -> str | None:
-    """A file that is trained on and evaluated on."""
+def warn(pipeline: Pipeline) -> None:
+    """Say what may be meant, and often is not: to measure on the rows that are trained on."""
     train, held_out = pipeline.data.train, pipeline.data.eval
     files = [
         metric.options.path or (held_out.path if held_out is not None else None)
         for metric in pipeline.evaluate
     ]
-    return train.path if train is not None and train.path in files else None
+    if train is not None and train.path in files:
+        failures.warn(
+            f"{train.path} is both trained on and evaluated on: the numbers say nothing about rows that are new"
+        )
 
 
 def _sources(pipeline: Pipeline) -> Iterator[Source]:

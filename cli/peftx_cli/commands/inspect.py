@@ -51,6 +51,7 @@ def plan(
     """
     from peftx.planning import plan as planned
     from peftx.registry import Registry
+    from peftx_cli import ahead
     from peftx_cli.recipe import read
     from peftx_cli.render import out_json
 
@@ -58,6 +59,7 @@ def plan(
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
                   trust_remote_code=trust_remote_code)  # fmt: skip
     recipe = read(asked, registry)
+    ahead.warn(recipe.pipeline)
     found = planned(
         recipe.pipeline, registry=registry, where=recipe.where, trust_remote_code=trust_remote_code
     )
@@ -112,17 +114,21 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
     from dataclasses import asdict
 
     from peftx.registry import Registry
+    from peftx_cli import ahead
     from peftx_cli.render import out, print_json
-    from peftx_spec import SpecError, stages_of
+    from peftx_spec import PeftxError, Problem, SpecError, stages_of
 
     registry = Registry()
     try:
         pipeline = _checked(spec, override or (), registry)
-    except SpecError as error:
+    except PeftxError as error:
         if not as_json:
             raise
-        print_json({"valid": False, "problems": [asdict(problem) for problem in error.problems]})
+        whole = [Problem(error.message, spec, 1, 1, suggestion=error.hint or "")]
+        problems = error.problems if isinstance(error, SpecError) else whole
+        print_json({"valid": False, "problems": [asdict(problem) for problem in problems]})
         raise typer.Exit(2) from error
+    ahead.warn(pipeline)
     stages = [stage.kind for stage in stages_of(pipeline, registry)]
     if as_json:
         print_json(
@@ -136,38 +142,19 @@ def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipelin
     """The pipeline after every check that needs no model.
 
     Raises:
-        SpecError: all that is wrong in the spec. DataError: a data file that is not there. ConflictError: plugins that
-            do not go together.
+        SpecError: all that is wrong in the spec and its data. ConflictError: plugins that do not go together.
     """
+    from peftx_cli import ahead
     from peftx_spec import load_spec, resolved
 
     loaded = load_spec(spec, catalogue=registry, overrides=overrides)
     pipeline = resolved(loaded.pipeline, Path(spec).parent)
+    ahead.check(loaded, pipeline, registry)
     if pipeline.stack:
-        from peftx.conflicts import Member, check
+        from peftx.conflicts import check
 
-        check(
-            [
-                Member(e.id, registry.load(e.use)(**e.options), loaded.place_of(e.id), e.phase)
-                for e in pipeline.stack
-            ]
-        )
-    data = pipeline.data
-    sources = [source.path for source in (data.train, data.eval, data.calibration) if source is not None]
-    sources += [metric.options.path for metric in pipeline.evaluate if metric.options.path is not None]
-    for path in dict.fromkeys(sources):
-        if not path.startswith("peftx:"):
-            _require_file(Path(path))
+        check(ahead.members_of(loaded, pipeline, registry))
     return pipeline
-
-
-def _require_file(path: Path) -> None:
-    """Without `peftx.data`, which imports a second's worth of libraries."""
-    from peftx.errors import DataError, nearest
-
-    if not path.is_file():
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"data file {path} does not exist", hint=nearest(path.name, names) or None)
 
 
 def schema(output: SchemaFile = None) -> None:

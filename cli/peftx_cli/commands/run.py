@@ -77,7 +77,7 @@ def train(
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
     from peftx.errors import PeftxError
     from peftx.registry import Registry
-    from peftx_cli.ahead import measured_on_what_it_trained_on
+    from peftx_cli import ahead
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 
@@ -106,10 +106,7 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             conflict
         ) in recipe.conflicts:  # between plugins, Run has named it already: this one has another model
             raise PeftxError(conflict.reason, hint=conflict.remedy or None)
-        if (trained := measured_on_what_it_trained_on(run.pipeline)) is not None:
-            failures.warn(
-                f"{trained} is both trained on and evaluated on: the numbers say nothing about rows that are new"
-            )
+        ahead.warn(run.pipeline)
         if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
             failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
         if resume and not _checkpoints(run):
