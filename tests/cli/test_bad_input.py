@@ -396,6 +396,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert "checkpoint-4" in result.stderr
     assert "--resume" in result.stderr
     assert not (installed.work / "stopped").exists(), "no half-written bundle"
+    again = run(*words, "--output", "other")
+    assert "can be resumed" not in again.stderr, "it stands beside another output"
+    with monkeypatch.context() as patched:
+        patched.setattr(LineReporter, "stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        again = run(*words, "--output", "stopped")
+    assert again.exit_code == 130
+    warning = again.stderr.partition("interrupted\n")[0]
+    assert "warning: an interrupted run into this folder can be resumed" in warning, "before the run starts"
+    assert "checkpoint-4" in warning
+    assert "--resume" in warning
     ok(*words, "--output", "stopped", "--resume")
     name = "fake-gain.safetensors"
     assert (installed.work / "stopped" / name).read_bytes() == (

@@ -109,6 +109,11 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
         ahead.warn(run.pipeline)
         if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
             failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
+        if not resume and _checkpoints(run):
+            failures.warn(
+                "an interrupted run into this folder can be resumed; this one starts at the beginning, and what the "
+                f"other has done is gone when it ends\n{_how_to_resume(run)}"
+            )
         if resume and not _checkpoints(run):
             failures.warn("no checkpoint to resume from: the run starts at the beginning")
         try:
