@@ -182,20 +182,18 @@ def _formats(asked: Asked) -> dict[str, str | None]:
     Raises:
         PeftxError: one that is not there, or that holds no rows.
     """
+    named = {"--data": asked.data, "--eval": asked.eval, "--calibration": asked.calibration}
+    return {option: format_of(option, file) for option, file in named.items() if file is not None}
+
+
+def format_of(option: str, file: str) -> str | None:
+    """The format of a file's rows, if the first one tells. Raises `PeftxError`, as `_formats`."""
     from peftx_cli.peek import Unfit, look
 
-    formats = {}
-    for option, file in (
-        ("--data", asked.data),
-        ("--eval", asked.eval),
-        ("--calibration", asked.calibration),
-    ):
-        if file is not None:
-            try:
-                formats[option] = look(_from_here(file))
-            except Unfit as error:
-                raise PeftxError(f"{option}: {error.message}", hint=error.hint or None) from error
-    return formats
+    try:
+        return look(_from_here(file))
+    except Unfit as error:
+        raise PeftxError(f"{option}: {error.message}", hint=error.hint or None) from error
 
 
 def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def read_tolerantly(path: str | os.PathLike[str]) -> tuple[Document, list[Fault]
     except FileNotFoundError as error:
         raise PeftxError(f"there is no file {place}", hint=_beside(place)) from error
     except IsADirectoryError as error:
-        raise PeftxError(f"cannot read {place}: it is a folder", hint=_beside(place / "spec")) from error
+        hint = _beside(place / "spec") or "give a file of YAML"
+        raise PeftxError(f"cannot read {place}: it is a folder", hint=hint) from error
     except ValueError as error:
         raise PeftxError(f"{str(place)!r} cannot be the name of a file: {error}") from error
     except OSError as error:

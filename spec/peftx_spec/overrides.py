@@ -15,6 +15,8 @@ SECTIONS = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "outp
 SETTABLE = ("model", "data", "train", "evaluate", "output")
 RESERVED_IDS = frozenset({*SECTIONS, "all"})
 
+VALUES = "a value as in YAML: 16, 1e-4, [1, 2], {a: 1}, 'text with [brackets'"
+
 _SHORTHAND: dict[Path, str] = {
     ("model",): "id",
     ("data", "train"): "path",
@@ -86,7 +88,7 @@ def _carry_out(result: Overridden, index: int, text: str) -> None:
     try:
         value = parse_value(raw)
     except ScalarError as error:
-        raise _OverrideError(str(error), column=len(target) + 2) from error
+        raise _OverrideError(str(error), column=len(target) + 2, expected=VALUES) from error
     path, rest = _target(result.data, names)
     _put(result, index, path, rest, value, column=len(target) + 2)
 

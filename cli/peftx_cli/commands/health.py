@@ -258,7 +258,10 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
     if output is not None and Path(output).suffix != ".html":
         raise PeftxError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
     if output is not None and not Path(output).absolute().parent.is_dir():
-        raise PeftxError(f"--output {output}: there is no folder {Path(output).parent}")
+        raise PeftxError(
+            f"--output {output}: there is no folder {Path(output).parent}",
+            hint="make it, or name another file",
+        )
     with reporter() as told:
         told.stage("matrix", [])
         found = run_matrix(
@@ -299,6 +302,7 @@ def _options(texts: list[str]) -> dict[str, Any]:
     """`rank=4` as an option of the plugin, read like a value of a spec."""
     from peftx_spec.errors import PeftxError
     from peftx_spec.loader import parse_value
+    from peftx_spec.overrides import VALUES
     from peftx_spec.scalars import ScalarError
 
     found: dict[str, Any] = {}
@@ -309,5 +313,5 @@ def _options(texts: list[str]) -> dict[str, Any]:
         try:
             found[key] = parse_value(value)
         except ScalarError as error:
-            raise PeftxError(f"--set {text}: {error}") from error
+            raise PeftxError(f"--set {text}: {error}", hint=VALUES) from error
     return found

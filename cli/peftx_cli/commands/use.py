@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,13 +72,15 @@ def evaluate(
     """Measure a bundle or a model on a data file."""
     from peftx.models import asset_path
     from peftx_cli.progress import reporter
+    from peftx_cli.recipe import format_of
     from peftx_cli.render import print_json, print_table
     from peftx_cli.stacks import open_stack
     from peftx_cli.summary import score_dict
 
+    names = metric or ["perplexity"]
+    _check_metrics(names, format_of("--data", data))
     path = asset_path(data)
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
-    names = metric or ["perplexity"]
     with reporter() as told:
         told.stage("evaluate", names)
         scores = stack.evaluate(
@@ -97,6 +100,21 @@ def evaluate(
         for score in scores.values()
     ]
     print_table(f"{target} on {data}", ("measure", "value", "95 % interval", "count", "unit"), rows)
+
+
+def _check_metrics(names: Sequence[str], format: str | None) -> None:
+    """Raises PeftxError for a metric that cannot read rows of this format, before a model is loaded."""
+    from peftx_spec.checks import metric_for
+    from peftx_spec.errors import PeftxError
+    from peftx_spec.models import METRIC_FORMATS
+
+    for name in names:
+        fitting = METRIC_FORMATS.get(name)
+        if format is not None and fitting is not None and format not in fitting:
+            raise PeftxError(
+                f"{name} reads rows of {' or '.join(fitting)}, and these are {format}",
+                hint=metric_for(format),
+            )
 
 
 def generate(
