@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftx.compression.batches import calibration_texts
@@ -158,34 +159,25 @@ class Run:
                 "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
             )
 
-    def _check_output(self) -> None:
-        if self.pipeline.output is None:
-            return
-        path = Path(self.pipeline.output)
-        if path.is_file() or (
-            path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
-        ):
-            raise BundleError(
-                f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
-            )
+    def _targets(self) -> list[Path]:
+        """The folders that bundles will stand in."""
+        saved = [stage.save.path for stage in self.stages if stage.save is not None]
+        return [Path(path) for path in dict.fromkeys([self.pipeline.output, *saved]) if path is not None]
 
-    def _make_place(self) -> None:
-        """The folder that the bundle will stand in, before anything takes time."""
-        if self.pipeline.output is None:
-            return
-        parent = Path(self.pipeline.output).parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BundleError(
-                f"output '{self.pipeline.output}': {parent} cannot be made: {error.strerror}",
-                hint="choose another folder",
-            ) from error
+    def _check_output(self) -> None:
+        for path in self._targets():
+            if path.is_file() or (
+                path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
+            ):
+                raise BundleError(
+                    f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
+                )
 
     def run(self) -> RunResult:
         """Carry out all stages."""
         model = self.pipeline.model
-        self._make_place()
+        for target in self._targets():
+            make_place(target)
         self.reporter.stage("load", [])
         started = time.perf_counter()
         seed = self.pipeline.train.seed if self.pipeline.train is not None else 0
@@ -372,6 +364,23 @@ class Run:
         self.result.bytes_after = folder_bytes(self.result.output)
         shutil.rmtree(checkpoints(Path(target)), ignore_errors=True)  # the run is complete
         return f"{self.result.output} ({self.result.bytes_after:,} bytes)"
+
+
+def make_place(target: Path) -> None:
+    """The folder that `target` will stand in, before anything takes time.
+
+    Raises:
+        BundleError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=target.parent):
+            pass  # permissions do not tell all: a disk may be read-only, or its quota used up
+    except OSError as error:
+        raise BundleError(
+            f"output '{target}': nothing can be written in {target.parent}: {error.strerror}",
+            hint="choose another folder",
+        ) from error
 
 
 def checkpoints(output: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,3 +55,59 @@ def test_a_place_that_cannot_be(
     (installed.work / "spec.yaml").write_text(text, "utf-8")
     message = refused(*(word.format(place) for word in words))
     assert message.strip()
+
+
+UNWRITABLE = "/proc/peftx-test"  # a folder that exists, and in which not even root can write
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc, where nobody can write")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["apply", "-p", "fake-gain", "--output", UNWRITABLE],
+        ["apply", "spec.yaml", "--output", UNWRITABLE],
+        ["train", "spec.yaml", "--output", f"{UNWRITABLE}/deeper/out"],
+        ["apply", "saves.yaml"],
+        ["merge", "peftx:tiny", UNWRITABLE],
+        ["matrix", "fake-gain", "--output", f"{UNWRITABLE}.html"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    installed: Any, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    from peftx.models import load_model
+
+    def loads(*arguments: Any, meta: bool = False, **options: Any) -> Any:
+        assert meta, "the weights were loaded first"
+        return load_model(*arguments, meta=meta, **options)
+
+    monkeypatch.setattr("peftx.stack.load_model", loads)
+    monkeypatch.setattr("peftx.testing.matrix.run_matrix", loads)
+    installed.scaffold("fake-gain", "inject")
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: 'peftx:sample/train.jsonl'}\n"
+    text += "stack: [fake-gain]\ntrain: {steps: 1}\n"
+    (installed.work / "spec.yaml").write_text(text + "output: out\n", "utf-8")
+    stages = f"run: [inject, train, {{save: {UNWRITABLE}}}]\n"
+    (installed.work / "saves.yaml").write_text(text.replace("{steps: 1}", "{}") + stages, "utf-8")
+    message = refused(*words)
+    assert f"output '{UNWRITABLE}" in message
+    assert "hint: choose another folder" in message
+
+
+def test_every_folder_that_a_run_saves_to_is_looked_at_first(
+    installed: Any, refused: Callable[..., str], ok: Callable[..., str]
+) -> None:
+    installed.scaffold("fake-gain", "inject")
+    (installed.work / "mine").mkdir()
+    (installed.work / "mine" / "thesis.tex").write_text("years of work", "utf-8")
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: 'peftx:sample/train.jsonl'}\nstack: [fake-gain]\n"
+    text += "run: [inject, {train: {steps: 1}}, {save: mine}]\n"
+    (installed.work / "spec.yaml").write_text(text, "utf-8")
+    message = refused("apply", "spec.yaml")
+    assert "mine' exists and is no bundle" in message
+    assert "train " not in message
+    (installed.work / "spec.yaml").write_text(text.replace("save: mine", "save: new/deep"), "utf-8")
+    ok("apply", "spec.yaml")
+    assert (installed.work / "new" / "deep" / "manifest.json").is_file()
+    assert not list(installed.work.glob("new/*tmp*"))

@@ -250,6 +250,7 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
 
     from peftx.errors import PeftxError
     from peftx.files import write_text
+    from peftx.pipeline import make_place
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
     from peftx_cli.progress import reporter
@@ -262,6 +263,8 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
             f"--output {output}: there is no folder {Path(output).parent}",
             hint="make it, or name another file",
         )
+    if output is not None:
+        make_place(Path(output))
     with reporter() as told:
         told.stage("matrix", [])
         found = run_matrix(

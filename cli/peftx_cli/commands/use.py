@@ -221,10 +221,11 @@ def merge(
     """
     from transformers.utils import logging
 
-    from peftx.pipeline import folder_bytes
+    from peftx.pipeline import folder_bytes, make_place
     from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
 
+    make_place(output)
     logging.disable_progress_bar()  # a library's own bar would stand between our lines
     stack: Stack = open_stack(bundle, model=model, device=device, trust_remote_code=trust_remote_code)
     path = stack.export(output)
