@@ -41,7 +41,10 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="as in lora.rank=16, train.steps=50"),
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="what to train on")]
-Eval = Annotated[str | None, typer.Option("--eval", metavar="FILE", help="held-out data, for the metrics")]
+Eval = Annotated[
+    str | None,
+    typer.Option("--eval", metavar="FILE", help="held-out data, for the metrics; else a tenth of --data"),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", metavar="FILE", help="text that compression calibrates on")
 ]

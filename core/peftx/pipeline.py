@@ -439,7 +439,8 @@ def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
     for _, group in sorted(groups.items()):
         if len(chosen) + len(group) <= wanted:
             chosen.update(group)
-    return chosen or set(min(groups.values(), key=lambda group: len(group)))
+    smallest: list[int] = min(groups.values(), key=len)
+    return chosen or set(smallest)
 
 
 def _rows(source: SourceSpec, *, limit: int | None) -> Dataset:

@@ -131,6 +131,11 @@ def test_all_mistakes_at_once(installed: Any, refused: Callable[..., str]) -> No
         ("latin.jsonl", '{"prompt": "é", "completion": "x"}'.encode("latin-1"), ["UTF-8"]),
         ("torn.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', ["torn.jsonl:2"]),
         ("list.jsonl", b"[1, 2]\n", ["list.jsonl:1"]),
+        (
+            "digits.jsonl",
+            b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}\n",
+            ["digits.jsonl:1"],
+        ),
     ],
 )
 def test_data_files(

@@ -230,13 +230,20 @@ def test_a_pipe_that_nobody_writes_to_is_empty_and_one_that_is_written_to_is_rea
         read(pipe)
 
     def write() -> None:
-        pipe.write_text(HEAD, "utf-8")
+        with pipe.open("w", encoding="utf-8") as file:
+            file.write(HEAD)
+            file.flush()
+            started.set()
+            time.sleep(0.3)  # whoever reads waits for the rest
+            file.write("output: out\n")
 
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # the writer waits for nobody
+    started = threading.Event()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # so that the writer waits for nobody
     thread = threading.Thread(target=write)
     thread.start()
+    assert started.wait(10)
+    assert read(pipe).data == {"peftx": 1, "model": "m", "output": "out"}
     thread.join(10)
-    assert read(pipe).data == {"peftx": 1, "model": "m"}
     os.close(reader)
 
 

@@ -365,6 +365,11 @@ CASES: list[tuple[str, str, list[str]]] = [
         ["at least 1"],
     ),
     (HEAD + "output: ▸${env:PEFTX_NOT_SET}\n", "output", ["PEFTX_NOT_SET is not set"]),
+    (
+        HEAD + TRAINED + "train: {steps: ▸'${env:PEFTX_NOT_SET}'}\n",
+        "train.steps",
+        ["PEFTX_NOT_SET is not set"],
+    ),
     (HEAD + "output: a\n▸output: b\n", "output", ["stands twice: first at line 3, column 1"]),
 ]
 

@@ -77,7 +77,6 @@ def train(
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
     from peftx.errors import PeftxError
     from peftx.registry import Registry
-    from peftx_cli import ahead
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 
@@ -102,20 +101,10 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             resume=resume,
             trust_remote_code=asked.trust_remote_code,
         )
-        for (
-            conflict
-        ) in recipe.conflicts:  # between plugins, Run has named it already: this one has another model
+        # What lies between two plugins Run has named by now; this is between a plugin and the model.
+        for conflict in recipe.conflicts:
             raise PeftxError(conflict.reason, hint=conflict.remedy or None)
-        ahead.warn(run.pipeline)
-        if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
-            failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
-        if not resume and _checkpoints(run):
-            failures.warn(
-                "an interrupted run into this folder can be resumed; this one starts at the beginning, and what the "
-                f"other has done is gone when it ends\n{_how_to_resume(run)}"
-            )
-        if resume and not _checkpoints(run):
-            failures.warn("no checkpoint to resume from: the run starts at the beginning")
+        _warn(run, resume=resume)
         try:
             result = run.run()
         except KeyboardInterrupt as error:
@@ -127,6 +116,23 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             raise
         texts = samples(run, result)
     report(run, result, texts, as_json=as_json)
+
+
+def _warn(run: Run, *, resume: bool) -> None:
+    """What this run replaces or begins anew, before it does."""
+    from peftx_cli import ahead
+
+    ahead.warn(run.pipeline)
+    found = _checkpoints(run)
+    if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
+        failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
+    if found and not resume:
+        failures.warn(
+            "an interrupted run into this folder can be resumed; this one starts at the beginning, and what the other "
+            f"has done is gone when it ends\n{_how_to_resume(run)}"
+        )
+    if resume and not found:
+        failures.warn("no checkpoint to resume from: the run starts at the beginning")
 
 
 def _checkpoints(run: Run) -> list[Path]:
