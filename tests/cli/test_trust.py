@@ -179,3 +179,29 @@ def test_python_takes_it_as_an_argument(stranger: Stranger) -> None:
     assert stranger.ran()
     assert load_run(file, trust_remote_code=True).trust_remote_code
     assert not load_run(file).trust_remote_code
+
+
+def test_a_bundle_with_a_base_of_its_own_does_not_ask_either(
+    stranger: Stranger, installed: Any, ok: Callable[..., str], run: Callable[..., Any]
+) -> None:
+    """A compressed bundle holds its base's configuration, and `transformers` asks at the keyboard unless it is told."""
+    from peftx.bundle.manifest import own_digest
+    from peftx.files import sha256
+
+    installed.scaffold("fake-bits", "compress")
+    ok("apply", "-p", "fake-bits", "--output", "small", "--metric", "none")
+    bundle = stranger.work / "small"
+    shutil.copy(stranger.work / "stranger" / "strange.py", bundle / "base" / "strange.py")
+    config = json.loads((bundle / "base" / "config.json").read_text("utf-8"))
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
+    (bundle / "base" / "config.json").write_text(json.dumps(config), "utf-8")
+    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    files = [file for file in bundle.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    manifest["files"] = {str(file.relative_to(bundle)): sha256(file) for file in files}
+    manifest["own"] = own_digest(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    assert not stranger.ran()
+    result = run("generate", "small", "x", "-n", "1", input="y\n" * 3)
+    assert not stranger.ran(), "the bundle's code ran"
+    assert result.exit_code == 2
+    assert FLAG in result.stderr
