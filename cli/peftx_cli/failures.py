@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-from peftx_spec.errors import PeftxError
+from peftx_spec.errors import PeftxError, visible
 from peftx_spec.problems import Problem, SpecError
 
+PLACES = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What a system says against a place: not allowed, full, a name that cannot be."""
 BAD_INPUT = 2
 INTERRUPTED = 130
 
 
 @contextmanager
 def reported(*, traceback: bool = False) -> Iterator[None]:
-    """Print `PeftxError`s on stderr and exit with 2; Ctrl-C exits with 130. Everything else is a bug and stays one."""
+    """Print `PeftxError`s, and what the system says against a place on the disk, on stderr and exit with 2; Ctrl-C
+    exits with 130. Everything else is a bug and stays one."""
     try:
         yield
-    except PeftxError as error:
+    except (PeftxError, OSError) as error:
+        told = error if isinstance(error, PeftxError) else _of_a_place(error)
+        if told is None:
+            raise
         if traceback:
             import traceback as module
 
-            module.print_exc()
-        show(error)
+            print(visible(module.format_exc(), lines=True), file=sys.stderr)
+        show(told)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
         say("interrupted", hint="nothing half-written is left behind")
         raise typer.Exit(INTERRUPTED) from error
 
 
+def _of_a_place(error: OSError) -> PeftxError | None:
+    """The system's error as one that the user can mend; None where it is not about a file or folder that is named."""
+    if error.errno not in PLACES or error.filename is None:
+        return None
+    return PeftxError(
+        f"{error.filename}: {error.strerror}", hint="give another place, or make room or way there"
+    )
+
+
 def show(error: PeftxError) -> None:
     """One error, or all problems of a spec."""
     if isinstance(error, SpecError):
         for problem in error.problems:
-            _print_problem(problem)
+            _print_problem(problem)  # its text is fit to be shown
         count = len(error.problems)
         print(f"{count} problem{'s' if count > 1 else ''} in the spec; nothing was run", file=sys.stderr)
     else:
@@ -45,6 +74,7 @@ def show(error: PeftxError) -> None:
 
 def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
     """A message on stderr: a panel on a terminal, plain lines elsewhere, so that logs stay readable."""
+    message, hint = visible(message, lines=True), visible(hint or "", lines=True)
     if not sys.stderr.isatty():
         print(f"{title}: {message}", file=sys.stderr)
         if hint:
@@ -79,5 +109,5 @@ def _print_problem(problem: Problem) -> None:
     if rest:
         shown.append(f"\n{rest}", style="not bold default")
     if problem.suggestion:
-        shown.highlight_words([problem.suggestion], style="cyan")
+        shown.highlight_words([visible(problem.suggestion)], style="cyan")
     Console(stderr=True).print(shown, "\n", soft_wrap=True)

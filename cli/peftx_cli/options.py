@@ -6,6 +6,25 @@ from typing import Annotated
 
 import typer
 
+
+def known_device(name: str) -> str:
+    """The device's name, if it is one; whether the machine has it is for torch to say.
+
+    Raises:
+        PeftxError: no name of a device.
+    """
+    import re
+
+    from peftx_spec.errors import PeftxError
+    from peftx_spec.models import DEVICE
+
+    if not re.match(DEVICE, name):
+        raise PeftxError(
+            f"--device {name}: there is no such device", hint="one of auto, cpu, cuda, cuda:0, mps"
+        )
+    return name
+
+
 Spec = Annotated[
     str | None, typer.Argument(metavar="[SPEC]", help="pipeline as YAML; or name plugins instead")
 ]
@@ -22,7 +41,10 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="as in lora.rank=16, train.steps=50"),
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="what to train on")]
-Eval = Annotated[str | None, typer.Option("--eval", metavar="FILE", help="held-out data, for the metrics")]
+Eval = Annotated[
+    str | None,
+    typer.Option("--eval", metavar="FILE", help="held-out data, for the metrics; else a tenth of --data"),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", metavar="FILE", help="text that compression calibrates on")
 ]
@@ -37,4 +59,7 @@ Metrics = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="folder of the bundle")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for scripts")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps", callback=known_device)]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from peftx_spec.errors import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -37,12 +39,16 @@ def reporter() -> ClosingReporter:
     return BarReporter() if sys.stderr.isatty() else LineReporter()
 
 
+def _title(name: str, ids: Sequence[str]) -> str:
+    return visible(f"{name} {', '.join(ids)}".rstrip())
+
+
 def _line(name: str, seconds: float, detail: str) -> str:
-    return f"{name:<9} {seconds:7.2f} s  {detail}".rstrip()
+    return visible(f"{name:<9} {seconds:7.2f} s  {detail}".rstrip())
 
 
 def _values(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return visible("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
 class Interrupts:
@@ -99,7 +105,7 @@ class LineReporter:
         self._next = 0.0
 
     def stage(self, name: str, ids: Sequence[str]) -> None:
-        self._name = f"{name} {', '.join(ids)}".rstrip()
+        self._name = _title(name, ids)
         self._next = time.monotonic() + LOG_SECONDS
 
     def progress(self, done: int, total: int, values: dict[str, float]) -> None:
@@ -142,15 +148,15 @@ class BarReporter:
         self._stop()
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             console=self._console,
             transient=True,
         )
-        self._task = self._bar.add_task(f"{name} {', '.join(ids)}".rstrip(), total=None, values="")
+        self._task = self._bar.add_task(_title(name, ids), total=None, values="")
         self._bar.start()
 
     def progress(self, done: int, total: int, values: dict[str, float]) -> None:

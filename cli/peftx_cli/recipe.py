@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peftx.registry import Registry
-    from peftx_spec import Pipeline
+    from peftx_spec import Pipeline, PlannedConflict
 
 TINY = "peftx:tiny"
 SAMPLE = {
@@ -24,6 +27,8 @@ OUTPUT = "peftx-out"
 STEPS = 60
 RATE = 3e-3
 NO_METRIC = "none"
+HOLDOUT = {"share": 0.1, "most": 1000}
+COMMAND_LINE = "<command line>"
 CHECKPOINTS = 4  # of a run, so that an interrupted one has something to resume
 
 
@@ -41,6 +46,7 @@ class Asked:
     output: str | None = None
     overrides: Sequence[str] = ()
     metrics: Sequence[str] = ()
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Recipe:
     where: dict[str, str] = field(default_factory=dict)
     text: str = ""
     """The pipeline as short YAML, overrides and options in it."""
+    conflicts: Sequence[PlannedConflict] = ()
+    """What a plan of it found in the way, where one was made."""
 
 
 def read(asked: Asked, registry: Registry) -> Recipe:
@@ -59,9 +67,9 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     Raises:
         PeftxError: neither a spec nor a plugin, or both. SpecError: all that is wrong in it.
     """
+    from peftx_cli import ahead
     from peftx_spec import load_spec, resolved
     from peftx_spec.dumper import dump_plain
-    from peftx_spec.models import EvaluateSpec
 
     if bool(asked.spec) == bool(asked.plugins):
         problem = (
@@ -72,19 +80,38 @@ def read(asked: Asked, registry: Registry) -> Recipe:
         raise PeftxError(
             problem, hint="peftx apply pipeline.yaml, or peftx apply --plugin lora --plugin prefixquant"
         )
+    flags: dict[str, str] = {}
+    conflicts: Sequence[PlannedConflict] = ()
     if asked.spec is None:
-        text = text_for(asked, registry)
-        loaded = load_spec(text, catalogue=registry, overrides=list(asked.overrides))
-        return Recipe(resolved(loaded.pipeline, Path.cwd()), {}, dump_plain(loaded.overridden.data))
-    loaded = load_spec(asked.spec, catalogue=registry, overrides=[*asked.overrides, *_as_overrides(asked)])
-    pipeline = resolved(loaded.pipeline, Path(asked.spec).parent)
-    where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
+        text, conflicts = text_for(asked, registry)
+    else:
+        text, flags = asked.spec, _flags(asked)
+    with _naming(asked, flags):
+        overrides = [*asked.overrides, *flags]
+        loaded = load_spec(text, catalogue=registry, overrides=overrides, name=COMMAND_LINE)
+        folder = Path.cwd() if asked.spec is None else Path(asked.spec).parent
+        pipeline = resolved(loaded.pipeline, folder)
+        ahead.check(loaded, pipeline, registry)
+    places = {} if asked.spec is None else {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
     data = loaded.overridden.data
-    if asked.metrics:
-        data = {**data, "evaluate": _metrics(asked)}  # type: ignore[dict-item]
-        metrics = tuple(EvaluateSpec.model_validate({name: {}}) for name in _metrics(asked))
-        pipeline = pipeline.model_copy(update={"evaluate": metrics})
-    return Recipe(pipeline, where, dump_plain(data))
+    if asked.spec is not None and list(asked.metrics) == [NO_METRIC]:
+        data = {**data, "evaluate": []}
+        pipeline = pipeline.model_copy(update={"evaluate": ()})
+    return Recipe(pipeline, places, dump_plain(data), conflicts)
+
+
+@contextmanager
+def _naming(asked: Asked, flags: dict[str, str]) -> Iterator[None]:
+    """Options of the command line go into a spec as overrides; their problems are theirs, and not those of a --set."""
+    from peftx_spec.problems import SpecError
+
+    names = {f"--set #{len(asked.overrides) + n}": flag for n, flag in enumerate(flags.values(), start=1)}
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(
+            [replace(problem, file=names.get(problem.file, problem.file)) for problem in error.problems]
+        ) from error
 
 
 def without_compression(recipe: Recipe, registry: Registry) -> Recipe:
@@ -111,63 +138,108 @@ def without_compression(recipe: Recipe, registry: Registry) -> Recipe:
     return replace(recipe, pipeline=pipeline, text=dump(pipeline))
 
 
-def text_for(asked: Asked, registry: Registry) -> str:
-    """The YAML of a list of plugins, with every stage spelled out: evaluate, change, evaluate again, save."""
+def text_for(asked: Asked, registry: Registry) -> tuple[str, Sequence[PlannedConflict]]:
+    """The YAML of a list of plugins, with every stage spelled out: evaluate, change, evaluate again, save; and what a
+    plan of it found in the way."""
+    from peftx_spec import Pipeline, stages_of
     from peftx_spec.dumper import dump_plain
 
-    return dump_plain(_document(asked, registry))
-
-
-def _document(asked: Asked, registry: Registry) -> dict[str, Any]:
-    from peftx_spec import Pipeline, stages_of
-
     stack = _entries(asked.plugins, registry)
-    hooks = [registry.hooks(entry["use"]) for entry in stack]
-    data = {"train": asked.data or SAMPLE["train"], "eval": asked.eval or asked.data or SAMPLE["eval"]}
-    data["calibration"] = asked.calibration or (asked.data if asked.data else SAMPLE["calibration"])
+    hooks = frozenset[str]().union(*(registry.hooks(entry["use"]) for entry in stack))
+    formats = _formats(asked)
     document: dict[str, Any] = {
         "peftx": 1,
         "model": {"id": _model(asked.model) or TINY},
-        "data": {name: _from_here(path) for name, path in data.items()},
+        "data": {},
         "stack": stack,
         "output": asked.output or OUTPUT,
+        "evaluate": _metrics(asked) if asked.metrics else _metrics_for(formats),
     }
-    if not any("compress" in own for own in hooks):
-        del document["data"]["calibration"]
-    if _trains(document, hooks, registry):
+    measures = bool(document["evaluate"]) or "evaluate" in hooks
+    document["data"] = _data(asked, hooks, trains=True, measures=measures)
+    trains, conflicts = _trains(document, asked, hooks, registry)
+    if not trains:
+        document["data"] = _data(asked, hooks, trains=False, measures=measures)
+        if asked.steps is not None:
+            raise PeftxError(
+                "--steps has no effect: no plugin of this stack trains", hint="peftx list --hook inject"
+            )
+    else:
         steps = asked.steps or STEPS
         document["train"] = {
             "steps": steps,
             "learning_rate": RATE,
             "checkpoint_every": max(1, steps // CHECKPOINTS),
         }
-    elif asked.steps is not None:
-        raise PeftxError(
-            "--steps has no effect: no plugin of this stack trains", hint="peftx list --hook inject"
-        )
-    document["evaluate"] = _metrics(asked) if asked.metrics else _metrics_for(data["eval"])
-    stages = stages_of(Pipeline.model_validate(document), registry)
+    document["run"] = _run(stages_of(Pipeline.model_validate(document), registry), measures=measures)
     order = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
-    document["run"] = _run(stages)
-    if not document["evaluate"] and not any("evaluate" in own for own in hooks):
-        document["run"] = [
-            stage for stage in document["run"] if not isinstance(stage, dict) or "evaluate" not in stage
-        ]
-    return {key: document[key] for key in order if key in document}
+    return dump_plain({key: document[key] for key in order if key in document}), conflicts
+
+
+def _formats(asked: Asked) -> dict[str, str | None]:
+    """The formats of the files that the command line names.
+
+    Raises:
+        PeftxError: one that is not there, or that holds no rows.
+    """
+    named = {"--data": asked.data, "--eval": asked.eval, "--calibration": asked.calibration}
+    return {option: format_of(option, file) for option, file in named.items() if file is not None}
+
+
+def format_of(option: str, file: str) -> str | None:
+    """The format of a file's rows, if the first one tells. Raises `PeftxError`, as `_formats`."""
+    from peftx_cli.peek import Unfit, look
+
+    try:
+        return look(_from_here(file))
+    except Unfit as error:
+        raise PeftxError(f"{option}: {error.message}", hint=error.hint or None) from error
+
+
+def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) -> dict[str, Any]:
+    """The data that this stack reads: the files of the command line, else the samples.
+
+    What is trained on is not measured on: without --eval a part of the rows of --data is held out.
+
+    Raises:
+        PeftxError: a file that nothing would read.
+    """
+    compresses = "compress" in hooks
+    reads = trains or "prepare_data" in hooks or (compresses and asked.calibration is None)
+    data: dict[str, Any] = {}
+    if asked.data is None:
+        data = {name: SAMPLE[name] for name in ("train", "eval", "calibration")}
+        if not trains and "prepare_data" not in hooks:
+            del data["train"]
+    elif reads:
+        data = {"train": _from_here(asked.data)} | ({"holdout": HOLDOUT} if measures else {})
+    elif asked.eval is None:
+        data = {"eval": _from_here(asked.data)}  # nothing learns from it
+    else:
+        raise PeftxError("--data has no effect: nothing in this stack reads it", hint="leave it out")
+    if asked.eval is not None:
+        data = {name: source for name, source in data.items() if name != "holdout"}
+        data["eval"] = _from_here(asked.eval)
+    if asked.calibration is not None:
+        data["calibration"] = _from_here(asked.calibration)
+    if not compresses:
+        if asked.calibration is not None:
+            raise PeftxError(
+                "--calibration has no effect: no plugin of this stack compresses",
+                hint="peftx list --hook compress",
+            )
+        data.pop("calibration", None)
+    return {name: data[name] for name in ("train", "holdout", "eval", "calibration") if name in data}
 
 
 def _metrics(asked: Asked) -> list[str]:
     return [] if list(asked.metrics) == [NO_METRIC] else list(asked.metrics)
 
 
-def _metrics_for(file: str) -> list[str]:
+def _metrics_for(formats: dict[str, str | None]) -> list[str]:
     """The metric that says most of rows of this format."""
-    if file.startswith("peftx:"):
-        return ["perplexity"]
-    from peftx.data import detect_format
-
-    kind = detect_format(Path(file).expanduser())
-    return {"classification": ["accuracy"], "preference": []}.get(kind, ["perplexity"])
+    kind = formats.get("--eval", formats.get("--data"))
+    return {"classification": ["accuracy"], "preference": []}.get(kind or "", ["perplexity"])
 
 
 def _entries(names: Sequence[str], registry: Registry) -> list[dict[str, Any]]:
@@ -180,20 +252,30 @@ def _entries(names: Sequence[str], registry: Registry) -> list[dict[str, Any]]:
     return entries
 
 
-def _trains(document: dict[str, Any], hooks: Sequence[frozenset[str]], registry: Registry) -> bool:
-    """Whether a parameter of the stack trains: asked of the stack itself, on the meta device."""
-    if any("train_step" in own for own in hooks):
-        return True
-    if not any("inject" in own for own in hooks):
-        return False
+def _trains(
+    document: dict[str, Any], asked: Asked, hooks: frozenset[str], registry: Registry
+) -> tuple[bool, Sequence[PlannedConflict]]:
+    """Whether a parameter of the stack trains: asked of the stack itself, on the meta device, overrides in it; and what
+    is in the way.
+
+    Raises:
+        SpecError: what is wrong with the overrides, before a model is looked at.
+    """
+    if "train_step" in hooks:
+        return True, ()
+    if "inject" not in hooks:
+        return False, ()
     from peftx.planning import plan
-    from peftx_spec import Pipeline
+    from peftx_spec import load_spec
+    from peftx_spec.dumper import dump_plain
 
-    planned = plan(Pipeline.model_validate(document), registry=registry)
-    return bool(planned.conflicts) or planned.totals.trainable_params > 0  # a conflict is reported by the run
+    draft = dump_plain({**document, "train": {}})
+    loaded = load_spec(draft, catalogue=registry, overrides=list(asked.overrides), name=COMMAND_LINE)
+    planned = plan(loaded.pipeline, registry=registry, trust_remote_code=asked.trust_remote_code)
+    return bool(planned.conflicts) or planned.totals.trainable_params > 0, planned.conflicts
 
 
-def _run(stages: Sequence[Any]) -> list[Any]:
+def _run(stages: Sequence[Any], *, measures: bool) -> list[Any]:
     """Stages as YAML, an evaluation around each that changes the model."""
     kinds = [stage.kind for stage in stages]
     changing = [index for index, kind in enumerate(kinds) if kind in ("inject", "train")]
@@ -209,11 +291,13 @@ def _run(stages: Sequence[Any]) -> list[Any]:
             run.append({"evaluate": {"name": name}})
         elif changing and index == changing[-1]:
             run.append({"evaluate": {"name": "adapted"}})
+    if not measures:
+        run = [stage for stage in run if not isinstance(stage, dict) or "evaluate" not in stage]
     return [*run, "save"]
 
 
 def _from_here(path: str) -> str:
-    return path if path.startswith("peftx:") else str(Path(path).expanduser().absolute())
+    return path if path.startswith("peftx:") else os.path.abspath(os.path.expanduser(path))
 
 
 def _model(id: str | None) -> str | None:
@@ -221,18 +305,23 @@ def _model(id: str | None) -> str | None:
     return _from_here(id) if id and id.startswith(("./", "../", "~/")) else id
 
 
-def _as_overrides(asked: Asked) -> list[str]:
-    """The options of the command line as overrides of a spec."""
-    from peftx_spec.dumper import dump_plain
+def _flags(asked: Asked) -> dict[str, str]:
+    """The options of the command line as overrides of a spec, and what each is called."""
+    import json
 
-    texts = {
-        "model.id": _model(asked.model),
-        "data.train.path": asked.data and _from_here(asked.data),
-        "data.eval.path": asked.eval and _from_here(asked.eval),
-        "data.calibration.path": asked.calibration and _from_here(asked.calibration),
-        "output": asked.output and _from_here(asked.output),
+    from peftx_spec.scalars import escape
+
+    values: dict[str, tuple[str, object]] = {
+        "--model": ("model.id", _model(asked.model)),
+        "--data": ("data.train.path", asked.data and _from_here(asked.data)),
+        "--eval": ("data.eval.path", asked.eval and _from_here(asked.eval)),
+        "--calibration": ("data.calibration.path", asked.calibration and _from_here(asked.calibration)),
+        "--output": ("output", asked.output and _from_here(asked.output)),
+        "--metric": ("evaluate", _metrics(asked)),
+        "--steps": ("train.steps", asked.steps),
     }
-    overrides = [
-        f"{key}={dump_plain({'v': text}).removeprefix('v: ').strip()}" for key, text in texts.items() if text
-    ]
-    return [*overrides, f"train.steps={asked.steps}"] if asked.steps is not None else overrides
+    return {
+        f"{target}={escape(json.dumps(value, ensure_ascii=False))}": flag
+        for flag, (target, value) in values.items()
+        if value
+    }

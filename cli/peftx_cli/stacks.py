@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,15 @@ if TYPE_CHECKING:
     from peftx.stack import Stack
 
 
-def open_stack(target: str, *, model: str | None = None, device: str = "auto") -> Stack:
+def open_stack(
+    target: str, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> Stack:
     """The stack of a bundle, or a plain model as a stack without plugins.
 
     Args:
         target: a bundle's folder, peftx:tiny, a model's folder, or a hub id.
         model: the bundle's base model, where it lies elsewhere now.
+        trust_remote_code: run Python code that the model brings along.
 
     Raises:
         PeftxError: no such bundle or model, or a bundle that does not fit its base.
@@ -25,13 +29,13 @@ def open_stack(target: str, *, model: str | None = None, device: str = "auto") -
     from peftx.models import TINY
     from peftx.stack import Stack
 
-    folder = Path(target).expanduser()
+    folder = Path(os.path.expanduser(target))  # pathlib's own raises for an unknown user
     if (folder / "manifest.json").exists() or (folder.is_dir() and not (folder / "config.json").exists()):
         if device == "auto":
             import torch
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load(folder, model=model, device=device)
+        return load(folder, model=model, device=device, trust_remote_code=trust_remote_code)
     if model is not None:
         raise PeftxError(
             f"--model names the base of a bundle, and '{target}' is none", hint="leave --model out"
@@ -44,4 +48,4 @@ def open_stack(target: str, *, model: str | None = None, device: str = "auto") -
             f"bundles there: {', '.join(names)}" if names else f"or {TINY}"
         )
         raise PeftxError(f"there is no bundle or model '{target}'", hint=hint)
-    return Stack(target, device=device)
+    return Stack(target, device=device, trust_remote_code=trust_remote_code)

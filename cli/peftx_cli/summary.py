@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from peftx_cli.render import print_json, print_table, size
+from peftx_cli.render import out, print_json, print_table, size
 
 if TYPE_CHECKING:
     from peftx.evaluation import Score
     from peftx.pipeline import Run, RunResult
-    from peftx.stack import Stack
-    from peftx_spec import Pipeline
+    from peftx_spec import DataSpec
 
 SAMPLES = 2
 SAMPLE_TOKENS = 48
@@ -18,21 +18,16 @@ RESTATED = ("nll", "bits_per_byte")  # the perplexity in other units; --json has
 PROMPT_WORDS = 12  # of a text that has no prompt of its own
 
 
-def samples(stack: Stack, pipeline: Pipeline) -> list[dict[str, str]]:
+def samples(run: Run, result: RunResult) -> list[dict[str, str]]:
     """What the finished stack writes after the first prompts of the held-out data; none where there is no text.
 
     Returns:
         `prompt` and `text`, and `reference` where the data has one.
     """
-    from peftx.data import read_dataset
-    from peftx.models import asset_path
-
-    source = pipeline.data.eval or pipeline.data.train
-    if source is None or not stack.model.can_generate() or stack._tokenizer is None:
+    stack = result.stack
+    if not stack.model.can_generate() or stack._tokenizer is None:
         return []
-    rows = read_dataset(
-        asset_path(source.path), format=source.format, columns=dict(source.columns) or None, limit=SAMPLES
-    )
+    rows = _held_out(run.pipeline.data) if result.held_out is None else result.held_out.rows.take(SAMPLES)
     found = []
     for row in rows:
         prompt, reference = _prompt(row)
@@ -41,6 +36,18 @@ def samples(stack: Stack, pipeline: Pipeline) -> list[dict[str, str]]:
         text = stack.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
         found.append({"prompt": prompt, "text": text, "reference": reference})
     return found
+
+
+def _held_out(data: DataSpec) -> Iterable[Any]:
+    from peftx.data import read_dataset
+    from peftx.models import asset_path
+
+    source = data.eval or data.train
+    if source is None:
+        return []
+    return read_dataset(
+        asset_path(source.path), format=source.format, columns=dict(source.columns) or None, limit=SAMPLES
+    )
 
 
 def _prompt(row: dict[str, Any]) -> tuple[str, str]:
@@ -62,10 +69,10 @@ def report(run: Run, result: RunResult, texts: list[dict[str, str]], *, as_json:
         rows(result),
     )
     for sample in texts:
-        print(f"\nprompt:    {_one_line(sample['prompt'])}")
-        print(f"model:     {_one_line(sample['text'])}")
+        out(f"\nprompt:    {_one_line(sample['prompt'])}")
+        out(f"model:     {_one_line(sample['text'])}")
         if sample["reference"]:
-            print(f"reference: {_one_line(sample['reference'])}")
+            out(f"reference: {_one_line(sample['reference'])}")
 
 
 def rows(result: RunResult) -> list[tuple[str, str, str]]:
@@ -81,6 +88,9 @@ def rows(result: RunResult) -> list[tuple[str, str, str]]:
     ]
     if result.output is not None:
         table.append(("bytes on disk after", f"{result.bytes_after:,}", _what_was_saved(result)))
+    if result.held_out is not None:
+        held, of = len(result.held_out.rows), result.held_out.of
+        table.append(("eval", f"{held:,} of {of:,} rows held out", f"seed {result.held_out.seed}"))
     for stage, scores in result.scores.items():
         for score in scores.values():
             if score.name not in RESTATED:
@@ -126,6 +136,9 @@ def to_dict(run: Run, result: RunResult, texts: list[dict[str, str]]) -> dict[st
         "trainable_parameters": result.trainable,
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
+        "held_out": None
+        if result.held_out is None
+        else {"rows": len(result.held_out.rows), "of": result.held_out.of, "seed": result.held_out.seed},
         "scores": {stage: score_dict(scores) for stage, scores in result.scores.items()},
         "training": [
             {"steps": t.steps, "first_loss": t.first_loss, "last_loss": t.last_loss, "seconds": t.seconds}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftx.compression.batches import calibration_texts
@@ -20,7 +23,7 @@ from peftx.registry import Registry
 from peftx.stack import Stack
 from peftx.training.run import TrainingReport, as_training_data, train
 from peftx_spec import load_spec, resolved, stages_of
-from peftx_spec.models import EvaluateSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.models import FORMATS, DataSpec, EvaluateSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
 from peftx_spec.stages import RunStage
 
 if TYPE_CHECKING:
@@ -53,6 +56,19 @@ class Silent:
     def finished(self, name: str, seconds: float, detail: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of the training data that are evaluated on and not trained on."""
+
+    rows: Dataset
+    of: int
+    """Rows that there were."""
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{len(self.rows):,} of {self.of:,} rows held out, seed {self.seed}"
+
+
 @dataclass
 class RunResult:
     """What a run left."""
@@ -66,6 +82,8 @@ class RunResult:
     output: Path | None = None
     bytes_before: int = 0
     bytes_after: int = 0
+    held_out: HeldOut | None = None
+    """What was evaluated on, where it was taken from the training data."""
 
 
 class Run:
@@ -74,6 +92,7 @@ class Run:
     Args:
         pipeline: valid, with absolute paths. where: id -> file:line:column, for errors.
         registry: the plugins. reporter: who is told. resume: train from the last checkpoint.
+        trust_remote_code: run Python code that the checkpoint brings along; no spec can ask for it.
 
     Everything that can be checked without the model is checked in the constructor: plugins, conflicts, data files and
     the place of the output, so that bad input changes nothing.
@@ -87,8 +106,10 @@ class Run:
         where: dict[str, str] | None = None,
         reporter: Reporter | None = None,
         resume: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self.pipeline = pipeline
+        self.trust_remote_code = trust_remote_code
         self.registry = registry or Registry()
         self.reporter = reporter or Silent()
         self.resume = resume
@@ -104,7 +125,7 @@ class Run:
         ]
         check(self.members)
         self.stages = stages_of(pipeline, self.registry)
-        self._rows: Dataset | None = None
+        self._rows, self.held_out = training_rows(pipeline.data)
         self._check_data()
         self._check_output()
         self.data: TrainingData | None = None
@@ -113,8 +134,7 @@ class Run:
 
     def _check_data(self) -> None:
         data = self.pipeline.data
-        if data.train is not None:
-            self._rows = _rows(data.train, limit=data.train.limit)
+        evaluated = data.train if data.holdout is not None else data.eval
         for source in (data.eval, data.calibration):
             if source is not None:
                 _rows(source, limit=1)
@@ -122,15 +142,15 @@ class Run:
         for metric in self.pipeline.evaluate:
             options = metric.options
             check_known(metric.metric, own)
-            path = options.path or (data.eval.path if data.eval is not None else None)
+            path = options.path or (evaluated.path if evaluated is not None else None)
             if options.path is not None:
                 read_dataset(asset_path(options.path), format=options.format, limit=1)
             if metric.metric not in METRICS or not any(s.evaluate is not None for s in self.stages):
                 continue
             if path is None:
                 continue  # the spec says so
-            if options.path is None and data.eval is not None:
-                check_metric(metric.metric, _format(data.eval))
+            if options.path is None and evaluated is not None:
+                check_metric(metric.metric, _format(evaluated))
             else:
                 known = options.format != "auto"
                 check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
@@ -139,34 +159,25 @@ class Run:
                 "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
             )
 
-    def _check_output(self) -> None:
-        if self.pipeline.output is None:
-            return
-        path = Path(self.pipeline.output)
-        if path.is_file() or (
-            path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
-        ):
-            raise BundleError(
-                f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
-            )
+    def _targets(self) -> list[Path]:
+        """The folders that bundles will stand in."""
+        saved = [stage.save.path for stage in self.stages if stage.save is not None]
+        return [Path(path) for path in dict.fromkeys([self.pipeline.output, *saved]) if path is not None]
 
-    def _make_place(self) -> None:
-        """The folder that the bundle will stand in, before anything takes time."""
-        if self.pipeline.output is None:
-            return
-        parent = Path(self.pipeline.output).parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BundleError(
-                f"output '{self.pipeline.output}': {parent} cannot be made: {error.strerror}",
-                hint="choose another folder",
-            ) from error
+    def _check_output(self) -> None:
+        for path in self._targets():
+            if path.is_file() or (
+                path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
+            ):
+                raise BundleError(
+                    f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
+                )
 
     def run(self) -> RunResult:
         """Carry out all stages."""
         model = self.pipeline.model
-        self._make_place()
+        for target in self._targets():
+            make_place(target)
         self.reporter.stage("load", [])
         started = time.perf_counter()
         seed = self.pipeline.train.seed if self.pipeline.train is not None else 0
@@ -175,12 +186,12 @@ class Run:
             self.members,
             dtype=model.dtype,
             device=model.device,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=self.trust_remote_code,
             seed=seed,
             inject=False,
         )
         stack.pipeline = self.pipeline
-        self.result = RunResult(stack, bytes_before=base_bytes(stack))
+        self.result = RunResult(stack, bytes_before=base_bytes(stack), held_out=self.held_out)
         self.reporter.finished(
             "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
         )
@@ -283,7 +294,9 @@ class Run:
 
     def _compress(self, stage: RunStage, index: int) -> str:
         source = self.pipeline.data.calibration or self.pipeline.data.train
-        rows = None if source is None else _rows(source, limit=source.limit)
+        rows = self._rows  # without those that are held out
+        if self.pipeline.data.calibration is not None:
+            rows = _rows(self.pipeline.data.calibration, limit=self.pipeline.data.calibration.limit)
         texts = None if rows is None else calibration_texts(rows, self._stack.tokenizer)
         dropped = {id for later in self.stages[index:] if later.kind == "drop" for id in later.ids}
         length = {} if source is None or source.max_length is None else {"length": source.max_length}
@@ -311,6 +324,8 @@ class Run:
                 rows = asset_path(options.path)
             elif source is not None:
                 rows = list(_rows(source, limit=options.limit or source.limit))
+            elif self.held_out is not None:
+                rows = list(self.held_out.rows)
             maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
             found |= stack.evaluate(
                 rows,
@@ -351,6 +366,23 @@ class Run:
         return f"{self.result.output} ({self.result.bytes_after:,} bytes)"
 
 
+def make_place(target: Path) -> None:
+    """The folder that `target` will stand in, before anything takes time.
+
+    Raises:
+        BundleError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=target.parent):
+            pass  # permissions do not tell all: a disk may be read-only, or its quota used up
+    except OSError as error:
+        raise BundleError(
+            f"output '{target}': nothing can be written in {target.parent}: {error.strerror}",
+            hint="choose another folder",
+        ) from error
+
+
 def checkpoints(output: Path) -> Path:
     """Where a run keeps its checkpoints until its bundle is written: beside the bundle, which holds no strange file."""
     return output.parent / f"{output.name}.checkpoints"
@@ -373,6 +405,44 @@ def _format(source: SourceSpec) -> str:
     return detect_format(asset_path(source.path), columns=source.columns or None)
 
 
+def training_rows(data: DataSpec) -> tuple[Dataset | None, HeldOut | None]:
+    """The rows that are trained on, and those that are held out of them.
+
+    Raises:
+        DataError: the file cannot be read, or none of its rows can be held out.
+    """
+    if data.train is None:
+        return None, None
+    rows = _rows(data.train, limit=data.train.limit)
+    if data.holdout is None:
+        return rows, None
+    held = _chosen(rows.select_columns(list(FORMATS[_format(data.train)])), data.holdout)
+    if not held:
+        raise DataError(
+            f"{data.train.path}: none of its {len(rows)} rows can be held out: there are no two that differ",
+            hint="give data to evaluate on: data: {eval: file} (--eval FILE), or evaluate nothing (--metric none)",
+        )
+    rest = [index for index in range(len(rows)) if index not in held]
+    return rows.select(rest), HeldOut(rows.select(sorted(held)), len(rows), data.holdout.seed)
+
+
+def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
+    """The rows to hold out, by what is in them: equal rows go together, and their order in the file plays no part."""
+    groups: dict[bytes, list[int]] = {}
+    for index, row in enumerate(rows):
+        text = f"{holdout.seed}:{json.dumps(row, sort_keys=True)}"
+        groups.setdefault(hashlib.sha256(text.encode()).digest(), []).append(index)
+    if len(groups) < 2:
+        return set()
+    wanted = min(max(1, round(holdout.share * len(rows))), holdout.most or len(rows), len(rows) - 1)
+    chosen: set[int] = set()
+    for _, group in sorted(groups.items()):
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    smallest: list[int] = min(groups.values(), key=len)
+    return chosen or set(smallest)
+
+
 def _rows(source: SourceSpec, *, limit: int | None) -> Dataset:
     path = asset_path(source.path)
     return read_dataset(path, format=_format(source), columns=source.columns or None, limit=limit)
@@ -385,6 +455,7 @@ def load_run(
     registry: Registry | None = None,
     reporter: Reporter | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
 ) -> Run:
     """Read and check a spec (a file, or YAML text); nothing runs yet.
 
@@ -398,7 +469,14 @@ def load_run(
     base = loaded.document.folder or Path.cwd()
     pipeline = resolved(loaded.pipeline, base)
     where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
-    return Run(pipeline, registry=registry, where=where, reporter=reporter, resume=resume)
+    return Run(
+        pipeline,
+        registry=registry,
+        where=where,
+        reporter=reporter,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def run(
@@ -408,6 +486,14 @@ def run(
     registry: Registry | None = None,
     reporter: Reporter | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
 ) -> RunResult:
     """Read a spec and carry it out."""
-    return load_run(spec, overrides=overrides, registry=registry, reporter=reporter, resume=resume).run()
+    return load_run(
+        spec,
+        overrides=overrides,
+        registry=registry,
+        reporter=reporter,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    ).run()

@@ -10,6 +10,7 @@ import torch
 from peftx.conflicts import Member, find_conflicts
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.models import load_model
+from peftx.pipeline import training_rows
 from peftx.registry import Registry
 from peftx.stack import Stack
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
@@ -18,7 +19,11 @@ from peftx_spec.stages import stages_of
 
 
 def plan(
-    pipeline: Pipeline, *, registry: Registry | None = None, where: dict[str, str] | None = None
+    pipeline: Pipeline,
+    *,
+    registry: Registry | None = None,
+    where: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of a pipeline. A conflict, or a plugin that this model cannot carry, is in `conflicts`, not raised."""
     registry = registry or Registry()
@@ -33,16 +38,18 @@ def plan(
     model, tokenizer = load_model(
         pipeline.model.id,
         dtype=pipeline.model.dtype,
-        trust_remote_code=pipeline.model.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         meta=True,
     )
     stages = stages_of(pipeline, registry)
+    held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(
         PlannedStage(
             name=stage.kind,
             plugins=() if stage.kind in ("evaluate", "save") else stage.ids,
             reads=_reads(pipeline, stage.kind),
             writes=(pipeline.output,) if stage.kind == "save" and pipeline.output else (),
+            detail=str(held_out) if stage.kind == "evaluate" and held_out is not None else "",
         )
         for stage in stages
     )
@@ -158,7 +165,7 @@ def _reads(pipeline: Pipeline, kind: str) -> tuple[str, ...]:
         "prepare": [data.train],
         "train": [data.train],
         "compress": [data.calibration or data.train],
-        "evaluate": [data.eval],
+        "evaluate": [data.eval if data.holdout is None else data.train],
     }.get(kind, [])
     found = [source.path for source in sources if source is not None]
     if kind == "evaluate":

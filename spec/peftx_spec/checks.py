@@ -13,13 +13,16 @@ from pydantic import ValidationError
 
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.errors import PeftxError, nearest
-from peftx_spec.models import METRICS
+from peftx_spec.models import FORMATS, METRIC_FORMATS, METRICS
 from peftx_spec.overrides import RESERVED_IDS, entry_ids
 from peftx_spec.problems import Path, describe, path_text
 from peftx_spec.stages import ALL, HOOK_OF_STAGE, RunStage
 from peftx_spec.translate import Finding, examine_options, known_keys
 
 Data = dict[str, object]
+
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+_LONGEST_NAME, _LONGEST_PLACE = 255, 4095  # bytes, on the systems that people use
 
 
 def check(data: Data, catalogue: Catalogue) -> list[Finding]:
@@ -28,11 +31,16 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
     hooks = _hooks(data, catalogue, names)
     return [
         *_version(data),
+        *_remote_code(data),
+        *_places(data),
+        *_large_numbers((), data),
         *_nulls(data),
         *_plugins(data, catalogue, names),
         *_ids(data),
         *_phases(data, hooks),
+        *_holdout(data),
         *_metrics(data, hooks),
+        *_metric_formats(data),
         *_run(data, hooks),
         *_needs(data, hooks),
     ]
@@ -73,12 +81,62 @@ def _version(data: Data) -> Iterator[Finding]:
         yield Finding(("peftx",), message, expected="1", got=describe(version))
 
 
+def _remote_code(data: Data) -> Iterator[Finding]:
+    """A spec may be a stranger's, who would then be trusting himself."""
+    if "trust_remote_code" in _mapping(data, "model"):
+        message = "'trust_remote_code' is not a spec's to set: it would let the file run code of its author's choice"
+        remedy = "leave it out; if you trust the model, run with --trust-remote-code (Python: trust_remote_code=True)"
+        yield Finding(("model", "trust_remote_code"), message, at_key=True, suggestion=remedy)
+
+
+def _places(data: Data) -> Iterator[Finding]:
+    """Names that no file can have; whether the file is there is another question."""
+    for path, name in _files(data):
+        if "\0" in name:
+            yield Finding(path, "no name of a file holds the character U+0000")
+            continue
+        part = max((len(part.encode("utf-8", "replace")) for part in name.split("/")), default=0)
+        whole = len(name.encode("utf-8", "replace"))
+        if part > _LONGEST_NAME or whole > _LONGEST_PLACE:
+            long, most = (part, _LONGEST_NAME) if part > _LONGEST_NAME else (whole, _LONGEST_PLACE)
+            yield Finding(path, f"a name of {long} bytes is too long for a file: at most {most}")
+
+
+def _files(data: Data) -> Iterator[tuple[Path, str]]:
+    """Path and value of everything that names a file or a folder."""
+    found: list[tuple[Path, object]] = [(("output",), data.get("output"))]
+    found += _either(("model",), data.get("model"), "id")
+    for key, source in _mapping(data, "data").items():
+        found += _either(("data", key), source, "path")
+    for index, item in enumerate(_list(data, "evaluate")):
+        for name, options in item.items() if isinstance(item, dict) else ():
+            found += _either(("evaluate", index, name), options, "path")
+    for index, item in enumerate(_list(data, "run")):
+        if isinstance(item, dict):
+            found += _either(("run", index, "save"), item.get("save"), "path")
+    return ((path, name) for path, name in found if isinstance(name, str))
+
+
+def _either(path: Path, value: object, key: str) -> list[tuple[Path, object]]:
+    """A place that stands bare or under a key: `train: x` is `train: {path: x}`."""
+    return [((*path, key), value.get(key))] if isinstance(value, dict) else [(path, value)]
+
+
+def _large_numbers(path: Path, value: object) -> Iterator[Finding]:
+    """Whole numbers that neither a file nor a tensor nor any other program holds."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _large_numbers((*path, key), item)
+    elif isinstance(value, int) and not _SMALLEST <= value <= _LARGEST:
+        yield Finding(path, "the number does not fit in 64 bits", got=describe(value))
+
+
 def _nulls(data: Data) -> Iterator[Finding]:
     """`train:` with nothing after it could mean the defaults or no training."""
     sections: list[tuple[Path, object]] = [((key,), data.get(key, "")) for key in ("train", "run", "output")]
     sections += [(("data", key), value) for key, value in _mapping(data, "data").items()]
     for path, value in sections:
-        if value is None and path[-1] in ("train", "run", "output", "eval", "calibration"):
+        if value is None and path[-1] in ("train", "run", "output", "eval", "calibration", "holdout"):
             remedy = (
                 "write {} for the defaults, or leave the key out"
                 if path == ("train",)
@@ -132,11 +190,13 @@ def _ids(data: Data) -> Iterator[Finding]:
     for index, use, entry in _entries(data):
         id = entry.get("id", use)
         path: Path = ("stack", index, "id" if "id" in entry else "use")
+        if not isinstance(id, str):
+            continue  # the pipeline's own validation says so
         if id in RESERVED_IDS:
             yield Finding(
                 path, f"'{id}' is a word of the spec and cannot be an id", suggestion="add another 'id:'"
             )
-        elif isinstance(id, str) and first[id] != index:
+        elif first[id] != index:
             free = next(name for n in range(2, len(taken) + 3) if (name := f"{id}-{n}") not in taken)
             what = f"the id '{id}'" if "id" in entry else f"the plugin '{use}'"
             message = f"{what} stands twice: first at {path_text(('stack', first[id]))}, again here"
@@ -156,11 +216,35 @@ def _phases(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
             yield Finding(path, message, at_key=True, suggestion="leave 'phase' out")
 
 
+def _holdout(data: Data) -> Iterator[Finding]:
+    """Rows that are held out of data.train must come from there, and nothing else may look at them."""
+    sources = _mapping(data, "data")
+    if sources.get("holdout") is None:
+        return
+    path: Path = ("data", "holdout")
+    if sources.get("train") is None:
+        message = "'holdout' keeps rows of data.train, and there is none"
+        yield Finding(path, message, at_key=True, suggestion="write 'data: {train: file}'")
+    if sources.get("eval") is not None:
+        message = "'eval' and 'holdout' exclude each other: both say what is evaluated on"
+        yield Finding(path, message, at_key=True, suggestion="leave one of them out")
+    trained, calibrated = (_place(sources.get(name)) for name in ("train", "calibration"))
+    if trained is not None and trained == calibrated:
+        message = "'calibration' names the file of 'train', and so the rows that 'holdout' keeps back too"
+        remedy = "leave 'calibration' out: it is the rows that are trained on then"
+        yield Finding(("data", "calibration"), message, suggestion=remedy)
+
+
+def _place(source: object) -> object:
+    return source.get("path") if isinstance(source, dict) else source
+
+
 def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
     plugins = [id for id, index in entry_ids(data).items() if "evaluate" in hooks.get(index, ())]
     unknown = {id for id, index in entry_ids(data).items() if index not in hooks}
     known = [*METRICS, *plugins]
-    held_out = _mapping(data, "data").get("eval") is not None
+    sources = _mapping(data, "data")
+    held_out = sources.get("eval") is not None or sources.get("holdout") is not None
     for index, item in enumerate(_list(data, "evaluate")):
         entries = {item: None} if isinstance(item, str) else item
         if not isinstance(entries, dict):
@@ -177,7 +261,41 @@ def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
                 )
             elif name in METRICS and not held_out and not _has_path(options):
                 message = f"'{name}' has no data: neither a path of its own nor data.eval"
-                yield Finding(path, message, at_key=True, suggestion=f"write '{name}: {{path: ...}}'")
+                remedy = f"write '{name}: {{path: ...}}', or keep rows of the training data: 'data: {{holdout: 0.1}}'"
+                yield Finding(path, message, at_key=True, suggestion=remedy)
+
+
+def _metric_formats(data: Data) -> Iterator[Finding]:
+    """Metrics that cannot read the rows that they are given, as far as `format:` tells."""
+    sources = _mapping(data, "data")
+    held_out = sources.get("eval") if sources.get("holdout") is None else sources.get("train")
+    for index, item in enumerate(_list(data, "evaluate")):
+        entries = {item: None} if isinstance(item, str) else item
+        for name, options in entries.items() if isinstance(entries, dict) else ():
+            format = _declared(options if _has_path(options) else held_out)
+            if name in METRIC_FORMATS and format in FORMATS and format not in METRIC_FORMATS[name]:
+                path: Path = ("evaluate", index, name) if isinstance(item, dict) else ("evaluate", index)
+                yield Finding(
+                    path,
+                    f"'{name}' cannot read these rows: they are {format}",
+                    at_key=True,
+                    expected=f"rows of {' or '.join(METRIC_FORMATS[name])}",
+                    suggestion=metric_for(str(format)),
+                )
+
+
+def metric_for(format: str) -> str:
+    """What to do about a metric that does not fit, as a suggestion."""
+    others = [name for name, formats in METRIC_FORMATS.items() if format in formats]
+    return (
+        f"for these rows there is {' and '.join(others)}"
+        if others
+        else "give it rows of another file: {path: ...}"
+    )
+
+
+def _declared(source: object) -> object:
+    return source.get("format") if isinstance(source, dict) else None
 
 
 def _has_path(options: object) -> bool:
@@ -259,20 +377,57 @@ def _run(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
 
 
 def _needs(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
-    """Training needs data, and evaluation something to compute."""
+    """Training needs data and something that trains, evaluation something to compute; and what is given has a use."""
     stages = list(_stages(data))
-    sources = any("prepare_data" in own for own in hooks.values())  # a plugin may make the data
     if data.get("run") is None:
         trains: list[Path] = [("train",)] if isinstance(data.get("train"), dict) else []
+        will_train, evaluates = "train" in data, True
     else:
         trains = [("run", index, "train") for index, _, stage in stages if stage.train is not None]
-    if trains and not sources and _mapping(data, "data").get("train") is None:
+        is_whole = len(stages) == len(_list(data, "run"))  # of a stage that is malformed nothing is known
+        will_train = bool(trains) or not is_whole or "train" in data  # that it has no effect is said already
+        evaluates = not is_whole or any(stage.evaluate is not None for _, _, stage in stages)
+    able = frozenset().union(*hooks.values())
+    is_known = len(hooks) == len(_list(data, "stack")) and isinstance(data.get("stack", []), list)
+    sources = _mapping(data, "data")
+    if trains and "prepare_data" not in able and sources.get("train") is None:  # a plugin may make the data
         message = "there is nothing to train on: data.train is missing"
         yield Finding(trains[0], message, at_key=True, suggestion="write 'data: {train: file}'")
-    computes = bool(_list(data, "evaluate")) or any("evaluate" in own for own in hooks.values())
+    elif trains and is_known and not able & {"inject", "train_step"}:
+        message = (
+            "there is nothing to train: no plugin of the stack injects parameters or brings a training step"
+        )
+        remedy = "add one to 'stack' (peftx list --hook inject), or leave 'train' out"
+        yield Finding(trains[0], message, at_key=True, suggestion=remedy)
+    if is_known:
+        yield from _idle_data(data, able, will_train=will_train)
+    metrics = bool(_list(data, "evaluate"))
+    if metrics and not evaluates:
+        message = "'evaluate' has no effect: 'run' has no evaluate stage"
+        yield Finding(("evaluate",), message, at_key=True, suggestion="add '- evaluate' to 'run'")
     for index, _, stage in stages:
-        if stage.evaluate is not None and not computes:
+        if stage.evaluate is not None and not metrics and "evaluate" not in able:
             message = "there is nothing to evaluate: the spec lists no metric"
             yield Finding(
                 ("run", index, "evaluate"), message, at_key=True, suggestion="add 'evaluate: [...]'"
             )
+
+
+def _idle_data(data: Data, able: frozenset[str], *, will_train: bool) -> Iterator[Finding]:
+    """Data that nothing reads: most often a 'train' section that was forgotten, and an adapter that stays untrained."""
+    sources = _mapping(data, "data")
+    calibrates = "compress" in able and sources.get("calibration") is None
+    read = will_train or "prepare_data" in able or calibrates or sources.get("holdout") is not None
+    if sources.get("train") is not None and not read:
+        message = "'data.train' has no effect: nothing is trained"
+        remedy = (
+            "add 'train: {}' for training with the defaults"
+            if data.get("run") is None
+            else "add '- train' to 'run'"
+        )
+        yield Finding(
+            ("data", "train"), message, at_key=True, suggestion=f"{remedy}, or leave data.train out"
+        )
+    if sources.get("calibration") is not None and "compress" not in able:
+        message = "'data.calibration' has no effect: no plugin of the stack compresses"
+        yield Finding(("data", "calibration"), message, at_key=True, suggestion="leave it out")

@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from peftx_spec.errors import UNSEEN
 from peftx_spec.scalars import escape, parse_scalar
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from peftx_spec.models import Pipeline
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./@+-]*")
-_ESCAPED = re.compile('["\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]')
+_ESCAPED = re.compile(f'["\\\\\ufffe\uffff]|{UNSEEN.pattern}')
 _WIDEST_FLOW = 80  # characters of a list of scalars on one line
 
 

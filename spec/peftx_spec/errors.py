@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""What steers a terminal, or is not seen: control characters, marks of direction, spaces of no width, surrogates."""
 
 
 class PeftxError(Exception):
@@ -19,7 +25,20 @@ class PeftxError(Exception):
         self.hint = None if hint is None else _printable(hint)
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+        text = self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+        return visible(text, lines=True)
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """Text of a file, a model or another author, so that no character of it acts on the terminal: `\\x1b[31m`.
+
+    `lines`: line breaks and tabs stay as they are.
+    """
+    return UNSEEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escaped(found[0]), text)
+
+
+def _escaped(char: str) -> str:
+    return repr(char)[1:-1] if char < "\u0100" else f"\\u{ord(char):04x}"
 
 
 LONGEST = 20_000

@@ -23,6 +23,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 20_000  # after aliases are followed, so nine lines of aliases cannot become a billion values
 
+_TOO_MANY = f"more than {MAX_VALUES} values, aliases followed"
+
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # as PyYAML counts lines
 _UNPRINTABLE = re.compile(
     "[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
@@ -112,16 +114,19 @@ def read_tolerantly(path: str | os.PathLike[str]) -> tuple[Document, list[Fault]
     """As `read`, but gives back the faults that leave the document readable."""
     place = FilePath(path)
     try:
-        size = place.stat().st_size
-        if size > MAX_BYTES:
-            raise PeftxError(
-                f"{place} has {size} bytes; a spec has at most {MAX_BYTES}", hint="is it a spec?"
-            )
-        raw = place.read_bytes()
+        with open(place, "rb", opener=_at_once) as file:
+            raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise PeftxError(f"there is no file {place}", hint=_beside(place)) from error
+    except IsADirectoryError as error:
+        hint = _beside(place / "spec") or "give a file of YAML"
+        raise PeftxError(f"cannot read {place}: it is a folder", hint=hint) from error
+    except ValueError as error:
+        raise PeftxError(f"{str(place)!r} cannot be the name of a file: {error}") from error
     except OSError as error:
-        raise PeftxError(f"cannot read {place}: {error.strerror}") from error
+        raise PeftxError(f"cannot read {place}: {error.strerror}", hint="give a file of YAML") from error
+    if len(raw) > MAX_BYTES:
+        raise PeftxError(f"{place} is too large: a spec has at most {MAX_BYTES} bytes", hint="is it a spec?")
     text = _decode(raw, str(place))
     return parse_tolerantly(text, file=str(place), folder=place.absolute().parent)
 
@@ -176,11 +181,21 @@ def _decode(raw: bytes, file: str) -> str:
         raise SpecError([Problem(message, file, position.line, position.column, snippet)]) from error
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that nobody writes to is empty, one that somebody writes to is read."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
 def _beside(place: FilePath) -> str | None:
     """The specs that stand where a missing one was looked for."""
-    if not place.parent.is_dir():
+    try:
+        names = sorted(entry.name for entry in place.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    except FileNotFoundError:
         return f"the folder {place.parent} does not exist"
-    names = sorted(entry.name for entry in place.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    except OSError:  # no folder, or one that must not be read: nothing is known of it
+        return None
     return f"in that folder are: {', '.join(names[:8])}" if names else None
 
 
@@ -203,6 +218,9 @@ def _build(empty: Document, text: str, environment: Mapping[str, str]) -> tuple[
     loader = _Loader(text, empty)
     try:
         node = loader.get_single_node()
+    except (ValueError, OverflowError) as error:  # PyYAML on "\\UFFFFFFFF", and on numbers after %YAML
+        message = "a number here is too large for YAML (a character is at most U+10FFFF)"
+        raise SpecError([empty.problem(message, _at(loader.get_mark()))]) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = str(error.problem or error.context)
@@ -235,6 +253,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.document = document
         self.depth = 0
+        self.count = 0
         self.faults: list[Fault] = []
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -247,6 +266,9 @@ class _Loader(yaml.SafeLoader):
         if self.depth > MAX_DEPTH:
             message = f"nested more than {MAX_DEPTH} levels deep"
             raise SpecError([self.document.problem(message, _at(event.start_mark))])
+        self.count += 1
+        if self.count > 2 * MAX_VALUES:  # a key and a value each; aliases are counted when they are followed
+            raise SpecError([self.document.problem(_TOO_MANY, _at(event.start_mark))])
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -271,8 +293,7 @@ class _Builder:
         self.count += 1
         position = _at(node.start_mark)
         if self.count > MAX_VALUES:
-            message = f"more than {MAX_VALUES} values, aliases followed"
-            raise SpecError([self.document.problem(message, position, path)])
+            raise SpecError([self.document.problem(_TOO_MANY, position, path)])
         if id(node) in self.open:
             raise SpecError([self.document.problem("an alias that contains itself", position, path)])
         self.values[path] = position

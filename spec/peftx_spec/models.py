@@ -9,8 +9,27 @@ from pydantic import ConfigDict, Field, JsonValue, RootModel, model_validator
 from peftx_spec.base import Amount, NonNegative, Positive, Rate, Seed, Slug, SpecModel, Text
 from peftx_spec.stages import RunStage
 
-METRICS = ("perplexity", "accuracy", "exact-match")
+FORMATS = {
+    "text": ("text",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "classification": ("text", "label"),
+    "preference": ("prompt", "chosen", "rejected"),
+}
+"""What a row may be made of -> its columns."""
+
+METRIC_FORMATS = {
+    "perplexity": ("text", "prompt-completion", "messages", "classification"),
+    "accuracy": ("classification",),
+    "exact-match": ("prompt-completion",),
+}
+"""Metric that needs no plugin -> the formats of rows that it reads."""
+
+METRICS = tuple(METRIC_FORMATS)
 """The metrics that need no plugin."""
+
+DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,4})?)$"
+"""How a device is written."""
 
 Format = Literal["auto", "text", "prompt-completion", "messages", "classification", "preference"]
 Phase = Literal["before-training", "after-training"]
@@ -23,10 +42,9 @@ class ModelSpec(SpecModel):
     dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = Field(
         "auto", description="dtype of the weights; auto is the checkpoint's own"
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
+    device: Annotated[str, Field(pattern=DEVICE)] = Field(
         "auto", description="auto (an accelerator if there is one), cpu, cuda, cuda:0, mps"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings along")
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +74,25 @@ class SourceSpec(SpecModel):
         return {"path": data} if isinstance(data, str) else data
 
 
+class HoldoutSpec(SpecModel):
+    """Rows of the training data that are kept for evaluation; a plain number in its place is their share.
+
+    Rows that are equal in the columns of their format stand on one side, so that no row is trained on and measured.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="of the rows; one at least is held out, and one at least is left to train on"
+    )
+    most: Positive | None = Field(None, description="number of rows at most; no limit unless given")
+    seed: Seed = Field(0, description="which rows they are, whatever their order in the file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        is_number = isinstance(data, int | float) and not isinstance(data, bool)
+        return {"share": data} if is_number else data
+
+
 class DataSpec(SpecModel):
     """The data of a pipeline."""
 
@@ -63,8 +100,11 @@ class DataSpec(SpecModel):
     eval: SourceSpec | None = Field(
         None, description="held-out data, for loss while training and for metrics"
     )
+    holdout: HoldoutSpec | None = Field(
+        None, description="rows of train that are evaluated on and not trained on, in place of eval"
+    )
     calibration: SourceSpec | None = Field(
-        None, description="what compression calibrates on; train unless given"
+        None, description="what compression calibrates on; the rows that are trained on unless given"
     )
 
 

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peftx_spec.errors import nearest
-from peftx_spec.loader import parse_value
+from peftx_spec.loader import MAX_DEPTH, parse_value
 from peftx_spec.problems import Path, Problem, describe, path_text
 from peftx_spec.scalars import ScalarError
 
 SECTIONS = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
 SETTABLE = ("model", "data", "train", "evaluate", "output")
 RESERVED_IDS = frozenset({*SECTIONS, "all"})
+
+VALUES = "a value as in YAML: 16, 1e-4, [1, 2], {a: 1}, 'text with [brackets'"
 
 _SHORTHAND: dict[Path, str] = {
     ("model",): "id",
@@ -22,6 +24,9 @@ _SHORTHAND: dict[Path, str] = {
     ("data", "calibration"): "path",
 }
 """Where a plain string stands for a mapping with one key."""
+
+_INSTEAD: dict[Path, str] = {("data", "eval"): "holdout", ("data", "holdout"): "eval"}
+"""Two ways to say one thing: what is set takes the place of the file's other one."""
 
 
 class _OverrideError(Exception):
@@ -78,10 +83,12 @@ def _carry_out(result: Overridden, index: int, text: str) -> None:
         raise _OverrideError(
             "an override is 'target=value'", expected="lora.rank=16, train.steps=50, model.id=..."
         )
+    if len(names) > MAX_DEPTH:
+        raise _OverrideError(f"a target of {len(names)} names; a spec is at most {MAX_DEPTH} levels deep")
     try:
         value = parse_value(raw)
     except ScalarError as error:
-        raise _OverrideError(str(error), column=len(target) + 2) from error
+        raise _OverrideError(str(error), column=len(target) + 2, expected=VALUES) from error
     path, rest = _target(result.data, names)
     _put(result, index, path, rest, value, column=len(target) + 2)
 
@@ -90,7 +97,7 @@ def _target(data: dict[str, object], names: list[str]) -> tuple[Path, list[str]]
     """The path of the mapping that the override goes into, and the keys below it."""
     head = names[0]
     if head in SETTABLE:
-        if head == "evaluate":
+        if head == "evaluate" and len(names) > 1:
             return _metric(data, names)
         return (), names
     if head in SECTIONS:
@@ -135,6 +142,9 @@ def _put(result: Overridden, index: int, path: Path, rest: list[str], value: obj
         container = _mapping_at(result, path[:-1], (name,), index, column)
     path = (*path, rest[-1])
     container[rest[-1]] = value
+    other = _INSTEAD.get(path[:2])
+    if other is not None and result.source((path[0], other)) is None:
+        _mapping_at(result, (), path[:1], index, column).pop(other, None)
     for old in [place for place in result.origin if place[: len(path)] == path]:
         del result.origin[old]
     result.origin[path] = (index, column)
@@ -172,6 +182,8 @@ def _written_out(path: Path, value: object) -> dict[str, object] | None:
     """The mapping that a shorthand stands for; None where the value is no shorthand."""
     if value is None:
         return {}
+    if path == ("data", "holdout") and isinstance(value, int | float) and not isinstance(value, bool):
+        return {"share": value}
     if not isinstance(value, str):
         return None
     if path in _SHORTHAND:

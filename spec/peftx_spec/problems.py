@@ -6,12 +6,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftx_spec.errors import PeftxError
+from peftx_spec.errors import PeftxError, visible
 
 Path = tuple[str | int, ...]
 """The place of a value in the spec's data: `("stack", 1, "with", "rank")`."""
 
 _WIDEST_SNIPPET = 120  # characters of a source line that are shown around the caret
+_LONGEST_PART = 1000  # characters of a message, a path or a suggestion that are shown
 
 
 @dataclass(frozen=True, order=True)
@@ -44,20 +45,20 @@ class Problem:
     suggestion: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.file}:{self.line}:{self.column}: {self.message}"]
+        lines = [f"{_said(self.file)}:{self.line}:{self.column}: {_said(self.message)}"]
         if self.snippet:
             shown, before = _clip(self.snippet, self.column)
             number = str(self.line)
             lines.append(f"  {number} | {shown}")
             lines.append(f"  {' ' * len(number)} | {' ' * _width(shown[:before])}^")
         if self.path:
-            lines.append(f"  at: {self.path}")
+            lines.append(f"  at: {_said(self.path)}")
         if self.expected:
-            lines.append(f"  expected: {self.expected}")
+            lines.append(f"  expected: {_said(self.expected)}")
         if self.got:
-            lines.append(f"  got: {self.got}")
+            lines.append(f"  got: {_said(self.got)}")
         if self.suggestion:
-            lines.append(f"  {self.suggestion}")
+            lines.append(f"  {_said(self.suggestion)}")
         return "\n".join(lines)
 
 
@@ -101,17 +102,24 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {_short(repr(value))}"
 
 
+def _said(text: str) -> str:
+    """A part of a problem as it may be shown: clipped, and its further lines cannot pass for ours."""
+    text = text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}..."
+    return "\n    ".join(visible(line) for line in text.split("\n"))
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _clip(line: str, column: int) -> tuple[str, int]:
     """The part of a long line around `column` (from 1), and how many of its characters precede the caret."""
-    line = "".join(char if char.isprintable() else " " for char in line)  # a tab would shift the caret
     start = max(0, column - 1 - _WIDEST_SNIPPET // 2) if len(line) > _WIDEST_SNIPPET else 0
     head = "..." if start else ""
     tail = "..." if start + _WIDEST_SNIPPET < len(line) else ""
-    return f"{head}{line[start : start + _WIDEST_SNIPPET]}{tail}", len(head) + column - 1 - start
+    part = line[start : start + _WIDEST_SNIPPET]
+    shown = "".join(char if char.isprintable() else " " for char in part)  # a tab would shift the caret
+    return f"{head}{shown}{tail}", len(head) + column - 1 - start
 
 
 def _width(text: str) -> int:

@@ -34,7 +34,7 @@ def absolute(path: str, base: FilePath) -> str:
     """`path` seen from `base`, without `.` and `..`; a name with a scheme stays as it is."""
     if _SCHEME.match(path):
         return path
-    return os.path.normpath(base / FilePath(path).expanduser())
+    return os.path.normpath(base / os.path.expanduser(path))  # pathlib's own raises for an unknown user
 
 
 def _model(model: ModelSpec, base: FilePath) -> ModelSpec:

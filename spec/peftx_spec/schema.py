@@ -87,6 +87,7 @@ def _add_shorthands(definitions: dict[str, Schema], bare: list[str]) -> None:
     metric["properties"] = {name: {"$ref": "#/$defs/MetricOptions"} for name in METRICS}
     plain_forms: dict[str, list[Schema]] = {
         "EvaluateSpec": [_STRING],
+        "HoldoutSpec": [{"exclusiveMinimum": 0, "exclusiveMaximum": 1, "type": "number"}],
         "MetricOptions": [_STRING, {"type": "null"}],
         "ModelSpec": [_STRING],
         "RunStage": [{"enum": sorted(stages["properties"])}],

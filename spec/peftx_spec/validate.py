@@ -23,6 +23,10 @@ class LoadedSpec:
     document: Document
     overridden: Overridden
 
+    def problem(self, finding: Finding) -> Problem:
+        """A problem that was found later, in the place where the spec or an override says so."""
+        return _located(finding, self.document, self.overridden)
+
     def place(self, path: Path) -> str:
         """`file:line:column` of a path in the spec, or `--set #1` for what an override set."""
         source = self.overridden.source(path)
@@ -51,20 +55,28 @@ def load_pipeline(
 
 
 def load_spec(
-    path_or_text: str | os.PathLike[str], *, catalogue: Catalogue, overrides: Sequence[str] = ()
+    path_or_text: str | os.PathLike[str],
+    *,
+    catalogue: Catalogue,
+    overrides: Sequence[str] = (),
+    name: str = "<text>",
 ) -> LoadedSpec:
-    """As `load_pipeline`, and keeps the positions, so that later errors can name the place in the spec."""
-    document, faults = _open(path_or_text)
+    """As `load_pipeline`, and keeps the positions, so that later errors can name the place in the spec.
+
+    `name` is what errors call a text.
+    """
+    document, faults = _open(path_or_text, name)
     if not isinstance(document.data, dict):
         raise TypeError(f"the loader gave {type(document.data).__name__}, not a mapping")
     overridden = override(document.data, overrides)
     faults = [fault for fault in faults if overridden.source(fault.path) is None]
     problems = [fault.problem for fault in faults]
-    silent = [fault.path for fault in faults if fault.path]
+    silent = {fault.path for fault in faults if fault.path}
     seen: set[Path] = set()
     for finding in [*check(overridden.data, catalogue), *examine(Pipeline, overridden.data)]:
         # the checks come first: they know more than the models about the same place
-        if finding.path in seen or any(finding.path[: len(path)] == path for path in silent):
+        around = (finding.path[: end + 1] for end in range(len(finding.path)))
+        if finding.path in seen or not silent.isdisjoint(around):
             continue
         seen.add(finding.path)
         problems.append(_located(finding, document, overridden))
@@ -75,11 +87,11 @@ def load_spec(
     return LoadedSpec(pipeline, document, overridden)
 
 
-def _open(path_or_text: str | os.PathLike[str]) -> tuple[Document, list[Fault]]:
+def _open(path_or_text: str | os.PathLike[str], name: str) -> tuple[Document, list[Fault]]:
     if isinstance(path_or_text, str):
         start = path_or_text.lstrip()[:1]
         if "\n" in path_or_text or start in ("", "{"):
-            return parse_tolerantly(path_or_text)
+            return parse_tolerantly(path_or_text, file=name)
     return read_tolerantly(path_or_text)
 
 

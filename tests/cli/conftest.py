@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import tomllib
@@ -160,3 +161,28 @@ def child(*words: str, python: Sequence[str] = ("-m", "peftx_cli")) -> subproces
 @pytest.fixture
 def spawn() -> Callable[..., subprocess.CompletedProcess[str]]:
     return child
+
+
+def terminal(*words: str) -> str:
+    """Everything that a command shows where stdout and stderr are a terminal of 100 columns."""
+    control, other = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
+    process = subprocess.Popen([sys.executable, *words], stdout=other, stderr=other, env=environment)
+    os.close(other)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(control, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    process.wait(60)
+    os.close(control)
+    return shown.decode("utf-8")
+
+
+@pytest.fixture
+def on_a_terminal() -> Callable[..., str]:
+    return terminal

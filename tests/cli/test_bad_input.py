@@ -131,6 +131,11 @@ def test_all_mistakes_at_once(installed: Any, refused: Callable[..., str]) -> No
         ("latin.jsonl", '{"prompt": "é", "completion": "x"}'.encode("latin-1"), ["UTF-8"]),
         ("torn.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', ["torn.jsonl:2"]),
         ("list.jsonl", b"[1, 2]\n", ["list.jsonl:1"]),
+        (
+            "digits.jsonl",
+            b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}\n",
+            ["digits.jsonl:1"],
+        ),
     ],
 )
 def test_data_files(
@@ -396,6 +401,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert "checkpoint-4" in result.stderr
     assert "--resume" in result.stderr
     assert not (installed.work / "stopped").exists(), "no half-written bundle"
+    again = run(*words, "--output", "other")
+    assert "can be resumed" not in again.stderr, "it stands beside another output"
+    with monkeypatch.context() as patched:
+        patched.setattr(LineReporter, "stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        again = run(*words, "--output", "stopped")
+    assert again.exit_code == 130
+    warning = again.stderr.partition("interrupted\n")[0]
+    assert "warning: an interrupted run into this folder can be resumed" in warning, "before the run starts"
+    assert "checkpoint-4" in warning
+    assert "--resume" in warning
     ok(*words, "--output", "stopped", "--resume")
     name = "fake-gain.safetensors"
     assert (installed.work / "stopped" / name).read_bytes() == (

@@ -104,6 +104,7 @@ def test_options_of_the_command_line_go_into_a_spec(installed: Any, ok: Callable
     folder.mkdir()
     text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: rows.jsonl}\nstack: [fake-gain]\ntrain: {steps: 9}\n"
     (folder / "one.yaml").write_text(text, "utf-8")
+    small_data(folder)
     shown = ok(
         "apply", "specs/one.yaml", "--data", "rows.jsonl", "--steps", "4", "--output", "o", "--show-spec"
     )

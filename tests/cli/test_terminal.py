@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,40 +13,20 @@ from peftx_cli.progress import LineReporter
 from peftx_cli.render import plain_table, size
 
 
-def on_a_terminal(*words: str) -> str:
-    """Everything that a command shows where stdout and stderr are a terminal of 100 columns."""
-    control, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
-    process = subprocess.Popen([sys.executable, *words], stdout=terminal, stderr=terminal, env=environment)
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(control, 65536)
-        except OSError:  # Linux: the other side is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    process.wait(60)
-    os.close(control)
-    return shown.decode("utf-8")
-
-
-def test_an_error_is_a_panel_on_a_terminal(installed: Any) -> None:
+def test_an_error_is_a_panel_on_a_terminal(installed: Any, on_a_terminal: Callable[..., str]) -> None:
     shown = on_a_terminal("-m", "peftx_cli", "info", "nowhere")
     assert "╭" in shown
     assert "no plugin named 'nowhere' is installed" in shown
 
 
-def test_a_list_is_a_table_on_a_terminal(installed: Any) -> None:
+def test_a_list_is_a_table_on_a_terminal(installed: Any, on_a_terminal: Callable[..., str]) -> None:
     installed.scaffold("fake-gain", "inject")
     shown = on_a_terminal("-m", "peftx_cli", "list", "--family", "fake")
     assert "│ fake-gain" in shown
     assert "\x1b[" in shown
 
 
-def test_markup_in_a_message_is_shown_as_it_is(installed: Any) -> None:
+def test_markup_in_a_message_is_shown_as_it_is(installed: Any, on_a_terminal: Callable[..., str]) -> None:
     """`pip install 'peftx[serve]'` must not lose its brackets to rich."""
     code = (
         "from peftx_cli.failures import say; say('needs [bold]x[/bold]', hint=\"pip install 'peftx[serve]'\")"
@@ -70,7 +48,7 @@ with reporter() as told:
 """
 
 
-def test_a_bar_while_it_runs_and_a_line_when_it_is_done() -> None:
+def test_a_bar_while_it_runs_and_a_line_when_it_is_done(on_a_terminal: Callable[..., str]) -> None:
     shown = on_a_terminal("-c", BAR)
     assert "train lora" in shown
     assert "3/3" in shown

@@ -240,7 +240,7 @@ def test_plan_loads_no_weight(files: dict[str, Path]) -> None:
 
 
 def test_packaged_data() -> None:
-    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: 'peftx:sample/trian.jsonl'}\n"
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {eval: 'peftx:sample/trian.jsonl'}\n"
     with pytest.raises(DataError, match=r"no packaged data") as caught:
         load_run(text, registry=REGISTRY)
     assert "peftx:sample/train.jsonl" in str(caught.value)

@@ -10,6 +10,8 @@ from peftx_spec import Problem
 
 HEAD = "peftx: 1\nmodel: m\n"  # two lines, so that what a case adds starts on line 3
 DATA = "data: {train: t.jsonl, eval: e.jsonl}\n"  # line 3
+TRAINED = "stack: [lora]\n" + DATA
+HELD_OUT = "data: {eval: e.jsonl}\n"
 MARK = "▸"  # stands before the character that is blamed
 
 # text, path, and words that the rendering holds
@@ -30,12 +32,23 @@ CASES: list[tuple[str, str, list[str]]] = [
     ),
     ("peftx: 1\nmodel: {id: m, dtype: ▸flaot32}\n", "model.dtype", ["did you mean 'float32'"]),
     ("peftx: 1\nmodel: {id: m, device: ▸gpu}\n", "model.device", ["text that matches", "cuda"]),
-    ("peftx: 1\nmodel: {id: m, trust_remote_code: ▸yes}\n", "model.trust_remote_code", ["write true"]),
+    *(
+        (
+            f"peftx: 1\nmodel: {{id: m, ▸trust_remote_code: {value}}}\n",
+            "model.trust_remote_code",
+            ["not a spec's to set", "--trust-remote-code"],
+        )
+        for value in ("true", "false", "yes", "1", "'${env:HOME}'", "[true]")
+    ),
     (HEAD + "▸stak: []\n", "stak", ["unknown key: 'stak'", "did you mean 'stack'?"]),
     (HEAD + "▸zzz: []\n", "zzz", ["expected: one of peftx, model, data, stack"]),
     (HEAD + "data: ▸x\n", "data", ["expected: a mapping", "got: the text 'x'"]),
     (HEAD + "data: {▸trian: x}\n", "data.trian", ["did you mean 'train'?"]),
-    (HEAD + "data:\n  ▸train: {format: text}\n", "data.train.path", ["missing key: 'path'"]),
+    (
+        HEAD + "stack: [lora]\ntrain: {}\ndata:\n  ▸train: {format: text}\n",
+        "data.train.path",
+        ["missing key: 'path'"],
+    ),
     (
         HEAD + "data: {eval: {path: x, limit: ▸0}}\n",
         "data.eval.limit",
@@ -182,32 +195,32 @@ CASES: list[tuple[str, str, list[str]]] = [
     (HEAD + "▸output:\n", "output", ["'output' has no value"]),
     (HEAD + "▸run:\n", "run", ["'run' has no value"]),
     (HEAD + "▸train: {}\n", "train", ["nothing to train on", "data: {train: file}"]),
-    (HEAD + DATA + "train: {steps: ▸0}\n", "train.steps", ["at least 1"]),
-    (HEAD + DATA + "train: {▸step: 1}\n", "train.step", ["did you mean 'steps'"]),
-    (HEAD + DATA + "train: {learning_rate: ▸fast}\n", "train.learning_rate", ["expected: a number"]),
-    (HEAD + DATA + "train: {learning_rate: ▸.inf}\n", "train.learning_rate", ["a finite number"]),
-    (HEAD + DATA + "train: {seed: ▸4294967296}\n", "train.seed", ["less than 4294967296"]),
-    (HEAD + DATA + "train: {optimizer: ▸adam}\n", "train.optimizer", ["did you mean 'adamw'?"]),
-    (HEAD + DATA + "train: {schedule: ▸cosin}\n", "train.schedule", ["did you mean 'cosine'?"]),
+    (HEAD + TRAINED + "train: {steps: ▸0}\n", "train.steps", ["at least 1"]),
+    (HEAD + TRAINED + "train: {▸step: 1}\n", "train.step", ["did you mean 'steps'"]),
+    (HEAD + TRAINED + "train: {learning_rate: ▸fast}\n", "train.learning_rate", ["expected: a number"]),
+    (HEAD + TRAINED + "train: {learning_rate: ▸.inf}\n", "train.learning_rate", ["a finite number"]),
+    (HEAD + TRAINED + "train: {seed: ▸4294967296}\n", "train.seed", ["less than 4294967296"]),
+    (HEAD + TRAINED + "train: {optimizer: ▸adam}\n", "train.optimizer", ["did you mean 'adamw'?"]),
+    (HEAD + TRAINED + "train: {schedule: ▸cosin}\n", "train.schedule", ["did you mean 'cosine'?"]),
     (
-        HEAD + DATA + "evaluate: [▸perplexty]\n",
+        HEAD + HELD_OUT + "evaluate: [▸perplexty]\n",
         "evaluate[0]",
         ["no metric 'perplexty'", "did you mean 'perplexity'?"],
     ),
     (
-        HEAD + DATA + "evaluate: [{▸zzz: {}}]\n",
+        HEAD + HELD_OUT + "evaluate: [{▸zzz: {}}]\n",
         "evaluate[0].zzz",
         ["one of perplexity, accuracy, exact-match"],
     ),
-    (HEAD + DATA + "evaluate: [▸language-ranker]\n", "evaluate[0]", ["no metric 'language-ranker'"]),
+    (HEAD + HELD_OUT + "evaluate: [▸language-ranker]\n", "evaluate[0]", ["no metric 'language-ranker'"]),
     (
-        HEAD + DATA + "evaluate: [{accuracy: {▸pth: x}}]\n",
+        HEAD + HELD_OUT + "evaluate: [{accuracy: {▸pth: x}}]\n",
         "evaluate[0].accuracy.pth",
         ["did you mean 'path'?"],
     ),
-    (HEAD + DATA + "evaluate: [▸{accuracy: {}, perplexity: {}}]\n", "evaluate[0]", ["at most 1 entry"]),
-    (HEAD + DATA + "evaluate: [▸{}]\n", "evaluate[0]", ["at least 1 entry"]),
-    (HEAD + DATA + "evaluate: ▸accuracy\n", "evaluate", ["expected: a list"]),
+    (HEAD + HELD_OUT + "evaluate: [▸{accuracy: {}, perplexity: {}}]\n", "evaluate[0]", ["at most 1 entry"]),
+    (HEAD + HELD_OUT + "evaluate: [▸{}]\n", "evaluate[0]", ["at least 1 entry"]),
+    (HEAD + HELD_OUT + "evaluate: ▸accuracy\n", "evaluate", ["expected: a list"]),
     (HEAD + "evaluate: [▸accuracy]\n", "evaluate[0]", ["'accuracy' has no data", "accuracy: {path: ...}"]),
     (HEAD + "run: ▸[]\n", "run", ["at least 1 entry"]),
     (HEAD + "run: [{▸injekt: all}]\n", "run[0].injekt", ["did you mean 'inject'?"]),
@@ -252,12 +265,12 @@ CASES: list[tuple[str, str, list[str]]] = [
     (HEAD + DATA + "▸train: {}\nrun: [prepare]\n", "train", ["'run' has no train stage"]),
     (HEAD + "run: [▸evaluate]\n", "run[0].evaluate", ["nothing to evaluate"]),
     (
-        HEAD + DATA + "evaluate: [accuracy]\nrun:\n  - evaluate: {name: a}\n  - evaluate: {name: ▸a}\n",
+        HEAD + HELD_OUT + "evaluate: [accuracy]\nrun:\n  - evaluate: {name: a}\n  - evaluate: {name: ▸a}\n",
         "run[1].evaluate.name",
         ["named 'a'"],
     ),
     (
-        HEAD + DATA + "evaluate: [accuracy]\nrun: [{evaluate: {name: ▸'a/b'}}]\n",
+        HEAD + HELD_OUT + "evaluate: [accuracy]\nrun: [{evaluate: {name: ▸'a/b'}}]\n",
         "run[0].evaluate.name",
         ["text that matches"],
     ),
@@ -269,7 +282,94 @@ CASES: list[tuple[str, str, list[str]]] = [
         "stack[0].phase",
         ["no effect beside 'run'"],
     ),
+    (HEAD + "stack: [lora]\ndata: {▸train: t}\n", "data.train", ["nothing is trained", "add 'train: {}'"]),
+    (HEAD + "stack: [lora]\ndata: {▸train: t}\nrun: [inject]\n", "data.train", ["add '- train' to 'run'"]),
+    (HEAD + "stack: [language-ranker]\ndata: {▸train: t}\n", "data.train", ["leave data.train out"]),
+    (
+        HEAD + "stack: [prefixquant]\ndata: {▸train: t, calibration: c}\n",
+        "data.train",
+        ["nothing is trained"],
+    ),
+    (
+        HEAD + "stack: [lora]\ndata: {▸calibration: c}\n",
+        "data.calibration",
+        ["no plugin of the stack compresses"],
+    ),
+    (HEAD + DATA + "▸train: {}\n", "train", ["there is nothing to train", "peftx list --hook inject"]),
+    (HEAD + DATA + "stack: [language-ranker]\n▸train: {}\n", "train", ["there is nothing to train"]),
+    (HEAD + DATA + "stack: [prefixquant]\n▸train: {}\n", "train", ["or leave 'train' out"]),
+    (HEAD + DATA + "stack: [prefixquant]\nrun: [compress, ▸train]\n", "run[1].train", ["nothing to train"]),
+    (
+        HEAD + HELD_OUT + "▸evaluate: [accuracy]\nrun: [save]\noutput: o\n",
+        "evaluate",
+        ["'run' has no evaluate stage", "add '- evaluate' to 'run'"],
+    ),
+    (
+        HEAD + "data: {eval: {path: e, format: text}}\nevaluate: [▸accuracy]\n",
+        "evaluate[0]",
+        ["they are text", "rows of classification", "there is perplexity"],
+    ),
+    (
+        HEAD + "data: {eval: {path: e, format: preference}}\nevaluate: [▸perplexity]\n",
+        "evaluate[0]",
+        ["they are preference", "another file"],
+    ),
+    (
+        HEAD + "data: {eval: e}\nevaluate: [{▸exact-match: {path: x, format: messages}}]\n",
+        "evaluate[0].exact-match",
+        ["rows of prompt-completion"],
+    ),
+    (
+        HEAD
+        + "stack: [lora]\ntrain: {}\ndata: {train: {path: t, format: messages}, holdout: .1}\nevaluate: [▸accuracy]\n",
+        "evaluate[0]",
+        ["they are messages"],
+    ),
+    (HEAD + "data: {▸holdout: 0.1}\n", "data.holdout", ["keeps rows of data.train", "data: {train: file}"]),
+    (
+        HEAD + "stack: [lora]\ntrain: {}\ndata: {train: t, eval: e, ▸holdout: 0.1}\n",
+        "data.holdout",
+        ["exclude each other"],
+    ),
+    (
+        HEAD + "stack: [lora, prefixquant]\ntrain: {}\ndata: {train: t, holdout: 0.1, calibration: ▸t}\n",
+        "data.calibration",
+        ["rows that 'holdout' keeps back", "leave 'calibration' out"],
+    ),
+    *(
+        (
+            HEAD + f"stack: [lora]\ntrain: {{}}\ndata: {{train: t, holdout: ▸{value}}}\n",
+            "data.holdout",
+            [word],
+        )
+        for value, word in (
+            ("0", "greater than 0"),
+            ("1", "less than 1"),
+            ("1.5", "less than 1"),
+            ("-0.1", "greater than 0"),
+            ("true", "a mapping"),
+            ("some", "a mapping"),
+            ("'0.1'", "a mapping"),
+            ("[0.1]", "a mapping"),
+        )
+    ),
+    (HEAD + "data: {▸holdout: }\n", "data.holdout", ["'holdout' has no value"]),
+    (
+        HEAD + "stack: [lora]\ntrain: {}\ndata: {train: t, holdout: {▸shar: 0.1}}\n",
+        "data.holdout.shar",
+        ["did you mean 'share'?"],
+    ),
+    (
+        HEAD + "stack: [lora]\ntrain: {}\ndata: {train: t, holdout: {most: ▸0}}\n",
+        "data.holdout.most",
+        ["at least 1"],
+    ),
     (HEAD + "output: ▸${env:PEFTX_NOT_SET}\n", "output", ["PEFTX_NOT_SET is not set"]),
+    (
+        HEAD + TRAINED + "train: {steps: ▸'${env:PEFTX_NOT_SET}'}\n",
+        "train.steps",
+        ["PEFTX_NOT_SET is not set"],
+    ),
     (HEAD + "output: a\n▸output: b\n", "output", ["stands twice: first at line 3, column 1"]),
 ]
 

@@ -16,6 +16,7 @@ stack:
   - mosaic-it
   - lora
   - {use: lora, id: second, with: {rank: 2, ranks: {q: 1}}}
+  - prefixquant
 train: {steps: 9}
 evaluate: [accuracy, {perplexity: p.txt}, {exact-match: {limit: 3}}]
 """
@@ -45,6 +46,13 @@ GIVEN = "mosaic-it.keep=.5"  # what the spec lacks
         ("data.train.path=x", lambda p: p.data.train.path, "x"),
         ("data.train.limit=3", lambda p: (p.data.train.path, p.data.train.limit), ("t.jsonl", 3)),
         ("data.train=x", lambda p: p.data.train.path, "x"),
+        (
+            "data.holdout=.2",
+            lambda p: (p.data.holdout.share, p.data.holdout.seed, p.data.eval),
+            (0.2, 0, None),
+        ),
+        ("data.holdout={most: 9}", lambda p: (p.data.holdout.share, p.data.holdout.most), (0.1, 9)),
+        ("data.holdout.seed=3", lambda p: (p.data.holdout.seed, p.data.eval), (3, None)),
         ("data.calibration.path=x", lambda p: p.data.calibration.path, "x"),
         ("output=out", lambda p: p.output, "out"),
         ("evaluate.accuracy.limit=2", lambda p: p.evaluate[0].options.limit, 2),
@@ -73,7 +81,7 @@ def test_the_last_one_wins(load: Callable[..., Pipeline]) -> None:
 
 
 def test_a_section_that_is_not_there_is_made(load: Callable[..., Pipeline]) -> None:
-    pipeline = load("peftx: 1\nmodel: m\n", "data.train.path=t", "train.steps=3", "output=o")
+    pipeline = load("peftx: 1\nmodel: m\nstack: [lora]\n", "data.train.path=t", "train.steps=3", "output=o")
     assert pipeline.train is not None
     assert pipeline.data.train is not None
     assert (pipeline.train.steps, pipeline.data.train.path, pipeline.output) == (3, "t", "o")
@@ -85,7 +93,7 @@ def test_environment(load: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_overridden_may_be_wrong_in_the_file(load: Callable[..., Pipeline]) -> None:
-    text = "peftx: 1\nmodel: ${env:PEFTX_NOT_SET}\ndata: {train: t}\ntrain: {steps: 0}\n"
+    text = "peftx: 1\nmodel: ${env:PEFTX_NOT_SET}\ndata: {train: t}\nstack: [lora]\ntrain: {steps: 0}\n"
     pipeline = load(text, "model=m", "train.steps=2")
     assert pipeline.train is not None
     assert (pipeline.model.id, pipeline.train.steps) == ("m", 2)

@@ -56,6 +56,8 @@ SOURCE = st.tuples(
     st.fixed_dictionaries({"path": TEXT}),
     some(format=FORMAT, limit=COUNT, max_length=COUNT, columns=st.dictionaries(TEXT, TEXT, max_size=2)),
 ).map(lambda parts: parts[0] | parts[1])
+SHARE = st.floats(0, 1, exclude_min=True, exclude_max=True)
+HOLDOUT = SHARE | some(share=SHARE, most=COUNT, seed=st.integers(0, 2**32 - 1))
 TRAIN: dict[str, st.SearchStrategy[Any]] = {
     "steps": COUNT,
     "learning_rate": FLOAT,
@@ -84,7 +86,7 @@ METRIC = st.dictionaries(TEXT, some(path=TEXT, format=FORMAT, limit=COUNT), min_
 PIPELINE = st.tuples(
     st.fixed_dictionaries({"peftx": st.just(1), "model": TEXT | st.fixed_dictionaries({"id": TEXT})}),
     some(
-        data=some(train=SOURCE, eval=SOURCE, calibration=SOURCE),
+        data=some(train=SOURCE, eval=SOURCE, calibration=SOURCE, holdout=HOLDOUT),
         stack=st.lists(ENTRY, max_size=3),
         train=some(**TRAIN),
         evaluate=st.lists(METRIC, max_size=2),
@@ -122,18 +124,16 @@ def test_any_plain_data(data: dict[str, Any]) -> None:
         ),
         max_size=4,
     ),
-    some(train=some(**TRAIN), output=TEXT),
+    some(train=some(**TRAIN), output=TEXT.filter(lambda text: "\0" not in text)),
+    st.booleans(),
 )
 def test_valid_pipelines_through_the_whole_loader(
-    catalogue: Catalogue, stack: list[dict[str, Any]], rest: dict[str, Any]
+    catalogue: Catalogue, stack: list[dict[str, Any]], rest: dict[str, Any], held_out: bool
 ) -> None:
-    entries = [{**entry, "id": f"p{index}"} for index, entry in enumerate(stack)]
-    data = {
-        "peftx": 1,
-        "model": "peftx:tiny",
-        "data": {"train": "t.jsonl", "eval": "e.jsonl"},
-        "stack": entries,
-    }
+    entries = [{"use": "lora"}, *({**entry, "id": f"p{index}"} for index, entry in enumerate(stack))]
+    sources = {"train": "t.jsonl"} if "train" in rest else {}  # data that nothing reads is a mistake
+    sources |= {"holdout": 0.5} if sources and held_out else {"eval": "e.jsonl"}
+    data = {"peftx": 1, "model": "peftx:tiny", "data": sources, "stack": entries}
     pipeline = Pipeline.model_validate({**data, "evaluate": ["accuracy"], **rest})
     assert load_pipeline(dump(pipeline), catalogue=catalogue) == pipeline
 

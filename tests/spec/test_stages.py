@@ -10,7 +10,8 @@ from peftx_spec.dumper import plain
 
 def stages(catalogue: Catalogue, **rest: Any) -> list[tuple[str, tuple[str, ...]]]:
     """Kind and ids of each stage of a valid pipeline."""
-    data = {"train": "t.jsonl", "eval": "e.jsonl"}
+    trains = rest.get("train") is not None or "train" in str(rest.get("run"))
+    data = {"eval": "e.jsonl"} | ({"train": "t.jsonl"} if trains else {})
     draft = Pipeline.model_validate({"peftx": 1, "model": "m", "data": data, **rest})
     found = stages_of(load_pipeline(dump(draft), catalogue=catalogue), catalogue)
     assert all(isinstance(stage, RunStage) for stage in found)
@@ -40,7 +41,8 @@ def test_stages_that_nobody_takes_part_in_are_left_out(catalogue: Catalogue) -> 
     assert stages(catalogue, evaluate=["accuracy"]) == [("evaluate", ())]
     assert stages(catalogue, stack=["language-ranker"]) == [("evaluate", ())]
     assert stages(catalogue, output="out") == [("save", ())]
-    assert stages(catalogue, train={}) == [("train", ("all",))]
+    draft = Pipeline.model_validate({"peftx": 1, "model": "m", "train": {}})  # valid with a stack alone
+    assert [(stage.kind, stage.ids) for stage in stages_of(draft, catalogue)] == [("train", ("all",))]
 
 
 def test_compression_follows_the_order_of_the_stack(catalogue: Catalogue) -> None:

@@ -70,6 +70,7 @@ def test_all_at_once_in_the_order_of_the_text(problems: Callable[..., list[Probl
         ("<text>", 8, "stack[2].use"),
         ("<text>", 9, "train.steps"),
         ("<text>", 9, "train.seed"),
+        ("<text>", 10, "evaluate"),
         ("<text>", 10, "evaluate[0]"),
         ("<text>", 11, "run[2].compress"),
         ("<text>", 11, "run[3].freeze"),
@@ -106,7 +107,7 @@ def test_caret_under_wide_and_odd_characters(
 
 def test_long_lines_are_cut_around_the_caret(problem: Callable[[str], Problem]) -> None:
     shown = str(
-        problem(HEAD + f"data: {{eval: {{path: {'x' * 500}, limit: 0, format: text, columns: {{}}}}}}\n")
+        problem(HEAD + f"data: {{eval: {{path: {'xx/' * 170}, limit: 0, format: text, columns: {{}}}}}}\n")
     ).split("\n")
     assert len(shown[1]) < 140
     assert shown[1][shown[2].index("^")] == "0"

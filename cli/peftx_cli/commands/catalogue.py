@@ -39,7 +39,7 @@ def list_plugins(
     """List the installed plugins; what is broken, claimed twice or disabled is listed as such."""
     from peftx.registry import Registry
     from peftx_cli.health import listed
-    from peftx_cli.render import print_json, print_table
+    from peftx_cli.render import out, print_json, print_table
 
     found = listed(Registry())
     found = _filtered(found, hook=hook, family=family, tier=tier)
@@ -47,7 +47,7 @@ def list_plugins(
         print_json([_line(one) for one in found])
         return
     if not found:
-        print(
+        out(
             "no plugin fits"
             if hook or family or tier
             else "no plugin is installed; try: pip install peftx-lora"
@@ -66,7 +66,7 @@ def list_plugins(
     ]
     print_table("", ("name", "tier", "hooks", "family", "paper", "summary"), rows)
     bad = sum(one.status in ("broken", "clash") for one in found)
-    print(f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else ""))
+    out(f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else ""))
 
 
 def _filtered(found: list[Listed], *, hook: str | None, family: str | None, tier: str | None) -> list[Listed]:
@@ -214,9 +214,9 @@ def _text(value: object) -> str:
 
 
 def _show(about: dict[str, Any]) -> None:
-    from peftx_cli.render import print_table
+    from peftx_cli.render import out, print_table
 
-    print(f"{about['name']} {about['version']}: {about['summary']}")
+    out(f"{about['name']} {about['version']}: {about['summary']}")
     lines = [("hooks", ", ".join(about["hooks"])), ("family", about["family"]), ("tier", about["tier"])]
     lines += [
         ("paper", " ".join(filter(None, (about["paper"], about["url"])))),
@@ -230,15 +230,15 @@ def _show(about: dict[str, Any]) -> None:
         lines.append(("claims", ", ".join(about["claims"]) or "none"))
     for label, text in lines:
         if text:
-            print(f"  {label:<8} {text}")
+            out(f"  {label:<8} {text}")
     for number, rule in enumerate(about.get("conflicts", ())):
-        print(f"  {'rules' if number == 0 else '':<8} {rule}")
+        out(f"  {'rules' if number == 0 else '':<8} {rule}")
     if about.get("options"):
-        print()
+        out()
         rows = [(o["option"], o["type"], o["default"], o["meaning"]) for o in about["options"]]
         print_table("options", ("option", "type", "default", "meaning"), rows)
     elif "options" in about:
-        print("\nno options")
+        out("\nno options")
 
 
 def _print_readme(entry: Entry) -> None:
@@ -249,10 +249,14 @@ def _print_readme(entry: Entry) -> None:
         from peftx_spec.errors import PeftxError
 
         raise PeftxError(f"{entry.distribution} brings no README")
+    from peftx_cli.render import out
+
     if not sys.stdout.isatty():
-        print(text)
+        out(text)
         return
     from rich.console import Console
     from rich.markdown import Markdown
 
-    Console().print(Markdown(text))
+    from peftx_spec.errors import visible
+
+    Console().print(Markdown(visible(text, lines=True)))

@@ -171,32 +171,34 @@ def _plugins(registry: Any) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _show(facts: dict[str, Any], notes: list[str], *, healthy: bool) -> None:
-    print("versions  " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    from peftx_cli.render import out
+
+    out("versions  " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     machine = facts["machine"]
-    print(
+    out(
         f"machine   {machine['platform']}, {machine['cpus']} CPUs ({machine['cpu']}), "
         f"torch threads {machine['threads']}"
     )
-    print(f"          accelerators: {', '.join(machine['accelerators']) or 'none'}")
-    print(
+    out(f"          accelerators: {', '.join(machine['accelerators']) or 'none'}")
+    out(
         "kernels   "
         + ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in facts["kernels"].items())
     )
     model = facts["model"]
-    print(
+    out(
         f"model     {model['id']}: "
         + (f"{model['parameters']:,} parameters" if model["ok"] else model["reason"])
     )
     plugins = facts["plugins"]
-    print(f"plugins   {sum(p['status'] == 'ok' for p in plugins)} of {len(plugins)} work")
+    out(f"plugins   {sum(p['status'] == 'ok' for p in plugins)} of {len(plugins)} work")
     for line in plugins:
         if line["status"] != "ok":
-            print(f"  {line['status']}: {line['name']}: {line['reason']}")
+            out(f"  {line['status']}: {line['name']}: {line['reason']}")
             if line["hint"]:
-                print(f"    hint: {line['hint']}")
+                out(f"    hint: {line['hint']}")
     for note in notes:
-        print(f"  note: {note}")
-    print("all is well" if healthy else "something is broken")
+        out(f"  note: {note}")
+    out("all is well" if healthy else "something is broken")
 
 
 def check(
@@ -211,7 +213,7 @@ def check(
     from peftx.registry import Registry
     from peftx.testing.kit import run_checks
     from peftx_cli.progress import reporter
-    from peftx_cli.render import print_json, print_table
+    from peftx_cli.render import out, print_json, print_table
 
     chosen = _options(option or [])
     Registry().load(name)(**chosen)  # a wrong option is the user's mistake, not the plugin's
@@ -233,7 +235,7 @@ def check(
             for result in results
         ]
         print_table(name, ("model", "check", "outcome", "seconds", ""), rows)
-        print(f"{len(results) - len(failed)} of {len(results)} checks hold")
+        out(f"{len(results) - len(failed)} of {len(results)} checks hold")
     if failed:
         raise typer.Exit(1)
 
@@ -248,14 +250,21 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
 
     from peftx.errors import PeftxError
     from peftx.files import write_text
+    from peftx.pipeline import make_place
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
     from peftx_cli.progress import reporter
+    from peftx_cli.render import out, out_json
 
     if output is not None and Path(output).suffix != ".html":
         raise PeftxError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
     if output is not None and not Path(output).absolute().parent.is_dir():
-        raise PeftxError(f"--output {output}: there is no folder {Path(output).parent}")
+        raise PeftxError(
+            f"--output {output}: there is no folder {Path(output).parent}",
+            hint="make it, or name another file",
+        )
+    if output is not None:
+        make_place(Path(output))
     with reporter() as told:
         told.stage("matrix", [])
         found = run_matrix(
@@ -268,18 +277,18 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
         write_text(Path(output), page(found))
         write_text(Path(output).with_suffix(".json"), to_json(found) + "\n")
     if as_json:
-        print(to_json(found))
+        out_json(to_json(found))
     else:
         _show_matrix(found, whole=len(found.plugins) <= 12)
         if output is not None:
-            print(f"{output} and {Path(output).with_suffix('.json')}")
+            out(f"{output} and {Path(output).with_suffix('.json')}")
     if failed:
         raise typer.Exit(1)
 
 
 def _show_matrix(found: Any, *, whole: bool) -> None:
     """Counts; every pair that does not work where there are few plugins, else the failures."""
-    from peftx_cli.render import print_table
+    from peftx_cli.render import out, print_table
 
     rows = [
         (cell.first, cell.second, cell.outcome, cell.reason, ", ".join(cell.order))
@@ -289,13 +298,14 @@ def _show_matrix(found: Any, *, whole: bool) -> None:
     if rows:
         print_table("pairs", ("first", "second", "", "reason", "order that works"), rows)
     words = ("works", "refused", "other-model", "failed")
-    print(f"{len(found.cells)} pairs: " + ", ".join(f"{found.count(word)} {word}" for word in words))
+    out(f"{len(found.cells)} pairs: " + ", ".join(f"{found.count(word)} {word}" for word in words))
 
 
 def _options(texts: list[str]) -> dict[str, Any]:
     """`rank=4` as an option of the plugin, read like a value of a spec."""
     from peftx_spec.errors import PeftxError
     from peftx_spec.loader import parse_value
+    from peftx_spec.overrides import VALUES
     from peftx_spec.scalars import ScalarError
 
     found: dict[str, Any] = {}
@@ -306,5 +316,5 @@ def _options(texts: list[str]) -> dict[str, Any]:
         try:
             found[key] = parse_value(value)
         except ScalarError as error:
-            raise PeftxError(f"--set {text}: {error}") from error
+            raise PeftxError(f"--set {text}: {error}", hint=VALUES) from error
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +42,7 @@ def plan(
     steps: options.Steps = None,
     output: options.Output = None,
     show_all: All = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what a run would do: stages, touched modules, parameters, bytes, conflicts. Loads no weights.
@@ -51,14 +51,20 @@ def plan(
     """
     from peftx.planning import plan as planned
     from peftx.registry import Registry
+    from peftx_cli import ahead
     from peftx_cli.recipe import read
+    from peftx_cli.render import out_json
 
     registry = Registry()
-    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or ())
+    asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
+                  trust_remote_code=trust_remote_code)  # fmt: skip
     recipe = read(asked, registry)
-    found = planned(recipe.pipeline, registry=registry, where=recipe.where)
+    ahead.warn(recipe.pipeline)
+    found = planned(
+        recipe.pipeline, registry=registry, where=recipe.where, trust_remote_code=trust_remote_code
+    )
     if as_json:
-        sys.stdout.write(found.to_json())
+        out_json(found.to_json())
     else:
         _show(found, show_all=show_all)
     if not found.runnable:
@@ -66,7 +72,7 @@ def plan(
 
 
 def _show(found: Plan, *, show_all: bool) -> None:
-    from peftx_cli.render import print_table, size
+    from peftx_cli.render import out, print_table, size
 
     stages = [
         (s.name, ", ".join(s.plugins), ", ".join(s.reads), ", ".join(s.writes), s.detail)
@@ -78,15 +84,15 @@ def _show(found: Plan, *, show_all: bool) -> None:
         (m.path, m.role, "x".join(map(str, m.shape)), m.plugin, f"{m.params:,}", f"{m.bytes:,}")
         for m in modules
     ]
-    print()
+    out()
     if lines:
         print_table("touched modules", ("module", "role", "shape", "plugin", "parameters", "bytes"), lines)
     else:
-        print("touched modules: none")
+        out("touched modules: none")
     if len(modules) < len(found.modules):
-        print(f"... and {len(found.modules) - len(modules)} more; --all shows them")
+        out(f"... and {len(found.modules) - len(modules)} more; --all shows them")
     totals = found.totals
-    print()
+    out()
     print_table(
         "totals",
         ("", "parameters", "bytes"),
@@ -98,9 +104,9 @@ def _show(found: Plan, *, show_all: bool) -> None:
         ],
     )
     for conflict in found.conflicts:
-        print(f"\nconflict: {conflict.reason}")
+        out(f"\nconflict: {conflict.reason}")
         if conflict.remedy:
-            print(f"  what would work: {conflict.remedy}")
+            out(f"  what would work: {conflict.remedy}")
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
@@ -108,62 +114,47 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
     from dataclasses import asdict
 
     from peftx.registry import Registry
-    from peftx_cli.render import print_json
-    from peftx_spec import SpecError, stages_of
+    from peftx_cli import ahead
+    from peftx_cli.render import out, print_json
+    from peftx_spec import PeftxError, Problem, SpecError, stages_of
 
     registry = Registry()
     try:
         pipeline = _checked(spec, override or (), registry)
-    except SpecError as error:
+    except PeftxError as error:
         if not as_json:
             raise
-        print_json({"valid": False, "problems": [asdict(problem) for problem in error.problems]})
+        whole = [Problem(error.message, spec, 1, 1, suggestion=error.hint or "")]
+        problems = error.problems if isinstance(error, SpecError) else whole
+        print_json({"valid": False, "problems": [asdict(problem) for problem in problems]})
         raise typer.Exit(2) from error
+    ahead.warn(pipeline)
     stages = [stage.kind for stage in stages_of(pipeline, registry)]
     if as_json:
         print_json(
             {"valid": True, "problems": [], "plugins": [e.use for e in pipeline.stack], "stages": stages}
         )
     else:
-        print(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
+        out(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
 
 
 def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipeline:
     """The pipeline after every check that needs no model.
 
     Raises:
-        SpecError: all that is wrong in the spec. DataError: a data file that is not there. ConflictError: plugins that
-            do not go together.
+        SpecError: all that is wrong in the spec and its data. ConflictError: plugins that do not go together.
     """
+    from peftx_cli import ahead
     from peftx_spec import load_spec, resolved
 
     loaded = load_spec(spec, catalogue=registry, overrides=overrides)
     pipeline = resolved(loaded.pipeline, Path(spec).parent)
+    ahead.check(loaded, pipeline, registry)
     if pipeline.stack:
-        from peftx.conflicts import Member, check
+        from peftx.conflicts import check
 
-        check(
-            [
-                Member(e.id, registry.load(e.use)(**e.options), loaded.place_of(e.id), e.phase)
-                for e in pipeline.stack
-            ]
-        )
-    data = pipeline.data
-    sources = [source.path for source in (data.train, data.eval, data.calibration) if source is not None]
-    sources += [metric.options.path for metric in pipeline.evaluate if metric.options.path is not None]
-    for path in dict.fromkeys(sources):
-        if not path.startswith("peftx:"):
-            _require_file(Path(path))
+        check(ahead.members_of(loaded, pipeline, registry))
     return pipeline
-
-
-def _require_file(path: Path) -> None:
-    """Without `peftx.data`, which imports a second's worth of libraries."""
-    from peftx.errors import DataError, nearest
-
-    if not path.is_file():
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"data file {path} does not exist", hint=nearest(path.name, names) or None)
 
 
 def schema(output: SchemaFile = None) -> None:
@@ -171,17 +162,18 @@ def schema(output: SchemaFile = None) -> None:
     import json
 
     from peftx.registry import Registry
+    from peftx_cli.render import out, out_json
     from peftx_spec import PeftxError, json_schema
 
     text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
     if output is None:
-        sys.stdout.write(text)
+        out_json(text)
         return
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise PeftxError(f"cannot write {output}: {error.strerror}") from error
-    print(output)
+    out(str(output))
 
 
 def _loadable(registry: Registry) -> Registry:

@@ -40,6 +40,7 @@ def apply(
     output: options.Output = None,
     resume: Resume = False,
     show_spec: ShowSpec = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Run a whole pipeline: prepare, inject, train, compress, evaluate, save.
@@ -48,7 +49,7 @@ def apply(
     pipeline as YAML, to start your own from.
     """
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
-                  metric or ())  # fmt: skip
+                  metric or (), trust_remote_code)  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=True)
 
 
@@ -64,10 +65,12 @@ def train(
     output: options.Output = None,
     resume: Resume = False,
     show_spec: ShowSpec = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Run a pipeline without its compress stages: what is saved is the trained adapter."""
-    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or (), metric or ())
+    asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or (),
+                  metric or (), trust_remote_code)  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=False)
 
 
@@ -75,13 +78,14 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
     from peftx.errors import PeftxError
     from peftx.registry import Registry
     from peftx_cli.recipe import read, without_compression
+    from peftx_cli.render import out_yaml
 
     registry = Registry()
     recipe = read(asked, registry)
     if not compress:
         recipe = without_compression(recipe, registry)
     if show_spec:
-        sys.stdout.write(recipe.text)
+        out_yaml(recipe.text)
         return
     from peftx.pipeline import Run
     from peftx_cli.progress import Interruptible, Interrupts, reporter
@@ -89,11 +93,18 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
 
     with reporter() as shown, Interrupts() as interrupts:
         told = Interruptible(shown, interrupts)
-        run = Run(recipe.pipeline, registry=registry, where=recipe.where, reporter=told, resume=resume)
-        if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
-            failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
-        if resume and not _checkpoints(run):
-            failures.warn("no checkpoint to resume from: the run starts at the beginning")
+        run = Run(
+            recipe.pipeline,
+            registry=registry,
+            where=recipe.where,
+            reporter=told,
+            resume=resume,
+            trust_remote_code=asked.trust_remote_code,
+        )
+        # What lies between two plugins Run has named by now; this is between a plugin and the model.
+        for conflict in recipe.conflicts:
+            raise PeftxError(conflict.reason, hint=conflict.remedy or None)
+        _warn(run, resume=resume)
         try:
             result = run.run()
         except KeyboardInterrupt as error:
@@ -103,8 +114,25 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             if run.result is not None and run.result.training and _checkpoints(run):
                 failures.warn(f"the training is not lost: {_how_to_resume(run)}")
             raise
-        texts = samples(result.stack, recipe.pipeline)
+        texts = samples(run, result)
     report(run, result, texts, as_json=as_json)
+
+
+def _warn(run: Run, *, resume: bool) -> None:
+    """What this run replaces or begins anew, before it does."""
+    from peftx_cli import ahead
+
+    ahead.warn(run.pipeline)
+    found = _checkpoints(run)
+    if run.pipeline.output is not None and (Path(run.pipeline.output) / "manifest.json").exists():
+        failures.warn(f"{run.pipeline.output} holds a bundle, which this run replaces when it is done")
+    if found and not resume:
+        failures.warn(
+            "an interrupted run into this folder can be resumed; this one starts at the beginning, and what the other "
+            f"has done is gone when it ends\n{_how_to_resume(run)}"
+        )
+    if resume and not found:
+        failures.warn("no checkpoint to resume from: the run starts at the beginning")
 
 
 def _checkpoints(run: Run) -> list[Path]:

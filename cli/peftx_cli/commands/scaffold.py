@@ -38,6 +38,7 @@ def new(
 ) -> None:
     """Write a complete plugin folder that works, passes its own tests, and is yours to change."""
     from peftx.registry import Registry
+    from peftx_cli.render import out
     from peftx_cli.scaffold import write
     from peftx_spec.errors import PeftxError
 
@@ -48,5 +49,5 @@ def new(
     folder = directory if directory is not None else Path("plugins") / hook / slug
     files = write(folder, slug=slug, hook=hook, arxiv=arxiv, title=title, family=family)
     for file in files:
-        print(file)
-    print(f"\nto try it:  pip install -e {folder}\n            peftx check {slug}")
+        out(str(file))
+    out(f"\nto try it:  pip install -e {folder}\n            peftx check {slug}")

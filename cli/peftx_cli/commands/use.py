@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,18 +66,21 @@ def evaluate(
     limit: Limit = None,
     model: Base = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a bundle or a model on a data file."""
     from peftx.models import asset_path
     from peftx_cli.progress import reporter
+    from peftx_cli.recipe import format_of
     from peftx_cli.render import print_json, print_table
     from peftx_cli.stacks import open_stack
     from peftx_cli.summary import score_dict
 
-    path = asset_path(data)
-    stack = open_stack(target, model=model, device=device)
     names = metric or ["perplexity"]
+    _check_metrics(names, format_of("--data", data))
+    path = asset_path(data)
+    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     with reporter() as told:
         told.stage("evaluate", names)
         scores = stack.evaluate(
@@ -98,6 +102,21 @@ def evaluate(
     print_table(f"{target} on {data}", ("measure", "value", "95 % interval", "count", "unit"), rows)
 
 
+def _check_metrics(names: Sequence[str], format: str | None) -> None:
+    """Raises PeftxError for a metric that cannot read rows of this format, before a model is loaded."""
+    from peftx_spec.checks import metric_for
+    from peftx_spec.errors import PeftxError
+    from peftx_spec.models import METRIC_FORMATS
+
+    for name in names:
+        fitting = METRIC_FORMATS.get(name)
+        if format is not None and fitting is not None and format not in fitting:
+            raise PeftxError(
+                f"{name} reads rows of {' or '.join(fitting)}, and these are {format}",
+                hint=metric_for(format),
+            )
+
+
 def generate(
     target: Target,
     prompt: Prompt,
@@ -108,6 +127,7 @@ def generate(
     stream: Stream = False,
     model: Base = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, through the decode hooks of the bundle's plugins."""
@@ -119,28 +139,38 @@ def generate(
     if not text:
         raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
     from peftx.decoding.text import request_for
+    from peftx_cli.render import out_exactly, print_json
     from peftx_cli.stacks import open_stack
 
-    stack = open_stack(target, model=model, device=device)
+    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     choice: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     request = request_for(stack, [text], max_new_tokens, seed, choice)
     if stream:
-        from transformers import TextStreamer
-
-        request.streamer = TextStreamer(stack.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        request.streamer = _streamer(stack.tokenizer)
     ids = stack.decode(request)
     start = 0 if stack.model.config.is_encoder_decoder else request.input_ids.shape[1]
     written = stack.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
     if as_json:
-        from peftx_cli.render import print_json
-
         print_json(
             {"prompt": text, "text": written, "new_tokens": int(ids.shape[1] - start), "stats": request.stats}
         )
     elif not stream:
-        print(written)
+        out_exactly(written)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints a text as it comes."""
+    from transformers import TextStreamer
+
+    from peftx_cli.render import out_exactly
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            out_exactly(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def serve(
@@ -152,6 +182,7 @@ def serve(
     prefix_cache: PrefixCache = False,
     model: Base = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a bundle or a model: POST /v1/completions as OpenAI's, with streaming."""
     from peftx_spec.errors import PeftxError
@@ -169,7 +200,7 @@ def serve(
 
     if host not in LOOPBACK:
         failures.warn(f"{host} is open to the network, and this server asks for no key")
-    stack = open_stack(target, model=model, device=device)
+    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
     server = Server(stack, name=Path(target).name, scheduler=scheduler)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
@@ -181,6 +212,7 @@ def merge(
     output: OutFolder,
     model: Base = None,
     device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Fold a bundle's plugins into the weights and write a plain checkpoint, for vLLM, lm-eval and from_pretrained.
@@ -189,17 +221,16 @@ def merge(
     """
     from transformers.utils import logging
 
-    from peftx.pipeline import folder_bytes
-    from peftx_cli.render import print_json, size
+    from peftx.pipeline import folder_bytes, make_place
+    from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
 
+    make_place(output)
     logging.disable_progress_bar()  # a library's own bar would stand between our lines
-    stack: Stack = open_stack(bundle, model=model, device=device)
+    stack: Stack = open_stack(bundle, model=model, device=device, trust_remote_code=trust_remote_code)
     path = stack.export(output)
     count = folder_bytes(path)
     if as_json:
         print_json({"output": str(path), "bytes": count, "plugins": list(stack.plugins)})
     else:
-        print(
-            f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} folded into {stack.base_id}"
-        )
+        out(f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} folded into {stack.base_id}")

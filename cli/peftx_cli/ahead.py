@@ -1,0 +1,145 @@
+"""What is wrong with a pipeline that only its data files and its plugins' claims can tell, before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peftx_cli import failures
+from peftx_cli.peek import Unfit, look
+from peftx_spec.checks import metric_for
+from peftx_spec.models import METRIC_FORMATS
+from peftx_spec.problems import Path, SpecError
+from peftx_spec.stages import stages_of
+from peftx_spec.translate import Finding
+
+if TYPE_CHECKING:
+    from peftx.conflicts import Member
+    from peftx.registry import Registry
+    from peftx_spec import LoadedSpec, Pipeline
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data file of a pipeline, and where the spec names it."""
+
+    place: Path
+    file: str
+    format: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
+    """Look at the data's first rows and at what the plugins claim. `pipeline` is the loaded one, its paths absolute.
+
+    Raises:
+        SpecError: everything that is wrong, each with its place.
+    """
+    formats: dict[Path, str | None] = {}
+    findings: list[Finding] = []
+    for source in _sources(pipeline):
+        try:
+            formats[source.place] = look(source.file, format=source.format, columns=source.columns)
+        except Unfit as error:
+            blamed = _blamed(loaded, source.place, error.part)
+            findings.append(Finding(blamed, error.message, suggestion=error.hint))
+    findings += _metrics(pipeline, formats)
+    if pipeline.stack:
+        members = members_of(loaded, pipeline, registry)
+        if trains(pipeline, registry):
+            findings += _rows(members, formats.get(("data", "train")))
+        if pipeline.data.calibration is None and pipeline.data.train is None:
+            findings += _calibration(members)
+    if findings:
+        raise SpecError([loaded.problem(finding) for finding in findings])
+
+
+def trains(pipeline: Pipeline, registry: Registry) -> bool:
+    return any(stage.train is not None for stage in stages_of(pipeline, registry))
+
+
+def members_of(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> list[Member]:
+    """The stack's plugins, and where the spec names them."""
+    from peftx.conflicts import Member
+
+    return [
+        Member(entry.id, registry.load(entry.use)(**entry.options), loaded.place_of(entry.id), entry.phase)
+        for entry in pipeline.stack
+    ]
+
+
+def warn(pipeline: Pipeline) -> None:
+    """Say what may be meant, and often is not: to measure on the rows that are trained on."""
+    train, held_out = pipeline.data.train, pipeline.data.eval
+    files = [
+        metric.options.path or (held_out.path if held_out is not None else None)
+        for metric in pipeline.evaluate
+    ]
+    if train is not None and train.path in files:
+        failures.warn(
+            f"{train.path} is both trained on and evaluated on: the numbers say nothing about rows that are new"
+        )
+
+
+def _sources(pipeline: Pipeline) -> Iterator[Source]:
+    data = pipeline.data
+    for name, spec in (("train", data.train), ("eval", data.eval), ("calibration", data.calibration)):
+        if spec is not None:
+            yield Source(("data", name), spec.path, spec.format, spec.columns)
+    for index, metric in enumerate(pipeline.evaluate):
+        if metric.options.path is not None:
+            yield Source(("evaluate", index, metric.metric), metric.options.path, metric.options.format)
+
+
+def _blamed(loaded: LoadedSpec, place: Path, part: str) -> Path:
+    """The part of a source, where it is written out: `train: rows.jsonl` has none."""
+    value: Any = loaded.overridden.data
+    for key in place:
+        value = value[key]
+    return (*place, part) if isinstance(value, dict) and part in value else place
+
+
+def _metrics(pipeline: Pipeline, formats: Mapping[Path, str | None]) -> Iterator[Finding]:
+    """Metrics that cannot read the rows that they are given."""
+    held_out = ("data", "train" if pipeline.data.holdout is not None else "eval")
+    for index, metric in enumerate(pipeline.evaluate):
+        own: Path = ("evaluate", index, metric.metric)
+        format = formats.get(own if metric.options.path is not None else held_out)
+        fitting = METRIC_FORMATS.get(metric.metric)
+        if format is not None and fitting is not None and format not in fitting:
+            message = f"{metric.metric} reads rows of {' or '.join(fitting)}, and these are {format}"
+            yield Finding(own, message, at_key=True, suggestion=metric_for(format))
+
+
+def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
+    """Rows that the plugins do not train on; what they leave to one another is a matter of conflicts."""
+    from peftx.conflicts import find_conflicts
+
+    if format is None or find_conflicts(members):
+        return
+    now = format
+    for index, member in enumerate(members):
+        takes = member.plugin.takes
+        if takes and now not in takes:
+            message = f"'{member.id}' trains on rows of {' or '.join(takes)}, and these are {now}"
+            remedy = "give data.train such rows, or map their columns"
+            yield Finding(("stack", index), message, suggestion=remedy)
+            return
+        now = member.plugin.gives.get(now, now)
+    if now == "preference" and not any(
+        m.implements("prepare_data") or now in m.plugin.takes for m in members
+    ):
+        message = "no plugin of the stack trains on rows of preference"
+        yield Finding(
+            ("data", "train"), message, suggestion="peftx info NAME says which rows a plugin trains on"
+        )
+
+
+def _calibration(members: Sequence[Member]) -> Iterator[Finding]:
+    from peftx.plugin import Claim
+
+    for index, member in enumerate(members):
+        if member.claims(Claim.NEEDS_CALIBRATION):
+            message = f"'{member.id}' needs text to calibrate on, and the spec names none"
+            yield Finding(("stack", index), message, suggestion="write 'data: {calibration: file}'")

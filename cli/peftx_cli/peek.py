@@ -1,0 +1,169 @@
+"""The first row of a data file, in milliseconds: enough to see that a pipeline and its data do not go together.
+
+`peftx.data` reads files for a run, to their last row, and explains every fault; it imports a second's worth of
+libraries, and this module none. Of a row that it cannot read it says nothing: the run will.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from peftx_spec.errors import nearest
+from peftx_spec.models import FORMATS
+
+TEXT = (".txt", ".md")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+MOST = 1 << 20  # bytes that are looked at
+MAP = "map our names to the file's: columns: {prompt: question}"
+
+
+class Unfit(Exception):
+    """What is wrong with a data file, and which part of its source says otherwise: path, format or columns."""
+
+    def __init__(self, message: str, *, hint: str = "", part: str = "path") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.part = part
+
+
+def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None = None) -> str | None:
+    """The format of a file's rows; None where the first row alone does not tell.
+
+    Args:
+        file: a path, or `peftx:sample/...`. format, columns: what the pipeline says of it.
+
+    Raises:
+        Unfit: no such file, nothing in it, or a first row that is not what the pipeline says.
+    """
+    path = _located(file)
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    if suffix not in TABLES:
+        return _document(path, suffix, format, columns or {})
+    row = _first_row(path, suffix)
+    if row is None:
+        return None if format == "auto" else format
+    row = _renamed(path, row, columns or {})
+    if format == "auto":
+        return _detected(path, row)
+    missing = [name for name in FORMATS[format] if name not in row]
+    if missing:
+        message = f"{path}: {format} needs the column '{missing[0]}', and there are {_names(row)}"
+        raise Unfit(message, hint=nearest(missing[0], row) or MAP, part="format")
+    return format
+
+
+def _located(file: str) -> Path:
+    """Where the file is."""
+    path = Path(file)
+    if file.startswith("peftx:"):
+        import peftx
+
+        assets = Path(peftx.__file__).parent / "assets"
+        path = assets / file.removeprefix("peftx:")
+        if not path.is_file():
+            names = sorted(f"peftx:sample/{sample.name}" for sample in (assets / "sample").iterdir())
+            hint = nearest(file, names) or f"there are: {', '.join(names)}"
+            raise Unfit(f"no packaged data '{file}'", hint=hint)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    names = sorted(child.name for child in folder.iterdir() if child.is_file()) if folder.is_dir() else []
+    there = (
+        f"in {folder} are: {', '.join(names[:8]) or 'no files'}"
+        if folder.is_dir()
+        else f"there is no folder {folder}"
+    )
+    if path.is_dir():
+        raise Unfit(f"{path} is a folder, not a data file", hint=there)
+    if path.exists():
+        raise Unfit(f"{path} is no plain file", hint="rows are read more than once: copy them into a file")
+    raise Unfit(f"data file {path} does not exist", hint=nearest(path.name, names) or there)
+
+
+def _document(path: Path, suffix: str, format: str, columns: Mapping[str, str]) -> str:
+    """A file that is one text."""
+    if columns:
+        raise Unfit(
+            f"{path} has no columns: it is one document of text", hint="leave them out", part="columns"
+        )
+    if format not in ("auto", "text"):
+        hint = f"rows are read from {', '.join(TABLES)}"
+        raise Unfit(
+            f"{path}: {format} needs rows, and this is one document of text", hint=hint, part="format"
+        )
+    if format == "auto" and suffix not in TEXT:
+        hint = f"known are {', '.join((*TEXT, *TABLES))}, each also with .gz; or set 'format: text'"
+        raise Unfit(f"{path}: the suffix '{suffix}' does not tell the format", hint=hint)
+    _start(path)
+    return "text"
+
+
+def _start(path: Path) -> str:
+    """The first text of a file."""
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if packed else raw  # type: ignore[assignment]
+            start = stream.read(MOST + 1)
+        text = start[:MOST].decode("utf-8-sig", "strict" if len(start) <= MOST else "ignore")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise Unfit(f"{path} cannot be read as UTF-8 text: {error}", hint="save it as UTF-8") from error
+    if not text.strip():
+        raise Unfit(f"{path} is empty", hint="give a file with rows")
+    return text
+
+
+def _first_row(path: Path, suffix: str) -> dict[str, object] | None:
+    """The first row; None where it cannot be read, or not in what is looked at."""
+    text = _start(path)
+    try:
+        if suffix in (".csv", ".tsv"):
+            reader = csv.DictReader(
+                io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ","
+            )
+            return next(({name: row[name] for name in reader.fieldnames or ()} for row in reader), None)
+        if suffix == ".json":
+            body = text.lstrip().removeprefix("[").lstrip()
+            value, _ = json.JSONDecoder().raw_decode(body)
+        else:
+            value = json.loads(text.lstrip().partition("\n")[0])
+    except (csv.Error, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _renamed(path: Path, row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """The row under our names."""
+    for source in columns.values():
+        if source not in row:
+            hint = nearest(source, row) or f"there are {_names(row)}"
+            raise Unfit(f"{path}: there is no column '{source}'", hint=hint, part="columns")
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**{ours: row[source] for ours, source in columns.items()}, **rest}
+
+
+def _detected(path: Path, row: Mapping[str, object]) -> str:
+    """The one format whose columns the row has; of two, the one that explains more of it."""
+    fitting = [name for name, needed in FORMATS.items() if set(row) >= set(needed)]
+    best = [one for one in fitting if not any(set(FORMATS[one]) < set(FORMATS[other]) for other in fitting)]
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise Unfit(
+            f"{path}: the columns {_names(row)} fit {' and '.join(best)}", hint="say which: format: ..."
+        )
+    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
+    raise Unfit(f"{path}: the columns {_names(row)} fit no format ({known})", hint=MAP)
+
+
+def _names(row: Mapping[str, object]) -> str:
+    return ", ".join(f"'{name}'" for name in row) or "(none)"
