@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -167,8 +168,9 @@ def load_model(
     path = model_path(model_id)
     local = Path(path).exists() or path.startswith((".", "/", "~"))
     if local:
-        check_weights(Path(path).expanduser(), shape_only=meta)
-    source = Path(path).expanduser() if local else path
+        check_weights(Path(os.path.expanduser(path)), shape_only=meta)
+    # Path.expanduser raises for a user that is not there.
+    source = Path(os.path.expanduser(path)) if local else path
     config = read_config(source, trust_remote_code=trust_remote_code)
     names = config.architectures or []
     cls = (
@@ -182,7 +184,10 @@ def load_model(
     tokenizer = _tokenizer(str(source), trust_remote_code)
     if meta:
         with torch.device("meta"):
-            model = cls._from_config(config, dtype=wanted)
+            if issubclass(cls, transformers.PreTrainedModel):
+                model = cls._from_config(config, dtype=wanted)
+            else:  # an Auto class, which knows of code that the checkpoint brings along
+                model = cls.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         return model.eval(), tokenizer
     return _read_weights(cls, str(source), wanted, trust_remote_code).to(device).eval(), tokenizer
 

@@ -38,6 +38,7 @@ def plan(
     model, tokenizer = load_model(
         pipeline.model.id,
         dtype=pipeline.model.dtype,
+        device=pipeline.model.device,
         trust_remote_code=trust_remote_code,
         meta=True,
     )

@@ -71,7 +71,7 @@ def test_the_adapter_that_a_conflict_of_two_asks_for_helps() -> None:
     found = {
         frozenset(recipe.ids): Result(recipe, "refused-before-build")
         for recipe, conflicts in refused_pairs()
-        if any("put an adapter" in conflict.reason for conflict in conflicts)
+        if any("put an adapter" in conflict.way_out for conflict in conflicts)
     }
     assert found
     ends = [end for result in found.values() for end in dead_ends(result, depth=0)]

@@ -28,7 +28,7 @@ from peftx.bundle.surroundings import (
 from peftx.errors import BundleError
 from peftx.files import naming, read_tensors
 from peftx.ledger import Part
-from peftx.models import fingerprint, load_model, read_config, read_tokenizer
+from peftx.models import fingerprint, load_model, read_config, read_tokenizer, usable_device
 from peftx.plugin import Plugin
 from peftx.registry import Registry
 from peftx.stack import Stack
@@ -60,6 +60,7 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    device = usable_device(device)
     with naming(folder):
         return _load(folder, manifest, model, tokenizer, device, registry or Registry(), trust_remote_code)
 

@@ -139,6 +139,8 @@ def _parse_json(text: str, *, path: Path, first_line: int) -> object:
         line = text.split("\n")[error.lineno - 1]
         place = f"{path}:{first_line + error.lineno - 1}:{error.colno}"
         raise DataError(f"{place}: not JSON: {error.msg}: {_snippet(line, error.colno)!r}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}:{first_line}: not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise DataError(f"{path}:{first_line}: JSON nested too deeply") from error
     except DataError as error:

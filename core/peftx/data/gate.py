@@ -13,17 +13,11 @@ import pyarrow.compute as compute
 
 from peftx.data.files import json_type
 from peftx.errors import DataError, nearest
+from peftx_spec.models import FORMATS as COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
-    "text": ("text",),
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "classification": ("text", "label"),
-    "preference": ("prompt", "chosen", "rejected"),
-}
 FORMATS: Final = tuple(COLUMNS)
 ROLES: Final = ("system", "user", "assistant")
 _TEXTS: Final = frozenset(name for names in COLUMNS.values() for name in names) - {"messages"}

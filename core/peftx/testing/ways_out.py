@@ -64,8 +64,8 @@ def _way_of(recipe: Recipe, conflict: Conflict) -> Way:
     if conflict.working_order:
         order = tuple(entries[id] for id in conflict.working_order)
         return Way(str(conflict), (replace(recipe, entries=order),), exact=True)
-    if "put an adapter such as lora beside it" in conflict.reason:
-        return Way(str(conflict), (recipe.with_lora(),))
+    if replaced := re.fullmatch(r"put an adapter such as lora in the place of '(.+)'", conflict.way_out):
+        return Way(str(conflict), (recipe.without(replaced[1]).with_lora(),))
     return Way(str(conflict), (recipe.without(conflict.first), recipe.without(conflict.second)))
 
 
