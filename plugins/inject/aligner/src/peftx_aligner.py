@@ -120,6 +120,7 @@ class Aligner(Plugin):
     Config = AlignerConfig
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.EDITS_INPUTS}
     architectures = ("qwen3", "gpt_neox")
+    refuses = {"mamba": "it has no attention"}
     config: AlignerConfig
 
     @hookimpl

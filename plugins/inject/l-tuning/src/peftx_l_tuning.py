@@ -142,6 +142,7 @@ class LTuning(Plugin):
     Config = LTuningConfig
     claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START, Claim.PREFIX_CACHE}
     architectures = ("mistral",)
+    refuses = {"t5": "the head reads one tower"}
     takes = ("classification",)
     gives = {"classification": "tokenized"}
     config: LTuningConfig

@@ -148,6 +148,7 @@ class Predgen(Plugin):
     Config = PredgenConfig
     claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS}
     architectures = ("mistral", "mamba", "bloom")
+    refuses = {"bert": "it writes nothing", "t5": "it has two towers"}
     takes = ("classification",)
     gives = {"classification": "tokenized"}
     config: PredgenConfig
