@@ -257,6 +257,9 @@ class Sparselora(Plugin):
         "bert": "an encoder without a gated MLP",
         "t5": "an encoder and a decoder",
     }
+    exempt = {
+        "accumulation_makes_the_same_step": "the channels are chosen for all tokens of a batch together"
+    }
     example = {
         "mlp": 0.5,
         "attention": 0.5,

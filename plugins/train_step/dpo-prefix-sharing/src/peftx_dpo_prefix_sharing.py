@@ -17,10 +17,11 @@ too. With the reference, the model before training (after supervised fine-tuning
     h    = log p(y_w|x) - log p(y_l|x) - (the same of the reference)
     loss = -log sigmoid(beta h)   or   max(0, 1 - beta h)   or   (h - 1 / (2 beta))**2
 
-The loss of a micro-batch is the mean over its n_i triples. Of A micro-batches in a step each weighs 1/A, whatever its
-n_i, so a triple weighs 1/(A n_i): how many triples the others hold is not known while one is computed.
+The loss of a micro-batch is the mean over its triples, and a micro-batch weighs in a step as its rows do: a row is a
+triple, so each triple weighs the same.
 
-Packed, a row holds several triples, and a token sees none of another triple.
+Packed, a row holds several triples, and a token sees none of another triple. A triple then weighs less in a micro-batch
+whose rows hold many: how many those of the others hold is not known while one is computed.
 """
 
 from __future__ import annotations

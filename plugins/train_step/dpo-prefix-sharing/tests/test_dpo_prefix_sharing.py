@@ -288,8 +288,8 @@ def test_what_trains_may_change_and_the_reference_does_not() -> None:
     assert float(stack.train_step(batch)) == moved
 
 
-def test_micro_batches_weigh_alike_whatever_they_hold() -> None:
-    """As the docstring says: a triple of a micro-batch with n_i weighs 1 / (A n_i)."""
+def test_micro_batches_without_a_share_weigh_alike_whatever_they_hold() -> None:
+    """In a loop of one's own that says nothing of shares, a triple of a micro-batch with n_i weighs 1 / (A n_i)."""
     stack = build("llama")
     parts = [batch_of(prepared(stack, rows)) for rows in (ROWS[:1], ROWS[1:])]
     stack.train_step(parts[0])
