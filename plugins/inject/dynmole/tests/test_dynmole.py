@@ -367,7 +367,7 @@ def test_what_does_not_fit_is_refused(arch: str, options: dict[str, object], mat
 
 
 def test_the_mean_entropy_does_not_depend_on_how_rows_are_cut() -> None:
-    """Micro-batches weigh as their real tokens do, of which these have 9 and 4; the balance, which is no mean, is off."""
+    """Micro-batches weigh as their real tokens do, here 9 and 4; the balance, which is no mean, is off."""
     stack = trained("llama", targets="all", threshold=0.73, balance=0.0, certainty=1.0)
     stack.model.eval()
     batch = example_inputs(stack.model)
