@@ -176,9 +176,22 @@ def text_problems(folder: Path, slug: str, module: str) -> list[str]:
             found.append(f"README.md has the headings {headings(text)}, not {list(HEADINGS)}")
     if not test.is_file():
         found.append(f"tests/{test.name} is missing")
-    elif not re.search(rf"conformance\(\s*[\"']{slug}[\"']", test.read_text("utf-8")):
-        found.append(f'tests/{test.name} does not call conformance("{slug}")')
+    elif not runs_the_kit(test.read_text("utf-8"), slug):
+        found.append(
+            f'tests/{test.name} does not say test_conformance = conformance("{slug}"), once and with nothing further: '
+            "what the kit must know of the plugin stands in its class, where `peftx check` finds it"
+        )
     return found
+
+
+def runs_the_kit(source: str, slug: str) -> bool:
+    """Does a test file run what `peftx check` runs: the plugin's name, and the kit's `conformance` alone."""
+    lines = [ast.unparse(node) for node in ast.parse(source).body]
+    imported = any(
+        re.fullmatch(r"from peftx\.testing import (.*, )?conformance(, .*)?", line) for line in lines
+    )
+    named = [line for line in lines if re.search(r"\btest_conformance\b", line)]
+    return imported and named == [f"test_conformance = conformance({slug!r})"]
 
 
 def plugin_folders(root: Path) -> list[Path]:
@@ -238,6 +251,14 @@ tier = "bronze"
 """
 
 
+KIT = """
+from peftx.testing import conformance
+
+test_conformance = conformance("two-words")
+test_conformance_of_a_variant = conformance("two-words", options={"words": 3}, not_on={"t5": "two towers"})
+"""
+
+
 @pytest.fixture
 def complete(tmp_path: Path) -> Path:
     folder = tmp_path / "inject" / "two-words"
@@ -245,7 +266,7 @@ def complete(tmp_path: Path) -> Path:
     (folder / "tests").mkdir()
     (folder / "pyproject.toml").write_text(PYPROJECT, "utf-8")
     (folder / "src" / "peftx_two_words.py").write_text("class TwoWords: ...\n", "utf-8")
-    (folder / "tests" / "test_two_words.py").write_text('test_it = conformance("two-words")\n', "utf-8")
+    (folder / "tests" / "test_two_words.py").write_text(KIT, "utf-8")
     body = "".join(f"## {heading}\n\n```yaml\n## not a heading\n```\n" for heading in HEADINGS)
     (folder / "README.md").write_text(f"# Two words\n\n{body}", "utf-8")
     return folder
@@ -306,6 +327,29 @@ def test_wrong_text_is_named(complete: Path, name: str, change: Callable[[str], 
     path = complete / name
     path.write_text(change(path.read_text("utf-8")), "utf-8")
     assert any(named in line for line in problems(complete))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('conformance("two-words")', 'conformance("two-words", not_on={"t5": "two towers"})'),
+        ('conformance("two-words")', 'conformance("two-words", **OPTIONS)'),
+        ('conformance("two-words")', 'conformance("other")'),
+        ('test_conformance = conformance("two-words")', 'test_it = conformance("two-words")'),
+        (
+            'test_conformance = conformance("two-words")',
+            'if SLOW:\n    test_conformance = conformance("two-words")',
+        ),
+        ("from peftx.testing import conformance", "from helpers import conformance"),
+        ("from peftx.testing import conformance", "from peftx.testing import other as conformance"),
+        ("test_conformance_of_a_variant =", "test_conformance ="),
+        ("test_conformance_of_a_variant =", "test_conformance: object ="),
+    ],
+)
+def test_a_suite_that_runs_other_checks_than_the_command_is_named(complete: Path, old: str, new: str) -> None:
+    assert KIT.count(old) >= 1
+    (complete / "tests" / "test_two_words.py").write_text(KIT.replace(old, new), "utf-8")
+    assert any("nothing further" in line for line in problems(complete))
 
 
 def test_wrong_places_are_named(complete: Path) -> None:

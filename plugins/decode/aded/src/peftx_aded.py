@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from peftx import Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.data import detect_format, read_dataset, tokenize_dataset
 from peftx.decoding import Drafter, DraftTree, per_row, speculative_generate
-from peftx.errors import UnsupportedError
+from peftx.errors import ArchitectureError
 from peftx.models import asset_path
 
 
@@ -243,8 +243,26 @@ class Aded(Plugin):
     claims = {
         Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.LOSSLESS_DECODING, Claim.REPLACES_DECODING
     }  # fmt: skip
+    refuses = {
+        "bert": "an encoder writes no text",
+        "t5": "drafts are checked on decoders alone",
+        "mamba": "its state cannot go back over rejected tokens",
+    }
     config: AdedConfig
     table: TrigramTable
+
+    def suits(self, model: ModelView) -> None:
+        module = model.module
+        refused = {
+            "does not write text": not module.can_generate(),
+            "is no decoder alone": bool(model.config.is_encoder_decoder),
+            "has a state that cannot go back over rejected tokens": module._is_stateful,
+        }
+        if found := [reason for reason, wrong in refused.items() if wrong]:
+            raise ArchitectureError(
+                f"{model.owner}: {type(module).__name__} {' and '.join(found)}",
+                hint="take a causal language model with attention",
+            )
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
@@ -260,7 +278,5 @@ class Aded(Plugin):
 
     @hookimpl
     def decode(self, request: Generation) -> Tensor:
-        if request.model.config.is_encoder_decoder:
-            raise UnsupportedError(f"aded: {type(request.model).__name__} is no decoder alone")
         drafter = TrigramDrafter(self.table, self.config)
         return per_row(request, lambda row: speculative_generate(row, drafter))

@@ -12,12 +12,12 @@ import torch
 import peftx
 from peftx import Generation, Stack
 from peftx.decoding import Drafter, DraftTree, VerifiedStep, speculative_generate
-from peftx.errors import DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_aded import Aded, AdedConfig, TrigramDrafter, TrigramTable, grow, search
 
-test_conformance = conformance("aded", not_on={"t5": "drafts are checked on decoders alone"})
+test_conformance = conformance("aded")
 
 PERIOD = [40, 50, 60, 70, 80]
 
@@ -336,9 +336,21 @@ def test_bad_options(option: str, value: object) -> None:
     assert "corpus" in str(caught.value.hint)
 
 
-def test_missing_corpus_and_wrong_models() -> None:
+def test_a_missing_corpus() -> None:
     with pytest.raises(DataError, match=r"aded.*no-such\.txt"):
         Stack(tiny("llama"), [Aded(corpus="no-such.txt")], tokenizer=tiny_tokenizer())
-    stack = Stack(tiny("t5"), [Aded()])
-    with pytest.raises(UnsupportedError, match="aded: T5ForConditionalGeneration"):
-        stack.decode(request(stack, PERIOD, 4))
+
+
+@pytest.mark.parametrize(
+    ("arch", "match"),
+    [
+        ("t5", "aded: T5ForConditionalGeneration is no decoder alone"),
+        ("bert", "aded: BertForMaskedLM does not write text"),
+        ("vit", "aded: ViTForImageClassification does not write text"),
+        ("mamba", "aded: MambaForCausalLM has a state that cannot go back"),
+    ],
+)
+def test_models_on_which_no_draft_can_be_checked(arch: str, match: str) -> None:
+    with pytest.raises(ArchitectureError, match=match) as caught:
+        Stack(tiny(arch), [Aded(corpus="no-such.txt")])  # before the corpus is read
+    assert caught.value.hint == "take a causal language model with attention"

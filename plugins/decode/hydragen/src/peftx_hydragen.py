@@ -168,6 +168,7 @@ class Hydragen(Plugin):
         Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.LOSSLESS_DECODING, Claim.EXACT_CACHE,
         Claim.REPLACES_ATTENTION, Claim.REPLACES_DECODING,
     }  # fmt: skip
+    refuses = {"bert": "an encoder writes no text", "t5": "its encoder is not a prefix"}
     config: HydragenConfig
 
     @hookimpl

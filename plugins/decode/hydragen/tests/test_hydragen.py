@@ -16,9 +16,7 @@ from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
 from peftx_hydragen import Hydragen, attend_part, merge, take_apart
 from peftx_token_trails import TokenTrails
 
-test_conformance = conformance(
-    "hydragen", not_on={"bert": "an encoder writes no text", "t5": "its encoder is not a prefix"}
-)
+test_conformance = conformance("hydragen")
 
 HEAD = list(range(10, 50))
 RAGGED = [[*HEAD, 60, 61], [*HEAD, 70], [*HEAD, 80, 81, 82]]

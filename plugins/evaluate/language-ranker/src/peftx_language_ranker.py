@@ -23,9 +23,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from peftx import Evaluation, Plugin, PluginConfig, hookimpl
+from peftx import Evaluation, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.data import Collator, prompt_ids, read_dataset
-from peftx.errors import DataError, PeftxError, UnsupportedError, nearest
+from peftx.errors import ArchitectureError, DataError, PeftxError, nearest
 from peftx.evaluation import bootstrap_ratio, context_window, evaluating
 
 if TYPE_CHECKING:
@@ -153,15 +153,22 @@ class LanguageRanker(Plugin):
     """See the module."""
 
     Config = LanguageRankerConfig
+    example = {"english": "prompt"}  # of the kit's rows; their completions are the other language
+    refuses = {"t5": "its encoder and its decoder each have a last token"}
     config: LanguageRankerConfig
+
+    def suits(self, model: ModelView) -> None:
+        if model.config.is_encoder_decoder:
+            raise ArchitectureError(
+                f"{model.owner}: {type(model.module).__name__} has two last tokens, its encoder's and its decoder's",
+                hint="take a decoder or an encoder",
+            )
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `similarity/<language>`, `rank/<language>`, with `curves` `similarity/<language>/layer-<k>`, and with
         `shares` `spearman`; the curves also go to `language-ranker.svg` in the run's folder."""
         config, model = self.config, evaluation.stack.model
-        if model.config.is_encoder_decoder:
-            raise UnsupportedError("an encoder-decoder model has two last tokens", hint="evaluate a decoder")
         rows = self._rows(evaluation)
         languages = self._languages(rows)
         with evaluating(model):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from peftx import Evaluation, Stack
-from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, PeftxError, PluginError
 from peftx.evaluation import evaluating
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -24,7 +24,7 @@ from peftx_language_ranker import LanguageRanker, built_in, figure, last_states,
 
 ROWS = built_in()
 
-test_conformance = conformance("language-ranker", rows=ROWS)
+test_conformance = conformance("language-ranker")
 
 
 @cache
@@ -239,8 +239,13 @@ def test_bad_pairs():
         scores(languages=["dee"])
     with pytest.raises(DataError, match="a sentence has 300 tokens and the model reads 128"):
         scores([{"en": "a", "de": "x" * 300}])
-    with pytest.raises(UnsupportedError, match="two last tokens"):
-        scores(arch="t5")
+
+
+def test_two_towers_are_refused_before_anything_runs() -> None:
+    with pytest.raises(
+        ArchitectureError, match="language-ranker: T5ForConditionalGeneration has two last tokens"
+    ):
+        Stack(model("t5"), [LanguageRanker()])
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ class Aligner(Plugin):
     Config = AlignerConfig
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.EDITS_INPUTS}
     architectures = ("qwen3", "gpt_neox")
+    refuses = {"mamba": "it has no attention"}
+    exempt = {"merge_rounds_once": "V_p comes out of the layer's own W_v, which runs in the model's dtype"}
     config: AlignerConfig
 
     @hookimpl

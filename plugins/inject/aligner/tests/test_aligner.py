@@ -16,7 +16,7 @@ from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_aligner import Aligner, Projection, Read, Shift, Tokens
 from peftx_lora import Lora
 
-test_conformance = conformance("aligner", not_on={"mamba": "it has no attention"})
+test_conformance = conformance("aligner")
 
 WHY = "several tokens weigh their values by the query, so nothing folds"
 test_conformance_of_several_tokens = conformance(

@@ -20,7 +20,7 @@ of the released code, which sums L_C over all positions of a row; here those wit
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,13 @@ from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainS
 from peftx.data import IGNORE
 from peftx.errors import PeftxError
 from peftx.evaluation import eval_mode
+
+OVER: dict[str, Literal["labels", "rows"]] = {
+    "consistency": "rows",
+    "diversity": "labels",
+    "singular": "rows",
+}
+"""What each term is a mean over (of classes a row has one label), so that micro-batches weigh right; L_S is no mean."""
 
 
 class BaLoraConfig(PluginConfig):
@@ -99,6 +106,9 @@ class BaLora(Plugin):
     architectures = ("mixtral",)
     config: BaLoraConfig
     example = {"rank": 2, "top": 1}  # a batch of two rows has two singular values
+    exempt = {
+        "accumulation_makes_the_same_step": "L_S is of the rows of a batch together, and one alone has none"
+    }
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
@@ -128,7 +138,7 @@ class BaLora(Plugin):
         weights = self.config.model_dump(include=set(terms))
         for name, term in terms.items():
             if weights[name]:
-                step.add_loss(name, term, weight=weights[name], over="rows")
+                step.add_loss(name, term, weight=weights[name], over=OVER[name])
         return (yield)
 
     def _reference(self, step: TrainStep) -> Tensor:

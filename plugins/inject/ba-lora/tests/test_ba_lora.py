@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftx import Stack, TrainStep
 from peftx.errors import PeftxError
-from peftx.testing import conformance
+from peftx.testing import conformance, run_checks
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_ba_lora import BaLora, PrincipalDelta, consistency, diversity, singular
 
@@ -407,3 +407,12 @@ def test_outputs_without_logits_are_refused() -> None:
 def test_bad_options(options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=f"BaLora: {match}"):
         BaLora(**options)
+
+
+def test_what_is_a_mean_does_not_depend_on_how_rows_are_cut() -> None:
+    """L_C and L_D weigh right in micro-batches with unlike numbers of labels; L_S, which is of a batch, is off."""
+    options = {"rank": 2, "consistency": 1.0, "diversity": 1.0, "singular": 0.0}
+    check = "accumulation_makes_the_same_step"
+    results = run_checks("ba-lora", options=options, only=[check])
+    assert len(results) >= 4
+    assert not [result for result in results if result.outcome != "passed"]

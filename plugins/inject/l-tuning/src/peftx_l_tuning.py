@@ -142,6 +142,10 @@ class LTuning(Plugin):
     Config = LTuningConfig
     claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START, Claim.PREFIX_CACHE}
     architectures = ("mistral",)
+    refuses = {"t5": "the head reads one tower"}
+    exempt = {
+        "accumulation_makes_the_same_step": "which half of a batch stands behind its own label is drawn for the batch"
+    }
     takes = ("classification",)
     gives = {"classification": "tokenized"}
     config: LTuningConfig

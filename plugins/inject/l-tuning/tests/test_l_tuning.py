@@ -19,13 +19,12 @@ from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx.training.run import as_training_data
 from peftx_l_tuning import LabelPrefixes, LTuning, add_label, pairs
 
-NOT_ON = {"t5": "the head reads one tower"}
-
-test_conformance = conformance("l-tuning", not_on=NOT_ON)
+test_conformance = conformance("l-tuning")
 test_conformance_of_the_prefix = conformance(
     "l-tuning",
     options={"variant": "prefix"},
-    not_on=NOT_ON | {"bloom": "its attention is not looked up by name", "mamba": "it has no attention"},
+    not_on=LTuning.refuses
+    | {"bloom": "its attention is not looked up by name", "mamba": "it has no attention"},
 )
 
 ROWS = list(ROWS_BY_FORMAT["classification"])

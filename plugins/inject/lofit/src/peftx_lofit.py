@@ -116,6 +116,10 @@ class Lofit(Plugin):
     # Needs gradients: v must rest while it gets none.
     claims = {Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.EDITS_INPUTS}
     architectures = ("gemma", "bloom")
+    refuses = {"mamba": "it has no attention"}
+    exempt = {
+        "every_parameter_gets_a_gradient": "the first step trains A alone, v has its turn in the second"
+    }
     config: LofitConfig
     edits: list[Heads]
 

@@ -16,13 +16,7 @@ from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lofit import Heads, Lofit
 from peftx_lora import Lora
 
-test_conformance = conformance(
-    "lofit",
-    not_on={"mamba": "it has no attention"},
-    expected_failures={
-        "every_parameter_gets_a_gradient": "the first step trains A alone, v has its turn in the second"
-    },
-)
+test_conformance = conformance("lofit")
 PAIRS = ((0, 1), (1, 2), (1, 3))
 test_conformance_of_given_heads = conformance("lofit", options={"heads": PAIRS}, models=["llama", "gpt2"])
 

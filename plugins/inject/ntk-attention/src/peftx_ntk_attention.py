@@ -120,6 +120,11 @@ class NtkAttention(Plugin):
     Config = NtkAttentionConfig
     claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.REPLACES_ATTENTION}
     architectures = ("gemma", "clip")
+    refuses = {
+        "mamba": "it has no attention",
+        "bloom": "its attention is not looked up by name",
+        "gemma2": "it caps its scores",
+    }
     config: NtkAttentionConfig
 
     @hookimpl

@@ -19,14 +19,7 @@ from peftx_lora import Lora
 from peftx_ntk_attention import NtkAttention, Prefix, phi, set_prefix, statistics
 from peftx_p_tuning_v2 import PTuningV2
 
-test_conformance = conformance(
-    "ntk-attention",
-    not_on={
-        "mamba": "it has no attention",
-        "bloom": "its attention is not looked up by name",
-        "gemma2": "it caps its scores",
-    },
-)
+test_conformance = conformance("ntk-attention")
 
 ARCHES = ["llama", "gpt2", "bert", "t5", "vit", "clip"]
 

@@ -166,6 +166,7 @@ class PTuningV2(Plugin):
 
     Config = PTuningV2Config
     claims = {Claim.BESIDE_WEIGHTS}
+    refuses = {"mamba": "it has no attention", "bloom": "its attention is not looked up by name"}
     config: PTuningV2Config
 
     @hookimpl

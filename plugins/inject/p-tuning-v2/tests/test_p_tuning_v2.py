@@ -16,9 +16,7 @@ from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import Prefix, ProjectedRows, PTuningV2, Rows, Trunk, copy_projected
 
-test_conformance = conformance(
-    "p-tuning-v2", not_on={"mamba": "it has no attention", "bloom": "its attention is not looked up by name"}
-)
+test_conformance = conformance("p-tuning-v2")
 
 ARCHES = ["llama", "gpt2", "qwen2", "bert", "t5"]
 

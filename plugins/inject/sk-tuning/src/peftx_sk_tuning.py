@@ -182,6 +182,7 @@ class SkTuning(Plugin):
     Config = SkTuningConfig
     claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE}
     architectures = ("mistral", "roberta")
+    refuses = {"t5": "the head reads one tower"}
     takes = ("classification",)
     gives = {"classification": "tokenized"}
     config: SkTuningConfig

@@ -19,13 +19,12 @@ from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx.training.run import as_training_data
 from peftx_sk_tuning import Head, Prompt, Reader, SkTuning, cached
 
-NOT_ON = {"t5": "the head reads one tower"}
-
-test_conformance = conformance("sk-tuning", not_on=NOT_ON)
+test_conformance = conformance("sk-tuning")
 test_conformance_of_the_prefix = conformance(
     "sk-tuning",
     options={"variant": "prefix"},
-    not_on=NOT_ON | {"bloom": "its attention is not looked up by name", "mamba": "it has no attention"},
+    not_on=SkTuning.refuses
+    | {"bloom": "its attention is not looked up by name", "mamba": "it has no attention"},
     expected_failures={
         "effects_match_claims": "claims are of the class, and the other variant has soft tokens"
     },

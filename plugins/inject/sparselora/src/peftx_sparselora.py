@@ -252,6 +252,14 @@ class Sparselora(Plugin):
     Config = SparseloraConfig
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_LABELS}
     architectures = ("mistral", "gemma2")
+    refuses = {
+        "gpt2": "no gated MLP, and q, k, v in one matrix",
+        "bert": "an encoder without a gated MLP",
+        "t5": "an encoder and a decoder",
+    }
+    exempt = {
+        "accumulation_makes_the_same_step": "the channels are chosen for all tokens of a batch together"
+    }
     example = {
         "mlp": 0.5,
         "attention": 0.5,

@@ -27,14 +27,7 @@ ALL: dict[str, Any] = {
 }
 """Both layers of the tiny models, half of the channels."""
 
-test_conformance = conformance(
-    "sparselora",
-    not_on={
-        "gpt2": "no gated MLP, and q, k, v in one matrix",
-        "bert": "an encoder without a gated MLP",
-        "t5": "an encoder and a decoder",
-    },
-)
+test_conformance = conformance("sparselora")
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
 

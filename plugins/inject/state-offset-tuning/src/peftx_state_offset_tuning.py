@@ -140,6 +140,7 @@ class StateOffsetTuning(Plugin):
     Config = StateOffsetTuningConfig
     claims = {Claim.IDENTITY_AT_START, Claim.EDITS_INPUTS}
     architectures = ("mamba",)
+    refuses = dict.fromkeys(("llama", "gpt2", "qwen2", "bert", "t5"), "its layers have no state")
     config: StateOffsetTuningConfig
 
     @hookimpl

@@ -14,12 +14,7 @@ from peftx.testing.models import example_inputs, tiny
 from peftx_lora import Lora
 from peftx_state_offset_tuning import Call, Gate, OutputOffset, Readout, StateOffset, StateOffsetTuning
 
-STATELESS = "its layers have no state"
-test_conformance = conformance(
-    "state-offset-tuning",
-    models=["mamba"],
-    not_on=dict.fromkeys(("llama", "gpt2", "qwen2", "bert", "t5"), STATELESS),
-)
+test_conformance = conformance("state-offset-tuning")
 
 VARIANTS = [{"variant": "h"}, {"variant": "h", "rank": 2}, {"variant": "y"}]
 

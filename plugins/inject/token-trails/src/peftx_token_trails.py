@@ -176,6 +176,7 @@ class TokenTrails(Plugin):
     Config = TokenTrailsConfig
     claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
     architectures = ("opt", "gpt_neox", "gemma2")
+    refuses = {"bert": "an encoder", "t5": "an encoder and a decoder"}
     takes = ("messages", "preference")  # or any text with markers; a stack of its own may train on that
     config: TokenTrailsConfig
 

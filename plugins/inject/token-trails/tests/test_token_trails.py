@@ -18,10 +18,7 @@ from peftx.testing.reference import ReferencePrompt
 from peftx_lora import Lora
 from peftx_token_trails import TokenTrails, Trail, marker_text
 
-test_conformance = conformance(
-    "token-trails",
-    not_on={"bert": "an encoder", "t5": "an encoder and a decoder"},
-)
+test_conformance = conformance("token-trails")
 
 TALK = "User: two seats\nAssistant: when?\nUser: at six\nAssistant:"
 SHORT = "User: hello\nAssistant:"

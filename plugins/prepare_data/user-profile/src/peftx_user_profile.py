@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from pydantic import Field
 
-from peftx import Evaluation, Plugin, PluginConfig, TrainingData, hookimpl
+from peftx import Evaluation, ModelView, Plugin, PluginConfig, TrainingData, hookimpl
 from peftx.data import prompt_ids, text_ids
-from peftx.errors import DataError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.evaluation import (
     Request,
     bootstrap_ratio,
@@ -261,12 +261,28 @@ class UserProfile(Plugin):
     config: UserProfileConfig
     takes = ("text",)  # with `profile` beside it
     gives = {"text": "prompt-completion"}
+    refuses = {
+        "bert": "it writes no profile",
+        "t5": "probabilities of fields are read in one tower; without them it works",
+    }
     example = {"max_new_tokens": 24}
     example_rows = (
         {"text": "I am Ann, from Rome.", "profile": {"name": "Ann", "city": "Rome"}},
         {"text": "Moved to Oslo.", "old_profile": {"city": "Rome"}, "profile": {"city": "Oslo"}},
         {"text": "Hello!", "old_profile": {"job": "cook"}, "profile": {"job": "cook"}},
     )
+
+    def suits(self, model: ModelView) -> None:
+        name = type(model.module).__name__
+        if not model.module.can_generate():
+            raise ArchitectureError(
+                f"{model.owner}: {name} does not write, so it writes no profile", hint="take a decoder"
+            )
+        if self.config.probabilities and model.config.is_encoder_decoder:
+            raise ArchitectureError(
+                f"{model.owner}: {name} has two towers, and probabilities of fields need a decoder alone",
+                hint="set probabilities: false",
+            )
 
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from peftx import Stack, TrainingData
 from peftx.data import IGNORE, prompt_ids, tokenize_dataset
-from peftx.errors import DataError, PluginError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, PluginError, UnsupportedError
 from peftx.evaluation import Evaluation
 from peftx.models import load_model
 from peftx.testing import conformance
@@ -44,7 +44,7 @@ TOKENIZER = tiny_tokenizer()
 texts = st.text(st.sampled_from('ab:" \\\n\r\t\u2028né-_') | st.characters(), max_size=8)
 profiles = st.dictionaries(texts, texts, max_size=5)
 
-test_conformance = conformance("user-profile", rows=ROWS)
+test_conformance = conformance("user-profile")
 
 
 def prepared(rows: list[dict[str, Any]], max_length: int = 96, seed: int = 0, **options: Any) -> TrainingData:
@@ -326,6 +326,24 @@ def test_right_and_wrong_fields_have_their_own_means() -> None:
     assert found["construction/probability"] == pytest.approx(sum(gold.values()) / 3)
     assert found["construction/probability-right"] == pytest.approx(own["name"])
     assert found["construction/probability-wrong"] == pytest.approx(own["city"])
+
+
+@pytest.mark.parametrize(
+    ("arch", "match", "hint"),
+    [
+        ("t5", "T5ForConditionalGeneration has two towers", "set probabilities: false"),
+        ("bert", "BertForMaskedLM does not write", "take a decoder"),
+    ],
+)
+def test_models_without_profiles_are_refused_before_anything_runs(arch: str, match: str, hint: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"user-profile: {match}") as caught:
+        Stack(tiny(arch), [UserProfile()], tokenizer=TOKENIZER)
+    assert caught.value.hint == hint
+
+
+def test_two_towers_without_probabilities() -> None:
+    stack = Stack(tiny("t5"), [UserProfile(probabilities=False, max_new_tokens=8)], tokenizer=TOKENIZER)
+    assert "construction/f1" in stack.evaluate(ROWS, metrics=["user-profile"])
 
 
 def test_probabilities_need_a_decoder() -> None:

@@ -178,6 +178,9 @@ class Deft(Plugin):
     Config = DeftConfig
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_MASK}
     architectures = ("opt", "gemma2")
+    example = {
+        "eps": 1e-3
+    }  # at 1e-7 a slope of 1 / eps makes another gradient of the rounding of a random model
     config: DeftConfig
 
     @hookimpl

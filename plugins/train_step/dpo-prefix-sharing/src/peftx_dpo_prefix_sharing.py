@@ -17,10 +17,11 @@ too. With the reference, the model before training (after supervised fine-tuning
     h    = log p(y_w|x) - log p(y_l|x) - (the same of the reference)
     loss = -log sigmoid(beta h)   or   max(0, 1 - beta h)   or   (h - 1 / (2 beta))**2
 
-The loss of a micro-batch is the mean over its n_i triples. Of A micro-batches in a step each weighs 1/A, whatever its
-n_i, so a triple weighs 1/(A n_i): how many triples the others hold is not known while one is computed.
+The loss of a micro-batch is the mean over its triples, and a micro-batch weighs in a step as its rows do: a row is a
+triple, so each triple weighs the same.
 
-Packed, a row holds several triples, and a token sees none of another triple.
+Packed, a row holds several triples, and a token sees none of another triple. A triple then weighs less in a micro-batch
+whose rows hold many: how many those of the others hold is not known while one is computed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.data import IGNORE, encode_pair, prompt_ids
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.evaluation import evaluating
@@ -129,7 +130,28 @@ class DpoPrefixSharing(Plugin):
     takes = ("preference",)
     gives = {"preference": "tokenized"}
     architectures = ("mistral",)
+    refuses = {"bert": "tokens see both ways", "t5": "prompt and answer are two rows already"}
+    example_rows = tuple(  # shorter than the window of the kit's Mistral
+        {"prompt": f"User: {word}?\nAssistant:", "chosen": f"yes, {word}", "rejected": "no" + "!" * i}
+        for i, word in enumerate(("tea", "rain", "sleep", "noise", "bread", "snow"))
+    )
     config: DpoPrefixSharingConfig
+
+    def suits(self, model: ModelView) -> None:
+        """What `prove` cannot tell in a sentence; it looks at the rest (windows, recurrent layers) with the rows."""
+        name = type(model.module).__name__
+        takes = inspect.signature(model.module.forward).parameters
+        if list(model.towers) != ["decoder"] or "position_ids" not in takes:
+            raise ArchitectureError(
+                f"dpo-prefix-sharing: {name} is no decoder that takes positions for a row with two branches",
+                hint="use a decoder with positions that can be given (Llama, Mistral, Qwen, GPT-2)",
+            )
+        attention = str(model.config._attn_implementation)
+        if not attention.endswith(("eager", "sdpa")):
+            raise ArchitectureError(
+                f"dpo-prefix-sharing: the attention '{attention}' of {name} takes no mask of our own",
+                hint="load the model with attn_implementation='sdpa'",
+            )
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
@@ -139,7 +161,6 @@ class DpoPrefixSharing(Plugin):
                 f"dpo-prefix-sharing: the rows are of format '{data.format}', and it trains on preferences",
                 hint="give rows with prompt, chosen and rejected",
             )
-        self._check_model(stack)
         if data.train is not None:
             data.train = self._rows(data.train, data, stack)
         if data.eval is not None:
@@ -184,25 +205,6 @@ class DpoPrefixSharing(Plugin):
         body = prompt[len(frame) :]
         cut = frame + body[max(0, len(body) - room + len(frame)) :]
         return join(cut, answers[0], answers[1])
-
-    @staticmethod
-    def _check_model(stack: Stack) -> None:
-        model = stack.model
-        name = type(model).__name__
-        if (
-            model.config.is_encoder_decoder
-            or "position_ids" not in inspect.signature(model.forward).parameters
-        ):
-            raise ArchitectureError(
-                f"dpo-prefix-sharing: {name} takes no positions for a row with two branches",
-                hint="use a decoder with positions that can be given (Llama, Mistral, Qwen, GPT-2)",
-            )
-        attention = str(model.config._attn_implementation)
-        if not attention.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"dpo-prefix-sharing: the attention '{attention}' of {name} takes no mask of our own",
-                hint="load the model with attn_implementation='sdpa'",
-            )
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:

@@ -45,11 +45,7 @@ ROWS = [
 ]
 TOKENIZER = tiny_tokenizer()
 
-test_conformance = conformance(
-    "dpo-prefix-sharing",
-    rows=ROWS,
-    not_on={"bert": "tokens see both ways", "t5": "prompt and answer are two rows already"},
-)
+test_conformance = conformance("dpo-prefix-sharing")
 
 
 def prepared(stack: Stack, rows: list[dict[str, str]] = ROWS, max_length: int = 96) -> TrainingData:
@@ -292,8 +288,8 @@ def test_what_trains_may_change_and_the_reference_does_not() -> None:
     assert float(stack.train_step(batch)) == moved
 
 
-def test_micro_batches_weigh_alike_whatever_they_hold() -> None:
-    """As the docstring says: a triple of a micro-batch with n_i weighs 1 / (A n_i)."""
+def test_micro_batches_without_a_share_weigh_alike_whatever_they_hold() -> None:
+    """In a loop of one's own that says nothing of shares, a triple of a micro-batch with n_i weighs 1 / (A n_i)."""
     stack = build("llama")
     parts = [batch_of(prepared(stack, rows)) for rows in (ROWS[:1], ROWS[1:])]
     stack.train_step(parts[0])
@@ -400,7 +396,14 @@ def test_an_attention_without_masks_is_refused() -> None:
     model = tiny("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ArchitectureError, match="'flash_attention_2' of LlamaForCausalLM"):
-        prepared(Stack(model, [DpoPrefixSharing()], tokenizer=TOKENIZER))
+        Stack(model, [DpoPrefixSharing()], tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("arch", ["bert", "t5", "mamba", "bloom", "llava"])
+def test_models_without_room_for_two_branches_are_refused_before_anything_runs(arch: str) -> None:
+    model = tiny(arch)
+    with pytest.raises(ArchitectureError, match=f"{type(model).__name__} is no decoder that takes positions"):
+        Stack(model, [Lora(rank=2), DpoPrefixSharing()], tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize("options", [{"beta": 0}, {"beta": -1}, {"loss": "kto"}, {"packing": 3}])

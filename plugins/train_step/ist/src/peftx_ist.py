@@ -58,6 +58,7 @@ class Ist(Plugin):
     Config = IstConfig
     claims = {Claim.NEEDS_ADAPTERS, Claim.READS_LOSS}
     example = {"interval": 1}  # else a few steps hold no measurement
+    exempt = {"every_parameter_gets_a_gradient": "one of the two layers trains; that is the method"}
     config: IstConfig
 
     @hookimpl(wrapper=True)

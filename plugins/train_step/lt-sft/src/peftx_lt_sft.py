@@ -108,6 +108,7 @@ class LtSft(Plugin):
     Config = LtSftConfig
     claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS}
     architectures = ("mixtral",)
+    example = {"phase1": 1}  # a loop of one's own does not know its length, of which 0.5 is a half
     config: LtSftConfig
 
     sparse: dict[str, Trained]

@@ -16,7 +16,7 @@ from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_lt_sft import LtSft, Mask, Skill, Skills, Trained, take
 
-test_conformance = conformance("lt-sft", options={"phase1": 1})  # loops of one's own do not know their length
+test_conformance = conformance("lt-sft")
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
 OTHERS = [{"prompt": f"{n} of the", "completion": f" night {n}"} for n in range(8)]

@@ -148,6 +148,10 @@ class Predgen(Plugin):
     Config = PredgenConfig
     claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS}
     architectures = ("mistral", "mamba", "bloom")
+    refuses = {"bert": "it writes nothing", "t5": "it has two towers"}
+    exempt = {
+        "accumulation_makes_the_same_step": "L is no mean over rows, but a function of two such means of the batch"
+    }
     takes = ("classification",)
     gives = {"classification": "tokenized"}
     config: PredgenConfig
