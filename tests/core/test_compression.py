@@ -259,7 +259,7 @@ def test_forward_is_the_float_layer_it_stands_for(options: dict[str, Any]) -> No
     linear = nn.Linear(24, 16)
     module = made_from(linear, **options)
     x = torch.randn(2, 5, 24)
-    assert module.kernel == ("int8-matmul" if "activation" in options else "dequantize")
+    assert module.kernel == ("int8-matmul" if "activation" in options else "table")
     torch.testing.assert_close(module(x).double(), reference(module, x), rtol=1e-5, atol=1e-5)
     assert module(x).dtype == torch.float32
 
@@ -287,6 +287,90 @@ def test_the_integer_product_is_exact_at_odd_shapes(rows: int, inside: int, out:
     assert module.kernel == "int8-matmul"
     floats = torch.randn(rows, inside)
     torch.testing.assert_close(module(floats).double(), reference(module, floats), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8, 32, 48, 300])
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_a_float32_input_meets_the_stored_integers(
+    bits: int, group_size: int | None, symmetric: bool
+) -> None:
+    """Few rows and many, one block of outputs and several, groups that do not divide the input."""
+    long = (
+        [(2048, 600)] if group_size is None else []
+    )  # a sum of so many products in float32 alone misses the limit
+    for inside, out in [(200, 300), (64, 7), (513, 256), *long]:
+        linear = nn.Linear(inside, out)
+        module = QuantLinear.from_linear(linear, bits=bits, group_size=group_size, symmetric=symmetric)
+        assert module.kernel == "table"
+        for rows in (0, 1, 2, 9, 17, 40):
+            x = torch.randn(rows, inside)
+            y, expected = module(x), reference(module, x)
+            assert y.is_contiguous()
+            error = (y.double() - expected).abs().amax() / expected.abs().amax() if rows else 0.0
+            assert error < 2e-6, (inside, out, rows)
+
+
+def test_a_float32_input_needs_no_float_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is unpacked at a call, and nothing dequantized whole; the layer that keeps no layout does as before."""
+    linear, x = nn.Linear(320, 300), torch.randn(3, 320)
+    module = QuantLinear.from_linear(linear, bits=4, group_size=64)
+    frugal = QuantLinear.from_linear(linear, bits=4, group_size=64, cache_kernel_weight=False)
+    assert frugal.kernel == "dequantize"
+    torch.testing.assert_close(module(x), frugal(x))
+    assert frugal.nbytes_resident == frugal.nbytes_packed
+    assert module.kernel_for(torch.device("cpu"), torch.float64) == "dequantize"
+    assert module.kernel_for(torch.device("meta"), torch.float32) == "dequantize"
+    monkeypatch.setattr("peftx.compression.linear.dequantize", lambda *a: pytest.fail("dequantized"))
+    monkeypatch.setattr("peftx.compression.linear.unpack_bits", lambda *a, **k: pytest.fail("unpacked"))
+    module(x)
+    module(torch.randn(70, 320))
+
+
+def test_the_second_layout_is_made_late_and_kept_to_itself() -> None:
+    module = QuantLinear.from_linear(nn.Linear(256, 512), bits=8)
+    x = torch.randn(2, 256)
+    assert module.nbytes_resident == module.nbytes_packed
+    names, expected = list(module.state_dict()), module(x)
+    table, numbers, scales = 2 * 256 * (256 + 8), 4 * (2 * 256 + 2), 4 * 512
+    assert module.nbytes_resident == module.nbytes_packed + table + numbers + scales
+    assert list(module.state_dict()) == names
+    for other in (copy.deepcopy(module), copy.copy(module)):  # both by the state that a pickle would hold
+        assert other.nbytes_resident == other.nbytes_packed
+        assert torch.equal(other(x), expected)
+    for move in (lambda: module.to("cpu"), lambda: module.bfloat16(), lambda: module.to("meta")):
+        move()
+        assert module.nbytes_resident == module.nbytes_packed
+        if not module.scale.is_meta:
+            torch.testing.assert_close(module(x), expected, atol=1e-2, rtol=0)
+
+
+def test_each_dtype_has_the_layout_of_its_kernel() -> None:
+    module = QuantLinear.from_linear(nn.Linear(64, 32), bits=4, group_size=32)
+    x = torch.randn(2, 64)
+    expected = module(x)
+    half = module(x.bfloat16())
+    assert module.kernel_for(x.device, torch.bfloat16) == "int4-pack"
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.02, rtol=0.02)
+    assert torch.equal(module(x), expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x.bfloat16()), half)
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_table_gives_gradients_and_sees_what_changes(rows: int) -> None:
+    module = QuantLinear.from_linear(nn.Linear(96, 40, bias=False), bits=4, group_size=32)
+    x, upstream = torch.randn(rows, 96, requires_grad=True), torch.randn(rows, 40)
+    y = module(x)
+    with torch.inference_mode():
+        assert torch.equal(module(x), y)
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ module.weight)
+    module.scale.mul_(2)
+    assert torch.equal(module(x), y * 2)
+    module.qweight = torch.zeros_like(module.qweight)
+    assert not module(x).any()
 
 
 def test_w8a8_is_close_to_the_float_layer_and_4_bits_are_farther() -> None:
