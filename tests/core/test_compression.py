@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -856,9 +857,39 @@ def test_a_walk_runs_the_model_once_and_then_stops_at_the_first_block() -> None:
     calls = [0] * len(blocks)
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda m, a, o, n=number: calls.__setitem__(n, calls[n] + 1))
-    Calibration(batches=batches).walk(model, blocks, lambda number, block, inputs: None)
+    told: list[tuple[int, int]] = []
+    calibration = Calibration(batches=batches, progress=lambda done, of: told.append((done, of)))
+    calibration.walk(model, blocks, lambda number, block, inputs: None)
     # One full pass, then each block but the last is run on the three batches.
     assert calls == [4, 4, 1]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert calibration.tokens == 2 * (6 + 6 + 9)
+
+
+def test_a_block_that_is_advanced_runs_no_more(tmp_path: Path) -> None:
+    model, blocks, batches = tiny_models()["llama"]
+    found: dict[bool, list[Tensor]] = {}
+    calls = [0] * len(blocks)
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda m, a, o, n=number: calls.__setitem__(n, calls[n] + 1))
+    for advancing in (False, True):
+        outputs = found.setdefault(advancing, [])
+
+        def look(
+            number: int, block: nn.Module, inputs: BlockInputs, out: list = outputs, go: bool = advancing
+        ) -> None:
+            if number == 1:  # a walk goes on where it was left
+                out.append(next(inputs.advance(block) if go else inputs.replay(block)).clone())
+                return
+            out.extend(output.clone() for output in (inputs.advance(block) if go else inputs.replay(block)))
+            if go:
+                with pytest.raises(UnsupportedError, match="inputs of batch 0 are gone"):
+                    next(inputs.replay(block))
+
+        calls[:] = [0] * len(blocks)
+        walk_blocks(model, blocks, batches, on_block=look, offload_dir=tmp_path)
+        assert calls == ([4, 4, 4] if advancing else [7, 5, 4])
+    assert all(map(torch.equal, found[True], found[False]))
 
 
 def test_on_block_may_train_the_block() -> None:
@@ -942,6 +973,33 @@ def test_clipping_scale_by_rows_and_by_histogram() -> None:
     assert float(weighted) != float(mse_clip_scale(values, bits=3))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_search_leaves_out_what_cannot_win(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, and stopped early, it finds what trying each scale on each row finds."""
+    x = torch.randn(7, 300) * torch.logspace(-3, 3, 7)[:, None]
+    x[2, 5], x[3], x[4, :] = 900.0, 0.0, torch.randint(-1, 2, (300,)).float()
+    x[5] = x[5] ** 3
+    counts = torch.rand(300) ** 4
+    low, high = integer_range(bits, symmetric=True)
+
+    def error(row: Tensor, scale: Tensor) -> float:
+        return float((counts * (row - scale * torch.round(row / scale).clamp(low, high)).square()).sum())
+
+    module = sys.modules["peftx.compression.observe"]  # its function of that name hides it
+    monkeypatch.setattr(module, "_CHUNK", 700)  # two rows and a half
+    tried: list[Tensor] = []
+    addcmul = torch.addcmul
+    monkeypatch.setattr(torch, "addcmul", lambda x, *a, **k: (tried.append(x), addcmul(x, *a, **k))[1])
+    found = mse_clip_scale(x, bits=bits, counts=counts, per_row=True)
+    for row, scale in zip(x, found, strict=True):
+        top = row.abs().max() / high if row.any() else torch.tensor(1.0)
+        errors = [error(row, top * (i / 100)) for i in range(1, 101)]
+        assert error(row, scale) <= min(errors) * (1 + 1e-5)
+        assert float(scale / top * 100) == pytest.approx(round(float(scale / top * 100)), abs=1e-3)
+    assert float(found[3]) == 1.0
+    assert len(tried) < 4 * 100
+
+
 # -- rotations ----------------------------------------------------------------------------------------------
 
 
@@ -954,7 +1012,7 @@ def test_hadamard_is_exact(n: int) -> None:
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(n, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("n", [1, 2, 12, 16, 20, 28, 40, 64, 96, 192])
+@pytest.mark.parametrize("n", [1, 2, 12, 16, 20, 28, 40, 64, 96, 192, 768, 2048])
 def test_fwht_is_the_matrix(n: int) -> None:
     x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
     rotation = hadamard(n, dtype=torch.float64)
@@ -964,6 +1022,21 @@ def test_fwht_is_the_matrix(n: int) -> None:
     upstream = torch.randn_like(x)
     fwht(x).backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ rotation)
+
+
+def test_fwht_is_no_other_after_a_plan_or_a_trace() -> None:
+    """The matrices are kept from call to call, whoever called first."""
+    x = torch.randn(3, 44 * 8)
+    with torch.device("meta"):
+        assert fwht(torch.randn(3, 44 * 8)).is_meta
+    expected = x @ hadamard(44 * 8).T
+    torch.testing.assert_close(torch.compile(fwht, backend="eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(fwht(x), expected)
+    with torch.inference_mode():
+        fwht(torch.randn(2, 48))
+    y = fwht(torch.randn(2, 48, requires_grad=True))
+    y.sum().backward()
+    assert fwht(torch.randn(0, 48)).shape == (0, 48)
 
 
 def test_fwht_by_hand_and_in_blocks() -> None:
