@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ def test_forward_is_the_float_layer_it_stands_for(options: dict[str, Any]) -> No
     linear = nn.Linear(24, 16)
     module = made_from(linear, **options)
     x = torch.randn(2, 5, 24)
-    assert module.kernel == ("int8-matmul" if "activation" in options else "dequantize")
+    assert module.kernel == ("int8-matmul" if "activation" in options else "table")
     torch.testing.assert_close(module(x).double(), reference(module, x), rtol=1e-5, atol=1e-5)
     assert module(x).dtype == torch.float32
 
@@ -287,6 +288,90 @@ def test_the_integer_product_is_exact_at_odd_shapes(rows: int, inside: int, out:
     assert module.kernel == "int8-matmul"
     floats = torch.randn(rows, inside)
     torch.testing.assert_close(module(floats).double(), reference(module, floats), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8, 32, 48, 300])
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_a_float32_input_meets_the_stored_integers(
+    bits: int, group_size: int | None, symmetric: bool
+) -> None:
+    """Few rows and many, one block of outputs and several, groups that do not divide the input."""
+    long = (
+        [(2048, 600)] if group_size is None else []
+    )  # a sum of so many products in float32 alone misses the limit
+    for inside, out in [(200, 300), (64, 7), (513, 256), *long]:
+        linear = nn.Linear(inside, out)
+        module = QuantLinear.from_linear(linear, bits=bits, group_size=group_size, symmetric=symmetric)
+        assert module.kernel == "table"
+        for rows in (0, 1, 2, 9, 17, 40):
+            x = torch.randn(rows, inside)
+            y, expected = module(x), reference(module, x)
+            assert y.is_contiguous()
+            error = (y.double() - expected).abs().amax() / expected.abs().amax() if rows else 0.0
+            assert error < 2e-6, (inside, out, rows)
+
+
+def test_a_float32_input_needs_no_float_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is unpacked at a call, and nothing dequantized whole; the layer that keeps no layout does as before."""
+    linear, x = nn.Linear(320, 300), torch.randn(3, 320)
+    module = QuantLinear.from_linear(linear, bits=4, group_size=64)
+    frugal = QuantLinear.from_linear(linear, bits=4, group_size=64, cache_kernel_weight=False)
+    assert frugal.kernel == "dequantize"
+    torch.testing.assert_close(module(x), frugal(x))
+    assert frugal.nbytes_resident == frugal.nbytes_packed
+    assert module.kernel_for(torch.device("cpu"), torch.float64) == "dequantize"
+    assert module.kernel_for(torch.device("meta"), torch.float32) == "dequantize"
+    monkeypatch.setattr("peftx.compression.linear.dequantize", lambda *a: pytest.fail("dequantized"))
+    monkeypatch.setattr("peftx.compression.linear.unpack_bits", lambda *a, **k: pytest.fail("unpacked"))
+    module(x)
+    module(torch.randn(70, 320))
+
+
+def test_the_second_layout_is_made_late_and_kept_to_itself() -> None:
+    module = QuantLinear.from_linear(nn.Linear(256, 512), bits=8)
+    x = torch.randn(2, 256)
+    assert module.nbytes_resident == module.nbytes_packed
+    names, expected = list(module.state_dict()), module(x)
+    table, numbers, scales = 2 * 256 * (256 + 8), 4 * (2 * 256 + 2), 4 * 512
+    assert module.nbytes_resident == module.nbytes_packed + table + numbers + scales
+    assert list(module.state_dict()) == names
+    for other in (copy.deepcopy(module), copy.copy(module)):  # both by the state that a pickle would hold
+        assert other.nbytes_resident == other.nbytes_packed
+        assert torch.equal(other(x), expected)
+    for move in (lambda: module.to("cpu"), lambda: module.bfloat16(), lambda: module.to("meta")):
+        move()
+        assert module.nbytes_resident == module.nbytes_packed
+        if not module.scale.is_meta:
+            torch.testing.assert_close(module(x), expected, atol=1e-2, rtol=0)
+
+
+def test_each_dtype_has_the_layout_of_its_kernel() -> None:
+    module = QuantLinear.from_linear(nn.Linear(64, 32), bits=4, group_size=32)
+    x = torch.randn(2, 64)
+    expected = module(x)
+    half = module(x.bfloat16())
+    assert module.kernel_for(x.device, torch.bfloat16) == "int4-pack"
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.02, rtol=0.02)
+    assert torch.equal(module(x), expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x.bfloat16()), half)
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_table_gives_gradients_and_sees_what_changes(rows: int) -> None:
+    module = QuantLinear.from_linear(nn.Linear(96, 40, bias=False), bits=4, group_size=32)
+    x, upstream = torch.randn(rows, 96, requires_grad=True), torch.randn(rows, 40)
+    y = module(x)
+    with torch.inference_mode():
+        assert torch.equal(module(x), y)
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ module.weight)
+    module.scale.mul_(2)
+    assert torch.equal(module(x), y * 2)
+    module.qweight = torch.zeros_like(module.qweight)
+    assert not module(x).any()
 
 
 def test_w8a8_is_close_to_the_float_layer_and_4_bits_are_farther() -> None:
@@ -772,9 +857,39 @@ def test_a_walk_runs_the_model_once_and_then_stops_at_the_first_block() -> None:
     calls = [0] * len(blocks)
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda m, a, o, n=number: calls.__setitem__(n, calls[n] + 1))
-    Calibration(batches=batches).walk(model, blocks, lambda number, block, inputs: None)
+    told: list[tuple[int, int]] = []
+    calibration = Calibration(batches=batches, progress=lambda done, of: told.append((done, of)))
+    calibration.walk(model, blocks, lambda number, block, inputs: None)
     # One full pass, then each block but the last is run on the three batches.
     assert calls == [4, 4, 1]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert calibration.tokens == 2 * (6 + 6 + 9)
+
+
+def test_a_block_that_is_advanced_runs_no_more(tmp_path: Path) -> None:
+    model, blocks, batches = tiny_models()["llama"]
+    found: dict[bool, list[Tensor]] = {}
+    calls = [0] * len(blocks)
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda m, a, o, n=number: calls.__setitem__(n, calls[n] + 1))
+    for advancing in (False, True):
+        outputs = found.setdefault(advancing, [])
+
+        def look(
+            number: int, block: nn.Module, inputs: BlockInputs, out: list = outputs, go: bool = advancing
+        ) -> None:
+            if number == 1:  # a walk goes on where it was left
+                out.append(next(inputs.advance(block) if go else inputs.replay(block)).clone())
+                return
+            out.extend(output.clone() for output in (inputs.advance(block) if go else inputs.replay(block)))
+            if go:
+                with pytest.raises(UnsupportedError, match="inputs of batch 0 are gone"):
+                    next(inputs.replay(block))
+
+        calls[:] = [0] * len(blocks)
+        walk_blocks(model, blocks, batches, on_block=look, offload_dir=tmp_path)
+        assert calls == ([4, 4, 4] if advancing else [7, 5, 4])
+    assert all(map(torch.equal, found[True], found[False]))
 
 
 def test_on_block_may_train_the_block() -> None:
@@ -858,6 +973,33 @@ def test_clipping_scale_by_rows_and_by_histogram() -> None:
     assert float(weighted) != float(mse_clip_scale(values, bits=3))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_search_leaves_out_what_cannot_win(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, and stopped early, it finds what trying each scale on each row finds."""
+    x = torch.randn(7, 300) * torch.logspace(-3, 3, 7)[:, None]
+    x[2, 5], x[3], x[4, :] = 900.0, 0.0, torch.randint(-1, 2, (300,)).float()
+    x[5] = x[5] ** 3
+    counts = torch.rand(300) ** 4
+    low, high = integer_range(bits, symmetric=True)
+
+    def error(row: Tensor, scale: Tensor) -> float:
+        return float((counts * (row - scale * torch.round(row / scale).clamp(low, high)).square()).sum())
+
+    module = sys.modules["peftx.compression.observe"]  # its function of that name hides it
+    monkeypatch.setattr(module, "_CHUNK", 700)  # two rows and a half
+    tried: list[Tensor] = []
+    addcmul = torch.addcmul
+    monkeypatch.setattr(torch, "addcmul", lambda x, *a, **k: (tried.append(x), addcmul(x, *a, **k))[1])
+    found = mse_clip_scale(x, bits=bits, counts=counts, per_row=True)
+    for row, scale in zip(x, found, strict=True):
+        top = row.abs().max() / high if row.any() else torch.tensor(1.0)
+        errors = [error(row, top * (i / 100)) for i in range(1, 101)]
+        assert error(row, scale) <= min(errors) * (1 + 1e-5)
+        assert float(scale / top * 100) == pytest.approx(round(float(scale / top * 100)), abs=1e-3)
+    assert float(found[3]) == 1.0
+    assert len(tried) < 4 * 100
+
+
 # -- rotations ----------------------------------------------------------------------------------------------
 
 
@@ -870,7 +1012,7 @@ def test_hadamard_is_exact(n: int) -> None:
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(n, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("n", [1, 2, 12, 16, 20, 28, 40, 64, 96, 192])
+@pytest.mark.parametrize("n", [1, 2, 12, 16, 20, 28, 40, 64, 96, 192, 768, 2048])
 def test_fwht_is_the_matrix(n: int) -> None:
     x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
     rotation = hadamard(n, dtype=torch.float64)
@@ -880,6 +1022,21 @@ def test_fwht_is_the_matrix(n: int) -> None:
     upstream = torch.randn_like(x)
     fwht(x).backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ rotation)
+
+
+def test_fwht_is_no_other_after_a_plan_or_a_trace() -> None:
+    """The matrices are kept from call to call, whoever called first."""
+    x = torch.randn(3, 44 * 8)
+    with torch.device("meta"):
+        assert fwht(torch.randn(3, 44 * 8)).is_meta
+    expected = x @ hadamard(44 * 8).T
+    torch.testing.assert_close(torch.compile(fwht, backend="eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(fwht(x), expected)
+    with torch.inference_mode():
+        fwht(torch.randn(2, 48))
+    y = fwht(torch.randn(2, 48, requires_grad=True))
+    y.sum().backward()
+    assert fwht(torch.randn(0, 48)).shape == (0, 48)
 
 
 def test_fwht_by_hand_and_in_blocks() -> None:

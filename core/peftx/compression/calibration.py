@@ -47,30 +47,46 @@ class BlockInputs:
     """What one block is called with, batch by batch.
 
     `for args, kwargs in inputs: block(*args, **kwargs)` calls it as the model does; `inputs.replay(block)` does so
-    without gradients and yields the hidden states. Iterate as often as needed.
+    without gradients and yields the hidden states. Iterate as often as needed, until `advance`.
     """
 
     def __init__(self, *, calls: Sequence[_Call], store: _Store) -> None:
         self._calls = calls
         self._store = store
+        self._advanced = 0
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def hidden(self, index: int) -> Tensor:
         """The hidden states [B, T, H] of batch `index`."""
+        if index < self._advanced:
+            raise UnsupportedError(f"the inputs of batch {index} are gone: the block was advanced")
         return self._store.load(index)
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         for index, call in enumerate(self._calls):
-            yield call.filled(self._store.load(index))
+            yield call.filled(self.hidden(index))
 
     def replay(self, block: nn.Module) -> Iterator[Tensor]:
         """The block's output hidden states [B, T, H], batch by batch."""
         for args, kwargs in self:
-            with torch.no_grad():
-                output = _hidden_of(block(*args, **kwargs), block)
+            yield _output(block, args, kwargs)
+
+    def advance(self, block: nn.Module) -> Iterator[Tensor]:
+        """As `replay`, once, of a block that stays as it is from now on: each output takes its input's place as what
+        the next block gets, and the walk runs this one no more."""
+        while self._advanced < len(self):
+            index = self._advanced
+            output = _output(block, *self._calls[index].filled(self.hidden(index)))
+            self._store.save(index, output)
+            self._advanced += 1
             yield output
+
+
+def _output(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return _hidden_of(block(*args, **kwargs), block)
 
 
 class _Store:
@@ -239,7 +255,8 @@ def walk_blocks(
     Args:
         blocks: the model's layers, in the order they run; `on_block` changes them in place.
         batches: keyword arguments of `model`.
-        on_block: gets the block's number, the block, and its inputs (valid during the call only).
+        on_block: gets the block's number, the block, and its inputs (valid during the call only). One that changes
+            nothing reads what it needs during `inputs.advance(block)`; each block then runs once a batch, not twice.
         offload_dir: an existing folder; hidden states are kept there, in a folder of their own that is removed at
             the end, instead of in memory. Masks and the like stay in memory, equal ones once.
 
@@ -283,8 +300,8 @@ def _walk(
             inputs = BlockInputs(calls=[of_batch[number] for of_batch in calls], store=store)
             on_block(number, block, inputs)
             if number + 1 < len(blocks):
-                for index, output in enumerate(inputs.replay(block)):
-                    store.save(index, output)
+                for _ in inputs.advance(block):
+                    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,10 +311,17 @@ class Calibration:
     Args:
         batches: keyword arguments of the model, tokenized, on its device.
         offload_dir: where hidden states are kept during a walk; None = in memory.
+        progress: called in a walk after each block, with (blocks done, blocks of the model).
     """
 
     batches: list[dict[str, Any]] = field(default_factory=list)
     offload_dir: Path | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, padding counted in."""
+        return sum(batch["input_ids"].numel() for batch in self.batches)
 
     def walk(
         self,
@@ -306,4 +330,10 @@ class Calibration:
         on_block: Callable[[int, nn.Module, BlockInputs], None],
     ) -> None:
         """`walk_blocks` over these batches."""
-        walk_blocks(model, blocks, self.batches, on_block=on_block, offload_dir=self.offload_dir)
+
+        def told(number: int, block: nn.Module, inputs: BlockInputs) -> None:
+            on_block(number, block, inputs)
+            if self.progress is not None:
+                self.progress(number + 1, len(blocks))
+
+        walk_blocks(model, blocks, self.batches, on_block=told, offload_dir=self.offload_dir)

@@ -1,4 +1,4 @@
-"""Matrix products on integers: the two that torch has, and where each may be used.
+"""Matrix products on integers: the three that torch has, and where each may be used.
 
 `torch._int_mm` multiplies int8 by int8 into int32, exactly. On CPU it takes every shape. On CUDA it asks for more
 than 16 rows and for both weight dimensions divisible by 8; rows are padded here, weights are not. The weight must
@@ -6,10 +6,19 @@ come in as a transposed view of [out, in]: a contiguous [in, out] is several tim
 
 `torch.ops.aten._weight_int4pack_mm_for_cpu` multiplies bfloat16 by grouped 4-bit weights. It also takes float32, but
 is then slower than a dequantized product by orders of magnitude, so only bfloat16 is allowed.
+
+Float32 by integers, on CPU, is what an embedding bag computes: a weighted sum of rows of bytes,
+
+    x W^T = sum_k x_k u_k,   u_k the integers of input k, for all outputs,
+
+which for a few rows x reads a quarter of what a product of floats reads. For more rows the same table comes back to
+float32 a block of outputs at a time, small enough for the cache. (Tables of nibbles save no time: unpacking them takes
+as long as reading bytes.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +33,9 @@ __all__ = [
     "int8_matmul",
     "int8_matmul_fits",
     "integer_linear",
+    "table_fits",
+    "table_matmul",
+    "table_pack",
     "to_signed",
 ]
 
@@ -32,6 +44,12 @@ _CUDA_LEAST_ROWS = 17
 _MOST_IN_FEATURES = (2**31 - 1) // 2**14
 _INT4_GROUPS = (256, 128, 64, 32)
 _INT4_INNER_TILES = 1  # the CPU kernel ignores it, the signature wants it
+# Without it bags run, but not by vector instructions.
+_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+_TABLE_WIDTH = 256  # most outputs in a row of a table
+_BAG = 256  # inputs that one bag sums where a scale stands for all of them: float32 loses digits over more
+_LEAST_BAG = 32  # in smaller groups a bag writes more than it reads
+_BAG_ROWS = 16  # rows of x up to which bags beat blocks
 
 
 def int8_matmul_fits(device: torch.device, *, out_features: int, in_features: int) -> bool:
@@ -127,20 +145,128 @@ def int4_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scales)
 
 
+def table_fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `table_matmul` takes x of `dtype` on `device`, and is fast there."""
+    return _FBGEMM and device.type == "cpu" and dtype == torch.float32
+
+
+def table_pack(
+    q: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int | None
+) -> tuple[Tensor, ...]:
+    """Lay a weight out as embedding tables, each of at most 256 outputs, one behind the other.
+
+    Args:
+        q: [out, in] int8 (symmetric) or uint8; scale: [out, groups]; zero: [out, groups] uint8, None when symmetric.
+
+    Returns:
+        table [blocks * in, outputs + 8] uint8: behind each row stand what the operator multiplies and adds to it,
+        which is 1 and minus the middle of the range. indices [blocks * in] of its rows, and starts [blocks * bags] of
+        the bags of one row of x, int32. scale [blocks, groups, outputs] float32 (without groups [blocks, outputs]), and
+        of an asymmetric weight the zero point less the middle, of the same shape.
+    """
+    out_features, middle = len(q), 1 << bits - 1
+    blocks = -(-out_features // _TABLE_WIDTH)
+    width = -(-out_features // (16 * blocks)) * 16
+
+    def blocked(t: Tensor) -> Tensor:  # [out, n] -> [blocks, n, width]
+        return F.pad(t, (0, 0, 0, blocks * width - out_features)).view(blocks, width, -1).transpose(1, 2)
+
+    rows = blocked(q if zero is not None else q.view(torch.uint8) + middle).flatten(0, 1)
+    ends = torch.tensor([1.0, -middle], device=q.device).view(torch.uint8).expand(len(rows), -1)
+    indices = torch.arange(len(rows), dtype=torch.int32, device=q.device)
+    starts = indices.view(blocks, -1)[:, :: group_size or _BAG].reshape(-1).contiguous()
+    sides = [blocked(s.float()) for s in ((scale,) if zero is None else (scale, zero.int() - middle))]
+    sides = [(s[:, 0] if group_size is None else s).contiguous() for s in sides]
+    return torch.cat((rows, ends), 1).contiguous(), indices, starts, *sides
+
+
+def table_matmul(
+    x: Tensor,
+    table: Tensor,
+    indices: Tensor,
+    starts: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    group_size: int | None,
+    out_features: int,
+) -> Tensor:
+    """x [rows, in] float32 times what `table_pack` made: [rows, out] float32."""
+    if 0 < len(x) <= _BAG_ROWS and (group_size is None or group_size >= _LEAST_BAG):
+        y = _bags(x, table, indices, starts, scale, shift, group_size)
+        return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
+    tables = table.view(len(scale), x.shape[1], -1)
+    y = x.new_empty(len(x), out_features)
+    for block, part in enumerate(y.split(scale.shape[-1], dim=1)):
+        weight = torch.ops.quantized.embedding_bag_byte_unpack(tables[block])  # [in, a block of outputs]
+        if shift is not None:
+            for rows, zero in _by_group(weight, shift[block], group_size):
+                rows.sub_(zero)
+        if group_size is not None:
+            for rows, factor in _by_group(weight, scale[block], group_size):
+                rows.mul_(factor)
+        torch.mm(x, weight[:, : part.shape[1]], out=part)
+        if group_size is None:
+            part.mul_(scale[block, : part.shape[1]])
+    return y
+
+
+def _bags(
+    x: Tensor,
+    table: Tensor,
+    indices: Tensor,
+    starts: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    group_size: int | None,
+) -> Tensor:
+    """The product [rows, outputs of all blocks] in one call: a bag for each row, each block and some inputs."""
+    rows, inputs = x.shape
+    blocks, width = len(scale), scale.shape[-1]
+    if rows > 1:
+        steps = len(table) * torch.arange(rows, dtype=torch.int32)
+        starts = (steps[:, None] + starts).view(-1)
+        indices = indices.repeat(rows)
+    weights = torch.cat((x,) * blocks, 1).view(-1)  # [rows, blocks, in]
+    y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+        table, indices, starts, per_sample_weights=weights
+    ).view(rows, blocks, -1, width)
+    if group_size is None:
+        y = y.sum(2)
+        if shift is not None:  # sum_k x_k (u_k - z) = sum_k x_k u_k - z sum_k x_k
+            y -= x.sum(1)[:, None, None] * shift
+        return y.mul_(scale).view(rows, -1)
+    if shift is not None:
+        sums = F.pad(x, (0, -inputs % group_size)).view(rows, 1, -1, group_size).sum(-1, keepdim=True)
+        y -= sums * shift
+    return y.mul_(scale).sum(2).view(rows, -1)
+
+
+def _by_group(weight: Tensor, side: Tensor, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [in, n] group by group beside what belongs to a group [groups, n]; a short last group on its own."""
+    if size is None:
+        yield weight, side
+        return
+    whole = len(weight) // size
+    yield weight[: whole * size].unflatten(0, (whole, size)), side[:whole, None]
+    yield weight[whole * size :], side[whole:]
+
+
 @dataclass(frozen=True, eq=False)
 class KernelLayout:
     """A weight in the layout of a kernel, good while it stands on the same tensors in the same versions."""
 
+    kernel: str
     sources: tuple[Tensor | None, ...]
     versions: tuple[int, ...]
     tensors: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, sources: tuple[Tensor | None, ...], tensors: tuple[Tensor, ...]) -> KernelLayout:
-        return cls(sources, tuple(map(_version, sources)), tensors)
+    def of(cls, kernel: str, sources: tuple[Tensor | None, ...], tensors: tuple[Tensor, ...]) -> KernelLayout:
+        return cls(kernel, sources, tuple(map(_version, sources)), tensors)
 
-    def serves(self, sources: tuple[Tensor | None, ...]) -> bool:
-        same = all(mine is yours for mine, yours in zip(self.sources, sources, strict=True))
+    def serves(self, kernel: str, sources: tuple[Tensor | None, ...]) -> bool:
+        same = kernel == self.kernel and tuple(map(id, sources)) == tuple(map(id, self.sources))
         return same and self.versions == tuple(map(_version, sources))
 
 

@@ -9,6 +9,7 @@ rounding passes gradients straight through (zero where a static scale clips).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +26,9 @@ from peftx.compression.kernels import (
     int4_row_group,
     int8_matmul_fits,
     integer_linear,
+    table_fits,
+    table_matmul,
+    table_pack,
     to_signed,
 )
 from peftx.compression.names import check_choice, dtype_name, float_dtype
@@ -46,7 +50,7 @@ from peftx.slots import packed
 __all__ = ["Activation", "Kernel", "QuantLinear"]
 
 Activation = Literal["dynamic-token", "static-tensor"]
-Kernel = Literal["int8-matmul", "int4-pack", "dequantize", "emulate"]
+Kernel = Literal["int8-matmul", "int4-pack", "table", "dequantize", "emulate"]
 
 
 @packed
@@ -67,10 +71,12 @@ class QuantLinear(nn.Module):
         act_bits: 2..8, where activations are quantized.
         dtype: what `weight` and `bias` come in (the model's dtype), by name, as `scale_dtype`, so that
             `geometry()` is JSON.
-        cache_kernel_weight: integer kernels want int8 (or their own int4 layout). Below 8 bits that is a second
-            copy in memory (1 byte, or half a byte, a weight), made at the first call and never saved. False makes
-            it anew at each call: no copy, slow. (Before `torch.compile`, call the layer once: a compiled call
-            uses the copy but makes none.)
+        cache_kernel_weight: kernels want the integers in a layout of their own. That is a second copy in memory,
+            made at the first call, never saved, and dropped when the layer is moved or copied: int8 where weights
+            below 8 bits are multiplied in integers, half a byte a weight for "int4-pack", one byte for "table". False
+            keeps none: integer products then make it anew at each call, which is slow, and float32 on CPU is
+            dequantized. (Before `torch.compile`, call the layer once: a compiled call uses the copy but makes none,
+            and has no use for that of "table".)
 
     Raises:
         UnsupportedError: an option outside what is written here.
@@ -290,8 +296,9 @@ class QuantLinear(nn.Module):
         return self.kernel_for(self.qweight.device, self.dtype)
 
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
-        """int8-matmul: integers; int4-pack: 4-bit weights with bfloat16 inputs on CPU; dequantize: float weights;
-        emulate: activations rounded, the product in float32 (grouped weights, or a shape that int8 refuses)."""
+        """int8-matmul: integers; int4-pack: 4-bit weights with bfloat16 inputs on CPU; table: weights alone, with
+        float32 inputs on CPU; dequantize: float weights; emulate: activations rounded, the product in float32
+        (grouped weights, or a shape that int8 refuses)."""
         out_features, in_features = self.out_features, self.in_features
         if self.activation is not None:
             fits = int8_matmul_fits(device, out_features=out_features, in_features=in_features)
@@ -301,7 +308,7 @@ class QuantLinear(nn.Module):
                 out_features=out_features, in_features=in_features, group_size=self.group_size
             )
             return "dequantize" if group is None else "int4-pack"
-        return "dequantize"
+        return "table" if self.cache_kernel_weight and table_fits(device, dtype) else "dequantize"
 
     def extra_repr(self) -> str:
         acts = "" if self.activation is None else f", {self.activation} a{self.act_bits}"
@@ -318,6 +325,7 @@ class QuantLinear(nn.Module):
             return moved
 
         super()._apply(keep_scales, recurse)
+        self._kernel_layout = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
@@ -329,7 +337,7 @@ class QuantLinear(nn.Module):
         autocast = torch.is_autocast_enabled(kind)
         if autocast:
             x = x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             rows = x.reshape(-1, self.in_features)
             if torch.is_grad_enabled() and x.requires_grad:
                 y = QuantMatmul.apply(rows, self)
@@ -341,8 +349,11 @@ class QuantLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x [rows, in] -> x W^T [rows, out], by the kernel that fits. No autograd."""
         kernel = self.kernel_for(x.device, x.dtype)
-        if kernel == "dequantize":
+        if kernel == "dequantize" or (kernel == "table" and torch.compiler.is_compiling()):
             return F.linear(x, dequantize(self.quantized(), x.dtype))
+        if kernel == "table":
+            layout = self._layout("table")
+            return table_matmul(x, *layout, group_size=self.group_size, out_features=self.out_features)
         if kernel == "int4-pack":
             packed, scales = self._layout("int4-pack")
             return int4_matmul(x, packed, scales)
@@ -369,26 +380,34 @@ class QuantLinear(nn.Module):
         return token_scale(x, bits=self.act_bits, symmetric=self.act_symmetric)
 
     def _layout(self, kernel: Kernel) -> tuple[Tensor, ...]:
-        """The weight as `kernel` wants it: (int8 [out, in], row sums [out] int32) or (int4 layout, scales)."""
-        cached, sources = self._kernel_layout, (self.qweight, self.scale, self.zero)
+        """The weight as `kernel` wants it: (int8 [out, in], row sums [out] int32), or what `int4_pack` or
+        `table_pack` makes."""
+        own = self._buffers  # thrice faster than by attribute, which counts where a product takes 0.1 ms
+        cached, sources = self._kernel_layout, (own["qweight"], own["scale"], own["zero"])
         # A traced graph can neither ask for versions nor keep a copy.
         compiling = torch.compiler.is_compiling()
-        if cached is not None and (compiling or cached.serves(sources)):
+        if cached is not None and (cached.kernel == kernel if compiling else cached.serves(kernel, sources)):
             return cached.tensors
         if compiling:
             return self._make_layout(kernel)
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._make_layout(kernel)
         if self.cache_kernel_weight:
-            self._kernel_layout = KernelLayout.of(sources, tensors)
+            self._kernel_layout = KernelLayout.of(kernel, sources, tensors)
         return tensors
 
     def _make_layout(self, kernel: Kernel) -> tuple[Tensor, ...]:
         q = self.quantized().q
         if kernel == "int4-pack":
             return int4_pack(q, self.scale, self.zero, group_size=self.group_size)
+        if kernel == "table":
+            return table_pack(q, self.scale, self.zero, bits=self.bits, group_size=self.group_size)
         w_q = to_signed(q)
         return w_q, w_q.sum(dim=-1, dtype=torch.int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own layout."""
+        return {**self.__dict__, "_kernel_layout": None}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._kernel_layout = None

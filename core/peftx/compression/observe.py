@@ -15,6 +15,8 @@ from peftx.errors import UnsupportedError
 
 __all__ = ["Stats", "mse_clip_scale", "observe", "observing"]
 
+_CHUNK = 2**16  # values searched at a time: with their counts and errors they stay in the cache
+
 
 @dataclass(eq=False)
 class Stats:
@@ -135,7 +137,8 @@ def mse_clip_scale(
         s = c / (2^(b-1) - 1);   error(s) = sum_j n_j (x_j - s clamp(round(x_j / s)))^2
 
     Args:
-        x: any shape, the values; or the bin centres of a histogram, with `counts` n of the same shape.
+        x: any shape, the values; or the bin centres of a histogram.
+        counts: n, of a shape that broadcasts to that of x; 1 if left out.
         per_row: one scale for each row of the last dimension instead of one for all.
 
     Returns:
@@ -143,22 +146,43 @@ def mse_clip_scale(
     """
     if grid < 1 or x.numel() == 0:
         raise UnsupportedError(f"grid={grid} and {x.numel()} values: both must be at least 1")
-    low, high = integer_range(bits, symmetric=True)
     values = x.detach().float()
-    weights = None if counts is None else counts.float()
-    if not per_row:
-        values = values.reshape(-1)
-        weights = None if weights is None else weights.reshape(-1)
-    top = values.abs().amax(dim=-1, keepdim=True) / high  # [..., 1]
+    weights = torch.ones(()) if counts is None else counts.float()
+    weights = weights.to(values.device).expand(values.shape)
+    rows = values.flatten(0, -2) if per_row and x.dim() > 1 else values.reshape(1, -1)
+    weights = weights.reshape(rows.shape)
+    size = max(1, _CHUNK // rows.shape[-1])
+    best = [
+        _best_of_grid(r, w, bits=bits, grid=grid)
+        for r, w in zip(rows.split(size), weights.split(size), strict=True)
+    ]
+    return torch.cat(best).reshape(x.shape[:-1] if per_row else ())
+
+
+def _best_of_grid(x: Tensor, counts: Tensor, *, bits: int, grid: int) -> Tensor:
+    """`mse_clip_scale` of each row [rows, n] -> [rows]."""
+    low, high = integer_range(bits, symmetric=True)
+    top = x.abs().amax(dim=-1, keepdim=True) / high  # [rows, 1]
     top = torch.where(top > 0, top, torch.ones_like(top))
     best_scale, best_error = top, torch.full_like(top, torch.inf)
+    rest = torch.empty_like(x)
     for step in range(grid, 0, -1):
         scale = top * (step / grid)
-        squared = (values - scale * torch.round(values / scale).clamp_(low, high)).square_()
-        error = (squared if weights is None else squared * weights).sum(dim=-1, keepdim=True)
+        if step % 10 == 0 and step < grid:
+            # What is clipped is lost in every smaller scale too: where that alone is no better, nothing is.
+            torch.clamp(x, low * scale, high * scale, out=rest).sub_(x)
+            if bool((_weighted(rest, counts) >= best_error).all()):
+                break
+        torch.div(x, scale, out=rest).round_().clamp_(low, high)
+        error = _weighted(torch.addcmul(x, rest, scale, value=-1, out=rest), counts)
         better = error < best_error
         best_scale, best_error = (
             torch.where(better, scale, best_scale),
             torch.where(better, error, best_error),
         )
     return best_scale.squeeze(-1)
+
+
+def _weighted(error: Tensor, counts: Tensor) -> Tensor:
+    """sum_j n_j error_j^2 of each row, [rows, 1]; `error` is used up."""
+    return error.square_().mul_(counts).sum(dim=-1, keepdim=True)

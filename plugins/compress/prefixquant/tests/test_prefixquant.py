@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 import peftx
 from peftx.compression import QuantLinear
+from peftx.compression.batches import calibration as sequences
 from peftx.data import read_dataset
 from peftx.errors import PeftxError
 from peftx.evaluation import perplexity
@@ -314,6 +315,42 @@ def test_bundle_is_exact_and_bytes_are_real(options: dict, weight: float, tmp_pa
     assert sum(part.module.qweight.nbytes for part in packed) == numbers * weight
     planned = PrefixQuant(**options).planned(peftx.Stack("peftx:tiny", [PrefixQuant()]).view("prefixquant"))
     assert sum(size for _, size in planned) == sum(part.module.nbytes_packed for part in packed)
+
+
+def test_text_runs_once_and_once_more_behind_a_prefix(outliers: LlamaForCausalLM) -> None:
+    for model, runs in ((None, 1), (copy.deepcopy(outliers), 2)):
+        bundled = peftx.Stack("peftx:tiny", [])
+        stack = peftx.Stack(model or bundled.model, [PrefixQuant()], tokenizer=bundled.tokenizer)
+        calls: list[int] = []
+        for layer in stack.model.model.layers:
+            layer.register_forward_hook(lambda *a, seen=calls: seen.append(1))
+        stack.compress(CALIBRATION, samples=4, length=160)
+        prefix = stack.plugins["prefixquant"].state["prefix"]
+        layers = stack.model.config.num_hidden_layers
+        # Of each run the first sequence goes through once more, to learn how blocks are called; the prefix runs once.
+        assert len(calls) == layers * (runs * (4 + 1) + bool(prefix))
+
+
+@torch.no_grad()
+def test_peaks_of_a_walk_are_those_of_the_model() -> None:
+    stack = peftx.Stack("peftx:tiny", [plugin := PrefixQuant()])
+    text = sequences(stack, CALIBRATION, samples=3, length=100)
+    view = stack.view("prefixquant")
+    found = plugin.measure(view, text, plugin.attach(view), 0)
+    for sequence, expected in enumerate(token_peaks(stack, text.batches)):
+        for block, peaks in zip(found, expected, strict=True):
+            torch.testing.assert_close(block.peaks[sequence], peaks)
+
+
+def test_seconds_are_told_before_a_weight_is_there() -> None:
+    plugin = PrefixQuant()
+    with torch.device("meta"):
+        model = tiny("llama", hidden_size=64)
+    stack = peftx.Stack(model, [plugin])
+    (least, most), (more, _) = (plugin.seconds(stack.view("prefixquant"), n) for n in (8192, 16384))
+    assert 0 < least < most < 2 * least < 2 * more
+    stack = peftx.Stack(tiny("llama", hidden_size=64), [none := PrefixQuant(prefix_tokens=0)])
+    assert none.seconds(stack.view("prefixquant"), 8192) == (least, least)
 
 
 def test_the_integer_kernel_runs() -> None:
