@@ -187,7 +187,8 @@ def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]
     earlier.insert(earlier.index(first), second)
     at_the_end = [*(m for m in members if m is not first), first]
     for order in (later, earlier, at_the_end):
-        if next(_collisions(order), None) is None and _unfit(order) is None:
+        free = next(_collisions(order), None) is None and _unfit(order) is None
+        if free and not _without_adapters(order):
             return replace(conflict, working_order=tuple(m.id for m in order))
     return conflict
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
+
+from peftx.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +20,25 @@ def objective_of(model: PreTrainedModel) -> Objective:
     if any(name.endswith("ForMaskedLM") for name in kinds):
         return "masked-token"
     return "class" if any(name.endswith(_HEADS) for name in kinds) else "next-token"
+
+
+_ROWS: Mapping[Objective, tuple[str, ...]] = {"masked-token": ("text",), "class": ("classification",)}
+
+
+def check_objective(model: PreTrainedModel, format: str) -> None:
+    """Raises UnsupportedError where rows of this format do not serve what the model is trained to do."""
+    kind, name = objective_of(model), type(model).__name__
+    if format in _ROWS.get(kind, (format,)):
+        return
+    if kind == "masked-token":
+        raise UnsupportedError(
+            f"{name} fills in masked tokens, and rows of format '{format}' ask for more text",
+            hint="rows with 'text' train it to fill in; a causal or an encoder-decoder model takes these rows",
+        )
+    raise UnsupportedError(
+        f"{name} names the class of a text, and rows of format '{format}' have none",
+        hint="rows with 'text' and 'label' (data.train.columns maps other names)",
+    )
 
 
 def vocabulary_of(model: PreTrainedModel) -> int | None:

@@ -19,6 +19,8 @@ from peftx.data.formats import detect_format
 from peftx.errors import BundleError, DataError
 from peftx.evaluation.run import METRICS, check_known, check_metric
 from peftx.models import asset_path, model_path
+from peftx.objective import check_objective
+from peftx.plugin import Claim
 from peftx.registry import Registry
 from peftx.stack import Stack
 from peftx.training.run import TrainingReport, as_training_data, train
@@ -28,6 +30,7 @@ from peftx_spec.stages import RunStage
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from peftx.evaluation import Score
     from peftx_spec.validate import LoadedSpec
@@ -191,6 +194,7 @@ class Run:
             inject=False,
         )
         stack.pipeline = self.pipeline
+        check_rows_serve(stack.model, self.pipeline, self.members)
         self.result = RunResult(stack, bytes_before=base_bytes(stack), held_out=self.held_out)
         self.reporter.finished(
             "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
@@ -364,6 +368,14 @@ class Run:
         self.result.bytes_after = folder_bytes(self.result.output)
         shutil.rmtree(checkpoints(Path(target)), ignore_errors=True)  # the run is complete
         return f"{self.result.output} ({self.result.bytes_after:,} bytes)"
+
+
+def check_rows_serve(model: PreTrainedModel, pipeline: Pipeline, members: Sequence[Member]) -> None:
+    """Raises UnsupportedError where the training rows do not serve what the model does; known before anything runs."""
+    if pipeline.data.train is None or any(m.claims(Claim.CLASSIFIES) or m.plugin.gives for m in members):
+        return  # a plugin brings another task
+    if pipeline.train is not None or any(stage.train is not None for stage in pipeline.run or ()):
+        check_objective(model, _format(pipeline.data.train))
 
 
 def make_place(target: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from peftx.conflicts import Member, find_conflicts
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.models import load_model
-from peftx.pipeline import training_rows
+from peftx.pipeline import check_rows_serve, training_rows
 from peftx.registry import Registry
 from peftx.stack import Stack
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
@@ -42,6 +42,12 @@ def plan(
         trust_remote_code=trust_remote_code,
         meta=True,
     )
+    try:
+        check_rows_serve(model, pipeline, members)
+    except UnsupportedError as error:
+        conflicts.append(
+            PlannedConflict(plugins=("data.train",), reason=error.message, remedy=error.hint or "")
+        )
     stages = stages_of(pipeline, registry)
     held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(

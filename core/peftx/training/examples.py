@@ -20,7 +20,7 @@ from transformers import DataCollatorForLanguageModeling
 from peftx.data import class_ids, class_index, special_frame, text_ids, tokenize_dataset
 from peftx.data.encoding import without_prefix
 from peftx.errors import DataError, UnsupportedError
-from peftx.objective import Objective, objective_of, vocabulary_of
+from peftx.objective import Objective, check_objective, objective_of, vocabulary_of
 from peftx.plugin import Claim
 from peftx.virtual_tokens import free_positions
 
@@ -43,6 +43,8 @@ def examples_of(stack: Stack, data: TrainingData) -> Dataset:
     kind: Objective = (
         "next-token" if data.format == "tokenized" else objective_of(model)
     )  # a plugin knows what it does
+    if kind != "next-token":
+        check_objective(model, data.format)
     if kind == "masked-token":
         rows = _to_fill_in(model, tokenizer, data)
     elif kind == "class":
@@ -91,11 +93,6 @@ class Masks:
 
 def _to_fill_in(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> Dataset:
     name = type(model).__name__
-    if data.format != "text":
-        raise UnsupportedError(
-            f"{name} fills in masked tokens, and rows of format '{data.format}' ask for more text",
-            hint="rows with 'text' train it to fill in; a causal or an encoder-decoder model takes these rows",
-        )
     if tokenizer.mask_token_id is None:
         raise UnsupportedError(
             f"{name} fills in masked tokens, and the tokenizer has no mask token",
@@ -115,11 +112,6 @@ def _to_fill_in(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data
 
 def _to_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> Dataset:
     config, name = model.config, type(model).__name__
-    if data.format != "classification":
-        raise UnsupportedError(
-            f"{name} names the class of a text, and rows of format '{data.format}' have none",
-            hint="rows with 'text' and 'label' (data.train.columns maps other names)",
-        )
     assert data.train is not None
     if config.pad_token_id is None:
         raise UnsupportedError(
