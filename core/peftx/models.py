@@ -173,7 +173,7 @@ def load_model(
     source = Path(os.path.expanduser(path)) if local else path
     config = read_config(source, trust_remote_code=trust_remote_code)
     names = config.architectures or []
-    cls = (
+    cls: Any = (
         getattr(transformers, names[0], None)
         if isinstance(names, list) and names and isinstance(names[0], str)
         else None
@@ -184,10 +184,10 @@ def load_model(
     tokenizer = _tokenizer(str(source), trust_remote_code)
     if meta:
         with torch.device("meta"):
-            if issubclass(cls, transformers.PreTrainedModel):
-                model = cls._from_config(config, dtype=wanted)
-            else:  # an Auto class, which knows of code that the checkpoint brings along
+            if cls is transformers.AutoModelForCausalLM:  # it knows of code that the checkpoint brings along
                 model = cls.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            else:
+                model = cls._from_config(config, dtype=wanted)
         return model.eval(), tokenizer
     return _read_weights(cls, str(source), wanted, trust_remote_code).to(device).eval(), tokenizer
 

@@ -93,12 +93,14 @@ def _load(
             tokenizer = came_with
             _check_tokenizer(tokenizer, base, folder)
     stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
+    model = stack.model
     stack._came_with(came_with)
     stack.base_id = base.id
     if contained is None:
         _check_base(stack, base, folder)
     else:
         _fill_base(stack, folder, contained)
+        stack.given_fingerprint = base.fingerprint
     if not isinstance(model_given, nn.Module):
         cast_buffers(model, base.buffers)
     elif base.settings is not None and computed_buffers(model) != base.buffers:
@@ -106,19 +108,18 @@ def _load(
             f"'{folder}' was made with a base that was cast as a whole, its tables of positions too",
             hint=f"model.to(torch.{base.dtype}) first, or let peftx.load read the base: leave the model out",
         )
-        stack.given_fingerprint = base.fingerprint
     undo = stack.ledger.snapshot()
-    generation = model.generation_config if base.generation is not None else None
+    generation = stack.model.generation_config if base.generation is not None else None
     try:
         for index, entry in enumerate(manifest.plugins):
             later = {path for other in manifest.plugins[index + 1 :] for path in other.replaced}
             _restore(stack, entry, folder, later)
-        if base.generation is not None and base.generation != generation_of(model):
-            model.generation_config = _generation_config(base.generation, folder)
+        if base.generation is not None and base.generation != generation_of(stack.model):
+            stack.model.generation_config = _generation_config(base.generation, folder)
     except BaseException:
         undo()  # the caller's model is as it was
         if generation is not None:
-            model.generation_config = generation
+            stack.model.generation_config = generation
         raise
     if contained is not None:
         stack.model.to(device)
@@ -330,13 +331,14 @@ def _empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
     inner = folder / BASE_FOLDER
     config = read_config(inner, trust_remote_code=False)
     cls = getattr(transformers, base.cls, None)
+    kind: Any = cls
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise BundleError(
             f"'{folder}' holds a {base.cls}, which transformers {transformers.__version__} does not have",
             hint="see versions in manifest.json; models of remote code cannot be bundled compressed",
         )
     with naming(inner / "config.json"), torch.device("meta"):
-        model = cls._from_config(config, dtype=getattr(torch, base.dtype))
+        model = kind._from_config(config, dtype=getattr(torch, base.dtype))
     return model.eval()
 
 

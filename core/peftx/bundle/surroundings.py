@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 TOKENIZER_FOLDER = "tokenizer"
 _SILENT = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_from_model_config", "_name_or_path", "architectures",
-    "auto_map", "dtype", "id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict",
-    "torch_dtype", "transformers_version", "use_cache",
+    "auto_map", "dtype", "id2label", "label2id", "output_attentions", "output_hidden_states", "problem_type",
+    "return_dict", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 """Entries of configurations that say nothing about what is computed, or are told elsewhere."""
 

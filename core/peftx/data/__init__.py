@@ -24,7 +24,8 @@ from peftx.data.encoding import (
     special_frame,
     text_ids,
 )
-from peftx.data.formats import FORMATS, detect_format, format_of_keys, read_dataset
+from peftx.data.formats import detect_format, format_of_keys, read_dataset
+from peftx.data.gate import FORMATS
 from peftx.data.messages import render_messages, turns
 from peftx.data.tokenize import tokenize_dataset
 from peftx.data.training_data import TrainingData

@@ -123,7 +123,8 @@ def dataset_of(
     places = [f"row {index} (counting from 0)" for index in range(len(rows))]
     renamed = []
     for place, row in zip(places, rows, strict=True):
-        value = dict(row) if isinstance(row, Mapping) else row
+        value: object = row  # whatever a program hands over
+        value = dict(value) if isinstance(value, Mapping) else value
         renamed.append(_rename(Record(place, value), columns))
     if not renamed:
         raise DataError("there are no rows")

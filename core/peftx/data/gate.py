@@ -13,11 +13,12 @@ import pyarrow.compute as compute
 
 from peftx.data.files import json_type
 from peftx.errors import DataError, nearest
-from peftx_spec.models import FORMATS as COLUMNS
+from peftx_spec import models as spec
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+COLUMNS: Final[Mapping[str, tuple[str, ...]]] = spec.FORMATS
 FORMATS: Final = tuple(COLUMNS)
 ROLES: Final = ("system", "user", "assistant")
 _TEXTS: Final = frozenset(name for names in COLUMNS.values() for name in names) - {"messages"}

@@ -17,10 +17,13 @@ from peftx.evaluation.language_modelling import perplexity
 from peftx.evaluation.likelihood import evaluating
 from peftx.evaluation.scores import Score
 from peftx.models import asset_path
-from peftx_spec.models import METRIC_FORMATS as METRICS
+from peftx_spec.models import METRIC_FORMATS
 
 if TYPE_CHECKING:
     from peftx.stack import Stack
+
+METRICS = METRIC_FORMATS
+"""Metric -> the formats of rows that it reads."""
 
 
 def check_known(metric: str, plugins: Sequence[str]) -> None:
