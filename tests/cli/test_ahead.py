@@ -244,8 +244,8 @@ def test_what_an_architecture_lacks_is_said_before_anything_is_measured(
 # ------------------------------------------------------------------------------------------------------- the first row
 ROWS: list[tuple[str, bytes, str | None]] = [
     ("a.jsonl", PAIRS * 3, "prompt-completion"),
-    ("a.JSONL.gz", gzip.compress(PAIRS), "prompt-completion"),
-    ("a.jsonl", gzip.compress(PAIRS), "prompt-completion"),
+    ("a.JSONL.gz", gzip.compress(PAIRS, mtime=0), "prompt-completion"),
+    ("a.jsonl", gzip.compress(PAIRS, mtime=0), "prompt-completion"),
     ("a.ndjson", b"\n\n" + PAIRS, "prompt-completion"),
     ("a.jsonl", b"\xef\xbb\xbf" + PAIRS, "prompt-completion"),
     ("a.json", b"[" + PAIRS.strip() + b", 3]", "prompt-completion"),
@@ -273,7 +273,7 @@ def test_look(tmp_path: Path, name: str, raw: bytes, format: str | None) -> None
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"\n \n", b"\xff\xfea", b"a\xe9b", b"\x1f\x8bnot", gzip.compress(PAIRS)[:20]]
+    "raw", [b"", b"\n \n", b"\xff\xfea", b"a\xe9b", b"\x1f\x8bnot", gzip.compress(PAIRS, mtime=0)[:20]]
 )
 def test_look_at_what_is_no_text(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(raw)

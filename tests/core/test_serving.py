@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from peftx.errors import PeftxError, UnsupportedError
 from peftx.serving import Engine, Job, Request, Scheduler, Server
 from peftx.serving.app import build_app
 from peftx.serving.engine import QueueFull
+from peftx.serving.guards import Guard
 from peftx.serving.stream import TextStream, cut_at_stop, settled
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import FIRST_BYTE, VOCABULARY
@@ -526,3 +528,130 @@ def test_many_clients_at_once(stack: Stack) -> None:
             thread.join(120)
         assert [answers[n] for n in range(len(prompts))] == expected
         assert client.get("/healthz").json()["batches"] < len(prompts)
+
+
+# ------------------------------------------------------------------------------------------------ clients as they are
+def test_what_is_null_or_at_its_default_asks_for_nothing(client: TestClient) -> None:
+    plain = ask(client)["choices"]
+    for more in (
+        {"temperature": None}, {"n": None}, {"stream": None}, {"logprobs": None}, {"echo": False}, {"best_of": 1},
+        {"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"logit_bias": None}, {"logit_bias": {}}, {"suffix": None},
+        {"top_p": None}, {"seed": None}, {"stop": None}, {"user": None},
+    ):  # fmt: skip
+        assert ask(client, temperature=0, **{k: v for k, v in more.items() if k != "temperature"})
+    assert ask(client, max_tokens=None)["usage"]["completion_tokens"] == 16
+    assert plain
+    for more, name in (({"echo": True}, "echo"), ({"best_of": 3}, "best_of"), ({"suffix": "x"}, "suffix")):
+        found = client.post("/v1/completions", json={"model": "small", "prompt": "A", **more})
+        assert found.status_code == 400
+        assert f"'{name}' is not supported by this server, but as null or at its default" in found.text
+
+
+def test_a_stop_string_counts_in_the_new_text_alone(client: TestClient, stack: Stack) -> None:
+    """As OpenAI's: one that begins in the prompt is not in the answer."""
+    first = ask(client, "The river", temperature=0)["choices"][0]["text"]
+    stop = "river" + first[:2]
+    answer = ask(client, "The river", temperature=0, stop=stop)
+    assert answer["choices"][0] == {"index": 0, "text": first, "logprobs": None, "finish_reason": "length"}
+    assert answer["usage"]["completion_tokens"] == 8
+    assert stack.generate("The river", max_new_tokens=8, do_sample=False, stop_strings=[stop]) == first
+    inside = first[2:4]
+    assert (
+        ask(client, "The river", temperature=0, stop=inside)["choices"][0]["text"]
+        == first[: first.index(inside)]
+    )
+
+
+def test_the_coldest_temperatures_are_greedy(client: TestClient) -> None:
+    greedy = ask(client, temperature=0)["choices"]
+    for temperature in (1e-300, 1e-7):
+        assert ask(client, temperature=temperature)["choices"] == greedy
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "\ud800"}, {"prompt": "A", "stop": "\udfff"}, {"prompt": ["A", "\ud8ff"]}]
+)
+def test_half_a_character_is_refused(client: TestClient, body: dict[str, Any]) -> None:
+    content = json.dumps({"model": "small", **body})
+    found = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert found.status_code == 400
+    assert "half a surrogate pair" in found.json()["error"]["message"]
+
+
+def test_a_row_that_fails_after_its_answer_does_not_stop_the_server(stack: Stack) -> None:
+    """The second of two rows: the first one's answer was given already when the error came."""
+
+    class Breaks(Engine):
+        count = 0
+
+        def _completion(self, job: Job, row: list[int], generation: Any) -> Any:
+            self.count += 1
+            if self.count == 2:
+                raise ValueError("the second one")
+            return super()._completion(job, row, generation)
+
+    scheduler = Scheduler(max_wait_ms=200, max_batch=2)
+    with Breaks(Server(stack, name="small", scheduler=scheduler)) as engine:
+        jobs = [engine.submit(Request(prompt, max_tokens=4, temperature=0)) for prompt in PROMPTS[:2]]
+        assert jobs[0].result(30).completion_tokens == 4
+        with pytest.raises(ValueError, match="the second one"):
+            jobs[1].result(30)
+        assert engine.submit(Request("A", max_tokens=3, temperature=0)).result(30).completion_tokens == 3
+
+
+def test_a_client_that_leaves_a_plain_request_is_noticed(recorded: tuple[Stack, Recorder]) -> None:
+    """The application sees it through what guards it from large bodies."""
+    stack, _ = recorded
+    app = build_app(Server(stack, name="small", scheduler=Scheduler(max_wait_ms=0)))
+    body = json.dumps({"model": "small", "prompt": "Once", "max_tokens": 100}).encode()
+    sent: list[Any] = []
+
+    async def run() -> None:
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            return next(messages, {"type": "http.disconnect"})
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+            "query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": "",
+            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(run())
+    assert sent[0]["status"] in (200, 499)
+    if sent[0]["status"] == 200:  # it was quicker than the first look
+        assert json.loads(sent[1]["body"])["usage"]["completion_tokens"] <= 100
+
+
+def test_a_body_that_never_ends_is_given_up() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def run() -> None:
+        async def receive() -> dict[str, Any]:
+            if not seen:
+                seen.append("first")
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            seen.append(message)
+
+        guard = Guard(app, most=100, refusal=lambda status, message: {"error": message}, within=0.2)
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-length", b"5")]}
+        await guard(scope, receive, send)
+
+    asyncio.run(run())
+    assert seen[1]["status"] == 408
+    assert json.loads(seen[2]["body"]) == {"error": "the body did not come within 0.2 s"}

@@ -188,14 +188,14 @@ def serve(
     from peftx_spec.errors import PeftxError
 
     try:
-        import uvicorn
-
-        from peftx.serving.app import build_app
+        import fastapi  # noqa: F401  what an installation without the extra lacks
+        import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise PeftxError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'peftx[serve]'"
         ) from error
     from peftx.serving import Scheduler, Server
+    from peftx.serving.guards import run_http
     from peftx_cli.stacks import open_stack
 
     if host not in LOOPBACK:
@@ -204,7 +204,7 @@ def serve(
     scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
     server = Server(stack, name=Path(target).name, scheduler=scheduler)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
-    uvicorn.run(build_app(server, allowed_hosts=hosts), host=host, port=port, log_level="info")
+    run_http(server, host=host, port=port, allowed_hosts=hosts)
 
 
 def merge(
