@@ -24,7 +24,14 @@ test_conformance_of_several_tokens = conformance(
     options={"tokens": 4, "gate": "head"},
     models=["llama", "qwen3", "t5"],
     expected_failures=dict.fromkeys(
-        ("effects_match_claims", "merge_equals_unmerged", "merge_in_bfloat16", "unmerge_is_exact"), WHY
+        (
+            "effects_match_claims",
+            "merge_equals_unmerged",
+            "merge_in_bfloat16",
+            "merge_rounds_once",
+            "unmerge_is_exact",
+        ),
+        WHY,
     ),
 )
 

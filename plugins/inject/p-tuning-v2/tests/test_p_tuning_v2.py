@@ -402,6 +402,16 @@ def test_rows_are_those_of_the_call() -> None:
     assert all(p.grad is not None for p in stack.ledger.parameters("p-tuning-v2"))
 
 
+def test_a_head_of_tokens_trains_where_it_is_asked_for() -> None:
+    """One of sequences trains anyway, as the core lets the first plugin that adapts a classifier have it."""
+
+    def trained(**options: object) -> int:
+        model = tiny("bert", head="token-classification", num_labels=3)
+        return Stack(model, [PTuningV2(length=3, **options)]).trainable_parameters()
+
+    assert trained(head=True) == trained() + 3 * 32 + 3
+
+
 def test_the_head_trains(tmp_path: Path) -> None:
     def bert() -> PreTrainedModel:
         return tiny("bert", head="classification", num_labels=3)
@@ -411,7 +421,9 @@ def test_the_head_trains(tmp_path: Path) -> None:
 
     stack = build(projection=4, head=True)
     head = stack.model.classifier
-    assert stack.trainable_parameters() == build(projection=4).trainable_parameters() + 3 * 32 + 3
+    parts = stack.ledger.of("p-tuning-v2")
+    prompts = sum(t.numel() for part in parts if part.kind != "base" for t in part.tensors().values())
+    assert stack.trainable_parameters() == prompts + 3 * 32 + 3
     before = head.weight.detach().clone()
     batch = {**example_inputs(stack.model), "labels": torch.tensor([0, 2])}
     optimizer = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=0.1)

@@ -440,10 +440,10 @@ def test_a_trained_base_is_refused() -> None:
     from peftx_lt_sft import LtSft
 
     with pytest.raises(
-        ConflictError, match=r"sparselora computes model\.layers\.\d\.\S+ itself .* lt-sft trains"
+        ConflictError, match=r"'sparselora' computes model\.layers\.\d\.\S+ itself .* lt-sft trains"
     ):
         Stack(tiny("llama"), [LtSft(phase1=1), Sparselora(**ALL)])
-    with pytest.raises(ConflictError, match=r"lt-sft trains .*, which sparselora computes itself"):
+    with pytest.raises(ConflictError, match=r"'lt-sft' trains .*, which sparselora computes itself"):
         Stack(tiny("llama"), [Sparselora(**ALL), LtSft(phase1=1)])
 
 

@@ -22,7 +22,7 @@ from peftx_predgen import Predgen, alignment, position_weights, write
 test_conformance = conformance("predgen")
 # Half of the batches are fed what the model writes: draws, generation and a resumed run.
 test_conformance_when_sampling = conformance(
-    "predgen", options={"p_min": 0.5, "p_max": 0.5}, models=["llama"]
+    "predgen", options={"p_min": 0.5, "p_max": 0.5}, models=["llama"], expected_failures=Predgen.exempt
 )
 
 ROWS = list(ROWS_BY_FORMAT["classification"])
