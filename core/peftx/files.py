@@ -217,7 +217,9 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         raise BundleError(f"'{path}' leads nowhere: {error}", hint="choose another folder") from error
     if os.path.lexists(path) and not path.is_dir():
-        raise BundleError(f"'{path}' exists and is no folder", hint="choose another folder")
+        raise BundleError(
+            f"'{path}' exists and is no folder, so it is not overwritten", hint="choose another folder"
+        )
     if path.exists() and not (path / marker).exists() and any(path.iterdir()):
         raise BundleError(
             f"'{path}' exists and holds no {marker}, so it is not overwritten",

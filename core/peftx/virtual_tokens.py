@@ -254,9 +254,21 @@ def _pads(mask: Tensor | None) -> int | Tensor:
     return (mask.cumsum(1) == 0).sum(1)
 
 
+def beside_soft_tokens(values: Tensor, mask: Tensor, length: int, fill: float = 1) -> Tensor:
+    """What belongs to the caller's tokens, [B, T], as layers see it: with `fill` for `length` soft tokens, which stand
+    behind the pads in front.
+
+    Args:
+        mask: [B, T], 0 for pads.
+    """
+    if not length:
+        return values
+    return _insert(values, values.new_full((len(values), length), fill), _pads(mask))
+
+
 def _with_rows(mask: Tensor | None, length: int) -> Tensor | None:
     """A mask of the caller's tokens as one of these and the soft tokens, which stand behind the pads in front."""
-    return None if mask is None else _insert(mask, mask.new_ones(len(mask), length), _pads(mask))
+    return None if mask is None else beside_soft_tokens(mask, mask, length)
 
 
 def _insert(tensor: Tensor, rows: Tensor, at: int | Tensor) -> Tensor:

@@ -159,6 +159,7 @@ class LosesItsState(Plugin):
     caught_by = "save_load_same_logits"
     also = {
         "save_load_in_a_fresh_process",
+        "merge_rounds_once",
         "composes_with_weights",
         "composes_with_norms",
         "composes_with_prompt",

@@ -217,6 +217,6 @@ def test_what_works_on_adapters_needs_one() -> None:
     (conflict,) = find_conflicts(members(Head(), Listens()))
     assert (conflict.first, conflict.second) == ("listens", "head")
     assert conflict.claims == (Claim.NEEDS_ADAPTERS, Claim.BESIDE_WEIGHTS)
-    assert "put an adapter such as lora beside it" in conflict.reason
+    assert "put an adapter such as lora in the place of 'head'" in str(conflict)
     assert find_conflicts(members(Head(), Lora(), Listens())) == []
     assert find_conflicts(members(Listens())) == []  # whoever trains it says that nothing trains

@@ -332,7 +332,7 @@ def dying(folder: Path) -> Reading:
         (lambda folder: Reading("1"), "read"),
         (raising(PeftxError("weights.json is damaged")), "refused"),
         (raising(PeftxError("something is damaged")), "nameless"),
-        (raising(PeftxError("weights.json: \ud800")), "unprintable"),
+        (raising(PeftxError("weights.json: \ud800")), "refused"),  # an error is made printable
         (raising(PeftxError("weights.json" + "9" * 5000)), "endless"),
         (raising(KeyError("weights.json")), "raw"),
         (raising(KeyboardInterrupt()), "raw"),
@@ -343,7 +343,7 @@ def dying(folder: Path) -> Reading:
         (dying, "died"),
     ],
     ids=[
-        "read", "refused", "nameless", "unprintable", "endless", "raw", "interrupt", "asked", "outside", "executed",
+        "read", "refused", "nameless", "printable", "endless", "raw", "interrupt", "asked", "outside", "executed",
         "hang", "died",
     ],
 )  # fmt: skip

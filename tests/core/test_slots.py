@@ -33,7 +33,7 @@ from peftx.slots import (
     unmerge,
 )
 from peftx.slots.delta import LowRank as factors
-from peftx.slots.delta import _keep
+from peftx.slots.delta import dropout_mask
 from peftx.slots.fused import linear_with_low_rank
 from peftx.testing.models import example_inputs, output_of, tiny
 
@@ -742,11 +742,11 @@ def test_a_layer_and_its_low_rank_update_in_one_step_of_autograd(bias: bool) -> 
 def test_the_mask_of_dropout_drops_as_many_as_it_says() -> None:
     x = torch.ones(400, 500)
     for p in (0.1, 0.5, 0.9):
-        keep, scale = _keep(x, p, seed=7)
+        keep, scale = dropout_mask(x, p, seed=7)
         assert set(keep.unique().tolist()) == {0.0, 1.0}
         assert float(keep.mean()) == pytest.approx(1 - p, abs=0.005)
         assert scale == pytest.approx(1 / (1 - p), rel=1e-4)
-        assert torch.equal(keep, _keep(x, p, seed=7)[0])
-        assert not torch.equal(keep, _keep(x, p, seed=8)[0])
+        assert torch.equal(keep, dropout_mask(x, p, seed=7)[0])
+        assert not torch.equal(keep, dropout_mask(x, p, seed=8)[0])
         lanes = keep.flatten().view(-1, 4)  # four come out of one draw
         assert float(torch.corrcoef(lanes.t()).fill_diagonal_(0).abs().max()) < 0.02

@@ -79,7 +79,7 @@ def test_shorthands_are_their_long_forms() -> None:
 def test_defaults() -> None:
     assert pipeline().data == DataSpec()
     assert (pipeline().train, pipeline().run, pipeline().output, pipeline().stack) == (None, None, None, ())
-    assert (pipeline().model.dtype, pipeline().model.device) == ("float32", "auto")
+    assert (pipeline().model.dtype, pipeline().model.device) == ("auto", "auto")
     assert (TrainSpec().weight_decay, TrainSpec().max_length, TrainSpec().checkpoint_every) == (
         0.0,
         256,

@@ -141,7 +141,7 @@ def test_valid_pipelines_through_the_whole_loader(
 def test_defaults_are_written_out() -> None:
     text = dump(Pipeline.model_validate({"peftx": 1, "model": "m", "train": {}, "stack": ["lora"]}))
     assert "learning_rate: 0.001\n" in text
-    assert "dtype: float32\n" in text
+    assert "dtype: auto\n" in text
     assert "null" not in text
 
 

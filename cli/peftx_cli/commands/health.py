@@ -215,8 +215,9 @@ def check(
     from peftx_cli.progress import reporter
     from peftx_cli.render import out, print_json, print_table
 
-    chosen = _options(option or [])
-    Registry().load(name)(**chosen)  # a wrong option is the user's mistake, not the plugin's
+    plugin = Registry().load(name)
+    chosen = {**plugin.example, **_options(option or [])}
+    plugin(**chosen)  # a wrong option is the user's mistake, not the plugin's
     with reporter() as told:
         told.stage("check", [name])
         results = run_checks(

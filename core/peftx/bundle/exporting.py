@@ -30,9 +30,9 @@ def export(stack: Stack, path: Path) -> Path:
             continue
         if member.claims(Claim.MERGEABLE):
             stack.ledger.check_fold(member.id)
-        folds = ("delta", "free") if member.claims(Claim.MERGEABLE) else ()
+        folds = ("delta",) if member.claims(Claim.MERGEABLE) else ()
         left = next(
-            (p for p in stack.ledger.of(member.id) if p.kind not in ("base", "replaced", *folds)), None
+            (p for p in stack.ledger.of(member.id) if p.kind not in ("base", "replaced", "free", *folds)), None
         )
         if left is not None:
             raise MergeError(

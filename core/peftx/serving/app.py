@@ -15,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHttpException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -28,16 +28,8 @@ ASK_AGAIN = 0.5  # seconds between two looks whether the client is still there
 MOST_STOPS = 4  # as OpenAI
 
 
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start}, which is no text") from error
-    return value
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
-Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_text)]
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class CompletionBody(BaseModel):

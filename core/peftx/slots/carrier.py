@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import UnsupportedError
 from peftx.slots.delta import Delta
-from peftx.slots.fused import applies, linear_with_low_rank
+from peftx.slots.fused import applies, hooked, linear_with_low_rank
 from peftx.slots.rows import Rows
 
 CHILD = "peftx"
@@ -77,6 +77,8 @@ class SlotState:
         self.nested: tuple[Entry, ...] = ()
         self.uncommon = False
         self.low_rank: tuple[Delta, ...] = ()
+        self.first: Delta | None = None
+        """The innermost one, where it is a low-rank update of the layer itself."""
         self.alone: Delta | None = None
         self.base: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
         self.folded: dict[str, tuple[Entry, ...]] = {}
@@ -91,7 +93,7 @@ class SlotState:
                 self.base, self.weighted, self.nested, self.uncommon = F.linear, (), (), False
                 self.run = (only.delta,)
                 self.low_rank = self.run if kind.low_rank is not Delta.low_rank else ()
-                self.alone = only.delta if self.low_rank else None
+                self.alone = self.first = only.delta if self.low_rank else None
                 self.folded = {only.parameter: (only,)}
                 return
         active = [entry for entry in self.entries if entry.active]
@@ -107,6 +109,9 @@ class SlotState:
         plain = all(e.rows is None and type(e.delta).low_rank is not Delta.low_rank for e in outer)
         self.low_rank = tuple(entry.delta for entry in outer) if plain else ()
         self.alone = self.low_rank[0] if len(self.low_rank) == 1 else None
+        innermost = outer[0] if outer and self.base is F.linear and not self.uncommon else None
+        low = innermost is not None and innermost.rows is None and _is_low_rank(innermost.delta)
+        self.first = innermost.delta if innermost is not None and low else None
         self.folded = {
             name: tuple(entry for entry in active if entry.parameter == name)
             for name in dict.fromkeys(entry.parameter for entry in active)
@@ -182,10 +187,13 @@ class PlainLinearCarrier(Carrier):
             for delta in slot.run:
                 y = delta(input, y)
             return y
-        if slot.alone is not None and torch.is_grad_enabled():
-            update = slot.alone.low_rank()
+        if slot.first is not None and torch.is_grad_enabled() and not hooked(slot.first):
+            update = slot.first.low_rank()
             if update is not None and applies(input, self.weight, self.bias, update):
-                return linear_with_low_rank(input, self.weight, self.bias, update)
+                y = linear_with_low_rank(input, self.weight, self.bias, update)
+                for delta in slot.run[1:]:
+                    y = delta(input, y)
+                return y
         y = slot.base(input, self.weight, self.bias)
         if slot.low_rank and not torch.is_grad_enabled():
             if slot.alone is not None and input.numel() == self.in_features:
@@ -382,6 +390,10 @@ def kind_of(module: nn.Module) -> str:
     if issubclass(base, tuple(PACKED)):
         return "packed"
     return "linear" if issubclass(base, nn.Linear | Conv1D) else "output"
+
+
+def _is_low_rank(delta: Delta) -> bool:
+    return type(delta).low_rank is not Delta.low_rank
 
 
 def is_map(module: nn.Module) -> bool:

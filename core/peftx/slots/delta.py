@@ -128,20 +128,20 @@ class _DropoutLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, A)
         ctx.p, ctx.seed = p, seed
-        keep, scale = _keep(x, p, seed)
+        keep, scale = dropout_mask(x, p, seed)
         return ((x * keep) @ A.t()).mul_(scale)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A = ctx.saved_tensors
-        keep, scale = _keep(x, ctx.p, ctx.seed)
+        keep, scale = dropout_mask(x, ctx.p, ctx.seed)
         grad = grad * scale
         grad_x = (grad @ A) * keep if ctx.needs_input_grad[0] else None
         grad_A = grad.flatten(0, -2).t() @ (x * keep).flatten(0, -2) if ctx.needs_input_grad[1] else None
         return grad_x, grad_A, None, None
 
 
-def _keep(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
+def dropout_mask(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
     """A mask of zeros and ones like `x`, and what makes up for the zeros. Four numbers come out of each random one of
     64 bits, so p is rounded to a 65,536th."""
     generator = torch.Generator(device=x.device).manual_seed(seed)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftx.slots.delta import LowRank
 
@@ -53,6 +53,11 @@ def linear_with_low_rank(x: Tensor, W: Tensor, b: Tensor | None, update: LowRank
     A, B, scale = update
     y: Tensor = _LinearWithLowRank.apply(x.reshape(-1, x.shape[-1]), W, b, A, B, scale)
     return y.view(*x.shape[:-1], W.shape[0])
+
+
+def hooked(delta: nn.Module) -> bool:
+    """Does somebody watch the calls of the delta, or change them, so that it must be called."""
+    return bool(delta._forward_hooks or delta._forward_pre_hooks or delta._backward_hooks)
 
 
 def applies(x: Tensor, W: Tensor, b: Tensor | None, update: LowRank) -> bool:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
+from peftx.virtual_tokens import beside_soft_tokens
 
 LEAST = 1e-12
 """Smallest p in the entropy: no logarithm or slope of zero."""
@@ -246,7 +247,7 @@ def real_tokens(mixture: Mixture, batch: dict[str, Any]) -> Tensor:
     if mask is None or mask.ndim != 2:
         return torch.ones_like(S).flatten()
     real = mask != (IGNORED if mixture.mask == "labels" else 0)  # [batch, T]
-    ahead = S.numel() // len(real) - real.shape[1]  # soft tokens in front are real
+    ahead = S.numel() // len(real) - real.shape[1]  # soft tokens are real
     if ahead < 0:  # one vector for each text, as in a pooler
         return torch.ones_like(S).flatten()
-    return F.pad(real, (ahead, 0), value=True).flatten().to(S)
+    return beside_soft_tokens(real, real, ahead).flatten().to(S)

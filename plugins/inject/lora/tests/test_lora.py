@@ -11,7 +11,7 @@ import torch
 from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.interop import from_peft, to_peft
-from peftx.slots.delta import _keep
+from peftx.slots.delta import dropout_mask
 from peftx.testing import conformance, tiny
 from peftx.testing.models import example_inputs, output_of
 from peftx_lora import Lora, LoraDelta
@@ -26,8 +26,9 @@ def randomised(model: torch.nn.Module | None = None, **options: object) -> Stack
     stack = Stack(tiny("llama") if model is None else model, [Lora(**options)])
     generator = torch.Generator().manual_seed(1)
     for part in stack.ledger.of("lora"):
-        with torch.no_grad():
-            part.module.B.normal_(0, 0.1, generator=generator)
+        if part.kind == "delta":  # else the head of a classifier, which trains with it
+            with torch.no_grad():
+                part.module.B.normal_(0, 0.1, generator=generator)
     return stack
 
 
@@ -121,7 +122,7 @@ def test_dropout_gradients_are_those_of_the_masked_input() -> None:
     out = delta(x, y)
     grad_x, grad_A = torch.autograd.grad(out.square().sum(), [x, delta.A])
     torch.manual_seed(7)
-    mask, scale = _keep(x, 0.5, int(torch.randint(2**62, ()).item()))  # as documented: a seed, a mask
+    mask, scale = dropout_mask(x, 0.5, int(torch.randint(2**62, ()).item()))  # as documented: a seed, a mask
     keep = mask * scale
     A = delta.A.detach().clone().requires_grad_()
     expected = y + 1.5 * (x * keep) @ A.t() @ delta.B.t()
@@ -267,14 +268,18 @@ def test_the_task_is_that_of_the_model(tmp_path: Path, arch: str, head: str | No
         assert torch.equal(output_of(again.model, inputs), one)
 
 
-def test_a_head_of_another_model_is_refused(tmp_path: Path) -> None:
-    """The file of a classifier holds the head, as PEFT wants it; an adapter for another head does not fit."""
-    to_peft(randomised(tiny("bert", head="classification"), rank=2), tmp_path)
-    stack = Stack(tiny("bert", head="classification"), [Lora(rank=2)])
+def test_the_head_of_an_adapter_comes_with_it(tmp_path: Path) -> None:
+    """The file of a classifier holds the head, which PEFT trains too; one of another size does not fit."""
+    stack = randomised(tiny("bert", head="classification"), rank=2)
     with torch.no_grad():
         stack.model.classifier.bias.add_(1)
+    to_peft(stack, tmp_path)
+    again = Stack(tiny("bert", head="classification"), [Lora(rank=2)])
+    from_peft(again, tmp_path)
+    assert torch.equal(again.model.classifier.bias, stack.model.classifier.bias)
+    wide = Stack(tiny("bert", head="classification", num_labels=5), [Lora(rank=2)])
     with pytest.raises(PeftxError, match=r"it has base_model\.model\.classifier\.bias"):
-        from_peft(stack, tmp_path)
+        from_peft(wide, tmp_path)
 
 
 def test_an_adapted_head_goes_without_a_task(tmp_path: Path) -> None:

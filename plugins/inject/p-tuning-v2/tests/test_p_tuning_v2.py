@@ -438,7 +438,7 @@ def test_the_head_trains(tmp_path: Path) -> None:
         assert torch.equal(output_of(plain.model, inputs), expected)
         assert torch.equal(output_of(again.model, inputs), expected)
     with pytest.raises(PeftxError, match="do not match"):
-        copy_projected(stack, build())
+        copy_projected(stack, Stack(bert(), [PTuningV2(length=2)], tokenizer=tiny_tokenizer()))
     with pytest.raises(MergeError, match="'p-tuning-v2' does not fold"):
         stack.export(tmp_path / "export")  # a plain checkpoint would hold the head, and no prompts
     with pytest.raises(PeftxError, match=r"p-tuning-v2: .*'classifier' matches nothing"):

@@ -48,6 +48,7 @@ from peftx.data import (
 )
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.evaluation import context_window
+from peftx.virtual_tokens import beside_soft_tokens
 
 
 class SkTuningConfig(PluginConfig):
@@ -273,7 +274,8 @@ class SkTuning(Plugin):
         finally:
             handle.remove()
         hidden = seen[-1]  # [B, n + T, d] behind a prompt, else [B, T, d]; a prefix was read before
-        return self.head(hidden, F.pad(mask, (hidden.shape[1] - mask.shape[1], 0), value=1)), outputs
+        seen_mask = beside_soft_tokens(mask, mask, hidden.shape[1] - mask.shape[1])
+        return self.head(hidden, seen_mask), outputs
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         tokenizer, room, closed = stack.tokenizer, self.room(stack), self.encoder

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
 from peftx.data import IGNORE
 from peftx.errors import ArchitectureError, PeftxError
+from peftx.virtual_tokens import beside_soft_tokens
 
 MLP = ("gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
@@ -82,7 +83,7 @@ class Tokens:
         return len(shape) < 2 or (shape[1] < length and (shape[0] != batch or batch == 1))
 
     def rows(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """For an input of this shape [B, T + P], P soft tokens in front: rows to score, and rows that run dense."""
+        """For an input of this shape [B, T + P], P soft tokens beside the text: what to score, what runs dense."""
         if shape not in self._known:
             assert self.context is not None
             assert self.real is not None
@@ -93,8 +94,8 @@ class Tokens:
                     f"{self.context.shape[0]}x{self.context.shape[1]}",
                     hint="put sparselora behind the plugin that changes the batch",
                 )
-            context = F.pad(self.context, (added, 0), value=True).flatten()
-            real = F.pad(self.real, (added, 0), value=True).flatten()
+            context = beside_soft_tokens(self.context, self.real, added).flatten()
+            real = beside_soft_tokens(self.real, self.real, added).flatten()
             self._known[shape] = ((context & real).nonzero().flatten(), (~context).nonzero().flatten())
         return self._known[shape]
 

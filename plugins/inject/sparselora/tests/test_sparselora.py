@@ -277,12 +277,16 @@ def test_first_steps_are_dense() -> None:
     plain, stack = stack_of(), stack_of(Sparselora(**ALL | {"start": 0.2}))
     batch = batch_for(stack)
     dense = gradients(plain, batch)
-    assert [equal(gradients(stack, batch, index=i, total=10), dense) for i in range(4)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    # Without SparseLoRA a layer and its LoRA are one step of autograd, which rounds otherwise.
+    close = [near(gradients(stack, batch, index=i, total=10), dense) for i in range(4)]
+    assert close == [True, True, False, False]
+
+
+def near(found: tuple[float, list[Tensor]], expected: tuple[float, list[Tensor]]) -> bool:
+    """To float32's rounding."""
+    scale = max(float(g.abs().max()) for g in expected[1])
+    pairs = zip(found[1], expected[1], strict=True)
+    return all(float((one - other).abs().max()) < 1e-6 * scale for one, other in pairs)
 
 
 def test_default_layers() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftx import (
     Claim,
@@ -38,6 +38,7 @@ from peftx import (
 from peftx.data import IGNORE, Collator, format_of_keys, tokenize_dataset
 from peftx.errors import PeftxError
 from peftx.evaluation import bootstrap_ratio, context_window
+from peftx.virtual_tokens import beside_soft_tokens
 
 Measure = Callable[[Tensor], Tensor]
 """Activations [B, T, d_ff] -> one number a token, [B, T]."""
@@ -161,14 +162,13 @@ def row_means(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
     if mask is None:
         return tokens.flatten(1).mean(1) if tokens.ndim > 1 else tokens.mean(0, keepdim=True)
-    # Soft tokens of other plugins stand in front.
     soft, rest = divmod(tokens.numel() - mask.numel(), len(mask))
     if mask.ndim != 2 or soft < 0 or rest:
         raise PeftxError(
             f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(mask.shape)}",
             hint="a batch needs a 2-D attention_mask of the rows that the model reads",
         )
-    weights = nn.functional.pad(mask.to(tokens.dtype), (soft, 0), value=1.0)
+    weights = beside_soft_tokens(mask.to(tokens.dtype), mask, soft)  # those of other plugins count
     return (tokens.reshape(len(mask), -1) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 

@@ -81,6 +81,10 @@ class Ist(Plugin):
         with frozen(rest):
             return (yield)
 
+    def check(self, stack: Stack) -> None:
+        if stack.ledger.parts:  # else nothing trains, which whoever trains it says
+            adapters(stack)
+
     def measure(self, step: TrainStep, layers: list[list[Part]], scores: list[float]) -> list[float]:
         """s after trying the sets S_k on the step's own batch."""
         generator = random_of(step, "measure")
