@@ -357,7 +357,7 @@ class QuantLinear(nn.Module):
         if kernel == "int4-pack":
             packed, scales = self._layout("int4-pack")
             return int4_matmul(x, packed, scales)
-        scale, zero = self._activation_scale(x)
+        scale, zero = self.activation_scale(x)
         x_q = to_integer(x, scale, zero, bits=self.act_bits)
         if kernel == "emulate":
             x_hat = from_integer(x_q, scale, zero, torch.float32)
@@ -374,7 +374,8 @@ class QuantLinear(nn.Module):
         )
         return y.to(x.dtype)
 
-    def _activation_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def activation_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What rounds x [rows, in]: scale and zero point, [rows, 1] or []. A subclass may choose others."""
         if self.activation == "static-tensor":
             return self.input_scale, self.input_zero
         return token_scale(x, bits=self.act_bits, symmetric=self.act_symmetric)

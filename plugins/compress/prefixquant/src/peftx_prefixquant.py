@@ -8,7 +8,8 @@
     y = s_x s_w x_q w_q^T,   x_q = clamp(round(R x / s_x)),   w_q = clamp(round(W R^T / s_w))
 
 s_x is a constant of the layer, s_k and s_v of the head, s_w of the output channel: each the clipping point with the
-least squared error on calibration text behind the prefix. R is a Hadamard rotation: W x = (W R^T)(R x).
+least squared error on calibration text behind the prefix, or (`clip_search: false`) s = 2 max|x| / (2^b - 1), which the
+official code starts from. R is a Hadamard rotation: W x = (W R^T)(R x).
 """
 
 from __future__ import annotations
@@ -47,7 +48,22 @@ class PrefixQuantConfig(PluginConfig):
     clip_search: bool = Field(True, description="search the clipping points; false: the largest magnitude")
 
 
-class RotatedLinear(packing.QuantLinear):
+def min_max(x: Tensor, bits: int) -> Tensor:
+    """s = 2 max|x| / (2^b - 1) along the last dimension, kept: 2^b - 1 steps from the least to the largest value. There
+    are integers from -2^(b-1) to 2^(b-1) - 1, so the largest magnitude loses half a step, as rounding may anywhere."""
+    return 2 * x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / (2**bits - 1)
+
+
+class StaticLinear(packing.QuantLinear):
+    """Whose dynamic scales, to compare with, are those of the paper's own code."""
+
+    def activation_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.activation == "dynamic-token":
+            return min_max(x, self.act_bits), None
+        return super().activation_scale(x)
+
+
+class RotatedLinear(StaticLinear):
     """Packed W R^T, which rotates its input: y = (W R^T)(R x)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +98,7 @@ class StaticKV(AttentionEdit):
         """fq(x), x [B, Hkv, K, D]; with R it is R^T fq(R x), so that q k stays what it was."""
         x = rotated(x) if self.rotate else x
         scale = self.scale[int(self.mode != "with_prefix"), which].view(1, -1, 1, 1)
-        scale = packing.token_scale(x, bits=self.bits)[0] if self.mode == "dynamic" else scale
+        scale = min_max(x, self.bits) if self.mode == "dynamic" else scale
         x = packing.fake_quantize(x, scale, bits=self.bits)
         return rotated(x, inverse=True) if self.rotate else x
 
@@ -95,10 +111,10 @@ def rotated(x: Tensor, *, inverse: bool = False) -> Tensor:
 
 
 def static_scale(x: Tensor, bits: int, *, clip: bool, bins: int = 2**14) -> Tensor:
-    """One scale s a row, x [R, N] -> [R]: max|x| / (2^(b-1) - 1), or its best fraction by a histogram of the row."""
-    top = x.abs().amax(-1).clamp_min(1e-12)
+    """One scale s a row, x [R, N] -> [R]: `min_max`, or the best of 100 clipping points by a histogram of the row."""
     if not clip:
-        return top / (2 ** (bits - 1) - 1)
+        return min_max(x, bits)[:, 0]
+    top = x.abs().amax(-1).clamp_min(1e-12)
     counts = torch.stack([torch.histc(row, bins, -float(t), float(t)) for row, t in zip(x, top, strict=True)])
     centres = top[:, None] * ((torch.arange(bins, device=x.device) + 0.5) * (2 / bins) - 1)  # [R, bins]
     return packing.mse_clip_scale(centres, bits=bits, counts=counts, per_row=True)
@@ -259,14 +275,17 @@ class PrefixQuant(Plugin):
 
     def packed(self, site: Site, input_scale: Tensor, squares: Tensor) -> packing.QuantLinear:
         """W R^T in integers, whose scales have the least sum_j E[x_j^2] (w_j - fq(w_j))^2 in their row or group."""
-        config, bits, acts, scale = self.config, self.config.weight_bits, self.config.activation_bits, None
+        config, bits, acts = self.config, self.config.weight_bits, self.config.activation_bits
         weight = rotated(site.weight.float()) if config.rotate else site.weight.float()  # [out, in]
+        values = groups(weight, config.group_size)
         if config.clip_search:
-            values, counts = (groups(x, config.group_size) for x in (weight, squares.expand_as(weight)))
+            counts = groups(squares[None], config.group_size)
             scale = packing.mse_clip_scale(values, bits=bits, counts=counts, per_row=True)  # [out, groups]
+        else:
+            scale = min_max(values, bits)[..., 0]
         integers = packing.quantize(weight, bits=bits, group_size=config.group_size, scale=scale)
         static = {"activation": "static-tensor", "act_bits": acts, "input_scale": input_scale}
-        make = (RotatedLinear if config.rotate else packing.QuantLinear).from_quantized
+        make = (RotatedLinear if config.rotate else StaticLinear).from_quantized
         return make(integers, bias=site.bias, dtype=site.weight.dtype, **(static if acts < 16 else {}))
 
     @hookimpl

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import peftx
-from peftx.compression import QuantLinear
 from peftx.compression.batches import calibration as sequences
 from peftx.data import read_dataset
 from peftx.errors import PeftxError
@@ -19,7 +18,16 @@ from peftx.evaluation import perplexity
 from peftx.models import asset_path
 from peftx.testing import conformance
 from peftx.testing.models import tiny
-from peftx_prefixquant import PrefixQuant, StaticKV, find_prefix, rotated, static_scale, switch, token_peaks
+from peftx_prefixquant import (
+    PrefixQuant,
+    StaticKV,
+    StaticLinear,
+    find_prefix,
+    rotated,
+    static_scale,
+    switch,
+    token_peaks,
+)
 
 test_conformance = conformance(
     "prefixquant", not_on={"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
@@ -201,12 +209,39 @@ def test_static_equals_dynamic_on_constant_scale() -> None:
     x = torch.rand(20, 16, generator=generator) * 2 - 1
     x[:, 5] = 1.5
     scale = static_scale(x.view(1, -1), 4, clip=False)
-    assert float(scale) == pytest.approx(1.5 / 7)
-    static = QuantLinear.from_linear(
+    assert float(scale) == pytest.approx(2 * 1.5 / 15)
+    static = StaticLinear.from_linear(
         linear, bits=4, activation="static-tensor", act_bits=4, input_scale=scale[0]
     )
-    dynamic = QuantLinear.from_linear(linear, bits=4, activation="dynamic-token", act_bits=4)
+    dynamic = StaticLinear.from_linear(linear, bits=4, activation="dynamic-token", act_bits=4)
     assert torch.equal(static(x), dynamic(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_magnitude_is_that_of_the_official_code(bits: int) -> None:
+    """quantize/quantizer.py of ChenMnZ/PrefixQuant, symmetric: scale = 2 * xmax / (2**n_bits - 1), clamped to
+    [-(2**(n_bits-1)), 2**(n_bits-1) - 1]; of inputs, of weights, of keys, and of each token where it is dynamic."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 16, generator=generator)
+
+    def official(t: Tensor) -> Tensor:
+        scale = 2 * t.abs().amax(-1, keepdim=True) / (2**bits - 1)
+        return (t / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+    assert torch.all((official(x) - x).abs() <= x.abs().amax(-1, keepdim=True) / (2**bits - 1) * 1.0001)
+    torch.testing.assert_close(static_scale(x, bits, clip=False), x.abs().amax(-1) * 2 / (2**bits - 1))
+    plugin = PrefixQuant(weight_bits=bits, activation_bits=bits, rotate=False, clip_search=False)
+    site = SimpleNamespace(weight=x, bias=None)
+    layer = plugin.packed(site, static_scale(x.view(1, -1), bits, clip=False)[0], torch.ones(16))
+    torch.testing.assert_close(layer.weight, official(x))
+    torch.testing.assert_close(layer(x), official(x.view(1, -1)).view(6, 16) @ official(x).T)
+    layer.activation = "dynamic-token"
+    torch.testing.assert_close(layer(x), official(x) @ official(x).T)
+    edit = StaticKV(bits=bits, rotate=False)
+    edit.scale, edit.mode = torch.ones(2, 2, 1), "dynamic"
+    key, value = edit.keys_values(x[None, None], -x[None, None])
+    torch.testing.assert_close(key[0, 0], official(x))
+    torch.testing.assert_close(value[0, 0], official(-x))
 
 
 def test_search_clips_what_is_rare() -> None:
@@ -233,7 +268,7 @@ def test_weights_are_clipped_in_groups() -> None:
         assert layer.scale.shape == (2, 3)
         error = (squares * (linear.weight - layer.weight).square()).sum(1)
         found[search] = layer.scale, error
-    assert torch.allclose(found[False][0][:, 1], torch.full((2,), 3 / 7))
+    assert torch.allclose(found[False][0][:, 1], torch.full((2,), 2 * 3 / 15))
     assert bool((found[True][0][:, 1] < 2 / 7).all())
     assert bool((found[True][1] < found[False][1] / 2).all())
 
