@@ -32,7 +32,8 @@ def export(stack: Stack, path: Path) -> Path:
             stack.ledger.check_fold(member.id)
         folds = ("delta",) if member.claims(Claim.MERGEABLE) else ()
         left = next(
-            (p for p in stack.ledger.of(member.id) if p.kind not in ("base", "replaced", "free", *folds)), None
+            (p for p in stack.ledger.of(member.id) if p.kind not in ("base", "replaced", "free", *folds)),
+            None,
         )
         if left is not None:
             raise MergeError(
