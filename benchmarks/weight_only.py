@@ -1,6 +1,6 @@
 """Linear layers of 2048 x 2048 with weights in integers and float32 inputs, beside the same layers in float32.
 
-    python benchmarks/weight_only.py [--quick]
+    python benchmarks/run.py weight_only
 
 For a few sizes of input: CPU time over that of `nn.Linear`, on one thread, the least of interleaved rounds; below 1 is
 faster. Once for one layer called again and again, whose weights stay in the cache, and once for 16 layers in turn, as
@@ -10,9 +10,7 @@ dequantized weight in float64.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -72,34 +70,3 @@ def run(quick: bool = False) -> dict[str, dict[str, Any]]:
 def in_turn(layers: Sequence[nn.Module], x: Tensor) -> None:
     for layer in layers:
         layer(x)
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    lines = ["| rows of input | " + " | ".join(f"{n} | {LAYERS} in turn | error" for n in SETTINGS) + " |"]
-    lines.append("| --- " * (1 + 3 * len(SETTINGS)) + "|")
-    for rows in ROWS:
-        cells = [results[f"{name}, {rows} rows"] for name in SETTINGS]
-        values = (f"{cell['ratio']:.2f} | {cell['in_turn']:.2f} | {cell['error']:.0e}" for cell in cells)
-        lines.append(f"| {rows} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    results = run(quick=arguments.quick)
-    print(table(results))
-    missed = {
-        name: entry for name, entry in results.items() if entry["ratio"] > (entry["limit"] or float("inf"))
-    }
-    for name, entry in missed.items():
-        print(f"{name}: {entry['ratio']:.2f}, at most {entry['limit']}")
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

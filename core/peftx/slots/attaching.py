@@ -109,8 +109,9 @@ def _check_weight_edits(entries: Sequence[Entry], new: Entry, kind: str) -> None
 def without_fast_path(model: nn.Module, path: str, module: nn.Module) -> Callable[[], None]:
     """Inside torch's own `TransformerEncoder`, evaluation runs a fused kernel on the bare weights, past every delta. A
     hook on a module inside, and no nested tensors, keep it from that. Returns the way back."""
-    parts = path.split(".")
-    around = [model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
+    around = [model]
+    for name in path.split(".")[:-1]:
+        around.append(around[-1]._modules[name])  # type: ignore[arg-type]  # get_submodule starts anew each time
     if not any(isinstance(m, nn.TransformerEncoderLayer) for m in around):
         return _nothing
     nested = [m for m in around if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]

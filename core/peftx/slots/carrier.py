@@ -441,7 +441,7 @@ def drop_children(module: nn.Module, group: str, owner: str) -> None:
 
 def is_ours(name: str) -> bool:
     """Whether a dotted name leads into something that a plugin put on the model."""
-    return any(part == CHILD or part.startswith(f"{CHILD}_") for part in name.split("."))
+    return CHILD in name and any(part == CHILD or part.startswith(f"{CHILD}_") for part in name.split("."))
 
 
 def slot_of(module: nn.Module) -> SlotState | None:
