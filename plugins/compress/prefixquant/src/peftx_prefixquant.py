@@ -29,10 +29,11 @@ from torch import Tensor, nn
 import peftx.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.compression.batches import calibration as sequences
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError
 from peftx.evaluation import context_window, perplexity
 
 Mode = Literal["with_prefix", "without_prefix", "dynamic"]  # dynamic: a scale a token, and no prefix either
+DECODER = "a decoder-only model of linear layers: llama, qwen, gemma, phi3, gpt2, opt, ..."
 
 
 class PrefixQuantConfig(PluginConfig):
@@ -160,8 +161,39 @@ class PrefixQuant(Plugin):
     claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS, Claim.FINAL, Claim.NEEDS_CALIBRATION, Claim.PREFIX_CACHE}
     config: PrefixQuantConfig
 
+    def suits(self, model: ModelView) -> None:
+        """Raise ArchitectureError, with a way out, unless `compress` works on this model."""
+        kind, towers = f"{model.owner}: {model.config.model_type}", set(model.towers)
+        if towers != {"decoder"}:
+            raise ArchitectureError(
+                f"{kind} has {' and '.join(model.towers)}, and its prefix needs a decoder alone", hint=DECODER
+            )
+        sites = model.linears("all", whole=True)
+        if other := next((site for site in sites if site.kind != "linear"), None):
+            raise ArchitectureError(
+                f"{kind} keeps its {other.kind} ({other.role}) stacked in {other.path}.{other.parameter}, and only "
+                "linear layers can be packed",
+                hint=DECODER,
+            )
+        if "mlp.down" not in {site.role for site in sites}:
+            raise ArchitectureError(
+                f"{kind} has no MLP, at whose down projection outlier tokens are found", hint=DECODER
+            )
+        if not model.module._can_set_attn_implementation():
+            raise ArchitectureError(
+                f"{kind} does not look its attention up by name, so its keys and values cannot be rounded",
+                hint=DECODER,
+            )
+        size, least = self.config.group_size or 1, min(sites, key=lambda site: site.in_features)
+        if size > least.in_features:
+            raise ArchitectureError(
+                f"{model.owner}: group_size {size} exceeds the {least.in_features} weights in a row of {least.path}",
+                hint=f"at most {least.in_features}, or leave it out: a scale for each row",
+            )
+
     @hookimpl
     def compress(self, model: ModelView, calibration: packing.Calibration, stack: Stack) -> None:
+        self.suits(model)
         blocks, edits = self.linears(model), self.attach(model)
         plain = self.measure(model, calibration, edits, 0)
         batches, tokenizer = calibration.batches, stack.tokenizer
@@ -192,6 +224,7 @@ class PrefixQuant(Plugin):
         model.shift_positions(len(self.state["prefix"]))
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        self.suits(model)
         for site in itertools.chain(*self.linears(model)):
             n, bias = site.in_features, 0 if site.bias is None else site.bias.nbytes
             row = -(-n * self.config.weight_bits // 8) + 4 * -(-n // (self.config.group_size or n))
@@ -213,18 +246,6 @@ class PrefixQuant(Plugin):
     def linears(self, model: ModelView) -> list[list[Site]]:
         """The linear layers of each block, fused ones whole."""
         sites = model.linears("all", whole=True)
-        fits = {site.kind for site in sites} == {"linear"} and "mlp.down" in {site.role for site in sites}
-        if not fits or set(model.towers) != {"decoder"}:
-            kind = model.config.model_type
-            raise ArchitectureError(
-                f"{model.owner}: {kind} is no decoder of linear layers, mlp.down among them"
-            )
-        size, least = self.config.group_size or 1, min(sites, key=lambda site: site.in_features)
-        if size > least.in_features:
-            raise PeftxError(
-                f"{model.owner}: group_size {size} exceeds the {least.in_features} weights in a row of {least.path}",
-                hint=f"at most {least.in_features}, or leave it out: a scale for each row",
-            )
         return [[site for site in sites if site.layer == layer] for layer in range(model.num_layers)]
 
     def attach(self, model: ModelView) -> list[StaticKV]:

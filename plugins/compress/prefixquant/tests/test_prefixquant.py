@@ -13,11 +13,12 @@ from transformers import LlamaForCausalLM
 import peftx
 from peftx.compression.batches import calibration as sequences
 from peftx.data import read_dataset
-from peftx.errors import PeftxError
+from peftx.errors import ArchitectureError, PeftxError
 from peftx.evaluation import perplexity
+from peftx.ledger import carried
 from peftx.models import asset_path
 from peftx.testing import conformance
-from peftx.testing.models import tiny
+from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_prefixquant import (
     PrefixQuant,
     StaticKV,
@@ -423,13 +424,53 @@ def test_generation_goes_on_from_the_cache(outliers: LlamaForCausalLM) -> None:
     assert isinstance(stack.generate("Write the log", max_new_tokens=4), str)
 
 
-@pytest.mark.parametrize("arch", ["bert", "t5", "mixtral", "mamba"])
+REFUSED = {
+    "bert": "bert has encoder, and its prefix needs a decoder alone",
+    "t5": "t5 has encoder and decoder, and its prefix",
+    "whisper": "whisper has encoder and decoder",
+    "llava": "llava has decoder and vision",
+    "mixtral": r"mixtral keeps its experts \(experts.up\) stacked in model.layers.0.mlp.experts.gate_up_proj",
+    "mamba": "mamba has no MLP, at whose down projection",
+    "bloom": "bloom does not look its attention up by name",
+}
+
+
+class Nothing(peftx.Plugin):
+    """Stands in a stack in another one's place."""
+
+    @peftx.hookimpl
+    def evaluate(self, evaluation: object) -> None: ...
+
+
+def view_of(arch: str, device: str = "cpu") -> peftx.ModelView:
+    config = tiny(arch).config
+    with torch.device(device):
+        model = type(tiny(arch))(config)
+    return peftx.Stack(model, [("prefixquant", Nothing())]).view("prefixquant")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("arch", "reason"), REFUSED.items())
+def test_what_suits_is_known_before_anything_runs(arch: str, reason: str, device: str) -> None:
+    view = view_of(arch, device)
+    with pytest.raises(ArchitectureError, match=f"prefixquant: {reason}") as error:
+        PrefixQuant().suits(view)
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "gpt2", "gpt_neox", "opt"])
+def test_decoders_suit(arch: str) -> None:
+    PrefixQuant().suits(view_of(arch, "meta"))
+
+
+@pytest.mark.parametrize("arch", REFUSED)
 def test_other_architectures_are_refused(arch: str) -> None:
-    plugin = PrefixQuant()
-    stack = peftx.Stack(tiny(arch), [plugin])
-    with pytest.raises(PeftxError, match="prefixquant"):
-        list(plugin.planned(stack.view("prefixquant")))
-    assert not stack.ledger.parts
+    model = tiny(arch)
+    with pytest.raises(ArchitectureError, match="prefixquant"):
+        peftx.Stack(model, [PrefixQuant()], tokenizer=tiny_tokenizer()).compress(["Some text."], samples=1)
+    assert not carried(model)
+    with pytest.raises(ArchitectureError, match="prefixquant"):
+        list(PrefixQuant().planned(view_of(arch)))
 
 
 @pytest.mark.parametrize(
@@ -451,14 +492,14 @@ def test_bad_options(options: dict) -> None:
 
 
 def test_a_group_larger_than_a_row_is_refused() -> None:
-    plugin = PrefixQuant(group_size=300)
-    stack = peftx.Stack("peftx:tiny", [plugin])
+    bundled = peftx.Stack("peftx:tiny", [])
+    model, tokenizer = bundled.model, bundled.tokenizer
     with pytest.raises(
         PeftxError, match=r"prefixquant: group_size 300 exceeds the 256 weights in a row"
     ) as e:
-        stack.compress(CALIBRATION, samples=1, length=32)
+        peftx.Stack(model, [PrefixQuant(group_size=300)], tokenizer=tokenizer).compress(["Text."], samples=1)
     assert "at most 256" in str(e.value.hint)
-    assert not stack.ledger.parts
+    assert not carried(model)
 
 
 def test_nothing_to_calibrate_on() -> None:
