@@ -165,6 +165,7 @@ class PrefixQuant(Plugin):
 
     Config = PrefixQuantConfig
     claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS, Claim.FINAL, Claim.NEEDS_CALIBRATION, Claim.PREFIX_CACHE}
+    refuses = {"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
     config: PrefixQuantConfig
 
     def __init__(self, config: PrefixQuantConfig | None = None, /, **options: Any) -> None:

@@ -32,9 +32,7 @@ from peftx_prefixquant import (
     token_peaks,
 )
 
-test_conformance = conformance(
-    "prefixquant", not_on={"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
-)
+test_conformance = conformance("prefixquant")
 
 CALIBRATION = asset_path("peftx:sample/calibration.txt")
 EXTRA = 8  # channels and neurons that planting adds
