@@ -12,7 +12,7 @@ from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.models import load_model
 from peftx.pipeline import check_rows_serve, training_rows
 from peftx.registry import Registry
-from peftx.stack import Stack
+from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
 from peftx_spec.models import Pipeline
 from peftx_spec.stages import stages_of
@@ -85,7 +85,15 @@ def plan(
                 )
     modules, saved = _touched(stack, members, conflicts)
     reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
-    planned = tuple(s.model_copy(update={"detail": reach}) if s.name == "inject" else s for s in planned)
+    source = pipeline.data.calibration or pipeline.data.train
+    length = CALIBRATION_LENGTH if source is None or source.max_length is None else source.max_length
+    details = {
+        "inject": lambda stage: reach,
+        "compress": lambda stage: _duration(stack, stage.plugins, CALIBRATION_SAMPLES * length, conflicts),
+    }
+    planned = tuple(
+        s.model_copy(update={"detail": details[s.name](s)}) if s.name in details else s for s in planned
+    )
     trainable = stack.trainable_parameters()
     added = sum(m.params for m in modules)
     totals = Totals(
@@ -102,6 +110,17 @@ def plan(
         conflicts=tuple(conflicts),
         totals=totals,
     )
+
+
+def _duration(stack: Stack, plugins: Sequence[str], tokens: int, conflicts: Sequence[PlannedConflict]) -> str:
+    """What these plugins say that their compression takes; nothing of those that cannot stand here."""
+    refused = {name for conflict in conflicts for name in conflict.plugins}
+    spans = [stack.plugins[id].seconds(stack.view(id), tokens) for id in plugins if id not in refused]
+    least, most = (sum(side) for side in zip(*spans, strict=True)) if spans else (0.0, 0.0)
+    if most < 2:
+        return ""
+    rounded = dict.fromkeys(f"{seconds:.2g}" for seconds in (least, most))
+    return f"about {' to '.join(rounded)} s on one CPU core, for up to {tokens:,} tokens"
 
 
 def _reach(stack: Stack) -> float:

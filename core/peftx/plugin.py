@@ -180,6 +180,11 @@ class Plugin:
         """What `compress` would replace, and the bytes it would take then; for `peftx plan`, on the meta device."""
         return ()
 
+    def seconds(self, model: ModelView, tokens: int) -> tuple[float, float]:
+        """About what `compress` takes on one CPU core for so many tokens of text: least, and most; for `peftx plan`, on
+        the meta device. (0, 0): not worth a word."""
+        return 0.0, 0.0
+
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         """Scores of the classes by the plugin's own head; of plugins that claim `CLASSIFIES`.
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from peftx.training.shares import Share
     from peftx_spec import Pipeline
 
+CALIBRATION_SAMPLES, CALIBRATION_LENGTH = 32, 256
+
 
 class Stack:
     """Plugins on one model. Building it injects all of them, so that `stack.model` is ready to train or run.
@@ -508,8 +510,8 @@ class Stack:
         data: str | Path | Sequence[str] | None = None,
         ids: Iterable[str] | None = None,
         *,
-        samples: int = 32,
-        length: int = 256,
+        samples: int = CALIBRATION_SAMPLES,
+        length: int = CALIBRATION_LENGTH,
         keep: bool = True,
     ) -> None:
         """Run the `compress` hooks (all, or of these ids) that have not run yet.

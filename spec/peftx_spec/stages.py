@@ -138,8 +138,8 @@ def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
     """The stages that a run carries out, in order, with every `all` replaced by the ids that it stands for.
 
     Without `run`: compress (before training), inject, prepare, train (if `train` is given), compress (after
-    training), evaluate (if a metric is listed, or a plugin evaluates), save (if `output` is given); a stage
-    that no plugin takes part in is left out. The pipeline must be valid (`load_pipeline`).
+    training), evaluate (if a metric is listed, or a plugin evaluates and there are rows for it), save (if `output` is
+    given); a stage that no plugin takes part in is left out. The pipeline must be valid (`load_pipeline`).
     """
     stack = pipeline.stack
     if pipeline.run is not None:
@@ -154,7 +154,8 @@ def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
         plugins = tuple(entry.id for entry in stack)
         stages.append(RunStage(train=TrainStage(plugins=plugins) if plugins else TrainStage()))
     stages += _listing("compress", late)
-    if pipeline.evaluate or _with_hook(stack, catalogue, "evaluate"):
+    rows = pipeline.data.eval is not None or pipeline.data.holdout is not None
+    if pipeline.evaluate or (rows and _with_hook(stack, catalogue, "evaluate")):
         stages.append(RunStage(evaluate=EvaluateStage()))
     if pipeline.output is not None:
         stages.append(RunStage(save=SaveStage()))

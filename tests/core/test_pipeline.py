@@ -73,10 +73,22 @@ class Step(Plugin):
         return step.total_loss()
 
 
+class Pack(Plugin):
+    """Says that packing takes a millisecond a token."""
+
+    claims = {Claim.NEEDS_CALIBRATION}
+
+    @hookimpl
+    def compress(self, model: Any, calibration: Any) -> None: ...
+
+    def seconds(self, model: Any, tokens: int) -> tuple[float, float]:
+        return tokens / 1000, tokens / 500
+
+
 REGISTRY = Registry(
     [
         EntryPoint(name, f"{__name__}:{cls.__name__}", GROUP)
-        for name, cls in {"gain": Gain, "half": Half, "length": Length, "step": Step}.items()
+        for name, cls in {"gain": Gain, "half": Half, "length": Length, "step": Step, "pack": Pack}.items()
     ],
     disabled=(),
 )
@@ -104,7 +116,7 @@ def _loadable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         sys.modules, __name__, sys.modules.get(__name__) or __import__("types").ModuleType(__name__)
     )
-    for cls in (Gain, Half, Length, Step):
+    for cls in (Gain, Half, Length, Step, Pack):
         monkeypatch.setattr(sys.modules[__name__], cls.__name__, cls, raising=False)
 
 
@@ -237,6 +249,21 @@ def test_plan_loads_no_weight(files: dict[str, Path]) -> None:
     assert {module.role for module in found.modules} == {"mlp.down"}
     assert found.runnable
     assert not files["output"].exists()
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        (None, "about 8.2 to 16 s on one CPU core, for up to 8,192 tokens"),
+        (100, "about 3.2 to 6.4 s on one CPU core, for up to 3,200 tokens"),
+        (20, ""),  # under two seconds it is not worth a word
+    ],
+)
+def test_plan_says_what_compression_takes(files: dict[str, Path], length: int | None, said: str) -> None:
+    source = f"{{path: {files['train']}" + (f", max_length: {length}}}" if length else "}")
+    text = f"peftx: 1\nmodel: peftx:tiny\ndata: {{calibration: {source}}}\nstack: [pack]\n"
+    (stage, *_) = plan(load_run(text, registry=REGISTRY).pipeline, registry=REGISTRY).stages
+    assert (stage.name, stage.detail) == ("compress", said)
 
 
 def test_packaged_data() -> None:

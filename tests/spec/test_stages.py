@@ -45,6 +45,18 @@ def test_stages_that_nobody_takes_part_in_are_left_out(catalogue: Catalogue) -> 
     assert [(stage.kind, stage.ids) for stage in stages_of(draft, catalogue)] == [("train", ("all",))]
 
 
+def test_a_plugin_that_nobody_named_evaluates_where_there_are_rows(catalogue: Catalogue) -> None:
+    """It would fail only after training was paid for."""
+    for data, kinds in (
+        ({"calibration": "c.txt"}, ["inject", "compress"]),
+        ({"calibration": "c.txt", "eval": "e.jsonl"}, ["inject", "compress", "evaluate"]),
+        ({"train": "t.jsonl", "holdout": 0.1}, ["inject", "compress", "evaluate"]),
+    ):
+        spec = {"peftx": 1, "model": "m", "data": data, "stack": ["lora", "prefixquant", "language-ranker"]}
+        found = stages_of(Pipeline.model_validate(spec), catalogue)
+        assert [stage.kind for stage in found] == kinds
+
+
 def test_compression_follows_the_order_of_the_stack(catalogue: Catalogue) -> None:
     assert stages(catalogue, stack=["prefixquant", "lora"]) == [
         ("compress", ("prefixquant",)),

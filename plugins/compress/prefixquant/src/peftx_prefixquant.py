@@ -29,10 +29,12 @@ from torch import Tensor, nn
 import peftx.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.compression.batches import calibration as sequences
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError
 from peftx.evaluation import context_window, perplexity
 
 Mode = Literal["with_prefix", "without_prefix", "dynamic"]  # dynamic: a scale a token, and no prefix either
+DECODER = "a decoder-only model of linear layers: llama, qwen, gemma, phi3, gpt2, opt, ..."
+ALONE = "activation_bits: 16 with kv_bits: 16 rounds the weights alone, which this model takes"
 
 
 class PrefixQuantConfig(PluginConfig):
@@ -68,6 +70,11 @@ class RotatedLinear(StaticLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(rotated(x))
+
+    @property
+    def weight(self) -> Tensor:
+        """W, which an adapter on top of the layer may ask for."""
+        return rotated(super().weight, inverse=True)
 
 
 class StaticKV(AttentionEdit):
@@ -158,11 +165,61 @@ class PrefixQuant(Plugin):
 
     Config = PrefixQuantConfig
     claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS, Claim.FINAL, Claim.NEEDS_CALIBRATION, Claim.PREFIX_CACHE}
+    refuses = {"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
     config: PrefixQuantConfig
+
+    def __init__(self, config: PrefixQuantConfig | None = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.weights_only = self.config.activation_bits == self.config.kv_bits == 16
+        if self.weights_only:  # no constants of activations, which adapters behind would make wrong
+            self.claims = type(self).claims - {Claim.FINAL, Claim.PREFIX_CACHE}
+
+    def suits(self, model: ModelView) -> None:
+        """Raise ArchitectureError, with a way out, unless `compress` works on this model."""
+        kind, towers = f"{model.owner}: {model.config.model_type}", set(model.towers)
+        if towers != {"decoder"} and not (self.weights_only and towers == {"encoder"}):
+            needs = (
+                "only one tower of text can be packed"
+                if self.weights_only
+                else "its prefix needs a decoder alone"
+            )
+            raise ArchitectureError(
+                f"{kind} has {' and '.join(model.towers)}, and {needs}",
+                hint=ALONE if towers == {"encoder"} else DECODER,
+            )
+        sites = model.linears("all", whole=True)
+        if other := next((site for site in sites if site.kind != "linear"), None):
+            raise ArchitectureError(
+                f"{kind} keeps its {other.kind} ({other.role}) stacked in {other.path}.{other.parameter}, and only "
+                "linear layers can be packed",
+                hint=DECODER,
+            )
+        if "mlp.down" not in {site.role for site in sites}:
+            raise ArchitectureError(
+                f"{kind} has no MLP, at whose down projection outlier tokens are found", hint=DECODER
+            )
+        if not self.weights_only and not model.module._can_set_attn_implementation():
+            raise ArchitectureError(
+                f"{kind} does not look its attention up by name, so its keys and values cannot be rounded",
+                hint=ALONE,
+            )
+        size, least = self.config.group_size or 1, min(sites, key=lambda site: site.in_features)
+        if size > least.in_features:
+            raise ArchitectureError(
+                f"{model.owner}: group_size {size} exceeds the {least.in_features} weights in a row of {least.path}",
+                hint=f"at most {least.in_features}, or leave it out: a scale for each row",
+            )
 
     @hookimpl
     def compress(self, model: ModelView, calibration: packing.Calibration, stack: Stack) -> None:
-        blocks, edits = self.linears(model), self.attach(model)
+        self.suits(model)
+        blocks = self.linears(model)
+        if self.weights_only:
+            for sites, block in zip(blocks, self.measure(model, calibration, [], 0), strict=True):
+                for site, squares in zip(sites, block.squares, strict=True):
+                    site.replace(self.packed(site, None, squares))
+            return
+        edits = self.attach(model)
         plain = self.measure(model, calibration, edits, 0)
         batches, tokenizer = calibration.batches, stack.tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -188,10 +245,12 @@ class PrefixQuant(Plugin):
             edit.seen = ()
 
     def restore(self, model: ModelView, stack: Stack) -> None:
-        self.attach(model)
-        model.shift_positions(len(self.state["prefix"]))
+        if "prefix" in self.state:
+            self.attach(model)
+            model.shift_positions(len(self.state["prefix"]))
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        self.suits(model)
         for site in itertools.chain(*self.linears(model)):
             n, bias = site.in_features, 0 if site.bias is None else site.bias.nbytes
             row = -(-n * self.config.weight_bits // 8) + 4 * -(-n // (self.config.group_size or n))
@@ -208,23 +267,12 @@ class PrefixQuant(Plugin):
         values = sum(site.in_features for site in sites)  # as many as keys, values and inputs that differ
         once = tokens * (2 * weights / 1e11 + 9e-9 * values)
         search = 70e-9 * weights
-        return once + search, once * (2 if self.config.prefix_tokens else 1) + search
+        again = self.config.prefix_tokens and not self.weights_only
+        return once + search, once * (2 if again else 1) + search
 
     def linears(self, model: ModelView) -> list[list[Site]]:
         """The linear layers of each block, fused ones whole."""
         sites = model.linears("all", whole=True)
-        fits = {site.kind for site in sites} == {"linear"} and "mlp.down" in {site.role for site in sites}
-        if not fits or set(model.towers) != {"decoder"}:
-            kind = model.config.model_type
-            raise ArchitectureError(
-                f"{model.owner}: {kind} is no decoder of linear layers, mlp.down among them"
-            )
-        size, least = self.config.group_size or 1, min(sites, key=lambda site: site.in_features)
-        if size > least.in_features:
-            raise PeftxError(
-                f"{model.owner}: group_size {size} exceeds the {least.in_features} weights in a row of {least.path}",
-                hint=f"at most {least.in_features}, or leave it out: a scale for each row",
-            )
         return [[site for site in sites if site.layer == layer] for layer in range(model.num_layers)]
 
     def attach(self, model: ModelView) -> list[StaticKV]:
@@ -238,33 +286,40 @@ class PrefixQuant(Plugin):
     def measure(
         self, model: ModelView, text: packing.Calibration, edits: list[StaticKV], skip: int
     ) -> list[Measured]:
-        """What each block is given before rounding, without the first `skip` tokens of a sequence. Each runs once."""
+        """What each block is given before rounding, without the first `skip` tokens of a sequence. Each runs once.
+
+        Without `edits` there are no scales, only what weights are worth.
+        """
         results: list[Measured] = []
         blocks, config = self.linears(model), self.config
 
         def scales(parts: Iterable[Tensor], bits: int) -> tuple[Tensor, Tensor]:  # [1 or Hkv, ..., n] each
             pieces = (part.flatten(1, -2)[:, skip:].float() for part in parts)
             x = torch.cat([rotated(piece) if config.rotate else piece for piece in pieces], 1)
-            return static_scale(x.flatten(1), min(bits, 8), clip=config.clip_search), x.square().mean((0, 1))
+            scale = (
+                static_scale(x.flatten(1), min(bits, 8), clip=config.clip_search) if edits else x.new_ones(1)
+            )
+            return scale, x.square().mean((0, 1))
 
         def on_block(layer: int, block: nn.Module, calls: packing.BlockInputs) -> None:
             rows: dict[nn.Module, list[Tensor]] = {site.module: [] for site in blocks[layer]}
             hooks = [m.register_forward_pre_hook(lambda m, x: rows[m].append(x[0])) for m in rows]
-            sides = list(zip(*(edits[layer].seen for _ in calls.advance(block)), strict=True))
-            for hook in hooks:
-                hook.remove()
-            known: dict[
-                tuple[int, ...], tuple[Tensor, Tensor]
-            ] = {}  # q, k and v are given the very same tensors
+            try:
+                seen = [edits[layer].seen if edits else () for _ in calls.advance(block)]
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # q, k and v are given the same tensors
             for row in rows.values():
                 if (key := tuple(map(id, row))) not in known:
                     known[key] = scales((x[None] for x in row), config.activation_bits)
             found = [known[tuple(map(id, row))] for row in rows.values()]
             down = next(site.module for site in blocks[layer] if site.role == "mlp.down")
+            heads = [scales(side, config.kv_bits)[0] for side in zip(*seen, strict=True)]
             results.append(
                 Measured(
                     inputs=torch.cat([scale for scale, _ in found]),
-                    heads=torch.stack([scales(side, config.kv_bits)[0] for side in sides]),
+                    heads=torch.stack(heads) if heads else torch.empty(0),
                     squares=[squares for _, squares in found],
                     peaks=[x.abs().amax(-1).flatten().float().cpu() for x in rows[down]],
                 )
@@ -273,7 +328,7 @@ class PrefixQuant(Plugin):
         text.walk(model.module, [site.module for site in model.blocks("layer")], on_block)
         return results
 
-    def packed(self, site: Site, input_scale: Tensor, squares: Tensor) -> packing.QuantLinear:
+    def packed(self, site: Site, input_scale: Tensor | None, squares: Tensor) -> packing.QuantLinear:
         """W R^T in integers, whose scales have the least sum_j E[x_j^2] (w_j - fq(w_j))^2 in their row or group."""
         config, bits, acts = self.config, self.config.weight_bits, self.config.activation_bits
         weight = rotated(site.weight.float()) if config.rotate else site.weight.float()  # [out, in]
@@ -299,7 +354,7 @@ class PrefixQuant(Plugin):
         evaluation.add("packed_bytes", sum(t.nbytes for t in stack.ledger.tensors(id).values()), unit="bytes")
         size = context_window(stack.model, stack.tokenizer) - len(prefix)
         try:
-            for mode in get_args(Mode) if id in stack.compressed else ("unquantized",):
+            for mode in self.modes(stack, id):
                 switch(stack, id, mode)
                 score = perplexity(stack.model, stack.tokenizer, rows, max_length=size)["perplexity"]
                 evaluation.add(f"perplexity_{mode}", score.value, score.low, score.high, score.count)
@@ -309,8 +364,14 @@ class PrefixQuant(Plugin):
         finally:
             switch(stack, id, "with_prefix")
 
+    def modes(self, stack: Stack, id: str) -> tuple[str, ...]:
+        """What there is to compare."""
+        if id not in stack.compressed:
+            return ("unquantized",)
+        return ("weights_only",) if self.weights_only else get_args(Mode)
 
-def switch(stack: Stack, id: str, mode: Mode) -> None:
+
+def switch(stack: Stack, id: str, mode: str) -> None:
     """Run the packed model of plugin `id` in another mode, with the static scales that belong to it."""
     parts, row = stack.ledger.of(id), int(mode != "with_prefix")
     scales = itertools.chain(*(p.module.input_scale[row] for p in parts if p.kind == "attention"))

@@ -11,15 +11,18 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import peftx
+from peftx import Claim
 from peftx.compression.batches import calibration as sequences
 from peftx.data import read_dataset
-from peftx.errors import PeftxError
+from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxError
 from peftx.evaluation import perplexity
+from peftx.ledger import carried
 from peftx.models import asset_path
 from peftx.testing import conformance
-from peftx.testing.models import tiny
+from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_prefixquant import (
     PrefixQuant,
+    RotatedLinear,
     StaticKV,
     StaticLinear,
     find_prefix,
@@ -29,9 +32,7 @@ from peftx_prefixquant import (
     token_peaks,
 )
 
-test_conformance = conformance(
-    "prefixquant", not_on={"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
-)
+test_conformance = conformance("prefixquant")
 
 CALIBRATION = asset_path("peftx:sample/calibration.txt")
 EXTRA = 8  # channels and neurons that planting adds
@@ -413,6 +414,94 @@ def test_lora_before_is_folded() -> None:
     assert float((found - adapted).abs().mean()) < 0.2 * float((adapted - plain).abs().mean())
 
 
+ALONE = {"weight_bits": 4, "activation_bits": 16, "kv_bits": 16}
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_adapters_train_on_packed_weights(rotate: bool, tmp_path: Path) -> None:
+    """Weights alone, then LoRA: trained, saved, loaded to the same bits, switched off, and taken off again."""
+    from peftx_lora import Lora
+
+    plugins = [PrefixQuant(**ALONE, rotate=rotate), Lora(rank=4)]
+    stack = peftx.Stack("peftx:tiny", plugins, inject=False)
+    base = {name: tensor.clone() for name, tensor in stack.model.state_dict().items()}
+    stack.compress(CALIBRATION, ["prefixquant"], samples=2, length=64)
+    ids = torch.arange(40)[None]
+    packed = stack.model(ids).logits
+    stack.inject(["lora"])
+    assert torch.equal(stack.model(ids).logits, packed)
+    report = stack.train("peftx:sample/train.jsonl", steps=3, learning_rate=2e-3)
+    assert report.trainable == sum(p.numel() for p in stack.ledger.parameters("lora"))
+    trained = stack.model(ids).logits
+    assert not torch.equal(trained, packed)
+    with stack.disabled("lora"):
+        assert torch.equal(stack.model(ids).logits, packed)
+    for keep in (True, False):
+        with pytest.raises(MergeError, match=r"lora: .* (quantized|RotatedLinear|StaticLinear)"):
+            stack.merge("lora", keep=keep)
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle")
+    assert torch.equal(loaded.model(ids).logits, trained)
+    assert loaded.trainable_parameters() == stack.trainable_parameters()
+    stack.remove("lora")
+    stack.remove("prefixquant")
+    assert all(torch.equal(tensor, base[name]) for name, tensor in stack.model.state_dict().items())
+
+
+def test_only_constants_of_activations_make_it_final() -> None:
+    from peftx_lora import Lora
+
+    for options in ({}, {"activation_bits": 16}, {"kv_bits": 16}):
+        plugin = PrefixQuant(**options)
+        assert {Claim.FINAL, Claim.PREFIX_CACHE} <= plugin.claims
+        with pytest.raises(ConflictError, match="'prefixquant' measures and compresses the finished model"):
+            peftx.Stack(tiny("llama"), [plugin, Lora()])
+    alone = PrefixQuant(**ALONE)
+    assert alone.claims == PrefixQuant.claims - {Claim.FINAL, Claim.PREFIX_CACHE}
+    peftx.Stack(tiny("llama"), [alone, Lora()], inject=False)
+
+
+def test_weights_alone_leave_attention_and_positions_alone(outliers: LlamaForCausalLM, rows: list) -> None:
+    stack = tiny_stack(copy.deepcopy(outliers), **ALONE)
+    assert {part.kind for part in stack.ledger.of("prefixquant")} == {"replaced"}
+    scores = stack.evaluate(rows, metrics=["prefixquant"])
+    assert set(scores) == {
+        "prefix_tokens",
+        "packed_bytes",
+        "perplexity_weights_only",
+        "outlier_ratio_weights_only",
+    }
+    plugin = stack.plugins["prefixquant"]
+    least, most = plugin.seconds(stack.view("prefixquant"), 100)
+    assert least == most
+
+
+@pytest.mark.parametrize("arch", ["bert", "bloom", "gptj"])
+def test_weights_alone_suit_models_whose_attention_nothing_enters(arch: str, tmp_path: Path) -> None:
+    stack = peftx.Stack(tiny(arch), [PrefixQuant(**ALONE | {"weight_bits": 8})], tokenizer=tiny_tokenizer())
+    ids = torch.arange(5, 25)[None]
+    before = stack.model(ids).logits
+    stack.compress(["The lamp is lit at six in the evening. " * 9], samples=2, length=32)
+    after = stack.model(ids).logits
+    assert 0 < float((after - before).abs().max()) < 0.03 * float(before.abs().max())
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(peftx.load(tmp_path / "bundle").model(ids).logits, after)
+
+
+def test_the_weight_of_a_rotated_layer_is_the_one_it_stands_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 48, generator=generator)
+    site = SimpleNamespace(weight=weight, bias=None)
+    layer = PrefixQuant(**ALONE | {"weight_bits": 8}).packed(site, None, torch.ones(48))
+    assert isinstance(layer, RotatedLinear)
+    torch.testing.assert_close(layer.weight, weight, atol=0.04, rtol=0)
+    x = torch.randn(5, 48, generator=generator, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ layer.weight.T, atol=1e-4, rtol=1e-4)
+    y.backward(upstream := torch.randn(5, 24, generator=generator))
+    torch.testing.assert_close(x.grad, upstream @ layer.weight, atol=1e-4, rtol=1e-4)
+
+
 def test_generation_goes_on_from_the_cache(outliers: LlamaForCausalLM) -> None:
     stack = tiny_stack(copy.deepcopy(outliers))
     ids = stack.tokenizer("Write the log of Cape Arden.", return_tensors="pt")["input_ids"]
@@ -423,13 +512,60 @@ def test_generation_goes_on_from_the_cache(outliers: LlamaForCausalLM) -> None:
     assert isinstance(stack.generate("Write the log", max_new_tokens=4), str)
 
 
-@pytest.mark.parametrize("arch", ["bert", "t5", "mixtral", "mamba"])
+REFUSED = {
+    "bert": "bert has encoder, and its prefix needs a decoder alone",
+    "t5": "t5 has encoder and decoder, and its prefix",
+    "whisper": "whisper has encoder and decoder",
+    "llava": "llava has decoder and vision",
+    "mixtral": r"mixtral keeps its experts \(experts.up\) stacked in model.layers.0.mlp.experts.gate_up_proj",
+    "mamba": "mamba has no MLP, at whose down projection",
+    "bloom": "bloom does not look its attention up by name",
+}
+
+
+class Nothing(peftx.Plugin):
+    """Stands in a stack in another one's place."""
+
+    @peftx.hookimpl
+    def evaluate(self, evaluation: object) -> None: ...
+
+
+def view_of(arch: str, device: str = "cpu") -> peftx.ModelView:
+    config = tiny(arch).config
+    with torch.device(device):
+        model = type(tiny(arch))(config)
+    return peftx.Stack(model, [("prefixquant", Nothing())]).view("prefixquant")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("arch", "reason"), REFUSED.items())
+def test_what_suits_is_known_before_anything_runs(arch: str, reason: str, device: str) -> None:
+    view = view_of(arch, device)
+    with pytest.raises(ArchitectureError, match=f"prefixquant: {reason}") as error:
+        PrefixQuant().suits(view)
+    assert error.value.hint
+    alone = PrefixQuant(**ALONE)
+    if "rounds the weights alone" in str(error.value.hint):
+        alone.suits(view)
+    else:
+        assert "llama" in str(error.value.hint)
+        with pytest.raises(ArchitectureError, match="prefixquant"):
+            alone.suits(view)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "gpt2", "gpt_neox", "opt"])
+def test_decoders_suit(arch: str) -> None:
+    PrefixQuant().suits(view_of(arch, "meta"))
+
+
+@pytest.mark.parametrize("arch", REFUSED)
 def test_other_architectures_are_refused(arch: str) -> None:
-    plugin = PrefixQuant()
-    stack = peftx.Stack(tiny(arch), [plugin])
-    with pytest.raises(PeftxError, match="prefixquant"):
-        list(plugin.planned(stack.view("prefixquant")))
-    assert not stack.ledger.parts
+    model = tiny(arch)
+    with pytest.raises(ArchitectureError, match="prefixquant"):
+        peftx.Stack(model, [PrefixQuant()], tokenizer=tiny_tokenizer()).compress(["Some text."], samples=1)
+    assert not carried(model)
+    with pytest.raises(ArchitectureError, match="prefixquant"):
+        list(PrefixQuant().planned(view_of(arch)))
 
 
 @pytest.mark.parametrize(
@@ -451,14 +587,14 @@ def test_bad_options(options: dict) -> None:
 
 
 def test_a_group_larger_than_a_row_is_refused() -> None:
-    plugin = PrefixQuant(group_size=300)
-    stack = peftx.Stack("peftx:tiny", [plugin])
+    bundled = peftx.Stack("peftx:tiny", [])
+    model, tokenizer = bundled.model, bundled.tokenizer
     with pytest.raises(
         PeftxError, match=r"prefixquant: group_size 300 exceeds the 256 weights in a row"
     ) as e:
-        stack.compress(CALIBRATION, samples=1, length=32)
+        peftx.Stack(model, [PrefixQuant(group_size=300)], tokenizer=tokenizer).compress(["Text."], samples=1)
     assert "at most 256" in str(e.value.hint)
-    assert not stack.ledger.parts
+    assert not carried(model)
 
 
 def test_nothing_to_calibrate_on() -> None:
