@@ -391,6 +391,18 @@ def test_seconds_are_told_before_a_weight_is_there() -> None:
     assert none.seconds(stack.view("prefixquant"), 8192) == (least, least)
 
 
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3"])
+def test_a_bundle_whose_embedding_has_a_buffer_loads(arch: str, tmp_path: Path) -> None:
+    stack = peftx.Stack(tiny(arch), [PrefixQuant()], tokenizer=tiny_tokenizer())
+    stack.compress(["The lamp is lit at six in the evening. " * 9], samples=2, length=32)
+    ids = torch.arange(5, 25)[None]
+    expected = stack.model(ids).logits
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle")
+    assert torch.equal(loaded.model(ids).logits, expected)
+    assert not [n for n, t in loaded.model.named_buffers() if t.is_meta]
+
+
 def test_the_integer_kernel_runs() -> None:
     stack = tiny_stack()
     layers = [part.module for part in stack.ledger.of("prefixquant") if part.kind == "replaced"]
