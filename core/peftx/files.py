@@ -232,14 +232,23 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
             for file in plain_files(new):
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-            if not path.exists():
-                new.rename(path)
-            elif not _exchange(new, path):
-                old = aside(path)
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-                new.rename(path)
-                shutil.rmtree(old, ignore_errors=True)
+            _put(new, path)
+
+
+def _put(new: Path, path: Path) -> None:
+    """`new` to where `path` is, whether or not somebody else put something there meanwhile."""
+    try:
+        new.rename(path)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if not _exchange(new, path):
+        old = aside(path)
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -248,14 +257,27 @@ def staging(path: Path) -> Iterator[Path]:
     left that were killed. Who writes holds a lock on the folder, which threads, processes and containers respect."""
     for stale in path.parent.glob(f".{path.name}.writing-*"):
         _remove_unless_locked(stale)
-    new = path.parent / f".{path.name}.writing-{secrets.token_hex(6)}"
-    new.mkdir()
-    handle = os.open(new, os.O_RDONLY)
+    new, handle = _locked_folder(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the open file that holds its lock. Until it is locked another call may take it
+    for one that was left behind, and remove it: then there is another one."""
+    while True:
+        new = path.parent / f".{path.name}.writing-{secrets.token_hex(6)}"
+        new.mkdir()
+        try:
+            handle = os.open(new, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if new.exists():
+            return new, handle
         os.close(handle)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -243,6 +244,35 @@ def test_threads_that_save_to_one_place_do_not_meet(tmp_path: Path) -> None:
     assert not errors
     assert peftx.load(tmp_path / "bundle", model=tiny("llama"))
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_is_swept_away_before_its_lock_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, swept = fcntl.flock, []
+
+    def late(handle: int, kind: int) -> None:
+        if not swept:  # another call comes between the making of the folder and its lock
+            (folder,) = tmp_path.iterdir()
+            swept.append(folder)
+            folder.rmdir()
+        lock(handle, kind)
+
+    monkeypatch.setattr("peftx.files.fcntl.flock", late)
+    with replacing(tmp_path / "b", marker="x") as new:
+        (new / "x").write_text("whole")
+    assert swept
+    assert (tmp_path / "b" / "x").read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_who_comes_second_to_an_empty_place_takes_it_whole(tmp_path: Path) -> None:
+    with replacing(tmp_path / "b", marker="x") as late:
+        with replacing(tmp_path / "b", marker="x") as early:
+            (early / "x").write_text("early")
+        (late / "x").write_text("late")
+    assert (tmp_path / "b" / "x").read_text() == "late"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
