@@ -389,7 +389,7 @@ class Ledger:
         if module._modules:
             module.train(near.training)
         else:  # most deltas
-            module.training = near.training
+            module.__dict__["training"] = near.training
         own = _first(module)
         if own is None or own.is_meta:
             return

@@ -189,8 +189,9 @@ def _changed(place: str) -> int:
 
 def _is(point: EntryPoint, plugin: type[Plugin]) -> bool:
     """Does the entry point lead to this class. Nothing is imported: the class is there, and so is its package."""
-    found: object = sys.modules.get(point.module)
-    for name in point.attr.split("."):
+    module, _, attribute = point.value.partition(":")  # `point.module` parses anew at each access
+    found: object = sys.modules.get(module.strip())
+    for name in attribute.partition("[")[0].strip().split("."):
         found = getattr(found, name, None)
     return found is plugin
 

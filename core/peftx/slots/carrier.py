@@ -450,10 +450,11 @@ def slot_of(module: nn.Module) -> SlotState | None:
 
 def open_slot(module: nn.Module, kind: str) -> SlotState:
     """Give the module an empty slot of this kind of carrier."""
-    module.__class__ = _slot_class(type(module), kind)
+    # Past nn.Module's own `__setattr__`, which looks through all that a module holds: models have hundreds of slots.
+    object.__setattr__(module, "__class__", _slot_class(type(module), kind))
     slot = module.__dict__[STATE] = SlotState()
     children = nn.ModuleDict()
-    children.training = module.training
+    children.__dict__["training"] = module.training
     module._modules[CHILD] = children
     return slot
 
