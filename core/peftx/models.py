@@ -382,7 +382,8 @@ def read_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokeniz
             require_plain(file, links=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer("a")  # what is damaged may show at the first text only
+        if not tokenizer("a")["input_ids"]:  # what is damaged may show at the first text only
+            raise ValueError("it makes no tokens of text")
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(
             f"the tokenizer of '{source}' cannot be read: {type(error).__name__}: {_first_line(error)}",

@@ -265,12 +265,48 @@ def test_every_changed_byte_of_a_bundle_is_seen(tmp_path: Path) -> None:
     peftx.load(folder, model=tiny("llama"), tokenizer=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "renamed"])
-def test_tensors_that_do_not_fit(tmp_path: Path, change: str) -> None:
-    """Files that agree with their manifest, of another version of the plugin."""
+def sign_anew(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors in a bundle's file, and a manifest that says so."""
     from peftx.bundle import own_digest
     from peftx.files import sha256
 
+    save_file(tensors, file)
+    manifest = json.loads((file.parent / "manifest.json").read_text("utf-8"))
+    manifest["files"][file.name] = sha256(file)
+    manifest["own"] = own_digest(manifest)
+    (file.parent / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+def test_a_cast_of_half_a_module(tmp_path: Path) -> None:
+    class TwoFactors(Delta):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return y * self.a * self.b
+
+    class Twice(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            for site in model.linears("attention.q"):
+                site.attach(TwoFactors(site.out_features))
+
+    folder = Stack(tiny("llama"), [Twice()]).save(tmp_path / "bundle")
+    file = folder / "twice.safetensors"
+    tensors = load_file(file)
+    sign_anew(file, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
+    whole = peftx.load(folder, model=tiny("llama"))
+    assert {p.dtype for p in whole.ledger.parameters("twice")} == {torch.bfloat16}, "the user's own cast"
+    half = {name: t.to(torch.bfloat16) if name.endswith(".a") else t for name, t in tensors.items()}
+    sign_anew(file, half)
+    with pytest.raises(BundleError, match=r"twice\.safetensors.*\.b is torch\.float32, and .*\.a .* torch\.bfloat16"):
+        peftx.load(folder, model=tiny("llama"))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed"])
+def test_tensors_that_do_not_fit(tmp_path: Path, change: str) -> None:
+    """Files that agree with their manifest, of another version of the plugin."""
     folder = stack().save(tmp_path / "bundle")
     file = folder / "scaling.safetensors"
     tensors = load_file(file)
@@ -279,11 +315,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: str) -> None:
         moved = tensors.pop(first)
     if change != "missing":
         tensors["scaling.new"] = torch.zeros(3) if change == "extra" else moved
-    save_file(tensors, file)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    manifest["files"][file.name] = sha256(file)
-    manifest["own"] = own_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    sign_anew(file, tensors)
     with pytest.raises(BundleError, match="do not fit this model") as caught:
         peftx.load(folder, model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert ("missing" in caught.value.message) == (change != "extra")

@@ -408,3 +408,12 @@ def test_folds_round_once() -> None:
     stack.merge()
     assert torch.equal(part.place.weight, expected)  # type: ignore[union-attr]
     assert delta.a.dtype == torch.bfloat16
+
+
+def test_a_tokenizer_that_makes_no_tokens(base: Path) -> None:
+    file = base / "tokenizer.json"
+    found = json.loads(file.read_text("utf-8"))
+    found["post_processor"] = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+    file.write_text(json.dumps(found), "utf-8")
+    with pytest.raises(BundleError, match="cannot be read.*no tokens of text"):
+        load_model(str(base))

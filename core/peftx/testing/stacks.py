@@ -479,7 +479,8 @@ def _one(rng: random.Random, names: Sequence[str], arch: str, size: int) -> Reci
 def stands(name: str, arch: str) -> bool:
     """Is the plugin alone built on the model."""
     plugin = registry().load(name)
-    if arch in ENCODERS and plugin.takes and "classification" not in plugin.takes:
+    left = {plugin.gives.get(format, format) for format in plugin.takes}
+    if arch in ENCODERS and left and "tokenized" not in left:
         return False  # its rows ask for more text, and the model fills in
     try:
         Stack(tiny(arch), [(name, plugin(**plugin.example))], tokenizer=tiny_tokenizer())
