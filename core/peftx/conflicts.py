@@ -156,6 +156,15 @@ RULES = (
 )
 """Who does not go with whom. `find_conflicts` and `rules` both read it."""
 
+ON_REPLACED = Rule(
+    _claiming(Claim.QUANTIZES),
+    Side(lambda plugin: _changes_model(plugin) and Claim.BESIDE_WEIGHTS not in plugin.claims, (),
+         "a plugin that stands on linear layers, unless it compresses first (phase: before-training)"),
+    "{one} replaces layers behind the training, and {two}, which comes after it, stands on them then",
+    ordered=True,
+)  # fmt: skip
+"""The one rule that asks when a plugin compresses."""
+
 
 def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
     """All conflicts of a stack, in stack order. Nothing is built or touched."""
@@ -174,6 +183,18 @@ def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | No
                 if rule.one.is_it(one.plugin) and rule.two.is_it(two.plugin):
                     reason = rule.reason.format(one=one, two=two)
                     yield Conflict(first.id, second.id, rule.claims, reason), rule
+    for late in _compressing_late(members):
+        for other in members[members.index(late) + 1 :]:
+            if ON_REPLACED.one.is_it(late.plugin) and ON_REPLACED.two.is_it(other.plugin):
+                reason = ON_REPLACED.reason.format(one=late, two=other)
+                yield Conflict(late.id, other.id, ON_REPLACED.claims, reason), ON_REPLACED
+
+
+def _compressing_late(members: Sequence[Member]) -> list[Member]:
+    """Those that compress a model on which plugins stand already; `stages_of` of a spec decides in the same way."""
+    first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
+    late = [i > first if m.phase is None else m.phase == "after-training" for i, m in enumerate(members)]
+    return [m for m, is_late in zip(members, late, strict=True) if is_late and m.implements("compress")]
 
 
 def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]) -> Conflict:
@@ -186,7 +207,8 @@ def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]
     later.insert(later.index(second) + 1, first)
     earlier.insert(earlier.index(first), second)
     at_the_end = [*(m for m in members if m is not first), first]
-    for order in (later, earlier, at_the_end):
+    compressed_first = [first, *(m for m in members if m is not first)]
+    for order in (later, earlier, at_the_end, compressed_first):
         free = next(_collisions(order), None) is None and _unfit(order) is None
         if free and not _without_adapters(order):
             return replace(conflict, working_order=tuple(m.id for m in order))
@@ -275,7 +297,7 @@ def check(members: Sequence[Member]) -> None:
 def rules(plugin: AnyPlugin) -> list[str]:
     """What a plugin does not go with, in sentences; from its claims alone."""
     found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in plugin.claims]
-    for rule in RULES:
+    for rule in (*RULES, ON_REPLACED):
         if rule.one.is_it(plugin):
             found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
         if rule.two.is_it(plugin):

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -170,6 +171,23 @@ def _exchange(one: Path, two: Path) -> bool:
 def aside(path: Path) -> Path:
     """Where the old folder stands for a moment on systems without an atomic exchange."""
     return path.parent / f".{path.name}.replaced"
+
+
+def make_place(target: Path) -> None:
+    """The folder that `target` will stand in, before anything takes time.
+
+    Raises:
+        BundleError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=target.parent):
+            pass  # permissions do not tell all: a disk may be read-only, or its quota used up
+    except OSError as error:
+        raise BundleError(
+            f"output '{target}': nothing can be written in {target.parent}: {error.strerror}",
+            hint="choose another folder",
+        ) from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftx.errors import BundleError, PeftxError
-from peftx.files import read_json, read_tensors
+from peftx.files import naming, read_json, read_tensors
 from peftx.slots import Delta, LowRank
 from peftx.stack import Stack
 
@@ -73,12 +73,17 @@ def from_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> None:
         PeftxError: the adapter is more than A and B, or has other modules, sizes or scales; nothing is filled then.
         BundleError: a file of it is missing or damaged, or its weights are a pickle.
     """
-    config = read_json(Path(folder) / CONFIG, links=True)
+    with naming(folder):
+        _fill(stack, Path(folder), id)
+
+
+def _fill(stack: Stack, folder: Path, id: str) -> None:
+    config = read_json(folder / CONFIG, links=True)
     if not isinstance(config, dict):
-        raise BundleError(f"'{Path(folder) / CONFIG}' is corrupted: it holds no settings")
+        raise BundleError(f"'{folder / CONFIG}' is corrupted: it holds no settings")
     deltas = _deltas(stack, id)
     heads = _heads(stack, id)
-    saved, head = _plain(config, _weights(Path(folder)), stack, id, heads)
+    saved, head = _plain(config, _weights(folder), stack, id, heads)
     tensors = _tensors(deltas)
     differ = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in saved.keys() ^ tensors.keys()}
     if differ:

@@ -426,7 +426,8 @@ def fingerprint(model: PreTrainedModel, *, skip: frozenset[int] = frozenset()) -
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Of what was said, and no more of it than one reads: some messages repeat all of a file."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def _near_folder(path: Path) -> str:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftx.compression.batches import calibration_texts
@@ -18,6 +17,7 @@ from peftx.data import TrainingData, read_dataset
 from peftx.data.formats import detect_format
 from peftx.errors import BundleError, DataError
 from peftx.evaluation.run import METRICS, check_known, check_metric
+from peftx.files import make_place
 from peftx.models import asset_path, model_path
 from peftx.objective import check_objective
 from peftx.plugin import Claim
@@ -304,7 +304,10 @@ class Run:
         texts = None if rows is None else calibration_texts(rows, self._stack.tokenizer)
         dropped = {id for later in self.stages[index:] if later.kind == "drop" for id in later.ids}
         length = {} if source is None or source.max_length is None else {"length": source.max_length}
-        self._stack.compress(texts, stage.ids, keep=bool(dropped & set(stage.ids)), **length)
+        self._stack.compress(
+            texts, stage.ids, keep=bool(dropped & set(stage.ids)),
+            progress=lambda done, total: self.reporter.progress(done, total, {}), **length,
+        )  # fmt: skip
         return f"{sum(t.nbytes for o in stage.ids for t in self._stack.ledger.tensors(o).values()):,} bytes"
 
     def _evaluate(self, stage: RunStage, index: int) -> str:
@@ -376,23 +379,6 @@ def check_rows_serve(model: PreTrainedModel, pipeline: Pipeline, members: Sequen
         return  # a plugin brings another task
     if pipeline.train is not None or any(stage.train is not None for stage in pipeline.run or ()):
         check_objective(model, _format(pipeline.data.train))
-
-
-def make_place(target: Path) -> None:
-    """The folder that `target` will stand in, before anything takes time.
-
-    Raises:
-        BundleError: it cannot be made, or nothing can be written there.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=target.parent):
-            pass  # permissions do not tell all: a disk may be read-only, or its quota used up
-    except OSError as error:
-        raise BundleError(
-            f"output '{target}': nothing can be written in {target.parent}: {error.strerror}",
-            hint="choose another folder",
-        ) from error
 
 
 def checkpoints(output: Path) -> Path:

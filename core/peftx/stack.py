@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -364,6 +364,8 @@ class Stack:
                 raise MergeError(f"'{name}' cannot be merged: {kind} does not fold into the weights")
         from peftx.slots import merge, snapshot, unmerge
 
+        for name in chosen:
+            self.ledger.check_fold(name)
         places = self.ledger.carriers(chosen)
         if keep:
             restores = [snapshot(place) for place in places]
@@ -375,8 +377,6 @@ class Stack:
                     restore()
                 raise
             return
-        for name in chosen:
-            self.ledger.check_fold(name)
         for place in places:  # what one place refuses is refused before any is changed
             restore = snapshot(place)
             try:
@@ -513,6 +513,7 @@ class Stack:
         samples: int = CALIBRATION_SAMPLES,
         length: int = CALIBRATION_LENGTH,
         keep: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Run the `compress` hooks (all, or of these ids) that have not run yet.
 
@@ -520,6 +521,7 @@ class Stack:
             data: calibration text: a file, or texts; needed where a plugin claims `needs-calibration`.
             samples, length: at most so many sequences of so many tokens.
             keep: keep the layers that are replaced, so that `remove` brings them back; with False their memory is free.
+            progress: called by plugins that go through the model block by block, with (blocks done, blocks).
 
         Raises:
             MergeError: a plugin starts from merged weights, and another one does not fold.
@@ -531,12 +533,16 @@ class Stack:
         if not todo:
             raise PeftxError("no plugin of this stack compresses", hint="add one, for example prefixquant")
         room = free_positions(self.model)
-        batches = calibration(self, data, samples=samples, length=min(length, room or length))
+        batches = calibration(
+            self, data, samples=samples, length=min(length, room or length), progress=progress
+        )
         for member in todo:
             if member.claims(Claim.NEEDS_CALIBRATION) and not batches.batches:
                 raise PeftxError(
                     f"'{member.id}' needs calibration data", hint='stack.compress("calibration.txt")'
                 )
+            if member.claims(Claim.QUANTIZES):
+                self._check_bare(member)
             restore, folded, state = (
                 self.ledger.snapshot(),
                 set(self.folded),
@@ -561,6 +567,16 @@ class Stack:
             self.compressed.add(member.id)
             self.anatomy = Anatomy(self.model)
         self._set_trainable()
+
+    def _check_bare(self, member: Member) -> None:
+        """Raises ConflictError where a plugin that comes later stands already on layers that this one may replace."""
+        for other in self.members[self.members.index(member) + 1 :]:
+            if any(p.place is not None and issubclass(base_class(p.place), nn.Linear | Conv1D)
+                   for p in self.ledger.of(other.id) if p.kind == "delta"):  # fmt: skip
+                raise ConflictError(
+                    f"'{other.id}' comes after '{member.id}' and stands already on layers that it replaces",
+                    hint=f"Stack(..., inject=False), then compress(data, ['{member.id}']), then inject()",
+                )
 
     def _fold_before(self, member: Member) -> None:
         for other in self.members[: self.members.index(member)]:

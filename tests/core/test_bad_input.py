@@ -300,7 +300,9 @@ def test_a_cast_of_half_a_module(tmp_path: Path) -> None:
     assert {p.dtype for p in whole.ledger.parameters("twice")} == {torch.bfloat16}, "the user's own cast"
     half = {name: t.to(torch.bfloat16) if name.endswith(".a") else t for name, t in tensors.items()}
     sign_anew(file, half)
-    with pytest.raises(BundleError, match=r"twice\.safetensors.*\.b is torch\.float32, and .*\.a .* torch\.bfloat16"):
+    with pytest.raises(
+        BundleError, match=r"twice\.safetensors.*\.b is torch\.float32, and .*\.a .* torch\.bfloat16"
+    ):
         peftx.load(folder, model=tiny("llama"))
 
 

@@ -6,16 +6,30 @@ import itertools
 from functools import cache
 
 import pytest
+from torch import Tensor
 
-from peftx import Claim, Registry
-from peftx.conflicts import Conflict, find_conflicts
+from peftx import Claim, Delta, ModelView, Plugin, Registry, hookimpl
+from peftx.compression import Calibration
+from peftx.conflicts import Conflict, Member, find_conflicts
+from peftx.errors import ConflictError, MergeError
 from peftx.hooks import hooks_of
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank
-from peftx.testing.stacks import QUANTIZER, Entry, Recipe, Result, draw, registry, stands, try_stack
+from peftx.testing.stacks import (
+    QUANTIZER,
+    Entry,
+    Recipe,
+    ReferenceQuantizer,
+    Result,
+    draw,
+    registry,
+    stands,
+    try_stack,
+)
 from peftx.testing.subject import ROWS
 from peftx.testing.ways_out import dead_ends, trained
+from peftx_lora import Lora
 
 SAMPLE = 13
 """Random stacks that every run of the tests tries; benchmarks/stacks.py tries more."""
@@ -101,3 +115,54 @@ def test_training_leaves_the_configuration_as_it_was() -> None:
     stack = Stack(model, [("low-rank", ReferenceLowRank())], tokenizer=tiny_tokenizer())
     stack.train(list(ROWS), steps=1, batch_size=2)
     assert model.config.to_dict() == before  # `use_cache` among it: a call of the model is as fast as before
+
+
+class Counts(Plugin):
+    """Looks at the input of layers."""
+
+    class Look(Delta):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(self.Look())
+
+
+def test_layers_that_are_replaced_under_a_later_plugin_are_refused_before_the_build() -> None:
+    """It compresses behind the training, and by then the later one stands on its layers."""
+    members = [("lora", Lora(rank=2)), ("integers", ReferenceQuantizer()), ("counts", Counts())]
+    with pytest.raises(ConflictError, match="'integers' replaces layers behind the training"):
+        Stack(tiny("llama"), members)
+    for order in ([1, 0, 2], [1, 2, 0]):  # what stands first compresses the plain model
+        assert not find_conflicts([Member(*members[i]) for i in order])
+
+
+def test_a_later_plugin_that_stands_already_is_told_how_to_begin() -> None:
+    members = [("integers", ReferenceQuantizer()), ("lora", Lora(rank=2))]
+    stack = Stack(tiny("llama"), members, tokenizer=tiny_tokenizer())
+    with pytest.raises(ConflictError, match="stands already") as caught:
+        stack.compress()
+    assert caught.value.hint is not None
+    assert "inject=False" in caught.value.hint
+    stack = Stack(tiny("llama"), members, tokenizer=tiny_tokenizer(), inject=False)  # as it says
+    stack.compress(None, ["integers"])
+    stack.inject()
+    with pytest.raises(MergeError, match=r"quantized, and a delta does not fold"):
+        stack.merge("lora")
+    assert stack.trainable_parameters() > 0
+
+
+def test_compression_tells_how_far_it_is() -> None:
+    class Walks(Plugin):
+        @hookimpl
+        def compress(self, model: ModelView, calibration: Calibration) -> None:
+            blocks = [site.module for site in model.blocks("layer")]
+            calibration.walk(model.module, blocks, lambda number, block, inputs: None)
+
+    told: list[tuple[int, int]] = []
+    stack = Stack("peftx:tiny", [Walks()])
+    stack.compress(["some text to look at"], samples=1, length=8, progress=lambda *at: told.append(at))
+    layers = stack.anatomy.num_layers
+    assert told == [(i, layers) for i in range(1, layers + 1)]

@@ -415,5 +415,32 @@ def test_a_tokenizer_that_makes_no_tokens(base: Path) -> None:
     found = json.loads(file.read_text("utf-8"))
     found["post_processor"] = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
     file.write_text(json.dumps(found), "utf-8")
-    with pytest.raises(BundleError, match="cannot be read.*no tokens of text"):
+    with pytest.raises(BundleError, match=r"cannot be read.*no tokens of text"):
         load_model(str(base))
+
+
+def test_settings_that_no_file_can_hold(tmp_path: Path) -> None:
+    stack = Stack("peftx:tiny", [Lora(rank=2)])
+    stack.tokenizer.chat_template = "\ud800"
+    with pytest.raises(BundleError, match="tokenizer's settings"):
+        stack.save(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "in a file"])
+def test_checkpoints_into_a_file(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "taken").write_text("mine", "utf-8")
+    output = tmp_path / "taken" if kind == "file" else tmp_path / "taken" / "inside"
+    with pytest.raises(BundleError, match=r"nothing can be written in .*taken"):
+        Stack("peftx:tiny", [Lora(rank=2)]).train(ROWS, steps=1, output=output)
+    assert (tmp_path / "taken").read_text("utf-8") == "mine"
+
+
+def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    from peftx.interop import to_peft
+
+    folder = to_peft(Stack("peftx:tiny", [Lora(rank=2)]), tmp_path / "theirs")
+    for targets in ("attention.q", "attention.q,v"):
+        stack = Stack("peftx:tiny", [Lora(rank=4, targets=targets)])
+        with pytest.raises(PeftxError, match="theirs"):
+            from_peft(stack, folder)

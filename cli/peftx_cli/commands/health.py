@@ -250,8 +250,7 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
     from pathlib import Path
 
     from peftx.errors import PeftxError
-    from peftx.files import write_text
-    from peftx.pipeline import make_place
+    from peftx.files import make_place, write_text
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
     from peftx_cli.progress import reporter

@@ -221,7 +221,8 @@ def merge(
     """
     from transformers.utils import logging
 
-    from peftx.pipeline import folder_bytes, make_place
+    from peftx.files import make_place
+    from peftx.pipeline import folder_bytes
     from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
 

@@ -112,7 +112,10 @@ def _write_tokenizer(stack: Stack, folder: Path, *, always: bool) -> str | None:
         return None
     digest = tokenizer_digest(tokenizer)
     if always or digest != stack.tokenizer_of_base:
-        tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        try:
+            tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        except UnicodeEncodeError as error:
+            raise BundleError(f"the tokenizer's settings hold what no file of text can: {error}") from error
     return digest
 
 

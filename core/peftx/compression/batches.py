@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
 
 def calibration(
-    stack: Stack, data: str | Path | Sequence[str] | None, *, samples: int, length: int
+    stack: Stack,
+    data: str | Path | Sequence[str] | None,
+    *,
+    samples: int,
+    length: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """At most `samples` sequences of `length` tokens, one a batch, in the order of the text; short text gives fewer.
 
     Args:
-        data: a text file, texts, or None for no batches.
+        data: a text file, texts, or None for no batches. progress: see `Calibration`.
 
     Raises:
         DataError: the text gives no sequence.
@@ -49,7 +54,8 @@ def calibration(
     if not pieces or not pieces[0]:
         raise DataError("the calibration data holds no text")
     device = stack.model.device
-    return Calibration([{"input_ids": torch.tensor([start + piece], device=device)} for piece in pieces])
+    batches = [{"input_ids": torch.tensor([start + piece], device=device)} for piece in pieces]
+    return Calibration(batches, progress=progress)
 
 
 def calibration_texts(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from peftx.data import Collator, TrainingData, read_dataset
 from peftx.data.formats import checked_dataset, dataset_of, detect_format
 from peftx.errors import BundleError, DataError, PeftxError, nearest
-from peftx.files import read_json
+from peftx.files import make_place, read_json
 from peftx.models import asset_path
 from peftx.objective import pad_of
 from peftx.training.examples import examples_of, mask_of
@@ -144,6 +144,8 @@ def train(
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
         )
     _check_that_it_acts(stack)
+    if output is not None:
+        make_place(Path(output) / "checkpoint")
     training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)
     if prepare:
         stack.prepare(training_data)
