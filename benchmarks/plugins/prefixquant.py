@@ -24,6 +24,7 @@ from peftx.compression import QuantLinear
 from peftx.data import read_dataset
 from peftx.evaluation import perplexity
 from peftx.models import asset_path
+from peftx.parts import ReplacedPart
 from peftx_prefixquant import PrefixQuant, RotatedLinear
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def quality(
             scores = {
                 key: score.value for key, score in stack.evaluate(rows, metrics=["prefixquant"]).items()
             }
-            parts = [part for part in stack.ledger.of("prefixquant") if part.kind == "replaced"]
+            parts = stack.ledger.of("prefixquant", ReplacedPart)
             line: dict[str, Any] = {
                 "model": name,
                 "bits": bits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from peftx.parts import ReplacedPart
 from peftx_cli.render import out, print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def rows(result: RunResult) -> list[tuple[str, str, str]]:
 
 
 def _what_was_saved(result: RunResult) -> str:
-    if any(part.kind == "replaced" for part in result.stack.ledger.parts):
+    if result.stack.ledger.all(ReplacedPart):
         smaller = result.bytes_before / result.bytes_after
         return f"{size(result.bytes_after)}, the whole model, {smaller:.1f} times smaller"
     return f"{size(result.bytes_after)}, the plugins alone; the base stays as it is"

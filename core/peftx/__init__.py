@@ -19,7 +19,7 @@ _WHERE = {
     "PluginConfig": "peftx.plugin",
     "hookimpl": "peftx.plugin",
     "Anatomy": "peftx.anatomy",
-    "ModelView": "peftx.anatomy",
+    "ModelView": "peftx.view",
     "Site": "peftx.anatomy",
     "Targets": "peftx.anatomy",
     "Delta": "peftx.slots",
@@ -84,7 +84,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from peftx.anatomy import Anatomy, ModelView, Site, Targets
+    from peftx.anatomy import Anatomy, Site, Targets
     from peftx.attention import AttentionEdit
     from peftx.bundle import load
     from peftx.calls import CallEdit
@@ -99,4 +99,5 @@ if TYPE_CHECKING:
     from peftx.slots import Delta, LowRank, add_low_rank, dropout_linear
     from peftx.stack import Stack
     from peftx.training import TrainStep
+    from peftx.view import ModelView
     from peftx.virtual_tokens import VirtualTokens

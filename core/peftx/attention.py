@@ -18,8 +18,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peftx.chain import Chain
 from peftx.errors import ArchitectureError, ConflictError
-from peftx.slots import base_class, child_name, drop_children
+from peftx.slots import base_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,19 +62,6 @@ class AttentionEdit(nn.Module):
         return cls.replace is not AttentionEdit.replace
 
 
-class _Edits:
-    """The edits of one layer in stack order."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[int, str, AttentionEdit]] = []
-        self.disabled: set[str] = set()
-        self.active: tuple[AttentionEdit, ...] = ()
-
-    def rebuild(self) -> None:
-        self.entries.sort(key=lambda entry: entry[0])
-        self.active = tuple(edit for _, owner, edit in self.entries if owner not in self.disabled)
-
-
 def dispatch(
     module: nn.Module,
     query: Tensor,
@@ -87,7 +75,7 @@ def dispatch(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function; `inner` is the name of the model's own."""
     function = _inner_function(inner, type(module).__module__)
-    edits: _Edits | None = module.__dict__.get(STATE)
+    edits: Chain[AttentionEdit] | None = module.__dict__.get(STATE)
     if edits is None or not edits.active:
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     old_length, mask = key.shape[2], attention_mask
@@ -179,39 +167,28 @@ def attach(model: PreTrainedModel, module: nn.Module, edit: AttentionEdit, *, ow
         PREFIX
     ):  # the tower does not dispatch
         raise ArchitectureError(f"{base_class(module).__name__} does not look its attention up by name")
-    edits: _Edits | None = module.__dict__.get(STATE)
+    edits: Chain[AttentionEdit] | None = module.__dict__.get(STATE)
+    other = next((link.owner for link in edits.links if link.edit.replaces()), None) if edits else None
+    if edit.replaces() and other is not None:
+        raise ConflictError(
+            f"'{owner}' and '{other}' both replace the attention of one layer", hint="keep one"
+        )
     if edits is None:
-        edits = module.__dict__[STATE] = _Edits()
-        module.add_module(CHILD, nn.ModuleDict().train(module.training))
-    if edit.replaces():
-        other = next((o for _, o, e in edits.entries if e.replaces()), None)
-        if other is not None:
-            raise ConflictError(
-                f"'{owner}' and '{other}' both replace the attention of one layer", hint="keep one"
-            )
-    children = module._modules[CHILD]._modules  # type: ignore[union-attr]  # ModuleDict itself refuses some names
-    children[child_name(children, owner)] = edit
-    edits.entries.append((rank, owner, edit))
-    edits.rebuild()
+        edits = module.__dict__[STATE] = Chain(CHILD)
+    edits.append(module, edit, owner, rank)
 
 
 def detach(module: nn.Module, owner: str) -> None:
-    """Take the owner's edit out of one layer."""
-    edits: _Edits | None = module.__dict__.get(STATE)
-    if edits is None:
-        return
-    edits.entries = [entry for entry in edits.entries if entry[1] != owner]
-    drop_children(module, CHILD, owner)
-    edits.rebuild()
-    if not edits.entries:
-        del module.__dict__[STATE], module._modules[CHILD]
+    """Take the owner's edits out of one layer."""
+    edits: Chain[AttentionEdit] | None = module.__dict__.get(STATE)
+    if edits is not None and edits.drop(module, owner):
+        del module.__dict__[STATE]
 
 
 def enable(module: nn.Module, owner: str, enabled: bool) -> None:
-    edits: _Edits | None = module.__dict__.get(STATE)
+    edits: Chain[AttentionEdit] | None = module.__dict__.get(STATE)
     if edits is not None:
-        (edits.disabled.discard if enabled else edits.disabled.add)(owner)
-        edits.rebuild()
+        edits.switch(owner, enabled)
 
 
 def switch_on(model: PreTrainedModel) -> None:

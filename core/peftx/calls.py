@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftx.slots import child_name
+from peftx.chain import Chain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHILD = "peftx_calls"
+STATE = "_peftx_calls"
 
 
 class CallEdit(nn.Module):
@@ -30,54 +31,56 @@ class CallEdit(nn.Module):
         """See the output; None where the call failed. What `before` noted is to be forgotten here."""
 
 
-class Around:
-    """An edit's two hooks on a model.
+class _Calls(Chain[CallEdit]):
+    """The edits of a model's calls, and the hooks that run them.
 
     Args:
         names: of the positional arguments of the model's forward.
     """
 
-    def __init__(self, model: PreTrainedModel, edit: CallEdit, name: str, names: tuple[str, ...]) -> None:
-        self.model = model
-        self.edit = edit
-        self.name = name
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__(CHILD)
         self.names = names
-        self.handles: list[Any] = []
+        self.handles = [
+            model.register_forward_pre_hook(self.enter, with_kwargs=True),
+            model.register_forward_hook(self.leave, always_call=True),
+        ]
 
     def enter(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), self.edit.before({**dict(zip(self.names, args, strict=False)), **kwargs})
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for edit in self.active:
+            call = edit.before(call)
+        return (), call
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.edit.after(output)
+        for edit in self.active:
+            edit.after(output)
 
-    def switch(self, on: bool) -> None:
-        """Take the edit off the model's calls, or put it back."""
-        if on and not self.handles:
-            self.handles.append(self.model.register_forward_pre_hook(self.enter, with_kwargs=True))
-            self.handles.append(self.model.register_forward_hook(self.leave, always_call=True))
-        elif not on:
-            for handle in self.handles:
-                handle.remove()
-            self.handles.clear()
-
-    def remove(self) -> None:
-        """Off for good."""
-        self.switch(False)
-        children: nn.ModuleDict = self.model.get_submodule(CHILD)  # type: ignore[assignment]
-        del children._modules[self.name]
-        if not children:
-            del self.model._modules[CHILD]
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
-def attach(model: PreTrainedModel, edit: CallEdit, *, owner: str) -> Around:
-    """Put the edit around the model's calls."""
-    if CHILD not in model._modules:
-        model.add_module(CHILD, nn.ModuleDict().train(model.training))
-    children = model.get_submodule(CHILD)._modules
-    name = child_name(children, owner)
-    children[name] = edit  # not through ModuleDict, which refuses the names of its methods
-    around = Around(model, edit, name, tuple(inspect.signature(type(model).forward).parameters)[1:])
-    around.switch(True)
-    return around
+def attach(model: PreTrainedModel, edit: CallEdit, *, owner: str, rank: int) -> None:
+    """Put the edit around the model's calls; the first in the stack sees the caller's arguments."""
+    calls: _Calls | None = model.__dict__.get(STATE)
+    if calls is None:
+        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        calls = model.__dict__[STATE] = _Calls(model, names)
+    calls.append(model, edit, owner, rank)
+
+
+def detach(model: PreTrainedModel, owner: str) -> None:
+    """Take the owner's edits off the model's calls."""
+    calls: _Calls | None = model.__dict__.get(STATE)
+    if calls is not None and calls.drop(model, owner):
+        calls.close()
+        del model.__dict__[STATE]
+
+
+def enable(model: PreTrainedModel, owner: str, enabled: bool) -> None:
+    calls: _Calls | None = model.__dict__.get(STATE)
+    if calls is not None:
+        calls.switch(owner, enabled)

@@ -10,7 +10,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from peftx.errors import BundleError
-from peftx.ledger import Storage, carried
+from peftx.ledger import carried
+from peftx.parts import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,6 @@ from peftx.plugin import PROJECT, hookspec
 if TYPE_CHECKING:
     import torch
 
-    from peftx.anatomy import ModelView
     from peftx.compression import Calibration
     from peftx.data import TrainingData
     from peftx.decoding import Generation
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from peftx.serving import Server
     from peftx.stack import Stack
     from peftx.training import TrainStep
+    from peftx.view import ModelView
 
 HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
 

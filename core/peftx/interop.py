@@ -17,7 +17,8 @@ from torch import Tensor
 
 from peftx.errors import BundleError, PeftxError
 from peftx.files import naming, read_json, read_tensors
-from peftx.slots import Delta, LowRank
+from peftx.parts import BasePart, DeltaPart
+from peftx.slots import LowRank
 from peftx.stack import Stack
 
 PREFIX = "base_model.model."
@@ -123,7 +124,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _heads(stack: Stack, id: str) -> dict[str, Tensor]:
     """Parameters of the base that train with the plugin, under PEFT's names: the head of a classifier."""
-    parts = [part for part in stack.ledger.of(stack.member(id).id) if part.kind == "base"]
+    parts = stack.ledger.of(stack.member(id).id, BasePart)
     return {f"{PREFIX}{part.key}.{n}": part.module._parameters[n] for part in parts for n in part.parameters}  # type: ignore[misc]
 
 
@@ -159,10 +160,10 @@ def _deltas(stack: Stack, id: str) -> dict[str, LowRank]:
     """A, B and s of the plugin's deltas, by the path of their module."""
     deltas = {}
     for part in stack.ledger.of(stack.member(id).id):
-        if part.kind == "base" and _ALL_HEADS & set(part.key.split(".")):
+        if isinstance(part, BasePart) and _ALL_HEADS & set(part.key.split(".")):
             continue  # goes beside the adapter
-        found = part.module.low_rank() if isinstance(part.module, Delta) else None
-        if found is None:
+        found = part.module.low_rank() if isinstance(part, DeltaPart) else None  # type: ignore[operator]
+        if not isinstance(part, DeltaPart) or found is None:
             raise PeftxError(
                 f"{id}: {part.key} is no low-rank update alone, which is all that PEFT's format of LoRA can say",
                 hint="stack.model.eval() first, if it has dropout",

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
+from peftx.chain import is_ours
 from peftx.errors import ArchitectureError, BundleError, DataError, PeftxError, nearest
 from peftx.files import check_tensors, read_json, require_plain
-from peftx.slots import is_ours
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -10,6 +10,7 @@ import torch
 from peftx.conflicts import Member, find_conflicts
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.models import load_model
+from peftx.parts import BasePart, DeltaPart
 from peftx.pipeline import check_rows_serve, training_rows
 from peftx.registry import Registry
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
@@ -125,16 +126,9 @@ def _duration(stack: Stack, plugins: Sequence[str], tokens: int, conflicts: Sequ
 
 def _reach(stack: Stack) -> float:
     """The share of the numbers in the layers' matrices that plugins stand on, or train."""
-    places = [
-        p.place if p.kind == "delta" else p.module for p in stack.ledger.parts if p.kind in ("delta", "base")
-    ]
-    touched = {
-        id(t): t
-        for m in places
-        if m is not None
-        for t in m._parameters.values()
-        if t is not None and t.ndim > 1
-    }
+    places = [part.place for part in stack.ledger.all(DeltaPart)]
+    places += [part.module for part in stack.ledger.all(BasePart)]
+    touched = {id(t): t for m in places for t in m._parameters.values() if t is not None and t.ndim > 1}
     inside = sum(t.numel() for t in touched.values())
     _, total, _ = stack.anatomy.uncovered()
     return min(1.0, inside / total) if total else 0.0
@@ -158,10 +152,10 @@ def _touched(
         rows.append(
             TouchedModule(
                 path=part.key,
-                role=site.role if site is not None else part.kind,
+                role=site.role if site is not None else part.what,
                 shape=tuple(site.shape) if site is not None else (),
                 plugin=part.owner,
-                params=0 if part.kind == "base" else sum(t.numel() for t in tensors),
+                params=0 if isinstance(part, BasePart) else sum(t.numel() for t in tensors),
                 bytes=sum(t.nbytes for t in tensors),
             )
         )

@@ -22,8 +22,9 @@ from peftx.errors import PluginError, nearest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from peftx.anatomy import ModelView, Site
+    from peftx.anatomy import Site
     from peftx.stack import Stack
+    from peftx.view import ModelView
 
 PROJECT = "peftx"
 

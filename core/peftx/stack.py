@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from peftx.anatomy import Anatomy, ModelView
+from peftx.anatomy import Anatomy
+from peftx.changes import Owner
 from peftx.conflicts import Member, check
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError, PluginError, nearest
 from peftx.guard import guard, release
@@ -25,8 +26,10 @@ from peftx.ledger import Ledger, carried
 from peftx.members import Defaults, blame, members_of, register
 from peftx.models import load_model
 from peftx.objective import objective_of
+from peftx.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.plugin import Claim, Plugin
 from peftx.slots import base_class
+from peftx.view import ModelView
 from peftx.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
@@ -174,7 +177,7 @@ class Stack:
     def view(self, id: str, *, restoring: bool = False) -> ModelView:
         """The model as plugin `id` may change it."""
         rank = [member.id for member in self.members].index(self.member(id).id)
-        return ModelView(self.anatomy, self.ledger, id, rank, restoring=restoring)
+        return ModelView(self.anatomy, self.ledger, Owner(id, rank, restoring))
 
     def _implementers(self, hook: str, ids: Iterable[str] | None = None) -> list[Member]:
         wanted = None if ids is None else {self.member(id).id for id in ids}
@@ -263,9 +266,9 @@ class Stack:
                     raise
 
     def _check_folds(self, other: Member, member: Member) -> None:
-        for part in self.ledger.of(other.id):
-            linear = part.place is not None and issubclass(base_class(part.place), nn.Linear | Conv1D)
-            if part.kind == "delta" and linear and not part.module.can_fold():  # type: ignore[operator]
+        for part in self.ledger.of(other.id, DeltaPart):
+            linear = issubclass(base_class(part.place), nn.Linear | Conv1D)
+            if linear and not part.module.can_fold():  # type: ignore[operator]
                 raise ConflictError(
                     f"'{member.id}' starts from merged weights, and '{other.id}' does not fold into {part.path}",
                     hint=f"leave that layer to one of them, or put '{member.id}' first if it allows that",
@@ -277,14 +280,12 @@ class Stack:
         if objective_of(self.model) != "class" or any(m.claims(Claim.CLASSIFIES) for m in self.members):
             return
         heads = [site for site in self.anatomy.sites if site.role.partition(".")[0] == "classifier"]
-        standing = {part.module for part in self.ledger.parts if part.kind == "base"}
-        standing |= {
-            part.place for part in self.ledger.parts if part.kind == "delta" and part.place is not None
-        }
+        standing = {part.module for part in self.ledger.all(BasePart)}
+        standing |= {part.place for part in self.ledger.all(DeltaPart)}
         if self.ledger.of(member.id) and not any(site.module in standing for site in heads):
             view = self.view(member.id, restoring=restoring)
             for site in heads:
-                site.bound(view).train()
+                view.bound(site).train()
 
     def _set_trainable(self) -> None:
         for id, plugin in self.plugins.items():
@@ -393,9 +394,8 @@ class Stack:
         """Bring back the weights from before `merge`, the very same bits."""
         from peftx.slots import unmerge
 
-        for part in self.ledger.parts:
-            if part.kind == "delta" and part.place is not None:
-                unmerge(part.place)
+        for part in self.ledger.all(DeltaPart):
+            unmerge(part.place)
 
     def trainable_parameters(self) -> int:
         """How many numbers train."""
@@ -407,10 +407,10 @@ class Stack:
 
     def base_parameters(self) -> int:
         """Numbers in the base model, each tied tensor once, quantized ones at their full count."""
-        added = [part for part in self.ledger.parts if part.kind != "base"]
+        added = [part for part in self.ledger.parts if not isinstance(part, BasePart)]
         own = {id(tensor) for part in added for tensor in part.tensors().values()}
         count = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
-        replaced = (part.geometry for part in self.ledger.parts if part.kind == "replaced")
+        replaced = (part.geometry for part in self.ledger.all(ReplacedPart))
         return count + sum(int(g["in_features"]) * int(g["out_features"]) for g in replaced)
 
     # -- data and training -------------------------------------------------------------------------------------
@@ -571,8 +571,8 @@ class Stack:
     def _check_bare(self, member: Member) -> None:
         """Raises ConflictError where a plugin that comes later stands already on layers that this one may replace."""
         for other in self.members[self.members.index(member) + 1 :]:
-            if any(p.place is not None and issubclass(base_class(p.place), nn.Linear | Conv1D)
-                   for p in self.ledger.of(other.id) if p.kind == "delta"):  # fmt: skip
+            standing = self.ledger.of(other.id, DeltaPart)
+            if any(issubclass(base_class(part.place), nn.Linear | Conv1D) for part in standing):
                 raise ConflictError(
                     f"'{other.id}' comes after '{member.id}' and stands already on layers that it replaces",
                     hint=f"Stack(..., inject=False), then compress(data, ['{member.id}']), then inject()",

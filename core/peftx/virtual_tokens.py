@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from peftx.anatomy.lookup import table_for
+from peftx.chain import Chain
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
-from peftx.slots import child_name, drop_children
 
 CHILD = "peftx_prompt"
 STATE = "_peftx_prompt"
@@ -41,21 +41,26 @@ class VirtualTokens(nn.Module):
         raise NotImplementedError
 
 
-class _Prompt:
+class Shift(nn.Module):
+    """Positions count from `by`: so many keys and values of a plugin's stand before the text's own."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+
+class _Prompt(Chain[VirtualTokens | Shift]):
     """What one base model has in front of its input."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[int, str, VirtualTokens]] = []
-        self.shifts: dict[str, int] = {}
-        self.disabled: set[str] = set()
+        super().__init__(CHILD)
+        self.tokens: list[VirtualTokens] = []
+        self.shift = 0
 
-    @property
-    def tokens(self) -> list[VirtualTokens]:
-        return [t for _, owner, t in sorted(self.entries, key=lambda e: e[0]) if owner not in self.disabled]
-
-    @property
-    def shift(self) -> int:
-        return sum(by for owner, by in self.shifts.items() if owner not in self.disabled)
+    def rebuild(self) -> None:
+        super().rebuild()
+        self.tokens = [edit for edit in self.active if isinstance(edit, VirtualTokens)]
+        self.shift = sum(edit.by for edit in self.active if isinstance(edit, Shift))
 
 
 class _BaseModelSlot:
@@ -375,45 +380,25 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
     host.__dict__["_peftx_at"] = _place(model, host)
     host.__dict__["_peftx_visible"] = bool(model.config.is_encoder_decoder)
     host.__class__ = _slot_class(type(host), _BaseModelSlot)
-    host.add_module(CHILD, nn.ModuleDict().train(host.training))
     if model.config.is_encoder_decoder:
         decoder = model.base_model.get_decoder()
         decoder.__class__ = _slot_class(type(decoder), _CrossAttentionSlot)
     return host, prompt
 
 
-def attach(model: PreTrainedModel, tokens: VirtualTokens, *, owner: str, rank: int) -> str:
-    """Add a plugin's soft tokens; the first in the stack stands first. Returns the host's path in the model."""
+def attach(model: PreTrainedModel, edit: VirtualTokens | Shift, *, owner: str, rank: int) -> None:
+    """Add a plugin's soft tokens, of which the first in the stack stand first, or its shift of positions."""
     host, prompt = _prepare(model)
-    children = host.get_submodule(CHILD)._modules
-    children[child_name(children, owner)] = tokens
-    prompt.entries.append((rank, owner, tokens))
-    return next(name for name, module in model.named_modules() if module is host)
-
-
-def shift(model: PreTrainedModel, by: int, *, owner: str) -> None:
-    """Count positions from `by`; what the owner asked for before counts too."""
-    shifts = _prepare(model)[1].shifts
-    shifts[owner] = shifts.get(owner, 0) + by
+    prompt.append(host, edit, owner, rank)
 
 
 def detach(model: PreTrainedModel, owner: str) -> None:
-    """Take the owner's tokens and shift away; the last one gone gives the classes back."""
+    """Take the owner's tokens and shifts away; the last one gone gives the classes back."""
     host = _host(model)
     prompt: _Prompt | None = host.__dict__.get(STATE)
-    if prompt is None:
+    if prompt is None or not prompt.drop(host, owner):
         return
-    prompt.entries = [entry for entry in prompt.entries if entry[1] != owner]
-    prompt.shifts.pop(owner, None)
-    drop_children(host, CHILD, owner)
-    if prompt.entries or prompt.shifts:
-        return
-    del (
-        host.__dict__[STATE],
-        host.__dict__["_peftx_visible"],
-        host.__dict__["_peftx_at"],
-        host._modules[CHILD],
-    )
+    del host.__dict__[STATE], host.__dict__["_peftx_visible"], host.__dict__["_peftx_at"]
     host.__class__ = host._peftx_base  # type: ignore[assignment]
     if model.config.is_encoder_decoder:
         decoder = model.base_model.get_decoder()
@@ -423,7 +408,7 @@ def detach(model: PreTrainedModel, owner: str) -> None:
 def enable(model: PreTrainedModel, owner: str, enabled: bool) -> None:
     prompt: _Prompt | None = _host(model).__dict__.get(STATE)
     if prompt is not None:
-        (prompt.disabled.discard if enabled else prompt.disabled.add)(owner)
+        prompt.switch(owner, enabled)
 
 
 def free_positions(model: PreTrainedModel) -> int | None:

@@ -30,7 +30,8 @@ from transformers import (
 
 import peftx
 from peftx import Stack
-from peftx.anatomy import Anatomy, Fused, ModelView, Site, Table, Targets, Tower
+from peftx.anatomy import Anatomy, Fused, Site, Table, Targets, Tower
+from peftx.changes import Owner
 from peftx.errors import ArchitectureError, TargetError
 from peftx.ledger import Ledger
 from peftx.slots import Delta, merge, unmerge
@@ -45,6 +46,7 @@ from peftx.testing.models import (
     tiny,
     tiny_tokenizer,
 )
+from peftx.view import ModelView
 
 # ------------------------------------------------------------------------------------------------ what is expected
 QKVO = "attention.q attention.k attention.v attention.o "
@@ -306,7 +308,7 @@ def shared(arch: str) -> Anatomy:
 
 
 def view_of(model: PreTrainedModel, *, owner: str = "one", rank: int = 0) -> ModelView:
-    return ModelView(Anatomy(model), Ledger(model), owner, rank)
+    return ModelView(Anatomy(model), Ledger(model), Owner(owner, rank))
 
 
 def run(model: PreTrainedModel, *, padding: Padding = None) -> Tensor:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from peftx.anatomy import Anatomy, ModelView
+from peftx.anatomy import Anatomy
 from peftx.anatomy.anatomy import Heads
 from peftx.attention import AttentionEdit
+from peftx.changes import Owner
 from peftx.errors import ArchitectureError, ConflictError
 from peftx.ledger import Ledger
 from peftx.testing.models import ARCHITECTURES, PAD, Padding, example_inputs, output_of, tiny
+from peftx.view import ModelView
 
 SILENT = ("mamba", "bloom", "gptj", "deberta_v2")
 DISPATCHING = tuple(arch for arch in ARCHITECTURES if arch not in SILENT)
@@ -94,7 +96,7 @@ class Delegate(AttentionEdit):
 
 
 def view_of(model: PreTrainedModel, *, owner: str = "one", rank: int = 0) -> ModelView:
-    return ModelView(Anatomy(model), Ledger(model), owner, rank)
+    return ModelView(Anatomy(model), Ledger(model), Owner(owner, rank))
 
 
 def prefixed(model: PreTrainedModel, *, shift: bool = True) -> tuple[ModelView, list[Prefix]]:
@@ -275,7 +277,7 @@ def test_replacement_sees_what_the_model_sees(arch: str, prefix: bool) -> None:
     model = tiny(arch)
     view = view_of(model)
     ledger = view._ledger
-    other = ModelView(view.anatomy, ledger, "two", 1)
+    other = ModelView(view.anatomy, ledger, Owner("two", 1))
     paddings: tuple[Padding, ...] = (None,) if arch == "vit" else (None, "left", "right")
     for tower, facts in view.towers.items():
         for role in ("attention", "cross_attention") if facts.cross_attention else ("attention",):
@@ -338,7 +340,7 @@ def test_prefix_in_cross_attention() -> None:
 def test_two_replacements_are_refused() -> None:
     model = tiny("llama")
     ledger = Ledger(model)
-    one, two = (ModelView(Anatomy(model), ledger, owner, i) for i, owner in enumerate(("one", "two")))
+    one, two = (ModelView(Anatomy(model), ledger, Owner(owner, i)) for i, owner in enumerate(("one", "two")))
     one.attend(one.attention_sites()[0], Delegate())
     expected = run(model)
     with pytest.raises(ConflictError, match="both replace"):
@@ -351,7 +353,7 @@ def test_prefixes_of_two_plugins_and_switching_off() -> None:
     model = tiny("llama")
     ledger = Ledger(model)
     base = run(model)
-    views = [ModelView(Anatomy(model), ledger, owner, i) for i, owner in enumerate(("one", "two"))]
+    views = [ModelView(Anatomy(model), ledger, Owner(owner, i)) for i, owner in enumerate(("one", "two"))]
     outputs = {}
     for seed, view in enumerate(views):
         for site in view.attention_sites():

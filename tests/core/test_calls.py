@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftx import CallEdit, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.parts import CallPart
 from peftx.testing.models import tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 13).reshape(2, 5)
@@ -55,7 +56,7 @@ class Watches(Plugin):
 
 
 def edit_of(stack: Stack) -> Seen:
-    (part,) = (part for part in stack.ledger.parts if part.kind == "call")
+    (part,) = (part for part in stack.ledger.parts if isinstance(part, CallPart))
     return part.module  # type: ignore[return-value]
 
 

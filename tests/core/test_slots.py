@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftx.anatomy import Anatomy, ModelView
+from peftx.anatomy import Anatomy
+from peftx.changes import Owner
 from peftx.errors import ConflictError, MergeError, PeftxError, UnsupportedError
 from peftx.ledger import Ledger
 from peftx.slots import (
@@ -36,6 +37,7 @@ from peftx.slots.delta import LowRank as factors
 from peftx.slots.delta import dropout_mask
 from peftx.slots.fused import linear_with_low_rank
 from peftx.testing.models import example_inputs, output_of, tiny
+from peftx.view import ModelView
 
 STEPS = ("attach", "merge", "unmerge", "disable", "enable", "remove")
 OWNERS = ("a", "b", "c")
@@ -259,7 +261,7 @@ def test_merge_in_the_wrong_order_is_refused() -> None:
     merge(module, {"near"})
     unmerge(module)
     merge(module, {"near", "far"})
-    assert all(entry.merged for entry in slot_of(module).entries)
+    assert all(link.merged for link in slot_of(module).links)
 
 
 class HalfTheRows(Delta):
@@ -533,7 +535,8 @@ class Bench:
         self.inputs = example_inputs(self.model, length=4)
         self.ledger = Ledger(self.model)
         self.views = {
-            owner: ModelView(Anatomy(self.model), self.ledger, owner, i) for i, owner in enumerate(OWNERS)
+            owner: ModelView(Anatomy(self.model), self.ledger, Owner(owner, i))
+            for i, owner in enumerate(OWNERS)
         }
         self.targets = {"a": "all", "b": "attention", "c": "attention.q,v mlp"}
 
@@ -620,7 +623,7 @@ def test_the_output_depends_only_on_what_is_attached_and_on(steps: list[tuple[st
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "t5", "mamba"])
 def test_deepcopy_and_pickle_of_models(arch: str) -> None:
     model = tiny(arch)
-    view = ModelView(Anatomy(model), Ledger(model), "a", 0)
+    view = ModelView(Anatomy(model), Ledger(model), Owner("a", 0))
     for site in view.linears("all"):
         site.attach(Gain(site.out_features, batch=site.batch))
     inputs = example_inputs(model)
@@ -637,7 +640,7 @@ def test_deepcopy_and_pickle_of_models(arch: str) -> None:
 
 def test_base_checkpoint_loads_into_a_model_with_slots() -> None:
     plain, model = tiny("llama", seed=1), tiny("llama")
-    view = ModelView(Anatomy(model), Ledger(model), "a", 0)
+    view = ModelView(Anatomy(model), Ledger(model), Owner("a", 0))
     for site in view.linears("all"):
         site.attach(Gain(site.out_features)).z.data.fill_(1.0)
     keys = model.load_state_dict(plain.state_dict(), strict=False)
@@ -654,7 +657,7 @@ def test_hf_peft_on_top() -> None:
     inputs = example_inputs(model)
     base = output_of(model, inputs).detach()
     ledger = Ledger(model)
-    view = ModelView(Anatomy(model), ledger, "a", 0)
+    view = ModelView(Anatomy(model), ledger, Owner("a", 0))
     for site in view.linears("attention.q,v"):
         site.attach(Gain(site.out_features))
     ours = output_of(model, inputs).detach()
@@ -678,7 +681,7 @@ def test_output_carriers_on_a_model(role: str) -> None:
     inputs = example_inputs(model)
     before = output_of(model, inputs).detach()
     ledger = Ledger(model)
-    view = ModelView(Anatomy(model), ledger, "a", 0)
+    view = ModelView(Anatomy(model), ledger, Owner("a", 0))
     seen: list[torch.Size] = []
 
     class Spy(Gain):
@@ -701,7 +704,7 @@ def test_one_plugin_on_a_block_and_on_the_matrix_that_ends_it() -> None:
     inputs = example_inputs(model)
     before = output_of(model, inputs).detach()
     ledger = Ledger(model)
-    view = ModelView(Anatomy(model), ledger, "a", 0)
+    view = ModelView(Anatomy(model), ledger, Owner("a", 0))
     for site in (*view.linears("mlp.down"), *view.blocks("mlp")):
         site.attach(Gain(32))
     assert len(ledger.tensors("a")) == 4

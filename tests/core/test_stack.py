@@ -521,7 +521,7 @@ class Everywhere(Plugin):
         elif self.where == "prompt":
             model.prompt(VirtualTokens(2))
         elif self.where == "base":
-            model.train(model.norms()[0])
+            model.norms()[0].train()
         elif self.where == "call":
             model.around(CallEdit())
         elif self.where == "positions":

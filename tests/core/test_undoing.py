@@ -204,7 +204,7 @@ def test_a_switch_that_one_layer_refuses_changes_none() -> None:
     stack = stack_of(Scales(), ("last", Scales()))
     stack.merge("scales")
     half = stack.ledger.carriers(["last"])[-1]
-    half._peftx_slot.entries[1].merged = True  # as if that layer alone had it merged
+    half._peftx_slot.links[1].merged = True  # as if that layer alone had it merged
     with pytest.raises(MergeError), stack.disabled("last"):
         raise AssertionError("not reached")
     assert all(

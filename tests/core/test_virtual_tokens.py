@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from peftx import virtual_tokens
-from peftx.anatomy import Anatomy, ModelView
+from peftx.anatomy import Anatomy
+from peftx.changes import Owner
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.ledger import Ledger
 from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny
+from peftx.view import ModelView
 from peftx.virtual_tokens import VirtualTokens
 
 DECODERS = (
@@ -51,7 +53,7 @@ def prompted(model: PreTrainedModel, *lengths: int) -> tuple[Ledger, list[Rows]]
     ledger = Ledger(model)
     prompts = []
     for rank, length in enumerate(lengths):
-        view = ModelView(Anatomy(model), ledger, f"p{rank}", rank)
+        view = ModelView(Anatomy(model), ledger, Owner(f"p{rank}", rank))
         prompts.append(view.prompt(Rows(length, seed=rank)))
     return ledger, prompts
 
@@ -186,7 +188,7 @@ def test_rows_that_leave_the_text_no_position_are_refused() -> None:
     assert virtual_tokens.free_positions(model) == 128
     ledger, _ = prompted(model, 100)
     assert virtual_tokens.free_positions(model) == 28
-    view = ModelView(Anatomy(model), ledger, "shifts", 1)
+    view = ModelView(Anatomy(model), ledger, Owner("shifts", 1))
     view.shift_positions(20)
     assert virtual_tokens.free_positions(model) == 8
     names = [name for name, _ in model.named_parameters()]
@@ -565,7 +567,7 @@ def test_shift_alone_and_with_a_prompt() -> None:
     """`shift_positions` counts from where keys and values of other tokens end."""
     model, reference = tiny("gpt2"), tiny("gpt2")
     ledger = Ledger(model)
-    view = ModelView(Anatomy(model), ledger, "one", 0)
+    view = ModelView(Anatomy(model), ledger, Owner("one", 0))
     view.shift_positions(4)
     inputs = example_inputs(model)
     expected = reference(**inputs, position_ids=torch.arange(4, 13)[None]).logits

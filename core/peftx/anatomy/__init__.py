@@ -6,12 +6,10 @@ from peftx.anatomy.anatomy import Anatomy, TowerFacts
 from peftx.anatomy.site import Site
 from peftx.anatomy.table import Fused, Stacked, Table, Tower
 from peftx.anatomy.targets import Targets
-from peftx.anatomy.view import ModelView
 
 __all__ = [
     "Anatomy",
     "Fused",
-    "ModelView",
     "Site",
     "Stacked",
     "Table",

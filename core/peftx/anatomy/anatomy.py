@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.anatomy.site import Site
 from peftx.anatomy.table import Fused, Stacked, Table, Tower
+from peftx.chain import is_ours
 from peftx.errors import ArchitectureError, nearest
-from peftx.slots import Rows, base_class, is_map, is_ours, kind_of
+from peftx.slots import Rows, base_class, is_map, kind_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ArchitectureError
-from peftx.slots import Delta, Rows, base_class
-
-if TYPE_CHECKING:
-    from peftx.anatomy.view import ModelView
-
-D = TypeVar("D", bound=Delta)
+from peftx.slots import Rows, base_class
 
 LINEAR_KINDS = ("linear", "experts", "router", "quantized")
 
@@ -50,8 +44,6 @@ class Site:
     """The parameter that is added to the product."""
     apart: bool = False
     """`all` does not mean it."""
-    view: ModelView | None = None
-    """The plugin's view that this site was taken from; None outside a hook."""
 
     @property
     def in_all(self) -> bool:
@@ -63,15 +55,6 @@ class Site:
     def key(self) -> str:
         """Unique in the model: the path, and the role where several share the module."""
         return f"{self.path}@{self.role}" if self.fused or self.kind == "experts" else self.path
-
-    def bound(self, view: ModelView) -> Site:
-        """The same site, through which `view`'s plugin may act."""
-        site = object.__new__(Site)
-        site.__dict__.update(
-            self.__dict__
-        )  # `dataclasses.replace` would run the constructor: slow on 560 sites
-        site.view = view
-        return site
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -135,25 +118,6 @@ class Site:
     def dtype(self) -> torch.dtype:
         parameter = next(self.module.parameters(), None)
         return torch.float32 if parameter is None else parameter.dtype
-
-    def attach(self, delta: D) -> D:
-        """Put the plugin's delta into this site's slot; returns it."""
-        return self._bound().attach(self, delta)
-
-    def train(self, *parameters: str) -> list[nn.Parameter]:
-        """Let the plugin train parameters of the base module itself (all of them if none is named)."""
-        return self._bound().train(self, parameters)
-
-    def replace(self, module: nn.Module) -> nn.Module:
-        """Put a storage module (`QuantLinear`, ...) in this one's place; the bundle then holds its tensors."""
-        return self._bound().replace(self, module)
-
-    def _bound(self) -> ModelView:
-        if self.view is None:
-            raise ArchitectureError(
-                f"site {self.path} is read-only here: only a plugin's hook can change the model"
-            )
-        return self.view
 
     def __repr__(self) -> str:
         return f"Site({self.role}, {self.path}, {self.kind}, {'x'.join(map(str, self.shape))})"

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from peftx.bundle.manifest import versions
+from peftx.chain import is_ours
 from peftx.errors import BundleError, MergeError
 from peftx.files import read_json, replacing
+from peftx.parts import AttentionPart, CallPart, DeltaPart, PromptPart, ReplacedPart, ShiftPart
 from peftx.plugin import Claim
-from peftx.slots import is_ours
 from peftx.stack import Stack
 
 if TYPE_CHECKING:
@@ -30,18 +31,16 @@ def export(stack: Stack, path: Path) -> Path:
             continue
         if member.claims(Claim.MERGEABLE):
             stack.ledger.check_fold(member.id)
-        folds = ("delta",) if member.claims(Claim.MERGEABLE) else ()
-        left = next(
-            (p for p in stack.ledger.of(member.id) if p.kind not in ("base", "replaced", "free", *folds)),
-            None,
-        )
+        stays = (AttentionPart, PromptPart, ShiftPart, CallPart)
+        kinds = stays if member.claims(Claim.MERGEABLE) else (DeltaPart, *stays)
+        left = next((part for part in stack.ledger.of(member.id) if isinstance(part, kinds)), None)
         if left is not None:
             raise MergeError(
-                f"'{member.id}' does not fold into the weights ({left.kind} at {left.key}), so no plain checkpoint can "
+                f"'{member.id}' does not fold into the weights ({left.what} at {left.key}), so no plain checkpoint can "
                 "hold it",
                 hint=f"save a bundle, or stack.remove('{member.id}') first",
             )
-    if any(part.kind == "replaced" for part in stack.ledger.parts):
+    if stack.ledger.all(ReplacedPart):
         raise MergeError(
             "a quantized stack has no plain checkpoint", hint="export before compressing, or save a bundle"
         )

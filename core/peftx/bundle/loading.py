@@ -27,11 +27,12 @@ from peftx.bundle.surroundings import (
 )
 from peftx.errors import BundleError
 from peftx.files import naming, read_tensors
-from peftx.ledger import Part
 from peftx.models import fingerprint, load_model, read_config, read_tokenizer, usable_device
+from peftx.parts import BasePart
 from peftx.plugin import Plugin
 from peftx.registry import Registry
 from peftx.stack import Stack
+from peftx.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -226,9 +227,8 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
             for name in names:
                 own[name] = nn.Parameter(_hollow(own[name]), requires_grad=False)
             reason = f"{owner} was folded into the weights for good"
-            stack.ledger.parts.append(
-                Part(owner, "base", path, module, tuple(names), undo=undo, final=reason)
-            )
+            part = BasePart(owner, path, module, stack.model, tuple(names), final=reason, put_back=undo)
+            stack.ledger.parts.append(part)
         stack.folded.add(owner)
     elif entry.injected:
         stack.inject([owner], restoring=True)
@@ -244,7 +244,7 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
 
 def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:
     """Put whole tensors in the place of what changed in them."""
-    parts = stack.ledger.of(entry.id)
+    parts = stack.ledger.of(entry.id, BasePart)
     originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
     for name in entry.sparse:
         pair = [tensors.pop(name + end, None) for end in (AT, TO)]
@@ -257,7 +257,9 @@ def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: 
             raise BundleError(f"{file}: {name}: {error}") from error
 
 
-def _rebuild(stack: Stack, view: Any, path: str, kind: str, geometry: dict[str, Any], plugin: Plugin) -> None:
+def _rebuild(
+    stack: Stack, view: ModelView, path: str, kind: str, geometry: dict[str, Any], plugin: Plugin
+) -> None:
     """Build a storage module again: a class of the core, or of the plugin's own module."""
     import sys
 
@@ -268,15 +270,15 @@ def _rebuild(stack: Stack, view: Any, path: str, kind: str, geometry: dict[str, 
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise BundleError(f"{view.owner}: no storage class '{kind}' for {path}")
     old = stack.model.get_submodule(path)
-    view.replace(Site("", path, old, "linear"), cls(**geometry))
+    view.bound(Site("", path, old, "linear")).replace(cls(**geometry))
 
 
 def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | None, later: set[str]) -> None:
     """Put the file's tensors in the parts' places; no name may be missing or left over."""
     places = {
-        name: (module, leaf, part.kind == "base")
+        name: (module, leaf, isinstance(part, BasePart))
         for part in stack.ledger.of(owner)
-        if not (part.kind == "base" and part.key in later)
+        if not (isinstance(part, BasePart) and part.key in later)
         for name, module, leaf in part.places()
     }
     missing, extra = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())

@@ -29,12 +29,12 @@ from peftx.bundle.surroundings import (
     settings_of,
     tokenizer_digest,
 )
+from peftx.chain import is_ours
 from peftx.errors import BundleError
 from peftx.files import plain_files, replacing, sha256
-from peftx.ledger import Part
 from peftx.members import default_id
+from peftx.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.registry import Registry
-from peftx.slots import is_ours
 from peftx.stack import Stack
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def save(stack: Stack, path: Path) -> Path:
     Raises:
         BundleError: the place is taken by something else, or the disk is full.
     """
-    for part in stack.ledger.parts:
-        if part.kind == "delta" and part.place is not None and _merged(part):
+    for part in stack.ledger.all(DeltaPart):
+        if _merged(part):
             raise BundleError(
                 "the stack is merged", hint="stack.unmerge() first, or stack.merge(keep=False) for good"
             )
     _check_base(stack)
-    contained = any(part.kind == "replaced" for part in stack.ledger.parts)
+    contained = bool(stack.ledger.all(ReplacedPart))
     with replacing(path, marker=MANIFEST) as folder:
         entries = [_write_plugin(stack, member, folder, sparse=not contained) for member in stack.members]
         manifest: dict[str, Any] = {
@@ -92,9 +92,9 @@ def _check_base(stack: Stack) -> None:
     if stack.identity is None:
         return
     tensors = {name: t for name, t in stack.model.named_parameters() if not is_ours(name)}
-    owned = {id(t) for part in stack.ledger.parts if part.kind == "base" for t in part.tensors().values()}
+    owned = {id(t) for part in stack.ledger.all(BasePart) for t in part.tensors().values()}
     known = {name for name, t in tensors.items() if id(t) in owned}
-    replaced = tuple(f"{p.key}." for p in stack.ledger.parts if p.kind == "replaced")
+    replaced = tuple(f"{p.key}." for p in stack.ledger.all(ReplacedPart))
     names = [n for n in stack.identity.changed(tensors, left_out=known) if not n.startswith(replaced)]
     if names:
         more = f" and {len(names) - 1} others" if names[1:] else ""
@@ -119,18 +119,18 @@ def _write_tokenizer(stack: Stack, folder: Path, *, always: bool) -> str | None:
     return digest
 
 
-def _merged(part: Part) -> bool:
+def _merged(part: DeltaPart) -> bool:
     from peftx.slots import slot_of
 
-    slot = slot_of(part.place) if part.place is not None else None
-    return slot is not None and any(entry.merged for entry in slot.entries)
+    slot = slot_of(part.place)
+    return slot is not None and any(link.merged for link in slot.links)
 
 
 def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -> dict[str, Any]:
     parts = stack.ledger.of(member.id)
     tensors = stack.ledger.tensors(member.id)
-    packed = _packed(parts) if sparse else {}
-    folded = {p.path or p.key: list(p.parameters) for p in parts if p.kind == "base"}
+    packed = _packed(stack.ledger.of(member.id, BasePart)) if sparse else {}
+    folded = {p.key: list(p.parameters) for p in parts if isinstance(p, BasePart)}
     entry: dict[str, Any] = {
         "id": member.id,
         "use": default_id(type(member.plugin)),
@@ -143,7 +143,7 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
         "compressed": member.id in stack.compressed,
         "frozen": member.id in stack._frozen,
         "folded": folded if member.id in stack.folded else None,
-        "replaced": {p.key: [type(p.module).__name__, p.geometry] for p in parts if p.kind == "replaced"},
+        "replaced": {p.key: [type(p.module).__name__, p.geometry] for p in parts if isinstance(p, ReplacedPart)},
     }  # fmt: skip
     if packed:
         entry["sparse"] = sorted(packed)
@@ -156,7 +156,7 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     return entry
 
 
-def _packed(parts: Sequence[Part]) -> dict[str, tuple[Tensor, Tensor]]:
+def _packed(parts: Sequence[BasePart]) -> dict[str, tuple[Tensor, Tensor]]:
     """What changed in trained parameters of the base, where that is the shorter way to say it."""
     found = {}
     for part in parts:
@@ -201,7 +201,7 @@ def _write_base(stack: Stack, folder: Path) -> list[str]:
 def _base_tensors(stack: Stack) -> dict[str, Tensor]:
     """Name -> tensor of the base that no plugin owns, each shared tensor once."""
     owned = {id(t) for o in stack.plugins for t in stack.ledger.tensors(o).values()}
-    replaced = tuple(f"{p.key}." for p in stack.ledger.parts if p.kind == "replaced")
+    replaced = tuple(f"{p.key}." for p in stack.ledger.all(ReplacedPart))
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     persistent = stack.model.state_dict(keep_vars=True)

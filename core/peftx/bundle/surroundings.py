@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftx.chain import is_ours
 from peftx.errors import BundleError
 from peftx.models import DTYPES
-from peftx.slots import is_ours
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

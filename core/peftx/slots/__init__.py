@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from peftx.slots.attaching import attach, bake, detach, enable, without_fast_path
-from peftx.slots.carrier import (
-    Entry,
-    base_class,
-    child_name,
-    drop_children,
-    is_map,
-    is_ours,
-    kind_of,
-    packed,
-    slot_of,
-)
+from peftx.slots.carrier import base_class, is_map, kind_of, packed, slot_of
 from peftx.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
 from peftx.slots.folding import follow, merge, snapshot, unmerge
 from peftx.slots.rows import Rows
+from peftx.slots.state import Entry
 
 __all__ = [
     "Delta",
@@ -27,14 +18,11 @@ __all__ = [
     "attach",
     "bake",
     "base_class",
-    "child_name",
     "detach",
-    "drop_children",
     "dropout_linear",
     "enable",
     "follow",
     "is_map",
-    "is_ours",
     "kind_of",
     "merge",
     "packed",

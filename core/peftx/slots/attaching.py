@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftx.chain import CHILD, children_of
 from peftx.errors import ConflictError, MergeError, UnsupportedError
-from peftx.slots.carrier import CHILD, Entry, base_class, close_slot, kind_of, open_slot, slot_of
+from peftx.slots.carrier import base_class, close_slot, kind_of, open_slot, slot_of
 from peftx.slots.delta import Delta
 from peftx.slots.folding import merge, snapshot, unmerge
 from peftx.slots.rows import Rows
+from peftx.slots.state import Entry
 
 
 def attach(
@@ -65,28 +67,22 @@ def attach(
         raise UnsupportedError(f"{type(delta).__name__} defines none of forward, pre, base and fold")
     slot = slot_of(module)
     if delta.has_base() and slot is not None:
-        other = next((entry.owner for entry in slot.entries if entry.delta.has_base()), None)
+        other = next((entry.owner for entry in slot.links if entry.edit.has_base()), None)
         if other is not None:
             raise ConflictError(f"'{owner}' and '{other}' both compute one layer", hint="keep one")
     turned = transposed or isinstance(module, Conv1D)
-    entry = Entry(name, owner, rank, delta, parameter, rows, bias, turned)
-    _check_weight_edits(slot.entries if slot is not None else [], entry, kind)
+    entry = Entry(name, owner, rank, delta, parameter=parameter, rows=rows, bias=bias, transposed=turned)
+    _check_weight_edits(slot.links if slot is not None else [], entry, kind)
     if slot is None:
         slot = open_slot(module, kind)
-    elif any(entry.merged for entry in slot.entries):
+    elif any(entry.merged for entry in slot.links):
         raise ConflictError(
             f"{owner}: the layer holds merged deltas",
             hint="stack.unmerge() first, or stack.merge(keep=False) for good",
         )
-    deltas = module._modules[CHILD]._modules  # type: ignore[union-attr]
-    if name in deltas:
+    if name in children_of(module, CHILD):
         raise ConflictError(f"{owner}: a delta named '{name}' already stands on this module")
-    deltas[name] = (
-        delta  # not through ModuleDict, which refuses `half`, `type` and other names of its methods
-    )
-    position = next((i for i, other in enumerate(slot.entries) if other.rank > rank), len(slot.entries))
-    slot.entries.insert(position, entry)
-    slot.rebuild()
+    slot.add(module, entry)
     return entry
 
 
@@ -97,8 +93,8 @@ def _check_weight_edits(entries: Sequence[Entry], new: Entry, kind: str) -> None
         return
     ordered = sorted([*entries, new], key=lambda entry: entry.rank)
     for index, entry in enumerate(ordered):
-        below = next((other for other in ordered[:index] if not other.delta.can_fold()), None)
-        if entry.delta.only_folds() and below is not None:
+        below = next((other for other in ordered[:index] if not other.edit.can_fold()), None)
+        if entry.edit.only_folds() and below is not None:
             raise ConflictError(
                 f"'{entry.owner}' edits the weights, and '{below.owner}', which stands before it, does not fold into "
                 "them",
@@ -139,16 +135,13 @@ def detach(module: nn.Module, owner: str) -> None:
     if slot is None:
         return
     again: set[str] = set()
-    if any(entry.merged and entry.owner == owner for entry in slot.entries):
-        again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
+    if any(entry.merged and entry.owner == owner for entry in slot.links):
+        again = {entry.owner for entry in slot.links if entry.merged and entry.owner != owner}
         unmerge(module)
-    for entry in [entry for entry in slot.entries if entry.owner == owner]:
-        slot.entries.remove(entry)
-        del module.get_submodule(CHILD)[entry.name]  # type: ignore[operator]
-    slot.rebuild()
+    empty = slot.drop(module, owner)
     if again:
         merge(module, again)
-    if not slot.entries:
+    if empty:
         close_slot(module)
 
 
@@ -161,19 +154,16 @@ def enable(module: nn.Module, owner: str, enabled: bool) -> None:
     slot = slot_of(module)
     if slot is None:
         return
-    for i, entry in enumerate(slot.entries):
+    for i, entry in enumerate(slot.links):
         if entry.owner != owner or entry.enabled == enabled:
             continue
         if entry.merged:
             raise MergeError(f"{owner} is merged and cannot be switched off", hint="stack.unmerge() first")
-        outer = [e.owner for e in slot.entries[i:] if e.merged and e.parameter == entry.parameter]
+        outer = [e.owner for e in slot.links[i:] if e.merged and e.parameter == entry.parameter]
         if outer:
             raise MergeError(f"{owner} acts nearer to the weights than {outer[0]}, which is merged into them",
                              hint="stack.unmerge() first")  # fmt: skip
-    for entry in slot.entries:
-        if entry.owner == owner:
-            entry.enabled = enabled
-    slot.rebuild()
+    slot.switch(owner, enabled)
 
 
 def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
@@ -185,7 +175,7 @@ def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
     slot = slot_of(module)
     if slot is None:
         return ()
-    again = {entry.owner for entry in slot.entries if entry.merged and entry.owner != owner}
+    again = {entry.owner for entry in slot.links if entry.merged and entry.owner != owner}
     restore = snapshot(module)
     try:
         unmerge(module)
@@ -194,7 +184,7 @@ def bake(module: nn.Module, owner: str) -> tuple[str, ...]:
     except BaseException:
         restore()
         raise
-    for entry in [entry for entry in slot.entries if entry.owner == owner]:
+    for entry in [entry for entry in slot.links if entry.owner == owner]:
         entry.merged = False
     detach(module, owner)
     changed = tuple(

@@ -10,10 +10,7 @@ layers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from typing import Any, SupportsIndex, TypeVar
 
 import torch
@@ -22,114 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import UnsupportedError
-from peftx.slots.delta import Delta
 from peftx.slots.fused import applies, hooked, linear_with_low_rank
-from peftx.slots.rows import Rows
+from peftx.slots.state import SlotState, add_all_low_rank, folded, nested
 
-CHILD = "peftx"
-"""Name of the child module that holds the deltas; those for anything else that stands on a model begin with it."""
 STATE = "_peftx_slot"
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(eq=False)
-class Entry:
-    """One attached delta. `rank` is the plugin's place in the stack."""
-
-    name: str
-    owner: str
-    rank: int
-    delta: Delta
-    parameter: str
-    rows: Rows | None
-    bias: str = "bias"
-    """The parameter that is added to the product of the matrix and the input."""
-    transposed: bool = False
-    """The matrix is stored [..., in, out]."""
-    enabled: bool = True
-    merged: bool = False
-
-    @property
-    def active(self) -> bool:
-        return self.enabled and not self.merged
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Into [..., out, in] weights, or into its rows of them."""
-        if self.rows is None:
-            return self.delta.fold(weight, bias)
-        part_bias = None if bias is None else self.rows.take(bias)
-        new_weight, new_bias = self.delta.fold(self.rows.take(weight, -2), part_bias)
-        weight = self.rows.put(weight, new_weight, -2)
-        if new_bias is not None:
-            bias = self.rows.put(weight.new_zeros(weight.shape[:-1]) if bias is None else bias, new_bias)
-        return weight, bias
-
-
-class SlotState:
-    """Bookkeeping of one slot: the entries in stack order and the weights as they were before the first merge."""
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.originals: dict[str, nn.Parameter | None] = {}
-        self.run: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
-        self.weighted: tuple[Entry, ...] = ()
-        """Up to the last delta that only folds: these act on the weights at each call, those after them as usual."""
-        self.nested: tuple[Entry, ...] = ()
-        self.uncommon = False
-        self.low_rank: tuple[Delta, ...] = ()
-        self.first: Delta | None = None
-        """The innermost one, where it is a low-rank update of the layer itself."""
-        self.alone: Delta | None = None
-        self.base: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
-        self.folded: dict[str, tuple[Entry, ...]] = {}
-
-    def rebuild(self) -> None:
-        """Recompute what `forward` walks over; called at every change, so that `forward` decides nothing."""
-        if len(self.entries) == 1:  # most slots, whenever a stack is built
-            only = self.entries[0]
-            kind = type(only.delta)
-            simple = kind.has_forward() and not kind.has_pre() and not kind.has_base()
-            if only.active and only.rows is None and simple:
-                self.base, self.weighted, self.nested, self.uncommon = F.linear, (), (), False
-                self.run = (only.delta,)
-                self.low_rank = self.run if kind.low_rank is not Delta.low_rank else ()
-                self.alone = self.first = only.delta if self.low_rank else None
-                self.folded = {only.parameter: (only,)}
-                return
-        active = [entry for entry in self.entries if entry.active]
-        self.base = next((e.delta.base for e in active if e.delta.has_base()), F.linear)
-        inner = max((i for i, e in enumerate(active, 1) if e.delta.only_folds()), default=0)
-        self.weighted = tuple(active[:inner])
-        outer = [e for e in active[inner:] if e.delta.has_forward() or e.delta.has_pre()]
-        self.nested = tuple(outer) if any(entry.delta.has_pre() for entry in outer) else ()
-        self.uncommon = bool(self.weighted or self.nested)
-        self.run = tuple(
-            entry.delta if entry.rows is None else RowsRun(entry.delta, entry.rows) for entry in outer
-        )
-        plain = all(e.rows is None and type(e.delta).low_rank is not Delta.low_rank for e in outer)
-        self.low_rank = tuple(entry.delta for entry in outer) if plain else ()
-        self.alone = self.low_rank[0] if len(self.low_rank) == 1 else None
-        innermost = outer[0] if outer and self.base is F.linear and not self.uncommon else None
-        low = innermost is not None and innermost.rows is None and _is_low_rank(innermost.delta)
-        self.first = innermost.delta if innermost is not None and low else None
-        self.folded = {
-            name: tuple(entry for entry in active if entry.parameter == name)
-            for name in dict.fromkeys(entry.parameter for entry in active)
-        }
-
-
-@dataclass(frozen=True)
-class RowsRun:
-    """Applies a delta to its rows of the output."""
-
-    delta: Delta
-    rows: Rows
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        part = self.rows.take(y)
-        if not torch.is_grad_enabled():
-            part = part.clone()  # a delta may write into its argument then, and this is a view of y
-        return self.rows.put(y, self.delta(x, part))
 
 
 class Carrier:
@@ -149,7 +43,7 @@ class LinearCarrier(Carrier):
     def forward(self, x: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.nested:
-            return _nested(slot.nested, x, self._peftx_base_forward)
+            return nested(slot.nested, x, self._peftx_base_forward)
         y = self._peftx_base_forward(x)
         for delta in slot.run:
             y = delta(x, y)
@@ -161,7 +55,7 @@ class LinearCarrier(Carrier):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         own: dict[str, Tensor] = self._parameters  # type: ignore[attr-defined]
         transposed = isinstance(self, Conv1D)
-        weight, bias = _folded(weighted, own["weight"].t() if transposed else own["weight"], own["bias"])
+        weight, bias = folded(weighted, own["weight"].t() if transposed else own["weight"], own["bias"])
         try:
             # Found before the parameters of the same names.
             self.__dict__["weight"], self.__dict__["bias"] = weight.t() if transposed else weight, bias
@@ -180,9 +74,9 @@ class PlainLinearCarrier(Carrier):
     def forward(self, input: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.uncommon:
-            weight, bias = _folded(slot.weighted, self.weight, self.bias)
+            weight, bias = folded(slot.weighted, self.weight, self.bias)
             if slot.nested:
-                return _nested(slot.nested, input, lambda x: slot.base(x, weight, bias))
+                return nested(slot.nested, input, lambda x: slot.base(x, weight, bias))
             y = slot.base(input, weight, bias)
             for delta in slot.run:
                 y = delta(input, y)
@@ -202,7 +96,7 @@ class PlainLinearCarrier(Carrier):
                 if found is not None and found.A.dtype is y.dtype:
                     y.view(-1).addmv_(found.B, found.A.mv(input.view(-1)), alpha=found.scale)
                     return y
-            elif _add_low_rank(slot.low_rank, input, y):
+            elif add_all_low_rank(slot.low_rank, input, y):
                 return y
         for delta in slot.run:
             y = delta(input, y)
@@ -215,7 +109,7 @@ class PackedCarrier(Carrier):
     def forward(self, x: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.nested:
-            return _nested(slot.nested, x, super().forward)  # type: ignore[misc]
+            return nested(slot.nested, x, super().forward)  # type: ignore[misc]
         y = super().forward(x)  # type: ignore[misc]
         for delta in slot.run:
             y = delta(x, y)
@@ -294,7 +188,7 @@ class ReadCarrier(Carrier):
     def _peftx_fold(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         for entry in self._peftx_slot.folded.get("weight", ()):
-            if entry.delta.can_fold():  # Mamba reads it in training also where the kernel is not there
+            if entry.edit.can_fold():  # Mamba reads it in training also where the kernel is not there
                 weight, bias = entry.fold(weight, bias)
         return weight, bias
 
@@ -306,7 +200,7 @@ class CalledCarrier(ReadCarrier):
     def forward(self, input: Tensor) -> Tensor:
         slot = self._peftx_slot
         if slot.nested:
-            return _nested(slot.nested, input, self._peftx_plain)
+            return nested(slot.nested, input, self._peftx_plain)
         y = self._peftx_plain(input)
         for delta in slot.run:
             y = delta(input, y)
@@ -348,40 +242,6 @@ def _rebuild(base: type[nn.Module], carrier: str) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _add_low_rank(deltas: tuple[Delta, ...], x: Tensor, y: Tensor) -> bool:
-    """y += s B A x for each, written into `y`, without calling the deltas as modules: what a decode step spends on an
-    adapter of rank 8 is mostly Python. False, and `y` untouched, if one is not just a low-rank addition right now."""
-    factors = [delta.low_rank() for delta in deltas]
-    for found in factors:
-        if found is None or found[0].dtype is not y.dtype:
-            return False
-    rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    for A, B, scale in factors:  # type: ignore[misc]
-        rows.addmm_(inputs.mm(A.t()), B.t(), alpha=scale)
-    return True
-
-
-def _folded(entries: tuple[Entry, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The weights that these deltas make of a layer's own."""
-    for entry in entries:
-        weight, bias = entry.fold(weight, bias)
-    return weight, bias
-
-
-def _nested(entries: tuple[Entry, ...], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-    """Deltas that edit the input: inputs go from the outermost in, outputs from the innermost out."""
-    inputs = []
-    for entry in reversed(entries):
-        if entry.delta.has_pre():
-            x = entry.delta.pre(x)
-        inputs.append(x)
-    y = base(x)
-    for entry, seen in zip(entries, reversed(inputs), strict=True):
-        if entry.delta.has_forward():
-            y = entry.delta(seen, y) if entry.rows is None else RowsRun(entry.delta, entry.rows)(seen, y)
-    return y
-
-
 def kind_of(module: nn.Module) -> str:
     """The carrier that fits a module."""
     base = base_class(module)
@@ -390,10 +250,6 @@ def kind_of(module: nn.Module) -> str:
     if issubclass(base, tuple(PACKED)):
         return "packed"
     return "linear" if issubclass(base, nn.Linear | Conv1D) else "output"
-
-
-def _is_low_rank(delta: Delta) -> bool:
-    return type(delta).low_rank is not Delta.low_rank
 
 
 def is_map(module: nn.Module) -> bool:
@@ -425,25 +281,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return type(module)._peftx_base if isinstance(module, Carrier) else type(module)  # type: ignore[attr-defined]
 
 
-def child_name(children: Mapping[str, object], owner: str) -> str:
-    """The owner's own name for what it attaches, numbered where it attached there before: `lora`, `lora@2`."""
-    return (
-        owner if owner not in children else next(n for i in count(2) if (n := f"{owner}@{i}") not in children)
-    )
-
-
-def drop_children(module: nn.Module, group: str, owner: str) -> None:
-    """Take all that the owner attached out of a module's group of children."""
-    children = module.get_submodule(group)._modules
-    for name in [name for name in children if name.partition("@")[0] == owner]:
-        del children[name]
-
-
-def is_ours(name: str) -> bool:
-    """Whether a dotted name leads into something that a plugin put on the model."""
-    return CHILD in name and any(part == CHILD or part.startswith(f"{CHILD}_") for part in name.split("."))
-
-
 def slot_of(module: nn.Module) -> SlotState | None:
     return module.__dict__.get(STATE)
 
@@ -453,14 +290,10 @@ def open_slot(module: nn.Module, kind: str) -> SlotState:
     # Past nn.Module's own `__setattr__`, which looks through all that a module holds: models have hundreds of slots.
     object.__setattr__(module, "__class__", _slot_class(type(module), kind))
     slot = module.__dict__[STATE] = SlotState()
-    children = nn.ModuleDict()
-    children.__dict__["training"] = module.training
-    module._modules[CHILD] = children
     return slot
 
 
 def close_slot(module: nn.Module) -> None:
     """Give the module its own class back."""
-    del module._modules[CHILD]
     del module.__dict__[STATE]
     module.__class__ = base_class(module)

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from peftx.chain import CHILD
 from peftx.errors import MergeError
-from peftx.slots.carrier import CHILD, STATE, OutputCarrier, PackedCarrier, base_class, slot_of
+from peftx.slots.carrier import STATE, OutputCarrier, PackedCarrier, base_class, slot_of
 from peftx.slots.delta import Delta
 
 
@@ -26,17 +27,17 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
     slot = slot_of(module)
     if slot is None:
         return
-    chosen = [entry for entry in slot.entries if entry.owner in owners and entry.active]
+    chosen = [entry for entry in slot.links if entry.owner in owners and entry.active]
     if not chosen:
         return
     for entry in chosen:
-        if not entry.delta.can_fold():
-            raise MergeError(f"{entry.owner}: {type(entry.delta).__name__} does not fold into the weights")
-    last = slot.entries.index(chosen[-1])
+        if not entry.edit.can_fold():
+            raise MergeError(f"{entry.owner}: {type(entry.edit).__name__} does not fold into the weights")
+    last = slot.links.index(chosen[-1])
     between = [
         e
-        for e in slot.entries[:last]
-        if e.active and e not in chosen and e.parameter == chosen[-1].parameter and not _only_base(e.delta)
+        for e in slot.links[:last]
+        if e.active and e not in chosen and e.parameter == chosen[-1].parameter and not _only_base(e.edit)
     ]
     if between:
         raise MergeError(
@@ -57,7 +58,7 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
         bias = None if old_bias is None else old_bias.detach().to(compute)
         for entry in chosen:
             if entry.parameter == parameter:
-                with _widened(entry.delta, compute):
+                with _widened(entry.edit, compute):
                     weight, bias = entry.fold(weight, bias)
         if bias is not None and not has_bias:
             raise MergeError(f"{chosen[0].owner}: {base_class(module).__name__} has no place for a bias")
@@ -95,7 +96,7 @@ def _widened(delta: Delta, dtype: torch.dtype) -> Iterator[None]:
 def unmerge(module: nn.Module) -> None:
     """Bring back the very parameters from before the merge."""
     slot = slot_of(module)
-    if slot is None or not any(entry.merged for entry in slot.entries):
+    if slot is None or not any(entry.merged for entry in slot.links):
         return
     if not slot.originals:
         raise MergeError("the weights from before the merge were not kept", hint="merge with keep=True")
@@ -103,7 +104,7 @@ def unmerge(module: nn.Module) -> None:
         follow(parameter, module._parameters[name])
         module._parameters[name] = parameter
     slot.originals.clear()
-    for entry in slot.entries:
+    for entry in slot.links:
         entry.merged = False
     slot.rebuild()
 
@@ -117,7 +118,7 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
     holder = module._modules[CHILD]
     assert holder is not None
     deltas = dict(holder._modules)
-    entries = [(entry, entry.enabled, entry.merged) for entry in slot.entries]
+    entries = [(entry, entry.enabled, entry.merged) for entry in slot.links]
 
     def restore() -> None:
         module.__class__ = cls
@@ -126,7 +127,7 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
         holder._modules = deltas
         module._parameters = weights
         slot.originals = originals
-        slot.entries = [entry for entry, _, _ in entries]
+        slot.links = [entry for entry, _, _ in entries]
         for entry, enabled, merged in entries:
             entry.enabled, entry.merged = enabled, merged
         slot.rebuild()

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftx.chain import is_ours
 from peftx.errors import PeftxError, PluginError
+from peftx.parts import BasePart
 from peftx.plugin import Plugin
-from peftx.slots import is_ours
 from peftx.stack import Stack
 from peftx.testing.models import Padding, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceLowRank
@@ -203,7 +204,7 @@ def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def declared_base(stack: Stack) -> set[str]:
     """Names of the base's parameters that a plugin says it trains."""
-    declared = {id(t) for part in stack.ledger.parts if part.kind == "base" for t in part.tensors().values()}
+    declared = {id(t) for part in stack.ledger.all(BasePart) for t in part.tensors().values()}
     return {name for name, tensor in _own(stack.model) if id(tensor) in declared}
 
 

@@ -16,7 +16,7 @@ from peftx.slots import Delta, LowRank, add_low_rank
 from peftx.virtual_tokens import VirtualTokens
 
 if TYPE_CHECKING:
-    from peftx.anatomy import ModelView
+    from peftx.view import ModelView
 
 
 class _LowRankConfig(PluginConfig):

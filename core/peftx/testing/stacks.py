@@ -48,7 +48,7 @@ from peftx.testing.subject import DECODERS, ENCODERS, GENERATIVE, ROWS, ROWS_BY_
 from peftx_spec.models import Pipeline
 
 if TYPE_CHECKING:
-    from peftx.anatomy import ModelView
+    from peftx.view import ModelView
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "mixtral", "phi3", "bert", "t5", "mamba", "opt")
 QUANTIZER = "reference-quantizer"

@@ -9,6 +9,7 @@ import torch
 
 from peftx.anatomy.site import LINEAR_KINDS
 from peftx.attention import AttentionEdit
+from peftx.parts import BasePart, DeltaPart, FreePart, PromptPart, ReplacedPart
 from peftx.plugin import Claim
 from peftx.slots import Delta
 from peftx.stack import Stack
@@ -88,24 +89,24 @@ def check_effects_match_claims(case: Case) -> None:
 
 def _visible(stack: Stack) -> bool:
     """Does anything stand on the model; modules that a plugin only keeps do not."""
-    return any(part.kind != "free" for part in stack.ledger.parts)
+    return any(not isinstance(part, FreePart) for part in stack.ledger.parts)
 
 
 def _linear_places(stack: Stack) -> list[str]:
     linear = {s.path for s in stack.anatomy.sites if s.kind in LINEAR_KINDS}
-    return [part.path for part in stack.ledger.parts if part.kind == "delta" and part.path in linear]
+    return [part.path for part in stack.ledger.all(DeltaPart) if part.path in linear]
 
 
 def _effects(stack: Stack) -> set[Claim]:
     parts = stack.ledger.parts
     found = set()
-    if any(part.kind == "base" for part in parts):
+    if stack.ledger.all(BasePart):
         found.add(Claim.TRAINS_BASE)
-    if any(part.kind == "prompt" for part in parts):
+    if stack.ledger.all(PromptPart):
         found.add(Claim.VIRTUAL_TOKENS)
     if any(isinstance(part.module, AttentionEdit) and part.module.replaces() for part in parts):
         found.add(Claim.REPLACES_ATTENTION)
-    if any(not t.is_floating_point() for p in parts if p.kind == "replaced" for t in p.tensors().values()):
+    if any(not t.is_floating_point() for p in stack.ledger.all(ReplacedPart) for t in p.tensors().values()):
         found.add(Claim.QUANTIZES)
     if not _linear_places(stack):
         found.add(Claim.BESIDE_WEIGHTS)

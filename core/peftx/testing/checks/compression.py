@@ -13,6 +13,7 @@ import torch
 from peftx.compression import Calibration
 from peftx.compression.batches import calibration
 from peftx.errors import PeftxError
+from peftx.parts import ReplacedPart
 from peftx.plugin import Claim
 from peftx.testing.case import Case, assert_same_tensors, crashed, error_of
 from peftx.testing.checks.check import check
@@ -42,14 +43,13 @@ def check_bytes_are_real(case: Case) -> None:
     stored = _payload(case.folder / "bundle" / f"{case.id}.safetensors")
     assert abs(stored - reported) <= 0.01 * reported, f"{reported} bytes reported, {stored} on disk"
     base = case.model()
-    places = [part.key for part in stack.ledger.of(case.id) if part.kind == "replaced"]
+    places = [part.key for part in stack.ledger.of(case.id, ReplacedPart)]
     before = sum(
         p.numel() * p.element_size() for name in places for p in base.get_submodule(name).parameters()
     )
     after = sum(
         t.numel() * t.element_size()
-        for part in stack.ledger.of(case.id)
-        if part.kind == "replaced"
+        for part in stack.ledger.of(case.id, ReplacedPart)
         for t in part.tensors().values()
     )
     assert after < before, f"{len(places)} replaced modules take {after} bytes, {before} before"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftx.errors import MergeError
+from peftx.parts import DeltaPart
 from peftx.plugin import Claim
 from peftx.slots.carrier import OutputCarrier
 from peftx.stack import Stack
@@ -107,7 +108,7 @@ def check_merge_is_refused(case: Case) -> None:
     assert case.id in str(error), f"the message does not name '{case.id}': {error}"
     parts = stack.ledger.of(case.id)
     foldable = [
-        part.kind == "delta" and part.module.can_fold() and not isinstance(part.place, OutputCarrier)
+        isinstance(part, DeltaPart) and part.module.can_fold() and not isinstance(part.place, OutputCarrier)
         for part in parts
     ]
     assert not (parts and all(foldable)), f"every delta folds, and {Claim.MERGEABLE} is not claimed"

@@ -31,6 +31,7 @@ from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginCon
 from peftx.compression.batches import calibration as sequences
 from peftx.errors import ArchitectureError
 from peftx.evaluation import context_window, perplexity
+from peftx.parts import AttentionPart, ShiftPart
 
 Mode = Literal["with_prefix", "without_prefix", "dynamic"]  # dynamic: a scale a token, and no prefix either
 DECODER = "a decoder-only model of linear layers: llama, qwen, gemma, phi3, gpt2, opt, ..."
@@ -374,11 +375,11 @@ class PrefixQuant(Plugin):
 def switch(stack: Stack, id: str, mode: str) -> None:
     """Run the packed model of plugin `id` in another mode, with the static scales that belong to it."""
     parts, row = stack.ledger.of(id), int(mode != "with_prefix")
-    scales = itertools.chain(*(p.module.input_scale[row] for p in parts if p.kind == "attention"))
+    scales = itertools.chain(*(p.module.input_scale[row] for p in parts if isinstance(p, AttentionPart)))
     for part in parts:
-        if part.kind == "attention":
+        if isinstance(part, AttentionPart):
             part.module.mode = mode
-        elif part.kind == "shift":
+        elif isinstance(part, ShiftPart):
             part.switch(mode == "with_prefix")
         elif part.module.activation is not None:
             part.module.activation = "dynamic-token" if mode == "dynamic" else "static-tensor"

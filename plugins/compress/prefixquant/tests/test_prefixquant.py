@@ -18,6 +18,7 @@ from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxErro
 from peftx.evaluation import perplexity
 from peftx.ledger import carried
 from peftx.models import asset_path
+from peftx.parts import AttentionPart, DeltaPart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_prefixquant import (
@@ -116,7 +117,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def edits_of(stack: peftx.Stack) -> list[StaticKV]:
-    return [part.module for part in stack.ledger.of("prefixquant") if part.kind == "attention"]
+    return [part.module for part in stack.ledger.of("prefixquant", AttentionPart)]
 
 
 # -- the paper's claims ----------------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_bundle_is_exact_and_bytes_are_real(options: dict, weight: float, tmp_pa
     assert (tmp_path / "bundle" / "prefixquant.safetensors").stat().st_size - header == sum(
         t.nbytes for t in tensors.values()
     )
-    packed = [part for part in stack.ledger.of("prefixquant") if part.kind == "replaced"]
+    packed = stack.ledger.of("prefixquant", ReplacedPart)
     numbers = sum(part.geometry["in_features"] * part.geometry["out_features"] for part in packed)
     assert sum(part.module.qweight.nbytes for part in packed) == numbers * weight
     planned = PrefixQuant(**options).planned(peftx.Stack("peftx:tiny", [PrefixQuant()]).view("prefixquant"))
@@ -403,7 +404,7 @@ def test_a_bundle_whose_embedding_has_a_buffer_loads(arch: str, tmp_path: Path) 
 
 def test_the_integer_kernel_runs() -> None:
     stack = tiny_stack()
-    layers = [part.module for part in stack.ledger.of("prefixquant") if part.kind == "replaced"]
+    layers = [part.module for part in stack.ledger.of("prefixquant", ReplacedPart)]
     assert len(layers) == 7 * 6
     assert {layer.kernel for layer in layers} == {"int8-matmul"}
 
@@ -420,7 +421,7 @@ def test_lora_before_is_folded() -> None:
     ids = torch.arange(40)[None]
     adapted, plain = stack.model(ids).logits, bundled.model(ids).logits
     stack.compress(CALIBRATION, samples=3, length=128)
-    assert not [part for part in stack.ledger.of("lora") if part.kind == "delta"]
+    assert not stack.ledger.of("lora", DeltaPart)
     switch(stack, "prefixquant", "without_prefix")
     found = stack.model(ids).logits
     assert float((found - adapted).abs().mean()) < 0.2 * float((adapted - plain).abs().mean())
@@ -475,7 +476,7 @@ def test_only_constants_of_activations_make_it_final() -> None:
 
 def test_weights_alone_leave_attention_and_positions_alone(outliers: LlamaForCausalLM, rows: list) -> None:
     stack = tiny_stack(copy.deepcopy(outliers), **ALONE)
-    assert {part.kind for part in stack.ledger.of("prefixquant")} == {"replaced"}
+    assert {type(part) for part in stack.ledger.of("prefixquant")} == {ReplacedPart}
     scores = stack.evaluate(rows, metrics=["prefixquant"])
     assert set(scores) == {
         "prefix_tokens",

@@ -11,6 +11,7 @@ import peftx
 from peftx import Claim, Stack
 from peftx.compression import QuantLinear
 from peftx.errors import MergeError, PeftxError
+from peftx.parts import DeltaPart, FreePart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_aligner import Aligner, Projection, Read, Shift, Tokens
@@ -39,11 +40,11 @@ ARCHES = ["llama", "gpt2", "bert", "t5", "qwen3"]
 
 
 def tokens_of(stack: Stack) -> Tokens:
-    return next(part.module for part in stack.ledger.of("aligner") if part.kind == "free")
+    return next(part.module for part in stack.ledger.of("aligner", FreePart))
 
 
 def readers(stack: Stack) -> list[Shift | Read]:
-    return [part.module for part in stack.ledger.of("aligner") if part.kind != "free"]
+    return [part.module for part in stack.ledger.of("aligner") if not isinstance(part, FreePart)]
 
 
 def spread(stack: Stack) -> Stack:
@@ -145,7 +146,7 @@ def test_one_token_is_a_bias(arch: str) -> None:
     model = tiny(arch)
     stack = spread(Stack(model, [Aligner()]))
     inputs = example_inputs(model)
-    for part in (part for part in stack.ledger.of("aligner") if part.kind == "delta"):
+    for part in (part for part in stack.ledger.of("aligner", DeltaPart)):
         linear, x = part.place, torch.randn(2, 5, part.module.shift().numel())
         with torch.no_grad():
             with_it = linear(x)

@@ -11,6 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import peftx
 from peftx import Stack
 from peftx.errors import PeftxError
+from peftx.parts import DeltaPart, FreePart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_compacter import LPHM, Adapter, Compacter, Slow
@@ -60,12 +61,12 @@ def dense(matrix: LPHM) -> Tensor:
 
 
 def slow_of(stack: Stack) -> Slow:
-    (part,) = [part for part in stack.ledger.of("compacter") if part.kind == "free"]
+    (part,) = stack.ledger.of("compacter", FreePart)
     return part.module
 
 
 def adapters_of(stack: Stack) -> list[Adapter]:
-    return [part.module for part in stack.ledger.of("compacter") if part.kind == "delta"]
+    return [part.module for part in stack.ledger.of("compacter", DeltaPart)]
 
 
 def test_equals_the_official_adapter() -> None:
@@ -155,7 +156,7 @@ def test_slow_weights_of_zero_are_the_identity() -> None:
 def test_adapters_stand_before_the_residual_sum() -> None:
     model = tiny("t5")
     stack = Stack(model, [Compacter()])
-    paths = {part.path for part in stack.ledger.of("compacter") if part.kind == "delta"}
+    paths = {part.path for part in stack.ledger.of("compacter", DeltaPart)}
     assert "encoder.block.0.layer.0.SelfAttention" in paths
     assert "decoder.block.1.layer.2.DenseReluDense" in paths
     assert not any("EncDecAttention" in path for path in paths)

@@ -113,7 +113,7 @@ def _units(model: ModelView) -> tuple[list[Site], list[Site]]:
         if site.kind in KINDS:
             parameter = site.module._parameters.get(site.parameter)
             where = outside if site.layer is None or site.kind == "embedding" else inside
-            where.setdefault(id(site.module if parameter is None else parameter), site.bound(model))
+            where.setdefault(id(site.module if parameter is None else parameter), model.bound(site))
     return list(inside.values()), list(outside.values())
 
 

@@ -11,6 +11,7 @@ import peftx
 from peftx import Claim, Stack, TrainStep
 from peftx.compression import QuantLinear
 from peftx.errors import MergeError, PeftxError
+from peftx.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lofit import Heads, Lofit
@@ -128,7 +129,7 @@ def test_merged_is_a_bias(arch: str) -> None:
     """b' - b = sum_h W_O[:, h] v[h] in each layer, and the weights stay."""
     stack = spread(built(arch, heads=PAIRS))
     inputs = example_inputs(stack.model)
-    places = [part.place for part in stack.ledger.of("lofit") if part.kind == "delta"]
+    places = [part.place for part in stack.ledger.of("lofit", DeltaPart)]
     weights = [place.weight.clone() for place in places]
     biases = [0 if place.bias is None else place.bias.clone() for place in places]
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.interop import from_peft, to_peft
+from peftx.parts import DeltaPart
 from peftx.slots.delta import dropout_mask
 from peftx.testing import conformance, tiny
 from peftx.testing.models import example_inputs, output_of
@@ -26,7 +27,7 @@ def randomised(model: torch.nn.Module | None = None, **options: object) -> Stack
     stack = Stack(tiny("llama") if model is None else model, [Lora(**options)])
     generator = torch.Generator().manual_seed(1)
     for part in stack.ledger.of("lora"):
-        if part.kind == "delta":  # else the head of a classifier, which trains with it
+        if isinstance(part, DeltaPart):  # else the head of a classifier, which trains with it
             with torch.no_grad():
                 part.module.B.normal_(0, 0.1, generator=generator)
     return stack

@@ -38,6 +38,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.errors import PeftxError
+from peftx.parts import AttentionPart, BasePart
 
 INIT_STD = 0.02
 """Standard deviation of first values: what BERT and RoBERTa give new weights."""
@@ -210,14 +211,14 @@ def copy_projected(source: Stack, target: Stack, *, id: str = "p-tuning-v2") -> 
     Raises:
         PeftxError: the two differ in length, targets, head or model, or `target` has a projection.
     """
-    pairs = [[part for part in stack.ledger.of(id) if part.kind == "attention"] for stack in (source, target)]
+    pairs = [stack.ledger.of(id, AttentionPart) for stack in (source, target)]
     values = {part.key: part.module.prompt() for part in pairs[0]}
     tables = {part.key: part.module.prompt for part in pairs[1]}
     plain = all(
         isinstance(table, Rows) and table.rows.shape == values[key].shape for key, table in tables.items()
     )
     heads = [
-        {name: t for part in stack.ledger.of(id) if part.kind == "base" for name, t in part.tensors().items()}
+        {name: t for part in stack.ledger.of(id, BasePart) for name, t in part.tensors().items()}
         for stack in (source, target)
     ]
     if values.keys() != tables.keys() or heads[0].keys() != heads[1].keys() or not plain:

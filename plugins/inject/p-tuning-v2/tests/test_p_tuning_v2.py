@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 import peftx
 from peftx import AttentionEdit, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, MergeError, PeftxError
+from peftx.parts import AttentionPart, BasePart, CallPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -22,7 +23,7 @@ ARCHES = ["llama", "gpt2", "qwen2", "bert", "t5"]
 
 
 def edits(stack: Stack, id: str = "p-tuning-v2") -> list[Prefix]:
-    return [part.module for part in stack.ledger.of(id) if part.kind == "attention"]
+    return [part.module for part in stack.ledger.of(id, AttentionPart)]
 
 
 def spread(stack: Stack, by: float = 1.0) -> Stack:
@@ -380,7 +381,7 @@ def test_rows_are_those_of_the_call() -> None:
     """Not those of another cache, of a call of the inner model, or of a call that is to have gradients."""
     stack, ids = projected(), torch.tensor([[5, 6, 7]])
     cache = DynamicCache()
-    (once,) = (part.module for part in stack.ledger.of("p-tuning-v2") if part.kind == "call")
+    (once,) = (part.module for part in stack.ledger.of("p-tuning-v2", CallPart))
     with torch.no_grad():
         stack.model(ids, past_key_values=cache)
         fork, third = copy.deepcopy(cache), copy.deepcopy(cache)
@@ -422,7 +423,9 @@ def test_the_head_trains(tmp_path: Path) -> None:
     stack = build(projection=4, head=True)
     head = stack.model.classifier
     parts = stack.ledger.of("p-tuning-v2")
-    prompts = sum(t.numel() for part in parts if part.kind != "base" for t in part.tensors().values())
+    prompts = sum(
+        t.numel() for part in parts if not isinstance(part, BasePart) for t in part.tensors().values()
+    )
     assert stack.trainable_parameters() == prompts + 3 * 32 + 3
     before = head.weight.detach().clone()
     batch = {**example_inputs(stack.model), "labels": torch.tensor([0, 2])}

@@ -355,7 +355,7 @@ class Sparselora(Plugin):
             ArchitectureError: the model is not a decoder with a gated MLP and separate projections.
         """
         found = {
-            role: site.bound(model)
+            role: model.bound(site)
             for site in model.anatomy.sites
             for role in roles
             if site.role == f"{block}.{role}" and site.layer == layer

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
@@ -68,7 +69,7 @@ def plugin_of(stack: Stack) -> Sparselora:
 
 def all_chosen(stack: Stack) -> list[Tensor]:
     """I of each sliced layer in the last step."""
-    deltas = [part.module for part in stack.ledger.of("sparselora") if part.kind == "delta"]
+    deltas = [part.module for part in stack.ledger.of("sparselora", DeltaPart)]
     return [delta.block.chosen[delta.role] for delta in deltas]
 
 
@@ -163,7 +164,7 @@ def masked_forward(stack: Stack, batch: dict[str, Tensor]) -> tuple[float, list[
     context = batch["labels"] == -100
     hooks = []
     for part in stack.ledger.of("sparselora"):
-        if part.kind != "delta":
+        if not isinstance(part, DeltaPart):
             continue
         place, role, chosen = part.place, part.module.role, part.module.block.chosen[part.module.role]
         assert isinstance(place, nn.Linear)
@@ -291,7 +292,7 @@ def near(found: tuple[float, list[Tensor]], expected: tuple[float, list[Tensor]]
 
 def test_default_layers() -> None:
     stack = Stack(tiny("llama", num_hidden_layers=8), [Lora(rank=2), Sparselora()])
-    parts = [part for part in stack.ledger.of("sparselora") if part.kind == "delta"]
+    parts = stack.ledger.of("sparselora", DeltaPart)
     found = {(part.path.split(".")[3], int(part.path.split(".")[2])) for part in parts}
     assert found == {("mlp", i) for i in range(1, 7)} | {("self_attn", i) for i in range(4, 7)}
     assert stack.trainable_parameters() == stack.plugin_parameters("lora")

@@ -29,6 +29,7 @@ from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
 from peftx.errors import ConflictError, PeftxError, UnsupportedError
 from peftx.evaluation import eval_mode
 from peftx.ledger import Part
+from peftx.parts import DeltaPart
 from peftx.slots.carrier import ReadCarrier, WeightCarrier
 
 MEMORY = "ist"
@@ -125,7 +126,7 @@ def adapters(stack: Stack) -> list[list[Part]]:
         while path and path not in found:
             path = path.rpartition(".")[0]
         if path and any(p.requires_grad for p in parameters([part])):
-            scalable = part.kind == "delta" and not isinstance(part.place, ReadCarrier | WeightCarrier)
+            scalable = isinstance(part, DeltaPart) and not isinstance(part.place, ReadCarrier | WeightCarrier)
             if not scalable or part.module.has_pre():  # type: ignore[operator]
                 raise ConflictError(
                     f"ist scales what adapters add to an output, and {part.owner} does something else at {part.key}",

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError
 from peftx.evaluation import eval_mode
+from peftx.parts import BasePart
 
 
 class LayernormTuningConfig(PluginConfig):
@@ -127,7 +128,8 @@ class LayernormTuning(Plugin):
         norms = [
             part.module._parameters[name]
             for part in parts
-            if part.kind == "base" and not isinstance(part.module, nn.Linear)  # a linear layer is the head
+            if isinstance(part, BasePart)
+            and not isinstance(part.module, nn.Linear)  # a linear layer is the head
             for name in part.parameters
         ]
         return subset, norms  # type: ignore[return-value]

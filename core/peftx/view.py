@@ -3,46 +3,100 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from typing import NoReturn, TypeVar
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from peftx.anatomy.anatomy import Anatomy
+from peftx.anatomy.anatomy import Anatomy, TowerFacts
 from peftx.anatomy.site import LINEAR_KINDS, Site
 from peftx.anatomy.targets import Targets
-from peftx.errors import ArchitectureError, TargetError
+from peftx.attention import AttentionEdit
+from peftx.calls import CallEdit
+from peftx.changes import (
+    Owner,
+    attach_delta,
+    edit_attention,
+    edit_calls,
+    keep_module,
+    put_before,
+    replace_module,
+    train_base,
+)
+from peftx.errors import ArchitectureError, PluginError, TargetError
+from peftx.ledger import Ledger
 from peftx.slots import Delta
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    from peftx.anatomy.anatomy import TowerFacts
-    from peftx.attention import AttentionEdit
-    from peftx.calls import CallEdit
-    from peftx.ledger import Ledger
-    from peftx.virtual_tokens import VirtualTokens
+from peftx.virtual_tokens import Shift, VirtualTokens
 
 D = TypeVar("D", bound=Delta)
 M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(eq=False, kw_only=True)
+class BoundSite(Site):
+    """A site through which one plugin may act."""
+
+    ledger: Ledger
+    owner: Owner
+
+    @classmethod
+    def of(cls, site: Site, ledger: Ledger, owner: Owner) -> BoundSite:
+        bound = object.__new__(cls)  # `dataclasses.replace` would run the constructor: slow on 560 sites
+        bound.__dict__.update(site.__dict__)
+        bound.ledger, bound.owner = ledger, owner
+        return bound
+
+    def attach(self, delta: D) -> D:
+        """Put the plugin's delta into this site's slot; returns it."""
+        attach_delta(self.ledger, self.owner, self, delta)
+        return delta
+
+    def train(self, *parameters: str) -> list[nn.Parameter]:
+        """Train parameters of the base itself (all of the module's if none is named); their values go into the bundle,
+        the old ones come back on removal."""
+        return train_base(self.ledger, self.owner, self, parameters)
+
+    def replace(self, module: M) -> M:
+        """Put a storage module (`QuantLinear`, ...) in this one's place; the bundle then holds its tensors."""
+        replace_module(self.ledger, self.owner, self, module)
+        return module
+
+    def attend(self, edit: AttentionEdit) -> None:
+        """Edit the attention of one layer; of sites from `attention_sites`.
+
+        Raises:
+            ArchitectureError: the model does not dispatch its attention (Mamba, BLOOM, GPT-J, DeBERTa).
+        """
+        edit_attention(self.ledger, self.owner, self, edit)
 
 
 class ModelView:
     """What `inject` and `compress` get as `model`.
 
     Args:
-        anatomy: the model's anatomy. ledger: where changes are noted. owner: the plugin's id in the stack.
-        rank: its place in the stack. restoring: a bundle is being loaded: structure only, tensors come from the file.
+        anatomy: the model's anatomy. ledger: where changes are noted. by: whose they are.
     """
 
-    def __init__(
-        self, anatomy: Anatomy, ledger: Ledger, owner: str, rank: int, *, restoring: bool = False
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, ledger: Ledger, by: Owner) -> None:
         self.anatomy = anatomy
-        self.owner = owner
-        self.rank = rank
-        self.restoring = restoring
         self._ledger = ledger
+        self._by = by
+
+    @property
+    def owner(self) -> str:
+        """The plugin's id in the stack."""
+        return self._by.id
+
+    @property
+    def restoring(self) -> bool:
+        """Is a bundle being loaded: structure only, the tensors come from its file."""
+        return self._by.restoring
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("attach", "train", "replace"):
+            raise PluginError(f"model.{name}(site, ...) is site.{name}(...) since version 0.2")
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -74,7 +128,7 @@ class ModelView:
 
     # -- places --------------------------------------------------------------------------------------------------
 
-    def sites(self, targets: Targets | str, *, kinds: tuple[str, ...] = ()) -> list[Site]:
+    def sites(self, targets: Targets | str, *, kinds: tuple[str, ...] = ()) -> list[BoundSite]:
         """All sites that `targets` selects, of these kinds (any if empty), bound to this plugin.
 
         Raises:
@@ -89,7 +143,7 @@ class ModelView:
             raise TargetError(f"{self.owner}: {error.message}", hint=error.hint) from error
         if targets.names_all and self.anatomy.inferred and not self.restoring:
             self._say_what_is_left_out()
-        return [site.bound(self) for site in chosen]
+        return [self.bound(site) for site in chosen]
 
     def _say_what_is_left_out(self) -> None:
         left, total, names = self.anatomy.uncovered()
@@ -100,7 +154,7 @@ class ModelView:
                 stacklevel=4,
             )
 
-    def linears(self, targets: Targets | str, *, whole: bool = False) -> list[Site]:
+    def linears(self, targets: Targets | str, *, whole: bool = False) -> list[BoundSite]:
         """Matrices: nn.Linear, Conv1D, quantized linears, stacked experts, routers.
 
         Args:
@@ -112,59 +166,42 @@ class ModelView:
         unique = {(s.path, s.parameter): s for s in found}
         return [replace(s, rows=None) if s.rows is not None else s for s in unique.values()]
 
-    def norms(self, targets: Targets | str = "norm") -> list[Site]:
+    def norms(self, targets: Targets | str = "norm") -> list[BoundSite]:
         return self.sites(targets, kinds=("norm",))
 
-    def blocks(self, role: str, *, tower: str | None = None) -> list[Site]:
+    def blocks(self, role: str, *, tower: str | None = None) -> list[BoundSite]:
         """Modules whose output is a block's output: role `attention`, `cross_attention`, `mlp`, `ssm` or `layer`."""
-        return [
-            s.bound(self)
-            for s in self.sites(f"block.{role}", kinds=("block",))
-            if tower is None or s.tower == tower
-        ]
+        found = self.sites(f"block.{role}", kinds=("block",))
+        return [site for site in found if tower is None or site.tower == tower]
 
-    def site(self, role: str, *, tower: str | None = None, layer: int | None = None) -> Site:
+    def site(self, role: str, *, tower: str | None = None, layer: int | None = None) -> BoundSite:
         """The one site of a role, bound to this plugin."""
-        return self.anatomy.site(role, tower=tower, layer=layer).bound(self)
+        return self.bound(self.anatomy.site(role, tower=tower, layer=layer))
 
-    def embedding(self) -> Site:
+    def embedding(self) -> BoundSite:
         """The token embedding (the encoder's, where decoder and encoder each look tokens up)."""
         for site in self.anatomy.sites:  # not `get_input_embeddings()`: T5's and BART's is never called
             if site.role == "embedding":
-                return site.bound(self)
+                return self.bound(site)
         raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no token embedding")
 
+    def bound(self, site: Site) -> BoundSite:
+        """A site of the anatomy, through which this plugin may act."""
+        return BoundSite.of(site, self._ledger, self._by)
+
     # -- changes -------------------------------------------------------------------------------------------------
-
-    def attach(self, site: Site, delta: D) -> D:
-        """Put a delta into a site's slot. `site.attach(delta)` is the same."""
-        self._ledger.add_delta(self, site, delta)
-        return delta
-
-    def train(self, site: Site, parameters: tuple[str, ...] = ()) -> list[nn.Parameter]:
-        """Train parameters of the base itself; their values go into the bundle, the old ones come back on removal."""
-        return self._ledger.add_base(self, site, parameters)
-
-    def replace(self, site: Site, module: M) -> M:
-        """Put a storage module in the site's place."""
-        self._ledger.add_replacement(self, site, module)
-        return module
 
     def keep(self, name: str, module: M) -> M:
         """Own a module that stands nowhere in particular (weights shared by many deltas): it moves, trains and is
         saved with the plugin. Deltas may hold a reference to it in a tuple, so that it is no child of theirs."""
-        self._ledger.add_free(self, name, module)
+        keep_module(self._ledger, self._by, name, module)
         return module
 
-    def attend(self, site: Site, edit: AttentionEdit) -> None:
-        """Edit the attention of one layer; `site` from `attention_sites`.
+    def attend(self, site: BoundSite, edit: AttentionEdit) -> None:
+        """`site.attend(edit)`."""
+        site.attend(edit)
 
-        Raises:
-            ArchitectureError: the model does not dispatch its attention (Mamba, BLOOM, GPT-J, DeBERTa).
-        """
-        self._ledger.add_attention(self, site, edit)
-
-    def attention_sites(self, *, tower: str | None = None, role: str = "attention") -> list[Site]:
+    def attention_sites(self, *, tower: str | None = None, role: str = "attention") -> list[BoundSite]:
         """The modules that call the attention interface, by layer.
 
         Args:
@@ -178,7 +215,7 @@ class ModelView:
             raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no attention layers")
         paths = facts.attention if role == "attention" else facts.cross_attention
         return [
-            self.anatomy.attention_site(i, tower=facts.name, role=role).bound(self)
+            self.bound(self.anatomy.attention_site(i, tower=facts.name, role=role))
             for i in range(facts.layers)
             if not paths or paths[i]
         ]
@@ -189,13 +226,13 @@ class ModelView:
         Raises:
             PeftxError: they leave the text no position.
         """
-        self._ledger.add_prompt(self, tokens)
+        put_before(self._ledger, self._by, tokens)
         return tokens
 
     def around(self, edit: CallEdit) -> None:
         """See every call of the whole model: its arguments before, its output after."""
-        self._ledger.add_call(self, edit)
+        edit_calls(self._ledger, self._by, edit)
 
     def shift_positions(self, by: int) -> None:
         """Count the position of every real token from `by` (keys and values of `by` tokens stand before them)."""
-        self._ledger.add_shift(self, by)
+        put_before(self._ledger, self._by, Shift(by))
