@@ -25,8 +25,8 @@ import torch
 from pydantic import Field
 
 from peftx import ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
-from peftx.data import Collator, tokenize_dataset
-from peftx.training.run import as_training_data
+from peftx.engines.data import Collator, tokenize_dataset
+from peftx.engines.training.run import as_training_data
 
 RESULTS = Path(__file__).parent / "results"
 Rows = Sequence[Mapping[str, Any]]

@@ -128,7 +128,7 @@ def _exported(folder: Path, beside: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- reading
 def _numbers(stack: Stack) -> str:
     """Of the logits of one text, as the stack's own tokenizer reads it."""
-    tokenizer = stack._tokenizer
+    tokenizer = stack.given_tokenizer
     ids = torch.arange(3, 40)[None]
     if tokenizer is not None:
         ids = torch.tensor([tokenizer("Once upon a time, 1+1 was 2.")["input_ids"]])

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack
-from peftx.data import Collator, read_dataset, tokenize_dataset
-from peftx.models import asset_path, load_model
+from peftx.engines.data import Collator, read_dataset, tokenize_dataset
+from peftx.engines.models import asset_path, load_model
 from peftx_lora import Lora
 from peftx_mezo import Mezo
 from peftx_prompt_tuning import PromptTuning

@@ -21,7 +21,7 @@ import torch
 from measure import interleaved
 from torch import Tensor, nn
 
-from peftx.compression import QuantLinear
+from peftx.toolkits.compression import QuantLinear
 
 SIZE, LAYERS = 2048, 16
 ROWS = (1, 2, 4, 16, 64, 256)

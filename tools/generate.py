@@ -117,7 +117,8 @@ def derived() -> dict[Path, str]:
     """Every derived file and what it must hold."""
     from importlib.metadata import entry_points
 
-    from peftx.registry import GROUP, Registry
+    from peftx.kernel.names import GROUP
+    from peftx.kernel.registry import Registry
 
     names = {folder.name for folder in plugin_folders()}
     registry = Registry([point for point in entry_points(group=GROUP) if point.name in names], disabled=())

@@ -13,8 +13,8 @@ import time
 import torch
 
 from peftx import Generation, Stack
-from peftx.data import read_dataset
-from peftx.models import asset_path
+from peftx.engines.data import read_dataset
+from peftx.engines.models import asset_path
 from peftx_aded import Aded
 
 NEW = 100

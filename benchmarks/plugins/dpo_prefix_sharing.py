@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from torch.profiler import ProfilerActivity, profile
 
 from peftx import Stack, TrainingData
-from peftx.data import IGNORE, Collator, read_dataset, text_ids
-from peftx.evaluation import evaluating
+from peftx.engines.data import IGNORE, Collator, read_dataset, text_ids
+from peftx.toolkits.evaluation import evaluating
 from peftx_dpo_prefix_sharing import DpoPrefixSharing, join
 from peftx_lora import Lora
 

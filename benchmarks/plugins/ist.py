@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peftx import Plugin, Stack, TrainStep
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
 from peftx_ist import Ist
 from peftx_lora import Lora
 

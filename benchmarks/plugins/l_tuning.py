@@ -18,7 +18,7 @@ from pathlib import Path
 from sk_tuning import MeanHead  # it makes `compare` known
 
 from peftx import Stack
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
 from peftx_l_tuning import LTuning, add_label
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2

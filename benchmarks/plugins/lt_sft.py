@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from peftx import Stack
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
 from peftx_lt_sft import LtSft, Skill, Skills, take
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from peftx import Stack, TrainStep
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
 from peftx_lora import Lora
 from peftx_mezo import Mezo
 

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 
 from peftx import Stack, TrainingData
-from peftx.data import IGNORE, encode_pair, read_dataset
+from peftx.engines.data import IGNORE, encode_pair, read_dataset
 from peftx_lora import Lora
 from peftx_mosaic_it import TAG_SHAPES, TAG_WORDS, MosaicIt
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from peftx import Plugin, Stack
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import peftx
-from peftx.compression import QuantLinear
-from peftx.data import read_dataset
-from peftx.evaluation import perplexity
-from peftx.models import asset_path
-from peftx.parts import ReplacedPart
+from peftx.engines.data import read_dataset
+from peftx.engines.models import asset_path
+from peftx.kernel.parts import ReplacedPart
+from peftx.toolkits.compression import QuantLinear
+from peftx.toolkits.evaluation import perplexity
 from peftx_prefixquant import PrefixQuant, RotatedLinear
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from peftx import Stack
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning

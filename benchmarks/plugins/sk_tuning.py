@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.data import CLASS_INDEX, Collator, class_ids, read_dataset, tokenize_classes
+from peftx.engines.data import CLASS_INDEX, Collator, class_ids, read_dataset, tokenize_classes
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftx import Plugin, Stack, TrainStep
-from peftx.data import IGNORE, read_dataset
+from peftx.engines.data import IGNORE, read_dataset
 from peftx_lora import Lora
 from peftx_sparselora import Sparselora
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from peftx import Stack
-from peftx.data import Collator, tokenize_dataset
-from peftx.training.run import as_training_data
+from peftx.engines.data import Collator, tokenize_dataset
+from peftx.engines.training.run import as_training_data
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning

@@ -27,7 +27,7 @@ from random import Random
 from typing import Any
 
 from peftx import Plugin, Stack
-from peftx.models import load_model
+from peftx.engines.models import load_model
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_user_profile import UserProfile, matched, read_task, serialise

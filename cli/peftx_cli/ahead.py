@@ -15,8 +15,8 @@ from peftx_spec.stages import stages_of
 from peftx_spec.translate import Finding
 
 if TYPE_CHECKING:
-    from peftx.conflicts import Member
-    from peftx.registry import Registry
+    from peftx.kernel.members import Member
+    from peftx.kernel.registry import Registry
     from peftx_spec import LoadedSpec, Pipeline
 
 
@@ -61,7 +61,7 @@ def trains(pipeline: Pipeline, registry: Registry) -> bool:
 
 def members_of(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> list[Member]:
     """The stack's plugins, and where the spec names them."""
-    from peftx.conflicts import Member
+    from peftx.kernel.members import Member
 
     return [
         Member(entry.id, registry.load(entry.use)(**entry.options), loaded.place_of(entry.id), entry.phase)
@@ -114,7 +114,7 @@ def _metrics(pipeline: Pipeline, formats: Mapping[Path, str | None]) -> Iterator
 
 def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
     """Rows that the plugins do not train on; what they leave to one another is a matter of conflicts."""
-    from peftx.conflicts import find_conflicts
+    from peftx.kernel.conflicts import find_conflicts
 
     if format is None or find_conflicts(members):
         return
@@ -137,7 +137,7 @@ def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
 
 
 def _calibration(members: Sequence[Member]) -> Iterator[Finding]:
-    from peftx.plugin import Claim
+    from peftx.kernel.plugin import Claim
 
     for index, member in enumerate(members):
         if member.claims(Claim.NEEDS_CALIBRATION):

@@ -1,6 +1,6 @@
 """The first row of a data file, in milliseconds: enough to see that a pipeline and its data do not go together.
 
-`peftx.data` reads files for a run, to their last row, and explains every fault; it imports a second's worth of
+`peftx.engines.data` reads files for a run, to their last row, and explains every fault; it imports a second's worth of
 libraries, and this module none. Of a row that it cannot read it says nothing: the run will.
 """
 

@@ -25,8 +25,8 @@ def open_stack(
     Raises:
         PeftxError: no such bundle or model, or a bundle that does not fit its base.
     """
-    from peftx.bundle import load
-    from peftx.models import TINY
+    from peftx.engines.checkpoints import TINY
+    from peftx.loading import load
     from peftx.stack import Stack
 
     folder = Path(os.path.expanduser(target))  # pathlib's own raises for an unknown user

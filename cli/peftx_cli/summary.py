@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from peftx.parts import ReplacedPart
+from peftx.kernel.parts import ReplacedPart
 from peftx_cli.render import out, print_json, print_table, size
 
 if TYPE_CHECKING:
-    from peftx.evaluation import Score
     from peftx.pipeline import Run, RunResult
+    from peftx.toolkits.evaluation import Score
     from peftx_spec import DataSpec
 
 SAMPLES = 2
@@ -26,7 +26,7 @@ def samples(run: Run, result: RunResult) -> list[dict[str, str]]:
         `prompt` and `text`, and `reference` where the data has one.
     """
     stack = result.stack
-    if not stack.model.can_generate() or stack._tokenizer is None:
+    if not stack.model.can_generate() or stack.given_tokenizer is None:
         return []
     rows = _held_out(run.pipeline.data) if result.held_out is None else result.held_out.rows.take(SAMPLES)
     found = []
@@ -40,8 +40,8 @@ def samples(run: Run, result: RunResult) -> list[dict[str, str]]:
 
 
 def _held_out(data: DataSpec) -> Iterable[Any]:
-    from peftx.data import read_dataset
-    from peftx.models import asset_path
+    from peftx.engines.data import read_dataset
+    from peftx.engines.models import asset_path
 
     source = data.eval or data.train
     if source is None:

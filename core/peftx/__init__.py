@@ -11,34 +11,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from peftx.moved import put_up
+from peftx.version import __version__
+
+put_up()
 
 _WHERE = {
-    "Claim": "peftx.plugin",
-    "Plugin": "peftx.plugin",
-    "PluginConfig": "peftx.plugin",
-    "hookimpl": "peftx.plugin",
-    "Anatomy": "peftx.anatomy",
-    "ModelView": "peftx.view",
-    "Site": "peftx.anatomy",
-    "Targets": "peftx.anatomy",
-    "Delta": "peftx.slots",
-    "LowRank": "peftx.slots",
-    "add_low_rank": "peftx.slots",
-    "dropout_linear": "peftx.slots",
-    "AttentionEdit": "peftx.attention",
-    "CallEdit": "peftx.calls",
-    "VirtualTokens": "peftx.virtual_tokens",
+    "Claim": "peftx.kernel.plugin",
+    "Plugin": "peftx.kernel.plugin",
+    "PluginConfig": "peftx.kernel.plugin",
+    "hookimpl": "peftx.kernel.plugin",
+    "Anatomy": "peftx.kernel.anatomy",
+    "ModelView": "peftx.kernel.view",
+    "Site": "peftx.kernel.anatomy",
+    "Targets": "peftx.kernel.anatomy",
+    "Delta": "peftx.kernel.slots",
+    "LowRank": "peftx.kernel.slots",
+    "add_low_rank": "peftx.kernel.slots",
+    "dropout_linear": "peftx.kernel.slots",
+    "AttentionEdit": "peftx.kernel.attention",
+    "CallEdit": "peftx.kernel.calls",
+    "VirtualTokens": "peftx.kernel.virtual_tokens",
     "PeftxError": "peftx.errors",
-    "Registry": "peftx.registry",
+    "Registry": "peftx.kernel.registry",
     "Stack": "peftx.stack",
-    "load": "peftx.bundle",
-    "load_model": "peftx.models",
+    "load": "peftx.loading",
+    "load_model": "peftx.engines.models",
     "run": "peftx.pipeline",
-    "TrainStep": "peftx.training",
-    "TrainingData": "peftx.data",
-    "Generation": "peftx.decoding",
-    "Evaluation": "peftx.evaluation",
+    "TrainStep": "peftx.engines.training",
+    "TrainingData": "peftx.engines.data",
+    "Generation": "peftx.toolkits.decoding",
+    "Evaluation": "peftx.toolkits.evaluation",
 }
 
 __all__ = [
@@ -84,20 +87,20 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from peftx.anatomy import Anatomy, Site, Targets
-    from peftx.attention import AttentionEdit
-    from peftx.bundle import load
-    from peftx.calls import CallEdit
-    from peftx.data import TrainingData
-    from peftx.decoding import Generation
+    from peftx.engines.data import TrainingData
+    from peftx.engines.models import load_model
+    from peftx.engines.training import TrainStep
     from peftx.errors import PeftxError
-    from peftx.evaluation import Evaluation
-    from peftx.models import load_model
+    from peftx.kernel.anatomy import Anatomy, Site, Targets
+    from peftx.kernel.attention import AttentionEdit
+    from peftx.kernel.calls import CallEdit
+    from peftx.kernel.plugin import Claim, Plugin, PluginConfig, hookimpl
+    from peftx.kernel.registry import Registry
+    from peftx.kernel.slots import Delta, LowRank, add_low_rank, dropout_linear
+    from peftx.kernel.view import ModelView
+    from peftx.kernel.virtual_tokens import VirtualTokens
+    from peftx.loading import load
     from peftx.pipeline import run
-    from peftx.plugin import Claim, Plugin, PluginConfig, hookimpl
-    from peftx.registry import Registry
-    from peftx.slots import Delta, LowRank, add_low_rank, dropout_linear
     from peftx.stack import Stack
-    from peftx.training import TrainStep
-    from peftx.view import ModelView
-    from peftx.virtual_tokens import VirtualTokens
+    from peftx.toolkits.decoding import Generation
+    from peftx.toolkits.evaluation import Evaluation

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftx.plugin import PROJECT, hookspec
+from peftx.kernel.plugin import hookspec
 
 if TYPE_CHECKING:
     import torch
 
-    from peftx.compression import Calibration
-    from peftx.data import TrainingData
-    from peftx.decoding import Generation
-    from peftx.evaluation import Evaluation
-    from peftx.serving import Server
-    from peftx.stack import Stack
-    from peftx.training import TrainStep
-    from peftx.view import ModelView
-
-HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
+    from peftx.engines.data import TrainingData
+    from peftx.engines.training import TrainStep
+    from peftx.kernel.stack import Stack
+    from peftx.kernel.view import ModelView
+    from peftx.toolkits.compression import Calibration
+    from peftx.toolkits.decoding import Generation
+    from peftx.toolkits.evaluation import Evaluation
+    from peftx.toolkits.serving import Server
 
 
 class HookSpecs:
@@ -103,10 +101,3 @@ class HookSpecs:
         Args:
             evaluation: the stack, the data to evaluate on, and the scores so far.
         """
-
-
-def hooks_of(plugin: type | object) -> frozenset[str]:
-    """Names of the hooks that a plugin class (or instance) implements."""
-    cls = plugin if isinstance(plugin, type) else type(plugin)
-    marker = f"{PROJECT}_impl"  # what `hookimpl` leaves on a function
-    return frozenset(name for name in HOOKS if getattr(getattr(cls, name, None), marker, None) is not None)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peftx.engines.files import naming, read_json, read_tensors
 from peftx.errors import BundleError, PeftxError
-from peftx.files import naming, read_json, read_tensors
-from peftx.parts import BasePart, DeltaPart
-from peftx.slots import LowRank
+from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.slots import LowRank
 from peftx.stack import Stack
 
 PREFIX = "base_model.model."

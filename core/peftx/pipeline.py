@@ -2,74 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from peftx.compression.batches import calibration_texts
-from peftx.conflicts import Member, check
-from peftx.data import TrainingData, read_dataset
-from peftx.data.formats import detect_format
+from peftx.engines.data import TrainingData, read_dataset
+from peftx.engines.data.formats import detect_format
+from peftx.engines.data.sources import HeldOut, format_of, rows_of, training_rows
+from peftx.engines.files import checkpoints, folder_bytes, make_place
+from peftx.engines.models import asset_path, base_bytes
+from peftx.engines.reporting import Reporter, Silent
+from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
-from peftx.evaluation.run import METRICS, check_known, check_metric
-from peftx.files import make_place
-from peftx.models import asset_path, model_path
-from peftx.objective import check_objective
-from peftx.plugin import Claim
-from peftx.registry import Registry
+from peftx.kernel.conflicts import check
+from peftx.kernel.members import Member
+from peftx.kernel.objective import check_objective
+from peftx.kernel.plugin import Claim
+from peftx.kernel.registry import Registry
 from peftx.stack import Stack
-from peftx.training.run import TrainingReport, as_training_data, train
+from peftx.toolkits.compression.batches import calibration_texts
+from peftx.toolkits.evaluation.run import METRICS, check_known, check_metric
 from peftx_spec import load_spec, resolved, stages_of
-from peftx_spec.models import FORMATS, DataSpec, EvaluateSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.models import EvaluateSpec, Pipeline, TrainSpec
 from peftx_spec.stages import RunStage
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from peftx.evaluation import Score
+    from peftx.toolkits.evaluation import Score
     from peftx_spec.validate import LoadedSpec
-
-
-class Reporter(Protocol):
-    """Who is told how a run goes; the CLI draws it."""
-
-    def stage(self, name: str, ids: Sequence[str]) -> None:
-        """A stage begins."""
-
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
-        """The stage's work so far."""
-
-    def finished(self, name: str, seconds: float, detail: str) -> None:
-        """The stage is done."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, name: str, ids: Sequence[str]) -> None: ...
-
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
-
-    def finished(self, name: str, seconds: float, detail: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows of the training data that are evaluated on and not trained on."""
-
-    rows: Dataset
-    of: int
-    """Rows that there were."""
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{len(self.rows):,} of {self.of:,} rows held out, seed {self.seed}"
 
 
 @dataclass
@@ -140,7 +104,7 @@ class Run:
         evaluated = data.train if data.holdout is not None else data.eval
         for source in (data.eval, data.calibration):
             if source is not None:
-                _rows(source, limit=1)
+                rows_of(source, limit=1)
         own = [member.id for member in self.members if member.implements("evaluate")]
         for metric in self.pipeline.evaluate:
             options = metric.options
@@ -153,7 +117,7 @@ class Run:
             if path is None:
                 continue  # the spec says so
             if options.path is None and evaluated is not None:
-                check_metric(metric.metric, _format(evaluated))
+                check_metric(metric.metric, format_of(evaluated))
             else:
                 known = options.format != "auto"
                 check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
@@ -195,7 +159,9 @@ class Run:
         )
         stack.pipeline = self.pipeline
         check_rows_serve(stack.model, self.pipeline, self.members)
-        self.result = RunResult(stack, bytes_before=base_bytes(stack), held_out=self.held_out)
+        self.result = RunResult(
+            stack, bytes_before=base_bytes(stack.base_id, stack.model), held_out=self.held_out
+        )
         self.reporter.finished(
             "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
         )
@@ -226,7 +192,7 @@ class Run:
                 self._rows,
                 seed=settings.seed,
                 max_length=source.max_length or settings.max_length,
-                format=_format(source),
+                format=format_of(source),
             )
             self._max_length = self.data.max_length
         wanted = source.max_length or settings.max_length  # each stage has its own
@@ -254,7 +220,9 @@ class Run:
         assert stage.train is not None
         stack, settings = self._stack, self.pipeline.train_settings(stage)
         resting = [
-            name for name in stack.plugins if name not in stage.train.plugins and name not in stack._frozen
+            name
+            for name in stack.plugins
+            if name not in stage.train.plugins and not stack.standing[name].frozen
         ]
         if resting:
             stack.freeze(*resting)
@@ -300,7 +268,7 @@ class Run:
         source = self.pipeline.data.calibration or self.pipeline.data.train
         rows = self._rows  # without those that are held out
         if self.pipeline.data.calibration is not None:
-            rows = _rows(self.pipeline.data.calibration, limit=self.pipeline.data.calibration.limit)
+            rows = rows_of(self.pipeline.data.calibration, limit=self.pipeline.data.calibration.limit)
         texts = None if rows is None else calibration_texts(rows, self._stack.tokenizer)
         dropped = {id for later in self.stages[index:] if later.kind == "drop" for id in later.ids}
         length = {} if source is None or source.max_length is None else {"length": source.max_length}
@@ -318,8 +286,9 @@ class Run:
         specs: list[EvaluateSpec] = list(self.pipeline.evaluate)
         named = {spec.metric for spec in specs}
         for member in stack.members:
-            ready = (member.id in stack.compressed or not member.implements("compress")) and (
-                member.id in stack.injected or member.id in stack.folded or not member.implements("inject")
+            at = stack.standing[member.id]
+            ready = (at.compressed or not member.implements("compress")) and (
+                at.injected or at.folded or not member.implements("inject")
             )
             if member.implements("evaluate") and member.id not in named and ready:
                 specs.append(EvaluateSpec.model_validate({member.id: {}}))
@@ -330,7 +299,7 @@ class Run:
             if options.path is not None:
                 rows = asset_path(options.path)
             elif source is not None:
-                rows = list(_rows(source, limit=options.limit or source.limit))
+                rows = list(rows_of(source, limit=options.limit or source.limit))
             elif self.held_out is not None:
                 rows = list(self.held_out.rows)
             maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
@@ -378,72 +347,7 @@ def check_rows_serve(model: PreTrainedModel, pipeline: Pipeline, members: Sequen
     if pipeline.data.train is None or any(m.claims(Claim.CLASSIFIES) or m.plugin.gives for m in members):
         return  # a plugin brings another task
     if pipeline.train is not None or any(stage.train is not None for stage in pipeline.run or ()):
-        check_objective(model, _format(pipeline.data.train))
-
-
-def checkpoints(output: Path) -> Path:
-    """Where a run keeps its checkpoints until its bundle is written: beside the bundle, which holds no strange file."""
-    return output.parent / f"{output.name}.checkpoints"
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def base_bytes(stack: Stack) -> int:
-    """Bytes of the base's weights on disk; in memory if it lies nowhere as a file."""
-    folder = Path(model_path(stack.base_id))
-    files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return sum(f.stat().st_size for f in files) or sum(p.nbytes for p in stack.model.parameters())
-
-
-def _format(source: SourceSpec) -> str:
-    if source.format != "auto":
-        return source.format
-    return detect_format(asset_path(source.path), columns=source.columns or None)
-
-
-def training_rows(data: DataSpec) -> tuple[Dataset | None, HeldOut | None]:
-    """The rows that are trained on, and those that are held out of them.
-
-    Raises:
-        DataError: the file cannot be read, or none of its rows can be held out.
-    """
-    if data.train is None:
-        return None, None
-    rows = _rows(data.train, limit=data.train.limit)
-    if data.holdout is None:
-        return rows, None
-    held = _chosen(rows.select_columns(list(FORMATS[_format(data.train)])), data.holdout)
-    if not held:
-        raise DataError(
-            f"{data.train.path}: none of its {len(rows)} rows can be held out: there are no two that differ",
-            hint="give data to evaluate on: data: {eval: file} (--eval FILE), or evaluate nothing (--metric none)",
-        )
-    rest = [index for index in range(len(rows)) if index not in held]
-    return rows.select(rest), HeldOut(rows.select(sorted(held)), len(rows), data.holdout.seed)
-
-
-def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
-    """The rows to hold out, by what is in them: equal rows go together, and their order in the file plays no part."""
-    groups: dict[bytes, list[int]] = {}
-    for index, row in enumerate(rows):
-        text = f"{holdout.seed}:{json.dumps(row, sort_keys=True)}"
-        groups.setdefault(hashlib.sha256(text.encode()).digest(), []).append(index)
-    if len(groups) < 2:
-        return set()
-    wanted = min(max(1, round(holdout.share * len(rows))), holdout.most or len(rows), len(rows) - 1)
-    chosen: set[int] = set()
-    for _, group in sorted(groups.items()):
-        if len(chosen) + len(group) <= wanted:
-            chosen.update(group)
-    smallest: list[int] = min(groups.values(), key=len)
-    return chosen or set(smallest)
-
-
-def _rows(source: SourceSpec, *, limit: int | None) -> Dataset:
-    path = asset_path(source.path)
-    return read_dataset(path, format=_format(source), columns=source.columns or None, limit=limit)
+        check_objective(model, format_of(pipeline.data.train))
 
 
 def load_run(

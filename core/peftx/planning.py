@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from peftx.conflicts import Member, find_conflicts
+from peftx.engines.data.sources import training_rows
+from peftx.engines.models import load_model
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
-from peftx.models import load_model
-from peftx.parts import BasePart, DeltaPart
-from peftx.pipeline import check_rows_serve, training_rows
-from peftx.registry import Registry
+from peftx.kernel.conflicts import find_conflicts
+from peftx.kernel.members import Member
+from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.registry import Registry
+from peftx.pipeline import check_rows_serve
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
 from peftx_spec.models import Pipeline

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, TrainingData, hookimpl
-from peftx.compression import Calibration, QuantLinear
+from peftx.toolkits.compression import Calibration, QuantLinear
 
 
 def _quantize(model: ModelView, factor: float = 1.0) -> None:

@@ -20,7 +20,7 @@ from peftx import (
     Stack,
     hookimpl,
 )
-from peftx.serving import Server
+from peftx.toolkits.serving import Server
 
 Wrapper = Generator[None, Tensor, Tensor]
 

@@ -282,10 +282,10 @@ def test_look_at_what_is_no_text(tmp_path: Path, raw: bytes) -> None:
 
 
 def test_look_and_the_core_see_the_same_formats(tmp_path: Path) -> None:
-    from peftx.data import FORMATS as CORE
-    from peftx.data import detect_format
+    from peftx.engines.data import FORMATS as CORE
+    from peftx.engines.data import detect_format
     from peftx.errors import DataError
-    from peftx.evaluation.run import METRICS as METRICS_OF_CORE
+    from peftx.toolkits.evaluation.run import METRICS as METRICS_OF_CORE
     from peftx_spec.models import FORMATS, METRIC_FORMATS
 
     assert tuple(FORMATS) == tuple(CORE)

@@ -324,7 +324,7 @@ def test_damaged_bundles(
 def test_another_base_model(bundle: Path, installed: Any, refused: Callable[..., str]) -> None:
     from safetensors.torch import load_file, save_file
 
-    from peftx.models import model_path
+    from peftx.engines.models import model_path
 
     other = installed.work / "other"
     shutil.copytree(model_path("peftx:tiny"), other)
@@ -348,7 +348,7 @@ def test_a_full_disk(
     """safetensors raises an error of its own, which is no OSError."""
     from safetensors import SafetensorError
 
-    import peftx.bundle.saving
+    import peftx.engines.bundle.saving
 
     installed.scaffold("fake-gain", "inject")
     spec(installed)
@@ -359,7 +359,7 @@ def test_a_full_disk(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(peftx.bundle.saving, "save_file", full)
+        patch.setattr(peftx.engines.bundle.saving, "save_file", full)
         result = run("apply", "spec.yaml", "--set", "train.steps=1")
     assert result.exit_code == 2
     assert "the disk is full" in result.stderr
@@ -449,7 +449,7 @@ def test_resume_without_a_checkpoint_says_so(installed: Any, run: Callable[..., 
 # ----------------------------------------------------------------------------------------------------------- the shell
 def test_a_bug_keeps_its_traceback_and_exits_with_1(installed: Any, spawn: Callable[..., Any]) -> None:
     code = (
-        "import sys; from peftx.registry import Registry\n"
+        "import sys; from peftx.kernel.registry import Registry\n"
         "def broken(self): raise ZeroDivisionError('a bug')\n"
         "Registry.names = broken\nfrom peftx_cli.main import main\nsys.argv = ['peftx', 'list']\nmain()"
     )

@@ -226,7 +226,7 @@ def test_a_new_plugin_keeps_its_promises(installed: Any, hook: str) -> None:
 
 def test_the_bad_option_of_a_new_plugin_is_refused(installed: Any) -> None:
     from peftx.errors import PeftxError
-    from peftx.registry import Registry
+    from peftx.kernel.registry import Registry
     from peftx_cli.scaffold import OPTIONS
 
     for hook in HOOKS:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from peftx.engines.data.sources import HeldOut, training_rows
 from peftx.errors import DataError
-from peftx.pipeline import HeldOut, training_rows
 from peftx_spec import DataSpec
 
 FAST = ("--steps", "2", "--set", "train.batch_size=2")

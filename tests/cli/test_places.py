@@ -76,7 +76,7 @@ UNWRITABLE = "/proc/peftx-test"  # a folder that exists, and in which not even r
 def test_a_place_that_cannot_be_written_is_found_before_the_work(
     installed: Any, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    from peftx.models import load_model
+    from peftx.engines.models import load_model
 
     def loads(*arguments: Any, meta: bool = False, **options: Any) -> Any:
         assert meta, "the weights were loaded first"

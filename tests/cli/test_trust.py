@@ -60,7 +60,7 @@ class Stranger:
 
 @pytest.fixture
 def stranger(installed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stranger]:
-    from peftx.models import model_path
+    from peftx.engines.models import model_path
 
     installed.scaffold("fake-gain", "inject")
     folder = installed.work / "stranger"
@@ -185,8 +185,8 @@ def test_a_bundle_with_a_base_of_its_own_does_not_ask_either(
     stranger: Stranger, installed: Any, ok: Callable[..., str], run: Callable[..., Any]
 ) -> None:
     """A compressed bundle holds its base's configuration, and `transformers` asks at the keyboard unless it is told."""
-    from peftx.bundle.manifest import own_digest
-    from peftx.files import sha256
+    from peftx.engines.bundle.manifest import own_digest
+    from peftx.engines.files import sha256
 
     installed.scaffold("fake-bits", "compress")
     ok("apply", "-p", "fake-bits", "--output", "small", "--metric", "none")

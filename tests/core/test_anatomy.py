@@ -30,11 +30,12 @@ from transformers import (
 
 import peftx
 from peftx import Stack
-from peftx.anatomy import Anatomy, Fused, Site, Table, Targets, Tower
-from peftx.changes import Owner
 from peftx.errors import ArchitectureError, TargetError
-from peftx.ledger import Ledger
-from peftx.slots import Delta, merge, unmerge
+from peftx.kernel.anatomy import Anatomy, Fused, Site, Table, Targets, Tower
+from peftx.kernel.changes import Owner
+from peftx.kernel.ledger import Ledger
+from peftx.kernel.slots import Delta, merge, unmerge
+from peftx.kernel.view import ModelView
 from peftx.testing.models import (
     ARCHITECTURES,
     CORE_ARCHITECTURES,
@@ -46,7 +47,6 @@ from peftx.testing.models import (
     tiny,
     tiny_tokenizer,
 )
-from peftx.view import ModelView
 
 # ------------------------------------------------------------------------------------------------ what is expected
 QKVO = "attention.q attention.k attention.v attention.o "

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from peftx.anatomy import Anatomy
-from peftx.anatomy.anatomy import Heads
-from peftx.attention import AttentionEdit
-from peftx.changes import Owner
 from peftx.errors import ArchitectureError, ConflictError
-from peftx.ledger import Ledger
+from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Heads
+from peftx.kernel.attention import AttentionEdit
+from peftx.kernel.changes import Owner
+from peftx.kernel.ledger import Ledger
+from peftx.kernel.view import ModelView
 from peftx.testing.models import ARCHITECTURES, PAD, Padding, example_inputs, output_of, tiny
-from peftx.view import ModelView
 
 SILENT = ("mamba", "bloom", "gptj", "deberta_v2")
 DISPATCHING = tuple(arch for arch in ARCHITECTURES if arch not in SILENT)
@@ -166,7 +166,7 @@ def test_a_tower_that_does_not_dispatch_says_so() -> None:
     sizes |= {"bos_token_id": 0, "eos_token_id": 1}
     model = tiny("llava", text_config=sizes | {"hidden_size": 32})
     module = model.model.language_model.h[0].attn
-    from peftx import attention
+    from peftx.kernel import attention
 
     with pytest.raises(ArchitectureError, match="by name"):
         attention.attach(model, module, Nothing(), owner="one", rank=0)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
-from peftx.bundle import read_manifest
+from peftx.engines.bundle import read_manifest
+from peftx.engines.models import load_model
 from peftx.errors import BundleError, MergeError, PeftxError
-from peftx.models import load_model
 from peftx.testing import tiny, tiny_tokenizer
 
 ROWS = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(8)]
@@ -70,7 +70,7 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {here!r})
     from test_bad_input import stack
-    import peftx.bundle.saving as saving, peftx.files as files
+    import peftx.engines.bundle.saving as saving, peftx.engines.files as files
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_kill_between_the_renames_of_a_system_without_exchange(
     """The old bundle stands aside for a moment; reading brings it back."""
     folder = tmp_path / "bundle"
     stack(1.0).save(folder)
-    monkeypatch.setattr("peftx.files._exchange", lambda one, two: False)
+    monkeypatch.setattr("peftx.engines.files._exchange", lambda one, two: False)
     rename, calls = Path.rename, []
 
     def stop(self: Path, target: Path) -> Any:
@@ -137,7 +137,7 @@ def test_full_disk_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("peftx.bundle.saving.save_file", full)
+    monkeypatch.setattr("peftx.engines.bundle.saving.save_file", full)
     with pytest.raises(BundleError, match=r"the disk is full.*the old one is intact"):
         stack(2.0).save(folder)
     assert value_in(folder) == 1.0
@@ -152,7 +152,7 @@ def test_another_error_while_saving_stays_what_it_is(tmp_path: Path, monkeypatch
         def failing(*_: object) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("peftx.bundle.saving.save_file", failing)
+        monkeypatch.setattr("peftx.engines.bundle.saving.save_file", failing)
 
     fails(errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
@@ -166,7 +166,7 @@ def test_another_error_while_saving_stays_what_it_is(tmp_path: Path, monkeypatch
 def test_full_disk_while_training_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peftx.training.trainer as trainer
+    import peftx.engines.training.trainer as trainer
 
     save, calls = trainer.save_file, []
 
@@ -227,7 +227,7 @@ def test_kill_during_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_bad_input import ROWS, stack
-        import peftx.training.trainer as trainer
+        import peftx.engines.training.trainer as trainer
 
         save, calls = trainer.save_state, []
 
@@ -267,8 +267,8 @@ def test_every_changed_byte_of_a_bundle_is_seen(tmp_path: Path) -> None:
 
 def sign_anew(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Other tensors in a bundle's file, and a manifest that says so."""
-    from peftx.bundle import own_digest
-    from peftx.files import sha256
+    from peftx.engines.bundle import own_digest
+    from peftx.engines.files import sha256
 
     save_file(tensors, file)
     manifest = json.loads((file.parent / "manifest.json").read_text("utf-8"))
@@ -353,7 +353,7 @@ def test_saving_over_something_else(tmp_path: Path) -> None:
 
 def test_merge_into_a_quantized_base(tmp_path: Path) -> None:
     """Whatever stands on integers cannot be folded into them; nothing is changed by the attempt."""
-    from peftx.compression import QuantLinear
+    from peftx.toolkits.compression import QuantLinear
 
     class Integers(Plugin):
         claims = {Claim.QUANTIZES}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftx import CallEdit, Delta, ModelView, Plugin, Stack, hookimpl
-from peftx.parts import CallPart
+from peftx.kernel.parts import CallPart
 from peftx.testing.models import tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 13).reshape(2, 5)

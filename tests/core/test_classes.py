@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.conflicts import Member, find_conflicts
-from peftx.data import CLASS_INDEX, IGNORE, check_labels, class_ids, class_index, tokenize_classes
+from peftx.engines.data import CLASS_INDEX, IGNORE, check_labels, class_ids, class_index, tokenize_classes
+from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PeftxError, PluginError
+from peftx.kernel.conflicts import find_conflicts
+from peftx.kernel.members import Member
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.training.run import as_training_data
 
 LABELS = ["bad", "good"]
 ROWS = [{"text": f"number {i} is {word}", "label": word} for i in range(4) for word in LABELS]

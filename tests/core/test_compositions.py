@@ -9,10 +9,10 @@ import pytest
 from torch import Tensor
 
 from peftx import Claim, Delta, ModelView, Plugin, Registry, hookimpl
-from peftx.compression import Calibration
-from peftx.conflicts import Conflict, Member, find_conflicts
 from peftx.errors import ConflictError, MergeError
-from peftx.hooks import hooks_of
+from peftx.kernel.conflicts import Conflict, find_conflicts
+from peftx.kernel.members import Member
+from peftx.kernel.plugin import hooks_of
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank
@@ -29,6 +29,7 @@ from peftx.testing.stacks import (
 )
 from peftx.testing.subject import ROWS
 from peftx.testing.ways_out import dead_ends, trained
+from peftx.toolkits.compression import Calibration
 from peftx_lora import Lora
 
 SAMPLE = 13

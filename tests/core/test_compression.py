@@ -24,23 +24,19 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from peftx.compression import (
+from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.toolkits.compression import (
     BlockInputs,
     Calibration,
-    KVFormat,
-    QuantizedKVLayer,
     QuantLinear,
-    cache_nbytes,
     dequantize,
     fake_quantize,
     fwht,
     hadamard,
     hadamard_exists,
     hadamard_signs,
-    make_cache,
     mse_clip_scale,
     observe,
     observing,
@@ -49,9 +45,8 @@ from peftx.compression import (
     unpack_bits,
     walk_blocks,
 )
-from peftx.compression.kernels import int8_matmul
-from peftx.compression.packing import from_integer, integer_range, packed_width, to_integer
-from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.toolkits.compression.kernels import int8_matmul
+from peftx.toolkits.compression.packing import from_integer, integer_range, packed_width, to_integer
 
 ALL_BITS = range(2, 9)
 
@@ -272,7 +267,7 @@ def test_integers_equal_the_emulation_of_the_same_quantizer(
     module = made_from(nn.Linear(24, 16), **options)
     x = torch.randn(9, 24)
     integers = module(x)
-    monkeypatch.setattr("peftx.compression.linear.int8_matmul_fits", lambda *a, **k: False)
+    monkeypatch.setattr("peftx.toolkits.compression.linear.int8_matmul_fits", lambda *a, **k: False)
     assert module.kernel == "emulate"
     torch.testing.assert_close(module(x), integers, rtol=1e-5, atol=1e-5)
 
@@ -322,8 +317,10 @@ def test_a_float32_input_needs_no_float_weight(monkeypatch: pytest.MonkeyPatch) 
     assert frugal.nbytes_resident == frugal.nbytes_packed
     assert module.kernel_for(torch.device("cpu"), torch.float64) == "dequantize"
     assert module.kernel_for(torch.device("meta"), torch.float32) == "dequantize"
-    monkeypatch.setattr("peftx.compression.linear.dequantize", lambda *a: pytest.fail("dequantized"))
-    monkeypatch.setattr("peftx.compression.linear.unpack_bits", lambda *a, **k: pytest.fail("unpacked"))
+    monkeypatch.setattr("peftx.toolkits.compression.linear.dequantize", lambda *a: pytest.fail("dequantized"))
+    monkeypatch.setattr(
+        "peftx.toolkits.compression.linear.unpack_bits", lambda *a, **k: pytest.fail("unpacked")
+    )
     module(x)
     module(torch.randn(70, 320))
 
@@ -585,194 +582,6 @@ def test_quantlinear_refuses() -> None:
         QuantLinear.from_linear(linear, bits=8)
 
 
-# -- KV cache -----------------------------------------------------------------------------------------------
-
-FORMATS = {
-    "dynamic-8": KVFormat(),
-    "dynamic-4-3-asymmetric": KVFormat(key_bits=4, value_bits=3, symmetric=False),
-    "static-8": KVFormat(key_scale=torch.tensor([0.02, 0.03]), value_scale=torch.tensor([0.02, 0.01])),
-    "prefix": KVFormat(key_bits=2, value_bits=2, prefix_rows=3),
-}
-
-
-def rows(length: int, batch: int = 2) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, 2, length, 10), torch.randn(batch, 2, length, 10)
-
-
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_rows_stored_one_by_one_equal_rows_stored_at_once(fmt: KVFormat) -> None:
-    keys, values = rows(7)
-    whole, steps = QuantizedKVLayer(format=fmt), QuantizedKVLayer(format=fmt)
-    expected = whole.update(keys, values)
-    for i in range(7):
-        assert steps.get_mask_sizes(1) == (i + 1, 0)
-        got = steps.update(keys[:, :, i : i + 1], values[:, :, i : i + 1])
-    assert steps.get_seq_length() == 7
-    for a, b, c in zip(expected, got, whole.read(), strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-
-
-def test_rows_are_quantized_as_said() -> None:
-    keys, values = rows(6)
-    stored, _ = QuantizedKVLayer(format=KVFormat(key_bits=4)).update(keys, values)
-    per_row = quantize(keys, bits=4)
-    assert torch.equal(stored, dequantize(per_row))
-    scale = torch.tensor([0.5, 0.25])
-    stored, _ = QuantizedKVLayer(format=KVFormat(key_bits=4, key_scale=scale)).update(keys, values)
-    expected = [(torch.round(keys[:, h] / s)).clamp(-8, 7) * s for h, s in enumerate(scale)]
-    assert torch.equal(stored, torch.stack(expected, dim=1))
-    stored, _ = QuantizedKVLayer(format=KVFormat(key_bits=2, prefix_rows=4)).update(keys, values)
-    assert torch.equal(stored[:, :, :4], keys[:, :, :4])
-    assert torch.equal(stored[:, :, 4:], dequantize(quantize(keys[:, :, 4:], bits=2)))
-
-
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_batch_and_length_operations(fmt: KVFormat) -> None:
-    keys, values = rows(6)
-    layer = QuantizedKVLayer(format=fmt)
-    before = layer.update(keys, values)
-
-    def check(expected: list[Tensor]) -> None:
-        for got, want in zip(layer.read(), expected, strict=True):
-            assert torch.equal(got, want)
-
-    layer.crop(0)
-    check(list(before))
-    layer.crop(-2)
-    assert layer.get_seq_length() == 4
-    check([t[:, :, :4] for t in before])
-    again = layer.update(keys[:, :, 4:], values[:, :, 4:])
-    assert torch.equal(again[0], before[0])
-    layer.batch_repeat_interleave(2)
-    check([t.repeat_interleave(2, dim=0) for t in before])
-    layer.reorder_cache(torch.tensor([3, 0, 0, 1]))
-    check([t[[1, 0, 0, 0]] for t in before])
-    layer.batch_select_indices(torch.tensor([0, 2]))
-    check([t[[1, 0]] for t in before])
-    layer.crop(-5)  # into the prefix, where there is one
-    check([t[[1, 0]][:, :, :1] for t in before])
-    layer.update(keys[[1, 0]][:, :, 1:], values[[1, 0]][:, :, 1:])
-    check([t[[1, 0]] for t in before])
-    layer.reset()
-    assert layer.get_seq_length() == 0
-    with pytest.raises(UnsupportedError, match="no rows"):
-        layer.read()
-    assert torch.equal(layer.update(keys, values)[0], before[0])
-    with pytest.raises(UnsupportedError, match="positive count"):
-        layer.crop(3)
-
-
-def test_bytes_of_a_cache() -> None:
-    keys, values = rows(8)
-    layer = QuantizedKVLayer(format=KVFormat(key_bits=4, value_bits=3, prefix_rows=2))
-    layer.update(keys, values)
-    heads = 2 * 2
-    whole = 2 * heads * 2 * 10 * 4
-    packed = heads * 6 * (5 + 4)  # 10 values: 4 bits 5 bytes, 3 bits 30 bits -> 4 bytes
-    scales = 2 * heads * 6 * 4
-    assert layer.nbytes == whole + packed + scales
-
-
-def test_new_rows_carry_their_gradient() -> None:
-    keys, values = rows(4)
-    layer = QuantizedKVLayer(format=KVFormat(key_bits=4, prefix_rows=1))
-    layer.update(keys, values)
-    new = torch.randn(2, 2, 3, 10, requires_grad=True)
-    got, _ = layer.update(new, values[:, :, :3])
-    upstream = torch.randn_like(got)
-    got.backward(upstream)
-    assert torch.equal(new.grad, upstream[:, :, 4:])
-
-
-def test_kv_formats_refuse() -> None:
-    with pytest.raises(UnsupportedError, match="key_bits=1"):
-        KVFormat(key_bits=1)
-    with pytest.raises(UnsupportedError, match="no zero point"):
-        KVFormat(value_scale=torch.ones(2), symmetric=False)
-    with pytest.raises(UnsupportedError, match="positive"):
-        KVFormat(key_scale=torch.zeros(2))
-    with pytest.raises(UnsupportedError, match="3 heads met a layer with 2"):
-        QuantizedKVLayer(format=KVFormat(key_scale=torch.ones(3))).update(*rows(1))
-    with pytest.raises(UnsupportedError, match="1 formats for 3 layers"):
-        make_cache(llama().config, [None])
-
-
-def test_a_cached_generation_equals_the_uncached_one() -> None:
-    """Each step from a new cache on the whole text: the quantizer acts row by row, so the results are the same."""
-    model = llama()
-    fmt = KVFormat(key_bits=3, value_bits=3, prefix_rows=2)
-    text = torch.randint(1, 97, (2, 6))
-    cached = model.generate(
-        text, past_key_values=make_cache(model.config, fmt), max_new_tokens=8, do_sample=False
-    )
-    ids = text
-    with torch.no_grad():
-        for _ in range(8):
-            logits = model(ids, past_key_values=make_cache(model.config, fmt)).logits
-            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(cached, ids)
-
-
-def test_eight_bits_give_nearly_the_logits_of_a_plain_cache_and_two_do_not() -> None:
-    model = llama()
-    ids = torch.randint(1, 97, (2, 12))
-    with torch.no_grad():
-        plain = model(ids).logits
-        near = model(ids, past_key_values=make_cache(model.config, KVFormat())).logits
-        far = model(ids, past_key_values=make_cache(model.config, KVFormat(key_bits=2, value_bits=2))).logits
-    assert 0 < (near - plain).abs().max() < 0.02 * plain.abs().max()
-    assert (far - plain).abs().max() > 5 * (near - plain).abs().max()
-
-
-def test_generation_with_padding_beams_and_mixed_layers() -> None:
-    model = llama()
-    formats = [KVFormat(), None, KVFormat(key_bits=4)]
-    text = torch.randint(1, 97, (1, 5))
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], dim=1)
-    mask = (padded != 0).long()
-    options = {"max_new_tokens": 6, "do_sample": False}
-    alone = model.generate(text, past_key_values=make_cache(model.config, formats), **options)
-    left = model.generate(
-        padded, attention_mask=mask, past_key_values=make_cache(model.config, formats), **options
-    )
-    assert torch.equal(left[:, 3:], alone)
-    # Whole prefix rows = plain storage: beams then must agree with transformers' own cache.
-    exact = KVFormat(prefix_rows=64)
-    beams = model.generate(text, past_key_values=make_cache(model.config, exact), num_beams=3, **options)
-    assert torch.equal(beams, model.generate(text, num_beams=3, **options))
-    coarse = make_cache(model.config, KVFormat(key_bits=4, value_bits=4))
-    assert model.generate(text, past_key_values=coarse, num_beams=3, **options).shape == beams.shape
-    plain = DynamicCache(config=model.config)
-    model.generate(text, past_key_values=plain, **options)
-    fine = make_cache(model.config, KVFormat(key_bits=4, value_bits=4))
-    model.generate(text, past_key_values=fine, **options)
-    assert cache_nbytes(fine) < cache_nbytes(plain) / 3
-
-
-def test_sliding_layers_keep_all_rows_and_stay_right() -> None:
-    config = Gemma3TextConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    text = torch.randint(1, 97, (1, 9))
-    options = {"max_new_tokens": 6, "do_sample": False}
-    exact = make_cache(config, KVFormat(prefix_rows=64))
-    assert torch.equal(
-        model.generate(text, past_key_values=exact, **options), model.generate(text, **options)
-    )
-
-
 # -- calibration --------------------------------------------------------------------------------------------
 
 
@@ -985,7 +794,7 @@ def test_the_search_leaves_out_what_cannot_win(bits: int, monkeypatch: pytest.Mo
     def error(row: Tensor, scale: Tensor) -> float:
         return float((counts * (row - scale * torch.round(row / scale).clamp(low, high)).square()).sum())
 
-    module = sys.modules["peftx.compression.observe"]  # its function of that name hides it
+    module = sys.modules["peftx.toolkits.compression.observe"]  # its function of that name hides it
     monkeypatch.setattr(module, "_CHUNK", 700)  # two rows and a half
     tried: list[Tensor] = []
     addcmul = torch.addcmul

@@ -27,12 +27,12 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.compression import QuantLinear
 from peftx.errors import PeftxError
-from peftx.serving import Server
 from peftx.testing import conformance, example_inputs, plan_checks, run_checks, tiny, tiny_tokenizer
 from peftx.testing.checks import CHECKS
 from peftx.testing.kit import CheckResult, Planned
+from peftx.toolkits.compression import QuantLinear
+from peftx.toolkits.serving import Server
 
 FOLDER = Path(__file__).parents[1] / "broken_plugins"
 OTHER_PROCESS = {"imports_quickly", "save_load_in_a_fresh_process"}

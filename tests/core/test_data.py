@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peftx.compression.batches import calibration_texts
-from peftx.data import (
+from peftx.engines.data import (
     IGNORE,
     Collator,
     TrainingData,
@@ -29,6 +28,7 @@ from peftx.data import (
     tokenize_dataset,
 )
 from peftx.errors import DataError, UnsupportedError
+from peftx.toolkits.compression.batches import calibration_texts
 
 PAD, BOS, EOS = 0, 1, 2
 

@@ -36,7 +36,8 @@ from transformers import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from peftx.decoding import (
+from peftx.errors import PeftxError, UnsupportedError
+from peftx.toolkits.decoding import (
     Drafter,
     DraftTree,
     Generation,
@@ -46,7 +47,6 @@ from peftx.decoding import (
     per_row,
     speculative_generate,
 )
-from peftx.errors import PeftxError, UnsupportedError
 
 VOCAB = 48
 SPECIAL = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from peftx.errors import DataError, PeftxError, UnsupportedError
-from peftx.evaluation import (
+from peftx.toolkits.evaluation import (
     Evaluation,
     Request,
     Score,

@@ -11,11 +11,11 @@ import pytest
 
 import peftx
 from peftx import Plugin, Stack
-from peftx.bundle import read_manifest
-from peftx.conflicts import RULES, Member, find_conflicts, rules
+from peftx.engines.bundle import read_manifest
 from peftx.errors import PeftxError, PluginError
-from peftx.members import blame, default_id
-from peftx.plugin import Claim, PluginConfig, hookimpl
+from peftx.kernel.conflicts import RULES, find_conflicts, rules
+from peftx.kernel.members import Member, blame, default_id
+from peftx.kernel.plugin import Claim, PluginConfig, hookimpl
 from peftx.testing.models import tiny, tiny_tokenizer
 
 MODULE = """

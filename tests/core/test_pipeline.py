@@ -14,9 +14,10 @@ from torch import Tensor, nn, ones
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, hookimpl
 from peftx.errors import BundleError, ConflictError, DataError, SpecError
+from peftx.kernel.names import GROUP
+from peftx.kernel.registry import Registry
 from peftx.pipeline import Run, load_run
 from peftx.planning import plan
-from peftx.registry import GROUP, Registry
 
 
 class GainConfig(PluginConfig):
@@ -184,9 +185,9 @@ def test_explicit_stages(files: dict[str, Path]) -> None:
     )
     result = load_run(text, registry=REGISTRY).run()
     assert list(result.scores) == ["after"]
-    assert result.stack.folded == {"gain"}
+    assert result.stack.standing["gain"].folded
     assert result.training[0].steps == 1
-    assert peftx.load(files["output"], registry=REGISTRY).folded == {"gain"}
+    assert peftx.load(files["output"], registry=REGISTRY).standing["gain"].folded
 
 
 def test_resume_goes_on_from_the_checkpoint(files: dict[str, Path]) -> None:
@@ -318,7 +319,7 @@ def test_a_metric_of_the_command_line_is_known_before_anything_runs(files: dict[
 
 def test_the_spec_and_the_core_know_the_same_metrics() -> None:
     import peftx_spec
-    from peftx.evaluation.run import METRICS
+    from peftx.toolkits.evaluation.run import METRICS
 
     assert tuple(METRICS) == peftx_spec.METRICS
 

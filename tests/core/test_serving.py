@@ -15,13 +15,13 @@ from torch import Tensor
 
 from peftx import Claim, Generation, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.serving import Engine, Job, Request, Scheduler, Server
-from peftx.serving.app import build_app
-from peftx.serving.engine import QueueFull
-from peftx.serving.guards import Guard
-from peftx.serving.stream import TextStream, cut_at_stop, settled
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import FIRST_BYTE, VOCABULARY
+from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
+from peftx.toolkits.serving.app import build_app
+from peftx.toolkits.serving.engine import QueueFull
+from peftx.toolkits.serving.guards import Guard
+from peftx.toolkits.serving.stream import TextStream, cut_at_stop, settled
 
 PROMPTS = ["Once upon a time", "The river took the bridge, the camera and the car", "A"]
 

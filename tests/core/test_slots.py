@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftx.anatomy import Anatomy
-from peftx.changes import Owner
 from peftx.errors import ConflictError, MergeError, PeftxError, UnsupportedError
-from peftx.ledger import Ledger
-from peftx.slots import (
+from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.changes import Owner
+from peftx.kernel.ledger import Ledger
+from peftx.kernel.slots import (
     Delta,
     Rows,
     attach,
@@ -33,11 +33,11 @@ from peftx.slots import (
     slot_of,
     unmerge,
 )
-from peftx.slots.delta import LowRank as factors
-from peftx.slots.delta import dropout_mask
-from peftx.slots.fused import linear_with_low_rank
+from peftx.kernel.slots.delta import LowRank as factors
+from peftx.kernel.slots.delta import dropout_mask
+from peftx.kernel.slots.fused import linear_with_low_rank
+from peftx.kernel.view import ModelView
 from peftx.testing.models import example_inputs, output_of, tiny
-from peftx.view import ModelView
 
 STEPS = ("attach", "merge", "unmerge", "disable", "enable", "remove")
 OWNERS = ("a", "b", "c")

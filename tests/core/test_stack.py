@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, Stack, hookimpl
-from peftx.attention import AttentionEdit
-from peftx.bundle import smallest_exact
-from peftx.calls import CallEdit
-from peftx.compression import QuantLinear
-from peftx.conflicts import Member, find_conflicts
+from peftx.engines.bundle import smallest_exact
 from peftx.errors import BundleError, ConflictError, MergeError, PeftxError, PluginError
-from peftx.models import fingerprint
+from peftx.kernel.attention import AttentionEdit
+from peftx.kernel.calls import CallEdit
+from peftx.kernel.conflicts import find_conflicts
+from peftx.kernel.identity import fingerprint
+from peftx.kernel.members import Member
+from peftx.kernel.virtual_tokens import VirtualTokens
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import example_inputs, output_of
-from peftx.virtual_tokens import VirtualTokens
+from peftx.toolkits.compression import QuantLinear
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -322,7 +323,7 @@ def test_compressed_bundles_need_no_base(tmp_path: Path) -> None:
     stack = stack_of(Scales(), Frozen8())
     stack.compress()
     stack.save(tmp_path / "b")
-    assert "scales" in stack.folded
+    assert stack.standing["scales"].folded
     back = peftx.load(tmp_path / "b")
     assert torch.equal(logits(back), logits(stack))
     assert isinstance(back.model.model.layers[0].mlp.up_proj, QuantLinear)

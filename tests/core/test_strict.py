@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
-from peftx.bundle import read_manifest
-from peftx.compression import QuantLinear
+from peftx.engines.bundle import read_manifest
+from peftx.engines.files import replacing, staging
+from peftx.engines.models import load_model
 from peftx.errors import BundleError, DataError, MergeError, PeftxError, UnsupportedError
-from peftx.files import replacing, staging
 from peftx.interop import from_peft
-from peftx.models import load_model
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_compacter import Compacter
 from peftx_lora import Lora
 from peftx_lt_sft import LtSft
@@ -258,7 +258,7 @@ def test_a_folder_that_is_swept_away_before_its_lock_is_made_anew(
             folder.rmdir()
         lock(handle, kind)
 
-    monkeypatch.setattr("peftx.files.fcntl.flock", late)
+    monkeypatch.setattr("peftx.engines.files.fcntl.flock", late)
     with replacing(tmp_path / "b", marker="x") as new:
         (new / "x").write_text("whole")
     assert swept
@@ -276,7 +276,7 @@ def test_who_comes_second_to_an_empty_place_takes_it_whole(tmp_path: Path) -> No
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
-    lines = ["import os", "from pathlib import Path", "from peftx.files import staging"]
+    lines = ["import os", "from pathlib import Path", "from peftx.engines.files import staging"]
     lines.append(f"with staging(Path({str(tmp_path / 'b')!r})): os._exit(9)")
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False)
     assert len(list(tmp_path.iterdir())) == 1

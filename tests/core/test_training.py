@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
+from peftx.engines.training import TrainStep, last_checkpoint
+from peftx.engines.training.state_io import load_state, save_state
 from peftx.errors import BundleError, DataError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
-from peftx.training import TrainStep, last_checkpoint
-from peftx.training.state_io import load_state, save_state
 
 ROWS = [{"prompt": f"count {i}", "completion": f"{i + 1} {i + 2}"} for i in range(24)]
 
@@ -300,7 +300,7 @@ def test_a_run_without_output_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_add_up_in_narrow_types(dtype: torch.dtype, optimizer: str) -> None:
     """2^-12 of one is nothing in bfloat16, and 64 of them are 2^-6."""
-    from peftx.training.optimizer import optimizer_for
+    from peftx.engines.training.optimizer import optimizer_for
 
     p = torch.nn.Parameter(torch.ones(8, dtype=dtype))
     made = optimizer_for([p], optimizer, learning_rate=2.0**-12, weight_decay=0.0)
@@ -312,7 +312,7 @@ def test_small_updates_add_up_in_narrow_types(dtype: torch.dtype, optimizer: str
 
 
 def test_what_is_written_into_a_narrow_parameter_counts() -> None:
-    from peftx.training.optimizer import optimizer_for
+    from peftx.engines.training.optimizer import optimizer_for
 
     p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     made = optimizer_for([p], "sgd", learning_rate=2.0**-12, weight_decay=0.0)
@@ -419,7 +419,7 @@ def test_state_with_tensors_keeps_bits(tmp_path: Path) -> None:
 
 
 def test_a_column_that_the_first_row_lacks_is_kept() -> None:
-    from peftx.training.run import as_training_data
+    from peftx.engines.training.run import as_training_data
 
     stack = Stack(tiny("llama"), [], tokenizer=tiny_tokenizer())
     rows = [{"text": "one"}, {"text": "two", "weight": 3}]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
-from peftx.compression import QuantLinear
 from peftx.errors import ConflictError, MergeError, PeftxError, PluginError
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -166,14 +166,14 @@ def test_a_scope_within_a_scope() -> None:
         stack.remove("other")
         logits(stack)
     assert not torch.equal(full, off)
-    assert stack.disabled_ids == set()
+    assert not any(at.disabled for at in stack.standing.values())
 
 
 def test_removed_while_it_is_off() -> None:
     stack = stack_of(Scales())
     with stack.disabled():
         stack.remove("scales")
-    assert stack.disabled_ids == set()
+    assert not any(at.disabled for at in stack.standing.values())
     stack.generate("Once", max_new_tokens=2)
 
 
@@ -221,7 +221,7 @@ def test_a_compression_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="half way"):
         stack.compress()
     assert same(stack, before)
-    assert stack.folded == set()
+    assert not any(at.folded for at in stack.standing.values())
     assert stack.plugins["fails-half-way"].state == {}
     stack.save(tmp_path / "bundle")
     assert torch.equal(logits(peftx.load(tmp_path / "bundle", model=tiny("llama"))), logits(stack))

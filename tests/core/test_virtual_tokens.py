@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from peftx import virtual_tokens
-from peftx.anatomy import Anatomy
-from peftx.changes import Owner
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
-from peftx.ledger import Ledger
+from peftx.kernel import virtual_tokens
+from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.changes import Owner
+from peftx.kernel.ledger import Ledger
+from peftx.kernel.view import ModelView
+from peftx.kernel.virtual_tokens import VirtualTokens
 from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny
-from peftx.view import ModelView
-from peftx.virtual_tokens import VirtualTokens
 
 DECODERS = (
     "llama",

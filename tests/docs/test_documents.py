@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peftx.hooks import HOOKS, HookSpecs
+from peftx.hooks import HookSpecs
+from peftx.kernel.names import HOOKS
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from peftx.hooks import HOOKS
+from peftx.kernel.names import HOOKS
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 TIERS = ("bronze", "silver", "gold")

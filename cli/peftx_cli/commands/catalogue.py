@@ -10,8 +10,8 @@ import typer
 from peftx_cli import options
 
 if TYPE_CHECKING:
-    from peftx.plugin import Plugin
-    from peftx.registry import Entry
+    from peftx.kernel.plugin import Plugin
+    from peftx.kernel.registry import Entry
     from peftx_cli.health import Listed
 
 TIERS = ("bronze", "silver", "gold")
@@ -37,7 +37,7 @@ def list_plugins(
     hook: Hook = None, family: Family = None, tier: Tier = None, as_json: options.Json = False
 ) -> None:
     """List the installed plugins; what is broken, claimed twice or disabled is listed as such."""
-    from peftx.registry import Registry
+    from peftx.kernel.registry import Registry
     from peftx_cli.health import listed
     from peftx_cli.render import out, print_json, print_table
 
@@ -76,7 +76,7 @@ def _filtered(found: list[Listed], *, hook: str | None, family: str | None, tier
         PeftxError: a hook, family or tier that does not exist.
     """
     if hook is not None:
-        from peftx.hooks import HOOKS
+        from peftx.kernel.names import HOOKS
 
         _known("hook", hook, HOOKS)
     families = sorted({one.entry.family for one in found if one.entry is not None and one.entry.family})
@@ -127,7 +127,7 @@ def info(
     name: Name, metadata: MetadataOnly = False, readme: Readme = False, as_json: options.Json = False
 ) -> None:
     """Everything about one plugin: options, hooks, claims, paper, and what it does not go with."""
-    from peftx.registry import Registry
+    from peftx.kernel.registry import Registry
     from peftx_cli.health import module_file
 
     registry = Registry()
@@ -153,8 +153,9 @@ def info(
 
 def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
     """What only the class knows."""
-    from peftx.conflicts import rules
-    from peftx.hooks import HOOKS, hooks_of
+    from peftx.kernel.conflicts import rules
+    from peftx.kernel.names import HOOKS
+    from peftx.kernel.plugin import hooks_of
 
     return {
         "hooks": [hook for hook in HOOKS if hook in hooks_of(plugin)],

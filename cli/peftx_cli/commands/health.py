@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(as_json: options.Json = False) -> None:
     """Import every plugin and look at the machine: versions, threads, kernels. Exits with 1 if something is broken."""
-    from peftx.registry import Registry
+    from peftx.kernel.registry import Registry
     from peftx_cli.render import print_json
 
     registry = Registry()
@@ -96,7 +96,7 @@ def _kernels() -> dict[str, bool]:
     """Which fast integer kernels run here, found out by running them; without them weights are dequantized first."""
     import torch
 
-    from peftx.compression.kernels import int4_matmul, int4_pack, int8_matmul
+    from peftx.toolkits.compression.kernels import int4_matmul, int4_pack, int8_matmul
 
     def int8() -> bool:
         x = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
@@ -120,8 +120,9 @@ def _kernels() -> dict[str, bool]:
 
 def _model() -> dict[str, Any]:
     """Whether the bundled model is there and loads."""
+    from peftx.engines.checkpoints import TINY
+    from peftx.engines.models import load_model
     from peftx.errors import PeftxError
-    from peftx.models import TINY, load_model
 
     try:
         model, tokenizer = load_model(TINY)
@@ -139,7 +140,7 @@ def _model() -> dict[str, Any]:
 def _plugins(registry: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Every plugin after an attempt to import it, and what else there is to say."""
     from peftx.errors import RegistryError
-    from peftx.hooks import hooks_of
+    from peftx.kernel.plugin import hooks_of
     from peftx_cli.health import Verdicts, listed
 
     found: list[dict[str, Any]] = []
@@ -210,7 +211,7 @@ def check(
     """
     from dataclasses import asdict
 
-    from peftx.registry import Registry
+    from peftx.kernel.registry import Registry
     from peftx.testing.kit import run_checks
     from peftx_cli.progress import reporter
     from peftx_cli.render import out, print_json, print_table
@@ -249,8 +250,8 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
     import os
     from pathlib import Path
 
+    from peftx.engines.files import make_place, write_text
     from peftx.errors import PeftxError
-    from peftx.files import make_place, write_text
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
     from peftx_cli.progress import reporter

@@ -76,7 +76,7 @@ def train(
 
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
     from peftx.errors import PeftxError
-    from peftx.registry import Registry
+    from peftx.kernel.registry import Registry
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 
@@ -136,7 +136,7 @@ def _warn(run: Run, *, resume: bool) -> None:
 
 
 def _checkpoints(run: Run) -> list[Path]:
-    from peftx.pipeline import checkpoints
+    from peftx.engines.files import checkpoints
 
     if run.pipeline.output is None:
         return []

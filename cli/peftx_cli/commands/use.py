@@ -70,7 +70,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a bundle or a model on a data file."""
-    from peftx.models import asset_path
+    from peftx.engines.models import asset_path
     from peftx_cli.progress import reporter
     from peftx_cli.recipe import format_of
     from peftx_cli.render import print_json, print_table
@@ -138,7 +138,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
-    from peftx.decoding.text import request_for
+    from peftx.toolkits.decoding.text import request_for
     from peftx_cli.render import out_exactly, print_json
     from peftx_cli.stacks import open_stack
 
@@ -194,8 +194,8 @@ def serve(
         raise PeftxError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'peftx[serve]'"
         ) from error
-    from peftx.serving import Scheduler, Server
-    from peftx.serving.guards import run_http
+    from peftx.toolkits.serving import Scheduler, Server
+    from peftx.toolkits.serving.http import run_http
     from peftx_cli.stacks import open_stack
 
     if host not in LOOPBACK:
@@ -221,8 +221,7 @@ def merge(
     """
     from transformers.utils import logging
 
-    from peftx.files import make_place
-    from peftx.pipeline import folder_bytes
+    from peftx.engines.files import folder_bytes, make_place
     from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
 

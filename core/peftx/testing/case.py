@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftx.chain import is_ours
 from peftx.errors import PeftxError, PluginError
-from peftx.parts import BasePart
-from peftx.plugin import Plugin
+from peftx.kernel.chain import is_ours
+from peftx.kernel.parts import BasePart
+from peftx.kernel.plugin import Plugin
 from peftx.stack import Stack
 from peftx.testing.models import Padding, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceLowRank
@@ -156,8 +156,8 @@ class Case:
         return inputs
 
     def _prepared_batch(self, stack: Stack) -> dict[str, Any]:
-        from peftx.data import Collator, tokenize_dataset
-        from peftx.training.run import as_training_data
+        from peftx.engines.data import Collator, tokenize_dataset
+        from peftx.engines.training.run import as_training_data
 
         data = stack.prepare(as_training_data(stack, list(self.subject.rows), seed=0, max_length=96))
         pairs = self.arch in ENCODER_DECODERS

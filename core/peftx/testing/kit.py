@@ -20,9 +20,9 @@ import numpy
 import torch
 
 from peftx.errors import PeftxError, nearest
-from peftx.members import default_id
-from peftx.plugin import Plugin
-from peftx.registry import Registry
+from peftx.kernel.members import default_id
+from peftx.kernel.plugin import Plugin
+from peftx.kernel.registry import Registry
 from peftx.testing.case import Case
 from peftx.testing.checks import CHECKS, Check
 from peftx.testing.models import ARCHITECTURES

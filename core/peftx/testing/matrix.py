@@ -26,12 +26,13 @@ from typing import Any, Literal
 import torch
 
 import peftx
-from peftx.bundle import holds_base
-from peftx.conflicts import Member, find_conflicts, starting_format
+from peftx.engines.bundle import holds_base
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
-from peftx.hooks import HOOKS
-from peftx.plugin import Plugin
-from peftx.registry import Registry
+from peftx.kernel.conflicts import find_conflicts, starting_format
+from peftx.kernel.members import Member
+from peftx.kernel.names import HOOKS
+from peftx.kernel.plugin import Plugin
+from peftx.kernel.registry import Registry
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -175,7 +176,7 @@ def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
         losses = [loss for _, loss in report.losses]
         assert all(map(math.isfinite, losses)), f"losses are {losses}"
     elif any(member.implements("prepare_data") for member in members):
-        from peftx.training.run import as_training_data
+        from peftx.engines.training.run import as_training_data
 
         stack.prepare(as_training_data(stack, _rows(members), seed=0, max_length=LENGTH))
     if any(member.implements("compress") for member in members):

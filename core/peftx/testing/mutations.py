@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from peftx.bundle import own_digest
-from peftx.bundle.manifest import MANIFEST
-from peftx.files import sha256
+from peftx.engines.bundle import own_digest
+from peftx.engines.bundle.manifest import MANIFEST
+from peftx.engines.files import sha256
 
 CANARY = "executed"
 """A file beside the folder that code from the folder would make."""

@@ -11,12 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx.plugin import Claim, Plugin, PluginConfig, hookimpl
-from peftx.slots import Delta, LowRank, add_low_rank
-from peftx.virtual_tokens import VirtualTokens
+from peftx.kernel.plugin import Claim, Plugin, PluginConfig, hookimpl
+from peftx.kernel.slots import Delta, LowRank, add_low_rank
+from peftx.kernel.virtual_tokens import VirtualTokens
 
 if TYPE_CHECKING:
-    from peftx.view import ModelView
+    from peftx.kernel.view import ModelView
 
 
 class _LowRankConfig(PluginConfig):

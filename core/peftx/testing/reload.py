@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import save_file
 
 import peftx
-from peftx.bundle import holds_base
+from peftx.engines.bundle import holds_base
 from peftx.testing.case import inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
 

@@ -30,25 +30,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 import peftx
-from peftx.bundle import holds_base
-from peftx.compression import QuantLinear
-from peftx.conflicts import Member, check, find_conflicts, starting_format
+from peftx.engines.bundle import holds_base
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError
-from peftx.ledger import carried
-from peftx.objective import objective_of
+from peftx.kernel.conflicts import check, find_conflicts, starting_format
+from peftx.kernel.ledger import carried
+from peftx.kernel.members import Member
+from peftx.kernel.names import GROUP
+from peftx.kernel.objective import objective_of
+from peftx.kernel.plugin import Claim, Plugin, hookimpl
+from peftx.kernel.registry import Registry
 from peftx.planning import plan
-from peftx.plugin import Claim, Plugin, hookimpl
-from peftx.registry import GROUP, Registry
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
 from peftx.testing.matrix import LENGTH, PROMPT, STEPS
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION
 from peftx.testing.subject import DECODERS, ENCODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows
+from peftx.toolkits.compression import QuantLinear
 from peftx_spec.models import Pipeline
 
 if TYPE_CHECKING:
-    from peftx.view import ModelView
+    from peftx.kernel.view import ModelView
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "mixtral", "phi3", "bert", "t5", "mamba", "opt")
 QUANTIZER = "reference-quantizer"
@@ -254,7 +256,9 @@ class Life:
         self.stage = "compress"
         if self.recipe.merges:
             stack.merge(keep=False)
-        if todo := [m.id for m in stack.members if m.implements("compress") and m.id not in stack.compressed]:
+        if todo := [
+            m.id for m in stack.members if m.implements("compress") and not stack.standing[m.id].compressed
+        ]:
             stack.compress(TEXTS, todo, samples=4, length=24)
         if self.until == "compression":
             return
@@ -369,7 +373,7 @@ class Life:
         """In any order; what another one stands on waits for it, and what is folded for good stays."""
         waiting = list(stack.plugins)
         random.Random(str(self.recipe)).shuffle(waiting)
-        folded = set(stack.folded)
+        folded = {id for id, at in stack.standing.items() if at.folded}
         reasons: dict[str, str] = {}
         for _ in range(len(waiting) ** 2):
             if not waiting:

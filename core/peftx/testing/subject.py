@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftx.hooks import hooks_of
-from peftx.plugin import Claim, Plugin
+from peftx.kernel.plugin import Claim, Plugin, hooks_of
 from peftx.testing.models import ARCHITECTURES, CORE_ARCHITECTURES
 
 ENCODER_DECODERS = frozenset({"t5", "bart", "whisper"})

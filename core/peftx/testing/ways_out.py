@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftx.anatomy import Anatomy
-from peftx.conflicts import Conflict, find_conflicts
+from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.conflicts import Conflict, find_conflicts
 from peftx.testing.models import tiny
 from peftx.testing.stacks import Entry, Recipe, Result, registry, stands, try_stack
 

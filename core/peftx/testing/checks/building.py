@@ -7,11 +7,11 @@ import random
 import numpy
 import torch
 
-from peftx.anatomy.site import LINEAR_KINDS
-from peftx.attention import AttentionEdit
-from peftx.parts import BasePart, DeltaPart, FreePart, PromptPart, ReplacedPart
-from peftx.plugin import Claim
-from peftx.slots import Delta
+from peftx.kernel.anatomy.site import LINEAR_KINDS
+from peftx.kernel.attention import AttentionEdit
+from peftx.kernel.parts import BasePart, DeltaPart, FreePart, PromptPart, ReplacedPart
+from peftx.kernel.plugin import Claim
+from peftx.kernel.slots import Delta
 from peftx.stack import Stack
 from peftx.testing.case import Case, assert_equal, assert_same_tensors, difference
 from peftx.testing.checks.check import changes_model, check, injects

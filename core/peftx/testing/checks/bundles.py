@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import peftx
-from peftx.bundle import holds_base
+from peftx.engines.bundle import holds_base
 from peftx.testing.case import Case, assert_equal, assert_same_tensors
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.fresh import fresh_process

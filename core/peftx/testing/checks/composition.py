@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import peftx
-from peftx.bundle import holds_base
+from peftx.engines.bundle import holds_base
 from peftx.errors import ConflictError
-from peftx.plugin import Plugin
+from peftx.kernel.plugin import Plugin
 from peftx.stack import Stack
 from peftx.testing.case import Case, assert_equal, error_of
 from peftx.testing.checks.check import check

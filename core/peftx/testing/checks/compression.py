@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from peftx.compression import Calibration
-from peftx.compression.batches import calibration
 from peftx.errors import PeftxError
-from peftx.parts import ReplacedPart
-from peftx.plugin import Claim
+from peftx.kernel.parts import ReplacedPart
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_same_tensors, crashed, error_of
 from peftx.testing.checks.check import check
 from peftx.testing.subject import TEXTS, Subject
+from peftx.toolkits.compression import Calibration
+from peftx.toolkits.compression.batches import calibration
 
 
 def _compresses(subject: Subject) -> bool:
@@ -87,7 +87,7 @@ def check_calibration_is_used(case: Case) -> None:
     assert case.id in str(error), f"the message does not name '{case.id}': {error}"
     batches = _Watched(calibration(stack, TEXTS, samples=4, length=24).batches)
     with torch.no_grad():
-        stack._call(
+        stack.call(
             stack.member(case.id), "compress", model=stack.view(case.id), calibration=Calibration(batches), stack=stack
         )  # fmt: skip
     assert batches.seen, f"claims {Claim.NEEDS_CALIBRATION}, and never looks at the batches"

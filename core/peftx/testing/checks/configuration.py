@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from peftx.errors import PeftxError
-from peftx.hooks import HOOKS, hooks_of
-from peftx.plugin import PROJECT, Claim
+from peftx.kernel.names import HOOKS, PROJECT
+from peftx.kernel.plugin import Claim, hooks_of
+from peftx.stack import Stack
 from peftx.testing.case import Case, error_of
 from peftx.testing.checks.check import check
 
@@ -80,7 +81,8 @@ def check_config_is_frozen(case: Case) -> None:
 @check(on="package")
 def check_hook_signatures(case: Case) -> None:
     """Hooks are marked, known, ordered by the stack alone, and take arguments that exist."""
-    from peftx.members import members_of, register
+    from peftx.kernel.calling import register
+    from peftx.kernel.members import members_of
 
     subject = case.subject
     for name in HOOKS:
@@ -89,7 +91,7 @@ def check_hook_signatures(case: Case) -> None:
         assert marked, f"{name} is defined without @hookimpl, so it would never run"
     assert subject.hooks, f"no hook is implemented; there are: {', '.join(HOOKS)}"
     try:
-        register(members_of([(subject.id, subject.make())]))
+        register(members_of([(subject.id, subject.make())]), Stack.specs, Stack.defaults())
     except PeftxError as error:
         raise AssertionError(str(error)) from error
 

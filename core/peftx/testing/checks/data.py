@@ -8,13 +8,13 @@ from typing import Any
 import numpy
 import torch
 
-from peftx.data import FORMATS, TrainingData, tokenize_dataset
+from peftx.engines.data import FORMATS, TrainingData, tokenize_dataset
+from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError
 from peftx.stack import Stack
 from peftx.testing.case import Case, error_of
 from peftx.testing.checks.check import check
 from peftx.testing.subject import Subject
-from peftx.training.run import as_training_data
 
 
 def _prepares(subject: Subject) -> bool:

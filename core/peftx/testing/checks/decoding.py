@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftx.decoding import Generation
-from peftx.plugin import Claim
+from peftx.kernel.plugin import Claim
 from peftx.stack import Stack
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
 from peftx.testing.models import FIRST_BYTE, tiny_tokenizer
 from peftx.testing.subject import Subject
+from peftx.toolkits.decoding import Generation
 
 NEW = 12
 """Tokens to generate."""

@@ -7,10 +7,10 @@ import math
 import torch
 
 from peftx.errors import PeftxError
-from peftx.evaluation.classification import classify
-from peftx.plugin import Claim
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_close, assert_same_tensors, base_tensors, error_of
 from peftx.testing.checks.check import check
+from peftx.toolkits.evaluation.classification import classify
 
 
 @check(on="first-generative", when=lambda subject: subject.implements("evaluate"))

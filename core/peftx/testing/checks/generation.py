@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftx.plugin import Claim
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_close, inputs_for
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.checks.inputs import tolerance

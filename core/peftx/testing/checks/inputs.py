@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftx.plugin import Claim
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_close, inputs_for, output
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.subject import TEXT

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from peftx.serving import Engine, Request, Server
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
+from peftx.toolkits.serving import Engine, Request, Server
 
 _PROMPTS = ("Once upon a time", "Once upon a hill", "The film was", "B")
 _NEW = 6

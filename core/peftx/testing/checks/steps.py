@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from peftx.plugin import Claim
+from peftx.engines.training.step import TrainStep
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference
 from peftx.testing.checks.check import check, trains
 from peftx.testing.subject import Subject
-from peftx.training.step import TrainStep
 
 
 def _wraps_step(subject: Subject) -> bool:

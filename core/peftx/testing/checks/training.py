@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from peftx.data import IGNORE
-from peftx.plugin import Claim
+from peftx.engines.data import IGNORE
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import (
     Case,
     assert_close,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from peftx.errors import MergeError
-from peftx.parts import DeltaPart
-from peftx.plugin import Claim
-from peftx.slots.carrier import OutputCarrier
+from peftx.kernel.parts import DeltaPart
+from peftx.kernel.plugin import Claim
+from peftx.kernel.slots.carrier import OutputCarrier
 from peftx.stack import Stack
 from peftx.testing.case import (
     Case,

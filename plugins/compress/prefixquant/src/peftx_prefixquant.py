@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-import peftx.compression as packing
+import peftx.toolkits.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.compression.batches import calibration as sequences
 from peftx.errors import ArchitectureError
-from peftx.evaluation import context_window, perplexity
-from peftx.parts import AttentionPart, ShiftPart
+from peftx.kernel.parts import AttentionPart, ShiftPart
+from peftx.toolkits.compression.batches import calibration as sequences
+from peftx.toolkits.evaluation import context_window, perplexity
 
 Mode = Literal["with_prefix", "without_prefix", "dynamic"]  # dynamic: a scale a token, and no prefix either
 DECODER = "a decoder-only model of linear layers: llama, qwen, gemma, phi3, gpt2, opt, ..."
@@ -367,7 +367,7 @@ class PrefixQuant(Plugin):
 
     def modes(self, stack: Stack, id: str) -> tuple[str, ...]:
         """What there is to compare."""
-        if id not in stack.compressed:
+        if not stack.standing[id].compressed:
             return ("unquantized",)
         return ("weights_only",) if self.weights_only else get_args(Mode)
 

@@ -12,15 +12,15 @@ from transformers import LlamaForCausalLM
 
 import peftx
 from peftx import Claim
-from peftx.compression.batches import calibration as sequences
-from peftx.data import read_dataset
+from peftx.engines.data import read_dataset
+from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxError
-from peftx.evaluation import perplexity
-from peftx.ledger import carried
-from peftx.models import asset_path
-from peftx.parts import AttentionPart, DeltaPart, ReplacedPart
+from peftx.kernel.ledger import carried
+from peftx.kernel.parts import AttentionPart, DeltaPart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.compression.batches import calibration as sequences
+from peftx.toolkits.evaluation import perplexity
 from peftx_prefixquant import (
     PrefixQuant,
     RotatedLinear,

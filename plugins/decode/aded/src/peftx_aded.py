@@ -28,10 +28,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.data import detect_format, read_dataset, tokenize_dataset
-from peftx.decoding import Drafter, DraftTree, per_row, speculative_generate
+from peftx.engines.data import detect_format, read_dataset, tokenize_dataset
+from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError
-from peftx.models import asset_path
+from peftx.toolkits.decoding import Drafter, DraftTree, per_row, speculative_generate
 
 
 class AdedConfig(PluginConfig):

@@ -11,10 +11,10 @@ import torch
 
 import peftx
 from peftx import Generation, Stack
-from peftx.decoding import Drafter, DraftTree, VerifiedStep, speculative_generate
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.decoding import Drafter, DraftTree, VerifiedStep, speculative_generate
 from peftx_aded import Aded, AdedConfig, TrigramDrafter, TrigramTable, grow, search
 
 test_conformance = conformance("aded")

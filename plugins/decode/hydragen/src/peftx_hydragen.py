@@ -30,8 +30,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from peftx import AttentionEdit, Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.attention import Attend
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.kernel.attention import Attend
 
 
 class HydragenConfig(PluginConfig):
@@ -193,7 +193,7 @@ class Hydragen(Plugin):
 
     @hookimpl
     def decode(self, request: Generation) -> Tensor | None:
-        if self.owner in self.stack.disabled_ids:  # the edits are off, so nothing can be shared
+        if self.stack.standing[self.owner].disabled:  # the edits are off, so nothing can be shared
             return None
         config, mask = request.generation_config, request.attention_mask
         if request.past_key_values is not None or config.cache_implementation or config.use_cache is False:

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from peftx import Evaluation, ModelView, Plugin, PluginConfig, hookimpl
-from peftx.data import Collator, prompt_ids, read_dataset
+from peftx.engines.data import Collator, prompt_ids, read_dataset
 from peftx.errors import ArchitectureError, DataError, PeftxError, nearest
-from peftx.evaluation import bootstrap_ratio, context_window, evaluating
+from peftx.toolkits.evaluation import bootstrap_ratio, context_window, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,9 +17,9 @@ from torch.nn.functional import cosine_similarity
 
 from peftx import Evaluation, Stack
 from peftx.errors import ArchitectureError, DataError, PeftxError, PluginError
-from peftx.evaluation import evaluating
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.evaluation import evaluating
 from peftx_language_ranker import LanguageRanker, built_in, figure, last_states, spearman
 
 ROWS = built_in()

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
-from peftx.slots import Rows
+from peftx.kernel.slots import Rows
 
 
 class AlignerConfig(PluginConfig):

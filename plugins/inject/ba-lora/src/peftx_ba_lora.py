@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, mse_loss, normalize
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.data import IGNORE
+from peftx.engines.data import IGNORE
 from peftx.errors import PeftxError
-from peftx.evaluation import eval_mode
+from peftx.toolkits.evaluation import eval_mode
 
 OVER: dict[str, Literal["labels", "rows"]] = {
     "consistency": "rows",

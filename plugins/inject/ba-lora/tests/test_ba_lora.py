@@ -263,7 +263,7 @@ def test_the_reference_is_the_model_without_the_adapter() -> None:
     assert found == pytest.approx(float(expected), rel=1e-4)
     assert found > 1e-3
     assert stack.model.training
-    assert not stack.disabled_ids
+    assert not any(at.disabled for at in stack.standing.values())
 
 
 def test_dropout_of_the_base_is_off_in_the_reference() -> None:

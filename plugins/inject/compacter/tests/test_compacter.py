@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import peftx
 from peftx import Stack
 from peftx.errors import PeftxError
-from peftx.parts import DeltaPart, FreePart
+from peftx.kernel.parts import DeltaPart, FreePart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_compacter import LPHM, Adapter, Compacter, Slow

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.virtual_tokens import beside_soft_tokens
+from peftx.kernel.soft_rows import beside_soft_tokens
 
 LEAST = 1e-12
 """Smallest p in the entropy: no logarithm or slope of zero."""

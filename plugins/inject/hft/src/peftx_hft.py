@@ -21,8 +21,8 @@ import torch
 from pydantic import Field
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Site, hookimpl
-from peftx.anatomy.site import LINEAR_KINDS
 from peftx.errors import PeftxError
+from peftx.kernel.anatomy.site import LINEAR_KINDS
 
 Unit = tuple[Site, ...]
 """What is drawn as one: a matrix with its bias, a norm, or a whole layer."""

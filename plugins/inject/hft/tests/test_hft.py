@@ -231,7 +231,7 @@ def test_two_of_them_cannot_train_the_same_matrix() -> None:
 
 
 def test_quantized_matrices_are_refused() -> None:
-    from peftx.compression import QuantLinear
+    from peftx.toolkits.compression import QuantLinear
 
     model = tiny("llama")
     mlp = model.model.layers[0].mlp

@@ -38,7 +38,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.data import (
+from peftx.engines.data import (
     CLASS_INDEX,
     Collator,
     check_labels,
@@ -48,8 +48,8 @@ from peftx.data import (
     tokenize_classes,
 )
 from peftx.errors import ArchitectureError, PeftxError
-from peftx.evaluation import context_window, evaluating
-from peftx.virtual_tokens import first_position
+from peftx.kernel.virtual_tokens import first_position
+from peftx.toolkits.evaluation import context_window, evaluating
 
 
 class LTuningConfig(PluginConfig):

@@ -9,14 +9,14 @@ from transformers import DynamicCache
 
 import peftx
 from peftx import Stack
-from peftx.data import CLASS_INDEX, Collator
+from peftx.engines.data import CLASS_INDEX, Collator
+from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.evaluation import evaluating
 from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
-from peftx.training.run import as_training_data
+from peftx.toolkits.evaluation import evaluating
 from peftx_l_tuning import LabelPrefixes, LTuning, add_label, pairs
 
 test_conformance = conformance("l-tuning")

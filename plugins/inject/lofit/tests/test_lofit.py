@@ -9,11 +9,11 @@ from torch import Tensor
 
 import peftx
 from peftx import Claim, Stack, TrainStep
-from peftx.compression import QuantLinear
 from peftx.errors import MergeError, PeftxError
-from peftx.parts import DeltaPart
+from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_lofit import Heads, Lofit
 from peftx_lora import Lora
 

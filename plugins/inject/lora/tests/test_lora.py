@@ -11,8 +11,8 @@ import torch
 from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.interop import from_peft, to_peft
-from peftx.parts import DeltaPart
-from peftx.slots.delta import dropout_mask
+from peftx.kernel.parts import DeltaPart
+from peftx.kernel.slots.delta import dropout_mask
 from peftx.testing import conformance, tiny
 from peftx.testing.models import example_inputs, output_of
 from peftx_lora import Lora, LoraDelta

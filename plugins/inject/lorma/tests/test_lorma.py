@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftx import Stack
-from peftx.compression.linear import QuantLinear
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
+from peftx.toolkits.compression.linear import QuantLinear
 from peftx_lorma import Lorma, MultiplyInput, MultiplyOutput, Pi, Plus
 
 test_conformance = conformance("lorma")

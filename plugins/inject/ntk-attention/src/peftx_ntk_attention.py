@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
-from peftx.attention import Attend
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.kernel.attention import Attend
 
 NOTHING = -1e3
 """L below it: the query sees no key, as a left pad does; masks add the dtype's lowest number, at least -65504."""

@@ -38,7 +38,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.errors import PeftxError
-from peftx.parts import AttentionPart, BasePart
+from peftx.kernel.parts import AttentionPart, BasePart
 
 INIT_STD = 0.02
 """Standard deviation of first values: what BERT and RoBERTa give new weights."""

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 import peftx
 from peftx import AttentionEdit, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, MergeError, PeftxError
-from peftx.parts import AttentionPart, BasePart, CallPart
+from peftx.kernel.parts import AttentionPart, BasePart, CallPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -459,7 +459,7 @@ def test_prompts_take_the_dtype_of_the_model(arch: str, projection: int | None) 
 
 def test_on_a_quantized_base() -> None:
     """Its attention has no parameters whose dtype the network could take; trunk and layers still fit each other."""
-    from peftx.compression import QuantLinear
+    from peftx.toolkits.compression import QuantLinear
 
     model = tiny("llama").to(torch.bfloat16)
     for module in list(model.model.layers.modules()):

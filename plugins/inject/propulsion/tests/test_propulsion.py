@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from peftx import Claim, Stack
-from peftx.anatomy import Anatomy
 from peftx.errors import ConflictError, MergeError, PeftxError
+from peftx.kernel.anatomy import Anatomy
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_propulsion import Propulsion, Push, PushOutput

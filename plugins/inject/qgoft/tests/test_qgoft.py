@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from peftx import Stack
+from peftx.engines.training import TrainStep
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny
-from peftx.training import TrainStep
 from peftx_qgoft import Qgoft, Turn
 
 test_conformance = conformance("qgoft")

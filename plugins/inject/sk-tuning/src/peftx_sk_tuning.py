@@ -38,7 +38,7 @@ from peftx import (
     VirtualTokens,
     hookimpl,
 )
-from peftx.data import (
+from peftx.engines.data import (
     CLASS_INDEX,
     Collator,
     check_labels,
@@ -47,8 +47,8 @@ from peftx.data import (
     tokenize_classes,
 )
 from peftx.errors import ArchitectureError, PeftxError
-from peftx.evaluation import context_window
-from peftx.virtual_tokens import beside_soft_tokens
+from peftx.kernel.soft_rows import beside_soft_tokens
+from peftx.toolkits.evaluation import context_window
 
 
 class SkTuningConfig(PluginConfig):

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Stack
-from peftx.data import CLASS_INDEX
+from peftx.engines.data import CLASS_INDEX
+from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.evaluation import evaluating
 from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
-from peftx.training.run import as_training_data
+from peftx.toolkits.evaluation import evaluating
 from peftx_sk_tuning import Head, Prompt, Reader, SkTuning, cached
 
 test_conformance = conformance("sk-tuning")

@@ -30,9 +30,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
-from peftx.data import IGNORE
+from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, PeftxError
-from peftx.virtual_tokens import beside_soft_tokens
+from peftx.kernel.soft_rows import beside_soft_tokens
 
 MLP = ("gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")

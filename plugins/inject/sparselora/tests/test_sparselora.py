@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
-from peftx.parts import DeltaPart
+from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt

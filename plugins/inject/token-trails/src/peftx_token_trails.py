@@ -26,7 +26,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
-from peftx.data import text_ids
+from peftx.engines.data import text_ids
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 
 NOBODY = 0

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack
-from peftx.decoding.cache import fork_cache, keep_rows
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
+from peftx.toolkits.decoding.cache import fork_cache, keep_rows
 from peftx_lora import Lora
 from peftx_token_trails import TokenTrails, Trail, marker_text
 

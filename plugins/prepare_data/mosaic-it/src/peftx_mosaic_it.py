@@ -24,7 +24,7 @@ from datasets import Dataset
 from pydantic import Field, field_validator, model_validator
 
 from peftx import Claim, Plugin, PluginConfig, TrainingData, hookimpl
-from peftx.data import continuation, render_messages, special_frame
+from peftx.engines.data import continuation, render_messages, special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
 
 Pair = tuple[str, str]  # prompt, completion

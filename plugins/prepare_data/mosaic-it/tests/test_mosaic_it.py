@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftx import Stack, TrainingData
-from peftx.data import FORMATS, tokenize_dataset
+from peftx.engines.data import FORMATS, tokenize_dataset
 from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer

@@ -30,9 +30,9 @@ from datasets import Dataset
 from pydantic import Field
 
 from peftx import Evaluation, ModelView, Plugin, PluginConfig, TrainingData, hookimpl
-from peftx.data import prompt_ids, text_ids
+from peftx.engines.data import prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
-from peftx.evaluation import (
+from peftx.toolkits.evaluation import (
     Request,
     bootstrap_ratio,
     context_window,

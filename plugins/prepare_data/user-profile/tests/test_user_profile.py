@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftx import Stack, TrainingData
-from peftx.data import IGNORE, prompt_ids, tokenize_dataset
+from peftx.engines.data import IGNORE, prompt_ids, tokenize_dataset
+from peftx.engines.models import load_model
 from peftx.errors import ArchitectureError, DataError, PluginError, UnsupportedError
-from peftx.evaluation import Evaluation
-from peftx.models import load_model
 from peftx.testing import conformance
 from peftx.testing.models import EOS, tiny, tiny_tokenizer
+from peftx.toolkits.evaluation import Evaluation
 from peftx_user_profile import (
     UserProfile,
     edits,

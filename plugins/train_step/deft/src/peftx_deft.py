@@ -35,10 +35,10 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.data import IGNORE, Collator, format_of_keys, tokenize_dataset
+from peftx.engines.data import IGNORE, Collator, format_of_keys, tokenize_dataset
 from peftx.errors import PeftxError
-from peftx.evaluation import bootstrap_ratio, context_window
-from peftx.virtual_tokens import beside_soft_tokens
+from peftx.kernel.soft_rows import beside_soft_tokens
+from peftx.toolkits.evaluation import bootstrap_ratio, context_window
 
 Measure = Callable[[Tensor], Tensor]
 """Activations [B, T, d_ff] -> one number a token, [B, T]."""

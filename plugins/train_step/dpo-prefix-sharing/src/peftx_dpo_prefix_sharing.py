@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.data import IGNORE, encode_pair, prompt_ids
+from peftx.engines.data import IGNORE, encode_pair, prompt_ids
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
-from peftx.evaluation import evaluating
+from peftx.toolkits.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
 Loss = Literal["sigmoid", "hinge", "ipo"]

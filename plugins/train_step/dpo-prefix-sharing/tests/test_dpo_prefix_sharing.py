@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from peftx import Stack, TrainingData, TrainStep
-from peftx.data import Collator, continuation, encode_pair, prompt_ids
+from peftx.engines.data import Collator, continuation, encode_pair, prompt_ids
+from peftx.engines.models import load_model
 from peftx.errors import (
     ArchitectureError,
     ConflictError,
@@ -23,7 +24,6 @@ from peftx.errors import (
     PluginError,
     UnsupportedError,
 )
-from peftx.models import load_model
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
 from peftx.errors import ConflictError, PeftxError, UnsupportedError
-from peftx.evaluation import eval_mode
-from peftx.ledger import Part
-from peftx.parts import DeltaPart
-from peftx.slots.carrier import ReadCarrier, WeightCarrier
+from peftx.kernel.ledger import Part
+from peftx.kernel.parts import DeltaPart
+from peftx.kernel.slots.carrier import ReadCarrier, WeightCarrier
+from peftx.toolkits.evaluation import eval_mode
 
 MEMORY = "ist"
 DRAWS = 100

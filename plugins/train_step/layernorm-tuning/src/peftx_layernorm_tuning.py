@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError
-from peftx.evaluation import eval_mode
-from peftx.parts import BasePart
+from peftx.kernel.parts import BasePart
+from peftx.toolkits.evaluation import eval_mode
 
 
 class LayernormTuningConfig(PluginConfig):

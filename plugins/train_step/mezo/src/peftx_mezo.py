@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
-from peftx.data import IGNORE
+from peftx.engines.data import IGNORE
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.evaluation import eval_mode
+from peftx.toolkits.evaluation import eval_mode
 
 MEMORY = "mezo"
 """What `step.memory` holds between the micro-batches of a step: seeds and the g so far."""

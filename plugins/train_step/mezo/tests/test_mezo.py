@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftx import Claim, Plugin, Stack, TrainStep, hookimpl
-from peftx.data import CLASS_INDEX, IGNORE
+from peftx.engines.data import CLASS_INDEX, IGNORE
 from peftx.errors import ConflictError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer

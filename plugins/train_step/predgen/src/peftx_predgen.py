@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.data import (
+from peftx.engines.data import (
     CLASS_INDEX,
     IGNORE,
     Collator,
@@ -44,7 +44,7 @@ from peftx.data import (
     tokenize_classes,
 )
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
+from peftx.toolkits.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 DENSE = 64

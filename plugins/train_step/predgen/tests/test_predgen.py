@@ -10,12 +10,12 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack, TrainStep
-from peftx.data import CLASS_INDEX, IGNORE, Collator
+from peftx.engines.data import CLASS_INDEX, IGNORE, Collator
+from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
-from peftx.training.run import as_training_data
 from peftx_lora import Lora
 from peftx_predgen import Predgen, alignment, position_weights, write
 

@@ -1,0 +1,116 @@
+"""A stack into a plain `transformers` checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peftx.engines.bundle.manifest import versions
+from peftx.engines.files import read_json, replacing
+from peftx.errors import BundleError, MergeError
+from peftx.kernel.chain import is_ours
+from peftx.kernel.parts import AttentionPart, CallPart, DeltaPart, PromptPart, ReplacedPart, ShiftPart
+from peftx.kernel.plugin import Claim
+from peftx.kernel.stack import Stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPORT = "peftx_export.json"
+
+
+def export(stack: Stack, path: Path) -> Path:
+    """See `Stack.export`."""
+    for member in stack.members:
+        if not stack.ledger.of(member.id):
+            continue
+        if member.claims(Claim.MERGEABLE):
+            stack.ledger.check_fold(member.id)
+        stays = (AttentionPart, PromptPart, ShiftPart, CallPart)
+        kinds = stays if member.claims(Claim.MERGEABLE) else (DeltaPart, *stays)
+        left = next((part for part in stack.ledger.of(member.id) if isinstance(part, kinds)), None)
+        if left is not None:
+            raise MergeError(
+                f"'{member.id}' does not fold into the weights ({left.what} at {left.key}), so no plain checkpoint can "
+                "hold it",
+                hint=f"save a bundle, or stack.remove('{member.id}') first",
+            )
+    if stack.ledger.all(ReplacedPart):
+        raise MergeError(
+            "a quantized stack has no plain checkpoint", hint="export before compressing, or save a bundle"
+        )
+    mergeable = [
+        m.id
+        for m in stack.members
+        if m.claims(Claim.MERGEABLE) and not stack.standing[m.id].folded and stack.ledger.of(m.id)
+    ]
+    if mergeable:
+        stack.merge(*mergeable)
+    try:
+        _refuse_strange_files(path)
+        with replacing(path, marker=EXPORT) as folder:
+            state = {n: t for n, t in stack.model.state_dict(keep_vars=True).items() if not is_ours(n)}
+            _check_plain(stack.model, state)
+            plain = type(
+                stack.model
+            ).save_pretrained  # the stack's own guard is for those who do not know of it
+            plain(stack.model, folder, state_dict={n: t.detach() for n, t in state.items()})
+            if stack.given_tokenizer is not None:
+                stack.given_tokenizer.save_pretrained(folder)
+            files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+            about = {
+                "base": stack.base_id,
+                "plugins": list(stack.plugins),
+                "versions": versions(),
+                "files": files,
+            }
+            (folder / EXPORT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    finally:
+        if mergeable:
+            stack.unmerge()
+    return path
+
+
+def _refuse_strange_files(path: Path) -> None:
+    """An earlier export is replaced; what somebody put beside its files is not thrown away."""
+    if not (path / EXPORT).exists():
+        return
+    found = read_json(path / EXPORT)
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise BundleError(
+            f"'{path / EXPORT}' is corrupted: it does not name its files", hint="choose another folder"
+        )
+    ours = {*files, EXPORT}
+    strange = sorted({str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - ours)
+    if strange:
+        raise BundleError(
+            f"'{path}' holds {strange[0]}, which is not of the checkpoint that stands there, so it is not overwritten",
+            hint="choose another folder",
+        )
+
+
+def _check_plain(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Refuse what `from_pretrained` would drop in silence: biases where the class has none, weights it ties."""
+    with torch.device("meta"):
+        plain = type(model)._from_config(copy.deepcopy(model.config)).state_dict(keep_vars=True)
+    kind = type(model).__name__
+    extra = sorted(state.keys() - plain.keys())
+    if extra:
+        raise MergeError(
+            f"{kind} has no parameter '{extra[0]}', so no plain checkpoint can hold it",
+            hint="save a bundle instead",
+        )
+    first: dict[int, str] = {}
+    for name, tensor in plain.items():
+        other = first.setdefault(id(tensor), name)
+        if state[name] is not state[other] and not torch.equal(state[name], state[other]):
+            raise MergeError(
+                f"{kind} uses one matrix as {other} and {name}, and they differ after the merge",
+                hint="save a bundle, or set tie_word_embeddings=False before the stack is built",
+            )

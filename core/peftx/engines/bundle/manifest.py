@@ -1,0 +1,160 @@
+"""What lies in a bundle's folder under which name, and whether it is what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from peftx.engines.files import aside, differs, plain_files, read_json
+from peftx.errors import BundleError, nearest
+from peftx.version import __version__
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PIPELINE = "pipeline.yaml"
+CARD = "README.md"
+BASE = "base.safetensors"
+BASE_FOLDER = "base"
+
+
+class _Loose(BaseModel):
+    """Written by us, so entries of a later version may stand beside ours."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class BaseEntry(_Loose):
+    """The base of a bundle, as `manifest.json` holds it."""
+
+    id: str
+    fingerprint: str | None
+    model_type: str
+    cls: str = Field(alias="class")
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    contained: list[str] | None = None
+    settings: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
+    buffers: dict[str, str] = {}
+    """dtype of each buffer that is computed, and was cast with the model since."""
+    tokenizer: str | None = None
+    """Digest of the tokenizer; of bundles from version 0.1, and where there is none, None."""
+
+
+class PluginEntry(_Loose):
+    """One plugin of a bundle, as `manifest.json` holds it."""
+
+    id: str
+    use: str
+    cls: str = Field(alias="class")
+    published: bool = True
+    """Has `use` an entry point; else the class is one of the program that saved it."""
+    options: dict[str, Any]
+    phase: str | None
+    state: dict[str, Any]
+    injected: bool
+    compressed: bool
+    frozen: bool
+    folded: dict[str, list[str]] | None
+    replaced: dict[str, tuple[str, dict[str, Any]]]
+    sparse: list[str] = []
+    """Tensors that are stored as what changed in them."""
+    file: str | None = None
+
+    @field_validator("replaced", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        """JSON has no tuples."""
+        if not isinstance(value, dict):
+            return value
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+
+
+class Manifest(_Loose):
+    """What `manifest.json` holds."""
+
+    format: int
+    versions: dict[str, str]
+    base: BaseEntry
+    seed: int
+    trained_steps: int
+    plugins: list[PluginEntry]
+    scores: dict[str, list[float | int | str | None]]
+    files: dict[str, str]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, after every file was checked against it.
+
+    Raises:
+        BundleError: see `load`.
+    """
+    manifest = _own_part(folder)
+    files = manifest.files
+    present = {str(f.relative_to(folder)) for f in plain_files(folder)} - {MANIFEST}
+    problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
+    problems += [
+        f"{name} is corrupted (sha256 differs)" for name in sorted(files.keys() & present)
+        if differs(folder / name, files[name])
+    ]  # fmt: skip
+    problems += [
+        f"{entry.file}, which '{entry.id}' names, is not in the manifest" for entry in manifest.plugins
+        if entry.file is not None and entry.file not in files
+    ]  # fmt: skip
+    if problems:
+        raise BundleError(f"'{folder}': {'; '.join(problems)}", hint="copy the bundle again, or save it anew")
+    return manifest
+
+
+def _own_part(folder: Path) -> Manifest:
+    """The manifest, checked in itself; the other files are not looked at."""
+    if not folder.exists() and aside(folder.absolute()).exists():
+        aside(folder.absolute()).rename(folder)  # a save was killed between its two renames
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        near = [p.name for p in folder.absolute().parent.glob("*") if (p / MANIFEST).exists()]
+        raise BundleError(f"no bundle at '{folder}'", hint=nearest(folder.name, near) or None)
+    if not file.exists():
+        raise BundleError(
+            f"'{folder}' is no bundle: {MANIFEST} is missing", hint="stack.save(path) writes one"
+        )
+    found = read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+        raise BundleError(f"'{file}' is corrupted: it has no format")
+    if found["format"] > FORMAT:
+        raise BundleError(
+            f"'{folder}' has format {found['format']}; this peftx reads up to {FORMAT}",
+            hint="pip install --upgrade peftx",
+        )
+    if found.get("own") != own_digest(found):
+        raise BundleError(
+            f"'{file}' is corrupted or was edited (sha256 differs)", hint="change a stack and save it anew"
+        )
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise BundleError(f"'{file}' is corrupted: {place}: {problem['msg']}") from error
+
+
+def holds_base(path: str | Path) -> bool:
+    """Is the base in the bundle itself, compressed, so that none is to be given. The files are checked by `load`."""
+    return _own_part(Path(path)).base.contained is not None
+
+
+def own_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest's content, its own entry left out."""
+    rest = {name: value for name, value in manifest.items() if name != "own"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {"peftx": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,235 @@
+"""A stack into a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftx.engines.bundle.manifest import (
+    BASE,
+    BASE_FOLDER,
+    CARD,
+    FORMAT,
+    MANIFEST,
+    PIPELINE,
+    own_digest,
+    versions,
+)
+from peftx.engines.bundle.sparse import AT, TO, pack
+from peftx.engines.bundle.surroundings import (
+    TOKENIZER_FOLDER,
+    computed_buffers,
+    generation_of,
+    settings_of,
+    tokenizer_digest,
+)
+from peftx.engines.files import plain_files, replacing, sha256
+from peftx.errors import BundleError
+from peftx.kernel.chain import is_ours
+from peftx.kernel.members import default_id
+from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
+from peftx.kernel.registry import Registry
+from peftx.kernel.stack import Stack
+
+if TYPE_CHECKING:
+    from peftx.kernel.members import Member
+
+
+def save(stack: Stack, path: Path) -> Path:
+    """Write a bundle, beside and renamed, so that a kill leaves the old one.
+
+    Raises:
+        BundleError: the place is taken by something else, or the disk is full.
+    """
+    for part in stack.ledger.all(DeltaPart):
+        if _merged(part):
+            raise BundleError(
+                "the stack is merged", hint="stack.unmerge() first, or stack.merge(keep=False) for good"
+            )
+    _check_base(stack)
+    contained = bool(stack.ledger.all(ReplacedPart))
+    with replacing(path, marker=MANIFEST) as folder:
+        entries = [_write_plugin(stack, member, folder, sparse=not contained) for member in stack.members]
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "versions": versions(),
+            "base": {
+                "id": stack.base_id,
+                "fingerprint": stack.base_fingerprint,
+                "model_type": stack.model.config.model_type,
+                "class": type(stack.model).__name__,
+                "dtype": str(stack.model.dtype).removeprefix("torch."),
+                "settings": settings_of(stack.model.config),
+                "generation": generation_of(stack.model),
+                "buffers": computed_buffers(stack.model),
+                "tokenizer": _write_tokenizer(stack, folder, always=contained),
+            },
+            "seed": stack.seed,
+            "trained_steps": stack.trained_steps,
+            "plugins": entries,
+            "scores": {n: [s.value, s.low, s.high, s.count, s.unit] for n, s in stack.scores.items()},
+        }
+        if contained:
+            manifest["base"]["contained"] = _write_base(stack, folder)
+        (folder / PIPELINE).write_text(_pipeline_text(stack), encoding="utf-8")
+        from peftx.engines.bundle.card import model_card
+
+        (folder / CARD).write_text(model_card(stack), encoding="utf-8")
+        manifest["files"] = {str(f.relative_to(folder)): sha256(f) for f in plain_files(folder)}
+        manifest["own"] = own_digest(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def _check_base(stack: Stack) -> None:
+    """Raises BundleError where tensors of the base changed and no plugin says that it did so: they would be lost."""
+    if stack.identity is None:
+        return
+    tensors = {name: t for name, t in stack.model.named_parameters() if not is_ours(name)}
+    owned = {id(t) for part in stack.ledger.all(BasePart) for t in part.tensors().values()}
+    known = {name for name, t in tensors.items() if id(t) in owned}
+    replaced = tuple(f"{p.key}." for p in stack.ledger.all(ReplacedPart))
+    names = [n for n in stack.identity.changed(tensors, left_out=known) if not n.startswith(replaced)]
+    if names:
+        more = f" and {len(names) - 1} others" if names[1:] else ""
+        raise BundleError(
+            f"{names[0]}{more} of the base changed, and no plugin of the stack says that it trains them, so no bundle "
+            "would hold the change",
+            hint="in a plugin: site.train(), or attach a delta; else change the model before the stack is built on it",
+        )
+
+
+def _write_tokenizer(stack: Stack, folder: Path, *, always: bool) -> str | None:
+    """Its digest; and its files, unless the base's place has the same one."""
+    tokenizer = stack.given_tokenizer
+    if tokenizer is None:
+        return None
+    digest = tokenizer_digest(tokenizer)
+    if always or digest != stack.tokenizer_of_base:
+        try:
+            tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        except UnicodeEncodeError as error:
+            raise BundleError(f"the tokenizer's settings hold what no file of text can: {error}") from error
+    return digest
+
+
+def _merged(part: DeltaPart) -> bool:
+    from peftx.kernel.slots import slot_of
+
+    slot = slot_of(part.place)
+    return slot is not None and any(link.merged for link in slot.links)
+
+
+def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -> dict[str, Any]:
+    at, parts = stack.standing[member.id], stack.ledger.of(member.id)
+    tensors = stack.ledger.tensors(member.id)
+    packed = _packed(stack.ledger.of(member.id, BasePart)) if sparse else {}
+    folded = {p.key: list(p.parameters) for p in parts if isinstance(p, BasePart)}
+    entry: dict[str, Any] = {
+        "id": member.id,
+        "use": default_id(type(member.plugin)),
+        "published": Registry().name_of(type(member.plugin)) is not None,
+        "class": f"{type(member.plugin).__module__}:{type(member.plugin).__qualname__}",
+        "options": member.plugin.config.model_dump(mode="json"),
+        "phase": member.phase,
+        "state": member.plugin.state,
+        "injected": at.injected,
+        "compressed": at.compressed,
+        "frozen": at.frozen,
+        "folded": folded if at.folded else None,
+        "replaced": {p.key: [type(p.module).__name__, p.geometry] for p in parts if isinstance(p, ReplacedPart)},
+    }  # fmt: skip
+    if packed:
+        entry["sparse"] = sorted(packed)
+    if tensors:
+        name = f"{member.id}.safetensors"
+        rest = {k: t for k, t in tensors.items() if k not in packed}
+        changes = {k + end: t for k, pair in packed.items() for end, t in zip((AT, TO), pair, strict=True)}
+        save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | changes)}, folder / name)
+        entry["file"] = name
+    return entry
+
+
+def _packed(parts: Sequence[BasePart]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What changed in trained parameters of the base, where that is the shorter way to say it."""
+    found = {}
+    for part in parts:
+        for name, old in part.original.items():
+            new = part.module._parameters[name]
+            if new is not None and (pair := pack(new, old)) is not None:
+                found[f"{part.key}.{name}"] = pair
+    return found
+
+
+def _unshared(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """safetensors refuses two names for one memory."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        yield name, tensor.clone() if pointer in seen and pointer else tensor
+        seen.add(pointer)
+
+
+def smallest_exact(tensor: Tensor) -> Tensor:
+    """`tensor` in float16 or bfloat16 if every value survives the round trip, else as it is."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    for dtype in (torch.float16, torch.bfloat16):
+        small = tensor.to(dtype)
+        if torch.equal(small.to(torch.float32), tensor):
+            return small
+    return tensor
+
+
+def _write_base(stack: Stack, folder: Path) -> list[str]:
+    """What is left of the base beside the replaced modules; exact, in the smallest dtype that holds it."""
+    rest = {n: smallest_exact(t.detach().cpu()).contiguous() for n, t in _base_tensors(stack).items()}
+    save_file(dict(_unshared(rest)), folder / BASE)
+    inner = folder / BASE_FOLDER
+    stack.model.config.save_pretrained(inner)
+    if stack.model.can_generate():
+        stack.model.generation_config.save_pretrained(inner)
+    return sorted(rest)
+
+
+def _base_tensors(stack: Stack) -> dict[str, Tensor]:
+    """Name -> tensor of the base that no plugin owns, each shared tensor once."""
+    owned = {id(t) for o in stack.plugins for t in stack.ledger.tensors(o).values()}
+    replaced = tuple(f"{p.key}." for p in stack.ledger.all(ReplacedPart))
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    persistent = stack.model.state_dict(keep_vars=True)
+    for name, tensor in persistent.items():
+        if id(tensor) in owned or id(tensor) in seen or name.startswith(replaced) or is_ours(name):
+            continue
+        seen.add(id(tensor))
+        found[name] = tensor
+    return found
+
+
+def _pipeline_text(stack: Stack) -> str:
+    """The spec that a run was made from, with every option of every plugin; of a stack made in Python what it tells."""
+    from peftx_spec import dump
+    from peftx_spec.models import Pipeline, StackEntry
+
+    entries = []
+    for member in stack.members:
+        entry: dict[str, Any] = {"use": default_id(type(member.plugin)), "id": member.id}
+        if options := member.plugin.config.model_dump(mode="json"):
+            entry["with"] = options
+        if member.phase:
+            entry["phase"] = member.phase
+        entries.append(entry)
+    made_from = stack.pipeline
+    if made_from is not None and [entry.id for entry in made_from.stack] == list(stack.plugins):
+        full = tuple(StackEntry.model_validate(entry) for entry in entries)
+        return dump(made_from.model_copy(update={"stack": full}))
+    dtype = str(stack.model.dtype).removeprefix("torch.")
+    pipeline = {"peftx": 1, "model": {"id": stack.base_id, "dtype": dtype}, "stack": entries}
+    return dump(Pipeline.model_validate(pipeline))

@@ -1,0 +1,59 @@
+"""Local files -> rows -> token ids -> batches.
+
+read_dataset       formats.py        a file becomes a `datasets.Dataset` of rows in one of five formats
+TrainingData       training_data.py  what the `prepare_data` hook gets and may change
+encode_pair, ...   encoding.py       texts become token ids
+render_messages    messages.py       so do conversations
+tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
+tokenize_classes   classes.py        classification rows become texts with the number of their class
+Collator           collate.py        examples become padded tensors
+"""
+
+from __future__ import annotations
+
+from peftx.engines.data.classes import CLASS_INDEX, check_labels, class_ids, class_index, tokenize_classes
+from peftx.engines.data.collate import IGNORE, Collator, pads_right
+from peftx.engines.data.encoding import (
+    Example,
+    continuation,
+    encode_pair,
+    encoder_ids,
+    fill_template,
+    following_ids,
+    prompt_ids,
+    special_frame,
+    text_ids,
+)
+from peftx.engines.data.formats import detect_format, format_of_keys, read_dataset
+from peftx.engines.data.gate import FORMATS
+from peftx.engines.data.messages import render_messages, turns
+from peftx.engines.data.tokenize import tokenize_dataset
+from peftx.engines.data.training_data import TrainingData
+
+__all__ = [
+    "CLASS_INDEX",
+    "FORMATS",
+    "IGNORE",
+    "Collator",
+    "Example",
+    "TrainingData",
+    "check_labels",
+    "class_ids",
+    "class_index",
+    "continuation",
+    "detect_format",
+    "encode_pair",
+    "encoder_ids",
+    "fill_template",
+    "following_ids",
+    "format_of_keys",
+    "pads_right",
+    "prompt_ids",
+    "read_dataset",
+    "render_messages",
+    "special_frame",
+    "text_ids",
+    "tokenize_classes",
+    "tokenize_dataset",
+    "turns",
+]

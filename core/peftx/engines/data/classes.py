@@ -1,0 +1,97 @@
+"""Classification for plugins with a head of their own: texts with the number of their class, not label tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from datasets import Dataset
+
+from peftx.engines.data.collate import IGNORE
+from peftx.engines.data.encoding import encoder_ids, prompt_ids, special_frame, without_prefix
+from peftx.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftx.engines.data.training_data import TrainingData
+
+CLASS_INDEX: Final = "class_index"
+"""Column, and entry of the batch: number of the row's class, int64 [B]."""
+
+
+def check_labels(labels: Sequence[str]) -> list[str]:
+    """The classes that a configuration names.
+
+    Raises:
+        DataError: fewer than two, one twice, or one without a letter.
+    """
+    if len(labels) < 2:
+        raise DataError(
+            f"{len(labels)} class: classification needs at least two", hint="name them in `labels`"
+        )
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise DataError(f"label {twice!r} stands twice in `labels`")
+    if not all(label.strip() for label in labels):
+        raise DataError("a label in `labels` is empty")
+    return list(labels)
+
+
+def class_index(label: str, labels: Sequence[str], where: str) -> int:
+    """Number of `label` among `labels`. Raises DataError, which names `where` and the nearest label."""
+    if label not in labels:
+        raise DataError(
+            f"{where}: label {label!r} is not among {', '.join(labels)}",
+            hint=nearest(label, labels) or "name all classes of the rows, as the plugin's `labels` for one",
+        )
+    return list(labels).index(label)
+
+
+def class_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int, closed: bool = False
+) -> list[int]:
+    """A text to be classified: BOS and the text; `closed`: with the tokenizer's end too, as encoders take it.
+
+    Cut at its left, after BOS, to `max_length`.
+    """
+    if closed:
+        return encoder_ids(tokenizer, text, max_length=max_length)
+    prefix, _ = special_frame(tokenizer)
+    body = without_prefix(prompt_ids(tokenizer, text), prefix)
+    return prefix + body[max(0, len(body) - max(0, max_length - len(prefix))) :]
+
+
+def tokenize_classes(data: TrainingData, labels: Sequence[str], *, closed: bool = False) -> None:
+    """Turn classification rows (training and evaluation) into tokenized texts with `class_index`, in place.
+
+    `labels` of the tokens are all IGNORE: the loss is the plugin's own, from `step.batch.pop(CLASS_INDEX)`.
+
+    Raises:
+        DataError: rows of another format, a text without tokens, or a label that is not in `labels`.
+    """
+    if data.format != "classification":
+        raise DataError(
+            f"the rows are of format '{data.format}', and a head needs rows with 'text' and 'label'",
+            hint="data: {train: {path: ..., columns: {text: ..., label: ...}}}",
+        )
+    data.train, data.eval = (
+        None if rows is None else _tokenized(data, rows, labels, closed) for rows in (data.train, data.eval)
+    )
+    data.format = "tokenized"
+
+
+def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed: bool) -> Dataset:
+    found: dict[str, list[object]] = {"input_ids": [], "labels": [], CLASS_INDEX: []}
+    frame = sum(map(len, special_frame(data.tokenizer))) if closed else len(special_frame(data.tokenizer)[0])
+    for index, row in enumerate(rows):
+        where = f"row {index} (counting from 0)"
+        ids = class_ids(data.tokenizer, row["text"], max_length=data.max_length, closed=closed)
+        if len(ids) <= frame:
+            raise DataError(f"{where}: the text {row['text']!r} has no tokens")
+        found["input_ids"].append(ids)
+        found["labels"].append([IGNORE] * len(ids))
+        found[CLASS_INDEX].append(class_index(row["label"], labels, where))
+    if not found["input_ids"]:
+        raise DataError("no rows to classify")
+    return Dataset.from_dict(found)

@@ -1,0 +1,262 @@
+"""Local files become `datasets.Dataset`s. Five formats:
+
+    text               {text}                        one document a file (.txt, .md), or one a row
+    prompt-completion  {prompt, completion}
+    messages           {messages: [{role, content}]}  roles: system, user, assistant
+    classification     {text, label}                 labels are strings
+    preference         {prompt, chosen, rejected}
+
+All but `messages` may stand in .jsonl/.ndjson, .json (an array), .csv or .tsv; `messages` not in .csv or .tsv.
+Every file may be gzipped (seen by its first bytes, not its name). Columns beyond a format's own stay as they
+are. Everything is held in memory; nothing is written to a cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+from datasets import Dataset
+
+from peftx.engines.data.files import (
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Record,
+    file_suffix,
+    json_type,
+    read_records,
+    read_text,
+    require_file,
+)
+from peftx.engines.data.gate import COLUMNS, FORMATS, check_row, check_rows, names_of
+from peftx.errors import DataError, nearest
+
+# What Arrow raises for mixed types, for integers over 64 bits, and for lone surrogates.
+_NOT_ARROW: Final = (pa.ArrowException, OverflowError, UnicodeEncodeError)
+
+
+def read_dataset(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Read one local file.
+
+    Args:
+        path: the file.
+        format: one of `FORMATS`, or `auto` (see `detect_format`).
+        columns: our name -> the file's name: `{"prompt": "question"}` reads `prompt` from `question`.
+        limit: read only the first `limit` rows; at least 1.
+
+    Returns:
+        A dataset in memory with the format's columns first, then the file's other columns (None where a row
+        lacks one).
+
+    Raises:
+        DataError: the file is missing, empty, binary, not UTF-8 or malformed; a row lacks a column or holds a
+            value of the wrong type; nothing is left to read. The message names the line.
+    """
+    file = Path(path)
+    if limit is not None and limit < 1:
+        raise DataError(
+            f"{file}: no rows with limit {limit}", hint="limit is at least 1; leave it out to read all"
+        )
+    _check_mapping(file, columns)
+    if format == "auto":
+        format = detect_format(file, columns=columns)
+    if format not in COLUMNS:
+        raise DataError(
+            f"{file}: unknown format {format!r}; formats: auto, {', '.join(FORMATS)}",
+            hint=nearest(format, FORMATS) or None,
+        )
+    suffix = file_suffix(file)
+    require_file(file)
+    if suffix not in TABLE_SUFFIXES:
+        if format != "text":
+            raise DataError(
+                f"{file}: format {format!r} needs rows, and a {suffix or 'suffixless'} file is one document of text",
+                hint=f"rows are read from {', '.join(sorted(TABLE_SUFFIXES))}",
+            )
+        if columns:
+            raise DataError(
+                f"{file}: columns {dict(columns)} of a file that has none: it is one document of text"
+            )
+        return Dataset.from_dict({"text": [_document(file)]})
+    if format == "messages" and suffix in {".csv", ".tsv"}:
+        raise DataError(
+            f"{file}: format 'messages' is nested and does not fit a {suffix} file", hint="use .jsonl"
+        )
+
+    rows: list[dict[str, object]] = []
+    places: list[str] = []
+    for record in read_records(file):
+        row = _rename(record, columns)
+        check_row(row, record.place, format)
+        rows.append(row)
+        places.append(record.place)
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise DataError(f"{file} holds no rows")
+    return _to_dataset(rows, places, first=COLUMNS[format])
+
+
+def dataset_of(
+    rows: Sequence[Mapping[str, object]], *, format: str = "auto", columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, str]:
+    """Rows that a program made, through the same gate as rows of a file.
+
+    Args:
+        rows: mappings; the keys of the first one tell the format.
+
+    Returns:
+        (dataset, format); a row that lacks a further column has None there.
+
+    Raises:
+        DataError: as `read_dataset`; names the row.
+    """
+    places = [f"row {index} (counting from 0)" for index in range(len(rows))]
+    renamed = []
+    for place, row in zip(places, rows, strict=True):
+        value: object = row  # whatever a program hands over
+        value = dict(value) if isinstance(value, Mapping) else value
+        renamed.append(_rename(Record(place, value), columns))
+    if not renamed:
+        raise DataError("there are no rows")
+    if format == "auto":
+        tokenized = {"input_ids", "labels"} <= renamed[0].keys()
+        format = "tokenized" if tokenized else format_of_keys(set(renamed[0]), where=places[0])
+    if format not in (*FORMATS, "tokenized"):
+        raise DataError(f"unknown format {format!r}", hint=nearest(format, FORMATS) or None)
+    if format != "tokenized":
+        for place, row in zip(places, renamed, strict=True):
+            check_row(row, place, format)
+    return _to_dataset(renamed, places, first=COLUMNS.get(format, ())), format
+
+
+def checked_dataset(
+    rows: Dataset, *, format: str = "auto", columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, str]:
+    """A `datasets.Dataset` that a program made, through the same gate; nothing is copied."""
+    for ours, theirs in (columns or {}).items():
+        if theirs not in rows.column_names:
+            raise DataError(
+                f"no column {theirs!r}; found {names_of(set(rows.column_names))}",
+                hint=nearest(theirs, rows.column_names) or None,
+            )
+        rows = rows.rename_column(theirs, ours) if theirs != ours else rows
+    names = set(rows.column_names)
+    if format == "auto":
+        tokenized = {"input_ids", "labels"} <= names
+        format = "tokenized" if tokenized else format_of_keys(names, where="the rows")
+    check_rows(rows, format)
+    return rows, format
+
+
+def detect_format(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> str:
+    """The format of a file, from its suffix and the keys of its first row.
+
+    Raises:
+        DataError: the suffix is unknown, or the keys fit no format or several; names what was found.
+    """
+    file = Path(path)
+    require_file(file)
+    suffix = file_suffix(file)
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    if suffix not in TABLE_SUFFIXES:
+        raise DataError(
+            f"{file}: the suffix {suffix!r} does not tell the format",
+            hint=f"known: {', '.join(sorted(TEXT_SUFFIXES | TABLE_SUFFIXES))}, each also with .gz; or set `format:`",
+        )
+    record = next(read_records(file), None)
+    if record is None:
+        raise DataError(f"{file} holds no rows")
+    return format_of_keys(set(_rename(record, columns)), where=record.place)
+
+
+def format_of_keys(keys: set[str], *, where: str) -> str:
+    """The one format whose columns are among `keys`; a DataError that names `where` if there are none or several."""
+    fitting = [name for name, needed in COLUMNS.items() if keys >= set(needed)]
+    # {text, label} fits `text` and `classification`; the format that explains more of the row wins.
+    best = [a for a in fitting if not any(set(COLUMNS[a]) < set(COLUMNS[b]) for b in fitting)]
+    if len(best) == 1:
+        return best[0]
+    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+    fault = f"fit {' and '.join(best)}" if best else "fit no format"
+    raise DataError(
+        f"{where}: the keys {names_of(keys)} {fault} ({known})",
+        hint="set `format:`"
+        if best
+        else "set `columns:` to map our names to the file's, such as {prompt: question}",
+    )
+
+
+def _document(file: Path) -> str:
+    text = read_text(file)
+    if not text.strip():
+        raise DataError(f"{file} holds only white space")
+    return text
+
+
+def _check_mapping(file: Path, columns: Mapping[str, str] | None) -> None:
+    sources = list((columns or {}).values())
+    twice = sorted({name for name in sources if sources.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}: columns read {', '.join(map(repr, twice))} into two names")
+
+
+def _rename(record: Record, columns: Mapping[str, str] | None) -> dict[str, object]:
+    """The record as an object under our names."""
+    if not isinstance(record.value, dict):
+        raise DataError(f"{record.place}: expected an object, got {json_type(record.value)}")
+    row: dict[str, object] = dict(record.value)
+    if not columns:
+        return row
+    missing = [source for source in columns.values() if source not in row]
+    if missing:
+        raise DataError(
+            f"{record.place}: no column {missing[0]!r}; found {names_of(set(row))}",
+            hint=nearest(missing[0], list(row)) or "columns maps our name to the file's: {prompt: question}",
+        )
+    renamed = {ours: row.pop(source) for ours, source in columns.items()}
+    clash = sorted(set(renamed) & set(row))
+    if clash:
+        raise DataError(
+            f"{record.place}: columns writes over the file's own {clash[0]!r}",
+            hint=f"rename that one too: {{old_{clash[0]}: {clash[0]}}}",
+        )
+    return {**renamed, **row}
+
+
+def _to_dataset(rows: list[dict[str, object]], places: list[str], *, first: tuple[str, ...]) -> Dataset:
+    """Columns, the format's own first; DataError at the first row whose value does not go with those before."""
+    names = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
+    table: dict[str, list[object]] = {}
+    for name in names:
+        column = [row.get(name) for row in rows]
+        try:
+            pa.array(column)
+        except _NOT_ARROW as error:
+            place = places[_first_misfit(column)]
+            raise DataError(f"{place}: column {name!r} does not go with the rows before: {error}") from error
+        table[name] = column
+    return Dataset.from_dict(table)
+
+
+def _first_misfit(column: list[object]) -> int:
+    """Index of the first value that Arrow refuses. Prefixes of a good column are good, hence bisection."""
+    good, bad = 0, len(column)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        try:
+            pa.array(column[:middle])
+            good = middle
+        except _NOT_ARROW:
+            bad = middle
+    return bad - 1

@@ -1,0 +1,191 @@
+"""Conversations become text and token ids, with loss on the assistant's turns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from peftx.engines.data.collate import IGNORE
+from peftx.engines.data.encoding import (
+    Example,
+    completion_ids,
+    continuation,
+    eos_id,
+    following_ids,
+    special_frame,
+    text_ids,
+    without_prefix,
+)
+from peftx.errors import DataError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, ask: bool = True
+) -> str:
+    """The text that asks for the assistant's next turn after `messages`; without `ask` all up to its last one.
+
+    With a chat template: its rendering with the generation prompt, BOS included (encode it with
+    `add_special_tokens=False`). Without: `User: hi`, a line break, `Assistant:`; BOS not included.
+    """
+    while not ask and messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    if tokenizer.chat_template is not None:
+        return _render(tokenizer, messages, ask=ask)
+    ended = "" if tokenizer.eos_token is None else str(tokenizer.eos_token)
+    segments = _plain_segments(messages, ask=ask)
+    return "".join(text + ended if learned else text for text, learned in segments)
+
+
+def messages_encoder(
+    tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Callable[[Mapping[str, object], str], Example]:
+    prefix, _ = special_frame(tokenizer)
+    plain = tokenizer.chat_template is None
+
+    def encode(row: Mapping[str, object], where: str) -> Example:
+        messages: Sequence[Mapping[str, str]] = row["messages"]  # type: ignore[assignment]
+        segments = list(
+            _plain_segments(messages, ask=False) if plain else _template_segments(tokenizer, messages, where)
+        )
+        if not segments:
+            raise DataError(
+                f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
+            )
+        if plain:
+            eos_id(tokenizer)  # refused where there is none
+            segments = [
+                (text + str(tokenizer.eos_token) if learned else text, learned) for text, learned in segments
+            ]
+        # What stands before the last answer is one piece, as the model is asked for it; the answer goes on from it.
+        ids, labels = _asked(tokenizer, segments[:-1])
+        answer = completion_ids(tokenizer, segments[-1][0], where)
+        if not _ends(tokenizer, answer):
+            answer.append(eos_id(tokenizer))  # the template ends a turn by the next one's beginning
+        ids, labels, last = ids + answer, labels + answer, len(answer)
+        # A chat template writes BOS itself; one that does not is for a model that has none.
+        has_prefix = plain or ids[: len(prefix)] == prefix
+        front = prefix if has_prefix else []
+        body = without_prefix(ids, front)
+        labels = labels[len(ids) - len(body) :]
+        room = max_length - len(front)
+        if last > room:
+            raise DataError(
+                f"{where}: the assistant's last turn has {last} tokens and does not fit in max_length {max_length}"
+            )
+        cut = max(0, len(body) - room)
+        return Example(front + body[cut:], [IGNORE] * len(front) + labels[cut:])
+
+    return encode
+
+
+def _asked(
+    tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]]
+) -> tuple[list[int], list[int]]:
+    """Ids of the segments as one text, and labels of those tokens that lie inside a learned one."""
+    text = "".join(piece for piece, _ in segments)
+    if not tokenizer.is_fast:  # it does not tell where its tokens stand
+        pieces = [(following_ids(tokenizer, piece) if i else text_ids(tokenizer, piece), learned)
+                  for i, (piece, learned) in enumerate(segments)]  # fmt: skip
+        ids = [i for piece, _ in pieces for i in piece]
+        return ids, [i if learned else IGNORE for piece, learned in pieces for i in piece]
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ids, labels, spans, end = list(found["input_ids"]), [], [], 0
+    for piece, learned in segments:
+        begin, end = end, end + len(piece)
+        if learned:
+            spans.append((begin, end))
+    at = 0
+    for token, (begin, end) in zip(ids, found["offset_mapping"], strict=True):
+        while at < len(spans) and spans[at][1] <= begin:
+            at += 1
+        inside = at < len(spans) and spans[at][0] <= begin < end <= spans[at][1]
+        labels.append(token if inside else IGNORE)
+    return ids, labels
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> bool:
+    """Does an answer end in a token that stands for an end (white space may follow), and not in words."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for token in reversed(answer):
+        if token in marks:
+            return True
+        if tokenizer.decode([token]).strip():
+            return False
+    return False
+
+
+def turns(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, object], where: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """A conversation as it is trained on: ids, and where each turn of the assistant begins and ends (no EOS)."""
+    example = messages_encoder(tokenizer, sys.maxsize)(row, where)
+    ids, labels = example.input_ids, example.labels
+    found: list[tuple[int, int]] = []
+    for index, label in enumerate(labels):
+        if label == IGNORE:
+            continue
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return ids, [(max(1, begin), end - (ids[end - 1] == tokenizer.eos_token_id)) for begin, end in found]
+
+
+def _plain_segments(messages: Sequence[Mapping[str, str]], *, ask: bool) -> Iterator[tuple[str, bool]]:
+    """(text, learned?): `User: hi`, line break, `Assistant:` | ` hello` (EOS) | line break, `User: ...`
+
+    With `ask` a last `Assistant:` waits for its turn; without, what follows the last answer is left out.
+    """
+    asked = ""
+    for message in messages:
+        if message["role"] == "assistant":
+            yield asked + "Assistant:", False
+            yield continuation("Assistant:", message["content"]), True
+            asked = "\n"
+        else:
+            asked += f"{message['role'].capitalize()}: {message['content']}\n"
+    if ask:
+        yield asked + "Assistant:", False
+
+
+def _template_segments(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], where: str
+) -> Iterator[tuple[str, bool]]:
+    """(text, learned?): what the template adds to ask for a turn, and what it adds for the turn itself."""
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            asked = _render(tokenizer, messages[:index], ask=True)
+            answered = _render(tokenizer, messages[: index + 1], ask=False)
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise UnsupportedError(
+                f"{where}: the chat template rewrites earlier turns (before messages[{index}]), so the "
+                "assistant's turns cannot be told from the rest",
+                hint="split the conversation into prompt-completion rows",
+            )
+        yield asked[len(done) :], False
+        yield answered[len(asked) :], True
+        done = answered
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, ask: bool) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=ask
+        )
+    except TemplateError as error:  # what a template raises itself, and what is wrong with it
+        raise DataError(
+            f"the chat template refuses the conversation: {error}",
+            hint="change the row, or set another tokenizer.chat_template",
+        ) from error
+    return str(rendered)

@@ -1,0 +1,20 @@
+"""The `prepare_data` hooks of a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peftx.engines.data.training_data import TrainingData
+from peftx.errors import DataError
+from peftx.kernel.stack import Stack
+
+
+def prepare(stack: Stack, data: TrainingData, ids: Iterable[str] | None = None) -> TrainingData:
+    """See `peftx.Stack.prepare`."""
+    for member in stack.implementers("prepare_data", ids):
+        stack.call(member, "prepare_data", data=data, stack=stack)
+        if data.train is not None and len(data.train) == 0:
+            raise DataError(
+                f"'{member.id}': no rows are left to train on", hint="it got none, or dropped them all"
+            )
+    return data

@@ -1,0 +1,76 @@
+"""Rows that a spec names, and those that are held out of them to evaluate on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from peftx.engines.data.formats import detect_format, read_dataset
+from peftx.engines.models import asset_path
+from peftx.errors import DataError
+from peftx_spec.models import FORMATS, DataSpec, HoldoutSpec, SourceSpec
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of the training data that are evaluated on and not trained on."""
+
+    rows: Dataset
+    of: int
+    """Rows that there were."""
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{len(self.rows):,} of {self.of:,} rows held out, seed {self.seed}"
+
+
+def format_of(source: SourceSpec) -> str:
+    if source.format != "auto":
+        return source.format
+    return detect_format(asset_path(source.path), columns=source.columns or None)
+
+
+def training_rows(data: DataSpec) -> tuple[Dataset | None, HeldOut | None]:
+    """The rows that are trained on, and those that are held out of them.
+
+    Raises:
+        DataError: the file cannot be read, or none of its rows can be held out.
+    """
+    if data.train is None:
+        return None, None
+    rows = rows_of(data.train, limit=data.train.limit)
+    if data.holdout is None:
+        return rows, None
+    held = _chosen(rows.select_columns(list(FORMATS[format_of(data.train)])), data.holdout)
+    if not held:
+        raise DataError(
+            f"{data.train.path}: none of its {len(rows)} rows can be held out: there are no two that differ",
+            hint="give data to evaluate on: data: {eval: file} (--eval FILE), or evaluate nothing (--metric none)",
+        )
+    rest = [index for index in range(len(rows)) if index not in held]
+    return rows.select(rest), HeldOut(rows.select(sorted(held)), len(rows), data.holdout.seed)
+
+
+def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
+    """The rows to hold out, by what is in them: equal rows go together, and their order in the file plays no part."""
+    groups: dict[bytes, list[int]] = {}
+    for index, row in enumerate(rows):
+        text = f"{holdout.seed}:{json.dumps(row, sort_keys=True)}"
+        groups.setdefault(hashlib.sha256(text.encode()).digest(), []).append(index)
+    if len(groups) < 2:
+        return set()
+    wanted = min(max(1, round(holdout.share * len(rows))), holdout.most or len(rows), len(rows) - 1)
+    chosen: set[int] = set()
+    for _, group in sorted(groups.items()):
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    smallest: list[int] = min(groups.values(), key=len)
+    return chosen or set(smallest)
+
+
+def rows_of(source: SourceSpec, *, limit: int | None) -> Dataset:
+    path = asset_path(source.path)
+    return read_dataset(path, format=format_of(source), columns=source.columns or None, limit=limit)

@@ -1,0 +1,194 @@
+"""Rows become `input_ids` and `labels`. How a text becomes ids is in `encoding.py` and `messages.py`."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from peftx.engines.data.encoding import (
+    Example,
+    completion_ids,
+    encoder_ids,
+    eos_id,
+    fill_template,
+    join_pair,
+    special_frame,
+    text_ids,
+    without_prefix,
+)
+from peftx.engines.data.gate import FORMATS, check_rows
+from peftx.engines.data.messages import messages_encoder
+from peftx.errors import DataError, UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenize_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str,
+    max_length: int,
+    classification_prompt: str = "{text}",
+    encoder_decoder: bool = False,
+    keep: Sequence[str] = (),
+) -> Dataset:
+    """Turn rows into examples.
+
+    prompt-completion   loss on the completion and EOS
+    classification      prompt `classification_prompt` with the text in place of `{text}`, completion = label
+    messages            the tokenizer's chat template; without one, lines `User: ...`, `Assistant: ...`; loss on
+                        the assistant's turns; what follows the last one is cut
+    text                BOS document EOS BOS document EOS ... cut into blocks of `max_length`; loss everywhere;
+                        a last block of one token is dropped, since it has nothing to predict
+    tokenized           checked and passed through, with every column
+
+    Too long a prompt (or conversation) is cut at its left, after BOS; a completion is never cut.
+
+    Args:
+        dataset: rows in `format`.
+        max_length: tokens an example may have; with `encoder_decoder`, each side.
+        encoder_decoder: `input_ids` is the prompt as the encoder takes it, `labels` the completion and EOS
+            without a leading space. Not for `text` and `messages`.
+        keep: columns to carry over, one value a row (weights, ids); not for `text`, whose rows are repacked.
+
+    Returns:
+        A dataset in memory with lists of integers `input_ids` and `labels`, then the columns of `keep`.
+
+    Raises:
+        DataError: a row without anything to learn, or a completion longer than `max_length`; names the row.
+        UnsupportedError: `preference` rows, which have two completions; use `encode_pair` for each.
+    """
+    known = (*FORMATS, "tokenized")
+    if format not in known:
+        raise DataError(
+            f"unknown format {format!r}; formats: {', '.join(known)}", hint=nearest(format, known) or None
+        )
+    if format != "tokenized" and "input_ids" in dataset.column_names:
+        raise DataError(
+            f"the rows have 'input_ids' but their format is {format!r}",
+            hint="whoever tokenized them sets the format to 'tokenized'",
+        )
+    missing = [name for name in keep if name not in dataset.column_names]
+    if missing:
+        raise DataError(f"no column {missing[0]!r} to keep; columns: {', '.join(dataset.column_names)}")
+    if format == "tokenized":
+        _check_tokenized(dataset, max_length=max_length, encoder_decoder=encoder_decoder)
+        return dataset
+    if encoder_decoder and format in {"text", "messages"}:
+        raise UnsupportedError(f"format {format!r} has no prompt and completion for an encoder and a decoder")
+    if format == "preference":
+        raise UnsupportedError(
+            "preference rows have two completions and no single label",
+            hint="a plugin that trains on preferences calls encode_pair for 'chosen' and for 'rejected'",
+        )
+    check_rows(dataset, format)
+    if format == "text":
+        if keep:
+            raise DataError("text is repacked into blocks, so no column of its rows can be kept")
+        return _columns(_pack(dataset, tokenizer, max_length=max_length))
+    encode: Callable[[Mapping[str, Any], str], Example]
+    if format == "messages":
+        encode = messages_encoder(tokenizer, max_length)
+    else:
+        encode = _pair_encoder(tokenizer, max_length, format, classification_prompt, encoder_decoder)
+    examples = (encode(row, f"row {index} (counting from 0)") for index, row in enumerate(dataset))
+    tokenized = _columns(examples)
+    for name in keep:
+        tokenized = tokenized.add_column(name, dataset[name][:])
+    return tokenized
+
+
+def _pair_encoder(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, format: str, template: str, encoder_decoder: bool
+) -> Callable[[Mapping[str, object], str], Example]:
+    prefix, _ = special_frame(tokenizer)
+
+    def encode(row: Mapping[str, Any], where: str) -> Example:
+        if format == "classification":
+            prompt, completion = fill_template(template, row["text"]), row["label"]
+        else:
+            prompt, completion = row["prompt"], row["completion"]
+        if not encoder_decoder:
+            return join_pair(tokenizer, prefix, prompt, completion, max_length, where)
+        labels = [*completion_ids(tokenizer, completion, where, alone=True), eos_id(tokenizer)]
+        if len(labels) > max_length:
+            raise DataError(
+                f"{where}: the completion has {len(labels)} tokens with EOS; max_length is {max_length}"
+            )
+        return Example(encoder_ids(tokenizer, prompt, max_length=max_length), labels)
+
+    return encode
+
+
+def _pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Iterator[Example]:
+    prefix, _ = special_frame(tokenizer)
+    eos = eos_id(tokenizer)
+    waiting: list[int] = []
+    for index, row in enumerate(dataset):
+        body = without_prefix(text_ids(tokenizer, row["text"]), prefix)
+        if not body:
+            raise DataError(f"row {index} (counting from 0): the text {row['text']!r} has no tokens")
+        waiting += [*prefix, *body, eos]
+        whole = len(waiting) - len(waiting) % max_length
+        for start in range(0, whole, max_length):
+            block = waiting[start : start + max_length]
+            yield Example(block, block)
+        waiting = waiting[whole:]
+    if len(waiting) > 1:
+        yield Example(waiting, waiting)
+
+
+def _columns(examples: Iterable[Example]) -> Dataset:
+    """A dataset without Python integers in between: 12 bytes a token while it is built.
+
+    The types are those `datasets` gives these names (32 bits for `input_ids`, 64 for `labels`), so that rows made
+    here and rows that a plugin makes join. The offsets have 32 bits: OverflowError past 2**31 tokens.
+    """
+    tokens, labels = array("i"), array("q")
+    token_ends, label_ends = array("i", [0]), array("i", [0])
+    for example in examples:
+        tokens.extend(example.input_ids)
+        labels.extend(example.labels)
+        token_ends.append(len(tokens))
+        label_ends.append(len(labels))
+    if len(token_ends) == 1:
+        raise DataError("no rows to tokenize")
+    return Dataset(
+        pa.table(
+            {
+                "input_ids": pa.ListArray.from_arrays(
+                    _arrow(token_ends, pa.int32()), _arrow(tokens, pa.int32())
+                ),
+                "labels": pa.ListArray.from_arrays(
+                    _arrow(label_ends, pa.int32()), _arrow(labels, pa.int64())
+                ),
+            }
+        )
+    )
+
+
+def _arrow(values: array[int], kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _check_tokenized(dataset: Dataset, *, max_length: int, encoder_decoder: bool) -> None:
+    for name in ("input_ids", "labels"):
+        if name not in dataset.column_names:
+            raise DataError(f"tokenized rows need {name!r}; columns: {', '.join(dataset.column_names)}")
+    lengths = {name: [len(ids) for ids in dataset[name]] for name in ("input_ids", "labels")}
+    for index, (inputs, labels) in enumerate(zip(lengths["input_ids"], lengths["labels"], strict=True)):
+        where = f"row {index} (counting from 0)"
+        if not inputs or max(inputs, labels) > max_length:
+            raise DataError(
+                f"{where} has {max(inputs, labels)} tokens; between 1 and max_length {max_length} fit"
+            )
+        if inputs != labels and not encoder_decoder:
+            raise DataError(f"{where} has {inputs} input_ids and {labels} labels; one label for each token")
+    if not lengths["input_ids"]:
+        raise DataError("no rows to tokenize")

@@ -1,0 +1,338 @@
+"""Writing folders so that they are there whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from peftx.errors import BundleError, PeftxError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+_HERE = -100  # AT_FDCWD
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder that we wrote, which holds nothing but files and folders.
+
+    Raises:
+        BundleError: a link, which may lead out of it, or a pipe or device, which may never end; names it.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            yield from plain_files(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            yield Path(entry.path)
+        else:
+            kind = "a symbolic link" if entry.is_symlink() else "no plain file"
+            raise BundleError(f"'{entry.path}' is {kind}", hint="copy the files themselves (cp -L)")
+
+
+def require_plain(file: Path, *, most: int | None = None, links: bool = False) -> None:
+    """Raises BundleError unless `file` is a plain file of at most `most` bytes.
+
+    Args:
+        links: a symbolic link to such a file will do (the hub's cache is made of them).
+    """
+    try:
+        found = file.stat() if links else file.lstat()
+    except OSError as error:
+        raise BundleError(f"'{file}' cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no plain file"
+        raise BundleError(f"'{file}' is {kind}")
+    if most is not None and found.st_size > most:
+        raise BundleError(f"'{file}' has {found.st_size:,} bytes, and at most {most:,} are read")
+
+
+MOST_JSON = 64 * 2**20
+"""Bytes of a JSON file of ours: a manifest of a thousand plugins has two megabytes."""
+
+READ_WHOLE = 64 * 2**20
+"""Bytes of a tensor file that is read at once, in half the time of one that is mapped to memory tensor by tensor."""
+
+
+def read_json(file: Path, *, links: bool = False) -> Any:
+    """What a JSON file holds. Raises BundleError, which names it, for anything that is no such file."""
+    require_plain(file, most=MOST_JSON, links=links)
+    try:
+        return json.loads(file.read_bytes(), object_pairs_hook=_once, parse_constant=_no_number)
+    # Not UTF-8, not JSON, or a number of thousands of digits.
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise BundleError(f"'{file}' is corrupted: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_number(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)  # Infinity stands in configurations
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Whatever fails while a file or folder is read says which one it is.
+
+    Raises:
+        BundleError: in place of what other libraries raise on damaged content. PeftxError: with the name put before.
+    """
+    try:
+        yield
+    except PeftxError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"'{path}': {error.message}", hint=error.hint) from error
+    except Exception as error:  # libraries raise what they like: KeyError, TypeError, Rust's own
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(f"'{path}' is damaged or cannot be read: {type(error).__name__}: {said}") from error
+
+
+def check_tensors(file: Path, *, links: bool = False) -> None:
+    """Raises BundleError unless `file` is a safetensors file as long as its header says; the tensors are not read."""
+    require_plain(file, links=links)
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 2 <= length <= min(MOST_JSON, size - 8):
+            raise BundleError(
+                f"'{file}' is no safetensors file: its header has {length:,} bytes, the file {size:,}"
+            )
+        try:
+            header = json.loads(handle.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            wanted = 8 + length + max(ends, default=0)
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"'{file}' is no safetensors file: {type(error).__name__} in its header"
+            ) from error
+    if wanted != size:
+        raise BundleError(f"'{file}' is not whole: it has {size:,} bytes, and its header tells of {wanted:,}")
+
+
+def differs(file: Path, digest: str) -> bool:
+    """Is a file of ours another one than was written. A size that cannot be is seen without reading all of it."""
+    try:
+        check_tensors(file) if file.suffix == ".safetensors" else require_plain(file, most=MOST_JSON)
+    except BundleError:
+        return True
+    return sha256(file) != digest
+
+
+def read_tensors(file: Path, *, links: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises BundleError, which names it, for anything that is no such file."""
+    from safetensors.torch import load_file
+
+    check_tensors(file, links=links)
+    small = file.stat().st_size <= READ_WHOLE
+    try:
+        return load_file(file, backend="pread" if small else "mmap")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise BundleError(f"'{file}' is no whole safetensors file: {error}") from error
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Swap two folders in one atomic step, where the system can (Linux)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(two), _EXCHANGE) == 0
+
+
+def aside(path: Path) -> Path:
+    """Where the old folder stands for a moment on systems without an atomic exchange."""
+    return path.parent / f".{path.name}.replaced"
+
+
+def make_place(target: Path) -> None:
+    """The folder that `target` will stand in, before anything takes time.
+
+    Raises:
+        BundleError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=target.parent):
+            pass  # permissions do not tell all: a disk may be read-only, or its quota used up
+    except OSError as error:
+        raise BundleError(
+            f"output '{target}': nothing can be written in {target.parent}: {error.strerror}",
+            hint="choose another folder",
+        ) from error
+
+
+@contextmanager
+def telling_what_was_not_written(path: Path) -> Iterator[None]:
+    """Turn the system's error into one that says what was not written.
+
+    Raises:
+        BundleError: the disk, or the user's share of it, is full; the place cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        kept = ", the old one is intact" if os.path.lexists(path) else ""
+        if _is_full(error):
+            raise BundleError(
+                f"the disk is full: '{path}' was not written{kept}",
+                hint="free some space, or give another folder",
+            ) from error
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            raise BundleError(
+                f"'{path}' was not written: {error.strerror}{kept}", hint="give another folder"
+            ) from error
+        raise
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(
+        f"(os error {number})" in str(error) for number in numbers
+    )  # safetensors keeps the number in its text
+
+
+@contextmanager
+def replacing(path: Path, *, marker: str) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success it takes `path`'s place, on failure `path` is as it was.
+
+    Where `path` is a symbolic link, the folder that it leads to is replaced, and the link stays.
+
+    Args:
+        marker: a file that an existing folder must hold to be replaced.
+
+    Raises:
+        BundleError: `path` is something else, cannot be written, or the disk is full.
+    """
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BundleError(f"'{path}' leads nowhere: {error}", hint="choose another folder") from error
+    if os.path.lexists(path) and not path.is_dir():
+        raise BundleError(
+            f"'{path}' exists and is no folder, so it is not overwritten", hint="choose another folder"
+        )
+    if path.exists() and not (path / marker).exists() and any(path.iterdir()):
+        raise BundleError(
+            f"'{path}' exists and holds no {marker}, so it is not overwritten",
+            hint="choose another folder, or empty it",
+        )
+    with telling_what_was_not_written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staging(path) as new:
+            yield new
+            for file in plain_files(new):
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            _put(new, path)
+
+
+def _put(new: Path, path: Path) -> None:
+    """`new` to where `path` is, whether or not somebody else put something there meanwhile."""
+    try:
+        new.rename(path)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if not _exchange(new, path):
+        old = aside(path)
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, of this call alone; what is left there at the end is removed, and so is what calls
+    left that were killed. Who writes holds a lock on the folder, which threads, processes and containers respect."""
+    for stale in path.parent.glob(f".{path.name}.writing-*"):
+        _remove_unless_locked(stale)
+    new, handle = _locked_folder(path)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the open file that holds its lock. Until it is locked another call may take it
+    for one that was left behind, and remove it: then there is another one."""
+    while True:
+        new = path.parent / f".{path.name}.writing-{secrets.token_hex(6)}"
+        new.mkdir()
+        try:
+            handle = os.open(new, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if new.exists():
+            return new, handle
+        os.close(handle)
+
+
+def _remove_unless_locked(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # its writer was quicker
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # somebody is writing there
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    beside = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    try:
+        with telling_what_was_not_written(path):
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def checkpoints(output: Path) -> Path:
+    """Where a run keeps its checkpoints until its bundle is written: beside the bundle, which holds no strange file."""
+    return output.parent / f"{output.name}.checkpoints"
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

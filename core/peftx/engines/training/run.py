@@ -1,0 +1,307 @@
+"""From data and options to a trained stack."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as compute
+from datasets import Dataset
+from pydantic import ValidationError
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from peftx.engines.data import Collator, TrainingData, read_dataset
+from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
+from peftx.engines.data.preparing import prepare as prepare_data
+from peftx.engines.files import make_place, read_json
+from peftx.engines.models import asset_path
+from peftx.engines.training.examples import examples_of, mask_of
+from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
+from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.kernel.objective import pad_of
+from peftx_spec.models import TrainSpec
+
+if TYPE_CHECKING:
+    from peftx.kernel.stack import Stack
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training run was: losses are means over the logged steps."""
+
+    steps: int
+    losses: list[tuple[int, float]]
+    """(optimizer step, loss of its micro-batches, mean)."""
+    seconds: float
+    trainable: int
+    examples: int
+    terms: dict[str, float] = field(default_factory=dict)
+    """The last step's loss terms."""
+    full: int = 0
+    """Rows of prompts and completions, or of messages, as long as `max_length`: what was longer is cut at its left."""
+
+    @property
+    def first_loss(self) -> float:
+        return self.losses[0][1]
+
+    @property
+    def last_loss(self) -> float:
+        return self.losses[-1][1]
+
+
+def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
+    """Keyword options -> `TrainSpec`.
+
+    Raises:
+        PeftxError: an unknown option (with the nearest right one) or a bad value.
+    """
+    if isinstance(options, TrainSpec):
+        return options
+    try:
+        return TrainSpec(**options)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            near = nearest(name, TrainSpec.model_fields) if problem["type"] == "extra_forbidden" else ""
+            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
+        raise PeftxError(
+            "train: " + "; ".join(lines), hint=f"options: {', '.join(TrainSpec.model_fields)}"
+        ) from error
+
+
+def as_training_data(
+    stack: Stack,
+    data: str | Path | Sequence[dict[str, Any]] | Dataset | TrainingData,
+    *,
+    seed: int,
+    max_length: int,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+) -> TrainingData:
+    """A file or rows as `TrainingData`, before the `prepare_data` hooks."""
+    if isinstance(data, TrainingData):
+        return data
+    if isinstance(data, str | Path):
+        data = asset_path(data)
+        kind = detect_format(data, columns=columns) if format == "auto" else format
+        rows = read_dataset(data, format=kind, columns=columns, limit=limit)
+    else:
+        if not len(data):
+            raise DataError("no rows to train on")
+        gate = checked_dataset if isinstance(data, Dataset) else dataset_of
+        rows, kind = gate(data, format=format, columns=columns)  # type: ignore[operator]
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+    return TrainingData(
+        train=rows, eval=None, tokenizer=stack.tokenizer, seed=seed, format=kind, max_length=max_length
+    )
+
+
+class _Watcher(TrainerCallback):
+    """Collects losses and reports progress."""
+
+    def __init__(self, trainer: Callable[[], StackTrainer], progress: Progress | None) -> None:
+        self.trainer = trainer
+        self.progress = progress
+        self.losses: list[tuple[int, float]] = []
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.losses.append((state.global_step, float(logs["loss"])))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps, self.trainer().loss_terms)
+
+
+def train(
+    stack: Stack,
+    data: str | Path | Sequence[dict[str, Any]] | TrainingData,
+    *,
+    output: str | Path | None,
+    resume: bool | str | Path,
+    progress: Progress | None,
+    options: dict[str, Any] | TrainSpec,
+    prepare: bool = True,
+) -> TrainingReport:
+    """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already)."""
+    spec = parse_options(options)
+    if stack.trainable_parameters() == 0:
+        raise PeftxError(
+            "nothing trains: no plugin of the stack has trainable parameters",
+            hint="add one that injects (peftx list --hook inject), or unfreeze it",
+        )
+    _check_that_it_acts(stack)
+    if output is not None:
+        make_place(Path(output) / "checkpoint")
+    training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)
+    if prepare:
+        prepare_data(stack, training_data)
+    if training_data.train is None or len(training_data.train) == 0:
+        raise DataError(
+            "no rows are left to train on", hint="a prepare_data plugin may have dropped them all"
+        )
+    encoder_decoder = bool(stack.model.config.is_encoder_decoder)
+    rows = examples_of(stack, training_data)
+    collator = Collator(pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder)
+    set_seed(spec.seed)
+    started = time.perf_counter()
+    cached = stack.model.config.to_dict().get("use_cache")
+    with ExitStack() as exits:
+        folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
+        identity = _identity(stack, spec, rows)
+        trainer = StackTrainer(
+            stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity,
+            masks=mask_of(stack, training_data, spec.seed),
+        )  # fmt: skip
+        trainer.add_callback(_Watcher(lambda: trainer, progress))
+        start = _checkpoint(folder, resume, identity)
+        if start is None or not trainer.finished(start):
+            try:
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            finally:
+                if cached is not None:
+                    stack.model.config.use_cache = cached  # the Trainer takes it away
+                if spec.gradient_checkpointing:
+                    stack.model.activation_checkpointing_disable()
+                stack.model.eval()
+                stack.model.zero_grad(set_to_none=True)
+            if output is not None:
+                trainer.keep()
+    steps = int(trainer.state.global_step)
+    stack.trained_steps += steps
+    losses = [
+        (int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
+    ]
+    return TrainingReport(
+        steps,
+        losses,
+        time.perf_counter() - started,
+        stack.trainable_parameters(),
+        len(rows),
+        trainer.loss_terms,
+        _full(rows, training_data),
+    )
+
+
+def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:
+    saves = keep and spec.checkpoint_every is not None
+    schedule = "constant_with_warmup" if spec.schedule == "constant" and spec.warmup_steps else spec.schedule
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=spec.warmup_steps,
+        lr_scheduler_type=schedule,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        activation_checkpointing=spec.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="steps" if saves else "no",
+        save_steps=spec.checkpoint_every or 500,
+        save_total_limit=2,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=stack.model.device.type == "cpu",
+        dataloader_pin_memory=False,
+        include_num_input_tokens_seen=False,
+        logging_nan_inf_filter=False,  # a loss that is not a number is reported as such, not as zero
+    )
+    arguments.optim = "sgd" if spec.optimizer == "sgd" else arguments.optim
+    return arguments
+
+
+def _full(rows: Dataset, data: TrainingData) -> int:
+    if data.format in ("text", "tokenized"):
+        return 0
+    lengths = compute.list_value_length(rows.with_format("arrow")["input_ids"])
+    return int(compute.sum(compute.greater_equal(lengths, data.max_length)).as_py())
+
+
+def _check_that_it_acts(stack: Stack) -> None:
+    """Raises PeftxError where parameters would get no gradient: their plugin is merged, or all are switched off."""
+    training = [id for id in stack.plugins if any(p.requires_grad for p in stack.ledger.parameters(id))]
+    merged = [id for id in stack.ledger.merged() if id in training]
+    if merged:
+        raise PeftxError(
+            f"'{merged[0]}' is merged, so nothing of it trains",
+            hint="stack.unmerge() first, or stack.freeze it",
+        )
+    if training and all(stack.standing[id].disabled for id in training):
+        raise PeftxError(
+            f"nothing trains: {', '.join(training)} is switched off", hint="train outside of stack.disabled()"
+        )
+
+
+def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
+    """What decides about every bit of a run beside its length: JSON-able."""
+    settings = spec.model_dump(mode="json", exclude={"steps", "checkpoint_every"})
+    plugins = {id: plugin.config.model_dump(mode="json") for id, plugin in stack.plugins.items()}
+    digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
+    for index in range(0, len(rows), max(1, len(rows) // 64)):
+        digest.update(json.dumps(rows[index]["input_ids"]).encode())
+    return {
+        **{f"train.{name}": value for name, value in settings.items()},
+        **{f"{id}.{name}": value for id, options in plugins.items() for name, value in options.items()},
+        "the plugins": list(plugins),
+        "the rows": digest.hexdigest(),
+        "the base model": stack.base_fingerprint,
+    }
+
+
+def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any]) -> Path | None:
+    """Where to go on from. Raises BundleError if there is nothing, or only checkpoints of another run."""
+    if resume is False:
+        return None
+    if resume is not True:
+        check_whole(Path(resume))
+    choice = checkpoints_of(folder) if resume is True else [Path(resume)]
+    others: list[Path] = []
+    broken: list[str] = []
+    for found in choice:
+        try:
+            check_whole(found)
+        except BundleError as error:
+            LOG.warning("left out: %s", error.message)
+            broken.append(error.message)
+            continue
+        if read_json(found / IDENTITY) == identity:
+            return found
+        others.append(found)
+    if not others:
+        raise BundleError(
+            f"nothing to resume: no whole checkpoint in '{folder}'" + (f": {broken[0]}" if broken else ""),
+            hint="train with checkpoint_every",
+        )
+    found, theirs = others[0], read_json(others[0] / IDENTITY)
+    if not isinstance(theirs, dict):
+        raise BundleError(f"'{found / IDENTITY}' is corrupted")
+    differ = sorted(n for n in identity.keys() | theirs.keys() if identity.get(n) != theirs.get(n))
+    name, was = differ[0], ""
+    if not name.startswith("the "):
+        was = f": {theirs.get(name)!r}, now {identity.get(name)!r}"
+    raise BundleError(
+        f"'{found}' is of another run: it differs in {name}{was}"
+        + (f", and in {', '.join(differ[1:4])}" if differ[1:] else ""),
+        hint="resume with the options that it was started with, or start anew in another folder",
+    )

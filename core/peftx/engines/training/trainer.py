@@ -1,0 +1,282 @@
+"""`transformers.Trainer` whose step is the `train_step` hook, and whose checkpoints resume bit for bit, no pickle."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+
+from peftx.engines.files import (
+    differs,
+    plain_files,
+    read_json,
+    read_tensors,
+    sha256,
+    staging,
+    telling_what_was_not_written,
+)
+from peftx.engines.training.optimizer import optimizer_for
+from peftx.engines.training.shares import shares
+from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
+from peftx.engines.training.step import TrainStep, run_train_step
+from peftx.errors import BundleError, PeftxError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from peftx.engines.data.collate import Collator
+    from peftx.engines.training.examples import Masks
+    from peftx.kernel.stack import Stack
+
+WEIGHTS = "trained.safetensors"
+IDENTITY = "run.json"
+SUMS = "checksums.json"
+LOG = logging.getLogger("peftx")
+KEPT = 2
+
+
+class StackTrainer(Trainer):
+    """Trains a stack.
+
+    Args:
+        stack: its plugins' parameters train; the base is frozen unless a plugin trains it.
+        arguments: of `transformers`. rows: tokenized rows. collator: makes batches of them.
+        callbacks: further callbacks (progress bars). identity: what a run must have in common with a checkpoint that it
+            goes on from; JSON. masks: hides tokens of each batch, for a masked language model.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        arguments: TrainingArguments,
+        rows: Dataset,
+        collator: Collator,
+        callbacks: list[TrainerCallback] | None = None,
+        identity: dict[str, Any] | None = None,
+        masks: Masks | None = None,
+    ) -> None:
+        self.stack = stack
+        self.masks = masks
+        self.identity = identity or {}
+        self.memory: dict[str, Any] = {}
+        self.loss_terms: dict[str, float] = {}
+        self._micro = 0
+        self._shares: list[dict[str, float]] = []
+        self._staging: Path | None = None
+        self._written: list[Path] = []
+        super().__init__(
+            model=stack.model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        model.train()
+        accumulation = self.current_gradient_accumulation_steps
+        step = TrainStep(
+            self.stack,
+            self._prepare_inputs(inputs),
+            model=model,
+            index=self.state.global_step,
+            micro=self._micro,
+            accumulation=accumulation,
+            total=self.state.max_steps,
+            learning_rate=self._get_learning_rate(),
+            share=self._shares[self._micro] if accumulation > 1 else None,
+            memory=self.memory,
+            backward=self.accelerator.backward,
+        )
+        self._micro = (self._micro + 1) % accumulation
+        with self.compute_loss_context_manager():
+            loss = run_train_step(step)
+        self.loss_terms = step.losses
+        for name, value in step.losses.items():
+            if not math.isfinite(value):
+                raise PeftxError(
+                    f"training: the loss '{name}' of step {step.index + 1} is {value}",
+                    hint="a smaller learning_rate"
+                    + (", or dtype: bfloat16" if self.stack.model.dtype == torch.float16 else ""),
+                )
+        return loss / accumulation  # the log sums over the micro-batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The micro-batches of one optimizer step; what part of it each is, is known from here on."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._micro = 0
+        if self.masks is not None:  # before the labels are counted
+            batches = [self.masks(batch, self.state.global_step, i) for i, batch in enumerate(batches)]
+        self._shares = shares(self.stack.model, batches) if len(batches) > 1 else []
+        return batches, None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or SGD over what trains; a step that makes no gradients leaves the optimizer idle."""
+        parameters = [p for p in self.stack.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_for(
+            parameters or [nn.Parameter(torch.zeros(1))],
+            str(self.args.optim),
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def keep(self) -> None:
+        """Write a checkpoint of the finished run, unless its last step wrote one."""
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WEIGHTS).exists():
+            self._save_checkpoint(self.model, None)
+
+    def finished(self, checkpoint: Path) -> bool:
+        """Take everything from a checkpoint if the run was complete there: there is nothing to go on with."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.args.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write beside and rename, so that a checkpoint is there whole or not at all."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with telling_what_was_not_written(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with staging(place) as self._staging:
+                    super()._save_checkpoint(model, trial)
+                    made = self._staging / place.name
+                    sums = {str(file.relative_to(made)): sha256(file) for file in plain_files(made)}
+                    (made / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+                    _remove(place)
+                    made.rename(place)
+        finally:
+            self._staging = None
+        self._written.append(place)
+        if len(self._written) > KEPT:  # of its own: another run's in this folder are not its to delete
+            _remove(self._written.pop(0))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _trained(self) -> dict[str, Tensor]:
+        ledger = self.stack.ledger
+        return {f"{o}/{name}": t for o in self.stack.plugins for name, t in ledger.tensors(o).items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: t.detach().cpu().contiguous().clone() for k, t in self._trained().items()}, folder / WEIGHTS
+        )
+        states = {owner: plugin.state for owner, plugin in self.stack.plugins.items()}
+        save_state(folder / "plugins", {"state": states, "memory": self.memory})
+        (folder / IDENTITY).write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        saved, current = read_tensors(folder / WEIGHTS), self._trained()
+        if saved.keys() != current.keys():
+            differ = sorted(saved.keys() ^ current.keys())
+            raise BundleError(
+                f"{folder} was written by another stack: {len(differ)} tensors differ, e.g. {differ[0]}",
+                hint="resume with the same plugins and options",
+            )
+        with torch.no_grad():
+            for name, tensor in current.items():
+                if tensor.shape != saved[name].shape:
+                    raise BundleError(
+                        f"{folder}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(saved[name])
+        extra = load_state(folder / "plugins")
+        for owner, state in extra["state"].items():
+            self.stack.plugins[owner].state = state
+        self.memory = extra["memory"]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(folder / "optimizer", self.optimizer.state_dict())
+        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k not in ("lr_lambdas",)}
+        save_state(folder / "scheduler", schedule)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer"))
+        schedule = self.lr_scheduler.state_dict() | load_state(Path(checkpoint) / "scheduler")
+        self.lr_scheduler.load_state_dict(schedule)
+        self.stack.settle()  # now: the optimizer's groups are those of the run's start
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / f"random-{self.args.process_index}", random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_state(Path(checkpoint) / f"random-{self.args.process_index}"))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename, then remove: a kill in between leaves nothing that looks like a checkpoint."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(f".{checkpoint.name}.removed-{secrets.token_hex(6)}")
+        checkpoint.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    for rest in checkpoint.parent.glob(".checkpoint-*.removed-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first; whether they are whole is `check_whole`'s to say."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises BundleError unless every file of a checkpoint is there as it was written."""
+    if not checkpoint.is_dir():
+        raise BundleError(f"no checkpoint at '{checkpoint}'")
+    if not os.path.lexists(checkpoint / SUMS):
+        raise BundleError(f"'{checkpoint}' is no whole checkpoint: {SUMS} is missing")
+    sums = read_json(checkpoint / SUMS)
+    present = {str(f.relative_to(checkpoint)) for f in plain_files(checkpoint)} - {SUMS}
+    needed = {"trainer_state.json", WEIGHTS, IDENTITY}
+    if not isinstance(sums, dict) or not needed <= sums.keys():
+        raise BundleError(f"'{checkpoint / SUMS}' is corrupted")
+    for name in sorted(sums.keys() - present):
+        raise BundleError(f"'{checkpoint}' is no whole checkpoint: {name} is missing")
+    for name in sorted(present - sums.keys()):
+        raise BundleError(f"'{checkpoint}' holds {name}, which is not of it")
+    for name, expected in sums.items():
+        if differs(checkpoint / name, expected):
+            raise BundleError(f"'{checkpoint / name}' is corrupted (sha256 differs)")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; a warning names each that is newer and not whole."""
+    for checkpoint in checkpoints_of(folder):
+        try:
+            check_whole(checkpoint)
+        except BundleError as error:
+            LOG.warning("left out: %s", error.message)
+            continue
+        return checkpoint
+    return None

@@ -1,0 +1,26 @@
+"""OPT: a decoder of BART's kind; the smallest one projects between embedding and layers."""
+
+from __future__ import annotations
+
+from peftx.kernel.anatomy.table import Table, Tower
+from peftx.kernel.anatomy.tables.bart import AROUND_LAYERS, BLOCKS, LAYER
+from peftx.kernel.anatomy.tables.llama import HEADS
+
+TABLE = Table(
+    "opt",
+    towers=(
+        Tower(
+            "decoder",
+            layers="model.decoder.layers",
+            roles=LAYER,
+            blocks=BLOCKS,
+            around={role: f"model.decoder.{path}" for role, path in AROUND_LAYERS.items()}
+            | {
+                "norm.final": "model.decoder.final_layer_norm?",
+                "projector.in": "model.decoder.project_in?",
+                "projector.out": "model.decoder.project_out?",
+            },
+        ),
+    ),
+    around=HEADS,
+)

@@ -1,0 +1,292 @@
+"""Which plugins cannot stand together, or not in this order. Stated by claim, never by a plugin's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from peftx.errors import ConflictError
+from peftx.kernel.members import Member
+from peftx.kernel.plugin import Claim, Plugin, hooks_of
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two plugins that collide, by which claims, why, and the order that would work (empty if none does)."""
+
+    first: str
+    second: str
+    claims: tuple[str, ...]
+    reason: str
+    working_order: tuple[str, ...] = ()
+    way_out: str = "keep one of them"
+    """Where no order works."""
+
+    def __str__(self) -> str:
+        way = f"this order works: {', '.join(self.working_order)}" if self.working_order else self.way_out
+        return f"{self.reason}; {way}"
+
+
+EXCLUSIVE = {
+    Claim.REPLACES_STEP: "both replace the training step, and a step has one loss and one update",
+    Claim.REPLACES_ATTENTION: "both compute the attention themselves",
+    Claim.REPLACES_DECODING: "both replace the decoding loop",
+    Claim.CLASSIFIES: "both bring the head that names a text's class",
+    Claim.QUANTIZES: "both replace the weights by integers",
+}
+"""One in a stack."""
+
+NO_ADAPTERS = (Claim.BESIDE_WEIGHTS, Claim.EDITS_INPUTS, Claim.TRAINS_BASE)
+"""Claims of plugins that train something else than deltas on the output of layers."""
+
+
+AnyPlugin = Plugin | type[Plugin]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a rule: which plugins it is about, and how its rule is told to one of the other side."""
+
+    is_it: Callable[[AnyPlugin], bool]
+    claims: tuple[Claim, ...]
+    told: str
+    """After "not beside", "not before" or "not after"."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Two kinds of plugins that do not go together: in no order, or not with `one` before `two`."""
+
+    one: Side
+    two: Side
+    reason: str
+    """With {one} and {two}."""
+    ordered: bool = False
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return (*self.one.claims, *self.two.claims)
+
+
+def _claiming(claim: Claim) -> Side:
+    return Side(lambda plugin: claim in plugin.claims, (claim,), f"a plugin that claims {claim}")
+
+
+def _changes_model(plugin: AnyPlugin) -> bool:
+    """Does it attach something that what is computed depends on; decoding that is exact does not."""
+    exact = {Claim.DATA_ONLY, Claim.EXACT_CACHE, Claim.LOSSLESS_DECODING}
+    return "inject" in hooks_of(plugin) and not exact & plugin.claims
+
+
+def _stays_beside(plugin: AnyPlugin) -> bool:
+    """Does it leave something on the model that does not go into the weights, and acts on them."""
+    folds = {Claim.MERGEABLE, Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}
+    return _changes_model(plugin) and not folds & plugin.claims
+
+
+RULES = (
+    Rule(
+        _claiming(Claim.REPLACES_STEP),
+        _claiming(Claim.NEEDS_GRADIENTS),
+        "{two} needs gradients, and {one} replaces the training step by one that makes none",
+    ),
+    Rule(
+        _claiming(Claim.OWN_LAYOUT),
+        _claiming(Claim.VIRTUAL_TOKENS),
+        "{one} lays its rows out with positions and a mask of its own, and the soft tokens of {two} would stand in "
+        "front of the first text alone",
+    ),
+    Rule(
+        _claiming(Claim.NEEDS_LABELS),
+        _claiming(Claim.CLASSIFIES),
+        "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
+    ),
+    Rule(
+        _claiming(Claim.NEEDS_LABELS),
+        _claiming(Claim.OWN_LAYOUT),
+        "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
+    ),
+    Rule(
+        _claiming(Claim.NEEDS_MASK),
+        _claiming(Claim.OWN_LAYOUT),
+        "{one} tells text from pads by a mask of one number a token, and {two} lays several texts out in one row",
+    ),
+    *(
+        Rule(
+            _claiming(Claim.READS_LOSS),
+            _claiming(other),
+            "{one} evaluates the loss before {two}, which comes after it, has put its own in its place",
+            ordered=True,
+        )
+        for other in (Claim.CLASSIFIES, Claim.OWN_LAYOUT)
+    ),
+    Rule(
+        _claiming(Claim.FINAL),
+        Side(_changes_model, (), "a plugin that changes the model"),
+        "{one} measures and compresses the finished model, so {two}, which comes after it and changes the model, would "
+        "undo what it measured",
+        ordered=True,
+    ),
+    Rule(
+        Side(_stays_beside, (), "a plugin that does not fold into the weights"),
+        _claiming(Claim.FOLDS_PREVIOUS),
+        "{two} starts from merged weights, and {one} does not fold into the weights",
+        ordered=True,
+    ),
+)
+"""Who does not go with whom. `find_conflicts` and `rules` both read it."""
+
+ON_REPLACED = Rule(
+    _claiming(Claim.QUANTIZES),
+    Side(lambda plugin: _changes_model(plugin) and Claim.BESIDE_WEIGHTS not in plugin.claims, (),
+         "a plugin that stands on linear layers, unless it compresses first (phase: before-training)"),
+    "{one} replaces layers behind the training, and {two}, which comes after it, stands on them then",
+    ordered=True,
+)  # fmt: skip
+"""The one rule that asks when a plugin compresses."""
+
+
+def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
+    """All conflicts of a stack, in stack order. Nothing is built or touched."""
+    found = [_with_order(conflict, rule, members) for conflict, rule in _collisions(members)]
+    return found + _without_adapters(members) + _rows_that_do_not_fit(members)
+
+
+def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | None]]:
+    for first, second in combinations(members, 2):
+        for claim, why in EXCLUSIVE.items():
+            if first.claims(claim) and second.claims(claim):
+                yield Conflict(first.id, second.id, (claim,), f"{first} and {second} {why}"), None
+        for rule in RULES:
+            pairs = [(first, second)] if rule.ordered else [(first, second), (second, first)]
+            for one, two in pairs:
+                if rule.one.is_it(one.plugin) and rule.two.is_it(two.plugin):
+                    reason = rule.reason.format(one=one, two=two)
+                    yield Conflict(first.id, second.id, rule.claims, reason), rule
+    for late in _compressing_late(members):
+        for other in members[members.index(late) + 1 :]:
+            if ON_REPLACED.one.is_it(late.plugin) and ON_REPLACED.two.is_it(other.plugin):
+                reason = ON_REPLACED.reason.format(one=late, two=other)
+                yield Conflict(late.id, other.id, ON_REPLACED.claims, reason), ON_REPLACED
+
+
+def _compressing_late(members: Sequence[Member]) -> list[Member]:
+    """Those that compress a model on which plugins stand already; `stages_of` of a spec decides in the same way."""
+    first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
+    late = [i > first if m.phase is None else m.phase == "after-training" for i, m in enumerate(members)]
+    return [m for m, is_late in zip(members, late, strict=True) if is_late and m.implements("compress")]
+
+
+def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]) -> Conflict:
+    """The conflict with an order of the whole stack that works, if one of the two moved past the other makes one."""
+    if rule is None or not rule.ordered:
+        return conflict
+    first, second = (next(m for m in members if m.id == id) for id in (conflict.first, conflict.second))
+    later = [m for m in members if m is not first]
+    earlier = [m for m in members if m is not second]
+    later.insert(later.index(second) + 1, first)
+    earlier.insert(earlier.index(first), second)
+    at_the_end = [*(m for m in members if m is not first), first]
+    compressed_first = [first, *(m for m in members if m is not first)]
+    for order in (later, earlier, at_the_end, compressed_first):
+        free = next(_collisions(order), None) is None and _unfit(order) is None
+        if free and not _without_adapters(order):
+            return replace(conflict, working_order=tuple(m.id for m in order))
+    return conflict
+
+
+def _without_adapters(members: Sequence[Member]) -> list[Conflict]:
+    """Plugins that work on adapters, in a stack that trains other things only."""
+    trained = [m for m in members if m.implements("inject") and not m.claims(Claim.NEEDS_ADAPTERS)]
+    kinds = [next((claim for claim in NO_ADAPTERS if m.claims(claim)), None) for m in trained]
+    if not trained or None in kinds:
+        return []
+    return [
+        Conflict(
+            member.id,
+            trained[0].id,
+            (Claim.NEEDS_ADAPTERS, str(kinds[0])),
+            f"{member} works on what adapters add to the output of layers, and {trained[0]} adds nothing there "
+            f"({kinds[0]})",
+            way_out=f"put an adapter such as lora in the place of '{trained[0].id}'",
+        )
+        for member in members
+        if member.claims(Claim.NEEDS_ADAPTERS)
+    ]
+
+
+def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
+    """Plugins whose training rows differ: what one leaves behind must be what the next one takes."""
+    found = _unfit(members)
+    if found is None:
+        return []
+    one, two, reason = found
+    order = [m for m in members if m is not two]
+    order.insert(order.index(one), two)
+    works = _unfit(order) is None
+    claims = (f"takes {'/'.join(one.plugin.takes) or 'any'}", f"takes {'/'.join(two.plugin.takes)}")
+    return [Conflict(one.id, two.id, claims, reason, tuple(m.id for m in order) if works else ())]
+
+
+def _unfit(members: Sequence[Member]) -> tuple[Member, Member, str] | None:
+    """The first pair: a plugin that narrowed the rows' format, and a later one that takes none of what is left."""
+    formats: frozenset[str] | None = None  # any
+    by = members[0] if members else None
+    for member in members:
+        if takes := frozenset(member.plugin.takes):
+            left = takes if formats is None else takes & formats
+            if not left:
+                assert by is not None
+                assert formats is not None
+                verb = "leaves" if by.plugin.gives else "trains on"
+                reason = (
+                    f"{by} {verb} rows of format {' or '.join(sorted(formats))}, and {member} trains on "
+                    f"{' or '.join(sorted(takes))}"
+                )
+                return by, member, reason
+            formats, by = left, member
+        if member.plugin.gives and formats is not None:
+            formats, by = frozenset(member.plugin.gives.get(f, f) for f in formats), member
+    return None
+
+
+def starting_format(members: Sequence[Member]) -> str | None:
+    """A format of rows that goes through all `prepare_data` hooks; None: any does."""
+    candidates = next((member.plugin.takes for member in members if member.plugin.takes), ())
+    for candidate in candidates:
+        now, fits = candidate, True
+        for member in members:
+            fits = fits and (not member.plugin.takes or now in member.plugin.takes)
+            now = member.plugin.gives.get(now, now)
+        if fits:
+            return candidate
+    return candidates[0] if candidates else None
+
+
+def check(members: Sequence[Member]) -> None:
+    """Raise the first conflicts of a stack, all in one message.
+
+    Raises:
+        ConflictError: names both plugins, their places, the claims, and an order that works.
+    """
+    conflicts = find_conflicts(members)
+    if conflicts:
+        raise ConflictError("\n".join(str(c) for c in conflicts), hint="peftx plan shows the stack")
+
+
+def rules(plugin: AnyPlugin) -> list[str]:
+    """What a plugin does not go with, in sentences; from its claims alone."""
+    found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in plugin.claims]
+    for rule in (*RULES, ON_REPLACED):
+        if rule.one.is_it(plugin):
+            found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
+        if rule.two.is_it(plugin):
+            found.append(f"not {'after' if rule.ordered else 'beside'} {rule.one.told}")
+    if Claim.NEEDS_ADAPTERS in plugin.claims:
+        found.append("with an adapter, whose deltas add to the output of layers")
+    if plugin.takes:
+        made = sorted(set(plugin.gives.values()))
+        gives = f", and leaves {' or '.join(made)}" if made else ""
+        found.append(f"trains on rows of format {' or '.join(plugin.takes)}{gives}")
+    return found

@@ -1,0 +1,262 @@
+"""What one plugin did in one place: its tensors, how to switch it off, how to take it away.
+
+Every way to change a model has a kind of part of its own, which knows how to undo itself; the ledger keeps the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftx.errors import MergeError, UnsupportedError
+from peftx.kernel import attention, calls, virtual_tokens
+from peftx.kernel.chain import CHILD
+from peftx.kernel.slots import detach, enable, follow, slot_of
+
+FREE = "peftx_parts"
+"""Name of the model's child that holds modules which stand nowhere in particular."""
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """A module that can stand in another one's place and be rebuilt from a bundle."""
+
+    def geometry(self) -> dict[str, Any]:
+        """JSON-able keyword arguments of the constructor, which then gives the same module with empty tensors."""
+
+
+@dataclass(eq=False)
+class Part:
+    """One thing that one plugin did in one place."""
+
+    what: ClassVar[str]
+    """A word for it, as tables show it."""
+    trains: ClassVar[bool] = True
+    """Are its parameters what the plugin trains."""
+
+    owner: str
+    key: str
+    """Prefix of its tensors' names in the plugin's file: the module's path (and the role where several share it)."""
+    module: nn.Module
+    """What it put there: the delta, the edit, the new module; or the module whose own parameters train."""
+    final: str = field(default="", kw_only=True)
+    """Why it cannot be undone, if it cannot."""
+
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(name in the plugin's file, module, attribute) of every parameter and persistent buffer."""
+        walk = self.module.named_modules() if self.module._modules else (("", self.module),)
+        for path, module in walk:
+            if path and CHILD in path.split("."):
+                continue  # a delta that a later plugin put on a module of this one
+            prefix = f"{self.key}.{path}." if path else f"{self.key}."
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield prefix + name, module, name
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield prefix + name, module, name
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> parameter or persistent buffer."""
+        return {
+            name: module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+            for name, module, leaf in self.places()
+        }  # type: ignore[return-value]
+
+    def undo(self) -> None:
+        """Take it away; the base is as it was."""
+        raise NotImplementedError
+
+    def check_switch(self) -> None:
+        """Raises UnsupportedError, MergeError where it cannot be switched off and on now."""
+
+    def switch(self, on: bool) -> None:
+        """Put it in or out of effect."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class DeltaPart(Part):
+    """A delta in the slot of the module `place` at `path`."""
+
+    what: ClassVar[str] = "delta"
+
+    place: nn.Module
+    path: str
+    give_back: Callable[[], None]
+    """Undoes what had to be changed around the module."""
+
+    def undo(self) -> None:
+        detach(self.place, self.owner)
+        self.give_back()
+
+    def switch(self, on: bool) -> None:
+        enable(self.place, self.owner, on)
+
+
+@dataclass(eq=False)
+class EditPart(Part):
+    """An edit in one of the chains that hang at the model itself."""
+
+    chain: ClassVar[ModuleType]
+    """Its module, which has `detach` and `enable`."""
+    host: nn.Module
+
+    def undo(self) -> None:
+        self.chain.detach(self.host, self.owner)
+
+    def switch(self, on: bool) -> None:
+        self.chain.enable(self.host, self.owner, on)
+
+
+class AttentionPart(EditPart):
+    """An edit of the attention of one layer."""
+
+    what: ClassVar[str] = "attention"
+    chain: ClassVar[ModuleType] = attention
+
+
+class PromptPart(EditPart):
+    """Soft tokens in front of the input."""
+
+    what: ClassVar[str] = "soft tokens"
+    chain: ClassVar[ModuleType] = virtual_tokens
+
+
+class ShiftPart(EditPart):
+    """Positions that count from further on; it has no tensors."""
+
+    what: ClassVar[str] = "positions"
+    chain: ClassVar[ModuleType] = virtual_tokens
+
+
+class CallPart(EditPart):
+    """An edit around the calls of the whole model."""
+
+    what: ClassVar[str] = "call"
+    chain: ClassVar[ModuleType] = calls
+
+
+@dataclass(eq=False)
+class FreePart(Part):
+    """A module that stands nowhere in particular, in `model.peftx_parts`."""
+
+    what: ClassVar[str] = "shared"
+
+    model: PreTrainedModel
+    name: str
+
+    def undo(self) -> None:
+        group: nn.ModuleDict = self.model.get_submodule(FREE)  # type: ignore[assignment]
+        mine: nn.ModuleDict = group[self.owner]  # type: ignore[assignment]
+        del mine[self.name]
+        if not len(mine):
+            del group[self.owner]
+        if not len(group):
+            del self.model._modules[FREE]
+
+    def switch(self, on: bool) -> None:
+        """It does nothing by itself."""
+
+
+@dataclass(eq=False)
+class BasePart(Part):
+    """Parameters of the base itself that train: `module` got others in their stead."""
+
+    what: ClassVar[str] = "base"
+
+    model: PreTrainedModel
+    parameters: tuple[str, ...]
+    path: str = ""
+    original: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The base's own, which stand aside and come back."""
+    others: Callable[[BasePart], dict[str, BasePart]] = lambda part: {}
+    """Name -> the part of another plugin that trains this parameter of the module too."""
+    on: bool = True
+    _aside: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The trained ones, while it is switched off."""
+    put_back: Callable[[], None] | None = None
+    """Of weights that a bundle brought in for good."""
+
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        for name in self.parameters:
+            yield f"{self.key}.{name}", self.module, name
+
+    def undo(self) -> None:
+        if self.put_back is not None:
+            self.put_back()
+            return
+        kept = self.others(self)
+        mine = {name: old for name, old in self.original.items() if name not in kept}
+        swap(self.model, self.module, {name: self.module._parameters[name] for name in mine}, mine)
+
+    def check_switch(self) -> None:
+        self.check_unmerged()
+
+    def check_unmerged(self) -> None:
+        """Raises MergeError where merged deltas would be lost with the parameters that are exchanged."""
+        slot = slot_of(self.module)
+        if slot is not None and slot.originals:
+            merged = next(link.owner for link in slot.links if link.merged)
+            raise MergeError(
+                f"'{merged}' is merged into {self.key}, which {self.owner} trains",
+                hint="stack.unmerge() first",
+            )
+
+    def switch(self, on: bool) -> None:
+        self.on = on
+        others = self.others(self)
+        for name, own in self.original.items():
+            now = self.module._parameters[name]
+            assert now is not None
+            if now is not own:
+                self._aside[name] = now
+            if name not in others or not others[name].on:
+                swap(self.model, self.module, {name: now}, {name: self._aside[name] if on else own})
+
+
+@dataclass(eq=False)
+class ReplacedPart(Part):
+    """A module in another one's place."""
+
+    what: ClassVar[str] = "packed"
+    trains: ClassVar[bool] = False
+
+    geometry: dict[str, Any]
+    """How to build it again."""
+    holder: nn.Module
+    old: nn.Module | None
+    """The one that stood there; None once it was let go."""
+    inside: list[BasePart]
+    """What was trained in the old one, or folded into it: it is part of the new module's tensors now."""
+
+    @property
+    def covers(self) -> frozenset[str]:
+        """Plugins whose values are part of the new module's tensors."""
+        return frozenset(part.owner for part in self.inside)
+
+    def undo(self) -> None:
+        if self.old is not None:
+            setattr(self.holder, self.key.rpartition(".")[2], self.old)
+
+    def check_switch(self) -> None:
+        raise UnsupportedError(
+            f"'{self.owner}' replaced weights of the model, so it cannot be switched off",
+            hint=f"stack.remove('{self.owner}')",
+        )
+
+
+def swap(
+    model: PreTrainedModel, module: nn.Module, old: dict[str, Any], new: dict[str, nn.Parameter]
+) -> None:
+    """Exchange parameters of a module, and wherever they are tied."""
+    for name, parameter in new.items():
+        follow(parameter, old[name])
+        tied = [(m, n) for m in model.modules() for n, p in m._parameters.items() if p is old[name]]
+        for owner_module, owner_name in tied or [(module, name)]:
+            owner_module._parameters[owner_name] = parameter

@@ -1,0 +1,197 @@
+"""Finds plugins through entry points, by name, importing only what is asked for.
+
+`names`, `entries` and `describe` read distribution metadata alone (milliseconds for hundreds of plugins, no torch);
+`load` imports one plugin's module.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from peftx.errors import RegistryError, nearest
+from peftx.kernel.names import DISABLE_VARIABLE, GROUP, HOOKS
+
+if TYPE_CHECKING:
+    from peftx.kernel.plugin import Plugin, PluginConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plugin as its distribution's metadata tells it; nothing is imported."""
+
+    name: str
+    distribution: str
+    version: str
+    summary: str
+    hooks: tuple[str, ...]
+    paper: str
+    """`arXiv:2106.09685`, or an empty string."""
+    tier: str
+    family: str
+    point: EntryPoint
+    requires: tuple[str, ...] = ()
+    """Requirements as the distribution states them: `peftx>=0.1,<0.2`."""
+
+    @property
+    def url(self) -> str:
+        return self.paper.replace("arXiv:", "https://arxiv.org/abs/") if self.paper else ""
+
+
+class Registry:
+    """The installed plugins. Implements `peftx_spec`'s `Catalogue`.
+
+    Args:
+        points: entry points to use; those of the environment if left out.
+        disabled: names that count as not there; `PEFTX_DISABLE_PLUGINS=a,b` if left out.
+    """
+
+    def __init__(
+        self, points: Iterable[EntryPoint] | None = None, *, disabled: Iterable[str] | None = None
+    ) -> None:
+        self._points = list(installed(GROUP) if points is None else points)
+        names = os.environ.get(DISABLE_VARIABLE, "").split(",") if disabled is None else disabled
+        self.disabled = frozenset(name.strip() for name in names if name.strip())
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in self._points:
+            others = found.setdefault(point.name, [])
+            if all((o.value, _distribution(o)) != (point.value, _distribution(point)) for o in others):
+                others.append(point)
+        return dict(sorted(found.items()))
+
+    def names(self) -> list[str]:
+        """All installed names, sorted; disabled ones left out."""
+        return [name for name in self._by_name if name not in self.disabled]
+
+    def install_hint(self, name: str) -> str:
+        return f"pip install peftx-{name}"
+
+    def point(self, name: str) -> EntryPoint:
+        """The entry point of `name`.
+
+        Raises:
+            RegistryError: unknown, disabled, or claimed by two distributions.
+        """
+        if name in self.disabled:
+            raise RegistryError(
+                f"plugin '{name}' is disabled by {DISABLE_VARIABLE}",
+                hint=f"remove it from {DISABLE_VARIABLE}",
+            )
+        points = self._by_name.get(name)
+        if not points:
+            near = nearest(name, self.names())
+            hint = f"{near} " if near else ""
+            raise RegistryError(
+                f"no plugin named '{name}' is installed",
+                hint=f"{hint}(installed: {', '.join(self.names()) or 'none'}); else: {self.install_hint(name)}",
+            )
+        if len(points) > 1:
+            owners = " and ".join(f"'{_distribution(p)}'" for p in points)
+            raise RegistryError(
+                f"the name '{name}' is claimed by two distributions: {owners}",
+                hint=f"pip uninstall {_distribution(points[1])}",
+            )
+        return points[0]
+
+    def describe(self, name: str) -> Entry:
+        """Metadata of one plugin, without importing it."""
+        point = self.point(name)
+        if point.dist is None:
+            return Entry(name, "", "", "", (), "", "", "", point)
+        metadata = point.dist.metadata  # parsed anew at each access
+        words = [
+            w.strip() for w in ",".join(metadata.get_all("Keywords") or ()).replace("\n", ",").split(",")
+        ]
+        return Entry(
+            name=name,
+            distribution=metadata["Name"],
+            version=metadata["Version"],
+            summary="".join(metadata.get_all("Summary") or ()),
+            hooks=tuple(word for word in words if word in HOOKS),  # the main one stands first
+            paper=next((w for w in words if w.lower().startswith("arxiv:")), ""),
+            tier=next((w.removeprefix("tier:") for w in words if w.startswith("tier:")), ""),
+            family=next((w.removeprefix("family:") for w in words if w.startswith("family:")), ""),
+            point=point,
+            requires=tuple(metadata.get_all("Requires-Dist") or ()),
+        )
+
+    def entries(self) -> list[Entry]:
+        """Metadata of all plugins whose name is claimed once."""
+        return [self.describe(name) for name in self.names() if len(self._by_name[name]) == 1]
+
+    def clashes(self) -> dict[str, list[str]]:
+        """Names claimed more than once, with the distributions that claim them."""
+        return {n: [_distribution(p) for p in ps] for n, ps in self._by_name.items() if len(ps) > 1}
+
+    def load(self, name: str) -> type[Plugin]:
+        """Import one plugin's class.
+
+        Raises:
+            RegistryError: as `point`, and when the module does not import or is no plugin; names the reason.
+        """
+        from peftx.kernel.plugin import Plugin
+
+        point = self.point(name)
+        try:
+            found = point.load()
+        except (
+            Exception
+        ) as error:  # whatever a stranger's module raises: reported with its reason, never skipped
+            raise RegistryError(
+                f"plugin '{name}' ({_distribution(point)}, {point.value}) does not import: "
+                f"{type(error).__name__}: {error}",
+                hint=f"pip install --upgrade {_distribution(point)}, or disable it: {DISABLE_VARIABLE}={name}",
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, Plugin)):
+            raise RegistryError(f"plugin '{name}': {point.value} is no subclass of peftx.Plugin")
+        return found
+
+    def config(self, name: str) -> type[PluginConfig]:
+        return self.load(name).Config
+
+    def hooks(self, name: str) -> frozenset[str]:
+        from peftx.kernel.plugin import hooks_of
+
+        return hooks_of(self.load(name))
+
+    def name_of(self, plugin: type[Plugin]) -> str | None:
+        """The entry-point name of a plugin class; None for a class that no distribution publishes."""
+        return next((n for n, points in self._by_name.items() if any(_is(p, plugin) for p in points)), None)
+
+
+def installed(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group. They are looked for anew when the path, or what lies on it, has changed."""
+    return _scan(group, tuple((place, _changed(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=8)
+def _scan(group: str, state: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+def _changed(place: str) -> int:
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _is(point: EntryPoint, plugin: type[Plugin]) -> bool:
+    """Does the entry point lead to this class. Nothing is imported: the class is there, and so is its package."""
+    module, _, attribute = point.value.partition(":")  # `point.module` parses anew at each access
+    found: object = sys.modules.get(module.strip())
+    for name in attribute.partition("[")[0].strip().split("."):
+        found = getattr(found, name, None)
+    return found is plugin
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "unknown"

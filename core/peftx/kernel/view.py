@@ -1,0 +1,238 @@
+"""A plugin's view of the model: the anatomy, and the ways to change it. What is done through it is the plugin's."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import NoReturn, TypeVar
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from peftx.errors import ArchitectureError, PluginError, TargetError
+from peftx.kernel.anatomy.anatomy import Anatomy, TowerFacts
+from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
+from peftx.kernel.anatomy.targets import Targets
+from peftx.kernel.attention import AttentionEdit
+from peftx.kernel.calls import CallEdit
+from peftx.kernel.changes import (
+    Owner,
+    attach_delta,
+    edit_attention,
+    edit_calls,
+    keep_module,
+    put_before,
+    replace_module,
+    train_base,
+)
+from peftx.kernel.ledger import Ledger
+from peftx.kernel.slots import Delta
+from peftx.kernel.virtual_tokens import Shift, VirtualTokens
+
+D = TypeVar("D", bound=Delta)
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(eq=False, kw_only=True)
+class BoundSite(Site):
+    """A site through which one plugin may act."""
+
+    ledger: Ledger
+    owner: Owner
+
+    @classmethod
+    def of(cls, site: Site, ledger: Ledger, owner: Owner) -> BoundSite:
+        bound = object.__new__(cls)  # `dataclasses.replace` would run the constructor: slow on 560 sites
+        bound.__dict__.update(site.__dict__)
+        bound.ledger, bound.owner = ledger, owner
+        return bound
+
+    def attach(self, delta: D) -> D:
+        """Put the plugin's delta into this site's slot; returns it."""
+        attach_delta(self.ledger, self.owner, self, delta)
+        return delta
+
+    def train(self, *parameters: str) -> list[nn.Parameter]:
+        """Train parameters of the base itself (all of the module's if none is named); their values go into the bundle,
+        the old ones come back on removal."""
+        return train_base(self.ledger, self.owner, self, parameters)
+
+    def replace(self, module: M) -> M:
+        """Put a storage module (`QuantLinear`, ...) in this one's place; the bundle then holds its tensors."""
+        replace_module(self.ledger, self.owner, self, module)
+        return module
+
+    def attend(self, edit: AttentionEdit) -> None:
+        """Edit the attention of one layer; of sites from `attention_sites`.
+
+        Raises:
+            ArchitectureError: the model does not dispatch its attention (Mamba, BLOOM, GPT-J, DeBERTa).
+        """
+        edit_attention(self.ledger, self.owner, self, edit)
+
+
+class ModelView:
+    """What `inject` and `compress` get as `model`.
+
+    Args:
+        anatomy: the model's anatomy. ledger: where changes are noted. by: whose they are.
+    """
+
+    def __init__(self, anatomy: Anatomy, ledger: Ledger, by: Owner) -> None:
+        self.anatomy = anatomy
+        self._ledger = ledger
+        self._by = by
+
+    @property
+    def owner(self) -> str:
+        """The plugin's id in the stack."""
+        return self._by.id
+
+    @property
+    def restoring(self) -> bool:
+        """Is a bundle being loaded: structure only, the tensors come from its file."""
+        return self._by.restoring
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("attach", "train", "replace"):
+            raise PluginError(f"model.{name}(site, ...) is site.{name}(...) since version 0.2")
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The `transformers` model itself."""
+        return self.anatomy.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.anatomy.config
+
+    @property
+    def main(self) -> TowerFacts:
+        """Sizes of the tower that speaks (decoder, else the only one)."""
+        return self.anatomy.main
+
+    @property
+    def towers(self) -> dict[str, TowerFacts]:
+        return self.anatomy.towers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.anatomy.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.anatomy.num_layers
+
+    # -- places --------------------------------------------------------------------------------------------------
+
+    def sites(self, targets: Targets | str, *, kinds: tuple[str, ...] = ()) -> list[BoundSite]:
+        """All sites that `targets` selects, of these kinds (any if empty), bound to this plugin.
+
+        Raises:
+            TargetError: a word of the targets matches nothing.
+        """
+        targets = Targets(targets) if isinstance(targets, str) else targets
+        candidates = [s for s in self.anatomy.sites if not kinds or s.kind in kinds]
+        depth = max((facts.layers for facts in self.towers.values()), default=0)
+        try:
+            chosen = targets.select(candidates, layers=depth)
+        except TargetError as error:
+            raise TargetError(f"{self.owner}: {error.message}", hint=error.hint) from error
+        if targets.names_all and self.anatomy.inferred and not self.restoring:
+            self._say_what_is_left_out()
+        return [self.bound(site) for site in chosen]
+
+    def _say_what_is_left_out(self) -> None:
+        left, total, names = self.anatomy.uncovered()
+        if left:
+            warnings.warn(
+                f"{self.owner}: 'all' reaches {1 - left / total:.1%} of the numbers in the layers of "
+                f"{self.config.model_type}, which has no table; {names[0]} and {len(names) - 1} others are left out",
+                stacklevel=4,
+            )
+
+    def linears(self, targets: Targets | str, *, whole: bool = False) -> list[BoundSite]:
+        """Matrices: nn.Linear, Conv1D, quantized linears, stacked experts, routers.
+
+        Args:
+            whole: give a fused matrix (GPT-2's `c_attn`) once and whole, as soon as one of its roles is selected.
+        """
+        found = self.sites(targets, kinds=LINEAR_KINDS)
+        if not whole:
+            return found
+        unique = {(s.path, s.parameter): s for s in found}
+        return [replace(s, rows=None) if s.rows is not None else s for s in unique.values()]
+
+    def norms(self, targets: Targets | str = "norm") -> list[BoundSite]:
+        return self.sites(targets, kinds=("norm",))
+
+    def blocks(self, role: str, *, tower: str | None = None) -> list[BoundSite]:
+        """Modules whose output is a block's output: role `attention`, `cross_attention`, `mlp`, `ssm` or `layer`."""
+        found = self.sites(f"block.{role}", kinds=("block",))
+        return [site for site in found if tower is None or site.tower == tower]
+
+    def site(self, role: str, *, tower: str | None = None, layer: int | None = None) -> BoundSite:
+        """The one site of a role, bound to this plugin."""
+        return self.bound(self.anatomy.site(role, tower=tower, layer=layer))
+
+    def embedding(self) -> BoundSite:
+        """The token embedding (the encoder's, where decoder and encoder each look tokens up)."""
+        for site in self.anatomy.sites:  # not `get_input_embeddings()`: T5's and BART's is never called
+            if site.role == "embedding":
+                return self.bound(site)
+        raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no token embedding")
+
+    def bound(self, site: Site) -> BoundSite:
+        """A site of the anatomy, through which this plugin may act."""
+        return BoundSite.of(site, self._ledger, self._by)
+
+    # -- changes -------------------------------------------------------------------------------------------------
+
+    def keep(self, name: str, module: M) -> M:
+        """Own a module that stands nowhere in particular (weights shared by many deltas): it moves, trains and is
+        saved with the plugin. Deltas may hold a reference to it in a tuple, so that it is no child of theirs."""
+        keep_module(self._ledger, self._by, name, module)
+        return module
+
+    def attend(self, site: BoundSite, edit: AttentionEdit) -> None:
+        """`site.attend(edit)`."""
+        site.attend(edit)
+
+    def attention_sites(self, *, tower: str | None = None, role: str = "attention") -> list[BoundSite]:
+        """The modules that call the attention interface, by layer.
+
+        Args:
+            tower: the main one if left out. role: `attention` or `cross_attention`.
+
+        Raises:
+            ArchitectureError: the tower has none.
+        """
+        facts = self.towers[tower] if tower else self.main
+        if not facts.attention:
+            raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no attention layers")
+        paths = facts.attention if role == "attention" else facts.cross_attention
+        return [
+            self.bound(self.anatomy.attention_site(i, tower=facts.name, role=role))
+            for i in range(facts.layers)
+            if not paths or paths[i]
+        ]
+
+    def prompt(self, tokens: VirtualTokens) -> VirtualTokens:
+        """Put soft tokens in front of the model's input (the encoder's, where there is one).
+
+        Raises:
+            PeftxError: they leave the text no position.
+        """
+        put_before(self._ledger, self._by, tokens)
+        return tokens
+
+    def around(self, edit: CallEdit) -> None:
+        """See every call of the whole model: its arguments before, its output after."""
+        edit_calls(self._ledger, self._by, edit)
+
+    def shift_positions(self, by: int) -> None:
+        """Count the position of every real token from `by` (keys and values of `by` tokens stand before them)."""
+        put_before(self._ledger, self._by, Shift(by))

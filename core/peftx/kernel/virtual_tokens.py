@@ -1,0 +1,333 @@
+"""Soft tokens at the model's input, unseen by the caller: lengths, labels, masks, positions, beams stay the caller's.
+
+The *base* model (`LlamaModel` inside `LlamaForCausalLM`, `OPTDecoder` inside `OPTModel`) becomes a subclass of itself
+that puts the learned rows in front of the embedded input when the cache is empty and drops their rows from the output,
+so every head, loss and generation loop above it works unchanged. Pads on the left stay in front of them: what a row
+says must not depend on the rows beside it, also where distance counts (state spaces, windows). In an encoder-decoder
+model they stand in front of the encoder's input, and the decoder attends to them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftx.errors import ArchitectureError, PeftxError
+from peftx.kernel.anatomy.lookup import table_for
+from peftx.kernel.chain import Chain
+from peftx.kernel.soft_rows import (
+    check_past,
+    flat_mask,
+    insert,
+    make_room,
+    pads_before,
+    with_soft_tokens,
+    without,
+)
+
+CHILD = "peftx_prompt"
+STATE = "_peftx_prompt"
+
+
+class VirtualTokens(nn.Module):
+    """`length` soft tokens. A subclass defines `rows()`.
+
+    Args:
+        length: number of tokens P.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def rows(self) -> Tensor:
+        """The embeddings, [P, hidden], in the embedding's dtype, as large as what the embedding returns."""
+        raise NotImplementedError
+
+
+class Shift(nn.Module):
+    """Positions count from `by`: so many keys and values of a plugin's stand before the text's own."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+
+class _Prompt(Chain[VirtualTokens | Shift]):
+    """What one base model has in front of its input."""
+
+    def __init__(self) -> None:
+        super().__init__(CHILD)
+        self.tokens: list[VirtualTokens] = []
+        self.shift = 0
+
+    def rebuild(self) -> None:
+        super().rebuild()
+        self.tokens = [edit for edit in self.active if isinstance(edit, VirtualTokens)]
+        self.shift = sum(edit.by for edit in self.active if isinstance(edit, Shift))
+
+
+class _BaseModelSlot:
+    """Mixin of the swapped class."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _rebuild, (self._peftx_base,), self.__dict__  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        prompt: _Prompt = self.__dict__[STATE]
+        tokens = prompt.tokens
+        length = sum(t.length for t in tokens)
+        if not length and not prompt.shift:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        call = dict(zip(_parameters(self._peftx_base), args, strict=False)) | kwargs  # type: ignore[attr-defined]
+        input_ids, inputs_embeds = call.pop("input_ids", None), call.pop("inputs_embeds", None)
+        attention_mask, position_ids = call.pop("attention_mask", None), call.pop("position_ids", None)
+        past_key_values, states = call.get("past_key_values"), call.get("cache_params")
+        if states is not None and states.has_previous_state():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # Mamba's states hold the rows already
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        new = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+        seen_before = max(past - length, 0)  # tokens of the caller's in the cache
+        if length:
+            if past_key_values is not None and not past:
+                make_room(past_key_values, length, getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
+            attention_mask = flat_mask(attention_mask, seen_before, new, past_key_values)
+        positions = self._peftx_positions(position_ids, attention_mask, seen_before, new)
+        if not length or past:
+            if length:
+                check_past(attention_mask, position_ids, seen_before, new)
+                attention_mask = with_soft_tokens(attention_mask, length)
+            if positions is not None:
+                positions = positions + (length + prompt.shift)
+            call |= _given(attention_mask=attention_mask, position_ids=positions)
+            if inputs_embeds is not None:
+                return super().forward(inputs_embeds=inputs_embeds, **call)  # type: ignore[misc]
+            return super().forward(input_ids=input_ids, **call)  # type: ignore[misc]
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        first: int = self._peftx_at  # type: ignore[attr-defined]
+        at = first if first else pads_before(attention_mask)
+        inputs_embeds = insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
+        call.pop("logits_to_keep", None)  # of the caller's rows; a base model that cuts by it knows of more
+        if input_ids is not None and "per_layer_inputs" in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+            own = self.get_per_layer_inputs(input_ids)  # type: ignore[attr-defined]  # Gemma 3n and 4; soft tokens have none
+            call["per_layer_inputs"] = insert(own, own.new_zeros(len(own), length, *own.shape[2:]), at)
+        if attention_mask is not None:
+            attention_mask = insert(attention_mask, attention_mask.new_ones(len(attention_mask), length), at)
+        if positions is not None:
+            own = torch.arange(first, first + length, device=positions.device).expand(positions.shape[0], -1)
+            later = torch.cat((positions[:, :first], positions[:, first:] + length), 1)
+            positions = insert(later, own, at) + prompt.shift
+        if (types := call.get("token_type_ids")) is not None:
+            call["token_type_ids"] = insert(types, types.new_zeros(types.shape[0], length), at)
+        call |= _given(attention_mask=attention_mask, position_ids=positions)
+        out = super().forward(inputs_embeds=inputs_embeds, **call)  # type: ignore[misc]
+        return out if self._peftx_visible else _drop(out, at, length)  # type: ignore[attr-defined]
+
+    def _peftx_positions(
+        self, given: Tensor | None, mask: Tensor | None, past: int, new: int
+    ) -> Tensor | None:
+        """Positions of the `new` tokens as the caller counts them, [B, new] or [1, new]; None: the model's own will do.
+
+        Pads on the left are not counted, whatever the model itself would do.
+        """
+        if given is not None:
+            if given.ndim != 2:
+                raise ArchitectureError(
+                    f"positions of shape {tuple(given.shape)} have no place for soft tokens",
+                    hint="[rows, tokens]",
+                )
+            return given
+        if "position_ids" not in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+            return None
+        left = (
+            mask is not None
+            and mask.ndim == 2
+            and mask.shape[-1] == past + new
+            and not bool(mask[:, 0].all())
+        )
+        if left and not self._peftx_at:  # type: ignore[attr-defined]
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]  # type: ignore[union-attr]
+        if self.__dict__[STATE].shift:
+            return torch.arange(past, past + new, device=self.device)[None]  # type: ignore[attr-defined]
+        return None
+
+    def _peftx_rows(self, tokens: list[VirtualTokens], like: Tensor) -> Tensor:
+        found = []
+        for edit in tokens:
+            rows, needed = edit.rows(), (edit.length, like.shape[-1])
+            if tuple(rows.shape) != needed:
+                raise PeftxError(
+                    f"{type(edit).__name__}: rows() gave {tuple(rows.shape)}, and {needed} is needed: as many as "
+                    "its length, as wide as the embedding"
+                )
+            found.append(rows.to(like.dtype))
+        return torch.cat(found).expand(like.shape[0], -1, -1)  # [B, P, hidden]
+
+
+class _CrossAttentionSlot:
+    """The decoder of an encoder-decoder model: the encoder's output is longer than the caller's mask of it."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _rebuild_decoder, (self._peftx_base,), self.__dict__  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is not None and encoder_hidden_states is not None:
+            missing = encoder_hidden_states.shape[1] - mask.shape[-1]
+            if missing > 0:
+                kwargs["encoder_attention_mask"] = with_soft_tokens(mask, missing)
+        return super().forward(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)  # type: ignore[misc]
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _place(model: PreTrainedModel, host: nn.Module) -> int:
+    """Where the rows stand: in front; but in an encoder whose first token is read as the summary ([CLS]), behind it."""
+    if model.config.is_encoder_decoder:
+        return 0
+    causal = {m.is_causal for m in host.modules() if "is_causal" in m.__dict__}
+    if (
+        not causal and (table := table_for(host.config.model_type)) is not None
+    ):  # DeBERTa, BLOOM, ... do not say
+        causal = {any(tower.name == "decoder" for tower in table.towers)}
+    return 1 if causal == {False} else 0
+
+
+@cache
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of `forward`'s arguments, in order."""
+    import inspect
+
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def _drop(out: Any, at: int | Tensor, length: int) -> Any:
+    """Remove the prompt's rows from what the base model returns."""
+    if isinstance(out, tuple):
+        return (without(out[0], length, at), *out[1:])
+    out.last_hidden_state = without(out.last_hidden_state, length, at)
+    if out.get("hidden_states") is not None:
+        out.hidden_states = tuple(without(rows, length, at) for rows in out.hidden_states)
+    return out
+
+
+@cache
+def _slot_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
+    names = {"_peftx_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), names)
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = _slot_class(base, _BaseModelSlot)
+    return cls.__new__(cls)
+
+
+def _rebuild_decoder(base: type[nn.Module]) -> nn.Module:
+    cls = _slot_class(base, _CrossAttentionSlot)
+    return cls.__new__(cls)
+
+
+def _host(model: PreTrainedModel) -> nn.Module:
+    """The module whose input gets the tokens: the innermost model around the token embedding.
+
+    The innermost, since `OPTForCausalLM` calls the decoder inside `OPTModel` directly, and images join LLaVA's text
+    before its language model sees it.
+    """
+    base = model.base_model
+    if model.config.is_encoder_decoder:
+        return base.get_encoder()
+    for module in model.modules():
+        if isinstance(module, _BaseModelSlot):
+            return module
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # CLIP, which has two towers
+        return base
+    inside = [m for m in base.modules() if isinstance(m, PreTrainedModel) and embedding in m.modules()]
+    return inside[-1] if inside else base
+
+
+def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
+    host = _host(model)
+    prompt: _Prompt | None = host.__dict__.get(STATE)
+    if prompt is not None:
+        return host, prompt
+    if "inputs_embeds" not in _parameters(type(host)):
+        raise ArchitectureError(
+            f"{type(host).__name__} takes no inputs_embeds, so nothing can stand before its input"
+        )
+    prompt = host.__dict__[STATE] = _Prompt()
+    host.__dict__["_peftx_at"] = _place(model, host)
+    host.__dict__["_peftx_visible"] = bool(model.config.is_encoder_decoder)
+    host.__class__ = _slot_class(type(host), _BaseModelSlot)
+    if model.config.is_encoder_decoder:
+        decoder = model.base_model.get_decoder()
+        decoder.__class__ = _slot_class(type(decoder), _CrossAttentionSlot)
+    return host, prompt
+
+
+def attach(model: PreTrainedModel, edit: VirtualTokens | Shift, *, owner: str, rank: int) -> None:
+    """Add a plugin's soft tokens, of which the first in the stack stand first, or its shift of positions."""
+    host, prompt = _prepare(model)
+    prompt.append(host, edit, owner, rank)
+
+
+def detach(model: PreTrainedModel, owner: str) -> None:
+    """Take the owner's tokens and shifts away; the last one gone gives the classes back."""
+    host = _host(model)
+    prompt: _Prompt | None = host.__dict__.get(STATE)
+    if prompt is None or not prompt.drop(host, owner):
+        return
+    del host.__dict__[STATE], host.__dict__["_peftx_visible"], host.__dict__["_peftx_at"]
+    host.__class__ = host._peftx_base  # type: ignore[assignment]
+    if model.config.is_encoder_decoder:
+        decoder = model.base_model.get_decoder()
+        decoder.__class__ = decoder._peftx_base
+
+
+def enable(model: PreTrainedModel, owner: str, enabled: bool) -> None:
+    prompt: _Prompt | None = _host(model).__dict__.get(STATE)
+    if prompt is not None:
+        prompt.switch(owner, enabled)
+
+
+def free_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read behind its soft tokens; None where its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    prompt: _Prompt | None = _host(model).__dict__.get(STATE)
+    shift = prompt.shift if prompt is not None else 0
+    return int(limit) - first_position(model) - prompt_length(model) - shift
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Of a text's first token: RoBERTa's table keeps a row for pads, and counts from behind it."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def check_room(model: PreTrainedModel, length: int, *, owner: str) -> None:
+    """Raises PeftxError where `length` more rows leave the text no position."""
+    room = free_positions(model)
+    if room is not None and length >= room:
+        raise PeftxError(
+            f"{owner}: {length} soft tokens leave no room in the {room} positions that the model has for them "
+            f"and the text",
+            hint="fewer soft tokens, or a model with a longer context",
+        )
+
+
+def prompt_length(model: PreTrainedModel) -> int:
+    """Rows that stand in front of the caller's first token now."""
+    prompt: _Prompt | None = _host(model).__dict__.get(STATE)
+    return sum(t.length for t in prompt.tokens) if prompt is not None else 0

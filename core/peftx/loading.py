@@ -1,0 +1,400 @@
+"""A bundle into a stack."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from peftx.engines.bundle.manifest import BASE, BASE_FOLDER, BaseEntry, Manifest, PluginEntry, read_manifest
+from peftx.engines.bundle.sparse import AT, TO, unpack
+from peftx.engines.bundle.surroundings import (
+    TOKENIZER_FOLDER,
+    cast_buffers,
+    check_settings,
+    computed_buffers,
+    generation_of,
+    tokenizer_digest,
+)
+from peftx.engines.checkpoints import read_config
+from peftx.engines.files import naming, read_tensors
+from peftx.engines.models import load_model, read_tokenizer, usable_device
+from peftx.errors import BundleError
+from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.identity import fingerprint
+from peftx.kernel.parts import BasePart
+from peftx.kernel.plugin import Plugin
+from peftx.kernel.registry import Registry
+from peftx.kernel.view import ModelView
+from peftx.stack import Stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftx.kernel.members import Member
+    from peftx.toolkits.evaluation import Score
+
+
+def load(
+    path: str | Path,
+    *,
+    model: PreTrainedModel | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "cpu",
+    registry: Registry | None = None,
+    trust_remote_code: bool = False,
+) -> Stack:
+    """Rebuild a stack from a bundle, bit for bit.
+
+    Args:
+        model: the base, or where it lies now; the place that the bundle names if left out.
+
+    Raises:
+        BundleError: a missing, extra or corrupted file, missing or extra tensors, another base model, a newer format.
+        RegistryError: a plugin that is not installed. ConflictError: a model that carries plugins already.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    device = usable_device(device)
+    with naming(folder):
+        return _load(folder, manifest, model, tokenizer, device, registry or Registry(), trust_remote_code)
+
+
+def _load(
+    folder: Path,
+    manifest: Manifest,
+    model: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str,
+    registry: Registry,
+    trust_remote_code: bool,
+) -> Stack:
+    model_given = model
+    members = [_member(entry, registry) for entry in manifest.plugins]
+    base = manifest.base
+    contained = base.contained
+    tokenizer = tokenizer or _own_tokenizer(folder)
+    came_with = None
+    if contained is not None:
+        if model is not None:
+            raise BundleError(f"'{folder}' holds its base itself, compressed", hint="leave the model out")
+        model = _empty_base(folder, base)
+    elif not isinstance(model, nn.Module):
+        source = model or base.id
+        model, came_with = load_model(
+            source, dtype=base.dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        if tokenizer is None:
+            tokenizer = came_with
+            _check_tokenizer(tokenizer, base, folder)
+    stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
+    model = stack.model
+    stack.tokenizer_of_base = None if came_with is None else tokenizer_digest(came_with)
+    stack.base_id = base.id
+    if contained is None:
+        _check_base(stack, base, folder)
+    else:
+        _fill_base(stack, folder, contained)
+        stack.given_fingerprint = base.fingerprint
+    if not isinstance(model_given, nn.Module):
+        cast_buffers(model, base.buffers)
+    elif base.settings is not None and computed_buffers(model) != base.buffers:
+        raise BundleError(
+            f"'{folder}' was made with a base that was cast as a whole, its tables of positions too",
+            hint=f"model.to(torch.{base.dtype}) first, or let peftx.load read the base: leave the model out",
+        )
+    undo = stack.ledger.snapshot()
+    generation = stack.model.generation_config if base.generation is not None else None
+    try:
+        for index, entry in enumerate(manifest.plugins):
+            later = {path for other in manifest.plugins[index + 1 :] for path in other.replaced}
+            _restore(stack, entry, folder, later)
+        if base.generation is not None and base.generation != generation_of(stack.model):
+            stack.model.generation_config = _generation_config(base.generation, folder)
+    except BaseException:
+        undo()  # the caller's model is as it was
+        if generation is not None:
+            stack.model.generation_config = generation
+        raise
+    if contained is not None:
+        stack.model.to(device)
+    for entry in manifest.plugins:
+        stack.standing[entry.id].frozen = entry.frozen
+    stack.settle()
+    stack.trained_steps = manifest.trained_steps
+    stack.scores = dict(_scores(manifest, folder))
+    return stack
+
+
+def _check_base(stack: Stack, base: BaseEntry, folder: Path) -> None:
+    """Raises BundleError where the base is another one, or configured otherwise."""
+    if base.fingerprint is not None and base.settings is None:  # of a bundle of version 0.1
+        found: str | None = fingerprint(stack.model)
+    else:
+        found = stack.base_fingerprint
+    if found != base.fingerprint:
+        raise BundleError(
+            f"'{folder}' was made for another base model than '{stack.base_id}': "
+            f"fingerprint {str(base.fingerprint)[:12]}, this one has {str(found)[:12]}",
+            hint="give the right one: peftx.load(path, model=...)",
+        )
+    if base.settings is not None:
+        check_settings(base.settings, stack.model, folder)
+
+
+def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The one that the bundle holds; None where the base's place has it."""
+    places = (folder / TOKENIZER_FOLDER, folder / BASE_FOLDER)  # version 0.1 kept it with a compressed base
+    place = next((p for p in places if (p / "tokenizer_config.json").exists()), None)
+    return read_tokenizer(str(place), trust_remote_code=False) if place is not None else None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, base: BaseEntry, folder: Path) -> None:
+    found = tokenizer_digest(tokenizer) if tokenizer is not None else None
+    if base.tokenizer is not None and found != base.tokenizer:
+        what = "has another tokenizer than" if found is not None else "has no tokenizer, unlike"
+        raise BundleError(
+            f"'{base.id}' {what} the base that '{folder}' was made with",
+            hint="give the right one: peftx.load(path, tokenizer=...)",
+        )
+
+
+def _generation_config(saved: dict[str, Any], folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"'{folder}': its generation settings are refused: {error}") from error
+
+
+def _scores(manifest: Manifest, folder: Path) -> Iterator[tuple[str, Score]]:
+    from peftx.toolkits.evaluation import Score
+
+    for name, found in manifest.scores.items():
+        try:
+            value, low, high, number, unit = found
+        except ValueError as error:
+            raise BundleError(f"'{folder}': the score '{name}' is no score: {found}") from error
+        yield name, Score(name=name, value=value, low=low, high=high, count=number, unit=unit)  # type: ignore[arg-type]
+
+
+def _member(entry: PluginEntry, registry: Registry) -> Member:
+    from peftx.kernel.members import Member
+
+    known = entry.published and entry.use in registry.names()
+    plugin = registry.load(entry.use) if known else _unpublished(entry, registry)
+    member = Member(entry.id, plugin(**entry.options), phase=entry.phase)
+    member.plugin.state = entry.state
+    return member
+
+
+def _unpublished(entry: PluginEntry, registry: Registry) -> type[Plugin]:
+    """A plugin class of the running program (a notebook, a test), which no distribution publishes."""
+    for cls in _subclasses(Plugin):
+        if f"{cls.__module__}:{cls.__qualname__}" == entry.cls:
+            return cls
+    registry.point(entry.use)  # raises, with the nearest names and how to install
+    raise BundleError(
+        f"the plugin class {entry.cls} is not defined in this program",
+        hint=f"import the module that defines it, before the bundle is loaded: {entry.cls.partition(':')[0]}",
+    )
+
+
+def _subclasses(cls: type[Plugin]) -> Iterator[type[Plugin]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) -> None:
+    """`later`: modules that a later plugin replaces; what was trained in them is part of its tensors."""
+    owner = entry.id
+    member = stack.member(owner)
+    view = stack.view(owner, restoring=True)
+    file = folder / entry.file if entry.file is not None else None
+    tensors = read_tensors(file) if file is not None else {}
+    if entry.folded is not None:
+        for path, names in entry.folded.items():
+            module = stack.model.get_submodule(path)
+            own = module._parameters
+            if unknown := [name for name in names if name not in own]:
+                raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'")
+            undo = partial(own.update, dict(own))
+            for name in names:
+                own[name] = nn.Parameter(_hollow(own[name]), requires_grad=False)
+            reason = f"{owner} was folded into the weights for good"
+            part = BasePart(owner, path, module, stack.model, tuple(names), final=reason, put_back=undo)
+            stack.ledger.parts.append(part)
+        stack.standing[owner].folded = True
+    elif entry.injected:
+        stack.inject([owner], restoring=True)
+    if entry.compressed:
+        for path, (kind, geometry) in entry.replaced.items():
+            _rebuild(stack, view, path, kind, geometry, member.plugin)
+        member.plugin.restore(view, stack)
+        stack.standing[owner].compressed = True
+        stack.anatomy = Anatomy(stack.model)  # its sites still hold the replaced modules
+    _unpack(stack, entry, tensors, file)
+    _fill(stack, owner, tensors, file, later)
+
+
+def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:
+    """Put whole tensors in the place of what changed in them."""
+    parts = stack.ledger.of(entry.id, BasePart)
+    originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
+    for name in entry.sparse:
+        pair = [tensors.pop(name + end, None) for end in (AT, TO)]
+        old = originals.get(name)
+        if old is None or pair[0] is None or pair[1] is None:
+            raise BundleError(f"{file}: {name} is to be made of what changed in it, and that is not there")
+        try:
+            tensors[name] = unpack(old, pair[0], pair[1])
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
+
+
+def _rebuild(
+    stack: Stack, view: ModelView, path: str, kind: str, geometry: dict[str, Any], plugin: Plugin
+) -> None:
+    """Build a storage module again: a class of the core, or of the plugin's own module."""
+    import sys
+
+    from peftx.kernel.anatomy import Site
+    from peftx.toolkits import compression
+
+    cls = vars(compression).get(kind) or vars(sys.modules[type(plugin).__module__]).get(kind)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise BundleError(f"{view.owner}: no storage class '{kind}' for {path}")
+    old = stack.model.get_submodule(path)
+    view.bound(Site("", path, old, "linear")).replace(cls(**geometry))
+
+
+def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | None, later: set[str]) -> None:
+    """Put the file's tensors in the parts' places; no name may be missing or left over."""
+    places = {
+        name: (module, leaf, isinstance(part, BasePart))
+        for part in stack.ledger.of(owner)
+        if not (isinstance(part, BasePart) and part.key in later)
+        for name, module, leaf in part.places()
+    }
+    missing, extra = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
+    if missing or extra:
+        what = [f"{len(missing)} missing (e.g. {missing[0]})"] if missing else []
+        what += [f"{len(extra)} too many (e.g. {extra[0]})"] if extra else []
+        raise BundleError(
+            f"{file or stack.base_id}: the tensors of '{owner}' do not fit this model: {', '.join(what)}",
+            hint="the plugin or the model differs from the one that was saved; see versions in manifest.json",
+        )
+    device = stack.model.device if stack.model.device.type != "meta" else torch.device("cpu")
+    casts: dict[tuple[int, torch.dtype], tuple[str, torch.dtype]] = {}
+    for name, (module, leaf, _) in places.items():
+        old = module._parameters.get(leaf, module._buffers.get(leaf))
+        if old is None or not old.is_floating_point():
+            continue
+        # A module may have been cast since, but then as a whole.
+        other, dtype = casts.setdefault((id(module), old.dtype), (name, tensors[name].dtype))
+        if tensors[name].dtype != dtype:
+            raise BundleError(f"{file}: {name} is {tensors[name].dtype}, and {other} beside it is {dtype}")
+    for name, (module, leaf, of_base) in places.items():
+        value = _aligned(tensors[name].to(device))
+        if leaf in module._parameters:
+            old = module._parameters[leaf]
+            _check_shape(name, old, value)
+            trains = value.is_floating_point() and (old is None or old.requires_grad)
+            new = nn.Parameter(value, requires_grad=trains)
+            module._parameters[leaf] = new
+            if of_base and old is not None:  # it may be tied to another name
+                for other in stack.model.modules():
+                    for key, parameter in other._parameters.items():
+                        if parameter is old:
+                            other._parameters[key] = new
+        else:
+            _check_shape(name, module._buffers[leaf], value)
+            module._buffers[leaf] = value
+
+
+def _hollow(tensor: Tensor | None) -> Tensor:
+    """Shape and dtype of a tensor that is to be filled; empty where a bias is new."""
+    return torch.empty(0, device="meta") if tensor is None else torch.empty_like(tensor, device="meta")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch would have put it: files pack tensors, and products of one that starts in the middle of a
+    cache line may round otherwise than before it was saved."""
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
+
+
+def _check_shape(name: str, old: Tensor | None, value: Tensor) -> None:
+    if old is not None and old.numel() and old.shape != value.shape:
+        raise BundleError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
+    if old is not None and old.numel() and old.is_floating_point() != value.is_floating_point():
+        raise BundleError(f"{name} is {value.dtype}, the model needs {old.dtype}")
+
+
+def _empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
+    """The shape of the contained base: parameters and buffers on the meta device."""
+    import transformers
+
+    inner = folder / BASE_FOLDER
+    config = read_config(inner, trust_remote_code=False)
+    cls = getattr(transformers, base.cls, None)
+    kind: Any = cls
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise BundleError(
+            f"'{folder}' holds a {base.cls}, which transformers {transformers.__version__} does not have",
+            hint="see versions in manifest.json; models of remote code cannot be bundled compressed",
+        )
+    with naming(inner / "config.json"), torch.device("meta"):
+        model = kind._from_config(config, dtype=getattr(torch, base.dtype))
+    return model.eval()
+
+
+def _fill_base(stack: Stack, folder: Path, contained: list[str]) -> None:
+    model = stack.model
+    tensors = read_tensors(folder / BASE)
+    if sorted(tensors) != contained:
+        raise BundleError(f"{folder / BASE} does not hold the tensors that the manifest names")
+    for name, packed in tensors.items():
+        value = _aligned(packed)
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise BundleError(f"{folder / BASE}: the model has no place for {name}") from error
+        old = module._parameters.get(leaf)
+        if old is None:
+            module._buffers[leaf] = value
+            continue
+        _check_shape(name, old, value)
+        module._parameters[leaf] = nn.Parameter(value.to(old.dtype), requires_grad=False)
+    model.tie_weights()
+    _compute_buffers(model)
+    model.config.name_or_path = stack.base_id
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) are computed by the constructors, on the CPU: of the model
+    as it was made, with parameters that take no memory."""
+    if not any(b is not None and b.is_meta for m in model.modules() for b in m._buffers.values()):
+        return
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    for name, module in model.named_modules():
+        hollow = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+        if not hollow:
+            continue
+        whole = fresh.get_submodule(name)
+        for buffer in hollow:
+            module._buffers[buffer] = whole._buffers[buffer]
+        for attribute, value in vars(whole).items():
+            if isinstance(value, Tensor) and attribute not in whole._buffers:
+                setattr(module, attribute, value)
+        if any(b is None or b.is_meta for n, b in module._buffers.items() if n in hollow):
+            raise BundleError(f"{name}: buffers cannot be computed")

@@ -1,0 +1,33 @@
+"""Mechanisms of compression: packed integers, quantized layers, calibration, rotations. No policy."""
+
+from __future__ import annotations
+
+from peftx.toolkits.compression.activations import fake_quantize, straight_through, token_scale
+from peftx.toolkits.compression.calibration import BlockInputs, Calibration, walk_blocks
+from peftx.toolkits.compression.linear import QuantLinear
+from peftx.toolkits.compression.observe import Stats, mse_clip_scale, observe, observing
+from peftx.toolkits.compression.packing import Quantized, dequantize, pack_bits, quantize, unpack_bits
+from peftx.toolkits.compression.transforms import fwht, hadamard, hadamard_exists, hadamard_signs
+
+__all__ = [
+    "BlockInputs",
+    "Calibration",
+    "QuantLinear",
+    "Quantized",
+    "Stats",
+    "dequantize",
+    "fake_quantize",
+    "fwht",
+    "hadamard",
+    "hadamard_exists",
+    "hadamard_signs",
+    "mse_clip_scale",
+    "observe",
+    "observing",
+    "pack_bits",
+    "quantize",
+    "straight_through",
+    "token_scale",
+    "unpack_bits",
+    "walk_blocks",
+]

@@ -1,0 +1,105 @@
+"""One request on its way through the server, and what comes of it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is asked for, checked.
+
+    `temperature` 0 is greedy. `seed` makes sampling repeatable; such a request runs alone, because the random numbers
+    of a batch depend on its rows.
+    """
+
+    prompt: str
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+
+    @property
+    def key(self) -> tuple[float, float, tuple[str, ...]]:
+        """Requests with the same key may run in one batch."""
+        return (self.temperature, self.top_p, self.stop)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing may run beside it."""
+        return self.stream or (self.seed is not None and self.temperature > 0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request: `finish_reason` is `stop` (end token or stop string) or `length`."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Job:
+    """One request on its way. `pieces` yields the text as it comes, `result` waits for all of it; who may not block
+    listens (`listen`) and waits for `future`."""
+
+    def __init__(self, request: Request, ids: list[int]) -> None:
+        self.request = request
+        self.ids = ids
+        self.arrived = time.monotonic()
+        self.future: Future[Completion] = Future()
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._send: Callable[[str | None], None] = self._pieces.put
+        self._sending = threading.Lock()
+        self.cancelled = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ids)
+
+    def cancel(self) -> None:
+        """The client is gone: stop at the next token."""
+        self.cancelled = True
+
+    def send(self, piece: str | None) -> None:
+        with self._sending:
+            self._send(piece)
+
+    def listen(self, send: Callable[[str | None], None]) -> None:
+        """Call `send` with each piece, those that came already first, and with None at the end; from any thread."""
+        with self._sending:
+            while not self._pieces.empty():
+                send(self._pieces.get())
+            self._send = send
+
+    def finish(self, completion: Completion | None, error: Exception | None = None) -> None:
+        """Give the answer; what comes after the first one is not asked for any more."""
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            assert completion is not None
+            self.future.set_result(completion)
+        self.send(None)
+
+    def pieces(self) -> Iterator[str]:
+        """The text in pieces, until it ends. Raises what the model raised."""
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+        self.future.result()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the whole text. Raises what the model raised, and TimeoutError."""
+        try:
+            return self.future.result(timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {timeout} s") from None

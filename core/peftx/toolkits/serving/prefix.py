@@ -1,0 +1,63 @@
+"""Keys and values of prompts that were served before, for prompts that begin alike."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from peftx.toolkits.decoding.cache import Undo, fork_cache, keep_rows, undo_kind
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+
+class PrefixCache:
+    """The last few token sequences with their caches; the least recently used one goes first.
+
+    Args:
+        model: a causal language model. entries: sequences that are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, entries: int) -> None:
+        self._config = model.config
+        self._entries = entries
+        self._kept: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
+        self.hits = 0
+        self.reused_tokens = 0
+
+    def take(self, ids: list[int]) -> Cache:
+        """A cache of the longest known beginning of `ids`, short of the last token; empty where none is known."""
+        best, length = None, 0
+        for known in self._kept:
+            shared = _shared(known, ids)
+            if shared > length:
+                best, length = known, shared
+        length = min(length, len(ids) - 1)
+        if best is None or length == 0:
+            return DynamicCache(config=self._config)
+        self._kept.move_to_end(best)
+        cache = fork_cache(self._kept[best])
+        keep_rows(cache, torch.arange(length))
+        self.hits += 1
+        self.reused_tokens += length
+        return cache
+
+    def keep(self, ids: list[int], cache: Cache) -> None:
+        """Remember a cache that holds the first rows of `ids`; one whose rows cannot be taken out is left."""
+        rows = int(cache.get_seq_length())
+        if rows == 0 or rows > len(ids) or undo_kind(cache) is not Undo.ANY_ROWS:
+            return
+        self._kept[tuple(ids[:rows])] = cache
+        while len(self._kept) > self._entries:
+            self._kept.popitem(last=False)
+
+
+def _shared(known: tuple[int, ...], ids: list[int]) -> int:
+    """Tokens at the start that are the same."""
+    for index, (one, two) in enumerate(zip(known, ids, strict=False)):
+        if one != two:
+            return index
+    return min(len(known), len(ids))

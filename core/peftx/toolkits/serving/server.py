@@ -1,0 +1,116 @@
+"""`Server`: what the `serve` hook gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftx.errors import PeftxError
+from peftx.kernel.plugin import Claim
+from peftx.kernel.stack import Stack
+from peftx.toolkits.serving.job import Job
+
+METHODS = ("GET", "POST")
+
+
+@dataclass
+class Scheduler:
+    """Which requests run together, and when. The `serve` hook may assign every field.
+
+    Attributes:
+        max_batch: rows in one call of the model at most.
+        max_wait_ms: how long the first request of a batch waits for others.
+        prefix_cache: keep keys and values of served prompts, and start from them where a prompt begins alike. Off by
+            default: results are the same up to rounding, not bit for bit.
+        prefix_entries: prompts that are kept.
+        max_queue: requests that wait at most; more are turned away.
+        order: puts the waiting jobs in the order in which they run; first come, first served if left out.
+    """
+
+    max_batch: int = 8
+    max_wait_ms: float = 5.0
+    prefix_cache: bool = False
+    prefix_entries: int = 16
+    max_queue: int = 256
+    order: Callable[[Sequence[Job]], list[Job]] = list
+
+    def check(self) -> None:
+        """Raise PeftxError where a field makes no sense."""
+        for name, least in (("max_batch", 1), ("max_wait_ms", 0), ("prefix_entries", 1), ("max_queue", 1)):
+            value = {"max_batch": self.max_batch, "max_wait_ms": self.max_wait_ms,
+                     "prefix_entries": self.prefix_entries, "max_queue": self.max_queue}[name]  # fmt: skip
+            if value < least:
+                raise PeftxError(f"scheduler: {name} is {value}", hint=f"at least {least}")
+
+
+@dataclass(frozen=True)
+class Route:
+    """An HTTP route of a plugin's own: `endpoint` is a function as FastAPI takes it."""
+
+    method: str
+    path: str
+    endpoint: Callable[..., Any]
+
+
+@dataclass
+class Server:
+    """A stack that is about to be served. The `serve` hooks of its plugins run once, before the first request.
+
+    Attributes:
+        stack: the stack. name: what clients call the model.
+        scheduler: policy of batching and caching.
+        routes: routes of plugins, beside the server's own.
+        max_body: bytes that the body of a request may have.
+    """
+
+    stack: Stack
+    name: str = "peftx"
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    routes: list[Route] = field(default_factory=list)
+    max_body: int = 1_000_000
+    _ready: bool = field(default=False, init=False, repr=False)
+
+    def add_route(self, method: str, path: str, endpoint: Callable[..., Any]) -> None:
+        """Add a route.
+
+        Raises:
+            PeftxError: another method than GET and POST, a path that is taken, or one that does not begin with `/`.
+        """
+        if method not in METHODS or not path.startswith("/"):
+            raise PeftxError(f"route {method} {path}: a method is GET or POST, and a path begins with /")
+        taken = [*OWN_ROUTES, *((route.method, route.path) for route in self.routes)]
+        if (method, path) in taken:
+            raise PeftxError(f"route {method} {path} is taken", hint="two plugins cannot answer one route")
+        self.routes.append(Route(method, path, endpoint))
+
+    def prepare(self) -> None:
+        """Run the `serve` hooks, in stack order; a second call does nothing.
+
+        Raises:
+            PeftxError: a plugin's hook failed, or left a setting that makes no sense.
+        """
+        if self._ready:
+            return
+        self._ready = True
+        stack = self.stack
+        if any(member.claims(Claim.REPLACES_DECODING) for member in stack.members):
+            self.scheduler.max_batch = 1  # a drafting loop works on one sequence
+        for member in stack.implementers("serve"):
+            stack.call(member, "serve", server=self)
+        self.scheduler.check()
+        if self.scheduler.prefix_cache and (reason := self._no_prefix_cache()):
+            raise PeftxError(f"prefix_cache: {reason}", hint="leave it off")
+
+    def _no_prefix_cache(self) -> str:
+        """Why rows of the cache are not the prompt's tokens, or not to be had; empty where they are."""
+        for member in self.stack.members:
+            for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE, Claim.REPLACES_DECODING):
+                if member.claims(claim):
+                    return f"'{member.id}' claims {claim}"
+        if self.stack.model.config.is_encoder_decoder:
+            return "an encoder-decoder model keeps no cache of its prompt"
+        return ""
+
+
+OWN_ROUTES = (("GET", "/healthz"), ("GET", "/v1/models"), ("POST", "/v1/completions"))

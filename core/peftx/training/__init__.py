@@ -1,8 +1,0 @@
-"""Training: the step that plugins see, and the trainer that runs it."""
-
-from __future__ import annotations
-
-from peftx.training.step import TrainStep, default_step
-from peftx.training.trainer import StackTrainer, last_checkpoint
-
-__all__ = ["StackTrainer", "TrainStep", "default_step", "last_checkpoint"]

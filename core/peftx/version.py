@@ -1,0 +1,5 @@
+"""One version for framework and docs; `pyproject.toml` reads it."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
