@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,12 +12,14 @@ import torch
 from peftx.engines.data.sources import training_rows
 from peftx.engines.models import load_model
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.kernel.anatomy import Anatomy, Site
 from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
-from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.registry import Registry
 from peftx.pipeline import check_rows_serve
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
+from peftx.toolkits.compression import QuantLinear
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
 from peftx_spec.models import Pipeline
 from peftx_spec.stages import stages_of
@@ -76,23 +80,30 @@ def plan(
         )
         totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
         return Plan(model=pipeline.model.id, stages=planned, conflicts=(refused,), totals=totals)
-    with torch.device("meta"):
-        for member in members:
-            if not member.implements("inject"):
-                continue
-            try:
-                stack.inject([member.id])
-            except PeftxError as error:
-                conflicts.append(
-                    PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
-                )
-    modules, saved = _touched(stack, members, conflicts)
-    reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
+    injecting = [index for index, stage in enumerate(stages) if stage.kind == "inject"]
+    before = [stage.ids for stage in stages[: min(injecting, default=0)] if stage.kind == "compress"]
+    early = {id for ids in before for id in ids}
     source = pipeline.data.calibration or pipeline.data.train
     length = CALIBRATION_LENGTH if source is None or source.max_length is None else source.max_length
+    tokens = CALIBRATION_SAMPLES * length
+    promised: dict[str, Compression] = {}
+    for ahead in (True, False):  # what compresses first leaves packed layers to the others
+        for member in members:
+            with _noting(conflicts, member), torch.device("meta"):
+                if member.implements("compress") and (member.id in early) is ahead:
+                    promised[member.id] = _compression(stack, member, tokens, stand_in=ahead)
+        if ahead:
+            for member in members:
+                with _noting(conflicts, member), torch.device("meta"):
+                    stack.inject([member.id])
+    stack.ledger.parts = [
+        p for p in stack.ledger.parts if p.owner not in early or not isinstance(p, ReplacedPart)
+    ]
+    modules, saved = _touched(stack, promised)
+    reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
     details = {
         "inject": lambda stage: reach,
-        "compress": lambda stage: _duration(stack, stage.plugins, CALIBRATION_SAMPLES * length, conflicts),
+        "compress": lambda stage: _duration([promised[id] for id in stage.plugins if id in promised], tokens),
     }
     planned = tuple(
         s.model_copy(update={"detail": details[s.name](s)}) if s.name in details else s for s in planned
@@ -115,11 +126,49 @@ def plan(
     )
 
 
-def _duration(stack: Stack, plugins: Sequence[str], tokens: int, conflicts: Sequence[PlannedConflict]) -> str:
-    """What these plugins say that their compression takes; nothing of those that cannot stand here."""
-    refused = {name for conflict in conflicts for name in conflict.plugins}
-    spans = [stack.plugins[id].seconds(stack.view(id), tokens) for id in plugins if id not in refused]
-    least, most = (sum(side) for side in zip(*spans, strict=True)) if spans else (0.0, 0.0)
+@dataclass(frozen=True)
+class Compression:
+    """What one plugin's `compress` says ahead."""
+
+    replaced: list[tuple[Site, int]]
+    """Layers, and the bytes that they take then."""
+    seconds: tuple[float, float]
+
+
+def _compression(stack: Stack, member: Member, tokens: int, *, stand_in: bool) -> Compression:
+    """`stand_in`: put packed layers there, on the meta device, as those find them who come after."""
+    view = stack.view(member.id)
+    found = Compression(list(member.plugin.planned(view)), member.plugin.seconds(view, tokens))
+    if stand_in:
+        for site, _ in found.replaced:
+            view.bound(site).replace(
+                QuantLinear(
+                    in_features=site.in_features,
+                    out_features=site.out_features,
+                    bits=8,
+                    bias=site.bias is not None,
+                )
+            )
+        stack.anatomy = Anatomy(stack.model)
+        stack.standing[member.id].compressed = True
+    return found
+
+
+@contextmanager
+def _noting(conflicts: list[PlannedConflict], member: Member) -> Iterator[None]:
+    """What the plugin refuses goes into the plan."""
+    try:
+        yield
+    except PeftxError as error:
+        refused = PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
+        if refused not in conflicts:  # some ask the same twice
+            conflicts.append(refused)
+
+
+def _duration(compressions: Sequence[Compression], tokens: int) -> str:
+    """What these plugins say that their compression takes."""
+    least = sum(found.seconds[0] for found in compressions)
+    most = sum(found.seconds[1] for found in compressions)
     if most < 2:
         return ""
     rounded = dict.fromkeys(f"{seconds:.2g}" for seconds in (least, most))
@@ -140,10 +189,8 @@ def _own(stack: Stack, member: Member) -> list[torch.Tensor]:
     return list(stack.ledger.tensors(member.id).values())
 
 
-def _touched(
-    stack: Stack, members: Sequence[Member], conflicts: list[PlannedConflict]
-) -> tuple[list[TouchedModule], int]:
-    """Rows of the table, and the bytes that compression would save; a plugin that refuses goes to `conflicts`."""
+def _touched(stack: Stack, promised: Mapping[str, Compression]) -> tuple[list[TouchedModule], int]:
+    """Rows of the table, and the bytes that compression would save."""
     roles = {site.key: site for site in stack.anatomy.sites} | {
         site.path: site for site in stack.anatomy.sites if site.rows is None
     }
@@ -162,21 +209,12 @@ def _touched(
             )
         )
     saved = 0
-    for member in members:
-        if not member.implements("compress"):
-            continue
-        try:
-            replaced = list(member.plugin.planned(stack.view(member.id)))
-        except PeftxError as error:
-            conflicts.append(
-                PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
-            )
-            continue
-        for site, size in replaced:
+    for id, found in promised.items():
+        for site, size in found.replaced:
             parameter = site.module._parameters.get(site.parameter)
             saved += (0 if parameter is None else parameter.nbytes) - size
             rows.append(
-                TouchedModule(path=site.path, role=site.role, shape=site.shape, plugin=member.id, bytes=size)
+                TouchedModule(path=site.path, role=site.role, shape=site.shape, plugin=id, bytes=size)
             )
     return rows, saved
 

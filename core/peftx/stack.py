@@ -202,9 +202,7 @@ class Stack(Kernel):
 
         compress(
             self,
-            lambda room: calibration(
-                self, data, samples=samples, length=min(length, room or length), progress=progress
-            ),
+            lambda: calibration(self, data, samples=samples, length=length, progress=progress),
             ids,
             keep=keep,
         )

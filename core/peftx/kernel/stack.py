@@ -267,8 +267,9 @@ class Stack:
     def settle(self) -> None:
         """Let train what is to train now."""
         for id, plugin in self.plugins.items():
-            rests = self.standing[id].frozen or self.standing[id].folded
-            finished = {builtins.id(parameter) for parameter in plugin.finished()}
+            at = self.standing[id]
+            rests = at.frozen or at.folded
+            finished = () if rests else {builtins.id(parameter) for parameter in plugin.finished()}
             for parameter in self.ledger.parameters(id):
                 if parameter.is_floating_point():
                     parameter.requires_grad_(not rests and builtins.id(parameter) not in finished)

@@ -18,12 +18,13 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,7 @@ from peftx.toolkits.compression import QuantLinear
 from peftx_spec.models import Pipeline
 
 if TYPE_CHECKING:
+    from peftx.kernel.anatomy import Site
     from peftx.kernel.view import ModelView
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "mixtral", "phi3", "bert", "t5", "mamba", "opt")
@@ -67,11 +69,15 @@ class ReferenceQuantizer(Plugin):
 
     claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
 
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        return [
+            (site, prod(site.shape)) for site in model.linears("all", whole=True) if site.kind == "linear"
+        ]
+
     @hookimpl
     def compress(self, model: ModelView) -> None:
-        for site in model.linears("all", whole=True):
-            if site.kind == "linear":
-                site.replace(QuantLinear.from_linear(site.module, bits=8))
+        for site, _ in self.planned(model):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from peftx.engines.data import read_dataset, render_messages, text_ids
 from peftx.engines.data.gate import require_text
 from peftx.engines.models import asset_path
 from peftx.errors import DataError
+from peftx.kernel.virtual_tokens import free_positions
 from peftx.toolkits.compression.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def calibration(
     length: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """At most `samples` sequences of `length` tokens, one a batch, in the order of the text; short text gives fewer.
+    """At most `samples` sequences of `length` tokens (or as many as the model has positions for), one a batch, in the
+    order of the text; short text gives fewer.
 
     Args:
         data: a text file, texts, or None for no batches. progress: see `Calibration`.
@@ -47,7 +49,7 @@ def calibration(
     tokenizer = stack.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = [i for text in texts for i in text_ids(tokenizer, text)]
-    room = length - len(start)
+    room = min(length, free_positions(stack.model) or length) - len(start)
     pieces = [stream[i : i + room] for i in range(0, len(stream), room)][:samples]
     if len(pieces) > 1 and len(pieces[-1]) < room // 2:
         pieces.pop()

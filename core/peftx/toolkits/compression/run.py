@@ -17,13 +17,12 @@ from peftx.kernel.plugin import Claim
 from peftx.kernel.seeds import seeded
 from peftx.kernel.slots import base_class
 from peftx.kernel.stack import Stack
-from peftx.kernel.virtual_tokens import free_positions
 from peftx.toolkits.compression.calibration import Calibration
 
 
 def compress(
     stack: Stack,
-    calibration: Callable[[int | None], Calibration],
+    calibration: Callable[[], Calibration],
     ids: Iterable[str] | None,
     *,
     keep: bool,
@@ -31,12 +30,12 @@ def compress(
     """See `peftx.Stack.compress`.
 
     Args:
-        calibration: positions that the model has -> batches of no longer texts.
+        calibration: makes the batches, once it is known that anything compresses.
     """
     todo = [m for m in stack.implementers("compress", ids) if not stack.standing[m.id].compressed]
     if not todo:
         raise PeftxError("no plugin of this stack compresses", hint="add one, for example prefixquant")
-    batches = calibration(free_positions(stack.model))
+    batches = calibration()
     for member in todo:
         if member.claims(Claim.NEEDS_CALIBRATION) and not batches.batches:
             raise PeftxError(

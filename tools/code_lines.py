@@ -1,0 +1,90 @@
+"""Lines of code: of the kernel, and of each plugin without its docstrings, imports and Config.
+
+python tools/code_lines.py             # a table
+python tools/code_lines.py --from REF  # beside those of a commit
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import statistics
+import subprocess
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SKIPPED = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
+
+def code_lines(source: str, *, bare: bool = False) -> int:
+    """Lines that hold code: no blanks, comments and docstrings; `bare`: no imports and no `...Config` either."""
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            left_out |= set(range(node.lineno, node.end_lineno + 1))  # type: ignore[operator]
+        imports = isinstance(node, ast.Import | ast.ImportFrom)
+        config = isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+        guard = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if bare and (imports or config or guard):
+            left_out |= set(range(node.lineno, node.end_lineno + 1))  # type: ignore[operator]
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in SKIPPED:
+            found |= set(range(token.start[0], token.end[0] + 1))
+    return len(found - left_out)
+
+
+def plugins(ref: str | None) -> dict[str, int]:
+    """Name -> code lines, now or at a commit."""
+    if ref is None:
+        files = {p.parent.parent.name: p.read_text("utf-8") for p in ROOT.glob("plugins/*/*/src/peftx_*.py")}
+    else:
+        git = ["git", "-C", str(ROOT)]
+        names = subprocess.check_output(
+            [*git, "ls-tree", "-r", "--name-only", ref, "plugins"], text=True
+        ).split()
+        files = {
+            Path(n).parent.parent.name: subprocess.check_output([*git, "show", f"{ref}:{n}"], text=True)
+            for n in names if "/src/peftx_" in n and n.endswith(".py")
+        }  # fmt: skip
+    return {name: code_lines(text, bare=True) for name, text in sorted(files.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="ref", help="a commit to compare with")
+    options = parser.parse_args()
+    core = ROOT / "core/peftx"
+    for folder in ("kernel", "engines", "toolkits", "testing"):
+        tables = [p for p in (core / folder).rglob("*.py") if "tables" in p.parts]
+        files = [p for p in (core / folder).rglob("*.py") if p not in tables]
+        longest = max(files, key=lambda p: p.read_text("utf-8").count("\n"))
+        total = sum(code_lines(p.read_text("utf-8")) for p in files)
+        beside = sum(code_lines(p.read_text("utf-8")) for p in tables)
+        print(f"{folder:10} {total:6,} code lines in {len(files)} files" + (f", {beside} in tables" if beside else ""),
+              f"(longest: {longest.name}, {longest.read_text('utf-8').count(chr(10))} lines)")  # fmt: skip
+    now, before = plugins(None), plugins(options.ref) if options.ref else {}
+    for name, count in sorted(now.items(), key=lambda item: -item[1]):
+        print(f"{name:24} {before.get(name, ''):>5} {count:5}")
+    print(
+        f"{'median':24} {statistics.median(before.values()) if before else '':>5} {statistics.median(now.values()):5}"
+    )
+
+
+if __name__ == "__main__":
+    main()
