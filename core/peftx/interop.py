@@ -148,7 +148,7 @@ def _plain(
         if not same:  # a head like the model's own is fine
             found[name] = tuple(saved[name].shape)
     if found:
-        what = ", ".join(f"{name}={value!r}" for name, value in list(found.items())[:3])
+        what = ", ".join(f"{name}={value!r:.80}" for name, value in list(found.items())[:3])
         raise PeftxError(
             f"{id}: the adapter is more than A and B of LoRA, it has {what}",
             hint="load it with PEFT and merge it into the base",

@@ -294,10 +294,12 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
         )
     device = stack.model.device if stack.model.device.type != "meta" else torch.device("cpu")
     casts: dict[tuple[int, torch.dtype], tuple[str, torch.dtype]] = {}
-    for name, (module, leaf, _) in places.items():
+    for name, (module, leaf, of_base) in places.items():
         old = module._parameters.get(leaf, module._buffers.get(leaf))
         if old is None or not old.is_floating_point():
             continue
+        if of_base and tensors[name].dtype != old.dtype:
+            raise BundleError(f"{file}: {name} is {tensors[name].dtype}, and the base's is {old.dtype}")
         # A module may have been cast since, but then as a whole.
         other, dtype = casts.setdefault((id(module), old.dtype), (name, tensors[name].dtype))
         if tensors[name].dtype != dtype:

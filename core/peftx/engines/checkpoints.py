@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftx.engines.files import check_tensors, read_json
+from peftx.engines.files import MOST_JSON, check_tensors, read_json, require_plain
 from peftx.errors import BundleError, nearest
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
         raise BundleError(f"model folder '{path}' does not exist", hint=near_folder(path))
     if not (path / "config.json").exists():
         raise BundleError(f"'{path}' holds no model: config.json is missing")
+    for file in path.glob("*.json"):
+        require_plain(file, most=MOST_JSON, links=True)
     _check_index(path)
     files = list(path.glob("*.safetensors"))
     shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name)]

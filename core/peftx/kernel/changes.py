@@ -11,13 +11,14 @@ from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel import attention, calls, virtual_tokens
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.attention import AttentionEdit
-from peftx.kernel.calls import CallEdit
+from peftx.kernel.calls import Call, CallEdit
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.parts import (
     FREE,
     AttentionPart,
     BasePart,
     CallPart,
+    ContextPart,
     DeltaPart,
     FreePart,
     Part,
@@ -188,6 +189,17 @@ def edit_calls(ledger: Ledger, owner: Owner, edit: CallEdit) -> None:
     _settle(ledger, edit, ledger.model)
     calls.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
     _note(ledger, CallPart(owner.id, "call", edit, ledger.model))
+
+
+def call_context(ledger: Ledger, owner: Owner) -> Call:
+    """What the model is called on, for the plugin's deltas and edits."""
+    known = calls.call_of(ledger.model)
+    if known is not None and ledger.of(owner.id, ContextPart):
+        return known
+    edit = CallEdit()
+    found = calls.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
+    _note(ledger, ContextPart(owner.id, "context", edit, ledger.model))
+    return found
 
 
 def _note(ledger: Ledger, part: Part) -> None:

@@ -32,6 +32,18 @@ class Member:
         return hook in hooks_of(self.plugin)
 
 
+@dataclass
+class Standing:
+    """How far one plugin of a stack is."""
+
+    injected: bool = False
+    compressed: bool = False
+    folded: bool = False
+    """Its deltas are in the weights for good."""
+    frozen: bool = False
+    disabled: bool = False
+
+
 def default_id(plugin: type[Plugin]) -> str:
     """The name under which a distribution publishes the class; one that none does goes by its own: `MyGain` is
     `my-gain`."""

@@ -135,6 +135,13 @@ class ShiftPart(EditPart):
     chain: ClassVar[ModuleType] = virtual_tokens
 
 
+class ContextPart(EditPart):
+    """The plugin asks what the model is called on; nothing is changed by it."""
+
+    what: ClassVar[str] = "context"
+    chain: ClassVar[ModuleType] = calls
+
+
 class CallPart(EditPart):
     """An edit around the calls of the whole model."""
 

@@ -6,10 +6,9 @@ import builtins
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -17,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from peftx.errors import ConflictError, MergeError, PeftxError, PluginError, nearest
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.calling import register
+from peftx.kernel.calls import Call, call_of
 from peftx.kernel.changes import Owner
 from peftx.kernel.conflicts import check
 from peftx.kernel.guard import guard, release
 from peftx.kernel.identity import Identity
 from peftx.kernel.ledger import Ledger, carried
-from peftx.kernel.members import Member, blaming
+from peftx.kernel.members import Member, Standing, blaming
 from peftx.kernel.objective import objective_of
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.plugin import Claim, Plugin
@@ -34,18 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from peftx_spec import Pipeline
-
-
-@dataclass
-class Standing:
-    """How far one plugin of a stack is."""
-
-    injected: bool = False
-    compressed: bool = False
-    folded: bool = False
-    """Its deltas are in the weights for good."""
-    frozen: bool = False
-    disabled: bool = False
 
 
 class Stack:
@@ -320,6 +308,18 @@ class Stack:
                 if id in self.standing:  # else it was removed meanwhile
                     self.ledger.switch(id, True)
                     self.standing[id].disabled = False
+
+    @contextmanager
+    def columns(self, **values: Tensor) -> Iterator[None]:
+        """Inside, every call of the model has these columns, [B, ...], for the plugins that read them: `generate`,
+        `evaluate`, or a call of your own. `generate` repeats rows for beams.
+
+        Raises:
+            PeftxError: no plugin of the stack reads one of the name.
+        """
+        call = call_of(self.model)
+        with Call().giving(values) if call is None else call.giving(values):
+            yield
 
     # -- weights -------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,11 @@ from peftx.kernel.anatomy.anatomy import Anatomy, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.anatomy.targets import Targets
 from peftx.kernel.attention import AttentionEdit
-from peftx.kernel.calls import CallEdit
+from peftx.kernel.calls import Call, CallEdit
 from peftx.kernel.changes import (
     Owner,
     attach_delta,
+    call_context,
     edit_attention,
     edit_calls,
     keep_module,
@@ -232,6 +233,21 @@ class ModelView:
     def around(self, edit: CallEdit) -> None:
         """See every call of the whole model: its arguments before, its output after."""
         edit_calls(self._ledger, self._by, edit)
+
+    @property
+    def call(self) -> Call:
+        """What the model is called on, for deltas and edits to ask while it runs: tokens, pads, further columns, and
+        values that go along with the cache."""
+        return call_context(self._ledger, self._by)
+
+    def column(self, name: str) -> None:
+        """Read a column of the batch that the model does not take: `model.call.batch[name]`. In training it comes with
+        the rows, elsewhere by `stack.columns(name=...)` or as an argument of the model's call.
+
+        Raises:
+            PeftxError: another plugin reads one of the name.
+        """
+        self.call.declare(name, self.owner)
 
     def shift_positions(self, by: int) -> None:
         """Count the position of every real token from `by` (keys and values of `by` tokens stand before them)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class Collator:
             values = [row[name] for row in rows]
             if isinstance(values[0], (int, float)):
                 batch[name] = _numbers(name, values)
+            elif isinstance(values[0], list) and any(isinstance(x, float) for x in values[0]):
+                batch[name] = _vectors(name, values)
             else:
                 lists[name] = [_integers(name, index, value) for index, value in enumerate(values)]
         if "attention_mask" not in lists:
@@ -115,6 +117,14 @@ class Collator:
             )
             padded[index, at] = torch.tensor(values, dtype=torch.int64)
         return padded
+
+
+def _vectors(name: str, values: Sequence[Any]) -> Tensor:
+    """One vector a row, [B, k] float32."""
+    sizes = sorted({len(vector) for vector in values})
+    if len(sizes) > 1:
+        raise DataError(f"column {name!r} has vectors of {sizes[0]} and of {sizes[-1]} numbers")
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def pads_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from transformers import DataCollatorForLanguageModeling
 from peftx.engines.data import class_ids, class_index, special_frame, text_ids, tokenize_dataset
 from peftx.engines.data.encoding import without_prefix
 from peftx.errors import DataError, UnsupportedError
+from peftx.kernel.calls import columns_of
 from peftx.kernel.objective import Objective, check_objective, objective_of, vocabulary_of
 from peftx.kernel.plugin import Claim
 from peftx.kernel.virtual_tokens import free_positions
@@ -53,6 +54,7 @@ def examples_of(stack: Stack, data: TrainingData) -> Dataset:
         rows = tokenize_dataset(
             data.train, tokenizer, format=data.format, max_length=data.max_length,
             encoder_decoder=bool(model.config.is_encoder_decoder),
+            keep=[name for name in columns_of(model) if name in data.train.column_names],
         )  # fmt: skip
     _check_places(stack, rows)
     return rows

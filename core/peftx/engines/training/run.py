@@ -25,6 +25,7 @@ from peftx.engines.models import asset_path
 from peftx.engines.training.examples import examples_of, mask_of
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.kernel.calls import columns_of
 from peftx.kernel.objective import pad_of
 from peftx_spec.models import TrainSpec
 
@@ -156,7 +157,10 @@ def train(
         )
     encoder_decoder = bool(stack.model.config.is_encoder_decoder)
     rows = examples_of(stack, training_data)
-    collator = Collator(pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder)
+    collator = Collator(
+        pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder,
+        pad_values=dict.fromkeys(columns_of(stack.model), 0),
+    )  # fmt: skip
     set_seed(spec.seed)
     started = time.perf_counter()
     cached = stack.model.config.to_dict().get("use_cache")
