@@ -1,4 +1,4 @@
-"""Writes what is derived from the plugins: the catalogue, the JSON Schema, the option tables of the plugins' READMEs.
+"""Writes what is derived from the plugins: the catalogue, the JSON Schema, option tables and marks in their READMEs.
 
 python tools/generate.py            # write
 python tools/generate.py --check    # exit 1 if something differs from what is committed
@@ -68,39 +68,76 @@ def options_table(config: Any) -> str:
     return "\n".join(lines)
 
 
+def project_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
+def mark(project: dict[str, Any], kind: str) -> str:
+    """The value of fidelity or of evidence."""
+    from peftx.kernel.registry import keyword_values
+
+    return ", ".join(keyword_values(project["keywords"], kind))
+
+
 def readme(folder: Path, registry: Any) -> tuple[Path, str]:
-    """A plugin's README with its option table renewed."""
+    """A plugin's README with its option table and the words of its marks renewed."""
+    from peftx.kernel.registry import MARKS
+
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8")
     table = options_table(registry.config(folder.name))
     pattern = re.compile(r"(^## Options\n\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"{path}: no '## Options'")
-    return path, pattern.sub(lambda match: f"{match[1]}{table}\n\n", text)
+    text = pattern.sub(lambda match: f"{match[1]}{table}\n\n", text)
+    project = project_of(folder)
+    for kind in MARKS:
+        name = kind.capitalize()
+        begin = f"**{name}: {mark(project, kind)}.**"
+        text = re.sub(rf"^\*\*{name}: [\w-]+\.\*\*", begin, text, flags=re.MULTILINE)
+    return path, text
 
 
 def catalogue() -> str:
     """All plugins of this repository in a table by hook."""
+    from peftx.kernel.registry import MARKS
+
     lines = [
         "# Catalogue",
         "",
         "The plugins of this repository, written by `tools/generate.py` from their metadata. Anyone can publish more.",
         "",
+        'Each has two marks, which do not depend on each other; its README begins "What we measured" with the proof of',
+        "both, and a test reads it.",
+        "",
+        "| mark | | |",
+        "| --- | --- | --- |",
     ]
+    lines += [
+        f"| {kind if place == 0 else ''} | {value} | {meaning} |"
+        for kind, values in MARKS.items()
+        for place, (value, meaning) in enumerate(values.items())
+    ]
+    lines.append("")
     by_hook: dict[str, list[Path]] = {}
     for folder in plugin_folders():
         by_hook.setdefault(folder.parent.name, []).append(folder)
     for hook, folders in by_hook.items():
-        lines += [f"## {hook}", "", "| plugin | what | paper | tier |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"## {hook}",
+            "",
+            f"| plugin | what | paper | {' | '.join(MARKS)} |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for folder in folders:
-            data = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-            project = data["project"]
+            project = project_of(folder)
             arxiv = next((w for w in project["keywords"] if w.startswith("arXiv:")), "")
             link = f"[{arxiv}](https://arxiv.org/abs/{arxiv.removeprefix('arXiv:')})" if arxiv else ""
             place = folder.relative_to(ROOT).as_posix()
-            tier = data["tool"]["peftx"]["tier"]
+            marks = " | ".join(mark(project, kind) for kind in MARKS)
             lines.append(
-                f"| [{folder.name}](../{place}/README.md) | {project['description']} | {link} | {tier} |"
+                f"| [{folder.name}](../{place}/README.md) | {project['description']} | {link} | {marks} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -85,7 +85,12 @@ def _values(
             "quotation marks and backslashes"
         )
     name = "".join(word.capitalize() for word in slug.split("-"))
-    keywords = [hook, *([f"family:{family}"] if family else []), "tier:bronze"]
+    keywords = [
+        hook,
+        *([f"family:{family}"] if family else []),
+        "fidelity:equations",
+        "evidence:not-measured",
+    ]
     keywords.append(f"arXiv:{arxiv}" if arxiv else "paper:none")
     return {
         "slug": slug,

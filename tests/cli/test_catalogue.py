@@ -24,10 +24,30 @@ def test_list_tells_what_the_metadata_says(
     installed.scaffold("fake-gain", "inject")
     line = named(ok_json("list", "--json"), "fake-gain")
     assert line["status"] == "ok"
-    assert (line["hooks"], line["family"], line["tier"]) == (["inject"], "fake", "bronze")
+    assert (line["hooks"], line["family"]) == (["inject"], "fake")
+    assert (line["fidelity"], line["evidence"]) == ("equations", "not-measured")
     assert line["url"] == "https://arxiv.org/abs/2101.00001"
     assert "fake-gain" in ok("list")
     assert "arXiv:2101.00001" in ok("list")
+
+
+def test_list_shows_the_marks_as_the_metadata_has_them(
+    installed: Any, ok_json: Callable[..., Any], ok: Callable[..., str]
+) -> None:
+    """None, known ones, and words that are no marks; `peftx check` says what is wrong with the last."""
+    installed.publish("fake-silent", "")
+    installed.publish("fake-proved", "", keywords=["inject", "fidelity:equal", "evidence:shown"])
+    installed.publish("fake-proud", "", keywords=["inject", "evidence:gold", "fidelity:exact"])
+    lines = ok_json("list", "--json")
+    marks = {name: (named(lines, name)["fidelity"], named(lines, name)["evidence"]) for name in
+             ("fake-silent", "fake-proved", "fake-proud")}  # fmt: skip
+    assert marks == {
+        "fake-silent": ("", ""), "fake-proved": ("equal", "shown"), "fake-proud": ("exact", "gold")
+    }  # fmt: skip
+    table = {line.split()[0]: line.split() for line in ok("list").splitlines() if line.startswith("fake-")}
+    assert table["fake-silent"][1] == "inject"
+    assert table["fake-proved"][1:4] == ["equal", "shown", "inject"]
+    assert table["fake-proud"][1:4] == ["exact", "gold", "inject"]
 
 
 def test_list_filters(installed: Any, ok_json: Callable[..., Any], refused: Callable[..., str]) -> None:
@@ -41,8 +61,41 @@ def test_list_filters(installed: Any, ok_json: Callable[..., Any], refused: Call
         "fake-words",
     }
     assert "did you mean 'inject'?" in refused("list", "--hook", "injct")
-    assert "there is no tier 'iron'" in refused("list", "--tier", "iron")
     assert "did you mean 'fake'?" in refused("list", "--family", "fale")
+
+
+def test_list_filters_by_marks(
+    installed: Any, ok_json: Callable[..., Any], ok: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    for name, fidelity, evidence in (
+        ("fake-one", "equal", "not-shown"),
+        ("fake-two", "equal", "shown"),
+        ("fake-three", "equations", "shown"),
+    ):
+        words = ["inject", "family:fake", f"fidelity:{fidelity}", f"evidence:{evidence}"]
+        installed.publish(name, "", keywords=words)
+
+    def fakes(*words: str) -> set[str]:
+        return {
+            line["name"] for line in ok_json("list", *words, "--json") if line["name"].startswith("fake-")
+        }
+
+    assert fakes("--fidelity", "equal") == {"fake-one", "fake-two"}
+    assert fakes("--evidence", "shown") == {"fake-two", "fake-three"}
+    assert fakes("--fidelity", "equal", "--evidence", "shown") == {"fake-two"}
+    assert ok("list", "--fidelity", "reconstruction", "--family", "fake") == "no plugin fits\n"
+    assert "there is no mark of fidelity 'gold'" in refused("list", "--fidelity", "gold")
+    assert "did you mean 'not-shown'" in refused("list", "--evidence", "notshown")
+
+
+def test_the_help_names_every_mark(ok: Callable[..., str]) -> None:
+    from peftx.kernel.registry import MARKS
+
+    help = " ".join(ok("list", "--help").replace("│", " ").split())
+    for mark, values in MARKS.items():
+        *others, last = values
+        assert f"--{mark}" in help
+        assert f"only {', '.join(others)} or {last}" in help
 
 
 def test_a_plugin_that_does_not_import_is_listed_as_broken(
@@ -56,7 +109,8 @@ def test_a_plugin_that_does_not_import_is_listed_as_broken(
     line = named(ok_json("list", "--json"), "fake-torn")
     assert line["status"] == "broken"
     assert "RuntimeError: the moon is wrong" in line["reason"]
-    assert "broken" in ok("list")
+    shown = next(text for text in ok("list").splitlines() if text.startswith("fake-torn "))
+    assert f"broken: {line['reason']}" in shown
     (installed.site / f"{module}.py").write_text(
         "from peftx import Plugin, hookimpl\n\n\nclass Fake(Plugin):\n    @hookimpl\n    def inject(self, model): ...\n"
     )
@@ -134,6 +188,9 @@ def test_info(
     text = ok("info", "fake-gain")
     assert "int (>= 1)" in text
     assert "https://arxiv.org/abs/2101.00001" in text
+    assert "  fidelity equations: written from the paper's equations" in text
+    assert "  evidence not-measured: not measured on real data" in text
+    assert (about["fidelity"], about["evidence"]) == ("equations", "not-measured")
     assert ok("info", "fake-gain", "--readme").lstrip().startswith("# FakeGain")
     assert "did you mean 'fake-gain'" in refused("info", "fake-gian")
 
@@ -174,10 +231,10 @@ def test_check_fails_a_plugin_that_breaks_its_word(installed: Any, run: Callable
 
 
 # --------------------------------------------------------------------------------------------------------------- new
-def structure() -> ModuleType:
-    """The test that every plugin folder of this repository must pass."""
-    file = Path(__file__).parents[1] / "meta" / "test_structure.py"
-    spec = importlib.util.spec_from_file_location("peftx_test_structure", file)
+def meta(name: str) -> ModuleType:
+    """A test that every plugin folder of this repository must pass."""
+    file = Path(__file__).parents[1] / "meta" / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"peftx_test_{name}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -200,7 +257,8 @@ def test_a_new_folder_is_complete(installed: Any, ok: Callable[..., str], hook: 
     )
     folder = installed.work / "plugins" / hook / "two-words"
     assert str(Path("plugins") / hook / "two-words" / "README.md") in out
-    assert structure().problems(folder) == []
+    assert meta("structure").problems(folder) == []
+    assert meta("marks").problems(folder) == []
     for file in folder.rglob("*.py"):
         compile(file.read_text("utf-8"), str(file), "exec")
     text = (folder / "README.md").read_text("utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import warnings
@@ -36,7 +37,7 @@ from peftx.toolkits.serving import Server
 
 FOLDER = Path(__file__).parents[1] / "broken_plugins"
 OTHER_PROCESS = {"imports_quickly", "save_load_in_a_fresh_process"}
-PROVED_HERE = {"package_is_whole", "refuses"}
+PROVED_HERE = {"marks_are_known", "package_is_whole", "refuses"}
 """Their broken plugins are made below, since they need files or arguments."""
 
 
@@ -117,7 +118,9 @@ def test_broken_plugin_is_caught_by_nothing_else(plugin: type[Plugin]) -> None:
     assert set(found) <= allowed, found
 
 
-def test_package_is_whole(tmp_path: Path) -> None:
+@pytest.fixture
+def thing(tmp_path: Path) -> Iterator[type[Plugin]]:
+    """A plugin in the `src` of a source tree that has nothing else yet."""
     source = "from peftx import Claim, Plugin, hookimpl\n\n\nclass Thing(Plugin):\n    claims = {Claim.DATA_ONLY}\n\n"
     source += "    @hookimpl\n    def prepare_data(self, data): ...\n"
     (tmp_path / "src").mkdir()
@@ -129,25 +132,77 @@ def test_package_is_whole(tmp_path: Path) -> None:
     found = importlib.util.module_from_spec(spec)
     sys.modules["peftx_thing"] = found
     spec.loader.exec_module(found)
+    yield found.Thing
+    del sys.modules["peftx_thing"]
 
+
+POINT = '[project.entry-points."peftx.plugins"]\nthing = "peftx_thing:Thing"\n'
+
+
+def test_package_is_whole(tmp_path: Path, thing: type[Plugin]) -> None:
     def message() -> str:
-        return failures(run_checks(found.Thing, only=["package_is_whole"])).get("package_is_whole", "")
+        return failures(run_checks(thing, only=["package_is_whole"])).get("package_is_whole", "")
 
-    try:
-        assert "no README.md" in message()
-        (tmp_path / "README.md").write_text("# Thing\n", encoding="utf-8")
-        assert "no pyproject.toml" in message()
-        project = '[project]\nname = "peftx-thing"\nkeywords = []\n'
+    assert "no README.md" in message()
+    (tmp_path / "README.md").write_text("# Thing\n", encoding="utf-8")
+    assert "no pyproject.toml" in message()
+    project = '[project]\nname = "peftx-thing"\nkeywords = []\n'
+    (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
+    assert "no entry point" in message()
+    project += POINT
+    (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
+    assert "prepare_data" in message()
+    whole = project.replace("keywords = []", 'keywords = ["prepare_data"]')
+    (tmp_path / "pyproject.toml").write_text(whole, encoding="utf-8")
+    assert not message()
+
+
+MARKED = [
+    ((), ""),
+    (("fidelity:equal", "evidence:not-shown"), ""),
+    (("evidence:shown",), ""),
+    (
+        ("fidelity:exact",),
+        "'fidelity:exact' is none of fidelity:equal, fidelity:equations, fidelity:reconstruct",
+    ),
+    (
+        ("evidence:gold",),
+        "'evidence:gold' is none of evidence:shown, evidence:not-shown, evidence:not-measured",
+    ),
+    (("fidelity:",), "'fidelity:' is none of"),
+    (("fidelity:equal", "fidelity:equations"), "more than one fidelity: equal, equations"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MARKED)
+@pytest.mark.parametrize("installed", [False, True], ids=["source", "installed"])
+def test_marks_are_known(
+    tmp_path: Path,
+    thing: type[Plugin],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str],
+    said: str,
+    installed: bool,
+) -> None:
+    """In a source tree as pyproject.toml says them, elsewhere as the distribution does."""
+    if installed:
+        file = tmp_path / "src" / "peftx_thing.py"
+        site = tmp_path / "site"
+        info = site / "peftx_thing-0.1.0.dist-info"
+        info.mkdir(parents=True)
+        metadata = f"Metadata-Version: 2.4\nName: peftx-thing\nVersion: 0.1.0\nKeywords: {','.join(words)}\n"
+        (info / "METADATA").write_text(metadata, encoding="utf-8")
+        (info / "entry_points.txt").write_text(
+            "[peftx.plugins]\nthing = peftx_thing:Thing\n", encoding="utf-8"
+        )
+        monkeypatch.setattr(sys.modules["peftx_thing"], "__file__", str(file.rename(site / file.name)))
+        monkeypatch.syspath_prepend(str(site))
+    else:
+        project = f'[project]\nname = "peftx-thing"\nkeywords = {json.dumps(words)}\n{POINT}'
         (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
-        assert "no entry point" in message()
-        project += '[project.entry-points."peftx.plugins"]\nthing = "peftx_thing:Thing"\n'
-        (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
-        assert "prepare_data" in message()
-        whole = project.replace("keywords = []", 'keywords = ["prepare_data"]')
-        (tmp_path / "pyproject.toml").write_text(whole, encoding="utf-8")
-        assert not message()
-    finally:
-        del sys.modules["peftx_thing"]
+    found = failures(run_checks(thing, only=["marks_are_known"]))
+    assert set(found) == ({"marks_are_known"} if said else set())
+    assert said in "".join(found.values())
 
 
 def test_refusal_must_happen() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from peftx.kernel.names import HOOKS
+from peftx.kernel.registry import MARKS, keyword_values
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-TIERS = ("bronze", "silver", "gold")
 HEADINGS = (
     "What it does",
     "Use",
@@ -121,8 +121,9 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
 
     keywords = project.get("keywords", [])
     papers = [word for word in keywords if ARXIV.fullmatch(word)]
-    known = (*HOOKS, *papers, "paper:none")
-    strange = [word for word in keywords if word not in known and not word.startswith(("family:", "tier:"))]
+    marks = [f"{mark}:{value}" for mark, values in MARKS.items() for value in values]
+    known = (*HOOKS, *papers, *marks, "paper:none")
+    strange = [word for word in keywords if word not in known and not word.startswith("family:")]
     if hook not in keywords:
         found.append(f"project.keywords lacks the hook {hook!r}")
     if (not papers and "paper:none" not in keywords) or (papers and "paper:none" in keywords):
@@ -131,8 +132,13 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
         found.append("project.keywords names more than one family")
     if strange:
         found.append(
-            f"project.keywords: {strange} are none of: a hook, family:..., tier:..., arXiv:..., paper:none"
+            f"project.keywords: {strange} are none of: a hook, family:..., arXiv:..., paper:none, {', '.join(marks)}"
         )
+    found += [
+        f"project.keywords needs one {mark}:..., of {', '.join(values)}"
+        for mark, values in MARKS.items()
+        if len(keyword_values(keywords, mark)) != 1
+    ]
     if papers:
         urls = [f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" for paper in papers]
         if project.get("urls", {}).get("Paper") not in urls:
@@ -148,17 +154,10 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
     elif names and target.partition(":")[2] not in names:
         found.append(f"the entry point names {target}, which {module} does not define")
 
-    tools = metadata.get("tool", {})
-    tier = tools.get("peftx", {}).get("tier")
-    if tier not in TIERS:
-        found.append(f"[tool.peftx] tier is {tier!r}, not one of {', '.join(TIERS)}")
-    # `peftx list` reads the distribution's metadata, which has the keywords but no [tool] table.
-    expect(
-        "the tier among project.keywords", [w for w in keywords if w.startswith("tier:")], [f"tier:{tier}"]
-    )
-    if set(tools) - {"peftx", "flit"}:
+    tools = sorted(set(metadata.get("tool", {})) - {"flit"})
+    if tools:
         found.append(
-            f"[tool] has {sorted(set(tools) - {'peftx', 'flit'})}: tool settings live in the root pyproject"
+            f"[tool] has {tools}: tool settings live in the root pyproject, what `peftx list` shows in keywords"
         )
     return found
 
@@ -237,7 +236,7 @@ description = "Two words: an example of a complete folder"
 readme = "README.md"
 requires-python = ">=3.11"
 license = "Apache-2.0"
-keywords = ["inject", "family:example", "tier:bronze", "arXiv:2101.00001"]
+keywords = ["inject", "family:example", "fidelity:equations", "evidence:not-measured", "arXiv:2101.00001"]
 dependencies = ["peftx>=0.1,<0.2"]
 
 [project.urls]
@@ -245,9 +244,6 @@ Paper = "https://arxiv.org/abs/2101.00001"
 
 [project.entry-points."peftx.plugins"]
 two-words = "peftx_two_words:TwoWords"
-
-[tool.peftx]
-tier = "bronze"
 """
 
 
@@ -293,10 +289,12 @@ def test_a_complete_folder_has_no_problems(complete: Path) -> None:
         ("two-words = ", "two_words = ", "entry points"),
         (":TwoWords", ":Other", "does not define"),
         ('"peftx_two_words:', '"peftx_two:', "the entry point is"),
-        ('tier = "bronze"', 'tier = "platinum"', "[tool.peftx] tier is 'platinum'"),
-        ('tier = "bronze"', 'tier = "silver"', "not ['tier:silver']"),
-        (', "tier:bronze"', "", "the tier among"),
-        ("[tool.peftx]", "[tool.ruff]\n[tool.peftx]", "root pyproject"),
+        ("fidelity:equations", "fidelity:exact", "['fidelity:exact'] are none of"),
+        (', "fidelity:equations"', "", "needs one fidelity:..., of equal, equations, reconstruction"),
+        (', "evidence:not-measured"', "", "needs one evidence:..., of shown, not-shown, not-measured"),
+        (', "evidence:', ', "evidence:shown", "evidence:', "needs one evidence"),
+        ('"family:example"', '"tier:gold"', "['tier:gold'] are none of"),
+        ("[project.urls]", "[tool.ruff]\n[project.urls]", "root pyproject"),
         ("[project]", "[project", "pyproject.toml"),
     ],
 )

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from peftx.kernel.registry import Entry
     from peftx_cli.health import Listed
 
-TIERS = ("bronze", "silver", "gold")
 Hook = Annotated[str | None, typer.Option("--hook", metavar="HOOK", help="only plugins with this hook")]
 Family = Annotated[str | None, typer.Option("--family", metavar="NAME", help="only plugins of this family")]
-Tier = Annotated[
-    str | None, typer.Option("--tier", metavar="TIER", help=f"only {', '.join(TIERS[:-1])} or {TIERS[-1]}")
+Fidelity = Annotated[
+    str | None, typer.Option("--fidelity", metavar="MARK", help="only equal, equations or reconstruction")
+]
+Evidence = Annotated[
+    str | None, typer.Option("--evidence", metavar="MARK", help="only shown, not-shown or not-measured")
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a plugin")]
 MetadataOnly = Annotated[
@@ -34,7 +36,11 @@ def register(app: typer.Typer) -> None:
 
 
 def list_plugins(
-    hook: Hook = None, family: Family = None, tier: Tier = None, as_json: options.Json = False
+    hook: Hook = None,
+    family: Family = None,
+    fidelity: Fidelity = None,
+    evidence: Evidence = None,
+    as_json: options.Json = False,
 ) -> None:
     """List the installed plugins; what is broken, claimed twice or disabled is listed as such."""
     from peftx.kernel.registry import Registry
@@ -42,47 +48,52 @@ def list_plugins(
     from peftx_cli.render import out, print_json, print_table
 
     found = listed(Registry())
-    found = _filtered(found, hook=hook, family=family, tier=tier)
+    found = _filtered(found, hook=hook, family=family, fidelity=fidelity, evidence=evidence)
     if as_json:
         print_json([_line(one) for one in found])
         return
     if not found:
         out(
             "no plugin fits"
-            if hook or family or tier
+            if hook or family or fidelity or evidence
             else "no plugin is installed; try: pip install peftx-lora"
         )
         return
-    rows = [
-        (
-            one.name,
-            one.status if one.status != "ok" else one.entry.tier if one.entry else "",
-            "" if one.entry is None else " ".join(one.entry.hooks),
-            "" if one.entry is None else one.entry.family,
-            "" if one.entry is None else one.entry.paper,
-            one.reason or ("" if one.entry is None else one.entry.summary),
-        )
-        for one in found
-    ]
-    print_table("", ("name", "tier", "hooks", "family", "paper", "summary"), rows)
+    columns = ("name", "fidelity", "evidence", "hooks", "family", "paper", "summary")
+    print_table("", columns, [_row(one) for one in found])
     bad = sum(one.status in ("broken", "clash") for one in found)
     out(f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else ""))
 
 
-def _filtered(found: list[Listed], *, hook: str | None, family: str | None, tier: str | None) -> list[Listed]:
+def _row(one: Listed) -> tuple[str, ...]:
+    """A line of the table; what is wrong with a plugin stands where its summary would."""
+    entry = one.entry
+    trouble = "" if one.status == "ok" else f"{one.status}: {one.reason}"
+    if entry is None:
+        return (one.name, "", "", "", "", "", trouble)
+    marks = (entry.fidelity, entry.evidence)
+    return (one.name, *marks, " ".join(entry.hooks), entry.family, entry.paper, trouble or entry.summary)
+
+
+def _filtered(
+    found: list[Listed], *, hook: str | None, family: str | None, fidelity: str | None, evidence: str | None
+) -> list[Listed]:
     """The plugins that fit.
 
     Raises:
-        PeftxError: a hook, family or tier that does not exist.
+        PeftxError: a hook, family or mark that does not exist.
     """
+    from peftx.kernel.registry import MARKS
+
     if hook is not None:
         from peftx.kernel.names import HOOKS
 
         _known("hook", hook, HOOKS)
     families = sorted({one.entry.family for one in found if one.entry is not None and one.entry.family})
     _known("family", family, families)
-    _known("tier", tier, TIERS)
-    if not (hook or family or tier):
+    _known("mark of fidelity", fidelity, list(MARKS["fidelity"]))
+    _known("mark of evidence", evidence, list(MARKS["evidence"]))
+    if not (hook or family or fidelity or evidence):
         return found
     return [
         one
@@ -90,7 +101,8 @@ def _filtered(found: list[Listed], *, hook: str | None, family: str | None, tier
         if one.entry is not None
         and (hook is None or hook in one.entry.hooks)
         and (family is None or family == one.entry.family)
-        and (tier is None or tier == one.entry.tier)
+        and (fidelity is None or fidelity == one.entry.fidelity)
+        and (evidence is None or evidence == one.entry.evidence)
     ]
 
 
@@ -116,7 +128,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "summary": entry.summary,
         "hooks": list(entry.hooks),
         "family": entry.family,
-        "tier": entry.tier,
+        "fidelity": entry.fidelity,
+        "evidence": entry.evidence,
         "paper": entry.paper,
         "url": entry.url,
         "point": entry.point.value,
@@ -215,10 +228,15 @@ def _text(value: object) -> str:
 
 
 def _show(about: dict[str, Any]) -> None:
+    from peftx.kernel.registry import MARKS
     from peftx_cli.render import out, print_table
 
     out(f"{about['name']} {about['version']}: {about['summary']}")
-    lines = [("hooks", ", ".join(about["hooks"])), ("family", about["family"]), ("tier", about["tier"])]
+    lines = [("hooks", ", ".join(about["hooks"])), ("family", about["family"])]
+    lines += [
+        (mark, ": ".join(filter(None, (about[mark], values.get(about[mark])))))
+        for mark, values in MARKS.items()
+    ]
     lines += [
         ("paper", " ".join(filter(None, (about["paper"], about["url"])))),
         ("package", about["distribution"]),

@@ -20,6 +20,20 @@ from peftx.kernel.names import DISABLE_VARIABLE, GROUP, HOOKS
 if TYPE_CHECKING:
     from peftx.kernel.plugin import Plugin, PluginConfig
 
+MARKS = {
+    "fidelity": {
+        "equal": "computes what official code, or a peer's, computes on the same weights",
+        "equations": "written from the paper's equations and text",
+        "reconstruction": "in part the plugin's own and not the paper's, as its README says",
+    },
+    "evidence": {
+        "shown": "the paper's effect shows on real data, beyond the spread of the figures",
+        "not-shown": "measured on real data, where the effect does not show beyond the spread",
+        "not-measured": "not measured on real data",
+    },
+}
+"""The two marks of a plugin, each with its values and what they say. As a keyword of the package: `fidelity:equal`."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -32,8 +46,10 @@ class Entry:
     hooks: tuple[str, ...]
     paper: str
     """`arXiv:2106.09685`, or an empty string."""
-    tier: str
     family: str
+    fidelity: str
+    """One of `MARKS`, an empty string where the package says nothing, or whatever else it says."""
+    evidence: str
     point: EntryPoint
     requires: tuple[str, ...] = ()
     """Requirements as the distribution states them: `peftx>=0.1,<0.2`."""
@@ -105,11 +121,9 @@ class Registry:
         """Metadata of one plugin, without importing it."""
         point = self.point(name)
         if point.dist is None:
-            return Entry(name, "", "", "", (), "", "", "", point)
+            return Entry(name, "", "", "", (), "", "", "", "", point)
         metadata = point.dist.metadata  # parsed anew at each access
-        words = [
-            w.strip() for w in ",".join(metadata.get_all("Keywords") or ()).replace("\n", ",").split(",")
-        ]
+        words = _keywords(metadata.get_all("Keywords"))
         return Entry(
             name=name,
             distribution=metadata["Name"],
@@ -117,8 +131,9 @@ class Registry:
             summary="".join(metadata.get_all("Summary") or ()),
             hooks=tuple(word for word in words if word in HOOKS),  # the main one stands first
             paper=next((w for w in words if w.lower().startswith("arxiv:")), ""),
-            tier=next((w.removeprefix("tier:") for w in words if w.startswith("tier:")), ""),
-            family=next((w.removeprefix("family:") for w in words if w.startswith("family:")), ""),
+            family="".join(keyword_values(words, "family")[:1]),
+            fidelity="".join(keyword_values(words, "fidelity")[:1]),
+            evidence="".join(keyword_values(words, "evidence")[:1]),
             point=point,
             requires=tuple(metadata.get_all("Requires-Dist") or ()),
         )
@@ -165,6 +180,20 @@ class Registry:
     def name_of(self, plugin: type[Plugin]) -> str | None:
         """The entry-point name of a plugin class; None for a class that no distribution publishes."""
         return next((n for n, points in self._by_name.items() if any(_is(p, plugin) for p in points)), None)
+
+
+def keywords(point: EntryPoint) -> list[str]:
+    """The keywords of the distribution that publishes a plugin."""
+    return [] if point.dist is None else _keywords(point.dist.metadata.get_all("Keywords"))
+
+
+def keyword_values(words: Iterable[str], kind: str) -> list[str]:
+    """`low-rank` for the kind `family`, where `family:low-rank` is among the keywords."""
+    return [word.removeprefix(f"{kind}:") for word in words if word.startswith(f"{kind}:")]
+
+
+def _keywords(lines: Iterable[str] | None) -> list[str]:
+    return [word.strip() for word in ",".join(lines or ()).replace("\n", ",").split(",")]
 
 
 def installed(group: str) -> tuple[EntryPoint, ...]:

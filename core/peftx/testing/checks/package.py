@@ -6,6 +6,7 @@ import inspect
 import tomllib
 from pathlib import Path
 
+from peftx.kernel.registry import MARKS, Registry, keyword_values, keywords
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
 from peftx.testing.fresh import fresh_process
@@ -47,4 +48,27 @@ def check_package_is_whole(case: Case) -> None:
     assert not silent, f"keywords of pyproject.toml lack the hooks {', '.join(silent)}"
 
 
-CHECKS = (check_imports_quickly, check_package_is_whole)
+@check(on="package")
+def check_marks_are_known(case: Case) -> None:
+    """Of fidelity and evidence, as `peftx list` shows them, the package names at most one value that there is."""
+    words = _words(case.subject)
+    for mark, values in MARKS.items():
+        named = keyword_values(words, mark)
+        for value in named:
+            known = ", ".join(f"{mark}:{value}" for value in values)
+            assert value in values, f"the keyword '{mark}:{value}' is none of {known}"
+        assert len(named) < 2, f"the keywords name more than one {mark}: {', '.join(named)}"
+
+
+def _words(subject: Subject) -> list[str]:
+    """The package's keywords: of its source tree, which may be newer than what is installed, or of the installation."""
+    root = _source_tree(subject)
+    if root is not None and (root / "pyproject.toml").exists():
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return list(project.get("keywords", ()))
+    registry = Registry(disabled=())
+    name = registry.name_of(subject.plugin)
+    return [] if name is None else keywords(registry.point(name))
+
+
+CHECKS = (check_imports_quickly, check_package_is_whole, check_marks_are_known)
