@@ -87,6 +87,8 @@ def _sources(pipeline: Pipeline) -> Iterator[Source]:
     for name, spec in (("train", data.train), ("eval", data.eval), ("calibration", data.calibration)):
         if spec is not None:
             yield Source(("data", name), spec.path, spec.format, spec.columns)
+    for name, spec in data.sources.items():
+        yield Source(("data", "sources", name), spec.path, spec.format, spec.columns)
     for index, metric in enumerate(pipeline.evaluate):
         if metric.options.path is not None:
             yield Source(("evaluate", index, metric.metric), metric.options.path, metric.options.format)

@@ -23,7 +23,7 @@ class ClosingReporter(Protocol):
 
     def stage(self, name: str, ids: Sequence[str]) -> None: ...
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None: ...
 
     def finished(self, name: str, seconds: float, detail: str) -> None: ...
 
@@ -47,8 +47,9 @@ def _line(name: str, seconds: float, detail: str) -> str:
     return visible(f"{name:<9} {seconds:7.2f} s  {detail}".rstrip())
 
 
-def _values(values: dict[str, float]) -> str:
-    return visible("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+def _values(values: dict[str, float | str]) -> str:
+    told = (value if isinstance(value, str) else f"{value:.4g}" for value in values.values())
+    return visible("  ".join(f"{name} {value}" for name, value in zip(values, told, strict=True)))
 
 
 class Interrupts:
@@ -89,7 +90,7 @@ class Interruptible:
         self._interrupts.check()
         self._inner.stage(name, ids)
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None:
         self._interrupts.check()
         self._inner.progress(done, total, values)
 
@@ -108,7 +109,7 @@ class LineReporter:
         self._name = _title(name, ids)
         self._next = time.monotonic() + LOG_SECONDS
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + LOG_SECONDS
             print(f"{self._name}: {done} of {total}  {_values(values)}".rstrip(), file=sys.stderr, flush=True)
@@ -159,7 +160,7 @@ class BarReporter:
         self._task = self._bar.add_task(_title(name, ids), total=None, values="")
         self._bar.start()
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, values=_values(values))
 

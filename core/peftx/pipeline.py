@@ -102,7 +102,7 @@ class Run:
     def _check_data(self) -> None:
         data = self.pipeline.data
         evaluated = data.train if data.holdout is not None else data.eval
-        for source in (data.eval, data.calibration):
+        for source in (data.eval, data.calibration, *data.sources.values()):
             if source is not None:
                 rows_of(source, limit=1)
         own = [member.id for member in self.members if member.implements("evaluate")]
@@ -239,6 +239,10 @@ class Run:
             progress=self.reporter.progress,
             options=settings,
             prepare=False,
+            sources={
+                name: rows_of(source, limit=source.limit)
+                for name, source in self.pipeline.data.sources.items()
+            },
         )
         if resting:
             stack.unfreeze(*resting)

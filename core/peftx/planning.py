@@ -16,6 +16,7 @@ from peftx.kernel.anatomy import Anatomy, Site
 from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
+from peftx.kernel.phases import spans
 from peftx.kernel.registry import Registry
 from peftx.pipeline import check_rows_serve
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
@@ -101,6 +102,12 @@ def plan(
     ]
     modules, saved = _touched(stack, promised)
     reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
+    steps = {index: pipeline.train_settings(s).steps for index, s in enumerate(stages) if s.train is not None}
+    phases = {index: _phases(stack, total, conflicts) for index, total in steps.items()}
+    planned = tuple(
+        s.model_copy(update={"detail": phases[index]}) if index in phases else s
+        for index, s in enumerate(planned)
+    )
     details = {
         "inject": lambda stage: reach,
         "compress": lambda stage: _duration([promised[id] for id in stage.plugins if id in promised], tokens),
@@ -124,6 +131,16 @@ def plan(
         conflicts=tuple(conflicts),
         totals=totals,
     )
+
+
+def _phases(stack: Stack, steps: int, conflicts: list[PlannedConflict]) -> str:
+    """What the phases of a stretch of training are; a plugin whose phases do not fit is a conflict."""
+    told = []
+    for member in stack.members:
+        with _noting(conflicts, member):
+            found = spans(member.plugin.phases(), steps, owner=member.id)
+            told += [f"{member.id}: {', '.join(map(str, found))} steps"] if found else []
+    return "; ".join(told)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from peftx.engines.data import TrainingData
     from peftx.engines.training import TrainStep
+    from peftx.engines.training.feeders import Feeder
     from peftx.engines.training.run import Progress, TrainingReport
     from peftx.engines.training.shares import Share
     from peftx.toolkits.decoding import Generation
@@ -112,6 +113,7 @@ class Stack(Kernel):
         micro: int = 0,
         accumulation: int = 1,
         share: Share | None = None,
+        sources: Mapping[str, Feeder] | None = None,
     ) -> Tensor:
         """One step of a loop of your own: gradients are left in `.grad`, or `optimizer` steps and clears them.
 
@@ -125,6 +127,7 @@ class Stack(Kernel):
                 the last one.
             share: what part of the optimizer step this batch is, of `shares`; equal parts if left out, which is right
                 where all batches have as many labels.
+            sources: see `peftx.engines.training.feeders.Feeder`; for plugins that train on several sources.
 
         Returns:
             The loss, 0-d, detached.
@@ -134,7 +137,7 @@ class Stack(Kernel):
         rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
         step = TrainStep(
             self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, learning_rate=rate,
-            share=share,
+            share=share, sources=sources,
         )  # fmt: skip
         loss = self.run_train_step(step)
         if optimizer is not None and step.last_micro:
@@ -156,6 +159,7 @@ class Stack(Kernel):
         output: str | Path | None = None,
         resume: bool | str | Path = False,
         progress: Progress | None = None,
+        sources: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> TrainingReport:
         """Train what the plugins declared.
@@ -163,7 +167,8 @@ class Stack(Kernel):
         Args:
             data: a file, rows, or prepared `TrainingData`.
             output: folder for checkpoints. resume: from the last checkpoint in `output`, or from this one.
-            progress: called with (steps done, steps planned, loss terms).
+            progress: called with (steps done, steps planned, loss terms and phases).
+            sources: further rows by name, files or rows, for plugins that train on several (`step.batch_of`).
             options: fields of the spec's `train:` section: steps, batch_size, learning_rate, ...
 
         Raises:
@@ -171,7 +176,9 @@ class Stack(Kernel):
         """
         from peftx.engines.training.run import train
 
-        return train(self, data, output=output, resume=resume, progress=progress, options=options)
+        return train(
+            self, data, output=output, resume=resume, progress=progress, options=options, sources=sources
+        )
 
     # -- compression ---------------------------------------------------------------------------------------------
 

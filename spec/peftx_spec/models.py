@@ -106,6 +106,9 @@ class DataSpec(SpecModel):
     calibration: SourceSpec | None = Field(
         None, description="what compression calibrates on; the rows that are trained on unless given"
     )
+    sources: dict[Slug, SourceSpec] = Field(
+        default_factory=dict, description="further rows by name, for plugins that train on several"
+    )
 
 
 class StackEntry(SpecModel):

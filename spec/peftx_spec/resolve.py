@@ -47,7 +47,10 @@ def _data(data: DataSpec, base: FilePath) -> DataSpec:
     def moved(source: SourceSpec | None) -> SourceSpec | None:
         return None if source is None else source.model_copy(update={"path": absolute(source.path, base)})
 
-    update = {"train": moved(data.train), "eval": moved(data.eval), "calibration": moved(data.calibration)}
+    update: dict[str, object] = {
+        "train": moved(data.train), "eval": moved(data.eval), "calibration": moved(data.calibration),
+        "sources": {name: moved(source) for name, source in data.sources.items()},
+    }  # fmt: skip
     return data.model_copy(update=update)
 
 

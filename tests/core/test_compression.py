@@ -267,7 +267,7 @@ def test_integers_equal_the_emulation_of_the_same_quantizer(
     module = made_from(nn.Linear(24, 16), **options)
     x = torch.randn(9, 24)
     integers = module(x)
-    monkeypatch.setattr("peftx.toolkits.compression.linear.int8_matmul_fits", lambda *a, **k: False)
+    monkeypatch.setattr("peftx.toolkits.compression.kernels.int8_matmul_fits", lambda *a, **k: False)
     assert module.kernel == "emulate"
     torch.testing.assert_close(module(x), integers, rtol=1e-5, atol=1e-5)
 

@@ -208,7 +208,7 @@ def test_a_switch_that_one_layer_refuses_changes_none() -> None:
     with pytest.raises(MergeError), stack.disabled("last"):
         raise AssertionError("not reached")
     assert all(
-        entry.enabled for place in stack.ledger.carriers(["last"]) for entry in place._peftx_slot.entries
+        entry.enabled for place in stack.ledger.carriers(["last"]) for entry in place._peftx_slot.links
     )
 
 

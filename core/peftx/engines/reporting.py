@@ -12,7 +12,7 @@ class Reporter(Protocol):
     def stage(self, name: str, ids: Sequence[str]) -> None:
         """A stage begins."""
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None:
         """The stage's work so far."""
 
     def finished(self, name: str, seconds: float, detail: str) -> None:
@@ -24,6 +24,6 @@ class Silent:
 
     def stage(self, name: str, ids: Sequence[str]) -> None: ...
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None: ...
 
     def finished(self, name: str, seconds: float, detail: str) -> None: ...

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -184,6 +185,8 @@ class BasePart(Part):
     """The base's own, which stand aside and come back."""
     others: Callable[[BasePart], dict[str, BasePart]] = lambda part: {}
     """Name -> the part of another plugin that trains this parameter of the module too."""
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    """Entries that train, bool, of parameters of which not all do."""
     on: bool = True
     _aside: dict[str, nn.Parameter] = field(default_factory=dict)
     """The trained ones, while it is switched off."""
@@ -201,6 +204,21 @@ class BasePart(Part):
         kept = self.others(self)
         mine = {name: old for name, old in self.original.items() if name not in kept}
         swap(self.model, self.module, {name: self.module._parameters[name] for name in mine}, mine)
+
+    def mask_gradients(self) -> None:
+        """Zero those of entries that do not train."""
+        for name, mask in self.masks.items():
+            parameter = self.module._parameters[name]
+            if parameter is not None and parameter.grad is not None:
+                parameter.grad.masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Entries that do not train as they were, to the bit: a weight decay needs no gradient."""
+        for name, mask in self.masks.items():
+            parameter = self.module._parameters[name]
+            if parameter is not None:
+                parameter.copy_(torch.where(mask, parameter, self.original[name].to(parameter)))
 
     def check_switch(self) -> None:
         self.check_unmerged()

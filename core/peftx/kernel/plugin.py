@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftx.errors import PluginError, nearest
 from peftx.kernel.names import HOOKS, PROJECT
+from peftx.kernel.phases import Phase
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -169,6 +170,11 @@ class Plugin:
         Raises:
             ConflictError, ArchitectureError: name what stands in the way, and what does.
         """
+
+    def phases(self) -> Sequence[Phase]:
+        """The phases of a training run, in order; `step.phase(self)` says which one it is, `peftx plan` how long each
+        takes. Asked when a run begins."""
+        return ()
 
     def finished(self) -> Iterable[nn.Parameter]:
         """Parameters of the plugin that train no more: what it chose against, or is done with. Asked whenever it is

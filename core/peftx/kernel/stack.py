@@ -97,6 +97,8 @@ class Stack:
         self.trained_steps = 0
         self.memory: dict[str, Any] = {}
         """What plugins remember between the steps of a loop of your own."""
+        self.around_update: list[Any] = []
+        """Handles of what is to run around the optimizer's next step."""
         self.pipeline: Pipeline | None = None
         """The spec that made this stack; its bundle repeats it."""
         self.scores: dict[str, Any] = {}

@@ -27,7 +27,9 @@ from peftx.kernel.changes import (
     train_base,
 )
 from peftx.kernel.ledger import Ledger
+from peftx.kernel.parts import BasePart
 from peftx.kernel.slots import Delta
+from peftx.kernel.trained import Trained
 from peftx.kernel.virtual_tokens import Shift, VirtualTokens
 
 D = TypeVar("D", bound=Delta)
@@ -95,7 +97,7 @@ class ModelView:
         return self._by.restoring
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name in ("attach", "train", "replace"):
+        if name in ("attach", "replace"):
             raise PluginError(f"model.{name}(site, ...) is site.{name}(...) since version 0.2")
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
@@ -185,6 +187,18 @@ class ModelView:
             if site.role == "embedding":
                 return self.bound(site)
         raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no token embedding")
+
+    def train(self, targets: Targets | str) -> dict[str, Trained]:
+        """Let the parameters of the base on these sites train (weights and biases, one that is tied once); by name."""
+        found: dict[str, Trained] = {}
+        for site in {site.path: site for site in self.sites(targets) if site.kind != "block"}.values():
+            known = {id(place.theta) for place in found.values()}
+            own = [n for n, p in site.module.named_parameters(recurse=False) if id(p) not in known]
+            if own:
+                site.train(*own)
+                part = self._ledger.of(self.owner, BasePart)[-1]
+                found |= {f"{site.path}.{name}": Trained(part, name) for name in own}
+        return found
 
     def bound(self, site: Site) -> BoundSite:
         """A site of the anatomy, through which this plugin may act."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow.compute as compute
 from datasets import Dataset
@@ -23,16 +23,22 @@ from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
 from peftx.engines.training.examples import examples_of, mask_of
+from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.calls import columns_of
 from peftx.kernel.objective import pad_of
+from peftx.kernel.phases import spans
 from peftx_spec.models import TrainSpec
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
 
-Progress = Callable[[int, int, dict[str, float]], None]
+Progress = Callable[[int, int, dict[str, float | str]], None]
+"""Called with (steps done, steps planned, loss terms and phases)."""
+
+
+Rows: TypeAlias = str | Path | Sequence[dict[str, Any]] | Dataset | TrainingData
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
 
 def as_training_data(
     stack: Stack,
-    data: str | Path | Sequence[dict[str, Any]] | Dataset | TrainingData,
+    data: Rows,
     *,
     seed: int,
     max_length: int,
@@ -125,7 +131,9 @@ class _Watcher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.progress is not None:
-            self.progress(state.global_step, state.max_steps, self.trainer().loss_terms)
+            trainer = self.trainer()
+            told: dict[str, float | str] = {**trainer.loss_terms, **trainer.phases}
+            self.progress(state.global_step, state.max_steps, told)
 
 
 def train(
@@ -137,6 +145,7 @@ def train(
     progress: Progress | None,
     options: dict[str, Any] | TrainSpec,
     prepare: bool = True,
+    sources: Mapping[str, Rows] | None = None,
 ) -> TrainingReport:
     """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already)."""
     spec = parse_options(options)
@@ -161,6 +170,9 @@ def train(
         pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder,
         pad_values=dict.fromkeys(columns_of(stack.model), 0),
     )  # fmt: skip
+    feeders = _feeders(stack, sources or {}, spec, collator)
+    for member in stack.members:
+        spans(member.plugin.phases(), spec.steps, owner=member.id)  # before anything is paid for
     set_seed(spec.seed)
     started = time.perf_counter()
     cached = stack.model.config.to_dict().get("use_cache")
@@ -169,7 +181,7 @@ def train(
         identity = _identity(stack, spec, rows)
         trainer = StackTrainer(
             stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity,
-            masks=mask_of(stack, training_data, spec.seed),
+            masks=mask_of(stack, training_data, spec.seed), sources=feeders,
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
@@ -199,6 +211,20 @@ def train(
         trainer.loss_terms,
         _full(rows, training_data),
     )
+
+
+def _feeders(
+    stack: Stack, sources: Mapping[str, Rows], spec: TrainSpec, collator: Collator
+) -> dict[str, Feeder]:
+    """Batches of each further source, tokenized as rows of its format are; `prepare_data` has not seen them."""
+    found = {}
+    for name, rows in sources.items():
+        if not isinstance(rows, str | Path | TrainingData) and len(rows) == 0:
+            raise DataError(f"the source '{name}' has no rows")
+        data = as_training_data(stack, rows, seed=spec.seed, max_length=spec.max_length)
+        examples = examples_of(stack, data)
+        found[name] = Feeder(examples, collator, size=spec.batch_size, seed=spec.seed, name=name)
+    return found
 
 
 def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from peftx.engines.training.feeders import Feeder, feeder_of
 from peftx.engines.training.shares import Over, Share
+from peftx.engines.training.updates import Action, around_next_update
 from peftx.errors import PeftxError
+from peftx.kernel.modes import eval_mode
+from peftx.kernel.parts import BasePart
+from peftx.kernel.phases import Span, spans
+from peftx.kernel.plugin import Plugin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +40,7 @@ class TrainStep:
         memory: what plugins remember between steps; plain numbers, strings, lists and tensors, saved in checkpoints;
             the stack's own, of a loop of your own, if left out.
         backward: called with the scaled loss; `Tensor.backward` if left out.
+        sources: batches of further sources of rows, for `batch_of`.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class TrainStep:
         share: Share | None = None,
         memory: dict[str, Any] | None = None,
         backward: Callable[[Tensor], None] | None = None,
+        sources: Mapping[str, Feeder] | None = None,
     ) -> None:
         self.stack = stack
         self.module = model if model is not None else stack.model
@@ -67,6 +76,9 @@ class TrainStep:
         self._task: Callable[[], tuple[Tensor, Any]] = self._task_loss
         self._task_over: Over = "labels"
         self._gradients: list[GradientTransform] = []
+        self._before: list[Action] = []
+        self._after: list[Action] = []
+        self._sources = sources or {}
 
     @property
     def model(self) -> PreTrainedModel:
@@ -85,6 +97,85 @@ class TrainStep:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains, in a fixed order, each once."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def phase(self, plugin: Plugin) -> Span:
+        """Which of its `phases` a plugin is in; `begins(plugin)` says whether this is its first micro-batch.
+
+        Where they lie is settled when the run begins, and remembered in checkpoints: a run that is resumed, or
+        lengthened, goes on in the right one.
+        """
+        id = self.stack.id_of(plugin)
+        known = self.memory.setdefault("phases", {})
+        if id not in known or (self.index == 0 and self.first_micro):
+            known[id] = [[s.name, s.first, s.end] for s in spans(plugin.phases(), self.total, owner=id)]
+        lying = [Span(*found) for found in known[id]]
+        return next((span for span in lying if span.end is None or self.index < span.end), lying[-1])
+
+    def begins(self, plugin: Plugin) -> bool:
+        """Is this the first micro-batch of a phase of the plugin's."""
+        return self.first_micro and self.phase(plugin).first == self.index
+
+    def batch_of(self, name: str) -> dict[str, Tensor]:
+        """The batch of another source of rows for this micro-batch, on the model's device.
+
+        Raises:
+            DataError: the run has no source of the name.
+        """
+        batch = feeder_of(self._sources, name).batch(self.index * self.accumulation + self.micro)
+        return {key: value.to(self.model.device) for key, value in batch.items()}
+
+    # -- other models --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reference(
+        self, of: Literal["start", "base"] | PreTrainedModel = "start"
+    ) -> Iterator[PreTrainedModel]:
+        """A model to compare with, in evaluation mode and without gradients; everything is as it was afterwards.
+
+        Args:
+            of: `start`, this model with all that trains as it was at the run's first step (copied there, and kept in
+                checkpoints); `base`, this model without its plugins; or a model of its own, of `peftx.companion`.
+
+        Raises:
+            PeftxError: the start is not remembered.
+        """
+        if not isinstance(of, str):
+            with eval_mode(of), torch.no_grad():
+                yield of
+            return
+        instead = swapped(self._start()) if of == "start" else self.stack.disabled()
+        with instead, eval_mode(self.model), torch.no_grad():
+            yield self.model
+
+    def _start(self) -> list[tuple[nn.Parameter, Tensor]]:
+        if self.total is not None and self.index > 0 and "start" not in self.memory:
+            raise PeftxError(
+                f"step {self.index} does not remember how the run started",
+                hint="ask for the reference from the first step on; give all steps of a loop of your own one `memory`",
+            )
+        start = self.memory.setdefault("start", {})
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and name not in start:  # or unfrozen later: till then it was as it is
+                start[name] = p.detach().clone()
+            elif name in start:  # from a checkpoint it is on the CPU; and the model may have been cast
+                start[name] = start[name].to(p)
+        return [(p, start[name]) for name, p in self.model.named_parameters() if name in start]
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Inside, all that trains may be changed, and gradients be made; afterwards both are as they were, to the bit,
+        and so are the random numbers that follow."""
+        kept = [(p, p.detach().clone(), p.grad) for p in self.parameters()]
+        with torch.random.fork_rng(devices=[]):
+            try:
+                for p, _, _ in kept:
+                    p.grad = None
+                yield
+            finally:
+                with torch.no_grad():
+                    for p, value, gradient in kept:
+                        p.copy_(value)
+                        p.grad = gradient
 
     # -- losses --------------------------------------------------------------------------------------------------
 
@@ -157,12 +248,42 @@ class TrainStep:
         """
         self._gradients.append(transform)
 
+    def before_update(self, action: Action) -> None:
+        """Run `action(optimizer)` right before the optimizer steps, whoever calls it: register it in the last
+        micro-batch, or in every one."""
+        self._before.append(action)
+
+    def after_update(self, action: Action) -> None:
+        """Run `action(optimizer)` right after the optimizer has stepped."""
+        self._after.append(action)
+
     def finish(self) -> None:
         """Run the gradient transforms if this is the last micro-batch; the core calls it after the hooks."""
-        if self.last_micro:
-            with torch.no_grad():
-                for transform in self._gradients:
-                    transform(self.parameters())
+        if not self.last_micro:
+            return
+        masked = [part for part in self.stack.ledger.all(BasePart) if part.masks]
+        with torch.no_grad():
+            for part in masked:
+                part.mask_gradients()
+            for transform in self._gradients:
+                transform(self.parameters())
+        for handle in self.stack.around_update:
+            handle.remove()  # of a step without an update
+        after = [*((lambda _, part=part: part.hold()) for part in masked), *self._after]
+        self.stack.around_update = around_next_update(self.parameters(), self._before, after)
+
+
+@contextmanager
+def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Other values in the parameters' place; nothing is copied."""
+    own = [(p, p.data) for p, _ in values]
+    try:
+        for p, value in values:
+            p.data = value
+        yield
+    finally:
+        for p, value in own:
+            p.data = value
 
 
 def run_train_step(step: TrainStep) -> Tensor:

@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from peftx.engines.files import (
     staging,
     telling_what_was_not_written,
 )
+from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
 from peftx.engines.training.shares import shares
 from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
@@ -67,12 +68,16 @@ class StackTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         identity: dict[str, Any] | None = None,
         masks: Masks | None = None,
+        sources: Mapping[str, Feeder] | None = None,
     ) -> None:
         self.stack = stack
         self.masks = masks
+        self.sources = sources or {}
         self.identity = identity or {}
         self.memory: dict[str, Any] = {}
         self.loss_terms: dict[str, float] = {}
+        self.phases: dict[str, str] = {}
+        """Plugin -> its phase in the last step."""
         self._micro = 0
         self._shares: list[dict[str, float]] = []
         self._staging: Path | None = None
@@ -102,11 +107,13 @@ class StackTrainer(Trainer):
             share=self._shares[self._micro] if accumulation > 1 else None,
             memory=self.memory,
             backward=self.accelerator.backward,
+            sources=self.sources,
         )
         self._micro = (self._micro + 1) % accumulation
         with self.compute_loss_context_manager():
             loss = run_train_step(step)
         self.loss_terms = step.losses
+        self.phases = {m.id: step.phase(m.plugin).name for m in self.stack.members if m.plugin.phases()}
         for name, value in step.losses.items():
             if not math.isfinite(value):
                 raise PeftxError(

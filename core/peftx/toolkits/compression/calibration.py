@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.kernel.modes import eval_mode
 
 __all__ = ["BlockInputs", "Calibration", "walk_blocks"]
 
@@ -165,18 +165,6 @@ def _shared(call: _Call, known: list[_Call]) -> _Call:
     return next((other for other in reversed(known) if _same_call(call, other)), call)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; every module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _first_call(model: nn.Module, block: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, _Call]:
     """Run the model up to its first block only."""
     taken: list[tuple[Tensor, _Call]] = []
@@ -282,7 +270,7 @@ def _walk(
     on_block: Callable[[int, nn.Module, BlockInputs], None],
     store: _Store,
 ) -> None:
-    with _evaluating(model):
+    with eval_mode(model):
         hidden, first = _all_calls(model, blocks, batches[0])
         store.save(0, hidden)
         uniform = all(call is first[0] for call in first)

@@ -10,6 +10,7 @@ Evaluation                                (evaluation.py)
 
 from __future__ import annotations
 
+from peftx.kernel.modes import eval_mode, evaluating
 from peftx.toolkits.evaluation.answers import exact_match, last_number, normalise_answer
 from peftx.toolkits.evaluation.classification import AccuracyResult, ClassCounts, accuracy
 from peftx.toolkits.evaluation.evaluation import Evaluation
@@ -17,8 +18,6 @@ from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.likelihood import (
     Request,
     context_window,
-    eval_mode,
-    evaluating,
     score_requests,
     windows,
 )

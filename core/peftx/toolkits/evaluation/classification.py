@@ -23,13 +23,13 @@ from peftx.engines.data import (
     text_ids,
 )
 from peftx.errors import DataError
+from peftx.kernel.modes import evaluating
 from peftx.kernel.objective import objective_of, pad_of
 from peftx.toolkits.evaluation.likelihood import (
     Progress,
     Request,
     context_window,
     decoder_start,
-    evaluating,
     opening_ids,
     refuse_masked,
     score_requests,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from peftx.engines.data import special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
+from peftx.kernel.modes import evaluating
 from peftx.kernel.virtual_tokens import free_positions
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -41,25 +41,6 @@ class Request:
     first: int
     targets: list[list[int]]
     encoder: list[int] | None = None
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, so without dropout, and with gradients; each module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inference mode with every module in eval mode; each module's own mode comes back afterwards."""
-    with eval_mode(model), torch.inference_mode():
-        yield
 
 
 def refuse_masked(model: PreTrainedModel) -> None:

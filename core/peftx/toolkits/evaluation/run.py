@@ -11,12 +11,12 @@ from peftx.engines.data import read_dataset
 from peftx.engines.data.gate import check_item
 from peftx.engines.models import asset_path
 from peftx.errors import DataError, PeftxError, nearest
+from peftx.kernel.modes import evaluating
 from peftx.toolkits.decoding.text import generate
 from peftx.toolkits.evaluation.answers import exact_match
 from peftx.toolkits.evaluation.classification import accuracy, accuracy_of_head, head_of
 from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
-from peftx.toolkits.evaluation.likelihood import evaluating
 from peftx.toolkits.evaluation.scores import Score
 from peftx_spec.models import METRIC_FORMATS
 

@@ -1,0 +1,65 @@
+"""Batches of further sources of rows, beside those that a run trains on.
+
+Which rows a batch has follows from the seed, the source's name, the step and the micro-batch alone, so a run that is
+resumed gets the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+
+from peftx.errors import DataError, nearest
+
+
+class Feeder:
+    """Batches of one source.
+
+    Args:
+        rows: tokenized. collate: rows -> a batch. size: rows in a batch; a smaller source gives all of its rows.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+        *,
+        size: int,
+        seed: int,
+        name: str,
+    ) -> None:
+        if len(rows) == 0:
+            raise DataError(f"the source '{name}' has no rows")
+        self.rows, self.collate, self.size = rows, collate, min(size, len(rows))
+        self.seed, self.name = seed, name
+        self._orders: dict[int, list[int]] = {}
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """The `number`-th batch, from 0: every row once, in an order of its own, before any comes again."""
+        wanted = range(number * self.size, (number + 1) * self.size)
+        picked = [self._order(place // len(self.rows))[place % len(self.rows)] for place in wanted]
+        return self.collate([self.rows[index] for index in picked])
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            digest = hashlib.sha256(f"{self.seed}:{self.name}:{epoch}".encode()).digest()
+            order = list(range(len(self.rows)))
+            random.Random(int.from_bytes(digest, "big")).shuffle(order)
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
+        return self._orders[epoch]
+
+
+def feeder_of(feeders: Mapping[str, Feeder], name: str) -> Feeder:
+    """Raises DataError where no source has the name."""
+    if name not in feeders:
+        raise DataError(
+            f"there is no source '{name}' of rows",
+            hint=nearest(name, feeders)
+            or f"data: {{sources: {{{name}: file}}}}, or stack.train(..., sources={{'{name}': rows}})",
+        )
+    return feeders[name]

@@ -1,0 +1,42 @@
+"""What runs around the next step of the optimizer that holds a stack's parameters, whoever calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+Action = Callable[[Optimizer], None]
+
+
+def around_next_update(
+    parameters: Sequence[nn.Parameter], before: Sequence[Action], after: Sequence[Action]
+) -> list[RemovableHandle]:
+    """Run these once, before and after the next step; remove the handles if that step does not come."""
+    sides = ((register_optimizer_step_pre_hook, before), (register_optimizer_step_post_hook, after))
+    return [_once(register, parameters, actions) for register, actions in sides if actions]
+
+
+def _once(
+    register: Callable[[Any], RemovableHandle], parameters: Sequence[nn.Parameter], actions: Sequence[Action]
+) -> RemovableHandle:
+    known = {id(p) for p in parameters}
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            handle.remove()
+            for action in actions:
+                action(optimizer)
+
+    handle = register(hook)
+    return handle
+
+
+def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Let the optimizer begin anew for these: its moments and counts are gone."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

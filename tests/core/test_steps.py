@@ -1,0 +1,295 @@
+"""What a step of training offers: phases, masks, references, further sources, trials, what runs around an update."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
+from peftx.engines.training.updates import forget
+from peftx.errors import DataError, PeftxError
+from peftx.kernel.phases import Phase, Span, spans
+from peftx.planning import plan
+from peftx.testing.models import tiny, tiny_tokenizer
+from peftx_lora import Lora
+from peftx_spec import load_spec
+
+ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+OTHERS = [{"prompt": f"{n} is", "completion": " odd" if n % 2 else " even"} for n in range(5)]
+IDS = torch.arange(3, 19).reshape(2, 8)
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+
+
+def stack_of(*plugins: Plugin) -> Stack:
+    return Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+
+
+# -- phases ----------------------------------------------------------------------------------------------------------
+
+
+def test_where_phases_lie() -> None:
+    phases = (Phase("find", 0.3), Phase("warm", 2), Phase("tune"))
+    assert spans(phases, 10, owner="x") == [Span("find", 0, 3), Span("warm", 3, 5), Span("tune", 5, 10)]
+    assert spans((Phase("warm", 4), Phase("tune")), None, owner="x")[1] == Span("tune", 4, None)
+    with pytest.raises(PeftxError, match=r"x: the phase 'find' is 0.3 of a run whose length is not known"):
+        spans(phases, None, owner="x")
+    for total in (1, 2, 3):
+        with pytest.raises(PeftxError, match=r"x: '\w+' takes the run's \d steps.*none is left for"):
+            spans(phases, total, owner="x")
+
+
+class TwoPhases(Plugin):
+    """Trains a gain, and notes which phase it is."""
+
+    seen: list[tuple[int, str, bool]]
+
+    class Gain(Delta):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.g = nn.Parameter(torch.ones(width))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y * self.g
+
+    def phases(self) -> Sequence[Phase]:
+        return (Phase("find", 0.5), Phase("tune"))
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.seen = []
+        for site in model.linears("attention.q"):
+            site.attach(self.Gain(site.out_features))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        self.seen.append((step.index, step.phase(self).name, step.begins(self)))
+        return (yield)
+
+
+def test_a_run_goes_through_its_phases_and_says_so() -> None:
+    plugin, told = TwoPhases(), []
+    stack = stack_of(plugin)
+    stack.train(
+        ROWS, steps=4, batch_size=2, gradient_accumulation=2,
+        progress=lambda done, total, values: told.append(values["two-phases"]),
+    )  # fmt: skip
+    names = ["find", "find", "tune", "tune"]
+    assert [(i, name) for i, name, _ in plugin.seen] == [(i // 2, names[i // 2]) for i in range(8)]
+    assert [i for i, (_, _, begins) in enumerate(plugin.seen) if begins] == [0, 4]
+    assert told == names
+
+
+def test_a_resumed_run_goes_on_in_its_phase_though_it_was_lengthened(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 3, "output": tmp_path}
+    stack_of(TwoPhases()).train(ROWS, steps=4, **options)
+    again = TwoPhases()
+    stack_of(again).train(ROWS, steps=10, resume=tmp_path / "checkpoint-3", **options)
+    assert {name for _, name, _ in again.seen} == {"tune"}, "half of 10 steps is not asked for again"
+    assert not any(begins for _, _, begins in again.seen)
+
+
+def test_phases_that_do_not_fit_are_refused_before_the_first_step() -> None:
+    plugin = TwoPhases()
+    with pytest.raises(PeftxError, match="two-phases: 'find' takes the run's 1 steps"):
+        stack_of(plugin).train(ROWS, steps=1)
+    assert plugin.seen == []
+
+
+# -- masks, updates --------------------------------------------------------------------------------------------------
+
+
+class Masked(Plugin):
+    claims = {Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.places = model.train("attention.q")
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        for place in self.places.values():
+            mask = torch.zeros_like(place.theta, dtype=torch.bool)
+            mask[::2] = True
+            place.restrict(mask)
+        return (yield)
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_entries_outside_a_mask_stay_to_the_bit(own_loop: bool) -> None:
+    plugin = Masked()
+    stack = stack_of(plugin)
+    if own_loop:
+        parameters = [p for p in stack.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
+        for _ in range(3):
+            stack.train_step(BATCH, optimizer=optimizer)
+    else:
+        stack.train(ROWS, steps=3, learning_rate=0.1, weight_decay=0.5)
+    for place in plugin.places.values():
+        assert torch.equal(place.theta[1::2], place.theta_0[1::2])
+        assert (place.theta[::2] != place.theta_0[::2]).any(1).all()
+        place.restrict(None)
+        place.rewind()
+        assert torch.equal(place.theta, place.theta_0)
+
+
+def test_what_runs_around_an_update_runs_once_and_only_around_it() -> None:
+    order: list[str] = []
+
+    class Around(Plugin):
+        claims = {Claim.NEEDS_GRADIENTS}
+
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+            step.before_update(lambda optimizer: order.append(f"before {step.index}"))
+            step.after_update(lambda optimizer: order.append(f"after {step.index}"))
+            return (yield)
+
+    stack = stack_of(Lora(rank=2), Around())
+    stack.train(ROWS, steps=2, batch_size=2)
+    assert order == ["before 0", "after 0", "before 1", "after 1"]
+    order.clear()
+    stack.train_step(BATCH)  # nobody steps
+    other = nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    torch.optim.SGD([other], lr=0.1).step()
+    assert order == [], "another optimizer is no update of this stack"
+    mine = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=0.1)
+    stack.train_step(BATCH, optimizer=mine)
+    assert len(order) == 2
+
+
+def test_an_optimizer_forgets() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[p]
+    forget(optimizer, [p])
+    assert p not in optimizer.state
+
+
+# -- references, trials ----------------------------------------------------------------------------------------------
+
+
+def moved(stack: Stack) -> None:
+    with torch.no_grad():
+        for p in stack.ledger.parameters("lora"):
+            p.add_(0.1)
+
+
+def test_a_reference_is_the_model_as_it_was() -> None:
+    stack = stack_of(Lora(rank=2, dropout=0.5))
+    moved(stack)
+    stack.model.eval()
+    with torch.no_grad():
+        at_start = stack.model(IDS).logits
+        with stack.disabled():
+            bare = stack.model(IDS).logits
+    stack.model.train()
+    memory: dict[str, Any] = {}
+    for index in range(3):
+        step = TrainStep(stack, BATCH, index=index, total=3, memory=memory)
+        with step.reference() as model:
+            found = model(IDS).logits
+        assert torch.equal(found, at_start)
+        assert not found.requires_grad
+        with step.reference("base") as model:
+            assert torch.equal(model(IDS).logits, bare)
+        moved(stack)
+        assert stack.model.training
+    with step.reference(other := tiny("llama", seed=3)) as model:
+        assert model is other
+    late = TrainStep(stack, BATCH, index=2, total=3, memory={})
+    with pytest.raises(PeftxError, match="step 2 does not remember how the run started"), late.reference():
+        pass
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    stack = stack_of(Lora(rank=2))
+    step = TrainStep(stack, BATCH)
+    step.backward(step.total_loss())
+    before = [(p.detach().clone(), p.grad.clone()) for p in step.parameters()]
+    state = torch.get_rng_state()
+    with step.trial():
+        torch.rand(3)
+        moved(stack)
+        assert all(p.grad is None for p in step.parameters())
+        step.total_loss().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    for p, (value, gradient) in zip(step.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+        assert torch.equal(p.grad, gradient)
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+class TwoSources(Plugin):
+    """Adds the loss on rows of another source."""
+
+    batches: list[list[list[int]]]
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        batch = step.batch_of("others")
+        self.batches = [*getattr(self, "batches", []), batch["input_ids"].tolist()]
+        step.add_loss("others", lambda _: step.model(**batch).loss)
+        return (yield)
+
+
+def test_batches_of_a_further_source() -> None:
+    plugin = TwoSources()
+    stack = stack_of(Lora(rank=2), plugin)
+    report = stack.train(ROWS, steps=3, batch_size=2, gradient_accumulation=2, sources={"others": OTHERS})
+    assert set(report.terms) == {"task", "others"}
+    seen = [tuple(t for t in row if t) for batch in plugin.batches for row in batch]
+    assert len(seen) == 12
+    assert len(set(seen[:5])) == 5, "every row once before any comes again"
+    again = TwoSources()
+    stack_of(Lora(rank=2), again).train(
+        ROWS, steps=3, batch_size=2, gradient_accumulation=2, sources={"others": OTHERS}
+    )
+    assert again.batches == plugin.batches
+
+
+def test_a_resumed_run_gets_the_same_batches(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "sources": {"others": OTHERS}}
+    whole = TwoSources()
+    stack_of(Lora(rank=2), whole).train(ROWS, steps=4, **options)
+    stack_of(Lora(rank=2), TwoSources()).train(ROWS, steps=2, checkpoint_every=2, output=tmp_path, **options)
+    rest = TwoSources()
+    stack_of(Lora(rank=2), rest).train(
+        ROWS, steps=4, checkpoint_every=2, output=tmp_path, resume=True, **options
+    )
+    assert rest.batches == whole.batches[2:]
+
+
+def test_a_source_that_is_not_there() -> None:
+    with pytest.raises(DataError, match="no source 'others'") as caught:
+        stack_of(Lora(rank=2), TwoSources()).train(ROWS, steps=1, sources={"other": OTHERS})
+    assert caught.value.hint == "did you mean 'other'?"
+    with pytest.raises(DataError, match="source 'others' has no rows"):
+        stack_of(Lora(rank=2), TwoSources()).train(ROWS, steps=1, sources={"others": []})
+
+
+# -- in a spec -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_phases_and_refuses_those_that_do_not_fit() -> None:
+    text = (
+        "model: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\nstack: [lt-sft]\ntrain: {steps: STEPS}\n"
+    )
+    for steps, whole in (("10", True), ("1", False)):
+        pipeline = load_spec(text.replace("STEPS", steps), catalogue=Registry()).pipeline
+        found = plan(pipeline)
+        (train,) = (stage for stage in found.stages if stage.name == "train")
+        if whole:
+            assert train.detail == "lt-sft: find 5, tune 5 steps"
+        else:
+            assert "lt-sft" in str(found.conflicts)
