@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftx.engines.training.feeders import Feeder
     from peftx.engines.training.run import Progress, TrainingReport
     from peftx.engines.training.shares import Share
+    from peftx.kernel.heads import Pool
     from peftx.toolkits.decoding import Generation
     from peftx.toolkits.evaluation import Score
     from peftx.toolkits.serving import Server
@@ -267,6 +268,24 @@ class Stack(Kernel):
         labels, scores = classify(self, head, [texts] if isinstance(texts, str) else list(texts))
         named = [labels[index] for index in scores.argmax(-1).tolist()]
         return named[0] if isinstance(texts, str) else named
+
+    def embed(self, texts: str | Sequence[str], *, pool: Pool | None = None, size: int = 32) -> Tensor:
+        """Texts as vectors of length 1, from the last hidden states.
+
+        Args:
+            pool: of `peftx.kernel.heads`; if left out the last token of a decoder, the mean of other models.
+            size: texts in a forward pass.
+
+        Returns:
+            [d] float32, or [N, d] for a list of texts. Cosine similarity is their product.
+
+        Raises:
+            DataError: no text, or one without tokens.
+        """
+        from peftx.toolkits.evaluation.embedding import embed
+
+        found = embed(self, [texts] if isinstance(texts, str) else list(texts), pool=pool, size=size)
+        return found[0] if isinstance(texts, str) else found
 
     def evaluate(
         self, data: Any = None, *, metrics: Sequence[str] = ("perplexity",), **options: Any

@@ -282,7 +282,8 @@ def test_a_source_that_is_not_there() -> None:
 
 
 def test_plan_shows_phases_and_refuses_those_that_do_not_fit() -> None:
-    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\nstack: [lt-sft]\ntrain: {steps: STEPS}\n"
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\n"
+    text += "stack: [lt-sft]\ntrain: {steps: STEPS}\n"
     for steps, whole in (("10", True), ("1", False)):
         pipeline = load_spec(text.replace("STEPS", steps), catalogue=Registry()).pipeline
         found = plan(pipeline)

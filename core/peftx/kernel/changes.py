@@ -151,7 +151,9 @@ def replace_module(ledger: Ledger, owner: Owner, site: Site, module: nn.Module) 
     ledger.parts.append(ReplacedPart(owner.id, site.path, module, module.geometry(), holder, old, inside))
 
 
-def keep_module(ledger: Ledger, owner: Owner, name: str, module: nn.Module) -> None:
+def keep_module(
+    ledger: Ledger, owner: Owner, name: str, module: nn.Module, *, full_precision: bool = False
+) -> None:
     """A module of the plugin's own that stands nowhere in particular."""
     model = ledger.model
     if FREE not in model._modules:
@@ -163,7 +165,7 @@ def keep_module(ledger: Ledger, owner: Owner, name: str, module: nn.Module) -> N
     if name in mine._modules:
         raise ConflictError(f"'{owner.id}' already keeps a module named '{name}'")
     mine._modules[name] = module
-    _settle(ledger, module, model)
+    _settle(ledger, module, model, full_precision=full_precision)
     ledger.parts.append(FreePart(owner.id, f"{FREE}.{name}", module, model, name))
 
 

@@ -26,6 +26,7 @@ from peftx.kernel.changes import (
     replace_module,
     train_base,
 )
+from peftx.kernel.heads import Head, Pool, mean_of
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.parts import BasePart
 from peftx.kernel.slots import Delta
@@ -206,11 +207,42 @@ class ModelView:
 
     # -- changes -------------------------------------------------------------------------------------------------
 
-    def keep(self, name: str, module: M) -> M:
+    def keep(self, name: str, module: M, *, full_precision: bool = False) -> M:
         """Own a module that stands nowhere in particular (weights shared by many deltas): it moves, trains and is
-        saved with the plugin. Deltas may hold a reference to it in a tuple, so that it is no child of theirs."""
-        keep_module(self._ledger, self._by, name, module)
+        saved with the plugin. Deltas may hold a reference to it in a tuple, so that it is no child of theirs.
+
+        Args:
+            full_precision: float32 at least, whatever the dtype of the model: half precision would lose small steps.
+        """
+        keep_module(self._ledger, self._by, name, module, full_precision=full_precision)
         return module
+
+    def head(self, name: str, out: int, *, pool: Pool = mean_of, dropout: float = 0.0) -> Head:
+        """A head over the last hidden states of the model's one tower, kept as `keep` keeps it, in full precision.
+
+        Args:
+            out: numbers in an answer. pool: what becomes of a text's states; see `peftx.kernel.heads`.
+
+        Raises:
+            ArchitectureError: the model has two towers.
+        """
+        head = Head(self.hidden_size, out, last=self.last_hidden(), pool=pool, dropout=dropout)
+        return self.keep(name, head, full_precision=True)
+
+    def last_hidden(self) -> nn.Module:
+        """The module that gives the last hidden states [B, T, d]: the final norm; in an encoder its last layer's.
+
+        Raises:
+            ArchitectureError: the model has two towers.
+        """
+        if len(self.towers) > 1:
+            raise ArchitectureError(
+                f"{self.owner}: {self.config.model_type} has {' and '.join(self.towers)}, and the head reads one",
+                hint="take a decoder or an encoder",
+            )
+        encoder = "encoder" in self.towers
+        site = self.site("norm.mlp", layer=self.num_layers - 1) if encoder else self.site("norm.final")
+        return site.module
 
     def attend(self, site: BoundSite, edit: AttentionEdit) -> None:
         """`site.attend(edit)`."""

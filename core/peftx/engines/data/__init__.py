@@ -11,7 +11,16 @@ Collator           collate.py        examples become padded tensors
 
 from __future__ import annotations
 
-from peftx.engines.data.classes import CLASS_INDEX, check_labels, class_ids, class_index, tokenize_classes
+from peftx.engines.data.classes import (
+    CLASS_INDEX,
+    batches_of,
+    check_labels,
+    class_ids,
+    class_index,
+    class_rows,
+    take_classes,
+    tokenize_classes,
+)
 from peftx.engines.data.collate import IGNORE, Collator, pads_right
 from peftx.engines.data.encoding import (
     Example,
@@ -37,9 +46,11 @@ __all__ = [
     "Collator",
     "Example",
     "TrainingData",
+    "batches_of",
     "check_labels",
     "class_ids",
     "class_index",
+    "class_rows",
     "continuation",
     "detect_format",
     "encode_pair",
@@ -52,6 +63,7 @@ __all__ = [
     "read_dataset",
     "render_messages",
     "special_frame",
+    "take_classes",
     "text_ids",
     "tokenize_classes",
     "tokenize_dataset",

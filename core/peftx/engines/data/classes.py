@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 
-from peftx.engines.data.collate import IGNORE
+from peftx.engines.data.collate import IGNORE, Collator
 from peftx.engines.data.encoding import encoder_ids, prompt_ids, special_frame, without_prefix
 from peftx.errors import DataError, nearest
 
@@ -95,3 +97,40 @@ def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed:
     if not found["input_ids"]:
         raise DataError("no rows to classify")
     return Dataset.from_dict(found)
+
+
+def class_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    closed: bool = False,
+    owner: str,
+) -> list[list[int]]:
+    """Texts to classify as `tokenize_classes` makes them of rows.
+
+    Raises:
+        DataError: a text without tokens; names `owner` and the text.
+    """
+    rows = [class_ids(tokenizer, text, max_length=max_length, closed=closed) for text in texts]
+    nothing = class_ids(tokenizer, "", max_length=max_length, closed=closed)
+    if nothing in rows:
+        index = rows.index(nothing)
+        raise DataError(f"{owner}: text {index} (counting from 0), {texts[index]!r}, has no tokens")
+    return rows
+
+
+def batches_of(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, size: int = 32
+) -> Iterator[dict[str, Tensor]]:
+    """Rows of token ids as batches of so many, in order, padded on the right."""
+    collate = Collator(pad)
+    for start in range(0, len(rows), size):
+        batch = collate([{"input_ids": list(row)} for row in rows[start : start + size]])
+        yield {name: x.to(device) for name, x in batch.items()}
+
+
+def take_classes(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch of `tokenize_classes` without its labels, and the number of each row's class [B]."""
+    rest = {name: x for name, x in batch.items() if name not in (CLASS_INDEX, "labels")}
+    return rest, batch[CLASS_INDEX]

@@ -1,0 +1,142 @@
+"""Heads over the last hidden states, and texts as vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import peftx
+from peftx import Claim, ModelView, Plugin, Stack, TrainingData, TrainStep, VirtualTokens, hookimpl
+from peftx.engines.data import batches_of, class_rows, take_classes, tokenize_classes
+from peftx.errors import ArchitectureError, DataError
+from peftx.kernel.heads import Head, each_of, first_of, last_of, mean_of
+from peftx.testing.models import tiny, tiny_tokenizer
+
+TEXTS = ["good", "a rather bad thing", "fine", "oh no, not again and again"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pools_see_real_tokens_alone(side: str) -> None:
+    hidden = torch.randn(3, 6, 4)
+    mask = torch.zeros(3, 6, dtype=torch.int64)
+    spans = [(0, 2), (0, 6), (0, 4)] if side == "right" else [(4, 6), (0, 6), (2, 6)]
+    for row, (a, b) in enumerate(spans):
+        mask[row, a:b] = 1
+    for row, (a, b) in enumerate(spans):
+        own = hidden[row, a:b]
+        torch.testing.assert_close(mean_of(hidden, mask)[row], own.mean(0))
+        assert torch.equal(last_of(hidden, mask)[row], own[-1])
+        assert torch.equal(first_of(hidden, mask)[row], own[0])
+    assert each_of(hidden, mask) is hidden
+
+
+class Rows(VirtualTokens):
+    def __init__(self, width: int) -> None:
+        super().__init__(3)
+        self.E = nn.Parameter(torch.randn(3, width, generator=torch.Generator().manual_seed(0)))
+
+    def rows(self) -> Tensor:
+        return self.E
+
+
+class Sentiment(Plugin):
+    """A prompt and a head."""
+
+    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS}
+    takes = ("classification",)
+    gives = {"classification": "tokenized"}
+    labels = ("bad", "good")
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.closed = "encoder" in model.towers
+        model.prompt(Rows(model.hidden_size))
+        self.head: Head = model.head("head", 2, dropout=0.1)
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        tokenize_classes(data, self.labels, closed=self.closed)
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        step.batch, target = take_classes(step.batch)
+
+        def loss() -> tuple[Tensor, object]:
+            scores, outputs = self.head.read(step.forward, step.batch["attention_mask"])
+            return F.cross_entropy(scores, target), outputs
+
+        step.replace_task_loss(loss, over="rows")
+        return (yield)
+
+    def classify(self, stack: Stack, texts: list[str]) -> tuple[list[str], Tensor]:
+        rows = class_rows(stack.tokenizer, texts, max_length=32, closed=self.closed, owner="sentiment")
+        found = []
+        for batch in batches_of(rows, 0, stack.model.device, size=3):
+            scores, _ = self.head.read(lambda batch=batch: stack.model(**batch), batch["attention_mask"])
+            found.append(scores)
+        return list(self.labels), torch.cat(found)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "mamba"])
+def test_a_head_trains_is_saved_and_answers_alike_in_any_batch(arch: str, tmp_path: Path) -> None:
+    stack = Stack(tiny(arch), [Sentiment()], tokenizer=tiny_tokenizer())
+    rows = [{"text": text, "label": "good" if index % 2 == 0 else "bad"} for index, text in enumerate(TEXTS)]
+    before = stack.plugins["sentiment"].head.linear.weight.clone()  # type: ignore[attr-defined]
+    stack.train(rows, steps=3, batch_size=4, learning_rate=0.01)
+    assert not torch.equal(stack.plugins["sentiment"].head.linear.weight, before)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        _, together = stack.plugins["sentiment"].classify(stack, TEXTS)
+        alone = torch.cat([stack.plugins["sentiment"].classify(stack, [text])[1] for text in TEXTS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny(arch), tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        assert torch.equal(again.plugins["sentiment"].classify(again, TEXTS)[1], together)
+
+
+def test_a_head_keeps_full_precision_and_starts_from_texts() -> None:
+    stack = Stack(tiny("llama").to(torch.bfloat16), [Sentiment()], tokenizer=tiny_tokenizer())
+    head = stack.plugins["sentiment"].head  # type: ignore[attr-defined]
+    assert head.linear.weight.dtype == torch.float32
+    rows = torch.randn(2, head.linear.in_features)
+    head.start_from(rows)
+    assert torch.equal(head.linear.weight, rows)
+    assert not head.linear.bias.any()
+
+
+def test_a_head_reads_one_tower() -> None:
+    with pytest.raises(
+        ArchitectureError, match="sentiment: t5 has encoder and decoder, and the head reads one"
+    ):
+        Stack(tiny("t5"), [Sentiment()], tokenizer=tiny_tokenizer())
+
+
+def test_a_text_without_tokens_is_named() -> None:
+    with pytest.raises(DataError, match=r"sentiment: text 1 \(counting from 0\), '', has no tokens"):
+        class_rows(tiny_tokenizer(), ["a", ""], max_length=8, owner="sentiment")
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5", "mamba"])
+def test_vectors_do_not_depend_on_the_batch(arch: str) -> None:
+    stack = Stack(tiny(arch), tokenizer=tiny_tokenizer())
+    together = stack.embed(TEXTS, size=3)
+    assert together.shape == (4, stack.anatomy.hidden_size)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(4))
+    for text, vector in zip(TEXTS, together, strict=True):
+        torch.testing.assert_close(stack.embed(text), vector, rtol=1e-4, atol=1e-5)
+    other = mean_of if arch in ("llama", "mamba") else last_of
+    assert not torch.allclose(stack.embed(TEXTS, pool=other), together)
+
+
+def test_a_decoder_is_read_at_its_last_token() -> None:
+    stack = Stack(tiny("llama"), tokenizer=tiny_tokenizer())
+    ids = torch.tensor(class_rows(stack.tokenizer, [TEXTS[1]], max_length=99, owner="x"))
+    with torch.no_grad():
+        state = stack.model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    torch.testing.assert_close(stack.embed(TEXTS[1]), F.normalize(state, dim=0))
+    with pytest.raises(DataError, match="no text"):
+        stack.embed([])
