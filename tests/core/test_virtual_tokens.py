@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle  # noqa: TID251 - in memory only: worker processes get modules so
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
+from peftx import Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel import virtual_tokens
 from peftx.kernel.anatomy import Anatomy
@@ -18,7 +20,7 @@ from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.view import ModelView
 from peftx.kernel.virtual_tokens import VirtualTokens
-from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny
+from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny, tiny_tokenizer
 
 DECODERS = (
     "llama",
@@ -590,3 +592,95 @@ def test_models_that_take_no_embeddings_say_so(arch: str) -> None:
     with pytest.raises(ArchitectureError, match="inputs_embeds"):
         prompted(model, 3)
     assert [type(m) for m in model.modules()] == classes
+
+
+# -- rows of their own -----------------------------------------------------------------------------------------------
+
+
+class OwnRows(VirtualTokens):
+    """Each row of the batch its own tokens, and as many of them as its column says."""
+
+    def __init__(self, width: int, call: Any) -> None:
+        super().__init__(4)
+        self.table = nn.Parameter(torch.randn(3, 4, width, generator=torch.Generator().manual_seed(0)))
+        self.call = call
+
+    def rows(self) -> Tensor:
+        return self.table[self.call.batch["kind"]]
+
+    def real(self) -> Tensor | None:
+        return torch.arange(4) < self.call.batch["count"][:, None]
+
+
+class AfterBos(OwnRows):
+    after_bos = True
+
+
+class ByRow(Plugin):
+    tokens: ClassVar[type[OwnRows]] = OwnRows
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.column("kind")
+        model.column("count")
+        model.prompt(self.tokens(model.hidden_size, model.call))
+
+
+class ByRowAfterBos(ByRow):
+    tokens = AfterBos
+
+
+@pytest.mark.parametrize("plugin", [ByRow, ByRowAfterBos])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@torch.no_grad()
+def test_rows_of_a_batch_have_soft_tokens_of_their_own(arch: str, plugin: type[Plugin]) -> None:
+    """Beside others, padded, with beams and with fewer tokens: each row is what it is alone."""
+    stack = Stack(tiny(arch), [plugin()], tokenizer=tiny_tokenizer())
+    model, long = stack.model, torch.arange(3, 11)[None]
+    short = torch.cat((torch.zeros(1, 3, dtype=torch.int64), long[:, 3:]), 1)
+    ids = torch.cat((long, short, long))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    kind, count = torch.tensor([0, 1, 2]), torch.tensor([4, 4, 2])
+    both = model(ids, attention_mask=mask, kind=kind, count=count).logits
+    for row in range(3):
+        real = mask[row].bool()
+        own = ids[row : row + 1, real]
+        alone = model(
+            own, attention_mask=torch.ones_like(own), kind=kind[row : row + 1], count=count[row : row + 1]
+        )
+        torch.testing.assert_close(both[row, real], alone.logits[0], rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    with stack.columns(kind=kind, count=count):
+        found = model.generate(ids, attention_mask=mask, **options)
+    for row in (0, 1):
+        own = ids[row : row + 1, mask[row].bool()]
+        with stack.columns(kind=kind[row : row + 1], count=count[row : row + 1]):
+            alone = model.generate(own, attention_mask=torch.ones_like(own), **options)
+        assert torch.equal(found[row, -5:], alone[0, -5:])
+
+
+@torch.no_grad()
+def test_soft_tokens_behind_the_first_token() -> None:
+    """As the same embeddings written out behind BOS give."""
+    stack = Stack(tiny("llama"), [ByRowAfterBos()], tokenizer=tiny_tokenizer())
+    ids, model = torch.arange(3, 9)[None], stack.model
+    rows = stack.ledger.parts[-1].module.table[:1]
+    kind, count = torch.tensor([0]), torch.tensor([4])
+    found = model(ids, attention_mask=torch.ones_like(ids), kind=kind, count=count).logits
+    embedded = model.get_input_embeddings()(ids)
+    plain = tiny("llama")
+    written = torch.cat((embedded[:, :1], rows, embedded[:, 1:]), 1)
+    whole = plain(inputs_embeds=written).logits
+    torch.testing.assert_close(found, torch.cat((whole[:, :1], whole[:, 5:]), 1))
+
+
+class InFront(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.prompt(Rows(3, model.hidden_size))
+
+
+def test_two_sides_of_the_first_token_are_refused() -> None:
+    with pytest.raises(PeftxError, match="two sides of a text's first token"):
+        Stack(tiny("llama"), [ByRowAfterBos(), InFront()], tokenizer=tiny_tokenizer())

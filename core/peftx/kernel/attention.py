@@ -8,7 +8,7 @@ registered under the same name, since without one padding would be ignored.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,22 @@ class AttentionEdit(nn.Module):
         """
         raise NotImplementedError
 
+    def probabilities(self, p: Tensor) -> Tensor:
+        """Edit what the softmax gave: [B, H, Q, K] -> [B, H, Q, K]. The layer then computes its attention in the open,
+        with all of it in memory.
+
+        Raises:
+            ArchitectureError: when called, of a model whose softmax has more than scores in it (gpt-oss's sinks).
+        """
+        return p
+
     @classmethod
     def replaces(cls) -> bool:
         return cls.replace is not AttentionEdit.replace
+
+    @classmethod
+    def edits_probabilities(cls) -> bool:
+        return cls.probabilities is not AttentionEdit.probabilities
 
 
 def dispatch(
@@ -88,7 +101,13 @@ def dispatch(
             kwargs["position_bias"] = nn.functional.pad(bias, (added, 0))
     weights: list[Tensor | None] = [None]
 
+    open_ = [edit.probabilities for edit in edits.active if edit.edits_probabilities()]
+
     def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> Tensor:
+        if open_:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            out, weights[0] = _in_the_open(module, q, k, v, m, scale, open_, kwargs)
+            return out
         out, weights[0] = function(module, q, k, v, m, scaling=scaling, **kwargs)
         return out
 
@@ -103,6 +122,40 @@ def dispatch(
     for edit in edits.active:
         out = edit.heads(out, query)
     return out, weights[0]
+
+
+def _in_the_open(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    edits: Sequence[Callable[[Tensor], Tensor]],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """out [B, Q, H, D] and p [B, H, Q, K]: softmax(q k^T s + mask) v, with the softmax's result edited."""
+    if kwargs.get("s_aux") is not None:
+        raise ArchitectureError(
+            f"{base_class(module).__name__} has sinks in its softmax, whose result cannot be edited"
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * scaling  # [B, H, Q, K]
+    if (cap := kwargs.get("softcap")) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if (bias := kwargs.get("position_bias")) is not None:
+        mask = _with_bias(mask, bias, q, k.shape[2], _is_causal(module, kwargs))
+    elif mask is None and _is_causal(module, kwargs) and q.shape[2] > 1:
+        mask = _causal(q, k.shape[2])
+    if mask is not None:
+        low = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
+    p = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    for edit in edits:
+        p = edit(p)
+    p = nn.functional.dropout(p, kwargs.get("dropout", 0.0), module.training)
+    return (p @ v).transpose(1, 2).contiguous(), p
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -10,13 +10,13 @@ model they stand in front of the encoder's input, and the decoder attends to the
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.anatomy.lookup import table_for
 from peftx.kernel.chain import Chain
 from peftx.kernel.soft_rows import (
@@ -40,13 +40,22 @@ class VirtualTokens(nn.Module):
         length: number of tokens P.
     """
 
+    after_bos: ClassVar[bool] = False
+    """Stand behind the text's first token, which many models read as a sink, and not before it."""
+
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
 
     def rows(self) -> Tensor:
-        """The embeddings, [P, hidden], in the embedding's dtype, as large as what the embedding returns."""
+        """The embeddings, [P, hidden], in the embedding's dtype, as large as what the embedding returns; or
+        [B, P, hidden], where each row of the batch has its own (what they follow from, `model.call` tells)."""
         raise NotImplementedError
+
+    def real(self) -> Tensor | None:
+        """Which of them are there, bool [B, P], where rows of the batch have fewer; None: all. Asked at every step of
+        decoding too."""
+        return None
 
 
 class Shift(nn.Module):
@@ -90,17 +99,22 @@ class _BaseModelSlot:
         if states is not None and states.has_previous_state():
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # Mamba's states hold the rows already
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        new = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+        given = inputs_embeds if inputs_embeds is not None else input_ids
+        new = given.shape[1]
         seen_before = max(past - length, 0)  # tokens of the caller's in the cache
         if length:
             if past_key_values is not None and not past:
                 make_room(past_key_values, length, getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
             attention_mask = flat_mask(attention_mask, seen_before, new, past_key_values)
+            if attention_mask is None and any(edit.real() is not None for edit in tokens):
+                attention_mask = given.new_ones((len(given), seen_before + new), dtype=torch.int64)
         positions = self._peftx_positions(position_ids, attention_mask, seen_before, new)
         if not length or past:
             if length:
                 check_past(attention_mask, position_ids, seen_before, new)
-                attention_mask = with_soft_tokens(attention_mask, length)
+                attention_mask = self._peftx_mask(
+                    tokens, attention_mask, self._peftx_place(tokens, attention_mask)
+                )
             if positions is not None:
                 positions = positions + (length + prompt.shift)
             call |= _given(attention_mask=attention_mask, position_ids=positions)
@@ -111,17 +125,20 @@ class _BaseModelSlot:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         first: int = self._peftx_at  # type: ignore[attr-defined]
-        at = first if first else pads_before(attention_mask)
+        at = self._peftx_place(tokens, attention_mask)
         inputs_embeds = insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
         call.pop("logits_to_keep", None)  # of the caller's rows; a base model that cuts by it knows of more
         if input_ids is not None and "per_layer_inputs" in _parameters(self._peftx_base):  # type: ignore[attr-defined]
             own = self.get_per_layer_inputs(input_ids)  # type: ignore[attr-defined]  # Gemma 3n and 4; soft tokens have none
             call["per_layer_inputs"] = insert(own, own.new_zeros(len(own), length, *own.shape[2:]), at)
-        if attention_mask is not None:
-            attention_mask = insert(attention_mask, attention_mask.new_ones(len(attention_mask), length), at)
+        attention_mask = self._peftx_mask(tokens, attention_mask, at)
         if positions is not None:
-            own = torch.arange(first, first + length, device=positions.device).expand(positions.shape[0], -1)
-            later = torch.cat((positions[:, :first], positions[:, first:] + length), 1)
+            begin = first or int(tokens[0].after_bos)
+            own = torch.arange(begin, begin + length, device=positions.device).expand(positions.shape[0], -1)
+            later = (
+                torch.cat((positions[:, :first], positions[:, first:] + length), 1) if first
+                else torch.where(positions < begin, positions, positions + length)
+            )  # fmt: skip
             positions = insert(later, own, at) + prompt.shift
         if (types := call.get("token_type_ids")) is not None:
             call["token_type_ids"] = insert(types, types.new_zeros(types.shape[0], length), at)
@@ -157,17 +174,48 @@ class _BaseModelSlot:
             return torch.arange(past, past + new, device=self.device)[None]  # type: ignore[attr-defined]
         return None
 
+    def _peftx_place(self, tokens: list[VirtualTokens], mask: Tensor | None) -> int | Tensor:
+        """The column from which they stand, [B] where rows have pads in front."""
+        first: int = self._peftx_at  # type: ignore[attr-defined]
+        return first or pads_before(mask) + int(tokens[0].after_bos)
+
     def _peftx_rows(self, tokens: list[VirtualTokens], like: Tensor) -> Tensor:
         found = []
         for edit in tokens:
             rows, needed = edit.rows(), (edit.length, like.shape[-1])
-            if tuple(rows.shape) != needed:
+            if tuple(rows.shape[-2:]) != needed or rows.ndim > 3:
                 raise PeftxError(
                     f"{type(edit).__name__}: rows() gave {tuple(rows.shape)}, and {needed} is needed: as many as "
-                    "its length, as wide as the embedding"
+                    "its length, as wide as the embedding; with a row of the batch to each, if they differ"
                 )
-            found.append(rows.to(like.dtype))
-        return torch.cat(found).expand(like.shape[0], -1, -1)  # [B, P, hidden]
+            found.append(_for_batch(rows, like.shape[0], edit).to(like.dtype))
+        return torch.cat(found, 1)  # [B, P, hidden]
+
+    def _peftx_mask(
+        self, tokens: list[VirtualTokens], mask: Tensor | None, at: int | Tensor
+    ) -> Tensor | None:
+        """A mask of the caller's tokens as one of these and the soft tokens."""
+        if mask is None:
+            return None
+        known = [edit.real() for edit in tokens]
+        rows = [
+            mask.new_ones(len(mask), edit.length)
+            if real is None
+            else _for_batch(real, len(mask), edit).to(mask)
+            for edit, real in zip(tokens, known, strict=True)
+        ]
+        return insert(mask, torch.cat(rows, 1), at)
+
+
+def _for_batch(rows: Tensor, batch: int, edit: VirtualTokens) -> Tensor:
+    """[P, d] for every row of the batch; [B, P, ...] of a batch that `generate` has expanded (beams), each as often."""
+    if rows.ndim == 2 and rows.dtype != torch.bool:
+        return rows.expand(batch, -1, -1)
+    if len(rows) == 0 or batch % len(rows):
+        raise PeftxError(
+            f"{type(edit).__name__}: soft tokens for {len(rows)} rows, and the batch has {batch}"
+        )
+    return rows if len(rows) == batch else rows.repeat_interleave(batch // len(rows), 0)
 
 
 class _CrossAttentionSlot:
@@ -277,6 +325,13 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
 def attach(model: PreTrainedModel, edit: VirtualTokens | Shift, *, owner: str, rank: int) -> None:
     """Add a plugin's soft tokens, of which the first in the stack stand first, or its shift of positions."""
     host, prompt = _prepare(model)
+    other = next((link.owner for link in prompt.links if isinstance(link.edit, VirtualTokens)
+                  and isinstance(edit, VirtualTokens) and link.edit.after_bos != edit.after_bos), None)  # fmt: skip
+    if other is not None:
+        raise ConflictError(
+            f"the soft tokens of '{owner}' and '{other}' stand on two sides of a text's first token",
+            hint="keep one",
+        )
     prompt.append(host, edit, owner, rank)
 
 

@@ -57,14 +57,23 @@ def attach(
             f"{type(delta).__name__} computes the layer itself, which only a whole nn.Linear offers, "
             f"and this is {base_class(module).__name__}"
         )
-    acts = delta.has_forward() or (kind == "packed" and delta.has_pre())
+    if delta.has_around() and kind != "output":
+        raise UnsupportedError(
+            f"{type(delta).__name__} stands around a call, which {base_class(module).__name__} does not offer",
+            hint="model.blocks(...), or forward and pre on a linear layer",
+        )
+    acts = (
+        delta.has_forward()
+        or (kind == "packed" and delta.has_pre())
+        or (kind == "output" and delta.has_around())
+    )
     if kind in ("output", "packed") and not acts:
         raise UnsupportedError(
             f"{type(delta).__name__} defines no forward, and on {base_class(module).__name__} nothing else can act",
             hint="define forward(x, y), or target linear layers",
         )
-    if not (delta.has_forward() or delta.has_pre() or delta.has_base() or delta.can_fold()):
-        raise UnsupportedError(f"{type(delta).__name__} defines none of forward, pre, base and fold")
+    if not (acts or delta.has_pre() or delta.has_base() or delta.can_fold()):
+        raise UnsupportedError(f"{type(delta).__name__} defines none of forward, pre, base, around and fold")
     slot = slot_of(module)
     if delta.has_base() and slot is not None:
         other = next((entry.owner for entry in slot.links if entry.edit.has_base()), None)

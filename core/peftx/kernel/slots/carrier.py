@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import UnsupportedError
 from peftx.kernel.slots.fused import applies, hooked, linear_with_low_rank
-from peftx.kernel.slots.state import SlotState, add_all_low_rank, folded, nested
+from peftx.kernel.slots.state import SlotState, add_all_low_rank, edited, folded, nested, wrapped
 
 STATE = "_peftx_slot"
 M = TypeVar("M", bound=nn.Module)
@@ -136,11 +136,9 @@ class OutputCarrier(Carrier):
             raise UnsupportedError(
                 f"{type(self).__name__}: only linear layers take a delta that edits the input"
             )
-        out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        first = out[0] if isinstance(out, tuple) else out
-        for delta in slot.run:
-            first = delta(x, first)
-        return (first, *out[1:]) if isinstance(out, tuple) else first
+        if slot.wraps:
+            return wrapped(slot.links, super().forward)(*args, **kwargs)  # type: ignore[misc]
+        return edited(super().forward(*args, **kwargs), slot.run, x)  # type: ignore[misc]
 
 
 class WeightCarrier(Carrier):

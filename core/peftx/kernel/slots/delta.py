@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,20 @@ class Delta(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} leaves the layer to itself")
 
+    def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand around the call of a block: run it or not, on other input, and give what it is to give.
+
+        Only on modules that are no linear layers (`model.blocks(...)`, norms). Deltas nest in stack order: `inner` is
+        the block with everything that stands before this delta.
+
+        Args:
+            inner: takes what the block's forward takes. args, kwargs: what it was called with.
+
+        Returns:
+            What the block's forward returns: a tensor, or a tuple whose first is the hidden states.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not stand around a call")
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weights that make the delta superfluous.
 
@@ -89,6 +104,10 @@ class Delta(nn.Module):
         return cls.base is not Delta.base
 
     @classmethod
+    def has_around(cls) -> bool:
+        return cls.around is not Delta.around
+
+    @classmethod
     def can_fold(cls) -> bool:
         return cls.fold is not Delta.fold
 
@@ -99,7 +118,8 @@ class Delta(nn.Module):
     @classmethod
     def only_folds(cls) -> bool:
         """Is it an edit of the weights alone, which the carrier makes at each call until it is merged."""
-        return cls.can_fold() and not (cls.has_forward() or cls.has_pre() or cls.has_base())
+        others = cls.has_forward() or cls.has_pre() or cls.has_base() or cls.has_around()
+        return cls.can_fold() and not others
 
 
 def add_low_rank(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

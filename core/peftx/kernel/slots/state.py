@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,8 @@ class SlotState(Chain[Delta]):
         self.weighted: tuple[Entry, ...] = ()
         """Up to the last delta that only folds: these act on the weights at each call, those after them as usual."""
         self.nested: tuple[Entry, ...] = ()
+        self.wraps = False
+        """Does one stand around the call of a block."""
         self.uncommon = False
         self.low_rank: tuple[Delta, ...] = ()
         self.first: Delta | None = None
@@ -67,15 +71,17 @@ class SlotState(Chain[Delta]):
         if len(self.links) == 1:  # most slots, whenever a stack is built
             only = self.links[0]
             kind = type(only.edit)
-            simple = kind.has_forward() and not kind.has_pre() and not kind.has_base()
+            simple = kind.has_forward() and not (kind.has_pre() or kind.has_base() or kind.has_around())
             if only.active and only.rows is None and simple:
                 self.base, self.weighted, self.nested, self.uncommon = F.linear, (), (), False
+                self.wraps = False
                 self.run = (only.edit,)
                 self.low_rank = self.run if kind.low_rank is not Delta.low_rank else ()
                 self.alone = self.first = only.edit if self.low_rank else None
                 self.folded = {only.parameter: (only,)}
                 return
         active = [entry for entry in self.links if entry.active]
+        self.wraps = any(entry.edit.has_around() for entry in active)
         self.base = next((e.edit.base for e in active if e.edit.has_base()), F.linear)
         inner = max((i for i, e in enumerate(active, 1) if e.edit.only_folds()), default=0)
         self.weighted = tuple(active[:inner])
@@ -129,6 +135,29 @@ def folded(entries: tuple[Entry, ...], weight: Tensor, bias: Tensor | None) -> t
     for entry in entries:
         weight, bias = entry.fold(weight, bias)
     return weight, bias
+
+
+def wrapped(entries: Sequence[Entry], block: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward with all that stands around it or behind it."""
+    for entry in entries:
+        if entry.active and entry.edit.has_around():
+            block = partial(entry.edit.around, block)
+        if entry.active and entry.edit.has_forward():
+            block = partial(_behind, entry.edit, block)
+    return block
+
+
+def _behind(delta: Delta, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    out = block(*args, **kwargs)
+    return edited(out, (delta,), args[0] if args else next(iter(kwargs.values()), None))
+
+
+def edited(out: Any, deltas: Sequence[Callable[[Any, Tensor], Tensor]], x: Any) -> Any:
+    """What a module returned, the first of it edited by each."""
+    first = out[0] if isinstance(out, tuple) else out
+    for delta in deltas:
+        first = delta(x, first)
+    return (first, *out[1:]) if isinstance(out, tuple) else first
 
 
 def nested(entries: tuple[Entry, ...], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:

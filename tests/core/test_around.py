@@ -1,0 +1,180 @@
+"""What stands around the call of a block, and what edits the result of a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftx
+from peftx import AttentionEdit, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.errors import PluginError, UnsupportedError
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+
+IDS = torch.arange(3, 15).reshape(2, 6)
+
+
+class Weighed(Delta):
+    """x + g (block(x) - x) of a layer, so that g = 0 skips it and 1 leaves it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.zeros(()))
+
+    def around(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and self.g == 0:
+            return x
+        out = inner(x, *args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        mixed = x + self.g * (y - x)
+        return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+
+
+class Skips(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.blocks("layer")[1].attach(Weighed())
+
+
+class Doubles(Delta):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * y
+
+
+class DoublesLayer(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.blocks("layer")[1].attach(Doubles())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "mamba"])
+@torch.no_grad()
+def test_a_block_that_is_skipped_and_one_that_is_not(arch: str, tmp_path: Path) -> None:
+    plain, stack = tiny(arch).eval(), Stack(tiny(arch), [Skips()], tokenizer=tiny_tokenizer())
+    inputs = example_inputs(plain)
+    before = output_of(plain, inputs)
+    layers = next(m for m in plain.modules() if isinstance(m, nn.ModuleList) and len(m) >= 2)
+    (gate,) = stack.ledger.parameters("skips")
+    calls: list[int] = []
+    watched = next(m for m in stack.model.modules() if isinstance(m, nn.ModuleList) and len(m) >= 2)[1]
+    inside = next(
+        m for m in watched.modules() if isinstance(m, nn.LayerNorm | nn.Linear) or "Norm" in type(m).__name__
+    )
+    inside.register_forward_hook(lambda *_: calls.append(1))
+    skipped = output_of(stack.model, inputs)
+    assert not calls, "the layer did not run"
+    gate.fill_(1.0)
+    torch.testing.assert_close(output_of(stack.model, inputs), before)
+    gate.fill_(0.0)
+    layers[1] = nn.Identity() if arch != "bert" else layers[1]
+    if arch in ("llama", "mamba"):
+        layers[1].forward = lambda x, *args, **kwargs: x
+        torch.testing.assert_close(output_of(plain, inputs), skipped)
+    gate.fill_(0.5)
+    found = output_of(stack.model, inputs)
+    again = peftx.load(stack.save(tmp_path / "b"), model=tiny(arch), tokenizer=tiny_tokenizer())
+    assert torch.equal(output_of(again.model, inputs), found)
+    stack.remove("skips")
+    torch.testing.assert_close(output_of(stack.model, inputs), before)
+
+
+@torch.no_grad()
+def test_what_stands_around_nests_in_stack_order() -> None:
+    """A doubled block that is skipped is not doubled; a skipped block that is doubled is."""
+    layer = lambda stack: stack.model.model.layers[1]  # noqa: E731
+    x = torch.randn(1, 4, 32)
+    args = {"position_embeddings": (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))}
+    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    inside = Stack(tiny("llama"), [DoublesLayer(), Skips()])
+    assert torch.equal(first(layer(inside)(x, **args)), x)
+    outside = Stack(tiny("llama"), [Skips(), DoublesLayer()])
+    assert torch.equal(first(layer(outside)(x, **args)), 2 * x)
+    with outside.disabled("skips"), inside.disabled("skips"):
+        assert torch.equal(first(layer(outside)(x, **args)), first(layer(inside)(x, **args)))
+
+
+def test_gradients_pass_and_recomputed_layers_agree() -> None:
+    found = []
+    for recompute in (False, True):
+        stack = Stack(tiny("llama"), [Skips()])
+        stack.model.train()
+        if recompute:
+            stack.model.activation_checkpointing_enable()
+        stack.model(IDS, labels=IDS).loss.backward()
+        (gate,) = stack.ledger.parameters("skips")
+        found.append(gate.grad)
+    assert found[0] != 0
+    torch.testing.assert_close(*found)
+
+
+def test_a_linear_layer_offers_no_call_to_stand_around() -> None:
+    class OnLinear(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.linears("attention.q")[0].attach(Weighed())
+
+    with pytest.raises(UnsupportedError, match="stands around a call, which Linear does not offer"):
+        Stack(tiny("llama"), [OnLinear()])
+
+
+# -- probabilities ---------------------------------------------------------------------------------------------------
+
+
+class Same(AttentionEdit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        self.seen.append(tuple(p.shape))
+        torch.testing.assert_close(p.sum(-1), torch.ones_like(p[..., 0]))
+        return p
+
+
+class FirstKey(AttentionEdit):
+    """All attention to the first key that a query sees."""
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        return torch.zeros_like(p).scatter(-1, (p > 0).long().argmax(-1, keepdim=True), 1.0)
+
+
+def editing(edit: type[AttentionEdit]) -> Plugin:
+    class Edits(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            for site in model.attention_sites():
+                site.attend(edit())
+
+    return Edits()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "t5", "gemma2", "mixtral"])
+@pytest.mark.parametrize("padding", [None, "left"])
+@torch.no_grad()
+def test_the_open_attention_is_the_models_own(arch: str, padding: Any) -> None:
+    plain, stack = tiny(arch).eval(), Stack(tiny(arch), [("edits", editing(Same))])
+    inputs = example_inputs(plain, padding=padding)
+    real = inputs["attention_mask"].bool() if padding and arch != "t5" else ...
+    torch.testing.assert_close(
+        output_of(stack.model, inputs)[real], output_of(plain, inputs)[real], rtol=1e-4, atol=1e-5
+    )
+    assert any(part.module.seen for part in stack.ledger.parts)
+
+
+@torch.no_grad()
+def test_edited_probabilities_act() -> None:
+    stack, other = Stack(tiny("llama"), [("edits", editing(FirstKey))]), IDS.clone()
+    other[:, 1:5] = 7  # no query of the last layer's last token reads these
+    one = stack.model(IDS, output_hidden_states=True).hidden_states[1][:, -1]
+    two = stack.model(other, output_hidden_states=True).hidden_states[1][:, -1]
+    torch.testing.assert_close(one, two)
+
+
+def test_sinks_are_refused() -> None:
+    stack = Stack(tiny("gpt_oss"), [("edits", editing(Same))])
+    with pytest.raises((PluginError, Exception), match="has sinks in its softmax"):
+        stack.model(IDS)
