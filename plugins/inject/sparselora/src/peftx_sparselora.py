@@ -383,7 +383,7 @@ class Sparselora(Plugin):
         raise ArchitectureError(
             f"sparselora slices {', '.join(names)} of a decoder, and {where} does not "
             "have them as linear layers of their own",
-            hint=f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen and their kin do",
+            hint=f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen 2 and 3 and their kin do",
         )
 
     @staticmethod
@@ -395,7 +395,7 @@ class Sparselora(Plugin):
         if len(found) != 1:
             raise ArchitectureError(
                 f"sparselora: beside linear layers {mlp} has {len(found)} modules, and not the gate's function alone",
-                hint="Llama, Mistral, Qwen and their kin have it; or leave the MLPs dense: mlp: 0",
+                hint="Llama, Mistral, Qwen 2 and 3 and their kin have it; or leave the MLPs dense: mlp: 0",
             )
         return found[0]
 
