@@ -76,8 +76,9 @@ def plan(
     try:
         stack = Stack(model, members, tokenizer=tokenizer, inject=False)
     except ArchitectureError as error:
+        blamed = tuple(m.id for m in members if error.message.startswith((f"{m.id}:", f"'{m.id}'")))
         refused = PlannedConflict(
-            plugins=tuple(m.id for m in members), reason=error.message, remedy=error.hint or ""
+            plugins=blamed or tuple(m.id for m in members), reason=error.message, remedy=error.hint or ""
         )
         totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
         return Plan(model=pipeline.model.id, stages=planned, conflicts=(refused,), totals=totals)

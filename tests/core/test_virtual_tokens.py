@@ -585,6 +585,33 @@ def test_shift_alone_and_with_a_prompt() -> None:
     assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
 
 
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("arch", ["gemma3n", "gemma4"])
+def test_a_caller_of_embeddings_brings_what_the_layers_look_up(arch: str, padding: Padding) -> None:
+    """Gemma 3n and 4 are given numbers of each token for each layer; soft tokens have none, whoever brings them."""
+    model = tiny(arch)
+    prompted(model, 3)
+    inputs = example_inputs(model, padding=padding)
+    ids, real = inputs.pop("input_ids"), inputs["attention_mask"].bool()
+    inputs["inputs_embeds"] = model.get_input_embeddings()(ids)
+    inputs["per_layer_inputs"] = model.base_model.get_per_layer_inputs(ids)
+    with torch.no_grad():
+        found = model(**inputs).logits
+    torch.testing.assert_close(found[real], run(model, padding)[real], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gemma_4_whose_layers_look_nothing_up() -> None:
+    """As its larger models."""
+    options = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    model, reference = tiny("gemma4", **options), tiny("gemma4", **options)
+    _, (rows,) = prompted(model, 3)
+    ids = example_inputs(model)["input_ids"]
+    with torch.no_grad():
+        joined = torch.cat((rows.table.expand(2, -1, -1), reference.get_input_embeddings()(ids)), 1)
+        expected = reference(inputs_embeds=joined).logits[:, 3:]
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["vit", "whisper", "clip"])
 def test_models_that_take_no_embeddings_say_so(arch: str) -> None:
     model = tiny(arch)

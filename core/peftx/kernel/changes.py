@@ -46,6 +46,11 @@ def attach_delta(ledger: Ledger, owner: Owner, site: Site, delta: Delta) -> None
     """A delta into a site's slot."""
     shared = site.rows is not None or site.kind in ("experts", "block")
     if site.read and site.kind != "linear":
+        if site.called:
+            raise ArchitectureError(
+                f"{owner.id}: a fused kernel may read the packed weight of {site.path} past what stands there",
+                hint="leave the layer out of targets, or let the plugin that packs leave it alone",
+            )
         raise ArchitectureError(f"{owner.id}: {site.path} is never called, so nothing can act on its output")
     if delta.has_base():
         trained = next((p for p in ledger.all(BasePart) if p.module is site.module), None)

@@ -129,6 +129,12 @@ RULES = (
         ordered=True,
     ),
     Rule(
+        _claiming(Claim.QUANTIZES),
+        _claiming(Claim.COMPUTES_LAYERS),
+        "{one} packs the layers that {two}, which comes after it, computes from their weights",
+        ordered=True,
+    ),
+    Rule(
         Side(_stays_beside, (), "a plugin that does not fold into the weights"),
         _claiming(Claim.FOLDS_PREVIOUS),
         "{two} starts from merged weights, and {one} does not fold into the weights",

@@ -64,6 +64,8 @@ class Claim(StrEnum):
     """`inject` attaches nothing to a linear layer (soft tokens, attention, norms, block outputs)."""
     EDITS_INPUTS = "edits-inputs"
     """Its deltas edit what goes into layers (`Delta.pre`)."""
+    COMPUTES_LAYERS = "computes-layers"
+    """Computes linear layers itself, from their weights (`Delta.base`)."""
     NEEDS_ADAPTERS = "needs-adapters"
     """Works on what the deltas of other plugins add to the output of layers."""
     VIRTUAL_TOKENS = "virtual-tokens"
@@ -120,6 +122,10 @@ class Plugin:
     """Formats of the rows that the plugin trains on (`peftx.engines.data.FORMATS`); any if empty."""
     gives: ClassVar[Mapping[str, str]] = {}
     """What `prepare_data` makes of the rows, where it is another format: taken -> left behind."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.claims = frozenset(cls.claims) | _follow(cls)
 
     def __init__(self, config: PluginConfig | None = None, /, **options: Any) -> None:
         if config is None:
@@ -205,6 +211,18 @@ class Plugin:
             if name in self.config.model_fields_set
         }
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+
+def _follow(cls: type[Plugin]) -> set[Claim]:
+    """Claims that follow from what a class defines, so that no author has to say them."""
+    found = {Claim.CLASSIFIES} if cls.classify is not Plugin.classify else set()
+    for hook, claim in (("train_step", Claim.REPLACES_STEP), ("decode", Claim.REPLACES_DECODING)):
+        options = getattr(getattr(cls, hook, None), f"{PROJECT}_impl", None)
+        if options is not None and not options["wrapper"]:
+            found.add(claim)
+    if hooks_of(cls) == {"prepare_data"}:
+        found.add(Claim.DATA_ONLY)
+    return found
 
 
 def hooks_of(plugin: type | object) -> frozenset[str]:

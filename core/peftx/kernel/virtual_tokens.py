@@ -128,8 +128,7 @@ class _BaseModelSlot:
         at = self._peftx_place(tokens, attention_mask)
         inputs_embeds = insert(inputs_embeds, self._peftx_rows(tokens, inputs_embeds), at)
         call.pop("logits_to_keep", None)  # of the caller's rows; a base model that cuts by it knows of more
-        if input_ids is not None and "per_layer_inputs" in _parameters(self._peftx_base):  # type: ignore[attr-defined]
-            own = self.get_per_layer_inputs(input_ids)  # type: ignore[attr-defined]  # Gemma 3n and 4; soft tokens have none
+        if (own := self._peftx_per_layer(call, input_ids)) is not None:
             call["per_layer_inputs"] = insert(own, own.new_zeros(len(own), length, *own.shape[2:]), at)
         attention_mask = self._peftx_mask(tokens, attention_mask, at)
         if positions is not None:
@@ -178,6 +177,14 @@ class _BaseModelSlot:
         """The column from which they stand, [B] where rows have pads in front."""
         first: int = self._peftx_at  # type: ignore[attr-defined]
         return first or pads_before(mask) + int(tokens[0].after_bos)
+
+    def _peftx_per_layer(self, call: dict[str, Any], input_ids: Tensor | None) -> Tensor | None:
+        """What each layer of Gemma 3n and 4 looks up for a token, [B, T, layers, d]; soft tokens have none."""
+        given: Tensor | None = call.get("per_layer_inputs")
+        if given is not None or input_ids is None or "per_layer_inputs" not in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+            return given
+        looks_up = self.config.hidden_size_per_layer_input  # type: ignore[attr-defined]
+        return self.get_per_layer_inputs(input_ids) if looks_up else None  # type: ignore[attr-defined]
 
     def _peftx_rows(self, tokens: list[VirtualTokens], like: Tensor) -> Tensor:
         found = []

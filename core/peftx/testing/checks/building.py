@@ -9,7 +9,7 @@ import torch
 
 from peftx.kernel.anatomy.site import LINEAR_KINDS
 from peftx.kernel.attention import AttentionEdit
-from peftx.kernel.parts import BasePart, DeltaPart, FreePart, PromptPart, ReplacedPart
+from peftx.kernel.parts import BasePart, ContextPart, DeltaPart, FreePart, PromptPart, ReplacedPart
 from peftx.kernel.plugin import Claim
 from peftx.kernel.slots import Delta
 from peftx.stack import Stack
@@ -68,13 +68,17 @@ def check_only_declared_parameters_train(case: Case) -> None:
     assert not lost, f"{len(lost)} declared parameters do not train, first {lost[0]}"
 
 
+SHOWN = (Claim.TRAINS_BASE, Claim.VIRTUAL_TOKENS, Claim.REPLACES_ATTENTION, Claim.COMPUTES_LAYERS)
+"""Claims that follow from what stands on the model, so they are shown by all who claim them and by nobody else."""
+
+
 @check(when=changes_model)
 def check_effects_match_claims(case: Case) -> None:
     """What the plugin does to the model is what it claims."""
     stack = case.stack()
     subject = case.subject
     effects = _effects(stack)
-    for claim in (Claim.TRAINS_BASE, Claim.VIRTUAL_TOKENS, Claim.REPLACES_ATTENTION):
+    for claim in SHOWN:
         assert not (claim in effects and not subject.claims(claim)), f"shows {claim}, and does not claim it"
     beside = Claim.BESIDE_WEIGHTS
     if subject.claims(beside):
@@ -83,13 +87,13 @@ def check_effects_match_claims(case: Case) -> None:
         assert beside not in effects, f"attaches nothing to a linear layer, and does not claim {beside}"
     case.compress(stack)
     effects |= _effects(stack)
-    for claim in (Claim.TRAINS_BASE, Claim.VIRTUAL_TOKENS, Claim.REPLACES_ATTENTION, Claim.QUANTIZES):
+    for claim in (*SHOWN, Claim.QUANTIZES):
         assert not (subject.claims(claim) and claim not in effects), f"claims {claim}, and does not show it"
 
 
 def _visible(stack: Stack) -> bool:
     """Does anything stand on the model; modules that a plugin only keeps do not."""
-    return any(not isinstance(part, FreePart) for part in stack.ledger.parts)
+    return any(not isinstance(part, FreePart | ContextPart) for part in stack.ledger.parts)
 
 
 def _linear_places(stack: Stack) -> list[str]:
@@ -106,6 +110,8 @@ def _effects(stack: Stack) -> set[Claim]:
         found.add(Claim.VIRTUAL_TOKENS)
     if any(isinstance(part.module, AttentionEdit) and part.module.replaces() for part in parts):
         found.add(Claim.REPLACES_ATTENTION)
+    if any(part.module.has_base() for part in stack.ledger.all(DeltaPart)):  # type: ignore[operator]
+        found.add(Claim.COMPUTES_LAYERS)
     if any(not t.is_floating_point() for p in stack.ledger.all(ReplacedPart) for t in p.tensors().values()):
         found.add(Claim.QUANTIZES)
     if not _linear_places(stack):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import peftx.toolkits.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.errors import ArchitectureError
-from peftx.kernel.parts import AttentionPart, ShiftPart
+from peftx.kernel.parts import AttentionPart, FreePart, ReplacedPart, ShiftPart
 from peftx.toolkits.compression.batches import calibration as sequences
 from peftx.toolkits.evaluation import context_window, perplexity
 
@@ -76,6 +76,16 @@ class RotatedLinear(StaticLinear):
     def weight(self) -> Tensor:
         """W, which an adapter on top of the layer may ask for."""
         return rotated(super().weight, inverse=True)
+
+
+class InputScales(nn.Module):
+    """Of a block without attention (linear attention, in hybrids): float32 input_scale, as in `StaticKV`."""
+
+    seen: tuple[Tensor, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("input_scale", torch.empty(0))
 
 
 class StaticKV(AttentionEdit):
@@ -221,6 +231,7 @@ class PrefixQuant(Plugin):
                     site.replace(self.packed(site, None, squares))
             return
         edits = self.attach(model)
+        attending = [edit for edit in edits if isinstance(edit, StaticKV)]
         plain = self.measure(model, calibration, edits, 0)
         batches, tokenizer = calibration.batches, stack.tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -233,7 +244,7 @@ class PrefixQuant(Plugin):
             self.state["prefix"] = prefix = find_prefix(peaks, ids, self.config.eta, start, most)
             if prefix:
                 model.module(input_ids=ids[0].new_tensor([prefix]), use_cache=False)
-                for edit in edits:
+                for edit in attending:
                     edit.prefix = torch.stack(edit.seen)
         model.shift_positions(len(prefix))
         # The prefix has a BOS, so that of the text does not count.
@@ -242,8 +253,9 @@ class PrefixQuant(Plugin):
             for site, scale, squares in zip(sites, new.inputs, new.squares, strict=True):
                 site.replace(self.packed(site, scale, squares))
             edit.input_scale = torch.stack((new.inputs, old.inputs))
-            edit.scale = torch.stack((new.heads, old.heads))
-            edit.seen = ()
+            if isinstance(edit, StaticKV):
+                edit.scale = torch.stack((new.heads, old.heads))
+                edit.seen = ()
 
     def restore(self, model: ModelView, stack: Stack) -> None:
         if "prefix" in self.state:
@@ -276,16 +288,20 @@ class PrefixQuant(Plugin):
         sites = model.linears("all", whole=True)
         return [[site for site in sites if site.layer == layer] for layer in range(model.num_layers)]
 
-    def attach(self, model: ModelView) -> list[StaticKV]:
-        """An edit for each layer's attention, still empty."""
-        edits = []
-        for site in model.attention_sites():
-            edits.append(StaticKV(bits=self.config.kv_bits, rotate=self.config.rotate))
-            model.attend(site, edits[-1])
+    def attach(self, model: ModelView) -> list[StaticKV | InputScales]:
+        """For each layer an edit of its attention, still empty; a place for the constants alone where it has none."""
+        sites = {site.layer: site for site in model.attention_sites()}
+        edits: list[StaticKV | InputScales] = []
+        for layer in range(model.num_layers):
+            if layer in sites:
+                edits.append(StaticKV(bits=self.config.kv_bits, rotate=self.config.rotate))
+                model.attend(sites[layer], edits[-1])
+            else:
+                edits.append(model.keep(f"layer_{layer}", InputScales()))
         return edits
 
     def measure(
-        self, model: ModelView, text: packing.Calibration, edits: list[StaticKV], skip: int
+        self, model: ModelView, text: packing.Calibration, edits: list[StaticKV | InputScales], skip: int
     ) -> list[Measured]:
         """What each block is given before rounding, without the first `skip` tokens of a sequence. Each runs once.
 
@@ -375,12 +391,13 @@ class PrefixQuant(Plugin):
 def switch(stack: Stack, id: str, mode: str) -> None:
     """Run the packed model of plugin `id` in another mode, with the static scales that belong to it."""
     parts, row = stack.ledger.of(id), int(mode != "with_prefix")
-    scales = itertools.chain(*(p.module.input_scale[row] for p in parts if isinstance(p, AttentionPart)))
+    scaled = (p for p in parts if isinstance(p, AttentionPart | FreePart))
+    scales = itertools.chain(*(p.module.input_scale[row] for p in scaled))
     for part in parts:
         if isinstance(part, AttentionPart):
             part.module.mode = mode
         elif isinstance(part, ShiftPart):
             part.switch(mode == "with_prefix")
-        elif part.module.activation is not None:
+        elif isinstance(part, ReplacedPart) and part.module.activation is not None:
             part.module.activation = "dynamic-token" if mode == "dynamic" else "static-tensor"
             part.module.input_scale = next(scales).clone()

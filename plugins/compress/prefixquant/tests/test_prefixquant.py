@@ -16,7 +16,7 @@ from peftx.engines.data import read_dataset
 from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxError
 from peftx.kernel.ledger import carried
-from peftx.kernel.parts import AttentionPart, DeltaPart, ReplacedPart
+from peftx.kernel.parts import AttentionPart, DeltaPart, FreePart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.compression.batches import calibration as sequences
@@ -400,6 +400,37 @@ def test_a_bundle_whose_embedding_has_a_buffer_loads(arch: str, tmp_path: Path) 
     loaded = peftx.load(tmp_path / "bundle")
     assert torch.equal(loaded.model(ids).logits, expected)
     assert not [n for n, t in loaded.model.named_buffers() if t.is_meta]
+
+
+@pytest.mark.parametrize("kinds", ["LF", "FL", "LFLF"])
+def test_a_layer_may_have_no_attention(kinds: str, tmp_path: Path) -> None:
+    """Qwen3.5 has layers of linear attention: no keys and values to round, inputs of linear layers all the same."""
+    types = [{"L": "linear_attention", "F": "full_attention"}[kind] for kind in kinds]
+    model = tiny("qwen3_5", num_hidden_layers=len(types), layer_types=types)
+    stack = peftx.Stack(model, [plugin := PrefixQuant(eta=1.5)], tokenizer=tiny_tokenizer())
+    stack.compress(["The lamp is lit at six in the evening. " * 9], samples=2, length=32)
+    assert plugin.state["prefix"]
+    parts = stack.ledger.of("prefixquant")
+    constants = [part.module.input_scale for part in parts if isinstance(part, AttentionPart | FreePart)]
+    edits = edits_of(stack)
+    standing = [part.key.removesuffix(".attention") for part in parts if isinstance(part, AttentionPart)]
+    assert standing == [f"model.layers.{layer}.self_attn" for layer, kind in enumerate(kinds) if kind == "F"]
+    assert all(edit.scale.shape == (2, 2, 2) and edit.prefix.numel() for edit in edits)
+    blocks = plugin.linears(stack.view("prefixquant"))
+    for row, mode in ((1, "without_prefix"), (0, "with_prefix")):
+        switch(stack, "prefixquant", mode)
+        for block, scales in zip(blocks, constants, strict=True):
+            assert [float(site.module.input_scale) for site in block] == scales[row].tolist()
+    ids = torch.arange(5, 25)[None]
+    expected = stack.model(ids).logits
+    stack.save(tmp_path / "bundle")
+    loaded = peftx.load(tmp_path / "bundle")
+    for mode in ("dynamic", "with_prefix"):
+        switch(loaded, "prefixquant", mode)
+    assert torch.equal(loaded.model(ids).logits, expected)
+    longer = loaded.model.generate(ids, max_new_tokens=4, do_sample=False)
+    anew = loaded.model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(longer, anew)
 
 
 def test_the_integer_kernel_runs() -> None:

@@ -241,7 +241,7 @@ class Aded(Plugin):
 
     Config = AdedConfig
     claims = {
-        Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.LOSSLESS_DECODING, Claim.REPLACES_DECODING
+        Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.LOSSLESS_DECODING
     }  # fmt: skip
     refuses = {
         "bert": "an encoder writes no text",

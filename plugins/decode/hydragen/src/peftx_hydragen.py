@@ -166,7 +166,7 @@ class Hydragen(Plugin):
     Config = HydragenConfig
     claims = {
         Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.LOSSLESS_DECODING, Claim.EXACT_CACHE,
-        Claim.REPLACES_ATTENTION, Claim.REPLACES_DECODING,
+        Claim.REPLACES_ATTENTION,
     }  # fmt: skip
     refuses = {"bert": "an encoder writes no text", "t5": "its encoder is not a prefix"}
     config: HydragenConfig
@@ -179,6 +179,7 @@ class Hydragen(Plugin):
         refused = {
             "is no decoder that writes text": model.config.is_encoder_decoder or not module.can_generate(),
             "has sliding windows or states": layers != {DynamicLayer},
+            "keeps latents in its cache": config.to_dict().get("kv_lora_rank") is not None,
             "caps its scores": config.to_dict().get("attn_logit_softcapping") is not None,
             "takes no positions": "position_ids" not in inspect.signature(module.forward).parameters,
         }

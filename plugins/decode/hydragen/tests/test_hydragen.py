@@ -338,6 +338,12 @@ def test_models_that_share_no_prefix(arch: str) -> None:
     assert not any(isinstance(module, AttentionEdit) for module in model.modules())
 
 
+def test_latents_in_a_cache_are_no_keys() -> None:
+    """DeepSeek-V3 keeps what keys and values are made of, another width than theirs."""
+    with pytest.raises(ArchitectureError, match="hydragen: DeepseekV3ForCausalLM keeps latents in its cache"):
+        Stack(tiny("deepseek_v3"), [Hydragen()])
+
+
 def test_mistral_without_windows() -> None:
     stack = Stack(tiny("mistral", sliding_window=None), [Hydragen()])
     expected = plain(tiny("mistral", sliding_window=None), RAGGED)

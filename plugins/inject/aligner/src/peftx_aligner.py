@@ -21,7 +21,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
+from peftx.errors import ArchitectureError
 from peftx.kernel.slots import Rows
+
+PROJECTIONS = ("attention.k", "attention.v", "attention.o")
 
 
 class AlignerConfig(PluginConfig):
@@ -55,7 +58,8 @@ class Projection:
     @classmethod
     def of(cls, site: Site, tokens: Tokens, model: ModelView) -> Projection:
         parent, _, name = site.path.rpartition(".")
-        return cls(tokens, model.module.get_submodule(parent), name, site.rows, model.main.kv_heads)
+        heads = model.main.by_layer[site.layer].kv_heads
+        return cls(tokens, model.module.get_submodule(parent), name, site.rows, heads)
 
     def __call__(self) -> Tensor:
         y = self.holder.get_submodule(self.name)(self.tokens.P[None])[0]  # a batch of one, as layers expect
@@ -126,24 +130,35 @@ class Aligner(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        heads = model.main.heads
-        gates = 1 if self.config.gate == "layer" else heads
         sites = self.config.targets.select(model.attention_sites(), layers=model.num_layers)
         tokens = model.keep("tokens", Tokens(self.config.tokens, model.hidden_size))
+        found = {(s.role, s.layer): s for s in model.anatomy.sites if s.tower == model.main.name}
         for site in sites:
-            k, v, o = (
-                model.site(f"attention.{role}", tower=site.tower, layer=site.layer)
-                for role in ("k", "v", "o")
-            )
+            self._check(model, site, found)
+            k, v, o = (model.bound(found[role, site.layer]) for role in PROJECTIONS)
+            heads = model.main.by_layer[site.layer].heads
+            gates = 1 if self.config.gate == "layer" else heads
             value = Projection.of(v, tokens, model)
             if self.config.tokens == 1 and o.kind == "linear":
                 o.attach(Shift(value=value, gates=gates, heads=heads))
                 continue
-            norms = (
-                s.module
-                for s in model.anatomy.sites
-                if (s.role, s.tower, s.layer) == ("norm.k", site.tower, site.layer)
-            )
-            key = Projection.of(k, tokens, model)
-            model.attend(site, Read(key=key, value=value, norm=next(norms, None), gates=gates, heads=heads))
+            key, norm = Projection.of(k, tokens, model), found.get(("norm.k", site.layer))
+            norm = None if norm is None else norm.module
+            model.attend(site, Read(key=key, value=value, norm=norm, gates=gates, heads=heads))
             self.claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}  # of this one: it does not fold
+
+    @staticmethod
+    def _check(model: ModelView, site: Site, found: dict[tuple[str, int | None], Site]) -> None:
+        """Raises ArchitectureError where a layer lacks a projection, as where it takes the keys of another one."""
+
+        def lacks(layer: int | None) -> list[str]:
+            return [role for role in PROJECTIONS if (role, layer) not in found]
+
+        if missing := lacks(site.layer):
+            others = ",".join(str(i) for i in range(model.num_layers) if not lacks(i))
+            raise ArchitectureError(
+                f"aligner: layer {site.layer} of {model.config.model_type} has no {' and '.join(missing)} of its own",
+                hint=f"targets: 'attention layers={others}'"
+                if others
+                else "Llama, Mistral, Qwen, GPT-2 and their kin have them",
+            )

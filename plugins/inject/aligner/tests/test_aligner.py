@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Claim, Stack
-from peftx.errors import MergeError, PeftxError
+from peftx.errors import ArchitectureError, MergeError, PeftxError
 from peftx.kernel.parts import DeltaPart, FreePart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
@@ -119,6 +120,45 @@ def test_keys_and_values_go_through_the_layer() -> None:
     _, k, v = (P @ fused.weight + fused.bias).split(32, -1)
     assert difference(edit.key(), k.view(3, 4, 8).transpose(0, 1)) < 1e-6
     assert difference(edit.value(), v.view(3, 4, 8).transpose(0, 1)) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_each_layer_has_heads_of_its_own(tokens: int) -> None:
+    stack = Stack(tiny("llama"), [Aligner(tokens=tokens, gate="head")], inject=False)
+    facts = stack.anatomy.main
+    fewer = replace(facts.by_layer[0], heads=2, kv_heads=1, head_dim=16, value_dim=16)
+    stack.anatomy.towers["decoder"] = replace(facts, by_layer=(fewer, facts.by_layer[1]))
+    stack.inject()
+    assert [len(edit.g) for edit in readers(stack)] == [2, 4]
+    assert [tuple(edit.value().shape) for edit in readers(stack)] == [(1, tokens, 16), (2, tokens, 8)]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("arch", "options", "layer", "hint"),
+    [
+        ("gemma3n", {}, 2, "targets: 'attention layers=0,1'"),
+        ("gemma4", {}, 2, "targets: 'attention layers=0,1'"),
+        ("gemma4", {"attention_k_eq_v": True}, 1, "targets: 'attention layers=0'"),
+        ("deepseek_v3", {}, 0, "Llama, Mistral, Qwen, GPT-2 and their kin have them"),
+    ],
+)
+def test_layers_without_projections_of_their_own(
+    arch: str, options: dict[str, object], layer: int, hint: str, tokens: int
+) -> None:
+    """Gemma 3n and 4 share keys and values between layers, or take keys for values; DeepSeek-V3 has latents."""
+    with pytest.raises(ArchitectureError, match=f"aligner: layer {layer} of {arch}.* of its own") as caught:
+        Stack(tiny(arch, **options), [Aligner(tokens=tokens)])
+    assert caught.value.hint == hint
+    if hint.startswith("targets"):
+        model = tiny(arch, **options)
+        inputs = example_inputs(model)
+        with torch.no_grad():
+            before = output_of(model, inputs)
+            stack = Stack(model, [Aligner(tokens=tokens, targets=hint.split("'")[1])])
+            assert torch.equal(output_of(model, inputs), before)
+            spread(stack)
+            assert difference(output_of(model, inputs), before) > 0.05
 
 
 def test_keys_are_normalised_where_the_layer_does_so() -> None:

@@ -7,7 +7,8 @@ trained projection makes of that, and a head says whether the label holds:
     H_c = M(l_c)                                   [n, d], read once: neither M nor l_c changes
     prompt:  P_c = H_c W_p + b_p                   W_p: [d, d];  h = M([P_c ; E(x)])
     prefix:  a_c = H_c w + b                       [n], w: [d];  K_c = A_k a_c,  V_c = A_v a_c
-                                                   A_k, A_v: n -> L * heads * n * size, with biases
+                                                   A_k, A_v: n -> L * heads * n * size, with biases; heads and
+                                                   size are each layer's own
              K_c, V_c = A H_c without pooling      A: d -> 2 * L * heads * size, for each position
              h = M(x | K' = [K_c ; K], V' = [V_c ; V]), positions of x go on after the n of l_c
     log p(c holds | x) = log softmax(U h + u)_1    U: [2, d]; h at the last token (an encoder's first)
@@ -86,39 +87,47 @@ class LabelPrompts(nn.Module):
 
 
 class LabelPrefixes(nn.Module):
-    """K_c and V_c of every class, [L, 2, C, heads, n, size], out of H, [C, n, d].
+    """K_c and V_c of every class by layer, [C, heads, n, size] each, out of H, [C, n, d].
 
     Args:
-        shape: (L, heads, size). pool: through a_c. dropout: p.
+        sizes: of each layer: heads, numbers in a key, and in a value. pool: through a_c. dropout: p.
     """
 
-    def __init__(self, H: Tensor, *, shape: tuple[int, int, int], pool: bool, dropout: float) -> None:
+    def __init__(
+        self, H: Tensor, *, sizes: Sequence[tuple[int, int, int]], pool: bool, dropout: float
+    ) -> None:
         super().__init__()
-        (layers, heads, size), (_, n, d) = shape, H.shape
-        self.shape, self.dropout = shape, dropout
+        (_, n, d), self.dropout = H.shape, dropout
+        self.heads = [heads for heads, _, _ in sizes]
+        self.widths = [[heads * key for heads, key, _ in sizes], [heads * value for heads, _, value in sizes]]
         self.w = nn.Linear(d, 1) if pool else None
         self.A_k, self.A_v = (
-            nn.Linear(n, layers * heads * n * size) if pool else nn.Linear(d, layers * heads * size)
-            for _ in range(2)
+            nn.Linear(n, n * sum(widths)) if pool else nn.Linear(d, sum(widths)) for widths in self.widths
         )
         self.register_buffer("H", H)
 
-    def forward(self) -> Tensor:
-        (classes, n, _), (layers, heads, size) = self.H.shape, self.shape
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        read = self.H if self.w is None else self.w(self.H).squeeze(-1)  # a_c: [C, n]
+        keys, values = (
+            self.by_layer(F.dropout(A(read), self.dropout, self.training), widths)
+            for A, widths in zip((self.A_k, self.A_v), self.widths, strict=True)
+        )
+        return list(zip(keys, values, strict=True))
+
+    def by_layer(self, flat: Tensor, widths: list[int]) -> list[Tensor]:
+        """[C, numbers of all layers], or without pooling [C, n, those of one position] -> [C, heads, n, size] each."""
         if self.w is None:
-            flat = torch.stack((self.A_k(self.H), self.A_v(self.H)))  # [2, C, n, L * heads * size]
-            both = flat.view(2, classes, n, layers, heads, size).permute(3, 0, 1, 4, 2, 5)
-        else:
-            a = self.w(self.H).squeeze(-1)  # [C, n]
-            flat = torch.stack((self.A_k(a), self.A_v(a)))  # [2, C, L * heads * n * size]
-            both = flat.view(2, classes, layers, heads, n, size).permute(2, 0, 1, 3, 4, 5)
-        return F.dropout(both, self.dropout, self.training)
+            parts = zip(flat.split(widths, -1), self.heads, strict=True)
+            return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part, heads in parts]
+        n = self.H.shape[1]
+        parts = zip(flat.split([n * width for width in widths], -1), self.heads, strict=True)
+        return [part.unflatten(-1, (heads, n, -1)) for part, heads in parts]
 
 
 class Prefix(AttentionEdit):
     """K' = [K_c ; K], V' = [V_c ; V] in one layer, while texts are asked about labels."""
 
-    rows: Tensor | None = None  # [2, B, heads, n, size], by row of the batch
+    rows: tuple[Tensor, Tensor] | None = None  # [B, heads, n, size] each, by row of the batch
 
     def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.rows is None:
@@ -159,7 +168,9 @@ class LTuning(Plugin):
                 hint="take a decoder or an encoder",
             )
         self.encoder = "encoder" in model.towers
-        self.embedding = model.embedding().module
+        self.embedding, self.base = model.embedding().module, model.module.base_model
+        # Numbers that each layer is given of a token beside its embedding (Gemma 3n and 4).
+        self.beside = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
         self.first = first_position(model.module)
         if "labels" not in self.state:
             self.state["labels"] = self.tokens(model, stack)
@@ -174,9 +185,10 @@ class LTuning(Plugin):
         if config.variant == "prompt":
             labels: nn.Module = LabelPrompts(H)
         else:
-            sites, facts = model.attention_sites(), model.main
-            shape = (len(sites), facts.kv_heads, facts.head_dim)
-            labels = LabelPrefixes(H, shape=shape, pool=config.pool, dropout=config.dropout)
+            sites = model.attention_sites()
+            facts = [model.main.by_layer[site.layer] for site in sites]
+            sizes = [(each.kv_heads, each.head_dim, each.value_dim) for each in facts]
+            labels = LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout)
             for site in sites:
                 self.edits.append(Prefix())
                 model.attend(site, self.edits[-1])
@@ -260,8 +272,8 @@ class LTuning(Plugin):
         ids, mask, n = batch["input_ids"], batch["attention_mask"], self.length
         rows = self.labels()
         if self.edits:
-            for layer, edit in enumerate(self.edits):
-                edit.rows = rows[layer][:, chosen]
+            for edit, (key, value) in zip(self.edits, rows, strict=True):
+                edit.rows = key[chosen], value[chosen]
             places = torch.arange(ids.shape[1], device=ids.device)[None] + n + self.first
             changes: dict[str, Any] = {"position_ids": places}
         else:
@@ -269,8 +281,11 @@ class LTuning(Plugin):
             both = torch.cat((rows[chosen].to(embedded), embedded), 1)
             seen = F.pad(mask, (n, 0), value=1)
             changes = {"input_ids": None, "inputs_embeds": both, "attention_mask": seen}
-        outputs = forward(**changes, output_hidden_states=True)
-        hidden = outputs.hidden_states[-1][:, -ids.shape[1] :]  # of x: [B, T, d]
+            if self.beside:  # labels are no tokens, and have nothing there
+                own = self.base.get_per_layer_inputs(ids)  # [B, T, layers, numbers]
+                changes["per_layer_inputs"] = F.pad(own, (0, 0, 0, 0, n, 0))
+        states, outputs = last_states(self.base, partial(forward, **changes))
+        hidden = states[:, -ids.shape[1] :]  # of x: [B, T, d]
         at = mask.sum(1) - 1 if not self.encoder else torch.zeros_like(mask[:, 0])
         h = hidden[torch.arange(len(ids), device=ids.device), at]
         h = F.dropout(h.to(self.head.weight.dtype), self.config.dropout, self.head.training)
@@ -306,9 +321,21 @@ def read(model: nn.Module, ids: Tensor) -> Tensor:
     """H_c: last hidden states of label texts, ids [C, n] -> [C, n, d]."""
     ids = ids.to(model.device)
     with evaluating(model):
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
-        found = out.hidden_states[-1]
+        call = partial(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+        found, _ = last_states(model.base_model, call)
     return found.clone()  # an ordinary tensor, which gradients may pass
+
+
+def last_states(base: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """What the base model gives its head in a call, [B, T, d], and what the call returned. (Its `hidden_states` are
+    several streams in Gemma 3n.)"""
+    seen: list[Tensor] = []
+    handle = base.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state))
+    try:
+        outputs = call()
+    finally:
+        handle.remove()
+    return seen[-1], outputs
 
 
 def label_ids(stack: Stack, text: str, encoder: bool) -> list[int]:

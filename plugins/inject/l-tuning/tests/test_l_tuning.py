@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import peftx
-from peftx import Stack
+from peftx import ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.engines.data import CLASS_INDEX, Collator
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
@@ -74,7 +74,13 @@ def label_states(stack: Stack) -> Tensor:
     """H, read here and now by the frozen model."""
     ids = torch.tensor([row for _, row in plugin_of(stack).state["labels"]])
     with torch.no_grad():
-        return stack.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        return stack.model.base_model(input_ids=ids).last_hidden_state
+
+
+def numbers(labels: torch.nn.Module) -> Tensor:
+    """All that the labels become."""
+    rows = labels()
+    return rows if isinstance(rows, Tensor) else torch.cat([part.flatten() for pair in rows for part in pair])
 
 
 def trained(stack: Stack, steps: int = 2) -> Stack:
@@ -124,13 +130,86 @@ def test_the_prompt_is_the_formula(arch: str) -> None:
         assert difference(ask(stack, inputs, chosen)[row], expected) < 1e-5
 
 
+class Front(Plugin):
+    """Soft tokens as given."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.prompt(GivenRows(self.state["rows"]))
+
+
+class GivenRows(VirtualTokens):
+    def __init__(self, given: Tensor) -> None:
+        super().__init__(len(given))
+        self.given = given
+
+    def rows(self) -> Tensor:
+        return self.given
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3n", "gemma4"])
+def test_the_prompt_is_a_soft_prompt_of_the_label(arch: str) -> None:
+    """Gemma 3n and 4 look the tokens up again for each layer, which soft tokens have nothing in; what Gemma 3n lists as
+    its last hidden states are several streams."""
+    stack = trained(stack_of(arch))
+    plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [2, 0]
+    P = (label_states(stack) @ plugin.labels.project.weight.t() + plugin.labels.project.bias).detach()
+    found = ask(stack, inputs, chosen)
+    for row, c in enumerate(chosen):
+        front = Front()
+        front.state["rows"] = P[c]
+        model = Stack(tiny(arch), [front]).model
+        ids = inputs["input_ids"][row : row + 1, : int(inputs["attention_mask"][row].sum())]
+        with torch.no_grad():
+            expected = plugin.head(model.base_model(input_ids=ids).last_hidden_state[0, -1])
+        assert difference(found[row], expected) < 1e-5
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_layers_may_differ_and_values_be_narrower_than_keys(pool: bool) -> None:
+    H = torch.randn(2, 5, 4)
+    labels = LabelPrefixes(H, sizes=[(2, 3, 1), (1, 4, 6)], pool=pool, dropout=0.0)
+    one, two = labels()
+    assert [tuple(part.shape) for part in (*one, *two)] == [
+        (2, 2, 5, 3),
+        (2, 2, 5, 1),
+        (2, 1, 5, 4),
+        (2, 1, 5, 6),
+    ]
+    read = labels.w(H)[..., 0] if pool else H
+    if pool:
+        keys, values = labels.A_k(read).split((30, 20), -1), labels.A_v(read).split((10, 30), -1)
+        expected = [keys[0].view(2, 2, 5, 3), values[0].view(2, 2, 5, 1)]
+        expected += [keys[1].view(2, 1, 5, 4), values[1].view(2, 1, 5, 6)]
+    else:
+        keys, values = labels.A_k(read).split((6, 4), -1), labels.A_v(read).split((2, 6), -1)
+        expected = [keys[0].view(2, 5, 2, 3), values[0].view(2, 5, 2, 1)]
+        expected += [keys[1].view(2, 5, 1, 4), values[1].view(2, 5, 1, 6)]
+        expected = [part.transpose(1, 2) for part in expected]
+    assert all(torch.equal(found, part) for found, part in zip((*one, *two), expected, strict=True))
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("arch", ["deepseek_v3", "gemma3n", "gemma4", "qwen3_next"])
+def test_a_prefix_of_each_layers_own_sizes(arch: str, pool: bool) -> None:
+    stack = trained(stack_of(arch, variant="prefix", pool=pool))
+    plugin, inputs = plugin_of(stack), example_inputs(stack.model)
+    bad, fair = (ask(stack, inputs, 2 * [c]) for c in (0, 1))
+    assert difference(bad, fair) > 1e-3
+    facts = stack.anatomy.main
+    attending = [facts.by_layer[layer] for layer, path in enumerate(facts.attention) if path]
+    for sizes, (key, value) in zip(attending, plugin.labels(), strict=True):
+        assert key.shape == (3, sizes.kv_heads, plugin.length, sizes.head_dim)
+        assert value.shape == (3, sizes.kv_heads, plugin.length, sizes.value_dim)
+
+
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
 def test_the_prefix_is_a_filled_cache(arch: str, pool: bool) -> None:
     stack = trained(stack_of(arch, variant="prefix", pool=pool))
     plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [1, 2]
     labels, n, L = plugin.labels, plugin.length, stack.anatomy.num_layers
-    heads, size = labels.shape[1:]
+    heads, size = stack.anatomy.main.kv_heads, stack.anatomy.main.head_dim
     expected = []
     for row, c in enumerate(chosen):
         H, cache = label_states(stack)[c], DynamicCache()
@@ -157,9 +236,9 @@ def test_a_kept_label_equals_a_live_one_exactly(options: dict[str, object]) -> N
     """The model is frozen, so what it made of a label before training is what it makes of it afterwards."""
     stack = trained(stack_of(**options))
     labels = plugin_of(stack).labels.eval()
-    kept = labels()
+    kept = numbers(labels)
     labels.H = label_states(stack)
-    assert torch.equal(labels(), kept)
+    assert torch.equal(numbers(labels), kept)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -307,9 +386,9 @@ def test_it_learns() -> None:
 
 
 def test_dropout_acts_while_training() -> None:
-    labels = LabelPrefixes(torch.randn(2, 5, 4), shape=(2, 3, 50), pool=True, dropout=0.5)
-    assert 0.4 < float((labels() == 0).float().mean()) < 0.6
-    assert not bool((labels.eval()() == 0).any())
+    labels = LabelPrefixes(torch.randn(2, 5, 4), sizes=2 * [(3, 50, 50)], pool=True, dropout=0.5)
+    assert 0.4 < float((numbers(labels) == 0).float().mean()) < 0.6
+    assert not bool((numbers(labels.eval()) == 0).any())
 
 
 @pytest.mark.parametrize(

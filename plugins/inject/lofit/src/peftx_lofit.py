@@ -47,7 +47,8 @@ class LofitConfig(PluginConfig):
 
 
 class Offsets(nn.Module):
-    """v: [K, d_head], in the order of the chosen heads."""
+    """v: [K, d_head], in the order of the chosen heads; d_head of the widest, and a narrower head (Gemma 4) takes the
+    first numbers of its row."""
 
     def __init__(self, count: int, size: int) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class Heads(Delta):
             return None
         v = self.offsets[0].v
         rows, heads = torch.tensor(chosen, device=v.device).unbind(1)
-        return v.new_zeros(self.heads, self.size).index_copy(0, heads, v[rows]).flatten()
+        return v.new_zeros(self.heads, self.size).index_copy(0, heads, v[rows, : self.size]).flatten()
 
     def pre(self, x: Tensor) -> Tensor:
         if "heads" not in self.plugin.state:
@@ -115,7 +116,7 @@ class Lofit(Plugin):
     Config = LofitConfig
     # Needs gradients: v must rest while it gets none.
     claims = {Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.EDITS_INPUTS}
-    architectures = ("gemma", "bloom")
+    architectures = ("gemma", "bloom", "gemma4")
     refuses = {"mamba": "it has no attention"}
     exempt = {
         "every_parameter_gets_a_gradient": "the first step trains A alone, v has its turn in the second"
@@ -127,17 +128,22 @@ class Lofit(Plugin):
     def inject(self, model: ModelView) -> None:
         sites = model.attention_sites()
         outputs = [model.site("attention.o", tower=site.tower, layer=site.layer) for site in sites]
-        heads = model.main.heads
-        pairs = self._pairs(len(sites), heads)
+        heads = {site.layer: model.main.by_layer[site.layer].heads for site in sites}
+        sizes = [o.in_features // count for o, count in zip(outputs, heads.values(), strict=True)]
+        pairs = self._pairs(heads)
         if not model.restoring:
             self.state = {} if pairs is None else {"heads": pairs}
-        size = outputs[0].in_features // heads
-        count = self._count(len(sites) * heads) if pairs is None else len(pairs)
-        offsets = model.keep("offsets", Offsets(count, size))
+        count = self._count(sum(heads.values())) if pairs is None else len(pairs)
+        offsets = model.keep("offsets", Offsets(count, max(sizes)))
         self.edits = []
-        for layer, (site, output) in enumerate(zip(sites, outputs, strict=True)):
+        for site, output, size in zip(sites, outputs, sizes, strict=True):
             edit = Heads(
-                layer=layer, heads=heads, size=size, choose=pairs is None, offsets=offsets, plugin=self
+                layer=site.layer,
+                heads=heads[site.layer],
+                size=size,
+                choose=pairs is None,
+                offsets=offsets,
+                plugin=self,
             )
             self.edits.append(edit)
             if output.kind == "linear":
@@ -179,9 +185,10 @@ class Lofit(Plugin):
         """The K [layer, head] pairs with the largest ||A||_2, the largest first; later on, those that were chosen."""
         if "heads" in self.state:
             return self.state["heads"]
-        norms = torch.stack([edit.A.float().norm(dim=-1) for edit in self.edits])  # [L, H]
-        best = norms.flatten().sort(descending=True, stable=True).indices[: self._count(norms.numel())]
-        return [list(divmod(index, norms.shape[1])) for index in best.tolist()]
+        norms = torch.cat([edit.A.float().norm(dim=-1) for edit in self.edits])  # layer by layer
+        places = [[edit.layer, head] for edit in self.edits for head in range(edit.heads)]
+        best = norms.sort(descending=True, stable=True).indices[: self._count(len(places))]
+        return [places[index] for index in best.tolist()]
 
     def _choosing(self) -> bool:
         """Is the first step going on: no heads yet, and A trains (it does not while the plugin is frozen)."""
@@ -205,16 +212,18 @@ class Lofit(Plugin):
             raise PeftxError(f"lofit: heads={count}, and the model has {total}", hint=f"at most {total}")
         return count
 
-    def _pairs(self, layers: int, heads: int) -> list[list[int]] | None:
-        """The given pairs; None if they are to be chosen."""
+    def _pairs(self, heads: dict[int, int]) -> list[list[int]] | None:
+        """The given pairs; None if they are to be chosen. heads: their number, by layer."""
         if not isinstance(self.config.heads, tuple):
             return None
         pairs = [list(pair) for pair in self.config.heads]
         for layer, head in pairs:
-            if not (0 <= layer < layers and 0 <= head < heads):
+            if not 0 <= head < heads.get(layer, 0):
                 raise PeftxError(
                     f"lofit: there is no head {head} in layer {layer}",
-                    hint=f"layers 0 to {layers - 1}, heads 0 to {heads - 1}",
+                    hint=f"layer {layer} has heads 0 to {heads[layer] - 1}"
+                    if layer in heads
+                    else f"layers with heads: {', '.join(map(str, heads))}",
                 )
         if not pairs or len(set(self.config.heads)) < len(pairs):
             raise PeftxError(f"lofit: heads={pairs} names none, or one twice", hint="each pair once")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,47 @@ def test_an_offset_acts_on_its_head_alone() -> None:
     assert torch.equal(shift[2], torch.arange(8.0))
     assert torch.equal(shift[0], torch.arange(16.0, 24.0))
     assert shift[[1, 3]].abs().max() == 0
+
+
+def test_heads_of_other_layers_may_be_wider() -> None:
+    """Gemma 4: heads of 8 numbers in the first layer, of 16 in the two behind it; v is as wide as the widest."""
+    stack = spread(built("gemma4", heads=((0, 3), (2, 1))))
+    narrow, other, wide = edits(stack)
+    assert v_of(stack).shape == (2, 16)
+    shift = narrow.pre(torch.zeros(1, 32)).view(4, 8)
+    assert torch.equal(shift[3], v_of(stack)[0, :8])
+    assert shift[:3].abs().max() == 0
+    assert other.shift() is None
+    shift = wide.pre(torch.zeros(1, 64)).view(4, 16)
+    assert torch.equal(shift[1], v_of(stack)[1])
+    assert shift[[0, 2, 3]].abs().max() == 0
+    choosing = built("gemma4", heads=3)
+    assert [tuple(edit.A.shape) for edit in edits(choosing)] == [(4, 8), (4, 16), (4, 16)]
+    choosing.train(ROWS, steps=4, batch_size=2, learning_rate=1e-2)
+    assert len(choosing.plugins["lofit"].state["heads"]) == 3
+
+
+def test_layers_may_differ_in_their_number_of_heads() -> None:
+    """The ranking goes over the heads that each layer has."""
+    stack = Stack(tiny("llama"), [Lofit(heads=3)], inject=False)
+    facts = stack.anatomy.main
+    fewer = replace(facts.by_layer[0], heads=2, head_dim=16, value_dim=16)
+    stack.anatomy.towers["decoder"] = replace(facts, by_layer=(fewer, facts.by_layer[1]))
+    stack.inject()
+    assert [tuple(edit.A.shape) for edit in edits(stack)] == [(2, 16), (4, 8)]
+    for edit in edits(stack):
+        edit.A.data.zero_()
+    edits(stack)[0].A.data[1], edits(stack)[1].A.data[3], edits(stack)[1].A.data[0] = 3.0, 2.0, 1.0
+    assert stack.plugins["lofit"].top_heads() == [[0, 1], [1, 3], [1, 0]]
+
+
+def test_a_layer_is_counted_as_the_model_counts_it() -> None:
+    """Qwen3-Next: linear attention in layer 0, heads in layer 1 alone."""
+    assert [edit.layer for edit in edits(built("qwen3_next", heads=((1, 2),)))] == [1]
+    assert {layer for layer, _ in built("qwen3_next", heads=4).plugins["lofit"].top_heads()} == {1}
+    with pytest.raises(PeftxError, match="there is no head 0 in layer 0") as caught:
+        built("qwen3_next", heads=((0, 0),))
+    assert caught.value.hint == "layers with heads: 1"
 
 
 @pytest.mark.parametrize("arch", [*ARCHES, "bloom"])
@@ -368,8 +410,16 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
     ("arch", "options", "match"),
     [
         ("llama", {"heads": 9}, "lofit: heads=9, and the model has 8"),
-        ("llama", {"heads": ((0, 4),)}, "lofit: there is no head 4 in layer 0"),
-        ("llama", {"heads": ((2, 0),)}, "lofit: there is no head 0 in layer 2"),
+        (
+            "llama",
+            {"heads": ((0, 4),)},
+            "lofit: there is no head 4 in layer 0\n  hint: layer 0 has heads 0 to 3",
+        ),
+        (
+            "llama",
+            {"heads": ((2, 0),)},
+            "lofit: there is no head 0 in layer 2\n  hint: layers with heads: 0, 1",
+        ),
         ("llama", {"heads": ((0, 1), (0, 1))}, "lofit: .*one twice"),
         ("llama", {"heads": ()}, "lofit: .*names none"),
         ("llama", {"heads": ((0, 1),), "l1": 0.1}, "lofit: selection and l1 .* are given"),

@@ -6,7 +6,9 @@ exp(q k / sqrt(d)) ~ phi(q) phi(k) these are phi(q) Z and phi(q) z, and Z and z 
 
     out = (A V + phi(q) Z) / (A 1 + phi(q) |z|)      A = exp(Q K^T / sqrt(d)), masked
     phi(x) = ELU(x / d^(1/4)) + 1                    entry by entry, positive
-    Z = sum_j phi(k_j) v_j^T,  z = sum_j phi(k_j)    Z: [heads, d, d], z: [heads, d], 0 at the start
+    Z = sum_j phi(k_j) v_j^T,  z = sum_j phi(k_j)    Z: [heads, d, d_v], z: [heads, d], 0 at the start
+
+d_v is d, but in DeepSeek-V3, whose values are narrower.
 
 Nothing else trains, and the cache does not grow. With the model's own output out_0 = A V / A 1 and L = log(A 1) it is
 
@@ -55,11 +57,11 @@ def statistics(
     """Z and z of a prefix, divided by d: phi(q) phi(k) is d where q = k = 0, and exp(q k) is 1.
 
     Args:
-        key, value: [key-value heads, length, d], keys as attention sees them. groups: query heads for each of them.
+        key, value: [key-value heads, length, d and d_v], keys as attention sees them. groups: query heads for each.
         scaling: of the scores; 1 / sqrt(d) if left out.
 
     Returns:
-        [heads, d, d] and [heads, d], float32.
+        [heads, d, d_v] and [heads, d], float32.
     """
     size = key.shape[-1]
     features = phi(key, size**-0.5 if scaling is None else scaling) / size  # [Hkv, length, d]
@@ -71,12 +73,14 @@ class Prefix(AttentionEdit):
     """Z and z of one layer.
 
     Args:
-        heads, size: query heads and d. dropout: p. causal: what a missing mask means.
+        heads, size, value_size: query heads, d and d_v (d if left out). dropout: p. causal: what a missing mask means.
     """
 
-    def __init__(self, *, heads: int, size: int, dropout: float, causal: bool) -> None:
+    def __init__(
+        self, *, heads: int, size: int, value_size: int | None = None, dropout: float, causal: bool
+    ) -> None:
         super().__init__()
-        self.Z = nn.Parameter(torch.zeros(heads, size, size))
+        self.Z = nn.Parameter(torch.zeros(heads, size, size if value_size is None else value_size))
         self.z = nn.Parameter(torch.zeros(heads, size))
         self.dropout = dropout
         self.causal = causal
@@ -84,7 +88,7 @@ class Prefix(AttentionEdit):
     def replace(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Attend
     ) -> Tensor:
-        plain = attend(query, key, value, mask).transpose(1, 2)  # out_0: [B, H, Q, d]
+        plain = attend(query, key, value, mask).transpose(1, 2)  # out_0: [B, H, Q, d_v]
         L = self._log_sum(query, key, mask, scaling)  # [B, H, Q, 1]
         m = L.clamp(min=0)
         features = F.dropout(phi(query, scaling), self.dropout, self.training)
@@ -119,7 +123,7 @@ class NtkAttention(Plugin):
 
     Config = NtkAttentionConfig
     claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.REPLACES_ATTENTION}
-    architectures = ("gemma", "clip")
+    architectures = ("gemma", "clip", "deepseek_v3", "gemma4")
     refuses = {
         "mamba": "it has no attention",
         "bloom": "its attention is not looked up by name",
@@ -140,10 +144,16 @@ class NtkAttention(Plugin):
                     "so it is not known here",
                     hint="real rows of keys and values (p-tuning-v2) stand beside sinks",
                 )
-            facts = model.towers[site.tower]
+            sizes = model.towers[site.tower].by_layer[site.layer]
             # CLIP's text tower says it with each call and not on the module.
             causal = vars(site.module).get("is_causal", True) or site.tower == "text"
-            edit = Prefix(heads=facts.heads, size=facts.head_dim, dropout=self.config.dropout, causal=causal)
+            edit = Prefix(
+                heads=sizes.heads,
+                size=sizes.head_dim,
+                value_size=sizes.value_dim,
+                dropout=self.config.dropout,
+                causal=causal,
+            )
             model.attend(site, edit)
 
     def _sites(self, model: ModelView) -> list[Site]:
@@ -168,7 +178,7 @@ def set_prefix(
     """Start from a prefix: write its Z and z into every layer.
 
     Args:
-        prefix: key and value of each layer, [key-value heads, length, d]. scaling: as in `statistics`.
+        prefix: key and value of each layer, [key-value heads, length, d and d_v]. scaling: as in `statistics`.
 
     Raises:
         PeftxError: another number of layers, or a layer of another shape.
@@ -179,12 +189,13 @@ def set_prefix(
             f"{id}: the prefix has {len(prefix)} layers, the stack {len(edits)}", hint="one pair each"
         )
     for layer, (edit, (key, value)) in enumerate(zip(edits, prefix, strict=True)):
-        heads, size, _ = edit.Z.shape
-        if key.shape != value.shape or key.dim() != 3 or heads % key.shape[0] or key.shape[2] != size:
+        heads, *sizes = edit.Z.shape
+        fits = key.shape[:-1] == value.shape[:-1] and [key.shape[-1], value.shape[-1]] == sizes
+        if not fits or key.dim() != 3 or heads % key.shape[0]:
             shapes = f"{tuple(key.shape)} and {tuple(value.shape)}"
             raise PeftxError(
                 f"{id}: prefix of layer {layer} has shapes {shapes}, and Z {tuple(edit.Z.shape)}",
-                hint="key and value: [key-value heads, length, d]",
+                hint="key and value: [key-value heads, length, d], and d_v for the value",
             )
     for edit, (key, value) in zip(edits, prefix, strict=True):
         Z, z = statistics(key, value, groups=edit.Z.shape[0] // key.shape[0], scaling=scaling)

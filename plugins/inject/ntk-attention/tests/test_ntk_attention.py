@@ -76,12 +76,12 @@ def explicit(
 ) -> Tensor:
     """Numerator and denominator summed one by one: query [B, H, Q, d], sees [B, Q, K] -> [B, Q, H, d]."""
     batch, heads, length, size = query.shape
-    groups = heads // key.shape[1]
-    out = torch.zeros(batch, length, heads, size)
+    groups, width = heads // key.shape[1], value.shape[-1]
+    out = torch.zeros(batch, length, heads, width)
     for b in range(batch):
         for h in range(heads):
             for i in range(length):
-                q, above, below = query[b, h, i], torch.zeros(size), torch.zeros(())
+                q, above, below = query[b, h, i], torch.zeros(width), torch.zeros(())
                 for j in range(key.shape[2]):
                     if sees[b, i, j]:
                         weight = (q @ key[b, h // groups, j] / size**0.5).exp()
@@ -139,6 +139,40 @@ def test_equals_the_sums_of_the_kernel(mask: str) -> None:
     real = sees.any(-1)  # a pad sees nothing, and what it gets nobody reads
     assert difference(ours[real], explicit(query, key, value, sees, prefix, "phi")[real]) < 2e-6
     assert bool(ours.isfinite().all())
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    """As in DeepSeek-V3; the kernel's sums over keys of 8 numbers and values of 5."""
+    torch.manual_seed(1)
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 5)
+    prefix = torch.randn(2, 3, 8), torch.randn(2, 3, 5)
+    sees = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    edit = Prefix(heads=4, size=8, value_size=5, dropout=0.0, causal=True)
+    edit.Z.data, edit.z.data = statistics(*prefix, groups=2)
+    ours = edit.replace(query, key, value, sees[:, None], 8**-0.5, softmax_attention)
+    assert difference(ours, explicit(query, key, value, sees, prefix, "phi")) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("arch", "shapes"),
+    [
+        ("deepseek_v3", 2 * [(4, 12, 8)]),
+        ("gemma4", [(4, 8, 8), (4, 16, 16), (4, 16, 16)]),  # wider heads where attention is full
+    ],
+)
+def test_each_layer_has_heads_of_its_own_size(arch: str, shapes: list[tuple[int, ...]]) -> None:
+    model = tiny(arch)
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        base = output_of(model, inputs)
+        stack = Stack(model, [NtkAttention()])
+        assert [tuple(edit.Z.shape) for edit in edits(stack)] == shapes
+        assert torch.equal(output_of(model, inputs), base)
+        spread(stack)
+        assert difference(output_of(model, inputs), base) > 0.02
+        narrower = [(torch.randn(2, 5, size), torch.randn(2, 5, width)) for _, size, width in shapes]
+        set_prefix(stack, narrower)
+        assert [tuple(edit.Z.shape) for edit in edits(stack)] == shapes
 
 
 def test_a_new_token_sees_all_keys() -> None:

@@ -15,6 +15,7 @@ Dropout acts on the prompts. The backbone is frozen; a classifier's head trains 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,11 +65,13 @@ class PTuningV2Config(PluginConfig):
 
 
 class Rows(nn.Module):
-    """Prompts of one layer, trained as they are: [2 (keys, values), heads, l, head size]."""
+    """Prompts of one layer, trained as they are: [2 (keys, values), heads, l, head size], or where values have another
+    size than keys (DeepSeek-V3) the two side by side: [heads, l, both sizes]."""
 
-    def __init__(self, heads: int, size: int, length: int) -> None:
+    def __init__(self, heads: int, size: int, length: int, value_size: int | None = None) -> None:
         super().__init__()
-        self.rows = nn.Parameter(torch.empty(2, heads, length, size).normal_(std=INIT_STD))
+        *parts, width = form(heads, size, value_size)
+        self.rows = nn.Parameter(torch.empty(*parts, length, width).normal_(std=INIT_STD))
 
     def forward(self) -> Tensor:
         return self.rows
@@ -88,16 +91,18 @@ class Trunk(nn.Module):
 
 
 class ProjectedRows(nn.Module):
-    """Prompts of one layer out of the trunk: U_i tanh(D e + d) + u_i, as [2, heads, l, head size]."""
+    """Prompts of one layer out of the trunk: U_i tanh(D e + d) + u_i, in the form of `Rows`."""
 
     keeps = False
     kept: Tensor | None = None
     """See `OncePerCache`."""
 
-    def __init__(self, heads: int, size: int, hidden: int, trunk: Trunk) -> None:
+    def __init__(
+        self, heads: int, size: int, hidden: int, trunk: Trunk, value_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden, 2 * heads * size)
-        self.shape = (2, heads, size)
+        self.shape = form(heads, size, value_size)
+        self.up = nn.Linear(hidden, math.prod(self.shape))
         self.trunk = (trunk,)  # in a tuple: the plugin owns it, not this layer
         _start(self.up)
 
@@ -110,8 +115,13 @@ class ProjectedRows(nn.Module):
         return self.kept
 
     def compute(self) -> Tensor:
-        flat = self.up(self.trunk[0]())  # [l, 2 * heads * size]
-        return flat.unflatten(-1, self.shape).permute(1, 2, 0, 3)
+        flat = self.up(self.trunk[0]())  # [l, keys and values of all heads]
+        return flat.unflatten(-1, self.shape).movedim(0, -2)
+
+
+def form(heads: int, size: int, value_size: int | None) -> tuple[int, ...]:
+    """Of one row of prompts, in all heads."""
+    return (2, heads, size) if value_size in (None, size) else (heads, size + value_size)
 
 
 class OncePerCache(CallEdit):
@@ -146,7 +156,7 @@ class Prefix(AttentionEdit):
     """K' = [P_K ; K], V' = [P_V ; V] in one layer.
 
     Args:
-        prompt: gives [2, heads, l, head size]. dropout: p.
+        prompt: gives P_K and P_V in the form of `Rows`. dropout: p.
     """
 
     def __init__(self, prompt: Rows | ProjectedRows, dropout: float) -> None:
@@ -155,11 +165,13 @@ class Prefix(AttentionEdit):
         self.dropout = dropout
 
     def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        rows = (
-            self.prompt().to(key).unsqueeze(1).expand(-1, key.shape[0], -1, -1, -1)
-        )  # [2, B, heads, l, size]
+        rows = self.prompt().to(key)
+        shape = *rows.shape[:-3], len(key), *rows.shape[-3:]  # [..., B, heads, l, size]
+        rows = rows.unsqueeze(-4).expand(shape)
         rows = F.dropout(rows, self.dropout, self.training)  # other zeros in each row of the batch
-        return torch.cat((rows[0], key), 2), torch.cat((rows[1], value), 2)
+        apart = rows.dim() == 5
+        front = rows.unbind(0) if apart else rows.split((key.shape[-1], value.shape[-1]), -1)
+        return torch.cat((front[0], key), 2), torch.cat((front[1], value), 2)
 
 
 class PTuningV2(Plugin):
@@ -167,6 +179,7 @@ class PTuningV2(Plugin):
 
     Config = PTuningV2Config
     claims = {Claim.BESIDE_WEIGHTS}
+    architectures = ("deepseek_v3", "gemma4")
     refuses = {"mamba": "it has no attention", "bloom": "its attention is not looked up by name"}
     config: PTuningV2Config
 
@@ -179,9 +192,13 @@ class PTuningV2(Plugin):
             trunk = model.keep("trunk", Trunk(length, model.hidden_size, hidden))
         prompts = []
         for site in sites:
-            facts = model.towers[site.tower]
-            heads, size = facts.kv_heads, facts.head_dim
-            prompt = Rows(heads, size, length) if trunk is None else ProjectedRows(heads, size, hidden, trunk)
+            sizes = model.towers[site.tower].by_layer[site.layer]
+            heads, size, other = sizes.kv_heads, sizes.head_dim, sizes.value_dim
+            prompt = (
+                Rows(heads, size, length, other)
+                if trunk is None
+                else ProjectedRows(heads, size, hidden, trunk, other)
+            )
             edit = Prefix(prompt, self.config.dropout)
             # Of the trunk's dtype and device also where the attention is quantized and has no parameter to go by.
             model.attend(site, edit.to(device=model.module.device, dtype=model.module.dtype))

@@ -111,7 +111,42 @@ def test_equals_a_filled_cache_with_unchanged_positions(arch: str, padding: str 
     assert difference(ours[real], base[real]) > 0.1
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+def test_values_may_be_narrower_than_keys() -> None:
+    """DeepSeek-V3: what attention is given has the prompts in front, keys of 12 numbers and values of 8."""
+    prompt = Rows(1, 2, 2, 1)
+    prompt.rows.data = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])  # keys of 2 numbers, values of 1
+    key, value = Prefix(prompt, 0.0).keys_values(torch.full((2, 1, 1, 2), 7.0), torch.full((2, 1, 1, 1), 8.0))
+    assert key.tolist() == 2 * [[[[1.0, 2.0], [4.0, 5.0], [7.0, 7.0]]]]
+    assert value.tolist() == 2 * [[[[3.0], [6.0], [8.0]]]]
+    width = 4 * (12 + 8)
+    plain = Stack(tiny("deepseek_v3"), [PTuningV2(length=7)])
+    assert plain.trainable_parameters() == 2 * 7 * width
+    projected = Stack(tiny("deepseek_v3"), [PTuningV2(length=7, projection=5)])
+    assert projected.trainable_parameters() == 7 * 32 + 33 * 5 + 2 * 6 * width
+
+
+def test_a_projection_of_narrower_values_can_be_written_out() -> None:
+    source = spread(Stack(tiny("deepseek_v3"), [PTuningV2(length=3, projection=6)]), 0.3)
+    target = Stack(tiny("deepseek_v3"), [PTuningV2(length=3)])
+    copy_projected(source, target)
+    inputs = example_inputs(source.model)
+    with torch.no_grad():
+        assert torch.equal(output_of(target.model, inputs), output_of(source.model, inputs))
+
+
+def test_heads_of_other_layers_may_be_wider_or_fewer() -> None:
+    """Gemma 4: heads of 8 numbers in the first layer, of 16 behind it, and there fewer for keys and values."""
+    model = tiny("gemma4", attention_k_eq_v=True, num_global_key_value_heads=1)
+    stack = spread(Stack(model, [PTuningV2(length=4)]))
+    assert [tuple(edit.prompt.rows.shape) for edit in edits(stack)] == [(2, 2, 4, 8)] + 2 * [(2, 1, 4, 16)]
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        seen = output_of(model, inputs)
+        with stack.disabled():
+            assert difference(output_of(model, inputs), seen) > 0.05
+
+
+@pytest.mark.parametrize("arch", [*ARCHES, "deepseek_v3", "gemma4"])
 def test_masked_prompts_give_the_base(arch: str) -> None:
     model = tiny(arch)
     inputs = example_inputs(model, padding="right")

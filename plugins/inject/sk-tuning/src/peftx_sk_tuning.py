@@ -87,17 +87,25 @@ class Reader(nn.Module):
 
     Args:
         E: first value of E_s, [n, d]. size: of a head, for W; none: no adapter. dropout: p.
-        base: the model that reads. blocks: its layers.
+        base: the model that reads. blocks: its layers. beside: numbers that each layer is given of a token beside its
+        embedding (Gemma 3n and 4), which soft tokens have none of.
     """
 
     def __init__(
-        self, E: Tensor, *, size: int | None, dropout: float, base: nn.Module, blocks: Sequence[nn.Module]
+        self,
+        E: Tensor,
+        *,
+        size: int | None,
+        dropout: float,
+        base: nn.Module,
+        blocks: Sequence[nn.Module],
+        beside: int = 0,
     ) -> None:
         super().__init__()
         self.E = nn.Parameter(E)
         like: dict[str, Any] = {"dtype": E.dtype, "device": E.device}
         self.W = nn.Linear(size, size, bias=False, **like) if size is not None else None
-        self.dropout = dropout
+        self.dropout, self.beside = dropout, beside
         self.base, self.blocks = (base,), tuple(blocks)  # in tuples: they are no children of this one
         self.noted: list[tuple[Tensor, Tensor]] | None = None  # keys and values, by layer, while E_s is read
         self.rows: list[list[Tensor]] = []  # K_s and V_s by layer, [1, heads, n, size]
@@ -108,6 +116,11 @@ class Reader(nn.Module):
         places = torch.arange(len(self.E), device=self.E.device)[None]
         modes = [block.training for block in self.blocks]
         noted: list[tuple[Tensor, Tensor]] = []
+        inputs = {"inputs_embeds": self.E[None].to(self.base[0].dtype)}
+        if self.beside:
+            inputs["per_layer_inputs"] = inputs["inputs_embeds"].new_zeros(
+                *places.shape, len(self.blocks), self.beside
+            )
         self.noted = noted
         for block in self.blocks:
             block.training = (
@@ -115,7 +128,7 @@ class Reader(nn.Module):
             )
         try:
             self.base[0](
-                inputs_embeds=self.E[None].to(self.base[0].dtype),
+                **inputs,
                 attention_mask=torch.ones_like(places),
                 position_ids=places - len(self.E),  # `shift_positions` adds n
                 use_cache=False,
@@ -209,9 +222,14 @@ class SkTuning(Plugin):
         else:
             sites = model.attention_sites()
             blocks = [site.module for site in model.blocks("layer")]
-            size = model.main.head_dim if config.adapter else None
-            base = model.module.base_model
-            reader = Reader(E, size=size, dropout=config.dropout, base=base, blocks=blocks)
+            reader = Reader(
+                E,
+                size=self.size(model) if config.adapter else None,
+                dropout=config.dropout,
+                base=model.module.base_model,
+                blocks=blocks,
+                beside=getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0),
+            )
             self.reader = model.keep("sentence", reader).to(full)
             for layer, site in enumerate(sites):
                 model.attend(site, Prefix(reader, layer))
@@ -223,6 +241,18 @@ class SkTuning(Plugin):
             model.site("norm.mlp", layer=model.num_layers - 1) if self.encoder else model.site("norm.final")
         )
         self.last = last.module
+
+    @staticmethod
+    def size(model: ModelView) -> int:
+        """Of the heads of all layers, for W."""
+        sizes = {size for heads in model.main.by_layer for size in (heads.head_dim, heads.value_dim)}
+        if len(sizes) > 1:
+            raise ArchitectureError(
+                f"{model.owner}: one matrix W maps the keys and values of all layers, and {model.config.model_type} "
+                f"has heads of {' or '.join(map(str, sorted(sizes)))} numbers",
+                hint="adapter: false, or variant: prompt",
+            )
+        return sizes.pop()
 
     def sentence(self, model: ModelView, stack: Stack) -> list[int]:
         """Token ids of s, with what the tokenizer puts at the ends."""

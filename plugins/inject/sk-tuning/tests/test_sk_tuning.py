@@ -144,12 +144,46 @@ def test_an_encoder_reads_the_sentence_by_itself() -> None:
         stack.model(**inputs)
 
 
-def test_in_a_decoder_both_variants_are_one_function_of_the_text() -> None:
-    """A causal model's sentence does not see the text; so only the head's mean and the adapter tell the two apart."""
-    one, two = stack_of(variant="prompt"), stack_of(variant="prefix")
+@pytest.mark.parametrize("arch", ["llama", "deepseek_v3", "gemma3n", "gemma4"])
+def test_in_a_decoder_both_variants_are_one_function_of_the_text(arch: str) -> None:
+    """A causal model's sentence does not see the text; so only the head's mean and the adapter tell the two apart. Soft
+    tokens are none of the vocabulary, and have nothing in Gemma's further embeddings, one for each layer."""
+    one, two = stack_of(arch, variant="prompt"), stack_of(arch, variant="prefix")
     inputs = example_inputs(one.model)
     with torch.no_grad():
         assert difference(one.model(**inputs).logits, two.model(**inputs).logits) < 1e-5
+
+
+def test_a_hybrid_reads_the_sentence_in_its_layers_of_attention() -> None:
+    """Qwen3.5: linear attention in layers 0 and 2, which keep no keys and values."""
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    model = tiny("qwen3_5", num_hidden_layers=4, layer_types=kinds)
+    stack = Stack(model, [SkTuning(text=TEXT, variant="prefix")], tokenizer=tiny_tokenizer())
+    s = torch.tensor([stack.plugins["sk-tuning"].state["ids"]])
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        live = output_of(model, inputs)
+        with stack.disabled():
+            cache = model(input_ids=s, use_cache=True).past_key_values
+        with cached(stack):
+            assert torch.equal(output_of(model, inputs), live)
+            rows = stack.plugins["sk-tuning"].reader.rows
+            assert len(rows) == 2
+            for layer, (key, value) in zip((1, 3), rows, strict=True):
+                assert difference(key, cache.layers[layer].keys) < 1e-5
+                assert difference(value, cache.layers[layer].values) < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["deepseek_v3", "gemma4"])
+def test_one_adapter_needs_heads_of_one_size(arch: str) -> None:
+    """W of the prefix maps keys and values of every layer: here values are narrower, or some layers' heads wider."""
+    with pytest.raises(
+        ArchitectureError, match=r"sk-tuning: one matrix W.* (8 or 12|8 or 16) numbers"
+    ) as caught:
+        stack_of(arch, variant="prefix", adapter=True)
+    assert caught.value.hint == "adapter: false, or variant: prompt"
+    for options in ({"variant": "prefix", "adapter": False}, {"variant": "prompt", "adapter": True}):
+        stack_of(arch, **options).train(ROWS, steps=1, batch_size=2, max_length=32)
 
 
 @pytest.mark.parametrize("variant", ["prompt", "prefix"])

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, PeftxError
+from peftx.kernel.chain import is_ours
 from peftx.kernel.soft_rows import beside_soft_tokens
 
 MLP = ("gate", "up", "down")
@@ -251,7 +252,13 @@ class Sparselora(Plugin):
     """See the module."""
 
     Config = SparseloraConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_LABELS}
+    claims = {
+        Claim.IDENTITY_AT_START,
+        Claim.MERGEABLE,
+        Claim.NEEDS_GRADIENTS,
+        Claim.NEEDS_LABELS,
+        Claim.COMPUTES_LAYERS,
+    }
     architectures = ("mistral", "gemma2")
     refuses = {
         "gpt2": "no gated MLP, and q, k, v in one matrix",
@@ -283,18 +290,19 @@ class Sparselora(Plugin):
                 channels = MlpChannels(
                     *(self._estimate(model, sites[role]) for role in ("gate", "up")),
                     keep=kept(width, config.mlp),
-                    activation=model.module.get_submodule(sites["gate"].path.rpartition(".")[0]).act_fn,
+                    activation=self._activation(model, sites),
                 )
                 self._attach(model, f"mlp_{layer}", sites, channels)
         if config.attention:
             deeper = range(facts.layers // 2, facts.layers - 1)
             for layer in self._layers("attention", config.attention_layers, deeper, facts.layers):
                 sites = self._sites(model, "attention", ATTENTION, layer)
+                sizes = facts.by_layer[layer]
                 channels = AttentionChannels(
                     *(self._estimate(model, sites[role]) for role in ("q", "k", "v")),
                     keep=kept(sites["k"].out_features, config.attention),
-                    groups=facts.groups,
-                    head_dim=facts.head_dim,
+                    groups=sizes.heads // sizes.kv_heads,
+                    head_dim=sizes.head_dim,
                 )
                 self._attach(model, f"attention_{layer}", sites, channels)
 
@@ -352,23 +360,50 @@ class Sparselora(Plugin):
         """The block's linear layers by role.
 
         Raises:
-            ArchitectureError: the model is not a decoder with a gated MLP and separate projections.
+            ArchitectureError: the model is not a decoder with a gated MLP and separate projections, or has packed them.
         """
-        found = {
-            role: model.bound(site)
-            for site in model.anatomy.sites
-            for role in roles
-            if site.role == f"{block}.{role}" and site.layer == layer
-        }
-        plain = all(site.kind == "linear" and site.rows is None for site in found.values())
-        if len(model.towers) > 1 or not model.anatomy.is_decoder or len(found) < len(roles) or not plain:
-            needed = ", ".join(f"{block}.{role}" for role in roles)
+
+        names = {f"{block}.{role}": role for role in roles}
+        decoder = len(model.towers) == 1 and model.anatomy.is_decoder
+
+        def of(layer: int) -> dict[str, Site]:
+            here = (site for site in model.anatomy.sites if site.layer == layer and site.role in names)
+            return {names[site.role]: model.bound(site) for site in here}
+
+        def fits(found: dict[str, Site], *kinds: str) -> bool:
+            whole = all(site.kind in kinds and site.rows is None for site in found.values())
+            return decoder and len(found) == len(roles) and whole
+
+        found = of(layer)
+        if fits(found, "linear"):
+            return found
+        if fits(found, "linear", "quantized"):
+            packed = next(site for site in found.values() if site.kind == "quantized")
             raise ArchitectureError(
-                f"sparselora slices {needed} of a decoder, and {model.config.model_type} does not have them as linear "
-                "layers of their own",
-                hint="Llama, Mistral, Qwen and their kin do",
+                f"sparselora: it slices rows and columns of weights, and {packed.path} is packed",
+                hint="load the model unpacked, and put what packs it (prefixquant) behind sparselora; or leave this "
+                f"block dense: {block}: 0",
             )
-        return found
+        others = [i for i in range(model.num_layers) if fits(of(i), "linear")]
+        where = f"layer {layer} of {model.config.model_type}" if others else model.config.model_type
+        raise ArchitectureError(
+            f"sparselora slices {', '.join(names)} of a decoder, and {where} does not "
+            "have them as linear layers of their own",
+            hint=f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen 2 and 3 and their kin do",
+        )
+
+    @staticmethod
+    def _activation(model: ModelView, sites: dict[str, Site]) -> Callable[[Tensor], Tensor]:
+        """What stands in the MLP beside its linear layers; its name differs (`act_fn`, Llama 4: `activation_fn`)."""
+        mlp, linears = sites["gate"].path.rpartition(".")[0], [site.module for site in sites.values()]
+        children = model.module.get_submodule(mlp).named_children()
+        found = [module for name, module in children if module not in linears and not is_ours(name)]
+        if len(found) != 1:
+            raise ArchitectureError(
+                f"sparselora: beside linear layers {mlp} has {len(found)} modules, and not the gate's function alone",
+                hint="Llama, Mistral, Qwen 2 and 3 and their kin have it; or leave the MLPs dense: mlp: 0",
+            )
+        return found[0]
 
     def _estimate(self, model: ModelView, site: Site) -> Estimate:
         rank, full = self.config.rank, min(site.in_features, site.out_features)

@@ -15,8 +15,10 @@ from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
+from peftx.toolkits.compression import QuantLinear
 from peftx_ist import Ist
 from peftx_lora import Lora
+from peftx_prefixquant import PrefixQuant
 from peftx_sparselora import AttentionChannels, Estimate, MlpChannels, SlicedProduct, Sparselora, kept
 
 ALL: dict[str, Any] = {
@@ -343,6 +345,31 @@ def test_the_gate_is_the_models_own(arch: str) -> None:
     assert all(len(chosen) for chosen in all_chosen(stack))
 
 
+def test_the_gate_may_go_by_another_name() -> None:
+    """Llama 4 calls it `activation_fn`; its second layer has experts."""
+    model = tiny("llama4")
+    plugins = [Lora(rank=2, targets="attention mlp"), Sparselora(**ALL | {"mlp_layers": [0]})]
+    stack = Stack(model, plugins, tokenizer=tiny_tokenizer())
+    channels = next(m for m in model.modules() if isinstance(m, MlpChannels))
+    assert channels.activation is model.model.layers[0].feed_forward.activation_fn
+    gradients(stack, batch_for(stack))
+    assert all(len(chosen) for chosen in all_chosen(stack))
+
+
+def test_heads_of_other_layers_may_be_wider() -> None:
+    """Gemma 4: heads of 8 numbers in the first layer, of 16 in the second."""
+    model = tiny("gemma4")
+    options = ALL | {"mlp_layers": [0, 1, 2]}
+    stack = Stack(model, [Lora(rank=2, targets="attention mlp"), Sparselora(**options)])
+    found = [m for m in model.modules() if isinstance(m, AttentionChannels)]
+    assert [(channels.head_dim, channels.groups, channels.keep) for channels in found] == [
+        (8, 2, 8),
+        (16, 2, 16),
+    ]
+    gradients(stack, batch_for(stack))
+    assert all(len(chosen) for chosen in all_chosen(stack))
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 @pytest.mark.parametrize("around_backward", [False, True])
 def test_autocast(arch: str, around_backward: bool) -> None:
@@ -432,6 +459,69 @@ def test_work_of_the_frozen_layers_scales_with_what_is_kept() -> None:
 def test_models_without_the_layers_are_refused(arch: str) -> None:
     with pytest.raises(ArchitectureError, match=f"sparselora slices .*{arch} does not have them"):
         Stack(tiny(arch), [Lora(rank=2), Sparselora(**ALL)])
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "layer", "hint"),
+    [
+        ("gemma4", {"attention_layers": [0, 2]}, 2, "attention_layers: [0, 1]"),  # it shares keys and values
+        ("qwen3_next", {}, 1, "mlp_layers: [0]"),  # experts
+        ("llama4", {}, 1, "mlp_layers: [0]"),
+    ],
+)
+def test_layers_without_them_are_named(arch: str, options: dict[str, Any], layer: int, hint: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"layer {layer} of {arch}.* does not have them") as caught:
+        Stack(tiny(arch), [Lora(rank=2, targets="attention mlp"), Sparselora(**ALL | options)])
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(("block", "name"), [("mlp", "up_proj"), ("attention", "v_proj")])
+def test_packed_weights_are_refused_as_such(block: str, name: str) -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        holder = layer.mlp if block == "mlp" else layer.self_attn
+        setattr(holder, name, QuantLinear.from_linear(holder.get_submodule(name), bits=8))
+    with pytest.raises(
+        ArchitectureError, match=rf"sparselora: .*model\.layers\.0\.\S+{name} is packed"
+    ) as caught:
+        Stack(model, [Lora(rank=2), Sparselora(**ALL)])
+    hint = str(caught.value.hint)
+    assert f"{block}: 0" in hint
+    options = {name: value for name, value in ALL.items() if name != f"{block}_layers"} | {block: 0}
+    stack = Stack(model, [Lora(rank=2), Sparselora(**options)], tokenizer=tiny_tokenizer())
+    gradients(stack, batch_for(stack))
+
+
+def test_what_would_not_fit_unpacked_either_is_refused_for_that() -> None:
+    model = tiny("phi3")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = QuantLinear.from_linear(layer.mlp.down_proj, bits=8)
+    with pytest.raises(ArchitectureError, match="phi3 does not have them"):
+        Stack(model, [Lora(rank=2), Sparselora(**ALL)])
+
+
+def test_the_gates_function_must_be_told_apart() -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp.dropout = nn.Dropout(0.1)
+    with pytest.raises(ArchitectureError, match=r"model\.layers\.0\.mlp has 2 modules") as caught:
+        Stack(model, [Lora(rank=2), Sparselora(**ALL)])
+    assert "mlp: 0" in str(caught.value.hint)
+
+
+def test_what_packs_may_stand_behind() -> None:
+    """The way out that the refusal of packed weights names."""
+    weights_alone = PrefixQuant(weight_bits=8, activation_bits=16, kv_bits=16)
+    plugins = [weights_alone, Lora(rank=2), Sparselora(**ALL)]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(["The lamp is lit at six in the evening. "], ["prefixquant"], samples=1, length=32)
+    with pytest.raises(ArchitectureError, match=r"sparselora: .*mlp\.gate_proj is packed") as caught:
+        stack.inject()
+    assert "what packs it (prefixquant) behind sparselora" in str(caught.value.hint)
+    plugins = [Lora(rank=2), Sparselora(**ALL), PrefixQuant(weight_bits=8, activation_bits=16, kv_bits=16)]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    stack.train(ROWS, steps=2, batch_size=2)
+    stack.compress(["The lamp is lit at six in the evening. "], samples=1, length=32)
+    assert isinstance(stack.generate("1 + 1 =", max_new_tokens=2), str)
 
 
 def test_nothing_to_train_is_refused() -> None:

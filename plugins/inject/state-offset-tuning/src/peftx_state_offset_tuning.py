@@ -18,7 +18,7 @@ What enters W_out therefore gains (H' C_t) * silu(z_t), in a scan over a text an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, hookimpl
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 
 ROLES = ("ssm.in", "ssm.x", "ssm.dt", "ssm.out", "block.ssm")
@@ -134,6 +134,12 @@ class Applied(Delta):
         return y
 
 
+def without_readers(site: Site) -> Site:
+    """A packed layer as one that is called alone: nothing folds into what a fused kernel would read of it, which is no
+    matter here, since `Applied` refuses such a call."""
+    return replace(site, read=False, called=False) if site.kind == "quantized" else site
+
+
 class StateOffsetTuning(Plugin):
     """See the module."""
 
@@ -153,6 +159,7 @@ class StateOffsetTuning(Plugin):
                     hint="it works on Mamba",
                 )
         for inner, x, dt, out, layer in zip(*(model.sites(role) for role in ROLES), strict=True):
+            x, out = without_readers(x), without_readers(out)
             d, n = out.in_features, (x.out_features - dt.in_features) // 2
             self._check(d, n)
             call = Call()

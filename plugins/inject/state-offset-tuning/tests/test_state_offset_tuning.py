@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,12 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 
+import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.testing import conformance
-from peftx.testing.models import example_inputs, tiny
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_lora import Lora
 from peftx_state_offset_tuning import Call, Gate, OutputOffset, Readout, StateOffset, StateOffsetTuning
 
@@ -225,16 +229,62 @@ def test_beside_a_low_rank_update_training_and_evaluation_compute_the_same(first
         assert close(built.model(ids).logits, recorded, 1e-5)
 
 
-def test_a_fused_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_fused_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, packs: bool) -> None:
     """Where mamba-ssm is installed, training computes the layer from its weights in one kernel."""
     monkeypatch.setattr(
         modeling_mamba, "mamba_inner_fn", lambda xz, *_, **__: xz.transpose(1, 2)[..., :32].contiguous()
     )
-    model = stack().model
+    model = Stack(packed(), [StateOffsetTuning()]).model if packs else stack().model
     ids = example_inputs(model)["input_ids"]
     assert model(ids).logits.isfinite().all()
     with pytest.raises(UnsupportedError, match="state-offset-tuning: a fused kernel"):
         model.train()(ids)
+
+
+def packed(*, keep: bool = False) -> MambaForCausalLM:
+    """A tiny Mamba on weights of 8 bits; `keep`: rounded and not packed."""
+    model = tiny("mamba")
+    for layer in model.backbone.layers:
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+            linear = layer.mixer.get_submodule(name)
+            integers = QuantLinear.from_linear(linear, bits=8)
+            if keep:
+                linear.weight.data = integers.weight.clone()
+            else:
+                setattr(layer.mixer, name, integers)
+    return model
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=["h", "h-low-rank", "y"])
+def test_over_packed_weights(options: dict[str, object], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+    stacks = [
+        Stack(packed(keep=keep), [StateOffsetTuning(**options)], tokenizer=tiny_tokenizer())
+        for keep in (False, True)
+    ]
+    inputs = example_inputs(stacks[0].model, padding="left")
+    with torch.no_grad():
+        assert torch.equal(output_of(stacks[0].model, inputs), output_of(packed(), inputs))
+    for one in stacks:
+        one.train(rows, steps=3, batch_size=4, learning_rate=1e-1)
+    ours, plain = (list(one.ledger.parameters("state-offset-tuning")) for one in stacks)
+    assert all(close(a.detach(), b.detach(), 1e-4) for a, b in zip(ours, plain, strict=True))
+    with torch.no_grad():
+        found = output_of(stacks[0].model, inputs)
+        assert close(found, output_of(stacks[1].model, inputs), 1e-3)
+        assert not close(found, output_of(packed(), inputs), 1e-2)
+        whole, steps = (
+            stacks[0].generate("1 + 1 =", max_new_tokens=6, use_cache=use) for use in (False, True)
+        )
+    assert whole == steps
+    bundle = stacks[0].save(tmp_path / "bundle")
+    again = peftx.load(bundle, model=packed(), tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        assert torch.equal(output_of(again.model, inputs), found)
+    stacks[0].remove("state-offset-tuning")
+    with torch.no_grad():
+        assert torch.equal(output_of(stacks[0].model, inputs), output_of(packed(), inputs))
 
 
 def test_models_without_a_state_are_refused() -> None:

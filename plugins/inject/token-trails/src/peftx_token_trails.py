@@ -4,7 +4,8 @@
 
     h_t = E[x_t] + R[s_t]          E: [vocabulary, d], frozen; R: [S, d], trained, starts at 0
 
-S speakers; s_t is who speaks token t. Nothing is added to a token that nobody speaks (a document, a system message).
+S speakers; s_t is who speaks token t. Nothing is added to a token that nobody speaks (a document, a system message, a
+pad).
 
 Who speaks is read off the tokens: a turn opens with its marker, `User:` or what the tokenizer's chat template writes,
 
@@ -69,11 +70,12 @@ class Trail(Delta):
         self.R = nn.Parameter(torch.zeros(speakers, width))  # [S, d]
         self.markers = sorted(markers, key=lambda marker: len(marker[1]))  # the longer one has the last word
         self.owner = owner
-        self.now: tuple[Tensor, Tensor] | None = None  # x and s, [B, T], of the call that runs
+        # Of the call that runs, [B, T]: x, s, and s as it is added, which is nobody at pads.
+        self.now: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         known = self.now is not None and self.now[0].shape == x.shape
-        s = self.now[1] if known else self.read(x)
+        s = self.now[2] if known else self.read(x)
         R = F.pad(self.R, (0, 0, 1, 0)).to(y.dtype)  # [1 + S, d], row 0: nobody
         return y + F.embedding(s, R)  # E[x] + R[s]
 
@@ -138,13 +140,14 @@ class Calls(CallEdit):
     def before(self, call: dict[str, Any]) -> dict[str, Any]:
         (trail,) = self.trail
         types, call = call.get("token_type_ids"), {n: v for n, v in call.items() if n != "token_type_ids"}
-        x, cache = call.get("input_ids"), call.get("past_key_values")
+        x, mask, cache = (call.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+        rows = 0 if cache is None else int(cache.get_seq_length())
         if types is not None:
-            trail.now = x, trail.checked(types, x)
+            s = trail.checked(types, x)
+            trail.now = x, s, without_pads(s, mask, rows)
             return call
         layer = trail.remembered(cache)
         known = 0 if layer is None else layer.get_seq_length()
-        rows = 0 if cache is None else int(cache.get_seq_length())
         if rows != known:
             raise UnsupportedError(
                 f"{trail.owner}: the cache holds {rows} rows, and it is known who spoke {known} of them",
@@ -152,7 +155,8 @@ class Calls(CallEdit):
             )
         if x is not None:
             past = (layer.keys[:, 0, :, 0], layer.values[:, 0, -1:, 0]) if rows else ()
-            trail.now = x, trail.read(x, *past)
+            s = trail.read(x, *past)
+            trail.now = x, s, without_pads(s, mask, rows)
         elif rows:
             raise UnsupportedError(
                 f"{trail.owner}: inputs_embeds go on from a cache of {rows} rows, and embeddings do not say who speaks",
@@ -167,7 +171,15 @@ class Calls(CallEdit):
             return
         values = output if isinstance(output, tuple) else output.values()
         for cache in (value for value in values if isinstance(value, Cache)):
-            trail.remember(cache, *now)
+            trail.remember(cache, *now[:2])
+
+
+def without_pads(s: Tensor, mask: Any, rows: int) -> Tensor:
+    """s with nobody at pads, which a mask of all tokens tells: [B, rows + T]. A pad's embedding is zeros: where a model
+    takes the root of the square (Gemma 3n), R's gradient there would be no number."""
+    if not isinstance(mask, Tensor) or mask.shape != (len(s), rows + s.shape[1]):
+        return s
+    return s.masked_fill(mask[:, rows:] == 0, NOBODY)
 
 
 class TokenTrails(Plugin):
@@ -175,7 +187,7 @@ class TokenTrails(Plugin):
 
     Config = TokenTrailsConfig
     claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
-    architectures = ("opt", "gpt_neox", "gemma2")
+    architectures = ("opt", "gpt_neox", "gemma2", "gemma3n")
     refuses = {"bert": "an encoder", "t5": "an encoder and a decoder"}
     takes = ("messages", "preference")  # or any text with markers; a stack of its own may train on that
     config: TokenTrailsConfig

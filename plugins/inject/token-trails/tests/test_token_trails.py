@@ -279,6 +279,39 @@ def test_given_types_are_taken_and_carried_on() -> None:
     assert torch.allclose(carried, model(plain, token_type_ids=types).logits[:, 4:], atol=1e-4)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_pads_are_nobodys(told: bool) -> None:
+    """What closes a row to the length of the others is not said by the last speaker."""
+    stack = build()
+    ids = torch.tensor([[*stack.tokenizer(SHORT)["input_ids"], stack.tokenizer.pad_token_id]])
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    seen: list[Tensor] = []
+    embedding = stack.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    types = {"token_type_ids": torch.full_like(ids, 2)} if told else {}
+    cache = stack.model(ids, attention_mask=mask, use_cache=True, **types).past_key_values
+    assert torch.equal(seen[0][0, -1], embedding.weight[ids[0, -1]])
+    assert not torch.equal(seen[0][0, -2], embedding.weight[ids[0, -2]])
+    text = stack.tokenizer("hi")["input_ids"]
+    longer = torch.cat((mask, torch.ones(1, len(text), dtype=torch.long)), 1)
+    stack.model(torch.tensor([text]), attention_mask=longer, past_key_values=cache)
+    R = trail_of(stack).R
+    assert torch.equal(seen[1][0], embedding.weight[text] + R[1]), "the assistant goes on behind the pad"
+
+
+def test_it_learns_where_pads_are_zeros() -> None:
+    """Gemma 3n takes the root of the mean square of each embedding; at a pad's, zeros, its gradient is not finite."""
+    stack = Stack(tiny("gemma3n"), [TokenTrails()], tokenizer=tiny_tokenizer())
+    assert not stack.model.get_input_embeddings().weight[stack.tokenizer.pad_token_id].any()
+    turns = [[("user", "six"), ("assistant", "yes")], [("user", "seven o'clock"), ("assistant", "no, eight")]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in row]} for row in turns]
+    report = stack.train(rows, steps=4, batch_size=2, learning_rate=1e-2)
+    assert math.isfinite(report.last_loss)
+    assert bool(trail_of(stack).R.isfinite().all())
+    assert bool(trail_of(stack).R.all(-1).all())
+
+
 @torch.no_grad()
 def test_gpt2_does_not_read_the_types_as_words() -> None:
     stack = build("gpt2")

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from datasets import Dataset
 from pydantic import Field, field_validator, model_validator
 
-from peftx import Claim, Plugin, PluginConfig, TrainingData, hookimpl
+from peftx import Plugin, PluginConfig, TrainingData, hookimpl
 from peftx.engines.data import continuation, render_messages, special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
 
@@ -222,7 +222,6 @@ class MosaicIt(Plugin):
     """See the module."""
 
     Config = MosaicItConfig
-    claims = {Claim.DATA_ONLY}
     config: MosaicItConfig
     takes = ("prompt-completion", "messages", "classification")
     gives = {"classification": "prompt-completion"}

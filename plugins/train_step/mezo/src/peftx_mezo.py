@@ -54,7 +54,6 @@ class Mezo(Plugin):
     """See the module."""
 
     Config = MezoConfig
-    claims = {Claim.REPLACES_STEP}
     config: MezoConfig
 
     @hookimpl
