@@ -35,7 +35,11 @@ _WHERE = {
     "PeftxError": "peftx.errors",
     "Registry": "peftx.kernel.registry",
     "Stack": "peftx.stack",
+    "companion": "peftx.companions",
     "load": "peftx.loading",
+    "Worker": "peftx.toolkits.working",
+    "Phase": "peftx.kernel.phases",
+    "BoundSite": "peftx.kernel.view",
     "load_model": "peftx.engines.models",
     "run": "peftx.pipeline",
     "TrainStep": "peftx.engines.training",
@@ -47,6 +51,7 @@ _WHERE = {
 __all__ = [
     "Anatomy",
     "AttentionEdit",
+    "BoundSite",
     "CallEdit",
     "Claim",
     "Delta",
@@ -55,6 +60,7 @@ __all__ = [
     "LowRank",
     "ModelView",
     "PeftxError",
+    "Phase",
     "Plugin",
     "PluginConfig",
     "Registry",
@@ -64,8 +70,10 @@ __all__ = [
     "TrainStep",
     "TrainingData",
     "VirtualTokens",
+    "Worker",
     "__version__",
     "add_low_rank",
+    "companion",
     "dropout_linear",
     "hookimpl",
     "load",
@@ -87,6 +95,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from peftx.companions import companion
     from peftx.engines.data import TrainingData
     from peftx.engines.models import load_model
     from peftx.engines.training import TrainStep
@@ -94,13 +103,15 @@ if TYPE_CHECKING:
     from peftx.kernel.anatomy import Anatomy, Site, Targets
     from peftx.kernel.attention import AttentionEdit
     from peftx.kernel.calls import CallEdit
+    from peftx.kernel.phases import Phase
     from peftx.kernel.plugin import Claim, Plugin, PluginConfig, hookimpl
     from peftx.kernel.registry import Registry
     from peftx.kernel.slots import Delta, LowRank, add_low_rank, dropout_linear
-    from peftx.kernel.view import ModelView
+    from peftx.kernel.view import BoundSite, ModelView
     from peftx.kernel.virtual_tokens import VirtualTokens
     from peftx.loading import load
     from peftx.pipeline import run
     from peftx.stack import Stack
     from peftx.toolkits.decoding import Generation
     from peftx.toolkits.evaluation import Evaluation
+    from peftx.toolkits.working import Worker

@@ -97,6 +97,8 @@ class Stack:
         self.trained_steps = 0
         self.memory: dict[str, Any] = {}
         """What plugins remember between the steps of a loop of your own."""
+        self.companions: dict[str, PreTrainedModel] = {}
+        """Second models, by where they come from; see `peftx.companion`."""
         self.around_update: list[Any] = []
         """Handles of what is to run around the optimizer's next step."""
         self.pipeline: Pipeline | None = None

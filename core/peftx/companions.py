@@ -1,0 +1,57 @@
+"""Second models beside a stack's own: teachers, proxies, drafts, reward models, frozen copies."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from peftx.engines.bundle.manifest import MANIFEST
+from peftx.engines.models import load_model
+from peftx.errors import PeftxError
+from peftx.kernel.stack import Stack
+from peftx.loading import load
+
+
+def companion(
+    stack: Stack, source: Literal["copy"] | str | Path | PreTrainedModel | Stack, *, share: bool = True
+) -> PreTrainedModel:
+    """A frozen model in evaluation mode, to compare with or to be taught by: `with step.reference(teacher) as model`.
+
+    It is no part of the stack: nothing of it trains, and no bundle holds it. (The stack's own model as it was, or
+    without its plugins, takes no second one: `step.reference("start")`, `step.reference("base")`.)
+
+    Args:
+        source: `copy`, the stack's model as it is now; a folder or hub id; a bundle; a model, or another stack's.
+        share: one model for all that ask for the same source; else a new one.
+
+    Raises:
+        PeftxError: the tokenizers of the two differ in what they make of a text.
+    """
+    key = str(source) if isinstance(source, str | Path) else None
+    known: dict[str, PreTrainedModel] = stack.companions
+    if key is not None and share and key != "copy" and key in known:
+        return known[key]
+    if source == "copy":
+        found, tokenizer = copy.deepcopy(stack.model), None
+    elif isinstance(source, PreTrainedModel):
+        found, tokenizer = source, None
+    elif isinstance(source, Stack):
+        found, tokenizer = source.model, source.given_tokenizer
+    elif (Path(source) / MANIFEST).exists():
+        other = load(source, device=str(stack.model.device))
+        found, tokenizer = other.model, other.given_tokenizer
+    else:
+        found, tokenizer = load_model(str(source), device=str(stack.model.device))
+    own = stack.given_tokenizer
+    if tokenizer is not None and own is not None and tokenizer.get_vocab() != own.get_vocab():
+        raise PeftxError(
+            f"'{source}' has another vocabulary than the stack's model, so their tokens cannot be compared",
+            hint="a model of the same family; or compare texts (peftx.toolkits.working)",
+        )
+    found.requires_grad_(False).eval()
+    if key is not None and key != "copy":
+        known[key] = found
+    return found
