@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel import attention, calls, virtual_tokens
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.attention import AttentionEdit
@@ -21,15 +23,19 @@ from peftx.kernel.parts import (
     ContextPart,
     DeltaPart,
     FreePart,
+    HasTokenizer,
     Part,
     PromptPart,
     ReplacedPart,
     ShiftPart,
     Storage,
+    VocabularyPart,
+    configure_for,
     swap,
 )
 from peftx.kernel.slots import Delta, attach, base_class, kind_of, slot_of, without_fast_path
 from peftx.kernel.virtual_tokens import Shift, VirtualTokens
+from peftx.kernel.vocabulary import NewLogits, NewRows, scale_of, without
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,55 @@ def call_context(ledger: Ledger, owner: Owner) -> Call:
     found = calls.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
     _note(ledger, ContextPart(owner.id, "context", edit, ledger.model))
     return found
+
+
+def add_tokens(
+    ledger: Ledger,
+    owner: Owner,
+    holder: HasTokenizer,
+    sites: tuple[Site, Site | None],
+    tokens: Sequence[str],
+    init: Tensor | None,
+) -> NewRows:
+    """New tokens in the tokenizer, with rows of their own in embedding and head; see `ModelView.vocabulary`."""
+    model, before = ledger.model, holder.given_tokenizer
+    if before is None:
+        raise PeftxError(
+            f"{owner.id}: new tokens need a tokenizer", hint="Stack(model, plugins, tokenizer=...)"
+        )
+    known = int(model.config.get_text_config().vocab_size)
+    tokenizer = copy.deepcopy(before)
+    there = [token for token in tokens if token in before.get_vocab()]
+    if there and not owner.restoring:
+        raise PeftxError(f"{owner.id}: {there[0]!r} is a token already", hint="add only what is new")
+    pieces = [before(token, add_special_tokens=False)["input_ids"] for token in tokens]
+    tokenizer.add_tokens(list(tokens))
+    ids = tuple(int(id) for id in tokenizer.convert_tokens_to_ids(list(tokens)))
+    embedding, head = sites
+    rows = NewRows(ids, embedding.out_features, scale=scale_of(embedding.module))
+    tied = head is not None and head.module._parameters["weight"] is embedding.module._parameters["weight"]
+    logits = None if head is None else NewLogits(
+        ids, head.out_features, rows=rows if tied else None, width=head.in_features
+    )  # fmt: skip
+    if not owner.restoring:
+        for delta, site in ((rows, embedding), (logits, head)):
+            if site is None or delta is None or (delta is logits and tied) or site.weight.is_meta:
+                continue
+            with torch.no_grad():
+                own = site.weight
+                means = torch.stack([own[i].mean(0) if i else own.mean(0) for i in pieces])
+                delta.R.copy_(means if init is None or delta is logits else init)
+    attach_delta(ledger, owner, embedding, rows)
+    if logits is not None and head is not None:
+        attach_delta(ledger, owner, head, logits)
+    holder.given_tokenizer = tokenizer
+    plain = without(before, tokens) if there else before  # a bundle's tokenizer knows them
+    part = VocabularyPart(
+        owner.id, "vocabulary", nn.Module(), model, holder, tuple(tokens), ids, plain, known
+    )
+    configure_for(model, max(known, max(ids) + 1))
+    _note(ledger, part)
+    return rows
 
 
 def _note(ledger: Ledger, part: Part) -> None:

@@ -14,7 +14,17 @@ from transformers import PreTrainedModel
 from peftx.errors import ConflictError, MergeError, PeftxError
 from peftx.kernel import attention
 from peftx.kernel.chain import own_name, owners_of
-from peftx.kernel.parts import FREE, AttentionPart, BasePart, DeltaPart, FreePart, Part, ReplacedPart, Storage
+from peftx.kernel.parts import (
+    FREE,
+    AttentionPart,
+    BasePart,
+    DeltaPart,
+    FreePart,
+    Part,
+    ReplacedPart,
+    Storage,
+    VocabularyPart,
+)
 from peftx.kernel.slots import bake, slot_of, snapshot
 
 P = TypeVar("P", bound=Part)
@@ -177,6 +187,16 @@ class Ledger:
                         f"'{later.owner}' was folded into {trained.key}, which {owner} trained",
                         hint="load the base model again",
                     )
+        for added in self.of(owner, VocabularyPart):
+            above = [
+                part.owner
+                for part in self.parts[self.parts.index(added) :]
+                if isinstance(part, VocabularyPart)
+            ]
+            if (other := next((id for id in above if id != owner), None)) is not None:
+                raise ConflictError(
+                    f"'{other}' added tokens behind those of '{owner}'", hint=f"stack.remove('{other}') first"
+                )
         for replaced in self.of(owner, ReplacedPart):
             slot = slot_of(replaced.module)
             others = [link.owner for link in slot.links if link.owner != owner] if slot is not None else []

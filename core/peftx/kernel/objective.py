@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from peftx.errors import UnsupportedError
+from peftx.kernel.slots import slot_of
+from peftx.kernel.vocabulary import NewRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,12 +44,18 @@ def check_objective(model: PreTrainedModel, format: str) -> None:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int | None:
-    """Rows of the token embedding; None for a model that has none."""
+    """Ids that the token embedding knows, those of tokens that plugins added too; None for a model that has none."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:  # CLIP has two towers
         return None
-    return None if embedding is None else int(embedding.weight.shape[0])
+    if embedding is None:
+        return None
+    slot = slot_of(embedding)
+    new = (
+        (id for link in slot.links if isinstance(link.edit, NewRows) for id in link.edit.ids) if slot else ()
+    )
+    return max(int(embedding.weight.shape[0]), max(new, default=-1) + 1)
 
 
 def pad_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

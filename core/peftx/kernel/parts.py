@@ -150,6 +150,43 @@ class CallPart(EditPart):
     chain: ClassVar[ModuleType] = calls
 
 
+class HasTokenizer(Protocol):
+    """A stack, as far as new tokens concern it."""
+
+    given_tokenizer: Any
+
+
+@dataclass(eq=False)
+class VocabularyPart(Part):
+    """Tokens that a plugin added: to the tokenizer, and to the number that the model is configured for. Their rows are
+    deltas of embedding and head."""
+
+    what: ClassVar[str] = "vocabulary"
+
+    model: PreTrainedModel
+    holder: HasTokenizer
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    before: Any
+    """The tokenizer without them."""
+    known: int
+    """Tokens that the model was configured for."""
+
+    def undo(self) -> None:
+        self.holder.given_tokenizer = self.before
+        configure_for(self.model, self.known)
+
+    def switch(self, on: bool) -> None:
+        """Whoever has written a new token down needs its id to stay; its rows are switched."""
+
+
+def configure_for(model: PreTrainedModel, tokens: int) -> None:
+    """Let a model's losses and checks count so many tokens."""
+    model.config.get_text_config().vocab_size = tokens
+    if "vocab_size" in vars(model):
+        model.vocab_size = tokens
+
+
 @dataclass(eq=False)
 class FreePart(Part):
     """A module that stands nowhere in particular, in `model.peftx_parts`."""

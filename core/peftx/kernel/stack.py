@@ -161,7 +161,7 @@ class Stack:
     def view(self, id: str, *, restoring: bool = False) -> ModelView:
         """The model as plugin `id` may change it."""
         rank = [member.id for member in self.members].index(self.member(id).id)
-        return ModelView(self.anatomy, self.ledger, Owner(id, rank, restoring))
+        return ModelView(self.anatomy, self.ledger, Owner(id, rank, restoring), self)
 
     def implementers(self, hook: str, ids: Iterable[str] | None = None) -> list[Member]:
         """Members with this hook, in order; of these ids, if given."""

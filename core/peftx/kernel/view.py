@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from peftx.errors import ArchitectureError, PluginError, TargetError
+from peftx.errors import ArchitectureError, PeftxError, PluginError, TargetError
 from peftx.kernel.anatomy.anatomy import Anatomy, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.anatomy.targets import Targets
@@ -17,6 +18,7 @@ from peftx.kernel.attention import AttentionEdit
 from peftx.kernel.calls import Call, CallEdit
 from peftx.kernel.changes import (
     Owner,
+    add_tokens,
     attach_delta,
     call_context,
     edit_attention,
@@ -28,10 +30,11 @@ from peftx.kernel.changes import (
 )
 from peftx.kernel.heads import Head, Pool, mean_of
 from peftx.kernel.ledger import Ledger
-from peftx.kernel.parts import BasePart
+from peftx.kernel.parts import BasePart, HasTokenizer
 from peftx.kernel.slots import Delta
 from peftx.kernel.trained import Trained
 from peftx.kernel.virtual_tokens import Shift, VirtualTokens
+from peftx.kernel.vocabulary import NewRows
 
 D = TypeVar("D", bound=Delta)
 M = TypeVar("M", bound=nn.Module)
@@ -79,13 +82,16 @@ class ModelView:
     """What `inject` and `compress` get as `model`.
 
     Args:
-        anatomy: the model's anatomy. ledger: where changes are noted. by: whose they are.
+        anatomy: the model's anatomy. ledger: where changes are noted. by: whose they are. holder: of the tokenizer.
     """
 
-    def __init__(self, anatomy: Anatomy, ledger: Ledger, by: Owner) -> None:
+    def __init__(
+        self, anatomy: Anatomy, ledger: Ledger, by: Owner, holder: HasTokenizer | None = None
+    ) -> None:
         self.anatomy = anatomy
         self._ledger = ledger
         self._by = by
+        self._holder = holder
 
     @property
     def owner(self) -> str:
@@ -279,6 +285,27 @@ class ModelView:
     def around(self, edit: CallEdit) -> None:
         """See every call of the whole model: its arguments before, its output after."""
         edit_calls(self._ledger, self._by, edit)
+
+    def vocabulary(self, add: Sequence[str], *, init: Tensor | None = None) -> NewRows:
+        """Add tokens: the tokenizer knows them, the embedding and the head have rows for them, which train and are
+        saved alone. `export` writes a checkpoint that is as large as the vocabulary is then.
+
+        Args:
+            add: texts that are to be one token each. init: first rows of the embedding, [n, d]; each the mean of those
+                of its text's tokens up to now if left out. (A head of its own starts so in any case.)
+
+        Returns:
+            The rows; `ids` says under which numbers they go.
+
+        Raises:
+            PeftxError: no tokenizer, or a token that is there already.
+        """
+        if not add or len(set(add)) < len(add):
+            raise PeftxError(f"{self.owner}: {len(add)} new tokens, each once", hint="add=['<new>', ...]")
+        head = next((site for site in self.anatomy.sites if site.role == "head"), None)
+        holder = self._holder
+        assert holder is not None
+        return add_tokens(self._ledger, self._by, holder, (self.embedding(), head), add, init)
 
     @property
     def call(self) -> Call:

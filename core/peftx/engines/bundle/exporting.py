@@ -17,6 +17,7 @@ from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import AttentionPart, CallPart, DeltaPart, PromptPart, ReplacedPart, ShiftPart
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
+from peftx.kernel.vocabulary import NewLogits, NewRows, widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,10 @@ def export(stack: Stack, path: Path) -> Path:
             stack.ledger.check_fold(member.id)
         stays = (AttentionPart, PromptPart, ShiftPart, CallPart)
         kinds = stays if member.claims(Claim.MERGEABLE) else (DeltaPart, *stays)
-        left = next((part for part in stack.ledger.of(member.id) if isinstance(part, kinds)), None)
+        own = (
+            part for part in stack.ledger.of(member.id) if not isinstance(part.module, NewRows | NewLogits)
+        )
+        left = next((part for part in own if isinstance(part, kinds)), None)
         if left is not None:
             raise MergeError(
                 f"'{member.id}' does not fold into the weights ({left.what} at {left.key}), so no plain checkpoint can "
@@ -55,6 +59,7 @@ def export(stack: Stack, path: Path) -> Path:
         _refuse_strange_files(path)
         with replacing(path, marker=EXPORT) as folder:
             state = {n: t for n, t in stack.model.state_dict(keep_vars=True).items() if not is_ours(n)}
+            state |= _with_new_tokens(stack)
             _check_plain(stack.model, state)
             plain = type(
                 stack.model
@@ -93,6 +98,28 @@ def _refuse_strange_files(path: Path) -> None:
             f"'{path}' holds {strange[0]}, which is not of the checkpoint that stands there, so it is not overwritten",
             hint="choose another folder",
         )
+
+
+def _with_new_tokens(stack: Stack) -> dict[str, Tensor]:
+    """Embedding and head with the rows of tokens that plugins added, in stack order."""
+    found: dict[str, Tensor] = {}
+    tied: dict[int, Tensor] = {}
+    for part in stack.ledger.all(DeltaPart):
+        delta = part.module
+        if not isinstance(delta, NewRows | NewLogits):
+            continue
+        name, weight = f"{part.path}.weight", part.place._parameters["weight"]
+        assert weight is not None
+        if isinstance(delta, NewLogits) and delta.rows:
+            found[name] = tied[id(weight)]
+            continue
+        matrix = delta.matrix if isinstance(delta, NewLogits) else delta.R
+        found[name] = tied[id(weight)] = widened(found.get(name, weight), delta.ids, matrix)
+        if isinstance(delta, NewLogits) and part.place._parameters.get("bias") is not None:
+            raise MergeError(
+                f"{part.path} has a bias, and new tokens have none", hint="save a bundle instead"
+            )
+    return found
 
 
 def _check_plain(model: PreTrainedModel, state: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,11 +34,13 @@ from peftx.engines.files import plain_files, replacing, sha256
 from peftx.errors import BundleError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.members import default_id
-from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
+from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart, VocabularyPart
 from peftx.kernel.registry import Registry
 from peftx.kernel.stack import Stack
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from peftx.kernel.members import Member
 
 
@@ -65,7 +68,7 @@ def save(stack: Stack, path: Path) -> Path:
                 "model_type": stack.model.config.model_type,
                 "class": type(stack.model).__name__,
                 "dtype": str(stack.model.dtype).removeprefix("torch."),
-                "settings": settings_of(stack.model.config),
+                "settings": settings_of(_base_config(stack)),
                 "generation": generation_of(stack.model),
                 "buffers": computed_buffers(stack.model),
                 "tokenizer": _write_tokenizer(stack, folder, always=contained),
@@ -192,10 +195,20 @@ def _write_base(stack: Stack, folder: Path) -> list[str]:
     rest = {n: smallest_exact(t.detach().cpu()).contiguous() for n, t in _base_tensors(stack).items()}
     save_file(dict(_unshared(rest)), folder / BASE)
     inner = folder / BASE_FOLDER
-    stack.model.config.save_pretrained(inner)
+    _base_config(stack).save_pretrained(inner)
     if stack.model.can_generate():
         stack.model.generation_config.save_pretrained(inner)
     return sorted(rest)
+
+
+def _base_config(stack: Stack) -> PretrainedConfig:
+    """The configuration of the base, without tokens that plugins added."""
+    added = stack.ledger.all(VocabularyPart)
+    if not added:
+        return stack.model.config
+    config = copy.deepcopy(stack.model.config)
+    config.get_text_config().vocab_size = added[0].known
+    return config
 
 
 def _base_tensors(stack: Stack) -> dict[str, Tensor]:
