@@ -97,6 +97,8 @@ class Run:
         self._check_output()
         self.data: TrainingData | None = None
         self._max_length = 0
+        self._trained_on = False
+        """Was anything trained on the rows since they were prepared."""
         self.result: RunResult | None = None
 
     def _check_data(self) -> None:
@@ -167,7 +169,7 @@ class Run:
         )
         for index, stage in enumerate(self.stages):
             name = stage.kind
-            self.reporter.stage(name, stage.ids)
+            self.reporter.stage(f"{name} ({stage.round})" if stage.round else name, stage.ids)
             started = time.perf_counter()
             detail = getattr(self, f"_{name}")(stage, index)
             seconds = time.perf_counter() - started
@@ -202,6 +204,8 @@ class Run:
         return self.data
 
     def _prepare(self, stage: RunStage, index: int) -> str:
+        if self._trained_on:  # a round begins: its rows are made anew, by the model as it is now
+            self.data, self._trained_on = None, False
         data = self._training_data(self.pipeline.train or TrainSpec())
         before = len(data.train) if data.train is not None else 0
         self._stack.prepare(data, stage.ids)
@@ -244,6 +248,7 @@ class Run:
                 for name, source in self.pipeline.data.sources.items()
             },
         )
+        self._trained_on = True
         if resting:
             stack.unfreeze(*resting)
         self.result.training.append(report)

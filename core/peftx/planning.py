@@ -64,7 +64,7 @@ def plan(
             plugins=() if stage.kind in ("evaluate", "save") else stage.ids,
             reads=_reads(pipeline, stage.kind),
             writes=(pipeline.output,) if stage.kind == "save" and pipeline.output else (),
-            detail=str(held_out) if stage.kind == "evaluate" and held_out is not None else "",
+            detail=str(held_out) if stage.kind == "evaluate" and held_out is not None else stage.round,
         )
         for stage in stages
     )
@@ -106,7 +106,9 @@ def plan(
     steps = {index: pipeline.train_settings(s).steps for index, s in enumerate(stages) if s.train is not None}
     phases = {index: _phases(stack, total, conflicts) for index, total in steps.items()}
     planned = tuple(
-        s.model_copy(update={"detail": phases[index]}) if index in phases else s
+        s.model_copy(update={"detail": "; ".join(filter(None, (s.detail, phases[index])))})
+        if index in phases
+        else s
         for index, s in enumerate(planned)
     )
     details = {
@@ -114,7 +116,10 @@ def plan(
         "compress": lambda stage: _duration([promised[id] for id in stage.plugins if id in promised], tokens),
     }
     planned = tuple(
-        s.model_copy(update={"detail": details[s.name](s)}) if s.name in details else s for s in planned
+        s.model_copy(update={"detail": "; ".join(filter(None, (s.detail, details[s.name](s))))})
+        if s.name in details
+        else s
+        for s in planned
     )
     trainable = stack.trainable_parameters()
     added = sum(m.params for m in modules)

@@ -6,7 +6,7 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from pydantic import ValidationError
@@ -107,7 +107,10 @@ def _files(data: Data) -> Iterator[tuple[Path, str]]:
     found: list[tuple[Path, object]] = [(("output",), data.get("output"))]
     found += _either(("model",), data.get("model"), "id")
     for key, source in _mapping(data, "data").items():
-        found += _either(("data", key), source, "path")
+        if key != "sources":
+            found += _either(("data", key), source, "path")
+    for key, source in _mapping(_mapping(data, "data"), "sources").items():
+        found += _either(("data", "sources", key), source, "path")
     for index, item in enumerate(_list(data, "evaluate")):
         for name, options in item.items() if isinstance(item, dict) else ():
             found += _either(("evaluate", index, name), options, "path")
@@ -302,18 +305,27 @@ def _has_path(options: object) -> bool:
     return isinstance(options, str) or (isinstance(options, dict) and "path" in options)
 
 
-def _stages(data: Data) -> Iterator[tuple[int, object, RunStage]]:
-    """Place, raw value and model of each stage of `run` that is well formed."""
+def _stages(data: Data, at: Path = ("run",)) -> Iterator[tuple[Path, object, RunStage]]:
+    """Place, raw value and model of each stage of `run` that is well formed, those of `repeat` too."""
     for index, item in enumerate(_list(data, "run")):
+        path = (*at, index)
         try:
-            yield index, item, RunStage.model_validate(item, by_alias=True, by_name=False)
+            stage = RunStage.model_validate(item, by_alias=True, by_name=False)
         except ValidationError:
             continue  # the pipeline's own validation names what is wrong with it
+        if stage.repeat is not None and isinstance(item, dict):
+            yield from _stages(item["repeat"], (*path, "repeat", "run"))
+        else:
+            yield path, item, stage
 
 
-def _id_path(index: int, item: object, stage: RunStage, place: int) -> Path:
+def _is_whole(data: Data, stages: Sequence[tuple[Path, object, RunStage]]) -> bool:
+    """Is every stage of `run` well formed; of one that is not nothing is known."""
+    return len({at[1] for at, _, _ in stages}) == len(_list(data, "run"))
+
+
+def _id_path(path: Path, item: object, stage: RunStage, place: int) -> Path:
     """Where a stage's id number `place` stands: `compress: [a, b]`, `compress: a`, `train: {plugins: a}`."""
-    path: Path = ("run", index)
     value = item
     for key in (stage.kind, *(("plugins",) if stage.train is not None else ())):
         if isinstance(value, dict) and key in value:
@@ -328,12 +340,13 @@ def _run(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
     used: set[str] = set()
     results: set[str] = set()
     trains = saves_to_output = False
-    for index, item, stage in _stages(data):
+    stages = list(_stages(data))
+    for at, item, stage in stages:
         hook = HOOK_OF_STAGE.get(stage.kind)
         if stage.ids == (ALL,):
             used |= {id for id, entry in ids.items() if hook in hooks.get(entry, ())}
         for place, id in enumerate(stage.ids if stage.ids != (ALL,) else ()):
-            path = _id_path(index, item, stage, place)
+            path = _id_path(at, item, stage, place)
             used.add(id)
             if id in stage.ids[:place]:
                 yield Finding(path, f"'{stage.kind}' lists '{id}' twice")
@@ -350,22 +363,25 @@ def _run(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
                     path, message, expected=f"one of {', '.join(able)}" if able else "no such stage here"
                 )
         trains = trains or stage.train is not None
+        if stage.drop is not None and "repeat" in at:
+            message = "'drop' in 'repeat' finds nothing to remove in the second round"
+            yield Finding((*at, "drop"), message, at_key=True, suggestion="put it behind the 'repeat'")
         if stage.evaluate is not None and stage.evaluate.name is not None:
             if stage.evaluate.name in results:
                 message = (
                     f"two evaluations are named '{stage.evaluate.name}'; the second would replace the first"
                 )
-                yield Finding(("run", index, "evaluate", "name"), message)
+                yield Finding((*at, "evaluate", "name"), message)
             results.add(stage.evaluate.name)
         if stage.save is not None and stage.save.path is None:
             if data.get("output") is None:
                 message = "'save' has no path, and the spec has no 'output'"
-                yield Finding(("run", index, "save"), message, at_key=True, suggestion="write 'save: folder'")
+                yield Finding((*at, "save"), message, at_key=True, suggestion="write 'save: folder'")
             elif saves_to_output:
                 message = "a second 'save' to 'output' would replace the first"
-                yield Finding(("run", index, "save"), message, at_key=True, suggestion="write 'save: folder'")
+                yield Finding((*at, "save"), message, at_key=True, suggestion="write 'save: folder'")
             saves_to_output = True
-    if data.get("train") is not None and not trains:
+    if data.get("train") is not None and not trains and _is_whole(data, stages):
         yield Finding(("train",), "'train' has no effect: 'run' has no train stage", at_key=True)
     if used - set(ids):
         return  # a misspelt id is the likely reason that another one is not listed
@@ -383,8 +399,8 @@ def _needs(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
         trains: list[Path] = [("train",)] if isinstance(data.get("train"), dict) else []
         will_train, evaluates = "train" in data, True
     else:
-        trains = [("run", index, "train") for index, _, stage in stages if stage.train is not None]
-        is_whole = len(stages) == len(_list(data, "run"))  # of a stage that is malformed nothing is known
+        trains = [(*at, "train") for at, _, stage in stages if stage.train is not None]
+        is_whole = _is_whole(data, stages)
         will_train = bool(trains) or not is_whole or "train" in data  # that it has no effect is said already
         evaluates = not is_whole or any(stage.evaluate is not None for _, _, stage in stages)
     able = frozenset().union(*hooks.values())
@@ -405,12 +421,10 @@ def _needs(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
     if metrics and not evaluates:
         message = "'evaluate' has no effect: 'run' has no evaluate stage"
         yield Finding(("evaluate",), message, at_key=True, suggestion="add '- evaluate' to 'run'")
-    for index, _, stage in stages:
+    for at, _, stage in stages:
         if stage.evaluate is not None and not metrics and "evaluate" not in able:
             message = "there is nothing to evaluate: the spec lists no metric"
-            yield Finding(
-                ("run", index, "evaluate"), message, at_key=True, suggestion="add 'evaluate: [...]'"
-            )
+            yield Finding((*at, "evaluate"), message, at_key=True, suggestion="add 'evaluate: [...]'")
 
 
 def _idle_data(data: Data, able: frozenset[str], *, will_train: bool) -> Iterator[Finding]:

@@ -62,6 +62,9 @@ def _metric(metric: EvaluateSpec, base: FilePath) -> EvaluateSpec:
 
 
 def _stage(stage: RunStage, base: FilePath) -> RunStage:
+    if stage.repeat is not None:
+        inner = tuple(_stage(each, base) for each in stage.repeat.run)
+        return stage.model_copy(update={"repeat": stage.repeat.model_copy(update={"run": inner})})
     if stage.save is None or stage.save.path is None:
         return stage
     save = stage.save.model_copy(update={"path": absolute(stage.save.path, base)})

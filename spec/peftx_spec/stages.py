@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from peftx_spec.base import Amount, Label, NonNegative, Positive, Rate, Seed, Slug, SpecModel, Text
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from peftx_spec.models import Pipeline, StackEntry, TrainSpec
 
 ALL = "all"
-StageKind = Literal["prepare", "inject", "train", "freeze", "merge", "drop", "compress", "evaluate", "save"]
+StageKind = Literal[
+    "prepare", "inject", "train", "freeze", "merge", "drop", "compress", "evaluate", "save", "repeat"
+]  # fmt: skip
 HOOK_OF_STAGE = {"prepare": "prepare_data", "inject": "inject", "compress": "compress"}
 """The stages that call one hook of the plugins that they list."""
 
@@ -89,6 +91,13 @@ class SaveStage(SpecModel):
         return {"path": data} if isinstance(data, str) else data
 
 
+class RepeatStage(SpecModel):
+    """Stages that are carried out several times, one round after the other."""
+
+    times: Positive = Field(description="number of rounds")
+    run: tuple[RunStage, ...] = Field(min_length=1, description="the stages of a round, in order")
+
+
 class RunStage(SpecModel):
     """One step of `run`: a mapping with exactly one key; a lone word is that stage for all plugins."""
 
@@ -101,6 +110,10 @@ class RunStage(SpecModel):
     compress: Ids | None = Field(None, description="ids of the plugins that compress the model")
     evaluate: EvaluateStage | None = Field(None, description="run the evaluation; `name` labels the result")
     save: SaveStage | None = Field(None, description="write a bundle, to `output` unless a path is given")
+    repeat: RepeatStage | None = Field(
+        None, description="carry out stages several times: {times: 3, run: [...]}"
+    )
+    _round: str = PrivateAttr("")
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +132,29 @@ class RunStage(SpecModel):
         if len(given) != 1:
             raise ValueError(f"a stage has exactly one key, this one has {' and '.join(given) or 'none'}")
         return self
+
+    @property
+    def round(self) -> str:
+        """Of a stage that is repeated: `round 2 of 3`."""
+        return self._round
+
+    def rounds(self) -> tuple[RunStage, ...]:
+        """The stages that this one stands for: itself, or those of all rounds; results of evaluations are named by
+        round."""
+        if self.repeat is None:
+            return (self,)
+        found: list[RunStage] = []
+        for number in range(1, self.repeat.times + 1):
+            for stage in (inner for outer in self.repeat.run for inner in outer.rounds()):
+                told = f"round {number} of {self.repeat.times}"
+                if stage.evaluate is not None:
+                    name = f"{stage.evaluate.name or 'round'}-{number}"
+                    stage = RunStage(evaluate=EvaluateStage(name=name))
+                else:
+                    stage = stage.model_copy()
+                stage._round = told if not stage._round else f"{told}, {stage._round}"
+                found.append(stage)
+        return tuple(found)
 
     @property
     def kind(self) -> StageKind:
@@ -143,7 +179,8 @@ def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
     """
     stack = pipeline.stack
     if pipeline.run is not None:
-        return tuple(_expanded(stage, stack, catalogue) for stage in pipeline.run)
+        flat = (stage for outer in pipeline.run for stage in outer.rounds())
+        return tuple(_expanded(stage, stack, catalogue) for stage in flat)
     early, late = _compression(stack, catalogue)
     stages = [
         *_listing("compress", early),

@@ -364,3 +364,26 @@ stack: [looks]
     lengths = [batch["input_ids"].shape[1] for batch in seen[0].batches]
     assert max(lengths) == 16
     assert sum(lengths) < 120  # two rows and not six
+
+
+def test_rows_are_made_anew_in_every_round(files: dict[str, Path]) -> None:
+    """By the model as it is then: what `prepare_data` made in the last round is not what it starts from."""
+    rounds_of = "run: [inject, {repeat: {times: 3, run: [prepare, train]}}, evaluate, save]\noutput:"
+    run = load_run(SPEC.format(**files).replace("output:", rounds_of), registry=REGISTRY)
+    seen: list[tuple[str, int]] = []
+
+    class Notes:
+        def stage(self, name: str, ids: object) -> None:
+            seen.append(
+                (name, len(run.data.train) if run.data is not None and run.data.train is not None else 0)
+            )
+
+        def progress(self, done: int, total: int, values: object) -> None: ...
+
+        def finished(self, name: str, seconds: float, detail: str) -> None: ...
+
+    run.reporter = Notes()
+    run.run()
+    rounds = [(name, rows) for name, rows in seen if name.startswith("train")]
+    assert [name for name, _ in rounds] == [f"train (round {n} of 3)" for n in (1, 2, 3)]
+    assert len({rows for _, rows in rounds}) == 1

@@ -16,6 +16,23 @@ MARK = "▸"  # stands before the character that is blamed
 
 # text, path, and words that the rendering holds
 CASES: list[tuple[str, str, list[str]]] = [
+    (
+        HEAD
+        + TRAINED
+        + "train: {}\nrun: [inject, {repeat: {times: 2, run: [{train: {plugins: [▸lroa]}}]}}]\n",
+        "run[1].repeat.run[0].train.plugins[0]",
+        ["'train' lists 'lroa', which is not in the stack", "did you mean 'lora'?"],
+    ),
+    (
+        HEAD + TRAINED + "train: {}\nrun: [inject, {repeat: {times: 2, run: [train, {▸drop: lora}]}}]\n",
+        "run[1].repeat.run[1].drop",
+        ["finds nothing to remove in the second round"],
+    ),
+    (
+        HEAD + TRAINED + "train: {}\nrun: [inject, {repeat: {times: ▸0, run: [train]}}]\n",
+        "run[1].repeat.times",
+        ["got: the number 0"],
+    ),
     ("▸model: m\n", "peftx", ["missing key: 'peftx'"]),
     ("▸peftx: 1\n", "model", ["missing key: 'model'", "the base model"]),
     ("peftx: ▸2\nmodel: m\n", "peftx", ["reads specs of format 1", "got: the number 2"]),

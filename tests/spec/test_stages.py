@@ -102,3 +102,27 @@ def test_own_values_of_a_stage_survive(catalogue: Catalogue) -> None:
     data = {"peftx": 1, "model": "m", "data": {"train": "t"}, "stack": ["lora"], "run": run}
     stage = stages_of(Pipeline.model_validate(data), catalogue)[1]
     assert plain(stage) == {"train": {"plugins": ["lora"], "steps": 3}}
+
+
+def test_rounds_are_stages_one_after_the_other(catalogue: Catalogue) -> None:
+    inner = {"repeat": {"times": 2, "run": [{"train": {"plugins": "lora"}}]}}
+    run = ["inject", {"repeat": {"times": 2, "run": [inner, {"evaluate": {"name": "seen"}}]}}, "save"]
+    spec = {"peftx": 1, "model": "m", "data": {"train": "t", "eval": "e"}, "stack": ["lora"]}
+    draft = Pipeline.model_validate(spec | {"train": {}, "evaluate": ["accuracy"], "run": run, "output": "o"})
+    pipeline = load_pipeline(dump(draft), catalogue=catalogue)
+    assert plain(pipeline) == plain(draft), "a dump holds the rounds as they were written"
+    found = stages_of(pipeline, catalogue)
+    assert [(stage.kind, stage.round) for stage in found] == [
+        ("inject", ""),
+        *(
+            entry
+            for outer in (1, 2)
+            for entry in (
+                ("train", f"round {outer} of 2, round 1 of 2"),
+                ("train", f"round {outer} of 2, round 2 of 2"),
+                ("evaluate", f"round {outer} of 2"),
+            )
+        ),
+        ("save", ""),
+    ]
+    assert [stage.evaluate.name for stage in found if stage.evaluate is not None] == ["seen-1", "seen-2"]
