@@ -113,7 +113,7 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
     dependencies = project.get("dependencies", [])
     if not any(re.fullmatch(r"peftx *>=[\d.]+, *<[\d.]+", line) for line in dependencies):
         found.append(
-            f"project.dependencies is {dependencies!r}: it needs peftx with both bounds, 'peftx>=0.1,<0.2'"
+            f"project.dependencies is {dependencies!r}: it needs peftx with both bounds, 'peftx>=0.2,<0.3'"
         )
     found += [
         f"{line!r} pins a sibling: give a range" for line in dependencies if re.match(r"peftx[^=]*==", line)
@@ -237,7 +237,7 @@ readme = "README.md"
 requires-python = ">=3.11"
 license = "Apache-2.0"
 keywords = ["inject", "family:example", "fidelity:equations", "evidence:not-measured", "arXiv:2101.00001"]
-dependencies = ["peftx>=0.1,<0.2"]
+dependencies = ["peftx>=0.2,<0.3"]
 
 [project.urls]
 Paper = "https://arxiv.org/abs/2101.00001"
@@ -284,8 +284,8 @@ def test_a_complete_folder_has_no_problems(complete: Path) -> None:
         (', "arXiv:2101.00001"', ', "arXiv:2101.1"', "are none of"),
         ('"family:example"', '"paper:none"', "not both"),
         ("abs/2101.00001", "abs/2101.00002", "project.urls.Paper"),
-        (">=0.1,<0.2", ">=0.1", "both bounds"),
-        (">=0.1,<0.2", "==0.1", "pins a sibling"),
+        (">=0.2,<0.3", ">=0.2", "both bounds"),
+        (">=0.2,<0.3", "==0.2", "pins a sibling"),
         ("two-words = ", "two_words = ", "entry points"),
         (":TwoWords", ":Other", "does not define"),
         ('"peftx_two_words:', '"peftx_two:', "the entry point is"),

@@ -52,7 +52,7 @@ class Entry:
     evidence: str
     point: EntryPoint
     requires: tuple[str, ...] = ()
-    """Requirements as the distribution states them: `peftx>=0.1,<0.2`."""
+    """Requirements as the distribution states them: `peftx>=0.2,<0.3`."""
 
     @property
     def url(self) -> str:
