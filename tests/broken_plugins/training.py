@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, TrainStep, hookimpl
+from peftx import Claim, Delta, ModelView, Phase, Plugin, Stack, TrainStep, hookimpl
 
 Wrapper = Generator[None, Tensor, Tensor]
 
@@ -208,4 +208,59 @@ class ForgetsItsPlace(Plugin):
         self.count += 1
         weight = 0.1 * self.count
         step.add_loss("size", lambda outputs: outputs.logits.square().mean(), weight=weight, over="rows")
+        return (yield)
+
+
+class LeavesTokens(Plugin):
+    """Tells the tokenizer of new tokens past `model.vocabulary`, so that nobody takes them back."""
+
+    caught_by = "remove_restores_base"
+    claims = {Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START}
+
+    @hookimpl
+    def inject(self, model: ModelView, stack: Stack) -> None:
+        if "<left>" not in stack.tokenizer.get_vocab():
+            stack.tokenizer.add_tokens(["<left>"])
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))
+
+
+class TwoPhasesOfOneName(Plugin):
+    """Nobody can tell which phase it is."""
+
+    caught_by = "phases_fit"
+    claims = {Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START}
+
+    def phases(self) -> Sequence[Phase]:
+        return (Phase("tune", 0.5), Phase("tune"))
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))
+
+
+class MovesWhatItMasked(Plugin):
+    """Trains half of the entries, and moves the others too."""
+
+    caught_by = "masks_hold"
+    also = {"resume_is_exact"}
+    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.places = model.train("attention.q attention.o")
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        def pull(_: torch.optim.Optimizer) -> None:
+            with torch.no_grad():
+                for place in self.places.values():
+                    place.theta.mul_(0.999)
+
+        for place in self.places.values():
+            mask = torch.zeros_like(place.theta, dtype=torch.bool)
+            mask[::2] = True
+            place.restrict(mask)
+        step.after_update(pull)
         return (yield)

@@ -21,7 +21,9 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
-WITH_CODE = [page for page in ("README.md", "CONTRIBUTING.md", *PAGES) if "```python" in (ROOT / page).read_text()]
+WITH_CODE = [
+    page for page in ("README.md", "CONTRIBUTING.md", *PAGES) if "```python" in (ROOT / page).read_text()
+]
 
 
 @pytest.mark.parametrize("document", WITH_CODE)

@@ -7,6 +7,8 @@ import math
 import torch
 
 from peftx.engines.training.step import TrainStep
+from peftx.kernel.parts import BasePart
+from peftx.kernel.phases import spans
 from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference
 from peftx.testing.checks.check import check, trains
@@ -76,9 +78,42 @@ def check_resume_is_exact(case: Case) -> None:
         assert_same_tensors(found, expected, f"{owner} after 2 + 2 steps and after 4")
 
 
+@check(on="first", when=lambda subject: bool(subject.make().phases()))
+def check_phases_fit(case: Case) -> None:
+    """The phases of a run have names of their own, and lie one behind the other."""
+    phases = case.subject.make().phases()
+    names = [phase.name for phase in phases]
+    assert len(set(names)) == len(names), f"two phases have one name: {', '.join(names)}"
+    steps = 10 + sum(int(phase.share) for phase in phases if phase.share is not None and phase.share >= 1)
+    found = spans(phases, steps, owner=case.id)
+    ends = [0, *(span.end for span in found)]
+    assert [span.first for span in found] == ends[:-1], f"the phases lie at {', '.join(map(str, found))}"
+
+
+@check(when=lambda subject: trains(subject) and subject.claims(Claim.TRAINS_BASE))
+def check_masks_hold(case: Case) -> None:
+    """Entries of the base outside a mask are what they were, to the bit, after steps with a weight decay."""
+    stack = case.training_stack()
+    parameters = [p for p in stack.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    stack.model.train()
+    for _ in range(2):
+        stack.train_step(case.batch(stack), optimizer=optimizer)
+    for part in stack.ledger.all(BasePart):
+        for name, mask in part.masks.items():
+            now, before = part.module._parameters[name], part.original[name]
+            assert now is not None
+            moved = (now != before.to(now)) & ~mask
+            assert not moved.any(), (
+                f"{int(moved.sum())} entries of {part.key}.{name} moved outside of the mask"
+            )
+
+
 CHECKS = (
     check_step_makes_no_gradients,
     check_gradient_transforms_are_claimed,
     check_trains_in_the_trainer,
     check_resume_is_exact,
+    check_phases_fit,
+    check_masks_hold,
 )

@@ -18,6 +18,7 @@ from peftx.testing.case import (
     difference,
 )
 from peftx.testing.checks.check import changes_model, check, injects, trains
+from peftx.testing.models import tiny_tokenizer
 from peftx.testing.subject import Subject
 
 
@@ -90,6 +91,10 @@ def check_remove_restores_base(case: Case) -> None:
     for config in configs:
         config.pop("problem_type", None)  # transformers notes it at the first labels
     assert configs[0] == configs[1], "the model's config differs after removal"
+    known = [tokenizer.get_vocab() for tokenizer in (stack.tokenizer, tiny_tokenizer())]
+    assert known[0] == known[1], (
+        f"the tokenizer has {len(known[0])} tokens after removal, and had {len(known[1])}"
+    )
 
 
 @check(when=lambda subject: injects(subject) and not subject.implements("compress"))
