@@ -406,3 +406,26 @@ def test_eager_models_keep_their_weights() -> None:
     assert torch.equal(after.logits, before.logits)
     assert len(after.attentions) == len(before.attentions) == 2
     assert all(torch.equal(a, b) for a, b in zip(after.attentions, before.attentions, strict=True))
+
+
+class Louder(AttentionEdit):
+    def heads(self, out: Tensor, query: Tensor) -> Tensor:
+        return 1.5 * out
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma4", "gemma3n"])
+@torch.no_grad()
+def test_logits_that_are_asked_for_alone_are_those_of_the_whole_text(arch: str) -> None:
+    """Gemma 4 drops the other tokens inside, where it knows the attention by its name."""
+    model = tiny(arch)
+    view = view_of(model)
+    for site in view.attention_sites():
+        view.attend(site, Louder())
+    ids = torch.arange(3, 15).reshape(2, 6)
+    whole = model(ids).logits
+    for last in (1, 3):
+        torch.testing.assert_close(
+            model(ids, logits_to_keep=last).logits, whole[:, -last:], rtol=1e-4, atol=1e-5
+        )
+    view._ledger.remove(view.owner)
+    assert not any("_peftx_whole" in vars(module) for module in model.modules())

@@ -256,8 +256,9 @@ def test_bad_arguments_and_unknown_hooks_are_refused() -> None:
 
 
 def _claiming(*claims: Claim, hook: str = "train_step") -> Plugin:
-    @hookimpl
-    def method(self: Any) -> None: ...
+    @hookimpl(wrapper=hook in ("train_step", "decode"))
+    def method(self: Any) -> Any:
+        return (yield)
 
     return type("Made", (Plugin,), {"claims": set(claims), hook: method})()
 

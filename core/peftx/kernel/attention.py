@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 PREFIX = "peftx_"
 CHILD = "peftx_attention"
 STATE = "_peftx_attention"
+WHOLE = "_peftx_whole"
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -259,10 +262,28 @@ def switch_on(model: PreTrainedModel) -> None:
             hint="use a method that works on weights or on the input",
         )
     model.set_attn_implementation(implementation_name(inner))
+    for inside in _that_cut(model):
+        inside.__dict__[WHOLE] = inside.register_forward_pre_hook(_whole, with_kwargs=True)
+
+
+def _that_cut(model: PreTrainedModel) -> list[nn.Module]:
+    """Models inside that drop tokens whose logits nobody asked for (Gemma 4), where they know the attention by name:
+    under ours they would drop them and leave the mask out."""
+    inside = (m for m in model.modules() if isinstance(m, transformers.PreTrainedModel) and m is not model)
+    return [m for m in inside if not m.can_generate() and "logits_to_keep" in signature(m.forward).parameters]
+
+
+def _whole(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 
 
 def switch_off(model: PreTrainedModel) -> None:
     """Give the model its own attention name back."""
+    for module in model.modules():
+        if (handle := module.__dict__.pop(WHOLE, None)) is not None:
+            handle.remove()
     name = model.config._attn_implementation or ""
     if name.startswith(PREFIX):
         model.set_attn_implementation(name.removeprefix(PREFIX))
