@@ -10,7 +10,8 @@ import sys
 import time
 from collections import Counter, defaultdict
 
-from peftx.testing.stacks import ARCHITECTURES, Result, draw, shrunk, try_stack
+from peftx.testing.recipes import ARCHITECTURES, draw
+from peftx.testing.stacks import Result, shrunk, try_stack
 from peftx.testing.ways_out import DeadEnd, dead_ends
 
 OUTCOMES = (

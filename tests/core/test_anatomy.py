@@ -39,14 +39,12 @@ from peftx.kernel.view import ModelView
 from peftx.testing.models import (
     ARCHITECTURES,
     CORE_ARCHITECTURES,
-    IMAGE_TOKEN,
-    PAD,
-    Padding,
     example_inputs,
     output_of,
     tiny,
     tiny_tokenizer,
 )
+from peftx.testing.shapes import IMAGE_TOKEN, PAD, Padding
 
 # ------------------------------------------------------------------------------------------------ what is expected
 QKVO = "attention.q attention.k attention.v attention.o "

@@ -16,7 +16,8 @@ from peftx.kernel.attention import AttentionEdit
 from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.view import ModelView
-from peftx.testing.models import ARCHITECTURES, PAD, Padding, example_inputs, output_of, tiny
+from peftx.testing.models import ARCHITECTURES, example_inputs, output_of, tiny
+from peftx.testing.shapes import PAD, Padding
 
 SILENT = ("mamba", "bloom", "gptj", "deberta_v2")
 DISPATCHING = tuple(arch for arch in ARCHITECTURES if arch not in SILENT)

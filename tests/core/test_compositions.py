@@ -15,18 +15,9 @@ from peftx.kernel.members import Member
 from peftx.kernel.plugin import hooks_of
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.recipes import QUANTIZER, Entry, Recipe, ReferenceQuantizer, draw, registry, stands
 from peftx.testing.reference import ReferenceLowRank
-from peftx.testing.stacks import (
-    QUANTIZER,
-    Entry,
-    Recipe,
-    ReferenceQuantizer,
-    Result,
-    draw,
-    registry,
-    stands,
-    try_stack,
-)
+from peftx.testing.stacks import Result, try_stack
 from peftx.testing.subject import ROWS
 from peftx.testing.ways_out import dead_ends, trained
 from peftx.toolkits.compression import Calibration

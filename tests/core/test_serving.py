@@ -16,7 +16,7 @@ from torch import Tensor
 from peftx import Claim, Generation, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.testing import tiny, tiny_tokenizer
-from peftx.testing.models import FIRST_BYTE, VOCABULARY
+from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.app import build_app
 from peftx.toolkits.serving.engine import QueueFull

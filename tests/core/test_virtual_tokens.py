@@ -20,7 +20,8 @@ from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.view import ModelView
 from peftx.kernel.virtual_tokens import VirtualTokens
-from peftx.testing.models import PAD, Padding, example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.testing.shapes import PAD, Padding
 
 DECODERS = (
     "llama",

@@ -17,8 +17,9 @@ from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart
 from peftx.kernel.plugin import Plugin
 from peftx.stack import Stack
-from peftx.testing.models import Padding, example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceLowRank
+from peftx.testing.shapes import Padding
 from peftx.testing.subject import DECODERS, ENCODER_DECODERS, ROWS, TEXT, TEXTS, Subject
 
 if TYPE_CHECKING:

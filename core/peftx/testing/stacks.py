@@ -18,143 +18,40 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from itertools import combinations
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import peftx
 from peftx.engines.bundle import holds_base
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError
-from peftx.kernel.conflicts import check, find_conflicts, starting_format
+from peftx.kernel.conflicts import check, starting_format
 from peftx.kernel.ledger import carried
 from peftx.kernel.members import Member
-from peftx.kernel.names import GROUP
 from peftx.kernel.objective import objective_of
-from peftx.kernel.plugin import Claim, Plugin, hookimpl
-from peftx.kernel.registry import Registry
+from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
 from peftx.testing.matrix import LENGTH, PROMPT, STEPS
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.testing.reference import COMPANION
-from peftx.testing.subject import DECODERS, ENCODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows
-from peftx.toolkits.compression import QuantLinear
+from peftx.testing.recipes import (
+    SAYINGS,
+    Outcome,
+    Recipe,
+    Until,
+    registry,
+)
+from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows
 from peftx_spec.models import Pipeline
 
 if TYPE_CHECKING:
-    from peftx.kernel.anatomy import Site
-    from peftx.kernel.view import ModelView
-
-ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "mixtral", "phi3", "bert", "t5", "mamba", "opt")
-QUANTIZER = "reference-quantizer"
-SAYINGS = {"en": "All is well.", "de": "Alles ist gut.", "fr": "Tout va bien."}
-"""One sentence in three languages, for what compares languages."""
-Until = Literal["build", "compression", "removal"]
-Outcome = Literal[
-    "works", "refused-before-build", "refused-at-build", "refused-at-start", "refused-late", "failed"
-]
-
-
-class ReferenceQuantizer(Plugin):
-    """8-bit integers in place of the weights of every linear layer, without calibration."""
-
-    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
-
-    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        return [
-            (site, prod(site.shape)) for site in model.linears("all", whole=True) if site.kind == "linear"
-        ]
-
-    @hookimpl
-    def compress(self, model: ModelView) -> None:
-        for site, _ in self.planned(model):
-            site.replace(QuantLinear.from_linear(site.module, bits=8))  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One plugin of a stack."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
-    id: str = ""
-    phase: str | None = None
-
-    @property
-    def key(self) -> str:
-        return self.id or self.name
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A stack on the tiny model of an architecture."""
-
-    arch: str
-    entries: tuple[Entry, ...]
-    merges: bool = False
-    """Is everything folded into the weights for good after the training."""
-
-    def __str__(self) -> str:
-        options = (f"{e.key}{e.options or ''}" for e in self.entries)
-        return f"{self.arch}: {', '.join(options)}{'; merged' if self.merges else ''}"
-
-    @property
-    def code(self) -> str:
-        """Python that makes it."""
-        entries = []
-        for e in self.entries:
-            more = {"options": e.options, "id": e.id, "phase": e.phase}
-            entries.append(", ".join([repr(e.name), *(f"{k}={v!r}" for k, v in more.items() if v)]))
-        return f"Recipe({self.arch!r}, ({' '.join(f'Entry({entry}),' for entry in entries)}){', True' * self.merges})"
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(entry.key for entry in self.entries)
-
-    def members(self) -> list[Member]:
-        """Fresh plugins in their places."""
-        load = registry().load
-        return [Member(e.key, load(e.name)(**e.options), phase=e.phase) for e in self.entries]
-
-    def without(self, id: str) -> Recipe:
-        return replace(self, entries=tuple(e for e in self.entries if e.key != id))
-
-    def changed(self, id: str, **options: Any) -> Recipe:
-        """One plugin with other options."""
-        entries = (replace(e, options=e.options | options) if e.key == id else e for e in self.entries)
-        return replace(self, entries=tuple(entries))
-
-    def with_lora(self) -> Recipe:
-        """With a LoRA in front, behind what compresses the plain model."""
-        beside = Entry("lora", {"rank": 2}, "lora-beside")
-        return self if beside.key in self.ids else self._behind_early(beside)
-
-    def accompanied(self) -> Recipe:
-        """With the kit's low-rank update in front."""
-        return self._behind_early(Entry(COMPANION))
-
-    def first(self, id: str) -> Recipe:
-        """One plugin before all others, which come in their order."""
-        entries = sorted(self.entries, key=lambda e: e.key != id)
-        return replace(self, entries=tuple(replace(e, phase=None) for e in entries))
-
-    def last(self, id: str) -> Recipe:
-        """One plugin behind all others."""
-        return replace(self, entries=tuple(sorted(self.entries, key=lambda e: e.key == id)))
-
-    def _behind_early(self, entry: Entry) -> Recipe:
-        early = [e for e in self.entries if e.phase == "before-training"]
-        late = [e for e in self.entries if e.phase != "before-training"]
-        return replace(self, entries=(*early, entry, *late))
+    pass
 
 
 @dataclass(frozen=True)
@@ -191,14 +88,6 @@ class Result:
             if id != speaker:
                 text = re.sub(rf"(?<![\w-]){re.escape(id)}(?![\w-])", "#", text)
         return f"{self.outcome}, {self.stage}: " + re.sub(r"[-+]?\d+(\.\d+)?(e-?\d+)?", "N", text)
-
-
-@cache
-def registry() -> Registry:
-    """The installed plugins, and two of the kit."""
-    own = {COMPANION: "peftx.testing.reference:ReferenceLowRank", QUANTIZER: f"{__name__}:ReferenceQuantizer"}
-    points = [EntryPoint(name, value, GROUP) for name, value in own.items()]
-    return Registry([*entry_points(group=GROUP), *points])
 
 
 # -- living ----------------------------------------------------------------------------------------------------------
@@ -436,64 +325,3 @@ def plan_of(recipe: Recipe) -> list[str]:
     ]
     pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(recipe.arch), "stack": entries})
     return [conflict.reason for conflict in plan(pipeline, registry=registry()).conflicts]
-
-
-# -- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def draw(
-    count: int,
-    *,
-    seed: int = 0,
-    names: Sequence[str] = (),
-    architectures: Sequence[str] = ARCHITECTURES,
-    sizes: Sequence[int] = (2, 3, 3, 3, 4, 4, 5),
-) -> Iterator[Recipe]:
-    """Stacks that cover as many triples of plugins as so few can; every fifth is taken as it falls, and may well be
-    refused."""
-    rng = random.Random(seed)
-    known = list(names) or registry().names()
-    seen: set[tuple[str, ...]] = set()
-    for number in range(count):
-        arch = rng.choice(list(architectures))
-        if number % 5 == 4:
-            chosen = _one(rng, known, arch, rng.choice(sizes))
-        else:
-            standing = [name for name in known if stands(name, arch)]
-            drawn = [_one(rng, standing, arch, rng.choice(sizes)) for _ in range(24)]
-            free = [recipe for recipe in drawn if not find_conflicts(recipe.members())]
-            chosen = max(free or drawn, key=lambda recipe: len(_groups(recipe) - seen) / len(recipe.ids) ** 2)
-        seen |= _groups(chosen)
-        yield chosen
-
-
-def _groups(recipe: Recipe) -> set[tuple[str, ...]]:
-    names = sorted({entry.name for entry in recipe.entries})
-    return {*combinations(names, 2), *combinations(names, 3)}
-
-
-def _one(rng: random.Random, names: Sequence[str], arch: str, size: int) -> Recipe:
-    chosen = [rng.choice(names) if rng.random() < 0.05 else "" for _ in range(size)]
-    fresh = iter(rng.sample(list(names), min(size, len(names))))
-    entries: list[Entry] = []
-    for name in [name or next(fresh) for name in chosen]:
-        twice = sum(entry.name == name for entry in entries)
-        options = {} if rng.random() < 0.2 else dict(registry().load(name).example)
-        phase = "before-training" if name == QUANTIZER and rng.random() < 0.7 else None
-        entries.append(Entry(name, options, f"{name}-{twice + 1}" if twice else "", phase))
-    entries.sort(key=lambda entry: entry.phase is None)  # what compresses the plain model stands first
-    return Recipe(arch, tuple(entries))
-
-
-@cache
-def stands(name: str, arch: str) -> bool:
-    """Is the plugin alone built on the model."""
-    plugin = registry().load(name)
-    left = {plugin.gives.get(format, format) for format in plugin.takes}
-    if arch in ENCODERS and left and "tokenized" not in left:
-        return False  # its rows ask for more text, and the model fills in
-    try:
-        Stack(tiny(arch), [(name, plugin(**plugin.example))], tokenizer=tiny_tokenizer())
-    except PeftxError:
-        return False
-    return True

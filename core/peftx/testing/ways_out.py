@@ -16,7 +16,8 @@ from typing import Any
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.conflicts import Conflict, find_conflicts
 from peftx.testing.models import tiny
-from peftx.testing.stacks import Entry, Recipe, Result, registry, stands, try_stack
+from peftx.testing.recipes import Entry, Recipe, registry, stands
+from peftx.testing.stacks import Result, try_stack
 
 Follow = Callable[[Result, "re.Match[str]"], "list[Recipe]"]
 

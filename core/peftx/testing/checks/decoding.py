@@ -12,7 +12,8 @@ from peftx.kernel.plugin import Claim
 from peftx.stack import Stack
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
-from peftx.testing.models import FIRST_BYTE, tiny_tokenizer
+from peftx.testing.models import tiny_tokenizer
+from peftx.testing.shapes import FIRST_BYTE
 from peftx.testing.subject import Subject
 from peftx.toolkits.decoding import Generation
 

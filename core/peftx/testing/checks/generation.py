@@ -11,7 +11,7 @@ from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_close, inputs_for
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.checks.inputs import tolerance
-from peftx.testing.models import Padding
+from peftx.testing.shapes import Padding
 from peftx.testing.subject import DECODERS, Subject
 
 NEW = 6

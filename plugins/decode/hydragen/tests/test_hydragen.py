@@ -11,8 +11,9 @@ from torch import Tensor
 from peftx import AttentionEdit, Claim, Generation, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.testing import conformance
-from peftx.testing.models import PAD, tiny, tiny_tokenizer
+from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
+from peftx.testing.shapes import PAD
 from peftx_hydragen import Hydragen, attend_part, merge, take_apart
 from peftx_token_trails import TokenTrails
 

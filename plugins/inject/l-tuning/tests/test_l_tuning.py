@@ -14,7 +14,8 @@ from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.pipeline import load_run
 from peftx.testing import conformance
-from peftx.testing.models import PAD, example_inputs, tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.shapes import PAD
 from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx.toolkits.evaluation import evaluating
 from peftx_l_tuning import LabelPrefixes, LTuning, add_label, pairs

@@ -18,7 +18,8 @@ from peftx.engines.data import IGNORE, prompt_ids, tokenize_dataset
 from peftx.engines.models import load_model
 from peftx.errors import ArchitectureError, DataError, PluginError, UnsupportedError
 from peftx.testing import conformance
-from peftx.testing.models import EOS, tiny, tiny_tokenizer
+from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.shapes import EOS
 from peftx.toolkits.evaluation import Evaluation
 from peftx_user_profile import (
     UserProfile,

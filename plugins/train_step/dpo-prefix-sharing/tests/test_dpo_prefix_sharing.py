@@ -25,8 +25,9 @@ from peftx.errors import (
     UnsupportedError,
 )
 from peftx.testing import conformance
-from peftx.testing.models import PAD, tiny, tiny_tokenizer
+from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
+from peftx.testing.shapes import PAD
 from peftx_dpo_prefix_sharing import (
     DpoPrefixSharing,
     answer_log_probs,
