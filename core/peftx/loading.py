@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from peftx.engines.bundle.manifest import BASE, BASE_FOLDER, BaseEntry, Manifest, PluginEntry, read_manifest
 from peftx.engines.bundle.sparse import AT, TO, unpack
@@ -20,6 +17,7 @@ from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     cast_buffers,
     check_settings,
+    compute_buffers,
     computed_buffers,
     generation_of,
     tokenizer_digest,
@@ -377,26 +375,5 @@ def _fill_base(stack: Stack, folder: Path, contained: list[str]) -> None:
         _check_shape(name, old, value)
         module._parameters[leaf] = nn.Parameter(value.to(old.dtype), requires_grad=False)
     model.tie_weights()
-    _compute_buffers(model)
+    compute_buffers(model)
     model.config.name_or_path = stack.base_id
-
-
-def _compute_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed by the constructors, on the CPU: of the model
-    as it was made, with parameters that take no memory."""
-    if not any(b is not None and b.is_meta for m in model.modules() for b in m._buffers.values()):
-        return
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    for name, module in model.named_modules():
-        hollow = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
-        if not hollow:
-            continue
-        whole = fresh.get_submodule(name)
-        for buffer in hollow:
-            module._buffers[buffer] = whole._buffers[buffer]
-        for attribute, value in vars(whole).items():
-            if isinstance(value, Tensor) and attribute not in whole._buffers:
-                setattr(module, attribute, value)
-        if any(b is None or b.is_meta for n, b in module._buffers.items() if n in hollow):
-            raise BundleError(f"{name}: buffers cannot be computed")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data import TrainingData, read_dataset
 from peftx.engines.data.formats import detect_format
-from peftx.engines.data.sources import HeldOut, format_of, rows_of, training_rows
+from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, rows_of, training_rows
 from peftx.engines.files import checkpoints, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
@@ -19,8 +19,6 @@ from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
 from peftx.kernel.conflicts import check
 from peftx.kernel.members import Member
-from peftx.kernel.objective import check_objective
-from peftx.kernel.plugin import Claim
 from peftx.kernel.registry import Registry
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
@@ -30,8 +28,6 @@ from peftx_spec.models import EvaluateSpec, Pipeline, TrainSpec
 from peftx_spec.stages import RunStage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from peftx.toolkits.evaluation import Score
     from peftx_spec.validate import LoadedSpec
 
@@ -349,14 +345,6 @@ class Run:
         self.result.bytes_after = folder_bytes(self.result.output)
         shutil.rmtree(checkpoints(Path(target)), ignore_errors=True)  # the run is complete
         return f"{self.result.output} ({self.result.bytes_after:,} bytes)"
-
-
-def check_rows_serve(model: PreTrainedModel, pipeline: Pipeline, members: Sequence[Member]) -> None:
-    """Raises UnsupportedError where the training rows do not serve what the model does; known before anything runs."""
-    if pipeline.data.train is None or any(m.claims(Claim.CLASSIFIES) or m.plugin.gives for m in members):
-        return  # a plugin brings another task
-    if pipeline.train is not None or any(stage.train is not None for stage in pipeline.run or ()):
-        check_objective(model, format_of(pipeline.data.train))
 
 
 def load_run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from peftx.engines.data.sources import training_rows
+from peftx.engines.data.sources import check_rows_serve, training_rows
 from peftx.engines.models import load_model
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy import Anatomy, Site
@@ -18,7 +18,6 @@ from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.phases import spans
 from peftx.kernel.registry import Registry
-from peftx.pipeline import check_rows_serve
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
 from peftx.toolkits.compression import QuantLinear
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule

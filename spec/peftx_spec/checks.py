@@ -6,20 +6,17 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-
-from pydantic import ValidationError
 
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.errors import PeftxError, nearest
 from peftx_spec.models import FORMATS, METRIC_FORMATS, METRICS
 from peftx_spec.overrides import RESERVED_IDS, entry_ids
 from peftx_spec.problems import Path, describe, path_text
-from peftx_spec.stages import ALL, HOOK_OF_STAGE, RunStage
+from peftx_spec.raw import Data, list_of, mapping_of
+from peftx_spec.run_checks import need_findings, run_findings
 from peftx_spec.translate import Finding, examine_options, known_keys
-
-Data = dict[str, object]
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 _LONGEST_NAME, _LONGEST_PLACE = 255, 4095  # bytes, on the systems that people use
@@ -41,8 +38,8 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
         *_holdout(data),
         *_metrics(data, hooks),
         *_metric_formats(data),
-        *_run(data, hooks),
-        *_needs(data, hooks),
+        *run_findings(data, hooks),
+        *need_findings(data, hooks),
     ]
 
 
@@ -58,20 +55,10 @@ def _hooks(data: Data, catalogue: Catalogue, names: list[str]) -> dict[int, froz
 
 def _entries(data: Data) -> Iterator[tuple[int, str, Data]]:
     """Place, plugin and mapping of each entry of the stack that names a plugin."""
-    for index, item in enumerate(_list(data, "stack")):
+    for index, item in enumerate(list_of(data, "stack")):
         entry = {"use": item} if isinstance(item, str) else item
         if isinstance(entry, dict) and isinstance(entry.get("use"), str):
             yield index, entry["use"], entry
-
-
-def _list(data: Data, key: str) -> list[object]:
-    value = data.get(key)
-    return value if isinstance(value, list) else []
-
-
-def _mapping(data: Data, key: str) -> Data:
-    value = data.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def _version(data: Data) -> Iterator[Finding]:
@@ -83,7 +70,7 @@ def _version(data: Data) -> Iterator[Finding]:
 
 def _remote_code(data: Data) -> Iterator[Finding]:
     """A spec may be a stranger's, who would then be trusting himself."""
-    if "trust_remote_code" in _mapping(data, "model"):
+    if "trust_remote_code" in mapping_of(data, "model"):
         message = "'trust_remote_code' is not a spec's to set: it would let the file run code of its author's choice"
         remedy = "leave it out; if you trust the model, run with --trust-remote-code (Python: trust_remote_code=True)"
         yield Finding(("model", "trust_remote_code"), message, at_key=True, suggestion=remedy)
@@ -106,15 +93,15 @@ def _files(data: Data) -> Iterator[tuple[Path, str]]:
     """Path and value of everything that names a file or a folder."""
     found: list[tuple[Path, object]] = [(("output",), data.get("output"))]
     found += _either(("model",), data.get("model"), "id")
-    for key, source in _mapping(data, "data").items():
+    for key, source in mapping_of(data, "data").items():
         if key != "sources":
             found += _either(("data", key), source, "path")
-    for key, source in _mapping(_mapping(data, "data"), "sources").items():
+    for key, source in mapping_of(mapping_of(data, "data"), "sources").items():
         found += _either(("data", "sources", key), source, "path")
-    for index, item in enumerate(_list(data, "evaluate")):
+    for index, item in enumerate(list_of(data, "evaluate")):
         for name, options in item.items() if isinstance(item, dict) else ():
             found += _either(("evaluate", index, name), options, "path")
-    for index, item in enumerate(_list(data, "run")):
+    for index, item in enumerate(list_of(data, "run")):
         if isinstance(item, dict):
             found += _either(("run", index, "save"), item.get("save"), "path")
     return ((path, name) for path, name in found if isinstance(name, str))
@@ -137,7 +124,7 @@ def _large_numbers(path: Path, value: object) -> Iterator[Finding]:
 def _nulls(data: Data) -> Iterator[Finding]:
     """`train:` with nothing after it could mean the defaults or no training."""
     sections: list[tuple[Path, object]] = [((key,), data.get(key, "")) for key in ("train", "run", "output")]
-    sections += [(("data", key), value) for key, value in _mapping(data, "data").items()]
+    sections += [(("data", key), value) for key, value in mapping_of(data, "data").items()]
     for path, value in sections:
         if value is None and path[-1] in ("train", "run", "output", "eval", "calibration", "holdout"):
             remedy = (
@@ -149,7 +136,7 @@ def _nulls(data: Data) -> Iterator[Finding]:
 
 
 def _plugins(data: Data, catalogue: Catalogue, names: list[str]) -> Iterator[Finding]:
-    for index, item in enumerate(_list(data, "stack")):
+    for index, item in enumerate(list_of(data, "stack")):
         if isinstance(item, dict) and "use" not in item:
             for key in item:
                 if key in names:
@@ -221,7 +208,7 @@ def _phases(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
 
 def _holdout(data: Data) -> Iterator[Finding]:
     """Rows that are held out of data.train must come from there, and nothing else may look at them."""
-    sources = _mapping(data, "data")
+    sources = mapping_of(data, "data")
     if sources.get("holdout") is None:
         return
     path: Path = ("data", "holdout")
@@ -246,9 +233,9 @@ def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
     plugins = [id for id, index in entry_ids(data).items() if "evaluate" in hooks.get(index, ())]
     unknown = {id for id, index in entry_ids(data).items() if index not in hooks}
     known = [*METRICS, *plugins]
-    sources = _mapping(data, "data")
+    sources = mapping_of(data, "data")
     held_out = sources.get("eval") is not None or sources.get("holdout") is not None
-    for index, item in enumerate(_list(data, "evaluate")):
+    for index, item in enumerate(list_of(data, "evaluate")):
         entries = {item: None} if isinstance(item, str) else item
         if not isinstance(entries, dict):
             continue
@@ -270,9 +257,9 @@ def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
 
 def _metric_formats(data: Data) -> Iterator[Finding]:
     """Metrics that cannot read the rows that they are given, as far as `format:` tells."""
-    sources = _mapping(data, "data")
+    sources = mapping_of(data, "data")
     held_out = sources.get("eval") if sources.get("holdout") is None else sources.get("train")
-    for index, item in enumerate(_list(data, "evaluate")):
+    for index, item in enumerate(list_of(data, "evaluate")):
         entries = {item: None} if isinstance(item, str) else item
         for name, options in entries.items() if isinstance(entries, dict) else ():
             format = _declared(options if _has_path(options) else held_out)
@@ -303,145 +290,3 @@ def _declared(source: object) -> object:
 
 def _has_path(options: object) -> bool:
     return isinstance(options, str) or (isinstance(options, dict) and "path" in options)
-
-
-def _stages(data: Data, at: Path = ("run",)) -> Iterator[tuple[Path, object, RunStage]]:
-    """Place, raw value and model of each stage of `run` that is well formed, those of `repeat` too."""
-    for index, item in enumerate(_list(data, "run")):
-        path = (*at, index)
-        try:
-            stage = RunStage.model_validate(item, by_alias=True, by_name=False)
-        except ValidationError:
-            continue  # the pipeline's own validation names what is wrong with it
-        if stage.repeat is not None and isinstance(item, dict):
-            yield from _stages(item["repeat"], (*path, "repeat", "run"))
-        else:
-            yield path, item, stage
-
-
-def _is_whole(data: Data, stages: Sequence[tuple[Path, object, RunStage]]) -> bool:
-    """Is every stage of `run` well formed; of one that is not nothing is known."""
-    return len({at[1] for at, _, _ in stages}) == len(_list(data, "run"))
-
-
-def _id_path(path: Path, item: object, stage: RunStage, place: int) -> Path:
-    """Where a stage's id number `place` stands: `compress: [a, b]`, `compress: a`, `train: {plugins: a}`."""
-    value = item
-    for key in (stage.kind, *(("plugins",) if stage.train is not None else ())):
-        if isinstance(value, dict) and key in value:
-            path, value = (*path, key), value[key]
-    return (*path, place) if isinstance(value, list) else path
-
-
-def _run(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
-    if not isinstance(data.get("run"), list):
-        return
-    ids = entry_ids(data)
-    used: set[str] = set()
-    results: set[str] = set()
-    trains = saves_to_output = False
-    stages = list(_stages(data))
-    for at, item, stage in stages:
-        hook = HOOK_OF_STAGE.get(stage.kind)
-        if stage.ids == (ALL,):
-            used |= {id for id, entry in ids.items() if hook in hooks.get(entry, ())}
-        for place, id in enumerate(stage.ids if stage.ids != (ALL,) else ()):
-            path = _id_path(at, item, stage, place)
-            used.add(id)
-            if id in stage.ids[:place]:
-                yield Finding(path, f"'{stage.kind}' lists '{id}' twice")
-            if id not in ids:
-                known = ", ".join(ids) or "none: the stack is empty"
-                message = f"'{stage.kind}' lists '{id}', which is not in the stack"
-                yield Finding(
-                    path, message, expected=f"an id of the stack ({known})", suggestion=nearest(id, ids)
-                )
-            elif hook is not None and hook not in hooks.get(ids[id], frozenset({hook})):
-                able = [name for name, entry in ids.items() if hook in hooks.get(entry, ())]
-                message = f"'{stage.kind}' lists '{id}', which has no {hook} hook"
-                yield Finding(
-                    path, message, expected=f"one of {', '.join(able)}" if able else "no such stage here"
-                )
-        trains = trains or stage.train is not None
-        if stage.drop is not None and "repeat" in at:
-            message = "'drop' in 'repeat' finds nothing to remove in the second round"
-            yield Finding((*at, "drop"), message, at_key=True, suggestion="put it behind the 'repeat'")
-        if stage.evaluate is not None and stage.evaluate.name is not None:
-            if stage.evaluate.name in results:
-                message = (
-                    f"two evaluations are named '{stage.evaluate.name}'; the second would replace the first"
-                )
-                yield Finding((*at, "evaluate", "name"), message)
-            results.add(stage.evaluate.name)
-        if stage.save is not None and stage.save.path is None:
-            if data.get("output") is None:
-                message = "'save' has no path, and the spec has no 'output'"
-                yield Finding((*at, "save"), message, at_key=True, suggestion="write 'save: folder'")
-            elif saves_to_output:
-                message = "a second 'save' to 'output' would replace the first"
-                yield Finding((*at, "save"), message, at_key=True, suggestion="write 'save: folder'")
-            saves_to_output = True
-    if data.get("train") is not None and not trains and _is_whole(data, stages):
-        yield Finding(("train",), "'train' has no effect: 'run' has no train stage", at_key=True)
-    if used - set(ids):
-        return  # a misspelt id is the likely reason that another one is not listed
-    for id, entry in ids.items():
-        able = [stage for stage, hook in HOOK_OF_STAGE.items() if hook in hooks.get(entry, ())]
-        if able and id not in used:
-            message = f"'{id}' is in the stack, but no stage of 'run' lists it"
-            yield Finding(("stack", entry), message, suggestion=f"add '- {able[0]}: {id}' to 'run'")
-
-
-def _needs(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
-    """Training needs data and something that trains, evaluation something to compute; and what is given has a use."""
-    stages = list(_stages(data))
-    if data.get("run") is None:
-        trains: list[Path] = [("train",)] if isinstance(data.get("train"), dict) else []
-        will_train, evaluates = "train" in data, True
-    else:
-        trains = [(*at, "train") for at, _, stage in stages if stage.train is not None]
-        is_whole = _is_whole(data, stages)
-        will_train = bool(trains) or not is_whole or "train" in data  # that it has no effect is said already
-        evaluates = not is_whole or any(stage.evaluate is not None for _, _, stage in stages)
-    able = frozenset().union(*hooks.values())
-    is_known = len(hooks) == len(_list(data, "stack")) and isinstance(data.get("stack", []), list)
-    sources = _mapping(data, "data")
-    if trains and "prepare_data" not in able and sources.get("train") is None:  # a plugin may make the data
-        message = "there is nothing to train on: data.train is missing"
-        yield Finding(trains[0], message, at_key=True, suggestion="write 'data: {train: file}'")
-    elif trains and is_known and not able & {"inject", "train_step"}:
-        message = (
-            "there is nothing to train: no plugin of the stack injects parameters or brings a training step"
-        )
-        remedy = "add one to 'stack' (peftx list --hook inject), or leave 'train' out"
-        yield Finding(trains[0], message, at_key=True, suggestion=remedy)
-    if is_known:
-        yield from _idle_data(data, able, will_train=will_train)
-    metrics = bool(_list(data, "evaluate"))
-    if metrics and not evaluates:
-        message = "'evaluate' has no effect: 'run' has no evaluate stage"
-        yield Finding(("evaluate",), message, at_key=True, suggestion="add '- evaluate' to 'run'")
-    for at, _, stage in stages:
-        if stage.evaluate is not None and not metrics and "evaluate" not in able:
-            message = "there is nothing to evaluate: the spec lists no metric"
-            yield Finding((*at, "evaluate"), message, at_key=True, suggestion="add 'evaluate: [...]'")
-
-
-def _idle_data(data: Data, able: frozenset[str], *, will_train: bool) -> Iterator[Finding]:
-    """Data that nothing reads: most often a 'train' section that was forgotten, and an adapter that stays untrained."""
-    sources = _mapping(data, "data")
-    calibrates = "compress" in able and sources.get("calibration") is None
-    read = will_train or "prepare_data" in able or calibrates or sources.get("holdout") is not None
-    if sources.get("train") is not None and not read:
-        message = "'data.train' has no effect: nothing is trained"
-        remedy = (
-            "add 'train: {}' for training with the defaults"
-            if data.get("run") is None
-            else "add '- train' to 'run'"
-        )
-        yield Finding(
-            ("data", "train"), message, at_key=True, suggestion=f"{remedy}, or leave data.train out"
-        )
-    if sources.get("calibration") is not None and "compress" not in able:
-        message = "'data.calibration' has no effect: no plugin of the stack compresses"
-        yield Finding(("data", "calibration"), message, at_key=True, suggestion="leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers.initialization import no_init_weights
 
 from peftx.engines.models import DTYPES
 from peftx.errors import BundleError
@@ -106,3 +110,24 @@ def _differences(
             yield from _differences(one, two, f"{prefix}{name}.")
         elif one != two:
             yield f"{prefix}{name}", one, two
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) are computed by the constructors, on the CPU: of the model
+    as it was made, with parameters that take no memory."""
+    if not any(b is not None and b.is_meta for m in model.modules() for b in m._buffers.values()):
+        return
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    for name, module in model.named_modules():
+        hollow = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+        if not hollow:
+            continue
+        whole = fresh.get_submodule(name)
+        for buffer in hollow:
+            module._buffers[buffer] = whole._buffers[buffer]
+        for attribute, value in vars(whole).items():
+            if isinstance(value, Tensor) and attribute not in whole._buffers:
+                setattr(module, attribute, value)
+        if any(b is None or b.is_meta for n, b in module._buffers.items() if n in hollow):
+            raise BundleError(f"{name}: buffers cannot be computed")

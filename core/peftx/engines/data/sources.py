@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from peftx.engines.data.formats import detect_format, read_dataset
 from peftx.engines.models import asset_path
 from peftx.errors import DataError
-from peftx_spec.models import FORMATS, DataSpec, HoldoutSpec, SourceSpec
+from peftx.kernel.members import Member
+from peftx.kernel.objective import check_objective
+from peftx.kernel.plugin import Claim
+from peftx_spec.models import FORMATS, DataSpec, HoldoutSpec, Pipeline, SourceSpec
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,11 @@ def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
 def rows_of(source: SourceSpec, *, limit: int | None) -> Dataset:
     path = asset_path(source.path)
     return read_dataset(path, format=format_of(source), columns=source.columns or None, limit=limit)
+
+
+def check_rows_serve(model: PreTrainedModel, pipeline: Pipeline, members: Sequence[Member]) -> None:
+    """Raises UnsupportedError where the training rows do not serve what the model does; known before anything runs."""
+    if pipeline.data.train is None or any(m.claims(Claim.CLASSIFIES) or m.plugin.gives for m in members):
+        return  # a plugin brings another task
+    if pipeline.train is not None or any(stage.train is not None for stage in pipeline.run or ()):
+        check_objective(model, format_of(pipeline.data.train))
