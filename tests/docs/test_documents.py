@@ -13,6 +13,7 @@ from peftx.hooks import HookSpecs
 from peftx.kernel.names import HOOKS
 
 ROOT = Path(__file__).parent.parent.parent
+MECHANISMS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/mechanisms/*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -20,7 +21,7 @@ def blocks(document: str, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall((ROOT / document).read_text()) if kind == language]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hooks.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hooks.md", *MECHANISMS])
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "document"}
