@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import peftx
 from peftx import Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
+from peftx.kernel.calls import call_of, listening
 from peftx.testing.models import tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -91,6 +93,23 @@ def test_a_cache_that_was_filled_without_the_values_is_refused() -> None:
         cache = stack.model(IDS, use_cache=True).past_key_values
     with pytest.raises(UnsupportedError, match="6 rows, and what goes with them is known of 0"):
         stack.model(IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("plugins", [[], [Sums()]], ids=["nobody else", "beside a plugin"])
+@torch.no_grad()
+def test_somebody_may_listen_for_a_while(plugins: list[Plugin]) -> None:
+    model = stack_of(*plugins).model
+    before, plain, seen = call_of(model), model(IDS).logits, []
+    with listening(model) as call:
+        model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(call.ids))
+        with listening(model) as same:
+            model(IDS)
+        model(IDS.flip(1))
+    assert same is call
+    assert all(torch.equal(one, two) for one, two in zip(seen, (IDS, IDS.flip(1)), strict=True))
+    assert call_of(model) is before
+    assert len(model._forward_hooks) == len(plugins)
+    assert torch.equal(model(IDS).logits, plain), "who heard before still does"
 
 
 class ByRow(Delta):
@@ -175,3 +194,106 @@ def test_layers_that_are_recomputed_see_the_same_call() -> None:
         found.append([p.grad for p in stack.ledger.parameters("inside")])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+def test_values_of_recomputed_layers_stay_out_of_the_next_cache() -> None:
+    class Inside(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            for site in model.linears("mlp.down"):
+                site.attach(SumOfIds(model.call, model.owner))
+
+    stack = stack_of(Inside())
+    stack.model.train()
+    stack.model.activation_checkpointing_enable()
+    stack.model(IDS, labels=IDS, use_cache=False).loss.backward()
+    stack.model.eval()
+    with torch.no_grad(), stack.disabled():
+        cache = stack.model(IDS[:, :3], use_cache=True).past_key_values
+    assert len(cache.layers) == 2, "the model's own, and nothing of the plugin that is off"
+
+
+def test_a_copy_of_the_model_knows_of_no_call() -> None:
+    stack = stack_of(Sums(), Kinds())
+    rows = 2 * stack.model.get_input_embeddings()(IDS).detach().requires_grad_()  # which no copy can hold
+    stack.model(inputs_embeds=rows, labels=IDS, kind=torch.tensor([1, 3]))
+    twin = copy.deepcopy(stack.model)
+    found = [m.call for m in twin.modules() if isinstance(m, SumOfIds | ByRow)]
+    assert [(call.ids, call.shape, call.batch) for call in found] == [(None, None, {})] * 2
+    with torch.no_grad():
+        own = twin(IDS, kind=torch.tensor([1, 3])).logits
+        torch.testing.assert_close(own, stack.model(IDS, kind=torch.tensor([1, 3])).logits)
+        assert not torch.allclose(own, twin(IDS, kind=torch.tensor([3, 1])).logits)
+
+
+def test_pads_of_both_sides_of_an_encoder_and_its_decoder() -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    class Look(Delta):
+        def __init__(self, call: Any) -> None:
+            super().__init__()
+            self.call = call
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            real = self.call.decoder_real
+            seen.append((self.call.real, None if real is None else self.call.rows(real, x)))
+            return y
+
+    class Looks(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.site("norm.final", tower="decoder").attach(Look(model.call))
+
+    model = stack_of(Looks(), arch="t5").model
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    labels = torch.tensor([[7, 8, 9], [7, -100, -100]])
+    with torch.no_grad():
+        model(IDS, attention_mask=mask, labels=labels)
+        own = torch.tensor([[1, 1, 0], [1, 1, 1]])
+        model(IDS, attention_mask=mask, decoder_attention_mask=own, labels=labels)
+        model(IDS, attention_mask=mask, decoder_input_ids=labels.clamp(min=0))
+        read = model.get_encoder()(IDS, attention_mask=mask)
+        model(encoder_outputs=read, attention_mask=mask, labels=labels)
+    *whole, (source, alone) = seen
+    assert all(torch.equal(real, mask.bool()) for real, _ in whole)
+    (_, by_labels), (_, by_mask), (_, unknown) = whole
+    assert torch.equal(by_labels, labels != -100)
+    assert torch.equal(by_mask, own.bool())
+    assert unknown is None
+    assert source is None, "its tokens are not in the call"
+    assert torch.equal(alone, labels != -100)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_reference_between_the_two_passes_changes_no_gradient(recompute: bool) -> None:
+    class Inside(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.column("kind")
+            for site in model.linears("mlp.down"):
+                site.attach(ByRow(model.call, site.out_features))
+
+    def gradients(*, beside: bool) -> list[Tensor]:
+        stack = stack_of(Inside())
+        stack.model.train()
+        if recompute:
+            stack.model.activation_checkpointing_enable()
+        loss = stack.model(IDS, labels=IDS, kind=torch.tensor([1, 3])).loss
+        if beside:
+            with torch.no_grad():
+                stack.model(IDS.flip(1), kind=torch.tensor([0, 2]))
+        loss.backward()
+        return [p.grad for p in stack.ledger.parameters("inside") if p.grad is not None]
+
+    for alone, among in zip(gradients(beside=False), gradients(beside=True), strict=True):
+        torch.testing.assert_close(among, alone)
+
+
+def test_an_encoder_that_runs_by_itself_hears_nothing_of_the_step_before() -> None:
+    """`generate` calls it so, on rows of its own."""
+    stack = stack_of(Kinds(), arch="t5")
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "attention_mask": torch.ones_like(IDS)}
+    plain = torch.stack(stack.model.generate(IDS, **options).logits)
+    stack.model(input_ids=IDS[:1], labels=IDS[:1], kind=torch.tensor([1])).loss.backward()
+    torch.testing.assert_close(torch.stack(stack.model.generate(IDS, **options).logits), plain)

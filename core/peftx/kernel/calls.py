@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 CHILD = "peftx_calls"
 STATE = "_peftx_calls"
+IGNORE = -100
+"""Label of a token without a loss, as PyTorch's cross entropy leaves it out."""
+_Said = tuple[dict[str, Any], dict[str, Tensor]]
+"""Arguments and columns of a call."""
 
 
 class CallEdit(nn.Module):
@@ -42,21 +46,36 @@ class Call:
     """The call that runs: what a delta or an edit anywhere inside may know of it.
 
     Taken once, in `inject`, as `model.call`; what it says is of the moment. Between calls, and where somebody calls a
-    part of the model alone, it says nothing: `ids` and `real` are None then, and `batch` is empty. A call with
-    gradients lasts until the next one begins, since layers that are recomputed for the backward pass ask again.
-
-    Attributes:
-        arguments: of the model's forward, by name, after all `before`s.
-        batch: columns of the batch that the model itself does not take, by name; see `ModelView.column`.
+    part of the model alone, it says nothing: `ids` and `real` are None then, and `batch` is empty. In a backward pass
+    it says again what it said in the last call with gradients, since layers that are recomputed ask again.
     """
 
     def __init__(self) -> None:
-        self.arguments: dict[str, Any] = {}
-        self.batch: dict[str, Tensor] = {}
+        self._running: _Said | None = None
+        self._kept: _Said | None = None
+        """Of the last call with gradients."""
         self._columns: dict[str, str] = {}
         """Names of columns, and whose they are."""
         self._given: Mapping[str, Tensor] = {}
         self._carried: dict[str, tuple[Tensor, int]] = {}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the model's forward, by name, after all `before`s."""
+        return self._now[0]
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """Columns of the batch that the model itself does not take, by name; see `ModelView.column`."""
+        return self._now[1]
+
+    @property
+    def _now(self) -> _Said:
+        if self._running is not None:
+            return self._running
+        if self._kept is not None and torch._C._current_graph_task_id() != -1:  # inside a backward pass
+            return self._kept
+        return {}, {}
 
     @property
     def ids(self) -> Tensor | None:
@@ -80,9 +99,20 @@ class Call:
             return mask[:, -self.shape[1] :].bool()
         return torch.ones(self.shape, dtype=torch.bool, device=given.device)
 
+    @property
+    def decoder_real(self) -> Tensor | None:
+        """Of an encoder-decoder model: which of the decoder's tokens are no pads, bool [B, S], by their own mask, else
+        by the labels; None where the call brings neither."""
+        mask, labels = self.arguments.get("decoder_attention_mask"), self.arguments.get("labels")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask.bool()
+        return labels != IGNORE if isinstance(labels, Tensor) and labels.ndim == 2 else None
+
     def rows(self, values: Tensor, like: Tensor, fill: float = 0) -> Tensor:
         """What belongs to the caller's tokens, [B, T, ...], as a layer sees it whose input is `like`, [B, T + P, ...]:
         with `fill` for the P soft tokens, which stand behind the pads in front."""
+        if like.shape[1] == values.shape[1]:  # of a decoder's tokens too, beside which none stand
+            return values
         real = self.real
         assert real is not None
         return beside_soft_tokens(values, real, like.shape[1] - values.shape[1], fill)
@@ -119,6 +149,10 @@ class Call:
 
     # -- the core's side -----------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model knows of no call."""
+        return self.__dict__ | {"_running": None, "_kept": None, "_given": {}, "_carried": {}}
+
     def declare(self, name: str, owner: str) -> None:
         """See `ModelView.column`."""
         if (other := self._columns.setdefault(name, owner)) != owner:
@@ -150,7 +184,7 @@ class Call:
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
-        self.arguments, self.batch = arguments, {}
+        self._running, self._carried = (arguments, {}), {}  # what recomputed layers carried is of no call
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
             found = value if value is not None else self._given.get(name)
@@ -158,10 +192,15 @@ class Call:
                 self.batch[name] = _repeated(found, rows, name)
         return arguments
 
+    def change(self, arguments: dict[str, Any]) -> None:
+        """The edits made these of the arguments."""
+        self._running = arguments, self.batch
+
     def end(self, output: Any) -> None:
         carried, self._carried = self._carried, {}
-        if output is None or not torch.is_grad_enabled():
-            self.arguments, self.batch = {}, {}
+        if output is not None and torch.is_grad_enabled():
+            self._kept = self._running
+        self._running = None
         if output is None or not carried:
             return
         values = output if isinstance(output, tuple) else output.values()
@@ -223,7 +262,7 @@ class _Calls(Chain[CallEdit]):
         arguments = self.call.begin({**dict(zip(self.names, args, strict=False)), **kwargs})
         for edit in self.active:
             arguments = edit.before(arguments)
-        self.call.arguments = arguments
+        self.call.change(arguments)
         return (), arguments
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -254,6 +293,18 @@ def columns_of(model: PreTrainedModel) -> tuple[str, ...]:
     """Columns that plugins on the model read, and it does not take."""
     call = call_of(model)
     return () if call is None else call.columns
+
+
+@contextmanager
+def listening(model: PreTrainedModel) -> Iterator[Call]:
+    """Inside, the context of the model's calls, also where no plugin asks for it: to measure merged weights, say."""
+    edit = CallEdit()
+    owner = f"listener {id(edit)}"
+    call = attach(model, edit, owner=owner, rank=0)
+    try:
+        yield call
+    finally:
+        detach(model, owner)
 
 
 def attach(model: PreTrainedModel, edit: CallEdit, *, owner: str, rank: int) -> Call:

@@ -30,16 +30,16 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.soft_rows import beside_soft_tokens
+from peftx.kernel.calls import Call
+from peftx.kernel.parts import DeltaPart
 
 LEAST = 1e-12
 """Smallest p in the entropy: no logarithm or slope of zero."""
 ROUNDING = 1e-6
 """Of a sum of probabilities; with rho = 1 all experts are on."""
-IGNORED = -100
-"""Label of a token without a loss: where a decoder's rows are padded."""
 
-Mask = Literal["attention_mask", "labels"] | None
+Side = Literal["source", "target"] | None
+"""Whose tokens a layer sees: the text's, those of a decoder behind an encoder, or none (images)."""
 
 
 class DynmoleConfig(PluginConfig):
@@ -95,7 +95,7 @@ class Mixture(Delta):
 
     Args:
         in_features, out_features: of the layer. experts: N. rank: r. scale: s. dropout: of x before A.
-        rule: which of them are on. mask: entry of the batch that says which tokens are real.
+        rule: which of them are on. call, side: what the model is called on, and which of its tokens the layer sees.
     """
 
     full_precision = True  # routing is decided by differences of probabilities
@@ -110,13 +110,12 @@ class Mixture(Delta):
         scale: float,
         dropout: float,
         rule: Rule,
-        mask: Mask,
+        call: Call,
+        side: Side,
     ) -> None:
         super().__init__()
-        self.scale = scale
-        self.dropout = dropout
-        self.rule = rule
-        self.mask = mask
+        self.scale, self.dropout, self.rule = scale, dropout, rule
+        self.call, self.side = call, side
         bound = 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
         self.W_g = nn.Parameter(torch.empty(experts, in_features).uniform_(-bound, bound))
         self.A = nn.Parameter(torch.empty(experts, rank, in_features).uniform_(-bound, bound))
@@ -124,6 +123,8 @@ class Mixture(Delta):
         self.watched = False
         self.routing: Routing | None = None
         """Of the last call while `watched`."""
+        self.real: Tensor | None = None
+        """1 for each of its tokens, 0 for each pad: [tokens]."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         full = torch.promote_types(self.W_g.dtype, torch.float32)  # where the whole stack was cast
@@ -131,7 +132,7 @@ class Mixture(Delta):
         routing = route(p, self.rule)
         reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.w.requires_grad
         if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business
-            self.routing = routing
+            self.routing, self.real = routing, real_tokens(self.call, self.side, routing.S)
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
         down = F.linear(x, self.A.flatten(0, 1).to(y.dtype))  # [..., N r]
         down = down.unflatten(-1, self.A.shape[:2]) * routing.w.to(y.dtype).unsqueeze(-1)  # [..., N, r]
@@ -179,6 +180,7 @@ class Dynmole(Plugin):
         if c.k_min > c.experts:
             raise PeftxError(f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts")
         rule = Rule(q=c.q, threshold=c.threshold, relative=c.relative, rho=c.rho, k_min=c.k_min)
+        call = model.call
         for site in model.linears(c.targets):
             full = min(site.in_features, site.out_features)
             if c.rank > full:
@@ -195,24 +197,25 @@ class Dynmole(Plugin):
                     scale=2.0 if c.alpha is None else c.alpha / c.rank,
                     dropout=c.dropout,
                     rule=rule,
-                    mask=mask_of(model, site),
+                    call=call,
+                    side=side_of(model, site),
                 )
             )
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         id = step.stack.id_of(self)
-        mixtures: list[Any] = [part.module for part in step.stack.ledger.of(id)]
+        mixtures: list[Any] = [part.module for part in step.stack.ledger.of(id, DeltaPart)]
         for mixture in mixtures:
             mixture.watched = True
-        step.add_loss(id, lambda _: self.loss(mixtures, step.batch), over="inputs")
+        step.add_loss(id, lambda _: self.loss(mixtures), over="inputs")
         try:
             return (yield)
         finally:  # only now: a checkpointed layer runs again in the backward pass
             for mixture in mixtures:
-                mixture.watched, mixture.routing = False, None
+                mixture.watched, mixture.routing, mixture.real = False, None, None
 
-    def loss(self, mixtures: Sequence[Mixture], batch: dict[str, Any]) -> Tensor:
+    def loss(self, mixtures: Sequence[Mixture]) -> Tensor:
         """c_aux N sum_i F_i P_i + c_dyn mean(S) over the real tokens of all layers that ran, 0-d."""
         ran = [mixture for mixture in mixtures if mixture.routing is not None]
         if not ran:
@@ -223,7 +226,7 @@ class Dynmole(Plugin):
                     "dynmole: reentrant checkpointing hides the routers from the loss",
                     hint="gradient checkpointing with use_reentrant=False",
                 )
-        real = torch.cat([real_tokens(mixture, batch) for mixture in ran])  # [tokens]
+        real = torch.cat([mixture.real for mixture in ran])  # [tokens]
         real = real / real.sum()
         w = torch.cat([mixture.routing.w.flatten(0, -2) for mixture in ran])  # [tokens, N]
         on = torch.cat([mixture.routing.on.flatten(0, -2) for mixture in ran])
@@ -232,22 +235,16 @@ class Dynmole(Plugin):
         return self.config.balance * len(mean) * share @ mean + self.config.certainty * real @ S
 
 
-def mask_of(model: ModelView, site: Site) -> Mask:
-    """What says which of a layer's tokens are real: pads of the text it sees; None: it sees no text (images)."""
+def side_of(model: ModelView, site: Site) -> Side:
     if not model.config.is_encoder_decoder:
-        return "attention_mask" if site.tower in (model.main.name, "") else None
+        return "source" if site.tower in (model.main.name, "") else None
     source = site.tower == "encoder" or site.role in ("cross_attention.k", "cross_attention.v")
-    return "attention_mask" if source else "labels"
+    return "source" if source else "target"
 
 
-def real_tokens(mixture: Mixture, batch: dict[str, Any]) -> Tensor:
-    """1 for each real token that the layer saw, 0 for each pad: float32, [tokens]."""
-    S = mixture.routing.S
-    mask = None if mixture.mask is None else batch.get(mixture.mask)
-    if mask is None or mask.ndim != 2:
-        return torch.ones_like(S).flatten()
-    real = mask != (IGNORED if mixture.mask == "labels" else 0)  # [batch, T]
-    ahead = S.numel() // len(real) - real.shape[1]  # soft tokens are real
-    if ahead < 0:  # one vector for each text, as in a pooler
-        return torch.ones_like(S).flatten()
-    return beside_soft_tokens(real, real, ahead).flatten().to(S)
+def real_tokens(call: Call, side: Side, S: Tensor) -> Tensor:
+    """1 for each real token of which S says the entropy, 0 for each pad: [tokens], as S."""
+    real = {"source": call.real, "target": call.decoder_real, None: None}[side]
+    if real is None or S.numel() < real.numel() or S.numel() % len(real):
+        return torch.ones_like(S).flatten()  # of no tokens: one vector for each text, as in a pooler
+    return call.rows(real, S.reshape(len(real), -1), fill=True).flatten().to(S)  # soft tokens are real

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, PeftxError
+from peftx.kernel.calls import Call
 from peftx.kernel.chain import is_ours
-from peftx.kernel.soft_rows import beside_soft_tokens
+from peftx.kernel.view import BoundSite
 
-MLP = ("gate", "up", "down")
-ATTENTION = ("q", "k", "v", "o")
+ROLES = {"mlp": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
+"""Linear layers of a block; the last is cut by columns."""
 
 
 class SparseloraConfig(PluginConfig):
@@ -67,38 +68,35 @@ class SparseloraConfig(PluginConfig):
 
 
 class Tokens:
-    """Which tokens run sparse; `context` is None outside a sparse step."""
+    """Which tokens run sparse; `context`, [B, T] bool, is None outside a sparse step."""
 
-    def __init__(self) -> None:
-        self.context: Tensor | None = None  # [B, T] bool
-        self.real: Tensor | None = None  # [B, T] bool: no padding
-        self._known: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.set(None)
 
-    def set(self, context: Tensor | None, real: Tensor | None = None) -> None:
-        self.context, self.real, self._known = context, real, {}
+    def set(self, context: Tensor | None) -> None:
+        self.context = context
+        self._known: dict[torch.Size, tuple[Tensor, Tensor] | None] = {}
 
-    def foreign(self, shape: torch.Size) -> bool:
-        """Is it no text of the batch: a few rows that another plugin sends through one layer (Aligner's tokens)."""
-        assert self.context is not None
-        batch, length = self.context.shape
-        return len(shape) < 2 or (shape[1] < length and (shape[0] != batch or batch == 1))
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of a layer's input, [B, T + P, in] with P soft tokens: which rows of [B (T + P), in] to score, and which run
+        dense; None: all do. Found once a step: layers that are recomputed choose as before, whatever ran since."""
+        shape = x.shape[:-1]
+        if self.context is not None and self.call.shape is not None and shape not in self._known:
+            self._known[shape] = self._find(x, self.context)
+        return self._known.get(shape)
 
-    def rows(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """For an input of this shape [B, T + P], P soft tokens beside the text: what to score, what runs dense."""
-        if shape not in self._known:
-            assert self.context is not None
-            assert self.real is not None
-            added = shape[1] - self.context.shape[1]
-            if shape[0] != self.context.shape[0] or added < 0:
-                raise PeftxError(
-                    f"sparselora: the model runs on {shape[0]}x{shape[1]} tokens, the batch has labels for "
-                    f"{self.context.shape[0]}x{self.context.shape[1]}",
-                    hint="put sparselora behind the plugin that changes the batch",
-                )
-            context = beside_soft_tokens(self.context, self.real, added).flatten()
-            real = beside_soft_tokens(self.real, self.real, added).flatten()
-            self._known[shape] = ((context & real).nonzero().flatten(), (~context).nonzero().flatten())
-        return self._known[shape]
+    def _find(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.call.shape != context.shape:
+            of_call, of_labels = ("x".join(map(str, shape)) for shape in (self.call.shape, context.shape))
+            raise PeftxError(
+                f"sparselora: the model runs on {of_call} tokens, the batch has labels for {of_labels}",
+                hint="put sparselora behind the plugin that changes the batch",
+            )
+        if x.ndim < 3 or len(x) != len(context) or x.shape[1] < context.shape[1]:
+            return None  # no text of the batch: rows that another plugin sends through one layer (Aligner's tokens)
+        context, real = (self.call.rows(t, x, fill=True).flatten() for t in (context, self.call.real))
+        return (context & real).nonzero().flatten(), (~context).nonzero().flatten()
 
 
 class Estimate(nn.Module):
@@ -140,7 +138,7 @@ class MlpChannels(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         score = (self.activation(self.gate(x)) * self.up(x)).norm(dim=0)  # [intermediate]
-        return dict.fromkeys(MLP, largest(score, self.keep))
+        return dict.fromkeys(ROLES["mlp"], largest(score, self.keep))
 
 
 class AttentionChannels(nn.Module):
@@ -168,12 +166,8 @@ class AttentionChannels(nn.Module):
         """Channels of key-value heads -> those of all query heads that read them."""
         head, channel = channels // self.head_dim, channels % self.head_dim
         member = torch.arange(self.groups, device=channels.device)
-        return (
-            ((head[:, None] * self.groups + member) * self.head_dim + channel[:, None])
-            .flatten()
-            .sort()
-            .values
-        )
+        found = (head[:, None] * self.groups + member) * self.head_dim + channel[:, None]
+        return found.flatten().sort().values
 
 
 def largest(scores: Tensor, keep: int) -> Tensor:
@@ -202,10 +196,10 @@ class Sliced(Delta):
         self.role = role
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        tokens = self.block.tokens
-        if tokens.context is None or not self.training or tokens.foreign(x.shape[:-1]):
+        sparse = self.block.tokens.rows(x) if self.training else None
+        if sparse is None:
             return F.linear(x, weight, bias)
-        scored, dense = tokens.rows(x.shape[:-1])
+        scored, dense = sparse
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # a function of its own is not cast
             x = x.to(torch.get_autocast_dtype(kind))
@@ -213,7 +207,7 @@ class Sliced(Delta):
         if self.role in ("q", "gate"):
             with torch.no_grad():
                 self.block.chosen = self.block.channels(rows[scored])
-        axis = int(self.role in ("o", "down"))
+        axis = int(self.role in ("down", "o"))
         y = SlicedProduct.apply(rows, weight, self.block.chosen[self.role], dense, axis)
         y = y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias.to(y.dtype)
@@ -280,57 +274,17 @@ class Sparselora(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        config, facts = self.config, model.main
-        self.tokens = Tokens()
-        if config.mlp:
-            early = max(1, facts.layers * 3 // 32)
-            for layer in self._layers("mlp", config.mlp_layers, range(early, facts.layers - 1), facts.layers):
-                sites = self._sites(model, "mlp", MLP, layer)
-                width = sites["gate"].out_features
-                channels = MlpChannels(
-                    *(self._estimate(model, sites[role]) for role in ("gate", "up")),
-                    keep=kept(width, config.mlp),
-                    activation=self._activation(model, sites),
-                )
-                self._attach(model, f"mlp_{layer}", sites, channels)
-        if config.attention:
-            deeper = range(facts.layers // 2, facts.layers - 1)
-            for layer in self._layers("attention", config.attention_layers, deeper, facts.layers):
-                sites = self._sites(model, "attention", ATTENTION, layer)
-                sizes = facts.by_layer[layer]
-                channels = AttentionChannels(
-                    *(self._estimate(model, sites[role]) for role in ("q", "k", "v")),
-                    keep=kept(sites["k"].out_features, config.attention),
-                    groups=sizes.heads // sizes.kv_heads,
-                    head_dim=sizes.head_dim,
-                )
-                self._attach(model, f"attention_{layer}", sites, channels)
+        self.tokens = Tokens(model.call)
+        for block in ROLES:
+            for layer in self._layers(block, model.num_layers):
+                sites = sites_of(model, block, layer)
+                channels = self._channels(model, block, layer, sites)
+                shared = Block(self.tokens, model.keep(f"{block}_{layer}", channels))
+                for role, site in sites.items():
+                    site.attach(Sliced(shared, role=role))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        self._check(step)
-        if step.index >= round(self.config.start * (step.total or 0)):
-            ids = step.batch["input_ids"]  # [B, T]
-            labels, mask = step.batch["labels"], step.batch.get("attention_mask")
-            per_token = (
-                labels.shape == ids.shape
-            )  # a classifier has one label to a row: all its tokens are context
-            context = torch.ones_like(ids, dtype=torch.bool)
-            if self.config.dense_answers and per_token:
-                context = labels == IGNORE
-                if not context.any():
-                    raise PeftxError(
-                        f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
-                        hint="data with prompts, or dense_answers = false",
-                    )
-            self.tokens.set(context, torch.ones_like(context) if mask is None else mask.bool())
-        try:
-            return (yield)
-        finally:
-            self.tokens.set(None)
-
-    @staticmethod
-    def _check(step: TrainStep) -> None:
         if not step.parameters():
             raise PeftxError("sparselora: nothing trains beside it", hint="add an adapter, such as lora")
         if not step.model.training:
@@ -338,12 +292,34 @@ class Sparselora(Plugin):
                 "sparselora: the model is in evaluation mode, in which every layer runs dense",
                 hint="stack.model.train() before a loop of your own",
             )
+        if step.index >= round(self.config.start * (step.total or 0)):
+            self.tokens.set(self._context(step.batch))
+        try:
+            return (yield)
+        finally:
+            self.tokens.set(None)
 
-    @staticmethod
-    def _layers(block: str, given: list[int] | None, rule: range, total: int) -> list[int]:
+    def _context(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens without a label, [B, T]."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        if not self.config.dense_answers or labels.shape != ids.shape:  # a classifier has one label to a row
+            return torch.ones_like(ids, dtype=torch.bool)
+        context = labels == IGNORE
+        if not context.any():
+            raise PeftxError(
+                f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
+                hint="data with prompts, or dense_answers = false",
+            )
+        return context
+
+    def _layers(self, block: str, total: int) -> list[int]:
+        """The block's sparse layers."""
+        if not getattr(self.config, block):
+            return []
+        rule = range(max(1, total * 3 // 32), total - 1) if block == "mlp" else range(total // 2, total - 1)
+        given = getattr(self.config, f"{block}_layers")
         layers = list(rule) if given is None else given
-        wrong = [i for i in layers if not 0 <= i < total]
-        if wrong or len(set(layers)) < len(layers):
+        if len(set(layers) & set(range(total))) < len(layers):
             raise PeftxError(
                 f"sparselora: {block}_layers {layers} of a model with {total} layers",
                 hint=f"each once, 0 to {total - 1}",
@@ -355,55 +331,15 @@ class Sparselora(Plugin):
             )
         return layers
 
-    @staticmethod
-    def _sites(model: ModelView, block: str, roles: tuple[str, ...], layer: int) -> dict[str, Site]:
-        """The block's linear layers by role.
-
-        Raises:
-            ArchitectureError: the model is not a decoder with a gated MLP and separate projections, or has packed them.
-        """
-
-        names = {f"{block}.{role}": role for role in roles}
-        decoder = len(model.towers) == 1 and model.anatomy.is_decoder
-
-        def of(layer: int) -> dict[str, Site]:
-            here = (site for site in model.anatomy.sites if site.layer == layer and site.role in names)
-            return {names[site.role]: model.bound(site) for site in here}
-
-        def fits(found: dict[str, Site], *kinds: str) -> bool:
-            whole = all(site.kind in kinds and site.rows is None for site in found.values())
-            return decoder and len(found) == len(roles) and whole
-
-        found = of(layer)
-        if fits(found, "linear"):
-            return found
-        if fits(found, "linear", "quantized"):
-            packed = next(site for site in found.values() if site.kind == "quantized")
-            raise ArchitectureError(
-                f"sparselora: it slices rows and columns of weights, and {packed.path} is packed",
-                hint="load the model unpacked, and put what packs it (prefixquant) behind sparselora; or leave this "
-                f"block dense: {block}: 0",
-            )
-        others = [i for i in range(model.num_layers) if fits(of(i), "linear")]
-        where = f"layer {layer} of {model.config.model_type}" if others else model.config.model_type
-        raise ArchitectureError(
-            f"sparselora slices {', '.join(names)} of a decoder, and {where} does not "
-            "have them as linear layers of their own",
-            hint=f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen 2 and 3 and their kin do",
-        )
-
-    @staticmethod
-    def _activation(model: ModelView, sites: dict[str, Site]) -> Callable[[Tensor], Tensor]:
-        """What stands in the MLP beside its linear layers; its name differs (`act_fn`, Llama 4: `activation_fn`)."""
-        mlp, linears = sites["gate"].path.rpartition(".")[0], [site.module for site in sites.values()]
-        children = model.module.get_submodule(mlp).named_children()
-        found = [module for name, module in children if module not in linears and not is_ours(name)]
-        if len(found) != 1:
-            raise ArchitectureError(
-                f"sparselora: beside linear layers {mlp} has {len(found)} modules, and not the gate's function alone",
-                hint="Llama, Mistral, Qwen 2 and 3 and their kin have it; or leave the MLPs dense: mlp: 0",
-            )
-        return found[0]
+    def _channels(self, model: ModelView, block: str, layer: int, sites: dict[str, Site]) -> nn.Module:
+        *rows, _ = sites.values()
+        estimates = [self._estimate(model, site) for site in rows]
+        keep = kept(rows[1].out_features, getattr(self.config, block))  # of up, and of k
+        if block == "mlp":
+            return MlpChannels(*estimates, keep=keep, activation=activation_of(model, sites))
+        sizes = model.main.by_layer[layer]
+        groups = sizes.heads // sizes.kv_heads
+        return AttentionChannels(*estimates, keep=keep, groups=groups, head_dim=sizes.head_dim)
 
     def _estimate(self, model: ModelView, site: Site) -> Estimate:
         rank, full = self.config.rank, min(site.in_features, site.out_features)
@@ -417,10 +353,51 @@ class Sparselora(Plugin):
             estimate.fit(site.weight)
         return estimate
 
-    def _attach(self, model: ModelView, name: str, sites: dict[str, Site], channels: nn.Module) -> None:
-        block = Block(self.tokens, model.keep(name, channels))
-        for role, site in sites.items():
-            site.attach(Sliced(block, role=role))
+
+def sites_of(model: ModelView, block: str, layer: int) -> dict[str, BoundSite]:
+    """The block's linear layers by role, in order.
+
+    Raises:
+        ArchitectureError: the model is not a decoder with a gated MLP and separate projections, or has packed them.
+    """
+    roles = {f"{block}.{role}": role for role in ROLES[block]}
+    decoder = len(model.towers) == 1 and model.anatomy.is_decoder
+
+    def at(layer: int, *kinds: str) -> dict[str, BoundSite]:
+        """All of them, or nothing."""
+        here = (s for s in model.anatomy.sites if s.layer == layer and s.role in roles)
+        found = {s.role: model.bound(s) for s in here if s.kind in kinds and s.rows is None}
+        whole = decoder and len(found) == len(roles)
+        return {roles[name]: found[name] for name in roles} if whole else {}
+
+    if found := at(layer, "linear"):
+        return found
+    if packed := [site for site in at(layer, "linear", "quantized").values() if site.kind == "quantized"]:
+        raise ArchitectureError(
+            f"sparselora: it slices rows and columns of weights, and {packed[0].path} is packed",
+            hint="load the model unpacked, and put what packs it (prefixquant) behind sparselora; or leave this "
+            f"block dense: {block}: 0",
+        )
+    others = [i for i in range(model.num_layers) if at(i, "linear")]
+    where = f"layer {layer} of {model.config.model_type}" if others else model.config.model_type
+    raise ArchitectureError(
+        f"sparselora slices {', '.join(roles)} of a decoder, and {where} does not have them as linear layers of their "
+        "own",
+        hint=f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen 2 and 3 and their kin do",
+    )
+
+
+def activation_of(model: ModelView, sites: dict[str, Site]) -> Callable[[Tensor], Tensor]:
+    """What stands in the MLP beside its linear layers; its name differs (`act_fn`, Llama 4: `activation_fn`)."""
+    mlp, linears = sites["gate"].path.rpartition(".")[0], [site.module for site in sites.values()]
+    children = model.module.get_submodule(mlp).named_children()
+    found = [module for name, module in children if module not in linears and not is_ours(name)]
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"sparselora: beside linear layers {mlp} has {len(found)} modules, and not the gate's function alone",
+            hint="Llama, Mistral, Qwen 2 and 3 and their kin have it; or leave the MLPs dense: mlp: 0",
+        )
+    return found[0]
 
 
 def kept(channels: int, rho: float) -> int:

@@ -322,15 +322,38 @@ def test_soft_tokens_are_context() -> None:
     loss = float(stack.model.train() and stack.run_train_step(TrainStep(stack, batch_for(stack))))
     assert loss > 0
     tokens = plugin_of(stack).tokens
-    tokens.set(torch.tensor([[True, False]]), torch.tensor([[True, True]]))
-    scored, dense = tokens.rows(torch.Size((1, 5)))
-    assert (scored.tolist(), dense.tolist()) == ([0, 1, 2, 3], [4])
+    assert tokens.rows(torch.empty(1, 5, 32)) is None, "between steps nothing is sparse"
+    tokens.set(torch.tensor([[True, True, False]]))
+    tokens.call.begin({"input_ids": torch.tensor([[2, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])})
+    scored, dense = tokens.rows(torch.empty(1, 6, 32))  # a pad, three soft tokens, two of the text
+    assert (scored.tolist(), dense.tolist()) == ([1, 2, 3, 4], [5])
 
 
 def test_checkpointing_chooses_the_same_channels() -> None:
     stack, again = stack_of(Sparselora(**ALL)), stack_of(Sparselora(**ALL))
     again.model.activation_checkpointing_enable({"use_reentrant": False})
     assert equal(gradients(stack, batch_for(stack)), gradients(again, batch_for(again)))
+
+
+def test_a_reference_between_the_two_passes_changes_nothing() -> None:
+    """Recomputed layers choose by the batch, whatever the model was called on in between."""
+    found = []
+    for beside in (False, True):
+        stack = stack_of(Sparselora(**ALL))
+        stack.model.activation_checkpointing_enable({"use_reentrant": False})
+        stack.model.train()
+        step = TrainStep(stack, batch_for(stack, padding="right"))
+
+        def reference(_: Any, stack: Stack = stack, step: TrainStep = step, beside: bool = beside) -> Tensor:
+            if beside:
+                with step.reference() as model:
+                    model(step.batch["input_ids"][:1, :5])
+            return torch.zeros(())
+
+        step.add_loss("reference", reference)
+        stack.run_train_step(step)
+        found.append([p.grad for p in stack.ledger.parameters("lora")])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "qwen2"])
@@ -418,7 +441,7 @@ def test_ist_measures_with_dense_layers() -> None:
 def test_copies_go_on_alone() -> None:
     stack = stack_of(Sparselora(**ALL))
     twin = copy.deepcopy(stack.model)
-    plugin_of(stack).tokens.set(torch.ones(2, 12, dtype=torch.bool), torch.ones(2, 12, dtype=torch.bool))
+    plugin_of(stack).tokens.set(torch.ones(2, 12, dtype=torch.bool))
     batch = batch_for(stack)
     with torch.no_grad():
         sparse, dense = (m.train()(**batch).logits for m in (stack.model, twin))
@@ -487,6 +510,7 @@ def test_packed_weights_are_refused_as_such(block: str, name: str) -> None:
         Stack(model, [Lora(rank=2), Sparselora(**ALL)])
     hint = str(caught.value.hint)
     assert f"{block}: 0" in hint
+    assert "what packs it (prefixquant) behind sparselora" in hint
     options = {name: value for name, value in ALL.items() if name != f"{block}_layers"} | {block: 0}
     stack = Stack(model, [Lora(rank=2), Sparselora(**options)], tokenizer=tiny_tokenizer())
     gradients(stack, batch_for(stack))
@@ -509,10 +533,15 @@ def test_the_gates_function_must_be_told_apart() -> None:
 
 
 def test_what_packs_may_stand_behind() -> None:
-    """The order that the refusal names."""
-    weights_alone = PrefixQuant(weight_bits=8, activation_bits=16, kv_bits=16)
-    with pytest.raises(ConflictError, match="this order works: lora, sparselora, prefixquant"):
-        Stack(tiny("llama"), [weights_alone, Lora(rank=2), Sparselora(**ALL)])
+    """The way out that the refusal names, before anything is packed."""
+    plugins = [
+        PrefixQuant(weight_bits=8, activation_bits=16, kv_bits=16), Lora(rank=2), Sparselora(**ALL)
+    ]  # fmt: skip
+    with pytest.raises(
+        ConflictError,
+        match=r"'prefixquant' packs .*'sparselora'.*this order works: lora, sparselora, prefixquant",
+    ):
+        Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
     plugins = [Lora(rank=2), Sparselora(**ALL), PrefixQuant(weight_bits=8, activation_bits=16, kv_bits=16)]
     stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
     stack.train(ROWS, steps=2, batch_size=2)

@@ -11,28 +11,35 @@ Who speaks is read off the tokens: a turn opens with its marker, `User:` or what
 
     s_t = the speaker of the last marker that ends at or before t
 
-so training and every later call agree. From one call to the next, x and s lie in the cache of keys and values, as one
-more layer: what reorders, cuts or copies the cache (beams, drafts, shared prefixes) does the same to them.
+so training and every later call agree. From one call to the next x goes along with the cache of keys and values
+(`model.call.carry`): what reorders, cuts or copies the cache (beams, drafts, shared prefixes) does the same to it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedTokenizerBase
 
 from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
 from peftx.engines.data import text_ids
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.kernel.calls import Call
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NOBODY = 0
 """Id of a token that no speaker says; speaker i of the options is i + 1."""
+UNTOLD = -1
+"""Of a token of which nobody said who speaks it."""
 SYSTEM = "system"
+TYPES = "token_type_ids"
+"""Column in which a caller may say who speaks."""
 
 
 class TokenTrailsConfig(PluginConfig):
@@ -58,128 +65,83 @@ class Trail(Delta):
     """h = E[x] + R[s], and the reading of s.
 
     Args:
-        speakers: S. width: d. markers: (speaker, token ids of a text that opens its turn). owner: the plugin's id.
+        speakers: S. width: d. markers: (speaker, token ids of a text that opens its turn). call: what the model is
+        called on. owner: the plugin's id.
     """
 
     full_precision = True  # R is small and starts at 0: bfloat16 would lose its steps
 
     def __init__(
-        self, speakers: int, width: int, *, markers: list[tuple[int, list[int]]], owner: str
+        self, speakers: int, width: int, *, markers: list[tuple[int, list[int]]], call: Call, owner: str
     ) -> None:
         super().__init__()
         self.R = nn.Parameter(torch.zeros(speakers, width))  # [S, d]
         self.markers = sorted(markers, key=lambda marker: len(marker[1]))  # the longer one has the last word
-        self.owner = owner
-        # Of the call that runs, [B, T]: x, s, and s as it is added, which is nobody at pads.
-        self.now: tuple[Tensor, Tensor, Tensor] | None = None
+        self.call, self.owner = call, owner
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        known = self.now is not None and self.now[0].shape == x.shape
-        s = self.now[2] if known else self.read(x)
         R = F.pad(self.R, (0, 0, 1, 0)).to(y.dtype)  # [1 + S, d], row 0: nobody
-        return y + F.embedding(s, R)  # E[x] + R[s]
+        return y + F.embedding(self.speakers(x), R)  # E[x] + R[s]
 
-    def read(self, x: Tensor, past: Tensor | None = None, last: Tensor | None = None) -> Tensor:
-        """s, [B, T]. x: [B, T]; past: tokens before x, [B, P]; last: who spoke the last of them, [B, 1]."""
-        seen = x if past is None else torch.cat((past, x), -1)  # [B, P + T]
-        turn = torch.full_like(x, -1)  # who takes the turn with this token
+    def speakers(self, x: Tensor) -> Tensor:
+        """s, [B, T], of the tokens of a call, behind those in its cache; of any others, by themselves."""
+        ids, real = self.call.ids, self.call.real
+        if ids is None or real is None or not (x is ids or torch.equal(x, ids.to(x.device))):
+            return self.read(x)
+        said = torch.stack((x, self.given(x)), -1)  # [B, T, 2]
+        s = self.read(*self.call.carry(self.owner, said, fill=UNTOLD).unbind(-1))[:, -x.shape[1] :]
+        # A pad's embedding is zeros: where a model takes the root of the square (Gemma 3n), R's gradient there would be
+        # no number.
+        return s.masked_fill(~real.to(s.device), NOBODY)
+
+    def read(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        """s, [B, T], of a whole text, by its markers; where somebody said who speaks, as `given`, else `UNTOLD`."""
+        turn = torch.full_like(x, UNTOLD)  # who takes the turn with this token
         for speaker, marker in self.markers:
             ends = torch.ones_like(x, dtype=torch.bool)  # does the marker end here
             for back, token in enumerate(reversed(marker)):
-                before = F.pad(seen, (back, 0), value=-1)[..., : seen.shape[-1]]
-                ends &= before[..., -x.shape[-1] :] == token
+                ends &= F.pad(x, (back, 0), value=UNTOLD)[..., : x.shape[-1]] == token
             turn = torch.where(ends, speaker, turn)
-        place = torch.arange(1, x.shape[-1] + 1, device=x.device)
-        taken = (
-            torch.where(turn >= 0, place, 0).cummax(-1).values
-        )  # 1 + where the turn was taken; 0: before x
-        first = torch.full_like(x[..., :1], NOBODY) if last is None else last
-        return torch.cat((first, turn), -1).gather(-1, taken)
+        if given is not None:
+            turn = torch.where(given == UNTOLD, turn, given)
+        place = torch.arange(x.shape[-1], device=x.device)
+        taken = torch.where(turn == UNTOLD, 0, place).cummax(-1).values  # where the last turn was taken
+        return turn.gather(-1, taken).clamp(min=NOBODY)
 
-    def remembered(self, cache: Cache | None) -> DynamicLayer | None:
-        """The layer of the cache that holds x and s of the calls before."""
-        layers = [] if cache is None else cache.layers
-        return next((layer for layer in layers if vars(layer).get("token_trails") == self.owner), None)
-
-    def remember(self, cache: Cache, x: Tensor, s: Tensor) -> None:
-        """Add x and s, [B, T], to the cache, as keys and values are: [B, 1, T, 1]."""
-        layer = self.remembered(cache)
-        if layer is None:
-            layer = DynamicLayer()
-            layer.token_trails = self.owner
-            layer.is_compileable = True  # as the rest of a static cache: else its empty places were read
-            cache.layers.append(layer)
-        # Rows that are no tokens: a soft prompt in front.
-        others = int(cache.get_seq_length()) - layer.get_seq_length() - x.shape[1]
-        x, s = F.pad(x, (others, 0), value=-1), F.pad(s, (others, 0), value=NOBODY)
-        layer.update(x[:, None, :, None], s[:, None, :, None])
-
-    def checked(self, types: Tensor, x: Tensor | None) -> Tensor:
-        if x is None or types.shape != x.shape:
-            shape = None if x is None else tuple(x.shape)
+    def given(self, x: Tensor) -> Tensor:
+        """What the caller says of who speaks, [B, T]."""
+        types, wrong = self.call.batch.get(TYPES), ""
+        if types is None:
+            return torch.full_like(x, UNTOLD)
+        if types.shape != x.shape:
+            wrong = f"{tuple(types.shape)} beside input_ids {tuple(x.shape)}"
+        elif types.min() < NOBODY or types.max() > len(self.R):
+            wrong = f"go from {int(types.min())} to {int(types.max())}, and R has {len(self.R)} rows"
+        if wrong:
             raise PeftxError(
-                f"{self.owner}: token_type_ids {tuple(types.shape)} beside input_ids {shape}",
-                hint="one speaker for each token: 0 for nobody, i for the i-th of `speakers`",
+                f"{self.owner}: {TYPES} {wrong}",
+                hint="one speaker for each token of the call: 0 for nobody, i for the i-th of `speakers`",
             )
-        if types.min() < NOBODY or types.max() > len(self.R):
-            raise PeftxError(
-                f"{self.owner}: token_type_ids go from {int(types.min())} to {int(types.max())}, and R has "
-                f"{len(self.R)} rows",
-                hint="0 for nobody, i for the i-th of `speakers`",
-            )
-        return types.long()
+        return types.to(x)
 
 
-class Calls(CallEdit):
-    """Ahead of a call, finds s: as `token_type_ids` says, else from the tokens and the cache. Then fills the cache."""
+class NoEmbeddings(CallEdit):
+    """Refuses inputs that do not say who speaks, where the plugin was told or knows it of the tokens before."""
 
-    def __init__(self, trail: Trail) -> None:
+    def __init__(self, call: Call, owner: str) -> None:
         super().__init__()
-        self.trail = (trail,)  # in a tuple: the embedding owns it
+        self.call, self.owner = call, owner
 
     def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        (trail,) = self.trail
-        types, call = call.get("token_type_ids"), {n: v for n, v in call.items() if n != "token_type_ids"}
-        x, mask, cache = (call.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+        cache = call.get("past_key_values")
         rows = 0 if cache is None else int(cache.get_seq_length())
-        if types is not None:
-            s = trail.checked(types, x)
-            trail.now = x, s, without_pads(s, mask, rows)
-            return call
-        layer = trail.remembered(cache)
-        known = 0 if layer is None else layer.get_seq_length()
-        if rows != known:
+        if call.get("input_ids") is None and (rows or TYPES in self.call.batch):
+            where = f"go on from a cache of {rows} rows" if rows else f"come with {TYPES}"
             raise UnsupportedError(
-                f"{trail.owner}: the cache holds {rows} rows, and it is known who spoke {known} of them",
-                hint="fill it by calls of the model with the plugin switched on, or give token_type_ids",
-            )
-        if x is not None:
-            past = (layer.keys[:, 0, :, 0], layer.values[:, 0, -1:, 0]) if rows else ()
-            s = trail.read(x, *past)
-            trail.now = x, s, without_pads(s, mask, rows)
-        elif rows:
-            raise UnsupportedError(
-                f"{trail.owner}: inputs_embeds go on from a cache of {rows} rows, and embeddings do not say who speaks",
+                f"{self.owner}: inputs_embeds {where}, and embeddings do not say who speaks",
                 hint="give input_ids",
             )
         return call
-
-    def after(self, output: Any) -> None:
-        (trail,) = self.trail
-        now, trail.now = trail.now, None
-        if output is None or now is None:
-            return
-        values = output if isinstance(output, tuple) else output.values()
-        for cache in (value for value in values if isinstance(value, Cache)):
-            trail.remember(cache, *now[:2])
-
-
-def without_pads(s: Tensor, mask: Any, rows: int) -> Tensor:
-    """s with nobody at pads, which a mask of all tokens tells: [B, rows + T]. A pad's embedding is zeros: where a model
-    takes the root of the square (Gemma 3n), R's gradient there would be no number."""
-    if not isinstance(mask, Tensor) or mask.shape != (len(s), rows + s.shape[1]):
-        return s
-    return s.masked_fill(mask[:, rows:] == 0, NOBODY)
 
 
 class TokenTrails(Plugin):
@@ -194,10 +156,10 @@ class TokenTrails(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None:
-        if data.train is None or len(data.train) == 0:
-            raise DataError("token-trails: there are no conversations to train on")
+        if not data.train:  # the core says so
+            return
         if data.format == "messages":
-            self._check_roles(data)
+            self._check_roles(data.train)
         elif data.format != "tokenized":
             texts = [marker_text(data.tokenizer, role, self.config.markers) for role in self.config.speakers]
             if not any(text in str(value) for row in data.train for value in row.values() for text in texts):
@@ -206,20 +168,17 @@ class TokenTrails(Plugin):
                     hint="train on `messages`, or name the texts that open turns: markers={'user': 'Q:', ...}",
                 )
 
-    def _check_roles(self, data: TrainingData) -> None:
+    def _check_roles(self, rows: Dataset) -> None:
         speakers, heard = self.config.speakers, set()
-        for index, row in enumerate(data.train):
-            roles = [message["role"] for message in row["messages"]]
-            if not roles:
-                raise DataError(f"token-trails: row {index} (counting from 0) is an empty conversation")
-            strange = [role for role in roles if role not in speakers and role != SYSTEM]
-            if strange:
+        for index, row in enumerate(rows):
+            roles = {message["role"] for message in row["messages"]}
+            if strange := sorted(roles - {*speakers, SYSTEM}):
                 raise DataError(
                     f"token-trails: row {index} (counting from 0): '{strange[0]}' is none of the {len(speakers)} "
                     f"speakers {', '.join(speakers)}",
                     hint=f"speakers={[*speakers, strange[0]]}",
                 )
-            heard.update(roles)
+            heard |= roles
         if len(heard & set(speakers)) < 2:
             raise DataError(
                 f"token-trails: only {', '.join(sorted(heard))} speaks, so there is nobody to tell apart",
@@ -235,34 +194,30 @@ class TokenTrails(Plugin):
             )
         if not model.restoring:
             self.state["markers"] = marker_ids(stack.tokenizer, self.config)
-        site = model.embedding()
-        trail = site.attach(
-            Trail(
-                len(self.config.speakers), site.out_features, markers=self.state["markers"], owner=model.owner
-            )
-        )
-        model.around(Calls(trail))
+        site, speakers = model.embedding(), len(self.config.speakers)
+        markers, call, owner = self.state["markers"], model.call, model.owner
+        site.attach(Trail(speakers, site.out_features, markers=markers, call=call, owner=owner))
+        model.column(TYPES)
+        model.around(NoEmbeddings(call, owner))
 
 
 def marker_ids(tokenizer: PreTrainedTokenizerBase, config: TokenTrailsConfig) -> list[tuple[int, list[int]]]:
     """(speaker, token ids) of every marker, as it is tokenized at the start of a text, of a line, or within one."""
     plain = tokenizer.chat_template is None
-    roles = dict.fromkeys([*config.speakers, *([SYSTEM] if plain else []), *config.markers])
+    others = dict.fromkeys([*([SYSTEM] if plain else []), *config.markers], NOBODY)
     known: dict[tuple[int, ...], int] = {}
-    for role in roles:
-        speaker = config.speakers.index(role) + 1 if role in config.speakers else NOBODY
+    for role, speaker in (others | {role: i for i, role in enumerate(config.speakers, 1)}).items():
         text = marker_text(tokenizer, role, config.markers)
         for context in ("", "a\n") if plain else ("", "a\n", "a "):
             start, ids = text_ids(tokenizer, context.rstrip(" ")), text_ids(tokenizer, context + text)
             if ids[: len(start)] != start:
                 continue  # the marker melts into the text before it, which the others cover
             own = tuple(ids[len(start) :])
-            if not own or known.get(own, speaker) != speaker:
+            if not own or known.setdefault(own, speaker) != speaker:
                 raise PeftxError(
                     f"token-trails: the marker {text!r} of '{role}' is empty or that of another speaker",
                     hint="name the texts that open turns: markers={'user': 'User:', ...}",
                 )
-            known[own] = speaker
     if tokenizer.bos_token_id is not None:
         known[(int(tokenizer.bos_token_id),)] = NOBODY  # a new text in a packed row
     return [(speaker, list(ids)) for ids, speaker in known.items()]
@@ -274,16 +229,13 @@ def marker_text(tokenizer: PreTrainedTokenizerBase, role: str, given: dict[str, 
         return given[role].strip()
     if tokenizer.chat_template is None:
         return f"{role.capitalize()}:"
-    turns = [{"role": "user", "content": "first words"}, {"role": "assistant", "content": "second words"}]
-    if role != "assistant":
-        turns.append({"role": role, "content": "third words"})
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    shorter = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False))
-    before, own = turns[-2]["content"], turns[-1]["content"]
-    between = text.rpartition(before)[2].partition(own)[0] if own in text else ""
-    end = shorter.rpartition(before)[2]
-    rest = between.removeprefix(end).strip() or between.strip()
-    if not rest:
+    roles = ("user", "assistant") if role == "assistant" else ("user", "assistant", role)
+    turns = [{"role": name, "content": f"words {i}"} for i, name in enumerate(roles)]
+    before, own = (turn["content"] for turn in turns[-2:])
+    text, shorter = (str(tokenizer.apply_chat_template(t, tokenize=False)) for t in (turns, turns[:-1]))
+    between, found, _ = text.rpartition(before)[2].partition(own)
+    rest = between.removeprefix(shorter.rpartition(before)[2]).strip() or between.strip()
+    if not (found and rest):
         raise PeftxError(
             f"token-trails: the chat template writes nothing before a turn of '{role}'",
             hint=f"markers={{'{role}': ...}}",

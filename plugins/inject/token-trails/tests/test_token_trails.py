@@ -204,8 +204,10 @@ def test_soft_tokens_in_front_are_nobodys(prompt_first: bool) -> None:
     ids = ids_of(stack, TALK)
     full = model(ids, use_cache=True)
     assert torch.allclose(one_by_one(model, ids), full.logits, atol=1e-4)
-    kept = trail_of(stack).remembered(full.past_key_values)
-    assert kept.values[0, 0, :, 0].tolist() == [0] * 3 + trail_of(stack).read(ids)[0].tolist()
+    kept = full.past_key_values.layers[-1].keys[:, 0]  # [B, 3 + T, 2]: tokens, and speakers that were told
+    assert kept[0, :, 0].tolist() == [-1] * 3 + ids[0].tolist()
+    said = trail_of(stack).read(*kept.unbind(-1))[0].tolist()
+    assert said == [0] * 3 + trail_of(stack).read(ids)[0].tolist()
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
 
@@ -236,8 +238,14 @@ def test_a_cache_of_unknown_speakers_is_refused() -> None:
     ids = ids_of(stack, SHORT)
     with stack.disabled():
         cache = stack.model(ids, use_cache=True).past_key_values
-    with pytest.raises(UnsupportedError, match=f"holds {ids.shape[1]} rows, and it is known who spoke 0"):
-        stack.model(ids, past_key_values=cache)
+    refusal = f"token-trails: the cache holds {ids.shape[1]} rows, and what goes with them is known of 0"
+    for types in (
+        {},
+        {"token_type_ids": torch.ones_like(ids)},
+    ):  # who spoke before is not known by these either
+        with pytest.raises(UnsupportedError, match=refusal) as caught:
+            stack.model(ids, past_key_values=cache, **types)
+    assert "the plugin switched on" in str(caught.value.hint)
 
 
 @torch.no_grad()
@@ -250,7 +258,10 @@ def test_embeddings_behind_a_cache_are_refused() -> None:
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(UnsupportedError, match=f"inputs_embeds go on from a cache of {ids.shape[1]} rows"):
         model(inputs_embeds=embedded, past_key_values=cache)
-    assert trail_of(stack).now is None
+    with pytest.raises(UnsupportedError, match="inputs_embeds come with token_type_ids"):
+        model(inputs_embeds=embedded, token_type_ids=torch.ones_like(ids))
+    assert trail_of(stack).call.shape is None
+    assert cache.get_seq_length() == ids.shape[1], "nothing went on from it"
 
 
 def test_speakers_stay_in_full_precision() -> None:
@@ -310,6 +321,20 @@ def test_it_learns_where_pads_are_zeros() -> None:
     assert math.isfinite(report.last_loss)
     assert bool(trail_of(stack).R.isfinite().all())
     assert bool(trail_of(stack).R.all(-1).all())
+
+
+@torch.no_grad()
+def test_what_else_is_embedded_in_a_call_is_read_by_itself() -> None:
+    """By another plugin, say; what the caller said of its own tokens is not said of these."""
+    stack = build()
+    embedding, found = stack.model.get_input_embeddings(), []
+    ids, others = ids_of(stack, "User: ab"), ids_of(stack, "no turns")
+    assert ids.shape == others.shape
+    norm = stack.model.model.norm
+    norm.register_forward_hook(lambda module, inputs, output: found.append(embedding(others)))
+    full = stack.model(ids, token_type_ids=torch.ones_like(ids), use_cache=True)
+    assert torch.equal(found[0], embedding.weight[others])
+    assert full.past_key_values.layers[-1].keys[0, 0, :, 0].tolist() == ids[0].tolist()
 
 
 @torch.no_grad()
@@ -492,4 +517,5 @@ def test_bad_types(types: list[list[int]], match: str) -> None:
     stack = build()
     with pytest.raises(PeftxError, match=match):
         stack.model(torch.tensor([[5, 6, 7]]), token_type_ids=torch.tensor(types))
-    assert trail_of(stack).now is None
+    assert trail_of(stack).call.ids is None
+    assert stack.model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()

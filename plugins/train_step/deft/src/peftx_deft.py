@@ -13,15 +13,15 @@ entries with |o| > threshold, in a merged or quantized model too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from peftx import (
     Claim,
@@ -35,13 +35,18 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, Collator, format_of_keys, tokenize_dataset
+from peftx.engines.data import Collator, format_of_keys, tokenize_dataset
 from peftx.errors import PeftxError
-from peftx.kernel.soft_rows import beside_soft_tokens
+from peftx.kernel import calls
+from peftx.kernel.calls import Call
+from peftx.kernel.objective import pad_of
 from peftx.toolkits.evaluation import bootstrap_ratio, context_window
 
 Measure = Callable[[Tensor], Tensor]
 """Activations [B, T, d_ff] -> one number a token, [B, T]."""
+Weights = Tensor | torch.Size | None
+"""1 for tokens of what a tower reads, soft ones too, and 0 for pads, [B, T]; None if nothing is padded; the shape of a
+mask that is of other tokens."""
 ROWS = 8
 """Rows in one forward pass of `evaluate`."""
 
@@ -82,32 +87,44 @@ class Observer(Delta):
     """Measures its layer's input while somebody watches, and changes nothing.
 
     Args:
-        tower, layer: where it stands.
+        site: where it stands. call: what the model is called on. two_towers: an encoder and a decoder.
     """
 
-    def __init__(self, *, tower: str, layer: int | None) -> None:
+    def __init__(self, site: Site, call: Call, *, two_towers: bool) -> None:
         super().__init__()
-        self.tower = tower
-        self.layer = layer
+        self.tower, self.layer, self.call = site.tower, site.layer, call
+        self.answers = two_towers and site.tower == "decoder"
         self.measure: Measure | None = None
-        self.seen: list[tuple[bool, Tensor]] = []  # was a gradient recorded; [B, T]
+        self.seen: list[tuple[bool, Tensor, Weights]] = []  # was a gradient recorded; [B, T] or [B * T]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.measure is not None:
-            self.seen.append((torch.is_grad_enabled(), self.measure(x)))
+            tokens = self.measure(x)
+            self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
         return y
+
+    def weights(self, tokens: Tensor) -> Weights:
+        real = self.call.decoder_real if self.answers else self.call.real
+        if real is None or self.tower in ("vision", "audio"):
+            return None
+        mask = self.call.arguments.get("attention_mask")
+        mask = real if mask is None or self.answers else mask
+        soft, rest = divmod(tokens.numel() - real.numel(), len(real))
+        if mask.ndim != 2 or soft < 0 or rest:
+            return mask.shape
+        return self.call.rows(real.to(tokens.dtype), tokens.reshape(len(real), -1), fill=1)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.clone(), None if bias is None else bias.clone()
 
     def take(self) -> list[Tensor]:
-        """What was seen since the last call under the present gradient mode (a reference pass without gradients
-        is none of the loss's business), [B, T] each.
+        """The means of rows seen since the last call under the present gradient mode (a reference pass without
+        gradients is none of the loss's business), [B] each.
 
         Raises:
             PeftxError: nothing was.
         """
-        found = [tokens for recorded, tokens in self.seen if recorded == torch.is_grad_enabled()]
+        found = [row_means(*seen) for grad, *seen in self.seen if grad == torch.is_grad_enabled()]
         self.seen.clear()
         if not found:
             raise PeftxError(
@@ -132,44 +149,27 @@ def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
 
 
 @contextmanager
-def listening(sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
+def listening(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
     """Observers outside the layers: those in the slots may be folded away, merged or switched off."""
-    observers = [Observer(tower=site.tower, layer=site.layer) for site in sites]
-    hooks = [
-        site.module.register_forward_hook(lambda _, x, y, observer=observer: observer(x[0], y))
-        for site, observer in zip(sites, observers, strict=True)
-    ]
-    try:
-        with watching(observers, measure):
-            yield observers
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with calls.listening(model) as call, ExitStack() as exits:
+        observers = [Observer(site, call, two_towers=model.config.is_encoder_decoder) for site in sites]
+        for site, observer in zip(sites, observers, strict=True):
+            hook = site.module.register_forward_hook(lambda _, x, y, observer=observer: observer(x[0], y))
+            exits.callback(hook.remove)
+        exits.enter_context(watching(observers, measure))
+        yield observers
 
 
-def real_tokens(batch: Mapping[str, Any], tower: str, encoder_decoder: bool) -> Tensor | None:
-    """1 for tokens and 0 for pads of what the tower reads, [B, T]; None if nothing is padded."""
-    if tower in ("vision", "audio"):
-        return None
-    if tower == "decoder" and encoder_decoder:
-        if "decoder_attention_mask" in batch or "labels" not in batch:
-            return batch.get("decoder_attention_mask")
-        return batch["labels"] != IGNORE
-    return batch.get("attention_mask")
-
-
-def row_means(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def row_means(tokens: Tensor, weights: Weights) -> Tensor:
     """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
-    if mask is None:
+    if weights is None:
         return tokens.flatten(1).mean(1) if tokens.ndim > 1 else tokens.mean(0, keepdim=True)
-    soft, rest = divmod(tokens.numel() - mask.numel(), len(mask))
-    if mask.ndim != 2 or soft < 0 or rest:
+    if isinstance(weights, torch.Size):
         raise PeftxError(
-            f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(mask.shape)}",
+            f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(weights)}",
             hint="a batch needs a 2-D attention_mask of the rows that the model reads",
         )
-    weights = beside_soft_tokens(mask.to(tokens.dtype), mask, soft)  # those of other plugins count
-    return (tokens.reshape(len(mask), -1) * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return (tokens.reshape(weights.shape) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 class Deft(Plugin):
@@ -185,19 +185,20 @@ class Deft(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
+        call, two_towers = model.call, model.anatomy.is_encoder_decoder
         for site in model.linears(self.config.targets):
             if site.kind not in ("linear", "quantized"):
                 raise PeftxError(
                     f"deft: {site.path} ({site.kind}) uses its matrix without a call that shows its input",
                     hint=f"leave it out of targets: '!{site.role}'",
                 )
-            site.attach(Observer(tower=site.tower, layer=site.layer))
+            site.attach(Observer(site, call, two_towers=two_towers))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         observers = [module for module in step.model.modules() if isinstance(module, Observer)]
         with watching(observers, partial(density, eps=self.config.eps)):
-            step.add_loss("density", lambda _: _total(step, observers), weight=self.config.alpha, over="rows")
+            step.add_loss("density", lambda _: _total(observers), weight=self.config.alpha, over="rows")
             return (yield)
 
     @hookimpl
@@ -207,14 +208,13 @@ class Deft(Plugin):
         sites = stack.view(stack.id_of(self)).linears(self.config.targets)
         two_towers = bool(model.config.is_encoder_decoder)
         found: dict[str, list[Tensor]] = {}  # score -> densities of rows
-        with listening(sites, partial(count, threshold=self.config.threshold)) as observers:
+        with listening(model, sites, partial(count, threshold=self.config.threshold)) as observers:
             for batch in _batches(evaluation):
                 model(**batch)
                 for observer in observers:
-                    mask = real_tokens(batch, observer.tower, two_towers)
-                    rows = torch.cat([row_means(tokens, mask) for tokens in observer.take()])
                     name = f"density/{observer.tower}" if two_towers else "density"
-                    found.setdefault(f"{name}/layer-{observer.layer}", []).append(rows.cpu())
+                    rows = torch.cat(observer.take()).cpu()
+                    found.setdefault(f"{name}/layer-{observer.layer}", []).append(rows)
         layers = {name: torch.cat(parts) for name, parts in found.items()}  # [N] each
         for name in dict.fromkeys(name.rpartition("/")[0] for name in layers):
             rows = torch.stack([v for k, v in layers.items() if k.rpartition("/")[0] == name]).mean(0)
@@ -225,12 +225,11 @@ class Deft(Plugin):
             evaluation.add(name, rows.mean().item(), count=len(rows), unit="share")
 
 
-def _total(step: TrainStep, observers: Sequence[Observer]) -> Tensor:
+def _total(observers: Sequence[Observer]) -> Tensor:
     """The sum over towers of D, 0-d."""
     towers: dict[str, list[Tensor]] = {}
     for observer in observers:
-        mask = real_tokens(step.batch, observer.tower, step.stack.anatomy.is_encoder_decoder)
-        towers.setdefault(observer.tower, []).extend(row_means(tokens, mask) for tokens in observer.take())
+        towers.setdefault(observer.tower, []).extend(observer.take())
     return torch.stack([torch.cat(rows).mean() for rows in towers.values()]).sum()
 
 
@@ -247,8 +246,7 @@ def _batches(evaluation: Evaluation) -> Iterator[dict[str, Tensor]]:
         max_length=context_window(model, tokenizer),
         encoder_decoder=pairs,
     )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = Collator(pad, encoder_decoder=pairs)
+    collate = Collator(pad_of(model, tokenizer), encoder_decoder=pairs)
     for start in range(0, len(examples), ROWS):
         batch = collate(list(examples.select(range(start, min(start + ROWS, len(examples))))))
         yield {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import peftx
 from peftx import Stack, TrainStep
 from peftx.errors import PeftxError
+from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_deft import Deft, Observer, count, density, watching
@@ -59,7 +61,7 @@ def terms(stack: Stack, batch: dict[str, Any]) -> dict[str, float]:
 
 
 def observers(stack: Stack) -> list[Observer]:
-    return [part.module for part in stack.ledger.of("deft")]
+    return [part.module for part in stack.ledger.of("deft", DeltaPart)]
 
 
 @pytest.mark.parametrize("eps", OFFICIAL)
@@ -202,6 +204,29 @@ def test_checkpointing_gives_the_same_gradients(arch: str) -> None:
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
 
 
+def test_a_step_may_call_the_model_twice_and_compute_both_again() -> None:
+    """Layers that are recomputed hear of the last call; what they measure is dropped."""
+    gradients = []
+    for checkpointing in (False, True):
+        stack = stack_of(eps=1e-2)
+        batch = batch_of(stack.model, "right")
+        stack.model.train()
+        if checkpointing:
+            stack.model.activation_checkpointing_enable({"use_reentrant": False})
+        step = TrainStep(stack, batch)
+
+        def task(step: TrainStep = step) -> tuple[Tensor, Any]:
+            one, two = (
+                step.forward(**{name: x[rows] for name, x in step.batch.items()}) for rows in ([0], [0, 1])
+            )
+            return one.loss + two.loss, two
+
+        step.replace_task_loss(task)
+        stack.run_train_step(step)
+        gradients.append(torch.cat([p.grad.flatten() for p in stack.ledger.parameters("lora")]))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     stack = stack_of()
     stack.model.train()
@@ -289,7 +314,7 @@ def test_a_merged_model_is_measured_too(tmp_path: Path, first: bool) -> None:
             parameter.normal_(std=0.3)
 
     def measured() -> list[float]:
-        return [score.value for score in stack.evaluate(["a text"], metrics=["deft"]).values()]
+        return [score.value for score in stack.evaluate(["a text", "two"], metrics=["deft"]).values()]
 
     before = measured()
     assert len(before) == 3
@@ -301,10 +326,11 @@ def test_a_merged_model_is_measured_too(tmp_path: Path, first: bool) -> None:
     stack.merge(keep=False)
     assert not any(isinstance(module, Observer) for module in stack.model.modules())
     assert measured() == pytest.approx(before, abs=1e-3)
+    stack = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
+    assert measured() == pytest.approx(before, abs=1e-3)
 
 
 def test_a_quantized_model_is_measured_by_what_its_matrices_read(tmp_path: Path) -> None:
-    import peftx
     from peftx_prefixquant import PrefixQuant
 
     stack = Stack(tiny("opt"), [Lora(rank=2), Deft(), PrefixQuant(rotate=False)], tokenizer=tiny_tokenizer())
