@@ -158,6 +158,29 @@ def test_two_plugins_with_one_column_are_refused_and_removal_withdraws_it() -> N
         pass
 
 
+def test_layers_that_are_recomputed_carry_nothing_into_the_next_call() -> None:
+    class Adds(SumOfIds):
+        def around(self, inner: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return inner(super().forward(hidden_states, hidden_states), *args, **kwargs)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y
+
+    class Inside(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.blocks("layer")[0].attach(Adds(model.call, model.owner))
+
+    stack = stack_of(("inside", Inside()))  # type: ignore[arg-type]
+    stack.model.train()
+    stack.model.activation_checkpointing_enable({"use_reentrant": False})
+    stack.model(IDS, labels=IDS).loss.backward()
+    stack.model.eval()
+    with stack.disabled(), torch.no_grad():
+        cache = stack.model(IDS[:, :3], use_cache=True).past_key_values
+    assert len(cache.layers) == 2
+
+
 def test_layers_that_are_recomputed_see_the_same_call() -> None:
     class Inside(Plugin):
         @hookimpl

@@ -260,6 +260,7 @@ class Call:
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
         self.batch, self._of_text = {}, set()
+        self._carried = {}  # of layers that were recomputed after the last call
         self.take(arguments)
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
