@@ -174,6 +174,21 @@ def test_edited_probabilities_act() -> None:
     torch.testing.assert_close(one, two)
 
 
+class Idle(Same):
+    def opens(self) -> bool:
+        return False
+
+
+@torch.no_grad()
+def test_where_nothing_is_edited_the_model_computes_as_it_does_by_itself() -> None:
+    stack = Stack(tiny("llama"), [("edits", editing(Idle))])
+    assert torch.equal(stack.model(IDS).logits, tiny("llama")(IDS).logits), "to the bit"
+    assert not any(part.module.seen for part in stack.ledger.parts)
+    both = Stack(tiny("llama"), [("edits", editing(Idle)), ("others", editing(FirstKey))])
+    one = Stack(tiny("llama"), [("others", editing(FirstKey))])
+    assert torch.equal(both.model(IDS).logits, one.model(IDS).logits)
+
+
 def test_sinks_are_refused() -> None:
     stack = Stack(tiny("gpt_oss"), [("edits", editing(Same))])
     with pytest.raises((PluginError, Exception), match="has sinks in its softmax"):

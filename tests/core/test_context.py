@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import peftx
-from peftx import Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
+from peftx import AttentionEdit, CallEdit, Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.calls import call_of, listening
+from peftx.kernel.calls import Call, call_of, listening
 from peftx.testing.models import tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -176,6 +176,29 @@ def test_two_plugins_with_one_column_are_refused_and_removal_withdraws_it() -> N
         pass
 
 
+def test_layers_that_are_recomputed_carry_nothing_into_the_next_call() -> None:
+    class Adds(SumOfIds):
+        def around(self, inner: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return inner(super().forward(hidden_states, hidden_states), *args, **kwargs)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y
+
+    class Inside(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.blocks("layer")[0].attach(Adds(model.call, model.owner))
+
+    stack = stack_of(("inside", Inside()))  # type: ignore[arg-type]
+    stack.model.train()
+    stack.model.activation_checkpointing_enable({"use_reentrant": False})
+    stack.model(IDS, labels=IDS).loss.backward()
+    stack.model.eval()
+    with stack.disabled(), torch.no_grad():
+        cache = stack.model(IDS[:, :3], use_cache=True).past_key_values
+    assert len(cache.layers) == 2
+
+
 def test_layers_that_are_recomputed_see_the_same_call() -> None:
     class Inside(Plugin):
         @hookimpl
@@ -297,3 +320,318 @@ def test_an_encoder_that_runs_by_itself_hears_nothing_of_the_step_before() -> No
     plain = torch.stack(stack.model.generate(IDS, **options).logits)
     stack.model(input_ids=IDS[:1], labels=IDS[:1], kind=torch.tensor([1])).loss.backward()
     torch.testing.assert_close(torch.stack(stack.model.generate(IDS, **options).logits), plain)
+
+
+# -- where soft tokens stand -----------------------------------------------------------------------------------------
+
+
+class Seen(Delta):
+    """Notes the ids as the first layer sees them."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+        self.found: list[list[int]] = []
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        assert self.call.ids is not None
+        self.found = self.call.rows(self.call.ids, x, fill=-1).tolist()
+        return y
+
+
+class Looks(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.seen = model.blocks("layer")[0].attach(Seen(model.call))
+
+
+class RowsAfterBos(Rows):
+    after_bos = True
+
+
+class PromptAfterBos(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.prompt(RowsAfterBos(model.hidden_size))
+
+
+@pytest.mark.parametrize(
+    ("arch", "prompt", "expected"),
+    [
+        ("llama", Prompt, [[-1, -1, -1, 5, 6, 7, 8], [2, -1, -1, -1, 5, 6, 7]]),
+        ("llama", PromptAfterBos, [[5, -1, -1, -1, 6, 7, 8], [2, 5, -1, -1, -1, 6, 7]]),
+        ("bert", Prompt, [[5, -1, -1, -1, 6, 7, 8], [2, -1, -1, -1, 5, 6, 7]]),
+        ("t5", Prompt, [[-1, -1, -1, 5, 6, 7, 8], [2, -1, -1, -1, 5, 6, 7]]),
+    ],
+)
+@torch.no_grad()
+def test_what_belongs_to_tokens_stands_beside_soft_tokens(
+    arch: str, prompt: type[Plugin], expected: list[list[int]]
+) -> None:
+    looks = Looks()
+    model = stack_of(prompt(), looks, arch=arch).model
+    ids = torch.tensor([[5, 6, 7, 8], [2, 5, 6, 7]])
+    decoder = {"decoder_input_ids": ids} if arch == "t5" else {}
+    model(input_ids=ids, attention_mask=(ids != 2).long(), **decoder)
+    assert looks.seen.found == expected
+
+
+@torch.no_grad()
+def test_an_encoder_that_generate_runs_alone_is_a_call() -> None:
+    """Columns, tokens and what stands around calls act on it as in a forward pass of the whole model."""
+    noted: list[tuple[int, ...] | None] = []
+
+    class Notes(CallEdit):
+        def before(self, call: dict[str, Any]) -> dict[str, Any]:
+            noted.append(None if call.get("input_ids") is None else tuple(call["input_ids"].shape))
+            return call
+
+    class Watches(Kinds):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            super().inject(model)
+            model.around(Notes())
+
+    stack = stack_of(("kinds", Watches()), arch="t5")  # type: ignore[arg-type]
+    kind, start = torch.tensor([1, 3]), torch.full((2, 1), 2)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
+    with stack.columns(kind=kind):
+        found = stack.model.generate(IDS, **options, return_dict_in_generate=True).logits[0]
+        expected = stack.model(IDS, decoder_input_ids=start).logits[:, 0]
+    torch.testing.assert_close(found, expected)
+    assert noted == [(2, 6), None, None, None, (2, 6)], (
+        "once each, and not inside the whole model's call again"
+    )
+    plain = stack.model.generate(IDS, **options, return_dict_in_generate=True).logits[0]
+    assert not torch.allclose(found, plain)
+
+
+@torch.no_grad()
+def test_values_of_an_encoders_tokens_are_not_carried_by_the_decoders_cache() -> None:
+    model = stack_of(Sums(), arch="t5").model
+    start = torch.full((2, 1), 2)
+    expected = model(IDS, decoder_input_ids=start).logits
+    out = model.generate(
+        IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    torch.testing.assert_close(out.logits[0], expected[:, 0])
+
+
+@torch.no_grad()
+def test_states_carry_nothing() -> None:
+    model = stack_of(Sums(), arch="mamba").model
+    out = model(IDS, use_cache=True)
+    with pytest.raises(UnsupportedError, match="sums: mamba keeps states"):
+        model(IDS[:, :1], cache_params=out.cache_params)
+
+
+# -- columns with a value a token, and values along the keys of an attention -------------------------------------------
+
+
+class Marked(AttentionEdit):
+    """Keys whose marks are 0 weigh a tenth."""
+
+    def __init__(self, call: Call, owner: str) -> None:
+        super().__init__()
+        self.call, self.owner = call, owner
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        marks, real = self.call.tokens("marks", fill=1), self.call.real
+        if marks is None or real is None:
+            return p
+        light = self.call.keys(self.call.carry(self.owner, (marks == 0) & real), p)
+        p = p * torch.where(light.bool(), 0.1, 1.0)[:, None, None]
+        return p / p.sum(-1, keepdim=True)
+
+
+class Marks(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.column("marks")
+        for site in model.attention_sites():
+            site.attend(Marked(model.call, model.owner))
+
+
+MARKS = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0]])
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+
+
+def logits_of(stack: Stack, ids: Tensor, marks: Tensor, **options: Any) -> Tensor:
+    """Of six generated tokens, [B, 6, V]."""
+    more = {"return_dict_in_generate": True, "output_logits": True}
+    with stack.columns(marks=marks):
+        out = stack.model.generate(ids, attention_mask=(ids != 2).long(), **GREEDY, **more, **options)
+    return torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("prompt", [None, Prompt, PromptAfterBos])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_next"])
+@torch.no_grad()
+def test_columns_with_a_value_a_token_reach_the_keys_of_every_step(
+    arch: str, prompt: type[Plugin] | None
+) -> None:
+    plugins = (Marks(),) if prompt is None else (prompt(), Marks())
+    stack = stack_of(*plugins, arch=arch)
+    padded = torch.cat((torch.full((1, 2), 2), IDS[:1, :4]), 1)
+    short = torch.cat((torch.zeros(1, 2, dtype=torch.int64), MARKS[:1, :4]), 1)
+    found = logits_of(stack, torch.cat((IDS, padded)), torch.cat((MARKS, short)))
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(
+        found, logits_of(stack, torch.cat((IDS, padded)), torch.cat((MARKS, short)), use_cache=False), **close
+    )
+    for row, (ids, marks) in enumerate(
+        ((IDS[:1], MARKS[:1]), (IDS[1:], MARKS[1:]), (IDS[:1, :4], MARKS[:1, :4]))
+    ):
+        torch.testing.assert_close(found[row : row + 1], logits_of(stack, ids, marks), **close)
+    everything = torch.ones_like(MARKS)
+    assert not torch.allclose(found[:2], logits_of(stack, IDS, everything), atol=1e-3)
+
+
+@pytest.mark.parametrize("prompt", [None, Prompt])
+@torch.no_grad()
+def test_keys_of_a_static_cache_and_of_a_window(prompt: type[Plugin] | None) -> None:
+    plugins = (Marks(),) if prompt is None else (prompt(), Marks())
+    for model in (tiny("llama"), tiny("mistral", sliding_window=8)):
+        stack = Stack(model, plugins, tokenizer=tiny_tokenizer())
+        expected = logits_of(stack, IDS, MARKS, use_cache=False)
+        caches = ("dynamic", "static") if model.config.model_type == "llama" else ("dynamic",)
+        for cache in caches:
+            found = logits_of(stack, IDS, MARKS, cache_implementation=cache)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+class FrontKeys(AttentionEdit):
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.cat((torch.ones_like(x[:, :, :2]), x), 2) for x in (key, value))  # type: ignore[return-value]
+
+
+class Front(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.attention_sites():
+            site.attend(FrontKeys())
+
+
+@torch.no_grad()
+def test_rows_that_plugins_put_before_the_keys_are_no_tokens() -> None:
+    stack = stack_of(Marks(), Front())
+    expected = logits_of(stack, IDS, MARKS, use_cache=False)
+    torch.testing.assert_close(logits_of(stack, IDS, MARKS), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UnsupportedError, match="static cache"):
+        logits_of(stack, IDS, MARKS, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_a_column_of_one_call_belongs_to_its_tokens() -> None:
+    """A loop of the caller's own hands the marks of each call's tokens over with them."""
+    stack = stack_of(Marks())
+    whole = stack.model(IDS, marks=MARKS).logits
+    out = stack.model(IDS[:, :4], marks=MARKS[:, :4], use_cache=True)
+    out = stack.model(IDS[:, 4:], marks=MARKS[:, 4:], past_key_values=out.past_key_values)
+    torch.testing.assert_close(out.logits, whole[:, 4:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(PeftxError, match=r"'marks' has a value for 4 tokens, and the call 6"):
+        stack.model(IDS, marks=MARKS[:, :4])
+
+
+# -- once for a cache ------------------------------------------------------------------------------------------------
+
+
+class Costly(CallEdit):
+    """Adds to all embeddings what it has worked out, slowly, of its column."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call, self.times, self.shift = call, 0, torch.zeros(1)
+
+    def before(self, call: dict[str, Any]) -> dict[str, Any]:
+        self.shift = self.call.once("costly", self.work)
+        return call
+
+    def work(self) -> Tensor:
+        self.times += 1
+        return self.call.batch["kind"].float() / 3
+
+
+class Shifted(Delta):
+    def __init__(self, costly: Costly) -> None:
+        super().__init__()
+        self.costly = (costly,)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.costly[0].shift[:, None, None]
+
+
+class Once(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.column("kind")
+        self.costly = Costly(model.call)
+        model.around(self.costly)
+        model.embedding().attach(Shifted(self.costly))
+
+
+@torch.no_grad()
+def test_what_is_worked_out_once_for_a_cache() -> None:
+    once = Once()
+    stack = stack_of(once)
+    kinds = torch.tensor([1, 3])
+    options = {**GREEDY, "num_beams": 2}
+    with stack.columns(kind=kinds):
+        found = stack.model.generate(IDS, **options)
+        assert once.costly.times == 1
+        again = stack.model.generate(IDS, **options)
+        assert once.costly.times == 2, "another cache"
+        uncached = stack.model.generate(IDS, **options, use_cache=False)
+        assert once.costly.times == 8
+    assert torch.equal(found, again)
+    assert torch.equal(found, uncached)
+    with stack.columns(kind=kinds.flip(0)):
+        assert not torch.equal(stack.model.generate(IDS, **options), found)
+
+
+def test_what_has_gradients_is_worked_out_anew() -> None:
+    once = Once()
+    stack = stack_of(once)
+    cache = stack.model(IDS, kind=torch.tensor([1, 3]), use_cache=True).past_key_values
+    for times in (2, 3):
+        stack.model(IDS[:, :1], kind=torch.tensor([1, 3]), past_key_values=cache)
+        assert once.costly.times == times
+
+
+# -- columns of a length of their own --------------------------------------------------------------------------------
+
+
+class SumOfNotes(Delta):
+    """y + scale * (sum of the row's notes, whose number is its own)."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.01))
+        self.call = call
+        self.seen: list[list[list[int]]] = []
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        notes = self.call.batch.get("notes")
+        if notes is None:
+            return y
+        self.seen.append(notes.tolist())
+        return y + self.scale * notes.clamp(min=0).sum(1)[:, None, None].to(y.dtype)
+
+
+class Notes(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.column("notes", own_length=True)
+        self.delta = model.embedding().attach(SumOfNotes(model.call))
+
+
+def test_columns_of_a_length_of_their_own_come_with_the_rows() -> None:
+    rows = [
+        {"prompt": "a", "completion": "b", "notes": [7]},
+        {"prompt": "ab", "completion": "c", "notes": [5, 0, 9, 4, 2, 2, 3, 8]},
+    ]
+    notes = Notes()
+    stack = stack_of(notes)
+    stack.train(rows, steps=1, batch_size=2)
+    (batch,) = notes.delta.seen
+    assert sorted(batch) == [[5, 0, 9, 4, 2, 2, 3, 8], [7, *[-1] * 7]]

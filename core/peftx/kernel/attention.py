@@ -69,6 +69,11 @@ class AttentionEdit(nn.Module):
         """
         return p
 
+    def opens(self) -> bool:
+        """Has `probabilities` something to edit in the call that runs; where no edit has, the layer computes its
+        attention as it does by itself."""
+        return True
+
     @classmethod
     def replaces(cls) -> bool:
         return cls.replace is not AttentionEdit.replace
@@ -104,7 +109,7 @@ def dispatch(
             kwargs["position_bias"] = nn.functional.pad(bias, (added, 0))
     weights: list[Tensor | None] = [None]
 
-    open_ = [edit.probabilities for edit in edits.active if edit.edits_probabilities()]
+    open_ = [edit.probabilities for edit in edits.active if edit.edits_probabilities() and edit.opens()]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> Tensor:
         if open_:

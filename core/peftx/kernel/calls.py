@@ -7,28 +7,33 @@ children of the model, so that what they hold trains, moves and is saved with it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import StaticLayer
 
 from peftx.errors import PeftxError, UnsupportedError
+from peftx.kernel.carried import carried_in, carry_on, has_rows, layers_of, rows_of
 from peftx.kernel.chain import Chain
-from peftx.kernel.soft_rows import beside_soft_tokens
+from peftx.kernel.soft_rows import insert
+from peftx.kernel.virtual_tokens import place_of, prompt_length
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 CHILD = "peftx_calls"
 STATE = "_peftx_calls"
 IGNORE = -100
 """Label of a token without a loss, as PyTorch's cross entropy leaves it out."""
-_Said = tuple[dict[str, Any], dict[str, Tensor]]
-"""Arguments and columns of a call."""
+
+V = TypeVar("V")
 
 
 class CallEdit(nn.Module):
@@ -42,32 +47,63 @@ class CallEdit(nn.Module):
         """See the output; None where the call failed. What `before` noted is to be forgotten here."""
 
 
+@dataclass
+class _Said:
+    """What is known of one call; see `Call`."""
+
+    arguments: dict[str, Any]
+    batch: dict[str, Tensor] = field(default_factory=dict)
+    of_text: set[str] = field(default_factory=set)
+    """Columns that are of the whole text, and not of the call's own tokens."""
+    past: int | None = None
+    in_cache: int = field(init=False)
+    """Rows of the cache when the call began (attention adds to it while the call runs), if they are of the caller's
+    tokens: those of a decoder behind an encoder are not."""
+    goes_on: bool = field(init=False)
+    """Was the cache filled by calls before this one."""
+
+    def __post_init__(self) -> None:
+        self.take(self.arguments)
+
+    def take(self, arguments: dict[str, Any]) -> None:
+        self.arguments, self.past = arguments, None
+        cache = arguments.get("past_key_values")
+        rows = rows_of(cache) if isinstance(cache, Cache) else 0
+        self.in_cache, self.goes_on = 0 if isinstance(cache, EncoderDecoderCache) else rows, rows > 0
+
+
 class Call:
     """The call that runs: what a delta or an edit anywhere inside may know of it.
 
     Taken once, in `inject`, as `model.call`; what it says is of the moment. Between calls, and where somebody calls a
-    part of the model alone, it says nothing: `ids` and `real` are None then, and `batch` is empty. In a backward pass
-    it says again what it said in the last call with gradients, since layers that are recomputed ask again.
+    part of the model alone, it says nothing: `ids` and `real` are None then, and `batch` is empty. An encoder that is
+    run alone, as `generate` does before the decoder's first token, is a call as well. In a backward pass it says again
+    what it said in the last call with gradients, since layers that are recomputed ask again.
+
+    Args:
+        model: whose calls; none where there is nothing to be known of soft tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel | None = None) -> None:
+        self._model = model
         self._running: _Said | None = None
         self._kept: _Said | None = None
         """Of the last call with gradients."""
         self._columns: dict[str, str] = {}
         """Names of columns, and whose they are."""
+        self._own_lengths: set[str] = set()
         self._given: Mapping[str, Tensor] = {}
         self._carried: dict[str, tuple[Tensor, int]] = {}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of the model's forward, by name, after all `before`s."""
-        return self._now[0]
+        return self._now.arguments
 
     @property
     def batch(self) -> dict[str, Tensor]:
         """Columns of the batch that the model itself does not take, by name; see `ModelView.column`."""
-        return self._now[1]
+        return self._now.batch
 
     @property
     def _now(self) -> _Said:
@@ -75,7 +111,7 @@ class Call:
             return self._running
         if self._kept is not None and torch._C._current_graph_task_id() != -1:  # inside a backward pass
             return self._kept
-        return {}, {}
+        return _Said({})
 
     @property
     def ids(self) -> Tensor | None:
@@ -108,14 +144,79 @@ class Call:
             return mask.bool()
         return labels != IGNORE if isinstance(labels, Tensor) and labels.ndim == 2 else None
 
+    @property
+    def past(self) -> int:
+        """Tokens of the caller's that were in the cache already."""
+        said = self._now
+        if said.past is None:
+            soft = prompt_length(self._model) if said.in_cache and self._model is not None else 0
+            said.past = said.in_cache - soft
+        return said.past
+
     def rows(self, values: Tensor, like: Tensor, fill: float = 0) -> Tensor:
         """What belongs to the caller's tokens, [B, T, ...], as a layer sees it whose input is `like`, [B, T + P, ...]:
-        with `fill` for the P soft tokens, which stand behind the pads in front."""
-        if like.shape[1] == values.shape[1]:  # of a decoder's tokens too, beside which none stand
-            return values
-        real = self.real
-        assert real is not None
-        return beside_soft_tokens(values, real, like.shape[1] - values.shape[1], fill)
+        with `fill` for the P soft tokens, wherever these stand."""
+        return self._beside_soft(values, like.shape[1] - values.shape[1], fill)
+
+    def tokens(self, name: str, fill: float = 0) -> Tensor | None:
+        """Of a column with a value for each token, those of this call's tokens: [B, T]; None where there is no column.
+
+        One that comes with the call has T. One of `stack.columns` is of the text that `generate` begins with, so a step
+        gets `fill` for a token that was generated.
+
+        Raises:
+            PeftxError: it has another number of values.
+        """
+        column = self.batch.get(name)
+        if column is None or self.shape is None:
+            return None
+        new = self.shape[1]
+        if name in self._now.of_text:
+            column = column[:, self.past :][:, :new]
+            return nn.functional.pad(column, (0, new - column.shape[1]), value=fill)
+        if column.ndim != 2 or column.shape[1] != new:
+            raise PeftxError(
+                f"the column '{name}' has a value for {column.shape[-1]} tokens, and the call {new}"
+            )
+        return column
+
+    def keys(self, values: Tensor, p: Tensor, fill: float = 0) -> Tensor:
+        """What belongs to the tokens of the cache and of this call, as `carry` gives it, by the keys of an attention
+        with the probabilities `p`, [B, H, Q, K]: [B, K]. Keys of no token have `fill`: those of soft tokens and of
+        rows that plugins put in front, and the empty places of a static cache.
+
+        Raises:
+            UnsupportedError: a static cache and rows in front of it.
+        """
+        assert self.shape is not None
+        values = self._beside_soft(values, p.shape[2] - self.shape[1], fill)
+        before, behind = p.shape[3] - values.shape[1], 0
+        if before < 0:  # of a sliding window
+            return values[:, -before:]
+        cache = self.arguments.get("past_key_values")
+        if sizes := {layer.max_cache_len for layer in layers_of(cache) if isinstance(layer, StaticLayer)}:
+            if p.shape[3] not in sizes:
+                raise UnsupportedError(
+                    f"which of {p.shape[3]} keys are tokens cannot be told of a static cache with rows in front of it",
+                    hint="leave cache_implementation out",
+                )
+            before, behind = 0, before
+        return nn.functional.pad(values, (before, behind), value=fill)
+
+    def once(self, name: str, make: Callable[[], V]) -> V:
+        """What `make` gives, made at the first of the calls that share a cache and kept with that; where there is no
+        cache, or gradients are recorded, made at each.
+
+        Args:
+            name: unique in the model. make: of nothing but what stays, as columns do, while a text goes on.
+        """
+        cache, batch = self.arguments.get("past_key_values"), None if self.shape is None else self.shape[0]
+        if cache is None or torch.is_grad_enabled():
+            return make()
+        kept: dict[str, tuple[int | None, V]] = cache.__dict__.setdefault("peftx_kept", {})
+        if not self._now.goes_on or name not in kept or kept[name][0] != batch:
+            kept[name] = batch, make()
+        return kept[name][1]
 
     def carry(self, name: str, values: Tensor, fill: float = 0) -> Tensor:
         """Values of the tokens of this call behind those of all calls before it whose keys and values are in the cache.
@@ -133,9 +234,13 @@ class Call:
         Raises:
             UnsupportedError: the cache was filled without these values.
         """
-        cache = self.arguments.get("past_key_values")
-        layer = _layer(cache, name)
-        known, rows = 0 if layer is None else layer.get_seq_length(), 0 if cache is None else _length(cache)
+        cache, states = self.arguments.get("past_key_values"), self.arguments.get("cache_params")
+        if states is not None and states.has_previous_state():
+            raise UnsupportedError(
+                f"{name}: mamba keeps states and no rows of a cache, and what goes with the tokens in them is not known"
+            )
+        layer, rows = carried_in(cache, name), self._now.in_cache
+        known = 0 if layer is None else layer.get_seq_length()
         if known != rows:
             raise UnsupportedError(
                 f"{name}: the cache holds {rows} rows, and what goes with them is known of {known}",
@@ -153,8 +258,22 @@ class Call:
         """A copy of the model knows of no call."""
         return self.__dict__ | {"_running": None, "_kept": None, "_given": {}, "_carried": {}}
 
-    def declare(self, name: str, owner: str) -> None:
+    def _beside_soft(self, values: Tensor, length: int, fill: float) -> Tensor:
+        """[B, T, ...] with `fill` for soft tokens, where they stand."""
+        if not length:
+            return values
+        rows = values.new_full((len(values), length, *values.shape[2:]), fill)
+        return insert(values, rows, self._place())
+
+    def _place(self) -> int | Tensor:
+        """The column of the caller's tokens from which soft tokens stand."""
+        assert self._model is not None
+        return place_of(self._model, self.real)
+
+    def declare(self, name: str, owner: str, *, own_length: bool = False) -> None:
         """See `ModelView.column`."""
+        if own_length:
+            self._own_lengths.add(name)
         if (other := self._columns.setdefault(name, owner)) != owner:
             raise PeftxError(
                 f"'{owner}' and '{other}' both read a column '{name}'", hint="give one another name"
@@ -162,11 +281,17 @@ class Call:
 
     def withdraw(self, owner: str) -> None:
         self._columns = {name: by for name, by in self._columns.items() if by != owner}
+        self._own_lengths &= set(self._columns)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that plugins read and the model does not take."""
         return tuple(self._columns)
+
+    @property
+    def own_lengths(self) -> frozenset[str]:
+        """Those whose lists are as long as they like."""
+        return frozenset(self._own_lengths)
 
     @contextmanager
     def giving(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -184,51 +309,35 @@ class Call:
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
-        self._running, self._carried = (arguments, {}), {}  # what recomputed layers carried is of no call
+        self._carried = {}  # what recomputed layers carried is of no call
+        said = self._running = _Said(arguments)
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
             found = value if value is not None else self._given.get(name)
+            if value is None:
+                said.of_text.add(name)
             if found is not None:
-                self.batch[name] = _repeated(found, rows, name)
+                said.batch[name] = _repeated(found, rows, name)
         return arguments
 
-    def change(self, arguments: dict[str, Any]) -> None:
+    def take(self, arguments: dict[str, Any]) -> None:
         """The edits made these of the arguments."""
-        self._running = arguments, self.batch
+        assert self._running is not None
+        self._running.take(arguments)
 
     def end(self, output: Any) -> None:
-        carried, self._carried = self._carried, {}
+        said, carried = self._running, self._carried
+        assert said is not None
+        at = self._place() if carried and not said.in_cache else 0  # where soft tokens came in
+        self._running, self._carried = None, {}
         if output is not None and torch.is_grad_enabled():
-            self._kept = self._running
-        self._running = None
+            self._kept = said
         if output is None or not carried:
             return
         values = output if isinstance(output, tuple) else output.values()
-        for cache in (value for value in values if isinstance(value, Cache)):
+        for cache in (value for value in values if isinstance(value, Cache) and has_rows(value)):
             for name, (rows, fill) in carried.items():
-                _keep(cache, name, rows, fill)
-
-
-def _length(cache: Cache) -> int:
-    return int(cache.get_seq_length())
-
-
-def _layer(cache: Cache | None, name: str) -> DynamicLayer | None:
-    layers = [] if cache is None else cache.layers
-    return next((layer for layer in layers if vars(layer).get("peftx_carried") == name), None)
-
-
-def _keep(cache: Cache, name: str, values: Tensor, fill: int) -> None:
-    layer = _layer(cache, name)
-    if layer is None:
-        layer = DynamicLayer()
-        layer.peftx_carried = name
-        layer.is_compileable = True  # as the rest of a static cache: else its empty places were read
-        cache.layers.append(layer)
-    values = values[..., None] if values.ndim == 2 else values  # [B, T, k]
-    others = _length(cache) - layer.get_seq_length() - values.shape[1]
-    values = nn.functional.pad(values, (0, 0, others, 0), value=fill)[:, None]  # [B, 1, R, k]
-    layer.update(values, values[..., :0])
+                carry_on(cache, name, rows, fill, at)
 
 
 def _repeated(values: Tensor, rows: int | None, name: str) -> Tensor:
@@ -241,31 +350,38 @@ def _repeated(values: Tensor, rows: int | None, name: str) -> Tensor:
 
 
 class _Calls(Chain[CallEdit]):
-    """The edits of a model's calls, and the hooks that run them.
+    """The edits of a model's calls, and the hooks that run them: on the model, and on an encoder in it, which
+    `generate` calls by itself."""
 
-    Args:
-        names: of the positional arguments of the model's forward.
-    """
-
-    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(CHILD)
-        self.names = names
-        self.call = Call()
-        self.handles = [
-            model.register_forward_pre_hook(self.enter, with_kwargs=True),
-            model.register_forward_hook(self.leave, always_call=True),
-        ]
+        self.call = Call(model)
+        self.running: nn.Module | None = None
+        """What is called now; inside the model, its encoder is a part of that call."""
+        self.handles: list[RemovableHandle] = []
+        for host in (model, model.get_encoder()) if model.config.is_encoder_decoder else (model,):
+            enter = partial(self.enter, _parameters(host))
+            self.handles += [
+                host.register_forward_pre_hook(enter, with_kwargs=True),
+                host.register_forward_hook(self.leave, always_call=True),
+            ]
 
     def enter(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments = self.call.begin({**dict(zip(self.names, args, strict=False)), **kwargs})
+        self, names: tuple[str, ...], host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.running is not None:
+            return None
+        self.running = host
+        arguments = self.call.begin({**dict(zip(names, args, strict=False)), **kwargs})
         for edit in self.active:
             arguments = edit.before(arguments)
-        self.call.change(arguments)
+        self.call.take(arguments)
         return (), arguments
 
-    def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.running is not host:
+            return
+        self.running = None
         for edit in self.active:
             edit.after(output)
         self.call.end(output)
@@ -275,11 +391,16 @@ class _Calls(Chain[CallEdit]):
             handle.remove()
 
 
+def _parameters(host: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward, in order; where soft tokens stand, of its own class's."""
+    own = vars(type(host)).get("_peftx_base", type(host))
+    return tuple(inspect.signature(own.forward).parameters)[1:]
+
+
 def _calls(model: PreTrainedModel) -> _Calls:
     calls: _Calls | None = model.__dict__.get(STATE)
     if calls is None:
-        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        calls = model.__dict__[STATE] = _Calls(model, names)
+        calls = model.__dict__[STATE] = _Calls(model)
     return calls
 
 
@@ -305,6 +426,12 @@ def listening(model: PreTrainedModel) -> Iterator[Call]:
         yield call
     finally:
         detach(model, owner)
+
+
+def own_lengths_of(model: PreTrainedModel) -> frozenset[str]:
+    """Those of them whose lists are as long as they like."""
+    call = call_of(model)
+    return frozenset() if call is None else call.own_lengths
 
 
 def attach(model: PreTrainedModel, edit: CallEdit, *, owner: str, rank: int) -> Call:

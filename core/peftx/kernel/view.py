@@ -313,14 +313,19 @@ class ModelView:
         values that go along with the cache."""
         return call_context(self._ledger, self._by)
 
-    def column(self, name: str) -> None:
+    def column(self, name: str, *, own_length: bool = False) -> None:
         """Read a column of the batch that the model does not take: `model.call.batch[name]`. In training it comes with
         the rows, elsewhere by `stack.columns(name=...)` or as an argument of the model's call.
+
+        Args:
+            own_length: its rows are lists of whole numbers that need not be as long as the text, [B, S] in a batch, -1
+                behind the end of a shorter one. A list of a row is otherwise as long as its tokens, and 0 stands for
+                pads (`model.call.tokens(name)`).
 
         Raises:
             PeftxError: another plugin reads one of the name.
         """
-        self.call.declare(name, self.owner)
+        self.call.declare(name, self.owner, own_length=own_length)
 
     def shift_positions(self, by: int) -> None:
         """Count the position of every real token from `by` (keys and values of `by` tokens stand before them)."""

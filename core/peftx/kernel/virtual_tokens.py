@@ -389,6 +389,17 @@ def check_room(model: PreTrainedModel, length: int, *, owner: str) -> None:
         )
 
 
+def place_of(model: PreTrainedModel, mask: Tensor | None) -> int | Tensor:
+    """The column of the caller's tokens from which soft tokens stand, [B] where rows have pads in front.
+
+    Args:
+        mask: [B, T], 0 for pads.
+    """
+    host = _host(model)
+    prompt: _Prompt | None = host.__dict__.get(STATE)
+    return host._peftx_place(prompt.tokens, mask) if prompt is not None and prompt.tokens else 0  # type: ignore[operator]
+
+
 def prompt_length(model: PreTrainedModel) -> int:
     """Rows that stand in front of the caller's first token now."""
     prompt: _Prompt | None = _host(model).__dict__.get(STATE)

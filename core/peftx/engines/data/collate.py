@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -25,6 +25,7 @@ class Collator:
         max_length: refuse longer rows. Nothing is cut here; `tokenize_dataset` does that.
         pad_values: fill for columns of the user's own, `{"speaker_ids": 0}`.
         encoder_decoder: `labels` have a length of their own.
+        own_lengths: columns that have one too, filled with -1.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Collator:
         max_length: int | None = None,
         pad_values: Mapping[str, int] | None = None,
         encoder_decoder: bool = False,
+        own_lengths: Collection[str] = (),
     ) -> None:
         if pad_token_id is None:
             raise DataError(
@@ -48,8 +50,13 @@ class Collator:
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
         self.max_length = max_length
-        self.encoder_decoder = encoder_decoder
-        self.pad_values = {**_OWN_PADS, "input_ids": pad_token_id, **(pad_values or {})}
+        self.free = {*own_lengths, *(("labels",) if encoder_decoder else ())}
+        self.pad_values = {
+            **_OWN_PADS,
+            "input_ids": pad_token_id,
+            **(pad_values or {}),
+            **dict.fromkeys(own_lengths, -1),
+        }
 
     def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """rows: B mappings with `input_ids` and, alike in all rows, `labels` and other columns.
@@ -88,8 +95,7 @@ class Collator:
 
         for index, ids in enumerate(lists["input_ids"]):
             for name, column in lists.items():
-                free = self.encoder_decoder and name == "labels"
-                if len(column[index]) != len(ids) and not free:
+                if len(column[index]) != len(ids) and name not in self.free:
                     raise DataError(
                         f"row {index} of the batch: {len(ids)} input_ids and {len(column[index])} {name}"
                     )

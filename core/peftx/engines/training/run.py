@@ -26,7 +26,7 @@ from peftx.engines.training.examples import examples_of, mask_of
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
-from peftx.kernel.calls import columns_of
+from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import spans
 from peftx_spec.models import TrainSpec
@@ -168,7 +168,7 @@ def train(
     rows = examples_of(stack, training_data)
     collator = Collator(
         pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder,
-        pad_values=dict.fromkeys(columns_of(stack.model), 0),
+        pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
     )  # fmt: skip
     feeders = _feeders(stack, sources or {}, spec, collator)
     for member in stack.members:
