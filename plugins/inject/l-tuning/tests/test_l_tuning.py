@@ -101,24 +101,24 @@ def test_equals_the_official_code(variant: str) -> None:
         for p in plugin.labels.parameters():
             row = torch.linspace(-0.1, 0.12, p.numel()).view_as(p)
             p.copy_(row.flip(0) if p.ndim == 1 else row)
-        plugin.head.weight.copy_(torch.linspace(-0.3, 0.4, 64).view(2, 32))
-        plugin.head.bias.zero_()
+        plugin.head.linear.weight.copy_(torch.linspace(-0.3, 0.4, 64).view(2, 32))
+        plugin.head.linear.bias.zero_()
     count = len(OFFICIAL[variant][0])  # one row of a prefix: the official code mixes the rows of a batch
     inputs, chosen = example_inputs(stack.model, batch=count), torch.tensor([0, 1, 1])[:count]
     logits, _ = plugin.ask(lambda **new: stack.model(**{**inputs, **new}), inputs, chosen)
     torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0, 1])[:count]).backward()
-    trained = [*plugin.labels.parameters(), plugin.head.weight]
+    trained = [*plugin.labels.parameters(), plugin.head.linear.weight]
     norms = torch.stack([p.grad.norm() for p in trained])
     expected = [torch.tensor(numbers) for numbers in OFFICIAL[variant]]
     assert difference(logits, expected[0]) < 1e-5
     assert float(((norms - expected[1]) / expected[1]).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "opt"])
 def test_the_prompt_is_the_formula(arch: str) -> None:
     stack = trained(stack_of(arch))
     plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [2, 0]
-    project, head, n = plugin.labels.project, plugin.head, plugin.length
+    project, head, n = plugin.labels.project, plugin.head.linear, plugin.texts.beside
     P = label_states(stack)[chosen] @ project.weight.t() + project.bias
     embedded = torch.cat((P, stack.model.get_input_embeddings()(inputs["input_ids"])), 1)
     for row in range(2):
@@ -161,7 +161,7 @@ def test_the_prompt_is_a_soft_prompt_of_the_label(arch: str) -> None:
         model = Stack(tiny(arch), [front]).model
         ids = inputs["input_ids"][row : row + 1, : int(inputs["attention_mask"][row].sum())]
         with torch.no_grad():
-            expected = plugin.head(model.base_model(input_ids=ids).last_hidden_state[0, -1])
+            expected = plugin.head.linear(model.base_model(input_ids=ids).last_hidden_state[0, -1])
         assert difference(found[row], expected) < 1e-5
 
 
@@ -199,16 +199,16 @@ def test_a_prefix_of_each_layers_own_sizes(arch: str, pool: bool) -> None:
     facts = stack.anatomy.main
     attending = [facts.by_layer[layer] for layer, path in enumerate(facts.attention) if path]
     for sizes, (key, value) in zip(attending, plugin.labels(), strict=True):
-        assert key.shape == (3, sizes.kv_heads, plugin.length, sizes.head_dim)
-        assert value.shape == (3, sizes.kv_heads, plugin.length, sizes.value_dim)
+        assert key.shape == (3, sizes.kv_heads, plugin.texts.beside, sizes.head_dim)
+        assert value.shape == (3, sizes.kv_heads, plugin.texts.beside, sizes.value_dim)
 
 
 @pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "opt"])
 def test_the_prefix_is_a_filled_cache(arch: str, pool: bool) -> None:
     stack = trained(stack_of(arch, variant="prefix", pool=pool))
     plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [1, 2]
-    labels, n, L = plugin.labels, plugin.length, stack.anatomy.num_layers
+    labels, n, L = plugin.labels, plugin.texts.beside, stack.anatomy.num_layers
     heads, size = stack.anatomy.main.kv_heads, stack.anatomy.main.head_dim
     expected = []
     for row, c in enumerate(chosen):
@@ -227,7 +227,7 @@ def test_the_prefix_is_a_filled_cache(arch: str, pool: bool) -> None:
                 past_key_values=cache,
                 output_hidden_states=True,
             )
-        expected.append(plugin.head(out.hidden_states[-1][0, -1]))
+        expected.append(plugin.head.linear(out.hidden_states[-1][0, -1]))
     assert difference(ask(stack, inputs, chosen), torch.stack(expected)) < 1e-5
 
 
@@ -251,7 +251,7 @@ def test_only_projection_and_head_train(options: dict[str, object]) -> None:
         "unpooled": 2 * (d + 1) * L * width,
     }["unpooled" if "pool" in options else options["variant"]]
     stack = stack_of(**options)
-    assert plugin_of(stack).length == n
+    assert plugin_of(stack).texts.beside == n
     assert stack.trainable_parameters() == count + 2 * (d + 1)
     batch = example_inputs(stack.model) | {
         CLASS_INDEX: torch.tensor([0, 1]),
@@ -331,7 +331,7 @@ def test_robertas_text_stands_behind_its_prefix() -> None:
     table.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     inputs = example_inputs(stack.model)
     ask(stack, inputs, [0, 1])
-    assert seen[-1][0].tolist() == [plugin.length + PAD + 1 + t for t in range(9)]
+    assert seen[-1][0].tolist() == [plugin.texts.beside + PAD + 1 + t for t in range(9)]
     assert plugin_of(plain).first == 0
     assert len(stack.classify(["y" * 500, "z"])) == 2
     # The longest text has a place in the table, and all of it.
@@ -370,7 +370,7 @@ def test_a_new_label_by_its_text(options: dict[str, object], tmp_path: Path) -> 
     assert stack.trainable_parameters() == stack_of(**options, length=6).trainable_parameters()
     again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert torch.equal(scores_of(again, texts), after)
-    assert plugin_of(again).names == [*LABELS, "fine"]
+    assert plugin_of(again).texts.labels == [*LABELS, "fine"]
     with pytest.raises(PeftxError, match="'fine' stands twice"):
         add_label(stack, "fine")
     with pytest.raises(PeftxError, match="'great' and 'fabulous' have one text"):
