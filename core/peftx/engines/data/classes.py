@@ -114,8 +114,10 @@ def class_rows(
     """Texts to classify as `tokenize_classes` makes them of rows.
 
     Raises:
-        DataError: a text without tokens; names `owner` and the text.
+        DataError: no text, or one without tokens; names `owner` and the text.
     """
+    if not texts:
+        raise DataError(f"{owner}: there is no text")
     rows = [class_ids(tokenizer, text, max_length=max_length, closed=closed) for text in texts]
     nothing = class_ids(tokenizer, "", max_length=max_length, closed=closed)
     if nothing in rows:
@@ -165,36 +167,34 @@ class ClassTexts:
     def of(self, labels: Sequence[str], *, closed: bool = False, beside: int = 0) -> ClassTexts:
         return replace(self, names=tuple(labels), closed=closed, beside=beside)
 
-    @property
-    def labels(self) -> list[str]:
-        """The classes.
-
-        Raises:
-            PeftxError: `inject` has not run.
-        """
+    def check(self) -> None:
+        """Raises PeftxError where `inject` has not run; everything else below does so too."""
         if not self.names:
             raise PeftxError(f"{self.owner}: {self.missing}", hint="inject it before prepare and evaluate")
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes."""
+        self.check()
         return list(self.names)
 
     def room(self, stack: Stack) -> int:
         """Tokens of a text that the model can read."""
+        self.check()
         free = free_positions(stack.model)  # without those of soft tokens
         return (int(stack.tokenizer.model_max_length) if free is None else free) - self.beside
 
     def prepare(self, data: TrainingData, stack: Stack) -> None:
         """`tokenize_classes`, with texts that the model can read."""
-        labels = self.labels
         data.max_length = min(data.max_length, self.room(stack))
-        tokenize_classes(data, labels, closed=self.closed)
+        tokenize_classes(data, self.labels, closed=self.closed)
 
     def rows(self, stack: Stack, texts: Sequence[str]) -> list[list[int]]:
         """The texts as token ids, cut as those of training are.
 
         Raises:
-            DataError: no text, or one without tokens. PeftxError: `inject` has not run.
+            DataError: no text, or one without tokens.
         """
-        if self.labels and not texts:
-            raise DataError(f"{self.owner}: there is no text to classify")
         room, tokenizer = self.room(stack), stack.tokenizer
         return class_rows(tokenizer, texts, max_length=room, closed=self.closed, owner=self.owner)
 

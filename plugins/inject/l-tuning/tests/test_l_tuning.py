@@ -12,7 +12,6 @@ from peftx import ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.engines.data import CLASS_INDEX, Collator
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
@@ -385,6 +384,30 @@ def test_it_learns() -> None:
     assert stack.evaluate(ROWS, metrics=["accuracy"])["accuracy"].value >= 0.875
 
 
+def test_while_training_states_are_dropped_out_before_the_head() -> None:
+    """The prompt's projection and the tiny model have no dropout, so the draws behind those of the pairs are the
+    head's."""
+    stack = trained(stack_of(dropout=0.5))
+    plugin, inputs, target = plugin_of(stack), example_inputs(stack.model), torch.tensor([0, 2])
+    batch = inputs | {CLASS_INDEX: target, "labels": torch.full((2, 9), -100)}
+    losses, expected = [], []
+    for training in (True, False):
+        stack.model.train(training)
+        torch.manual_seed(0)
+        losses.append(float(stack.train_step(batch)))
+        torch.manual_seed(0)
+        chosen, holds = pairs(target, 3)
+        state = torch.get_rng_state()
+        with plugin.head.reading() as seen:
+            ask(stack, inputs, chosen.tolist())
+        torch.set_rng_state(state)
+        h = torch.nn.functional.dropout(seen[0][:, -9:], 0.5, training)[:, -1]
+        logits = plugin.head.linear(h).detach()
+        expected.append(float(torch.nn.functional.cross_entropy(logits, holds)))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
 def test_dropout_acts_while_training() -> None:
     labels = LabelPrefixes(torch.randn(2, 5, 4), sizes=2 * [(3, 50, 50)], pool=True, dropout=0.5)
     assert 0.4 < float((numbers(labels) == 0).float().mean()) < 0.6
@@ -414,38 +437,16 @@ def test_nothing_is_known_before_inject() -> None:
     plugin = LTuning()
     stack = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer(), inject=False)
     data = as_training_data(stack, ROWS, seed=0, max_length=64)
-    for early in (lambda: plugin.classify(stack, ["x"]), lambda: stack.prepare(data)):
+    for early in (
+        lambda: plugin.classify(stack, ["x"]),
+        lambda: stack.prepare(data),
+        lambda: add_label(stack, "new"),
+    ):
         with pytest.raises(
             PeftxError, match=r"l-tuning: .*the labels are not read and there is no head yet"
         ) as caught:
             early()
         assert caught.value.hint == "inject it before prepare and evaluate"
-
-
-@pytest.mark.parametrize("beside", ["", "\n- use: lora"])
-def test_a_run_that_measures_the_base_first(beside: str, tmp_path: Path) -> None:
-    """What `peftx apply --plugin l-tuning` spells out: the base has no head, and is measured by likelihood."""
-    lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in ROWS)]
-    (tmp_path / "rows.csv").write_text("\n".join(lines))
-    run = load_run(f"""
-peftx: 1
-model: peftx:tiny
-data: {{train: {tmp_path}/rows.csv, eval: {tmp_path}/rows.csv}}
-stack:
-- use: l-tuning{beside}
-train: {{steps: 2, batch_size: 2}}
-evaluate: [accuracy]
-run:
-- evaluate: {{name: base}}
-- inject: all
-- prepare: all
-- train
-- evaluate: {{name: adapted}}
-""")
-    result = run.run()
-    base = Stack("peftx:tiny").evaluate(ROWS, metrics=["accuracy"])["accuracy"]
-    assert result.scores["base"]["accuracy"].value == base.value
-    assert result.scores["adapted"]["accuracy"].count == len(ROWS)
 
 
 def test_what_has_no_effect_is_refused() -> None:

@@ -12,7 +12,6 @@ from peftx import Stack
 from peftx.engines.data import CLASS_INDEX
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
@@ -382,32 +381,6 @@ def test_nothing_is_known_before_inject() -> None:
         with pytest.raises(PeftxError, match=r"sk-tuning: .*there is no sentence and no head yet") as caught:
             early()
         assert caught.value.hint == "inject it before prepare and evaluate"
-
-
-@pytest.mark.parametrize("beside", ["", "\n- use: lora"])
-def test_a_run_that_measures_the_base_first(beside: str, tmp_path: Path) -> None:
-    """What `peftx apply --plugin sk-tuning` spells out: the base has no head, and is measured by likelihood."""
-    lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in ROWS)]
-    (tmp_path / "rows.csv").write_text("\n".join(lines))
-    run = load_run(f"""
-peftx: 1
-model: peftx:tiny
-data: {{train: {tmp_path}/rows.csv, eval: {tmp_path}/rows.csv}}
-stack:
-- use: sk-tuning{beside}
-train: {{steps: 2, batch_size: 2}}
-evaluate: [accuracy]
-run:
-- evaluate: {{name: base}}
-- inject: all
-- prepare: all
-- train
-- evaluate: {{name: adapted}}
-""")
-    result = run.run()
-    base = Stack("peftx:tiny").evaluate(ROWS, metrics=["accuracy"])["accuracy"]
-    assert result.scores["base"]["accuracy"].value == base.value
-    assert result.scores["adapted"]["accuracy"].count == len(ROWS)
 
 
 def test_bad_texts_and_models() -> None:
