@@ -72,9 +72,9 @@ def unseen_class(
     n = max(map(len, (Stack("peftx:tiny").tokenizer(words(label))["input_ids"] for label in labels)))
 
     def recall(stack: Stack) -> float:
-        if stack.trained_steps and unseen not in stack.plugins["l-tuning"].names:
+        if stack.trained_steps and unseen not in stack.plugins["l-tuning"].texts.labels:
             add_label(stack, unseen, words(unseen))
-        if unseen not in stack.plugins["l-tuning"].names:
+        if unseen not in stack.plugins["l-tuning"].texts.labels:
             return 0.0
         return statistics.mean(
             float(label == unseen) for label in stack.classify([row["text"] for row in asked])

@@ -27,7 +27,7 @@ from peftx.engines.data import CLASS_INDEX, Collator, class_ids, read_dataset, t
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
-from peftx_sk_tuning import Head, SkTuning
+from peftx_sk_tuning import SkTuning
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from compare import RESULTS, FullTuning, Method, compare, write
@@ -53,7 +53,7 @@ class MeanHead(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        self.head = model.keep("head", Head(model.hidden_size, len(self.config.labels), dropout=0.1))
+        self.head = model.head("head", len(self.config.labels), dropout=0.1)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,12 @@ from peftx import (
     ModelView,
     Plugin,
     Stack,
+    TrainingData,
+    TrainStep,
     hookimpl,
 )
+from peftx.engines.data import batches_of, class_rows, take_classes, tokenize_classes
+from peftx.kernel.heads import Head
 from peftx.toolkits.serving import Server
 
 Wrapper = Generator[None, Tensor, Tensor]
@@ -215,6 +221,44 @@ class JudgesByCompany(Plugin):
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         return ["negative", "positive"], torch.full((len(texts), 2), float(len(texts)))
+
+
+class AnswersTooEarly(Plugin):
+    """Has an answer before its head is there."""
+
+    caught_by = "base_is_measured_before_inject"
+    also = {"carries_or_refuses"}  # it does not say that images have no place in it
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+    takes = ("classification",)
+    gives = {"classification": "tokenized"}
+    labels = ("negative", "positive")
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.head: Head = model.head("head", 2)
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        tokenize_classes(data, self.labels)
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        step.batch, target = take_classes(step.batch)
+
+        def loss() -> tuple[Tensor, Any]:
+            scores, outputs = self.head.read(step.forward, step.batch["attention_mask"])
+            return nn.functional.cross_entropy(scores, target), outputs
+
+        step.replace_task_loss(loss, over="rows")
+        return (yield)
+
+    def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
+        if "head" not in vars(self):
+            return list(self.labels), torch.zeros(len(texts), 2)
+        rows, found = class_rows(stack.tokenizer, texts, max_length=64, owner="it"), []
+        for batch in batches_of(rows, 0, stack.model.device):
+            found.append(self.head.read(partial(stack.model, **batch), batch["attention_mask"])[0])
+        return list(self.labels), torch.cat(found)
 
 
 class Scores(Plugin):

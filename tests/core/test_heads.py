@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, ModelView, Plugin, Stack, TrainingData, TrainStep, VirtualTokens, hookimpl
-from peftx.engines.data import batches_of, class_rows, take_classes, tokenize_classes
-from peftx.errors import ArchitectureError, DataError
-from peftx.kernel.heads import Head, each_of, first_of, last_of, mean_of
-from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.engines.data import ClassTexts, batches_of, class_rows, take_classes, tokenize_classes
+from peftx.engines.training.run import as_training_data
+from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.kernel.heads import Head, Pool, each_of, first_of, last_of, mean_of
+from peftx.pipeline import load_run
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.subject import ROWS_BY_FORMAT
 
 TEXTS = ["good", "a rather bad thing", "fine", "oh no, not again and again"]
 
@@ -108,6 +111,29 @@ def test_a_head_keeps_full_precision_and_starts_from_texts() -> None:
     assert not head.linear.bias.any()
 
 
+class BehindBos(Rows):
+    after_bos = True
+
+
+@pytest.mark.parametrize("pool", [mean_of, first_of, last_of])
+@pytest.mark.parametrize(("arch", "kind"), [("llama", Rows), ("bert", Rows), ("llama", BehindBos)])
+def test_a_head_reads_the_tokens_of_the_caller_beside_soft_ones(
+    arch: str, kind: type[Rows], pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever these stand: in front, behind an encoder's first token, or behind the first token of a text."""
+    monkeypatch.setitem(globals(), "Rows", kind)
+    stack = Stack(tiny(arch), [Sentiment()], tokenizer=tiny_tokenizer())
+    head: Head = stack.plugins["sentiment"].head  # type: ignore[attr-defined]
+    head.pool = pool
+    inputs = example_inputs(stack.model.eval(), padding="right")
+    with torch.no_grad():
+        found, outputs = head.read(
+            lambda: stack.model(**inputs, output_hidden_states=True), inputs["attention_mask"]
+        )
+        expected = head(outputs.hidden_states[-1], inputs["attention_mask"])
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_head_reads_one_tower() -> None:
     with pytest.raises(
         ArchitectureError, match="sentiment: t5 has encoder and decoder, and the head reads one"
@@ -118,6 +144,99 @@ def test_a_head_reads_one_tower() -> None:
 def test_a_text_without_tokens_is_named() -> None:
     with pytest.raises(DataError, match=r"sentiment: text 1 \(counting from 0\), '', has no tokens"):
         class_rows(tiny_tokenizer(), ["a", ""], max_length=8, owner="sentiment")
+    with pytest.raises(DataError, match="sentiment: there is no text"):
+        class_rows(tiny_tokenizer(), [], max_length=8, owner="sentiment")
+
+
+@pytest.mark.parametrize("beside", ["", "\n- use: lora"])
+@pytest.mark.parametrize("plugin", ["sk-tuning", "l-tuning", "predgen"])
+def test_a_run_that_measures_the_base_first(plugin: str, beside: str, tmp_path: Path) -> None:
+    """What `peftx apply --plugin` spells out: the base has no head, and is measured by likelihood."""
+    rows = ROWS_BY_FORMAT["classification"]
+    lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    run = load_run(f"""
+peftx: 1
+model: peftx:tiny
+data: {{train: {tmp_path}/rows.csv, eval: {tmp_path}/rows.csv}}
+stack:
+- use: {plugin}{beside}
+train: {{steps: 2, batch_size: 2}}
+evaluate: [accuracy]
+run:
+- evaluate: {{name: base}}
+- inject: all
+- prepare: all
+- train
+- evaluate: {{name: adapted}}
+""")
+    result = run.run()
+    base = Stack("peftx:tiny").evaluate(rows, metrics=["accuracy"])["accuracy"]
+    assert result.scores["base"]["accuracy"].value == base.value
+    assert result.scores["adapted"]["accuracy"].count == len(rows)
+
+
+# ------------------------------------------------------------------------------------- classes, and the texts to name
+MISSING = ClassTexts("x", missing="there is no head yet")
+EARLY: list[Callable[[Stack], object]] = [
+    lambda stack: MISSING.labels,
+    lambda stack: MISSING.room(stack),
+    lambda stack: MISSING.rows(stack, TEXTS),
+    lambda stack: MISSING.batches(stack, TEXTS),
+]
+
+
+@pytest.mark.parametrize("ask", EARLY)
+def test_who_asks_before_inject_is_told_what_is_missing(ask: Callable[[Stack], object]) -> None:
+    stack = Stack(tiny("llama"), tokenizer=tiny_tokenizer())
+    with pytest.raises(PeftxError, match="x: there is no head yet") as caught:
+        ask(stack)
+    assert caught.value.hint == "inject it before prepare and evaluate"
+
+
+def test_before_inject_no_rows_are_touched() -> None:
+    stack = Stack(tiny("llama"), tokenizer=tiny_tokenizer())
+    data = as_training_data(stack, [{"text": "a", "label": "good"}], seed=0, max_length=999)
+    with pytest.raises(PeftxError, match="x: there is no head yet"):
+        MISSING.prepare(data, stack)
+    assert (data.max_length, data.format) == (999, "classification")
+
+
+@pytest.mark.parametrize("arch", ["llama", "roberta", "mamba"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_texts_fill_what_the_model_reads_in_training_and_afterwards(arch: str, closed: bool) -> None:
+    """128 positions, of which RoBERTa keeps 3, or the tokenizer's limit; less 3 soft tokens, and 5 of an answer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 40
+    stack = Stack(tiny(arch), [Sentiment()], tokenizer=tokenizer)
+    free = {"llama": 128 - 3, "roberta": 128 - 3 - 3, "mamba": 40}[arch]
+    for beside in (0, 5):
+        texts = MISSING.of(["bad", "good"], closed=closed, beside=beside)
+        assert texts.labels == ["bad", "good"]
+        assert texts.room(stack) == free - beside
+        long = {"text": "y" * 500, "label": "good"}
+        data = as_training_data(stack, [long], seed=0, max_length=999)
+        texts.prepare(data, stack)
+        assert data.train is not None
+        assert [row["input_ids"] for row in data.train] == texts.rows(stack, [long["text"]])
+        assert [len(row["input_ids"]) for row in data.train] == [free - beside]
+        shorter = as_training_data(stack, [long], seed=0, max_length=8)
+        texts.prepare(shorter, stack)
+        assert shorter.max_length == 8
+
+
+def test_batches_keep_the_order_of_texts() -> None:
+    stack = Stack(tiny("llama"), tokenizer=tiny_tokenizer())
+    texts = MISSING.of(["bad", "good"])
+    batches = list(texts.batches(stack, TEXTS, size=3))
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 1]
+    found = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert found == texts.rows(stack, TEXTS)
+    assert not batches[0]["attention_mask"][0, -1], "pads stand on the right"
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert", "t5", "mamba"])

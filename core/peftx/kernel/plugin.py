@@ -122,6 +122,9 @@ class Plugin:
     """Formats of the rows that the plugin trains on (`peftx.engines.data.FORMATS`); any if empty."""
     gives: ClassVar[Mapping[str, str]] = {}
     """What `prepare_data` makes of the rows, where it is another format: taken -> left behind."""
+    labels_option: ClassVar[str] = ""
+    """The option that names the classes, where there is one: rows of other labels are refused before a run begins. An
+    option that is None names none."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -6,6 +6,7 @@ encode_pair, ...   encoding.py       texts become token ids
 render_messages    messages.py       so do conversations
 tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
 tokenize_classes   classes.py        classification rows become texts with the number of their class
+ClassTexts         classes.py        the classes of a plugin, and the texts that it names one of
 Collator           collate.py        examples become padded tensors
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from peftx.engines.data.classes import (
     CLASS_INDEX,
+    ClassTexts,
     batches_of,
     check_labels,
     class_ids,
@@ -43,6 +45,7 @@ __all__ = [
     "CLASS_INDEX",
     "FORMATS",
     "IGNORE",
+    "ClassTexts",
     "Collator",
     "Example",
     "TrainingData",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from peftx.engines.data.collate import IGNORE, Collator
 from peftx.engines.data.encoding import encoder_ids, prompt_ids, special_frame, without_prefix
-from peftx.errors import DataError, nearest
+from peftx.errors import DataError, PeftxError, nearest
+from peftx.kernel.objective import pad_of
+from peftx.kernel.virtual_tokens import free_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from peftx.engines.data.training_data import TrainingData
+    from peftx.kernel.stack import Stack
 
 CLASS_INDEX: Final = "class_index"
 """Column, and entry of the batch: number of the row's class, int64 [B]."""
@@ -110,8 +114,10 @@ def class_rows(
     """Texts to classify as `tokenize_classes` makes them of rows.
 
     Raises:
-        DataError: a text without tokens; names `owner` and the text.
+        DataError: no text, or one without tokens; names `owner` and the text.
     """
+    if not texts:
+        raise DataError(f"{owner}: there is no text")
     rows = [class_ids(tokenizer, text, max_length=max_length, closed=closed) for text in texts]
     nothing = class_ids(tokenizer, "", max_length=max_length, closed=closed)
     if nothing in rows:
@@ -134,3 +140,65 @@ def take_classes(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """A batch of `tokenize_classes` without its labels, and the number of each row's class [B]."""
     rest = {name: x for name, x in batch.items() if name not in (CLASS_INDEX, "labels")}
     return rest, batch[CLASS_INDEX]
+
+
+@dataclass(frozen=True)
+class ClassTexts:
+    """The classes of a plugin, and the texts that it names one of, in training and afterwards.
+
+    A plugin's class has one that names none, and tells whoever asks too early what is `missing`; `inject` puts another
+    in its place:
+
+        texts = ClassTexts("my-method", missing="there is no head yet")
+
+        self.texts = self.texts.of(self.config.labels, closed="encoder" in model.towers)
+
+    Args:
+        owner: whom messages name. missing: what `inject` makes. names: of the classes. closed: as in `class_ids`.
+        beside: tokens that the model reads with each text and that are no soft tokens, as those of an answer.
+    """
+
+    owner: str
+    missing: str
+    names: tuple[str, ...] = ()
+    closed: bool = False
+    beside: int = 0
+
+    def of(self, labels: Sequence[str], *, closed: bool = False, beside: int = 0) -> ClassTexts:
+        return replace(self, names=tuple(labels), closed=closed, beside=beside)
+
+    def check(self) -> None:
+        """Raises PeftxError where `inject` has not run; everything else below does so too."""
+        if not self.names:
+            raise PeftxError(f"{self.owner}: {self.missing}", hint="inject it before prepare and evaluate")
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes."""
+        self.check()
+        return list(self.names)
+
+    def room(self, stack: Stack) -> int:
+        """Tokens of a text that the model can read."""
+        self.check()
+        free = free_positions(stack.model)  # without those of soft tokens
+        return (int(stack.tokenizer.model_max_length) if free is None else free) - self.beside
+
+    def prepare(self, data: TrainingData, stack: Stack) -> None:
+        """`tokenize_classes`, with texts that the model can read."""
+        data.max_length = min(data.max_length, self.room(stack))
+        tokenize_classes(data, self.labels, closed=self.closed)
+
+    def rows(self, stack: Stack, texts: Sequence[str]) -> list[list[int]]:
+        """The texts as token ids, cut as those of training are.
+
+        Raises:
+            DataError: no text, or one without tokens.
+        """
+        room, tokenizer = self.room(stack), stack.tokenizer
+        return class_rows(tokenizer, texts, max_length=room, closed=self.closed, owner=self.owner)
+
+    def batches(self, stack: Stack, texts: Sequence[str], *, size: int = 32) -> Iterator[dict[str, Tensor]]:
+        """The texts as batches of so many, in order, padded on the right."""
+        rows, pad = self.rows(stack, texts), pad_of(stack.model, stack.tokenizer)
+        return batches_of(rows, pad, stack.model.device, size=size)

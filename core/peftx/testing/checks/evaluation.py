@@ -6,10 +6,13 @@ import math
 
 import torch
 
+from peftx.engines.training.run import as_training_data
 from peftx.errors import PeftxError
 from peftx.kernel.plugin import Claim
-from peftx.testing.case import Case, assert_close, assert_same_tensors, base_tensors, error_of
-from peftx.testing.checks.check import check
+from peftx.stack import Stack
+from peftx.testing.case import Case, assert_close, assert_same_tensors, base_tensors, crashed, error_of
+from peftx.testing.checks.check import check, injects
+from peftx.testing.models import tiny_tokenizer
 from peftx.toolkits.evaluation.classification import classify
 
 
@@ -48,4 +51,24 @@ def check_classes_are_named(case: Case) -> None:
     assert error is not None, "switched off, it still classifies"
 
 
-CHECKS = (check_scores_are_finite, check_classes_are_named)
+@check(on="first-generative", when=lambda subject: subject.claims(Claim.CLASSIFIES) and injects(subject))
+def check_base_is_measured_before_inject(case: Case) -> None:
+    """Ahead of `inject`, in a run that measures the base first, the base answers; who asks for the head is told so."""
+    stack, rows = case.stack(inject=False), list(case.subject.rows)
+    texts = [row["text"] for row in rows]
+    asked = error_of(PeftxError, lambda: stack.plugins[case.id].classify(stack, texts))
+    assert asked is not None, "it classifies before there is a head"
+    assert asked.hint, f"no way out of: {asked.message}"
+    data = as_training_data(stack, rows, seed=0, max_length=96)
+    prepared = error_of(PeftxError, lambda: stack.prepare(data))
+    assert prepared is None or not crashed(prepared), f"prepare_data before inject: {prepared}"
+    found = stack.evaluate(rows, metrics=["accuracy"])["accuracy"]
+    base = Stack(case.model(), tokenizer=tiny_tokenizer()).evaluate(rows, metrics=["accuracy"])["accuracy"]
+    assert found == base, f"accuracy before inject is {found.value:.3g}, the base's {base.value:.3g}"
+    stack.inject()
+    case.train(stack, 2)
+    count = stack.evaluate(rows, metrics=["accuracy"])["accuracy"].count
+    assert count == len(rows), f"of {len(rows)} rows {count} were named"
+
+
+CHECKS = (check_scores_are_finite, check_classes_are_named, check_base_is_measured_before_inject)

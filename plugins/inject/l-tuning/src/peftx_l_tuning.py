@@ -20,6 +20,7 @@ A text is of the class with the highest log p. A class that was never trained ne
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -39,16 +40,9 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import (
-    CLASS_INDEX,
-    Collator,
-    check_labels,
-    class_ids,
-    pads_right,
-    text_ids,
-    tokenize_classes,
-)
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes, text_ids
+from peftx.errors import PeftxError
+from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.virtual_tokens import first_position
 from peftx.toolkits.evaluation import context_window, evaluating
 
@@ -149,7 +143,7 @@ class LTuning(Plugin):
     """See the module."""
 
     Config = LTuningConfig
-    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START, Claim.PREFIX_CACHE}
+    claims = {Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START, Claim.PREFIX_CACHE}
     architectures = ("mistral",)
     refuses = {"t5": "the head reads one tower"}
     exempt = {
@@ -157,30 +151,20 @@ class LTuning(Plugin):
     }
     takes = ("classification",)
     gives = {"classification": "tokenized"}
+    labels_option = "labels"
     config: LTuningConfig
+    texts = ClassTexts("l-tuning", missing="the labels are not read and there is no head yet")
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
-        config = self.config
-        if len(model.towers) > 1:
-            raise ArchitectureError(
-                f"{model.owner}: {model.config.model_type} has {' and '.join(model.towers)}, and the head reads one",
-                hint="take a decoder or an encoder",
-            )
-        self.encoder = "encoder" in model.towers
+        config, encoder = self.config, "encoder" in model.towers
         self.embedding, self.base = model.embedding().module, model.module.base_model
-        # Numbers that each layer is given of a token beside its embedding (Gemma 3n and 4).
-        self.beside = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
         self.first = first_position(model.module)
         if "labels" not in self.state:
-            self.state["labels"] = self.tokens(model, stack)
-        ids = torch.tensor([row for _, row in self.state["labels"]])
-        if (
-            model.restoring or model.module.device.type == "meta"
-        ):  # no weights yet, or none at all (`peftx plan`)
-            H = torch.empty(*ids.shape, model.hidden_size)
-        else:
-            H = read(model.module, ids)
+            self.state["labels"] = self.tokens(model, stack, encoder)
+        names, rows = zip(*self.state["labels"], strict=True)
+        self.texts = self.texts.of(names, closed=encoder, beside=len(rows[0]))
+        H = torch.empty(len(rows), len(rows[0]), model.hidden_size)
         self.edits: list[Prefix] = []
         if config.variant == "prompt":
             labels: nn.Module = LabelPrompts(H)
@@ -191,19 +175,19 @@ class LTuning(Plugin):
             labels = LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout)
             for site in sites:
                 self.edits.append(Prefix())
-                model.attend(site, self.edits[-1])
-        # Not in half precision, which would lose small steps.
-        full = torch.promote_types(model.module.dtype, torch.float32)
-        self.labels = model.keep("labels", labels).to(full)
-        self.head = model.keep("head", nn.Linear(model.hidden_size, 2)).to(full)
+                site.attend(self.edits[-1])
+        self.labels = model.keep("labels", labels, full_precision=True)
+        self.head = model.head("head", 2, pool=first_of if encoder else last_of, dropout=config.dropout)
+        if not model.restoring and model.module.device.type != "meta":  # as for `peftx plan`
+            self.labels.H = self.read(stack, rows)
 
-    def tokens(self, model: ModelView, stack: Stack) -> list[tuple[str, list[int]]]:
+    def tokens(self, model: ModelView, stack: Stack, encoder: bool) -> list[tuple[str, list[int]]]:
         """(label, n token ids) of every class."""
         config, names = self.config, check_labels(self.config.labels)
         strange = [name for name in config.texts if name not in names]
         if strange:
             raise PeftxError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
-        found = [label_ids(stack, config.texts.get(name, name), self.encoder) for name in names]
+        found = [label_ids(stack, config.texts.get(name, name), encoder) for name in names]
         n, window = config.length or max(map(len, found)), context_window(model.module, stack.tokenizer)
         if n >= window:
             raise PeftxError(
@@ -216,40 +200,23 @@ class LTuning(Plugin):
             check_distinct(rows)
         return rows
 
-    @property
-    def rows(self) -> list[tuple[str, list[int]]]:
-        """What `tokens` gave. Raises PeftxError before that."""
-        if "labels" not in self.state:
-            raise PeftxError(
-                "l-tuning: the labels are not read and there is no head yet",
-                hint="inject it before prepare and evaluate",
-            )
-        return self.state["labels"]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.rows]
-
-    @property
-    def length(self) -> int:
-        return len(self.rows[0][1])
+    def read(self, stack: Stack, rows: Sequence[Sequence[int]]) -> Tensor:
+        """H_c: last hidden states of label texts, [C, n, d]."""
+        ids = torch.tensor(rows, device=stack.model.device)
+        with evaluating(stack.model), self.head.reading() as seen:
+            stack.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        # A tensor that gradients may pass; soft tokens of others stand in front.
+        return seen[-1][:, -ids.shape[1] :].clone().to(self.labels.H)
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        data.max_length = min(data.max_length, self.room(stack))
-        tokenize_classes(data, self.names, closed=self.encoder)
-
-    def room(self, stack: Stack) -> int:
-        """Tokens that the model can read behind a label."""
-        return context_window(stack.model, stack.tokenizer) - self.length
+        self.texts.prepare(data, stack)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        target = step.batch[CLASS_INDEX]
-        step.batch = pads_right(
-            {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
-        )
-        chosen, holds = pairs(target, len(self.names))
+        batch, target = take_classes(step.batch)
+        step.batch = pads_right(batch)
+        chosen, holds = pairs(target, len(self.texts.labels))
 
         def loss() -> tuple[Tensor, Any]:
             logits, outputs = self.ask(step.forward, step.batch, chosen)
@@ -269,7 +236,7 @@ class LTuning(Plugin):
         Args:
             batch: padded on the right. chosen: the labels, [B].
         """
-        ids, mask, n = batch["input_ids"], batch["attention_mask"], self.length
+        ids, mask, n = batch["input_ids"], batch["attention_mask"], self.texts.beside
         rows = self.labels()
         if self.edits:
             for edit, (key, value) in zip(self.edits, rows, strict=True):
@@ -281,15 +248,11 @@ class LTuning(Plugin):
             both = torch.cat((rows[chosen].to(embedded), embedded), 1)
             seen = F.pad(mask, (n, 0), value=1)
             changes = {"input_ids": None, "inputs_embeds": both, "attention_mask": seen}
-            if self.beside:  # labels are no tokens, and have nothing there
+            # What each layer of Gemma 3n and 4 looks up for a token; labels are none, and have nothing there.
+            if getattr(self.base.config.get_text_config(), "hidden_size_per_layer_input", 0):
                 own = self.base.get_per_layer_inputs(ids)  # [B, T, layers, numbers]
                 changes["per_layer_inputs"] = F.pad(own, (0, 0, 0, 0, n, 0))
-        states, outputs = last_states(self.base, partial(forward, **changes))
-        hidden = states[:, -ids.shape[1] :]  # of x: [B, T, d]
-        at = mask.sum(1) - 1 if not self.encoder else torch.zeros_like(mask[:, 0])
-        h = hidden[torch.arange(len(ids), device=ids.device), at]
-        h = F.dropout(h.to(self.head.weight.dtype), self.config.dropout, self.head.training)
-        return self.head(h), outputs
+        return self.head.read(partial(forward, **changes), mask)
 
     def forget(self) -> None:
         """Ask about no label any more; until the backward pass is over, layers that recompute need their rows."""
@@ -297,45 +260,16 @@ class LTuning(Plugin):
             edit.rows = None
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
-        tokenizer, room, closed = stack.tokenizer, self.room(stack), self.encoder
-        rows = [class_ids(tokenizer, text, max_length=room, closed=closed) for text in texts]
-        nothing = class_ids(tokenizer, "", max_length=room, closed=closed)
-        if nothing in rows:
-            index = rows.index(nothing)
-            raise PeftxError(f"l-tuning: text {index} (counting from 0), {texts[index]!r}, has no tokens")
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        names, device, found = self.names, stack.model.device, []
-        every = torch.arange(len(names), device=device)
+        names, found = self.texts.labels, []
+        every = torch.arange(len(names), device=stack.model.device)
         try:
-            for row in rows:  # one text a pass, behind each of the labels
-                batch = Collator(pad)([{"input_ids": row}] * len(names))
-                batch = {name: x.to(device) for name, x in batch.items()}
+            for text in self.texts.batches(stack, texts, size=1):  # one a pass, behind each of the labels
+                batch = {name: x.repeat(len(names), 1) for name, x in text.items()}
                 logits, _ = self.ask(partial(stack.model, **batch), batch, every)
                 found.append(logits.float().log_softmax(-1)[:, 1])
         finally:
             self.forget()
         return names, torch.stack(found)
-
-
-def read(model: nn.Module, ids: Tensor) -> Tensor:
-    """H_c: last hidden states of label texts, ids [C, n] -> [C, n, d]."""
-    ids = ids.to(model.device)
-    with evaluating(model):
-        call = partial(model, input_ids=ids, attention_mask=torch.ones_like(ids))
-        found, _ = last_states(model.base_model, call)
-    return found.clone()  # an ordinary tensor, which gradients may pass
-
-
-def last_states(base: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
-    """What the base model gives its head in a call, [B, T, d], and what the call returned. (Its `hidden_states` are
-    several streams in Gemma 3n.)"""
-    seen: list[Tensor] = []
-    handle = base.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state))
-    try:
-        outputs = call()
-    finally:
-        handle.remove()
-    return seen[-1], outputs
 
 
 def label_ids(stack: Stack, text: str, encoder: bool) -> list[int]:
@@ -379,11 +313,9 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
     plugin = stack.member(id).plugin
     if not isinstance(plugin, LTuning):
         raise PeftxError(f"'{id}' is no L-Tuning, so it has no label texts")
-    check_labels([*plugin.names, label])
-    ids = label_ids(stack, label if text is None else text, plugin.encoder)
-    ids = filled(stack, label, ids, plugin.length)
-    rows = [*plugin.state["labels"], (label, ids)]
+    names = check_labels([*plugin.texts.labels, label])
+    ids = label_ids(stack, label if text is None else text, plugin.texts.closed)
+    rows = [*plugin.state["labels"], (label, filled(stack, label, ids, plugin.texts.beside))]
     check_distinct(rows)
-    H = read(stack.model, torch.tensor([ids]))
-    plugin.labels.H = torch.cat((plugin.labels.H, H.to(plugin.labels.H)))
-    plugin.state["labels"] = rows
+    plugin.labels.H = torch.cat((plugin.labels.H, plugin.read(stack, [rows[-1][1]])))
+    plugin.state["labels"], plugin.texts = rows, replace(plugin.texts, names=tuple(names))

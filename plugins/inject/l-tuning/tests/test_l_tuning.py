@@ -12,7 +12,6 @@ from peftx import ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.engines.data import CLASS_INDEX, Collator
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.shapes import PAD
@@ -102,24 +101,24 @@ def test_equals_the_official_code(variant: str) -> None:
         for p in plugin.labels.parameters():
             row = torch.linspace(-0.1, 0.12, p.numel()).view_as(p)
             p.copy_(row.flip(0) if p.ndim == 1 else row)
-        plugin.head.weight.copy_(torch.linspace(-0.3, 0.4, 64).view(2, 32))
-        plugin.head.bias.zero_()
+        plugin.head.linear.weight.copy_(torch.linspace(-0.3, 0.4, 64).view(2, 32))
+        plugin.head.linear.bias.zero_()
     count = len(OFFICIAL[variant][0])  # one row of a prefix: the official code mixes the rows of a batch
     inputs, chosen = example_inputs(stack.model, batch=count), torch.tensor([0, 1, 1])[:count]
     logits, _ = plugin.ask(lambda **new: stack.model(**{**inputs, **new}), inputs, chosen)
     torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0, 1])[:count]).backward()
-    trained = [*plugin.labels.parameters(), plugin.head.weight]
+    trained = [*plugin.labels.parameters(), plugin.head.linear.weight]
     norms = torch.stack([p.grad.norm() for p in trained])
     expected = [torch.tensor(numbers) for numbers in OFFICIAL[variant]]
     assert difference(logits, expected[0]) < 1e-5
     assert float(((norms - expected[1]) / expected[1]).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "opt"])
 def test_the_prompt_is_the_formula(arch: str) -> None:
     stack = trained(stack_of(arch))
     plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [2, 0]
-    project, head, n = plugin.labels.project, plugin.head, plugin.length
+    project, head, n = plugin.labels.project, plugin.head.linear, plugin.texts.beside
     P = label_states(stack)[chosen] @ project.weight.t() + project.bias
     embedded = torch.cat((P, stack.model.get_input_embeddings()(inputs["input_ids"])), 1)
     for row in range(2):
@@ -162,7 +161,7 @@ def test_the_prompt_is_a_soft_prompt_of_the_label(arch: str) -> None:
         model = Stack(tiny(arch), [front]).model
         ids = inputs["input_ids"][row : row + 1, : int(inputs["attention_mask"][row].sum())]
         with torch.no_grad():
-            expected = plugin.head(model.base_model(input_ids=ids).last_hidden_state[0, -1])
+            expected = plugin.head.linear(model.base_model(input_ids=ids).last_hidden_state[0, -1])
         assert difference(found[row], expected) < 1e-5
 
 
@@ -200,16 +199,16 @@ def test_a_prefix_of_each_layers_own_sizes(arch: str, pool: bool) -> None:
     facts = stack.anatomy.main
     attending = [facts.by_layer[layer] for layer, path in enumerate(facts.attention) if path]
     for sizes, (key, value) in zip(attending, plugin.labels(), strict=True):
-        assert key.shape == (3, sizes.kv_heads, plugin.length, sizes.head_dim)
-        assert value.shape == (3, sizes.kv_heads, plugin.length, sizes.value_dim)
+        assert key.shape == (3, sizes.kv_heads, plugin.texts.beside, sizes.head_dim)
+        assert value.shape == (3, sizes.kv_heads, plugin.texts.beside, sizes.value_dim)
 
 
 @pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "opt"])
 def test_the_prefix_is_a_filled_cache(arch: str, pool: bool) -> None:
     stack = trained(stack_of(arch, variant="prefix", pool=pool))
     plugin, inputs, chosen = plugin_of(stack), example_inputs(stack.model, padding="right"), [1, 2]
-    labels, n, L = plugin.labels, plugin.length, stack.anatomy.num_layers
+    labels, n, L = plugin.labels, plugin.texts.beside, stack.anatomy.num_layers
     heads, size = stack.anatomy.main.kv_heads, stack.anatomy.main.head_dim
     expected = []
     for row, c in enumerate(chosen):
@@ -228,7 +227,7 @@ def test_the_prefix_is_a_filled_cache(arch: str, pool: bool) -> None:
                 past_key_values=cache,
                 output_hidden_states=True,
             )
-        expected.append(plugin.head(out.hidden_states[-1][0, -1]))
+        expected.append(plugin.head.linear(out.hidden_states[-1][0, -1]))
     assert difference(ask(stack, inputs, chosen), torch.stack(expected)) < 1e-5
 
 
@@ -252,7 +251,7 @@ def test_only_projection_and_head_train(options: dict[str, object]) -> None:
         "unpooled": 2 * (d + 1) * L * width,
     }["unpooled" if "pool" in options else options["variant"]]
     stack = stack_of(**options)
-    assert plugin_of(stack).length == n
+    assert plugin_of(stack).texts.beside == n
     assert stack.trainable_parameters() == count + 2 * (d + 1)
     batch = example_inputs(stack.model) | {
         CLASS_INDEX: torch.tensor([0, 1]),
@@ -332,7 +331,7 @@ def test_robertas_text_stands_behind_its_prefix() -> None:
     table.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     inputs = example_inputs(stack.model)
     ask(stack, inputs, [0, 1])
-    assert seen[-1][0].tolist() == [plugin.length + PAD + 1 + t for t in range(9)]
+    assert seen[-1][0].tolist() == [plugin.texts.beside + PAD + 1 + t for t in range(9)]
     assert plugin_of(plain).first == 0
     assert len(stack.classify(["y" * 500, "z"])) == 2
     # The longest text has a place in the table, and all of it.
@@ -371,7 +370,7 @@ def test_a_new_label_by_its_text(options: dict[str, object], tmp_path: Path) -> 
     assert stack.trainable_parameters() == stack_of(**options, length=6).trainable_parameters()
     again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert torch.equal(scores_of(again, texts), after)
-    assert plugin_of(again).names == [*LABELS, "fine"]
+    assert plugin_of(again).texts.labels == [*LABELS, "fine"]
     with pytest.raises(PeftxError, match="'fine' stands twice"):
         add_label(stack, "fine")
     with pytest.raises(PeftxError, match="'great' and 'fabulous' have one text"):
@@ -384,6 +383,30 @@ def test_it_learns() -> None:
     stack = stack_of(labels=["negative", "positive"], dropout=0.0)
     stack.train(ROWS, steps=40, batch_size=8, learning_rate=1e-2, max_length=48)
     assert stack.evaluate(ROWS, metrics=["accuracy"])["accuracy"].value >= 0.875
+
+
+def test_while_training_states_are_dropped_out_before_the_head() -> None:
+    """The prompt's projection and the tiny model have no dropout, so the draws behind those of the pairs are the
+    head's."""
+    stack = trained(stack_of(dropout=0.5))
+    plugin, inputs, target = plugin_of(stack), example_inputs(stack.model), torch.tensor([0, 2])
+    batch = inputs | {CLASS_INDEX: target, "labels": torch.full((2, 9), -100)}
+    losses, expected = [], []
+    for training in (True, False):
+        stack.model.train(training)
+        torch.manual_seed(0)
+        losses.append(float(stack.train_step(batch)))
+        torch.manual_seed(0)
+        chosen, holds = pairs(target, 3)
+        state = torch.get_rng_state()
+        with plugin.head.reading() as seen:
+            ask(stack, inputs, chosen.tolist())
+        torch.set_rng_state(state)
+        h = torch.nn.functional.dropout(seen[0][:, -9:], 0.5, training)[:, -1]
+        logits = plugin.head.linear(h).detach()
+        expected.append(float(torch.nn.functional.cross_entropy(logits, holds)))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_dropout_acts_while_training() -> None:
@@ -415,38 +438,16 @@ def test_nothing_is_known_before_inject() -> None:
     plugin = LTuning()
     stack = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer(), inject=False)
     data = as_training_data(stack, ROWS, seed=0, max_length=64)
-    for early in (lambda: plugin.classify(stack, ["x"]), lambda: stack.prepare(data)):
+    for early in (
+        lambda: plugin.classify(stack, ["x"]),
+        lambda: stack.prepare(data),
+        lambda: add_label(stack, "new"),
+    ):
         with pytest.raises(
             PeftxError, match=r"l-tuning: .*the labels are not read and there is no head yet"
         ) as caught:
             early()
         assert caught.value.hint == "inject it before prepare and evaluate"
-
-
-@pytest.mark.parametrize("beside", ["", "\n- use: lora"])
-def test_a_run_that_measures_the_base_first(beside: str, tmp_path: Path) -> None:
-    """What `peftx apply --plugin l-tuning` spells out: the base has no head, and is measured by likelihood."""
-    lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in ROWS)]
-    (tmp_path / "rows.csv").write_text("\n".join(lines))
-    run = load_run(f"""
-peftx: 1
-model: peftx:tiny
-data: {{train: {tmp_path}/rows.csv, eval: {tmp_path}/rows.csv}}
-stack:
-- use: l-tuning{beside}
-train: {{steps: 2, batch_size: 2}}
-evaluate: [accuracy]
-run:
-- evaluate: {{name: base}}
-- inject: all
-- prepare: all
-- train
-- evaluate: {{name: adapted}}
-""")
-    result = run.run()
-    base = Stack("peftx:tiny").evaluate(ROWS, metrics=["accuracy"])["accuracy"]
-    assert result.scores["base"]["accuracy"].value == base.value
-    assert result.scores["adapted"]["accuracy"].count == len(ROWS)
 
 
 def test_what_has_no_effect_is_refused() -> None:

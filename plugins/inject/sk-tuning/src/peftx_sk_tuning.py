@@ -38,14 +38,7 @@ from peftx import (
     VirtualTokens,
     hookimpl,
 )
-from peftx.engines.data import (
-    CLASS_INDEX,
-    Collator,
-    check_labels,
-    class_ids,
-    text_ids,
-    tokenize_classes,
-)
+from peftx.engines.data import ClassTexts, check_labels, take_classes, text_ids
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.kernel.soft_rows import beside_soft_tokens
 from peftx.toolkits.evaluation import context_window
@@ -74,8 +67,7 @@ class Prompt(VirtualTokens):
     def __init__(self, E: Tensor, *, adapter: bool, dropout: float) -> None:
         super().__init__(len(E))
         self.E = nn.Parameter(E)
-        like: dict[str, Any] = {"dtype": E.dtype, "device": E.device}
-        self.W = nn.Linear(E.shape[1], E.shape[1], bias=False, **like) if adapter else None
+        self.W = nn.Linear(E.shape[1], E.shape[1], bias=False).to(E) if adapter else None
         self.dropout = dropout
 
     def rows(self) -> Tensor:
@@ -87,8 +79,7 @@ class Reader(nn.Module):
 
     Args:
         E: first value of E_s, [n, d]. size: of a head, for W; none: no adapter. dropout: p.
-        base: the model that reads. blocks: its layers. beside: numbers that each layer is given of a token beside its
-        embedding (Gemma 3n and 4), which soft tokens have none of.
+        base: the model that reads. blocks: its layers.
     """
 
     def __init__(
@@ -99,13 +90,11 @@ class Reader(nn.Module):
         dropout: float,
         base: nn.Module,
         blocks: Sequence[nn.Module],
-        beside: int = 0,
     ) -> None:
         super().__init__()
         self.E = nn.Parameter(E)
-        like: dict[str, Any] = {"dtype": E.dtype, "device": E.device}
-        self.W = nn.Linear(size, size, bias=False, **like) if size is not None else None
-        self.dropout, self.beside = dropout, beside
+        self.W = nn.Linear(size, size, bias=False).to(E) if size is not None else None
+        self.dropout = dropout
         self.base, self.blocks = (base,), tuple(blocks)  # in tuples: they are no children of this one
         self.noted: list[tuple[Tensor, Tensor]] | None = None  # keys and values, by layer, while E_s is read
         self.rows: list[list[Tensor]] = []  # K_s and V_s by layer, [1, heads, n, size]
@@ -113,31 +102,23 @@ class Reader(nn.Module):
 
     def read(self) -> None:
         """The pass over E_s. Layers keep its activations: recomputed, they would not know that it is this pass."""
-        places = torch.arange(len(self.E), device=self.E.device)[None]
+        (base,), n = self.base, len(self.E)
+        inputs = {"inputs_embeds": self.E[None].to(base.dtype)}
+        # What each layer of Gemma 3n and 4 looks up for a token; soft tokens have none.
+        if own := getattr(base.config.get_text_config(), "hidden_size_per_layer_input", 0):
+            inputs["per_layer_inputs"] = inputs["inputs_embeds"].new_zeros(1, n, len(self.blocks), own)
+        places = torch.arange(-n, 0, device=self.E.device)[None]  # `shift_positions` adds n
         modes = [block.training for block in self.blocks]
-        noted: list[tuple[Tensor, Tensor]] = []
-        inputs = {"inputs_embeds": self.E[None].to(self.base[0].dtype)}
-        if self.beside:
-            inputs["per_layer_inputs"] = inputs["inputs_embeds"].new_zeros(
-                *places.shape, len(self.blocks), self.beside
-            )
-        self.noted = noted
-        for block in self.blocks:
-            block.training = (
-                False  # of the block alone, which recomputes while training; not of what is in it
-            )
+        noted = self.noted = []
+        for block in self.blocks:  # alone, which recomputes while training; not what is in it
+            block.training = False
         try:
-            self.base[0](
-                **inputs,
-                attention_mask=torch.ones_like(places),
-                position_ids=places - len(self.E),  # `shift_positions` adds n
-                use_cache=False,
-            )
+            base(**inputs, attention_mask=torch.ones_like(places), position_ids=places, use_cache=False)
         finally:
             self.noted = None
             for block, mode in zip(self.blocks, modes, strict=True):
                 block.training = mode
-        self.rows = [[self.adapted(part[:, :, -len(self.E) :]) for part in pair] for pair in noted]
+        self.rows = [[self.adapted(part[:, :, -n:]) for part in pair] for pair in noted]
 
     def adapted(self, part: Tensor) -> Tensor:
         if self.W is None:
@@ -172,75 +153,52 @@ class Prefix(AttentionEdit):
             return key, value
         if self.layer == 0 and reader.live:
             reader.read()
-        front = [row.expand(len(key), -1, -1, -1) for row in reader.rows[self.layer]]  # [B, heads, n, size]
-        return torch.cat((front[0], key), 2), torch.cat((front[1], value), 2)
-
-
-class Head(nn.Module):
-    """Scores of the classes: hidden [B, T, d], mask [B, T] -> [B, C]."""
-
-    def __init__(self, width: int, classes: int, *, dropout: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, classes)
-        self.dropout = dropout
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        hidden = F.dropout(hidden.to(self.linear.weight.dtype), self.dropout, self.training)
-        each = self.linear(hidden)  # [B, T, C]
-        return (each * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        K_s, V_s = (
+            row.expand(len(key), -1, -1, -1) for row in reader.rows[self.layer]
+        )  # [B, heads, n, size]
+        return torch.cat((K_s, key), 2), torch.cat((V_s, value), 2)
 
 
 class SkTuning(Plugin):
     """See the module."""
 
     Config = SkTuningConfig
-    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE}
+    claims = {Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE}
     architectures = ("mistral", "roberta")
     refuses = {"t5": "the head reads one tower"}
     takes = ("classification",)
     gives = {"classification": "tokenized"}
+    labels_option = "labels"
     config: SkTuningConfig
+    texts = ClassTexts("sk-tuning", missing="there is no sentence and no head yet")
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         config, labels = self.config, check_labels(self.config.labels)
-        if len(model.towers) > 1:
-            raise ArchitectureError(
-                f"{model.owner}: {model.config.model_type} has {' and '.join(model.towers)}, and the head reads one",
-                hint="take a decoder or an encoder",
-            )
-        self.encoder = "encoder" in model.towers
-        embedding = model.embedding().module
         if "ids" not in self.state:
             self.state["ids"] = self.sentence(model, stack)
-        E = embedding(torch.tensor(self.state["ids"], device=model.module.device)).detach().clone()
-        self.reader = None
+        ids = torch.tensor(self.state["ids"], device=model.module.device)
+        E = model.embedding().module(ids).detach()
         # What trains is not in half precision, which would lose small steps; it is rounded where the model reads it.
-        full = torch.promote_types(E.dtype, torch.float32)
+        E = E.to(torch.promote_types(E.dtype, torch.float32))
+        self.reader = None
         if config.variant == "prompt":
-            model.prompt(Prompt(E, adapter=config.adapter, dropout=config.dropout)).to(full)
+            model.prompt(Prompt(E, adapter=config.adapter, dropout=config.dropout)).to(E)
         else:
             sites = model.attention_sites()
-            blocks = [site.module for site in model.blocks("layer")]
             reader = Reader(
                 E,
                 size=self.size(model) if config.adapter else None,
                 dropout=config.dropout,
                 base=model.module.base_model,
-                blocks=blocks,
-                beside=getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0),
+                blocks=[site.module for site in model.blocks("layer")],
             )
-            self.reader = model.keep("sentence", reader).to(full)
+            self.reader = model.keep("sentence", reader, full_precision=True)
             for layer, site in enumerate(sites):
-                model.attend(site, Prefix(reader, layer))
+                site.attend(Prefix(reader, layer))
             model.shift_positions(len(E))
-        head = Head(model.hidden_size, len(labels), dropout=config.dropout)
-        self.head = model.keep("head", head).to(full)
-        # Where the last hidden state comes from; an encoder's last layer ends in a norm.
-        last = (
-            model.site("norm.mlp", layer=model.num_layers - 1) if self.encoder else model.site("norm.final")
-        )
-        self.last = last.module
+        self.head = model.head("head", len(labels), dropout=config.dropout)
+        self.texts = self.texts.of(labels, closed="encoder" in model.towers)
 
     @staticmethod
     def size(model: ModelView) -> int:
@@ -256,9 +214,8 @@ class SkTuning(Plugin):
 
     def sentence(self, model: ModelView, stack: Stack) -> list[int]:
         """Token ids of s, with what the tokenizer puts at the ends."""
-        labels, tokenizer = self.config.labels, stack.tokenizer
-        text = self.config.text
-        text = f"Classify the text as {' or '.join(labels)}" if text is None else text
+        tokenizer, text = stack.tokenizer, self.config.text
+        text = f"Classify the text as {' or '.join(self.config.labels)}" if text is None else text
         if not text_ids(tokenizer, text):
             raise PeftxError(f"{model.owner}: the text {text!r} has no tokens", hint="say the task in `text`")
         ids, window = list(tokenizer(text)["input_ids"]), context_window(model.module, tokenizer)
@@ -271,22 +228,11 @@ class SkTuning(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        data.max_length = min(data.max_length, self.room(stack))
-        tokenize_classes(data, self.config.labels, closed=self.encoder)
-
-    def room(self, stack: Stack) -> int:
-        """Tokens that the model can read behind s."""
-        if "ids" not in self.state:
-            raise PeftxError(
-                "sk-tuning: there is no sentence and no head yet",
-                hint="inject it before prepare and evaluate",
-            )
-        return context_window(stack.model, stack.tokenizer) - len(self.state["ids"])
+        self.texts.prepare(data, stack)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        target = step.batch[CLASS_INDEX]
-        step.batch = {name: x for name, x in step.batch.items() if name not in (CLASS_INDEX, "labels")}
+        step.batch, target = take_classes(step.batch)
 
         def loss() -> tuple[Tensor, Any]:
             scores, outputs = self.scores(step.forward, step.batch["attention_mask"])
@@ -297,31 +243,16 @@ class SkTuning(Plugin):
 
     def scores(self, forward: Callable[[], Any], mask: Tensor) -> tuple[Tensor, Any]:
         """Scores [B, C] of a forward pass over texts with this mask, and what the model returned."""
-        seen: list[Tensor] = []  # the model's outputs have lost the prompt's positions
-        handle = self.last.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden))
-        try:
+        with self.head.reading() as seen:
             outputs = forward()
-        finally:
-            handle.remove()
-        hidden = seen[-1]  # [B, n + T, d] behind a prompt, else [B, T, d]; a prefix was read before
-        seen_mask = beside_soft_tokens(mask, mask, hidden.shape[1] - mask.shape[1])
-        return self.head(hidden, seen_mask), outputs
+        h = seen[-1]  # [B, n + T, d] behind a prompt, else [B, T, d]; a prefix was read before
+        return self.head(h, beside_soft_tokens(mask, mask, h.shape[1] - mask.shape[1])), outputs
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
-        tokenizer, room, closed = stack.tokenizer, self.room(stack), self.encoder
-        rows = [class_ids(tokenizer, text, max_length=room, closed=closed) for text in texts]
-        nothing = class_ids(tokenizer, "", max_length=room, closed=closed)
-        if nothing in rows:
-            index = rows.index(nothing)
-            raise PeftxError(f"sk-tuning: text {index} (counting from 0), {texts[index]!r}, has no tokens")
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        found = []
+        batches = self.texts.batches(stack, texts)
         with nullcontext() if self.reader is None else self.reader.cached():
-            for start in range(0, len(rows), 32):
-                batch = Collator(pad)([{"input_ids": row} for row in rows[start : start + 32]])
-                batch = {name: x.to(stack.model.device) for name, x in batch.items()}
-                found.append(self.scores(partial(stack.model, **batch), batch["attention_mask"])[0].float())
-        return list(self.config.labels), torch.cat(found)
+            found = [self.scores(partial(stack.model, **b), b["attention_mask"])[0] for b in batches]
+        return self.texts.labels, torch.cat(found).float()
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from peftx import Stack
 from peftx.engines.data import CLASS_INDEX
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
-from peftx.pipeline import load_run
 from peftx.testing import conformance
-from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.testing.models import PAD, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx.toolkits.evaluation import evaluating
-from peftx_sk_tuning import Head, Prompt, Reader, SkTuning, cached
+from peftx_sk_tuning import Prompt, Reader, SkTuning, cached
 
 test_conformance = conformance("sk-tuning")
 test_conformance_of_the_prefix = conformance(
@@ -281,10 +280,30 @@ def test_in_half_precision_small_steps_count(variant: str, adapter: bool) -> Non
 
 
 def test_head_leaves_pads_out() -> None:
-    head = Head(1, 2, dropout=0.0)
-    head.linear.weight.data, head.linear.bias.data = torch.tensor([[1.0], [-2.0]]), torch.tensor([0.5, 0.0])
-    hidden, mask = torch.tensor([[[1.0], [3.0], [100.0]]]), torch.tensor([[1, 1, 0]])
+    head = stack_of(dropout=0.0).plugins["sk-tuning"].head
+    head.linear.weight.data = torch.tensor([[1.0], [-2.0]]) * torch.eye(32)[0]
+    head.linear.bias.data = torch.tensor([0.5, 0.0])
+    hidden, mask = torch.tensor([[[1.0], [3.0], [100.0]]]).expand(1, 3, 32), torch.tensor([[1, 1, 0]])
     assert head(hidden, mask).tolist() == [[2.5, -4.0]]
+
+
+@pytest.mark.parametrize("variant", ["prompt", "prefix"])
+def test_while_training_states_are_dropped_out_before_the_head(variant: str) -> None:
+    """The tiny model has no dropout of its own, so the draws are the head's: of every state, and of no mean."""
+    stack = stack_of(variant=variant, dropout=0.5)
+    head, batch, losses = stack.plugins["sk-tuning"].head, batch_of(stack), []
+    for training in (True, False):
+        stack.model.train(training)
+        torch.manual_seed(0)
+        losses.append(float(stack.train_step(batch)))
+    with torch.no_grad(), head.reading() as seen:
+        stack.model.eval()(**example_inputs(stack.model))
+        h = seen[-1]  # a prefix was read before
+        torch.manual_seed(0)
+        scores = [head.linear(states).mean(1) for states in (nn.functional.dropout(h, 0.5), h)]
+    expected = [float(nn.functional.cross_entropy(o, torch.tensor([0, 1]))) for o in scores]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["prompt", "prefix"])
@@ -309,6 +328,17 @@ def test_a_copy_after_a_training_step_reads_for_itself() -> None:
         expected = output_of(stack.model, inputs)
         tensors(stack, ".E").zero_()
         assert torch.equal(output_of(twin, inputs), expected)
+
+
+@pytest.mark.parametrize("variant", ["prompt", "prefix"])
+@pytest.mark.parametrize("arch", ["llama", "roberta"])
+def test_a_text_may_fill_what_the_model_reads_behind_the_sentence(arch: str, variant: str) -> None:
+    stack = stack_of(arch, variant=variant)
+    n = len(stack.plugins["sk-tuning"].state["ids"])
+    read = stack.model.config.max_position_embeddings - (PAD + 1 if arch == "roberta" else 0)
+    (row,) = stack.plugins["sk-tuning"].texts.rows(stack, ["y" * 500])
+    assert len(row) == read - n
+    assert stack.classify("y" * 500) in ("negative", "positive")
 
 
 def test_positions_go_on_after_the_prefix() -> None:
@@ -351,32 +381,6 @@ def test_nothing_is_known_before_inject() -> None:
         with pytest.raises(PeftxError, match=r"sk-tuning: .*there is no sentence and no head yet") as caught:
             early()
         assert caught.value.hint == "inject it before prepare and evaluate"
-
-
-@pytest.mark.parametrize("beside", ["", "\n- use: lora"])
-def test_a_run_that_measures_the_base_first(beside: str, tmp_path: Path) -> None:
-    """What `peftx apply --plugin sk-tuning` spells out: the base has no head, and is measured by likelihood."""
-    lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in ROWS)]
-    (tmp_path / "rows.csv").write_text("\n".join(lines))
-    run = load_run(f"""
-peftx: 1
-model: peftx:tiny
-data: {{train: {tmp_path}/rows.csv, eval: {tmp_path}/rows.csv}}
-stack:
-- use: sk-tuning{beside}
-train: {{steps: 2, batch_size: 2}}
-evaluate: [accuracy]
-run:
-- evaluate: {{name: base}}
-- inject: all
-- prepare: all
-- train
-- evaluate: {{name: adapted}}
-""")
-    result = run.run()
-    base = Stack("peftx:tiny").evaluate(ROWS, metrics=["accuracy"])["accuracy"]
-    assert result.scores["base"]["accuracy"].value == base.value
-    assert result.scores["adapted"]["accuracy"].count == len(ROWS)
 
 
 def test_bad_texts_and_models() -> None:

@@ -34,10 +34,12 @@ from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, T
 from peftx.engines.data import (
     CLASS_INDEX,
     IGNORE,
+    ClassTexts,
     Collator,
+    batches_of,
     check_labels,
-    class_ids,
     class_index,
+    class_rows,
     pads_right,
     special_frame,
     text_ids,
@@ -47,7 +49,6 @@ from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.toolkits.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
-DENSE = 64
 
 
 class PredgenConfig(PluginConfig):
@@ -56,7 +57,7 @@ class PredgenConfig(PluginConfig):
     labels: list[str] | None = Field(
         ["negative", "positive"], description="the classes; none: regression, the rows' labels are numbers"
     )
-    dense: int = Field(DENSE, ge=1, description="h, width of the director; classes only")
+    dense: int = Field(64, ge=1, description="h, width of the director; classes only")
     p_min: float = Field(
         0.0, ge=0, le=1, description="p_0, how often the model reads its own answer at first"
     )
@@ -67,6 +68,8 @@ class PredgenConfig(PluginConfig):
     def _fit(self) -> PredgenConfig:
         if self.p_max < self.p_min:
             raise ValueError(f"p_max {self.p_max} is below p_min {self.p_min}: swap them")
+        if self.labels is None and self.dense != type(self).model_fields["dense"].default:
+            raise ValueError(f"dense is {self.dense}, and numbers have no director: leave it out")
         return self
 
 
@@ -112,16 +115,14 @@ def logits_at(logits: Tensor, at: Tensor) -> Tensor:
 
 def write(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, G: int, eos: int) -> Tensor:
     """The rows with the model's own greedy tokens in their last G places, what stands there unread; [B, T]."""
-    lengths = (mask.sum(1) - G).tolist()
-    prompts = ids.new_full((len(ids), max(lengths)), eos)
-    seen = torch.zeros_like(prompts)
-    for row, length in enumerate(lengths):
-        prompts[row, -length:], seen[row, -length:] = ids[row, :length], 1
+    ends = (mask.sum(1) - G).tolist()
+    texts = [{"input_ids": row[:end]} for row, end in zip(ids.tolist(), ends, strict=True)]
+    prompts = {name: x.to(ids.device) for name, x in Collator(eos, padding_side="left")(texts).items()}
     with evaluating(model):
         found = model.generate(
-            input_ids=prompts, attention_mask=seen, max_new_tokens=G, do_sample=False, num_beams=1,
-            repetition_penalty=1.0, use_cache=True, eos_token_id=eos, pad_token_id=eos,
-        )[:, prompts.shape[1] :]  # fmt: skip
+            **prompts, max_new_tokens=G, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
+            eos_token_id=eos, pad_token_id=eos,
+        )[:, max(ends) :]  # fmt: skip
     own = F.pad(found, (0, G - found.shape[1]), value=eos)  # all rows may have ended early
     return ids.scatter(1, places(mask, G)[:, 1:], own)
 
@@ -146,7 +147,7 @@ class Predgen(Plugin):
     """See the module."""
 
     Config = PredgenConfig
-    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS}
+    claims = {Claim.BESIDE_WEIGHTS}
     architectures = ("mistral", "mamba", "bloom")
     refuses = {"bert": "it writes nothing", "t5": "it has two towers"}
     exempt = {
@@ -154,7 +155,9 @@ class Predgen(Plugin):
     }
     takes = ("classification",)
     gives = {"classification": "tokenized"}
+    labels_option = "labels"
     config: PredgenConfig
+    texts = ClassTexts("predgen", missing="there is no director yet")
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
@@ -166,14 +169,12 @@ class Predgen(Plugin):
         if stack.tokenizer.eos_token_id is None:
             raise PeftxError(f"{who}: the tokenizer has no EOS, which ends an answer", hint="set eos_token")
         if config.labels is None:
-            if config.dense != DENSE:
-                raise PeftxError(
-                    f"{who}: dense is {config.dense}, and numbers have no director", hint="leave it out"
-                )
             return
         labels, V = check_labels(config.labels), model.site("head").out_features
         self.state["G"] = max(map(len, self.answers(stack.tokenizer, labels)))
-        self.director = model.keep("director", Director(V, config.dense, len(labels)))
+        director = Director(V, config.dense, len(labels))
+        self.director = model.keep("director", director, full_precision=True)
+        self.texts = self.texts.of(labels)
 
     def answers(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
         """Tokens of every label, EOS included.
@@ -184,14 +185,13 @@ class Predgen(Plugin):
         found: list[list[int]] = []
         for label in labels:
             ids = answer_ids(tokenizer, label, digits=self.config.labels is None)
-            if not ids:
-                raise DataError(f"predgen: label {label!r} has no tokens", hint="another word")
-            found.append([*ids, int(tokenizer.eos_token_id)])
-            if found.index(found[-1]) < len(found) - 1:
-                twin = labels[found.index(found[-1])]
-                raise DataError(
-                    f"predgen: labels {twin!r} and {label!r} have the same tokens", hint="another word"
+            twins = [labels[k] for k, other in enumerate(found) if other[:-1] == ids]
+            if twins or not ids:
+                same = (
+                    f"labels {twins[0]!r} and {label!r} have the same" if twins else f"label {label!r} has no"
                 )
+                raise DataError(f"predgen: {same} tokens", hint="another word")
+            found.append([*ids, int(tokenizer.eos_token_id)])
         return found
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -279,35 +279,29 @@ class Predgen(Plugin):
 
     def predict(self, stack: Stack, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the model writes behind each text, [N, G], and the director's scores of that, [N, C] ([N, 0])."""
-        if "G" not in self.state:
-            if self.config.labels is None:
-                raise PeftxError("predgen: how long the numbers are is not known yet", hint="train first")
-            raise PeftxError("predgen: there is no director yet", hint="inject it before evaluate")
-        G, tokenizer, model = self.state["G"], stack.tokenizer, stack.model
-        eos, frame = int(tokenizer.eos_token_id), len(special_frame(tokenizer)[0])
-        room = context_window(model, tokenizer) - G
-        rows = [class_ids(tokenizer, text, max_length=room) for text in texts]
-        for index, row in enumerate(rows):
-            if len(row) <= frame:
-                raise PeftxError(f"predgen: text {index} (counting from 0), {texts[index]!r}, has no tokens")
-        written = torch.empty(len(rows), G, dtype=torch.int64, device=model.device)
-        scores = torch.empty(len(rows), len(self.config.labels or ()), device=model.device)
+        numbers, model, tokenizer = self.config.labels is None, stack.model, stack.tokenizer
+        if not numbers:
+            self.texts.check()
+        elif "G" not in self.state:
+            raise PeftxError("predgen: how long the numbers are is not known yet", hint="train first")
+        G, eos = self.state["G"], int(tokenizer.eos_token_id)
+        rows = class_rows(tokenizer, texts, max_length=context_window(model, tokenizer) - G, owner="predgen")
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        for start in range(0, len(rows), 32):
-            chosen = order[start : start + 32]
-            batch = Collator(eos)([{"input_ids": [*rows[index], *[eos] * G]} for index in chosen])
-            ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-            ids, at = write(model, ids, mask, G=G, eos=eos), places(mask, G)[:, 1:]
-            written[chosen] = ids.gather(1, at)
-            if self.config.labels is not None:
+        written, scores = [], []
+        for batch in batches_of([[*rows[index], *[eos] * G] for index in order], eos, model.device):
+            mask = batch["attention_mask"]
+            ids, at = write(model, batch["input_ids"], mask, G=G, eos=eos), places(mask, G)[:, 1:]
+            written.append(ids.gather(1, at))
+            if not numbers:
                 Z = logits_at(model(input_ids=ids, attention_mask=mask).logits, at)  # [B, G, V]
-                scores[chosen] = self.director(Z).to(scores.dtype)
-        return written, scores
+                scores.append(self.director(Z))
+        back = torch.tensor(order, device=model.device).argsort()
+        return torch.cat(written)[back], torch.cat(scores)[back] if scores else torch.empty(len(rows), 0)
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         if self.config.labels is None:
             raise PeftxError("predgen: numbers are no classes", hint="`numbers`, or the metric predgen")
-        return list(self.config.labels), self.predict(stack, texts)[1]
+        return self.texts.labels, self.predict(stack, texts)[1]
 
     def numbers(self, stack: Stack, texts: Sequence[str]) -> list[float | None]:
         """The number that the model writes behind each text; None where it writes none."""
@@ -326,30 +320,29 @@ class Predgen(Plugin):
         """`mae` and `numbers_written`, or `accuracy_director` and `accuracy_writer`; nothing without rows."""
         if "eval" not in evaluation.data:
             return  # a run that has only training data
-        stack: Any = evaluation.stack
-        rows, labels = list(evaluation.rows("eval")), self.config.labels
+        stack, labels, rows = evaluation.stack, self.config.labels, evaluation.rows("eval")
         if not all({"text", "label"} <= set(row) for row in rows):
             raise DataError("predgen: every row needs 'text' and 'label'", hint="data: {eval: {path: ...}}")
         texts, count = [row["text"] for row in rows], len(rows)
-        where = [f"row {index} (counting from 0)" for index in range(count)]
+        named = [(row["label"], f"row {index} (counting from 0)") for index, row in enumerate(rows)]
         if labels is None:
-            truth = [as_number(row["label"], place) for row, place in zip(rows, where, strict=True)]
+            truth = [as_number(*label) for label in named]
             found = self.numbers(stack, texts)
             guess = self.state["mean"]  # where nothing is written
             errors = [abs((guess if x is None else x) - y) for x, y in zip(found, truth, strict=True)]
-            low, high = bootstrap_ratio(errors, [1.0] * count) or (None, None)
-            evaluation.add("mae", sum(errors) / count, low, high, count)
-            shares = {"numbers_written": count - found.count(None)}
+            ends = bootstrap_ratio(errors, [1.0] * count) or (None, None)
+            evaluation.add("mae", sum(errors) / count, *ends, count)
+            right = {"numbers_written": [x is not None for x in found]}
         else:
-            classes = [
-                class_index(row["label"], labels, place) for row, place in zip(rows, where, strict=True)
-            ]
+            classes = [class_index(label, labels, where) for label, where in named]
             answers = self.answers(stack.tokenizer, labels)
             written, scores = self.predict(stack, texts)
-            wrote = [
-                row[: len(answers[k])] == answers[k] for row, k in zip(written.tolist(), classes, strict=True)
-            ]
-            named = [p == k for p, k in zip(scores.argmax(-1).tolist(), classes, strict=True)]
-            shares = {"accuracy_director": sum(named), "accuracy_writer": sum(wrote)}
-        for name, share in shares.items():
-            evaluation.add(name, share / count, *wilson_interval(share, count), count)
+            right = {
+                "accuracy_director": (scores.argmax(-1).cpu() == torch.tensor(classes)).tolist(),
+                "accuracy_writer": [
+                    row[: len(answers[k])] == answers[k]
+                    for row, k in zip(written.tolist(), classes, strict=True)
+                ],
+            }
+        for name, hits in right.items():
+            evaluation.add(name, sum(hits) / count, *wilson_interval(sum(hits), count), count)

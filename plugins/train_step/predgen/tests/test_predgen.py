@@ -143,15 +143,19 @@ def by_hand(stack: Stack, batch: dict[str, Tensor], fed: Tensor) -> Tensor:
     return alignment(writer, director)
 
 
-@pytest.mark.parametrize("labels", [["negative", "positive"], None])
+@pytest.mark.parametrize("labels", [["negative", "positive"], ["no", "yes"], None])
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_the_step_is_the_formula(labels: list[str] | None, p: float) -> None:
-    """p_t = 0 is teacher forcing; with p_t = 1 the same loss is taken behind the model's own tokens."""
+    """p_t = 0 is teacher forcing; with p_t = 1 the same loss is taken behind the model's own tokens. Answers shorter
+    than G ("no", "12") end in pads, which are in no sum and in no denominator."""
     stack = stack_of(Lora(), labels=labels, p_min=p, p_max=p)
     with torch.no_grad():
         for parameter in stack.ledger.parameters("lora"):
             parameter.add_(0.05)
-    batch = batch_of(stack, ROWS if labels else NUMBERS)
+    rows = {None: NUMBERS, "no": WORDS, "negative": ROWS}[labels and labels[0]]
+    batch = batch_of(stack, rows, count=4)
+    short = (batch["labels"] == IGNORE) & batch["attention_mask"].bool()
+    assert bool(short.any()) == (rows is not ROWS)
     fed, mask, G = batch["input_ids"], batch["attention_mask"], plugin_of(stack).state["G"]
     if p:
         fed = write(stack.model, fed, mask, G=G, eos=EOS)
@@ -179,6 +183,19 @@ def test_the_side_of_the_pads_does_not_matter(labels: list[str] | None, p: float
     left = {name: x.gather(1, order) if x.ndim == 2 else x for name, x in right.items()}
     losses = [float(stack.train_step(batch)) for batch in (right, left)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_in_half_precision_small_steps_count() -> None:
+    """The director trains in float32, and reads logits of the model's dtype."""
+    model = tiny("llama").to(torch.bfloat16)
+    stack = Stack(model, [Predgen(labels=["no", "yes"], p_max=0.0)], tokenizer=tiny_tokenizer())
+    trained = list(stack.ledger.parameters("predgen"))
+    before = [p.detach().clone() for p in trained]
+    stack.train(WORDS, steps=20, batch_size=4, learning_rate=1e-4, max_length=32)
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    moved = torch.cat([(p != q).flatten() for p, q in zip(trained, before, strict=True)])
+    assert float(moved.float().mean()) > 0.95
 
 
 def test_teacher_forcing_draws_nothing() -> None:
@@ -265,6 +282,19 @@ def test_own_answers_come_as_often_as_p_says() -> None:
     assert not torch.equal(fed_in(ramp, batch, index=4), batch["input_ids"])  # t = 5, p = 1
 
 
+def test_the_first_step_has_p_1_and_no_later_one() -> None:
+    """t counts from 1: with a ramp of one step, p is p_max from the first step of the optimizer on."""
+    stack = stack_of(ramp=1)
+    batch = batch_of(stack, count=1)
+    assert not torch.equal(fed_in(stack, batch, index=0), batch["input_ids"])
+    stack = stack_of(p_max=1.0, ramp=2)  # p_1 = 1/2, p_2 = 1
+    for index, seed in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)):
+        torch.manual_seed(seed)
+        own = float(torch.rand(())) < (index + 1) / 2
+        torch.manual_seed(seed)
+        assert torch.equal(fed_in(stack, batch, index=index), batch["input_ids"]) != own
+
+
 # -- prediction ------------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +366,6 @@ def test_the_director_reads_what_was_written() -> None:
         ({"labels": ["one"]}, "1 class"),
         ({"labels": ["one", " "]}, "is empty"),
         ({"labels": ["one", "one "]}, "'one' and 'one ' have the same tokens"),
-        ({"labels": None, "dense": 8}, "dense is 8, and numbers have no director"),
     ],
 )
 def test_bad_options(options: dict[str, object], said: str) -> None:
@@ -344,9 +373,19 @@ def test_bad_options(options: dict[str, object], said: str) -> None:
         stack_of(**options)
 
 
-def test_a_falling_schedule_is_refused() -> None:
-    with pytest.raises(PeftxError, match=r"Predgen: .*p_max 0.2 is below p_min 0.5: swap them"):
-        Predgen(p_min=0.5, p_max=0.2)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"p_min": 0.5, "p_max": 0.2}, "p_max 0.2 is below p_min 0.5: swap them"),
+        ({"labels": None, "dense": 8}, "dense is 8, and numbers have no director: leave it out"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_a_stack_is_built(
+    options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(PeftxError, match=f"Predgen: .*{said}"):
+        Predgen(**options)
+    assert Predgen(labels=None, dense=64).config.dense == 64  # a bundle writes every option down
 
 
 def test_bad_rows_and_uses() -> None:
