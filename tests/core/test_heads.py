@@ -108,6 +108,20 @@ def test_a_head_keeps_full_precision_and_starts_from_texts() -> None:
     assert not head.linear.bias.any()
 
 
+def test_a_head_may_have_no_bias() -> None:
+    class Plain(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            self.head = model.head("head", 3, bias=False)
+
+    plugin = Plain()
+    stack = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer())
+    assert stack.trainable_parameters() == 3 * stack.anatomy.hidden_size
+    rows = torch.randn(3, stack.anatomy.hidden_size)
+    plugin.head.start_from(rows)
+    assert torch.equal(plugin.head.linear.weight, rows)
+
+
 def test_a_head_reads_one_tower() -> None:
     with pytest.raises(
         ArchitectureError, match="sentiment: t5 has encoder and decoder, and the head reads one"

@@ -41,14 +41,21 @@ class Head(nn.Module):
 
     Args:
         width: d. out: numbers in an answer. last: the module that gives h. pool: of `mean_of`, `last_of`, `first_of`,
-            `each_of`, or a function of your own. dropout: of h, while training.
+            `each_of`, or a function of your own. dropout: of h, while training. bias: is there b.
     """
 
     def __init__(
-        self, width: int, out: int, *, last: nn.Module, pool: Pool = mean_of, dropout: float = 0.0
+        self,
+        width: int,
+        out: int,
+        *,
+        last: nn.Module,
+        pool: Pool = mean_of,
+        dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, out)
+        self.linear = nn.Linear(width, out, bias=bias)
         self.pool, self.dropout = pool, dropout
         self.last = (last,)  # in a tuple: it is no child of this one
 
@@ -56,7 +63,8 @@ class Head(nn.Module):
         """Take these for A, [out, d], as the states of the classes' texts; b is 0."""
         with torch.no_grad():
             self.linear.weight.copy_(rows)
-            self.linear.bias.zero_()
+            if self.linear.bias is not None:
+                self.linear.bias.zero_()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """h [B, T, d], which tokens are real [B, T] -> [B, out], or [B, T, out]."""

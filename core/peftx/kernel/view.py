@@ -217,16 +217,19 @@ class ModelView:
         keep_module(self._ledger, self._by, name, module, full_precision=full_precision)
         return module
 
-    def head(self, name: str, out: int, *, pool: Pool = mean_of, dropout: float = 0.0) -> Head:
+    def head(
+        self, name: str, out: int, *, pool: Pool = mean_of, dropout: float = 0.0, bias: bool = True
+    ) -> Head:
         """A head over the last hidden states of the model's one tower, kept as `keep` keeps it, in full precision.
 
         Args:
             out: numbers in an answer. pool: what becomes of a text's states; see `peftx.kernel.heads`.
+            dropout: of the states, while training. bias: one for each number too.
 
         Raises:
             ArchitectureError: the model has two towers.
         """
-        head = Head(self.hidden_size, out, last=self.last_hidden(), pool=pool, dropout=dropout)
+        head = Head(self.hidden_size, out, last=self.last_hidden(), pool=pool, dropout=dropout, bias=bias)
         return self.keep(name, head, full_precision=True)
 
     def last_hidden(self) -> nn.Module:
