@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, ModelView, Plugin, Stack, TrainingData, TrainStep, VirtualTokens, hookimpl
-from peftx.engines.data import batches_of, class_rows, take_classes, tokenize_classes
+from peftx.engines.data import class_rows, take_classes, tokenize_classes
 from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.heads import Head, each_of, first_of, last_of, mean_of
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.evaluation import head_answers
 
 TEXTS = ["good", "a rather bad thing", "fine", "oh no, not again and again"]
 
@@ -75,11 +76,7 @@ class Sentiment(Plugin):
 
     def classify(self, stack: Stack, texts: list[str]) -> tuple[list[str], Tensor]:
         rows = class_rows(stack.tokenizer, texts, max_length=32, closed=self.closed, owner="sentiment")
-        found = []
-        for batch in batches_of(rows, 0, stack.model.device, size=3):
-            scores, _ = self.head.read(lambda batch=batch: stack.model(**batch), batch["attention_mask"])
-            found.append(scores)
-        return list(self.labels), torch.cat(found)
+        return list(self.labels), torch.cat([*head_answers(stack, self.head, rows, size=3)])
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert", "mamba"])
