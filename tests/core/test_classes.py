@@ -8,15 +8,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from tokenizers import processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.engines.data import CLASS_INDEX, IGNORE, check_labels, class_ids, class_index, tokenize_classes
+from peftx.engines.data import (
+    CLASS_INDEX,
+    IGNORE,
+    Collator,
+    check_labels,
+    class_ids,
+    class_index,
+    tag_rows,
+    take_classes,
+    tokenize_classes,
+    tokenize_tags,
+)
+from peftx.engines.models import load_model
 from peftx.engines.training.run import as_training_data
+from peftx.engines.training.shares import counts
 from peftx.errors import DataError, PeftxError, PluginError
 from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
-from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.models import BOS, EOS, tiny, tiny_tokenizer
 
 LABELS = ["bad", "good"]
 ROWS = [{"text": f"number {i} is {word}", "label": word} for i in range(4) for word in LABELS]
@@ -133,6 +148,98 @@ def test_rows_of_another_format_are_refused() -> None:
         stack_of().train([{"text": "only text"}], steps=1)
     with pytest.raises(DataError, match="has no tokens"):
         stack_of().train([{"text": "", "label": "bad"}], steps=1)
+
+
+TAGS = ["O", "PER", "LOC"]
+TAGGED = [{"text": "Ada lives  in Turin", "label": "PER O O LOC"}, {"text": "No", "label": "O"}]
+
+
+def tagged(rows: list[dict[str, str]], max_length: int = 64, **options: bool) -> TrainingData:
+    data = as_training_data(stack_of(), rows, seed=0, max_length=max_length)
+    tokenize_tags(data, TAGS, **options)
+    return data
+
+
+def test_rows_become_words_with_the_number_of_each_tag_on_its_first_token() -> None:
+    tokenizer, data = tiny_tokenizer(), tagged(TAGGED)
+    assert data.format == "tokenized"
+    row = data.train[0]
+    assert row["input_ids"] == class_ids(tokenizer, "Ada lives in Turin", max_length=64)
+    assert set(row["labels"]) == {IGNORE}
+    found = {place: tag for place, tag in enumerate(row[CLASS_INDEX]) if tag != IGNORE}
+    first = row["input_ids"].index(tokenizer("A", add_special_tokens=False)["input_ids"][0])
+    assert found == {
+        first: 1,
+        first + 3: 0,
+        first + 9: 0,
+        first + 12: 2,
+    }  # a space belongs to what follows it
+
+
+def framed() -> PreTrainedTokenizerFast:
+    """One that puts BOS and EOS around a text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", BOS), ("<|eos|>", EOS)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_words_make_the_tokens_of_the_text(closed: bool) -> None:
+    """Of the bundled tokenizer too, whose tokens are longer than a letter."""
+    text = "Office to Grey Island. Who's on duty, at 07:30?"
+    for tokenizer in (tiny_tokenizer(), framed(), load_model("peftx:tiny")[1]):
+        ((ids, starts),) = tag_rows(tokenizer, [text], max_length=99, closed=closed, owner="x")
+        assert ids == class_ids(tokenizer, text, max_length=99, closed=closed)
+        ends = [*starts[1:], len(ids)]
+        words = [
+            tokenizer.decode(ids[a:b], skip_special_tokens=True).strip()
+            for a, b in zip(starts, ends, strict=True)
+        ]
+        assert words == text.split()
+
+
+def test_a_long_row_of_tags_is_cut_at_its_end_and_a_text_to_tag_is_refused() -> None:
+    whole, cut = (tagged(TAGGED, max_length=n).train[0] for n in (64, 8))
+    assert cut["input_ids"] == whole["input_ids"][:8]
+    assert cut[CLASS_INDEX] == whole[CLASS_INDEX][:8]
+    with pytest.raises(DataError, match=r"x: text 1 \(counting from 0\) has \d+ tokens, and 8 fit"):
+        tag_rows(tiny_tokenizer(), ["a", TAGGED[0]["text"]], max_length=8, owner="x")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a b", "label": "O"}, "row 1 .* 2 words and 1 tags"),
+        ({"text": "a b", "label": "O LOK"}, "row 1 .*'LOK' is not among O, PER, LOC"),
+        ({"text": " ", "label": ""}, "row 1 .* no words"),
+    ],
+)
+def test_rows_without_a_tag_for_each_word_are_named(row: dict[str, str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        tagged([TAGGED[0], row])
+
+
+def test_tags_are_padded_and_counted_as_labels() -> None:
+    """All of them: that of a first token too, which a next token's label would not be."""
+    rows = [{k: row[k][1:] for k in row} if row["input_ids"][0] == 0 else row for row in tagged(TAGGED).train]
+    batch = Collator(2)(rows)
+    assert batch[CLASS_INDEX].shape == batch["input_ids"].shape
+    assert batch[CLASS_INDEX][0, 0] == 1
+    assert counts(tiny("llama"), batch)["labels"] == 5
+    assert (
+        counts(tiny("llama"), {CLASS_INDEX: torch.ones(3), "labels": torch.full((3, 4), IGNORE)})["labels"]
+        == 3
+    )
+    rest, target = take_classes(batch)
+    assert sorted(rest) == ["attention_mask", "input_ids"]
+    assert torch.equal(target, batch[CLASS_INDEX])
+
+
+def test_a_batch_without_classes_says_what_it_has() -> None:
+    with pytest.raises(DataError, match="the batch has no class_index, but attention_mask, input_ids"):
+        take_classes({"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 2)})
 
 
 class Asks(Plugin):

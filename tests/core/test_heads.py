@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, ModelView, Plugin, Stack, TrainingData, TrainStep, VirtualTokens, hookimpl
-from peftx.engines.data import ClassTexts, batches_of, class_rows, take_classes, tokenize_classes
+from peftx.engines.data import ClassTexts, class_rows, take_classes, tokenize_classes
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.kernel.heads import Head, Pool, each_of, first_of, last_of, mean_of
 from peftx.pipeline import load_run
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
+from peftx.toolkits.evaluation import head_answers
 
 TEXTS = ["good", "a rather bad thing", "fine", "oh no, not again and again"]
 
@@ -78,11 +79,7 @@ class Sentiment(Plugin):
 
     def classify(self, stack: Stack, texts: list[str]) -> tuple[list[str], Tensor]:
         rows = class_rows(stack.tokenizer, texts, max_length=32, closed=self.closed, owner="sentiment")
-        found = []
-        for batch in batches_of(rows, 0, stack.model.device, size=3):
-            scores, _ = self.head.read(lambda batch=batch: stack.model(**batch), batch["attention_mask"])
-            found.append(scores)
-        return list(self.labels), torch.cat(found)
+        return list(self.labels), torch.cat([*head_answers(stack, self.head, rows, size=3)])
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert", "mamba"])
@@ -132,6 +129,20 @@ def test_a_head_reads_the_tokens_of_the_caller_beside_soft_ones(
         )
         expected = head(outputs.hidden_states[-1], inputs["attention_mask"])
     torch.testing.assert_close(found, expected)
+
+
+def test_a_head_may_have_no_bias() -> None:
+    class Plain(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            self.head = model.head("head", 3, bias=False)
+
+    plugin = Plain()
+    stack = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer())
+    assert stack.trainable_parameters() == 3 * stack.anatomy.hidden_size
+    rows = torch.randn(3, stack.anatomy.hidden_size)
+    plugin.head.start_from(rows)
+    assert torch.equal(plugin.head.linear.weight, rows)
 
 
 def test_a_head_reads_one_tower() -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftx.kernel.soft_rows import without
+
 Pool = Callable[[Tensor, Tensor], Tensor]
 """(hidden [B, T, d], mask [B, T]) -> [B, d], or [B, T, d] for an answer a token."""
 
@@ -40,23 +42,33 @@ class Head(nn.Module):
     """o = A pool(dropout(h)) + b over the last hidden states h.
 
     Args:
-        width: d. out: numbers in an answer. last: the module that gives h. pool: of `mean_of`, `last_of`, `first_of`,
-            `each_of`, or a function of your own. dropout: of h, while training.
+        width: d. out: numbers in an answer. last: the module that gives h. place: of soft tokens among those with a
+            mask, as `place_of` gives it. pool: of `mean_of`, `last_of`, `first_of`, `each_of`, or one of your own.
+            dropout: of h, while training. bias: is there b.
     """
 
     def __init__(
-        self, width: int, out: int, *, last: nn.Module, pool: Pool = mean_of, dropout: float = 0.0
+        self,
+        width: int,
+        out: int,
+        *,
+        last: nn.Module,
+        place: Callable[[Tensor], int | Tensor],
+        pool: Pool = mean_of,
+        dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, out)
-        self.pool, self.dropout = pool, dropout
+        self.linear = nn.Linear(width, out, bias=bias)
+        self.pool, self.dropout, self.place = pool, dropout, place
         self.last = (last,)  # in a tuple: it is no child of this one
 
     def start_from(self, rows: Tensor) -> None:
         """Take these for A, [out, d], as the states of the classes' texts; b is 0."""
         with torch.no_grad():
             self.linear.weight.copy_(rows)
-            self.linear.bias.zero_()
+            if self.linear.bias is not None:
+                self.linear.bias.zero_()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """h [B, T, d], which tokens are real [B, T] -> [B, out], or [B, T, out]."""
@@ -66,7 +78,7 @@ class Head(nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[list[Tensor]]:
-        """Inside, every forward pass of the model adds its h to the list: [B, P + T, d] with P soft tokens in front."""
+        """Inside, every forward pass of the model adds its h to the list: [B, T + P, d] with P soft tokens."""
         seen: list[Tensor] = []
         handle = self.last[0].register_forward_hook(lambda module, inputs, h: seen.append(h))
         try:
@@ -79,4 +91,6 @@ class Head(nn.Module):
         returned."""
         with self.reading() as seen:
             outputs = forward()
-        return self(seen[-1][:, -mask.shape[1] :], mask), outputs
+        hidden = seen[-1]
+        soft = hidden.shape[1] - mask.shape[1]
+        return self(without(hidden, soft, self.place(mask)) if soft else hidden, mask), outputs

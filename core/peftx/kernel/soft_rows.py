@@ -51,7 +51,7 @@ def insert(tensor: Tensor, rows: Tensor, at: int | Tensor) -> Tensor:
 
 
 def without(tensor: Tensor, length: int, at: int | Tensor) -> Tensor:
-    """The inverse of `_insert`: [B, T + P, ...] -> [B, T, ...]."""
+    """The inverse of `insert`: [B, T + P, ...] -> [B, T, ...]."""
     if isinstance(at, int):
         return torch.cat((tensor[:, :at], tensor[:, at + length :]), 1) if at else tensor[:, length:]
     column = torch.arange(tensor.shape[1] - length, device=tensor.device)

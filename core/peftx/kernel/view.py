@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from peftx.kernel.ledger import Ledger
 from peftx.kernel.parts import BasePart, HasTokenizer
 from peftx.kernel.slots import Delta
 from peftx.kernel.trained import Trained
-from peftx.kernel.virtual_tokens import Shift, VirtualTokens
+from peftx.kernel.virtual_tokens import Shift, VirtualTokens, place_of
 from peftx.kernel.vocabulary import NewRows
 
 D = TypeVar("D", bound=Delta)
@@ -223,16 +224,20 @@ class ModelView:
         keep_module(self._ledger, self._by, name, module, full_precision=full_precision)
         return module
 
-    def head(self, name: str, out: int, *, pool: Pool = mean_of, dropout: float = 0.0) -> Head:
+    def head(
+        self, name: str, out: int, *, pool: Pool = mean_of, dropout: float = 0.0, bias: bool = True
+    ) -> Head:
         """A head over the last hidden states of the model's one tower, kept as `keep` keeps it, in full precision.
 
         Args:
             out: numbers in an answer. pool: what becomes of a text's states; see `peftx.kernel.heads`.
+            dropout: of the states, while training. bias: one for each number too.
 
         Raises:
             ArchitectureError: the model has two towers.
         """
-        head = Head(self.hidden_size, out, last=self.last_hidden(), pool=pool, dropout=dropout)
+        last, place = self.last_hidden(), partial(place_of, self.module)
+        head = Head(self.hidden_size, out, last=last, place=place, pool=pool, dropout=dropout, bias=bias)
         return self.keep(name, head, full_precision=True)
 
     def last_hidden(self) -> nn.Module:

@@ -6,6 +6,7 @@ encode_pair, ...   encoding.py       texts become token ids
 render_messages    messages.py       so do conversations
 tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
 tokenize_classes   classes.py        classification rows become texts with the number of their class
+tokenize_tags      classes.py        or of the class of each word
 ClassTexts         classes.py        the classes of a plugin, and the texts that it names one of
 Collator           collate.py        examples become padded tensors
 """
@@ -13,17 +14,18 @@ Collator           collate.py        examples become padded tensors
 from __future__ import annotations
 
 from peftx.engines.data.classes import (
-    CLASS_INDEX,
     ClassTexts,
     batches_of,
     check_labels,
     class_ids,
     class_index,
     class_rows,
+    tag_rows,
     take_classes,
     tokenize_classes,
+    tokenize_tags,
 )
-from peftx.engines.data.collate import IGNORE, Collator, pads_right
+from peftx.engines.data.collate import CLASS_INDEX, IGNORE, Collator, pads_right
 from peftx.engines.data.encoding import (
     Example,
     continuation,
@@ -66,9 +68,11 @@ __all__ = [
     "read_dataset",
     "render_messages",
     "special_frame",
+    "tag_rows",
     "take_classes",
     "text_ids",
     "tokenize_classes",
     "tokenize_dataset",
+    "tokenize_tags",
     "turns",
 ]

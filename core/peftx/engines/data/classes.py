@@ -1,17 +1,25 @@
-"""Classification for plugins with a head of their own: texts with the number of their class, not label tokens."""
+"""Classification for plugins with a head of their own: texts, or their words, with the number of their class, not label
+tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from peftx.engines.data.collate import IGNORE, Collator
-from peftx.engines.data.encoding import encoder_ids, prompt_ids, special_frame, without_prefix
+from peftx.engines.data.collate import CLASS_INDEX, IGNORE, Collator
+from peftx.engines.data.encoding import (
+    encoder_ids,
+    following_ids,
+    prompt_ids,
+    special_frame,
+    text_ids,
+    without_prefix,
+)
 from peftx.errors import DataError, PeftxError, nearest
 from peftx.kernel.objective import pad_of
 from peftx.kernel.virtual_tokens import free_positions
@@ -21,9 +29,6 @@ if TYPE_CHECKING:
 
     from peftx.engines.data.training_data import TrainingData
     from peftx.kernel.stack import Stack
-
-CLASS_INDEX: Final = "class_index"
-"""Column, and entry of the batch: number of the row's class, int64 [B]."""
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
@@ -76,14 +81,27 @@ def tokenize_classes(data: TrainingData, labels: Sequence[str], *, closed: bool 
     Raises:
         DataError: rows of another format, a text without tokens, or a label that is not in `labels`.
     """
+    _rewrite(data, lambda rows: _tokenized(data, rows, labels, closed))
+
+
+def tokenize_tags(data: TrainingData, labels: Sequence[str], *, closed: bool = False) -> None:
+    """The same for rows whose label is a tag for each word, `{"text": "Ada lives", "label": "PER O"}`: `class_index`
+    has a number for each token, that of a word's tag on its first one, and IGNORE on all others. Words are what stands
+    between white space; a row is cut at its end.
+
+    Raises:
+        DataError: rows of another format, more words or fewer than tags, or a tag that is not in `labels`.
+    """
+    _rewrite(data, lambda rows: _tagged(data, rows, labels, closed))
+
+
+def _rewrite(data: TrainingData, make: Callable[[Dataset], Dataset]) -> None:
     if data.format != "classification":
         raise DataError(
             f"the rows are of format '{data.format}', and a head needs rows with 'text' and 'label'",
             hint="data: {train: {path: ..., columns: {text: ..., label: ...}}}",
         )
-    data.train, data.eval = (
-        None if rows is None else _tokenized(data, rows, labels, closed) for rows in (data.train, data.eval)
-    )
+    data.train, data.eval = (None if rows is None else make(rows) for rows in (data.train, data.eval))
     data.format = "tokenized"
 
 
@@ -101,6 +119,70 @@ def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed:
     if not found["input_ids"]:
         raise DataError("no rows to classify")
     return Dataset.from_dict(found)
+
+
+def _tagged(data: TrainingData, rows: Dataset, labels: Sequence[str], closed: bool) -> Dataset:
+    found: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], CLASS_INDEX: []}
+    for index, row in enumerate(rows):
+        where, tags = f"row {index} (counting from 0)", row["label"].split()
+        ids, starts = _words(data.tokenizer, row["text"], where, closed)
+        if len(tags) != len(starts):
+            raise DataError(
+                f"{where} has {len(starts)} words and {len(tags)} tags",
+                hint="a tag for each word of 'text', with blanks between them, in 'label'",
+            )
+        numbers = [IGNORE] * len(ids)
+        for place, tag in zip(starts, tags, strict=True):
+            numbers[place] = class_index(tag, labels, where)
+        found["input_ids"].append(ids[: data.max_length])
+        found["labels"].append([IGNORE] * len(ids[: data.max_length]))
+        found[CLASS_INDEX].append(numbers[: data.max_length])
+    if not found["input_ids"]:
+        raise DataError("no rows to tag")
+    return Dataset.from_dict(found)
+
+
+def _words(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: str, closed: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens of a text, and where each of its words begins. Each is tokenized by itself: no token has parts of two."""
+    before, after = special_frame(tokenizer)
+    ids: list[int] = [*before]
+    starts: list[int] = []
+    for word in text.split():
+        own = following_ids(tokenizer, f" {word}") if starts else text_ids(tokenizer, word)
+        if not own:
+            raise DataError(f"{where}: the word {word!r} has no tokens")
+        starts.append(len(ids))
+        ids += own
+    if not starts:
+        raise DataError(f"{where}: the text {text!r} has no words")
+    return ids + (after if closed else []), starts
+
+
+def tag_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    closed: bool = False,
+    owner: str,
+) -> list[tuple[list[int], list[int]]]:
+    """Texts to tag as `tokenize_tags` makes them of rows: the tokens of each, and where its words begin.
+
+    Raises:
+        DataError: a text without words, or too long a one; names `owner` and the text.
+    """
+    found = []
+    for index, text in enumerate(texts):
+        where = f"{owner}: text {index} (counting from 0)"
+        ids, starts = _words(tokenizer, text, where, closed)
+        if len(ids) > max_length:
+            raise DataError(
+                f"{where} has {len(ids)} tokens, and {max_length} fit", hint="tag it sentence by sentence"
+            )
+        found.append((ids, starts))
+    return found
 
 
 def class_rows(
@@ -137,7 +219,17 @@ def batches_of(
 
 
 def take_classes(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch of `tokenize_classes` without its labels, and the number of each row's class [B]."""
+    """A batch of `tokenize_classes`, or `tokenize_tags`, without its labels, and the number of each row's class [B], or
+    each token's [B, T].
+
+    Raises:
+        DataError: it has none.
+    """
+    if CLASS_INDEX not in batch:
+        raise DataError(
+            f"the batch has no {CLASS_INDEX}, but {', '.join(sorted(batch))}",
+            hint="stack.train does it by itself; in a loop of your own take the rows that stack.prepare returns",
+        )
     rest = {name: x for name, x in batch.items() if name not in (CLASS_INDEX, "labels")}
     return rest, batch[CLASS_INDEX]
 

@@ -11,8 +11,15 @@ from torch import Tensor
 from peftx.errors import DataError
 
 IGNORE: Final = -100  # the label that PyTorch's cross entropy leaves out
+CLASS_INDEX: Final = "class_index"
+"""Column, and entry of the batch: number of the row's class, int64 [B], or of each token's, [B, T]."""
 
-_OWN_PADS: Final[Mapping[str, int]] = {"attention_mask": 0, "labels": IGNORE, "token_type_ids": 0}
+_OWN_PADS: Final[Mapping[str, int]] = {
+    "attention_mask": 0,
+    "labels": IGNORE,
+    CLASS_INDEX: IGNORE,
+    "token_type_ids": 0,
+}
 
 
 class Collator:

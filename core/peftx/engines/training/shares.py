@@ -13,6 +13,8 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peftx.engines.data.collate import CLASS_INDEX
+
 Over = Literal["labels", "inputs", "rows", "step"]
 """What a loss is a mean over: labelled tokens; tokens that are no pads; rows; nothing of the batch (weights' norms)."""
 
@@ -32,15 +34,17 @@ def counts(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, int]:
         inputs = int((mask != 0).sum())
     else:
         inputs = ids.numel() if isinstance(ids, Tensor) else rows
-    return {"labels": _labels(model, batch.get("labels"), rows), "inputs": inputs, "rows": rows}
+    return {"labels": _labels(model, batch, rows), "inputs": inputs, "rows": rows}
 
 
-def _labels(model: PreTrainedModel, labels: Any, rows: int) -> int:
+def _labels(model: PreTrainedModel, batch: Mapping[str, Any], rows: int) -> int:
+    classes = CLASS_INDEX in batch  # for a head of a plugin's
+    labels = batch.get(CLASS_INDEX if classes else "labels")
     if not isinstance(labels, Tensor):
         return rows
     if labels.ndim < 2 or labels.is_floating_point():
         return rows  # one a row: classes, numbers
-    each = model.config.is_encoder_decoder or model.loss_type in _LABEL_EACH_TOKEN
+    each = classes or model.config.is_encoder_decoder or model.loss_type in _LABEL_EACH_TOKEN
     return int(((labels if each else labels[:, 1:]) != -100).sum())
 
 

@@ -3,7 +3,7 @@
 Score, wilson_interval, bootstrap_ratio   (scores.py)      a number and how far to trust it
 score_requests                            (likelihood.py)  log-probabilities of given tokens, batched
 perplexity                                (language_modelling.py)
-accuracy                                  (classification.py)
+accuracy, head_answers                    (classification.py)
 exact_match                               (answers.py)
 Evaluation                                (evaluation.py)
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from peftx.kernel.modes import eval_mode, evaluating
 from peftx.toolkits.evaluation.answers import exact_match, last_number, normalise_answer
-from peftx.toolkits.evaluation.classification import AccuracyResult, ClassCounts, accuracy
+from peftx.toolkits.evaluation.classification import AccuracyResult, ClassCounts, accuracy, head_answers
 from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.likelihood import (
@@ -35,6 +35,7 @@ __all__ = [
     "eval_mode",
     "evaluating",
     "exact_match",
+    "head_answers",
     "last_number",
     "normalise_answer",
     "perplexity",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftx.engines.data import (
     Collator,
+    batches_of,
     class_ids,
     class_index,
     continuation,
@@ -23,6 +25,7 @@ from peftx.engines.data import (
     text_ids,
 )
 from peftx.errors import DataError
+from peftx.kernel.heads import Head
 from peftx.kernel.modes import evaluating
 from peftx.kernel.objective import objective_of, pad_of
 from peftx.toolkits.evaluation.likelihood import (
@@ -170,6 +173,15 @@ class ModelHead:
             batch = collator([{"input_ids": row} for row in rows[start : start + 16]])
             scores.append(model(**{name: x.to(model.device) for name, x in batch.items()}).logits.float())
         return [config.id2label[i] for i in range(config.num_labels)], torch.cat(scores)
+
+
+def head_answers(
+    stack: Stack, head: Head, rows: Sequence[Sequence[int]], *, size: int = 32
+) -> Iterator[Tensor]:
+    """What a plugin's `model.head` gives for rows of token ids (`class_rows`, `tag_rows`), batch by batch."""
+    model = stack.model
+    for batch in batches_of(rows, pad_of(model, stack.tokenizer), model.device, size=size):
+        yield head.read(partial(model, **batch), batch["attention_mask"])[0]
 
 
 def classify(stack: Stack, head: Plugin | ModelHead, texts: Sequence[str]) -> tuple[list[str], Tensor]:
