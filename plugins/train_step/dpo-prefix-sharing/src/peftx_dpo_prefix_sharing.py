@@ -165,9 +165,7 @@ class DpoPrefixSharing(Plugin):
         columns = {
             "input_ids": [[token for _, ids, _, _ in row for token in ids] for row in joined],
             "labels": [[label for _, _, labels, _ in row for label in labels] for row in joined],
-            "token_type_ids": [
-                [first + part for first, *_, parts in row for part in parts] for row in joined
-            ],
+            "token_type_ids": [[base + part for base, *_, parts in row for part in parts] for row in joined],
         }
         return Dataset.from_dict(columns)
 

@@ -247,7 +247,7 @@ def test_the_reference_stays_in_a_loop_of_ones_own() -> None:
     expected = float(-logsigmoid(0.1 * (ratio[:, 0] - ratio[:, 1])).mean())
     assert abs(float(stack.train_step(batch)) - expected) < 1e-5 < abs(expected - found[0])
     with pytest.raises(
-        PeftxError, match="dpo-prefix-sharing: .*step 3 does not remember how the run started"
+        PeftxError, match=r"dpo-prefix-sharing: .*step 3 does not remember how the run started"
     ):
         stack.run_train_step(TrainStep(stack, batch, index=3, total=9, memory={}))
 
@@ -378,7 +378,7 @@ def test_an_answer_needs_one_token_of_its_prompt() -> None:
     row = {"prompt": "Q:", "chosen": "yes", "rejected": "no"}  # 5 and 4 tokens
     (found,) = prepared(stack, [row], max_length=11).train.to_list()
     assert [(code - 1) % 3 for code in found["token_type_ids"]] == [1] * 6 + [2] * 5
-    with pytest.raises(DataError, match="row 0 .*leaves no room for the prompt in max_length 10"):
+    with pytest.raises(DataError, match=r"row 0 .*leaves no room for the prompt in max_length 10"):
         prepared(stack, [row], max_length=10)
 
 
