@@ -20,7 +20,10 @@ def blocks(document: str, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall((ROOT / document).read_text()) if kind == language]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hooks.md"])
+MECHANISMS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/mechanisms").glob("*.md"))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hooks.md", *MECHANISMS])
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "document"}
