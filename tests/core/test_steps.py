@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
 from peftx.errors import DataError, PeftxError
 from peftx.kernel.phases import Phase, Span, spans
 from peftx.planning import plan
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_lora import Lora
 from peftx_spec import load_spec
 
@@ -136,6 +138,33 @@ def test_entries_outside_a_mask_stay_to_the_bit(own_loop: bool) -> None:
         place.restrict(None)
         place.rewind()
         assert torch.equal(place.theta, place.theta_0)
+
+
+class Packs(Plugin):
+    claims = {Claim.QUANTIZES}
+
+    @hookimpl
+    def compress(self, model: ModelView) -> None:
+        for site in model.linears("mlp"):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))
+
+
+def test_a_bundle_without_the_base_says_so_where_theta_0_is_needed(tmp_path: Path) -> None:
+    plugin = Masked()
+    stack = stack_of(plugin, Packs())
+    stack.train(ROWS, steps=1)
+    stack.compress()
+    assert all(torch.equal(place.theta[1::2], place.theta_0[1::2]) for place in plugin.places.values())
+    loaded = peftx.load(stack.save(tmp_path))
+    place = next(iter(loaded.plugins["masked"].places.values()))  # type: ignore[attr-defined]
+    place.restrict(None)
+    mask = torch.ones_like(place.theta, dtype=torch.bool)
+    expected = (
+        r"masked: .* holds its base compressed, and so without the base's own model\.layers\.0\.self_attn"
+    )
+    for use in (lambda: place.theta_0, place.rewind, lambda: place.restrict(mask)):
+        with pytest.raises(PeftxError, match=expected):
+            use()
 
 
 def test_what_runs_around_an_update_runs_once_and_only_around_it() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftx.errors import PeftxError
 from peftx.kernel.parts import BasePart
 
 
@@ -24,8 +25,13 @@ class Trained:
 
     @property
     def theta_0(self) -> Tensor:
-        """The base's own, where theta is now, and as a cast of the model rounds it."""
-        return self.part.original[self.name].detach().to(self.theta)
+        """The base's own, where theta is now, and as a cast of the model rounds it.
+
+        Raises:
+            PeftxError: the stack came out of a bundle that holds its base compressed, and so without it.
+        """
+        self._check_known()
+        return self.start.to(self.theta)
 
     @property
     def start(self) -> Tensor:
@@ -43,8 +49,20 @@ class Trained:
 
         Args:
             mask: bool, as large as theta. It is not saved: what it follows from is the plugin's to keep.
+
+        Raises:
+            PeftxError: theta_0 is not there, which the other entries keep.
         """
         if mask is None:
             self.part.masks.pop(self.name, None)
         else:
+            self._check_known()
             self.part.masks[self.name] = mask
+
+    def _check_known(self) -> None:
+        if self.start.is_meta:
+            raise PeftxError(
+                f"{self.part.owner}: this stack is from a bundle that holds its base compressed, and so without the "
+                f"base's own {self.part.key}.{self.name}",
+                hint="use the stack as it was before it was compressed",
+            )

@@ -28,14 +28,13 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Literal
 
 import torch
 from datasets import Dataset
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
@@ -45,8 +44,6 @@ from peftx.toolkits.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
 Loss = Literal["sigmoid", "hinge", "ipo"]
-MEMORY = "dpo-prefix-sharing"
-"""What `step.memory` holds: the reference's values of all that trains, by name."""
 
 
 class DpoPrefixSharingConfig(PluginConfig):
@@ -67,16 +64,13 @@ def join(prompt: list[int], chosen: list[int], rejected: list[int]) -> Triple:
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices in bins: longest first, each into the bin with the most room."""
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (-room, bin), a heap
+    bins: list[tuple[int, int, list[int]]] = []  # (-room, number, indices), a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not room or -room[0][0] < lengths[index]:
-            heapq.heappush(room, (-capacity, len(bins)))
-            bins.append([])
-        free, place = room[0]
-        bins[place].append(index)
-        heapq.heapreplace(room, (free + lengths[index], place))
-    return bins
+        if not bins or -bins[0][0] < lengths[index]:
+            heapq.heappush(bins, (-capacity, len(bins), []))
+        free, number, held = bins[0]
+        heapq.heapreplace(bins, (free + lengths[index], number, [*held, index]))
+    return [held for _, _, held in sorted(bins, key=lambda found: found[1])]
 
 
 def layout(segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -88,12 +82,9 @@ def layout(segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Returns:
         The mask to add to the attention scores [B, 1, T, T], and positions [B, T].
     """
-    triple, part = (
-        (segments - 1).div(3, rounding_mode="floor"),
-        (segments - 1) % 3,
-    )  # [B, T]; -1 and 2 on pads
-    same = triple[:, :, None] == triple[:, None, :]
-    visible = (same & ((part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :]))).tril()  # [B, T, T]
+    prompts = segments - (segments - 1) % 3  # of part 0 of each token's triple
+    i, j = segments[:, :, None], segments[:, None, :]
+    visible = ((j == prompts[:, :, None]) | (j == i)).tril()  # [B, T, T]
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None], visible.sum(-1) - 1
 
@@ -106,13 +97,12 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 def answer_log_probs(logits: Tensor, labels: Tensor, segments: Tensor) -> Tensor:
     """log p(y_w|x), log p(y_l|x) of every triple: [triples, 2]."""
-    scores = token_log_probs(logits, labels)
-    code = (segments - 1)[:, 1:]
-    rows = torch.arange(len(code), device=code.device)[:, None] * (int(code.max()) // 3 + 1)
-    kept = labels[:, 1:] != IGNORE
-    _, triple = (rows + code.div(3, rounding_mode="floor"))[kept].unique(return_inverse=True)
-    sums = scores.new_zeros(2 * (int(triple.max()) + 1))
-    return sums.index_add(0, 2 * triple + (code % 3)[kept] - 1, scores).view(-1, 2)
+    scores, kept = token_log_probs(logits, labels), labels[:, 1:] != IGNORE
+    rows = torch.arange(len(segments), device=segments.device)[:, None]
+    prompts = rows * (int(segments.max()) + 1) + segments - (segments - 1) % 3  # [B, T], each triple its own
+    _, triple = prompts[:, 1:][kept].unique(return_inverse=True)
+    answer = 2 * triple + (segments - 1)[:, 1:][kept] % 3 - 1
+    return scores.new_zeros(2 * (int(triple.max()) + 1)).index_add(0, answer, scores).view(-1, 2)
 
 
 def preference_loss(h: Tensor, beta: float, loss: Loss) -> Tensor:
@@ -139,14 +129,13 @@ class DpoPrefixSharing(Plugin):
 
     def suits(self, model: ModelView) -> None:
         """What `prove` cannot tell in a sentence; it looks at the rest (windows, recurrent layers) with the rows."""
-        name = type(model.module).__name__
+        name, attention = type(model.module).__name__, str(model.config._attn_implementation)
         takes = inspect.signature(model.module.forward).parameters
         if list(model.towers) != ["decoder"] or "position_ids" not in takes:
             raise ArchitectureError(
                 f"dpo-prefix-sharing: {name} is no decoder that takes positions for a row with two branches",
                 hint="use a decoder with positions that can be given (Llama, Mistral, Qwen, GPT-2)",
             )
-        attention = str(model.config._attn_implementation)
         if not attention.endswith(("eager", "sdpa")):
             raise ArchitectureError(
                 f"dpo-prefix-sharing: the attention '{attention}' of {name} takes no mask of our own",
@@ -161,50 +150,24 @@ class DpoPrefixSharing(Plugin):
                 f"dpo-prefix-sharing: the rows are of format '{data.format}', and it trains on preferences",
                 hint="give rows with prompt, chosen and rejected",
             )
-        if data.train is not None:
-            data.train = self._rows(data.train, data, stack)
-        if data.eval is not None:
-            data.eval = self._rows(data.eval, data, stack)
+        both = (data.train, data.eval)
+        data.train, data.eval = (None if rows is None else self._rows(rows, data, stack) for rows in both)
         data.format = "tokenized"
 
     def _rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
-        triples = [self._triple(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
-        if not triples:
-            raise DataError("dpo-prefix-sharing: there are no rows to train on")
-        lengths = [len(ids) for ids, _, _ in triples]
-        prove(stack, triples[lengths.index(max(lengths))])
-        bins = pack(lengths, data.max_length) if self.config.packing else [[i] for i in range(len(triples))]
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "token_type_ids": []}
-        for chosen in bins:
-            columns["input_ids"].append([token for i in chosen for token in triples[i][0]])
-            columns["labels"].append([label for i in chosen for label in triples[i][1]])
-            columns["token_type_ids"].append(
-                [1 + 3 * number + part for number, i in enumerate(chosen) for part in triples[i][2]]
-            )
+        triples = [triple_of(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
+        if triples:
+            prove(stack, max(triples, key=lambda triple: len(triple[0])))
+        bins = [[i] for i in range(len(triples))]
+        if self.config.packing:
+            bins = pack([len(ids) for ids, _, _ in triples], data.max_length)
+        joined = [[(1 + 3 * n, *triples[i]) for n, i in enumerate(chosen)] for chosen in bins]
+        columns = {
+            "input_ids": [[token for _, ids, _, _ in row for token in ids] for row in joined],
+            "labels": [[label for _, _, labels, _ in row for label in labels] for row in joined],
+            "token_type_ids": [[base + part for base, *_, parts in row for part in parts] for row in joined],
+        }
         return Dataset.from_dict(columns)
-
-    @staticmethod
-    def _triple(row: dict[str, str], where: str, data: TrainingData) -> Triple:
-        """The prompt is tokenized alone and cut once, at its left behind BOS, so both branches have the same."""
-        tokenizer, answers = data.tokenizer, []
-        prompt, frame = prompt_ids(tokenizer, row["prompt"]), prompt_ids(tokenizer, "")
-        if not prompt:
-            raise DataError(f"{where} has no prompt, and the tokenizer no BOS that an answer could follow")
-        for name in ("chosen", "rejected"):
-            pair = encode_pair(
-                tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
-            )
-            answers.append([label for label in pair.labels if label != IGNORE])
-        room = data.max_length - sum(map(len, answers)) - 1
-        if room < len(frame) + 1:
-            raise DataError(
-                f"{where}: the answers have {len(answers[0])} and {len(answers[1])} tokens with EOS, which leaves no "
-                f"room for the prompt in max_length {data.max_length}",
-                hint="a row holds both answers: raise max_length, or leave out long answers",
-            )
-        body = prompt[len(frame) :]
-        cut = frame + body[max(0, len(body) - room + len(frame)) :]
-        return join(cut, answers[0], answers[1])
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
@@ -217,9 +180,8 @@ class DpoPrefixSharing(Plugin):
         segments, labels = batch.pop("token_type_ids"), batch.pop("labels")
         mask, positions = layout(segments, step.model.dtype)
         step.batch = {**batch, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-        with swapped(self.reference(step)), evaluating(step.model):
+        with step.reference("start"):
             reference = answer_log_probs(step.forward().logits, labels, segments)
-        reference = reference.clone()  # autograd takes no tensor of inference mode
 
         def task() -> tuple[Tensor, object]:
             outputs = step.forward()
@@ -230,36 +192,26 @@ class DpoPrefixSharing(Plugin):
         step.replace_task_loss(task, over="rows")
         return (yield)
 
-    def reference(self, step: TrainStep) -> list[tuple[nn.Parameter, Tensor]]:
-        """All that trains, with its value at the run's first step; copied there, and kept in checkpoints.
 
-        In a loop of one's own that is the first `stack.train_step`, whose memory is the stack's.
-        """
-        if step.total is not None and step.index > 0 and MEMORY not in step.memory:
-            raise PeftxError(
-                f"dpo-prefix-sharing: step {step.index} does not remember the reference",
-                hint="give all steps of a loop of your own one `memory`, or leave `total` out",
-            )
-        start = step.memory.setdefault(MEMORY, {})
-        for name, p in step.model.named_parameters():
-            if p.requires_grad and name not in start:  # or unfrozen later: till then it was as it is
-                start[name] = p.detach().clone()
-            elif name in start:  # from a checkpoint it is on the CPU; and the model may have been cast
-                start[name] = start[name].to(p)
-        return [(p, start[name]) for name, p in step.model.named_parameters() if name in start]
-
-
-@contextmanager
-def swapped(values: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Other values in the parameters' place; nothing is copied."""
-    own = [(p, p.data) for p, _ in values]
-    try:
-        for p, value in values:
-            p.data = value
-        yield
-    finally:
-        for p, value in own:
-            p.data = value
+def triple_of(row: dict[str, str], where: str, data: TrainingData) -> Triple:
+    """The prompt is tokenized alone and cut once, at its left behind BOS, so both branches have the same."""
+    tokenizer, most = data.tokenizer, data.max_length
+    prompt, frame = prompt_ids(tokenizer, row["prompt"]), prompt_ids(tokenizer, "")
+    if not prompt:
+        raise DataError(f"{where} has no prompt, and the tokenizer no BOS that an answer could follow")
+    answers = []
+    for name in ("chosen", "rejected"):
+        at = f"{where}, {name}"
+        pair = encode_pair(tokenizer, row["prompt"], row[name], max_length=most, where=at)
+        answers.append([label for label in pair.labels if label != IGNORE])
+    room = most - sum(map(len, answers)) - 1
+    if room < len(frame) + 1:
+        raise DataError(
+            f"{where}: the answers have {len(answers[0])} and {len(answers[1])} tokens with EOS, which leaves no "
+            f"room for the prompt in max_length {most}",
+            hint="a row holds both answers: raise max_length, or leave out long answers",
+        )
+    return join(frame + prompt[len(frame) + max(0, len(prompt) - room) :], *answers)
 
 
 def prove(stack: Stack, triple: Triple) -> None:
@@ -270,17 +222,16 @@ def prove(stack: Stack, triple: Triple) -> None:
     model = stack.model
     ids, labels, parts = (torch.tensor(values, device=model.device)[None] for values in triple)  # [1, T]
     mask, positions = layout(parts + 1, model.dtype)
+
+    def scores(row: Tensor, **layout: Tensor) -> Tensor:
+        """Of the answers' tokens, in a row of these tokens."""
+        logits = model(input_ids=ids[row][None], use_cache=False, **layout).logits
+        return token_log_probs(logits, labels[row][None])
+
     with evaluating(model):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        shared = token_log_probs(logits, labels)
-        rows = []
-        for part in (1, 2):
-            own = ((parts == 0) | (parts == part))[0]
-            logits = model(
-                input_ids=ids[:, own], attention_mask=torch.ones_like(ids[:, own]), use_cache=False
-            ).logits
-            rows.append(token_log_probs(logits, labels[:, own]))
-    wrong = float((shared - torch.cat(rows)).abs().max())
+        apart = [scores((parts == 0) | (parts == part)) for part in (1, 2)]
+        shared = scores(parts >= 0, attention_mask=mask, position_ids=positions)
+        wrong = float((shared - torch.cat(apart)).abs().max())
     if not wrong <= (1e-3 if model.dtype == torch.float32 else 1.0):
         raise ArchitectureError(
             f"dpo-prefix-sharing: {type(model).__name__} does not keep to the mask: a token of the longest row, of "

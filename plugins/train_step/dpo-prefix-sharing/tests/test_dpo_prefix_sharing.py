@@ -189,7 +189,8 @@ def test_packing_fills_rows() -> None:
     bins = pack(lengths, 10)
     assert sorted(i for chosen in bins for i in chosen) == list(range(8))
     assert max(sum(lengths[i] for i in chosen) for chosen in bins) <= 10
-    assert len(bins) == 5  # 41 tokens
+    assert bins == [[6], [1], [4], [0, 2], [3, 5, 7]]  # 41 tokens; the longest first, where most room is left
+    assert pack([4, 6], 10) == [[1, 0]]
     assert pack([], 10) == []
 
 
@@ -246,7 +247,9 @@ def test_the_reference_stays_in_a_loop_of_ones_own() -> None:
     ratio = two_rows(stack.model, ROWS).detach() - reference
     expected = float(-logsigmoid(0.1 * (ratio[:, 0] - ratio[:, 1])).mean())
     assert abs(float(stack.train_step(batch)) - expected) < 1e-5 < abs(expected - found[0])
-    with pytest.raises(PeftxError, match="dpo-prefix-sharing: step 3 does not remember the reference"):
+    with pytest.raises(
+        PeftxError, match=r"dpo-prefix-sharing: .*step 3 does not remember how the run started"
+    ):
         stack.run_train_step(TrainStep(stack, batch, index=3, total=9, memory={}))
 
 
@@ -370,6 +373,28 @@ def test_bad_rows(row: dict[str, str], max_length: int, match: str) -> None:
         prepared(stack, [ROWS[0], row], max_length)
 
 
+def test_an_answer_needs_one_token_of_its_prompt() -> None:
+    """The copy of the prompt's last token takes a place, and so does the token."""
+    stack = Stack(tiny("llama"), [DpoPrefixSharing()], tokenizer=TOKENIZER)
+    row = {"prompt": "Q:", "chosen": "yes", "rejected": "no"}  # 5 and 4 tokens
+    (found,) = prepared(stack, [row], max_length=11).train.to_list()
+    assert [(code - 1) % 3 for code in found["token_type_ids"]] == [1] * 6 + [2] * 5
+    with pytest.raises(DataError, match=r"row 0 .*leaves no room for the prompt in max_length 10"):
+        prepared(stack, [row], max_length=10)
+
+
+def test_rows_to_evaluate_on_are_laid_out_too() -> None:
+    stack = Stack(tiny("llama"), [DpoPrefixSharing()], tokenizer=TOKENIZER)
+    train, held_out = (Dataset.from_list(rows) for rows in (ROWS[:4], ROWS[4:]))
+    data = TrainingData(
+        train=train, eval=held_out, tokenizer=TOKENIZER, seed=0, format="preference", max_length=96
+    )
+    stack.prepare(data)
+    assert data.format == "tokenized"
+    expected = prepared(stack).train.to_list()
+    assert [data.train.to_list(), data.eval.to_list()] == [expected[:4], expected[4:]]
+
+
 def test_other_rows_are_refused() -> None:
     stack = Stack(tiny("llama"), [Lora(), DpoPrefixSharing()], tokenizer=TOKENIZER)
     rows = [{"prompt": "Q:", "completion": "yes"}]
@@ -386,6 +411,13 @@ def test_a_short_sliding_window_is_refused() -> None:
     stack = Stack(tiny("mistral", sliding_window=8), [DpoPrefixSharing()], tokenizer=TOKENIZER)
     with pytest.raises(ArchitectureError, match="MistralForCausalLM does not keep to the mask"):
         prepared(stack)
+
+
+def test_the_longest_row_is_what_is_looked_at() -> None:
+    stack = Stack(tiny("mistral", sliding_window=32), [DpoPrefixSharing()], tokenizer=TOKENIZER)
+    prepared(stack, ROWS[:1])
+    with pytest.raises(ArchitectureError, match="a token of the longest row, of 77, has another"):
+        prepared(stack, [ROWS[0], {**ROWS[1], "prompt": "Q" * 60}, ROWS[2]])
 
 
 def test_soft_tokens_are_refused() -> None:

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import peftx
-from peftx import Plugin, Stack, TrainStep
+from peftx import Plugin, Registry, Stack, TrainStep
 from peftx.errors import ConflictError, PeftxError
+from peftx.kernel.parts import BasePart
+from peftx.kernel.trained import Trained
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
-from peftx_lt_sft import LtSft, Mask, Skill, Skills, Trained, take
+from peftx_lt_sft import LtSft, Mask, Skill, Skills, take
+from peftx_spec import load_spec
 
 test_conformance = conformance("lt-sft")
 
@@ -38,6 +42,25 @@ def plugin_of(stack: Stack) -> LtSft:
     plugin = stack.plugins["lt-sft"]
     assert isinstance(plugin, LtSft)
     return plugin
+
+
+def entries_of(plugin: LtSft) -> list[Tensor]:
+    """For each maskable parameter, the positions in it that the mask chose."""
+    found, start = [], 0
+    for size in plugin.sizes():
+        chosen = plugin.mask.chosen
+        found.append(chosen[(chosen >= start) & (chosen < start + size)] - start)
+        start += size
+    return found
+
+
+def moves_stay_in_the_mask(stack: Stack, base: nn.Module) -> bool:
+    plugin = plugin_of(stack)
+    for (name, place), entries in zip(plugin.sparse.items(), entries_of(plugin), strict=True):
+        moved = (place.theta != base.get_parameter(name)).flatten().nonzero().flatten()
+        if not torch.isin(moved, entries).all():
+            return False
+    return True
 
 
 def batch_for(stack: Stack, seed: int = 0) -> dict[str, Tensor]:
@@ -110,10 +133,13 @@ def test_mask_and_difference_equal_the_official_ones() -> None:
     phase_2 = {"a": torch.tensor([[0, -0.25, 0], [0, 0.125, 0]]), "b": torch.tensor([0.0625, 0, -0.375, 0])}
     for name, start in theta_0.items():
         layer.register_parameter(name, nn.Parameter(start + moves[name]))
-    plugin.sparse = {name: Trained(layer, name, start) for name, start in theta_0.items()}
+    original = {name: nn.Parameter(start) for name, start in theta_0.items()}
+    part = BasePart("lt-sft", "layer", layer, stack.model, ("a", "b"), original=original)
+    plugin.sparse = {name: Trained(part, name) for name in theta_0}
     plugin.mask = Mask(4)
     plugin.rewind(seed=0)
-    assert [entries.tolist() for entries in plugin.mask.split([6, 4])] == [[1, 4], [0, 2]]
+    assert plugin.sizes() == [6, 4]
+    assert [entries.tolist() for entries in entries_of(plugin)] == [[1, 4], [0, 2]]
     with torch.no_grad():
         for name in theta_0:
             layer.get_parameter(name).add_(phase_2[name])
@@ -123,14 +149,13 @@ def test_mask_and_difference_equal_the_official_ones() -> None:
     assert phi["b"][1].tolist() == pytest.approx([0.0624999925494194, -0.375], abs=1e-8)
 
 
-def test_split_gives_each_parameter_its_entries() -> None:
-    stack = trained(density=0.01)
-    plugin = plugin_of(stack)
-    parts = plugin.mask.split(plugin.sizes())
+def test_each_parameter_trains_its_entries() -> None:
+    plugin = plugin_of(trained(density=0.01))
     again, start = [], 0
-    for entries, size in zip(parts, plugin.sizes(), strict=True):
-        assert len(entries) == 0 or (entries.min() >= 0 and entries.max() < size)
-        again.append(entries + start)
+    for place, size in zip(plugin.sparse.values(), plugin.sizes(), strict=True):
+        mask = place.part.masks[place.name]
+        assert mask.shape == place.theta.shape
+        again.append(mask.flatten().nonzero().flatten() + start)
         start += size
     assert torch.equal(torch.cat(again), plugin.mask.chosen)
 
@@ -196,11 +221,8 @@ def test_another_optimizer_keeps_its_state() -> None:
 def test_weight_decay_does_not_leave_the_mask(optimizer: str) -> None:
     stack, base = stack_of(density=0.02), tiny("llama")
     stack.train(ROWS, steps=6, batch_size=2, weight_decay=0.5, learning_rate=1e-2, optimizer=optimizer)
-    plugin = plugin_of(stack)
-    for (name, place), entries in zip(plugin.sparse.items(), plugin.mask.split(plugin.sizes()), strict=True):
-        moved = (place.theta != base.get_parameter(name)).flatten().nonzero().flatten()
-        assert torch.isin(moved, entries).all()
-    assert len(take(stack)) > 0.9 * len(plugin.mask.chosen)
+    assert moves_stay_in_the_mask(stack, base)
+    assert len(take(stack)) > 0.9 * len(plugin_of(stack).mask.chosen)
 
 
 def test_hooks_of_the_optimizer_are_used_up() -> None:
@@ -438,9 +460,7 @@ def test_a_second_run_goes_on_in_phase_2(tmp_path: Path) -> None:
     chosen, middle = plugin.mask.chosen.clone(), weights(stack.model)
     stack.train(OTHERS, output=tmp_path, checkpoint_every=2, **options)
     assert torch.equal(plugin.mask.chosen, chosen)
-    for (name, place), entries in zip(plugin.sparse.items(), plugin.mask.split(plugin.sizes()), strict=True):
-        moved = (place.theta != base.get_parameter(name)).flatten().nonzero().flatten()
-        assert torch.isin(moved, entries).all()
+    assert moves_stay_in_the_mask(stack, base)
     after = weights(stack.model)
     assert not same(after, middle)
     # From theta_2 on: a second run at a rate that moves nothing keeps what the first one learned.
@@ -456,6 +476,63 @@ def test_a_second_run_goes_on_in_phase_2(tmp_path: Path) -> None:
     for again in (resumed, fresh):
         again.train(OTHERS, output=tmp_path, resume=tmp_path / "checkpoint-2", checkpoint_every=2, **options)
         assert same(weights(again.model), after)
+
+
+def test_the_mask_is_back_in_a_bundle_that_is_loaded(tmp_path: Path) -> None:
+    """In a run, and in a loop of one's own; under a weight decay, which needs no gradient."""
+    stack = trained(density=0.05)
+    stack.save(tmp_path)
+    for own_loop in (False, True):
+        loaded = peftx.load(tmp_path, model=tiny("llama"), tokenizer=tiny_tokenizer())
+        if own_loop:
+            parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.5)
+            loaded.train_step(batch_for(loaded), optimizer=optimizer)
+        else:
+            loaded.train(OTHERS, steps=1, batch_size=2, learning_rate=1e-2, weight_decay=0.5)
+        assert torch.equal(plugin_of(loaded).mask.chosen, plugin_of(stack).mask.chosen)
+        assert not same(weights(loaded.model), weights(stack.model)), "it trains"
+        assert moves_stay_in_the_mask(loaded, tiny("llama"))
+
+
+def test_a_checkpoint_of_phase_1_takes_the_mask_away(tmp_path: Path) -> None:
+    options = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 3}
+    straight, again = stack_of(phase1=4), trained(OTHERS, phase1=4)
+    assert plugin_of(again).chosen
+    straight.train(ROWS, output=tmp_path, **options)
+    again.train(ROWS, output=tmp_path, resume=tmp_path / "checkpoint-3", **options)
+    assert same(weights(again.model), weights(straight.model))
+    assert torch.equal(plugin_of(again).mask.chosen, plugin_of(straight).mask.chosen)
+
+
+def test_a_second_run_that_is_shorter_than_phase_1_goes_on_too(tmp_path: Path) -> None:
+    stack = trained(density=0.05, phase1=4)
+    options = {"batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 1}
+    stack.train(OTHERS, steps=2, output=tmp_path, **options)
+    fresh = stack_of(density=0.05, phase1=4)
+    fresh.train(OTHERS, steps=2, output=tmp_path, resume=tmp_path / "checkpoint-1", **options)
+    assert same(weights(fresh.model), weights(stack.model))
+
+
+def test_the_optimizer_forgets_at_the_rewind_and_only_there() -> None:
+    """Also where its step has several micro-batches, and in a loop that counts no steps."""
+    stack = stack_of(phase1=2)
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
+    counts = []
+    for index in range(5):
+        for micro in range(2):
+            step = TrainStep(stack, batch_for(stack, micro), index=index, micro=micro, accumulation=2)
+            stack.run_train_step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append({int(state["step"]) for state in optimizer.state.values()})
+    assert counts == [{1}, {2}, {1}, {2}, {3}]
+    for uncounted in (stack_of(phase1=0), trained()):
+        optimizer = torch.optim.AdamW([p for p in uncounted.model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            uncounted.run_train_step(TrainStep(uncounted, batch_for(uncounted)))
+            optimizer.step()
+        assert {int(state["step"]) for state in optimizer.state.values()} == {3}
 
 
 def test_a_run_that_is_lengthened_does_not_rewind_again(tmp_path: Path) -> None:
@@ -503,13 +580,17 @@ def test_dense_parameters_are_rewound() -> None:
 
 def test_wrong_moments_are_refused() -> None:
     stack = stack_of()
-    with pytest.raises(PeftxError, match=r"phase1 = 0\.5 of a run whose length is not known"):
+    with pytest.raises(
+        PeftxError, match=r"lt-sft: the phase 'find' is 0\.5 of a run whose length is not known"
+    ):
         stack.train_step(batch_for(stack))
-    for phase1, steps_, found in ((9, 4, "9 takes 9"), (0.99, 10, "0.99 takes 10"), (0.5, 1, "0.5 takes 1")):
-        with pytest.raises(
-            PeftxError, match=rf"phase1 = {found} of the run's {steps_} steps, and none is left"
-        ):
-            stack_of(phase1=phase1).train(ROWS, steps=steps_, batch_size=2)
+    for phase1, total, end in ((9, 4, 9), (0.99, 10, 10), (0.5, 1, 1)):
+        early = stack_of(phase1=phase1)
+        before = weights(early.model)
+        expected = f"lt-sft: 'find' takes the run's {total} steps up to {end}, and none is left for 'tune'"
+        with pytest.raises(PeftxError, match=expected):
+            early.train(ROWS, steps=total, batch_size=2)
+        assert same(weights(early.model), before)
     late = stack_of(phase1=2)
     with pytest.raises(PeftxError, match="phase 2 without a mask"):
         late.run_train_step(TrainStep(late, batch_for(late), index=5))
@@ -535,6 +616,28 @@ def test_wrong_names_are_refused(tmp_path: Path) -> None:
 def test_density_too_small_for_one_number() -> None:
     with pytest.raises(PeftxError, match=r"lt-sft: density 1e-09 of \d+ numbers is less than one"):
         stack_of(density=1e-9)
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\ntrain: {steps: 4}\n"
+    spec = load_spec(text + "stack: [{use: lt-sft, with: {density: 1e-9}}]\n", catalogue=Registry())
+    (conflict,) = plan(spec.pipeline).conflicts
+    assert "is less than one" in conflict.reason
+
+
+def test_a_head_of_another_size_is_refused_and_nothing_changes() -> None:
+    model = tiny("llama", head="classification", num_labels=3)
+    before, skills = weights(model), Skills(model)
+    numbers = model.score.weight.numel()
+    one = torch.tensor([1.0], dtype=torch.float64)
+    norm = {"model.norm.weight": (torch.tensor([0]), one)}
+    heads: dict[int, Skill] = {
+        size - 1: Skill(norm, {"score.weight": torch.zeros(size)}) for size in (numbers - 32, numbers + 32)
+    }
+    heads[numbers] = Skill(norm | {"score.weight": (torch.tensor([numbers]), one)}, {})
+    for last, skill in heads.items():
+        expected = f"changes number {last} of score.weight, which has {numbers} in this model"
+        with pytest.raises(PeftxError, match=expected):
+            skills.add("task", skill)
+    assert same(weights(model), before)
+    assert not skills.active
 
 
 def test_two_that_train_the_base_are_refused() -> None:
