@@ -321,3 +321,20 @@ def test_plan_shows_phases_and_refuses_those_that_do_not_fit() -> None:
             assert train.detail == "lt-sft: find 5, tune 5 steps"
         else:
             assert "lt-sft" in str(found.conflicts)
+
+
+@pytest.mark.parametrize(
+    ("phases", "total", "way_out", "enough"),
+    [
+        ((Phase("a", 4), Phase("b")), 2, "more than 4 steps", 5),
+        ((Phase("a", 1), Phase("b", 3), Phase("c")), 3, "more than 4 steps", 5),
+        ((Phase("a", 0.9), Phase("b")), 2, "more steps", 5),
+    ],
+)
+def test_a_run_of_the_length_that_the_refusal_names_fits(
+    phases: Sequence[Phase], total: int, way_out: str, enough: int
+) -> None:
+    with pytest.raises(PeftxError) as caught:
+        spans(phases, total, owner="x")
+    assert way_out in str(caught.value.hint)
+    assert len(spans(phases, enough, owner="x")) == len(phases)

@@ -62,7 +62,7 @@ def spans(phases: Sequence[Phase], total: int | None, *, owner: str) -> list[Spa
             raise PeftxError(
                 f"{owner}: '{phase.name}' takes the run's {total} steps up to {end}"
                 + (f", and none is left for '{rest[0]}'" if rest else ""),
-                hint=f"more than {first + 1} steps, or a shorter phase",
+                hint=f"{f'more than {end}' if (phase.share or 0) >= 1 else 'more'} steps, or a shorter phase",
             )
         found.append(Span(phase.name, first, end))
         first = end if end is not None else first

@@ -171,8 +171,6 @@ def train(
         pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
     )  # fmt: skip
     feeders = _feeders(stack, sources or {}, spec, collator)
-    for member in stack.members:
-        spans(member.plugin.phases(), spec.steps, owner=member.id)  # before anything is paid for
     set_seed(spec.seed)
     started = time.perf_counter()
     cached = stack.model.config.to_dict().get("use_cache")
@@ -185,6 +183,8 @@ def train(
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
+        for member in stack.members if start is None else ():  # a checkpoint brings the phases of its run
+            spans(member.plugin.phases(), spec.steps, owner=member.id)
         if start is None or not trainer.finished(start):
             try:
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
