@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +44,23 @@ class CallEdit(nn.Module):
         """See the output; None where the call failed. What `before` noted is to be forgotten here."""
 
 
+@dataclass
+class _Said:
+    """What is known of one call."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, Tensor] = field(default_factory=dict)
+    of_text: set[str] = field(default_factory=set)
+    """Columns that are of the whole text, and not of the call's own tokens."""
+    rows: int = 0
+    """In the cache when it began (attention adds to them while it runs). Those of a decoder behind an encoder are none
+    of the caller's tokens, and not counted."""
+    past: int | None = None
+    """Of these, those of the caller's tokens; worked out where somebody asks."""
+    goes_on: bool = False
+    """Was the cache filled by calls before it."""
+
+
 class Call:
     """The call that runs: what a delta or an edit anywhere inside may know of it.
 
@@ -53,29 +71,26 @@ class Call:
 
     Args:
         model: whose calls; none where there is nothing to be known of soft tokens.
-
-    Attributes:
-        arguments: of the model's forward, by name, after all `before`s.
-        batch: columns of the batch that the model itself does not take, by name; see `ModelView.column`.
     """
 
     def __init__(self, model: PreTrainedModel | None = None) -> None:
-        self.arguments: dict[str, Any] = {}
-        self.batch: dict[str, Tensor] = {}
         self._model = model
-        self._in_cache = 0
-        """Rows of the cache when the call began (attention adds to it while the call runs), if they are of the
-        caller's tokens: those of a decoder behind an encoder are not."""
-        self._goes_on = False
-        """Was the cache filled by calls before this one."""
-        self._past: int | None = None
+        self._now = _Said()
         self._columns: dict[str, str] = {}
         """Names of columns, and whose they are."""
         self._own_lengths: set[str] = set()
         self._given: Mapping[str, Tensor] = {}
-        self._of_text: set[str] = set()
-        """Columns of this call that are of the whole text, and not of the call's own tokens."""
         self._carried: dict[str, tuple[Tensor, int]] = {}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the model's forward, by name, after all `before`s."""
+        return self._now.arguments
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """Columns of the batch that the model itself does not take, by name; see `ModelView.column`."""
+        return self._now.batch
 
     @property
     def ids(self) -> Tensor | None:
@@ -102,10 +117,10 @@ class Call:
     @property
     def past(self) -> int:
         """Tokens of the caller's that were in the cache already."""
-        if self._past is None:
-            soft = prompt_length(self._model) if self._in_cache and self._model is not None else 0
-            self._past = self._in_cache - soft
-        return self._past
+        now = self._now
+        if now.past is None:
+            now.past = now.rows - (prompt_length(self._model) if now.rows and self._model is not None else 0)
+        return now.past
 
     def rows(self, values: Tensor, like: Tensor, fill: float = 0) -> Tensor:
         """What belongs to the caller's tokens, [B, T, ...], as a layer sees it whose input is `like`, [B, T + P, ...]:
@@ -125,7 +140,7 @@ class Call:
         if column is None or self.shape is None:
             return None
         new = self.shape[1]
-        if name in self._of_text:
+        if name in self._now.of_text:
             column = column[:, self.past :][:, :new]
             return nn.functional.pad(column, (0, new - column.shape[1]), value=fill)
         if column.ndim != 2 or column.shape[1] != new:
@@ -168,7 +183,7 @@ class Call:
         if cache is None or torch.is_grad_enabled():
             return make()
         kept: dict[str, tuple[int | None, V]] = cache.__dict__.setdefault("peftx_kept", {})
-        if not self._goes_on or name not in kept or kept[name][0] != batch:
+        if not self._now.goes_on or name not in kept or kept[name][0] != batch:
             kept[name] = batch, make()
         return kept[name][1]
 
@@ -193,7 +208,7 @@ class Call:
             raise UnsupportedError(
                 f"{name}: mamba keeps states and no rows of a cache, and what goes with the tokens in them is not known"
             )
-        layer, rows = _layer(cache, name), self._in_cache
+        layer, rows = _layer(cache, name), self._now.rows
         known = 0 if layer is None else layer.get_seq_length()
         if known != rows:
             raise UnsupportedError(
@@ -259,31 +274,29 @@ class Call:
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
-        self.batch, self._of_text = {}, set()
-        self._carried = {}  # of layers that were recomputed after the last call
-        self.take(arguments)
+        self._now, self._carried = _Said(), {}  # what recomputed layers carried is of no call
+        self.change(arguments)
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
             found = value if value is not None else self._given.get(name)
             if value is None:
-                self._of_text.add(name)
+                self._now.of_text.add(name)
             if found is not None:
                 self.batch[name] = _repeated(found, rows, name)
         return arguments
 
-    def take(self, arguments: dict[str, Any]) -> None:
+    def change(self, arguments: dict[str, Any]) -> None:
         """Have these for the call's arguments."""
-        self.arguments = arguments
-        cache = arguments.get("past_key_values")
+        cache, now = arguments.get("past_key_values"), self._now
         rows = _length(cache) if isinstance(cache, Cache) else 0
-        self._in_cache, self._past = 0 if isinstance(cache, EncoderDecoderCache) else rows, None
-        self._goes_on = rows > 0
+        now.arguments, now.goes_on, now.past = arguments, rows > 0, None
+        now.rows = 0 if isinstance(cache, EncoderDecoderCache) else rows
 
     def end(self, output: Any) -> None:
         carried, self._carried = self._carried, {}
-        at = self._place() if carried and not self._in_cache else 0  # where soft tokens came in
+        at = self._place() if carried and not self._now.rows else 0  # where soft tokens came in
         if output is None or not torch.is_grad_enabled():
-            self.arguments, self.batch = {}, {}
+            self._now = _Said()
         if output is None or not carried:
             return
         values = output if isinstance(output, tuple) else output.values()
@@ -359,7 +372,7 @@ class _Calls(Chain[CallEdit]):
         arguments = self.call.begin({**dict(zip(names, args, strict=False)), **kwargs})
         for edit in self.active:
             arguments = edit.before(arguments)
-        self.call.take(arguments)
+        self.call.change(arguments)
         return (), arguments
 
     def leave(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
