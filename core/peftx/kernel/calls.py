@@ -59,6 +59,8 @@ class _Said:
     """Of these, those of the caller's tokens; worked out where somebody asks."""
     goes_on: bool = False
     """Was the cache filled by calls before it."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """What was worked out for it."""
 
 
 class Call:
@@ -173,19 +175,28 @@ class Call:
         return nn.functional.pad(values, (before, behind), value=fill)
 
     def once(self, name: str, make: Callable[[], V]) -> V:
-        """What `make` gives, made at the first of the calls that share a cache and kept with that; where there is no
-        cache, or gradients are recorded, made at each.
+        """What `make` gives, worked out once in a call, however many layers ask; without gradients once for all calls
+        that share a cache.
+
+        Ask in `CallEdit.before` first where layers ask: what they make inside of checkpointing would be made again.
 
         Args:
             name: unique in the model. make: of nothing but what stays, as columns do, while a text goes on.
         """
-        cache, batch = self.arguments.get("past_key_values"), None if self.shape is None else self.shape[0]
-        if cache is None or torch.is_grad_enabled():
-            return make()
-        kept: dict[str, tuple[int | None, V]] = cache.__dict__.setdefault("peftx_kept", {})
-        if not self._now.goes_on or name not in kept or kept[name][0] != batch:
-            kept[name] = batch, make()
-        return kept[name][1]
+        now, cache = self._now, self.arguments.get("past_key_values")
+        if name not in now.made:
+            kept = (
+                {}
+                if cache is None or torch.is_grad_enabled()
+                else cache.__dict__.setdefault("peftx_kept", {})
+            )
+            batch = None if self.shape is None else self.shape[0]
+            if not now.goes_on or kept.get(name, (0, None))[0] != batch:
+                kept[name] = batch, make()
+            if not now.arguments:  # between calls nothing is remembered
+                return kept[name][1]  # type: ignore[no-any-return]
+            now.made[name] = kept[name][1]
+        return now.made[name]  # type: ignore[no-any-return]
 
     def carry(self, name: str, values: Tensor, fill: float = 0) -> Tensor:
         """Values of the tokens of this call behind those of all calls before it whose keys and values are in the cache.
@@ -234,6 +245,10 @@ class Call:
         """The column of the caller's tokens from which soft tokens stand."""
         assert self._model is not None
         return place_of(self._model, self.real)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model knows of no call."""
+        return self.__dict__ | {"_now": _Said(), "_given": {}, "_carried": {}}
 
     def declare(self, name: str, owner: str, *, own_length: bool = False) -> None:
         """See `ModelView.column`."""
