@@ -406,3 +406,20 @@ def test_eager_models_keep_their_weights() -> None:
     assert torch.equal(after.logits, before.logits)
     assert len(after.attentions) == len(before.attentions) == 2
     assert all(torch.equal(a, b) for a, b in zip(after.attentions, before.attentions, strict=True))
+
+
+def test_all_attentions_of_a_model_and_the_sizes_of_their_heads() -> None:
+    for arch, expected in {
+        "t5": [("encoder", "attention")] * 2
+        + [("decoder", "attention")] * 2
+        + [("decoder", "cross_attention")] * 2,
+        "llama": [("decoder", "attention")] * 2,
+        "qwen3_next": [("decoder", "attention")],
+    }.items():
+        model = tiny(arch)
+        view = ModelView(Anatomy(model), Ledger(model), Owner("one", 0))
+        sites = view.attentions()
+        assert [(site.tower, site.role) for site in sites] == expected
+        for site in sites:
+            sizes = view.heads_of(site)
+            assert (sizes.heads, sizes.head_dim) == (4, 8)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from peftx import Claim, ModelView, Plugin, Stack, VirtualTokens, hookimpl
-from peftx.errors import UnsupportedError
-from peftx.kernel.copies import copy_of
+from peftx.errors import PeftxError, UnsupportedError
+from peftx.kernel.copies import Reader, copy_of
 from peftx.kernel.parts import DeltaPart
 from peftx.testing.models import ARCHITECTURES, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank
@@ -77,3 +77,41 @@ def test_a_packed_base_is_refused() -> None:
     model.model.layers[0].mlp.up_proj = QuantLinear.from_linear(model.model.layers[0].mlp.up_proj, bits=8)
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM cannot be copied: model"):
         copy_of(model)
+
+
+IDS = torch.tensor([[0, 5, 6, 7], [0, 9, -1, -1]])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma", "t5", "bart"])
+@torch.no_grad()
+def test_a_reader_reads_texts_and_vectors_as_the_model_would(arch: str) -> None:
+    """Vectors that are embeddings of tokens: the states of these tokens behind the text; short texts as alone."""
+    model = tiny(arch)
+    reader, more = Reader(model), torch.tensor([[20, 21, 22]]).expand(2, -1)
+    vectors = reader.embedding(more)
+    found = reader(IDS, vectors)
+    for row, length in ((0, 4), (1, 2)):
+        ids = IDS[row : row + 1, :length]
+        if model.config.is_encoder_decoder:
+            base = model.get_encoder()(ids).last_hidden_state
+            expected = model.get_decoder()(more[:1], encoder_hidden_states=base).last_hidden_state
+        else:
+            expected = model.base_model(torch.cat((ids, more[:1]), 1)).last_hidden_state[:, length:]
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+def test_vectors_to_begin_with_are_as_large_as_embeddings(arch: str) -> None:
+    reader = Reader(tiny(arch))
+    embedded = reader.embedding(torch.arange(320)).detach()
+    assert float(reader.vectors(400).std() / embedded.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_more_than_the_model_has_positions_for_is_refused() -> None:
+    reader = Reader(tiny("gpt2"))
+    ids = torch.zeros(1, 126, dtype=torch.int64)
+    assert reader(ids, reader.vectors(2)[None]).shape == (1, 2, 32)
+    with pytest.raises(
+        PeftxError, match="126 tokens and 3 vectors are to be read, and the model has positions for 128"
+    ):
+        reader(ids, reader.vectors(3)[None])
