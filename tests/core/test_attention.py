@@ -430,3 +430,20 @@ def test_logits_that_are_asked_for_alone_are_those_of_the_whole_text(arch: str) 
         )
     view._ledger.remove(view.owner)
     assert not any("_peftx_whole" in vars(module) for module in model.modules())
+
+
+def test_all_attentions_of_a_model_and_the_sizes_of_their_heads() -> None:
+    for arch, expected in {
+        "t5": [("encoder", "attention")] * 2
+        + [("decoder", "attention")] * 2
+        + [("decoder", "cross_attention")] * 2,
+        "llama": [("decoder", "attention")] * 2,
+        "qwen3_next": [("decoder", "attention")],
+    }.items():
+        model = tiny(arch)
+        view = ModelView(Anatomy(model), Ledger(model), Owner("one", 0))
+        sites = view.attentions()
+        assert [(site.tower, site.role) for site in sites] == expected
+        for site in sites:
+            sizes = view.heads_of(site)
+            assert (sizes.heads, sizes.head_dim) == (4, 8)

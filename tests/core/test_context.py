@@ -541,15 +541,16 @@ class Costly(CallEdit):
 
     def __init__(self, call: Call) -> None:
         super().__init__()
-        self.call, self.times, self.shift = call, 0, torch.zeros(1)
+        self.call, self.times, self.scale = call, 0, nn.Parameter(torch.tensor(0.3))
 
     def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        self.shift = self.call.once("costly", self.work)
+        self.call.once("costly", self.work)
         return call
 
     def work(self) -> Tensor:
         self.times += 1
-        return self.call.batch["kind"].float() / 3
+        kind = self.call.batch.get("kind", torch.zeros(1))
+        return kind * self.scale
 
 
 class Shifted(Delta):
@@ -558,7 +559,8 @@ class Shifted(Delta):
         self.costly = (costly,)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.costly[0].shift[:, None, None]
+        shift = self.costly[0].call.once("costly", self.costly[0].work)
+        return y + shift[:, None, None]
 
 
 class Once(Plugin):
@@ -567,7 +569,8 @@ class Once(Plugin):
         model.column("kind")
         self.costly = Costly(model.call)
         model.around(self.costly)
-        model.embedding().attach(Shifted(self.costly))
+        for site in model.linears("mlp.down"):
+            site.attach(Shifted(self.costly))
 
 
 @torch.no_grad()
@@ -596,6 +599,34 @@ def test_what_has_gradients_is_worked_out_anew() -> None:
     for times in (2, 3):
         stack.model(IDS[:, :1], kind=torch.tensor([1, 3]), past_key_values=cache)
         assert once.costly.times == times
+    assert not any(name.startswith("peftx") for name in vars(cache)), "no graph lies in a cache"
+
+
+def test_what_is_worked_out_once_is_seen_by_recomputed_layers_and_by_no_copy() -> None:
+    found = []
+    for recompute in (False, True):
+        once = Once()
+        stack = stack_of(once)
+        stack.model.train()
+        if recompute:
+            stack.model.activation_checkpointing_enable({"use_reentrant": False})
+        stack.model(IDS, labels=IDS, kind=torch.tensor([1, 3])).loss.backward()
+        assert once.costly.times == 1
+        found.append(once.costly.scale.grad)
+        copy.deepcopy(stack.model)
+    torch.testing.assert_close(*found)
+    assert found[0].abs() > 0
+
+
+@torch.no_grad()
+def test_between_calls_nothing_is_remembered() -> None:
+    once = Once()
+    stack = stack_of(once)
+    for times in (1, 2):
+        once.costly.call.once("costly", once.costly.work)
+        assert once.costly.times == times
+    stack.model(IDS, kind=torch.tensor([1, 3]))
+    assert once.costly.times == 3
 
 
 # -- columns of a length of their own --------------------------------------------------------------------------------

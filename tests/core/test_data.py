@@ -273,6 +273,29 @@ def test_random_streams_are_by_name_and_seed(tokenizer: PreTrainedTokenizerFast)
         TrainingData(train=None, eval=None, tokenizer=tokenizer, seed=0, format="text", max_length=1)
 
 
+def test_others_are_of_the_same_kind_and_not_the_row_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    def data(rows: list[dict[str, str]]) -> TrainingData:
+        return TrainingData(
+            train=Dataset.from_list(rows), eval=None, tokenizer=tokenizer, seed=0, format="text", max_length=8
+        )
+
+    rows = [{"text": "a", "kind": kind} for kind in "xyxxyxxzxx"]
+    found = data(rows).others(3, name="one", by="kind")
+    assert found == data(rows).others(3, name="one", by="kind")
+    assert found != data(rows).others(3, name="two", by="kind")
+    for place, others in enumerate(found):
+        assert place not in others
+        assert len(set(others)) == len(others) == {"x": 3, "y": 1, "z": 0}[rows[place]["kind"]]
+        assert {rows[other]["kind"] for other in others} <= {rows[place]["kind"]}
+    counts = [0] * 10
+    for name in map(str, range(200)):
+        for other in data(rows).others(3, name=name, by="kind")[0]:
+            counts[other] += 1
+    assert min(counts[place] for place in (2, 3, 5, 6, 8, 9)) > 70, "each of six as often, about 100 times"
+    everyone = data([{"text": "a"}] * 4).others(9, name="one", by="kind")
+    assert [sorted(others) for others in everyone] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+
+
 # --- token ids ----------------------------------------------------------------------------------------------
 
 

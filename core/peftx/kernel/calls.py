@@ -61,6 +61,8 @@ class _Said:
     tokens: those of a decoder behind an encoder are not."""
     goes_on: bool = field(init=False)
     """Was the cache filled by calls before this one."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """What was worked out for it."""
 
     def __post_init__(self) -> None:
         self.take(self.arguments)
@@ -204,19 +206,25 @@ class Call:
         return nn.functional.pad(values, (before, behind), value=fill)
 
     def once(self, name: str, make: Callable[[], V]) -> V:
-        """What `make` gives, made at the first of the calls that share a cache and kept with that; where there is no
-        cache, or gradients are recorded, made at each.
+        """What `make` gives, worked out once in a call, however many layers ask; without gradients once for all calls
+        that share a cache.
+
+        Ask in `CallEdit.before` first where layers ask: what they make inside of checkpointing would be made again.
 
         Args:
             name: unique in the model. make: of nothing but what stays, as columns do, while a text goes on.
         """
-        cache, batch = self.arguments.get("past_key_values"), None if self.shape is None else self.shape[0]
-        if cache is None or torch.is_grad_enabled():
-            return make()
-        kept: dict[str, tuple[int | None, V]] = cache.__dict__.setdefault("peftx_kept", {})
-        if not self._now.goes_on or name not in kept or kept[name][0] != batch:
-            kept[name] = batch, make()
-        return kept[name][1]
+        said, cache = self._now, self.arguments.get("past_key_values")
+        if name not in said.made:
+            kept: dict[str, tuple[int | None, V]] = {}
+            if cache is not None and not torch.is_grad_enabled():
+                kept = cache.__dict__.setdefault("peftx_kept", {})
+            batch = None if self.shape is None else self.shape[0]
+            if not said.goes_on or name not in kept or kept[name][0] != batch:
+                kept[name] = batch, make()
+            said.made[name] = kept[name][1]
+        made: V = said.made[name]
+        return made
 
     def carry(self, name: str, values: Tensor, fill: float = 0) -> Tensor:
         """Values of the tokens of this call behind those of all calls before it whose keys and values are in the cache.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from peftx.errors import ArchitectureError, PeftxError, PluginError, TargetError
-from peftx.kernel.anatomy.anatomy import Anatomy, TowerFacts
+from peftx.kernel.anatomy.anatomy import Anatomy, Heads, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.anatomy.targets import Targets
 from peftx.kernel.attention import AttentionEdit
@@ -39,6 +39,7 @@ from peftx.kernel.vocabulary import NewRows
 
 D = TypeVar("D", bound=Delta)
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound=CallEdit)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -278,6 +279,24 @@ class ModelView:
             if not paths or paths[i]
         ]
 
+    def attentions(self) -> list[BoundSite]:
+        """The modules that call the attention interface, of all towers, those that look at another tower last.
+
+        Raises:
+            ArchitectureError: a tower has none.
+        """
+        towers = list(self.towers.values())
+        found = [site for tower in towers for site in self.attention_sites(tower=tower.name)]
+        for tower in towers:
+            if tower.cross_attention:
+                found += self.attention_sites(tower=tower.name, role="cross_attention")
+        return found
+
+    def heads_of(self, site: Site) -> Heads:
+        """Numbers and sizes of the heads of an attention."""
+        assert site.layer is not None
+        return self.towers[site.tower].by_layer[site.layer]
+
     def prompt(self, tokens: VirtualTokens) -> VirtualTokens:
         """Put soft tokens in front of the model's input (the encoder's, where there is one).
 
@@ -287,9 +306,10 @@ class ModelView:
         put_before(self._ledger, self._by, tokens)
         return tokens
 
-    def around(self, edit: CallEdit) -> None:
-        """See every call of the whole model: its arguments before, its output after."""
+    def around(self, edit: C) -> C:
+        """See every call of the whole model: its arguments before, its output after. Returns the edit."""
         edit_calls(self._ledger, self._by, edit)
+        return edit
 
     def vocabulary(self, add: Sequence[str], *, init: Tensor | None = None) -> NewRows:
         """Add tokens: the tokenizer knows them, the embedding and the head have rows for them, which train and are

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftx.errors import PeftxError, PluginError
+from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart
 from peftx.kernel.plugin import Plugin
@@ -161,11 +162,17 @@ class Case:
         from peftx.engines.training.run import as_training_data
 
         data = stack.prepare(as_training_data(stack, list(self.subject.rows), seed=0, max_length=96))
-        pairs = self.arch in ENCODER_DECODERS
+        assert data.train is not None
+        pairs, columns = self.arch in ENCODER_DECODERS, columns_of(stack.model)
         rows = tokenize_dataset(
-            data.train, stack.tokenizer, format=data.format, max_length=data.max_length, encoder_decoder=pairs
-        )
-        return Collator(stack.tokenizer.pad_token_id, encoder_decoder=pairs)(list(rows)[:2])
+            data.train, stack.tokenizer, format=data.format, max_length=data.max_length, encoder_decoder=pairs,
+            keep=[name for name in columns if name in data.train.column_names],
+        )  # fmt: skip
+        collate = Collator(
+            stack.tokenizer.pad_token_id, encoder_decoder=pairs, pad_values=dict.fromkeys(columns, 0),
+            own_lengths=own_lengths_of(stack.model),
+        )  # fmt: skip
+        return collate(list(rows)[:2])
 
     def train(self, stack: Stack, steps: int, *, rate: float = 1e-2) -> list[float]:
         """A plain loop on one batch; returns the losses."""

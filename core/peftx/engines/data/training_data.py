@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftx.errors import DataError
 
@@ -48,6 +48,25 @@ class TrainingData:
         """
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return random.Random(int.from_bytes(digest, "big"))
+
+    def others(self, count: int, *, name: str, by: str) -> list[list[int]]:
+        """For each row of `train` the places of `count` others, as examples of what it is about; fewer where there are
+        not so many.
+
+        Args:
+            name: the plugin's id, whose stream draws them. by: a column in which the others have the row's value; where
+                rows have no such column, all go together.
+        """
+        assert self.train is not None
+        kinds = self.train[by][:] if by in self.train.column_names else [None] * len(self.train)
+        places: dict[Any, list[int]] = {}
+        for place, kind in enumerate(kinds):
+            places.setdefault(kind, []).append(place)
+        rng, found = self.rng(name), []
+        for place, kind in enumerate(kinds):
+            drawn = rng.sample(places[kind], min(count + 1, len(places[kind])))
+            found.append([other for other in drawn if other != place][:count])
+        return found
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of `text`, without BOS and EOS."""

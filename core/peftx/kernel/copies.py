@@ -1,0 +1,115 @@
+"""A second model with the base's weights, for a plugin to own."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from peftx.errors import PeftxError, UnsupportedError
+from peftx.kernel.attention import PREFIX
+from peftx.kernel.chain import is_ours
+from peftx.kernel.virtual_tokens import free_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class with its weights as they are now, and nothing of what plugins put on it. `keep`, or an
+    edit that holds the copy, makes its parameters a plugin's own.
+
+    Raises:
+        UnsupportedError: layers were replaced by packed ones, or biases added where the class has none.
+    """
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = (config._attn_implementation or "eager").removeprefix(PREFIX)
+    with torch.device(model.device), no_init_weights():
+        found = _own_class(model)._from_config(config, dtype=model.dtype)
+    found.tie_weights()  # which making it without first values leaves out
+    weights = {name: t for name, t in model.state_dict().items() if not is_ours(name)}
+    known = found.state_dict()
+    if strange := sorted(weights.keys() ^ known.keys()):
+        raise UnsupportedError(
+            f"{type(found).__name__} cannot be copied: {strange[0]} is no weight that the class has",
+            hint="put the plugin before those that pack layers",
+        )
+    if model.device.type != "meta":
+        found.load_state_dict(weights)
+    return found.train(model.training)
+
+
+class Reader(nn.Module):
+    """A second model that reads a text and then vectors, in one pass; what it makes of these is its answer.
+
+    A decoder reads them behind the text; of an encoder and a decoder the one reads the text and the other the vectors.
+
+    Args:
+        model: what it starts as.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        copied = copy_of(model)
+        pair = model.config.is_encoder_decoder
+        self.room = None if pair else free_positions(copied)
+        self.towers = nn.ModuleList(
+            [copied.get_encoder(), copied.get_decoder()] if pair else [copied.base_model]
+        )
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Of the text's tokens."""
+        found: nn.Module = self.towers[0].get_input_embeddings()
+        return found
+
+    @torch.no_grad()
+    def vectors(self, count: int) -> Tensor:
+        """Some to begin with, drawn as large as embeddings: [N, d]."""
+        rows = self.embedding.weight.shape[0]
+        like: Tensor = self.embedding(torch.randint(rows, (256,)).to(self.embedding.weight.device))
+        return torch.randn(count, like.shape[-1]).to(like) * like.std()
+
+    def forward(self, ids: Tensor, vectors: Tensor) -> Tensor:
+        """ids [B, S], -1 behind the end of a row; vectors [B, N, d] -> their last hidden states [B, N, d].
+
+        Raises:
+            PeftxError: more of both than the model has positions for.
+        """
+        if self.room is not None and ids.shape[1] + vectors.shape[1] > self.room:
+            raise PeftxError(
+                f"{ids.shape[1]} tokens and {vectors.shape[1]} vectors are to be read, and the model has positions for "
+                f"{self.room}",
+                hint="less text",
+            )
+        ids, mask = ids.clamp(min=0), (ids >= 0).long()
+        if len(self.towers) == 2:
+            encoder, decoder = self.towers
+            read = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            out = decoder(
+                inputs_embeds=vectors,
+                encoder_hidden_states=read,
+                encoder_attention_mask=mask,
+                use_cache=False,
+            )
+            return out.last_hidden_state  # type: ignore[no-any-return]
+        N = vectors.shape[1]
+        mask = nn.functional.pad(mask, (0, N), value=1)
+        out = self.towers[0](
+            inputs_embeds=torch.cat((self.embedding(ids), vectors), 1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+        return out.last_hidden_state[:, -N:]  # type: ignore[no-any-return]
+
+
+def _own_class(model: nn.Module) -> type[PreTrainedModel]:
+    """Without the slots of plugins."""
+    found = type(model)
+    while "_peftx_base" in vars(found):
+        found = vars(found)["_peftx_base"]
+    return found
