@@ -175,3 +175,19 @@ def test_layers_that_are_recomputed_see_the_same_call() -> None:
         found.append([p.grad for p in stack.ledger.parameters("inside")])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+def test_what_a_recomputed_layer_carries_is_not_taken_for_a_later_calls() -> None:
+    class Within(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.linears("mlp.down layers=0")[0].attach(SumOfIds(model.call, model.owner))
+
+    stack = stack_of(Within())
+    stack.model.train()
+    stack.model.activation_checkpointing_enable()
+    stack.model(IDS, labels=IDS).loss.backward()
+    stack.model.eval()
+    with stack.disabled("within"), torch.no_grad():
+        cache = stack.model(IDS[:1], use_cache=True).past_key_values
+    assert len(cache.layers) == 2

@@ -7,7 +7,7 @@ children of the model, so that what they hold trains, moves and is saved with it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,48 @@ class Call:
         past = layer.keys[:, 0]  # [B, R, k]
         return torch.cat((past[..., 0] if values.ndim == 2 else past, values), 1)
 
+    def on_rows(
+        self, kept: Tensor, layer: int, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Call an attention block (of a model with one tower) on some rows of the batch, as if it were not there for the
+        others.
+
+        Where no row is kept it does not run, and its layer of the cache grows by rows without content, one number a
+        token, so that the cache has one length in all layers. Without a cache only the rows that are kept go through
+        it, and what is inside sees a call of these alone; with one all do, since its rows grow together.
+
+        Args:
+            kept: bool [B]. layer: the block's, as the cache counts. inner, x, args, kwargs: of `Delta.around`.
+
+        Returns:
+            What the block returns: the output [B, T, d], zeros in the other rows, and what else it gives or None.
+        """
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if bool(kept.all()):
+            return tuple(inner(x, *args, **kwargs))
+        if not bool(kept.any()):
+            if cache is not None:
+                _pass_over(cache, layer, x)
+            return torch.zeros_like(x), None
+        if cache is not None:
+            out, *rest = inner(x, *args, **kwargs)
+            return torch.where(kept[:, None, None], out, 0), *rest
+        with self._narrowed(kept):
+            out, *_ = inner(*_of_rows((x, *args), kept), **_of_rows(kwargs, kept))
+        rows = kept.nonzero()[:, 0]
+        return out.new_zeros(x.shape).index_copy(0, rows, out), None
+
+    @contextmanager
+    def _narrowed(self, kept: Tensor) -> Iterator[None]:
+        """Inside, the call is one of these rows alone."""
+        whole = self.arguments, self.batch
+        self.arguments = _of_rows(self.arguments, kept)
+        self.batch = {name: column[kept] for name, column in self.batch.items()}
+        try:
+            yield
+        finally:
+            self.arguments, self.batch = whole
+
     # -- the core's side -----------------------------------------------------------------------------------------
 
     def declare(self, name: str, owner: str) -> None:
@@ -150,7 +192,7 @@ class Call:
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
-        self.arguments, self.batch = arguments, {}
+        self.arguments, self.batch, self._carried = arguments, {}, {}
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
             found = value if value is not None else self._given.get(name)
@@ -190,6 +232,27 @@ def _keep(cache: Cache, name: str, values: Tensor, fill: int) -> None:
     others = _length(cache) - layer.get_seq_length() - values.shape[1]
     values = nn.functional.pad(values, (0, 0, others, 0), value=fill)[:, None]  # [B, 1, R, k]
     layer.update(values, values[..., :0])
+
+
+def _pass_over(cache: Cache, layer: int, x: Tensor) -> None:
+    """As many rows as x [B, T, d] has tokens for a layer that nobody reads; like those it has, if it has any."""
+    known = cache.layers[layer] if layer < len(cache.layers) else None
+    shape = [len(x), 1, x.shape[1], 1], [len(x), 1, x.shape[1], 0]
+    if known is not None and known.keys is not None:  # of rows that left the batch, or a static cache
+        for form, held in zip(shape, (known.keys, known.values), strict=True):
+            form[1], form[3] = held.shape[1], held.shape[3]
+    cache.update(x.new_zeros(shape[0]), x.new_zeros(shape[1]), layer)
+
+
+def _of_rows(value: Any, kept: Tensor) -> Any:
+    """These rows of everything that has rows of the batch, through tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return value[kept] if value.ndim > 1 and len(value) == len(kept) else value
+    if isinstance(value, tuple):
+        return tuple(_of_rows(item, kept) for item in value)
+    if isinstance(value, dict):
+        return {name: _of_rows(item, kept) for name, item in value.items()}
+    return value
 
 
 def _repeated(values: Tensor, rows: int | None, name: str) -> Tensor:
