@@ -40,6 +40,15 @@ class Sums(Plugin):
         model.embedding().attach(SumOfIds(model.call, model.owner))
 
 
+class Deep(Plugin):
+    """In a layer behind others, whose rows of this call are in the cache already."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(SumOfIds(model.call, f"{model.owner}.{site.layer}"))
+
+
 class Rows(VirtualTokens):
     def __init__(self, width: int) -> None:
         super().__init__(3)
@@ -59,7 +68,9 @@ def stack_of(*plugins: Plugin, arch: str = "llama") -> Stack:
     return Stack(tiny(arch), plugins, tokenizer=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("plugins", [(Sums(),), (Prompt(), Sums())], ids=["alone", "behind soft tokens"])
+@pytest.mark.parametrize(
+    "plugins", [(Sums(),), (Prompt(), Sums()), (Deep(),)], ids=["alone", "behind soft tokens", "in every layer"]
+)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_next"])
 @torch.no_grad()
 def test_values_go_with_the_cache(arch: str, plugins: tuple[Plugin, ...]) -> None:
@@ -178,16 +189,11 @@ def test_layers_that_are_recomputed_see_the_same_call() -> None:
 
 
 def test_what_a_recomputed_layer_carries_is_not_taken_for_a_later_calls() -> None:
-    class Within(Plugin):
-        @hookimpl
-        def inject(self, model: ModelView) -> None:
-            model.linears("mlp.down layers=0")[0].attach(SumOfIds(model.call, model.owner))
-
-    stack = stack_of(Within())
+    stack = stack_of(Deep())
     stack.model.train()
     stack.model.activation_checkpointing_enable()
     stack.model(IDS, labels=IDS).loss.backward()
     stack.model.eval()
-    with stack.disabled("within"), torch.no_grad():
+    with stack.disabled("deep"), torch.no_grad():
         cache = stack.model(IDS[:1], use_cache=True).past_key_values
     assert len(cache.layers) == 2

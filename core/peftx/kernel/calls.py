@@ -57,6 +57,8 @@ class Call:
         """Names of columns, and whose they are."""
         self._given: Mapping[str, Tensor] = {}
         self._carried: dict[str, tuple[Tensor, int]] = {}
+        self._rows = 0
+        """In the cache when the call began: its layers grow one after another."""
 
     @property
     def ids(self) -> Tensor | None:
@@ -104,8 +106,8 @@ class Call:
             UnsupportedError: the cache was filled without these values.
         """
         cache = self.arguments.get("past_key_values")
-        layer = _layer(cache, name)
-        known, rows = 0 if layer is None else layer.get_seq_length(), 0 if cache is None else _length(cache)
+        layer, rows = _layer(cache, name), self._rows
+        known = 0 if layer is None else layer.get_seq_length()
         if known != rows:
             raise UnsupportedError(
                 f"{name}: the cache holds {rows} rows, and what goes with them is known of {known}",
@@ -193,6 +195,8 @@ class Call:
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
         self.arguments, self.batch, self._carried = arguments, {}, {}
+        cache = arguments.get("past_key_values")
+        self._rows = _length(cache) if isinstance(cache, Cache) else 0
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
             found = value if value is not None else self._given.get(name)
