@@ -122,8 +122,8 @@ class Call:
     def on_rows(
         self, kept: Tensor, layer: int, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Call an attention block (of a model with one tower) on some rows of the batch, as if it were not there for the
-        others.
+        """Call an attention block, of a model with one tower, on some rows of the batch, as if it were not there for
+        the others.
 
         Where no row is kept it does not run, and its layer of the cache grows by rows without content, one number a
         token, so that the cache has one length in all layers. Without a cache only the rows that are kept go through
