@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import peftx
 from peftx import AttentionEdit, Delta, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import PluginError, UnsupportedError
+from peftx.kernel.anatomy import Anatomy
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -119,6 +121,133 @@ def test_a_linear_layer_offers_no_call_to_stand_around() -> None:
 
     with pytest.raises(UnsupportedError, match="stands around a call, which Linear does not offer"):
         Stack(tiny("llama"), [OnLinear()])
+
+
+# -- attention blocks, which are called by names, and caches ----------------------------------------------------------
+
+
+class Gate(Delta):
+    """The attention of rows of which `kept` says so; of all, where it says nothing."""
+
+    def __init__(self, model: ModelView, layer: int) -> None:
+        super().__init__()
+        self.call, self.layer, self.kept = model.call, layer, None
+        self.seen: list[tuple[int, ...]] = []
+
+    def around(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def watched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            found = x, self.call.ids, self.call.real, self.call.batch.get("kind", ())
+            self.seen.append(tuple(map(len, found)))
+            return inner(x, *args, **kwargs)
+
+        kept = torch.ones(len(x), dtype=torch.bool) if self.kept is None else torch.tensor(self.kept)
+        return self.call.on_rows(kept, self.layer, watched, x, *args, **kwargs)
+
+
+class Gates(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.column("kind")
+        self.gates = [site.attach(Gate(model, site.layer)) for site in model.blocks("attention")]
+
+
+def gated(arch: str, kept: dict[int, list[bool]]) -> tuple[Stack, list[Gate]]:
+    plugin = Gates()
+    stack = Stack(tiny(arch), [plugin], tokenizer=tiny_tokenizer())
+    for layer, rows in kept.items():
+        plugin.gates[layer].kept = rows
+    return stack, plugin.gates
+
+
+def without_attention(arch: str, layer: int) -> nn.Module:
+    """The plain model with a layer's attention that gives zeros."""
+    model = tiny(arch)
+    for parameter in Anatomy(model).site("attention.o", layer=layer).module.parameters():
+        parameter.data.zero_()
+    return model
+
+
+DECODERS = ["llama", "gpt2", "qwen2", "gpt_neox", "opt", "mistral", "gemma2", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("arch", DECODERS)
+@torch.no_grad()
+def test_rows_that_a_block_is_not_there_for(arch: str, padding: Any) -> None:
+    plain = tiny(arch)
+    inputs = example_inputs(plain, padding=padding)
+    real, bare = inputs["attention_mask"].bool(), without_attention(arch, 0)
+    for kept in ([True, True], [False, False], [True, False], [False, True]):
+        stack, gates = gated(arch, {0: kept})
+        for use_cache in (True, False):
+            found = stack.model(**inputs, use_cache=use_cache, kind=torch.tensor([1, 3])).logits
+            for row, is_kept in enumerate(kept):
+                expected = (plain if is_kept else bare)(**inputs, use_cache=use_cache).logits
+                torch.testing.assert_close(
+                    found[row, real[row]], expected[row, real[row]], rtol=1e-4, atol=1e-5
+                )
+        rows = sum(kept)
+        assert gates[0].seen == ([(2,) * 4, (rows,) * 4] if rows else []), (
+            "with a cache all of them go through"
+        )
+        assert gates[1].seen == [(2,) * 4] * 2
+
+
+@pytest.mark.parametrize("kept", [[False, False], [True, False]])
+@pytest.mark.parametrize("arch", DECODERS)
+@torch.no_grad()
+def test_a_cache_is_as_long_in_layers_that_were_skipped(arch: str, kept: list[bool]) -> None:
+    stack, _ = gated(arch, {0: kept})  # layer 0, by whose length masks and positions go
+    inputs = example_inputs(stack.model, padding="left")
+    whole = stack.model(**inputs).logits[:, -1]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    takes = "position_ids" in inspect.signature(type(stack.model).forward).parameters
+    places = lambda part: {"position_ids": positions[:, part]} if takes else {}  # noqa: E731
+    whole = stack.model(**inputs, **places(slice(None))).logits[:, -1]
+    out = stack.model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True, **places(slice(0, 6)))
+    for at in range(6, 9):
+        assert {layer.get_seq_length() for layer in out.past_key_values.layers} == {at}
+        out = stack.model(
+            ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=out.past_key_values,
+            **places(slice(at, at + 1)),
+        )  # fmt: skip
+    torch.testing.assert_close(out.logits[:, -1], whole, rtol=1e-4, atol=1e-5)
+    if not any(kept):
+        held = out.past_key_values.layers[0]
+        assert held.keys.numel() + held.values.numel() == 2 * 9, "one number a token"
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}]
+)
+@torch.no_grad()
+def test_generation_with_a_layer_that_is_skipped(options: dict[str, Any]) -> None:
+    """Beams reorder the cache, drafts cut it, a static one is made for all layers before."""
+    stack, gates = gated("llama", {0: [False]})
+    rows = 1 if "prompt_lookup_num_tokens" in options else 2
+    ids, bare = IDS[:rows], without_attention("llama", 0)
+    gates[0].kept = [False] * rows * options.get("num_beams", 1)
+    asked: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+        **options,
+    }
+    assert torch.equal(stack.model.generate(ids, **asked), bare.generate(ids, **asked))
+    assert not gates[0].seen
+
+
+@torch.no_grad()
+def test_a_row_that_leaves_the_batch_takes_its_attention_along() -> None:
+    stack, gates = gated("llama", {0: [True, False]})
+    out = stack.model(IDS[:, :5], use_cache=True)
+    cache = out.past_key_values
+    cache.batch_select_indices(torch.tensor([1]))
+    gates[0].kept = [False]
+    found = stack.model(IDS[1:, 5:], past_key_values=cache).logits
+    assert cache.layers[0].get_seq_length() == 6
+    torch.testing.assert_close(found, without_attention("llama", 0)(IDS[1:]).logits[:, -1:])
 
 
 # -- probabilities ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import peftx
 from peftx import AttentionEdit, CallEdit, Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.calls import Call, call_of, listening
+from peftx.kernel.call import Call
+from peftx.kernel.calls import call_of, listening
 from peftx.testing.models import tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -42,6 +43,15 @@ class Sums(Plugin):
         model.embedding().attach(SumOfIds(model.call, model.owner))
 
 
+class Deep(Plugin):
+    """In a layer behind others, whose rows of this call are in the cache already."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(SumOfIds(model.call, f"{model.owner}.{site.layer}"))
+
+
 class Rows(VirtualTokens):
     def __init__(self, width: int) -> None:
         super().__init__(3)
@@ -61,7 +71,11 @@ def stack_of(*plugins: Plugin, arch: str = "llama") -> Stack:
     return Stack(tiny(arch), plugins, tokenizer=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("plugins", [(Sums(),), (Prompt(), Sums())], ids=["alone", "behind soft tokens"])
+@pytest.mark.parametrize(
+    "plugins",
+    [(Sums(),), (Prompt(), Sums()), (Deep(),)],
+    ids=["alone", "behind soft tokens", "in every layer"],
+)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_next"])
 @torch.no_grad()
 def test_values_go_with_the_cache(arch: str, plugins: tuple[Plugin, ...]) -> None:
@@ -666,3 +680,14 @@ def test_columns_of_a_length_of_their_own_come_with_the_rows() -> None:
     stack.train(rows, steps=1, batch_size=2)
     (batch,) = notes.delta.seen
     assert sorted(batch) == [[5, 0, 9, 4, 2, 2, 3, 8], [7, *[-1] * 7]]
+
+
+def test_what_a_recomputed_layer_carries_is_not_taken_for_a_later_calls() -> None:
+    stack = stack_of(Deep())
+    stack.model.train()
+    stack.model.activation_checkpointing_enable()
+    stack.model(IDS, labels=IDS).loss.backward()
+    stack.model.eval()
+    with stack.disabled("deep"), torch.no_grad():
+        cache = stack.model(IDS[:1], use_cache=True).past_key_values
+    assert len(cache.layers) == 2

@@ -16,7 +16,9 @@ from peftx.engines.training.updates import forget
 from peftx.errors import DataError, PeftxError
 from peftx.kernel.phases import Phase, Span, spans
 from peftx.planning import plan
+from peftx.testing import run_checks
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.subject import steps_for
 from peftx.toolkits.compression import QuantLinear
 from peftx_lora import Lora
 from peftx_spec import load_spec
@@ -100,6 +102,33 @@ def test_phases_that_do_not_fit_are_refused_before_the_first_step() -> None:
     with pytest.raises(PeftxError, match="two-phases: 'find' takes the run's 1 steps"):
         stack_of(plugin).train(ROWS, steps=1)
     assert plugin.seen == []
+
+
+class FourPhases(Plugin):
+    claims = {Claim.BESIDE_WEIGHTS}
+
+    def phases(self) -> Sequence[Phase]:
+        return (Phase("a", 2), Phase("b", 0.2), Phase("c", 1), Phase("d"))
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.mlp"):
+            site.attach(TwoPhases.Gain(model.hidden_size))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        step.phase(self)
+        return (yield)
+
+
+def test_the_kit_makes_as_many_steps_as_phases_need() -> None:
+    assert [steps_for(p) for p in (FourPhases(), TwoPhases(), Lora())] == [5, 2, 2]
+    assert steps_for(TwoPhases(), FourPhases()) == 5
+    names = ["trains_in_the_trainer", "resume_is_exact"]
+    found = run_checks(FourPhases, models=["llama"], only=names)
+    assert [(result.name, result.outcome, result.message) for result in found] == [
+        (n, "passed", "") for n in names
+    ]
 
 
 # -- masks, updates --------------------------------------------------------------------------------------------------

@@ -44,3 +44,13 @@ def carry_on(cache: Cache, name: str, values: Tensor, fill: int, at: int | Tenso
         values = insert(values, values.new_full((len(values), soft, values.shape[2]), fill), at)
     values = values[:, None]  # [B, 1, R, k]
     layer.update(values, values[..., :0])
+
+
+def pass_over(cache: Cache, layer: int, x: Tensor) -> None:
+    """As many rows as x [B, T, d] has tokens for a layer that nobody reads; like those it has, if it has any."""
+    known = cache.layers[layer] if layer < len(cache.layers) else None
+    shape = [len(x), 1, x.shape[1], 1], [len(x), 1, x.shape[1], 0]
+    if known is not None and known.keys is not None:  # of rows that left the batch, or a static cache
+        for form, held in zip(shape, (known.keys, known.values), strict=True):
+            form[1], form[3] = held.shape[1], held.shape[3]
+    cache.update(x.new_zeros(shape[0]), x.new_zeros(shape[1]), layer)

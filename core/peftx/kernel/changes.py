@@ -13,7 +13,8 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError, Unsupport
 from peftx.kernel import attention, calls, virtual_tokens
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.attention import AttentionEdit
-from peftx.kernel.calls import Call, CallEdit
+from peftx.kernel.call import Call
+from peftx.kernel.calls import CallEdit
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.parts import (
     FREE,

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, PeftxError, PluginError, nearest
 from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.call import Call
 from peftx.kernel.calling import register
-from peftx.kernel.calls import Call, call_of
+from peftx.kernel.calls import call_of
 from peftx.kernel.changes import Owner
 from peftx.kernel.conflicts import check
 from peftx.kernel.guard import guard, release

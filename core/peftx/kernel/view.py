@@ -16,7 +16,8 @@ from peftx.kernel.anatomy.anatomy import Anatomy, Heads, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.anatomy.targets import Targets
 from peftx.kernel.attention import AttentionEdit
-from peftx.kernel.calls import Call, CallEdit
+from peftx.kernel.call import Call
+from peftx.kernel.calls import CallEdit
 from peftx.kernel.changes import (
     Owner,
     add_tokens,

@@ -97,7 +97,7 @@ def page(matrix: Matrix) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_STYLE}</style></head>\n<body><h1>Which plugins go together</h1>\n"
         "<p>The row's plugin stands first in the stack, the column's second. Every pair was built on a tiny model, "
-        "trained for two steps, saved, loaded and run; or refused by its claims. Point at a cell for its reason.</p>\n"
+        "trained for some steps, saved, loaded and run; or refused by its claims. Point at a cell for its reason.</p>\n"
         f'<p class="key">{key}</p>\n'
         '<div id="why" aria-live="polite">The reason of the cell under the pointer stands here.</div>\n'
         f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead>\n'

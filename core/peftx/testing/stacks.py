@@ -38,7 +38,7 @@ from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
-from peftx.testing.matrix import LENGTH, PROMPT, STEPS
+from peftx.testing.matrix import LENGTH, PROMPT
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.recipes import (
     SAYINGS,
@@ -47,7 +47,7 @@ from peftx.testing.recipes import (
     Until,
     registry,
 )
-from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows
+from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows, steps_for
 from peftx_spec.models import Pipeline
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Life:
             rows = list(ROWS_BY_FORMAT["text"])
         report = stack.train(
             rows,
-            steps=STEPS,
+            steps=steps_for(*(member.plugin for member in stack.members)),
             batch_size=2,
             max_length=LENGTH,
             learning_rate=1e-3,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftx.errors import PeftxError
+from peftx.kernel.phases import spans
 from peftx.kernel.plugin import Claim, Plugin, hooks_of
 from peftx.testing.models import ARCHITECTURES, CORE_ARCHITECTURES
 
@@ -100,6 +102,19 @@ class Subject:
 
     def make(self) -> Plugin:
         return self.plugin(**self.options)
+
+
+def steps_for(*plugins: Plugin) -> int:
+    """The fewest steps of a run, two at least, in which every phase of every plugin has one."""
+    return next((n for n in range(2, 100) if all(_fits(plugin, n) for plugin in plugins)), 2)
+
+
+def _fits(plugin: Plugin, steps: int) -> bool:
+    try:
+        spans(plugin.phases(), steps, owner="")
+    except PeftxError:
+        return False
+    return True
 
 
 def default_rows(plugin: type[Plugin]) -> Sequence[Mapping[str, Any]]:

@@ -10,6 +10,7 @@ layers).
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any, SupportsIndex, TypeVar
 
@@ -131,6 +132,9 @@ class OutputCarrier(Carrier):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slot = self._peftx_slot
+        first = _first_argument(self._peftx_base)  # type: ignore[attr-defined]
+        if not args and first in kwargs:  # attention is called by names, and its deltas know of none
+            args = (kwargs.pop(first),)
         x = args[0] if args else next(iter(kwargs.values()), None)
         if slot.nested:
             raise UnsupportedError(
@@ -217,6 +221,14 @@ _CARRIERS: dict[str, type[Carrier]] = {
     "packed": PackedCarrier,
     "output": OutputCarrier,
 }
+
+
+@cache
+def _first_argument(base: type[nn.Module]) -> str:
+    """What a module's forward calls its input."""
+    names = [*inspect.signature(base.forward).parameters.values()][1:2]
+    by_place = [p.name for p in names if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return by_place[0] if by_place else ""
 
 
 @cache

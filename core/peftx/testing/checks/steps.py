@@ -12,7 +12,7 @@ from peftx.kernel.phases import spans
 from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference
 from peftx.testing.checks.check import check, trains
-from peftx.testing.subject import Subject
+from peftx.testing.subject import Subject, steps_for
 
 
 def _wraps_step(subject: Subject) -> bool:
@@ -55,8 +55,11 @@ def check_gradient_transforms_are_claimed(case: Case) -> None:
 def check_trains_in_the_trainer(case: Case) -> None:
     """`stack.train` makes its steps, with finite losses, and leaves the base as it was."""
     stack = case.training_stack()
-    report = stack.train(list(case.subject.rows), steps=2, batch_size=2, max_length=96, learning_rate=1e-2)
-    assert report.steps == 2, f"{report.steps} steps were made, not 2"
+    steps = steps_for(case.subject.make())
+    report = stack.train(
+        list(case.subject.rows), steps=steps, batch_size=2, max_length=96, learning_rate=1e-2
+    )
+    assert report.steps == steps, f"{report.steps} steps were made, not {steps}"
     assert all(math.isfinite(loss) for _, loss in report.losses), f"losses are {report.losses}"
     declared = declared_base(stack)
     expected = {name: t for name, t in base_tensors(case.model()).items() if name not in declared}
@@ -66,16 +69,23 @@ def check_trains_in_the_trainer(case: Case) -> None:
 
 @check(on="first-generative", when=trains)
 def check_resume_is_exact(case: Case) -> None:
-    """Four steps in one go, and two, a stop and two more, end in the same bits."""
-    options = {"steps": 4, "batch_size": 2, "max_length": 96, "learning_rate": 1e-2, "checkpoint_every": 2}
+    """Four steps in one go, and two, a stop and two more, end in the same bits; more, where phases need them."""
+    half = steps_for(case.subject.make())
+    options = {
+        "steps": 2 * half,
+        "batch_size": 2,
+        "max_length": 96,
+        "learning_rate": 1e-2,
+        "checkpoint_every": half,
+    }
     rows = list(case.subject.rows)
     straight, resumed = case.training_stack(), case.training_stack()
     straight.train(rows, output=case.folder, **options)
-    resumed.train(rows, output=case.folder, resume=case.folder / "checkpoint-2", **options)
+    resumed.train(rows, output=case.folder, resume=case.folder / f"checkpoint-{half}", **options)
     for owner in straight.plugins:
         expected = {n: t.detach() for n, t in straight.ledger.tensors(owner).items()}
         found = {n: t.detach() for n, t in resumed.ledger.tensors(owner).items()}
-        assert_same_tensors(found, expected, f"{owner} after 2 + 2 steps and after 4")
+        assert_same_tensors(found, expected, f"{owner} after {half} + {half} steps and after {2 * half}")
 
 
 @check(on="first", when=lambda subject: bool(subject.make().phases()))

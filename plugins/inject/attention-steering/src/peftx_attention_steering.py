@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 from peftx.toolkits.decoding.text import ids_for
 
 COLUMN = "highlight"

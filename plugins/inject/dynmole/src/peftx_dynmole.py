@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 
 LEAST = 1e-12

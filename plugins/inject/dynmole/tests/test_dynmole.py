@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftx import Stack, TrainStep
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny

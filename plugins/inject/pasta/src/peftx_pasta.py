@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError, nearest
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 
 
 class PastaConfig(PluginConfig):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, PeftxError
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 from peftx.kernel.chain import is_ours
 from peftx.kernel.view import BoundSite
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
 from peftx.engines.data import text_ids
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -38,7 +38,7 @@ from peftx import (
 from peftx.engines.data import Collator, format_of_keys, tokenize_dataset
 from peftx.errors import PeftxError
 from peftx.kernel import calls
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.evaluation import bootstrap_ratio, context_window
 
