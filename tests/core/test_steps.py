@@ -170,7 +170,13 @@ def test_an_optimizer_forgets() -> None:
     p.grad = torch.ones(2)
     optimizer.step()
     assert optimizer.state[p]
+    forget(optimizer, [p], at=torch.tensor([1]))
+    assert optimizer.state[p]["exp_avg"].tolist() == [pytest.approx(0.1), 0]
+    assert optimizer.state[p]["exp_avg_sq"].tolist() == [pytest.approx(0.001), 0]
+    assert optimizer.state[p]["step"] == 1
     forget(optimizer, [p])
+    assert p not in optimizer.state
+    forget(optimizer, [p], at=torch.tensor([1]))
     assert p not in optimizer.state
 
 
