@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from peftx.errors import ArchitectureError, PluginError, TargetError
+from peftx.errors import ArchitectureError, PeftxError, PluginError, TargetError
 from peftx.kernel.anatomy.anatomy import Anatomy, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.anatomy.targets import Targets
@@ -65,6 +65,15 @@ class BoundSite(Site):
         """Put a storage module (`QuantLinear`, ...) in this one's place; the bundle then holds its tensors."""
         replace_module(self.ledger, self.owner, self, module)
         return module
+
+    def check_rank(self, rank: int) -> None:
+        """Raises PeftxError where the matrix has no such rank."""
+        if rank > min(self.in_features, self.out_features):
+            raise PeftxError(
+                f"{self.owner.id}: rank {rank} exceeds the {self.out_features}x{self.in_features} matrix {self.path}",
+                hint=f"rank at most {min(self.in_features, self.out_features)}, or leave it out of targets: "
+                f"'!{self.role}'",
+            )
 
     def attend(self, edit: AttentionEdit) -> None:
         """Edit the attention of one layer; of sites from `attention_sites`.
