@@ -27,6 +27,7 @@ _WHERE = {
     "Targets": "peftx.kernel.anatomy",
     "Delta": "peftx.kernel.slots",
     "LowRank": "peftx.kernel.slots",
+    "SparseDelta": "peftx.kernel.slots",
     "add_low_rank": "peftx.kernel.slots",
     "dropout_linear": "peftx.kernel.slots",
     "AttentionEdit": "peftx.kernel.attention",
@@ -65,6 +66,7 @@ __all__ = [
     "PluginConfig",
     "Registry",
     "Site",
+    "SparseDelta",
     "Stack",
     "Targets",
     "TrainStep",
@@ -106,7 +108,7 @@ if TYPE_CHECKING:
     from peftx.kernel.phases import Phase
     from peftx.kernel.plugin import Claim, Plugin, PluginConfig, hookimpl
     from peftx.kernel.registry import Registry
-    from peftx.kernel.slots import Delta, LowRank, add_low_rank, dropout_linear
+    from peftx.kernel.slots import Delta, LowRank, SparseDelta, add_low_rank, dropout_linear
     from peftx.kernel.view import BoundSite, ModelView
     from peftx.kernel.virtual_tokens import VirtualTokens
     from peftx.loading import load

@@ -11,6 +11,7 @@ import torch
 
 from peftx.engines.data.sources import check_rows_serve, training_rows
 from peftx.engines.models import load_model
+from peftx.engines.training.feeders import check_source
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy import Anatomy, Site
 from peftx.kernel.conflicts import find_conflicts
@@ -104,6 +105,10 @@ def plan(
     reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
     steps = {index: pipeline.train_settings(s).steps for index, s in enumerate(stages) if s.train is not None}
     phases = {index: _phases(stack, total, conflicts) for index, total in steps.items()}
+    for member in members if steps else ():
+        for name in member.plugin.sources:
+            with _noting(conflicts, member):
+                check_source(pipeline.data.sources, name, owner=member.id)
     planned = tuple(
         s.model_copy(update={"detail": "; ".join(filter(None, (s.detail, phases[index])))})
         if index in phases

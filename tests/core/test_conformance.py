@@ -266,7 +266,28 @@ class Counter(Plugin):
         server.scheduler.max_batch = 2
 
 
-@pytest.mark.parametrize("plugin", [Quantizer, Reverser, Signs, Counter], ids=lambda plugin: plugin.__name__)
+class Pair(Plugin):
+    """Trains on rows of a source beside its own."""
+
+    claims = Healthy.claims
+    inject = Healthy.inject
+    sources = {
+        "others": ({"prompt": "2 is", "completion": " even"}, {"prompt": "3 is", "completion": " odd"})
+    }
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        ahead = [
+            len(batch["input_ids"]) for name in ("train", "others") for batch in step.batches_of(name, 2)
+        ]
+        assert sum(ahead) == 4
+        step.add_loss("others", lambda _: step.model(**step.batch_of("others")).loss, over="step")
+        return (yield)
+
+
+@pytest.mark.parametrize(
+    "plugin", [Quantizer, Reverser, Signs, Counter, Pair], ids=lambda plugin: plugin.__name__
+)
 def test_other_healthy_plugins(plugin: type[Plugin]) -> None:
     names = {item.check.name for item in plan_checks(plugin, models=["llama"])} - OTHER_PROCESS
     results = run_checks(plugin, models=["llama"], only=sorted(names))

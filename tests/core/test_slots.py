@@ -24,6 +24,7 @@ from peftx.kernel.ledger import Ledger
 from peftx.kernel.slots import (
     Delta,
     Rows,
+    SparseDelta,
     attach,
     base_class,
     detach,
@@ -753,3 +754,81 @@ def test_the_mask_of_dropout_drops_as_many_as_it_says() -> None:
         assert not torch.equal(keep, dropout_mask(x, p, seed=8)[0])
         lanes = keep.flatten().view(-1, 4)  # four come out of one draw
         assert float(torch.corrcoef(lanes.t()).fill_diagonal_(0).abs().max()) < 0.02
+
+
+# -- sparse deltas ---------------------------------------------------------------------------------------------------
+
+
+def sparse(*shape: int, count: int = 5, seed: int = 0) -> SparseDelta:
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.Size(shape).numel()
+    delta = SparseDelta(torch.randperm(size, generator=generator)[:count], shape)
+    delta.values.data.normal_(generator=generator)
+    return delta
+
+
+@torch.no_grad()
+def test_a_sparse_delta_by_hand() -> None:
+    delta = SparseDelta(torch.tensor([1, 3]), (2, 3))
+    delta.values.copy_(torch.tensor([2.0, -1.0]))
+    assert delta.matrix(torch.float32).tolist() == [[0, 2, 0], [-1, 0, 0]]
+    x, y = torch.tensor([[1.0, 10.0, 100.0]]), torch.tensor([[0.5, 0.5]])
+    assert delta(x, y).tolist() == [[20.5, -0.5]]
+    assert delta.fold(torch.ones(2, 3), None)[0].tolist() == [[1, 3, 1], [0, 1, 1]]
+    assert delta.at.dtype == torch.int32
+    with torch.device("meta"):
+        assert SparseDelta(torch.arange(3), (2**16, 2**15)).at.dtype == torch.int64
+
+
+def test_a_sparse_delta_has_the_gradients_of_its_places() -> None:
+    delta, x = sparse(4, 6).double(), torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+    y, weight = torch.randn(3, 7, 4, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
+    seen: list[Tensor] = []
+    delta.on_gradient = lambda gradient: seen.append(gradient.clone())
+    found = torch.autograd.grad(delta(x, y).square().sum(), [x, delta.values])
+    dense = delta.matrix(torch.float64).detach().requires_grad_()
+    wanted = torch.autograd.grad((y + x @ dense.t()).square().sum(), [x, dense])
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1].flatten()[delta.at.long()])
+    torch.testing.assert_close(seen[0], wanted[1])
+    folded = torch.autograd.grad((y + x @ delta.fold(weight, None)[0].t()).square().sum(), [delta.values])
+    torch.testing.assert_close(folded[0], found[1])
+    torch.testing.assert_close(seen[1], wanted[1])
+    assert len(seen) == 2
+
+
+def test_a_sparse_delta_keeps_no_matrix_for_the_backward_pass() -> None:
+    deltas = [sparse(64, 64, count=40, seed=i) for i in range(3)]
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = torch.ones(2, 64, requires_grad=True)
+        for delta in deltas:
+            out = delta(out, out)
+    assert kept
+    assert max(t.numel() for t in kept) == 2 * 64, "the input, values and places; no matrix of 64 x 64"
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "mamba"])
+def test_sparse_deltas_on_models(arch: str) -> None:
+    model = tiny(arch)
+    ledger = Ledger(model)
+    view = ModelView(Anatomy(model), ledger, Owner("a", 0))
+    sites = view.linears("all")
+    deltas = [site.attach(sparse(*site.shape, count=9, seed=i)) for i, site in enumerate(sites)]
+    inputs = example_inputs(model)
+    shapes: set[tuple[int, ...]] = set()
+    for delta in deltas:
+        delta.on_gradient = lambda gradient: shapes.add(tuple(gradient.shape))
+    output_of(model, inputs).square().sum().backward()
+    assert all(delta.values.grad is not None for delta in deltas)
+    assert shapes == {site.shape for site in sites}
+    with torch.no_grad():
+        before = output_of(model, inputs)
+        for place in ledger.carriers({"a"}):
+            merge(place, {"a"})
+        torch.testing.assert_close(output_of(model, inputs), before, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
 from peftx.errors import DataError, PeftxError
+from peftx.kernel.names import GROUP
 from peftx.kernel.phases import Phase, Span, spans
 from peftx.planning import plan
 from peftx.testing import run_checks
@@ -228,7 +230,13 @@ def test_an_optimizer_forgets() -> None:
     p.grad = torch.ones(2)
     optimizer.step()
     assert optimizer.state[p]
+    forget(optimizer, [p], at=torch.tensor([1]))
+    assert optimizer.state[p]["exp_avg"].tolist() == [pytest.approx(0.1), 0]
+    assert optimizer.state[p]["exp_avg_sq"].tolist() == [pytest.approx(0.001), 0]
+    assert optimizer.state[p]["step"] == 1
     forget(optimizer, [p])
+    assert p not in optimizer.state
+    forget(optimizer, [p], at=torch.tensor([1]))
     assert p not in optimizer.state
 
 
@@ -336,6 +344,48 @@ def test_a_source_that_is_not_there() -> None:
         stack_of(Lora(rank=2), TwoSources()).train(ROWS, steps=1, sources={"others": []})
 
 
+class LooksAhead(Plugin):
+    """Reads some of both sources before it trains."""
+
+    sources = {"others": OTHERS}
+    looked: dict[str, list[list[int]]]
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        if step.index == 0 and step.first_micro:
+            self.looked = {
+                name: [row for batch in step.batches_of(name, 5) for row in batch["input_ids"].tolist()]
+                for name in ("train", "others")
+            }
+        return (yield)
+
+
+def test_several_batches_of_a_source_each_row_once() -> None:
+    plugin = LooksAhead()
+    options: dict[str, Any] = {"steps": 1, "batch_size": 2}
+    stack_of(Lora(rank=2), plugin).train(ROWS, sources={"others": OTHERS[:3]}, **options)
+    first = plugin.looked
+    for rows, wanted in ((first["train"], 5), (first["others"], 3)):
+        assert len(rows) == wanted
+        assert len({tuple(t for t in row if t) for row in rows}) == wanted
+    tokens = stack_of().tokenizer(ROWS[0]["prompt"], add_special_tokens=False)["input_ids"]
+    assert any(set(tokens) <= set(row) for row in first["train"] + first["others"])
+    again = LooksAhead()
+    stack_of(Lora(rank=2), again).train(ROWS, sources={"others": OTHERS[:3]}, **options)
+    assert again.looked == first, "the same ones in every run"
+
+
+def test_sources_that_a_plugin_needs_are_asked_for_before_the_first_step() -> None:
+    plugin = LooksAhead()
+    with pytest.raises(DataError, match="looks-ahead: there is no source 'others' of rows") as caught:
+        stack_of(Lora(rank=2), plugin).train(ROWS, steps=1)
+    assert caught.value.hint is not None
+    assert "stack.train(..., sources={'others': rows})" in caught.value.hint
+    assert "looked" not in vars(plugin)
+    with pytest.raises(DataError, match="'train' is what the run trains on"):
+        stack_of(Lora(rank=2)).train(ROWS, steps=1, sources={"train": OTHERS})
+
+
 # -- in a spec -------------------------------------------------------------------------------------------------------
 
 
@@ -367,3 +417,16 @@ def test_a_run_of_the_length_that_the_refusal_names_fits(
         spans(phases, total, owner="x")
     assert way_out in str(caught.value.hint)
     assert len(spans(phases, enough, owner="x")) == len(phases)
+
+
+def test_plan_tells_of_sources_that_are_not_there() -> None:
+    registry = Registry(
+        [*entry_points(group=GROUP), EntryPoint("looks-ahead", f"{__name__}:LooksAhead", GROUP)]
+    )
+    text = "peftx: 1\nmodel: peftx:tiny\ndata:\n  train: peftx:sample/train.jsonl\nSOURCES"
+    text += "stack: [lora, looks-ahead]\ntrain: {steps: 1}\n"
+    for sources, missing in (("", True), ("  sources: {others: peftx:sample/held_out.jsonl}\n", False)):
+        found = plan(
+            load_spec(text.replace("SOURCES", sources), catalogue=registry).pipeline, registry=registry
+        )
+        assert ("no source 'others'" in str(found.conflicts)) is missing

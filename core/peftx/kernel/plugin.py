@@ -118,6 +118,9 @@ class Plugin:
     """Checks of the kit (or `arch-check`) that the method cannot pass by its nature, and why. Strict: none may pass."""
     example_rows: ClassVar[Sequence[Mapping[str, Any]]] = ()
     """Rows to try it on, where those that its format has anyway do not do (further columns)."""
+    sources: ClassVar[Mapping[str, Sequence[Mapping[str, Any]]]] = {}
+    """Further sources of rows that its step asks for (`step.batch_of`), and rows of each to try it on. A run without
+    them is refused before its first step."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Formats of the rows that the plugin trains on (`peftx.engines.data.FORMATS`); any if empty."""
     gives: ClassVar[Mapping[str, str]] = {}

@@ -72,6 +72,15 @@ class BoundSite(Site):
         replace_module(self.ledger, self.owner, self, module)
         return module
 
+    def check_rank(self, rank: int) -> None:
+        """Raises PeftxError where the matrix has no such rank."""
+        if rank > min(self.in_features, self.out_features):
+            raise PeftxError(
+                f"{self.owner.id}: rank {rank} exceeds the {self.out_features}x{self.in_features} matrix {self.path}",
+                hint=f"rank at most {min(self.in_features, self.out_features)}, or leave it out of targets: "
+                f"'!{self.role}'",
+            )
+
     def attend(self, edit: AttentionEdit) -> None:
         """Edit the attention of one layer; of sites from `attention_sites`.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftx.engines.training.feeders import OWN, Feeder
 from peftx.errors import PeftxError, PluginError
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.chain import is_ours
@@ -24,7 +25,10 @@ from peftx.testing.shapes import Padding
 from peftx.testing.subject import DECODERS, ENCODER_DECODERS, ROWS, TEXT, TEXTS, Subject
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
+
+    from peftx.engines.data import Collator, TrainingData
 
 E = TypeVar("E", bound=PeftxError)
 
@@ -158,29 +162,51 @@ class Case:
         return inputs
 
     def _prepared_batch(self, stack: Stack) -> dict[str, Any]:
-        from peftx.engines.data import Collator, tokenize_dataset
         from peftx.engines.training.run import as_training_data
 
         data = stack.prepare(as_training_data(stack, list(self.subject.rows), seed=0, max_length=96))
+        return self._collator(stack)(list(self._tokenized(stack, data))[:2])
+
+    def sources(self, stack: Stack) -> dict[str, Feeder]:
+        """The plugin's further sources, and its own rows, as a run gives them to its step."""
+        from peftx.engines.training.run import as_training_data
+
+        needed = self.subject.plugin.sources
+        if not needed or self.arch not in TEXT:
+            return {}
+        named = {OWN: self.subject.rows, **needed}
+        tokenized = {
+            name: self._tokenized(stack, as_training_data(stack, list(rows), seed=0, max_length=96))
+            for name, rows in named.items()
+        }
+        collate = self._collator(stack)
+        return {name: Feeder(rows, collate, size=2, seed=0, name=name) for name, rows in tokenized.items()}
+
+    def _tokenized(self, stack: Stack, data: TrainingData) -> Dataset:
+        from peftx.engines.data import tokenize_dataset
+
         assert data.train is not None
-        pairs, columns = self.arch in ENCODER_DECODERS, columns_of(stack.model)
-        rows = tokenize_dataset(
-            data.train, stack.tokenizer, format=data.format, max_length=data.max_length, encoder_decoder=pairs,
-            keep=[name for name in columns if name in data.train.column_names],
+        return tokenize_dataset(
+            data.train, stack.tokenizer, format=data.format, max_length=data.max_length,
+            encoder_decoder=self.arch in ENCODER_DECODERS,
+            keep=[name for name in columns_of(stack.model) if name in data.train.column_names],
         )  # fmt: skip
-        collate = Collator(
-            stack.tokenizer.pad_token_id, encoder_decoder=pairs, pad_values=dict.fromkeys(columns, 0),
-            own_lengths=own_lengths_of(stack.model),
+
+    def _collator(self, stack: Stack) -> Collator:
+        from peftx.engines.data import Collator
+
+        return Collator(
+            stack.tokenizer.pad_token_id, encoder_decoder=self.arch in ENCODER_DECODERS,
+            pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
         )  # fmt: skip
-        return collate(list(rows)[:2])
 
     def train(self, stack: Stack, steps: int, *, rate: float = 1e-2) -> list[float]:
         """A plain loop on one batch; returns the losses."""
-        batch = self.batch(stack)
+        batch, sources = self.batch(stack), self.sources(stack)
         trained = [p for p in stack.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate)
         stack.model.train()
-        losses = [float(stack.train_step(batch, optimizer=optimizer)) for _ in range(steps)]
+        losses = [float(stack.train_step(batch, optimizer=optimizer, sources=sources)) for _ in range(steps)]
         stack.model.eval()
         return losses
 
@@ -188,7 +214,7 @@ class Case:
         """One step without an optimizer, seeded: the loss, and the gradient of everything that trains, by name."""
         torch.manual_seed(0)
         stack.model.train()
-        loss = float(stack.train_step(self.batch(stack)))
+        loss = float(stack.train_step(self.batch(stack), sources=self.sources(stack)))
         stack.model.eval()
         return loss, {name: p.grad for name, p in stack.model.named_parameters() if p.requires_grad}
 

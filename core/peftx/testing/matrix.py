@@ -172,7 +172,10 @@ def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
     stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
     if stack.trainable_parameters():
         steps = steps_for(*(member.plugin for member in members))
-        report = stack.train(_rows(members), steps=steps, batch_size=2, max_length=LENGTH, learning_rate=1e-3)
+        report = stack.train(
+            _rows(members), steps=steps, batch_size=2, max_length=LENGTH, learning_rate=1e-3,
+            sources=sources_of(members),
+        )  # fmt: skip
         losses = [loss for _, loss in report.losses]
         assert all(map(math.isfinite, losses)), f"losses are {losses}"
     elif any(member.implements("prepare_data") for member in members):
@@ -198,6 +201,11 @@ def _rows(members: Sequence[Member]) -> list[Mapping[str, Any]]:
     if own is not None:
         return list(own)
     return list(ROWS_BY_FORMAT[starting_format(members) or "prompt-completion"])
+
+
+def sources_of(members: Sequence[Member]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Rows of every further source that a plugin asks for."""
+    return {name: rows for member in members for name, rows in member.plugin.sources.items()}
 
 
 def _arch(*names: str) -> str:

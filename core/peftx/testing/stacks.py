@@ -38,7 +38,7 @@ from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
-from peftx.testing.matrix import LENGTH, PROMPT
+from peftx.testing.matrix import LENGTH, PROMPT, sources_of
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.recipes import (
     SAYINGS,
@@ -233,6 +233,7 @@ class Life:
             max_length=LENGTH,
             learning_rate=1e-3,
             progress=count,
+            sources=sources_of(stack.members),
         )
         losses = [loss for _, loss in report.losses]
         assert all(map(math.isfinite, losses)), f"losses are {losses}"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
 
 from peftx.errors import DataError, nearest
+
+OWN = "train"
+"""The source whose rows are those that a run trains on."""
 
 
 class Feeder:
@@ -45,6 +48,12 @@ class Feeder:
         picked = [self._order(place // len(self.rows))[place % len(self.rows)] for place in wanted]
         return self.collate([self.rows[index] for index in picked])
 
+    def first(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of so many rows, all if there are fewer, each once."""
+        picked = self._order(0)[:count]
+        for start in range(0, len(picked), self.size):
+            yield self.collate([self.rows[index] for index in picked[start : start + self.size]])
+
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             digest = hashlib.sha256(f"{self.seed}:{self.name}:{epoch}".encode()).digest()
@@ -56,10 +65,17 @@ class Feeder:
 
 def feeder_of(feeders: Mapping[str, Feeder], name: str) -> Feeder:
     """Raises DataError where no source has the name."""
-    if name not in feeders:
+    check_source(feeders, name)
+    return feeders[name]
+
+
+def check_source(known: Collection[str], name: str, *, owner: str = "") -> None:
+    """Raises DataError where no source has the name that the plugin `owner` asks for."""
+    if name not in known:
         raise DataError(
-            f"there is no source '{name}' of rows",
-            hint=nearest(name, feeders)
+            f"{owner}: there is no source '{name}' of rows"
+            if owner
+            else f"there is no source '{name}' of rows",
+            hint=nearest(name, [other for other in known if other != OWN])
             or f"data: {{sources: {{{name}: file}}}}, or stack.train(..., sources={{'{name}': rows}})",
         )
-    return feeders[name]

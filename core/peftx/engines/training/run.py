@@ -23,7 +23,7 @@ from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
 from peftx.engines.training.examples import examples_of, mask_of
-from peftx.engines.training.feeders import Feeder
+from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
@@ -171,6 +171,10 @@ def train(
         pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
     )  # fmt: skip
     feeders = _feeders(stack, sources or {}, spec, collator)
+    feeders[OWN] = Feeder(rows, collator, size=spec.batch_size, seed=spec.seed, name=OWN)
+    for member in stack.members:
+        for name in member.plugin.sources:
+            check_source(feeders, name, owner=member.id)
     set_seed(spec.seed)
     started = time.perf_counter()
     cached = stack.model.config.to_dict().get("use_cache")
@@ -217,6 +221,8 @@ def _feeders(
     stack: Stack, sources: Mapping[str, Rows], spec: TrainSpec, collator: Collator
 ) -> dict[str, Feeder]:
     """Batches of each further source, tokenized as rows of its format are; `prepare_data` has not seen them."""
+    if OWN in sources:
+        raise DataError(f"'{OWN}' is what the run trains on, and no further source", hint="another name")
     found = {}
     for name, rows in sources.items():
         if not isinstance(rows, str | Path | TrainingData) and len(rows) == 0:

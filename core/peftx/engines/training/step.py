@@ -40,7 +40,7 @@ class TrainStep:
         memory: what plugins remember between steps; plain numbers, strings, lists and tensors, saved in checkpoints;
             the stack's own, of a loop of your own, if left out.
         backward: called with the scaled loss; `Tensor.backward` if left out.
-        sources: batches of further sources of rows, for `batch_of`.
+        sources: batches of further sources of rows, for `batch_of` and `batches_of`.
     """
 
     def __init__(
@@ -121,7 +121,21 @@ class TrainStep:
         Raises:
             DataError: the run has no source of the name.
         """
-        batch = feeder_of(self._sources, name).batch(self.index * self.accumulation + self.micro)
+        return self._moved(feeder_of(self._sources, name).batch(self.index * self.accumulation + self.micro))
+
+    def batches_of(self, name: str, rows: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of so many rows of a source (all, if it has fewer), each once, to look at before one trains. They are
+        the same ones whenever they are asked for.
+
+        Args:
+            name: of a source; `train`: the rows that the run trains on.
+
+        Raises:
+            DataError: the run has no source of the name.
+        """
+        return map(self._moved, feeder_of(self._sources, name).first(rows))
+
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.model.device) for key, value in batch.items()}
 
     # -- other models --------------------------------------------------------------------------------------------

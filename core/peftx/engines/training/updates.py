@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -36,7 +37,17 @@ def _once(
     return handle
 
 
-def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Let the optimizer begin anew for these: its moments and counts are gone."""
+@torch.no_grad()
+def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter], at: Tensor | None = None) -> None:
+    """Let the optimizer begin anew for these: its moments and counts are gone.
+
+    Args:
+        at: for these entries of theirs alone. Their moments are zero then; the count of steps is the parameter's.
+    """
     for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+        if at is None:
+            optimizer.state.pop(parameter, None)
+        elif parameter in optimizer.state:
+            for value in optimizer.state[parameter].values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[at] = 0

@@ -7,6 +7,7 @@ from peftx.kernel.slots.carrier import base_class, is_map, kind_of, packed, slot
 from peftx.kernel.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
 from peftx.kernel.slots.folding import follow, merge, snapshot, unmerge
 from peftx.kernel.slots.rows import Rows
+from peftx.kernel.slots.sparse import SparseDelta
 from peftx.kernel.slots.state import Entry
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Entry",
     "LowRank",
     "Rows",
+    "SparseDelta",
     "add_low_rank",
     "attach",
     "bake",

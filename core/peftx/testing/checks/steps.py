@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,7 +29,12 @@ def check_step_makes_no_gradients(case: Case) -> None:
         trained = [p for p in stack.model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in trained]
         optimizer = torch.optim.SGD(trained, lr=rate)
-        step = TrainStep(stack, case.batch(stack), index=0, learning_rate=optimizer.param_groups[0]["lr"])
+        step = TrainStep(
+            stack,
+            case.batch(stack),
+            learning_rate=optimizer.param_groups[0]["lr"],
+            sources=case.sources(stack),
+        )
         stack.model.train()
         stack.run_train_step(step)
         with_gradient = sum(p.grad is not None for p in stack.model.parameters())
@@ -45,7 +51,7 @@ def check_gradient_transforms_are_claimed(case: Case) -> None:
     """A plugin that edits gradients says so, so that a step without gradients can refuse it."""
     stack = case.training_stack()
     stack.model.train()
-    step = TrainStep(stack, case.batch(stack))
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
     stack.run_train_step(step)
     count = len(step._gradients)
     assert count == 0, f"registers {count} gradient transforms, and does not claim {Claim.NEEDS_GRADIENTS}"
@@ -57,8 +63,9 @@ def check_trains_in_the_trainer(case: Case) -> None:
     stack = case.training_stack()
     steps = steps_for(case.subject.make())
     report = stack.train(
-        list(case.subject.rows), steps=steps, batch_size=2, max_length=96, learning_rate=1e-2
-    )
+        list(case.subject.rows), steps=steps, batch_size=2, max_length=96, learning_rate=1e-2,
+        sources=case.subject.plugin.sources,
+    )  # fmt: skip
     assert report.steps == steps, f"{report.steps} steps were made, not {steps}"
     assert all(math.isfinite(loss) for _, loss in report.losses), f"losses are {report.losses}"
     declared = declared_base(stack)
@@ -71,13 +78,10 @@ def check_trains_in_the_trainer(case: Case) -> None:
 def check_resume_is_exact(case: Case) -> None:
     """Four steps in one go, and two, a stop and two more, end in the same bits; more, where phases need them."""
     half = steps_for(case.subject.make())
-    options = {
-        "steps": 2 * half,
-        "batch_size": 2,
-        "max_length": 96,
-        "learning_rate": 1e-2,
-        "checkpoint_every": half,
-    }
+    options: dict[str, Any] = {
+        "steps": 2 * half, "batch_size": 2, "max_length": 96, "learning_rate": 1e-2, "checkpoint_every": half,
+        "sources": case.subject.plugin.sources,
+    }  # fmt: skip
     rows = list(case.subject.rows)
     straight, resumed = case.training_stack(), case.training_stack()
     straight.train(rows, output=case.folder, **options)

@@ -47,11 +47,11 @@ def check_step_returns_the_loss(case: Case) -> None:
     """A step returns a finite number, detached, and the model learns from it."""
     stack = case.training_stack()
     before = {id(p): p.detach().clone() for p in stack.model.parameters() if p.requires_grad}
-    batch = case.batch(stack)
+    batch, sources = case.batch(stack), case.sources(stack)
     optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
     stack.model.train()
     for _ in range(2):
-        loss = stack.train_step(batch, optimizer=optimizer)
+        loss = stack.train_step(batch, optimizer=optimizer, sources=sources)
         assert loss.ndim == 0, f"the loss has shape {tuple(loss.shape)}"
         assert not loss.requires_grad, "the loss is not detached, so it would keep the whole graph alive"
         assert math.isfinite(float(loss)), f"the loss is {float(loss)}"
@@ -165,7 +165,7 @@ def check_accumulation_makes_the_same_step(case: Case) -> None:
         return  # its loss is of pairs of rows, so what stands beside a row matters
     case.perturb(stack)
     stack.model.eval()  # dropout draws otherwise
-    batch = case.batch(stack)
+    batch, sources = case.batch(stack), case.sources(stack)
     labels = batch["labels"]
     if labels.ndim == 2 and bool((labels[1] != IGNORE).all()):
         batch["labels"] = labels.clone()
@@ -180,7 +180,7 @@ def check_accumulation_makes_the_same_step(case: Case) -> None:
         stack.model.zero_grad()
         torch.manual_seed(0)
         for micro, (part, share) in enumerate(zip(batches, stack.shares(batches), strict=True)):
-            stack.train_step(dict(part), micro=micro, accumulation=len(batches), share=share)
+            stack.train_step(dict(part), micro=micro, accumulation=len(batches), share=share, sources=sources)
         found.append({n: p.grad.clone() for n, p in stack.model.named_parameters() if p.grad is not None})
     whole, cut = found
     assert whole.keys() == cut.keys(), (
