@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftx_cli import failures
-from peftx_cli.peek import Unfit, look
+from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
+from peftx_spec.errors import nearest
 from peftx_spec.models import METRIC_FORMATS
 from peftx_spec.problems import Path, SpecError
 from peftx_spec.stages import stages_of
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from peftx.kernel.members import Member
     from peftx.kernel.registry import Registry
     from peftx_spec import LoadedSpec, Pipeline
+
+
+MOST_NAMES = 12
+"""More of them a message does not list."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,16 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
     findings += _metrics(pipeline, formats)
     if pipeline.stack:
         members = members_of(loaded, pipeline, registry)
-        if trains(pipeline, registry):
+        training = trains(pipeline, registry)
+        if training:
             findings += _rows(members, formats.get(("data", "train")))
+        classified = [
+            source
+            for source in _sources(pipeline)
+            if formats.get(source.place) == "classification"
+            and (training or source.place != ("data", "train"))
+        ]
+        findings += _labels(members, classified)
         if pipeline.data.calibration is None and pipeline.data.train is None:
             findings += _calibration(members)
     if findings:
@@ -136,6 +149,31 @@ def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
         yield Finding(
             ("data", "train"), message, suggestion="peftx info NAME says which rows a plugin trains on"
         )
+
+
+def _labels(members: Sequence[Member], sources: Sequence[Source]) -> Iterator[Finding]:
+    """Rows of classes that a plugin does not name; a run would say so after the base is loaded and measured."""
+    for index, member in enumerate(members):
+        option = member.plugin.labels_option
+        known: Sequence[str] | None = getattr(member.plugin.config, option) if option else None
+        if known is None:
+            continue
+        for source in sources:
+            found = labels(source.file, columns=source.columns)
+            strange = next((label for label in found if label not in known), None)
+            if strange is not None:
+                message = (
+                    f"{source.file}: row {found[strange]} (counting from 0) is of class {strange!r}, and '{member.id}' "
+                    f"names {_some(known)}"
+                )
+                remedy = (
+                    nearest(strange, known) or f"the rows have {_some(list(found))}: name all in '{option}'"
+                )
+                yield Finding(("stack", index), message, suggestion=remedy)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
 
 
 def _calibration(members: Sequence[Member]) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The first row of a data file, in milliseconds: enough to see that a pipeline and its data do not go together.
+"""The first rows of a data file, in milliseconds: enough to see that a pipeline and its data do not go together.
 
 `peftx.engines.data` reads files for a run, to their last row, and explains every fault; it imports a second's worth of
 libraries, and this module none. Of a row that it cannot read it says nothing: the run will.
@@ -10,8 +10,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +23,7 @@ from peftx_spec.models import FORMATS
 TEXT = (".txt", ".md")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 MOST = 1 << 20  # bytes that are looked at
+_BETWEEN = re.compile(r"[\s,]*")
 MAP = "map our names to the file's: columns: {prompt: question}"
 
 
@@ -44,10 +47,10 @@ def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None =
         Unfit: no such file, nothing in it, or a first row that is not what the pipeline says.
     """
     path = _located(file)
-    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    suffix = _suffix(path)
     if suffix not in TABLES:
         return _document(path, suffix, format, columns or {})
-    row = _first_row(path, suffix)
+    row = next(_rows(path, suffix), None)
     if row is None:
         return None if format == "auto" else format
     row = _renamed(path, row, columns or {})
@@ -58,6 +61,21 @@ def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None =
         message = f"{path}: {format} needs the column '{missing[0]}', and there are {_names(row)}"
         raise Unfit(message, hint=nearest(missing[0], row) or MAP, part="format")
     return format
+
+
+def labels(file: str, *, columns: Mapping[str, str]) -> dict[str, int]:
+    """The labels of the rows that are looked at, each with the number of its first row, from 0."""
+    path, found = _located(file), dict[str, int]()
+    name = columns.get("label", "label")
+    for number, row in enumerate(_rows(path, _suffix(path))):
+        label = row.get(name)
+        if isinstance(label, str):
+            found.setdefault(label, number)
+    return found
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def _located(file: str) -> Path:
@@ -106,8 +124,8 @@ def _document(path: Path, suffix: str, format: str, columns: Mapping[str, str]) 
     return "text"
 
 
-def _start(path: Path) -> str:
-    """The first text of a file."""
+def _start(path: Path) -> tuple[str, bool]:
+    """The first text of a file, and whether there is more."""
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
@@ -119,26 +137,40 @@ def _start(path: Path) -> str:
         raise Unfit(f"{path} cannot be read as UTF-8 text: {error}", hint="save it as UTF-8") from error
     if not text.strip():
         raise Unfit(f"{path} is empty", hint="give a file with rows")
-    return text
+    return text, len(start) > MOST
 
 
-def _first_row(path: Path, suffix: str) -> dict[str, object] | None:
-    """The first row; None where it cannot be read, or not in what is looked at."""
-    text = _start(path)
+def _rows(path: Path, suffix: str) -> Iterator[dict[str, object]]:
+    """The rows of what is looked at, up to the first that cannot be read."""
+    text, more = _start(path)
     try:
-        if suffix in (".csv", ".tsv"):
-            reader = csv.DictReader(
-                io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ","
-            )
-            return next(({name: row[name] for name in reader.fieldnames or ()} for row in reader), None)
-        if suffix == ".json":
-            body = text.lstrip().removeprefix("[").lstrip()
-            value, _ = json.JSONDecoder().raw_decode(body)
-        else:
-            value = json.loads(text.lstrip().partition("\n")[0])
+        values = _cells(text, suffix, more) if suffix in (".csv", ".tsv") else _objects(text, suffix)
+        for value in values:
+            if not isinstance(value, dict):
+                return
+            yield value
     except (csv.Error, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return
+
+
+def _cells(text: str, suffix: str, more: bool) -> Iterator[dict[str, object]]:
+    """The rows of a table. Where the file goes on, the last one may be cut anywhere, and is left out, unless it is the
+    first, which has its columns in any case."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
+    rows = ({name: row[name] for name in reader.fieldnames or ()} for row in reader)
+    yield from islice(rows, 1)
+    yield from (row for row, _ in pairwise(chain(rows, () if more else ({},))))
+
+
+def _objects(text: str, suffix: str) -> Iterator[object]:
+    """The values of lines, or of an array."""
+    if suffix != ".json":
+        yield from (json.loads(line) for line in text.split("\n") if line.strip())
+        return
+    body, decoder, at = text.lstrip().removeprefix("["), json.JSONDecoder(), 0
+    while (at := _BETWEEN.match(body, at).end()) < len(body):  # type: ignore[union-attr]  # it matches anywhere
+        value, at = decoder.raw_decode(body, at)
+        yield value
 
 
 def _renamed(path: Path, row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:

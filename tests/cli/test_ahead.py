@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peftx_cli.peek import MOST, Unfit, look
+from peftx_cli.peek import MOST, Unfit, labels, look
 
 SPEC = """\
 peftx: 1
@@ -139,7 +139,8 @@ def test_what_fits_is_valid(world: Any, run: Callable[..., Any]) -> None:
 
 
 PLUGINS = """
-from peftx import Claim, Plugin, hookimpl
+from peftx import Claim, Plugin, PluginConfig, hookimpl
+from pydantic import Field
 
 
 class Prefers(Plugin):
@@ -154,7 +155,78 @@ class Bits(Plugin):
 
     @hookimpl
     def compress(self, model, calibration): ...
+
+
+class NamesConfig(PluginConfig):
+    classes: list[str] | None = Field(["bad", "good"], description="the classes; none: numbers")
+
+
+class Names(Plugin):
+    Config = NamesConfig
+    takes = ("classification",)
+    labels_option = "classes"
+
+    @hookimpl
+    def prepare_data(self, data): ...
 """
+
+
+def test_rows_of_classes_that_a_plugin_does_not_name(
+    world: Any, refused: Callable[..., str], run: Callable[..., Any]
+) -> None:
+    """Wherever the row stands in what is looked at, in rows to train on and to measure on."""
+    world.publish("fake-names", PLUGINS, keywords=("prepare_data",), target="Names")
+    text = SPEC.replace("[fake-gain]", "[fake-gain, {{use: fake-names, with: {{classes: {classes}}}}}]")
+    files = {
+        "good.jsonl": '{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n',
+        "typo.jsonl": '{"text": "a", "label": "good"}\n\n{"text": "b", "label": "goood"}\n{"text": ""}\n',
+        "other.json": '[{"text": "a", "label": "good"},\n {"text": "b", "label": "5"}]',
+        "other.csv": "mood,text,label\nhappy,a,1\n",
+    }
+    for name, rows in files.items():
+        (world.work / name).write_text(rows, "utf-8")
+    given = {"train": "good.jsonl", "eval": "good.jsonl", "metric": "accuracy", "classes": "[bad, good]"}
+    assert run("validate", spec(world, text, **given)).exit_code == 0
+    cases = [
+        (
+            {"train": "typo.jsonl"},
+            "typo.jsonl: row 1 (counting from 0) is of class 'goood'",
+            "did you mean 'good'?",
+        ),
+        (
+            {"eval": "other.json"},
+            "other.json: row 1 (counting from 0) is of class '5'",
+            "good, 5: name all in 'classes'",
+        ),
+        (
+            {"metric": "{accuracy: {path: other.csv}}"},
+            "other.csv: row 0 (counting from 0) is of class '1'",
+            "name all",
+        ),
+        (
+            {"train": "{path: other.csv, columns: {label: mood, old: label}}"},
+            "other.csv: row 0 (counting from 0) is of class 'happy'",
+            "the rows have happy",
+        ),
+    ]
+    for change, said, hint in cases:
+        file = spec(world, text, **{**given, **change})
+        message = refused("validate", file)
+        assert f"spec.yaml:6:20: {world.work}/{said}, and 'fake-names' names bad, good" in message, message
+        assert hint in message
+        assert refused("plan", file) == refused("apply", file) == message
+    numbers = {**given, "train": "other.csv", "classes": "null"}
+    assert run("validate", spec(world, text, **numbers)).exit_code == 0
+    unread = spec(world, text.replace("train: {{steps: 1}}\n", ""), **{**given, "train": "typo.jsonl"})
+    assert run("validate", unread).exit_code == 0
+
+
+def test_the_classes_of_a_plugin_of_this_repository(world: Any, refused: Callable[..., str]) -> None:
+    """Before anything is loaded: `peftx apply --plugin` too."""
+    for name in ("sk-tuning", "l-tuning", "predgen"):
+        message = refused("apply", "-p", name, "--data", "reviews.csv", "--set", f"{name}.labels=[x, y]")
+        assert f"is of class 'good', and '{name}' names x, y" in message
+        assert "the rows have good: name all in 'labels'" in message
 
 
 def test_rows_that_no_plugin_takes(world: Any, refused: Callable[..., str], run: Callable[..., Any]) -> None:
@@ -270,6 +342,27 @@ ROWS: list[tuple[str, bytes, str | None]] = [
 def test_look(tmp_path: Path, name: str, raw: bytes, format: str | None) -> None:
     (tmp_path / name).write_bytes(raw)
     assert look(str(tmp_path / name)) == format
+
+
+FULL = b"text,label\n" + b"aaaaaaaaaaaaa,x\n" * (MOST // 16 - 1)
+"""Five bytes less than what is looked at."""
+LABELS: list[tuple[str, bytes, dict[str, int]]] = [
+    ("a.csv", b"text,label\na,x\nb,y\nc,x\n", {"x": 0, "y": 1}),
+    ("a.tsv", b"label\ttext\nx\ta\n", {"x": 0}),
+    ("a.csv", b"text,label\na\nb,y\n", {"y": 1}),
+    ("a.csv", FULL + b"b,yy\n", {"x": 0, "yy": MOST // 16 - 1}),
+    ("a.csv", FULL + b"bb,yyy\n", {"x": 0}),  # cut within the label of the last row
+    ("a.json", b'[ {"label": "x"} , {"label": 3},{"label": "y"} ]\n', {"x": 0, "y": 2}),
+    ("a.json", b'[{"label": "x"}, {"label": "y', {"x": 0}),
+    ("a.jsonl", b'\n{"label": "x"}\n\n{"text": ""}\n{"label": "y"}\ntorn\n{"label": "z"}', {"x": 0, "y": 2}),
+    ("a.jsonl.gz", gzip.compress(b'{"label": "x"}'), {"x": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "expected"), LABELS)
+def test_labels_of_the_first_rows(tmp_path: Path, name: str, raw: bytes, expected: dict[str, int]) -> None:
+    (tmp_path / name).write_bytes(raw)
+    assert labels(str(tmp_path / name), columns={}) == expected
 
 
 @pytest.mark.parametrize(
