@@ -1,0 +1,144 @@
+"""D2O: learn from negative answers alone, against answers that the model itself gave before.
+
+"Negating Negatives: Alignment with Human Negative Samples via Distributional Dispreference Optimization"
+(arXiv:2403.03419; its first version says "without Human Positive Samples"). A row is a prompt x and an answer y_l that
+somebody found bad; nobody writes a good one. With pi_r, the model before the run:
+
+    y_1 .. y_K ~ pi_r(y | x)                                          drawn anew in each step
+    r(y) = log pi_theta(y | x) - log pi_r(y | x)                      sums over the answer's tokens
+    loss = - log sigmoid(beta / K sum_k r(y_k) - alpha r(y_l))        the mean over rows
+
+The gradient raises each y_k by beta / K and lowers y_l by alpha, both times sigmoid(- the margin): the mean over K
+samples holds the model to the distribution that it came from, and one bad sample weighs little. With K = 1, y_1 the
+preferred answer and alpha = beta this is DPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx.engines.data import IGNORE, Collator, special_frame, text_ids
+from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.kernel.objective import pad_of
+from peftx.toolkits.decoding.text import request_of_ids
+from peftx.toolkits.evaluation import context_window
+
+
+class D2oConfig(PluginConfig):
+    """Options of D2O."""
+
+    samples: int = Field(11, ge=1, description="K, answers drawn for each prompt")
+    alpha: float = Field(0.1, gt=0, description="weight of the negative answer")
+    beta: float = Field(0.1, gt=0, description="weight of the mean of the drawn answers")
+    reference: Literal["start", "base"] = Field(
+        "start", description="pi_r: the model as the run finds it, or without its plugins"
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, description="tokens of a drawn answer; fewer where the model's window ends"
+    )
+    temperature: float = Field(1.0, gt=0, description="of drawing")
+    instructions: list[str] = Field(
+        [], description="texts before the prompt while drawing, in turn, as a plea to be harmless"
+    )
+
+
+OURS = {"input_ids", "attention_mask", "labels"}
+AS_IT_IS = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""Answers are drawn from pi_r, whatever a checkpoint's own generation settings make of it."""
+
+
+def d2o_loss(drawn: Tensor, negative: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """r(y_k) [B, K] and r(y_l) [B] -> the loss of each row, [B]."""
+    return -logsigmoid(beta * drawn.mean(1) - alpha * negative)
+
+
+def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log pi(y | x) of rows: logits [N, T, V], labels [N, T] -> [N], float32."""
+    each = cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], ignore_index=IGNORE, reduction="none")
+    return -each.sum(1)
+
+
+def pairs_of(batch: dict[str, Tensor]) -> tuple[list[tuple[list[int], list[int]]], dict[str, Tensor]]:
+    """(x, y_l) of each row, and what the batch has beside tokens, mask and labels."""
+    if missing := ", ".join(sorted(OURS - batch.keys())):
+        raise PeftxError(f"d2o: the batch has no {missing}", hint="rows of prompts and answers have them")
+    ids, real, answer = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"] != IGNORE
+    rows = zip(ids, real & ~answer, answer, strict=True)
+    others = {name: x for name, x in batch.items() if name not in OURS}
+    return [(row[x].tolist(), row[y].tolist()) for row, x, y in rows], others
+
+
+class D2o(Plugin):
+    """See the module."""
+
+    Config = D2oConfig
+    claims = {Claim.NEEDS_LABELS, Claim.NEEDS_MASK}
+    takes = ("preference", "prompt-completion")
+    gives = {"preference": "prompt-completion"}
+    refuses = {"bert": "it writes no text", "t5": "prompt and answer are not in one row"}
+    exempt = {"accumulation_makes_the_same_step": "answers are drawn for a micro-batch at once"}
+    example = {"samples": 2, "max_new_tokens": 4}
+    config: D2oConfig
+
+    def suits(self, model: ModelView) -> None:
+        if model.config.is_encoder_decoder or not model.module.can_generate():
+            name = type(model.module).__name__
+            raise ArchitectureError(f"{model.owner}: {name} goes on with no text", hint="take a decoder")
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        """Of preferences the rejected answer is kept; the chosen one is dropped."""
+        if data.format not in self.takes:
+            raise UnsupportedError(
+                f"d2o: the rows are of format '{data.format}', and it trains on answers that are bad",
+                hint="rows with prompt and rejected (and chosen), or with prompt and completion, the bad answer",
+            )
+        if data.format == "preference":
+            for name, rows in (("train", data.train), ("eval", data.eval)):
+                if rows is not None:
+                    setattr(data, name, rows.remove_columns("chosen").rename_column("rejected", "completion"))
+            data.format = "prompt-completion"
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        config, stack = self.config, step.stack
+        pairs, others = pairs_of(step.batch)
+        with step.reference(config.reference) as pi_r, stack.columns(**others):
+            drawn = self.draw(stack, [x for x, _ in pairs])  # K of each prompt
+            answers = [(x, y) for (x, y_l), ys in zip(pairs, drawn, strict=True) for y in (y_l, *ys)]
+            rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in answers]
+            batch = Collator(pad_of(pi_r, stack.tokenizer))(rows)  # [B (1 + K), T]
+            batch = {name: value.to(pi_r.device) for name, value in batch.items()}
+            labels = batch.pop("labels")
+            before = log_probs(pi_r(**batch).logits, labels)
+        step.batch = {**others, **batch}
+
+        def loss() -> tuple[Tensor, Any]:
+            outputs = step.forward()
+            r = (log_probs(outputs.logits, labels) - before).view(len(pairs), -1)  # [B, 1 + K]
+            return d2o_loss(r[:, 1:], r[:, 0], alpha=config.alpha, beta=config.beta).mean(), outputs
+
+        step.replace_task_loss(loss, over="rows")
+        return (yield)
+
+    def draw(self, stack: Stack, prompts: list[list[int]]) -> list[list[list[int]]]:
+        """y_1 .. y_K of each prompt, each up to its end token, from the model as it stands."""
+        K, begin = self.config.samples, len(special_frame(stack.tokenizer)[0])
+        said = [text_ids(stack.tokenizer, text) for text in self.config.instructions] or [[]]
+        rows = [x[:begin] + said[k % len(said)] + x[begin:] for x in prompts for k in range(K)]
+        room = context_window(stack.model, stack.tokenizer) - max(map(len, rows))
+        new = max(1, min(self.config.max_new_tokens, room))
+        options = AS_IT_IS | {"temperature": self.config.temperature}
+        request = request_of_ids(stack, rows, new, None, options)
+        y = request.run_default()[:, request.input_ids.shape[1] :]
+        end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
+        behind = end.cumsum(1) > end.long()
+        kept = [row[~over].tolist() for row, over in zip(y, behind, strict=True)]
+        return [kept[i : i + K] for i in range(0, len(kept), K)]
