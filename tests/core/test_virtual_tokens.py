@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from peftx import Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
-from peftx.kernel import virtual_tokens
+from peftx.kernel import positions, virtual_tokens
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
@@ -188,22 +188,20 @@ def generated(model: PreTrainedModel, ids: Tensor, **options: object) -> tuple[T
 def test_rows_that_leave_the_text_no_position_are_refused() -> None:
     """Of 128; what other plugins took counts, and so does a prefix that positions start behind."""
     model = tiny("llama")
-    assert virtual_tokens.free_positions(model) == 128
+    assert positions.free_positions(model) == 128
     ledger, _ = prompted(model, 100)
-    assert virtual_tokens.free_positions(model) == 28
+    assert positions.free_positions(model) == 28
     view = ModelView(Anatomy(model), ledger, Owner("shifts", 1))
     view.shift_positions(20)
-    assert virtual_tokens.free_positions(model) == 8
+    assert positions.free_positions(model) == 8
     names = [name for name, _ in model.named_parameters()]
     for refused in (lambda: view.prompt(Rows(8)), lambda: view.shift_positions(8)):
         with pytest.raises(PeftxError, match="shifts: 8 soft tokens leave no room in the 8 positions"):
             refused()
     assert [name for name, _ in model.named_parameters()] == names
-    assert virtual_tokens.free_positions(model) == 8
-    assert virtual_tokens.free_positions(tiny("t5")) is None
-    assert (
-        virtual_tokens.free_positions(tiny("roberta")) == 128 - 1 - PAD
-    )  # which counts from behind the pad's id
+    assert positions.free_positions(model) == 8
+    assert positions.free_positions(tiny("t5")) is None
+    assert positions.free_positions(tiny("roberta")) == 128 - 1 - PAD  # which counts from behind the pad's id
 
 
 @pytest.mark.parametrize("arch", [*(a for a in DECODERS if a != "mixtral"), "mamba", *PAIRS])
@@ -489,7 +487,7 @@ def test_two_plugins_in_stack_order(arch: str) -> None:
     virtual_tokens.attach(single, both, owner="both", rank=0)
     assert torch.equal(run(model, "right"), run(single, "right"))
     assert torch.equal(run(swapped, "right"), run(single, "right"))
-    assert virtual_tokens.prompt_length(model) == 5
+    assert positions.prompt_length(model) == 5
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "t5", "bart"])

@@ -15,8 +15,8 @@ from transformers.cache_utils import StaticLayer
 
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.carried import carried_in, carry_on, has_rows, layers_of, pass_over, rows_of
+from peftx.kernel.positions import place_of, prompt_length
 from peftx.kernel.soft_rows import insert
-from peftx.kernel.virtual_tokens import place_of, prompt_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

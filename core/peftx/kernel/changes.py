@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
-from peftx.kernel import attention, calls, virtual_tokens
+from peftx.kernel import attention, calls, positions, virtual_tokens
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.attention import AttentionEdit
 from peftx.kernel.call import Call
@@ -191,7 +191,7 @@ def edit_attention(ledger: Ledger, owner: Owner, site: Site, edit: AttentionEdit
 def put_before(ledger: Ledger, owner: Owner, edit: VirtualTokens | Shift) -> None:
     """Soft tokens in front of the input, or positions that count from further on."""
     tokens = isinstance(edit, VirtualTokens)
-    virtual_tokens.check_room(ledger.model, edit.length if tokens else edit.by, owner=owner.id)
+    positions.check_room(ledger.model, edit.length if tokens else edit.by, owner=owner.id)
     _settle(ledger, edit, ledger.model)
     virtual_tokens.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
     kind = PromptPart if tokens else ShiftPart

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.attention import PREFIX
 from peftx.kernel.chain import is_ours
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

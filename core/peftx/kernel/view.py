@@ -33,9 +33,10 @@ from peftx.kernel.changes import (
 from peftx.kernel.heads import Head, Pool, mean_of
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.parts import BasePart, HasTokenizer
+from peftx.kernel.positions import place_of
 from peftx.kernel.slots import Delta
 from peftx.kernel.trained import Trained
-from peftx.kernel.virtual_tokens import Shift, VirtualTokens, place_of
+from peftx.kernel.virtual_tokens import Shift, VirtualTokens
 from peftx.kernel.vocabulary import NewRows
 
 D = TypeVar("D", bound=Delta)

@@ -22,7 +22,7 @@ from peftx.engines.data.encoding import (
 )
 from peftx.errors import DataError, PeftxError, nearest
 from peftx.kernel.objective import pad_of
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ from peftx.errors import DataError, UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.objective import Objective, check_objective, objective_of, vocabulary_of
 from peftx.kernel.plugin import Claim
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

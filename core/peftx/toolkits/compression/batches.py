@@ -12,7 +12,7 @@ from peftx.engines.data import read_dataset, render_messages, text_ids
 from peftx.engines.data.gate import require_text
 from peftx.engines.models import asset_path
 from peftx.errors import DataError
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 from peftx.toolkits.compression.calibration import Calibration
 
 if TYPE_CHECKING:

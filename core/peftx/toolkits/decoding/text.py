@@ -13,7 +13,7 @@ from peftx.engines.data import Collator, encoder_ids, prompt_ids
 from peftx.engines.data.gate import require_text
 from peftx.errors import ArchitectureError, DataError, PeftxError, nearest
 from peftx.kernel.objective import pad_of, vocabulary_of
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import Generation, decode
 
 if TYPE_CHECKING:

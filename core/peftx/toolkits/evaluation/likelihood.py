@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from peftx.engines.data import special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
 from peftx.kernel.modes import evaluating
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 
 Progress = Callable[[int, int], None]  # (done, total)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import decode
 from peftx.toolkits.decoding.text import COLDEST, check_length, ids_for, request_of_ids
 from peftx.toolkits.serving.job import Completion, Job, Request

@@ -43,7 +43,7 @@ from peftx import (
 from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes, text_ids
 from peftx.errors import PeftxError
 from peftx.kernel.heads import first_of, last_of
-from peftx.kernel.virtual_tokens import first_position
+from peftx.kernel.positions import first_position
 from peftx.toolkits.evaluation import context_window, evaluating
 
 

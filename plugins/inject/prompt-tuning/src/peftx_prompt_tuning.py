@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Site, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError
-from peftx.kernel.virtual_tokens import free_positions
+from peftx.kernel.positions import free_positions
 
 BOUND = 0.5
 """Of the uniform start."""
