@@ -219,6 +219,8 @@ def test_rows_of_classes_that_a_plugin_does_not_name(
     assert run("validate", spec(world, text, **numbers)).exit_code == 0
     unread = spec(world, text.replace("train: {{steps: 1}}\n", ""), **{**given, "train": "typo.jsonl"})
     assert run("validate", unread).exit_code == 0
+    measured = spec(world, text.replace("train: {{steps: 1}}\n", ""), **{**given, "eval": "typo.jsonl"})
+    assert "is of class 'goood'" in refused("validate", measured)
 
 
 def test_the_classes_of_a_plugin_of_this_repository(world: Any, refused: Callable[..., str]) -> None:

@@ -17,7 +17,7 @@ from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.kernel.heads import Head, Pool, each_of, first_of, last_of, mean_of
 from peftx.pipeline import load_run
-from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.models import BOS, EOS, example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx.toolkits.evaluation import head_answers
 
@@ -217,7 +217,7 @@ def test_before_inject_no_rows_are_touched() -> None:
 @pytest.mark.parametrize("closed", [False, True])
 def test_texts_fill_what_the_model_reads_in_training_and_afterwards(arch: str, closed: bool) -> None:
     """128 positions, of which RoBERTa keeps 3, or the tokenizer's limit; less 3 soft tokens, and 5 of an answer."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(ends=True)
     tokenizer.model_max_length = 40
     stack = Stack(tiny(arch), [Sentiment()], tokenizer=tokenizer)
     free = {"llama": 128 - 3, "roberta": 128 - 3 - 3, "mamba": 40}[arch]
@@ -231,6 +231,8 @@ def test_texts_fill_what_the_model_reads_in_training_and_afterwards(arch: str, c
         assert data.train is not None
         assert [row["input_ids"] for row in data.train] == texts.rows(stack, [long["text"]])
         assert [len(row["input_ids"]) for row in data.train] == [free - beside]
+        assert data.train[0]["input_ids"][0] == BOS
+        assert (data.train[0]["input_ids"][-1] == EOS) == closed
         shorter = as_training_data(stack, [long], seed=0, max_length=8)
         texts.prepare(shorter, stack)
         assert shorter.max_length == 8

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -151,14 +151,22 @@ def output_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte of UTF-8, behind `<|bos|>`, `<|eos|>`, `<|pad|>`; pads on the left; 259 tokens."""
+def tiny_tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
+    """One token for each byte of UTF-8, behind `<|bos|>`, `<|eos|>`, `<|pad|>`; pads on the left; 259 tokens.
+
+    Args:
+        ends: put BOS and EOS around every text, as encoders' tokenizers do.
+    """
     alphabet = _byte_characters()
     vocabulary = {"<|bos|>": BOS, "<|eos|>": EOS, "<|pad|>": PAD}
     vocabulary |= {character: FIRST_BYTE + byte for byte, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", BOS), ("<|eos|>", EOS)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|bos|>",

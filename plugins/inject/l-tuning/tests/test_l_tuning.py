@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import peftx
 from peftx import ModelView, Plugin, Stack, VirtualTokens, hookimpl
-from peftx.engines.data import CLASS_INDEX, Collator
+from peftx.engines.data import CLASS_INDEX, Collator, text_ids
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.testing import conformance
@@ -18,6 +18,7 @@ from peftx.testing.shapes import PAD
 from peftx.testing.subject import ROWS_BY_FORMAT
 from peftx.toolkits.evaluation import evaluating
 from peftx_l_tuning import LabelPrefixes, LTuning, add_label, pairs
+from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("l-tuning")
 test_conformance_of_the_prefix = conformance(
@@ -239,6 +240,23 @@ def test_a_kept_label_equals_a_live_one_exactly(options: dict[str, object]) -> N
     kept = numbers(labels)
     labels.H = label_states(stack)
     assert torch.equal(numbers(labels), kept)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_an_encoder_reads_texts_and_labels_to_their_end(arch: str) -> None:
+    tokenizer = tiny_tokenizer(ends=True)
+    stack = Stack(tiny(arch), [LTuning(labels=["bad", "fair"])], tokenizer=tokenizer)
+    (row,) = plugin_of(stack).texts.rows(stack, ["fine"])
+    assert row == tokenizer("fine")["input_ids"][: None if arch == "bert" else -1]
+    fair = dict(plugin_of(stack).state["labels"])["fair"]
+    assert fair == (tokenizer("fair")["input_ids"] if arch == "bert" else text_ids(tokenizer, "fair"))
+
+
+def test_labels_are_read_behind_soft_tokens_of_others() -> None:
+    """H are states of the label's own tokens."""
+    plugins = [PromptTuning(length=3), LTuning(labels=LABELS)]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    assert difference(plugin_of(stack).labels.H, label_states(stack)) < 1e-6
 
 
 @pytest.mark.parametrize("options", VARIANTS)

@@ -341,6 +341,13 @@ def test_a_text_may_fill_what_the_model_reads_behind_the_sentence(arch: str, var
     assert stack.classify("y" * 500) in ("negative", "positive")
 
 
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_an_encoder_reads_texts_to_their_end(arch: str) -> None:
+    stack = Stack(tiny(arch), [SkTuning()], tokenizer=tiny_tokenizer(ends=True))
+    (row,) = stack.plugins["sk-tuning"].texts.rows(stack, ["fine"])
+    assert row == stack.tokenizer("fine")["input_ids"][: None if arch == "bert" else -1]
+
+
 def test_positions_go_on_after_the_prefix() -> None:
     stack = stack_of("gpt2", variant="prefix")
     inputs, table = example_inputs(stack.model), stack.model.transformer.wpe.weight

@@ -1,7 +1,8 @@
 """User profiles: a language model makes and updates key-value profiles of a person, and says how sure it is.
 
-No paper; from the abstract of "LLM-based User Profile construction and updating". A profile P = {(key_i, value_i)} is
-written as lines `key: value` (JSON strings where a key or value would not survive that), so parse(serialise(P)) = P.
+"User Profile with Large Language Models: Construction, Updating, and Benchmarking" (arXiv:2502.10660), of which the
+abstract was at hand. A profile P = {(key_i, value_i)} is written as lines `key: value` (JSON strings where a key or
+value would not survive that), so parse(serialise(P)) = P.
 
     construction   p(P  | T)           T: a passage
     updating       p(P' | P, T')       T': a new text; fields that it leaves alone stay, others change, new ones come
@@ -36,7 +37,6 @@ from peftx.toolkits.evaluation import (
     Request,
     bootstrap_ratio,
     context_window,
-    evaluating,
     score_requests,
     wilson_interval,
 )
@@ -156,20 +156,15 @@ class Task:
 
 def read_task(row: Mapping[str, Any], where: str) -> Task:
     """A row with `text`, `profile`, and for updating `old_profile`; DataError for one that cannot be learned."""
-    text, gold = row.get("text"), row.get("profile")
+    text, gold, before = (row.get(name) for name in ("text", "profile", "old_profile"))
     if not isinstance(text, str) or gold is None:
         raise DataError(f"user-profile: {where} needs 'text' and 'profile'; it has {', '.join(row)}")
-    old = row.get("old_profile")
-    task = Task(
-        text.strip(),
-        read_profile(gold, f"{where}, profile"),
-        None if old is None else read_profile(old, f"{where}, old_profile"),
-    )
-    if not task.text and task.old is None:
-        raise DataError(f"user-profile: {where} has an empty text, and a profile is made of one")
-    if not task.text and task.old != task.gold:
-        raise DataError(f"user-profile: {where} has an empty text, and yet the profile changes")
-    return task
+    new = read_profile(gold, f"{where}, profile")
+    old = None if before is None else read_profile(before, f"{where}, old_profile")
+    if not text.strip() and old != new:
+        why = "a profile is made of one" if old is None else "yet the profile changes"
+        raise DataError(f"user-profile: {where} has an empty text, and {why}")
+    return Task(text.strip(), new, old)
 
 
 def read_profile(value: Any, where: str) -> Profile:
@@ -295,10 +290,9 @@ class UserProfile(Plugin):
         data.format = "prompt-completion"
 
     def _made(self, tasks: list[Task], rng: Random) -> list[Task]:
-        chosen = [
-            task for task in tasks if task.old is None and task.gold and rng.random() < self.config.updates
-        ]
-        if self.config.updates and not any(task.old is None and task.gold for task in tasks):
+        built = [task for task in tasks if task.old is None and task.gold]
+        chosen = [task for task in built if rng.random() < self.config.updates]
+        if self.config.updates and not built:
             raise DataError(
                 f"user-profile: updates is {self.config.updates}, and no row is a construction with fields",
                 hint="leave updates out; the rows are updates already",
@@ -311,41 +305,34 @@ class UserProfile(Plugin):
 
     @staticmethod
     def _rows(tasks: list[Task], data: TrainingData) -> Dataset:
-        rows = []
         for task in tasks:
-            completion = serialise(task.gold)
-            length = (
-                len(prompt_ids(data.tokenizer, task.prompt)) + len(text_ids(data.tokenizer, completion)) + 1
-            )
+            length = sum(_lengths(task, data.tokenizer))
             if length > data.max_length:
                 raise DataError(
                     f"user-profile: a row of {task.name} has {length} tokens, max_length is {data.max_length}, and "
                     f"what is cut may hold fields: {task.text!r:.60}",
                     hint="raise max_length, or leave out long rows",
                 )
-            rows.append({"prompt": task.prompt, "completion": completion, "task": task.name})
-        return Dataset.from_list(rows)
+        return Dataset.from_list(
+            [{"prompt": t.prompt, "completion": serialise(t.gold), "task": t.name} for t in tasks]
+        )
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add the scores of the module for each task that has rows: see the README."""
-        tasks = _tasks(evaluation.rows("eval"))
-        self._check_room(tasks, evaluation.stack.model, evaluation.stack.tokenizer)
-        stack, size = evaluation.stack, self.config.batch_size
+        stack, size, tasks = evaluation.stack, self.config.batch_size, _tasks(evaluation.rows("eval"))
+        self._check_room(tasks, stack.model, stack.tokenizer)
         answers: list[Profile] = []
         for begin in range(0, len(tasks), size):
             prompts = [task.prompt for task in tasks[begin : begin + size]]
             texts = stack.generate(prompts, max_new_tokens=self.config.max_new_tokens, do_sample=False)
-            answers += [parse(text) for text in texts]
+            answers += map(parse, texts)
         for name in ("construction", "updating"):
-            chosen = [
-                (task, answer) for task, answer in zip(tasks, answers, strict=True) if task.name == name
-            ]
-            if chosen:
-                self._score(evaluation, name, chosen)
+            pairs = [pair for pair in zip(tasks, answers, strict=True) if pair[0].name == name]
+            if pairs:
+                self._score(evaluation, name, pairs)
                 if self.config.probabilities:
-                    with evaluating(stack.model):
-                        self._believe(evaluation, name, chosen)
+                    self._believe(evaluation, name, pairs)
 
     def _check_room(
         self, tasks: Sequence[Task], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -353,11 +340,10 @@ class UserProfile(Plugin):
         """Raise for a prompt that leaves the model no room for an answer: it would be read from wrong positions."""
         window, apart = context_window(model, tokenizer), model.config.is_encoder_decoder
         for index, task in enumerate(tasks):
-            prompt = len(prompt_ids(tokenizer, task.prompt))
-            behind = {"max_new_tokens": self.config.max_new_tokens}
-            if self.config.probabilities:
-                behind["the gold profile and EOS"] = len(text_ids(tokenizer, serialise(task.gold))) + 1
-            for name, count in behind.items():
+            prompt, target = _lengths(task, tokenizer)
+            behind = [(self.config.max_new_tokens, "max_new_tokens")]
+            behind += [(target, "the gold profile and EOS")] * self.config.probabilities
+            for count, name in behind:
                 if (max(prompt, count) if apart else prompt + count) > window:
                     raise DataError(
                         f"user-profile: row {index} (counting from 0) has a prompt of {prompt} tokens, and with "
@@ -366,38 +352,39 @@ class UserProfile(Plugin):
                     )
 
     def _score(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
-        sizes = [(len(answer), len(task.gold)) for task, answer in pairs]
+        made, gold = [len(answer) for _, answer in pairs], [len(task.gold) for task, _ in pairs]
+        both = [a + b for a, b in zip(made, gold, strict=True)]
         for label, fuzzy in (("", None), ("fuzzy-", self.config.fuzzy)):
             hits = [len(matched(answer, task.gold, fuzzy)) for task, answer in pairs]
-            _ratio(evaluation, f"{name}/{label}precision", hits, [p for p, _ in sizes], sizes)
-            _ratio(evaluation, f"{name}/{label}recall", hits, [g for _, g in sizes], sizes)
-            _ratio(
-                evaluation, f"{name}/{label}f1", [2 * hit for hit in hits], [p + g for p, g in sizes], sizes
-            )
+            twice = [2 * hit for hit in hits]
+            for score, top, bottom in (
+                ("precision", hits, made),
+                ("recall", hits, gold),
+                ("f1", twice, both),
+            ):
+                _ratio(evaluation, f"{name}/{label}{score}", top, bottom, none=float(not any(both)))
         if name == "updating":
             found = sum((edits(task.old or {}, task.gold, answer) for task, answer in pairs), Counter())
             shares = [(kind, found[f"{kind} right"], found[kind]) for kind in KINDS]
             for kind, part, whole in (*shares, ("spurious", found["spurious"], found["edits"])):
                 if whole:
-                    low, high = wilson_interval(part, whole)
-                    evaluation.add(f"updating/{kind}", part / whole, low, high, whole)
+                    ends = wilson_interval(part, whole)
+                    evaluation.add(f"updating/{kind}", part / whole, *ends, whole)
 
     def _believe(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
-        model, tokenizer = evaluation.stack.model, evaluation.stack.tokenizer
-        profiles = [
-            [(task.prompt, task.gold) for task, _ in pairs],
-            [(t.prompt, answer) for t, answer in pairs],
+        stack, size = evaluation.stack, self.config.batch_size
+        given = [(task.prompt, task.gold) for task, _ in pairs], [(task.prompt, own) for task, own in pairs]
+        gold, own = (field_probabilities(stack.model, stack.tokenizer, some, size) for some in given)
+        judged = [
+            (p, answer[key] == task.gold.get(key))
+            for (task, answer), fields in zip(pairs, own, strict=True)
+            for key, p in fields.items()
         ]
-        gold, own = (field_probabilities(model, tokenizer, some, self.config.batch_size) for some in profiles)
-        groups: dict[str, list[float]] = {
+        groups = {
             "probability": [p for fields in gold for p in fields.values()],
-            "probability-right": [],
-            "probability-wrong": [],
+            "probability-right": [p for p, right in judged if right],
+            "probability-wrong": [p for p, right in judged if not right],
         }
-        for (task, answer), fields in zip(pairs, own, strict=True):
-            for key, p in fields.items():
-                right = answer[key] == task.gold.get(key)
-                groups["probability-right" if right else "probability-wrong"].append(p)
         for label, values in groups.items():
             if values:
                 evaluation.add(f"{name}/{label}", sum(values) / len(values), count=len(values))
@@ -410,13 +397,16 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Task]:
     return tasks
 
 
-def _ratio(
-    evaluation: Evaluation, name: str, top: list[int], bottom: list[int], sizes: list[tuple[int, int]]
-) -> None:
-    """sum(top) / sum(bottom), rows drawn again for its interval; without any field on both sides 1, on one side 0."""
+def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens of the prompt, and of the gold profile with EOS."""
+    return len(prompt_ids(tokenizer, task.prompt)), len(text_ids(tokenizer, serialise(task.gold))) + 1
+
+
+def _ratio(evaluation: Evaluation, name: str, top: list[int], bottom: list[int], *, none: float) -> None:
+    """sum(top) / sum(bottom), rows drawn again for its interval; `none` where there is nothing below."""
     used = [(a, b) for a, b in zip(top, bottom, strict=True) if b]
     if not used:
-        evaluation.add(name, float(not any(map(any, sizes))), count=0)
+        evaluation.add(name, none, count=0)
         return
     tops, bottoms = zip(*used, strict=True)
     ends = bootstrap_ratio(tops, bottoms) or (None, None)

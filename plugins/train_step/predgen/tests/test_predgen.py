@@ -357,6 +357,20 @@ def test_the_director_reads_what_was_written() -> None:
         assert torch.allclose(plugin.director(Z), scores, atol=1e-6)
 
 
+def test_predictions_stand_in_the_order_of_the_texts() -> None:
+    """Batches are made of texts of like lengths."""
+    stack = stack_of(Lora(), labels=LABELS)
+    texts = ["a long text to begin with", "so", "and another"]
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("lora"):
+            parameter.add_(0.05)
+        written, scores = plugin_of(stack).predict(stack, texts)
+        alone = [plugin_of(stack).predict(stack, [text]) for text in texts]
+    assert torch.equal(written, torch.cat([each[0] for each in alone]))
+    assert torch.allclose(scores, torch.cat([each[1] for each in alone]), atol=1e-6)
+    assert len(scores.unique(dim=0)) == 3
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -404,8 +418,13 @@ def test_bad_rows_and_uses() -> None:
     with pytest.raises(PeftxError, match="how long the numbers are is not known yet"):
         numbers.evaluate(NUMBERS, metrics=["predgen"])
     bare = Stack(tiny("llama"), [Predgen(labels=["bad", "good"])], tokenizer=tiny_tokenizer(), inject=False)
-    with pytest.raises(PeftxError, match="predgen: there is no director yet"):
-        plugin_of(bare).classify(bare, ["x"])
+    bare.prepare(as_training_data(bare, [{"text": "x", "label": "bad"}], seed=0, max_length=32))
+    for early in (
+        lambda: plugin_of(bare).classify(bare, ["x"]),
+        lambda: bare.evaluate([{"text": "x", "label": "bad"}], metrics=["predgen"]),
+    ):
+        with pytest.raises(PeftxError, match="predgen: there is no director yet"):
+            early()
     with pytest.raises(PeftxError, match="numbers are no classes"):
         numbers.classify("x")
     with pytest.raises(PeftxError, match="classes are no numbers"):
@@ -414,4 +433,8 @@ def test_bad_rows_and_uses() -> None:
         stack.classify(["fine", ""])
     with pytest.raises(ArchitectureError, match="predgen: t5 does not write behind its prompt"):
         stack_of(arch="t5")
-    assert len(stack.classify(["y" * 500, "z"])) == 2  # cut to what the model reads before an answer
+    for arch in (
+        "llama",
+        "gpt2",
+    ):  # cut to what the model reads before an answer; GPT-2 has no places behind that
+        assert len(stack_of(arch=arch).classify(["y" * 500, "z"])) == 2
