@@ -1,0 +1,149 @@
+"""Router-Tuning: one trained vector a layer decides whether a text skips its attention.
+
+"Router-Tuning: A Simple and Effective Approach for Enabling Dynamic-Depth in Transformers" (arXiv:2410.13184), with its
+MindSkip: attention of dynamic depth. In a routed layer, for a text whose tokens come out of the norm before the
+attention as h_1 .. h_T,
+
+    s = sigmoid(w . mean_t h_t)                  w: [d], 0 at the start, all that trains
+    G = 1 if s >= tau else 0
+    x <- x + G Attn(h)                           the feed-forward part is never skipped
+    loss = task + c mean_l G_l                   over routed layers and texts
+
+Backward, G passes its gradient on to s (straight through). A text with G = 0 does not go through the attention, so only
+the loss's second term teaches its router. Routed are layers before the last one, which is not. In generation the prompt
+decides: G goes along with the cache. w = 0 gives s = 1/2 >= tau, so the model starts unchanged.
+
+Departures: pads do not count in the mean, and the second term is a mean over layers (the released code counts them, and
+sums). In a batch with a cache whose texts disagree, all go through the attention, and those with G = 0 are given zeros;
+a skipped layer keeps one number a token in the cache, so that lengths stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx.errors import ArchitectureError
+from peftx.kernel.call import Call
+from peftx.kernel.parts import DeltaPart
+
+
+class RouterTuningConfig(PluginConfig):
+    """Options of Router-Tuning; the paper routes 16 of 32 layers."""
+
+    share: float = Field(0.5, gt=0, le=1, description="of the layers that are routed: those before the last")
+    tau: float = Field(
+        0.5,
+        ge=0,
+        le=0.5,
+        description="tau, score from which a layer attends; above 0.5 none would at the start",
+    )
+    straight: bool = Field(
+        True,
+        description="in training texts with G = 0 go through too, so that the task reaches their routers",
+    )
+    c: float = Field(
+        0.08, ge=0, allow_inf_nan=False, description="c, weight of the mean share of layers that attend"
+    )
+
+
+class Router(Delta):
+    """h -> G Attn(h), one G a text.
+
+    Args:
+        width: d. layer: the block's. tau: tau. call: of the model. name: of G in the cache.
+    """
+
+    full_precision = True
+
+    def __init__(self, width: int, *, layer: int, tau: float, straight: bool, call: Call, name: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(width))
+        self.layer, self.tau, self.straight, self.call, self.name = layer, tau, straight, call, name
+        self.watched = False
+        self.G: Tensor | None = None
+        """Of the last call while `watched`, [B]."""
+
+    def around(self, inner: Callable[..., Any], h: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        s = self.score(h)
+        G = self.of_prompt((s >= self.tau).to(s)) + (s - s.detach())
+        reference = not torch.is_grad_enabled() and self.G is not None and self.G.requires_grad
+        if self.watched and not reference:  # a pass of another plugin's is none of the loss's business
+            self.G = G
+        through = (G > 0) | (self.straight and G.requires_grad)
+        out, *rest = self.call.on_rows(through, self.layer, inner, h, *args, **kwargs)
+        return out * G.to(out.dtype)[:, None, None], *rest
+
+    def score(self, h: Tensor) -> Tensor:
+        """s of each text, [B]: w . mean_t h_t is mean_t w . h_t, over its real tokens."""
+        logits = h.to(self.w.dtype) @ self.w  # [B, T]
+        real = self.call.real
+        weights = torch.ones_like(logits) if real is None else self.call.rows(real.to(logits), like=logits)
+        return torch.sigmoid((weights * logits).sum(1) / weights.sum(1).clamp(min=1))
+
+    def of_prompt(self, G: Tensor) -> Tensor:
+        """What the text's first call decided, which goes along with the cache; this one's G if it is the first, [B]."""
+        if self.call.shape is None:
+            return G
+        new = G[:, None].expand(self.call.shape)  # [B, T]
+        past = self.call.carry(self.name, torch.zeros_like(new))[:, : -new.shape[1]]
+        if past.shape[1]:
+            return past.amax(1)  # later tokens, and soft ones, say 0
+        self.call.carry(self.name, new)
+        return G
+
+
+class RouterTuning(Plugin):
+    """See the module."""
+
+    Config = RouterTuningConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+    architectures = ("mixtral", "gemma2")
+    refuses = {
+        "bert": "its attention adds to the residual in a layer of its own",
+        "t5": "position biases come out of the first layer's attention",
+        "bloom": "its attention adds the residual itself",
+        "mamba": "it has no attention",
+        "gemma4": "layers use the keys and values of others",
+    }
+    exempt = {  # the others decide alike on these texts
+        f"{arch}-cached_equals_uncached": "without a cache each step decides anew, by prompt and answer"
+        for arch in ("gpt2", "qwen2")
+    }
+    config: RouterTuningConfig
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        blocks = model.blocks("attention", tower=model.main.name)
+        sites = [site for site in blocks if site.path in model.main.attention]
+        shared = model.config.get_text_config().to_dict().get("num_kv_shared_layers")
+        if model.config.is_encoder_decoder or shared or len(sites) < 2:
+            raise ArchitectureError(
+                f"router-tuning: {model.config.model_type} has no attention blocks that can be left out: two at least, "
+                "of one tower, with keys and values of their own, that only add to the residual",
+                hint="a decoder such as Llama, Qwen or GPT-2",
+            )
+        count = min(max(1, round(self.config.share * len(sites))), len(sites) - 1)
+        for site in sites[-1 - count : -1]:
+            name = f"{model.owner}.{site.layer}"
+            options = {"tau": self.config.tau, "straight": self.config.straight}
+            site.attach(Router(model.hidden_size, layer=site.layer, call=model.call, name=name, **options))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        id = step.stack.id_of(self)
+        routers: list[Any] = [part.module for part in step.stack.ledger.of(id, DeltaPart)]
+        for router in routers:
+            router.watched = True
+        attending = lambda _: torch.stack([router.G.mean() for router in routers]).mean()  # noqa: E731
+        step.add_loss(id, attending, weight=self.config.c, over="rows")
+        try:
+            return (yield)
+        finally:  # only now: a checkpointed layer runs again in the backward pass
+            for router in routers:
+                router.watched, router.G = False, None
