@@ -7,12 +7,12 @@ children of the model, so that what they hold trains, moves and is saved with it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftx.kernel.call import Call
 from peftx.kernel.chain import Chain
@@ -95,6 +95,11 @@ def call_of(model: PreTrainedModel) -> Call | None:
     """The context of a model's calls; None where no plugin looks at them."""
     calls: _Calls | None = model.__dict__.get(STATE)
     return None if calls is None else calls.call
+
+
+def giving(model: PreTrainedModel, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """See `Call.giving`; a model whose calls no plugin looks at has no columns."""
+    return (call_of(model) or Call()).giving(values)
 
 
 def columns_of(model: PreTrainedModel) -> tuple[str, ...]:

@@ -15,9 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, PeftxError, PluginError, nearest
 from peftx.kernel.anatomy import Anatomy
-from peftx.kernel.call import Call
 from peftx.kernel.calling import register
-from peftx.kernel.calls import call_of
+from peftx.kernel.calls import giving
 from peftx.kernel.changes import Owner
 from peftx.kernel.conflicts import check
 from peftx.kernel.guard import guard, release
@@ -322,8 +321,7 @@ class Stack:
         Raises:
             PeftxError: no plugin of the stack reads one of the name.
         """
-        call = call_of(self.model)
-        with Call().giving(values) if call is None else call.giving(values):
+        with giving(self.model, values):
             yield
 
     # -- weights -------------------------------------------------------------------------------------------------
