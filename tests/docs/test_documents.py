@@ -20,7 +20,13 @@ def blocks(document: str, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall((ROOT / document).read_text()) if kind == language]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hooks.md"])
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+WITH_CODE = [
+    page for page in ("README.md", "CONTRIBUTING.md", *PAGES) if "```python" in (ROOT / page).read_text()
+]
+
+
+@pytest.mark.parametrize("document", WITH_CODE)
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "document"}
