@@ -10,7 +10,7 @@ from torch import Tensor
 import peftx
 from peftx import Plugin, Stack
 from peftx.errors import PeftxError
-from peftx.kernel.virtual_tokens import prompt_length
+from peftx.kernel.positions import prompt_length
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora

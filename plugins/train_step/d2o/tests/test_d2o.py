@@ -16,7 +16,7 @@ from peftx import CallEdit, ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.engines.data import IGNORE, Collator, encode_pair, prompt_ids, tokenize_dataset
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
-from peftx.kernel.calls import Call
+from peftx.kernel.call import Call
 from peftx.testing import conformance
 from peftx.testing.models import EOS, PAD, tiny, tiny_tokenizer
 from peftx_d2o import D2o, d2o_loss, log_probs, pairs_of
