@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -194,10 +195,8 @@ class LTuning(Plugin):
                 f"{model.owner}: label texts of {n} tokens, and the model reads {window} in all",
                 hint="shorter `texts`",
             )
-        rows: list[tuple[str, list[int]]] = []
-        for name, ids in zip(names, found, strict=True):
-            rows.append((name, filled(stack, name, ids, n)))
-            check_distinct(rows)
+        rows = [(name, filled(stack, name, ids, n)) for name, ids in zip(names, found, strict=True)]
+        check_distinct(rows)
         return rows
 
     def read(self, stack: Stack, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -291,14 +290,13 @@ def filled(stack: Stack, label: str, ids: list[int], n: int) -> list[int]:
 
 
 def check_distinct(rows: Sequence[tuple[str, list[int]]]) -> None:
-    """Raises PeftxError where the last label is read as another one is: they would always tie."""
-    label, ids = rows[-1]
-    twin = next((name for name, other in rows[:-1] if other == ids), None)
-    if twin is not None:
-        raise PeftxError(
-            f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart",
-            hint=f"other words for {label!r} in `texts`",
-        )
+    """Raises PeftxError where two labels are read as one: they would always tie."""
+    for (twin, ids), (label, other) in combinations(rows, 2):
+        if ids == other:
+            raise PeftxError(
+                f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart",
+                hint=f"other words for {label!r} in `texts`",
+            )
 
 
 def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l-tuning") -> None:

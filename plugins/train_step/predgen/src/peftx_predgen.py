@@ -201,14 +201,13 @@ class Predgen(Plugin):
         labels = self.numerals(data) if self.config.labels is None else check_labels(self.config.labels)
         answers = self.answers(data.tokenizer, labels)
         self.state["G"] = G = max(map(len, answers), default=1)
-        frame = len(special_frame(data.tokenizer)[0])
         limit = min(data.max_length, context_window(stack.model, data.tokenizer))
-        if limit <= frame + G:
+        data.max_length = limit - G
+        if data.max_length <= len(special_frame(data.tokenizer)[0]):
             raise DataError(
                 f"predgen: answers of {G} tokens leave no room for a text in max_length {limit}",
                 hint="raise max_length, or shorten the labels",
             )
-        data.max_length = limit - G
         tokenize_classes(data, labels)
         data.max_length = limit
         data.train, data.eval = (
