@@ -45,6 +45,7 @@ from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classe
 from peftx.errors import PeftxError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.positions import first_position
+from peftx.kernel.soft_rows import without
 from peftx.toolkits.evaluation import context_window, evaluating
 
 
@@ -202,10 +203,12 @@ class LTuning(Plugin):
     def read(self, stack: Stack, rows: Sequence[Sequence[int]]) -> Tensor:
         """H_c: last hidden states of label texts, [C, n, d]."""
         ids = torch.tensor(rows, device=stack.model.device)
+        mask = torch.ones_like(ids)
         with evaluating(stack.model), self.head.reading() as seen:
-            stack.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        # A tensor that gradients may pass; soft tokens of others stand in front.
-        return seen[-1][:, -ids.shape[1] :].clone().to(self.labels.H)
+            stack.model(input_ids=ids, attention_mask=mask)
+        soft = seen[-1].shape[1] - ids.shape[1]  # tokens of others
+        own = without(seen[-1], soft, self.head.place(mask)) if soft else seen[-1]
+        return own.clone().to(self.labels.H)  # a tensor that gradients may pass
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
@@ -245,7 +248,7 @@ class LTuning(Plugin):
         else:
             embedded = self.embedding(ids)
             both = torch.cat((rows[chosen].to(embedded), embedded), 1)
-            seen = F.pad(mask, (n, 0), value=1)
+            seen, mask = F.pad(mask, (n, 0), value=1), F.pad(mask, (n, 0))  # the head reads no label
             changes = {"input_ids": None, "inputs_embeds": both, "attention_mask": seen}
             # What each layer of Gemma 3n and 4 looks up for a token; labels are none, and have nothing there.
             if getattr(self.base.config.get_text_config(), "hidden_size_per_layer_input", 0):

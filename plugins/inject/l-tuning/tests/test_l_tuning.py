@@ -252,11 +252,23 @@ def test_an_encoder_reads_texts_and_labels_to_their_end(arch: str) -> None:
     assert fair == (tokenizer("fair")["input_ids"] if arch == "bert" else text_ids(tokenizer, "fair"))
 
 
-def test_labels_are_read_behind_soft_tokens_of_others() -> None:
-    """H are states of the label's own tokens."""
-    plugins = [PromptTuning(length=3), LTuning(labels=LABELS)]
-    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
-    assert difference(plugin_of(stack).labels.H, label_states(stack)) < 1e-6
+@pytest.mark.parametrize("variant", ["prompt", "prefix"])
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_soft_tokens_of_others_are_no_label_and_no_text(arch: str, variant: str) -> None:
+    """Wherever these stand; in an encoder behind its first token."""
+    plugins = [PromptTuning(length=3), LTuning(labels=LABELS, variant=variant)]
+    stack = Stack(tiny(arch), plugins, tokenizer=tiny_tokenizer())
+    plugin, inputs, states = plugin_of(stack), example_inputs(stack.model, padding="right"), []
+    assert difference(plugin.labels.H, label_states(stack)) < 1e-6
+    handle = stack.model.base_model.register_forward_hook(  # it returns what belongs to the caller's tokens
+        lambda module, inputs, out: states.append(out.last_hidden_state)
+    )
+    found = ask(stack, inputs, [2, 0])
+    handle.remove()
+    own = states[-1][:, -inputs["input_ids"].shape[1] :]
+    lengths = inputs["attention_mask"].sum(1) - 1
+    h = own[:, 0] if arch == "bert" else own[torch.arange(2), lengths]
+    assert difference(found, plugin.head.linear(h)) < 1e-6
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -420,7 +432,7 @@ def test_while_training_states_are_dropped_out_before_the_head() -> None:
         with plugin.head.reading() as seen:
             ask(stack, inputs, chosen.tolist())
         torch.set_rng_state(state)
-        h = torch.nn.functional.dropout(seen[0][:, -9:], 0.5, training)[:, -1]
+        h = torch.nn.functional.dropout(seen[0], 0.5, training)[:, -1]
         logits = plugin.head.linear(h).detach()
         expected.append(float(torch.nn.functional.cross_entropy(logits, holds)))
     assert losses == pytest.approx(expected, rel=1e-5)
