@@ -14,7 +14,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack
-from peftx.engines.data import CLASS_INDEX, Collator, pads_right, tag_rows
+from peftx.engines.data import CLASS_INDEX, Collator, pads_right
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance, plan_checks
@@ -218,11 +218,7 @@ def test_an_encoder_reads_texts_with_their_end(task: str) -> None:
             *(batch_of(stack, rows)[name] for name in ("input_ids", "attention_mask")), strict=True
         )]  # fmt: skip
         own, texts = plugin_of(stack).asked(task), [row["text"] for row in rows]
-        if task == "sequence":
-            used = own.rows(stack, texts)
-        else:
-            found = tag_rows(stack.tokenizer, texts, max_length=99, closed=own.closed, owner="x")
-            used = [ids for ids, _ in found]
+        used = own.rows(stack, texts) if task == "sequence" else [ids for ids, _ in own.words(stack, texts)]
         assert trained == used
         assert {ids[-1] == EOS for ids in used} == {ends}
 
