@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import processors
 from torch import Tensor
 
 import peftx
@@ -209,10 +208,8 @@ def test_the_side_of_the_pads_does_not_show(arch: str, unmasked: bool, task: str
 def test_an_encoder_reads_texts_with_their_end(task: str) -> None:
     """In training and in use alike."""
     for arch, ends in (("bert", True), ("llama", False)):
-        stack = stack_of(arch, task=task)
-        stack.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A <|eos|>", special_tokens=[("<|eos|>", EOS)]
-        )
+        plugin = LsLlama(task=task, labels=TAGS if task == "token" else LABELS)
+        stack = Stack(tiny(arch), [plugin], tokenizer=tiny_tokenizer(ends=True))
         rows = TAGGED if task == "token" else [{"text": row["text"], "label": "bad"} for row in TAGGED]
         trained = [ids[mask.bool()].tolist() for ids, mask in zip(
             *(batch_of(stack, rows)[name] for name in ("input_ids", "attention_mask")), strict=True

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, logsigmoid
@@ -270,10 +269,7 @@ def test_instructions_stand_before_the_prompt_while_drawing_alone(monkeypatch: p
 
 
 def test_instructions_stand_behind_bos() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)]
-    )
+    tokenizer = tiny_tokenizer(ends=True)
     stack = Stack(
         tiny("llama"), [Lora(rank=2), D2o(**SMALL, instructions=["Be kind. "])], tokenizer=tokenizer
     )
@@ -281,6 +277,7 @@ def test_instructions_stand_behind_bos() -> None:
     stack.model.register_forward_pre_hook(lambda m, a, k: calls.append(k["input_ids"]), with_kwargs=True)
     plugin_of(stack).draw(stack, [prompt_ids(tokenizer, "Q")])
     assert calls[0][0].tolist() == prompt_ids(tokenizer, "Be kind. Q")
+    assert calls[0][0, 0] == BOS
 
 
 def test_each_row_weighs_the_same_however_a_step_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
