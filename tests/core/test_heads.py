@@ -193,6 +193,7 @@ EARLY: list[Callable[[Stack], object]] = [
     lambda stack: MISSING.labels,
     lambda stack: MISSING.room(stack),
     lambda stack: MISSING.rows(stack, TEXTS),
+    lambda stack: MISSING.words(stack, TEXTS),
     lambda stack: MISSING.batches(stack, TEXTS),
 ]
 
@@ -236,6 +237,25 @@ def test_texts_fill_what_the_model_reads_in_training_and_afterwards(arch: str, c
         shorter = as_training_data(stack, [long], seed=0, max_length=8)
         texts.prepare(shorter, stack)
         assert shorter.max_length == 8
+
+
+def test_words_fill_what_the_model_reads_too() -> None:
+    stack = Stack(tiny("llama"), [Sentiment()], tokenizer=tiny_tokenizer(ends=True))
+    texts, free = MISSING.of(["bad", "good"], closed=True), 128 - 3
+    fits, long = ("y " * (free // 2 - 1)).strip(), "y " * 99
+    for text in (fits, long):
+        rows = [{"text": text, "label": "good " * len(text.split())}]
+        data = as_training_data(stack, rows, seed=0, max_length=999)
+        texts.prepare(data, stack, words=True)
+        assert data.train is not None
+        assert data.train[0]["class_index"].count(1) > 1
+        if text == fits:
+            assert [(data.train[0]["input_ids"], [1, *range(2, 2 * len(text.split()), 2)])] == texts.words(
+                stack, [text]
+            )
+    assert len(data.train[0]["input_ids"]) == free
+    with pytest.raises(DataError, match=rf"x: text 0 .* and {free} fit"):
+        texts.words(stack, [long])
 
 
 def test_batches_keep_the_order_of_texts() -> None:

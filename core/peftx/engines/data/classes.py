@@ -276,10 +276,11 @@ class ClassTexts:
         free = free_positions(stack.model)  # without those of soft tokens
         return (int(stack.tokenizer.model_max_length) if free is None else free) - self.beside
 
-    def prepare(self, data: TrainingData, stack: Stack) -> None:
-        """`tokenize_classes`, with texts that the model can read."""
+    def prepare(self, data: TrainingData, stack: Stack, *, words: bool = False) -> None:
+        """`tokenize_classes`, or of words `tokenize_tags`, with texts that the model can read."""
         data.max_length = min(data.max_length, self.room(stack))
-        tokenize_classes(data, self.labels, closed=self.closed)
+        tokenize = tokenize_tags if words else tokenize_classes
+        tokenize(data, self.labels, closed=self.closed)
 
     def rows(self, stack: Stack, texts: Sequence[str]) -> list[list[int]]:
         """The texts as token ids, cut as those of training are.
@@ -289,6 +290,15 @@ class ClassTexts:
         """
         room, tokenizer = self.room(stack), stack.tokenizer
         return class_rows(tokenizer, texts, max_length=room, closed=self.closed, owner=self.owner)
+
+    def words(self, stack: Stack, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Of each text its token ids, and where its words begin.
+
+        Raises:
+            DataError: a text without words, or longer than the model can read.
+        """
+        room, tokenizer = self.room(stack), stack.tokenizer
+        return tag_rows(tokenizer, texts, max_length=room, closed=self.closed, owner=self.owner)
 
     def batches(self, stack: Stack, texts: Sequence[str], *, size: int = 32) -> Iterator[dict[str, Tensor]]:
         """The texts as batches of so many, in order, padded on the right."""

@@ -34,7 +34,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import ClassTexts, check_labels, pads_right, tag_rows, take_classes, tokenize_tags
+from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.heads import each_of, last_of, mean_of
 from peftx.toolkits.evaluation import evaluating, head_answers
@@ -138,10 +138,7 @@ class LsLlama(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if self.config.task == "sequence":
-            self.texts.prepare(data, stack)
-        else:
-            tokenize_tags(data, self.texts.labels, closed=self.texts.closed)
+        self.texts.prepare(data, stack, words=self.config.task == "token")
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -160,14 +157,12 @@ class LsLlama(Plugin):
 
     def tag(self, stack: Stack, texts: Sequence[str]) -> list[list[str]]:
         """The class of each word (between white space) of each text."""
-        own = self.asked("token")
-        room, closed = own.room(stack), own.closed
-        rows = tag_rows(stack.tokenizer, texts, max_length=room, closed=closed, owner=own.owner)
+        rows = self.asked("token").words(stack, texts)
         with evaluating(stack.model):
             found = head_answers(stack, self.head, [ids for ids, _ in rows])
             best = [row for z in found for row in z.argmax(-1).tolist()]
         both = zip(best, rows, strict=True)
-        return [[own.names[row[t]] for t in starts] for row, (_, starts) in both]
+        return [[self.texts.names[row[t]] for t in starts] for row, (_, starts) in both]
 
     def asked(self, task: str) -> ClassTexts:
         """The texts, if the head has this task."""

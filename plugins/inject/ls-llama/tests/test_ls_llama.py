@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import processors
 from torch import Tensor
 
 import peftx
 from peftx import Stack
-from peftx.engines.data import CLASS_INDEX, Collator, pads_right, tag_rows
+from peftx.engines.data import CLASS_INDEX, Collator, pads_right
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance, plan_checks
@@ -209,20 +208,14 @@ def test_the_side_of_the_pads_does_not_show(arch: str, unmasked: bool, task: str
 def test_an_encoder_reads_texts_with_their_end(task: str) -> None:
     """In training and in use alike."""
     for arch, ends in (("bert", True), ("llama", False)):
-        stack = stack_of(arch, task=task)
-        stack.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A <|eos|>", special_tokens=[("<|eos|>", EOS)]
-        )
+        plugin = LsLlama(task=task, labels=TAGS if task == "token" else LABELS)
+        stack = Stack(tiny(arch), [plugin], tokenizer=tiny_tokenizer(ends=True))
         rows = TAGGED if task == "token" else [{"text": row["text"], "label": "bad"} for row in TAGGED]
         trained = [ids[mask.bool()].tolist() for ids, mask in zip(
             *(batch_of(stack, rows)[name] for name in ("input_ids", "attention_mask")), strict=True
         )]  # fmt: skip
         own, texts = plugin_of(stack).asked(task), [row["text"] for row in rows]
-        if task == "sequence":
-            used = own.rows(stack, texts)
-        else:
-            found = tag_rows(stack.tokenizer, texts, max_length=99, closed=own.closed, owner="x")
-            used = [ids for ids, _ in found]
+        used = own.rows(stack, texts) if task == "sequence" else [ids for ids, _ in own.words(stack, texts)]
         assert trained == used
         assert {ids[-1] == EOS for ids in used} == {ends}
 
