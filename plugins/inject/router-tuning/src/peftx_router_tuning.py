@@ -9,13 +9,14 @@ attention as h_1 .. h_T,
     x <- x + G Attn(h)                           the feed-forward part is never skipped
     loss = task + c mean_l G_l                   over routed layers and texts
 
-Backward, G passes its gradient on to s (straight through). A text with G = 0 does not go through the attention, so only
-the loss's second term teaches its router. Routed are layers before the last one, which is not. In generation the prompt
-decides: G goes along with the cache. w = 0 gives s = 1/2 >= tau, so the model starts unchanged.
+Backward, G passes its gradient on to s (straight through), so in training a text with G = 0 goes through the attention
+too, and is given zeros: the task tells its router what was missed. With `straight: false` it does not go through, which
+saves the time, and only the second term teaches its router. Routed are layers before the last one, which is not. In
+generation the prompt decides: G goes along with the cache. w = 0 gives s = 1/2 >= tau, so the model starts unchanged.
 
-Departures: pads do not count in the mean, and the second term is a mean over layers (the released code counts them, and
-sums). In a batch with a cache whose texts disagree, all go through the attention, and those with G = 0 are given zeros;
-a skipped layer keeps one number a token in the cache, so that lengths stay right.
+Departures: the released code does as with `straight: false`, where only other texts can open a gate again. It counts
+pads in the mean and sums the second term over layers; here neither. In a batch with a cache whose texts disagree, all
+go through the attention; a skipped layer keeps one number a token in the cache, so that lengths stay right.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RouterTuningConfig(PluginConfig):
     )
     straight: bool = Field(
         True,
-        description="in training texts with G = 0 go through too, so that the task reaches their routers",
+        description="in training texts with G = 0 go through too, so that the task teaches their routers",
     )
     c: float = Field(
         0.08, ge=0, allow_inf_nan=False, description="c, weight of the mean share of layers that attend"

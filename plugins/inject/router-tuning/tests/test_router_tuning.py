@@ -182,8 +182,9 @@ def test_texts_that_disagree_compute_what_they_compute_alone(use_cache: bool) ->
         torch.testing.assert_close(together[row], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
 
 
-def test_only_texts_that_attend_go_through_the_attention_in_training() -> None:
-    stack = stack_of()
+@pytest.mark.parametrize(("straight", "texts"), [(False, 1), (True, 2)])
+def test_texts_that_go_through_the_attention_in_training(straight: bool, texts: int) -> None:
+    stack = stack_of(straight=straight)
     inputs = example_inputs(stack.model)
     disagreeing(stack, **inputs)
     sizes: list[int] = []
@@ -191,44 +192,51 @@ def test_only_texts_that_attend_go_through_the_attention_in_training() -> None:
     site.module.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     stack.model.train()
     stack.train_step({**inputs, "labels": inputs["input_ids"], "use_cache": False})
-    assert sizes == [1]
+    with torch.no_grad():
+        stack.model(**inputs, use_cache=False)
+    assert sizes == [texts, 1], "and afterwards those with an open gate alone"
 
 
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("straight", [True, False])
 @pytest.mark.parametrize("c", [0.0, 0.3])
-def test_gradients_by_hand(c: float) -> None:
-    """Straight through: c s' / layers for every text, and what the task says of those that attend."""
-    stack = stack_of(c=c)
+def test_gradients_by_hand(c: float, straight: bool) -> None:
+    """Straight through: s' times c / layers, and times what the task says of each text, or of those that attend."""
+    stack = stack_of(c=c, straight=straight)
     inputs = example_inputs(stack.model)
     batch = {**inputs, "labels": inputs["input_ids"]}
-    router = disagreeing(stack, **inputs)
-    router.watched, h = True, norm_outputs(stack, **inputs)
-    router.watched = False
+    router, h = disagreeing(stack, **inputs), norm_outputs(stack, **inputs)
     s = torch.sigmoid(h.mean(1) @ router.w.detach())
     slope = (s * (1 - s))[:, None] * h.mean(1)  # ds/dw, [B, d]
-    stack.train_step(batch)
-    found = router.w.grad.clone()
+    loss = stack.train_step(batch)
+    found = router.w.grad
 
-    attention, G = tiny("llama"), torch.tensor([1.0, 0.0], requires_grad=True)
-    block = attention.model.layers[0].self_attn
-    plain = block.forward
-    block.forward = lambda *args, **kwargs: (plain(*args, **kwargs)[0] * G[:, None, None], None)
-    attention(**batch).loss.backward()
-    expected = G.grad[0] * slope[0] + c * slope.mean(0)  # nothing of the task for the second text
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    plain, G = tiny("llama"), torch.tensor([1.0, 0.0], requires_grad=True)
+    block = plain.model.layers[0].self_attn
+    attend = block.forward
+    block.forward = lambda *args, **kwargs: (attend(*args, **kwargs)[0] * G[:, None, None], None)
+    task = plain(**batch).loss
+    task.backward()
+    torch.testing.assert_close(loss, (task + c * 0.5).detach())
+    of_task = G.grad if straight else G.grad * G.detach()
+    torch.testing.assert_close(found, of_task @ slope + c * slope.mean(0), rtol=1e-3, atol=1e-6)
     assert router.G is None
 
 
-def test_a_text_that_skips_every_layer_still_teaches_its_router() -> None:
-    for c, learns in ((0.1, True), (0.0, False)):
-        stack = stack_of(c=c)
-        (router,) = routers(stack)
-        router.tau = NEVER
-        inputs = example_inputs(stack.model)
-        stack.train_step({**inputs, "labels": inputs["input_ids"]})
-        assert bool(router.w.grad.any()) is learns
+@pytest.mark.parametrize(
+    ("c", "straight", "learns"), [(0.1, False, True), (0.0, False, False), (0.0, True, True)]
+)
+def test_what_teaches_the_router_of_a_text_that_attends_nowhere(
+    c: float, straight: bool, learns: bool
+) -> None:
+    stack = stack_of(c=c, straight=straight)
+    (router,) = routers(stack)
+    router.tau = NEVER
+    inputs = example_inputs(stack.model)
+    stack.train_step({**inputs, "labels": inputs["input_ids"]})
+    assert bool(router.w.grad.any()) is learns
 
 
 def test_the_second_term_closes_gates_and_is_told() -> None:
@@ -250,7 +258,7 @@ def test_the_term_weighs_layers_and_texts_alike() -> None:
     ids = example_inputs(stack.model, batch=3)["input_ids"]
     found = []
     for parts in ([ids], [ids[:1], ids[1:]]):  # micro-batches of unlike size
-        stack = stack_of(c=1.0)
+        stack = stack_of(c=1.0, straight=False)
         (router,) = routers(stack)
         router.tau = NEVER  # so that the term alone teaches
         batches = [{"input_ids": part, "labels": part} for part in parts]
