@@ -96,3 +96,21 @@ def test_it_is_switched_off_copied_and_removed() -> None:
     assert len(edit.outputs) == 1
     assert not stack.model._forward_pre_hooks
     assert not stack.model._forward_hooks
+
+
+def test_an_edit_whose_parts_differ_takes_the_dtype_of_the_model() -> None:
+    """What it made of the model has the model's dtype already, and what it made anew has torch's."""
+
+    class Mixed(CallEdit):
+        def __init__(self, model: ModelView) -> None:
+            super().__init__()
+            self.e = torch.nn.Parameter(model.embedding().weight[:2].detach().clone())
+            self.linear = torch.nn.Linear(2, 2)
+
+    class Mixes(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.around(Mixed(model))
+
+    stack = Stack(tiny("llama").to(torch.bfloat16), [Mixes()], tokenizer=tiny_tokenizer())
+    assert {p.dtype for p in edit_of(stack).parameters()} == {torch.bfloat16}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import peftx
 from peftx import AttentionEdit, CallEdit, Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
@@ -429,6 +430,10 @@ def test_values_of_an_encoders_tokens_are_not_carried_by_the_decoders_cache() ->
         IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
     torch.testing.assert_close(out.logits[0], expected[:, 0])
+    cache = model(IDS, decoder_input_ids=start, use_cache=True).past_key_values
+    again = model(IDS, decoder_input_ids=start, past_key_values=cache).logits
+    both = model(IDS, decoder_input_ids=torch.cat((start, start), 1)).logits
+    torch.testing.assert_close(again[:, 0], both[:, 1])
 
 
 @torch.no_grad()
@@ -535,6 +540,17 @@ def test_rows_that_plugins_put_before_the_keys_are_no_tokens() -> None:
         logits_of(stack, IDS, MARKS, cache_implementation="static")
 
 
+@pytest.mark.parametrize("plugins", [(Marks(),), (Prompt(), Marks())], ids=["alone", "behind soft tokens"])
+@torch.no_grad()
+def test_a_column_of_a_text_goes_on_in_later_calls(plugins: tuple[Plugin, ...]) -> None:
+    stack = stack_of(*plugins)
+    with stack.columns(marks=MARKS):
+        whole = stack.model(IDS).logits
+        out = stack.model(IDS[:, :4], use_cache=True)
+        out = stack.model(IDS[:, 4:], past_key_values=out.past_key_values)
+    torch.testing.assert_close(out.logits, whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_column_of_one_call_belongs_to_its_tokens() -> None:
     """A loop of the caller's own hands the marks of each call's tokens over with them."""
@@ -604,6 +620,27 @@ def test_what_is_worked_out_once_for_a_cache() -> None:
     assert torch.equal(found, uncached)
     with stack.columns(kind=kinds.flip(0)):
         assert not torch.equal(stack.model.generate(IDS, **options), found)
+
+
+@torch.no_grad()
+def test_a_cache_that_begins_anew_or_lost_rows_has_nothing_kept() -> None:
+    once = Once()
+    stack, kinds = stack_of(once), torch.tensor([1, 3])
+    cache = DynamicCache()
+    stack.model(IDS, kind=kinds, past_key_values=cache)
+    stack.model(IDS[:, :1], kind=kinds, past_key_values=cache)
+    assert once.costly.times == 1
+    cache.batch_select_indices(torch.tensor([1]))
+    one = stack.model(IDS[1:, :1], kind=kinds[1:], past_key_values=cache).logits
+    assert once.costly.times == 2
+    own = DynamicCache()
+    stack.model(IDS[1:], kind=kinds[1:], past_key_values=own)
+    stack.model(IDS[1:, :1], kind=kinds[1:], past_key_values=own)
+    expected = stack.model(IDS[1:, :1], kind=kinds[1:], past_key_values=own).logits
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+    cache.reset()
+    stack.model(IDS[:1], kind=kinds[:1], past_key_values=cache)
+    assert once.costly.times == 4, "another text"
 
 
 def test_what_has_gradients_is_worked_out_anew() -> None:

@@ -686,6 +686,30 @@ def test_rows_of_a_batch_have_soft_tokens_of_their_own(arch: str, plugin: type[P
         assert torch.equal(found[row, -5:], alone[0, -5:])
 
 
+@pytest.mark.parametrize("arch", PAIRS)
+@torch.no_grad()
+def test_an_encoder_that_generate_runs_alone_has_rows_of_its_own(arch: str) -> None:
+    stack = Stack(tiny(arch), [ByRow()], tokenizer=tiny_tokenizer())
+    ids, columns = (
+        torch.arange(3, 15).reshape(2, 6),
+        {"kind": torch.tensor([0, 2]), "count": torch.tensor([4, 2])},
+    )
+    options = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+        "num_beams": 2,
+        "pad_token_id": 2,
+    }
+    with stack.columns(**columns):
+        found = stack.model.generate(ids, **options)
+    for row in (0, 1):
+        with stack.columns(**{name: column[row : row + 1] for name, column in columns.items()}):
+            assert torch.equal(found[row], stack.model.generate(ids[row : row + 1], **options)[0])
+    with stack.columns(**columns | {"kind": torch.tensor([1, 1])}):
+        assert not torch.equal(stack.model.generate(ids, **options), found)
+
+
 @torch.no_grad()
 def test_soft_tokens_behind_the_first_token() -> None:
     """As the same embeddings written out behind BOS give."""

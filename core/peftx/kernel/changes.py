@@ -288,7 +288,8 @@ def _settle(ledger: Ledger, module: nn.Module, near: nn.Module, *, full_precisio
     dtype = own.dtype
     if weight.dtype.is_floating_point:
         dtype = torch.promote_types(own.dtype, weight.dtype) if full_precision else weight.dtype
-    if own.device != weight.device or own.dtype != dtype:
+    parts = (own, *module.parameters()) if module._modules else (own,)  # which need not be made alike
+    if any(part.device != weight.device or part.dtype != dtype for part in parts):
         module.to(device=weight.device, dtype=dtype)
 
 
