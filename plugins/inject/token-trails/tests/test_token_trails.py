@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import peftx
-from peftx import Stack
+from peftx import Stack, TrainingData
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -472,6 +472,27 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
         TokenTrails(**options)
 
 
+def test_of_two_markers_that_end_together_the_longer_one_counts() -> None:
+    stack = build(markers={"user": "A:", "assistant": "BA:"})
+    assert speakers(stack, "A: x\nBA: x") == "0" + "1" * 6 + "2" * 3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages if m['role'] != 'guide' %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_say_who_speaks(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(PeftxError, match="writes nothing before a turn of 'guide'") as caught:
+        marker_text(tokenizer, "guide", {})
+    assert caught.value.hint == "markers={'guide': ...}"
+    assert marker_text(tokenizer, "guide", {"guide": " G: "}) == "G:"
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -486,6 +507,14 @@ def test_bad_markers(options: dict[str, Any], match: str) -> None:
 
 def said(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "words"} for role in roles]}
+
+
+def test_each_may_speak_in_a_row_of_their_own_or_there_are_no_rows() -> None:
+    build().train([said("user", "assistant"), said("system", "assistant")], steps=1, batch_size=2)
+    nothing = TrainingData(
+        train=None, eval=None, tokenizer=tiny_tokenizer(), seed=0, format="messages", max_length=8
+    )
+    assert build().prepare(nothing) is nothing, "a run that does not train"
 
 
 @pytest.mark.parametrize(
