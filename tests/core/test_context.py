@@ -126,6 +126,21 @@ def test_somebody_may_listen_for_a_while(plugins: list[Plugin]) -> None:
     assert torch.equal(model(IDS).logits, plain), "who heard before still does"
 
 
+@torch.no_grad()
+def test_it_tells_what_the_edits_made_of_the_call() -> None:
+    class Backwards(CallEdit):
+        def before(self, call: dict[str, Any]) -> dict[str, Any]:
+            return {**call, "input_ids": call["input_ids"].flip(1)}
+
+    class Turned(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.around(Backwards())
+
+    turned = stack_of(Turned(), Sums()).model
+    torch.testing.assert_close(turned(IDS).logits, stack_of(Sums()).model(IDS.flip(1)).logits)
+
+
 class ByRow(Delta):
     """y + shift of the row's own column."""
 

@@ -324,6 +324,27 @@ def test_it_learns_where_pads_are_zeros() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_given_types_stand_around_generate(prompt: bool, options: dict[str, Any]) -> None:
+    """What is generated goes on as the last speaker; each row is told by itself."""
+    stack = build(before=[ReferencePrompt()] if prompt else [])
+    ids = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(3))
+    types = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    with stack.columns(token_type_ids=types):
+        found = stack.model.generate(ids, **settings)
+        if "use_cache" not in options:
+            chunked = stack.model.generate(ids, prefill_chunk_size=3, **settings)
+            assert torch.equal(chunked, found)
+    assert not torch.equal(found, stack.model.generate(ids, **settings))
+    if not options:
+        told = torch.cat((types, types[:, -1:].expand(-1, 6)), 1)[:, : found.shape[1]]
+        expected = stack.model(found, token_type_ids=told).logits[:, 6:-1].argmax(-1)
+        assert torch.equal(found[:, 7:], expected)
+
+
+@torch.no_grad()
 def test_what_else_is_embedded_in_a_call_is_read_by_itself() -> None:
     """By another plugin, say; what the caller said of its own tokens is not said of these."""
     stack = build()
@@ -539,7 +560,7 @@ def test_bad_data(rows: list[dict[str, Any]], match: str) -> None:
     [
         ([[0, 1, 3]], "from 0 to 3, and R has 2 rows"),
         ([[-1, 1, 2]], "from -1 to 2"),
-        ([[1, 2]], r"token_type_ids \(1, 2\) beside input_ids \(1, 3\)"),
+        ([[1, 2]], "the column 'token_type_ids' has a value for 2 tokens, and the call 3"),
     ],
 )
 def test_bad_types(types: list[list[int]], match: str) -> None:
