@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftx
-from peftx import AttentionEdit, CallEdit, Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
+from peftx import AttentionEdit, CallEdit, Claim, Delta, ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import call_of, listening
@@ -125,6 +125,50 @@ def test_somebody_may_listen_for_a_while(plugins: list[Plugin]) -> None:
     assert call_of(model) is before
     assert len(model._forward_hooks) == len(plugins)
     assert torch.equal(model(IDS).logits, plain), "who heard before still does"
+
+
+@torch.no_grad()
+def test_it_tells_what_the_edits_made_of_the_call() -> None:
+    class Backwards(CallEdit):
+        def before(self, call: dict[str, Any]) -> dict[str, Any]:
+            return {**call, "input_ids": call["input_ids"].flip(1)}
+
+    class Turned(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.around(Backwards())
+
+    turned = stack_of(Turned(), Sums()).model
+    torch.testing.assert_close(turned(IDS).logits, stack_of(Sums()).model(IDS.flip(1)).logits)
+
+
+def test_a_plugin_that_is_folded_for_good_asks_no_more() -> None:
+    """What stays is a plain model, which may stand in another stack."""
+
+    class Asks(Delta):
+        def __init__(self, call: Call, width: int) -> None:
+            super().__init__()
+            self.z, self.call = nn.Parameter(torch.full((width,), 2.0)), call
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y * self.z
+
+        def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return weight * self.z[:, None], bias
+
+    class Folds(Plugin):
+        claims = {Claim.MERGEABLE}
+
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            for site in model.linears("mlp.down"):
+                site.attach(Asks(model.call, site.out_features))
+
+    stack = stack_of(Folds())
+    stack.merge(keep=False)
+    assert call_of(stack.model) is None
+    assert not stack.model._forward_hooks
+    Stack(stack.model, [Sums()], tokenizer=tiny_tokenizer())
 
 
 class ByRow(Delta):

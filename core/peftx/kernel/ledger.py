@@ -18,6 +18,7 @@ from peftx.kernel.parts import (
     FREE,
     AttentionPart,
     BasePart,
+    ContextPart,
     DeltaPart,
     FreePart,
     Part,
@@ -130,6 +131,12 @@ class Ledger:
                 self.parts.append(BasePart(owner, path, place, self.model, changed, final=reason))
         self.parts = [part for part in self.parts if part not in deltas]
         for part in self.of(owner, FreePart):  # what the deltas shared: it is in the weights now
+            part.undo()
+            self.parts.remove(part)
+
+    def hush(self, owner: str) -> None:
+        """Let the owner hear no more calls: what it had to say is in the weights."""
+        for part in self.of(owner, ContextPart):
             part.undo()
             self.parts.remove(part)
 

@@ -366,6 +366,7 @@ class Stack:
                 restore()
         for name in chosen:
             self.ledger.fold(name)
+            self.ledger.hush(name)
             self.standing[name].folded = True
         self.settle()
 

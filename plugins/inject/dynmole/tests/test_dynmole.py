@@ -288,6 +288,52 @@ def test_an_encoder_and_its_decoder_have_pads_of_their_own() -> None:
     assert seen == {"source": {9 + 7}, "target": {4 + 7}}
 
 
+def counted(stack: Stack, batch: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Real tokens and all of each layer in one call."""
+    for layer in mixtures(stack):
+        layer.watched = True
+    with torch.no_grad():
+        stack.model(**batch)
+    parts = stack.ledger.of("dynmole", DeltaPart)
+    return {part.path: (int(part.module.real.sum()), part.module.real.numel()) for part in parts}
+
+
+def test_soft_tokens_are_real() -> None:
+    stack = trained("llama", PromptTuning(length=3))
+    found = counted(stack, example_inputs(stack.model, padding="left"))  # rows of 9 and 7 tokens
+    assert set(found.values()) == {(9 + 7 + 2 * 3, 2 * (9 + 3))}
+
+
+def test_images_and_summaries_have_no_pads() -> None:
+    clip = trained("clip")
+    inputs = example_inputs(clip.model, length=4, padding="right")  # fewer tokens than an image has patches
+    for path, (real, tokens) in counted(clip, inputs).items():
+        assert real == (tokens if "vision" in path else 4 + 2), path
+    model = tiny("bert", head="classification", num_labels=3)
+    summaries = Stack(model, [Dynmole(rank=2, targets="pooler mlp")])
+    found = counted(summaries, example_inputs(model, padding="right"))
+    assert found.pop("bert.pooler.dense") == (2, 2)
+    assert set(found.values()) == {(9 + 7, 18)}
+
+
+def test_a_pass_without_gradients_is_not_part_of_the_loss() -> None:
+    """As a reference that is read behind the step's own forward pass."""
+    stack = trained()
+    inputs = example_inputs(stack.model)
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    step = TrainStep(stack, batch)
+
+    def task() -> tuple[Tensor, object]:
+        outputs = step.forward()
+        with torch.no_grad():
+            stack.model(inputs["input_ids"][:, :4] + 1)
+        return outputs.loss, outputs
+
+    step.replace_task_loss(task)
+    stack.run_train_step(step)
+    assert step.losses["dynmole"] == auxiliary(stack, batch)
+
+
 def test_the_loss_trains_the_router_from_the_start() -> None:
     """B is zero, so the task says nothing to the router yet; with checkpointing the gradient is the same."""
     found = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import peftx
 from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -324,9 +327,11 @@ def test_soft_tokens_are_context() -> None:
     tokens = plugin_of(stack).tokens
     assert tokens.rows(torch.empty(1, 5, 32)) is None, "between steps nothing is sparse"
     tokens.set(torch.tensor([[True, True, False]]))
+    assert tokens.rows(torch.empty(1, 6, 32)) is None, "nor is a layer that somebody calls alone"
     tokens.call.begin({"input_ids": torch.tensor([[2, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])})
     scored, dense = tokens.rows(torch.empty(1, 6, 32))  # a pad, three soft tokens, two of the text
     assert (scored.tolist(), dense.tolist()) == ([1, 2, 3, 4], [5])
+    assert tokens.rows(torch.empty(1, 2, 32)) is None, "rows of another plugin's"
 
 
 def test_checkpointing_chooses_the_same_channels() -> None:
@@ -335,7 +340,8 @@ def test_checkpointing_chooses_the_same_channels() -> None:
     assert equal(gradients(stack, batch_for(stack)), gradients(again, batch_for(again)))
 
 
-def test_a_reference_between_the_two_passes_changes_nothing() -> None:
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_reference_between_the_two_passes_changes_nothing(quiet: bool) -> None:
     """Recomputed layers choose by the batch, whatever the model was called on in between."""
     found = []
     for beside in (False, True):
@@ -345,10 +351,10 @@ def test_a_reference_between_the_two_passes_changes_nothing() -> None:
         step = TrainStep(stack, batch_for(stack, padding="right"))
 
         def reference(_: Any, stack: Stack = stack, step: TrainStep = step, beside: bool = beside) -> Tensor:
-            if beside:
-                with step.reference() as model:
-                    model(step.batch["input_ids"][:1, :5])
-            return torch.zeros(())
+            if not beside:
+                return torch.zeros(())
+            with step.reference() if quiet else eval_mode(stack.model):
+                return 0 * stack.model(step.batch["input_ids"][:1, :5]).logits.sum()
 
         step.add_loss("reference", reference)
         stack.run_train_step(step)
@@ -547,6 +553,15 @@ def test_what_packs_may_stand_behind() -> None:
     stack.train(ROWS, steps=2, batch_size=2)
     stack.compress(["The lamp is lit at six in the evening. "], samples=1, length=32)
     assert isinstance(stack.generate("1 + 1 =", max_new_tokens=2), str)
+
+
+def test_a_bundle_brings_its_estimates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stack_of(Sparselora(**ALL))
+    stack.save(tmp_path / "bundle")
+    monkeypatch.setattr(Estimate, "fit", lambda *_: pytest.fail("takes long on a large model"))
+    again = peftx.load(tmp_path / "bundle", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    pairs = zip(*(s.ledger.tensors("sparselora").items() for s in (stack, again)), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
 
 
 def test_nothing_to_train_is_refused() -> None:

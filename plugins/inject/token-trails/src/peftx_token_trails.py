@@ -110,17 +110,14 @@ class Trail(Delta):
 
     def given(self, x: Tensor) -> Tensor:
         """What the caller says of who speaks, [B, T]."""
-        types, wrong = self.call.batch.get(TYPES), ""
+        types = self.call.tokens(TYPES, fill=UNTOLD)
         if types is None:
             return torch.full_like(x, UNTOLD)
-        if types.shape != x.shape:
-            wrong = f"{tuple(types.shape)} beside input_ids {tuple(x.shape)}"
-        elif types.min() < NOBODY or types.max() > len(self.R):
-            wrong = f"go from {int(types.min())} to {int(types.max())}, and R has {len(self.R)} rows"
-        if wrong:
+        low, high = (int(end) for end in self.call.batch[TYPES].aminmax())
+        if low < NOBODY or high > len(self.R):
             raise PeftxError(
-                f"{self.owner}: {TYPES} {wrong}",
-                hint="one speaker for each token of the call: 0 for nobody, i for the i-th of `speakers`",
+                f"{self.owner}: {TYPES} go from {low} to {high}, and R has {len(self.R)} rows",
+                hint="0 for nobody, i for the i-th of `speakers`",
             )
         return types.to(x)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import peftx
-from peftx import Stack
+from peftx import Stack, TrainingData
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -324,6 +324,27 @@ def test_it_learns_where_pads_are_zeros() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_given_types_stand_around_generate(prompt: bool, options: dict[str, Any]) -> None:
+    """What is generated goes on as the last speaker; each row is told by itself."""
+    stack = build(before=[ReferencePrompt()] if prompt else [])
+    ids = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(3))
+    types = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    with stack.columns(token_type_ids=types):
+        found = stack.model.generate(ids, **settings)
+        if "use_cache" not in options:
+            chunked = stack.model.generate(ids, prefill_chunk_size=3, **settings)
+            assert torch.equal(chunked, found)
+    assert not torch.equal(found, stack.model.generate(ids, **settings))
+    if not options:
+        told = torch.cat((types, types[:, -1:].expand(-1, 6)), 1)[:, : found.shape[1]]
+        expected = stack.model(found, token_type_ids=told).logits[:, 6:-1].argmax(-1)
+        assert torch.equal(found[:, 7:], expected)
+
+
+@torch.no_grad()
 def test_what_else_is_embedded_in_a_call_is_read_by_itself() -> None:
     """By another plugin, say; what the caller said of its own tokens is not said of these."""
     stack = build()
@@ -472,6 +493,27 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
         TokenTrails(**options)
 
 
+def test_of_two_markers_that_end_together_the_longer_one_counts() -> None:
+    stack = build(markers={"user": "A:", "assistant": "BA:"})
+    assert speakers(stack, "A: x\nBA: x") == "0" + "1" * 6 + "2" * 3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages if m['role'] != 'guide' %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_say_who_speaks(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(PeftxError, match="writes nothing before a turn of 'guide'") as caught:
+        marker_text(tokenizer, "guide", {})
+    assert caught.value.hint == "markers={'guide': ...}"
+    assert marker_text(tokenizer, "guide", {"guide": " G: "}) == "G:"
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -486,6 +528,14 @@ def test_bad_markers(options: dict[str, Any], match: str) -> None:
 
 def said(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "words"} for role in roles]}
+
+
+def test_each_may_speak_in_a_row_of_their_own_or_there_are_no_rows() -> None:
+    build().train([said("user", "assistant"), said("system", "assistant")], steps=1, batch_size=2)
+    nothing = TrainingData(
+        train=None, eval=None, tokenizer=tiny_tokenizer(), seed=0, format="messages", max_length=8
+    )
+    assert build().prepare(nothing) is nothing, "a run that does not train"
 
 
 @pytest.mark.parametrize(
@@ -510,7 +560,7 @@ def test_bad_data(rows: list[dict[str, Any]], match: str) -> None:
     [
         ([[0, 1, 3]], "from 0 to 3, and R has 2 rows"),
         ([[-1, 1, 2]], "from -1 to 2"),
-        ([[1, 2]], r"token_type_ids \(1, 2\) beside input_ids \(1, 3\)"),
+        ([[1, 2]], "the column 'token_type_ids' has a value for 2 tokens, and the call 3"),
     ],
 )
 def test_bad_types(types: list[list[int]], match: str) -> None:

@@ -15,7 +15,7 @@ from peftx.errors import PeftxError
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
-from peftx_deft import Deft, Observer, count, density, watching
+from peftx_deft import Deft, Observer, count, density, row_means, watching
 from peftx_lora import Lora
 
 # With eps = 1e-7 the gradient turns within |o| of 3e-4, and float32's rounding of o shows as 4e-4 of it on a tiny T5
@@ -131,6 +131,29 @@ def test_encoder_and_decoder_are_summed_and_masked() -> None:
         longer = {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)}
         assert terms(stack, longer)["density"] == pytest.approx(found[tower], rel=1e-5)
     assert found["encoder,decoder"] == pytest.approx(found["encoder"] + found["decoder"], rel=1e-6)
+
+
+def test_images_have_no_pads() -> None:
+    stack = Stack(tiny("clip"), [Deft(eps=1e-2)])
+    inputs = example_inputs(stack.model, padding="right")
+    watched, seen = observers(stack), {}
+    for observer in watched:
+        place = next(part.place for part in stack.ledger.of("deft", DeltaPart) if part.module is observer)
+        place.register_forward_pre_hook(lambda _, args, o=observer: seen.update({o: density(args[0], 1e-2)}))
+    with watching(watched, partial(density, eps=1e-2)), torch.no_grad():
+        stack.model(**inputs)
+        for observer in watched:
+            (found,) = observer.take()
+            real = inputs["attention_mask"] if observer.tower == "text" else torch.ones_like(seen[observer])
+            assert torch.allclose(found, (seen[observer] * real).sum(1) / real.sum(1))
+    assert {observer.tower for observer in watched} == {"text", "vision"}
+
+
+def test_a_row_without_tokens_is_no_division_by_zero() -> None:
+    stack = stack_of("t5", eps=1e-2)
+    batch = batch_of(stack.model, "right")
+    batch["labels"][1] = -100
+    assert math.isfinite(terms(stack, batch)["density"])
 
 
 def test_soft_tokens_count_as_tokens() -> None:
@@ -302,6 +325,9 @@ def test_evaluate_reports_both_towers_and_the_threshold_counts() -> None:
 def test_texts_are_rows_too() -> None:
     stack = Stack(tiny("llama"), [Deft()], tokenizer=tiny_tokenizer())
     assert stack.evaluate(["Once upon a time."], metrics=["deft"])["density"].value == 1
+    assert not any(part.place._forward_hooks for part in stack.ledger.of("deft", DeltaPart)), (
+        "nothing listens on"
+    )
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -378,6 +404,12 @@ def test_targets_that_match_nothing_and_models_without_an_mlp() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     stack = stack_of()
     batch = batch_of(stack.model)
+    observer = observers(stack)[0]
+    observer.call.begin({"input_ids": batch["input_ids"]})
+    for shape in ((2, 8), (19,)):  # fewer than the call's 2 x 9 tokens, or not as many for each row
+        tokens = torch.zeros(shape)
+        with pytest.raises(PeftxError, match=rf"shape \({shape[0]},.* do not go with a mask of \(2, 9\)"):
+            row_means(tokens, observer.weights(tokens))
     mask = torch.zeros(2, 1, 9, 9)  # additive, as packed rows have it
     with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 9, 9\)"):
         terms(stack, {**batch, "attention_mask": mask})
