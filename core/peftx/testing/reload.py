@@ -1,10 +1,14 @@
-"""The other process of `fresh.py`: `python -m peftx.testing.reload job.json`."""
+"""The other process of `fresh.py`: `python -m peftx.testing.reload job.json`.
+
+Without a job it reads names of job files, line by line, forks for each, and answers with what went wrong, as JSON.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import time
 import traceback
@@ -69,5 +73,38 @@ def _import(name: str, file: Path) -> None:
     spec.loader.exec_module(module)
 
 
+def serve() -> None:
+    """Jobs until the end of the input. Nothing of torch runs before a fork, so no thread is lost by it."""
+    for line in sys.stdin:
+        job = Path(line.strip())
+        errors = job.with_name("stderr.txt")
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                handle = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+                os.dup2(handle, 1)  # answers are the server's
+                os.dup2(handle, 2)
+                sys.path[:] = json.loads(job.read_text(encoding="utf-8"))["path"]
+                main(job)
+                status = 0
+            except BaseException:  # noqa: BLE001  told by its last line
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said = (
+            ""
+            if code == 0
+            else (errors.read_text(errors="replace").strip().splitlines() or [f"exit status {code}"])[-1]
+        )
+        sys.stdout.write(f"{json.dumps(said)}\n")
+        sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        serve()
