@@ -11,6 +11,7 @@ from peftx.errors import ArchitectureError, PeftxError
 from peftx.kernel.reading import check_output, outputs_of
 from peftx.kernel.view import BoundSite
 from peftx.testing.models import example_inputs, tiny
+from peftx_aligner import Aligner
 from peftx_lora import Lora
 
 
@@ -45,7 +46,7 @@ def test_outputs_are_those_of_the_role_with_all_that_stands_on_it(arch: str) -> 
             )
         )
     hooks = len(next(iter(sites.values())).module._forward_hooks)
-    with outputs_of(sites) as given:
+    with outputs_of(stack.model, sites) as given:
         assert given == {}
         for count in (1, 2):
             stack.model(**inputs)
@@ -60,6 +61,16 @@ def test_outputs_are_those_of_the_role_with_all_that_stands_on_it(arch: str) -> 
     assert len(next(iter(sites.values())).module._forward_hooks) == hooks
     q, k = (next(key for key, site in sites.items() if site.role == f"attention.{r}") for r in "qk")
     assert not torch.equal(given[q][..., :8], given[k][..., :8])
+
+
+@torch.no_grad()
+def test_what_a_plugin_has_a_layer_do_for_rows_of_its_own_is_not_the_models() -> None:
+    """Aligner's tokens go through the keys and values of each layer, after those of the text."""
+    stack, sites = places_of("llama", Aligner(tokens=3))
+    inputs = example_inputs(stack.model)
+    with outputs_of(stack.model, sites) as given:
+        stack.model(**inputs)
+    assert {output.shape[:2] for output in given.values()} == {inputs["input_ids"].shape}
 
 
 def test_outputs_that_nobody_sees_are_refused() -> None:

@@ -37,8 +37,8 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(found).__name__} cannot be copied: {strange[0]} is no weight that the class has",
             hint="put the plugin before those that pack layers",
         )
-    if model.device.type != "meta":
-        found.load_state_dict(weights)
+    # Layers that a bundle brings packed have no weights while it is read; what a copy had of them it brings too.
+    found.load_state_dict({name: t for name, t in weights.items() if not t.is_meta}, strict=False)
     return found.train(model.training)
 
 

@@ -22,11 +22,13 @@ def check_output(site: Site, *, owner: str) -> None:
 
 
 @contextmanager
-def outputs_of(sites: Mapping[str, Site]) -> Iterator[dict[str, Tensor]]:
+def outputs_of(model: nn.Module, sites: Mapping[str, Site]) -> Iterator[dict[str, Tensor]]:
     """Inside, every call of the model leaves in a mapping what each of these layers gave, under its name: the features
-    of its role [..., out], with all that stands on the layer. Of several calls of a layer the last one's."""
+    of its role [..., out], with all that stands on the layer. Of several calls of a layer the first one's, which the
+    model makes: those that follow are of plugins, for rows of their own."""
     given: dict[str, Tensor] = {}
     with ExitStack() as exits:
+        exits.callback(model.register_forward_pre_hook(lambda module, inputs: given.clear()).remove)
         for name, site in sites.items():
             handle = site.module.register_forward_hook(_noting(given, name, site))
             exits.callback(handle.remove)
@@ -36,6 +38,6 @@ def outputs_of(sites: Mapping[str, Site]) -> Iterator[dict[str, Tensor]]:
 def _noting(given: dict[str, Tensor], name: str, site: Site) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         first: Tensor = output[0] if isinstance(output, tuple) else output
-        given[name] = first if site.rows is None else site.rows.take(first)
+        given.setdefault(name, first if site.rows is None else site.rows.take(first))
 
     return note

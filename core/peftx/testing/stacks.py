@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 import peftx
 from peftx.engines.bundle import holds_base
@@ -321,7 +322,8 @@ def _folder(arch: str) -> str:
 def plan_of(recipe: Recipe) -> list[str]:
     """Why `plan` says that the stack cannot be; empty if it says nothing."""
     entries = [
-        {"use": e.name, "id": e.key, "with": e.options} | ({"phase": e.phase} if e.phase else {})
+        {"use": e.name, "id": e.key, "with": to_jsonable_python(e.options)}
+        | ({"phase": e.phase} if e.phase else {})
         for e in recipe.entries
     ]
     pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(recipe.arch), "stack": entries})

@@ -103,7 +103,7 @@ class Ist(Plugin):
         with eval_mode(step.module), frozen(step.parameters()):
             for chosen in sets:
                 with suppressed([part for i in chosen for part in layers[i]], self.config.factor):
-                    losses.append(float(step.total_loss()))
+                    losses.append(float(step.total_loss().detach()))
         if not all(map(math.isfinite, losses)):
             raise PeftxError(
                 f"ist: the losses with suppressed layers are {losses} in step {step.index}",

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import peftx
-from peftx import Plugin, Registry, Stack, TrainStep
+from peftx import Plugin, Stack, TrainStep
 from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.parts import BasePart
 from peftx.kernel.trained import Trained
+from peftx.pipeline import load_run
 from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_lt_sft import LtSft, Mask, Skill, Skills, take
-from peftx_spec import load_spec
 
 test_conformance = conformance("lt-sft")
 
@@ -617,8 +617,8 @@ def test_density_too_small_for_one_number() -> None:
     with pytest.raises(PeftxError, match=r"lt-sft: density 1e-09 of \d+ numbers is less than one"):
         stack_of(density=1e-9)
     text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\ntrain: {steps: 4}\n"
-    spec = load_spec(text + "stack: [{use: lt-sft, with: {density: 1e-9}}]\n", catalogue=Registry())
-    (conflict,) = plan(spec.pipeline).conflicts
+    run = load_run(text + "stack: [{use: lt-sft, with: {density: 1e-9}}]\n")
+    (conflict,) = plan(run.pipeline).conflicts
     assert "is less than one" in conflict.reason
 
 

@@ -140,12 +140,15 @@ class Reglu(Plugin):
     def outputs(self, step: TrainStep, source: str) -> dict[str, Tensor]:
         """H of each layer."""
         found: dict[str, list[Tensor]] = {key: [] for key in self.sites}
-        with eval_mode(step.model), outputs_of(self.sites) as given:
+        with eval_mode(step.model), outputs_of(step.model, self.sites) as given:
             for batch in step.batches_of(source, self.config.samples):
                 step.model(**batch)
                 mask = batch["attention_mask"][..., None]  # [B, T, 1]
-                for key, rows in found.items():  # soft tokens stand in front
-                    rows.append((given[key][:, -mask.shape[1] :] * mask).sum(1, dtype=torch.float64))
+                for key, rows in found.items():
+                    h = given[key].reshape(len(mask), -1, given[key].shape[-1])  # OPT's has no row of texts
+                    rows.append(
+                        (h[:, -mask.shape[1] :] * mask).sum(1, dtype=torch.float64)
+                    )  # behind soft tokens
         return {key: torch.cat(rows) for key, rows in found.items()}
 
     def forget(self, step: TrainStep) -> Tensor:
