@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.engines import models
 from peftx.engines.bundle import read_manifest
 from peftx.engines.files import replacing, staging
 from peftx.engines.models import load_model
@@ -181,6 +182,17 @@ def test_the_checkpoints_dtype_is_the_default(base: Path) -> None:
     tensors = load_file(base.parent / "merged" / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert Stack(str(base), [], dtype="float32").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_decides_about_no_dtype(base: Path, mode: Any) -> None:
+    """What a device can compute is tried by a backward pass, and remembered."""
+    models._computes.cache_clear()
+    half = tiny("llama").to(torch.bfloat16)
+    half.save_pretrained(base)
+    with mode():
+        loaded, _ = load_model(str(base))
+    assert loaded.dtype == torch.bfloat16
 
 
 def test_an_adapter_folder_without_its_weights_is_named(tmp_path: Path) -> None:

@@ -159,7 +159,12 @@ def _dtype(name: str, config: PretrainedConfig, device: str) -> torch.dtype:
 
 @lru_cache(maxsize=16)
 def _computes(dtype: torch.dtype, device: str) -> bool:
-    """Are the kernels of a transformer there, forward and backward."""
+    """Are the kernels of a transformer there, forward and backward, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _tried(dtype, device)
+
+
+def _tried(dtype: torch.dtype, device: str) -> bool:
     x = torch.ones(1, 2, 4, 8, dtype=dtype, device=device, requires_grad=True)
     try:
         y = F.scaled_dot_product_attention(F.linear(x, x[0, 0, :, :].repeat(2, 1)), x, x)
