@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.engines.data import TrainingData, read_dataset
 from peftx.engines.data.formats import detect_format
 from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, rows_of, training_rows
-from peftx.engines.files import checkpoints, folder_bytes, make_place
+from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
 from peftx.engines.training.run import TrainingReport, as_training_data, train
@@ -203,9 +203,12 @@ class Run:
         if self._trained_on:  # a round begins: its rows are made anew, by the model as it is now
             self.data, self._trained_on = None, False
         data = self._training_data(self.pipeline.train or TrainSpec())
-        before = len(data.train) if data.train is not None else 0
+        data.progress = lambda done, total: self.reporter.progress(done, total, {})
+        before = len(data.train or ())
         self._stack.prepare(data, stage.ids)
-        return f"{before} rows became {len(data.train) if data.train is not None else 0}"
+        done = f"{before} rows became {len(data.train or ())}"
+        output = self.pipeline.output
+        return done if output is None else done + data.write_dropped(dropped_rows(Path(output)))
 
     def _inject(self, stage: RunStage, index: int) -> str:
         self._stack.inject(stage.ids)

@@ -296,6 +296,30 @@ def test_others_are_of_the_same_kind_and_not_the_row_itself(tokenizer: PreTraine
     assert [sorted(others) for others in everyone] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
+def test_what_is_not_kept_is_not_lost(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"text": text, "n": n} for n, text in enumerate("abcdef")]
+    data = TrainingData(
+        train=Dataset.from_list(rows), eval=None, tokenizer=tokenizer, seed=0, format="text", max_length=8
+    )
+    file = tmp_path / "out.dropped.jsonl"
+    file.write_text("of an earlier run")
+    assert data.write_dropped(file) == ""
+    assert not file.exists()
+    data.keep([None, "too short", None, "odd", "odd", None], by="one")
+    assert data.train.to_list() == [rows[0], rows[2], rows[5]]
+    data.keep(["odd", None, None], by="two")
+    assert [row["n"] for row in data.train] == [2, 5]
+    said = data.write_dropped(file)
+    assert said == f"; dropped 4: 3 odd, 1 too short ({file})"
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["by"], one["place"], one["row"]["n"]) for one in found] == [
+        ("one", 1, 1), ("one", 3, 3), ("one", 4, 4), ("two", 0, 0)
+    ]  # fmt: skip
+    assert [*sorted(one["row"]["n"] for one in found), 2, 5] == [0, 1, 3, 4, 2, 5]
+    with pytest.raises(DataError, match="three: 1 reasons for 2 rows"):
+        data.keep([None], by="three")
+
+
 # --- token ids ----------------------------------------------------------------------------------------------
 
 

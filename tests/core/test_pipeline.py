@@ -57,6 +57,17 @@ class Half(Plugin):
         data.train = data.train.select(range(0, len(data.train), 2))
 
 
+class Sieve(Plugin):
+    """Says why rows go, and how far it is."""
+
+    claims = {Claim.DATA_ONLY}
+
+    @hookimpl
+    def prepare_data(self, data: Any) -> None:
+        data.progress(1, 2)
+        data.keep(["too even" if n % 2 == 0 else None for n in range(len(data.train))], by="sieve")
+
+
 class Length(Plugin):
     """Measures the mean length of the rows it is given."""
 
@@ -89,7 +100,14 @@ class Pack(Plugin):
 REGISTRY = Registry(
     [
         EntryPoint(name, f"{__name__}:{cls.__name__}", GROUP)
-        for name, cls in {"gain": Gain, "half": Half, "length": Length, "step": Step, "pack": Pack}.items()
+        for name, cls in {
+            "gain": Gain,
+            "half": Half,
+            "sieve": Sieve,
+            "length": Length,
+            "step": Step,
+            "pack": Pack,
+        }.items()
     ],
     disabled=(),
 )
@@ -117,7 +135,7 @@ def _loadable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         sys.modules, __name__, sys.modules.get(__name__) or __import__("types").ModuleType(__name__)
     )
-    for cls in (Gain, Half, Length, Step, Pack):
+    for cls in (Gain, Half, Sieve, Length, Step, Pack):
         monkeypatch.setattr(sys.modules[__name__], cls.__name__, cls, raising=False)
 
 
@@ -387,3 +405,15 @@ def test_rows_are_made_anew_in_every_round(files: dict[str, Path]) -> None:
     rounds = [(name, rows) for name, rows in seen if name.startswith("train")]
     assert [name for name, _ in rounds] == [f"train (round {n} of 3)" for n in (1, 2, 3)]
     assert len({rows for _, rows in rounds}) == 1
+
+
+def test_rows_that_plugins_drop_stand_beside_the_bundle_with_their_reasons(files: dict[str, Path]) -> None:
+    recorder = Recorder()
+    text = SPEC.format(**files).replace("- half", "- sieve")
+    load_run(text, registry=REGISTRY, reporter=recorder).run()
+    dropped = files["output"].with_name("out.dropped.jsonl")
+    assert recorder.details["prepare"] == f"8 rows became 4; dropped 4: 4 too even ({dropped})"
+    found = [json.loads(line) for line in dropped.read_text().splitlines()]
+    assert [one["row"]["prompt"] for one in found] == [f"say {n}" for n in (0, 2, 4, 6)]
+    make(files).run()
+    assert not dropped.exists()

@@ -334,5 +334,10 @@ def checkpoints(output: Path) -> Path:
     return output.parent / f"{output.name}.checkpoints"
 
 
+def dropped_rows(output: Path) -> Path:
+    """Where rows stand that plugins took from a run's training data."""
+    return output.parent / f"{output.name}.dropped.jsonl"
+
+
 def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

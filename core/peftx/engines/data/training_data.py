@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftx.engines.files import write_text
 from peftx.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not trained on.
+
+    Attributes:
+        by: the plugin's id. place: of the row among those that the plugin saw, from 0. reason: why it went. row: its
+            columns.
+    """
+
+    by: str
+    place: int
+    reason: str
+    row: dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -26,6 +46,8 @@ class TrainingData:
         format: one of `peftx.engines.data.FORMATS`, or `tokenized` (columns `input_ids` and `labels`). A plugin that
             rewrites the rows into another format sets it.
         max_length: tokens an example may have, at least 2.
+        dropped: rows that `keep` took from `train`, in order.
+        progress: called with (done, of), where somebody wants to see how far a long preparation is.
     """
 
     train: Dataset | None
@@ -34,6 +56,8 @@ class TrainingData:
     seed: int
     format: str
     max_length: int
+    dropped: list[Dropped] = field(default_factory=list)
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -67,6 +91,33 @@ class TrainingData:
             drawn = rng.sample(places[kind], min(count + 1, len(places[kind])))
             found.append([other for other in drawn if other != place][:count])
         return found
+
+    def keep(self, reasons: Sequence[str | None], *, by: str) -> None:
+        """Train on the rows that have no reason against them. The others stand in `dropped` with theirs: none is lost.
+
+        Args:
+            reasons: of each row of `train` why it goes, None where it stays. by: the plugin's id.
+
+        Raises:
+            DataError: not one for each row.
+        """
+        assert self.train is not None
+        if len(reasons) != len(self.train):
+            raise DataError(f"{by}: {len(reasons)} reasons for {len(self.train)} rows")
+        gone = [(place, why) for place, why in enumerate(reasons) if why is not None]
+        self.dropped += [Dropped(by, place, why, self.train[place]) for place, why in gone]
+        self.train = self.train.select([place for place, why in enumerate(reasons) if why is None])
+
+    def write_dropped(self, file: Path) -> str:
+        """Write `dropped`, if any, to a file of JSON lines, and say so: '; dropped 3: 2 too long, 1 empty (file)'."""
+        if not self.dropped:
+            file.unlink(missing_ok=True)  # an earlier run's
+            return ""
+        lines = [json.dumps(vars(one), ensure_ascii=False, default=str) for one in self.dropped]
+        write_text(file, "".join(f"{line}\n" for line in lines))
+        counts = Counter(one.reason for one in self.dropped).most_common()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+        return f"; dropped {len(self.dropped)}: {reasons} ({file})"
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of `text`, without BOS and EOS."""

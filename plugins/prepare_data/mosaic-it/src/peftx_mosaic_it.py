@@ -23,9 +23,10 @@ from typing import Annotated, Any, Literal
 from datasets import Dataset
 from pydantic import Field, field_validator, model_validator
 
-from peftx import Plugin, PluginConfig, TrainingData, hookimpl
+from peftx import Plugin, PluginConfig, Stack, TrainingData, hookimpl
 from peftx.engines.data import continuation, render_messages, special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
+from peftx.kernel.positions import free_positions
 
 Pair = tuple[str, str]  # prompt, completion
 Order = Callable[
@@ -227,14 +228,17 @@ class MosaicIt(Plugin):
     gives = {"classification": "prompt-completion"}
 
     @hookimpl
-    def prepare_data(self, data: TrainingData) -> None:
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """Replace `data.train`. Columns beside the texts: `rows`, `answered` (numbers of old rows), `strategy`."""
         if data.train is None:
             return
-        limit = self.config.max_len or data.max_length
-        if limit > data.max_length:
+        free = free_positions(stack.model)  # beside soft tokens
+        room = data.max_length if free is None else min(data.max_length, free)
+        limit = min(self.config.max_len or data.max_length, room)
+        if (self.config.max_len or 0) > data.max_length:
             raise PeftxError(
-                f"mosaic-it: max_len {limit} exceeds the run's max_length {data.max_length}, which cuts samples",
+                f"mosaic-it: max_len {self.config.max_len} exceeds the run's max_length {data.max_length}, which "
+                "cuts samples",
                 hint="raise train.max_length, or lower max_len",
             )
         pairs = read_pairs(data.train, data.format)
@@ -259,6 +263,7 @@ class MosaicIt(Plugin):
                 f"row {worst} (counting from 0) has {alone[worst]} tokens by itself, and max_len is {limit}",
                 hint="raise max_len; or too_long: drop leaves such rows out, keep leaves them as they are",
             )
+        data.keep([None if i in set(kept) else "too long" for i in range(len(pairs))], by=stack.id_of(self))
         rng, samples = data.rng("mosaic-it"), []
         for _ in range(self.config.copies):
             rng.shuffle(kept)

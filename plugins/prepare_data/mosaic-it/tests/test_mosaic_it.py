@@ -19,6 +19,7 @@ from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_mosaic_it import CHOICES, TAG_RULES, MosaicIt, MosaicItConfig, compose, draw_size
+from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("mosaic-it")
 
@@ -31,7 +32,7 @@ STRATEGIES = ["format", "permute", "maskout"]
 
 @cache
 def model() -> Any:
-    return tiny("llama")
+    return tiny("llama", max_position_embeddings=512)
 
 
 def prepared(
@@ -322,6 +323,18 @@ def test_other_formats_are_refused(format):
 
 
 def test_a_limit_over_the_runs_length_is_refused():
+    small = Stack(tiny("llama"), [PromptTuning(length=8), MosaicIt(tags=0)], tokenizer=TOKENIZER)
+    rows = rows_of([("x" * 20, "y" * 20)] * 12)
+    data = TrainingData(
+        train=Dataset.from_list(rows),
+        eval=None,
+        tokenizer=TOKENIZER,
+        seed=0,
+        format="prompt-completion",
+        max_length=LIMIT,
+    )
+    made = tokenize_dataset(small.prepare(data).train, TOKENIZER, format=data.format, max_length=LIMIT)
+    assert 60 < max(map(len, made["input_ids"])) <= 120, "the model reads 128, and soft tokens take 8"
     with pytest.raises(PeftxError, match=r"max_len 401 exceeds the run's max_length 400"):
         prepared(rows_of([("x", "y")]), max_len=401)
 
