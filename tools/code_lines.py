@@ -70,14 +70,14 @@ def main() -> None:
     parser.add_argument("--from", dest="ref", help="a commit to compare with")
     options = parser.parse_args()
     core = ROOT / "core/peftx"
-    for folder in ("kernel", "engines", "toolkits", "testing"):
-        tables = [p for p in (core / folder).rglob("*.py") if "tables" in p.parts]
-        files = [p for p in (core / folder).rglob("*.py") if p not in tables]
+    for folder in ("kernel", "architectures", "engines", "toolkits", "testing"):
+        files = list((core / folder).rglob("*.py"))
         longest = max(files, key=lambda p: p.read_text("utf-8").count("\n"))
         total = sum(code_lines(p.read_text("utf-8")) for p in files)
-        beside = sum(code_lines(p.read_text("utf-8")) for p in tables)
-        print(f"{folder:10} {total:6,} code lines in {len(files)} files" + (f", {beside} in tables" if beside else ""),
-              f"(longest: {longest.name}, {longest.read_text('utf-8').count(chr(10))} lines)")  # fmt: skip
+        lines = longest.read_text("utf-8").count("\n")
+        print(
+            f"{folder:13} {total:6,} code lines in {len(files)} files (longest: {longest.name}, {lines} lines)"
+        )
     now, before = plugins(None), plugins(options.ref) if options.ref else {}
     for name, count in sorted(now.items(), key=lambda item: -item[1]):
         print(f"{name:24} {before.get(name, ''):>5} {count:5}")

@@ -91,6 +91,24 @@ class Frozen8(Plugin):
             site.replace(QuantLinear.from_linear(site.module, bits=8))
 
 
+class Tabled(Plugin):
+    """Adds the values of a table that no file holds."""
+
+    class Add(Delta):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.b = nn.Parameter(torch.zeros(width))
+            self.register_buffer("table", torch.arange(width, dtype=torch.float32), persistent=False)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y + self.b + self.table
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.blocks("mlp"):
+            site.attach(self.Add(model.main.hidden_size))
+
+
 class Broken(Plugin):
     @hookimpl
     def inject(self, model: Any) -> None:
@@ -332,6 +350,18 @@ def test_compressed_bundles_need_no_base(tmp_path: Path) -> None:
     saved = (tmp_path / "b" / "frozen8.safetensors").stat().st_size
     packed = sum(t.nbytes for t in stack.ledger.tensors("frozen8").values())
     assert packed <= saved <= packed * 1.25 + 8000  # the header of a small file
+
+
+def test_what_no_file_holds_is_there_above_packed_weights(tmp_path: Path) -> None:
+    """Deltas come back before the weights they stand on, whose place is on no device yet."""
+
+    class Beneath(Frozen8):
+        claims: ClassVar[set[Claim]] = {Claim.QUANTIZES, Claim.FINAL}
+
+    stack = stack_of(Tabled(), Beneath())
+    stack.compress()
+    stack.save(tmp_path / "b")
+    assert torch.equal(logits(peftx.load(tmp_path / "b")), logits(stack))
 
 
 def test_a_delta_on_integers_does_not_merge() -> None:

@@ -66,7 +66,7 @@ def attach_delta(ledger: Ledger, owner: Owner, site: Site, delta: Delta) -> None
                 f"'{owner.id}' computes {site.path} itself as a frozen layer, and {trained.owner} trains it",
                 hint="leave the layer out of one of them",
             )
-    _settle(ledger, delta, site.module, full_precision=delta.full_precision)
+    _settle(ledger, owner, delta, site.module, full_precision=delta.full_precision)
     attach(
         site.module, delta, owner=owner.id, rank=owner.rank,
         name=f"{owner.id}@{site.role.replace('.', '_')}" if shared else owner.id,
@@ -177,13 +177,13 @@ def keep_module(
     if name in mine._modules:
         raise ConflictError(f"'{owner.id}' already keeps a module named '{name}'")
     mine._modules[name] = module
-    _settle(ledger, module, model, full_precision=full_precision)
+    _settle(ledger, owner, module, model, full_precision=full_precision)
     ledger.parts.append(FreePart(owner.id, f"{FREE}.{name}", module, model, name))
 
 
 def edit_attention(ledger: Ledger, owner: Owner, site: Site, edit: AttentionEdit) -> None:
     """An edit of one layer's attention."""
-    _settle(ledger, edit, site.module)
+    _settle(ledger, owner, edit, site.module)
     attention.attach(ledger.model, site.module, edit, owner=owner.id, rank=owner.rank)
     _note(ledger, AttentionPart(owner.id, f"{site.path}.attention", edit, site.module))
 
@@ -192,7 +192,7 @@ def put_before(ledger: Ledger, owner: Owner, edit: VirtualTokens | Shift) -> Non
     """Soft tokens in front of the input, or positions that count from further on."""
     tokens = isinstance(edit, VirtualTokens)
     positions.check_room(ledger.model, edit.length if tokens else edit.by, owner=owner.id)
-    _settle(ledger, edit, ledger.model)
+    _settle(ledger, owner, edit, ledger.model)
     virtual_tokens.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
     kind = PromptPart if tokens else ShiftPart
     _note(ledger, kind(owner.id, "prompt" if tokens else "shift", edit, ledger.model))
@@ -200,7 +200,7 @@ def put_before(ledger: Ledger, owner: Owner, edit: VirtualTokens | Shift) -> Non
 
 def edit_calls(ledger: Ledger, owner: Owner, edit: CallEdit) -> None:
     """An edit around every call of the model."""
-    _settle(ledger, edit, ledger.model)
+    _settle(ledger, owner, edit, ledger.model)
     calls.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
     _note(ledger, CallPart(owner.id, "call", edit, ledger.model))
 
@@ -270,7 +270,9 @@ def _note(ledger: Ledger, part: Part) -> None:
     ledger.parts.append(part)
 
 
-def _settle(ledger: Ledger, module: nn.Module, near: nn.Module, *, full_precision: bool = False) -> None:
+def _settle(
+    ledger: Ledger, owner: Owner, module: nn.Module, near: nn.Module, *, full_precision: bool = False
+) -> None:
     """Give a new module the mode, device and dtype of the one it stands on, or else of the model (where that one holds
     integers); float32 or more if it asks for that."""
     if module._modules:
@@ -288,9 +290,11 @@ def _settle(ledger: Ledger, module: nn.Module, near: nn.Module, *, full_precisio
     dtype = own.dtype
     if weight.dtype.is_floating_point:
         dtype = torch.promote_types(own.dtype, weight.dtype) if full_precision else weight.dtype
+    # A bundle's compressed weights come after the deltas on them: these keep the tables that no file holds.
+    device = own.device if weight.is_meta and owner.restoring else weight.device
     parts = (own, *module.parameters()) if module._modules else (own,)  # which need not be made alike
-    if any(part.device != weight.device or part.dtype != dtype for part in parts):
-        module.to(device=weight.device, dtype=dtype)
+    if any(part.device != device or part.dtype != dtype for part in parts):
+        module.to(device=device, dtype=dtype)
 
 
 def _first(module: nn.Module) -> Tensor | None:

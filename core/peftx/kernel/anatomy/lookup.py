@@ -36,9 +36,8 @@ _NAMES = (
 
 @cache
 def _tables() -> dict[str, Table]:
-    """All tables by `model_type`: the core's own, then those of entry points, which win."""
-    import peftx.kernel.anatomy.tables as package
-
+    """All tables by `model_type`: those that come with peftx, then those of entry points, which win."""
+    package = importlib.import_module("peftx.architectures")  # by name: data, found as a stranger's is
     found = [
         importlib.import_module(f"{package.__name__}.{info.name}").TABLE
         for info in pkgutil.iter_modules(package.__path__)

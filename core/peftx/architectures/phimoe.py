@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, ATTENTION, BLOCKS, HEADS, NORMS
+from peftx.architectures.mixtral import EXPERTS
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, ATTENTION, BLOCKS, HEADS, NORMS
-from peftx.kernel.anatomy.tables.mixtral import EXPERTS
 
 TABLE = Table(
     "phimoe",

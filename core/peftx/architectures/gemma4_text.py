@@ -3,10 +3,10 @@ full attention have wider heads, and may take the keys for values; experts may s
 
 from __future__ import annotations
 
+from peftx.architectures.gemma2 import NORMS
+from peftx.architectures.gemma3n_text import ATTENTION, PER_LAYER, around
+from peftx.architectures.llama import BLOCKS, HEADS, MLP
 from peftx.kernel.anatomy.table import Stacked, Table, Tower
-from peftx.kernel.anatomy.tables.gemma2 import NORMS
-from peftx.kernel.anatomy.tables.gemma3n_text import ATTENTION, PER_LAYER, around
-from peftx.kernel.anatomy.tables.llama import BLOCKS, HEADS, MLP
 
 MOE = {
     "router": "router.proj?",

@@ -1,13 +1,12 @@
-"""Gemma 3, text only: Gemma 2 with a norm on each head's queries and keys."""
+"""Qwen3: Llama with a norm on each head's queries and keys."""
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP, NORMS, NORMS_QK
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.gemma2 import NORMS
-from peftx.kernel.anatomy.tables.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP, NORMS_QK
 
 TABLE = Table(
-    "gemma3_text",
+    "qwen3",
     towers=(
         Tower(
             "decoder",

@@ -1,12 +1,13 @@
-"""Qwen3: Llama with a norm on each head's queries and keys."""
+"""Gemma 3, text only: Gemma 2 with a norm on each head's queries and keys."""
 
 from __future__ import annotations
 
+from peftx.architectures.gemma2 import NORMS
+from peftx.architectures.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP, NORMS_QK
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP, NORMS, NORMS_QK
 
 TABLE = Table(
-    "qwen3",
+    "gemma3_text",
     towers=(
         Tower(
             "decoder",

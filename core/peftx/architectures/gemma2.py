@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP
 
 NORMS = {
     "norm.attention": "input_layernorm",

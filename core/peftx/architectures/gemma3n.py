@@ -3,9 +3,9 @@ network of timm, no run of equal layers, and has no roles."""
 
 from __future__ import annotations
 
+from peftx.architectures.gemma3n_text import APART, READ, ROLES, around, streams
+from peftx.architectures.llama import BLOCKS, HEADS
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.gemma3n_text import APART, READ, ROLES, around, streams
-from peftx.kernel.anatomy.tables.llama import BLOCKS, HEADS
 
 FEED_FORWARD = {
     "mlp.before_up": "ffw_layer_start.ffw_layer_1",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from peftx.architectures.clip import LAYER as VISION_LAYER
+from peftx.architectures.clip import VISION_AROUND
+from peftx.architectures.gemma2 import NORMS
+from peftx.architectures.llama import ATTENTION, BLOCKS, HEADS, MLP, NORMS_QK
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.clip import LAYER as VISION_LAYER
-from peftx.kernel.anatomy.tables.clip import VISION_AROUND
-from peftx.kernel.anatomy.tables.gemma2 import NORMS
-from peftx.kernel.anatomy.tables.llama import ATTENTION, BLOCKS, HEADS, MLP, NORMS_QK
 
 TABLE = Table(
     "gemma3",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import HEADS
 from peftx.kernel.anatomy.table import Fused, Table, Tower
-from peftx.kernel.anatomy.tables.llama import HEADS
 
 TABLE = Table(
     "gpt2",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP, NORMS, NORMS_QK
+from peftx.architectures.mixtral import EXPERTS, ROUTER
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, ATTENTION, BLOCKS, HEADS, MLP, NORMS, NORMS_QK
-from peftx.kernel.anatomy.tables.mixtral import EXPERTS, ROUTER
 
 DENSE = {role: f"{path}?" for role, path in MLP.items()}
 

@@ -3,10 +3,10 @@ dense feed-forward, or experts beside a shared one."""
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, HEADS, NORMS
+from peftx.architectures.mixtral import EXPERTS, ROUTER
+from peftx.architectures.qwen3_moe import DENSE
 from peftx.kernel.anatomy.table import Fused, Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, HEADS, NORMS
-from peftx.kernel.anatomy.tables.mixtral import EXPERTS, ROUTER
-from peftx.kernel.anatomy.tables.qwen3_moe import DENSE
 
 ATTENTION = {
     "attention.k": "self_attn.k_proj?",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, BLOCKS, HEADS, NORMS
+from peftx.architectures.mixtral import EXPERTS, ROUTER
+from peftx.architectures.qwen3_moe import DENSE
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, BLOCKS, HEADS, NORMS
-from peftx.kernel.anatomy.tables.mixtral import EXPERTS, ROUTER
-from peftx.kernel.anatomy.tables.qwen3_moe import DENSE
 
 # x -> q_a -> norm -> q_b: the queries (`q` in one step where there is no latent); x -> kv_a: a latent, and the rotated
 # part of the key, which all heads share; latent -> norm -> kv_b: per head, the rest of the key, and the value.

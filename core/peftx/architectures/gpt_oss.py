@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import AROUND, ATTENTION, BLOCKS, HEADS, NORMS
 from peftx.kernel.anatomy.table import Stacked, Table, Tower
-from peftx.kernel.anatomy.tables.llama import AROUND, ATTENTION, BLOCKS, HEADS, NORMS
 
 TABLE = Table(
     "gpt_oss",

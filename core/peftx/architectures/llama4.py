@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import ATTENTION, NORMS
+from peftx.architectures.llama import BLOCKS as VISION_BLOCKS
+from peftx.architectures.llama4_text import BLOCKS, EXPERTS, ROLES
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.llama import ATTENTION, NORMS
-from peftx.kernel.anatomy.tables.llama import BLOCKS as VISION_BLOCKS
-from peftx.kernel.anatomy.tables.llama4_text import BLOCKS, EXPERTS, ROLES
 
 TABLE = Table(
     "llama4",

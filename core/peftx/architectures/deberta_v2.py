@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.bert import BLOCKS, DISPATCH, HEADS, LAYER
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.bert import BLOCKS, DISPATCH, HEADS, LAYER
 
 TABLE = Table(
     "deberta-v2",

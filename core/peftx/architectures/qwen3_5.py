@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from peftx.architectures.llama import HEADS
+from peftx.architectures.mixtral import EXPERTS
+from peftx.architectures.qwen3_next import APART, BLOCKS, FUSED, READ, ROLES
 from peftx.kernel.anatomy.table import Fused, Table, Tower
-from peftx.kernel.anatomy.tables.llama import HEADS
-from peftx.kernel.anatomy.tables.mixtral import EXPERTS
-from peftx.kernel.anatomy.tables.qwen3_next import APART, BLOCKS, FUSED, READ, ROLES
 
 VISION = Tower(
     "vision",

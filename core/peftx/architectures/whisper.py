@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.bart import BLOCKS, CROSS, LAYER
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.bart import BLOCKS, CROSS, LAYER
 
 TABLE = Table(
     "whisper",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.clip import BLOCKS, LAYER, TEXT_AROUND
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.clip import BLOCKS, LAYER, TEXT_AROUND
 
 TABLE = Table(
     "clip_text_model",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from peftx.architectures.bart import AROUND_LAYERS, BLOCKS, LAYER
+from peftx.architectures.llama import HEADS
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.bart import AROUND_LAYERS, BLOCKS, LAYER
-from peftx.kernel.anatomy.tables.llama import HEADS
 
 TABLE = Table(
     "opt",

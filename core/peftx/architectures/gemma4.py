@@ -3,11 +3,11 @@ of these two stand inside modules that clip what goes in and comes out."""
 
 from __future__ import annotations
 
+from peftx.architectures.gemma2 import NORMS
+from peftx.architectures.gemma3n_text import around
+from peftx.architectures.gemma4_text import EXPERTS, ROLES
+from peftx.architectures.llama import ATTENTION, BLOCKS, HEADS, MLP, NORMS_QK
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.gemma2 import NORMS
-from peftx.kernel.anatomy.tables.gemma3n_text import around
-from peftx.kernel.anatomy.tables.gemma4_text import EXPERTS, ROLES
-from peftx.kernel.anatomy.tables.llama import ATTENTION, BLOCKS, HEADS, MLP, NORMS_QK
 
 VISION = {role: f"{path}.linear" for role, path in (ATTENTION | MLP).items()} | NORMS | NORMS_QK
 AUDIO = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peftx.architectures.clip import BLOCKS, LAYER, VISION_AROUND
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.clip import BLOCKS, LAYER, VISION_AROUND
 
 TABLE = Table(
     "clip_vision_model",

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from peftx.architectures.gemma2 import NORMS
+from peftx.architectures.llama import BLOCKS, HEADS, MLP
 from peftx.kernel.anatomy.table import Table, Tower
-from peftx.kernel.anatomy.tables.gemma2 import NORMS
-from peftx.kernel.anatomy.tables.llama import BLOCKS, HEADS, MLP
 
 ATTENTION = {
     "attention.q": "self_attn.q_proj",
