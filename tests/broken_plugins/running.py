@@ -25,6 +25,8 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import batches_of, class_rows, take_classes, tokenize_classes
+from peftx.errors import UnsupportedError
+from peftx.kernel.call import Call
 from peftx.kernel.heads import Head
 from peftx.toolkits.serving import Server
 
@@ -61,6 +63,61 @@ class LooksAtPads(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.norms("norm.attention"):
             site.attach(_RowMean(site.out_features))
+
+
+class _ById(_Step):
+    def __init__(self, features: int, call: Call) -> None:
+        super().__init__(features)
+        self.call = call
+
+    def factor(self, y: Tensor) -> Tensor:
+        return y.new_ones(()) if self.call.ids is None else self.call.rows(self.call.ids % 2, y).unsqueeze(-1)
+
+
+class ActsOnIds(Plugin):
+    """Acts on odd tokens, and on all where the call does not tell their ids."""
+
+    caught_by = "embeddings_do_for_tokens"
+    also = {"carries_or_refuses"}  # nor does it look whether there are tokens
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(_ById(site.out_features, model.call))
+
+
+class RefusesEmbeddings(ActsOnIds):
+    """Refuses what it does not claim to refuse."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        class Strict(_ById):
+            def factor(self, y: Tensor) -> Tensor:
+                if self.call.ids is None and self.call.shape is not None:
+                    raise UnsupportedError("it needs ids")
+                return super().factor(y)
+
+        for site in model.linears("mlp.down"):
+            site.attach(Strict(site.out_features, model.call))
+
+
+class FeedsEmbeddings(Plugin):
+    """Trains on embeddings, and does not say so."""
+
+    caught_by = "embeddings_of_a_step_are_claimed"
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(_Step(site.out_features))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        batch = dict(step.batch)
+        if "input_ids" in batch:
+            batch["inputs_embeds"] = step.model.get_input_embeddings()(batch.pop("input_ids"))
+        step.batch = batch
+        return (yield)
 
 
 class _BatchMean(_Step):

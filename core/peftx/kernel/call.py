@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import StaticLayer
 
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.carried import carried_in, carry_on, has_rows, layers_of, pass_over, rows_of
 from peftx.kernel.positions import place_of, prompt_length
 from peftx.kernel.soft_rows import insert
@@ -304,7 +304,7 @@ class Call:
         if own_length:
             self._own_lengths.add(name)
         if (other := self._columns.setdefault(name, owner)) != owner:
-            raise PeftxError(
+            raise ConflictError(
                 f"'{owner}' and '{other}' both read a column '{name}'", hint="give one another name"
             )
 

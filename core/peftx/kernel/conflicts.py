@@ -112,6 +112,11 @@ RULES = (
         _claiming(Claim.OWN_LAYOUT),
         "{one} tells text from pads by a mask of one number a token, and {two} lays several texts out in one row",
     ),
+    Rule(
+        _claiming(Claim.NEEDS_TOKENS),
+        _claiming(Claim.GIVES_EMBEDDINGS),
+        "{one} tells tokens by their ids, and {two} calls the model on embeddings",
+    ),
     *(
         Rule(
             _claiming(Claim.READS_LOSS),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftx.errors import UnsupportedError
 from peftx.kernel.plugin import Claim
-from peftx.testing.case import Case, assert_close, inputs_for, output
+from peftx.testing.case import Case, assert_close, error_of, inputs_for, output
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.subject import TEXT
 
@@ -51,4 +52,24 @@ def check_batch_is_invisible(case: Case) -> None:
         assert_close(together[row], alone[0], tolerance(case), f"row {row} in a batch of {rows} and alone")
 
 
-CHECKS = (check_padding_is_invisible, check_batch_is_invisible)
+@check(on="first", when=changes_model)
+def check_embeddings_do_for_tokens(case: Case) -> None:
+    """A call on the embeddings of tokens computes what one on their ids does; refused by what claims needs-tokens."""
+    if case.arch not in TEXT:
+        return
+    model = case.finished().model
+    inputs = inputs_for(model)
+    by_ids = output(model, inputs)
+    with torch.no_grad():
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    error = error_of(
+        UnsupportedError, lambda: assert_close(output(model, inputs), by_ids, tolerance(case), WHAT)
+    )
+    claimed = case.subject.claims(Claim.NEEDS_TOKENS)
+    assert claimed or error is None, f"a call on embeddings is refused, so claim needs-tokens: {error}"
+    assert not claimed or error is not None, "claims needs-tokens, and a call on embeddings goes through"
+
+
+WHAT = "logits by embeddings and by ids"
+
+CHECKS = (check_padding_is_invisible, check_batch_is_invisible, check_embeddings_do_for_tokens)

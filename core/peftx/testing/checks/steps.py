@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from peftx.engines.training.step import TrainStep
 from peftx.kernel.parts import BasePart
@@ -13,7 +14,7 @@ from peftx.kernel.phases import spans
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference
 from peftx.testing.checks.check import check, trains
-from peftx.testing.subject import Subject, steps_for
+from peftx.testing.subject import TEXT, Subject, steps_for
 
 
 def _wraps_step(subject: Subject) -> bool:
@@ -55,6 +56,29 @@ def check_gradient_transforms_are_claimed(case: Case) -> None:
     stack.run_train_step(step)
     count = len(step._gradients)
     assert count == 0, f"registers {count} gradient transforms, and does not claim {Claim.NEEDS_GRADIENTS}"
+
+
+@check(on="first", when=lambda subject: subject.implements("train_step"))
+def check_embeddings_of_a_step_are_claimed(case: Case) -> None:
+    """A step that calls the model on embeddings says so, so that what needs tokens can refuse to stand beside it."""
+    if case.arch not in TEXT:
+        return
+    stack = case.training_stack()
+    stack.model.train()
+    seen: list[bool] = []
+
+    def watch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(
+            not arguments and named.get("input_ids") is None and named.get("inputs_embeds") is not None
+        )
+
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    handle = stack.model.register_forward_pre_hook(watch, with_kwargs=True)
+    stack.run_train_step(step)
+    handle.remove()
+    claimed = Claim.GIVES_EMBEDDINGS in stack.plugins[case.id].claims
+    said = f"{'claims' if claimed else 'does not claim'} {Claim.GIVES_EMBEDDINGS}"
+    assert any(seen) == claimed, f"{sum(seen)} of {len(seen)} calls in a step bring embeddings, and it {said}"
 
 
 @check(on="first-generative", when=lambda subject: trains(subject) or subject.implements("prepare_data"))
@@ -126,6 +150,7 @@ def check_masks_hold(case: Case) -> None:
 CHECKS = (
     check_step_makes_no_gradients,
     check_gradient_transforms_are_claimed,
+    check_embeddings_of_a_step_are_claimed,
     check_trains_in_the_trainer,
     check_resume_is_exact,
     check_phases_fit,

@@ -157,6 +157,11 @@ class LTuning(Plugin):
     config: LTuningConfig
     texts = ClassTexts("l-tuning", missing="the labels are not read and there is no head yet")
 
+    def __init__(self, config: LTuningConfig | None = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.config.variant == "prompt":
+            self.claims = type(self).claims | {Claim.GIVES_EMBEDDINGS}
+
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         config, encoder = self.config, "encoder" in model.towers

@@ -87,7 +87,7 @@ class Pasta(Plugin):
     """See the module."""
 
     Config = PastaConfig
-    claims = {Claim.BESIDE_WEIGHTS}
+    claims = {Claim.BESIDE_WEIGHTS, Claim.NEEDS_TOKENS}
     architectures = ("roberta", "gemma", "bart")
     example = {"tokens": tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"), "count": 2}
     refuses = {

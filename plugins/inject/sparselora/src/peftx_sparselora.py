@@ -68,23 +68,39 @@ class SparseloraConfig(PluginConfig):
 
 
 class Tokens:
-    """Which tokens run sparse; `context`, [B, T] bool, is None outside a sparse step."""
+    """Which tokens run sparse, in a sparse step.
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    Args:
+        call: what the model is called on. dense_answers: tokens with a label run dense.
+    """
+
+    def __init__(self, call: Call, dense_answers: bool) -> None:
+        self.call, self.dense_answers = call, dense_answers
         self.set(None)
 
     def set(self, context: Tensor | None) -> None:
+        """Begin a sparse step with the context of its batch, [B, T] bool; None ends it."""
         self.context = context
-        self._known: dict[torch.Size, tuple[Tensor, Tensor] | None] = {}
+        self._known: dict[torch.Size, tuple[Tensor | None, tuple[Tensor, Tensor] | None]] = {}
+
+    def context_of(self, labels: Tensor) -> Tensor:
+        """Of labels [B, T]."""
+        return labels == IGNORE if self.dense_answers else torch.ones_like(labels, dtype=torch.bool)
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Of a layer's input, [B, T + P, in] with P soft tokens: which rows of [B (T + P), in] to score, and which run
-        dense; None: all do. Found once a step: layers that are recomputed choose as before, whatever ran since."""
-        shape = x.shape[:-1]
-        if self.context is not None and self.call.shape is not None and shape not in self._known:
-            self._known[shape] = self._find(x, self.context)
-        return self._known.get(shape)
+        dense; None: all do. Found once for a call: layers that are recomputed choose as before, whatever ran since."""
+        if self.context is None or self.call.shape is None:
+            return None
+        shape, labels = x.shape[:-1], self.call.arguments.get("labels")
+        if labels is None or labels.shape != self.call.shape or len(labels) != len(x):
+            labels = None
+        if shape not in self._known or (labels is not None and self._known[shape][0] is not labels):
+            self._known[shape] = (
+                labels,
+                self._find(x, self.context if labels is None else self.context_of(labels)),
+            )
+        return self._known[shape][1]
 
     def _find(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.call.shape != context.shape:
@@ -274,7 +290,7 @@ class Sparselora(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        self.tokens = Tokens(model.call)
+        self.tokens = Tokens(model.call, self.config.dense_answers)
         for block in ROLES:
             for layer in self._layers(block, model.num_layers):
                 sites = sites_of(model, block, layer)
@@ -300,11 +316,11 @@ class Sparselora(Plugin):
             self.tokens.set(None)
 
     def _context(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens without a label, [B, T]."""
+        """Of the step's batch; all tokens where a label is a row's, as a classifier's."""
         ids, labels = batch["input_ids"], batch["labels"]
-        if not self.config.dense_answers or labels.shape != ids.shape:  # a classifier has one label to a row
-            return torch.ones_like(ids, dtype=torch.bool)
-        context = labels == IGNORE
+        context = self.tokens.context_of(
+            labels if labels.shape == ids.shape else torch.full_like(ids, IGNORE)
+        )
         if not context.any():
             raise PeftxError(
                 f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftx
 from peftx import Plugin, Stack, TrainStep, hookimpl
+from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
@@ -22,7 +24,7 @@ from peftx.toolkits.compression import QuantLinear
 from peftx_ist import Ist
 from peftx_lora import Lora
 from peftx_prefixquant import PrefixQuant
-from peftx_sparselora import AttentionChannels, Estimate, MlpChannels, SlicedProduct, Sparselora, kept
+from peftx_sparselora import AttentionChannels, Estimate, MlpChannels, SlicedProduct, Sparselora, Tokens, kept
 
 ALL: dict[str, Any] = {
     "mlp": 0.5,
@@ -360,6 +362,20 @@ def test_a_reference_between_the_two_passes_changes_nothing(quiet: bool) -> None
         stack.run_train_step(step)
         found.append([p.grad for p in stack.ledger.parameters("lora")])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_another_loss_brings_labels_of_its_own() -> None:
+    """The context of rows beside the step's is that of their labels, and of two calls alike each has its own."""
+    call = Call()
+    tokens = Tokens(call, dense_answers=True)
+    tokens.set(torch.ones(2, 12, dtype=torch.bool))
+    for answers in (1, 4):
+        labels = torch.full((1, 6), IGNORE)
+        labels[:, 6 - answers :] = 5
+        call.begin({"input_ids": torch.full((1, 6), 7), "labels": labels})
+        scored, dense = tokens.rows(torch.empty(1, 6, 32))
+        assert dense.tolist() == list(range(6 - answers, 6))
+        assert scored.tolist() == list(range(6 - answers))
 
 
 @pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "qwen2"])

@@ -91,7 +91,8 @@ class Superfiltering(Plugin):
             vectors = small.embed([pairs[i][0] or pairs[i][1] for i in P], pool=mean_of)
             kept = [P[j] for j in facility_location(vectors @ vectors.T, count)]
         reasons |= dict.fromkeys(kept)
-        data.train = data.train.add_column("ifd", [scores.get(i) for i in range(len(pairs))])
+        rows = data.train.remove_columns([name for name in ("ifd",) if name in data.train.column_names])
+        data.train = rows.add_column("ifd", [scores.get(i) for i in range(len(pairs))])
         data.keep([reasons[i] for i in range(len(pairs))], by=stack.id_of(self))
 
 

@@ -204,6 +204,14 @@ def test_no_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         prepared(ROWS, share=0.5)
 
 
+def test_twice_in_a_stack_the_later_scores_stay() -> None:
+    twice = [("a", Superfiltering(scorer=TINY, share=0.5)), ("b", Superfiltering(scorer=TINY, share=0.5))]
+    stack = Stack(tiny("llama"), twice, tokenizer=tiny_tokenizer())
+    data = stack.prepare(as_training_data(stack, ROWS, seed=0, max_length=96))
+    assert len(data.train) == 5
+    assert list(data.train["ifd"]) == pytest.approx(list(prepared(ROWS, share=0.25).train["ifd"]))
+
+
 def test_a_pool_that_is_no_larger() -> None:
     with pytest.raises(PeftxError, match=r"pool 0.1 leaves nothing to choose the share 0.2 from"):
         Superfiltering(share=0.2, pool=0.1)

@@ -118,10 +118,10 @@ class D2o(Plugin):
             batch = {name: value.to(pi_r.device) for name, value in batch.items()}
             labels = batch.pop("labels")
             before = log_probs(pi_r(**batch).logits, labels)
-        step.batch = {**others, **batch}
+        step.batch = {**others, **batch, "labels": labels}  # which terms of other plugins read
 
         def loss() -> tuple[Tensor, Any]:
-            outputs = step.forward()
+            outputs = step.forward(labels=None)
             r = (log_probs(outputs.logits, labels) - before).view(len(pairs), -1)  # [B, 1 + K]
             return d2o_loss(r[:, 1:], r[:, 0], alpha=config.alpha, beta=config.beta).mean(), outputs
 

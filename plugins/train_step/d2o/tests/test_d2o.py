@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, logsigmoid
 
 import peftx_d2o
-from peftx import CallEdit, ModelView, Plugin, Stack, VirtualTokens, hookimpl
+from peftx import CallEdit, ModelView, Plugin, Stack, TrainStep, VirtualTokens, hookimpl
 from peftx.engines.data import IGNORE, Collator, encode_pair, prompt_ids, tokenize_dataset
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
@@ -386,6 +387,20 @@ def test_beside_soft_tokens_and_columns_of_other_plugins() -> None:
     assert all(users == [user for user in (4, 5, 6) for _ in range(3)] for users in seen)
     with pytest.raises(PeftxError, match="no plugin reads a column 'speaker'"):
         stack.train_step(batch | {"speaker": torch.tensor([4, 5, 6])})
+
+
+def test_terms_of_other_plugins_read_the_labels_of_its_answers() -> None:
+    class Reads(Plugin):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+            loss = yield
+            seen.append((step.batch["labels"] != IGNORE).any(1).tolist())
+            return loss
+
+    seen: list[list[bool]] = []
+    stack = build("llama", Reads())
+    stack.train_step(batch_of(stack))
+    assert seen == [[True] * len(ROWS) * 4]
 
 
 def test_forward_passes_alone_train_on_it_too() -> None:
