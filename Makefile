@@ -5,10 +5,10 @@ JOBS ?= 4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format ci bench docs clean
+.PHONY: help setup demo test test-all lint format ci bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## create or update .venv with everything that is needed
 	@$(PYTHON) tools/dev_install.py
@@ -16,9 +16,14 @@ setup: ## create or update .venv with everything that is needed
 demo: setup ## LoRA, then 4-bit weights, on the bundled model, into demo-out/
 	$(BIN)/peftx apply --plugin lora --plugin prefixquant --output demo-out
 
-test: export OMP_NUM_THREADS = 1# the models in the tests are tiny, and the tests run side by side
-test: setup ## run all tests; JOBS=1 for one process, ARGS="-k lora" for some
-	$(BIN)/pytest -n logical --maxprocesses $(JOBS) --dist worksteal $(ARGS)
+# The models in the tests are tiny, and the tests run side by side.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses $(JOBS) --dist worksteal
+
+test: setup ## run the tests; JOBS=1 for one process, ARGS="-k lora" for some
+	PEFTX_ARCHITECTURES=draw $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: setup ## run every test, and the kit on all architectures
+	$(PYTEST) $(ARGS)
 
 lint: setup ## style, types and import rules
 	$(BIN)/ruff check .

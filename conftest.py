@@ -1,10 +1,15 @@
-"""Settings that every test runs under; at the root, so that `pytest plugins/inject/lora` alone has them too."""
+"""Settings of every test, and what the tests of each plugin cost; at the root, for `pytest plugins/inject/lora` too."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections import defaultdict
+from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 # Read when torch, transformers and tokenizers are imported, which the tests do later than this file.
 os.environ["OMP_NUM_THREADS"] = "1"  # one process a core; and sums come out the same on every machine
@@ -17,3 +22,59 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+CPU = "cpu seconds"
+SHOWN = 10
+PLUGINS = Path(__file__).parent / "plugins"
+
+
+def pytest_collection_finish() -> None:
+    """Trainings of other tests gain by it as those of the kit do."""
+    kit = sys.modules.get("peftx.testing.kit")
+    if kit is not None:
+        kit.settle()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    before = sum(os.times()[:4])  # of this process and of those that it started and that ended
+    item.stash[_began] = before
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "teardown":
+        report.user_properties.append((CPU, sum(os.times()[:4]) - item.stash[_began]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The ten most expensive plugins: CPU of the kit, and of their own tests."""
+    cost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for report in terminalreporter.stats.get("", []):  # those of the teardown, passed
+        name = _plugin(report.nodeid)
+        seconds = dict(report.user_properties).get(CPU)
+        if name is not None and seconds is not None:
+            cost[name]["::test_conformance" not in report.nodeid] += seconds
+    if len(cost) < 2:
+        return
+    terminalreporter.section("CPU of plugins, in seconds")
+    kit, own = (sorted(pair[i] for pair in cost.values()) for i in (0, 1))
+    lines = [(name, *pair) for name, pair in sorted(cost.items(), key=lambda item: -sum(item[1]))][:SHOWN]
+    lines.append((f"median of {len(cost)}", kit[len(kit) // 2], own[len(own) // 2]))
+    for name, of_kit, of_own in [
+        ("", "kit", "own tests"),
+        *((n, f"{k:.1f}", f"{o:.1f}") for n, k, o in lines),
+    ]:
+        terminalreporter.line(f"{name:24} {of_kit:>8} {of_own:>10}")
+
+
+_began = pytest.StashKey[float]()
+
+
+def _plugin(nodeid: str) -> str | None:
+    """The folder's name of a test under `plugins/<hook>/<name>/`."""
+    parts = nodeid.split("/")
+    return parts[2] if parts[0] == "plugins" and len(parts) > 3 else None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -47,8 +50,29 @@ def listed(registry: Registry) -> list[Listed]:
 
 def module_file(entry: Entry) -> Path | None:
     """The file of the plugin's module; None where there is none. Nothing is imported."""
-    found = PathFinder.find_spec(entry.point.module.partition(".")[0])
+    name = entry.point.module.partition(".")[0]
+    if name in _modules():
+        return _modules()[name]
+    found = PathFinder.find_spec(name)  # as on paths that are no folders
     return Path(found.origin) if found is not None and found.origin is not None else None
+
+
+@cache
+def _modules() -> dict[str, Path]:
+    """Top-level modules and packages in the folders of the path: each folder is read once, where looking for every
+    plugin in every other one's folder grows with the square."""
+    found: dict[str, Path] = {}
+    for folder in sys.path:
+        with suppress(OSError), os.scandir(folder or ".") as files:
+            for file in files:
+                if file.name.startswith("peftx") or file.name.endswith(".py"):
+                    path = Path(file.path)
+                    name, path = (
+                        (path.stem, path) if path.suffix == ".py" else (path.name, path / "__init__.py")
+                    )
+                    if name not in found and path.exists():
+                        found[name] = path
+    return found
 
 
 def _trouble(entry: Entry, installed: dict[str, bool]) -> str:

@@ -31,7 +31,7 @@ from peftx import (
 from peftx.errors import PeftxError
 from peftx.testing import conformance, example_inputs, plan_checks, run_checks, tiny, tiny_tokenizer
 from peftx.testing.checks import CHECKS
-from peftx.testing.kit import CheckResult, Planned
+from peftx.testing.kit import CheckResult
 from peftx.toolkits.compression import QuantLinear
 from peftx.toolkits.serving import Server
 
@@ -377,14 +377,6 @@ def test_global_generators_are_left_alone() -> None:
     before = torch.random.get_rng_state()
     run_checks(Healthy, models=["llama"], only=["identity_at_start", "base_untouched_by_training"])
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_one_function_for_pytest() -> None:
-    function = conformance(Healthy, models=["llama"])
-    (mark,) = function.pytestmark
-    items = [parameter.values[0] for parameter in mark.args[1]]
-    assert all(isinstance(item, Planned) for item in items)
-    assert [parameter.id for parameter in mark.args[1]] == [item.id for item in items]
 
 
 def test_wrappers_stand_around_what_runs() -> None:

@@ -18,7 +18,7 @@ NEW = 6
 """Tokens to generate."""
 
 
-def _keeps_cache(subject: Subject) -> bool:
+def keeps_cache(subject: Subject) -> bool:
     """An attention of the plugin's own may drop old keys, unless it claims not to."""
     own = subject.claims(Claim.REPLACES_ATTENTION) and not subject.claims(Claim.EXACT_CACHE)
     return changes_model(subject) and not own
@@ -52,7 +52,7 @@ def _compare(case: Case, one: Any, other: Any, what: str) -> None:
             return
 
 
-@check(on="generative", when=_keeps_cache)
+@check(on="generative", when=keeps_cache)
 def check_cached_equals_uncached(case: Case) -> None:
     """Greedy generation gives the same tokens and logits with and without a key-value cache."""
     model = case.finished().model
@@ -61,7 +61,7 @@ def check_cached_equals_uncached(case: Case) -> None:
     _compare(case, cached, uncached, "with and without cache")
 
 
-@check(on="generative", when=_keeps_cache)
+@check(on="generative", when=keeps_cache)
 def check_padded_generation(case: Case) -> None:
     """A prompt that is padded in a batch goes on as it does alone."""
     model = case.finished().model

@@ -6,6 +6,7 @@ from peftx.errors import PeftxError
 from peftx.testing.case import Case, crashed
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.checks.decoding import decoded
+from peftx.testing.checks.generation import check_cached_equals_uncached, keeps_cache
 from peftx.testing.subject import GENERATIVE
 
 
@@ -31,9 +32,12 @@ def _is_clear(case: Case, error: PeftxError) -> None:
 
 @check(on="odd", when=changes_model)
 def check_carries_or_refuses(case: Case) -> None:
-    """An unusual architecture works, or is refused with a message that names the plugin or the model."""
+    """An unusual architecture works, with its cache too, or is refused with a message that names the plugin or the
+    model."""
     try:
         _use(case)
+        if case.arch in GENERATIVE and keeps_cache(case.subject):
+            check_cached_equals_uncached.run(case)
     except PeftxError as error:
         _is_clear(case, error)
 
