@@ -12,7 +12,6 @@ import argparse
 import re
 import shutil
 import sys
-from itertools import count, cycle, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +50,8 @@ def main() -> None:
     sources = [p for p in sources if not options.of or p.name in options.of]
     if not sources:
         sys.exit(f"{checkout} has no plugin to copy")
-    for source, number in islice(
-        zip(cycle(sources), (n for n in count(2) for _ in sources), strict=False), options.number
-    ):
-        copy(source, number)
+    for made in range(options.number):
+        copy(sources[made % len(sources)], 2 + made // len(sources))
     print(f"{options.number} plugins made in {checkout}")
 
 
