@@ -1,23 +1,28 @@
-"""Which plugins go together: every ordered pair on a tiny model, built, trained, saved, reloaded and run, or refused.
+"""Which plugins go together: every ordered pair, lived through in covering stacks on a tiny model, or refused.
 
-    cells = run_matrix(["lora", "mezo", "prefixquant"])        # `peftx matrix` shows them
+    matrix = run_matrix(["lora", "mezo", "prefixquant"])        # `peftx matrix` shows it
 
-A pair *works* if it trains some steps to finite losses, is saved, comes back bit for bit and generates the same tokens.
-It is *refused* if its claims collide: before anything is built, with the reason and the order that would work; or if
-both want one place, and then the model is bit for bit what it was. It is
-*not for this model* if one of the two cannot stand on the pair's architecture by itself. Anything else *failed*, and is
-a bug.
+A pair *works* if a stack in which it stands in this order trains some steps to finite losses, moves what it trains, is
+saved, comes back bit for bit and generates the same tokens. It is *refused* if its claims collide: before anything is
+built, with the reason and the order that would work; or if both want one place, and then the model is bit for bit what
+it was. It is *not for this model* if one of the two cannot stand on the pair's architecture by itself. Anything else
+*failed*, and is a bug.
+
+Pairs grow with the square of the plugins. Claims and places tell the refused ones without a model; the others stand
+in stacks of up to eight plugins (`peftx.testing.covering`), each of which shows 28 pairs at once. A stack that fails is
+taken apart until the fault has no plugin too many. What a stack showed is kept, by what it ran: the files of the core
+and the modules of its plugins.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,27 +33,38 @@ import torch
 import peftx
 from peftx.engines.bundle import holds_base
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
+from peftx.kernel.calls import call_of
 from peftx.kernel.conflicts import find_conflicts, starting_format
 from peftx.kernel.members import Member
 from peftx.kernel.names import HOOKS
+from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.registry import Registry
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, inputs_for, output
+from peftx.testing.covering import Cover
+from peftx.testing.kit import settle
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.reference import COMPANION, ReferenceGain, ReferenceLowRank
+from peftx.testing.shown import Group, Shown
 from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS, steps_for
 
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
 LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
+SHORT = 96
+"""The same in stacks of many, of which several may bring soft tokens."""
+SIZE = 8
+"""Plugins of a stack."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """`first` before `second` in a stack.
 
-    `order` is the one that works where this one is refused; `arch` the tiny model that it was tried on.
+    `order` is the one that works where this one is refused; `arch` the tiny model that it was tried on; `stack` the
+    plugins that stood together where it works.
     """
 
     first: str
@@ -58,7 +74,7 @@ class Cell:
     claims: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     arch: str = ""
-    seconds: float = 0.0
+    stack: tuple[str, ...] = ()
 
 
 @dataclass
@@ -69,6 +85,11 @@ class Matrix:
     hooks: dict[str, str]
     """Plugin -> the hook that its folder names, the first of its metadata."""
     cells: list[Cell] = field(default_factory=list)
+    families: dict[str, str] = field(default_factory=dict)
+    together: list[Group] = field(default_factory=list)
+    """Three or more plugins of which every two work, and that fail together."""
+    stacks: int = 0
+    """Stacks that were lived through for it, those of former runs left out."""
 
     def count(self, outcome: Outcome) -> int:
         return sum(cell.outcome == outcome for cell in self.cells)
@@ -78,13 +99,15 @@ def run_matrix(
     names: Sequence[str] = (),
     *,
     jobs: int = 1,
-    pairs: Sequence[tuple[str, str]] | None = None,
+    kept: Path | None = None,
+    seed: int = 0,
     progress: Callable[[int, int, Cell], None] | None = None,
 ) -> Matrix:
-    """Try every ordered pair of these plugins (of all that are installed), a plugin with itself included.
+    """Every ordered pair of these plugins (of all that are installed), a plugin with itself included.
 
     Args:
-        jobs: processes. pairs: only these. progress: called with (cells done, cells planned, the last one).
+        jobs: processes. kept: a file of what former runs showed; written as soon as a stack is through.
+        seed: which stacks cover the pairs. progress: called with (cells done, cells in all, the last one).
 
     Raises:
         RegistryError: a name that is not installed, or a plugin that does not import.
@@ -93,68 +116,200 @@ def run_matrix(
     chosen = list(dict.fromkeys(names)) or sorted(registry.names())
     for name in chosen:
         registry.load(name)
-    hooks = {name: next(iter(registry.describe(name).hooks), "") for name in chosen}
+    facts = {name: registry.describe(name) for name in chosen}
+    hooks = {name: next(iter(facts[name].hooks), "") for name in chosen}
     chosen.sort(key=lambda name: (HOOKS.index(hooks[name]) if hooks[name] else len(HOOKS), name))
-    todo = [(a, b) for a in chosen for b in chosen] if pairs is None else list(pairs)
-    found: dict[tuple[str, str], Cell] = {}
+    cells: dict[tuple[str, str], Cell] = {}
 
     def note(cell: Cell) -> None:
-        found[cell.first, cell.second] = cell
+        cells[cell.first, cell.second] = cell
         if progress is not None:
-            progress(len(found), len(todo), cell)
+            progress(len(cells), len(chosen) ** 2, cell)
 
+    found = Matrix(chosen, hooks, families={name: facts[name].family for name in chosen})
+    with _workers(jobs) as submit:
+        rest = _told_ahead(chosen, note)
+        for arch, pairs in rest.items():
+            found.stacks += _lived(arch, pairs, found, note, submit, Shown(kept), seed)
+    found.cells = [cells[a, b] for a in chosen for b in chosen]
+    return found
+
+
+def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str, set[tuple[str, str]]]:
+    """Note all cells that claims, models and places tell; what is left, by the model it is to be tried on."""
+    rest: dict[str, set[tuple[str, str]]] = {}
+    for first in names:
+        for second in names:
+            cell = _by_claims(first, second)
+            if cell is None and (places(first, _arch(first, second)) & places(second, _arch(first, second))):
+                cell = try_pair(first, second)
+            if cell is not None:
+                note(cell)
+            else:
+                rest.setdefault(_arch(first, second), set()).add((first, second))
+    return rest
+
+
+def _lived(
+    arch: str,
+    pairs: set[tuple[str, str]],
+    matrix: Matrix,
+    note: Callable[[Cell], None],
+    submit: Callable[..., Future[Group]],
+    shown: Shown,
+    seed: int,
+) -> int:
+    """Live through stacks until every pair was in one that works, or has its fault; how many that took."""
+    lived = 0
+
+    def works(group: Group) -> None:
+        names = group.names
+        for pair in [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if (a, b) in pairs]:
+            pairs.remove(pair)
+            note(Cell(*pair, "works", arch=arch, stack=names))
+
+    for group in shown.of(arch):
+        if not group.fault:
+            works(group)
+    cover = Cover(pairs, fits, size=SIZE, seed=seed)
+    while pairs:
+        groups = [
+            known if (known := shown.known(arch, names)) is not None else names
+            for names in cover.stacks(pairs)
+        ]
+        running = [submit(arch, names) for names in groups if not isinstance(names, Group)]
+        results = [group for group in groups if isinstance(group, Group)]
+        lived += len(running)
+        while running:
+            done, left = wait(running, return_when="FIRST_COMPLETED")
+            running = list(left)
+            results += [future.result() for future in done]
+            for future in done:
+                shown.keep(future.result())
+        for group in results:
+            if not group.fault:
+                works(group)
+                continue
+            cell = try_pair(*group.fault) if len(group.fault) == 2 else None
+            if len(group.fault) == 1:  # it fails by itself
+                alone = [pair for pair in pairs if group.fault[0] in pair]
+                for pair in alone:
+                    note(Cell(*pair, "failed", f"{group.fault[0]} by itself: {group.reason}", arch=arch))
+                pairs.difference_update(alone)
+            elif cell is not None and group.fault in pairs and cell.outcome != "works":
+                pairs.remove(group.fault)
+                note(cell)
+            elif group.fault not in [known.fault for known in matrix.together]:
+                matrix.together.append(group)
+            cover.avoid(group.fault)
+    return lived
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[[str, tuple[str, ...]], Future[Group]]]:
+    """What runs `try_group`, in so many processes."""
     if jobs <= 1:
-        for first, second in todo:
-            note(try_pair(first, second))
-    else:
-        # A fresh interpreter for each: threads of torch do not survive a fork.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            for done in as_completed([pool.submit(try_pair, first, second) for first, second in todo]):
-                note(done.result())
-    return Matrix(chosen, hooks, [found[pair] for pair in todo])
+        yield _at_once
+        return
+    # A fresh interpreter for each: threads of torch do not survive a fork.
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin)
+    try:
+        yield lambda arch, names: pool.submit(try_group, arch, names)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _at_once(arch: str, names: tuple[str, ...]) -> Future[Group]:
+    done: Future[Group] = Future()
+    done.set_result(try_group(arch, names))
+    return done
+
+
+def _begin() -> None:
     torch.set_num_threads(1)
+    settle()
+
+
+def fits(names: Sequence[str]) -> bool:
+    """Do these plugins go together by their claims and rows."""
+    return not find_conflicts(_members(*names))
+
+
+def _by_claims(first: str, second: str) -> Cell | None:
+    """The cell of a pair that claims refuse, or that is of two models; None for one that is to be tried."""
+    arch, conflicts = _arch(first, second), find_conflicts(_members(first, second))
+    if conflicts:
+        known = conflicts[0]
+        return Cell(first, second, "refused", known.reason, known.claims, known.working_order, arch)
+    for name in dict.fromkeys((first, second)):
+        if (why := _stands_on(name, arch)) is not None:
+            return Cell(first, second, "other-model", why, arch=arch)
+    return None
+
+
+@cache
+def places(name: str, arch: str) -> frozenset[tuple[str, ...]]:
+    """What only one plugin may have of a model: matrices that it trains, layers that it computes, columns."""
+    try:
+        stack = Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
+    except PeftxError:
+        return frozenset()
+    found = {("layer", part.key) for part in stack.ledger.all(BasePart) if _has_matrix(part)}
+    found |= {("layer", part.key) for part in stack.ledger.all(DeltaPart) if part.module.has_base()}
+    call = call_of(stack.model)
+    return frozenset(found | {("column", column) for column in (call.columns if call is not None else ())})
+
+
+def _has_matrix(part: BasePart) -> bool:
+    return any(part.module.get_parameter(name).ndim > 1 for name in part.parameters)
 
 
 def try_pair(first: str, second: str) -> Cell:
-    """One cell. Whatever goes wrong is in it, never raised."""
-    started = time.perf_counter()
+    """One cell by itself. Whatever goes wrong is in it, never raised."""
+    cell = _by_claims(first, second)
+    if cell is not None:
+        return cell
     arch = _arch(first, second)
-
-    def cell(outcome: Outcome, reason: str = "", **more: Any) -> Cell:
-        seconds = round(time.perf_counter() - started, 3)
-        return Cell(first, second, outcome, reason, arch=arch, seconds=seconds, **more)
-
-    members = _members(first, second)
-    conflicts = find_conflicts(members)
-    if conflicts:
-        conflict = conflicts[0]
-        return cell("refused", conflict.reason, claims=conflict.claims, order=conflict.working_order)
-    for name in dict.fromkeys((first, second)):
-        if (why := _stands_on(name, arch)) is not None:
-            return cell("other-model", why)
+    found = Cell(first, second, "works", arch=arch, stack=(first, second))
     model = tiny(arch)
     try:
         Stack(model, _members(first, second), tokenizer=tiny_tokenizer())
     except ConflictError as error:
         inputs = inputs_for(model)
         if not torch.equal(output(model, inputs), output(tiny(arch), inputs)):
-            return cell("failed", f"refused, and the model is not what it was: {error}")
-        shared = set(members[0].plugin.claims) & set(members[1].plugin.claims)
-        return cell("refused", str(error), claims=tuple(sorted(shared)))
-    except Exception as error:  # noqa: BLE001  as below
-        return cell("failed", f"{type(error).__name__}: {error}")
+            return replace(
+                found, outcome="failed", reason=f"refused, and the model is not what it was: {error}"
+            )
+        one, two = (set(member.plugin.claims) for member in _members(first, second))
+        return replace(found, outcome="refused", reason=str(error), claims=tuple(sorted(one & two)), stack=())
+    except Exception as error:  # noqa: BLE001  as in `trouble`
+        return replace(found, outcome="failed", reason=f"{type(error).__name__}: {error}")
+    why = trouble((first, second), arch, LENGTH)
+    return replace(found, outcome="failed", reason=why) if why else found
+
+
+def try_group(arch: str, names: tuple[str, ...]) -> Group:
+    """Live through a stack, and take it apart where it fails until no plugin is too many."""
+    reason = trouble(names, arch)
+    fault = names if reason else ()
+    for name in names if reason else ():
+        less = tuple(other for other in fault if other != name)
+        if less and fits(less) and (why := trouble(less, arch)):
+            fault, reason = less, why
+    return Group(arch, names, fault, reason)
+
+
+def trouble(names: Sequence[str], arch: str, length: int = SHORT) -> str:
+    """Why a stack of these plugins does not live; empty where it does."""
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
-            _use(members, arch, Path(folder) / "bundle")
+            _use(_members(*names), arch, Path(folder) / "bundle", length)
     except (AssertionError, PeftxError) as error:
-        return cell("failed", str(error) or "assertion failed")
-    except Exception as error:  # noqa: BLE001  a pair may break in any way, and the table is to say so
-        return cell("failed", f"{type(error).__name__}: {error}")
-    return cell("works")
+        return str(error) or "assertion failed"
+    except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _members(*names: str) -> list[Member]:
@@ -167,32 +322,45 @@ def _example(plugin: type[Plugin]) -> Plugin:
     return plugin(**plugin.example)
 
 
-def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
-    """The life of a stack: train, compress, run, save, load, run again."""
+def _use(members: Sequence[Member], arch: str, folder: Path, length: int = LENGTH) -> None:
+    """The life of a stack: train, compress, run, save, load, run again. Where nothing trains, a companion does."""
     stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
-    if stack.trainable_parameters():
-        steps = steps_for(*(member.plugin for member in members))
-        report = stack.train(
-            _rows(members), steps=steps, batch_size=2, max_length=LENGTH, learning_rate=1e-3,
-            sources=sources_of(members),
-        )  # fmt: skip
-        losses = [loss for _, loss in report.losses]
-        assert all(map(math.isfinite, losses)), f"losses are {losses}"
-    elif any(member.implements("prepare_data") for member in members):
-        from peftx.engines.training.run import as_training_data
-
-        stack.prepare(as_training_data(stack, _rows(members), seed=0, max_length=LENGTH))
+    if not stack.trainable_parameters():
+        members = _accompanied(members)
+        stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
+    before = [(p, p.detach().clone()) for p in stack.model.parameters() if p.requires_grad]
+    steps = steps_for(*(member.plugin for member in members))
+    report = stack.train(
+        _rows(members),
+        steps=steps,
+        batch_size=2,
+        max_length=length,
+        learning_rate=1e-3,
+        sources=sources_of(members),
+    )
+    losses = [loss for _, loss in report.losses]
+    assert all(map(math.isfinite, losses)), f"losses are {losses}"
+    assert not all(torch.equal(p, old) for p, old in before), "no parameter moved"
     if any(member.implements("compress") for member in members):
         stack.compress(TEXTS, samples=4, length=24)
     inputs = inputs_for(stack.model)
-    before, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
-    assert bool(before.isfinite().all()), "some logits are not finite"
+    logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
+    assert bool(logits.isfinite().all()), "some logits are not finite"
     stack.save(folder)
     model = None if holds_base(folder) else tiny(arch)
     again = peftx.load(folder, model=model, tokenizer=tiny_tokenizer())
-    assert_equal(output(again.model, inputs), before, "logits loaded and saved")
+    assert_equal(output(again.model, inputs), logits, "logits loaded and saved")
     found = again.generate(PROMPT, max_new_tokens=4)
     assert found == text, f"generates {found!r} loaded and {text!r} saved"
+
+
+def _accompanied(members: Sequence[Member]) -> list[Member]:
+    """With one of the kit's plugins that trains in front, the first that goes with them."""
+    for plugin in (ReferenceLowRank(), ReferenceGain()):
+        found = [Member(COMPANION, plugin), *members]
+        if not find_conflicts(found):
+            return found
+    raise AssertionError("nothing trains, and nothing that does goes with it")
 
 
 def _rows(members: Sequence[Member]) -> list[Mapping[str, Any]]:
