@@ -19,8 +19,8 @@ of the released code, which sums L_C over all positions of a row; here those wit
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any, Literal
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -29,15 +29,9 @@ from torch.nn.functional import linear, log_softmax, mse_loss, normalize
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
+from peftx.engines.training.shares import Over
 from peftx.errors import PeftxError
-from peftx.toolkits.evaluation import eval_mode
-
-OVER: dict[str, Literal["labels", "rows"]] = {
-    "consistency": "rows",
-    "diversity": "labels",
-    "singular": "rows",
-}
-"""What each term is a mean over (of classes a row has one label), so that micro-batches weigh right; L_S is no mean."""
+from peftx.kernel.modes import eval_mode
 
 
 class BaLoraConfig(PluginConfig):
@@ -60,18 +54,14 @@ class PrincipalDelta(Delta):
     """y + s (B A - B0 A0) x.
 
     Args:
-        in_features, out_features: of the layer. rank: r. scale: s. batch: leading dimensions of experts' weights.
+        shape: of the weight, [..., out, in]. rank: r. scale: s.
     """
 
     full_precision = True  # two products that nearly cancel: bfloat16 rounds a step of A and B away
 
-    A0: Tensor
-    B0: Tensor
-
-    def __init__(
-        self, in_features: int, out_features: int, *, rank: int, scale: float, batch: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], *, rank: int, scale: float) -> None:
         super().__init__()
+        *batch, out_features, in_features = shape
         self.scale = scale
         self.A = nn.Parameter(torch.zeros(*batch, rank, in_features))
         self.B = nn.Parameter(torch.zeros(*batch, out_features, rank))
@@ -106,45 +96,32 @@ class BaLora(Plugin):
     architectures = ("mixtral",)
     config: BaLoraConfig
     example = {"rank": 2, "top": 1}  # a batch of two rows has two singular values
-    exempt = {
-        "accumulation_makes_the_same_step": "L_S is of the rows of a batch together, and one alone has none"
-    }
+    exempt = {"accumulation_makes_the_same_step": "L_S is of a batch's rows together, and one alone has none"}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
         rank = self.config.rank
         scale = 1.0 if self.config.alpha is None else self.config.alpha / rank
         for site in model.linears(self.config.targets):
-            full = min(site.in_features, site.out_features)
-            if rank > full:
-                raise PeftxError(
-                    f"ba-lora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
-                    hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
-                )
-            delta = PrincipalDelta(
-                site.in_features, site.out_features, rank=rank, scale=scale, batch=site.batch
-            )
-            site.attach(delta)
+            site.check_rank(rank)
+            delta = site.attach(PrincipalDelta(site.shape, rank=rank, scale=scale))
             if not model.restoring:
                 delta.start(site.weight)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        terms = {
-            "consistency": lambda outputs: consistency(step, logits_of(outputs), self._reference(step)),
-            "diversity": lambda outputs: diversity(step, logits_of(outputs)),
-            "singular": lambda outputs: singular(step, logits_of(outputs), self.config.top),
-        }
-        weights = self.config.model_dump(include=set(terms))
-        for name, term in terms.items():
-            if weights[name]:
-                step.add_loss(name, term, weight=weights[name], over=OVER[name])
+        def add(name: str, term: Callable[[Tensor], Tensor], over: Over) -> None:
+            if weight := getattr(self.config, name):
+                step.add_loss(name, lambda outputs: term(logits_of(outputs)), weight, over=over)
+
+        add("consistency", lambda Z: consistency(step, Z, self.reference(step)), "rows")
+        add("diversity", lambda Z: diversity(step, Z), "labels")  # of classes a row has one
+        add("singular", lambda Z: singular(step, Z, self.config.top), "rows")  # it is no mean
         return (yield)
 
-    def _reference(self, step: TrainStep) -> Tensor:
-        """Z0: logits of the model without this adapter, in eval mode."""
-        owner = step.stack.id_of(self)
-        with torch.no_grad(), eval_mode(step.model), step.stack.disabled(owner):
+    def reference(self, step: TrainStep) -> Tensor:
+        """Z0: logits of the model without this adapter, in eval mode; other plugins stay on."""
+        with torch.no_grad(), eval_mode(step.model), step.stack.disabled(step.stack.id_of(self)):
             return logits_of(step.model(**step.batch))
 
 
@@ -157,18 +134,16 @@ def consistency(step: TrainStep, Z: Tensor, Z0: Tensor) -> Tensor:
 
 
 def diversity(step: TrainStep, Z: Tensor) -> Tensor:
-    """L_D, 0-d."""
+    """L_D, 0-d; 0 for one row of classes, which may be left over at the end of the data."""
     if Z.ndim == 2:
         b, c = Z.shape
-        if b == 1:
-            if step.index == 0:
-                raise PeftxError(
-                    "ba-lora: diversity: the covariance of a batch of 1 row is not defined",
-                    hint="batch_size of 2 or more, or diversity: 0",
-                )
-            return Z.sum() * 0  # what is left over at the end of the data
+        if b == 1 and step.index == 0:
+            raise PeftxError(
+                "ba-lora: diversity: the covariance of a batch of 1 row is not defined",
+                hint="batch_size of 2 or more, or diversity: 0",
+            )
         centred = Z.float() - Z.float().mean(0)
-        covariance = centred.t() @ centred / (b - 1)  # [c, c]
+        covariance = centred.t() @ centred / max(1, b - 1)  # [c, c]
         return (covariance.square().sum() - covariance.diagonal().square().sum()) / c
     log_p = log_softmax(labelled(step, Z).float(), -1)  # [N, V]
     return (log_p.exp() * log_p).sum() / max(1, len(log_p))
@@ -177,8 +152,8 @@ def diversity(step: TrainStep, Z: Tensor) -> Tensor:
 def singular(step: TrainStep, Z: Tensor, k: int) -> Tensor:
     """L_S, 0-d; -1 where Z has at most k rows or columns, as what is left over at the end of the data may."""
     if Z.ndim > 2:
-        shown, mask = predictions(step, Z)
-        Z = (shown * mask.unsqueeze(-1)).flatten(1)  # [b, T V], other positions at 0
+        Z, mask = predictions(step, Z)
+        Z = (Z * mask.unsqueeze(-1)).flatten(1)  # [b, T V], other positions at 0
     if min(Z.shape) <= k and step.index == 0:
         raise PeftxError(
             f"ba-lora: singular: the logits, {Z.shape[0]}x{Z.shape[1]}, have no singular values beside the top {k}, so "
@@ -191,9 +166,8 @@ def singular(step: TrainStep, Z: Tensor, k: int) -> Tensor:
 
 def logits_of(outputs: Any) -> Tensor:
     if "logits" not in outputs:
-        raise PeftxError(
-            f"ba-lora: {type(outputs).__name__} has no logits to regularise", hint="a model with one head"
-        )
+        name = type(outputs).__name__
+        raise PeftxError(f"ba-lora: {name} has no logits to regularise", hint="a model with one head")
     return outputs["logits"]
 
 
@@ -201,8 +175,7 @@ def predictions(step: TrainStep, Z: Tensor) -> tuple[Tensor, Tensor]:
     """(logits [b, T, V], whether each has a label [b, T]); a decoder's position predicts the token after it."""
     if "labels" not in step.batch:
         raise PeftxError("ba-lora: the batch has no 'labels', which say what positions count")
-    labels = step.batch["labels"]
-    anatomy = step.stack.anatomy
+    labels, anatomy = step.batch["labels"], step.stack.anatomy
     if anatomy.is_decoder and not anatomy.is_encoder_decoder:
         Z, labels = Z[:, :-1], labels[:, 1:]
     return Z, labels != IGNORE
@@ -210,5 +183,5 @@ def predictions(step: TrainStep, Z: Tensor) -> tuple[Tensor, Tensor]:
 
 def labelled(step: TrainStep, Z: Tensor) -> Tensor:
     """The logits of positions that have a label, [N, V]."""
-    shown, mask = predictions(step, Z)
-    return shown[mask]
+    Z, mask = predictions(step, Z)
+    return Z[mask]

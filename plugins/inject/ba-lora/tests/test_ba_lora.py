@@ -11,6 +11,7 @@ from peftx.errors import PeftxError
 from peftx.testing import conformance, run_checks
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_ba_lora import BaLora, PrincipalDelta, consistency, diversity, singular
+from peftx_lora import Lora
 
 test_conformance = conformance("ba-lora")
 
@@ -168,7 +169,7 @@ def test_identity_at_start_is_exact_and_principal(arch: str) -> None:
 
 
 def test_delta_by_hand() -> None:
-    delta = PrincipalDelta(2, 2, rank=1, scale=2.0)
+    delta = PrincipalDelta((2, 2), rank=1, scale=2.0)
     delta.start(torch.diag(torch.tensor([8.0, 3.0])))
     assert torch.allclose((2.0 * delta.B0 @ delta.A0), torch.diag(torch.tensor([8.0, 0.0])), atol=1e-6)
     with torch.no_grad():
@@ -272,7 +273,22 @@ def test_dropout_of_the_base_is_off_in_the_reference() -> None:
     batch = batch_of(model)
     model.train()
     step = TrainStep(stack, batch)
-    assert torch.equal(stack.plugins["ba-lora"]._reference(step), stack.plugins["ba-lora"]._reference(step))
+    assert torch.equal(stack.plugins["ba-lora"].reference(step), stack.plugins["ba-lora"].reference(step))
+
+
+def test_other_plugins_stay_on_in_the_reference() -> None:
+    model, plugin = tiny("llama"), BaLora(rank=2)
+    batch = batch_of(model)
+    with torch.no_grad():
+        base = model(**batch).logits
+        stack = Stack(model, [Lora(rank=2), plugin])
+        for parameter in stack.ledger.parameters("lora"):
+            parameter.normal_(std=0.1)
+        beside = model(**batch).logits  # of LoRA alone: the other one starts as nothing
+        perturb(stack)
+    found = plugin.reference(TrainStep(stack, batch))
+    assert torch.allclose(found, beside, atol=1e-5)
+    assert (found - base).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["consistency", "diversity", "singular"])
@@ -325,6 +341,9 @@ def test_a_batch_of_one_row_has_no_covariance() -> None:
     with pytest.raises(PeftxError, match="ba-lora: diversity: the covariance of a batch of 1 row"):
         losses(stack, batch)
     assert losses(stack, batch, index=7)["diversity"] == 0  # the last rows of an epoch
+    z = Z[:1].clone().requires_grad_()
+    loss = diversity(TrainStep(stack, batch, index=7), z)
+    assert not torch.autograd.grad(loss, z)[0].any()
 
 
 def test_singular_values_that_are_all_in_the_top_are_refused() -> None:
@@ -375,13 +394,23 @@ def test_the_bundle_holds_the_start(tmp_path: Any) -> None:
 
 
 def test_rank_above_the_matrix_is_refused() -> None:
-    with pytest.raises(PeftxError, match=r"ba-lora: rank 128 exceeds the 32x32 matrix model\.layers\.0"):
+    match = r"ba-lora: rank 128 exceeds the 32x32 matrix model\.layers\.0"
+    with pytest.raises(PeftxError, match=match) as caught:
         Stack(tiny("llama"), [BaLora()])
+    assert caught.value.hint == "rank at most 32, or leave it out of targets: '!attention.q'"
 
 
 def test_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(PeftxError, match=r"ba-lora: .*'mpl' matches nothing"):
         stack_of(targets="mpl")
+
+
+def test_tokens_without_labels_are_refused() -> None:
+    """As a step may leave them whose own loss needs none."""
+    step, z = TrainStep(stack_of("bert"), {}), torch.stack([Z[:2], Z[1:]])
+    for term in (lambda: consistency(step, z, z), lambda: diversity(step, z), lambda: singular(step, z, 1)):
+        with pytest.raises(PeftxError, match="ba-lora: the batch has no 'labels'"):
+            term()
 
 
 def test_outputs_without_logits_are_refused() -> None:

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
+from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.attention import Attend
 
 NOTHING = -1e3
@@ -65,7 +66,7 @@ def statistics(
     """
     size = key.shape[-1]
     features = phi(key, size**-0.5 if scaling is None else scaling) / size  # [Hkv, length, d]
-    Z, z = features.transpose(-1, -2) @ value.float(), features.sum(-2)
+    Z, z = features.mT @ value.float(), features.sum(-2)
     return Z.repeat_interleave(groups, 0), z.repeat_interleave(groups, 0)
 
 
@@ -73,17 +74,14 @@ class Prefix(AttentionEdit):
     """Z and z of one layer.
 
     Args:
-        heads, size, value_size: query heads, d and d_v (d if left out). dropout: p. causal: what a missing mask means.
+        sizes: of the layer's heads. dropout: p. causal: what a missing mask means.
     """
 
-    def __init__(
-        self, *, heads: int, size: int, value_size: int | None = None, dropout: float, causal: bool
-    ) -> None:
+    def __init__(self, sizes: Heads, *, dropout: float, causal: bool) -> None:
         super().__init__()
-        self.Z = nn.Parameter(torch.zeros(heads, size, size if value_size is None else value_size))
-        self.z = nn.Parameter(torch.zeros(heads, size))
-        self.dropout = dropout
-        self.causal = causal
+        self.Z = nn.Parameter(torch.zeros(sizes.heads, sizes.head_dim, sizes.value_dim))
+        self.z = nn.Parameter(torch.zeros(sizes.heads, sizes.head_dim))
+        self.dropout, self.causal = dropout, causal
 
     def replace(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Attend
@@ -101,8 +99,7 @@ class Prefix(AttentionEdit):
     def _log_sum(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """L = log sum exp of the scores over the keys that a query sees; 0 where it sees none."""
         grouped = query.float().unflatten(1, (key.shape[1], -1))  # [B, Hkv, groups, Q, d]
-        scores = grouped @ key.float().transpose(-1, -2).unsqueeze(2)
-        scores = scores.flatten(1, 2) * scaling  # [B, H, Q, K]
+        scores = (grouped @ key.float().mT.unsqueeze(2)).flatten(1, 2) * scaling  # [B, H, Q, K]
         lowest = torch.finfo(scores.dtype).min
         if mask is not None and mask.dim() != 4:
             raise UnsupportedError(
@@ -133,38 +130,20 @@ class NtkAttention(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None:
-            raise ArchitectureError(
-                f"ntk-attention: {model.config.model_type} caps its scores, so their sum is not known here"
-            )
-        for site in self._sites(model):
-            if any("sink" in name.split(".")[0] for name, _ in site.module.named_parameters()):
+        capped = model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None
+        depth = max(tower.layers for tower in model.towers.values())
+        for site in self.config.targets.select(model.attentions(), layers=depth):
+            sinks = any("sink" in name.split(".")[0] for name, _ in site.module.named_parameters())
+            if capped or sinks:
+                why = "caps its scores" if capped else "has attention sinks"
                 raise ArchitectureError(
-                    f"ntk-attention: {model.config.model_type} has attention sinks, which belong to the sum of scores, "
-                    "so it is not known here",
-                    hint="real rows of keys and values (p-tuning-v2) stand beside sinks",
+                    f"ntk-attention: {model.config.model_type} {why}, so the sum of its scores is not known here",
+                    hint="real rows of keys and values (p-tuning-v2) go with caps and sinks",
                 )
-            sizes = model.towers[site.tower].by_layer[site.layer]
             # CLIP's text tower says it with each call and not on the module.
             causal = vars(site.module).get("is_causal", True) or site.tower == "text"
-            edit = Prefix(
-                heads=sizes.heads,
-                size=sizes.head_dim,
-                value_size=sizes.value_dim,
-                dropout=self.config.dropout,
-                causal=causal,
-            )
-            model.attend(site, edit)
-
-    def _sites(self, model: ModelView) -> list[Site]:
-        """The attentions of all towers that the targets select."""
-        found = []
-        for tower in model.towers.values():
-            found += model.attention_sites(tower=tower.name)
-            if tower.cross_attention:
-                found += model.attention_sites(tower=tower.name, role="cross_attention")
-        depth = max(tower.layers for tower in model.towers.values())
-        return self.config.targets.select(found, layers=depth)
+            edit = Prefix(model.heads_of(site), dropout=self.config.dropout, causal=causal)
+            model.bound(site).attend(edit)
 
 
 @torch.no_grad()
@@ -181,23 +160,24 @@ def set_prefix(
         prefix: key and value of each layer, [key-value heads, length, d and d_v]. scaling: as in `statistics`.
 
     Raises:
-        PeftxError: another number of layers, or a layer of another shape.
+        PeftxError: another number of layers, or a layer of another shape; nothing is written then.
     """
     edits = [part.module for part in stack.ledger.of(id)]
     if len(prefix) != len(edits):
         raise PeftxError(
             f"{id}: the prefix has {len(prefix)} layers, the stack {len(edits)}", hint="one pair each"
         )
+    found = []
     for layer, (edit, (key, value)) in enumerate(zip(edits, prefix, strict=True)):
         heads, *sizes = edit.Z.shape
         fits = key.shape[:-1] == value.shape[:-1] and [key.shape[-1], value.shape[-1]] == sizes
         if not fits or key.dim() != 3 or heads % key.shape[0]:
-            shapes = f"{tuple(key.shape)} and {tuple(value.shape)}"
             raise PeftxError(
-                f"{id}: prefix of layer {layer} has shapes {shapes}, and Z {tuple(edit.Z.shape)}",
+                f"{id}: prefix of layer {layer} has shapes {tuple(key.shape)} and {tuple(value.shape)}, and Z "
+                f"{tuple(edit.Z.shape)}",
                 hint="key and value: [key-value heads, length, d], and d_v for the value",
             )
-    for edit, (key, value) in zip(edits, prefix, strict=True):
-        Z, z = statistics(key, value, groups=edit.Z.shape[0] // key.shape[0], scaling=scaling)
+        found.append(statistics(key, value, groups=heads // key.shape[0], scaling=scaling))
+    for edit, (Z, z) in zip(edits, found, strict=True):
         edit.Z.copy_(Z)
         edit.z.copy_(z)

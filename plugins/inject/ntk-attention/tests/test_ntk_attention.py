@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
+from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.kernel.anatomy.anatomy import Heads
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -51,6 +54,10 @@ def edits(stack: Stack) -> list[Prefix]:
     return [part.module for part in stack.ledger.of("ntk-attention")]
 
 
+def sizes(heads: int, size: int, value: int | None = None) -> Heads:
+    return Heads(heads, heads, size, value or size)
+
+
 def spread(stack: Stack) -> Stack:
     torch.manual_seed(3)
     with torch.no_grad():
@@ -61,7 +68,7 @@ def spread(stack: Stack) -> Stack:
 
 def filled(heads: int, size: int, *, causal: bool = True) -> Prefix:
     torch.manual_seed(5)
-    edit = Prefix(heads=heads, size=size, dropout=0.0, causal=causal)
+    edit = Prefix(sizes(heads, size), dropout=0.0, causal=causal)
     edit.Z.data.normal_()
     edit.z.data.normal_()
     return edit
@@ -99,7 +106,7 @@ def explicit(
 def test_equals_the_official_function() -> None:
     query, key = wave(1, 2, 3, 2, scale=2), wave(1, 2, 3, 2, scale=2, shift=1)
     value, gradient = wave(1, 2, 3, 2, shift=2), wave(1, 2, 3, 2, shift=5)
-    edit = Prefix(heads=2, size=2, dropout=0.0, causal=True)
+    edit = Prefix(sizes(2, 2), dropout=0.0, causal=True)
     edit.Z.data, edit.z.data = wave(2, 2, 2, shift=3), wave(2, 2, shift=4)
     out = edit.replace(query, key, value, None, 2**-0.5, softmax_attention).transpose(1, 2)
     out.backward(gradient)
@@ -133,7 +140,7 @@ def test_equals_the_sums_of_the_kernel(mask: str) -> None:
     given = {"none": None, "bool": sees[:, None]}.get(
         mask, torch.zeros(2, 1, 5, 5).masked_fill(~sees[:, None], torch.finfo(torch.float32).min)
     )
-    edit = Prefix(heads=4, size=8, dropout=0.0, causal=True)
+    edit = Prefix(sizes(4, 8), dropout=0.0, causal=True)
     edit.Z.data, edit.z.data = statistics(*prefix, groups=2)
     ours = edit.replace(query, key, value, given, 8**-0.5, softmax_attention)
     real = sees.any(-1)  # a pad sees nothing, and what it gets nobody reads
@@ -147,7 +154,7 @@ def test_values_may_be_narrower_than_keys() -> None:
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 5)
     prefix = torch.randn(2, 3, 8), torch.randn(2, 3, 5)
     sees = torch.ones(2, 5, 5, dtype=torch.bool).tril()
-    edit = Prefix(heads=4, size=8, value_size=5, dropout=0.0, causal=True)
+    edit = Prefix(sizes(4, 8, 5), dropout=0.0, causal=True)
     edit.Z.data, edit.z.data = statistics(*prefix, groups=2)
     ours = edit.replace(query, key, value, sees[:, None], 8**-0.5, softmax_attention)
     assert difference(ours, explicit(query, key, value, sees, prefix, "phi")) < 2e-6
@@ -186,7 +193,7 @@ def test_a_new_token_sees_all_keys() -> None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     for causal, queries in ((True, slice(2, 3)), (False, slice(0, 3))):
-        edit = Prefix(heads=2, size=4, dropout=0.0, causal=causal)
+        edit = Prefix(sizes(2, 4), dropout=0.0, causal=causal)
         edit.Z.data, edit.z.data = statistics(*prefix)
         ours = edit.replace(query[:, :, queries], key, value, None, 0.5, all_keys)
         assert difference(ours, expected[:, queries]) < 2e-6
@@ -316,7 +323,7 @@ def test_cached_generation_equals_uncached(arch: str) -> None:
 
 
 def test_dropout_acts_on_phi_while_training() -> None:
-    edit = Prefix(heads=1, size=2, dropout=0.5, causal=False)
+    edit = Prefix(sizes(1, 2), dropout=0.5, causal=False)
     edit.Z.data, edit.z.data = torch.ones(1, 2, 2), torch.zeros(1, 2)
     zeros = torch.zeros(1, 1, 400, 2)  # phi(0) = 1, L = 0
 
@@ -386,13 +393,29 @@ def test_what_does_not_fit_the_model(arch: str, options: dict[str, object], matc
         Stack(tiny(arch), [NtkAttention(**options)])
 
 
-def test_attention_sinks_are_refused() -> None:
-    """GPT-OSS adds a trained score to each query's sum, which L does not hold."""
+def gpt_oss() -> GptOssForCausalLM:
+    """It adds a trained score to each query's sum, which L does not hold."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 320}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
-    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, pad_token_id=2))
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads, pad_token_id=2))
+
+
+def test_attention_sinks_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="ntk-attention: gpt_oss has attention sinks"):
+        Stack(gpt_oss(), [NtkAttention()])
+
+
+@pytest.mark.parametrize("make", [gpt_oss, partial(tiny, "gemma2")])
+def test_where_the_sum_is_not_known_a_prefix_of_rows_helps(make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
+    with pytest.raises(ArchitectureError, match="so the sum of its scores is not known here") as caught:
         Stack(model, [NtkAttention()])
+    assert "p-tuning-v2" in str(caught.value.hint)
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        base = output_of(model, inputs)
+        Stack(model, [PTuningV2(length=4)])
+        assert difference(output_of(model, inputs), base) > 1e-3
 
 
 def test_a_mask_of_another_kind() -> None:

@@ -19,20 +19,20 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
+from peftx import Claim, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.errors import ConflictError, PeftxError, UnsupportedError
-from peftx.kernel.ledger import Part
-from peftx.kernel.parts import DeltaPart
+from peftx.kernel.modes import eval_mode
+from peftx.kernel.parts import DeltaPart, Part
 from peftx.kernel.slots.carrier import ReadCarrier, WeightCarrier
-from peftx.toolkits.evaluation import eval_mode
+from peftx.kernel.stack import Stack
 
-MEMORY = "ist"
 DRAWS = 100
 """Attempts at distinct sets: two layers have but two sets of one, and skewed scores repeat themselves."""
 
@@ -68,12 +68,11 @@ class Ist(Plugin):
             raise UnsupportedError("ist trains in one process", hint="start without torchrun")
         layers = adapters(step.stack)
         known = self.state.get("scores", [])
-        start = known if len(known) == len(layers) else [0.0] * len(layers)
-        memory = step.memory.setdefault(MEMORY, {"scores": start})
-        due = step.index > 0 and step.index % self.config.interval == 0
-        if step.first_micro and due and self.config.rate > 0 and len(layers) > 1:
-            memory["scores"] = self.state["scores"] = self.measure(step, layers, memory["scores"])
-        importance = [-s for s in memory["scores"]]
+        scores = known if len(known) == len(layers) else [0.0] * len(layers)
+        due = step.first_micro and step.index > 0 and step.index % self.config.interval == 0
+        if due and self.config.rate > 0 and len(layers) > 1:
+            scores = self.state["scores"] = self.measure(step, layers, scores)
+        importance = [-s for s in scores]
         chosen = draw(importance, count(self.config.updated, len(layers)), random_of(step, "update"))
         active = {id(p) for i in chosen for p in parameters(layers[i])}
         rest = [p for layer in layers for p in parameters(layer) if id(p) not in active]
@@ -92,8 +91,7 @@ class Ist(Plugin):
         # Of all layers there is but one set, and one loss says nothing about any of them.
         size = min(count(self.config.suppressed, len(layers)), len(layers) - 1)
         sets: list[list[int]] = []
-        for _ in range(DRAWS):
-            found = draw(scores, size, generator)
+        for found in (draw(scores, size, generator) for _ in range(DRAWS)):
             if found not in sets:
                 sets.append(found)
             if len(sets) == self.config.candidates:
@@ -119,35 +117,27 @@ def adapters(stack: Stack) -> list[list[Part]]:
     Raises:
         ConflictError: nothing in a layer trains, or something whose response cannot be scaled.
     """
-    order = [site.path for site in stack.anatomy.sites if site.role == "block.layer"]
-    found: dict[str, list[Part]] = {path: [] for path in order}
-    for part in stack.ledger.parts:
-        path = part.key.partition("@")[0]
-        while path and path not in found:
-            path = path.rpartition(".")[0]
-        if path and any(p.requires_grad for p in parameters([part])):
-            scalable = isinstance(part, DeltaPart) and not isinstance(part.place, ReadCarrier | WeightCarrier)
-            if not scalable or part.module.has_pre():  # type: ignore[operator]
-                raise ConflictError(
-                    f"ist scales what adapters add to an output, and {part.owner} does something else at {part.key}",
-                    hint="adapters of linear layers, norms and blocks go with ist",
-                )
-            found[path].append(part)
-    layers = [parts for parts in found.values() if parts]
-    if not layers:
+    trained = [part for part in stack.ledger.parts if any(p.requires_grad for p in parameters([part]))]
+    paths = [f"{site.path}." for site in stack.anatomy.sites if site.role == "block.layer"]
+    layers = [[part for part in trained if part.key.replace("@", ".").startswith(path)] for path in paths]
+    for part in chain(*layers):
+        scalable = isinstance(part, DeltaPart) and not isinstance(part.place, ReadCarrier | WeightCarrier)
+        if not scalable or part.module.has_pre():
+            raise ConflictError(
+                f"ist scales what adapters add to an output, and {part.owner} does something else at {part.key}",
+                hint="adapters of linear layers, norms and blocks go with ist",
+            )
+    if not any(layers):
         others = ", ".join(dict.fromkeys(part.owner for part in stack.ledger.parts)) or "the stack"
         raise ConflictError(
             f"ist chooses among layers with adapters that train, and {others} has none",
             hint="add one, such as lora, or stack.unfreeze() it",
         )
-    return layers
+    return [layer for layer in layers if layer]
 
 
-def parameters(layer: Iterable[Part]) -> Iterator[nn.Parameter]:
-    for part in layer:
-        for _, module, name in part.places():
-            if (parameter := module._parameters.get(name)) is not None:
-                yield parameter
+def parameters(layer: Iterable[Part]) -> list[nn.Parameter]:
+    return [p for part in layer for p in part.tensors().values() if isinstance(p, nn.Parameter)]
 
 
 def count(share: float, layers: int) -> int:
@@ -176,8 +166,7 @@ def updated(scores: list[float], sets: list[list[int]], losses: list[float], rat
 
 def random_of(step: TrainStep, purpose: str) -> torch.Generator:
     """A stream of its own for each step, so that all micro-batches, and a resumed run, draw the same."""
-    seed = zlib.crc32(f"ist:{step.stack.seed}:{step.index}:{purpose}".encode())
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(zlib.crc32(f"ist:{step.stack.seed}:{step.index}:{purpose}".encode()))
 
 
 @contextmanager
@@ -187,22 +176,17 @@ def suppressed(parts: list[Part], factor: float) -> Iterator[None]:
     def scale(delta: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
         return torch.lerp(inputs[1], output, factor)
 
-    hooks = [part.module.register_forward_hook(scale) for part in parts]
-    try:
+    with ExitStack() as exits:
+        for part in parts:
+            exits.callback(part.module.register_forward_hook(scale).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     """No gradient for these; what trained before trains again afterwards."""
-    held = [p for p in parameters if p.requires_grad]
-    for p in held:
-        p.requires_grad_(False)
-    try:
+    with ExitStack() as exits:
+        for p in parameters:
+            exits.callback(p.requires_grad_, p.requires_grad)
+            p.requires_grad_(False)
         yield
-    finally:
-        for p in held:
-            p.requires_grad_(True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftx import Plugin, Stack, TrainStep
+from peftx import Delta, ModelView, Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -236,6 +236,49 @@ def test_frozen_adapters_are_not_chosen() -> None:
         adapters(stack)
 
 
+def test_scores_begin_anew_where_other_layers_have_adapters() -> None:
+    """Freezing in the middle of a run: a score of a layer that has none left would be drawn."""
+    stack = Stack(
+        tiny("llama", num_hidden_layers=8),
+        [Lora(rank=2), ("l2", Lora(rank=2, targets="mlp layers=0-2")), Ist(interval=2)],
+        tokenizer=tiny_tokenizer(),
+    )
+    perturb(stack)
+    seen = []
+    for index in range(6):
+        if index == 3:
+            stack.freeze("lora")
+        stack.run_train_step(TrainStep(stack, batch_for(stack), index=index))
+        assert len(trained_layers(stack)) == (2 if index < 3 else 1)
+        stack.model.zero_grad()
+        seen.append(len(stack.plugins["ist"].state.get("scores", [])))
+    assert seen == [0, 0, 8, 8, 3, 3]
+
+
+class Gain(Delta):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.z
+
+
+class Gains(Plugin):
+    """One on each layer itself."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.blocks("layer"):
+            site.attach(Gain(model.hidden_size))
+
+
+def test_adapters_of_whole_layers_are_of_these_layers() -> None:
+    stack = Stack(tiny("llama", num_hidden_layers=12), [Gains(), Ist()])
+    layers = [[part.path for part in layer] for layer in adapters(stack)]
+    assert layers == [[f"model.layers.{i}"] for i in range(12)]
+
+
 def test_draws_follow_the_scores() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = [2.0, 0.0, -2.0]
@@ -249,11 +292,14 @@ def test_micro_batches_of_a_step_train_the_same_layers() -> None:
     stack = stack_of(Ist(interval=1))
     perturb(stack)
     memory: dict[str, Any] = {}
+    scores = []
     for micro in range(3):
         step = TrainStep(stack, batch_for(stack, micro), index=4, micro=micro, accumulation=3, memory=memory)
         stack.run_train_step(step)
+        scores.append(stack.plugins["ist"].state["scores"])
     assert len(trained_layers(stack)) == 2
-    assert memory["ist"]["scores"] == stack.plugins["ist"].state["scores"]
+    assert any(scores[0])
+    assert scores[0] == scores[1] == scores[2]  # the first one measures
 
 
 def test_layers_change_and_frozen_ones_rest() -> None:
@@ -331,9 +377,39 @@ def test_needs_adapters_in_layers() -> None:
         alone.run_train_step(TrainStep(alone, batch_for(alone)))
 
 
+class Scales(Delta):
+    """Of what goes into a layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.ones(width))
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * self.z
+
+
+class Inputs(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Scales(site.in_features))
+
+
 def test_refuses_what_it_cannot_scale() -> None:
     with pytest.raises(ConflictError, match=r"lora does something else at .*experts"):
         Stack(tiny("mixtral"), [Lora(rank=2), Ist()])  # before anything is trained
+    with pytest.raises(ConflictError, match=r"inputs does something else at .*up_proj"):
+        Stack(tiny("llama"), [("inputs", Inputs()), Lora(rank=2, targets="attention"), Ist()])
+
+
+def test_what_is_frozen_in_an_adapter_stays_frozen() -> None:
+    stack = stack_of(Ist())
+    for part in stack.ledger.of("lora"):
+        part.module.A.requires_grad_(False)
+    stack.run_train_step(TrainStep(stack, batch_for(stack)))
+    for part in stack.ledger.of("lora"):
+        assert not part.module.A.requires_grad
+        assert part.module.B.requires_grad
 
 
 @pytest.mark.parametrize(

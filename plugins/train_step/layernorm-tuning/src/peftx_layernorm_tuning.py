@@ -22,13 +22,10 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
-from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError
-from peftx.kernel.parts import BasePart
-from peftx.toolkits.evaluation import eval_mode
+from peftx.kernel.modes import eval_mode
 
 
 class LayernormTuningConfig(PluginConfig):
@@ -52,18 +49,16 @@ class Subset(nn.Module):
     """
 
     fisher: Tensor
+    """Sum over rows of squared gradients, [n] float32."""
     rows: Tensor
     mask: Tensor
+    """[n]; all false until the rows are seen."""
 
     def __init__(self, entries: int) -> None:
         super().__init__()
-        self.register_buffer(
-            "fisher", torch.zeros(entries)
-        )  # sum over rows of squared gradients, [n] float32
+        self.register_buffer("fisher", torch.zeros(entries))
         self.register_buffer("rows", torch.zeros((), dtype=torch.long))
-        self.register_buffer(
-            "mask", torch.zeros(entries, dtype=torch.bool)
-        )  # all false until the rows are seen
+        self.register_buffer("mask", torch.zeros(entries, dtype=torch.bool))
 
     @property
     def chosen(self) -> bool:
@@ -86,7 +81,6 @@ class LayernormTuning(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.BESIDE_WEIGHTS, Claim.NEEDS_GRADIENTS}
     architectures = ("gemma2", "mamba")
     config: LayernormTuningConfig
-    _handle: RemovableHandle | None = None
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
@@ -97,58 +91,44 @@ class LayernormTuning(Plugin):
                 f"layernorm-tuning: fisher_rows {self.config.fisher_rows}, but all entries train, and none is chosen",
                 hint="leave fisher_rows out, or a fraction below 1",
             )
-        entries = sum(p.numel() for site in model.norms(self.config.targets) for p in site.train())
+        self.sites = model.norms(self.config.targets)
+        entries = sum(p.numel() for site in self.sites for p in site.train())
         if self.config.fraction < 1:
-            model.keep("subset", Subset(entries)).float()  # squares of gradients need float32
+            self.subset = model.keep("subset", Subset(entries)).float()  # squares of gradients need float32
         if self.config.head:
             for site in model.linears("classifier"):
                 site.train()
 
+    @property
+    def norms(self) -> list[nn.Parameter]:
+        """In the order of the mask's entries; read anew, since a bundle that is loaded puts others in their places."""
+        return [p for site in self.sites for p in site.module.parameters(recurse=False)]
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        if self.config.fraction < 1:
-            subset, norms = self._parts(step.stack)
-            # Not while frozen, as beside an adapter that trains alone.
-            if all(p.requires_grad for p in norms):
-                if not subset.chosen:
-                    self._estimate(step, subset, norms)
-                step.on_gradients(lambda _: self._mask(subset, norms))
+        # Not while frozen, as beside an adapter that trains alone.
+        if self.config.fraction < 1 and all(p.requires_grad for p in self.norms):
+            if not self.subset.chosen:
+                self.estimate(step)
+            step.on_gradients(lambda _: self.restrict(step))
         return (yield)
 
-    def _mask(self, subset: Subset, norms: list[nn.Parameter]) -> None:
-        if self._handle is not None:
-            self._handle.remove()  # of the step before
-        self._handle = keep_to(subset, norms)
-
-    def _parts(self, stack: Stack) -> tuple[Subset, list[nn.Parameter]]:
-        """The subset, and the norms' parameters in the order of its entries."""
-        owner = stack.id_of(self)
-        parts = stack.ledger.of(owner)
-        (subset,) = (part.module for part in parts if isinstance(part.module, Subset))
-        norms = [
-            part.module._parameters[name]
-            for part in parts
-            if isinstance(part, BasePart)
-            and not isinstance(part.module, nn.Linear)  # a linear layer is the head
-            for name in part.parameters
-        ]
-        return subset, norms  # type: ignore[return-value]
-
-    def _estimate(self, step: TrainStep, subset: Subset, norms: list[nn.Parameter]) -> None:
-        rows, seen = list(rows_of(step.batch)), int(subset.rows)
+    def estimate(self, step: TrainStep) -> None:
+        """Go on with F, and choose once the rows are seen."""
+        rows, seen = list(rows_of(step.batch)), int(self.subset.rows)
         if step.index == 0 and step.first_micro and step.total is not None:
-            self._check_length(step, seen + step.total * step.accumulation * len(rows))
+            self.check_length(step, seen + step.total * step.accumulation * len(rows))
         with eval_mode(step.model):
             for row in rows[: self.config.fisher_rows - seen]:
                 # Not in place: a cast of the model may have cast the sum.
-                subset.fisher = subset.fisher.float() + squared_gradients(step, row, norms)
-                subset.rows += 1
-        if subset.rows >= self.config.fisher_rows:
-            subset.choose(max(1, round(self.config.fraction * len(subset.fisher))))
+                self.subset.fisher = self.subset.fisher.float() + squared_gradients(step, row, self.norms)
+                self.subset.rows += 1
+        if self.subset.rows >= self.config.fisher_rows:
+            self.subset.choose(max(1, round(self.config.fraction * len(self.subset.fisher))))
         elif step.index + 1 == step.total and step.last_micro:  # batches were smaller than the first
-            self._check_length(step, int(subset.rows))
+            self.check_length(step, int(self.subset.rows))
 
-    def _check_length(self, step: TrainStep, rows: int) -> None:
+    def check_length(self, step: TrainStep, rows: int) -> None:
         """Refuse a run that ends after `rows` rows with no mask, and so trains nothing."""
         if rows < self.config.fisher_rows:
             raise PeftxError(
@@ -156,6 +136,21 @@ class LayernormTuning(Plugin):
                 f"(steps: {step.total}), before any norm trains",
                 hint=f"fisher_rows below {rows}, or more steps",
             )
+
+    def restrict(self, step: TrainStep) -> None:
+        """Clear the gradient of masked entries, and put back what the optimizer does to them: it skips a parameter
+        without a gradient, but decays the whole of one that has any."""
+        masks = self.subset.mask.split([p.numel() for p in self.norms])
+        kept = [(p, mask.view_as(p), p.detach().clone()) for p, mask in zip(self.norms, masks, strict=True)]
+        for p, mask, _ in kept:
+            p.grad = p.grad * mask if p.grad is not None and self.subset.chosen else None
+
+        @torch.no_grad()
+        def put_back(optimizer: torch.optim.Optimizer) -> None:
+            for p, mask, before in kept:
+                p.copy_(torch.where(mask, p, before))
+
+        step.after_update(put_back)
 
 
 def rows_of(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -170,31 +165,5 @@ def squared_gradients(step: TrainStep, row: dict[str, Any], parameters: Sequence
     loss = step.model(**row).loss
     if loss is None:
         raise PeftxError("layernorm-tuning: the model returned no loss", hint="the batch needs 'labels'")
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    return torch.cat([g.float().flatten() for g in flat]).square()
-
-
-def keep_to(subset: Subset, parameters: Sequence[nn.Parameter]) -> RemovableHandle | None:
-    """Clear the gradient of masked entries, and let the optimizer's next step put back what it does to them: it skips
-    a parameter without a gradient, but decays the whole of one that has any. Returns the handle of that.
-    """
-    if not subset.chosen:
-        for p in parameters:
-            p.grad = None
-        return None
-    masks = subset.mask.split([p.numel() for p in parameters])
-    kept = [(p, mask.view_as(p), p.detach().clone()) for p, mask in zip(parameters, masks, strict=True)]
-    for p, mask, _ in kept:
-        if p.grad is not None:
-            p.grad.mul_(mask)
-
-    @torch.no_grad()
-    def put_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in stepped for p in parameters):  # the hook sees every optimizer of the process
-            for p, mask, before in kept:
-                p.copy_(torch.where(mask, p, before))
-            kept.clear()
-
-    return register_optimizer_step_post_hook(put_back)
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return torch.cat([g.float().flatten() for g in gradients]).square()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import peftx
-from peftx import Stack, TrainStep
+from peftx import Claim, ModelView, Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_layernorm_tuning import LayernormTuning, Subset, rows_of, squared_gradients
 from peftx_lora import Lora
 
@@ -160,6 +161,31 @@ def test_fisher_is_estimated_row_by_row_before_anything_moves() -> None:
     assert int(subset.rows) == 5
 
 
+def test_gradients_are_none_before_the_mask_and_zero_outside_it() -> None:
+    """None: an optimizer keeps no moments of a norm, and does not count a step. Zero: nothing to clip by."""
+    stack = Stack(tiny("llama"), [LayernormTuning(fraction=0.2, fisher_rows=4)])
+    norms = list(norms_of(stack).values())
+    optimizer = torch.optim.AdamW(norms, lr=1e-2)
+    step = TrainStep(stack, batch_of(stack.model))
+    stack.run_train_step(step)
+    assert not subset_of(stack).chosen
+    assert all(p.grad is None for p in norms)
+    optimizer.step()
+    assert not optimizer.state
+    stack.run_train_step(TrainStep(stack, batch_of(stack.model, 1), index=1))
+    gradient = torch.cat([p.grad.flatten() for p in norms])
+    assert torch.equal(gradient != 0, subset_of(stack).mask)
+
+
+def test_a_norm_that_a_row_does_not_use_has_no_information() -> None:
+    stack = Stack(tiny("llama"), [LayernormTuning()])
+    used, unused = stack.model.model.norm.weight, nn.Parameter(torch.ones(3))
+    batch = batch_of(stack.model)
+    both = squared_gradients(TrainStep(stack, batch), batch, [unused, used])
+    assert not both[:3].any()
+    assert torch.equal(both[3:], squared_gradients(TrainStep(stack, batch), batch, [used]))
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_masked_entries_keep_their_bits_under_weight_decay(kind: Any) -> None:
     stack = Stack(tiny("bert"), [LayernormTuning(fraction=0.1, fisher_rows=4)])
@@ -259,6 +285,15 @@ def test_the_head_trains_whole() -> None:
         Stack(tiny("llama"), [LayernormTuning(head=True)])
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_which_heads_train(head: bool) -> None:
+    """A classifier of texts has one that nobody trained yet, so the core lets it train; others with `head`."""
+    texts = Stack(tiny("bert", head="classification", num_labels=3), [LayernormTuning(head=head)])
+    assert texts.model.classifier.weight.requires_grad
+    images = Stack(tiny("vit"), [LayernormTuning(head=head)])
+    assert images.model.classifier.weight.requires_grad == head
+
+
 def test_fisher_is_measured_without_dropout() -> None:
     """Twice the same F, the modes as before, and the random stream where a plain run has it."""
     fishers, streams = [], []
@@ -271,10 +306,9 @@ def test_fisher_is_measured_without_dropout() -> None:
         if options:
             state = torch.random.get_rng_state()
             plugin = stack.plugins[ID]
-            subset, norms = plugin._parts(stack)
-            plugin._estimate(TrainStep(stack, batch_of(stack.model)), subset, norms)
+            plugin.estimate(TrainStep(stack, batch_of(stack.model)))
             assert torch.equal(torch.random.get_rng_state(), state)
-            fishers.append(subset.fisher)
+            fishers.append(subset_of(stack).fisher)
         torch.manual_seed(7)
         stack.train_step(batch_of(stack.model))
         streams.append(torch.random.get_rng_state())
@@ -341,6 +375,28 @@ def test_frozen_beside_lora(rows_before: int) -> None:
     assert subset_of(stack).chosen
 
 
+class Packs(Plugin):
+    claims = {Claim.QUANTIZES}
+
+    @hookimpl
+    def compress(self, model: ModelView) -> None:
+        for site in model.linears("mlp"):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))
+
+
+def test_a_bundle_that_holds_its_base_packed_trains_on(tmp_path: Path) -> None:
+    """What the norms were before is not in it, and entries outside the mask stand where they are all the same."""
+    norms = LayernormTuning(fraction=0.2, fisher_rows=2)
+    stack = Stack(tiny("llama"), [norms, Packs()], tokenizer=tiny_tokenizer())
+    train(stack, 2)
+    stack.compress()
+    loaded = peftx.load(stack.save(tmp_path / "bundle"))
+    before = torch.cat([p.detach().flatten().clone() for p in norms_of(loaded).values()])
+    train(loaded, 2, weight_decay=0.5)
+    after = torch.cat([p.detach().flatten() for p in norms_of(loaded).values()])
+    assert torch.equal(before != after, subset_of(stack).mask)
+
+
 def test_rows_without_a_choice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftxError, match="layernorm-tuning: fisher_rows 16, but all entries train"):
         Stack(tiny("llama"), [LayernormTuning(fisher_rows=16)])
@@ -351,6 +407,7 @@ def test_rows_without_a_choice_are_refused(tmp_path: Path) -> None:
 
 def test_fisher_stays_in_full_precision() -> None:
     stack = Stack(tiny("llama").to(torch.bfloat16), [LayernormTuning(fraction=0.2, fisher_rows=2)])
+    assert subset_of(stack).fisher.dtype == torch.float32
     train(stack, 2)
     assert subset_of(stack).fisher.dtype == torch.float32
     assert {p.dtype for p in norms_of(stack).values()} == {torch.bfloat16}
