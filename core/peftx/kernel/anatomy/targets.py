@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftx.errors import TargetError, nearest
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from peftx.kernel.anatomy.site import Site
 
+S = TypeVar("S", bound="Site")
 ALL = "all"
 _ALIASES = {"mlp": ("mlp", "experts", "shared_experts"), "attention": ("attention", "linear_attention")}
 """A mixture of experts has its feed-forward weights in the experts, so `mlp` means these there; and in models that mix
@@ -74,7 +75,7 @@ class Targets:
                 hint="for example: 'attention mlp', 'attention.q,v layers=0-3'",
             )
 
-    def select(self, sites: Sequence[Site], *, layers: int) -> list[Site]:
+    def select(self, sites: Sequence[S], *, layers: int) -> list[S]:
         """The sites that the words select, in the model's order.
 
         Args:

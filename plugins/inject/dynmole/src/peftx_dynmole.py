@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,17 +70,6 @@ class DynmoleConfig(PluginConfig):
     targets: Targets = Field(Targets("mlp"), description="linear layers to adapt")
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Which experts are on: q, H, what S is measured in, rho and k."""
-
-    q: float
-    threshold: float
-    relative: bool
-    rho: float
-    k_min: int
-
-
 class Routing(NamedTuple):
     """What a router decided, one row a token."""
 
@@ -94,32 +82,22 @@ class Mixture(Delta):
     """y + s sum_i w_i B_i A_i x.
 
     Args:
-        in_features, out_features: of the layer. experts: N. rank: r. scale: s. dropout: of x before A.
-        rule: which of them are on. call, side: what the model is called on, and which of its tokens the layer sees.
+        in_features, out_features: of the layer. config: N, r, s, dropout, and the rule by which experts are on.
+        call, side: what the model is called on, and which of its tokens the layer sees.
     """
 
     full_precision = True  # routing is decided by differences of probabilities
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        experts: int,
-        rank: int,
-        scale: float,
-        dropout: float,
-        rule: Rule,
-        call: Call,
-        side: Side,
+        self, in_features: int, out_features: int, config: DynmoleConfig, call: Call, side: Side
     ) -> None:
         super().__init__()
-        self.scale, self.dropout, self.rule = scale, dropout, rule
-        self.call, self.side = call, side
-        bound = 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
-        self.W_g = nn.Parameter(torch.empty(experts, in_features).uniform_(-bound, bound))
-        self.A = nn.Parameter(torch.empty(experts, rank, in_features).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(out_features, experts, rank))
+        self.config, self.call, self.side = config, call, side
+        self.scale = 2.0 if config.alpha is None else config.alpha / config.rank
+        N, r, bound = config.experts, config.rank, 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
+        self.W_g = nn.Parameter(torch.empty(N, in_features).uniform_(-bound, bound))
+        self.A = nn.Parameter(torch.empty(N, r, in_features).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(out_features, N, r))
         self.watched = False
         self.routing: Routing | None = None
         """Of the last call while `watched`."""
@@ -129,26 +107,24 @@ class Mixture(Delta):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         full = torch.promote_types(self.W_g.dtype, torch.float32)  # where the whole stack was cast
         p = F.linear(x.to(full), self.W_g.to(full)).softmax(-1)  # [..., N]
-        routing = route(p, self.rule)
+        routing = route(p, self.config)
         reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.w.requires_grad
         if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business
             self.routing, self.real = routing, real_tokens(self.call, self.side, routing.S)
-        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
+        x = F.dropout(x, self.config.dropout, self.training).to(y.dtype)
         down = F.linear(x, self.A.flatten(0, 1).to(y.dtype))  # [..., N r]
         down = down.unflatten(-1, self.A.shape[:2]) * routing.w.to(y.dtype).unsqueeze(-1)  # [..., N, r]
         return torch.add(y, F.linear(down.flatten(-2), self.B.flatten(1).to(y.dtype)), alpha=self.scale)
 
 
-def route(p: Tensor, rule: Rule) -> Routing:
+def route(p: Tensor, config: DynmoleConfig) -> Routing:
     """Which experts are on for probabilities p, [..., N]."""
     mass, order = p.sort(-1, descending=True)
-    on = mass.cumsum(-1) <= rule.rho + ROUNDING
-    on[..., : rule.k_min] = True
+    on = mass.cumsum(-1) <= config.rho + ROUNDING
+    on[..., : config.k_min] = True
     on = torch.zeros_like(on).scatter(-1, order, on)  # back in the experts' order
-    S = entropy(p, rule.q)
-    if rule.relative:
-        S = S / entropy_of_uniform(p.shape[-1], rule.q)
-    on = on | (rule.threshold <= S).unsqueeze(-1)
+    S = entropy(p, config.q) / (entropy_of_uniform(p.shape[-1], config.q) if config.relative else 1)
+    on = on | (config.threshold <= S).unsqueeze(-1)
     return Routing(p * on, on, S)
 
 
@@ -170,37 +146,16 @@ class Dynmole(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.NEEDS_MASK}
     config: DynmoleConfig
     example = {"rank": 2, "balance": 0.1}  # more than 1e-3, which drowns in the rounding of so small a model
-    exempt = {
-        "accumulation_makes_the_same_step": "F and P are means over the batch, and the loss has their product"
-    }
+    exempt = {"accumulation_makes_the_same_step": "the loss has the product of F and P, means over the batch"}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
         c = self.config
         if c.k_min > c.experts:
             raise PeftxError(f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts")
-        rule = Rule(q=c.q, threshold=c.threshold, relative=c.relative, rho=c.rho, k_min=c.k_min)
-        call = model.call
         for site in model.linears(c.targets):
-            full = min(site.in_features, site.out_features)
-            if c.rank > full:
-                raise PeftxError(
-                    f"dynmole: rank {c.rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
-                    hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
-                )
-            site.attach(
-                Mixture(
-                    site.in_features,
-                    site.out_features,
-                    experts=c.experts,
-                    rank=c.rank,
-                    scale=2.0 if c.alpha is None else c.alpha / c.rank,
-                    dropout=c.dropout,
-                    rule=rule,
-                    call=call,
-                    side=side_of(model, site),
-                )
-            )
+            site.check_rank(c.rank)
+            site.attach(Mixture(site.in_features, site.out_features, c, model.call, side_of(model, site)))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -217,20 +172,20 @@ class Dynmole(Plugin):
 
     def loss(self, mixtures: Sequence[Mixture]) -> Tensor:
         """c_aux N sum_i F_i P_i + c_dyn mean(S) over the real tokens of all layers that ran, 0-d."""
-        ran = [mixture for mixture in mixtures if mixture.routing is not None]
-        if not ran:
+        routings = [mixture.routing for mixture in mixtures if mixture.routing is not None]
+        if not routings:
             raise PeftxError("dynmole: no layer with experts ran in this step", hint="set `targets`")
-        for mixture in ran:
-            if torch.is_grad_enabled() and mixture.W_g.requires_grad and not mixture.routing.w.requires_grad:
-                raise UnsupportedError(
-                    "dynmole: reentrant checkpointing hides the routers from the loss",
-                    hint="gradient checkpointing with use_reentrant=False",
-                )
-        real = torch.cat([mixture.real for mixture in ran])  # [tokens]
+        trains = torch.is_grad_enabled() and any(mixture.W_g.requires_grad for mixture in mixtures)
+        if trains and not all(routing.w.requires_grad for routing in routings):
+            raise UnsupportedError(
+                "dynmole: reentrant checkpointing hides the routers from the loss",
+                hint="gradient checkpointing with use_reentrant=False",
+            )
+        real = torch.cat([mixture.real for mixture in mixtures if mixture.real is not None])  # [tokens]
         real = real / real.sum()
-        w = torch.cat([mixture.routing.w.flatten(0, -2) for mixture in ran])  # [tokens, N]
-        on = torch.cat([mixture.routing.on.flatten(0, -2) for mixture in ran])
-        S = torch.cat([mixture.routing.S.flatten() for mixture in ran])
+        w = torch.cat([routing.w.flatten(0, -2) for routing in routings])  # [tokens, N]
+        on = torch.cat([routing.on.flatten(0, -2) for routing in routings])
+        S = torch.cat([routing.S.flatten() for routing in routings])
         share, mean = real @ on.to(real), real @ w  # F, P
         return self.config.balance * len(mean) * share @ mean + self.config.certainty * real @ S
 

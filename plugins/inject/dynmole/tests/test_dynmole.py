@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +12,27 @@ from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny
-from peftx_dynmole import Dynmole, Mixture, Routing, Rule, entropy, entropy_of_uniform, real_tokens, route
+from peftx_dynmole import (
+    Dynmole,
+    DynmoleConfig,
+    Mixture,
+    Routing,
+    entropy,
+    entropy_of_uniform,
+    real_tokens,
+    route,
+)
 from peftx_mezo import Mezo
 from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("dynmole")
 
-RAW = Rule(q=1.1, threshold=0.9, relative=False, rho=0.75, k_min=2)
+
+def replace(config: DynmoleConfig, **options: object) -> DynmoleConfig:
+    return config.model_copy(update=options)
+
+
+RAW = DynmoleConfig(q=1.1, threshold=0.9, relative=False, rho=0.75, k_min=2)
 NEVER = replace(RAW, threshold=9.0)  # broadcast
 
 # What the official `DynMoleSparseMoe` gives for the waves below, four experts, k = 1, rho = 0.95, no dropout (float32):
@@ -87,7 +100,8 @@ def close(one: Tensor, two: Tensor | list[object], tolerance: float = 2e-6) -> b
 
 def mixture() -> Mixture:
     rule = replace(RAW, relative=True, rho=0.95, k_min=1)
-    built = Mixture(3, 2, experts=4, rank=2, scale=2.0, dropout=0.0, rule=rule, call=Call(), side="source")
+    config = replace(rule, experts=4, rank=2, alpha=4.0, dropout=0.0)
+    built = Mixture(3, 2, config, call=Call(), side="source")
     built.W_g.data, built.A.data, built.B.data = (
         3 * wave(4, 3, f=1.0),
         wave(4, 2, 3, f=2.0),
@@ -190,16 +204,16 @@ def test_the_defaults_are_sparse() -> None:
     """H = 0.9 is a share of the largest entropy, 1.64; as it is, an entropy of 1.2 would be far above."""
     (layer, *_) = mixtures(Stack(tiny("llama"), [Dynmole(rank=2)]))
     p = torch.tensor([[0.55, 0.2, 0.1, 0.05, 0.05, 0.05]])
-    assert 1.1 < entropy(p, layer.rule.q).item() < 1.3
-    assert route(p, layer.rule).on.sum() == 2
-    assert route(torch.full((1, 6), 1 / 6), layer.rule).on.all()
+    assert 1.1 < entropy(p, layer.config.q).item() < 1.3
+    assert route(p, layer.config).on.sum() == 2
+    assert route(torch.full((1, 6), 1 / 6), layer.config).on.all()
 
 
 def test_routers_are_float32_in_a_bfloat16_model() -> None:
     layer, x = mixture(), wave(1, 5, 3, f=0.7).bfloat16()
     layer.watched = True
     layer(x, wave(1, 5, 2, f=0.3).bfloat16())
-    assert close(layer.routing.w, route((x.float() @ layer.W_g.t()).softmax(-1), layer.rule).w, 1e-6)
+    assert close(layer.routing.w, route((x.float() @ layer.W_g.t()).softmax(-1), layer.config).w, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -209,7 +223,7 @@ def test_a_stack_that_is_cast_routes_as_its_router_says(dtype: torch.dtype) -> N
     layer.watched = True
     layer(x, wave(1, 5, 2, f=0.3).to(dtype))
     assert layer.routing.w.dtype == torch.promote_types(dtype, torch.float32)
-    expected = route((x.double() @ layer.W_g.double().t()).softmax(-1), layer.rule).w
+    expected = route((x.double() @ layer.W_g.double().t()).softmax(-1), layer.config).w
     assert torch.allclose(layer.routing.w.double(), expected, atol=1e-6 if dtype == torch.bfloat16 else 1e-12)
     stack = Stack(tiny("llama"), [Dynmole(rank=2)])
     stack.model.to(dtype)
@@ -229,7 +243,7 @@ def test_relative_entropy_moves_the_threshold() -> None:
 
 def test_output_is_the_weighted_sum_of_the_experts() -> None:
     layer, x, y = mixture(), wave(2, 3, f=0.9), wave(2, 2, f=0.4)
-    w = route((x @ layer.W_g.t()).softmax(-1), layer.rule).w
+    w = route((x @ layer.W_g.t()).softmax(-1), layer.config).w
     expected = y + 2 * sum(w[:, i, None] * (x @ layer.A[i].t() @ layer.B[:, i].t()) for i in range(4))
     assert close(layer(x, y), expected)
 

@@ -16,29 +16,16 @@ Dropout acts on the prompts. The backbone is frozen; a classifier's head trains 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import Cache
 
-from peftx import (
-    AttentionEdit,
-    CallEdit,
-    Claim,
-    ModelView,
-    Plugin,
-    PluginConfig,
-    Site,
-    Stack,
-    Targets,
-    hookimpl,
-)
+from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
 from peftx.errors import PeftxError
+from peftx.kernel.anatomy.anatomy import Heads
+from peftx.kernel.call import Call
 from peftx.kernel.parts import AttentionPart, BasePart
 
 INIT_STD = 0.02
@@ -66,12 +53,16 @@ class PTuningV2Config(PluginConfig):
 
 class Rows(nn.Module):
     """Prompts of one layer, trained as they are: [2 (keys, values), heads, l, head size], or where values have another
-    size than keys (DeepSeek-V3) the two side by side: [heads, l, both sizes]."""
+    size than keys (DeepSeek-V3) the two side by side: [heads, l, both sizes].
 
-    def __init__(self, heads: int, size: int, length: int, value_size: int | None = None) -> None:
+    Args:
+        shape: of `shape_of`. length: l.
+    """
+
+    def __init__(self, shape: tuple[int, ...], length: int) -> None:
         super().__init__()
-        *parts, width = form(heads, size, value_size)
-        self.rows = nn.Parameter(torch.empty(*parts, length, width).normal_(std=INIT_STD))
+        *heads, size = shape
+        self.rows = nn.Parameter(torch.empty(*heads, length, size).normal_(std=INIT_STD))
 
     def forward(self) -> Tensor:
         return self.rows
@@ -91,65 +82,28 @@ class Trunk(nn.Module):
 
 
 class ProjectedRows(nn.Module):
-    """Prompts of one layer out of the trunk: U_i tanh(D e + d) + u_i, in the form of `Rows`."""
+    """Prompts of one layer out of the trunk: U_i tanh(D e + d) + u_i, in the form of `Rows`.
 
-    keeps = False
-    kept: Tensor | None = None
-    """See `OncePerCache`."""
+    Args:
+        shape: of `shape_of`. hidden: h. trunk: of all layers. call: of the model. name: of the rows in a cache.
+    """
 
-    def __init__(
-        self, heads: int, size: int, hidden: int, trunk: Trunk, value_size: int | None = None
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], hidden: int, trunk: Trunk, call: Call, name: str) -> None:
         super().__init__()
-        self.shape = form(heads, size, value_size)
-        self.up = nn.Linear(hidden, math.prod(self.shape))
+        self.shape, self.call, self.name = shape, call, name
+        self.up = nn.Linear(hidden, math.prod(shape))
         self.trunk = (trunk,)  # in a tuple: the plugin owns it, not this layer
         _start(self.up)
 
     def forward(self) -> Tensor:
-        if not self.keeps or self.training or torch.is_grad_enabled():
-            self.kept = None
-            return self.compute()
-        if self.kept is None:
-            self.kept = self.compute()
-        return self.kept
+        """In decoding the network runs once for each cache, and not for each token: what a cache holds was computed
+        with these rows, so whoever changes the network starts another one."""
+        # With gradients each time: a checkpointed layer that runs again must compute what it computed before.
+        return self.compute() if torch.is_grad_enabled() else self.call.once(self.name, self.compute)
 
     def compute(self) -> Tensor:
         flat = self.up(self.trunk[0]())  # [l, keys and values of all heads]
         return flat.unflatten(-1, self.shape).movedim(0, -2)
-
-
-def form(heads: int, size: int, value_size: int | None) -> tuple[int, ...]:
-    """Of one row of prompts, in all heads."""
-    return (2, heads, size) if value_size in (None, size) else (heads, size + value_size)
-
-
-class OncePerCache(CallEdit):
-    """The network runs once for each cache, not for each token: what a cache holds was computed with these rows, so
-    whoever changes the network starts another one. (`Tensor._version` would not do: a fused optimizer leaves it.)
-    """
-
-    def __init__(self, prompts: Sequence[ProjectedRows]) -> None:
-        super().__init__()
-        self.prompts = tuple(prompts)
-        self.cache: Callable[[], Cache | None] = _no_cache
-
-    def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        cache = call.get("past_key_values")
-        same = cache is not None and cache is self.cache() and int(cache.get_seq_length()) > 0  # not reset
-        self.cache = weakref.ref(cache) if isinstance(cache, Cache) else _no_cache
-        for prompt in self.prompts:
-            prompt.keeps = True
-            if not same:
-                prompt.kept = None
-        return call
-
-    def after(self, output: Any) -> None:
-        for prompt in self.prompts:
-            prompt.keeps = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": _no_cache}  # a copy has seen none
 
 
 class Prefix(AttentionEdit):
@@ -161,17 +115,16 @@ class Prefix(AttentionEdit):
 
     def __init__(self, prompt: Rows | ProjectedRows, dropout: float) -> None:
         super().__init__()
-        self.prompt = prompt
-        self.dropout = dropout
+        self.prompt, self.dropout = prompt, dropout
 
     def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.prompt().to(key)
         shape = *rows.shape[:-3], len(key), *rows.shape[-3:]  # [..., B, heads, l, size]
         rows = rows.unsqueeze(-4).expand(shape)
         rows = F.dropout(rows, self.dropout, self.training)  # other zeros in each row of the batch
-        apart = rows.dim() == 5
-        front = rows.unbind(0) if apart else rows.split((key.shape[-1], value.shape[-1]), -1)
-        return torch.cat((front[0], key), 2), torch.cat((front[1], value), 2)
+        sizes = key.shape[-1], value.shape[-1]
+        P_K, P_V = rows.unbind(0) if rows.dim() == 5 else rows.split(sizes, -1)
+        return torch.cat((P_K, key), 2), torch.cat((P_V, value), 2)
 
 
 class PTuningV2(Plugin):
@@ -185,39 +138,27 @@ class PTuningV2(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        sites = self._sites(model)
         length, hidden = self.config.length, self.config.projection
-        trunk = None
         if hidden is not None:
             trunk = model.keep("trunk", Trunk(length, model.hidden_size, hidden))
-        prompts = []
-        for site in sites:
-            sizes = model.towers[site.tower].by_layer[site.layer]
-            heads, size, other = sizes.kv_heads, sizes.head_dim, sizes.value_dim
-            prompt = (
-                Rows(heads, size, length, other)
-                if trunk is None
-                else ProjectedRows(heads, size, hidden, trunk, other)
-            )
-            edit = Prefix(prompt, self.config.dropout)
-            # Of the trunk's dtype and device also where the attention is quantized and has no parameter to go by.
-            model.attend(site, edit.to(device=model.module.device, dtype=model.module.dtype))
-            prompts.append(prompt)
-        if projected := [prompt for prompt in prompts if isinstance(prompt, ProjectedRows)]:
-            model.around(OncePerCache(projected))
+        depth = max(tower.layers for tower in model.towers.values())
+        for site in self.config.targets.select(model.attentions(), layers=depth):
+            shape, name = shape_of(model.heads_of(site)), f"{model.owner}.{site.path}"
+            if hidden is None:
+                prompt = Rows(shape, length)
+            else:
+                prompt = ProjectedRows(shape, hidden, trunk, model.call, name)
+            site.attend(Prefix(prompt, self.config.dropout))
         if self.config.head:
             for site in model.linears("classifier"):
                 site.train()
 
-    def _sites(self, model: ModelView) -> list[Site]:
-        """The attentions of all towers that the targets select."""
-        found = []
-        for tower in model.towers.values():
-            found += model.attention_sites(tower=tower.name)
-            if tower.cross_attention:
-                found += model.attention_sites(tower=tower.name, role="cross_attention")
-        depth = max(tower.layers for tower in model.towers.values())
-        return self.config.targets.select(found, layers=depth)
+
+def shape_of(n: Heads) -> tuple[int, ...]:
+    """Of one row of prompts, in all heads: keys and values apart, or side by side where their sizes differ."""
+    if n.value_dim == n.head_dim:
+        return (2, n.kv_heads, n.head_dim)
+    return (n.kv_heads, n.head_dim + n.value_dim)
 
 
 @torch.no_grad()
@@ -228,29 +169,17 @@ def copy_projected(source: Stack, target: Stack, *, id: str = "p-tuning-v2") -> 
     Raises:
         PeftxError: the two differ in length, targets, head or model, or `target` has a projection.
     """
-    pairs = [stack.ledger.of(id, AttentionPart) for stack in (source, target)]
-    values = {part.key: part.module.prompt() for part in pairs[0]}
-    tables = {part.key: part.module.prompt for part in pairs[1]}
-    plain = all(
-        isinstance(table, Rows) and table.rows.shape == values[key].shape for key, table in tables.items()
-    )
-    heads = [
-        {name: t for part in stack.ledger.of(id, BasePart) for name, t in part.tensors().items()}
-        for stack in (source, target)
-    ]
-    if values.keys() != tables.keys() or heads[0].keys() != heads[1].keys() or not plain:
+    written = {f"{p.key}.prompt.rows": p.module.prompt() for p in source.ledger.of(id, AttentionPart)}
+    for head in source.ledger.of(id, BasePart):
+        written |= head.tensors()
+    tensors = target.ledger.tensors(id)
+    if {name: t.shape for name, t in written.items()} != {name: t.shape for name, t in tensors.items()}:
         raise PeftxError(
             f"{id}: the prompts of the two stacks do not match",
             hint="the same model, length, targets and head, and no projection in the second",
         )
-    for key, table in tables.items():
-        table.rows.copy_(values[key])
-    for name, tensor in heads[1].items():
-        tensor.copy_(heads[0][name])
-
-
-def _no_cache() -> None:
-    return None
+    for name, tensor in tensors.items():
+        tensor.copy_(written[name])
 
 
 def _start(linear: nn.Linear) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 import peftx
 from peftx import AttentionEdit, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, MergeError, PeftxError
-from peftx.kernel.parts import AttentionPart, BasePart, CallPart
+from peftx.kernel.call import Call
+from peftx.kernel.parts import AttentionPart, BasePart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -64,7 +67,7 @@ class Hide(Plugin):
 
 
 def test_the_rows_stand_in_front() -> None:
-    prompt = Rows(1, 1, 2)
+    prompt = Rows((2, 1, 1), 2)
     prompt.rows.data = torch.tensor([[[[1.0], [2.0]]], [[[3.0], [4.0]]]])  # keys 1, 2; values 3, 4
     key, value = Prefix(prompt, 0.0).keys_values(torch.full((2, 1, 1, 1), 5.0), torch.full((2, 1, 1, 1), 6.0))
     assert key.tolist() == 2 * [[[[1.0], [2.0], [5.0]]]]
@@ -75,7 +78,7 @@ def test_projection_is_the_formula() -> None:
     trunk = Trunk(1, 2, 2)
     trunk.e.data, trunk.down.weight.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.0], [0.0, -0.5]])
     trunk.down.bias.data = torch.tensor([0.0, 1.5])
-    prompt = ProjectedRows(1, 2, 2, trunk)
+    prompt = ProjectedRows((2, 1, 2), 2, trunk, Call(), "rows")
     prompt.up.weight.data, prompt.up.bias.data = (
         torch.eye(4)[:, :2].contiguous(),
         torch.tensor([0.0, 0.0, 7.0, 8.0]),
@@ -113,7 +116,7 @@ def test_equals_a_filled_cache_with_unchanged_positions(arch: str, padding: str 
 
 def test_values_may_be_narrower_than_keys() -> None:
     """DeepSeek-V3: what attention is given has the prompts in front, keys of 12 numbers and values of 8."""
-    prompt = Rows(1, 2, 2, 1)
+    prompt = Rows((1, 2 + 1), 2)
     prompt.rows.data = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])  # keys of 2 numbers, values of 1
     key, value = Prefix(prompt, 0.0).keys_values(torch.full((2, 1, 1, 2), 7.0), torch.full((2, 1, 1, 1), 8.0))
     assert key.tolist() == 2 * [[[[1.0, 2.0], [4.0, 5.0], [7.0, 7.0]]]]
@@ -247,7 +250,7 @@ def test_cached_generation_equals_uncached(projection: int | None) -> None:
 
 
 def test_dropout_acts_on_the_prompts_while_training() -> None:
-    edit = Prefix(Rows(2, 3, 50), 0.5)
+    edit = Prefix(Rows((2, 2, 3), 50), 0.5)
     rows = edit.prompt.rows.detach()
     empty = torch.zeros(2, 2, 0, 3)
     one, two = edit.keys_values(empty, empty)[0]
@@ -415,27 +418,68 @@ def test_a_cache_that_is_used_again_gets_the_rows_of_now() -> None:
 def test_rows_are_those_of_the_call() -> None:
     """Not those of another cache, of a call of the inner model, or of a call that is to have gradients."""
     stack, ids = projected(), torch.tensor([[5, 6, 7]])
-    cache = DynamicCache()
-    (once,) = (part.module for part in stack.ledger.of("p-tuning-v2", CallPart))
+    plain = Stack(tiny("llama"), [PTuningV2(length=3)])
+    copy_projected(stack, plain)
+    cache, other, third = (DynamicCache() for _ in range(3))
     with torch.no_grad():
         stack.model(ids, past_key_values=cache)
-        fork, third = copy.deepcopy(cache), copy.deepcopy(cache)
-        assert once.cache() is cache
-        assert copy.deepcopy(once).cache() is None  # nobody copies or pickles a reference to a cache
-        plain = Stack(tiny("llama"), [PTuningV2(length=3)])
+        for filled in (other, third):  # by a model without the network
+            plain.model(ids, past_key_values=filled)
         for mine, theirs in (
-            (lambda: stack.model(ids, past_key_values=fork), lambda: plain.model(ids, past_key_values=third)),
+            (
+                lambda: stack.model(ids, past_key_values=other),
+                lambda: plain.model(ids, past_key_values=third),
+            ),
             (lambda: stack.model.model(ids), lambda: plain.model.model(ids)),
         ):
             for parameter in stack.ledger.parameters("p-tuning-v2"):
                 parameter.add_(0.1)
             found = next(iter(mine().values()))
-            assert not any(edit.prompt.keeps for edit in edits(stack))
             copy_projected(stack, plain)
             assert torch.equal(found, next(iter(theirs().values())))
-        stack.model(ids, past_key_values=fork)
-    stack.model(ids, past_key_values=fork, labels=ids).loss.backward()
+        stack.model(ids, past_key_values=other)
+    stack.model(ids, past_key_values=other, labels=ids).loss.backward()
     assert all(p.grad is not None for p in stack.ledger.parameters("p-tuning-v2"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_the_network_trains_through_checkpointed_layers(arch: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        stack = Stack(tiny(arch), [PTuningV2(length=3, projection=6, dropout=0.0)])
+        spread(stack, 0.3).model.train()
+        if checkpointing:
+            stack.model.activation_checkpointing_enable({"use_reentrant": False})
+        inputs = example_inputs(stack.model)
+        labels = inputs.pop("decoder_input_ids", inputs["input_ids"])
+        stack.train_step({**inputs, "labels": labels})
+        gradients.append([p.grad for p in stack.ledger.parameters("p-tuning-v2")])
+    assert all(bool(gradient.abs().max() > 0) for gradient in gradients[0])
+    assert all(torch.allclose(*pair, rtol=1e-5, atol=1e-7) for pair in zip(*gradients, strict=True))
+
+
+def test_a_copy_of_a_cache_goes_on_with_the_rows_that_it_was_filled_with() -> None:
+    stack, ids = projected(), torch.tensor([[5, 6, 7]])
+    cache = DynamicCache()
+    with torch.no_grad():
+        stack.model(ids, past_key_values=cache)
+        one, two = copy.deepcopy(cache), copy.deepcopy(cache)
+        expected = stack.model(ids, past_key_values=one).logits
+        for parameter in stack.ledger.parameters("p-tuning-v2"):
+            parameter.add_(0.1)
+        assert torch.equal(stack.model(ids, past_key_values=two).logits, expected)
+        assert difference(stack.model(ids, past_key_values=DynamicCache()).logits, expected) > 1e-2
+
+
+def test_the_model_keeps_no_cache_alive() -> None:
+    """So nobody copies or pickles one with it."""
+    stack, cache = projected(), DynamicCache()
+    with torch.no_grad():
+        stack.model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    alive = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_head_of_tokens_trains_where_it_is_asked_for() -> None:

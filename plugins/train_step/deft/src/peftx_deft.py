@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,7 +34,8 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import Collator, format_of_keys, tokenize_dataset
+from peftx.engines.data import Collator, tokenize_dataset
+from peftx.engines.data.formats import dataset_of
 from peftx.errors import PeftxError
 from peftx.kernel import calls
 from peftx.kernel.call import Call
@@ -44,11 +44,6 @@ from peftx.toolkits.evaluation import bootstrap_ratio, context_window
 
 Measure = Callable[[Tensor], Tensor]
 """Activations [B, T, d_ff] -> one number a token, [B, T]."""
-Weights = Tensor | torch.Size | None
-"""1 for tokens of what a tower reads, soft ones too, and 0 for pads, [B, T]; None if nothing is padded; the shape of a
-mask that is of other tokens."""
-ROWS = 8
-"""Rows in one forward pass of `evaluate`."""
 
 
 class DeftConfig(PluginConfig):
@@ -87,15 +82,16 @@ class Observer(Delta):
     """Measures its layer's input while somebody watches, and changes nothing.
 
     Args:
-        site: where it stands. call: what the model is called on. two_towers: an encoder and a decoder.
+        site: where it stands. call: what the model is called on. two_towers: an encoder and a decoder. measure: what is
+            watched, if anything is.
     """
 
-    def __init__(self, site: Site, call: Call, *, two_towers: bool) -> None:
+    def __init__(self, site: Site, call: Call, *, two_towers: bool, measure: Measure | None = None) -> None:
         super().__init__()
-        self.tower, self.layer, self.call = site.tower, site.layer, call
+        self.tower, self.layer, self.call, self.measure = site.tower, site.layer, call, measure
         self.answers = two_towers and site.tower == "decoder"
-        self.measure: Measure | None = None
-        self.seen: list[tuple[bool, Tensor, Weights]] = []  # was a gradient recorded; [B, T] or [B * T]
+        self.seen: list[tuple[bool, Tensor, Tensor]] = []
+        """Of each call: was a gradient recorded; one number a token, [B, T] or [B * T]; which tokens count."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.measure is not None:
@@ -103,23 +99,25 @@ class Observer(Delta):
             self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
         return y
 
-    def weights(self, tokens: Tensor) -> Weights:
+    def weights(self, tokens: Tensor) -> Tensor:
+        """1 for tokens of what the tower reads, soft ones too, and 0 for pads, [B, T]. A mask of other tokens as it is:
+        `row_means` refuses it, and what a recomputed layer is told of another call is dropped before."""
         real = self.call.decoder_real if self.answers else self.call.real
         if real is None or self.tower in ("vision", "audio"):
-            return None
+            return torch.ones_like(torch.atleast_2d(tokens).flatten(1))
         mask = self.call.arguments.get("attention_mask")
         mask = real if mask is None or self.answers else mask
         soft, rest = divmod(tokens.numel() - real.numel(), len(real))
         if mask.ndim != 2 or soft < 0 or rest:
-            return mask.shape
+            return mask
         return self.call.rows(real.to(tokens.dtype), tokens.reshape(len(real), -1), fill=1)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.clone(), None if bias is None else bias.clone()
 
-    def take(self) -> list[Tensor]:
+    def take(self) -> Tensor:
         """The means of rows seen since the last call under the present gradient mode (a reference pass without
-        gradients is none of the loss's business), [B] each.
+        gradients is none of the loss's business), [rows].
 
         Raises:
             PeftxError: nothing was.
@@ -132,7 +130,7 @@ class Observer(Delta):
                 "or switched off, or reentrant gradient checkpointing hides it",
                 hint="stack.unmerge(), or use_reentrant=False",
             )
-        return found
+        return torch.cat(found)
 
 
 @contextmanager
@@ -151,25 +149,31 @@ def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
 @contextmanager
 def listening(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
     """Observers outside the layers: those in the slots may be folded away, merged or switched off."""
-    with calls.listening(model) as call, ExitStack() as exits:
-        observers = [Observer(site, call, two_towers=model.config.is_encoder_decoder) for site in sites]
+    two_towers = model.config.is_encoder_decoder
+    with calls.listening(model) as call, ExitStack() as hooks:
+        observers = [Observer(site, call, two_towers=two_towers, measure=measure) for site in sites]
         for site, observer in zip(sites, observers, strict=True):
             hook = site.module.register_forward_hook(lambda _, x, y, observer=observer: observer(x[0], y))
-            exits.callback(hook.remove)
-        exits.enter_context(watching(observers, measure))
+            hooks.enter_context(hook)
         yield observers
 
 
-def row_means(tokens: Tensor, weights: Weights) -> Tensor:
+def row_means(tokens: Tensor, weights: Tensor) -> Tensor:
     """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
-    if weights is None:
-        return tokens.flatten(1).mean(1) if tokens.ndim > 1 else tokens.mean(0, keepdim=True)
-    if isinstance(weights, torch.Size):
+    if weights.ndim != 2 or weights.numel() != tokens.numel():
         raise PeftxError(
-            f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(weights)}",
+            f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(weights.shape)}",
             hint="a batch needs a 2-D attention_mask of the rows that the model reads",
         )
     return (tokens.reshape(weights.shape) * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def total(observers: Sequence[Observer]) -> Tensor:
+    """The sum over towers of D, 0-d."""
+    towers: dict[str, list[Tensor]] = {}
+    for observer in observers:
+        towers.setdefault(observer.tower, []).append(observer.take())
+    return torch.stack([torch.cat(rows).mean() for rows in towers.values()]).sum()
 
 
 class Deft(Plugin):
@@ -178,27 +182,24 @@ class Deft(Plugin):
     Config = DeftConfig
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_MASK}
     architectures = ("opt", "gemma2")
-    example = {
-        "eps": 1e-3
-    }  # at 1e-7 a slope of 1 / eps makes another gradient of the rounding of a random model
+    example = {"eps": 1e-3}  # at 1e-7 a slope of 1 / eps makes another gradient of a random model's rounding
     config: DeftConfig
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        call, two_towers = model.call, model.anatomy.is_encoder_decoder
         for site in model.linears(self.config.targets):
             if site.kind not in ("linear", "quantized"):
                 raise PeftxError(
                     f"deft: {site.path} ({site.kind}) uses its matrix without a call that shows its input",
                     hint=f"leave it out of targets: '!{site.role}'",
                 )
-            site.attach(Observer(site, call, two_towers=two_towers))
+            site.attach(Observer(site, model.call, two_towers=model.anatomy.is_encoder_decoder))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         observers = [module for module in step.model.modules() if isinstance(module, Observer)]
         with watching(observers, partial(density, eps=self.config.eps)):
-            step.add_loss("density", lambda _: _total(observers), weight=self.config.alpha, over="rows")
+            step.add_loss("density", lambda _: total(observers), weight=self.config.alpha, over="rows")
             return (yield)
 
     @hookimpl
@@ -206,15 +207,13 @@ class Deft(Plugin):
         """Add `density`, and `density/layer-<l>` for each block; with two towers `density/<tower>` and so on."""
         stack, model = evaluation.stack, evaluation.stack.model
         sites = stack.view(stack.id_of(self)).linears(self.config.targets)
-        two_towers = bool(model.config.is_encoder_decoder)
         found: dict[str, list[Tensor]] = {}  # score -> densities of rows
         with listening(model, sites, partial(count, threshold=self.config.threshold)) as observers:
-            for batch in _batches(evaluation):
+            for batch in batches(evaluation):
                 model(**batch)
                 for observer in observers:
-                    name = f"density/{observer.tower}" if two_towers else "density"
-                    rows = torch.cat(observer.take()).cpu()
-                    found.setdefault(f"{name}/layer-{observer.layer}", []).append(rows)
+                    name = f"density/{observer.tower}" if model.config.is_encoder_decoder else "density"
+                    found.setdefault(f"{name}/layer-{observer.layer}", []).append(observer.take().cpu())
         layers = {name: torch.cat(parts) for name, parts in found.items()}  # [N] each
         for name in dict.fromkeys(name.rpartition("/")[0] for name in layers):
             rows = torch.stack([v for k, v in layers.items() if k.rpartition("/")[0] == name]).mean(0)
@@ -225,28 +224,14 @@ class Deft(Plugin):
             evaluation.add(name, rows.mean().item(), count=len(rows), unit="share")
 
 
-def _total(observers: Sequence[Observer]) -> Tensor:
-    """The sum over towers of D, 0-d."""
-    towers: dict[str, list[Tensor]] = {}
-    for observer in observers:
-        towers.setdefault(observer.tower, []).extend(observer.take())
-    return torch.stack([torch.cat(rows).mean() for rows in towers.values()]).sum()
-
-
-def _batches(evaluation: Evaluation) -> Iterator[dict[str, Tensor]]:
+def batches(evaluation: Evaluation, size: int = 8) -> Iterator[dict[str, Tensor]]:
     """The evaluation rows as the model reads them in training."""
     model, tokenizer = evaluation.stack.model, evaluation.stack.tokenizer
-    rows = [{"text": row} if isinstance(row, str) else dict(row) for row in evaluation.rows("eval")]
-    data = Dataset.from_list(rows)
-    pairs = bool(model.config.is_encoder_decoder)
-    examples = tokenize_dataset(
-        data,
-        tokenizer,
-        format=format_of_keys(set(data.column_names), where="the evaluation rows"),
-        max_length=context_window(model, tokenizer),
-        encoder_decoder=pairs,
-    )
+    texts = [{"text": row} if isinstance(row, str) else row for row in evaluation.rows("eval")]
+    data, format = dataset_of(texts)
+    room, pairs = context_window(model, tokenizer), bool(model.config.is_encoder_decoder)
+    rows = list(tokenize_dataset(data, tokenizer, format=format, max_length=room, encoder_decoder=pairs))
     collate = Collator(pad_of(model, tokenizer), encoder_decoder=pairs)
-    for start in range(0, len(examples), ROWS):
-        batch = collate(list(examples.select(range(start, min(start + ROWS, len(examples))))))
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size])
         yield {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack, TrainStep
-from peftx.errors import PeftxError
+from peftx.errors import DataError, PeftxError
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -143,7 +143,7 @@ def test_images_have_no_pads() -> None:
     with watching(watched, partial(density, eps=1e-2)), torch.no_grad():
         stack.model(**inputs)
         for observer in watched:
-            (found,) = observer.take()
+            found = observer.take()
             real = inputs["attention_mask"] if observer.tower == "text" else torch.ones_like(seen[observer])
             assert torch.allclose(found, (seen[observer] * real).sum(1) / real.sum(1))
     assert {observer.tower for observer in watched} == {"text", "vision"}
@@ -284,7 +284,7 @@ def test_density_falls_with_alpha() -> None:
         losses.append(terms(stack, batch)["task"])
         with watching(observers(stack), partial(count, threshold=0.0)), torch.no_grad():
             stack.model(**batch)
-            found.append(float(torch.stack([o.take()[0].mean() for o in observers(stack)]).mean()))
+            found.append(float(torch.stack([o.take().mean() for o in observers(stack)]).mean()))
     start = terms(stack_of("opt"), batch)["task"]
     assert found[0] > found[1] + 0.02 > found[2] + 0.04, found
     assert max(losses[:2]) < start / 2, (start, losses)
@@ -328,6 +328,14 @@ def test_texts_are_rows_too() -> None:
     assert not any(part.place._forward_hooks for part in stack.ledger.of("deft", DeltaPart)), (
         "nothing listens on"
     )
+
+
+def test_rows_of_no_format_are_refused_by_name() -> None:
+    stack = Stack(tiny("llama"), [Deft()], tokenizer=tiny_tokenizer())
+    with pytest.raises(DataError, match=r"row 0 .*'question' fit no format"):
+        stack.evaluate([{"question": "Who?"}], metrics=["deft"])
+    with pytest.raises(DataError, match=r"row 1 .*no key 'text'"):
+        stack.evaluate(["Once upon a time.", {"prompt": "Who?", "completion": " He."}], metrics=["deft"])
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -410,6 +418,8 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         tokens = torch.zeros(shape)
         with pytest.raises(PeftxError, match=rf"shape \({shape[0]},.* do not go with a mask of \(2, 9\)"):
             row_means(tokens, observer.weights(tokens))
+    with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 1, 1\)"):
+        row_means(torch.zeros(2, 1), torch.zeros(2, 1, 1, 1))  # which has as many numbers
     mask = torch.zeros(2, 1, 9, 9)  # additive, as packed rows have it
     with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 9, 9\)"):
         terms(stack, {**batch, "attention_mask": mask})

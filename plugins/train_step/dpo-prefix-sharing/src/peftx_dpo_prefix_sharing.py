@@ -29,6 +29,7 @@ from __future__ import annotations
 import heapq
 import inspect
 from collections.abc import Generator, Sequence
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -43,14 +44,15 @@ from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedEr
 from peftx.toolkits.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
-Loss = Literal["sigmoid", "hinge", "ipo"]
 
 
 class DpoPrefixSharingConfig(PluginConfig):
     """Options of DPO with prefix sharing."""
 
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
-    loss: Loss = Field("sigmoid", description="sigmoid is DPO, hinge SLiC, ipo IPO")
+    loss: Literal["sigmoid", "hinge", "ipo"] = Field(
+        "sigmoid", description="sigmoid is DPO, hinge SLiC, ipo IPO"
+    )
     packing: bool = Field(False, description="put several triples into a row, as many as max_length holds")
 
 
@@ -66,11 +68,18 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices in bins: longest first, each into the bin with the most room."""
     bins: list[tuple[int, int, list[int]]] = []  # (-room, number, indices), a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not bins or -bins[0][0] < lengths[index]:
-            heapq.heappush(bins, (-capacity, len(bins), []))
-        free, number, held = bins[0]
-        heapq.heapreplace(bins, (free + lengths[index], number, [*held, index]))
+        fits = bins and -bins[0][0] >= lengths[index]
+        free, number, held = heapq.heappop(bins) if fits else (-capacity, len(bins), [])
+        heapq.heappush(bins, (free + lengths[index], number, [*held, index]))
     return [held for _, _, held in sorted(bins, key=lambda found: found[1])]
+
+
+def row_of(triples: Sequence[Triple]) -> dict[str, list[int]]:
+    """Triples behind each other in one row; `token_type_ids` hold the segments."""
+    ids, labels, parts = zip(*triples, strict=True)
+    segments = [[1 + 3 * n + part for part in each] for n, each in enumerate(parts)]
+    columns = {"input_ids": ids, "labels": labels, "token_type_ids": segments}
+    return {name: list(chain.from_iterable(lists)) for name, lists in columns.items()}
 
 
 def layout(segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -98,14 +107,12 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def answer_log_probs(logits: Tensor, labels: Tensor, segments: Tensor) -> Tensor:
     """log p(y_w|x), log p(y_l|x) of every triple: [triples, 2]."""
     scores, kept = token_log_probs(logits, labels), labels[:, 1:] != IGNORE
-    rows = torch.arange(len(segments), device=segments.device)[:, None]
-    prompts = rows * (int(segments.max()) + 1) + segments - (segments - 1) % 3  # [B, T], each triple its own
-    _, triple = prompts[:, 1:][kept].unique(return_inverse=True)
-    answer = 2 * triple + (segments - 1)[:, 1:][kept] % 3 - 1
-    return scores.new_zeros(2 * (int(triple.max()) + 1)).index_add(0, answer, scores).view(-1, 2)
+    # Tokens of one answer stand together, and two answers in a row are never of one segment: y_w, y_l, y_w, ...
+    _, answer = segments[:, 1:][kept].unique_consecutive(return_inverse=True)
+    return scores.new_zeros(int(answer[-1]) + 1).index_add(0, answer, scores).view(-1, 2)
 
 
-def preference_loss(h: Tensor, beta: float, loss: Loss) -> Tensor:
+def preference_loss(h: Tensor, beta: float, loss: str) -> Tensor:
     """h: [triples] -> the loss of each."""
     if loss == "sigmoid":
         return -logsigmoid(beta * h)
@@ -130,21 +137,16 @@ class DpoPrefixSharing(Plugin):
     def suits(self, model: ModelView) -> None:
         """What `prove` cannot tell in a sentence; it looks at the rest (windows, recurrent layers) with the rows."""
         name, attention = type(model.module).__name__, str(model.config._attn_implementation)
-        takes = inspect.signature(model.module.forward).parameters
-        if list(model.towers) != ["decoder"] or "position_ids" not in takes:
+        takes = "position_ids" in inspect.signature(model.module.forward).parameters
+        if list(model.towers) != ["decoder"] or not takes or not attention.endswith(("eager", "sdpa")):
             raise ArchitectureError(
-                f"dpo-prefix-sharing: {name} is no decoder that takes positions for a row with two branches",
-                hint="use a decoder with positions that can be given (Llama, Mistral, Qwen, GPT-2)",
-            )
-        if not attention.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"dpo-prefix-sharing: the attention '{attention}' of {name} takes no mask of our own",
-                hint="load the model with attn_implementation='sdpa'",
+                f"dpo-prefix-sharing: {name} (attention '{attention}') is no decoder that takes positions and a mask",
+                hint="Llama, Mistral, Qwen or GPT-2 with attn_implementation='sdpa' is one",
             )
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        """`preference` rows -> `tokenized` ones; `token_type_ids` hold the segments."""
+        """`preference` rows -> `tokenized` ones."""
         if data.format != "preference":
             raise UnsupportedError(
                 f"dpo-prefix-sharing: the rows are of format '{data.format}', and it trains on preferences",
@@ -158,23 +160,16 @@ class DpoPrefixSharing(Plugin):
         triples = [triple_of(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
         if triples:
             prove(stack, max(triples, key=lambda triple: len(triple[0])))
-        bins = [[i] for i in range(len(triples))]
-        if self.config.packing:
-            bins = pack([len(ids) for ids, _, _ in triples], data.max_length)
-        joined = [[(1 + 3 * n, *triples[i]) for n, i in enumerate(chosen)] for chosen in bins]
-        columns = {
-            "input_ids": [[token for _, ids, _, _ in row for token in ids] for row in joined],
-            "labels": [[label for _, _, labels, _ in row for label in labels] for row in joined],
-            "token_type_ids": [[base + part for base, *_, parts in row for part in parts] for row in joined],
-        }
-        return Dataset.from_dict(columns)
+        lengths = [len(ids) for ids, _, _ in triples]
+        bins = pack(lengths, data.max_length) if self.config.packing else [[i] for i in range(len(lengths))]
+        return Dataset.from_list([row_of([triples[i] for i in chosen]) for chosen in bins])
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         batch = dict(step.batch)
-        if "token_type_ids" not in batch or "labels" not in batch:
+        if missing := ", ".join(sorted({"labels", "token_type_ids"} - batch.keys())):
             raise PeftxError(
-                f"dpo-prefix-sharing: the batch has {', '.join(batch)}; it needs labels and token_type_ids",
+                f"dpo-prefix-sharing: the batch has {', '.join(batch)}, and no {missing}",
                 hint="train on preference rows; in a loop of your own, on those that stack.prepare returns",
             )
         segments, labels = batch.pop("token_type_ids"), batch.pop("labels")
@@ -201,8 +196,7 @@ def triple_of(row: dict[str, str], where: str, data: TrainingData) -> Triple:
         raise DataError(f"{where} has no prompt, and the tokenizer no BOS that an answer could follow")
     answers = []
     for name in ("chosen", "rejected"):
-        at = f"{where}, {name}"
-        pair = encode_pair(tokenizer, row["prompt"], row[name], max_length=most, where=at)
+        pair = encode_pair(tokenizer, row["prompt"], row[name], max_length=most, where=f"{where}, {name}")
         answers.append([label for label in pair.labels if label != IGNORE])
     room = most - sum(map(len, answers)) - 1
     if room < len(frame) + 1:

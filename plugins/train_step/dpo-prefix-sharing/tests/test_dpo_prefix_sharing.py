@@ -402,7 +402,9 @@ def test_other_rows_are_refused() -> None:
         stack.train(rows, steps=1)
     assert caught.value.hint == "give rows with prompt, chosen and rejected"
     ids = torch.tensor([[3, 4]])
-    with pytest.raises(PeftxError, match="dpo-prefix-sharing: the batch has input_ids, labels; it needs"):
+    with pytest.raises(
+        PeftxError, match="dpo-prefix-sharing: the batch has input_ids, labels, and no token_type_ids"
+    ):
         stack.train_step({"input_ids": ids, "labels": ids})
 
 
@@ -428,14 +430,18 @@ def test_soft_tokens_are_refused() -> None:
 def test_an_attention_without_masks_is_refused() -> None:
     model = tiny("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ArchitectureError, match="'flash_attention_2' of LlamaForCausalLM"):
+    with pytest.raises(
+        ArchitectureError, match=r"LlamaForCausalLM \(attention 'flash_attention_2'\)"
+    ) as caught:
         Stack(model, [DpoPrefixSharing()], tokenizer=TOKENIZER)
+    assert "attn_implementation='sdpa'" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("arch", ["bert", "t5", "mamba", "bloom", "llava"])
 def test_models_without_room_for_two_branches_are_refused_before_anything_runs(arch: str) -> None:
     model = tiny(arch)
-    with pytest.raises(ArchitectureError, match=f"{type(model).__name__} is no decoder that takes positions"):
+    match = rf"{type(model).__name__} \(attention '\w+'\) is no decoder that takes positions"
+    with pytest.raises(ArchitectureError, match=match):
         Stack(model, [Lora(rank=2), DpoPrefixSharing()], tokenizer=TOKENIZER)
 
 
