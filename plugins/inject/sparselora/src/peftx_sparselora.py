@@ -78,39 +78,42 @@ class Tokens:
         self.call, self.dense_answers = call, dense_answers
         self.set(None)
 
-    def set(self, context: Tensor | None) -> None:
-        """Begin a sparse step with the context of its batch, [B, T] bool; None ends it."""
-        self.context = context
-        self._known: dict[torch.Size, tuple[Tensor | None, tuple[Tensor, Tensor] | None]] = {}
-
-    def context_of(self, labels: Tensor) -> Tensor:
-        """Of labels [B, T]."""
-        return labels == IGNORE if self.dense_answers else torch.ones_like(labels, dtype=torch.bool)
+    def set(self, labels: Callable[[], Tensor] | None) -> None:
+        """Begin a sparse step, with what gives the labels of its batch as that stands, [B, T] or [B] of classes; None
+        ends it."""
+        self.labels = labels
+        self._known: dict[torch.Size, tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Of a layer's input, [B, T + P, in] with P soft tokens: which rows of [B (T + P), in] to score, and which run
         dense; None: all do. Found once for a call: layers that are recomputed choose as before, whatever ran since."""
-        if self.context is None or self.call.shape is None:
+        if self.labels is None or self.call.shape is None:
             return None
         shape, labels = x.shape[:-1], self.call.arguments.get("labels")
-        if labels is None or labels.shape != self.call.shape or len(labels) != len(x):
-            labels = None
-        if shape not in self._known or (labels is not None and self._known[shape][0] is not labels):
-            self._known[shape] = (
-                labels,
-                self._find(x, self.context if labels is None else self.context_of(labels)),
-            )
-        return self._known[shape][1]
+        if labels is None or labels.shape != self.call.shape:
+            labels = self.labels()  # the call has none where another plugin computes the loss
+        known, of_call = self._known.get(shape), labels.ndim < 2 or labels.shape == self.call.shape
+        if known is None or (known[0] is not labels and of_call and len(labels) == len(x)):
+            known = self._known[shape] = labels, self._find(x, labels)
+        return known[1]
 
-    def _find(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.call.shape != context.shape:
-            of_call, of_labels = ("x".join(map(str, shape)) for shape in (self.call.shape, context.shape))
+    def context_of(self, labels: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Which tokens have no label, or all of them, [B, T] bool."""
+        if labels.ndim < 2 or not self.dense_answers:
+            return torch.ones(shape, dtype=torch.bool, device=labels.device)
+        return labels == IGNORE
+
+    def _find(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        shape = self.call.shape
+        if labels.ndim > 1 and labels.shape != shape:
+            of_call, of_labels = ("x".join(map(str, sizes)) for sizes in (shape, labels.shape))
             raise PeftxError(
                 f"sparselora: the model runs on {of_call} tokens, the batch has labels for {of_labels}",
                 hint="put sparselora behind the plugin that changes the batch",
             )
-        if x.ndim < 3 or len(x) != len(context) or x.shape[1] < context.shape[1]:
+        if x.ndim < 3 or len(x) != shape[0] or x.shape[1] < shape[1]:
             return None  # no text of the batch: rows that another plugin sends through one layer (Aligner's tokens)
+        context = self.context_of(labels, shape)
         context, real = (self.call.rows(t, x, fill=True).flatten() for t in (context, self.call.real))
         return (context & real).nonzero().flatten(), (~context).nonzero().flatten()
 
@@ -309,24 +312,17 @@ class Sparselora(Plugin):
                 hint="stack.model.train() before a loop of your own",
             )
         if step.index >= round(self.config.start * (step.total or 0)):
-            self.tokens.set(self._context(step.batch))
+            ids, labels = step.batch["input_ids"], step.batch["labels"]
+            if not self.tokens.context_of(labels, ids.shape).any():
+                raise PeftxError(
+                    f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
+                    hint="data with prompts, or dense_answers = false",
+                )
+            self.tokens.set(lambda: step.batch["labels"])
         try:
             return (yield)
         finally:
             self.tokens.set(None)
-
-    def _context(self, batch: dict[str, Any]) -> Tensor:
-        """Of the step's batch; all tokens where a label is a row's, as a classifier's."""
-        ids, labels = batch["input_ids"], batch["labels"]
-        context = self.tokens.context_of(
-            labels if labels.shape == ids.shape else torch.full_like(ids, IGNORE)
-        )
-        if not context.any():
-            raise PeftxError(
-                f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
-                hint="data with prompts, or dense_answers = false",
-            )
-        return context
 
     def _layers(self, block: str, total: int) -> list[int]:
         """The block's sparse layers."""

@@ -278,7 +278,7 @@ def test_a_failing_step_ends_dense() -> None:
     stack.model.train()
     with pytest.raises(PeftxError, match="broken"):
         stack.run_train_step(TrainStep(stack, batch_for(stack)))
-    assert plugin_of(stack).tokens.context is None
+    assert plugin_of(stack).tokens.labels is None
 
 
 def test_first_steps_are_dense() -> None:
@@ -328,7 +328,7 @@ def test_soft_tokens_are_context() -> None:
     assert loss > 0
     tokens = plugin_of(stack).tokens
     assert tokens.rows(torch.empty(1, 5, 32)) is None, "between steps nothing is sparse"
-    tokens.set(torch.tensor([[True, True, False]]))
+    tokens.set(lambda: torch.tensor([[IGNORE, IGNORE, 5]]))
     assert tokens.rows(torch.empty(1, 6, 32)) is None, "nor is a layer that somebody calls alone"
     tokens.call.begin({"input_ids": torch.tensor([[2, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])})
     scored, dense = tokens.rows(torch.empty(1, 6, 32))  # a pad, three soft tokens, two of the text
@@ -368,7 +368,7 @@ def test_another_loss_brings_labels_of_its_own() -> None:
     """The context of rows beside the step's is that of their labels, and of two calls alike each has its own."""
     call = Call()
     tokens = Tokens(call, dense_answers=True)
-    tokens.set(torch.ones(2, 12, dtype=torch.bool))
+    tokens.set(lambda: torch.full((2, 12), IGNORE))
     for answers in (1, 4):
         labels = torch.full((1, 6), IGNORE)
         labels[:, 6 - answers :] = 5
@@ -463,7 +463,7 @@ def test_ist_measures_with_dense_layers() -> None:
 def test_copies_go_on_alone() -> None:
     stack = stack_of(Sparselora(**ALL))
     twin = copy.deepcopy(stack.model)
-    plugin_of(stack).tokens.set(torch.ones(2, 12, dtype=torch.bool))
+    plugin_of(stack).tokens.set(lambda: torch.full((2, 12), IGNORE))
     batch = batch_for(stack)
     with torch.no_grad():
         sparse, dense = (m.train()(**batch).logits for m in (stack.model, twin))

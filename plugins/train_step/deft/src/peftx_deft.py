@@ -40,6 +40,7 @@ from peftx.errors import PeftxError
 from peftx.kernel import calls
 from peftx.kernel.call import Call
 from peftx.kernel.objective import pad_of
+from peftx.kernel.parts import DeltaPart
 from peftx.toolkits.evaluation import bootstrap_ratio, context_window
 
 Measure = Callable[[Tensor], Tensor]
@@ -197,7 +198,8 @@ class Deft(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        observers = [module for module in step.model.modules() if isinstance(module, Observer)]
+        mine = step.stack.ledger.of(step.stack.id_of(self), DeltaPart)
+        observers = [part.module for part in mine if isinstance(part.module, Observer)]
         with watching(observers, partial(density, eps=self.config.eps)):
             step.add_loss("density", lambda _: total(observers), weight=self.config.alpha, over="rows")
             return (yield)

@@ -250,6 +250,19 @@ def test_a_step_may_call_the_model_twice_and_compute_both_again() -> None:
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_two_in_a_stack_each_count_their_own() -> None:
+    """The sum of both terms is that of one with twice the weight."""
+
+    def loss(**plugins: Deft) -> float:
+        stack = Stack(tiny("llama"), [("lora", Lora(rank=2)), *plugins.items()], tokenizer=tiny_tokenizer())
+        stack.model.train()
+        return float(stack.run_train_step(TrainStep(stack, batch_of(stack.model))))
+
+    one, two = Deft(alpha=0.1, eps=1e-2), Deft(alpha=0.2, eps=1e-2)
+    assert loss(a=one, b=Deft(alpha=0.1, eps=1e-2)) == pytest.approx(loss(a=two), rel=1e-6)
+    assert loss(a=Deft(alpha=0.1, eps=1e-2)) < loss(a=Deft(alpha=0.2, eps=1e-2))
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     stack = stack_of()
     stack.model.train()

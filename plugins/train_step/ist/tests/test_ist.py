@@ -358,6 +358,16 @@ def test_scores_come_back_with_a_bundle(tmp_path: Any) -> None:
     assert loaded.plugins["ist"].state["scores"] == scores
 
 
+def test_a_second_one_chooses_among_the_layers_of_the_first() -> None:
+    stack = Stack(tiny("llama", num_hidden_layers=8), [Lora(rank=2), ("a", Ist(interval=1)), ("b", Ist(interval=1))],
+                  tokenizer=tiny_tokenizer())  # fmt: skip
+    for index in range(3):
+        stack.model.train()
+        stack.run_train_step(TrainStep(stack, batch_for(stack), index=index))
+        assert 0 < len(trained_layers(stack)) <= 2
+        stack.model.zero_grad()
+
+
 def test_global_random_streams_are_left_alone() -> None:
     stack = stack_of(Ist(interval=1))
     perturb(stack)
