@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,20 @@ from typer.testing import CliRunner
 from peftx_cli.main import app
 
 
-def test_the_page_and_its_json(tmp_path: Path) -> None:
+def test_the_page_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     page = tmp_path / "pairs.html"
     result = CliRunner().invoke(app, ["matrix", "mezo", "mosaic-it", "-j", "1", "-o", str(page)])
     assert result.exit_code == 0, result.output
     assert "both replace the training step" in " ".join(result.output.split())
-    assert "4 pairs: 3 works, 1 refused, 0 other-model, 0 failed" in result.output
+    assert re.search(
+        r"4 pairs: 3 works, 1 refused, 0 other-model, 0 failed; [1-3] stacks were", result.output
+    )
     assert page.read_text().startswith("<!doctype html>")
     assert json.loads(page.with_suffix(".json").read_text())["counts"]["works"] == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.html", "pairs.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "pairs.html", "pairs.json"]
+    again = CliRunner().invoke(app, ["matrix", "mezo", "mosaic-it", "-j", "1"])
+    assert "; 0 stacks were tried" in again.output
 
 
 @pytest.mark.parametrize(

@@ -6,33 +6,35 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import peftx
 from peftx import Plugin, Registry
 from peftx.errors import RegistryError
+from peftx.testing import matrix, shown
+from peftx.testing.covering import Cover
 from peftx.testing.matrix import Cell, Matrix, run_matrix, try_pair
 from peftx.testing.matrix_page import page, to_json
+from peftx.testing.reference import COMPANION
 
-SAMPLE = 24
-"""Pairs of installed plugins that every run of the tests tries; benchmarks/matrix.py tries all."""
-
-
-def sampled_pairs() -> list[tuple[str, str]]:
-    names = sorted(Registry().names())
-    return random.Random(len(names)).sample([(a, b) for a in names for b in names], SAMPLE)
+SAMPLE = 8
+"""Stacks of installed plugins that every run of the tests lives through; benchmarks/matrix.py covers all pairs."""
 
 
-@pytest.mark.parametrize("pair", sampled_pairs(), ids="-then-".join)
-def test_a_pair_works_or_is_refused_with_a_reason(pair: tuple[str, str]) -> None:
-    cell = try_pair(*pair)
-    assert cell.outcome != "failed", cell.reason
-    if cell.outcome == "refused":
-        assert cell.claims
-        assert all(f"'{name}" in cell.reason for name in pair)
-    if cell.order:
-        assert sorted(cell.order) != list(cell.order) or cell.order != pair
-        assert try_pair(*cell.order).outcome == "works"
+def test_stacks_of_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample, of plugins that go together by their claims: every one trains, is saved and comes back."""
+    names = [name for name in sorted(Registry().names()) if matrix._stands_on(name, "llama") is None]
+    pairs = {(a, b) for a in names for b in names if a != b and matrix.fits((a, b))}
+    places = {name: matrix.places(name, "llama") for name in names}
+    pairs = {(a, b) for a, b in pairs if not places[a] & places[b]}
+    stacks = list(Cover(pairs, matrix.fits, size=8, seed=len(names)).stacks(pairs))
+    tried = [matrix.try_group("llama", stack) for stack in random.Random(len(names)).sample(stacks, SAMPLE)]
+    assert not [(group.fault, group.reason) for group in tried if group.fault]
 
 
 def test_a_refusal_names_claim_reason_and_order() -> None:
@@ -54,6 +56,105 @@ def test_two_processes_give_the_same_as_one() -> None:
     assert one.plugins == ["lora", "mezo"]  # by hook
     assert one.hooks == {"lora": "inject", "mezo": "train_step"}
     assert [c.outcome for c in one.cells] == ["works", "works", "works", "refused"]
+
+
+def test_what_is_known_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a plugin changes: then the stacks with it, and no other."""
+    names, kept = ["lora", "propulsion", "hft", "compacter"], tmp_path / "shown.jsonl"
+    first = run_matrix(names, kept=kept)
+    assert first.stacks > 1
+    again = run_matrix(names, kept=kept)
+    assert (again.stacks, again.cells) == (0, first.cells)
+    with kept.open("a") as file:
+        file.write('{"key": "cut')  # as a kill leaves it
+    monkeypatch.setattr(shown, "_module", lambda name: "changed" if name == "hft" else module(name))
+    shown._key.cache_clear()
+    tried: list[tuple[str, ...]] = []
+    lived = matrix.try_group
+    monkeypatch.setattr(matrix, "try_group", lambda arch, names: tried.append(names) or lived(arch, names))
+    third = run_matrix(names, kept=kept)
+    shown._key.cache_clear()
+    assert tried
+    assert all("hft" in stack for stack in tried)
+    assert [(c.outcome, c.reason) for c in third.cells] == [(c.outcome, c.reason) for c in first.cells]
+
+
+module = shown._module
+
+
+@pytest.mark.parametrize(
+    ("faulty", "failed", "together"),
+    [
+        ({"hft"}, 6, []),  # beside itself it is refused
+        ({"lora", "hft"}, 2, []),
+        ({"lora", "hft", "compacter"}, 0, [{"lora", "hft", "compacter"}]),
+    ],
+)
+def test_a_fault_is_found_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, faulty: set[str], failed: int, together: list[set[str]]
+) -> None:
+    """One plugin by itself, a pair, or three of which every two work."""
+
+    def trouble(names: Sequence[str], arch: str) -> str:
+        return "they clash" if faulty <= set(names) else ""
+
+    monkeypatch.setattr(matrix, "trouble", trouble)
+    found = run_matrix(["lora", "propulsion", "hft", "compacter"])
+    bad = [cell for cell in found.cells if cell.outcome == "failed"]
+    assert len(bad) == failed
+    assert all(faulty <= {c.first, c.second} or len(faulty) == 1 for c in bad)
+    assert all("they clash" in cell.reason for cell in bad)
+    assert [set(group.fault) for group in found.together][:1] == together
+    assert len(found.cells) == 16
+
+
+def test_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing of the stack does, a companion."""
+    seen: list[list[str]] = []
+    train = peftx.Stack.train
+    monkeypatch.setattr(
+        peftx.Stack, "train", lambda self, *a, **k: seen.append(list(self.plugins)) or train(self, *a, **k)
+    )
+    for names in (("mosaic-it", "superfiltering"), ("hydragen", "aded"), ("prefixquant", "mosaic-it")):
+        seen.clear()
+        assert try_pair(*names).outcome in ("works", "refused")
+        assert not seen or seen[0][0] == COMPANION
+
+
+def test_a_stack_that_does_not_learn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rests(self: object, *arguments: object, **options: object) -> object:
+        return SimpleNamespace(losses=[(1, 0.5)])
+
+    monkeypatch.setattr(peftx.Stack, "train", rests)
+    assert matrix.trouble(("lora",), "llama") == "no parameter moved"
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_a_cover_holds_every_pair_in_its_order(data: st.DataObject) -> None:
+    names = "abcdefghijkl"[: data.draw(st.integers(2, 12))]
+    every = [(a, b) for a in names for b in names]
+    pairs = set(data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1)))
+    size = data.draw(st.integers(2, 8))
+    cover = Cover(pairs, lambda stack: True, size=size, seed=data.draw(st.integers(0, 3)))
+    stacks = list(cover.stacks(pairs))
+    held = {(a, b) for stack in stacks for i, a in enumerate(stack) for b in stack[i + 1 :]}
+    assert held == pairs  # all of them, and none that may not stand together
+    assert max(map(len, stacks)) <= max(size, 2)
+    assert len(stacks) <= len(pairs)
+
+
+def test_a_cover_is_small_and_heeds_what_does_not_go_together() -> None:
+    names = [str(i) for i in range(40)]
+    pairs = {(a, b) for a in names for b in names if a != b}
+    assert len(list(Cover(pairs, lambda stack: True, size=8).stacks(pairs))) < 2.2 * len(pairs) / 28
+    cover = Cover(pairs, lambda stack: not {"1", "2", "3"} <= set(stack), size=8)
+    cover.avoid(("4", "5", "6"))
+    stacks = list(cover.stacks(pairs))
+    assert not any({"1", "2", "3"} <= set(stack) or {"4", "5", "6"} <= set(stack) for stack in stacks)
+    assert {(a, b) for s in stacks for i, a in enumerate(s) for b in s[i + 1 :]} == pairs
+    assert stacks == list(cover.stacks(pairs))
+    assert stacks != list(Cover(pairs, lambda stack: True, size=8, seed=1).stacks(pairs))
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
@@ -78,8 +179,8 @@ def test_what_goes_wrong_is_in_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
 MATRIX = Matrix(
     ["a<b", "c"],
     {"a<b": "inject", "c": "decode"},
-    [
-        Cell("a<b", "a<b", "works", arch="llama", seconds=0.5),
+    cells=[
+        Cell("a<b", "a<b", "works", arch="llama", stack=("a<b", "a<b")),
         Cell("a<b", "c", "refused", "both </script> collide", ("final",), ("c", "a<b"), "llama"),
         Cell("c", "a<b", "failed", "losses are [nan]"),
         Cell("c", "c", "other-model", "no state"),
@@ -89,11 +190,14 @@ MATRIX = Matrix(
 
 def test_the_page_holds_every_cell_and_escapes() -> None:
     text = page(MATRIX)
-    assert len(re.findall(r"<td tabindex", text)) == 4
-    assert "a&lt;b" in text
-    assert text.count("</script>") == 3  # of the two data elements and the code
-    (data,) = re.findall(r'id="cells">(.*?)</script>', text)
-    assert [cell["outcome"] for cell in json.loads(data)] == ["works", "refused", "failed", "other-model"]
+    assert text.count("</script>") == 2  # of the data and the code
+    (data,) = re.findall(r'id="data">(.*?)</script>', text)
+    found = json.loads(data)
+    assert [cell[0] for cell in found["cells"]] == ["w", "r", "f", "o"]
+    assert found["reasons"] == ["both </script> collide", "losses are [nan]", "no state"]
+    assert found["stacks"] == ["a<b, a<b"]
+    assert "<td>c, a&lt;b</td><td>losses are [nan]</td>" in text  # without a script too
+    assert "<option>decode</option>" in text
     assert "http" not in text  # nothing is fetched from elsewhere
 
 

@@ -25,6 +25,7 @@ Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="processes; 0: on
 Page = Annotated[
     str | None, typer.Option("--output", "-o", metavar="FILE", help="an HTML page; the JSON goes beside it")
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="try everything, whatever former runs showed")]
 
 Option = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="an option of the plugin")
@@ -242,10 +243,19 @@ def check(
         raise typer.Exit(1)
 
 
-def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: options.Json = False) -> None:
+def matrix(
+    names: Names = None,
+    output: Page = None,
+    jobs: Jobs = 0,
+    fresh: Fresh = False,
+    as_json: options.Json = False,
+) -> None:
     """Try every ordered pair of plugins on a tiny model: built, trained, saved, reloaded and run, or refused.
 
-    Exits with 1 when a pair fails.
+    Pairs are tried in stacks of up to eight. What a stack showed is kept in the cache folder until the core or one of
+    its plugins changes, so that a second run tries what is new. Exits with 1 when a pair fails.
+
+    Example: peftx matrix lora prefixquant mezo
     """
     import os
     from pathlib import Path
@@ -254,6 +264,7 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
     from peftx.errors import PeftxError
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
+    from peftx_cli.health import cache_file
     from peftx_cli.progress import reporter
     from peftx_cli.render import out, out_json
 
@@ -271,6 +282,7 @@ def matrix(names: Names = None, output: Page = None, jobs: Jobs = 0, as_json: op
         found = run_matrix(
             names or (),
             jobs=jobs or len(os.sched_getaffinity(0)),
+            kept=None if fresh else cache_file().with_name("matrix.jsonl"),
             progress=lambda done, total, _: told.progress(done, total, {}),
         )
     failed = [cell for cell in found.cells if cell.outcome == "failed"]
@@ -298,8 +310,12 @@ def _show_matrix(found: Any, *, whole: bool) -> None:
     ]
     if rows:
         print_table("pairs", ("first", "second", "", "reason", "order that works"), rows)
+    if found.together:
+        groups = [(", ".join(group.fault), group.reason) for group in found.together]
+        print_table("stacks that fail though every two of them work", ("stack", "reason"), groups)
     words = ("works", "refused", "other-model", "failed")
-    out(f"{len(found.cells)} pairs: " + ", ".join(f"{found.count(word)} {word}" for word in words))
+    counts = ", ".join(f"{found.count(word)} {word}" for word in words)
+    out(f"{len(found.cells)} pairs: {counts}; {found.stacks} stacks were tried")
 
 
 def _options(texts: list[str]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Cover:
         return any(len(group) > 2 and group <= set(stack) for group in self.avoided)
 
     def _matrix(self, pairs: Collection[Pair]) -> NDArray[numpy.bool_]:
-        found = numpy.zeros((len(self.names), len(self.names)), dtype=bool)
+        found: NDArray[numpy.bool_] = numpy.zeros((len(self.names), len(self.names)), dtype=bool)
         for first, second in pairs:
             found[self.at[first], self.at[second]] = True
         return found

@@ -20,7 +20,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -52,9 +52,8 @@ from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS, steps_for
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
+Submit = Callable[[str, Sequence[tuple[str, ...]]], Iterator[Group]]
 LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
-SHORT = 96
-"""The same in stacks of many, of which several may bring soft tokens."""
 SIZE = 8
 """Plugins of a stack."""
 
@@ -155,74 +154,75 @@ def _lived(
     pairs: set[tuple[str, str]],
     matrix: Matrix,
     note: Callable[[Cell], None],
-    submit: Callable[..., Future[Group]],
+    submit: Submit,
     shown: Shown,
     seed: int,
 ) -> int:
     """Live through stacks until every pair was in one that works, or has its fault; how many that took."""
     lived = 0
 
-    def works(group: Group) -> None:
-        names = group.names
-        for pair in [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if (a, b) in pairs]:
-            pairs.remove(pair)
-            note(Cell(*pair, "works", arch=arch, stack=names))
+    def judge(group: Group) -> None:
+        """Note what a stack showed of its pairs."""
+        names, fault = group.names, group.fault
+        told: list[Cell] = []
+        if not fault:
+            told = [
+                Cell(a, b, "works", arch=arch, stack=names)
+                for i, a in enumerate(names)
+                for b in names[i + 1 :]
+            ]
+        elif len(fault) == 1:
+            why = f"{fault[0]} by itself: {group.reason}"
+            told = [Cell(*pair, "failed", why, arch=arch) for pair in sorted(pairs) if fault[0] in pair]
+        elif len(fault) == 2:
+            told = [
+                try_pair(*fault)
+            ]  # whether it is refused, or fails; where it works alone, longer rows do it
+        if len(fault) > 2 or (len(fault) == 2 and told[0].outcome == "works"):
+            matrix.together.append(group)
+        if fault:
+            cover.avoid(fault)
+        for cell in told:
+            if (cell.first, cell.second) in pairs:
+                pairs.remove((cell.first, cell.second))
+                note(cell)
 
+    cover = Cover(pairs, fits, size=SIZE, seed=seed)
     for group in shown.of(arch):
         if not group.fault:
-            works(group)
-    cover = Cover(pairs, fits, size=SIZE, seed=seed)
+            judge(group)
     while pairs:
-        groups = [
-            known if (known := shown.known(arch, names)) is not None else names
-            for names in cover.stacks(pairs)
-        ]
-        running = [submit(arch, names) for names in groups if not isinstance(names, Group)]
-        results = [group for group in groups if isinstance(group, Group)]
-        lived += len(running)
-        while running:
-            done, left = wait(running, return_when="FIRST_COMPLETED")
-            running = list(left)
-            results += [future.result() for future in done]
-            for future in done:
-                shown.keep(future.result())
-        for group in results:
-            if not group.fault:
-                works(group)
-                continue
-            cell = try_pair(*group.fault) if len(group.fault) == 2 else None
-            if len(group.fault) == 1:  # it fails by itself
-                alone = [pair for pair in pairs if group.fault[0] in pair]
-                for pair in alone:
-                    note(Cell(*pair, "failed", f"{group.fault[0]} by itself: {group.reason}", arch=arch))
-                pairs.difference_update(alone)
-            elif cell is not None and group.fault in pairs and cell.outcome != "works":
-                pairs.remove(group.fault)
-                note(cell)
-            elif group.fault not in [known.fault for known in matrix.together]:
-                matrix.together.append(group)
-            cover.avoid(group.fault)
+        todo: list[tuple[str, ...]] = []
+        for names in cover.stacks(pairs):
+            known = shown.known(arch, names)
+            if known is None:
+                todo.append(names)
+            else:
+                judge(known)
+        for group in submit(arch, todo):
+            lived += 1
+            shown.keep(group)
+            judge(group)
     return lived
 
 
 @contextmanager
-def _workers(jobs: int) -> Iterator[Callable[[str, tuple[str, ...]], Future[Group]]]:
-    """What runs `try_group`, in so many processes."""
+def _workers(jobs: int) -> Iterator[Submit]:
+    """What runs `try_group` on stacks, in so many processes, and gives what they showed as it comes."""
     if jobs <= 1:
-        yield _at_once
+        yield lambda arch, stacks: (try_group(arch, names) for names in stacks)
         return
     # A fresh interpreter for each: threads of torch do not survive a fork.
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin)
+
+    def run(arch: str, stacks: Sequence[tuple[str, ...]]) -> Iterator[Group]:
+        for done in as_completed([pool.submit(try_group, arch, names) for names in stacks]):
+            yield done.result()
+
     try:
-        yield lambda arch, names: pool.submit(try_group, arch, names)
+        yield run
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _at_once(arch: str, names: tuple[str, ...]) -> Future[Group]:
-    done: Future[Group] = Future()
-    done.set_result(try_group(arch, names))
-    return done
 
 
 def _begin() -> None:
@@ -232,12 +232,12 @@ def _begin() -> None:
 
 def fits(names: Sequence[str]) -> bool:
     """Do these plugins go together by their claims and rows."""
-    return not find_conflicts(_members(*names))
+    return not find_conflicts(_plain(names))
 
 
 def _by_claims(first: str, second: str) -> Cell | None:
     """The cell of a pair that claims refuse, or that is of two models; None for one that is to be tried."""
-    arch, conflicts = _arch(first, second), find_conflicts(_members(first, second))
+    arch, conflicts = _arch(first, second), find_conflicts(_plain((first, second)))
     if conflicts:
         known = conflicts[0]
         return Cell(first, second, "refused", known.reason, known.claims, known.working_order, arch)
@@ -284,7 +284,7 @@ def try_pair(first: str, second: str) -> Cell:
         return replace(found, outcome="refused", reason=str(error), claims=tuple(sorted(one & two)), stack=())
     except Exception as error:  # noqa: BLE001  as in `trouble`
         return replace(found, outcome="failed", reason=f"{type(error).__name__}: {error}")
-    why = trouble((first, second), arch, LENGTH)
+    why = trouble((first, second), arch)
     return replace(found, outcome="failed", reason=why) if why else found
 
 
@@ -299,12 +299,12 @@ def try_group(arch: str, names: tuple[str, ...]) -> Group:
     return Group(arch, names, fault, reason)
 
 
-def trouble(names: Sequence[str], arch: str, length: int = SHORT) -> str:
+def trouble(names: Sequence[str], arch: str) -> str:
     """Why a stack of these plugins does not live; empty where it does."""
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
-            _use(_members(*names), arch, Path(folder) / "bundle", length)
+            _use(_members(*names), arch, Path(folder) / "bundle")
     except (AssertionError, PeftxError) as error:
         return str(error) or "assertion failed"
     except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so
@@ -313,16 +313,26 @@ def trouble(names: Sequence[str], arch: str, length: int = SHORT) -> str:
 
 
 def _members(*names: str) -> list[Member]:
-    registry = Registry()
-    ids = [name if name not in names[:i] else f"{name}-2" for i, name in enumerate(names)]
-    return [Member(id, _example(registry.load(name))) for id, name in zip(ids, names, strict=True)]
+    """Plugins as their authors try them, for a stack."""
+    return [
+        Member(member.id, _example.__wrapped__(name))
+        for name, member in zip(names, _plain(names), strict=True)
+    ]
 
 
-def _example(plugin: type[Plugin]) -> Plugin:
+def _plain(names: Sequence[str]) -> list[Member]:
+    """The same to be looked at alone: they are made once."""
+    ids = (name if name not in names[:i] else f"{name}-2" for i, name in enumerate(names))
+    return [Member(id, _example(name)) for id, name in zip(ids, names, strict=True)]
+
+
+@cache
+def _example(name: str) -> Plugin:
+    plugin = Registry().load(name)
     return plugin(**plugin.example)
 
 
-def _use(members: Sequence[Member], arch: str, folder: Path, length: int = LENGTH) -> None:
+def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
     """The life of a stack: train, compress, run, save, load, run again. Where nothing trains, a companion does."""
     stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
     if not stack.trainable_parameters():
@@ -334,7 +344,7 @@ def _use(members: Sequence[Member], arch: str, folder: Path, length: int = LENGT
         _rows(members),
         steps=steps,
         batch_size=2,
-        max_length=length,
+        max_length=LENGTH,
         learning_rate=1e-3,
         sources=sources_of(members),
     )
@@ -376,6 +386,7 @@ def sources_of(members: Sequence[Member]) -> dict[str, Sequence[Mapping[str, Any
     return {name: rows for member in members for name, rows in member.plugin.sources.items()}
 
 
+@cache
 def _arch(*names: str) -> str:
     """`llama`; where a plugin does not stand on it, the first architecture that it names."""
     registry = Registry()

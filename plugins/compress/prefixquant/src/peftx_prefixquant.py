@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import peftx.toolkits.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.errors import ArchitectureError
+from peftx.errors import ArchitectureError, PeftxError
 from peftx.kernel.parts import AttentionPart, FreePart, ReplacedPart, ShiftPart
 from peftx.toolkits.compression.batches import calibration as sequences
 from peftx.toolkits.evaluation import context_window, perplexity
@@ -326,6 +326,11 @@ class PrefixQuant(Plugin):
             finally:
                 for hook in hooks:
                     hook.remove()
+            if unseen := [site.path for site in blocks[layer] if not rows[site.module]]:
+                raise PeftxError(
+                    f"prefixquant: no calibration text comes to {unseen[0]}, so its input has no scale",
+                    hint="more of it, or another plugin in the place of one that lets texts skip layers",
+                )
             known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # q, k and v are given the same tensors
             for row in rows.values():
                 if (key := tuple(map(id, row))) not in known:

@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import peftx
-from peftx import Claim
+from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
 from peftx.engines.data import read_dataset
 from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError, ConflictError, MergeError, PeftxError
@@ -159,6 +160,23 @@ def test_modes_leave_no_trace(outliers: LlamaForCausalLM) -> None:
     assert not torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], before)
     assert all(torch.equal(t, tensors[name]) for name, t in stack.ledger.tensors("prefixquant").items())
+
+
+def test_a_layer_that_no_calibration_text_comes_to_is_refused() -> None:
+    class Skips(Delta):
+        def around(self, inner: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return torch.zeros_like(hidden_states)
+
+    class Skipping(Plugin):
+        claims = {Claim.BESIDE_WEIGHTS}
+
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.blocks("mlp")[1].attach(Skips())
+
+    stack = Stack(tiny("llama"), [Skipping(), PrefixQuant()], tokenizer=tiny_tokenizer())
+    with pytest.raises(PeftxError, match=r"no calibration text comes to model\.layers\.1\.mlp\.gate_proj"):
+        stack.compress(["a text"] * 4, samples=4, length=8)
 
 
 # -- exactness -------------------------------------------------------------------------------------------------------

@@ -172,17 +172,18 @@ class Dynmole(Plugin):
 
     def loss(self, mixtures: Sequence[Mixture]) -> Tensor:
         """c_aux N sum_i F_i P_i + c_dyn mean(S) over the real tokens of all layers that ran, 0-d."""
-        routings = [mixture.routing for mixture in mixtures if mixture.routing is not None]
-        if not routings:
+        ran = [(mixture, mixture.routing) for mixture in mixtures if mixture.routing is not None]
+        if not ran:
             raise PeftxError("dynmole: no layer with experts ran in this step", hint="set `targets`")
-        trains = torch.is_grad_enabled() and any(mixture.W_g.requires_grad for mixture in mixtures)
-        if trains and not all(routing.w.requires_grad for routing in routings):
+        hidden = any(mixture.W_g.requires_grad and not routing.w.requires_grad for mixture, routing in ran)
+        if hidden and torch.is_grad_enabled():
             raise UnsupportedError(
                 "dynmole: reentrant checkpointing hides the routers from the loss",
                 hint="gradient checkpointing with use_reentrant=False",
             )
         real = torch.cat([mixture.real for mixture in mixtures if mixture.real is not None])  # [tokens]
         real = real / real.sum()
+        routings = [routing for _, routing in ran]
         w = torch.cat([routing.w.flatten(0, -2) for routing in routings])  # [tokens, N]
         on = torch.cat([routing.on.flatten(0, -2) for routing in routings])
         S = torch.cat([routing.S.flatten() for routing in routings])

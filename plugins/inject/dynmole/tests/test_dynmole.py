@@ -348,6 +348,16 @@ def test_a_pass_without_gradients_is_not_part_of_the_loss() -> None:
     assert step.losses["dynmole"] == auxiliary(stack, batch)
 
 
+def test_a_router_that_is_frozen_beside_others_is_read_all_the_same() -> None:
+    """As another plugin freezes layers for a step."""
+    stack = trained()
+    inputs = example_inputs(stack.model)
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    whole = auxiliary(stack, batch)
+    mixtures(stack)[0].W_g.requires_grad_(False)
+    assert auxiliary(stack, batch) == pytest.approx(whole)
+
+
 def test_the_loss_trains_the_router_from_the_start() -> None:
     """B is zero, so the task says nothing to the router yet; with checkpointing the gradient is the same."""
     found = []
