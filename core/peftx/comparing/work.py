@@ -23,7 +23,6 @@ from peftx.stack import Stack
 from peftx.toolkits.decoding.text import request_for
 from peftx.toolkits.evaluation.scores import Score
 from peftx_spec import load_pipeline
-from peftx_spec.models import Pipeline
 
 TOKENS = 32
 """Generated to time a token, after a warm-up of as many; the median of `TIMES`."""
@@ -47,7 +46,7 @@ def work(job: Job, folder: Path, scratch: Path, threads: int, trust_remote_code:
     torch.set_num_threads(threads)
     blank = JobResult(job.id, job.kind, job.seed, job.rate, threads=threads)
     try:
-        found = _pace(job, blank) if job.kind == "pace" else _measure(job, blank, scratch, trust_remote_code)
+        found = _pace(job, blank, trust_remote_code) if job.kind == "pace" else _measure(job, blank, scratch, trust_remote_code)
     except PeftxError as error:
         found = replace(blank, reason=error.message + (f" ({error.hint})" if error.hint else ""))
     except Exception as error:  # noqa: BLE001  a stack may break in any way, and its row is to say so
@@ -183,13 +182,13 @@ class _Pace(Watch):
             raise _EnoughError
 
 
-def _pace(job: Job, blank: JobResult) -> JobResult:
+def _pace(job: Job, blank: JobResult, trust_remote_code: bool) -> JobResult:
     """How many steps the seconds are enough for, counted from the second step on: the first one warms up."""
     assert job.seconds is not None
-    pipeline: Pipeline = load_pipeline(job.pipeline, catalogue=Registry())
+    pipeline = load_pipeline(job.pipeline, catalogue=Registry())
     watch = _Pace(job.seconds)
     try:
-        Run(pipeline, reporter=watch).run()
+        Run(pipeline, reporter=watch, trust_remote_code=trust_remote_code).run()
     except _EnoughError:
         pass
     if len(watch.ends) < 2:

@@ -1,0 +1,4 @@
+from __future__ import annotations
+from peftx.comparing.table import Table
+def page(table: Table) -> str:
+    return ""
