@@ -41,7 +41,9 @@ class BudgetSpec(SpecModel):
     """How long every row trains: exactly one of the three."""
 
     steps: Positive | None = Field(None, description="optimizer steps")
-    rows: Positive | None = Field(None, description="rows that are trained on, those seen again counted again")
+    rows: Positive | None = Field(
+        None, description="rows that are trained on, those seen again counted again"
+    )
     seconds: Rate | None = Field(None, description="seconds of training; steps are measured, then fixed")
 
     @model_validator(mode="after")
@@ -61,9 +63,13 @@ class BudgetSpec(SpecModel):
 class MethodSpec(SpecModel):
     """One method: a stack, and what is varied in it."""
 
-    stack: tuple[StackEntry, ...] = Field(description="the plugins, in order of effect; [] is the base as it is")
+    stack: tuple[StackEntry, ...] = Field(
+        description="the plugins, in order of effect; [] is the base as it is"
+    )
     grid: dict[Text, Values] | None = Field(
-        None, min_length=1, description="values of an option, 'lora.rank: [4, 16]'; a row for each combination"
+        None,
+        min_length=1,
+        description="values of an option, 'lora.rank: [4, 16]'; a row for each combination",
     )
     learning_rate: Rates | None = Field(None, description="rates of this method; those of all unless given")
 
@@ -73,10 +79,13 @@ class CompareSpec(SpecModel):
 
     base: Text | BaseSpec = Field(description="what all methods share, or the file that says it")
     metric: Text | None = Field(
-        None, description="what rates are chosen by and rows are ordered by; the first of evaluate unless given"
+        None,
+        description="what rates are chosen by and rows are ordered by; the first of evaluate unless given",
     )
     budget: BudgetSpec = Field(description="how long every row trains")
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of training; a row is run with each")
+    seeds: tuple[Seed, ...] = Field(
+        (0, 1, 2), min_length=1, description="of training; a row is run with each"
+    )
     learning_rate: Rates = Field(RATES, description="rates that are tried for each row")
     validation: Share | SourceSpec = Field(
         0.2, description="share of the training rows that rates are chosen on, or a file of such rows"

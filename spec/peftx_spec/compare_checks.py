@@ -47,7 +47,9 @@ def check_compare(data: Data) -> Iterator[Finding]:
 
 def rows_of(method: Data) -> int:
     """How many rows a method's grid makes."""
-    return math.prod(max(1, len(list_of(mapping_of(method, "grid"), key))) for key in mapping_of(method, "grid"))
+    return math.prod(
+        max(1, len(list_of(mapping_of(method, "grid"), key))) for key in mapping_of(method, "grid")
+    )
 
 
 def _repeated(path: Path, values: list[object], noun: str) -> Iterator[Finding]:
@@ -121,17 +123,25 @@ def _metrics(base: Data, metric: object) -> Iterator[Finding]:
     """Metrics of a comparison are measured on data.eval, so that rates can be chosen by them on other rows."""
     listed: list[str] = []
     for index, item in enumerate(list_of(base, "evaluate")):
-        for name, options in ({item: None} if isinstance(item, str) else item if isinstance(item, dict) else {}).items():
+        for name, options in (
+            {item: None} if isinstance(item, str) else item if isinstance(item, dict) else {}
+        ).items():
             listed.append(str(name))
             if isinstance(options, str) or (isinstance(options, dict) and "path" in options):
                 message = f"'{name}' has rows of its own, and a rate would be chosen on them"
-                yield Finding(("evaluate", index, name), message, suggestion="name them as 'data: {eval: file}'")
+                yield Finding(
+                    ("evaluate", index, name), message, suggestion="name them as 'data: {eval: file}'"
+                )
     wanted = metric if isinstance(metric, str) else next(iter(listed), None)
     place: Path = ("metric",) if isinstance(metric, str) else ("evaluate", 0)
     if isinstance(metric, str) and listed and metric not in listed:
         message = f"'metric' is '{metric}', which 'evaluate' does not list"
-        yield Finding(place, message, expected=f"one of {', '.join(listed)}", suggestion=nearest(metric, listed))
+        yield Finding(
+            place, message, expected=f"one of {', '.join(listed)}", suggestion=nearest(metric, listed)
+        )
     elif wanted is not None and wanted not in HIGHER_IS_BETTER:
         known = ", ".join(HIGHER_IS_BETTER)
         message = f"whether more of '{wanted}' is better, nobody knows"
-        yield Finding(place, message, expected=f"one of {known}", suggestion=nearest(wanted, HIGHER_IS_BETTER))
+        yield Finding(
+            place, message, expected=f"one of {known}", suggestion=nearest(wanted, HIGHER_IS_BETTER)
+        )

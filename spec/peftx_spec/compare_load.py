@@ -16,7 +16,7 @@ from peftx_spec.compare_checks import check_base, check_compare, value_text
 from peftx_spec.errors import PeftxError
 from peftx_spec.loader import Document, Fault, read_tolerantly
 from peftx_spec.models import Pipeline, SourceSpec
-from peftx_spec.overrides import entry_ids, override
+from peftx_spec.overrides import override
 from peftx_spec.problems import Path, Problem, SpecError
 from peftx_spec.raw import Data, list_of, mapping_of
 from peftx_spec.resolve import absolute, resolved
@@ -199,7 +199,9 @@ class _Reader:
                 continue
             seen.add(finding.path)
             source = overridden.source(finding.path)
-            found = self._located(finding, name, None if source is None else list(point)[source[0]], point, base)
+            found = self._located(
+                finding, name, None if source is None else list(point)[source[0]], point, base
+            )
             problems.append(found)
             if _is_a_name(finding):
                 self.problems.append(found)
@@ -247,7 +249,11 @@ class _Reader:
         if key is not None:
             values = list_of(mapping_of(mapping_of(mapping_of(self.compare, "methods"), method), "grid"), key)
             # At the key where the key is wrong, else at the value of this row.
-            rest: Path = () if finding.at_key else ([value_text(value) for value in values].index(value_text(point[key])),)
+            rest: Path = (
+                ()
+                if finding.at_key
+                else ([value_text(value) for value in values].index(value_text(point[key])),)
+            )
             return _problem(self.document, finding, (*own, "grid", key, *rest))
         if finding.path[:1] == ("stack",):
             return _problem(self.document, finding, (*own, *finding.path))
@@ -274,7 +280,9 @@ def _row_name(method: str, point: Mapping[str, object]) -> str:
     """`lora rank=4`; the whole key where two keys end alike."""
     last = [key.rpartition(".")[2] for key in point]
     keys = [end if last.count(end) == 1 else key for key, end in zip(point, last, strict=True)]
-    return " ".join([method, *(f"{key}={value_text(value)}" for key, value in zip(keys, point.values(), strict=True))])
+    return " ".join(
+        [method, *(f"{key}={value_text(value)}" for key, value in zip(keys, point.values(), strict=True))]
+    )
 
 
 def _written(value: object) -> str:

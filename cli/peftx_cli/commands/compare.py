@@ -20,7 +20,9 @@ Output = Annotated[
 ]
 Jobs = Annotated[
     int,
-    typer.Option("--jobs", "-j", min=0, help="processes side by side; 0: one a core, or one on an accelerator"),
+    typer.Option(
+        "--jobs", "-j", min=0, help="processes side by side; 0: one a core, or one on an accelerator"
+    ),
 ]
 Retry = Annotated[bool, typer.Option("--retry", help="run again what has failed")]
 
@@ -97,7 +99,5 @@ def _show(table: Table) -> None:
 def _line(row: TableRow) -> tuple[str, ...]:
     from peftx.comparing.page import UNITS, interval, quality, rate
 
-    costs = (
-        "" if (value := getattr(row, name)) is None else unit(value) for name, unit in UNITS.items()
-    )
+    costs = ("" if (value := getattr(row, name)) is None else unit(value) for name, unit in UNITS.items())
     return (row.row, quality(row), interval(row), row.note, rate(row), *costs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peftx.comparing.plots import colour, curves, pareto
@@ -14,17 +14,17 @@ LONGEST_REASON = 160
 
 _STYLE = """
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2228; background: #fff; margin: 2rem auto; max-width: 76rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2228; background: #fff; margin: 2rem auto; max-width: 84rem;
   padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
 .sub { color: #56626e; margin: 0 0 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 #rows { width: 100%; }
-th, td { text-align: right; padding: .32rem .6rem; white-space: nowrap; }
+th, td { text-align: right; padding: .32rem .5rem; white-space: nowrap; }
 th:nth-child(-n+2), td:nth-child(-n+2), td.said, #rows th:nth-child(5) { text-align: left; }
-td.said { white-space: normal; min-width: 9rem; }
-#rows thead th { white-space: normal; } tr.failed td.said { min-width: 22rem; }
+td.said { white-space: normal; min-width: 8rem; }
+#rows thead th { white-space: normal; } tr.failed td.said { min-width: 15rem; }
 #rows thead th { border-bottom: 2px solid #aab4be; vertical-align: bottom; font-weight: 600; }
 #rows thead th[tabindex] { cursor: pointer; } #rows thead th[tabindex]:hover { color: #2f6db3; }
 th[aria-sort=ascending]::after { content: " \\2191"; } th[aria-sort=descending]::after { content: " \\2193"; }
@@ -37,7 +37,8 @@ svg .words { font-weight: 600; } svg .front { stroke-dasharray: 4 3; }
 svg .point line { stroke-width: 1.4; opacity: .55; } svg .point text, svg .line text { font-weight: 600; }
 svg .line polyline { stroke-width: 1.5; }
 details { border-top: 1px solid #e3e8ec; padding: .45rem 0; } summary { cursor: pointer; }
-details table { margin: .4rem 0 .6rem; } pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+details table { margin: .4rem 0 .6rem; }
+pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 """
 
 _SCRIPT = """
@@ -56,7 +57,8 @@ function sort(head) {
 const open = () => { const at = location.hash && document.querySelector(location.hash); if (at) at.open = true; };
 addEventListener('hashchange', open); open();
 heads.forEach(head => { head.addEventListener('click', () => sort(head));
-  head.addEventListener('keydown', e => { if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); sort(head); } }); });
+  head.addEventListener('keydown', e => {
+    if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); sort(head); } }); });
 """
 
 
@@ -139,41 +141,52 @@ def remark(row: TableRow) -> str:
 
 def page(table: Table) -> str:
     """The whole page."""
-    plots = [pareto(table, name, words, UNITS[name]) for name, words in COSTS.items()]
-    figures = "".join(f"<figure>{plot}</figure>" for plot in plots if plot)
-    losses = curves(table)
-    better = "higher" if table.higher_is_better else "lower"
+    rows = "".join(_details(table, row, number) for number, row in enumerate(table.rows))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>peftx: methods compared</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_STYLE}</style></head>\n<body><h1>Methods compared by {_said(table.metric)}</h1>\n"
-        f'<p class="sub">{_said(table.model)}; {_said(table.budget)} a row; {_seeds(table)}; {better} is better. '
-        f"Rates are chosen on validation rows ({_said(table.validation)}), never on those that are measured. "
-        f"{_machine(table)}</p>\n"
-        f'<div class="wide">{_table(table)}</div>\n{_key(table)}\n'
-        + (f'<h2>Quality against cost</h2>\n<p class="sub">Up and to the left is better'.replace(
-            "Up", "Up" if table.higher_is_better else "Down") +
-           ". Dashed: the best that each cost buys. Bars: 95 % intervals. Numbers are the rows\'.</p>\n"
-           f'<div class="plots">{figures}</div>\n' if figures else "")
-        + (f'<h2>Learning curves</h2>\n<p class="sub">Training loss, the mean of the seeds.</p>\n{losses}\n' if losses else "")
-        + f"<h2>Each row, and how to repeat it</h2>\n{''.join(_details(table, row, n) for n, row in enumerate(table.rows))}\n"
+        f'<p class="sub">{_setting(table)}</p>\n<div class="wide">{_table(table)}</div>\n{_key(table)}\n'
+        f"{_plots(table)}{_curves(table)}<h2>Each row, and how to repeat it</h2>\n{rows}\n"
         f"<script>{_SCRIPT}</script></body></html>\n"
-    )  # fmt: skip
+    )
+
+
+def _setting(table: Table) -> str:
+    """What all rows have in common."""
+    seeds = ", ".join(map(str, table.seeds))
+    versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
+    return _said(
+        f"{table.model}; {table.budget} a row; seed{'s' if len(table.seeds) > 1 else ''} {seeds}; "
+        f"{'higher' if table.higher_is_better else 'lower'} is better. Rates are chosen on validation rows "
+        f"({table.validation}), never on those that are measured. Run on "
+        f"{'an accelerator' if table.device == 'accelerator' else 'the CPU'}, {table.threads} "
+        f"thread{'s' if table.threads > 1 else ''} a job; {versions}."
+    )
+
+
+def _plots(table: Table) -> str:
+    found = [pareto(table, name, words, UNITS[name]) for name, words in COSTS.items()]
+    figures = "".join(f"<figure>{plot}</figure>" for plot in found if plot)
+    if not figures:
+        return ""
+    way = "Up" if table.higher_is_better else "Down"
+    words = (
+        f"{way} and to the left is better. Dashed: the best that each cost buys. Bars: 95 % intervals. "
+        "Each number is a row's."
+    )
+    return f'<h2>Quality against cost</h2>\n<p class="sub">{words}</p>\n<div class="plots">{figures}</div>\n'
+
+
+def _curves(table: Table) -> str:
+    found = curves(table)
+    if not found:
+        return ""
+    return f'<h2>Learning curves</h2>\n<p class="sub">Training loss, the mean of the seeds.</p>\n{found}\n'
 
 
 def _said(text: object) -> str:
     return html.escape(str(text), quote=True)
-
-
-def _seeds(table: Table) -> str:
-    seeds = ", ".join(map(str, table.seeds))
-    return f"seed{'s' if len(table.seeds) > 1 else ''} {seeds}"
-
-
-def _machine(table: Table) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
-    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''} a job"
-    return _said(f"Run on {'an accelerator' if table.device == 'accelerator' else 'the CPU'}, {threads}; {versions}.")
 
 
 def _table(table: Table) -> str:
@@ -193,7 +206,11 @@ def _line(row: TableRow, number: int, known: list[Column]) -> str:
     cells = [f'<td data-value="{number + 1}">{number + 1}</td>']
     for index, column in enumerate(known):
         value = column.value(row)
-        inside = f'{dot}<a href="#row-{number + 1}">{_said(row.row)}</a>' if index == 0 else _said(column.shown(row))
+        inside = (
+            f'{dot}<a href="#row-{number + 1}">{_said(row.row)}</a>'
+            if index == 0
+            else _said(column.shown(row))
+        )
         said = ' class="said"' if column.name == "note" else ""
         cells.append(f'<td{said} data-value="{"" if value is None else _said(value)}">{inside}</td>')
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
@@ -201,9 +218,9 @@ def _line(row: TableRow, number: int, known: list[Column]) -> str:
 
 def _key(table: Table) -> str:
     failed = sum(row.status == "failed" for row in table.rows)
+    noise = "its interval and the best one's overlap, so these seeds cannot tell the two apart."
     parts = [
-        "<b>best</b>: the best mean. <b>inside the noise of the best</b>: its interval and the best one's overlap, so "
-        "these seeds cannot tell the two apart.",
+        f"<b>best</b>: the best mean. <b>inside the noise of the best</b>: {noise}",
         "<b>edge</b>: the smallest or largest rate that was tried, so a better one may lie beyond.",
     ]
     if len(table.seeds) == 1:
@@ -226,7 +243,8 @@ def _details(table: Table, row: TableRow, number: int) -> str:
     if row.seeds:
         names = list(dict.fromkeys(name for seed in row.seeds for name in seed.scores))
         seeds = [
-            (str(seed.seed), *(_score(seed.scores.get(name)) for name in names), seed.reason) for seed in row.seeds
+            (str(seed.seed), *(_score(seed.scores.get(name)) for name in names), seed.reason)
+            for seed in row.seeds
         ]
         parts.append(_small(("seed", *names, ""), seeds))
     if row.row in table.yaml:
@@ -243,7 +261,7 @@ def _score(score: dict[str, object] | None) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _small(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _small(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     top = "".join(f"<th>{_said(name)}</th>" for name in heads)
     lines = "".join(f"<tr>{''.join(f'<td>{_said(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"

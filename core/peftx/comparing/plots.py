@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from peftx.comparing.table import Table, TableRow
 
-COLOURS = ("#2f6db3", "#d1703c", "#3a8f5c", "#a2489a", "#b5912a", "#5a6b7b", "#c4425a", "#2a9d9b", "#7a5fc0", "#8a6a4f")
+COLOURS = (
+    "#2f6db3",
+    "#d1703c",
+    "#3a8f5c",
+    "#a2489a",
+    "#b5912a",
+    "#5a6b7b",
+    "#c4425a",
+    "#2a9d9b",
+    "#7a5fc0",
+    "#8a6a4f",
+)
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 42
 LOG_FROM = 30
@@ -65,14 +76,20 @@ def colour(index: int) -> str:
 
 def pareto(table: Table, cost: str, words: str, unit: Callable[[float], str]) -> str:
     """Quality against one cost, a point a row with its number in the table; empty where no row has the cost."""
-    rows = [(number, row) for number, row in enumerate(table.rows) if _finite(row) and getattr(row, cost) is not None]
+    rows = [
+        (number, row)
+        for number, row in enumerate(table.rows)
+        if _finite(row) and getattr(row, cost) is not None
+    ]
     if not rows:
         return ""
     costs = [float(getattr(row, cost)) for _, row in rows]
     x = _cost_axis(costs)
     y = _value_axis([row for _, row in rows])
     parts = [_frame(x, y, unit, words, table.metric)]
-    front = _front([(float(getattr(row, cost)), float(row.value or 0)) for _, row in rows], table.higher_is_better)
+    front = _front(
+        [(float(getattr(row, cost)), float(row.value or 0)) for _, row in rows], table.higher_is_better
+    )
     parts.append(_stairs(front, x, y))
     for (number, row), at in zip(rows, costs, strict=True):
         parts.append(_point(number, row, x.at(at), y, f"{unit(at)} {words}", table.metric))
@@ -129,7 +146,9 @@ def _point(number: int, row: TableRow, px: float, y: Axis, told: str, metric: st
     whisker = ""
     if row.low is not None and row.high is not None:
         low, high = y.clipped(row.low), y.clipped(row.high)
-        whisker = f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour(number)}"/>'
+        whisker = (
+            f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour(number)}"/>'
+        )
     left = px > WIDTH - RIGHT - 34
     anchor = f'x="{px - 8:.1f}" text-anchor="end"' if left else f'x="{px + 8:.1f}"'
     return (
@@ -154,10 +173,11 @@ def curves(table: Table) -> str:
     parts = [_frame(x, y, _plain, "step", "loss", width=width, height=height)]
     for number, row, points in lines:
         path = " ".join(f"{x.at(step):.1f},{y.at(loss):.1f}" for step, loss in points)
-        end = points[-1]
+        (step, loss), fill = points[-1], colour(number)
         parts.append(
-            f'<g class="line"><title>{html.escape(row.row)}</title><polyline fill="none" points="{path}" stroke="{colour(number)}"/>'
-            f'<text x="{x.at(end[0]) + 5:.1f}" y="{y.at(end[1]) + 4:.1f}" fill="{colour(number)}">{number + 1}</text></g>'
+            f'<g class="line"><title>{html.escape(row.row)}</title>'
+            f'<polyline fill="none" points="{path}" stroke="{fill}"/>'
+            f'<text x="{x.at(step) + 5:.1f}" y="{y.at(loss) + 4:.1f}" fill="{fill}">{number + 1}</text></g>'
         )
     return _svg(parts, "loss over steps", width=width, height=height)
 
@@ -185,13 +205,17 @@ def _frame(
     bottom = height - BOTTOM
     parts = [f'<path class="axis" fill="none" stroke="#8b97a3" d="M{LEFT},{TOP}V{bottom}H{width - RIGHT}"/>']
     for tick in x.ticks():
-        at = x.at(tick)
-        parts.append(f'<path class="tick" stroke="#8b97a3" d="M{at:.1f},{bottom}v4"/>'
-                     f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{html.escape(unit(tick))}</text>')  # fmt: skip
+        at, told = x.at(tick), html.escape(unit(tick))
+        parts.append(
+            f'<path class="tick" stroke="#8b97a3" d="M{at:.1f},{bottom}v4"/>'
+            f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{told}</text>'
+        )
     for tick in y.ticks():
         at = y.at(tick)
-        parts.append(f'<path class="grid" stroke="#edf0f3" d="M{LEFT},{at:.1f}H{width - RIGHT}"/>'
-                     f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_plain(tick)}</text>')  # fmt: skip
+        parts.append(
+            f'<path class="grid" stroke="#edf0f3" d="M{LEFT},{at:.1f}H{width - RIGHT}"/>'
+            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_plain(tick)}</text>'
+        )
     scale, y_scale = (" (log)" if axis.log else "" for axis in (x, y))
     middle = (LEFT + width - RIGHT) / 2
     parts.append(f'<text class="words" x="{middle:.0f}" y="{height - 6}" text-anchor="middle">'

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +30,7 @@ class _Running:
 
 
 @contextmanager
-def processes(
-    folder: Path, *, jobs: int, threads: int, trust_remote_code: bool
-) -> Iterator[Pool]:
+def processes(folder: Path, *, jobs: int, threads: int, trust_remote_code: bool) -> Iterator[Pool]:
     """A pool whose processes are gone at the end, whatever happened, and their scratch folders with them."""
     for stale in folder.glob(".work-*"):  # of a comparison that was killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -46,9 +45,7 @@ def processes(
 class Pool:
     """At most `jobs` processes at a time."""
 
-    def __init__(
-        self, folder: Path, scratch: Path, jobs: int, threads: int, trust_remote_code: bool
-    ) -> None:
+    def __init__(self, folder: Path, scratch: Path, jobs: int, threads: int, trust_remote_code: bool) -> None:
         self.folder, self.scratch = folder, scratch
         self.jobs, self.threads, self.trust_remote_code = jobs, threads, trust_remote_code
         self.running: dict[str, _Running] = {}
@@ -58,7 +55,9 @@ class Pool:
         scratch = self.scratch / job.id
         scratch.mkdir()
         arguments = (job, self.folder, scratch, self.threads, self.trust_remote_code)
-        process = self.context.Process(target=_begin, args=(work, *arguments))
+        process: BaseProcess = self.context.Process(  # type: ignore[attr-defined]
+            target=_begin, args=(work, *arguments)
+        )
         process.start()
         self.running[job.id] = _Running(job, process, scratch)
 
@@ -112,7 +111,7 @@ def _begin(target: Callable[..., None], *arguments: object) -> None:
     target(*arguments)
 
 
-def _context():  # type: ignore[no-untyped-def]  # noqa: ANN202  its class is private
+def _context() -> BaseContext:
     """A fresh interpreter for each job; on Linux a fork of one that has imported everything and run nothing, which
     starts in a tenth of a second."""
     if sys.platform != "linux":

@@ -58,7 +58,9 @@ def compare(
     check_place(folder)
     make_place(folder / "any")
     with _alone(folder):
-        schedule = Schedule(loaded, folder, registry=registry or Registry(), trust_remote_code=trust_remote_code)
+        schedule = Schedule(
+            loaded, folder, registry=registry or Registry(), trust_remote_code=trust_remote_code
+        )
         cores = _cores()
         at_once = jobs or (1 if _has_accelerator() else cores)
         threads = max(1, cores // at_once)

@@ -78,7 +78,9 @@ class Schedule:
                 remedy = f" ({conflict.remedy})" if conflict.remedy else ""
                 return PlannedRow(row, None, conflict.reason + remedy)
             hooks = frozenset[str]().union(*(self.registry.hooks(entry.use) for entry in pipeline.stack))
-            trains = pipeline.train is not None and bool(seen.totals.trainable_params or "train_step" in hooks)
+            trains = pipeline.train is not None and bool(
+                seen.totals.trainable_params or "train_step" in hooks
+            )
             if not trains:
                 pipeline = _untrained(pipeline, hooks)
             extra = [self.validation.path] if isinstance(self.validation, SourceSpec) else []
@@ -141,7 +143,15 @@ class Schedule:
         seed = self.spec.seeds[0]
         base = self._without_eval(_of(row))
         return tuple(
-            Job(row.name, "rate", dump(_trained(base, steps, rate, seed)), self.metric, seed, row.identity, rate)
+            Job(
+                row.name,
+                "rate",
+                dump(_trained(base, steps, rate, seed)),
+                self.metric,
+                seed,
+                row.identity,
+                rate,
+            )
             for rate in row.rates
         )
 
@@ -155,7 +165,15 @@ class Schedule:
         if steps is None or rate is None:
             return ()
         return tuple(
-            Job(row.name, "seed", dump(_trained(_of(row), steps, rate, seed)), self.metric, seed, row.identity, rate)
+            Job(
+                row.name,
+                "seed",
+                dump(_trained(_of(row), steps, rate, seed)),
+                self.metric,
+                seed,
+                row.identity,
+                rate,
+            )
             for seed in self.spec.seeds
         )
 
@@ -169,7 +187,9 @@ class Schedule:
         results = [found[job.id] for job in self.rate_jobs(row, steps) if job.id in found]
         best: JobResult | None = None
         for result in results:
-            if not result.reason and (best is None or self.better(result.value(self.metric), best.value(self.metric))):
+            if not result.reason and (
+                best is None or self.better(result.value(self.metric), best.value(self.metric))
+            ):
                 best = result
         return None if best is None else best.rate
 
@@ -182,7 +202,11 @@ class Schedule:
         held: dict[str, object] = {"eval": validation, "holdout": None}
         if not isinstance(validation, SourceSpec):
             held = {"eval": None, "holdout": HoldoutSpec(share=validation, seed=self.spec.seeds[0])}
-            if data.calibration is not None and data.train is not None and data.calibration.path == data.train.path:
+            if (
+                data.calibration is not None
+                and data.train is not None
+                and data.calibration.path == data.train.path
+            ):
                 held["calibration"] = None  # which means the rows that are trained on
         metrics = tuple(metric for metric in pipeline.evaluate if metric.metric == self.metric)
         return pipeline.model_copy(update={"data": data.model_copy(update=held), "evaluate": metrics})
@@ -236,4 +260,3 @@ def split_digest(data: DataSpec) -> str:
     assert data.holdout is not None
     text = f"{sha256(asset_path(data.train.path))} {data.train!r} {data.holdout!r}"
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-

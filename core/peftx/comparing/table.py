@@ -82,7 +82,9 @@ class TableRow:
         return Spread(self.value, self.std, self.low, self.high)
 
 
-COLUMNS = tuple(name for name in TableRow.__dataclass_fields__ if name not in ("options", "rates", "seeds", "log"))
+COLUMNS = tuple(
+    name for name in TableRow.__dataclass_fields__ if name not in ("options", "rates", "seeds", "log")
+)
 """What a CSV has of a row."""
 
 COSTS = {
@@ -149,7 +151,9 @@ def table_of(schedule: Schedule, found: Found, *, threads: int) -> Table:
         model=pipeline.model.id,
         budget=str(spec.budget),
         seeds=list(spec.seeds),
-        validation=f"{validation:g} of the training rows" if isinstance(validation, float) else validation.path,
+        validation=f"{validation:g} of the training rows"
+        if isinstance(validation, float)
+        else validation.path,
         threads=threads,
         device="accelerator" if on_device else "cpu",
         versions={"peftx": __version__, **{name: version(name) for name in ("torch", "transformers")}},
@@ -189,7 +193,12 @@ def _row(schedule: Schedule, row: PlannedRow, found: Found, slug: str) -> TableR
     if rate is None and row.rates:
         first = tried[0] if tried else None
         return TableRow(**told, status="failed", reason=_reason(first), log=first.log if first else "")
-    told |= {"learning_rate": rate, "edge": _is_edge(rate, row.rates), "steps": steps, "repeat": f"repeat/{slug}.yaml"}
+    told |= {
+        "learning_rate": rate,
+        "edge": _is_edge(rate, row.rates),
+        "steps": steps,
+        "repeat": f"repeat/{slug}.yaml",
+    }
     results = [found[job.id] for job in schedule.seed_jobs(row, found) if job.id in found]
     told["seeds"] = [_measured(result, schedule.metric) for result in results]
     bad = next((result for result in results if result.reason), None)
@@ -197,7 +206,9 @@ def _row(schedule: Schedule, row: PlannedRow, found: Found, slug: str) -> TableR
         words = f"seed {bad.seed}: " if bad is not None and len(results) > 1 else ""
         return TableRow(**told, status="failed", reason=words + _reason(bad), log=bad.log if bad else "")
     over = spread([result.value(schedule.metric) for result in results])
-    return TableRow(**told, status="done", value=over.mean, std=over.std, low=over.low, high=over.high, **_costs(results))
+    return TableRow(
+        **told, status="done", value=over.mean, std=over.std, low=over.low, high=over.high, **_costs(results)
+    )
 
 
 def _reason(result: JobResult | None) -> str:

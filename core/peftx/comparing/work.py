@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,11 @@ def work(job: Job, folder: Path, scratch: Path, threads: int, trust_remote_code:
     torch.set_num_threads(threads)
     blank = JobResult(job.id, job.kind, job.seed, job.rate, threads=threads)
     try:
-        found = _pace(job, blank, trust_remote_code) if job.kind == "pace" else _measure(job, blank, scratch, trust_remote_code)
+        found = (
+            _pace(job, blank, trust_remote_code)
+            if job.kind == "pace"
+            else _measure(job, blank, scratch, trust_remote_code)
+        )
     except PeftxError as error:
         found = replace(blank, reason=error.message + (f" ({error.hint})" if error.hint else ""))
     except Exception as error:  # noqa: BLE001  a stack may break in any way, and its row is to say so
@@ -187,10 +192,8 @@ def _pace(job: Job, blank: JobResult, trust_remote_code: bool) -> JobResult:
     assert job.seconds is not None
     pipeline = load_pipeline(job.pipeline, catalogue=Registry())
     watch = _Pace(job.seconds)
-    try:
+    with suppress(_EnoughError):
         Run(pipeline, reporter=watch, trust_remote_code=trust_remote_code).run()
-    except _EnoughError:
-        pass
     if len(watch.ends) < 2:
         raise PeftxError("no step could be timed: nothing trains")
     step = (watch.ends[-1] - watch.ends[0]) / (len(watch.ends) - 1)
