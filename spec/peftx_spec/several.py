@@ -36,7 +36,8 @@ def pointer(data: Data, target: str, values: list[object]) -> str:
     file = comparison(data, target, values)
     if file is None:
         return POINTER
-    return f"one run takes one value; for several write this to compare.yaml, and run 'peftx compare compare.yaml':\n{file}"
+    how = "for several write this to compare.yaml, and run 'peftx compare compare.yaml'"
+    return f"one run takes one value; {how}:\n{file}"
 
 
 def comparison(data: Data, target: str, values: list[object]) -> str | None:

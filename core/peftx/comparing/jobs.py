@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,11 +101,8 @@ def read_result(folder: Path, id: str) -> JobResult | None:
         return None
 
 
-def identity_of(pipeline: Pipeline, registry: Registry, extra: Iterable[str] = ()) -> str:
+def identity_of(pipeline: Pipeline, registry: Registry) -> str:
     """Digests of the files that a pipeline reads, and versions of what runs it, as text.
-
-    Args:
-        extra: further files.
 
     Raises:
         PeftxError: a file that is not there, or a plugin.
@@ -117,7 +113,7 @@ def identity_of(pipeline: Pipeline, registry: Registry, extra: Iterable[str] = (
 
     data = pipeline.data
     sources = [data.train, data.eval, data.calibration, *data.sources.values()]
-    paths = dict.fromkeys([*(source.path for source in sources if source is not None), *extra])
+    paths = dict.fromkeys(source.path for source in sources if source is not None)
     plugins = {entry.use: registry.describe(entry.use).version for entry in pipeline.stack}
     versions = {name: version(name) for name in ("torch", "transformers")}
     whole = {

@@ -38,6 +38,8 @@ class PlannedRow:
     rates: tuple[float, ...] = ()
     """What is tried, from small to large; empty where nothing trains."""
     identity: str = field(default="", repr=False)
+    rate_identity: str = field(default="", repr=False)
+    """Of the jobs that rates are chosen by: they never read what rows are measured on, so it is no part of it."""
 
     @property
     def name(self) -> str:
@@ -83,11 +85,12 @@ class Schedule:
             )
             if not trains:
                 pipeline = _untrained(pipeline, hooks)
-            extra = [self.validation.path] if isinstance(self.validation, SourceSpec) else []
-            identity = identity_of(pipeline, self.registry, extra)
+            rates = tuple(sorted(row.learning_rates)) if trains else ()
+            identity = identity_of(pipeline, self.registry)
+            rate_identity = identity_of(self._without_eval(pipeline), self.registry) if len(rates) > 1 else ""
         except PeftxError as error:
             return PlannedRow(row, None, error.message + (f" ({error.hint})" if error.hint else ""))
-        return PlannedRow(row, pipeline, "", tuple(sorted(row.learning_rates)) if trains else (), identity)
+        return PlannedRow(row, pipeline, "", rates, identity, rate_identity)
 
     # -- the jobs ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +152,7 @@ class Schedule:
                 dump(_trained(base, steps, rate, seed)),
                 self.metric,
                 seed,
-                row.identity,
+                row.rate_identity,
                 rate,
             )
             for rate in row.rates
