@@ -57,7 +57,8 @@ class BudgetSpec(SpecModel):
 
     def __str__(self) -> str:
         name, value = next((name, value) for name, value in self if value is not None)
-        return f"{value:,} {name}" if isinstance(value, int) else f"{value:g} {name}"
+        told = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        return f"{told} {name if value != 1 else name.removesuffix('s')}"
 
 
 class MethodSpec(SpecModel):
