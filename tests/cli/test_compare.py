@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def kinds(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, int], dict[str, Any]]]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int], dict[str, Any]]:
     """A comparison that was killed after its first job, and gone on with: the folder, what there was after the kill,
     and the results."""
     folder = tmp_path_factory.mktemp("compare")
@@ -87,7 +87,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     before = states(out)
     result = invoke(file, "-j", "1", "-o", out)
     assert result.exit_code == 1, f"{result.output}\n{result.exception!r}"  # a row failed
-    yield out, before, json.loads((out / "results.json").read_text())
+    return out, before, json.loads((out / "results.json").read_text())
 
 
 def test_what_was_done_before_the_kill_is_not_done_again(done: Any) -> None:

@@ -196,7 +196,8 @@ def test_ticks_lie_on_the_axis(axis: Axis) -> None:
 
 def test_names_of_files() -> None:
     assert slugs_of(["lora rank=4", "lora rank-4", "LORA rank/4", "a" * 300]) == {
-        "lora rank=4": "lora-rank-4", "lora rank-4": "lora-rank-4-2", "LORA rank/4": "LORA-rank-4-3", "a" * 300: "a" * 80,
+        "lora rank=4": "lora-rank-4", "lora rank-4": "lora-rank-4-2", "LORA rank/4": "LORA-rank-4-3",
+        "a" * 300: "a" * 80,
     }  # fmt: skip
 
 
