@@ -269,7 +269,7 @@ def _trains(
     from peftx_spec import load_spec
     from peftx_spec.dumper import dump_plain
 
-    draft = dump_plain({**document, "train": {}})
+    draft = dump_plain({**document, "train": {"steps": asked.steps or STEPS, "learning_rate": RATE}})
     loaded = load_spec(draft, catalogue=registry, overrides=list(asked.overrides), name=COMMAND_LINE)
     planned = plan(loaded.pipeline, registry=registry, trust_remote_code=asked.trust_remote_code)
     return bool(planned.conflicts) or planned.totals.trainable_params > 0, planned.conflicts

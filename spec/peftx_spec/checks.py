@@ -28,6 +28,7 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
     hooks = _hooks(data, catalogue, names)
     return [
         *_version(data),
+        *_comparison(data),
         *_remote_code(data),
         *_places(data),
         *_large_numbers((), data),
@@ -66,6 +67,12 @@ def _version(data: Data) -> Iterator[Finding]:
     if type(version) is not int or version != 1:  # true == 1, and no version
         message = "this peftx reads specs of format 1"
         yield Finding(("peftx",), message, expected="1", got=describe(version))
+
+
+def _comparison(data: Data) -> Iterator[Finding]:
+    if "compare" in data:
+        message = "this is a comparison, and no pipeline"
+        yield Finding(("compare",), message, at_key=True, suggestion="run it with 'peftx compare FILE'")
 
 
 def _remote_code(data: Data) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from peftx_spec.loader import Document, Fault, parse_tolerantly, read_tolerantly
 from peftx_spec.models import Pipeline
 from peftx_spec.overrides import Overridden, override
 from peftx_spec.problems import Path, Problem, SpecError
+from peftx_spec.several import pointer, several
 from peftx_spec.translate import Finding, examine
 
 
@@ -104,6 +105,9 @@ def _located(finding: Finding, document: Document, overridden: Overridden) -> Pr
     words = {"expected": finding.expected, "got": finding.got, "suggestion": finding.suggestion}
     source = overridden.source(finding.path)
     if source is not None:
+        asked = several(overridden.texts[source[0]]) if "number" in finding.expected else None
+        if asked is not None:
+            words["suggestion"] = pointer(overridden.data, *asked)
         return overridden.problem(finding.message, source, finding.path, **words)
     position = document.position(finding.path, key=finding.at_key)
     return document.problem(finding.message, position, finding.path, **words)

@@ -38,6 +38,7 @@ print(loaded, plugins, code, round(time.process_time() - began, 3), file=sys.std
         ["list", "--hook", "inject"],
         ["info", "fake-gain", "--metadata"],
         ["apply", "--help"],
+        ["compare", "--help"],
         ["validate", "empty.yaml"],
     ],
     ids=" ".join,
@@ -50,6 +51,16 @@ def test_starts_without_heavy_imports(installed: Any, words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("[] [] 0 "), last
+
+
+def test_a_wrong_comparison_is_refused_without_heavy_imports(installed: Any) -> None:
+    installed.scaffold("fake-gain", "inject")
+    text = "peftx: 1\ncompare: {base: {}, budget: {steps: 0}, methods: {gain: {stack: [fake-gain]}}}\n"
+    (installed.work / "wrong.yaml").write_text(text, "utf-8")
+    code = PROBE.format(words=["compare", "wrong.yaml"], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("[] [] 2 "), done.stderr
+    assert "wrong.yaml:2:" in done.stderr
 
 
 def test_the_probe_sees_a_heavy_import(installed: Any) -> None:

@@ -44,7 +44,24 @@ def test_yaml_in_the_readme_is_valid() -> None:
     assert [stage.kind for stage in run.stages] == ["inject", "train", "compress", "evaluate", "save"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from peftx_cli.main import app
+
+    (text,) = blocks("docs/compare.md", "yaml")
+    for long, short in (("steps: 12", "steps: 1"), ("[0, 1, 2]", "[0]"), ("[2, 8]", "[2]"), ("limit: 12", "limit: 2"),
+                        ("[1e-3, 1e-2]", "[1e-2]"), ("[1e-2, 1e-1]", "[1e-1]")):  # fmt: skip
+        assert long in text
+        text = text.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    Path("compare.yaml").write_text(text, "utf-8")
+    result = CliRunner().invoke(app, ["compare", "compare.yaml", "--output", "results", "-j", "1"])
+    assert result.exit_code == 0, result.output
+    assert Path("results/index.html").exists()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/compare.md"])
 def test_commands_exist(document: str) -> None:
     from typer.main import get_command
 

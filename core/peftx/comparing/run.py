@@ -1,0 +1,146 @@
+"""A comparison carried out: what is missing is run, what is there is read, and all of it is written."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftx.comparing.jobs import Job, JobResult, read_result, result_file
+from peftx.comparing.page import page
+from peftx.comparing.processes import processes
+from peftx.comparing.schedule import Schedule
+from peftx.comparing.table import Table, table_of
+from peftx.comparing.writing import write
+from peftx.engines.files import make_place
+from peftx.errors import BundleError
+from peftx.kernel.registry import Registry
+from peftx_spec.compare_load import LoadedCompare
+
+TICK = 0.5
+"""Seconds between two looks at the jobs."""
+OURS = frozenset({"jobs", "data", "repeat", "results.json", "results.csv", "index.html", ".lock"})
+"""What a comparison's folder holds; scratch folders beside."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a comparison is: numbers of jobs."""
+
+    done: int
+    total: int
+    running: int
+    failed: int
+
+
+def compare(
+    loaded: LoadedCompare,
+    folder: Path,
+    *,
+    jobs: int = 0,
+    retry: bool = False,
+    trust_remote_code: bool = False,
+    registry: Registry | None = None,
+    progress: Callable[[State], None] | None = None,
+) -> Table:
+    """Run what `folder` has no result of, and write the table there.
+
+    Args:
+        jobs: processes side by side; 0: one a core, or one alone on an accelerator.
+        retry: run again what has failed. progress: called twice a second, and when a job ends.
+
+    Raises:
+        PeftxError: no row can be built. BundleError: `folder` holds something else, or another process is at it.
+    """
+    check_place(folder)
+    make_place(folder / "any")
+    with _alone(folder):
+        schedule = Schedule(
+            loaded, folder, registry=registry or Registry(), trust_remote_code=trust_remote_code
+        )
+        cores = _cores()
+        at_once = jobs or (1 if _has_accelerator() else cores)
+        threads = max(1, cores // at_once)
+        make_place(folder / "jobs" / "any")
+        found = _run(schedule, folder, at_once, threads, retry, trust_remote_code, progress)
+        table = table_of(schedule, found, threads=threads)
+        write(table, page(table), folder)
+    return table
+
+
+def _run(
+    schedule: Schedule, folder: Path, at_once: int, threads: int, retry: bool, trust_remote_code: bool,
+    progress: Callable[[State], None] | None,
+) -> dict[str, JobResult]:  # fmt: skip
+    found: dict[str, JobResult] = {}
+    with processes(folder, jobs=at_once, threads=threads, trust_remote_code=trust_remote_code) as pool:
+        while True:
+            waiting = [job for job in _unknown(schedule, found, folder, retry) if job.id not in pool.running]
+            while waiting and pool.has_room():
+                pool.start(waiting.pop(0))
+            if progress is not None:
+                progress(_state(schedule, found, len(pool.running)))
+            if not pool.running:
+                return found
+            for result in pool.wait(TICK):
+                found[result.id] = result
+
+
+def _unknown(schedule: Schedule, found: dict[str, JobResult], folder: Path, retry: bool) -> list[Job]:
+    """Jobs that must run; those that left a file before are read into `found`, and may make others possible."""
+    while True:
+        wanted = schedule.wanted(found)
+        read = {job.id: result for job in wanted if (result := read_result(folder, job.id)) is not None}
+        for id, result in read.items():
+            if result.reason and retry:
+                result_file(folder, id).unlink(missing_ok=True)
+            else:
+                found[id] = result
+        if not any(id in found for id in read):
+            return wanted
+
+
+def _state(schedule: Schedule, found: dict[str, JobResult], running: int) -> State:
+    failed = sum(bool(result.reason) for result in found.values())
+    left = running if not schedule.wanted(found) else max(running, schedule.count() - len(found))
+    return State(len(found), len(found) + left, running, failed)
+
+
+def check_place(folder: Path) -> None:
+    """Raises BundleError where `folder` is a file, or holds what is not a comparison's."""
+    if folder.is_file():
+        raise BundleError(f"output '{folder}' is a file", hint="choose another folder")
+    if not folder.is_dir():
+        return
+    strange = [entry.name for entry in folder.iterdir() if entry.name not in OURS and entry.name[:1] != "."]
+    if strange:
+        raise BundleError(
+            f"output '{folder}' exists and is no comparison: it holds {strange[0]}",
+            hint="choose another folder, or empty it",
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BundleError(
+                f"another process is comparing in '{folder}'", hint="wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return bool(torch.accelerator.is_available())
