@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -102,7 +103,7 @@ def read_result(folder: Path, id: str) -> JobResult | None:
 
 
 def identity_of(pipeline: Pipeline, registry: Registry) -> str:
-    """Digests of the files that a pipeline reads, and versions of what runs it, as text.
+    """Digests of the files that a pipeline reads and of its plugins' modules, and versions of the rest, as text.
 
     Raises:
         PeftxError: a file that is not there, or a plugin.
@@ -114,7 +115,7 @@ def identity_of(pipeline: Pipeline, registry: Registry) -> str:
     data = pipeline.data
     sources = [data.train, data.eval, data.calibration, *data.sources.values()]
     paths = dict.fromkeys(source.path for source in sources if source is not None)
-    plugins = {entry.use: registry.describe(entry.use).version for entry in pipeline.stack}
+    plugins = {entry.use: sha256(Path(inspect.getfile(registry.load(entry.use)))) for entry in pipeline.stack}
     versions = {name: version(name) for name in ("torch", "transformers")}
     whole = {
         "files": {path: sha256(asset_path(path)) for path in paths},
