@@ -39,6 +39,13 @@ def examples_of(stack: Stack, data: TrainingData) -> Dataset:
         UnsupportedError: rows that do not serve the model's objective.
         DataError: a row that is no row of its format, has an id beyond the embedding, or is longer than the positions.
     """
+    rows = encoded(stack, data)
+    _check_places(stack, rows)
+    return rows
+
+
+def encoded(stack: Stack, data: TrainingData) -> Dataset:
+    """The same, whether or not the model has a place for every id and position."""
     assert data.train is not None
     model, tokenizer = stack.model, stack.tokenizer
     kind: Objective = (
@@ -56,7 +63,6 @@ def examples_of(stack: Stack, data: TrainingData) -> Dataset:
             encoder_decoder=bool(model.config.is_encoder_decoder),
             keep=[name for name in columns_of(model) if name in data.train.column_names],
         )  # fmt: skip
-    _check_places(stack, rows)
     return rows
 
 
