@@ -28,7 +28,9 @@ def share(found: Preview) -> str:
 def show(example: Shown, found: Preview) -> None:
     """One example, on a line of its own under its head."""
     count = sum(token.labelled for token in [*example.tokens, *example.target])
-    size = f"{len(example.tokens):,} tokens" + (f", {len(example.target):,} of the target" if example.target else "")
+    size = f"{len(example.tokens):,} tokens" + (
+        f", {len(example.target):,} of the target" if example.target else ""
+    )
     ending = f"class {example.label}" if example.label else f"{count:,} count in the loss"
     out(f"example {example.number + 1} of {len(found.examples):,}: {size}, {ending}")
     _print(example.tokens, example.pads)

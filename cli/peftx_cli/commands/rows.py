@@ -54,11 +54,11 @@ def data(
     from peftx_spec.errors import PeftxError
 
     if eval and source is not None:
-        raise PeftxError(
-            "--eval and --source exclude each other", hint="--source names rows of data.sources"
-        )
+        raise PeftxError("--eval and --source exclude each other", hint="--source names rows of data.sources")
     registry = Registry()
-    asked = Asked(spec, plugin or (), model, data, overrides=override or (), trust_remote_code=trust_remote_code)
+    asked = Asked(
+        spec, plugin or (), model, data, overrides=override or (), trust_remote_code=trust_remote_code
+    )
     recipe = read(asked, registry)
     if output is not None:
         _check_place(output, recipe.pipeline)
@@ -84,7 +84,12 @@ def _check_place(output: Path, pipeline: Pipeline) -> None:
     from peftx.engines.files import make_place
     from peftx_spec.errors import PeftxError
 
-    specs = (pipeline.data.train, pipeline.data.eval, pipeline.data.calibration, *pipeline.data.sources.values())
+    specs = (
+        pipeline.data.train,
+        pipeline.data.eval,
+        pipeline.data.calibration,
+        *pipeline.data.sources.values(),
+    )
     read = [Path(spec.path) for spec in specs if spec is not None and not spec.path.startswith("peftx:")]
     if output.is_dir() or (output.exists() and any(p.exists() and output.samefile(p) for p in read)):
         kind = "is a folder" if output.is_dir() else "holds rows that the pipeline reads"
@@ -152,5 +157,6 @@ def _format(found: Preview) -> str:
 def _cut(found: Preview) -> tuple[str, str, str]:
     limit = f"max_length is {found.max_length:,}"
     if found.cut is None:
-        return "full", f"{found.full:,}", f"{limit}; what was longer, the plugin that tokenizes has cut"
+        by = found.prepared[-1].plugin
+        return "full", f"{found.full:,}", f"{limit}; what was longer, {by} has cut" if found.full else limit
     return "cut", f"{found.cut:,}", f"at the left: {limit}" if found.cut else limit

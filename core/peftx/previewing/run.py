@@ -15,7 +15,7 @@ from peftx.engines.data.sources import check_rows_serve, format_of, rows_of
 from peftx.engines.models import asset_path, load_model
 from peftx.engines.training.examples import encoded, examples_of
 from peftx.engines.training.run import as_training_data
-from peftx.errors import DataError, PeftxError, PluginError, nearest
+from peftx.errors import DataError, PluginError, nearest
 from peftx.kernel.objective import objective_of
 from peftx.kernel.plugin import Claim
 from peftx.pipeline import Run, RunResult
@@ -161,9 +161,7 @@ class Preparation(Run):
             return self._training_data(self.settings)
         length = (spec.max_length if source == EVAL else None) or self.settings.max_length
         format = format_of(spec) if source == EVAL or hooks else "auto"
-        return as_training_data(
-            self._stack, rows, seed=self.settings.seed, max_length=length, format=format
-        )
+        return as_training_data(self._stack, rows, seed=self.settings.seed, max_length=length, format=format)
 
     def attempt(self, source: str, *, weights: bool) -> tuple[list[Prepared], TrainingData, Dataset]:
         """What the hooks did, the rows as they left them, and the examples."""
@@ -205,7 +203,7 @@ def preview(
         prepared, data, examples = run.attempt(source, weights=False)
     except DataError:
         raise  # the rows are at fault, with or without weights
-    except (PluginError, NotImplementedError, RuntimeError):
+    except PluginError:
         # A plugin asked the model for numbers, and the meta device has none. What is wrong besides is wrong again.
         prepared, data, examples = run.attempt(source, weights=True)
     held = len(run.held_out.rows) if run.held_out is not None and source == TRAIN else 0

@@ -72,7 +72,9 @@ def shown(found: Preview, count: int) -> list[Shown]:
         marks, label = _marks(batch, n, len(row), found.names, two_sided=found.two_sided)
         tokens = [_token(tokenizer, i, marked, special) for i, marked in zip(row, marks, strict=True)]
         written = [i for i in batch["labels"][n].tolist() if i != IGNORE] if found.two_sided else []
-        columns = {k: v for k, v in found.examples[n].items() if k not in ("input_ids", "labels", CLASS_INDEX)}
+        columns = {
+            k: v for k, v in found.examples[n].items() if k not in ("input_ids", "labels", CLASS_INDEX)
+        }
         examples.append(
             Shown(
                 n,
