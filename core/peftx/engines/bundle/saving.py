@@ -17,6 +17,7 @@ from peftx.engines.bundle.manifest import (
     BASE_FOLDER,
     CARD,
     FORMAT,
+    HISTORY,
     MANIFEST,
     PIPELINE,
     own_digest,
@@ -81,6 +82,8 @@ def save(stack: Stack, path: Path) -> Path:
         if contained:
             manifest["base"]["contained"] = _write_base(stack, folder)
         (folder / PIPELINE).write_text(_pipeline_text(stack), encoding="utf-8")
+        if stack.history:
+            (folder / HISTORY).write_text(stack.history.text(), encoding="utf-8")
         from peftx.engines.bundle.card import model_card
 
         (folder / CARD).write_text(model_card(stack), encoding="utf-8")

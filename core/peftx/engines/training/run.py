@@ -203,9 +203,9 @@ def train(
                 trainer.keep()
     steps = int(trainer.state.global_step)
     stack.trained_steps += steps
-    losses = [
-        (int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
-    ]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
+    stack.history.trained(logged, steps=spec.steps)
     return TrainingReport(
         steps,
         losses,
