@@ -22,7 +22,13 @@ from peftx.pipeline import load_run
 from peftx.toolkits.evaluation import Score
 
 ROWS = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(12)]
-OPTIONS: dict[str, Any] = {"steps": 6, "batch_size": 2, "warmup_steps": 2, "learning_rate": 0.02, "checkpoint_every": 2}
+OPTIONS: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 2,
+    "warmup_steps": 2,
+    "learning_rate": 0.02,
+    "checkpoint_every": 2,
+}
 
 
 class HistoryGain(Delta):
@@ -82,7 +88,9 @@ def test_a_bundle_keeps_it_and_so_does_one_saved_after_loading(tmp_path: Path) -
     again.save(tmp_path / "two")
     assert (tmp_path / "two/history.json").read_bytes() == (tmp_path / "one/history.json").read_bytes()
     again.train(ROWS, **OPTIONS | {"steps": 2})
-    assert [len(training.step) for training in again.history.trainings] == [6, 2], "goes on, does not begin anew"
+    assert [len(training.step) for training in again.history.trainings] == [6, 2], (
+        "goes on, does not begin anew"
+    )
     again.save(tmp_path / "two")
     assert peftx.load(tmp_path / "two").history == again.history
 
@@ -153,7 +161,7 @@ def signed(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["[]", "{", '{"trainings": 3}', '{"trainings": [{"steps": 1, "step": [1]}]}',
-     '{"trainings": [{"steps": 1, "step": [1], "loss": ["<b>"], "learning_rate": [1], "grad_norm": [1], "seconds": [1]}]}',
+     '{"trainings": [{"steps": 1, "step": [1], "loss": ["<b>"]}]}',
      '{"evaluations": [{"name": "x", "trainings": 0, "scores": {"p": {"value": Infinity}}}]}'],
 )  # fmt: skip
 def test_one_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
@@ -168,7 +176,7 @@ def test_one_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(BundleError, match=r"history.json' is corrupted"):
         peftx.load(tmp_path / "out")
     file.unlink()
-    with pytest.raises(BundleError, match="history.json is missing"):
+    with pytest.raises(BundleError, match=r"history\.json is missing"):
         peftx.load(tmp_path / "out")
 
 
@@ -186,7 +194,9 @@ def test_numbers_that_json_lacks_are_left_out() -> None:
 def test_a_long_one_is_thinned_and_its_end_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_STEPS", 10)
     history = History()
-    history.trained([{"step": n, "loss": float(n), "terms": {"task": float(n)}} for n in range(1, 36)], steps=35)
+    history.trained(
+        [{"step": n, "loss": float(n), "terms": {"task": float(n)}} for n in range(1, 36)], steps=35
+    )
     kept = History.model_validate_json(history.text()).trainings[0]
     assert kept.step == [1, 5, 9, 13, 17, 21, 25, 29, 33, 35]
     assert kept.terms["task"] == kept.loss

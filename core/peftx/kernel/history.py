@@ -22,14 +22,19 @@ class TrainingHistory(_Kept):
     """One training, a column a quantity and a row an optimizer step that was logged; all of one length.
 
     Attributes:
+        steps: that were planned. trainable: numbers that trained. examples: rows, tokenized.
         step: from 1. loss: mean over the step's micro-batches. learning_rate: that the step was made with.
         grad_norm: before clipping. seconds: since the training began, without what lies between an interruption and
-            its resumption. terms: name -> value of each term of the loss, in the step's last micro-batch; None where
-            the step had no such term. phases: plugin -> name of its phase.
-        steps: that were planned. None in a column: the step did not tell, or the value is no finite number.
+            its resumption.
+        terms: name -> value of each term of the loss, in the step's last micro-batch; None where it had no such term.
+        phases: plugin -> name of its phase.
+
+    A None in a column: the step did not tell, or the value is no finite number.
     """
 
     steps: int
+    trainable: int | None = None
+    examples: int | None = None
     step: list[int] = []
     loss: list[FiniteFloat | None] = []
     learning_rate: list[FiniteFloat | None] = []
@@ -58,7 +63,9 @@ class TrainingHistory(_Kept):
         def some(column: list[Any]) -> list[Any]:
             return [column[row] for row in kept]
 
-        columns = {n: some(getattr(self, n)) for n in ("step", "loss", "learning_rate", "grad_norm", "seconds")}
+        columns = {
+            n: some(getattr(self, n)) for n in ("step", "loss", "learning_rate", "grad_norm", "seconds")
+        }
         return self.model_copy(
             update=columns
             | {"terms": {n: some(column) for n, column in self.terms.items()}}
@@ -93,12 +100,24 @@ class History(_Kept):
     def __bool__(self) -> bool:
         return bool(self.trainings or self.evaluations)
 
-    def trained(self, rows: Sequence[Mapping[str, Any]], *, steps: int) -> None:
-        """Add a training. `rows`: what was logged of each step, with `step` and `loss`. `steps`: that were planned."""
-        names = {name: dict.fromkeys(key for row in rows for key in row.get(name) or ()) for name in ("terms", "phases")}
+    def trained(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        steps: int,
+        trainable: int | None = None,
+        examples: int | None = None,
+    ) -> None:
+        """Add a training. `rows`: what was logged of each step, with `step` and `loss`; the rest as its attributes."""
+        names = {
+            name: dict.fromkeys(key for row in rows for key in row.get(name) or ())
+            for name in ("terms", "phases")
+        }
         self.trainings.append(
             TrainingHistory(
                 steps=steps,
+                trainable=trainable,
+                examples=examples,
                 step=[int(row["step"]) for row in rows],
                 loss=[finite(row["loss"]) for row in rows],
                 learning_rate=[finite(row.get("learning_rate")) for row in rows],

@@ -66,6 +66,8 @@ class PluginEntry(_Loose):
     sparse: list[str] = []
     """Tensors that are stored as what changed in them."""
     file: str | None = None
+    version: str | None = None
+    """Of the distribution that publishes it; None of an unpublished one, and of bundles that do not tell."""
 
     @field_validator("replaced", mode="before")
     @classmethod
