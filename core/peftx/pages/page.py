@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
@@ -135,8 +135,8 @@ def _metrics(told: Told) -> str:
         scores = told.manifest.scores
         if not scores:
             return quiet("Nothing was measured.")
-        rows = [(name, _number(s[0]), _interval(s[1], s[2]), str(s[4] or "")) for name, s in scores.items()]
-        return table(("measure", "last value", "95 %", "unit"), rows, numbers=(1,))
+        last = [(name, _number(s[0]), _interval(s[1], s[2]), str(s[4] or "")) for name, s in scores.items()]
+        return table(("measure", "last value", "95 %", "unit"), last, numbers=(1,))
     names = list(dict.fromkeys(name for e in evaluations for name in e.scores))
     columns = ["measure", *(_moment(e.name, e.trainings) for e in evaluations)]
     rows = [[name, *(_score(e.scores.get(name)) for e in evaluations)] for name in names]
@@ -217,13 +217,14 @@ def _along(trainings: Sequence[TrainingHistory], columns: Sequence[Sequence[floa
     ]
 
 
-def _loss_curves(trainings: Sequence[TrainingHistory]) -> Iterator[Curve]:
+def _loss_curves(trainings: Sequence[TrainingHistory]) -> list[Curve]:
     """The loss; and its terms, where it has more than one."""
-    yield Curve("loss", _along(trainings, [t.loss for t in trainings]), smooth=True)
+    curves = [Curve("loss", _along(trainings, [t.loss for t in trainings]), smooth=True)]
     names = list(dict.fromkeys(name for training in trainings for name in training.terms))
     for name in names if len(names) > 1 else ():
         columns = [t.terms.get(name, [None] * len(t.step)) for t in trainings]
-        yield Curve(f"term: {name}", _along(trainings, columns))
+        curves.append(Curve(f"term: {name}", _along(trainings, columns)))
+    return curves
 
 
 def bands(trainings: Sequence[TrainingHistory]) -> list[Band]:
@@ -236,10 +237,10 @@ def bands(trainings: Sequence[TrainingHistory]) -> list[Band]:
             found.append(Band(name, before + training.step[0], before + training.step[-1]))
             continue
         at = 0
-        for name, run in groupby(told):
+        for phase, run in groupby(told):
             length = len(list(run))
             steps = training.step[at : at + length]
-            found.append(Band(name or "", before + steps[0], before + steps[-1]))
+            found.append(Band(phase or "", before + steps[0], before + steps[-1]))
             at += length
     return found if len(found) > 1 else []
 

@@ -75,10 +75,13 @@ def samples(
         notes,
     )
     found = [
-        Sample(prompt, reference, before and before[n], after and after[n])
-        for n, (prompt, reference) in enumerate(rows)
+        Sample(prompt, reference, _at(before, n), _at(after, n)) for n, (prompt, reference) in enumerate(rows)
     ]
     return Samples(found if before or after else (), notes)
+
+
+def _at(texts: list[Any] | None, place: int) -> str | None:
+    return None if texts is None else texts[place]
 
 
 def _tried(make: Callable[[], list[Any] | None], what: str, notes: list[str]) -> list[Any] | None:

@@ -141,7 +141,7 @@ class StackTrainer(Trainer):
         return batches, None
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Also what `stack.history` keeps of a step. Checkpoints bring it along, so it goes on where a run is resumed."""
+        """Also what `stack.history` keeps of a step. Checkpoints bring it along, so a resumed run goes on with it."""
         if "loss" in logs and self._clock is not None:
             logs["seconds"] = round(time.perf_counter() - self._clock, 3)
             logs["terms"], logs["phases"] = dict(self.loss_terms), dict(self.phases)
