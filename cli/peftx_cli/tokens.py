@@ -19,10 +19,11 @@ def share(found: Preview) -> str:
     """How much of what is read counts."""
     if found.classes:
         return "no token has a label: each example is of one class"
-    told = f"{found.share():.1%} of the tokens have a label"
-    if found.objective == "masked-token":
+    share = found.share()
+    if share is None:
         return "15% of the tokens are hidden and count, others in each step; shown are those of the first"
-    return told
+    of = "target has" if found.two_sided else "tokens have"
+    return f"{share:.1%} of the {of} a label"
 
 
 def show(example: Shown, found: Preview) -> None:
@@ -33,9 +34,9 @@ def show(example: Shown, found: Preview) -> None:
     )
     ending = f"class {example.label}" if example.label else f"{count:,} count in the loss"
     out(f"example {example.number + 1} of {len(found.examples):,}: {size}, {ending}")
-    _print(example.tokens, example.pads)
+    print_tokens(example.tokens, example.pads)
     if example.target:
-        _print(example.target, 0)
+        print_tokens(example.target, 0)
     for name, value in example.columns.items():
         out(f"  {name}: {_short(value)}")
 
@@ -45,7 +46,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
-def _print(tokens: list[Token], pads: int) -> None:
+def print_tokens(tokens: list[Token], pads: int) -> None:
+    """One line; the middle of a long one is left out."""
     left_out = max(0, len(tokens) - MOST_TOKENS)
     if left_out:
         head, tail = tokens[: MOST_TOKENS // 2], tokens[-(MOST_TOKENS // 2) :]

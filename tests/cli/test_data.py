@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peftx.kernel.registry import Registry
 from peftx.pipeline import load_run
 from peftx.previewing import Preparation, Preview, preview, shown
 from peftx.previewing.tokens import batch_of, token_text
+from peftx.testing import tiny, tiny_tokenizer
 from peftx_cli.tokens import in_brackets
 from peftx_spec import load_spec, resolved
 
@@ -165,6 +167,57 @@ def test_classes_have_their_names(installed: Any, ok: Callable[..., str]) -> Non
     assert "of class good" in told
     assert "class bad" in told.split("example 2 of 6")[1].splitlines()[0]
     assert "no token has a label" in told
+
+
+def model(folder: Path, arch: str, **options: Any) -> str:
+    """A tiny model of random weights in a folder, with a tokenizer of bytes; returns the folder."""
+    made, tokenizer = tiny(arch, **options), tiny_tokenizer(ends=arch != "llama")
+    if options:
+        made.config.pad_token_id = tokenizer.pad_token_id
+        made.config.id2label, made.config.label2id = {0: "good", 1: "bad"}, {"good": 0, "bad": 1}
+    if arch == "bert":
+        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    made.save_pretrained(folder / arch)
+    tokenizer.save_pretrained(folder / arch)
+    return str(folder / arch)
+
+
+def test_an_encoder_and_a_decoder_have_a_line_each(installed: Any, ok: Callable[..., str]) -> None:
+    file, folder = spec(installed.work, PAIRS[:2], train={"max_length": 12}), model(installed.work, "t5")
+    told = ok("data", file, "--model", folder, "-n", "1")
+    assert told.splitlines()[-2:] == ["<|bos|>|S|a|y| |0|.|<|eos|>", "[I][t][ ][i][s][ ][0][.][<|eos|>]"]
+    assert "of the target has a label" in told
+
+
+def test_hidden_tokens_are_those_of_the_first_step(installed: Any, ok: Callable[..., str]) -> None:
+    file = spec(installed.work, [{"text": "Once upon a time there was a man."}], train={"max_length": 64})
+    told = ok("data", file, "--model", model(installed.work, "bert"))
+    assert "others in each step" in told
+    assert "labelled" not in told
+    assert "[<|mask|>]" in told
+
+
+def test_classes_of_the_model_itself(installed: Any, ok_json: Callable[..., Any]) -> None:
+    file = spec(installed.work, CLASSES, train={"max_length": 64})
+    told = ok_json("data", file, "--model", model(installed.work, "llama", head="classification"), "--json")
+    assert told["classes"] == {"good": 3, "bad": 3}
+    assert [row["label"] for row in told["shown"]] == ["good", "bad", "good"]
+
+
+COLOUR = """
+from types import SimpleNamespace as Token
+from peftx_cli.tokens import print_tokens
+words = [("Say", False), ("[b]", True), (" 0", True), ("\\n", False)]
+print_tokens([Token(id=n, text=text, labelled=seen, special=False) for n, (text, seen) in enumerate(words)], 2)
+"""
+
+
+def test_colour_on_a_terminal(on_a_terminal: Callable[..., str]) -> None:
+    """Tokens that count are green there, and in no brackets but their own."""
+    shown = on_a_terminal("-c", COLOUR)
+    styled = re.findall(r"\x1b\[([0-9;]*)m([^\x1b]*)", shown)
+    assert "".join(text for style, text in styled if "32" in style.split(";")) == "[b] 0"
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shown).strip() == "Say[b] 0\\n + 2 pads"
 
 
 def test_sources_and_held_out_rows(tmp_path: Path) -> None:

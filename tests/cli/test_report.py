@@ -97,7 +97,7 @@ def test_the_page_tells_the_run(bundle: Path, installed: Any, ok: Callable[..., 
     assert ok("report", str(bundle)).strip() == "report.html"
     text = Path("report.html").read_text("utf-8")
     found = checked(text)
-    titles = ["The stack", "Metrics", "Training", "Before and after", "What it took", "Files", "The spec",
+    titles = ["The stack", "Metrics", "Training", "Before and after", "The plan", "Files", "The spec",
               "How to load it", "Versions"]  # fmt: skip
     assert found.texts["h2"] == titles
     assert found.texts["h1"] == ["lora on peftx:tiny"]
@@ -230,10 +230,11 @@ def test_ticks_are_round_and_inside() -> None:
     assert all(-5e-4 <= tick <= 3e-3 + 1e-12 for tick in ticks(-5e-4, 3e-3))
 
 
-def test_a_running_mean_is_of_the_points_before() -> None:
-    found = running_mean([(float(n), float(n)) for n in range(40)])
-    assert found[0] == (0.0, 0.0)
-    assert found[39] == (39.0, pytest.approx(37.5))  # of 36 .. 39
+def test_a_running_mean_is_of_the_points_around() -> None:
+    line = [(float(n), float(n)) for n in range(40)]
+    assert running_mean(line) == [(x, pytest.approx(y)) for x, y in line], "a straight line is its own mean"
+    spike = [(float(n), 5.0 * (n == 20)) for n in range(40)]
+    assert [y for _, y in running_mean(spike)][17:24] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def test_phases_and_trainings_are_bands() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 26, 44
@@ -163,10 +164,11 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """Mean over a tenth of the points that end in each one."""
-    size = max(2, len(points) // 10)
-    total, found = 0.0, []
-    for place, (px, py) in enumerate(points):
-        total += py - (points[place - size][1] if place >= size else 0.0)
-        found.append((px, total / min(place + 1, size)))
+    """Mean over a tenth of the points, those around each one; at the ends over the same number on both sides."""
+    sums = [0.0, *accumulate(y for _, y in points)]
+    most, found = max(1, len(points) // 20), []
+    for place, (px, _) in enumerate(points):
+        half = min(most, place, len(points) - 1 - place)
+        begin, end = place - half, place + half + 1
+        found.append((px, (sums[end] - sums[begin]) / (end - begin)))
     return found

@@ -45,7 +45,7 @@ def page(told: Told, samples: Samples | None = None) -> str:
         _section("Metrics", _metrics(told)),
         _section("Training", _trainings(told)),
         _section("Before and after", _samples(samples)),
-        _section("What it took", _plan(told)),
+        _section("The plan", _plan(told)),
         _section("Files", _files(told)),
         _section("The spec", f"<pre>{escape(told.spec)}</pre>"),
         _section("How to load it", _loading(told)),

@@ -107,12 +107,14 @@ class Preview:
         return bool(self.stack.model.config.is_encoder_decoder)
 
     def lengths(self) -> dict[str, Lengths]:
-        """Of `tokens`; of two towers `input` and `target`; of all that has a label, `labelled`."""
+        """Of `tokens`; of two towers `input` and `target`; of what has a label `labelled`, unless others have one in
+        each step."""
         inputs = sizes_of(self.examples, "input_ids")
         found = {"input" if self.two_sided else "tokens": inputs}
         if self.two_sided:
             found["target"] = sizes_of(self.examples, "labels")
-        found["labelled"] = self.labelled()
+        if self.objective != "masked-token":
+            found["labelled"] = self.labelled()
         return {name: _lengths(sizes) for name, sizes in found.items()}
 
     def labelled(self) -> np.ndarray:
@@ -126,8 +128,11 @@ class Preview:
         ends = np.cumsum(sizes_of(self.examples, name))
         return np.diff(np.concatenate([[0], marks[ends]])).astype(np.int64)
 
-    def share(self) -> float:
-        """Of the tokens that have a label: of the targets, where there are two towers."""
+    def share(self) -> float | None:
+        """Of the tokens that have a label: of the targets, where there are two towers; None where each step hides
+        others."""
+        if self.objective == "masked-token":
+            return None
         total = int(sizes_of(self.examples, "labels" if self.two_sided else "input_ids").sum())
         return int(self.labelled().sum()) / max(1, total)
 
