@@ -47,9 +47,7 @@ def spec(folder: Path, rows: list[dict[str, Any]], stack: str = "[lora]", **more
 
 
 def found(file: str, **options: Any) -> Preview:
-    registry = Registry()
-    pipeline = resolved(load_spec(file, catalogue=registry).pipeline, Path(file).parent)
-    return preview(pipeline, registry=registry, **options)
+    return preview(Path(file), **options)
 
 
 FORMATS = {

@@ -6,30 +6,31 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peftx.engines.data import TrainingData
 from peftx.engines.data.sources import check_rows_serve, format_of, rows_of
-from peftx.engines.models import asset_path, load_model
+from peftx.engines.models import load_model
 from peftx.engines.training.examples import encoded, examples_of
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PluginError, nearest
 from peftx.kernel.objective import objective_of
 from peftx.kernel.plugin import Claim
+from peftx.kernel.registry import Registry
 from peftx.pipeline import Run, RunResult
 from peftx.previewing.found import Prepared, Preview, classes_of, sizes_of
 from peftx.stack import Stack
-from peftx_spec import stages_of
-from peftx_spec.models import TrainSpec
+from peftx_spec import load_spec, resolved, stages_of
+from peftx_spec.models import Pipeline, TrainSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from peftx.engines.reporting import Reporter
-    from peftx.kernel.registry import Registry
-    from peftx_spec.models import Pipeline, SourceSpec
+    from peftx_spec.models import SourceSpec
 
 TRAIN, EVAL = "train", "eval"
 
@@ -179,26 +180,32 @@ class Preparation(Run):
 
 
 def preview(
-    pipeline: Pipeline,
+    spec: Pipeline | str | Path,
     *,
     source: str = TRAIN,
-    registry: Registry,
+    registry: Registry | None = None,
     where: dict[str, str] | None = None,
     reporter: Reporter | None = None,
     trust_remote_code: bool = False,
 ) -> Preview:
-    """Rows as a run of the pipeline would train on them. No weights are read unless a plugin needs the model for it.
+    """Rows as a run would train on them. No weights are read unless a plugin needs the model for it.
 
     Args:
+        spec: a file, YAML text, or a pipeline with absolute paths.
         source: `train`, `eval` (held-out rows, if there is no file of them), or the name of one of `data.sources`.
 
     Raises:
         DataError: no such rows, or rows that a run would refuse. Others: as `Run`.
     """
+    registry = registry or Registry()
+    if not isinstance(spec, Pipeline):
+        loaded = load_spec(spec, catalogue=registry)
+        spec = resolved(loaded.pipeline, loaded.document.folder or Path.cwd())
+        where = {entry.id: loaded.place_of(entry.id) for entry in spec.stack}
     run = Preparation(
-        pipeline, registry=registry, where=where, reporter=reporter, trust_remote_code=trust_remote_code
+        spec, registry=registry, where=where, reporter=reporter, trust_remote_code=trust_remote_code
     )
-    spec, _, _ = run.rows(source)
+    place, _, _ = run.rows(source)
     try:
         prepared, data, examples = run.attempt(source, weights=False)
     except DataError:
@@ -210,7 +217,7 @@ def preview(
     names, (full, cut) = class_names(run), _cut(run, data, examples)
     return Preview(
         source=source,
-        file=str(asset_path(spec.path)) if not spec.path.startswith("peftx:") else spec.path,
+        file=place.path,
         objective=objective_of(run._stack.model),
         max_length=data.max_length,
         read=len(run.rows(source)[1]) + held,
