@@ -59,7 +59,7 @@ def print_tokens(tokens: list[Token], pads: int) -> None:
     if sys.stdout.isatty():
         _in_colour(parts)
     else:
-        print("".join(part if isinstance(part, str) else in_brackets(part) for part in parts))
+        out("".join(part if isinstance(part, str) else in_brackets(part) for part in parts))
 
 
 def in_brackets(tokens: list[Token]) -> str:
