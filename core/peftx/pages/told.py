@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.bundle.manifest import PIPELINE, Manifest, read_history, read_manifest
-from peftx.engines.files import check_tensors
+from peftx.engines.files import check_tensors, naming
 from peftx.errors import PeftxError
 from peftx.kernel.history import History
 from peftx.kernel.registry import Registry
@@ -55,7 +55,8 @@ def told(folder: Path, *, registry: Registry | None = None, trust_remote_code: b
     """
     registry = registry or Registry()
     manifest = read_manifest(folder)
-    spec = (folder / PIPELINE).read_text("utf-8")
+    with naming(folder / PIPELINE):
+        spec = (folder / PIPELINE).read_text("utf-8")
     pipeline, planned, why = None, None, ""
     try:
         pipeline = load_spec(spec, catalogue=registry, name=PIPELINE).pipeline
@@ -74,6 +75,6 @@ def told(folder: Path, *, registry: Registry | None = None, trust_remote_code: b
 def numbers_in(file: Path) -> int:
     """How many numbers the tensors of a safetensors file have together; its header alone is read."""
     check_tensors(file)
-    with file.open("rb") as handle:
+    with naming(file), file.open("rb") as handle:
         header: dict[str, Any] = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

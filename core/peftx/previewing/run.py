@@ -14,6 +14,7 @@ import numpy as np
 from peftx.engines.data import TrainingData
 from peftx.engines.data.sources import check_rows_serve, format_of, rows_of
 from peftx.engines.models import load_model
+from peftx.engines.reporting import Reporter, Silent
 from peftx.engines.training.examples import encoded, examples_of
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PluginError, nearest
@@ -29,7 +30,6 @@ from peftx_spec.models import Pipeline, TrainSpec
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from peftx.engines.reporting import Reporter
     from peftx_spec.models import SourceSpec
 
 TRAIN, EVAL = "train", "eval"
@@ -173,7 +173,7 @@ class Preparation(Run):
         prepared = self.prepare(data) if hooks else []
         self.reporter.stage("tokenize", [])
         started = time.perf_counter()
-        examples = examples_of(stack, data)
+        examples = examples_of(stack, data, lambda done, total: self.reporter.progress(done, total, {}))
         detail = f"{len(data.train or ())} rows became {len(examples)} examples"
         self.reporter.finished("tokenize", time.perf_counter() - started, detail)
         return prepared, data, examples
@@ -202,6 +202,8 @@ def preview(
         loaded = load_spec(spec, catalogue=registry)
         spec = resolved(loaded.pipeline, loaded.document.folder or Path.cwd())
         where = {entry.id: loaded.place_of(entry.id) for entry in spec.stack}
+    reporter = reporter or Silent()
+    reporter.stage("read", [])
     run = Preparation(
         spec, registry=registry, where=where, reporter=reporter, trust_remote_code=trust_remote_code
     )
