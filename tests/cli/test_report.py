@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,11 +15,14 @@ from xml.etree import ElementTree
 import pytest
 
 import peftx
+from peftx.engines.bundle.manifest import own_digest
+from peftx.engines.files import sha256
 from peftx.kernel.history import TrainingHistory
 from peftx.pages import Band, Curve, chart
 from peftx.pages.chart import MOST_POINTS, running_mean, thinned, ticks
 from peftx.pages.page import bands, table
 from peftx.pages.samples import prompt_of
+from peftx.testing import tiny, tiny_tokenizer
 from peftx_lora import Lora
 
 HOSTILE = "</pre><script>alert(1)</script> & \"quoted\" 'so' <img src=x onerror=alert(2)>"
@@ -172,6 +176,35 @@ def test_a_run_without_history_has_a_page(installed: Any, ok: Callable[..., str]
     text = Path("page.html").read_text("utf-8")
     assert "trained for 2 steps, and this bundle holds no history" in text
     assert "<svg" not in text
+
+
+def test_a_base_of_the_hub_is_not_asked_for(
+    installed: Any, ok: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its base a page is whole but for the plan, and no connection is tried."""
+
+    def refused(*words: Any, **options: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    model = tiny("llama")
+    model.config._name_or_path = "somebody/model"
+    peftx.Stack(model, [Lora(rank=2)], tokenizer=tiny_tokenizer()).save("out")
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    ok("report", "out")
+    text = Path("report.html").read_text("utf-8")
+    checked(text)
+    assert "The plan cannot be made here: the base &#x27;somebody/model&#x27; is not on this machine" in text
+
+
+def test_a_spec_that_is_no_text_is_named(bundle: Path, installed: Any, refused: Callable[..., str]) -> None:
+    shutil.copytree(bundle, "out")
+    Path("out/pipeline.yaml").write_bytes(b"\xff\xfe")
+    manifest = json.loads(Path("out/manifest.json").read_text("utf-8"))
+    manifest["files"]["pipeline.yaml"] = sha256(Path("out/pipeline.yaml"))
+    manifest["own"] = own_digest(manifest)
+    Path("out/manifest.json").write_text(json.dumps(manifest), "utf-8")
+    assert "'out/pipeline.yaml' is damaged or cannot be read" in refused("report", "out")
 
 
 def test_what_is_no_bundle_is_refused(bundle: Path, installed: Any, refused: Callable[..., str]) -> None:

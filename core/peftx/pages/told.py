@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from peftx.engines.bundle.manifest import PIPELINE, Manifest, read_history, read_manifest
 from peftx.engines.files import check_tensors, naming
-from peftx.errors import PeftxError
+from peftx.errors import BundleError, PeftxError
 from peftx.kernel.history import History
 from peftx.kernel.registry import Registry
 from peftx.planning import plan
@@ -60,7 +63,15 @@ def told(folder: Path, *, registry: Registry | None = None, trust_remote_code: b
     pipeline, planned, why = None, None, ""
     try:
         pipeline = load_spec(spec, catalogue=registry, name=PIPELINE).pipeline
-        planned = plan(pipeline, registry=registry, trust_remote_code=trust_remote_code)
+        place = at_hand(pipeline.model.id)
+        if place is None:
+            raise BundleError(f"the base '{pipeline.model.id}' is not on this machine")
+        model = pipeline.model.model_copy(update={"id": place, "device": "cpu"})
+        planned = plan(
+            pipeline.model_copy(update={"model": model}),
+            registry=registry,
+            trust_remote_code=trust_remote_code,
+        )
     except PeftxError as error:  # a plugin, the base or the rows are not at hand
         why = error.message
     papers = {}
@@ -70,6 +81,17 @@ def told(folder: Path, *, registry: Registry | None = None, trust_remote_code: b
     sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     numbers = {e.id: numbers_in(folder / e.file) for e in manifest.plugins if e.file is not None}
     return Told(folder, manifest, read_history(folder), spec, pipeline, planned, why, papers, numbers, sizes)
+
+
+def at_hand(id: str) -> str | None:
+    """Where a model lies on this machine: as it is, or in the hub's cache; a page asks no network for one."""
+    if id.startswith("peftx:") or Path(os.path.expanduser(id)).exists():
+        return id
+    try:
+        found = try_to_load_from_cache(id, "config.json")
+    except ValueError:  # no id of the hub
+        return None
+    return str(Path(found).parent) if isinstance(found, str) else None
 
 
 def numbers_in(file: Path) -> int:
