@@ -142,6 +142,16 @@ def test_the_table_says_who_dropped_what(installed: Any, ok: Callable[..., str])
     assert "example 1" not in told
 
 
+def test_rows_that_a_plugin_made_are_counted_apart(installed: Any, ok_json: Callable[..., Any]) -> None:
+    """What is dropped of four times as many rows is no row of the file."""
+    stack = "[mosaic-it, {use: superfiltering, with: {scorer: peftx:tiny, share: 0.1}}, lora]"
+    told = ok_json("data", spec(installed.work, PAIRS, stack), "--json")
+    first, second = told["prepared"]
+    assert second["rows"] == first["left"] == second["left"] + sum(second["dropped"].values())
+    assert told["rows"] == {"read": 20, "held_out": 0, "dropped": 0, "kept": 20}
+    assert told["examples"] == second["left"] < 20
+
+
 def test_brackets_stand_where_there_is_no_colour(installed: Any, ok: Callable[..., str]) -> None:
     told = ok("data", spec(installed.work, PAIRS[:1]), "--rows", "1")
     assert told.splitlines()[-1] == "<|bos|>|S|ay| 0|.[ It][ is][ 0][.][<|eos|>]"

@@ -13,7 +13,7 @@ from peftx_cli.recipe import Asked
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from peftx.previewing import Preview
+    from peftx.previewing import Prepared, Preview
     from peftx_spec import Pipeline
 
 Rows = Annotated[int, typer.Option("--rows", "-n", min=0, help="examples to show, from the first")]
@@ -136,11 +136,12 @@ def counts(found: Preview) -> list[tuple[str, str, str]]:
     table = [("read", f"{found.read:,}", f"format {_format(found)}")]
     if found.held_out:
         table.append(("held out", f"{found.held_out:,}", "evaluated on, and not trained on"))
-    for step in found.prepared:
-        for reason, count in step.dropped.items():
-            table.append(("dropped", f"{count:,}", f"{step.plugin}: {reason}"))
+    for step in found.of_file:
+        table += _dropped(step)
     table.append(("kept", f"{found.kept:,}", ""))
-    for step in found.prepared:
+    for number, step in enumerate(found.prepared):
+        if number >= len(found.of_file):
+            table += _dropped(step)
         became = f"{step.plugin}: {step.rows:,} rows became {step.left:,}"
         change = f", {step.format} became {step.gives}" if step.gives != step.format else ""
         table.append(("prepared", f"{step.left:,}", became + change))
@@ -148,6 +149,10 @@ def counts(found: Preview) -> list[tuple[str, str, str]]:
     table.append(_cut(found))
     table += [(f"of class {name}", f"{count:,}", "") for name, count in found.classes.items()]
     return table
+
+
+def _dropped(step: Prepared) -> list[tuple[str, str, str]]:
+    return [("dropped", f"{count:,}", f"{step.plugin}: {reason}") for reason, count in step.dropped.items()]
 
 
 def _format(found: Preview) -> str:

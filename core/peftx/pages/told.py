@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import try_to_load_from_cache
+from transformers.utils.hub import try_to_load_from_cache
 
 from peftx.engines.bundle.manifest import PIPELINE, Manifest, read_history, read_manifest
 from peftx.engines.files import check_tensors, naming

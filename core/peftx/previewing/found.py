@@ -25,8 +25,8 @@ class Prepared:
     """What one plugin's `prepare_data` did.
 
     Attributes:
-        plugin: its id. rows, left: before and after. dropped: rows that it took away, by reason; what is then missing
-            it made into fewer rows. format, gives: of the rows before and after.
+        plugin: its id. rows, left: before and after. dropped: rows that it took away, by reason. format, gives: of the
+            rows before and after.
     """
 
     plugin: str
@@ -35,6 +35,11 @@ class Prepared:
     dropped: dict[str, int]
     format: str
     gives: str
+
+    @property
+    def remade(self) -> bool:
+        """Did it make rows of several, or several of one."""
+        return self.left != self.rows - sum(self.dropped.values())
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,15 @@ class Preview:
     seed: int
 
     @property
+    def of_file(self) -> Sequence[Prepared]:
+        """What was done to the file's own rows, up to the first plugin that makes others of them."""
+        first = next((n for n, step in enumerate(self.prepared) if step.remade), len(self.prepared))
+        return self.prepared[: first + 1]
+
+    @property
     def dropped(self) -> int:
-        """Rows that plugins took away."""
-        return sum(sum(step.dropped.values()) for step in self.prepared)
+        """Rows of the file that plugins took away; what they took of rows that others made, `prepared` tells."""
+        return sum(sum(step.dropped.values()) for step in self.of_file)
 
     @property
     def kept(self) -> int:
@@ -98,7 +109,7 @@ class Preview:
             return f"texts are joined, and cut into blocks of {self.max_length} tokens"
         if self.rows.format == "text" and len(self.examples) != len(self.rows.train or ()):
             return f"texts longer than {self.max_length} tokens are split"
-        makers = [s.plugin for s in self.prepared if s.left != s.rows - sum(s.dropped.values())]
+        makers = [step.plugin for step in self.prepared if step.remade]
         return f"{', '.join(makers)} makes examples of several rows, or several of one" if makers else ""
 
     @property
