@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftx.engines.bundle.manifest import BASE, BASE_FOLDER, BaseEntry, Manifest, PluginEntry, read_manifest
+from peftx.engines.bundle.manifest import (
+    BASE,
+    BASE_FOLDER,
+    BaseEntry,
+    Manifest,
+    PluginEntry,
+    read_history,
+    read_manifest,
+)
 from peftx.engines.bundle.sparse import AT, TO, unpack
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
@@ -129,6 +137,7 @@ def _load(
     stack.settle()
     stack.trained_steps = manifest.trained_steps
     stack.scores = dict(_scores(manifest, folder))
+    stack.history = read_history(folder)
     return stack
 
 

@@ -110,10 +110,9 @@ class Run:
             path = options.path or (evaluated.path if evaluated is not None else None)
             if options.path is not None:
                 read_dataset(asset_path(options.path), format=options.format, limit=1)
-            if metric.metric not in METRICS or not any(s.evaluate is not None for s in self.stages):
+            measured = any(s.evaluate is not None for s in self.stages)
+            if metric.metric not in METRICS or not measured or path is None:  # the spec says so
                 continue
-            if path is None:
-                continue  # the spec says so
             if options.path is None and evaluated is not None:
                 check_metric(metric.metric, format_of(evaluated))
             else:
@@ -168,8 +167,7 @@ class Run:
             self.reporter.stage(f"{name} ({stage.round})" if stage.round else name, stage.ids)
             started = time.perf_counter()
             detail = getattr(self, f"_{name}")(stage, index)
-            seconds = time.perf_counter() - started
-            self.result.seconds[f"{index}-{name}"] = seconds
+            seconds = self.result.seconds[f"{index}-{name}"] = time.perf_counter() - started
             self.reporter.finished(name, seconds, detail)
         return self.result
 
@@ -320,7 +318,9 @@ class Run:
                 max_length=maximum,
                 progress=lambda done, total: self.reporter.progress(done, total, {}),
             )
-        self.result.scores[stage.evaluate.name or self._moment(index)] = found
+        name = stage.evaluate.name or self._moment(index)
+        self.result.scores[name] = found
+        stack.history.evaluated(name, found)
         return ", ".join(f"{name} {score.value:.4g}" for name, score in found.items() if name != "nll")
 
     def _moment(self, index: int) -> str:

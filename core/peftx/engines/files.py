@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -320,10 +320,16 @@ def _remove_unless_locked(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
+    write_parts(path, (text,))
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """The same, of a text that comes piece by piece."""
     beside = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
         with telling_what_was_not_written(path):
-            beside.write_text(text, encoding="utf-8")
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(parts)
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

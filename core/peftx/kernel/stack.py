@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, PeftxError, PluginError, nearest
+from peftx.history import History
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.calling import register
 from peftx.kernel.calls import giving
@@ -105,6 +106,7 @@ class Stack:
         """The spec that made this stack; its bundle repeats it."""
         self.scores: dict[str, Any] = {}
         """Name -> the last `Score` of it."""
+        self.history = History()
         self._check_suits()
         if members:
             guard(model)
@@ -130,9 +132,6 @@ class Stack:
         if self.given_tokenizer is None:
             raise PeftxError("this stack has no tokenizer", hint="Stack(model, plugins, tokenizer=...)")
         return self.given_tokenizer
-
-    def standing_of(self, member: Member) -> Standing:
-        return self.standing[member.id]
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -198,10 +197,9 @@ class Stack:
     def _check_suits(self) -> None:
         """Raises ArchitectureError where a plugin has no place on the model; nothing was touched then."""
         for member in self.members:
-            if type(member.plugin).suits is Plugin.suits:
-                continue
-            with blaming(member, "suits"):
-                member.plugin.suits(self.view(member.id))
+            if type(member.plugin).suits is not Plugin.suits:
+                with blaming(member, "suits"):
+                    member.plugin.suits(self.view(member.id))
 
     def inject(self, ids: Iterable[str] | None = None, *, restoring: bool = False) -> None:
         """Run the `inject` hooks (all, or of these ids) that have not run yet."""
@@ -221,7 +219,8 @@ class Stack:
         if restoring:
             return
         self.settle()  # of a bundle, after its tensors are in place
-        if all(at.injected or at.folded for at in map(self.standing_of, self.implementers("inject"))):
+        standing = [self.standing[member.id] for member in self.implementers("inject")]
+        if all(at.injected or at.folded for at in standing):
             self._check_members()
 
     def _check_members(self) -> None:

@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from peftx.engines.files import aside, differs, plain_files, read_json
 from peftx.errors import BundleError, nearest
+from peftx.history import History
 from peftx.version import __version__
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 PIPELINE = "pipeline.yaml"
 CARD = "README.md"
+HISTORY = "history.json"
 BASE = "base.safetensors"
 BASE_FOLDER = "base"
 
@@ -64,6 +66,8 @@ class PluginEntry(_Loose):
     sparse: list[str] = []
     """Tensors that are stored as what changed in them."""
     file: str | None = None
+    version: str | None = None
+    """Of the distribution that publishes it; None of an unpublished one, and of bundles that do not tell."""
 
     @field_validator("replaced", mode="before")
     @classmethod
@@ -137,6 +141,23 @@ def _own_part(folder: Path) -> Manifest:
         )
     try:
         return Manifest.model_validate(found)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise BundleError(f"'{file}' is corrupted: {place}: {problem['msg']}") from error
+
+
+def read_history(folder: Path) -> History:
+    """What the bundle's stack went through; nothing, of one that was not trained, or saved by a version that kept none.
+
+    Raises:
+        BundleError: a file that is no history. Whether it is the one that was written is `read_manifest`'s to say.
+    """
+    file = folder / HISTORY
+    if not file.exists():
+        return History()
+    try:
+        return History.model_validate(read_json(file))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))

@@ -17,6 +17,7 @@ from peftx.engines.bundle.manifest import (
     BASE_FOLDER,
     CARD,
     FORMAT,
+    HISTORY,
     MANIFEST,
     PIPELINE,
     own_digest,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from peftx.kernel.members import Member
+    from peftx.kernel.plugin import Plugin
 
 
 def save(stack: Stack, path: Path) -> Path:
@@ -81,6 +83,8 @@ def save(stack: Stack, path: Path) -> Path:
         if contained:
             manifest["base"]["contained"] = _write_base(stack, folder)
         (folder / PIPELINE).write_text(_pipeline_text(stack), encoding="utf-8")
+        if stack.history:
+            (folder / HISTORY).write_text(stack.history.text(), encoding="utf-8")
         from peftx.engines.bundle.card import model_card
 
         (folder / CARD).write_text(model_card(stack), encoding="utf-8")
@@ -138,6 +142,7 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
         "id": member.id,
         "use": default_id(type(member.plugin)),
         "published": Registry().name_of(type(member.plugin)) is not None,
+        "version": _version(type(member.plugin)),
         "class": f"{type(member.plugin).__module__}:{type(member.plugin).__qualname__}",
         "options": member.plugin.config.model_dump(mode="json"),
         "phase": member.phase,
@@ -157,6 +162,14 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
         save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | changes)}, folder / name)
         entry["file"] = name
     return entry
+
+
+def _version(plugin: type[Plugin]) -> str | None:
+    """Of the distribution that publishes a plugin, if exactly one does."""
+    registry = Registry()
+    name = registry.name_of(plugin)
+    known = name is not None and name in registry.names() and name not in registry.clashes()
+    return registry.describe(name).version if known and name is not None else None
 
 
 def _packed(parts: Sequence[BasePart]) -> dict[str, tuple[Tensor, Tensor]]:

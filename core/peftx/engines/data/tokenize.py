@@ -37,6 +37,7 @@ def tokenize_dataset(
     classification_prompt: str = "{text}",
     encoder_decoder: bool = False,
     keep: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Turn rows into examples.
 
@@ -56,6 +57,7 @@ def tokenize_dataset(
         encoder_decoder: `input_ids` is the prompt as the encoder takes it, `labels` the completion and EOS
             without a leading space. Not for `text` and `messages`.
         keep: columns to carry over, one value a row (weights, ids); not for `text`, whose rows are repacked.
+        progress: called with (rows done, of).
 
     Returns:
         A dataset in memory with lists of integers `input_ids` and `labels`, then the columns of `keep`.
@@ -91,13 +93,13 @@ def tokenize_dataset(
     if format == "text":
         if keep:
             raise DataError("text is repacked into blocks, so no column of its rows can be kept")
-        return _columns(_pack(dataset, tokenizer, max_length=max_length))
+        return _columns(_pack(_counted(dataset, progress), tokenizer, max_length=max_length))
     encode: Callable[[Mapping[str, Any], str], Example]
     if format == "messages":
         encode = messages_encoder(tokenizer, max_length)
     else:
         encode = _pair_encoder(tokenizer, max_length, format, classification_prompt, encoder_decoder)
-    examples = (encode(row, f"row {index} (counting from 0)") for index, row in enumerate(dataset))
+    examples = (encode(row, f"row {index} (counting from 0)") for index, row in _counted(dataset, progress))
     tokenized = _columns(examples)
     for name in keep:
         tokenized = tokenized.add_column(name, dataset[name][:])
@@ -126,11 +128,23 @@ def _pair_encoder(
     return encode
 
 
-def _pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Iterator[Example]:
+def _counted(
+    dataset: Dataset, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows, numbered; how far they are is told every hundred."""
+    for index, row in enumerate(dataset):
+        if progress is not None and index % 100 == 0:
+            progress(index, len(dataset))
+        yield index, row
+
+
+def _pack(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Iterator[Example]:
     prefix, _ = special_frame(tokenizer)
     eos = eos_id(tokenizer)
     waiting: list[int] = []
-    for index, row in enumerate(dataset):
+    for index, row in rows:
         body = without_prefix(text_ids(tokenizer, row["text"]), prefix)
         if not body:
             raise DataError(f"row {index} (counting from 0): the text {row['text']!r} has no tokens")

@@ -7,7 +7,7 @@ place for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,22 @@ if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
 
 
-def examples_of(stack: Stack, data: TrainingData) -> Dataset:
-    """Rows as the model trains on them: `input_ids`, `labels`.
+def examples_of(
+    stack: Stack, data: TrainingData, progress: Callable[[int, int], None] | None = None
+) -> Dataset:
+    """Rows as the model trains on them: `input_ids`, `labels`. `progress` is called with (rows done, of).
 
     Raises:
         UnsupportedError: rows that do not serve the model's objective.
         DataError: a row that is no row of its format, has an id beyond the embedding, or is longer than the positions.
     """
+    rows = encoded(stack, data, progress)
+    _check_places(stack, rows)
+    return rows
+
+
+def encoded(stack: Stack, data: TrainingData, progress: Callable[[int, int], None] | None = None) -> Dataset:
+    """The same, whether or not the model has a place for every id and position."""
     assert data.train is not None
     model, tokenizer = stack.model, stack.tokenizer
     kind: Objective = (
@@ -55,8 +64,8 @@ def examples_of(stack: Stack, data: TrainingData) -> Dataset:
             data.train, tokenizer, format=data.format, max_length=data.max_length,
             encoder_decoder=bool(model.config.is_encoder_decoder),
             keep=[name for name in columns_of(model) if name in data.train.column_names],
+            progress=progress,
         )  # fmt: skip
-    _check_places(stack, rows)
     return rows
 
 

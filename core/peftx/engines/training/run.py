@@ -203,14 +203,15 @@ def train(
                 trainer.keep()
     steps = int(trainer.state.global_step)
     stack.trained_steps += steps
-    losses = [
-        (int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
-    ]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
+    trainable = stack.trainable_parameters()
+    stack.history.trained(logged, steps=spec.steps, trainable=trainable, examples=len(rows))
     return TrainingReport(
         steps,
         losses,
         time.perf_counter() - started,
-        stack.trainable_parameters(),
+        trainable,
         len(rows),
         trainer.loss_terms,
         _full(rows, training_data),

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,8 @@ class StackTrainer(Trainer):
         self.loss_terms: dict[str, float] = {}
         self.phases: dict[str, str] = {}
         """Plugin -> its phase in the last step."""
+        self._clock: float | None = None
+        """When the training would have begun, had it not been interrupted."""
         self._micro = 0
         self._shares: list[dict[str, float]] = []
         self._staging: Path | None = None
@@ -127,12 +130,22 @@ class StackTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
         """The micro-batches of one optimizer step; what part of it each is, is known from here on."""
+        if self._clock is None:
+            logged = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
+            self._clock = time.perf_counter() - (logged[-1] if logged else 0.0)
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self._micro = 0
         if self.masks is not None:  # before the labels are counted
             batches = [self.masks(batch, self.state.global_step, i) for i, batch in enumerate(batches)]
         self._shares = shares(self.stack.model, batches) if len(batches) > 1 else []
         return batches, None
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Also what `stack.history` keeps of a step. Checkpoints bring it along, so a resumed run goes on with it."""
+        if "loss" in logs and self._clock is not None:
+            logs["seconds"] = round(time.perf_counter() - self._clock, 3)
+            logs["terms"], logs["phases"] = dict(self.loss_terms), dict(self.phases)
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or SGD over what trains; a step that makes no gradients leaves the optimizer idle."""

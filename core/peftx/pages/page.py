@@ -1,0 +1,296 @@
+"""One run as HTML. Whatever comes from a bundle, a file or a model is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+
+from peftx.history import Measured, TrainingHistory
+from peftx.pages.chart import Band, Curve, Point, chart
+from peftx.pages.samples import Samples
+from peftx.pages.told import Told
+
+STYLE = """
+:root { --ink: #1c2228; --paper: #fff; --line: #d5dbe0; --soft: #f3f5f7; --quiet: #5b6670; }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ea; --paper: #14181c; --line: #39424a; --soft: #1e242a;
+  --quiet: #9aa5af; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 60rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: anywhere; }
+th { font-weight: 600; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
+td.text { white-space: pre-wrap; min-width: 12rem; }
+p.quiet, small, td small { color: var(--quiet); }
+figure { margin: .5rem 0 1.2rem; } svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+svg text { fill: var(--quiet); } .grid { stroke: var(--line); } .axis { stroke: var(--quiet); fill: none; }
+.band { fill: var(--soft); } .band.odd { fill: var(--line); opacity: .6; } svg .phase { fill: var(--ink); }
+.key span { margin-right: 1.2rem; } .key i { display: inline-block; width: .9rem; height: .2rem; margin-right: .4rem;
+  vertical-align: middle; }
+"""
+
+
+def page(told: Told, samples: Samples | None = None) -> str:
+    """The whole page. `samples`: None where nobody asked for any."""
+    parts = [
+        _head(told),
+        _section("The stack", _stack(told)),
+        _section("Metrics", _metrics(told)),
+        _section("Training", _trainings(told)),
+        _section("Before and after", _samples(samples)),
+        _section("The plan", _plan(told)),
+        _section("Files", _files(told)),
+        _section("The spec", f"<pre>{escape(told.spec)}</pre>"),
+        _section("How to load it", _loading(told)),
+        _section("Versions", _versions(told)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f"<title>peftx: {escape(told.title)}</title>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: Sequence[int] = (),
+    texts: Sequence[int] = (),
+) -> str:
+    """A table of texts, which are escaped here. `numbers`: columns to align right. `texts`: whose line breaks stay."""
+
+    def cell(kind: str, column: int, value: str) -> str:
+        name = "number" if column in numbers else "text" if column in texts and kind == "td" else ""
+        return f"<{kind}{f' class={chr(34)}{name}{chr(34)}' if name else ''}>{escape(value)}</{kind}>"
+
+    def line(kind: str, values: Sequence[str]) -> str:
+        return f"<tr>{''.join(cell(kind, n, value) for n, value in enumerate(values))}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{line("th", columns)}</thead><tbody>{body}</tbody></table></div>'
+
+
+def quiet(text: str) -> str:
+    """A sentence on what is not there."""
+    return f'<p class="quiet">{escape(text)}</p>'
+
+
+def size(count: int) -> str:
+    """Bytes as people read them, 1 kB = 1000 B."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.2f} {unit}"
+    return f"{count} B"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _head(told: Told) -> str:
+    manifest = told.manifest
+    steps = f"{manifest.trained_steps:,} step{'s' if manifest.trained_steps != 1 else ''}"
+    total = size(sum(told.sizes.values()))
+    holds = (
+        "the base, compressed, is in it" if manifest.base.contained is not None else "the base is not in it"
+    )
+    line = f"Trained for {steps}; seed {manifest.seed}; {total} on disk, {holds}; {manifest.base.dtype}."
+    return f"<h1>{escape(told.title)}</h1><p>{escape(line)}</p>"
+
+
+def _stack(told: Told) -> str:
+    if not told.manifest.plugins:
+        return quiet("No plugin stands on the model.")
+    rows = []
+    for entry in told.manifest.plugins:
+        states = [("in the base's weights for good", entry.folded is not None), ("compressed", entry.compressed),
+                  ("frozen", entry.frozen)]  # fmt: skip
+        options = ", ".join(f"{name}={value}" for name, value in entry.options.items())
+        rows.append(
+            (
+                entry.id,
+                told.papers.get(entry.id, ""),
+                options,
+                ", ".join(name for name, true in states if true),
+                f"{told.numbers[entry.id]:,}" if entry.id in told.numbers else "",
+                size(told.sizes[entry.file]) if entry.file is not None else "",
+            )
+        )
+    columns = ("plugin", "paper", "options", "state", "numbers", "bytes")
+    return table(columns, rows, numbers=(4, 5))
+
+
+def _metrics(told: Told) -> str:
+    evaluations = told.history.evaluations
+    if not evaluations:
+        scores = told.manifest.scores
+        if not scores:
+            return quiet("Nothing was measured.")
+        last = [(name, _number(s[0]), _interval(s[1], s[2]), str(s[4] or "")) for name, s in scores.items()]
+        return table(("measure", "last value", "95 %", "unit"), last, numbers=(1,))
+    names = list(dict.fromkeys(name for e in evaluations for name in e.scores))
+    columns = ["measure", *(_moment(e.name, e.trainings) for e in evaluations)]
+    rows = [[name, *(_score(e.scores.get(name)) for e in evaluations)] for name in names]
+    return table(columns, rows, numbers=range(1, len(columns)))
+
+
+def _moment(name: str, trainings: int) -> str:
+    return f"{name} (before training)" if not trainings else name
+
+
+def _score(found: Measured | None) -> str:
+    if found is None:
+        return ""
+    interval = _interval(found.low, found.high)
+    told = f"{_number(found.value)} {found.unit}".rstrip()
+    return told + (f" ({interval})" if interval else "")
+
+
+def _number(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, int | float) else "not finite" if value is None else str(value)
+
+
+def _interval(low: object, high: object) -> str:
+    return (
+        f"{low:.4g} to {high:.4g}" if isinstance(low, int | float) and isinstance(high, int | float) else ""
+    )
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+def _trainings(told: Told) -> str:
+    trainings = [training for training in told.history.trainings if training.step]
+    if not trainings:
+        steps = told.manifest.trained_steps
+        why = f"It was trained for {steps:,} steps, and this" if steps else "This"
+        return quiet(f"{why} bundle holds no history: there is no curve to draw.")
+    rows = [_summary(number, training) for number, training in enumerate(trainings, start=1)]
+    columns = ("training", "steps", "rows", "parameters", "first loss", "last loss", "seconds")
+    return (
+        table(columns, rows, numbers=range(1, 7))
+        + chart(_loss_curves(trainings), x="step", y="loss", title="Loss of each step", bands=bands(trainings))
+        + chart(
+            [Curve("learning rate", _along(trainings, [t.learning_rate for t in trainings]))],
+            x="step", y="rate", title="Learning rate of each step",
+        )
+    )  # fmt: skip
+
+
+def _summary(number: int, training: TrainingHistory) -> tuple[str, ...]:
+    losses, seconds = training.losses, training.seconds[-1]
+    return (
+        str(number),
+        f"{training.step[-1]:,}",
+        f"{training.examples:,}" if training.examples is not None else "",
+        f"{training.trainable:,}" if training.trainable is not None else "",
+        f"{losses[0][1]:.4g}" if losses else "",
+        f"{losses[-1][1]:.4g}" if losses else "",
+        f"{seconds:,.1f}" if seconds is not None else "",
+    )
+
+
+def offsets(trainings: Sequence[TrainingHistory]) -> list[int]:
+    """Steps of the trainings before each."""
+    found = [0]
+    for training in trainings:
+        found.append(found[-1] + training.step[-1])
+    return found[:-1]
+
+
+def _along(trainings: Sequence[TrainingHistory], columns: Sequence[Sequence[float | None]]) -> list[Point]:
+    """A column of each training as one curve, one training behind the other."""
+    return [
+        (float(before + step), value)
+        for before, training, column in zip(offsets(trainings), trainings, columns, strict=True)
+        for step, value in zip(training.step, column, strict=True)
+        if value is not None
+    ]
+
+
+def _loss_curves(trainings: Sequence[TrainingHistory]) -> list[Curve]:
+    """The loss; and its terms, where it has more than one."""
+    curves = [Curve("loss", _along(trainings, [t.loss for t in trainings]), smooth=True)]
+    names = list(dict.fromkeys(name for training in trainings for name in training.terms))
+    for name in names if len(names) > 1 else ():
+        columns = [t.terms.get(name, [None] * len(t.step)) for t in trainings]
+        curves.append(Curve(f"term: {name}", _along(trainings, columns)))
+    return curves
+
+
+def bands(trainings: Sequence[TrainingHistory]) -> list[Band]:
+    """The phases of the plugin that has most, or the trainings where there are several and none has phases."""
+    found = []
+    for number, (before, training) in enumerate(zip(offsets(trainings), trainings, strict=True), start=1):
+        told = max(training.phases.values(), key=lambda column: len(set(column)), default=None)
+        if told is None:
+            name = f"training {number}" if len(trainings) > 1 else ""
+            found.append(Band(name, before + training.step[0], before + training.step[-1]))
+            continue
+        at = 0
+        for phase, run in groupby(told):
+            length = len(list(run))
+            steps = training.step[at : at + length]
+            found.append(Band(phase or "", before + steps[0], before + steps[-1]))
+            at += length
+    return found if len(found) > 1 else []
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------
+
+
+def _samples(found: Samples | None) -> str:
+    if found is None:
+        return quiet(
+            "No samples were asked for: peftx report BUNDLE --samples 3 writes some, and loads the model."
+        )
+    notes = "".join(quiet(f"{note}.") for note in found.notes)
+    if not found.samples:
+        return notes
+    rows = [(s.prompt, s.reference, s.before or "", s.after or "") for s in found.samples]
+    columns = ("prompt", "the row's answer", "the base writes", "the stack writes")
+    return notes + table(columns, rows, texts=(0, 1, 2, 3))
+
+
+def _plan(told: Told) -> str:
+    if told.plan is None:
+        return quiet(f"The plan cannot be made here: {told.why}")
+    totals = told.plan.totals
+    stages = [(s.name, ", ".join(s.plugins), ", ".join(s.reads), s.detail) for s in told.plan.stages]
+    numbers = [
+        ("base", f"{totals.base_params:,}", size(totals.base_bytes)),
+        ("added", f"{totals.added_params:,}", ""),
+        ("trainable", f"{totals.trainable_params:,}", ""),
+        ("at the end", "", size(totals.final_bytes)),
+    ]
+    return table(("stage", "plugins", "reads", ""), stages) + table(
+        ("", "parameters", "bytes"), numbers, numbers=(1, 2)
+    )
+
+
+def _files(told: Told) -> str:
+    rows = [(name, f"{count:,}") for name, count in told.sizes.items()]
+    rows.append(("together", f"{sum(told.sizes.values()):,}"))
+    return table(("file", "bytes"), rows, numbers=(1,))
+
+
+def _loading(told: Told) -> str:
+    name = told.folder.name or "bundle"
+    python = f"import peftx\n\nstack = peftx.load({name!r})\nstack.model  # a plain transformers model"
+    shell = f'peftx generate {name} "Once upon a time"\npeftx evaluate {name} --data held_out.jsonl\npeftx serve {name}'
+    return f"<pre>{escape(python)}</pre><pre>{escape(shell)}</pre>"
+
+
+def _versions(told: Told) -> str:
+    rows = [*told.manifest.versions.items()]
+    rows += [(f"plugin {e.id}", e.version or "not published, or not told") for e in told.manifest.plugins]
+    return table(("", "version"), rows)

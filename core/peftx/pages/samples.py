@@ -1,0 +1,131 @@
+"""What the base writes after prompts of held-out rows, and what the stack does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peftx.engines.data.sources import rows_of, training_rows
+from peftx.errors import PeftxError
+from peftx.loading import load
+from peftx.stack import Stack
+
+if TYPE_CHECKING:
+    from peftx.pages.told import Told
+    from peftx_spec import Pipeline
+
+SAMPLE_TOKENS = 64
+PROMPT_WORDS = 12
+"""Of a text that has no prompt of its own."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, and what follows it: in the row, by the base, by the stack; None where there is nothing."""
+
+    prompt: str
+    reference: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`notes` say what is not there, and why."""
+
+    samples: Sequence[Sample] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def samples(
+    told: Told,
+    count: int,
+    *,
+    model: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Samples:
+    """The likeliest tokens, up to `SAMPLE_TOKENS`, after the first prompts of the rows that were evaluated on.
+
+    Args:
+        model: where the base lies now.
+    """
+    notes: list[str] = []
+    rows = (
+        _tried(lambda: prompts(told.pipeline, count), "there are no rows to take prompts from", notes) or []
+    )
+    if not rows:
+        return Samples((), notes or ["there are no rows to take prompts from: the spec names none"])
+    base, texts = told.manifest.base, [prompt for prompt, _ in rows]
+    before = _tried(
+        lambda: _written(
+            Stack(model or base.id, dtype=base.dtype, device=device, trust_remote_code=trust_remote_code),
+            texts,
+        ),
+        "the base is not at hand",
+        notes,
+    )
+    place = None if base.contained is not None else model
+    after = _tried(
+        lambda: _written(
+            load(told.folder, model=place, device=device, trust_remote_code=trust_remote_code), texts
+        ),
+        "the bundle cannot be loaded",
+        notes,
+    )
+    found = [
+        Sample(prompt, reference, _at(before, n), _at(after, n)) for n, (prompt, reference) in enumerate(rows)
+    ]
+    return Samples(found if before or after else (), notes)
+
+
+def _at(texts: list[Any] | None, place: int) -> str | None:
+    return None if texts is None else texts[place]
+
+
+def _tried(make: Callable[[], list[Any] | None], what: str, notes: list[str]) -> list[Any] | None:
+    try:
+        return make()
+    except PeftxError as error:
+        notes.append(f"{what}: {error.message}")
+        return None
+
+
+def _written(stack: Stack, prompts: Sequence[str]) -> list[str]:
+    """What a stack writes. Raises PeftxError where its model writes nothing."""
+    if not stack.model.can_generate():
+        raise PeftxError(f"a {type(stack.model).__name__} writes no text")
+    return [stack.generate(text, max_new_tokens=SAMPLE_TOKENS, do_sample=False) for text in prompts]
+
+
+def prompts(pipeline: Pipeline | None, count: int) -> list[tuple[str, str]]:
+    """Prompts of the rows that are evaluated on, else of those that are trained on, each with its answer.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if pipeline is None:
+        return []
+    if pipeline.data.eval is not None:
+        rows: Any = rows_of(pipeline.data.eval, limit=count)
+    else:
+        train, held = training_rows(pipeline.data)
+        rows = held.rows if held is not None else train
+    found = [prompt_of(row) for row in (rows.take(min(count, len(rows))) if rows is not None else ())]
+    return [(prompt, reference) for prompt, reference in found if prompt]
+
+
+def prompt_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Prompt and answer of a row of any format."""
+    if "prompt" in row:
+        return str(row["prompt"]), str(row.get("completion", row.get("chosen", "")))
+    if "messages" in row:
+        turns = row["messages"]
+        first = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
+        asked = "\n".join(str(turn["content"]) for turn in turns[:first])
+        return asked, str(turns[first]["content"]) if first < len(turns) else ""
+    if "label" in row:
+        return str(row["text"]), str(row["label"])
+    words = str(row.get("text", "")).split(" ")
+    return " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS : 3 * PROMPT_WORDS])
