@@ -98,7 +98,7 @@ def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
         "list",
         "info",
     }
-    assert expected | {"check", "new", "merge", "doctor", "matrix", "data", "report"} == set(names)
+    assert expected | {"check", "new", "merge", "doctor", "matrix", "data", "report", "compare"} == set(names)
     for name in names:
         text = ok(name, "--help")
         assert f"Example: peftx {name}" in text, f"peftx {name} --help shows no example"

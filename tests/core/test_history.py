@@ -12,11 +12,11 @@ import torch
 
 import peftx
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
+from peftx import history as module
 from peftx.engines.bundle.manifest import own_digest
 from peftx.engines.files import sha256
 from peftx.errors import BundleError
 from peftx.history import History, TrainingHistory
-from peftx.kernel import history as module
 from peftx.kernel.phases import Phase
 from peftx.pipeline import load_run
 from peftx.toolkits.evaluation import Score
