@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from peftx.engines.data import (
     continuation,
     detect_format,
     encode_pair,
+    formats,
     read_dataset,
     render_messages,
     special_frame,
@@ -625,3 +627,40 @@ def test_padding_changes_no_loss(tokenizer: PreTrainedTokenizerFast) -> None:
         )
         both = model(**collate(examples)).loss * sum(counts)
     torch.testing.assert_close(both, single)
+
+
+# ------------------------------------------------------------------------------------------------------ in blocks
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"t{i}", "n": i if i < 5 else i + 0.5} for i in range(9)],
+        [{"text": f"t{i}"} | ({"late": i} if i > 5 else {}) for i in range(9)],
+        [{"text": f"t{i}", "none": None if i < 4 else f"{i}"} for i in range(9)],
+        [{"messages": [{"role": "user", "content": f"{i}"}] + [{"role": "assistant", "content": "a"}] * (i % 3)}
+         for i in range(7)],
+        [{"text": "a", "tags": []}] * 3 + [{"text": "b", "tags": ["x"]}] * 3,
+        [{"text": "a", "more": {"k": 1}}] * 3 + [{"text": "b", "more": {"k": 2, "l": "x"}}] * 3,
+    ],
+)  # fmt: skip
+def test_blocks_of_rows_join_as_all_rows_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, some = read_dataset(path), read_dataset(path, limit=3)
+    monkeypatch.setattr(formats, "BLOCK", 2)
+    found = read_dataset(path)
+    assert found.to_list() == whole.to_list()
+    assert found.features == whole.features
+    assert read_dataset(path, limit=3).to_list() == some.to_list()
+
+
+def test_a_value_that_does_not_go_with_another_blocks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "t", "n": 1}] * 4 + [{"text": "t", "n": "one"}] * 2
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(formats, "BLOCK", 2)
+    with pytest.raises(DataError, match=r"rows.jsonl:5: column 'n' does not go with the rows before"):
+        read_dataset(path)

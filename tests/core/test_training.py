@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
-from peftx.engines.training import TrainStep, last_checkpoint
+from peftx.engines.data import tokenize
+from peftx.engines.training import TrainStep, last_checkpoint, run
+from peftx.engines.training.order import order_of
 from peftx.engines.training.state_io import load_state, save_state
 from peftx.errors import BundleError, DataError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
@@ -425,3 +427,65 @@ def test_a_column_that_the_first_row_lacks_is_kept() -> None:
     rows = [{"text": "one"}, {"text": "two", "weight": 3}]
     data = as_training_data(stack, rows, seed=0, max_length=8)
     assert data.train.to_list() == [{"text": "one", "weight": None}, {"text": "two", "weight": 3}]
+
+
+# --------------------------------------------------------------------------------- no more rows than a run comes to
+def trained_gains(rows: list[dict[str, Any]], **options: Any) -> torch.Tensor:
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    stack.train(rows, batch_size=2, learning_rate=1e-2, max_length=64, **options)
+    return torch.cat([p.detach() for p in stack.ledger.parameters("gains")])
+
+
+@pytest.mark.parametrize("steps", [3, 7, 15])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_prepares_the_rows_that_it_comes_to(
+    monkeypatch: pytest.MonkeyPatch, steps: int, accumulation: int
+) -> None:
+    """It trains on the same rows in the same order as one that prepares all of them."""
+    seen: list[int] = []
+    encode = tokenize.join_pair
+    monkeypatch.setattr(tokenize, "join_pair", lambda *args: seen.append(1) or encode(*args))
+    options = {"steps": steps, "gradient_accumulation": accumulation, "seed": 5}
+    some = trained_gains(ROWS, **options)
+    assert len(seen) == min(len(ROWS), 2 * steps * accumulation)
+    monkeypatch.setattr(run, "one_by_one", lambda *_: False)
+    assert torch.equal(some, trained_gains(ROWS, **options))
+
+
+def test_a_run_goes_on_with_rows_that_its_beginning_did_not_prepare(tmp_path: Path) -> None:
+    options = {"schedule": "constant", "checkpoint_every": 2}
+    whole = trained_gains(ROWS, steps=20, **options)
+    trained_gains(ROWS, steps=4, output=tmp_path, **options)
+    assert torch.equal(trained_gains(ROWS, steps=20, output=tmp_path, resume=True, **options), whole)
+
+
+def test_each_epoch_has_an_order_of_its_own_and_the_seed_decides() -> None:
+    orders = [order_of(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == order_of(50, 0, 0)
+
+
+def test_a_row_that_cannot_be_learned_is_named_by_its_place_in_the_data() -> None:
+    rows = [{"prompt": "count", "completion": "1"} for _ in range(200)]
+    bad = order_of(200, 0, 0)[1]
+    rows[bad] = {"prompt": "count", "completion": "one " * 200}
+    with pytest.raises(DataError, match=rf"row {bad} \(counting from 0\): the completion"):
+        trained_gains(rows, steps=1)
+    for row in order_of(200, 0, 0)[2:]:  # rows that the run does not come to
+        rows[row] = {"prompt": "count", "completion": "one " * 200}
+    rows[bad] = {"prompt": "count", "completion": "1"}
+    trained_gains(rows, steps=1)
+
+
+def test_a_plugin_may_ask_for_rows_that_the_run_does_not_come_to() -> None:
+    class Asks(Gains):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Any:
+            asked.append(sum(len(batch["input_ids"]) for batch in step.batches_of("train", 20)))
+            return (yield)
+
+    asked: list[int] = []
+    stack = Stack(tiny("llama"), [Asks()], tokenizer=tiny_tokenizer())
+    stack.train(ROWS, steps=1, batch_size=2)
+    assert asked == [20]

@@ -14,7 +14,8 @@ are. Everything is held in memory; nothing is written to a cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,9 @@ from peftx.engines.data.files import (
 )
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_row, check_rows, names_of
 from peftx.errors import DataError, nearest
+
+BLOCK = 10_000
+"""Rows that are held as objects of Python while a file is read."""
 
 # What Arrow raises for mixed types, for integers over 64 bits, and for lone surrogates.
 _NOT_ARROW: Final = (pa.ArrowException, OverflowError, UnicodeEncodeError)
@@ -92,18 +96,20 @@ def read_dataset(
             f"{file}: format 'messages' is nested and does not fit a {suffix} file", hint="use .jsonl"
         )
 
-    rows: list[dict[str, object]] = []
-    places: list[str] = []
-    for record in read_records(file):
-        row = _rename(record, columns)
-        check_row(row, record.place, format)
-        rows.append(row)
-        places.append(record.place)
-        if len(rows) == limit:
-            break
-    if not rows:
+    def checked() -> Iterator[tuple[dict[str, object], str]]:
+        for record in islice(read_records(file), limit):
+            row = _rename(record, columns)
+            check_row(row, record.place, format)
+            yield row, record.place
+
+    try:
+        found = _in_blocks((row for row, _ in checked()), first=COLUMNS[format])
+    except _NOT_ARROW:  # blocks have types that do not join: all rows at once may, or tell where they do not
+        rows, places = map(list, zip(*checked(), strict=True))
+        return _to_dataset(rows, places, first=COLUMNS[format])
+    if found is None:
         raise DataError(f"{file} holds no rows")
-    return _to_dataset(rows, places, first=COLUMNS[format])
+    return found
 
 
 def dataset_of(
@@ -232,6 +238,21 @@ def _rename(record: Record, columns: Mapping[str, str] | None) -> dict[str, obje
             hint=f"rename that one too: {{old_{clash[0]}: {clash[0]}}}",
         )
     return {**renamed, **row}
+
+
+def _in_blocks(rows: Iterable[dict[str, object]], *, first: tuple[str, ...]) -> Dataset | None:
+    """As `_to_dataset`, with few rows at a time as objects of Python; None of no rows.
+
+    Raises one of `_NOT_ARROW` where rows, or blocks of them, have types that do not join.
+    """
+    rows, blocks = iter(rows), list[pa.Table]()
+    while block := list(islice(rows, BLOCK)):
+        names = dict.fromkeys([*first, *(key for row in block for key in row)])
+        blocks.append(pa.table({name: pa.array([row.get(name) for row in block]) for name in names}))
+    if not blocks:
+        return None
+    table = pa.concat_tables(blocks, promote_options="permissive") if len(blocks) > 1 else blocks[0]
+    return Dataset(table.select([*first, *(name for name in table.column_names if name not in first)]))
 
 
 def _to_dataset(rows: list[dict[str, object]], places: list[str], *, first: tuple[str, ...]) -> Dataset:

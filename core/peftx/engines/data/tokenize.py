@@ -38,6 +38,7 @@ def tokenize_dataset(
     encoder_decoder: bool = False,
     keep: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    only: Sequence[int] | None = None,
 ) -> Dataset:
     """Turn rows into examples.
 
@@ -58,6 +59,7 @@ def tokenize_dataset(
             without a leading space. Not for `text` and `messages`.
         keep: columns to carry over, one value a row (weights, ids); not for `text`, whose rows are repacked.
         progress: called with (rows done, of).
+        only: of these rows, in this order; all are looked at, and no more than these tokenized. Not for `text`.
 
     Returns:
         A dataset in memory with lists of integers `input_ids` and `labels`, then the columns of `keep`.
@@ -99,7 +101,12 @@ def tokenize_dataset(
         encode = messages_encoder(tokenizer, max_length)
     else:
         encode = _pair_encoder(tokenizer, max_length, format, classification_prompt, encoder_decoder)
-    examples = (encode(row, f"row {index} (counting from 0)") for index, row in _counted(dataset, progress))
+    if only is not None:
+        dataset = dataset.select(only)
+    numbers = range(len(dataset)) if only is None else only
+    examples = (
+        encode(row, f"row {numbers[index]} (counting from 0)") for index, row in _counted(dataset, progress)
+    )
     tokenized = _columns(examples)
     for name in keep:
         tokenized = tokenized.add_column(name, dataset[name][:])

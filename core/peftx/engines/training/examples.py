@@ -33,20 +33,38 @@ if TYPE_CHECKING:
 
 
 def examples_of(
-    stack: Stack, data: TrainingData, progress: Callable[[int, int], None] | None = None
+    stack: Stack,
+    data: TrainingData,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    only: Sequence[int] | None = None,
 ) -> Dataset:
     """Rows as the model trains on them: `input_ids`, `labels`. `progress` is called with (rows done, of).
+
+    Args:
+        only: of these rows, in this order, where each is an example of its own (`one_by_one`).
 
     Raises:
         UnsupportedError: rows that do not serve the model's objective.
         DataError: a row that is no row of its format, has an id beyond the embedding, or is longer than the positions.
     """
-    rows = encoded(stack, data, progress)
-    _check_places(stack, rows)
+    rows = encoded(stack, data, progress, only=only)
+    _check_places(stack, rows, only)
     return rows
 
 
-def encoded(stack: Stack, data: TrainingData, progress: Callable[[int, int], None] | None = None) -> Dataset:
+def one_by_one(stack: Stack, data: TrainingData) -> bool:
+    """Does each row become an example by itself: no text that is cut into blocks, and nothing tokenized already."""
+    return data.format not in ("tokenized", "text") and objective_of(stack.model) == "next-token"
+
+
+def encoded(
+    stack: Stack,
+    data: TrainingData,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    only: Sequence[int] | None = None,
+) -> Dataset:
     """The same, whether or not the model has a place for every id and position."""
     assert data.train is not None
     model, tokenizer = stack.model, stack.tokenizer
@@ -64,7 +82,7 @@ def encoded(stack: Stack, data: TrainingData, progress: Callable[[int, int], Non
             data.train, tokenizer, format=data.format, max_length=data.max_length,
             encoder_decoder=bool(model.config.is_encoder_decoder),
             keep=[name for name in columns_of(model) if name in data.train.column_names],
-            progress=progress,
+            progress=progress, only=only,
         )  # fmt: skip
     return rows
 
@@ -163,8 +181,9 @@ def _number(label: str, *, where: str) -> float:
         raise DataError(f"{where}: label {label!r} is no number, and the model gives one") from error
 
 
-def _check_places(stack: Stack, rows: Dataset) -> None:
+def _check_places(stack: Stack, rows: Dataset, only: Sequence[int] | None) -> None:
     """Raises DataError for the first row with an id that the embedding lacks, or more tokens than positions."""
+    numbers = range(len(rows)) if only is None else only
     size, room = vocabulary_of(stack.model), free_positions(stack.model)
     if any(member.claims(Claim.OWN_LAYOUT) for member in stack.members):
         room = None  # its rows hold several texts, each with positions of its own
@@ -183,13 +202,14 @@ def _check_places(stack: Stack, rows: Dataset) -> None:
             )
             word = stack.tokenizer.convert_ids_to_tokens(token)
             raise DataError(
-                f"row {index} (counting from 0): {word!r} has id {token}, and the model's embedding has {size} rows",
+                f"row {numbers[index]} (counting from 0): {word!r} has id {token}, and the model's embedding has "
+                f"{size} rows",
                 hint="the tokenizer is another model's, or has tokens that the model was never given",
             )
         longest = compute.max(compute.list_value_length(column)).as_py() if len(column) else 0
         if room is not None and longest is not None and longest > room:
             index = next(i for i, n in enumerate(compute.list_value_length(column).to_pylist()) if n > room)
             raise DataError(
-                f"row {index} (counting from 0) has {longest} {name}, and the model has positions for {room}",
+                f"row {numbers[index]} (counting from 0) has {longest} {name}, and the model has positions for {room}",
                 hint=f"train: {{max_length: {room}}}, or stack.train(..., max_length={room})",
             )

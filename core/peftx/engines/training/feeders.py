@@ -24,23 +24,35 @@ class Feeder:
     """Batches of one source.
 
     Args:
-        rows: tokenized. collate: rows -> a batch. size: rows in a batch; a smaller source gives all of its rows.
+        rows: tokenized, or what makes them so, which is called when a plugin asks for a batch.
+        collate: rows -> a batch. size: rows in a batch; a smaller source gives all of its rows.
     """
 
     def __init__(
         self,
-        rows: Dataset,
+        rows: Dataset | Callable[[], Dataset],
         collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         *,
         size: int,
         seed: int,
         name: str,
     ) -> None:
-        if len(rows) == 0:
-            raise DataError(f"the source '{name}' has no rows")
-        self.rows, self.collate, self.size = rows, collate, min(size, len(rows))
+        self._rows, self.collate, self._size = rows, collate, size
         self.seed, self.name = seed, name
         self._orders: dict[int, list[int]] = {}
+
+    @property
+    def rows(self) -> Dataset:
+        """Raises DataError where there are none."""
+        if not isinstance(self._rows, Dataset):
+            self._rows = self._rows()
+        if len(self._rows) == 0:
+            raise DataError(f"the source '{self.name}' has no rows")
+        return self._rows
+
+    @property
+    def size(self) -> int:
+        return min(self._size, len(self.rows))
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """The `number`-th batch, from 0: every row once, in an order of its own, before any comes again."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow.compute as compute
+import torch
 from datasets import Dataset
 from pydantic import ValidationError
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -22,8 +25,9 @@ from peftx.engines.data.formats import checked_dataset, dataset_of, detect_forma
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
-from peftx.engines.training.examples import examples_of, mask_of
+from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
+from peftx.engines.training.order import order_of
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
@@ -51,10 +55,12 @@ class TrainingReport:
     seconds: float
     trainable: int
     examples: int
+    """Rows, tokenized; those that the run came to, where these are not all."""
     terms: dict[str, float] = field(default_factory=dict)
     """The last step's loss terms."""
     full: int = 0
-    """Rows of prompts and completions, or of messages, as long as `max_length`: what was longer is cut at its left."""
+    """Of these, of prompts and completions or of messages, how many are as long as `max_length`: what was longer is cut
+    at its left."""
 
     @property
     def first_loss(self) -> float:
@@ -165,13 +171,18 @@ def train(
             "no rows are left to train on", hint="a prepare_data plugin may have dropped them all"
         )
     encoder_decoder = bool(stack.model.config.is_encoder_decoder)
-    rows = examples_of(stack, training_data)
+    processes = max(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count(), 1)  # each has a batch
+    needed = spec.steps * spec.batch_size * spec.gradient_accumulation * processes
+    drawn = one_by_one(stack, training_data) and needed < len(training_data.train)
+    picked = order_of(len(training_data.train), spec.seed, 0)[:needed] if drawn else None
+    rows = examples_of(stack, training_data, only=picked)
     collator = Collator(
         pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder,
         pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
     )  # fmt: skip
     feeders = _feeders(stack, sources or {}, spec, collator)
-    feeders[OWN] = Feeder(rows, collator, size=spec.batch_size, seed=spec.seed, name=OWN)
+    own = partial(examples_of, stack, training_data) if drawn else rows
+    feeders[OWN] = Feeder(own, collator, size=spec.batch_size, seed=spec.seed, name=OWN)
     for member in stack.members:
         for name in member.plugin.sources:
             check_source(feeders, name, owner=member.id)
@@ -180,10 +191,10 @@ def train(
     cached = stack.model.config.to_dict().get("use_cache")
     with ExitStack() as exits:
         folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
-        identity = _identity(stack, spec, rows)
+        identity = _identity(stack, spec, training_data.train)
         trainer = StackTrainer(
             stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity,
-            masks=mask_of(stack, training_data, spec.seed), sources=feeders,
+            masks=mask_of(stack, training_data, spec.seed), sources=feeders, drawn=drawn,
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
@@ -296,7 +307,7 @@ def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
     plugins = {id: plugin.config.model_dump(mode="json") for id, plugin in stack.plugins.items()}
     digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
     for index in range(0, len(rows), max(1, len(rows) // 64)):
-        digest.update(json.dumps(rows[index]["input_ids"]).encode())
+        digest.update(json.dumps(rows[index], default=str).encode())
     return {
         **{f"train.{name}": value for name, value in settings.items()},
         **{f"{id}.{name}": value for id, options in plugins.items() for name, value in options.items()},

@@ -31,6 +31,7 @@ from peftx.engines.files import (
 )
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
+from peftx.engines.training.order import Shuffled
 from peftx.engines.training.shares import shares
 from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.engines.training.step import TrainStep, run_train_step
@@ -58,6 +59,7 @@ class StackTrainer(Trainer):
         arguments: of `transformers`. rows: tokenized rows. collator: makes batches of them.
         callbacks: further callbacks (progress bars). identity: what a run must have in common with a checkpoint that it
             goes on from; JSON. masks: hides tokens of each batch, for a masked language model.
+        drawn: the rows are those that the run comes to, in their order.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class StackTrainer(Trainer):
         identity: dict[str, Any] | None = None,
         masks: Masks | None = None,
         sources: Mapping[str, Feeder] | None = None,
+        drawn: bool = False,
     ) -> None:
         self.stack = stack
+        self.drawn = drawn
         self.masks = masks
         self.sources = sources or {}
         self.identity = identity or {}
@@ -125,6 +129,11 @@ class StackTrainer(Trainer):
                     + (", or dtype: bfloat16" if self.stack.model.dtype == torch.float16 else ""),
                 )
         return loss / accumulation  # the log sums over the micro-batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Shuffled(len(rows), seed, drawn=self.drawn)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

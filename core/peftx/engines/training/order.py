@@ -1,0 +1,32 @@
+"""In which order rows are trained on: it follows from the seed, so a run may prepare no more rows than it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+def order_of(rows: int, seed: int, epoch: int) -> list[int]:
+    """Every row once, in the order of an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    found: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return found
+
+
+class Shuffled(Sampler[int]):
+    """Rows in the order of each epoch; `drawn`: they stand in that of the first already, and there is no second."""
+
+    def __init__(self, rows: int, seed: int, *, drawn: bool) -> None:
+        self.rows, self.seed, self.drawn, self.epoch = rows, seed, drawn, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rows) if self.drawn else order_of(self.rows, self.seed, self.epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer."""
+        self.epoch = epoch
