@@ -220,18 +220,15 @@ class Run:
         assert self.result is not None
         assert stage.train is not None
         stack, settings = self._stack, self.pipeline.train_settings(stage)
-        resting = [
-            name
-            for name in stack.plugins
-            if name not in stage.train.plugins and not stack.standing[name].frozen
-        ]
+        awake = [name for name in stack.plugins if not stack.standing[name].frozen]
+        resting = [name for name in awake if name not in stage.train.plugins]
         if resting:
             stack.freeze(*resting)
         self.result.trainable = max(self.result.trainable, stack.trainable_parameters())
-        folder = None
-        if self.pipeline.output is not None:
-            folder = checkpoints(Path(self.pipeline.output)) / f"stage-{index}"
+        output = self.pipeline.output
+        folder = None if output is None else checkpoints(Path(output)) / f"stage-{index}"
         resume = self.resume and folder is not None and any(folder.glob("checkpoint-*"))
+        rows = self._measured() if settings.eval_steps is not None else None
         report = train(
             stack,
             self._training_data(settings),
@@ -244,17 +241,19 @@ class Run:
                 name: rows_of(source, limit=source.limit)
                 for name, source in self.pipeline.data.sources.items()
             },
+            measure=None if rows is None else stack.measuring(rows),
         )
         self._trained_on = True
         if resting:
             stack.unfreeze(*resting)
         self.result.training.append(report)
         done = f"{report.steps} steps, loss {report.first_loss:.3f} to {report.last_loss:.3f}"
+        if report.best is not None:
+            name, (step, value) = settings.metric_for_best_model, report.best
+            done += f"; best {name} {value:.4g} at step {step}"
         if report.full:
             length = self._training_data(settings).max_length
-            done += (
-                f"; {report.full} of {report.examples} rows reach max_length {length}: longer ones are cut"
-            )
+            done += f"; {report.full} of {report.examples} rows reach max_length {length}: longer are cut"
         return done
 
     def _freeze(self, stage: RunStage, index: int) -> str:
@@ -284,6 +283,13 @@ class Run:
         )  # fmt: skip
         return f"{sum(t.nbytes for o in stage.ids for t in self._stack.ledger.tensors(o).values()):,} bytes"
 
+    def _measured(self, limit: int | None = None) -> list[Any] | None:
+        """Rows that are not trained on."""
+        source = self.pipeline.data.eval
+        if source is not None:
+            return list(rows_of(source, limit=limit or source.limit))
+        return None if self.held_out is None else list(self.held_out.rows)
+
     def _evaluate(self, stage: RunStage, index: int) -> str:
         assert self.result is not None
         assert stage.evaluate is not None
@@ -300,14 +306,7 @@ class Run:
                 specs.append(EvaluateSpec.model_validate({member.id: {}}))
         for spec in specs:
             options = spec.options
-            source = self.pipeline.data.eval
-            rows: Path | list[Any] | None = None
-            if options.path is not None:
-                rows = asset_path(options.path)
-            elif source is not None:
-                rows = list(rows_of(source, limit=options.limit or source.limit))
-            elif self.held_out is not None:
-                rows = list(self.held_out.rows)
+            rows = self._measured(options.limit) if options.path is None else asset_path(options.path)
             maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
             found |= stack.evaluate(
                 rows,

@@ -103,9 +103,10 @@ def plan(
     ]
     modules, saved = _touched(stack, promised)
     reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
-    steps = {index: pipeline.train_settings(s).steps for index, s in enumerate(stages) if s.train is not None}
+    runs = {index: pipeline.train_settings(s) for index, s in enumerate(stages) if s.train is not None}
+    steps = {index: spec.steps for index, spec in runs.items() if spec.num_train_epochs is None}
     phases = {index: _phases(stack, total, conflicts) for index, total in steps.items()}
-    for member in members if steps else ():
+    for member in members if runs else ():
         for name in member.plugin.sources:
             with _noting(conflicts, member):
                 check_source(pipeline.data.sources, name, owner=member.id)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from peftx.engines.data import TrainingData
     from peftx.engines.training import TrainStep
+    from peftx.engines.training.best import Measure
     from peftx.engines.training.feeders import Feeder
     from peftx.engines.training.run import Progress, TrainingReport
     from peftx.engines.training.shares import Share
@@ -161,6 +162,7 @@ class Stack(Kernel):
         resume: bool | str | Path = False,
         progress: Progress | None = None,
         sources: Mapping[str, Any] | None = None,
+        measured: Any = None,
         **options: Any,
     ) -> TrainingReport:
         """Train what the plugins declared.
@@ -170,6 +172,7 @@ class Stack(Kernel):
             output: folder for checkpoints. resume: from the last checkpoint in `output`, or from this one.
             progress: called with (steps done, steps planned, loss terms and phases).
             sources: further rows by name, files or rows, for plugins that train on several (`step.batch_of`).
+            measured: a file or rows to measure on every `eval_steps`.
             options: fields of the spec's `train:` section: steps, batch_size, learning_rate, ...
 
         Raises:
@@ -178,8 +181,13 @@ class Stack(Kernel):
         from peftx.engines.training.run import train
 
         return train(
-            self, data, output=output, resume=resume, progress=progress, options=options, sources=sources
-        )
+            self, data, output=output, resume=resume, progress=progress, options=options, sources=sources,
+            measure=None if measured is None else self.measuring(measured),
+        )  # fmt: skip
+
+    def measuring(self, rows: Any) -> Measure:
+        """What measures on these rows while the stack trains."""
+        return lambda metric, length: self.evaluate(rows, metrics=[metric], max_length=length)
 
     # -- compression ---------------------------------------------------------------------------------------------
 

@@ -12,9 +12,6 @@ from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, SourceSpec, Sta
 RATES = (3e-4, 1e-3, 3e-3)
 """What is tried where a file names no learning rates."""
 
-HIGHER_IS_BETTER = {"perplexity": False, "accuracy": True, "exact-match": True}
-"""Metric that a comparison can choose by -> is more of it better."""
-
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rates = Annotated[tuple[Rate, ...], Field(min_length=1)]
 Values = Annotated[tuple[JsonValue, ...], Field(min_length=1)]

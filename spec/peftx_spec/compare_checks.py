@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from peftx_spec.compare import HIGHER_IS_BETTER
 from peftx_spec.dumper import dump_plain
 from peftx_spec.errors import nearest
+from peftx_spec.models import HIGHER_IS_BETTER
 from peftx_spec.overrides import entry_ids
 from peftx_spec.problems import Path
 from peftx_spec.raw import Data, list_of, mapping_of

@@ -126,6 +126,10 @@ def need_findings(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Find
         yield Finding(trains[0], message, at_key=True, suggestion=remedy)
     if is_known:
         yield from _idle_data(data, able, will_train=will_train)
+    if mapping_of(data, "train").get("eval_steps") is not None and not {"eval", "holdout"} & sources.keys():
+        message = "there is nothing to measure on while it trains: data.eval is missing"
+        remedy = "write 'data: {eval: file}', or hold rows out: 'data: {holdout: 0.1}'"
+        yield Finding(("train", "eval_steps"), message, at_key=True, suggestion=remedy)
     metrics = bool(list_of(data, "evaluate"))
     if metrics and not evaluates:
         message = "'evaluate' has no effect: 'run' has no evaluate stage"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 
-from peftx_spec.compare import HIGHER_IS_BETTER
 from peftx_spec.dumper import dump_plain
 from peftx_spec.loader import parse_value
-from peftx_spec.models import TrainSpec
+from peftx_spec.models import HIGHER_IS_BETTER, TrainSpec
 from peftx_spec.overrides import entry_ids
 from peftx_spec.raw import Data, list_of, mapping_of
 from peftx_spec.scalars import ScalarError

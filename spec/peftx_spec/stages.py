@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from peftx_spec.base import Amount, Label, NonNegative, Positive, Rate, Seed, Slug, SpecModel, Text
+from peftx_spec.base import Amount, Label, NonNegative, Positive, Rate, Schedule, Seed, Slug, SpecModel, Text
 
 if TYPE_CHECKING:
     from peftx_spec.catalogue import Catalogue
@@ -52,7 +52,7 @@ class TrainStage(SpecModel):
     warmup_steps: NonNegative | None = Field(
         None, description="instead of train.warmup_steps: steps of warmup"
     )
-    schedule: Literal["linear", "cosine", "constant"] | None = Field(
+    schedule: Schedule | None = Field(
         None, description="instead of train.schedule: the learning rate after warmup"
     )
     max_grad_norm: Amount | None = Field(
@@ -67,6 +67,8 @@ class TrainStage(SpecModel):
     def settings(self, base: TrainSpec) -> TrainSpec:
         """`base` with this stage's own values in place of the base's."""
         own = {name: value for name, value in self if name != "plugins" and value is not None}
+        if self.steps is not None:
+            own["num_train_epochs"] = None
         return base.model_copy(update=own)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
 from peftx.engines.data import tokenize
@@ -17,6 +20,7 @@ from peftx.engines.training.order import order_of
 from peftx.engines.training.state_io import load_state, save_state
 from peftx.errors import BundleError, DataError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.toolkits.evaluation.scores import Score
 
 ROWS = [{"prompt": f"count {i}", "completion": f"{i + 1} {i + 2}"} for i in range(24)]
 
@@ -489,3 +493,140 @@ def test_a_plugin_may_ask_for_rows_that_the_run_does_not_come_to() -> None:
     stack = Stack(tiny("llama"), [Asks()], tokenizer=tiny_tokenizer())
     stack.train(ROWS, steps=1, batch_size=2)
     assert asked == [20]
+
+
+# ------------------------------------------------------------------------------------- epochs, measurements, autocast
+def test_epochs_are_counted_in_steps() -> None:
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    options = {"batch_size": 5, "gradient_accumulation": 2, "max_length": 64}
+    assert stack.train(ROWS, num_train_epochs=1.0, **options).steps == 3  # 24 rows: 5 batches, the last of 4
+    assert stack.train(ROWS, num_train_epochs=0.5, **options).steps == 2
+    with pytest.raises(PeftxError, match="steps and num_train_epochs both say how long"):
+        stack.train(ROWS, num_train_epochs=1.0, steps=3)
+
+
+class Scripted:
+    """Stands in for the measurement."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def __call__(self, metric: str, length: int) -> dict[str, Any]:
+        torch.rand(7)  # what it draws is not missing from the training
+        return {metric: Score(name=metric, value=self.values.pop(0))}
+
+
+def measured_run(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Any, torch.Tensor]:
+    monkeypatch.setattr(Stack, "measuring", lambda self, rows: scripted)
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    options = {"batch_size": 2, "learning_rate": 1e-2, "schedule": "constant", "eval_steps": 1} | options
+    report = stack.train(ROWS, measured=ROWS, **options)
+    return report, torch.cat([p.detach() for p in stack.ledger.parameters("gains")])
+
+
+def test_the_best_state_comes_back_and_a_run_that_gets_no_better_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    best, end = {"load_best_model_at_end": True}, {"early_stopping_patience": 2}
+    report, weights = measured_run(Scripted(5, 3, 4, 3.5), monkeypatch, steps=9, **best, **end)
+    assert (report.steps, report.best) == (4, (2, 3.0))
+    assert torch.equal(weights, trained_gains(ROWS, steps=2, schedule="constant"))
+    report, weights = measured_run(Scripted(5, 3, 4, 3.5), monkeypatch, steps=9, **end)
+    assert torch.equal(weights, trained_gains(ROWS, steps=4, schedule="constant"))
+    up = {"metric_for_best_model": "accuracy"}
+    report, _ = measured_run(Scripted(0.2, 0.4, 0.3, 0.1), monkeypatch, steps=9, **best, **end, **up)
+    assert (report.steps, report.best) == (4, (2, 0.4))
+
+
+def test_measuring_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, weights = measured_run(Scripted(*range(6)), monkeypatch, steps=6)
+    assert torch.equal(weights, trained_gains(ROWS, steps=6, schedule="constant"))
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+def test_measurements_go_on_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    values = (5, 3, 4, 3.5, 3.2, 1)
+    options = {
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 3,
+        "checkpoint_every": 1,
+        "steps": 6,
+    }
+    whole = measured_run(Scripted(*values), monkeypatch, **options)
+
+    def kill(done: int, total: int, terms: dict[str, float]) -> None:
+        if done == kill_at + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stack, "measuring", lambda self, rows: Scripted(*values))
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    common = {"batch_size": 2, "learning_rate": 1e-2, "schedule": "constant", "eval_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        stack.train(ROWS, measured=ROWS, output=tmp_path, progress=kill, **common, **options)
+    again = measured_run(Scripted(*values[kill_at:]), monkeypatch, output=tmp_path, resume=True, **options)
+    assert (again[0].best, again[0].steps) == (whole[0].best, whole[0].steps) == ((2, 3.0), 5)
+    assert torch.equal(again[1], whole[1])
+    finished = measured_run(Scripted(), monkeypatch, output=tmp_path, resume=True, **options)
+    assert torch.equal(finished[1], whole[1])
+
+
+def test_options_that_need_another_are_refused() -> None:
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    with pytest.raises(PeftxError, match="early_stopping_patience needs measurements: set eval_steps"):
+        stack.train(ROWS, early_stopping_patience=2)
+    with pytest.raises(DataError, match="eval_steps measures on rows that are not trained on") as caught:
+        stack.train(ROWS, eval_steps=2)
+    assert "measured=rows" in str(caught.value.hint)
+    with pytest.raises(PeftxError, match="report_to: trackio is not installed") as caught:
+        stack.train(ROWS, report_to="trackio")
+    assert caught.value.hint == "pip install trackio"
+
+
+def test_autocast_computes_in_bfloat16_and_leaves_the_weights_alone() -> None:
+    seen: list[torch.dtype] = []
+
+    class Watches(Gains):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Any:
+            site = step.model.model.layers[0].mlp.up_proj
+            with closing_hook(site.register_forward_hook(lambda m, x, y: seen.append(y.dtype))):
+                return (yield)
+
+    losses = []
+    for options in ({}, {"bf16": True}):
+        stack = Stack(tiny("llama"), [Watches()], tokenizer=tiny_tokenizer())
+        losses.append(stack.train(ROWS, steps=2, batch_size=2, **options).last_loss)
+        assert {p.dtype for p in stack.model.parameters()} == {torch.float32}
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@contextmanager
+def closing_hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_reporters_get_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            told.append(dict(logs))
+
+    setup = run.StackTrainer.__init__
+    monkeypatch.setattr(
+        run.StackTrainer, "__init__", lambda self, *a, **k: setup(self, *a, callbacks=[Reporter()], **k)
+    )
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    stack.train(ROWS, steps=2, batch_size=2)
+    assert {"loss", "learning_rate", "seconds"} <= told[0].keys()
+    assert all(isinstance(value, int | float) for logs in told for value in logs.values())
+    assert stack.history.trainings[0].terms["task"]

@@ -17,9 +17,8 @@ from peftx.kernel.registry import Registry
 from peftx.pipeline import Run
 from peftx.planning import plan
 from peftx_spec import dump
-from peftx_spec.compare import HIGHER_IS_BETTER
 from peftx_spec.compare_load import Compared, LoadedCompare
-from peftx_spec.models import DataSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.models import HIGHER_IS_BETTER, DataSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
 
 PACED_STEPS = 20
 """Steps of the pipeline that is timed; its process stops sooner where a quarter of the budget is used up."""
@@ -222,7 +221,7 @@ def _of(row: PlannedRow) -> Pipeline:
 
 def _trained(pipeline: Pipeline, steps: int, rate: float, seed: int) -> Pipeline:
     settings = (pipeline.train or TrainSpec()).model_copy(
-        update={"steps": steps, "learning_rate": rate, "seed": seed}
+        update={"steps": steps, "num_train_epochs": None, "learning_rate": rate, "seed": seed}
     )
     return pipeline.model_copy(update={"train": settings})
 

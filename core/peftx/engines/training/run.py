@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,15 @@ import pyarrow.compute as compute
 import torch
 from datasets import Dataset
 from pydantic import ValidationError
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from peftx.engines.data import Collator, TrainingData, read_dataset
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
+from peftx.engines.training.arguments import arguments_of, check_reports
+from peftx.engines.training.best import Best, Measure
 from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.order import order_of
@@ -33,7 +36,7 @@ from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import spans
-from peftx_spec.models import TrainSpec
+from peftx_spec.models import HIGHER_IS_BETTER, TrainSpec
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -61,6 +64,8 @@ class TrainingReport:
     full: int = 0
     """Of these, of prompts and completions or of messages, how many are as long as `max_length`: what was longer is cut
     at its left."""
+    best: tuple[int, float] | None = None
+    """Step and value of the best measurement, where `eval_steps` asked for some."""
 
     @property
     def first_loss(self) -> float:
@@ -152,9 +157,12 @@ def train(
     options: dict[str, Any] | TrainSpec,
     prepare: bool = True,
     sources: Mapping[str, Rows] | None = None,
+    measure: Measure | None = None,
 ) -> TrainingReport:
     """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already)."""
     spec = parse_options(options)
+    best = _best(stack, spec, measure)
+    check_reports(spec, output)
     if stack.trainable_parameters() == 0:
         raise PeftxError(
             "nothing trains: no plugin of the stack has trainable parameters",
@@ -171,6 +179,8 @@ def train(
             "no rows are left to train on", hint="a prepare_data plugin may have dropped them all"
         )
     encoder_decoder = bool(stack.model.config.is_encoder_decoder)
+    if spec.num_train_epochs is not None:
+        spec = spec.model_copy(update={"steps": _steps(stack, spec, training_data)})
     processes = max(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count(), 1)  # each has a batch
     needed = spec.steps * spec.batch_size * spec.gradient_accumulation * processes
     drawn = one_by_one(stack, training_data) and needed < len(training_data.train)
@@ -193,8 +203,9 @@ def train(
         folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
         identity = _identity(stack, spec, training_data.train)
         trainer = StackTrainer(
-            stack, _arguments(spec, folder, stack, output is not None), rows, collator, identity=identity,
+            stack, arguments_of(spec, folder, stack, output is not None), rows, collator, identity=identity,
             masks=mask_of(stack, training_data, spec.seed), sources=feeders, drawn=drawn,
+            best=best, bf16=spec.bf16,
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
@@ -212,6 +223,8 @@ def train(
                 stack.model.zero_grad(set_to_none=True)
             if output is not None:
                 trainer.keep()
+        if best is not None and best.state["snapshot"] is not None:
+            trainer.go_back(best.state["snapshot"])
     steps = int(trainer.state.global_step)
     stack.trained_steps += steps
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -226,6 +239,7 @@ def train(
         len(rows),
         trainer.loss_terms,
         _full(rows, training_data),
+        None if best is None or best.state["value"] is None else (best.state["step"], best.state["value"]),
     )
 
 
@@ -245,38 +259,28 @@ def _feeders(
     return found
 
 
-def _arguments(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:
-    saves = keep and spec.checkpoint_every is not None
-    schedule = "constant_with_warmup" if spec.schedule == "constant" and spec.warmup_steps else spec.schedule
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_size,
-        gradient_accumulation_steps=spec.gradient_accumulation,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        warmup_steps=spec.warmup_steps,
-        lr_scheduler_type=schedule,
-        max_grad_norm=spec.max_grad_norm,
-        seed=spec.seed,
-        data_seed=spec.seed,
-        activation_checkpointing=spec.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
-        logging_strategy="steps",
-        logging_steps=1,
-        save_strategy="steps" if saves else "no",
-        save_steps=spec.checkpoint_every or 500,
-        save_total_limit=2,
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=stack.model.device.type == "cpu",
-        dataloader_pin_memory=False,
-        include_num_input_tokens_seen=False,
-        logging_nan_inf_filter=False,  # a loss that is not a number is reported as such, not as zero
-    )
-    arguments.optim = "sgd" if spec.optimizer == "sgd" else arguments.optim
-    return arguments
+def _best(stack: Stack, spec: TrainSpec, measure: Measure | None) -> Best | None:
+    if spec.eval_steps is None:
+        return None
+    if measure is None:
+        raise DataError(
+            "eval_steps measures on rows that are not trained on, and there are none",
+            hint="data: {eval: file}, or stack.train(..., measured=rows)",
+        )
+
+    def told(step: int, scores: Mapping[str, Any]) -> None:
+        stack.history.evaluated(f"step {step}", scores)
+
+    return Best(spec, measure, told, higher=HIGHER_IS_BETTER[spec.metric_for_best_model])
+
+
+def _steps(stack: Stack, spec: TrainSpec, data: TrainingData) -> int:
+    """Optimizer steps of `num_train_epochs`, the last one begun counted, as the Trainer counts them."""
+    assert spec.num_train_epochs is not None
+    assert data.train is not None
+    rows = len(data.train if one_by_one(stack, data) else examples_of(stack, data))
+    batches = math.ceil(rows / (spec.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    return math.ceil(spec.num_train_epochs * math.ceil(batches / spec.gradient_accumulation))
 
 
 def _full(rows: Dataset, data: TrainingData) -> int:
@@ -303,7 +307,9 @@ def _check_that_it_acts(stack: Stack) -> None:
 
 def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
     """What decides about every bit of a run beside its length: JSON-able."""
-    settings = spec.model_dump(mode="json", exclude={"steps", "checkpoint_every"})
+    settings = spec.model_dump(
+        mode="json", exclude={"steps", "num_train_epochs", "checkpoint_every", "report_to"}
+    )
     plugins = {id: plugin.config.model_dump(mode="json") for id, plugin in stack.plugins.items()}
     digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
     for index in range(0, len(rows), max(1, len(rows) // 64)):

@@ -29,6 +29,7 @@ from peftx.engines.files import (
     staging,
     telling_what_was_not_written,
 )
+from peftx.engines.training.best import Best, Looking
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
 from peftx.engines.training.order import Shuffled
@@ -59,7 +60,8 @@ class StackTrainer(Trainer):
         arguments: of `transformers`. rows: tokenized rows. collator: makes batches of them.
         callbacks: further callbacks (progress bars). identity: what a run must have in common with a checkpoint that it
             goes on from; JSON. masks: hides tokens of each batch, for a masked language model.
-        drawn: the rows are those that the run comes to, in their order.
+        drawn: the rows are those that the run comes to, in their order. best: measures while it trains.
+        bf16: forward passes in bfloat16 where that is safe.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class StackTrainer(Trainer):
         masks: Masks | None = None,
         sources: Mapping[str, Feeder] | None = None,
         drawn: bool = False,
+        best: Best | None = None,
+        bf16: bool = False,
     ) -> None:
         self.stack = stack
-        self.drawn = drawn
+        self.drawn, self.best, self.bf16 = drawn, best, bf16
         self.masks = masks
         self.sources = sources or {}
         self.identity = identity or {}
@@ -94,6 +98,8 @@ class StackTrainer(Trainer):
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if best is not None:
+            self.add_callback(Looking(lambda: self, best))
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -117,7 +123,8 @@ class StackTrainer(Trainer):
             sources=self.sources,
         )
         self._micro = (self._micro + 1) % accumulation
-        with self.compute_loss_context_manager():
+        device = self.stack.model.device.type
+        with self.compute_loss_context_manager(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             loss = run_train_step(step)
         self.loss_terms = step.losses
         self.phases = {m.id: step.phase(m.plugin).name for m in self.stack.members if m.plugin.phases()}
@@ -151,10 +158,13 @@ class StackTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Also what `stack.history` keeps of a step. Checkpoints bring it along, so a resumed run goes on with it."""
+        more: dict[str, Any] = {}
         if "loss" in logs and self._clock is not None:
             logs["seconds"] = round(time.perf_counter() - self._clock, 3)
-            logs["terms"], logs["phases"] = dict(self.loss_terms), dict(self.phases)
+            more = {"terms": dict(self.loss_terms), "phases": dict(self.phases)}
         super().log(logs, start_time)
+        if more:  # not for those that it reports to, which take numbers
+            self.state.log_history[-1].update(more)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or SGD over what trains; a step that makes no gradients leaves the optimizer idle."""
@@ -177,7 +187,8 @@ class StackTrainer(Trainer):
     def finished(self, checkpoint: Path) -> bool:
         """Take everything from a checkpoint if the run was complete there: there is nothing to go on with."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < self.args.max_steps:
+        self._load_best(checkpoint)
+        if state.global_step < self.args.max_steps and not (self.best is not None and self.best.enough):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
@@ -205,6 +216,23 @@ class StackTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
+    def snapshot(self) -> dict[str, Any]:
+        """What was trained, as it is: tensors, and what plugins remember."""
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
+        return {"tensors": tensors, "state": {id: p.state for id, p in self.stack.plugins.items()}}
+
+    def go_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Make a snapshot what is trained."""
+        with torch.no_grad():
+            for name, tensor in self._trained().items():
+                tensor.copy_(snapshot["tensors"][name])
+        for owner, state in snapshot["state"].items():
+            self.stack.plugins[owner].state = state
+
+    def _load_best(self, checkpoint: Path) -> None:
+        if self.best is not None and (checkpoint / "best.json").exists():
+            self.best.state = load_state(checkpoint / "best")
+
     def _trained(self) -> dict[str, Tensor]:
         ledger = self.stack.ledger
         return {f"{o}/{name}": t for o in self.stack.plugins for name, t in ledger.tensors(o).items()}
@@ -217,6 +245,8 @@ class StackTrainer(Trainer):
         )
         states = {owner: plugin.state for owner, plugin in self.stack.plugins.items()}
         save_state(folder / "plugins", {"state": states, "memory": self.memory})
+        if self.best is not None:
+            save_state(folder / "best", self.best.state)
         (folder / IDENTITY).write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -235,6 +265,7 @@ class StackTrainer(Trainer):
                         f"{folder}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
                     )
                 tensor.copy_(saved[name])
+        self._load_best(folder)
         extra = load_state(folder / "plugins")
         for owner, state in extra["state"].items():
             self.stack.plugins[owner].state = state

@@ -1,0 +1,61 @@
+"""The spec's `train:` section as the Trainer's arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
+
+from peftx.errors import PeftxError
+
+if TYPE_CHECKING:
+    from peftx.kernel.stack import Stack
+    from peftx_spec.models import TrainSpec
+
+
+def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:
+    saves = keep and spec.checkpoint_every is not None
+    schedule = "constant_with_warmup" if spec.schedule == "constant" and spec.warmup_steps else spec.schedule
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=spec.warmup_steps,
+        lr_scheduler_type=schedule,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        activation_checkpointing=spec.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="steps" if saves else "no",
+        save_steps=spec.checkpoint_every or 500,
+        save_total_limit=2,
+        report_to=spec.report_to,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=stack.model.device.type == "cpu",
+        dataloader_pin_memory=False,
+        include_num_input_tokens_seen=False,
+        logging_nan_inf_filter=False,  # a loss that is not a number is reported as such, not as zero
+    )
+    arguments.optim = "sgd" if spec.optimizer == "sgd" else arguments.optim
+    return arguments
+
+
+def check_reports(spec: TrainSpec, output: object) -> None:
+    """Raises PeftxError where the Trainer could not report, or nobody would find what it did."""
+    if spec.report_to == "none":
+        return
+    if importlib.util.find_spec(spec.report_to) is None:
+        raise PeftxError(
+            f"report_to: {spec.report_to} is not installed", hint=f"pip install {spec.report_to}"
+        )
+    if spec.report_to == "tensorboard" and output is None:
+        raise PeftxError("report_to: tensorboard writes beside the checkpoints", hint="give an output folder")
