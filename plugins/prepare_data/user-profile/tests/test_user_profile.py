@@ -254,6 +254,7 @@ def test_exact_matches_are_common_pairs(predicted: dict[str, str], gold: dict[st
         ({"home city": "New Rome"}, 1.0, False),
         ({"home city": "Romes"}, 0.85, True),  # 2 * 4 / 9 = 0.89
         ({"home city": "Romes"}, 0.95, False),
+        ({"home city": "Roma"}, 0.75, True),  # 2 * 3 / 8: the least similarity is enough
         ({"city": "Rome"}, 0.1, False),  # keys are not similar, but alike
     ],
 )
