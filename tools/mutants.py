@@ -20,8 +20,9 @@ The mistakes, by kind:
     call         dropout, softmax, norm, clamp and their like dropped, and .detach(), .float(), .clone()
     statement    a call whose value nobody takes, or an augmented assignment, removed
 
-Texts, `raise`, `assert`, decorators and type hints are left alone. Each run is a fork of this process, which has torch
-and the kit imported already and no plugin, so it costs what its tests cost; where there is no fork, this does not work.
+Texts, `raise`, `assert`, decorators, type hints and `strict` of zip are left alone. Each run is a fork of this process,
+which has torch and the kit imported already and no plugin, so it costs what its tests cost, the quick ones first; where
+there is no fork, this does not work.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+TIMES = "times.json"
+"""File in the temporary folder: how long each test took."""
 SWAPPED_OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
     ast.FloorDiv: ("//", "*"), ast.Pow: ("**", "*"),
@@ -162,6 +165,10 @@ class Finder(ast.NodeVisitor):
         if node.value is not None:
             self.visit(node.value)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "strict":  # of `zip`, for readers
+            self.visit(node.value)
+
     # -- expressions -------------------------------------------------------------------------------------------------
     def visit_Constant(self, node: ast.Constant) -> None:
         self.constant(node, node.value)
@@ -237,10 +244,14 @@ class Finder(ast.NodeVisitor):
 
 # --------------------------------------------------------------------------------------------------------- the runs
 class Selection:
-    """Of a plugin's tests its own, or the kit's on the first architecture and on none; no slow ones."""
+    """Of a plugin's tests its own, or the kit's on the first architecture and on none; no slow ones. Quick ones first.
 
-    def __init__(self, kit: bool) -> None:
-        self.kit = kit
+    Args:
+        times: test -> seconds, as far as known; what runs is written into it.
+    """
+
+    def __init__(self, kit: bool, times: dict[str, float]) -> None:
+        self.kit, self.times = kit, times
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         checks = [getattr(getattr(item, "callspec", None), "params", {}).get("check") for item in items]
@@ -251,9 +262,13 @@ class Selection:
             for item, arch in zip(items, archs, strict=True)
             if not item.get_closest_marker("slow") and (arch in ("", first) if self.kit else arch is None)
         ]
+        items.sort(key=lambda item: self.times.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.times[report.nodeid] = self.times.get(report.nodeid, 0.0) + report.duration
 
 
-def tests_on(folder: Path, files: list[str], *, kit: bool, expression: str) -> None:
+def tests_on(folder: Path, files: list[str], selection: Selection, expression: str) -> None:
     """The forked process: runs tests with `folder` first on the path, and exits with what pytest does."""
     import pytest
 
@@ -264,15 +279,17 @@ def tests_on(folder: Path, files: list[str], *, kit: bool, expression: str) -> N
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     sys.path.insert(0, str(folder))
     arguments = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
-    sys.exit(pytest.main([*arguments, *(["-k", expression] if expression else [])], [Selection(kit)]))
+    code = pytest.main([*arguments, *(["-k", expression] if expression else [])], [selection])
+    (folder / TIMES).write_text(json.dumps(selection.times), encoding="utf-8")
+    sys.exit(code)
 
 
-def outcome(folder: Path, files: list[str], *, kit: bool, expression: str = "", limit: float) -> int | None:
+def outcome(
+    folder: Path, files: list[str], selection: Selection, expression: str, *, limit: float
+) -> int | None:
     """The exit status of the tests: 0 passed, 5 there were none; None: stopped after `limit` seconds."""
-    options = {"kit": kit, "expression": expression}
-    process = multiprocessing.get_context("fork").Process(
-        target=tests_on, args=(folder, files), kwargs=options
-    )
+    arguments = (folder, files, selection, expression)
+    process = multiprocessing.get_context("fork").Process(target=tests_on, args=arguments)
     process.start()
     process.join(limit)
     code = process.exitcode
@@ -296,15 +313,21 @@ class Trial:
         self.source = found[0].parent / "src"
         self.files = [str(path) for path in sorted((found[0].parent / "tests").glob("test_*.py"))]
         self.name, self.expression = name, expression
+        self.times: dict[str, float] = {}
         self.limits: dict[bool, float] = {}  # kit or not -> seconds; not there: no such tests
         with self.copy() as folder:
             for kit in (False, True):
                 began = time.perf_counter()
-                code = outcome(folder, self.files, kit=kit, expression="" if kit else expression, limit=600)
+                code = self.run(folder, kit, limit=600)
                 if code not in (0, 5):
                     raise SystemExit(f"mutants: the tests of {name} fail without a mutant: pytest {code}")
+                self.times |= json.loads((folder / TIMES).read_text("utf-8"))
                 if code == 0:
                     self.limits[kit] = 20 + 4 * (time.perf_counter() - began)
+
+    def run(self, folder: Path, kit: bool, *, limit: float) -> int | None:
+        expression = "" if kit else self.expression
+        return outcome(folder, self.files, Selection(kit, self.times), expression, limit=limit)
 
     @contextlib.contextmanager
     def copy(self) -> Iterator[Path]:
@@ -326,8 +349,7 @@ class Trial:
         with self.copy() as folder:
             (folder / path).write_text(source, encoding="utf-8")
             for kit, limit in self.limits.items():
-                expression = "" if kit else self.expression
-                code = outcome(folder, self.files, kit=kit, expression=expression, limit=limit)
+                code = self.run(folder, kit, limit=limit)
                 if code != 0:
                     return "timed out" if code is None else "killed"
         return "survived"

@@ -66,6 +66,7 @@ def test_the_mistakes(tool: Any, line: str, kinds: dict[str, str]) -> None:
     [
         "'a + 1'", "y = f'{a + 1:.2f}'", "raise ValueError(f(a + 1))", "assert a < 1", "super().__init__()",
         "if TYPE_CHECKING: import a", "@f(a + 1)\ndef g() -> None: ...", "y: Literal[1]", "y = float(x)",
+        "y = zip(a, b, strict=True)",
     ],
 )  # fmt: skip
 def test_what_is_left_alone(tool: Any, line: str) -> None:
