@@ -402,12 +402,10 @@ def main() -> None:
                 tally.killed += end == "killed"
                 tally.timed_out += end == "timed out"
                 if end == "survived":
-                    told = {key: value for key, value in asdict(mutant).items() if key != "source"}
-                    tally.survivors.append({"file": str(path)} | told)
-                    where = f"{trial.source.relative_to(ROOT) / path}:{mutant.line}"
-                    console.print(
-                        f"{where} ({mutant.kind})\n  - {mutant.old}\n  + {mutant.new}", markup=False
-                    )
+                    facts = {key: value for key, value in asdict(mutant).items() if key != "source"}
+                    tally.survivors.append({"file": str(trial.source.relative_to(ROOT) / path)} | facts)
+                    text = "{file}:{line} ({kind})\n  - {old}\n  + {new}".format(**tally.survivors[-1])
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.update(task, advance=1, refresh=True)
             tally.seconds = round(time.perf_counter() - began, 1)
             if options.json:
