@@ -15,7 +15,8 @@ The mistakes, by kind:
     arithmetic   + and - swapped, * and /, += and -=; // and ** become *
     comparison   < and <= swapped, > and >=
     constant     n becomes n + 1, so that dim=-1 becomes dim=0; True and False swapped
-    config       the same of the defaults and bounds in a `...Config` (--no-config leaves them out)
+    config       the same of the defaults and bounds in a `...Config` (--no-config leaves them out); what the plugin's
+                 tests do not notice, the generated schema and option tables do: tests/meta/test_derived.py
     condition    the test of an `if` negated, also in an expression or a comprehension; a `not` dropped
     call         dropout, softmax, norm, clamp and their like dropped, and .detach(), .float(), .clone()
     statement    a call whose value nobody takes, or an augmented assignment, removed
@@ -276,6 +277,10 @@ def tests_on(folder: Path, files: list[str], selection: Selection, expression: s
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(
+        folder / "tmp"
+    )  # what a test that is stopped leaves goes with it
+    os.makedirs(tempfile.tempdir, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     sys.path.insert(0, str(folder))
     arguments = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
