@@ -21,9 +21,9 @@ The mistakes, by kind:
     call         dropout, softmax, norm, clamp and their like dropped, and .detach(), .float(), .clone()
     statement    a call whose value nobody takes, or an augmented assignment, removed
 
-Texts, `raise`, `assert`, decorators, type hints and `strict` of zip are left alone. Each run is a fork of this process,
-which has torch and the kit imported already and no plugin, so it costs what its tests cost, the quick ones first; where
-there is no fork, this does not work.
+Texts, `raise`, `assert`, decorators, type hints, a plugin's `example` and the `strict` of zip are left alone. Each run
+is a fork of this process, which has torch and the kit imported already and no plugin, so it costs what its tests cost,
+the quick ones first; where there is no fork, this does not work.
 """
 
 from __future__ import annotations
@@ -161,6 +161,10 @@ class Finder(ast.NodeVisitor):
         for part in node.body:
             self.visit(part)
         self.in_config = outer
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if not any(isinstance(target, ast.Name) and target.id == "example" for target in node.targets):
+            self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:

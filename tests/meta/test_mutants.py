@@ -45,6 +45,7 @@ def tool() -> Any:
         ("y = (a @ b).softmax(c)", {"y = (a @ b)": "call"}),
         ("y = self.norm(x.detach())", {"y = x.detach()": "call", "y = self.norm(x)": "call"}),
         ("y = self.weight.float()", {"y = self.weight": "call"}),
+        ("x[1] = y", {"x[2] = y": "constant"}),
         ("x.copy_(y)", {"pass": "statement"}),
         ("x -= y", {"pass": "statement", "x += y": "arithmetic"}),
         ("def f(x: Literal[1] = 2) -> Literal[3]: ...", {"def f(x: Literal[1] = 3) -> Literal[3]: ...": "constant"}),
@@ -66,7 +67,7 @@ def test_the_mistakes(tool: Any, line: str, kinds: dict[str, str]) -> None:
     [
         "'a + 1'", "y = f'{a + 1:.2f}'", "raise ValueError(f(a + 1))", "assert a < 1", "super().__init__()",
         "if TYPE_CHECKING: import a", "@f(a + 1)\ndef g() -> None: ...", "y: Literal[1]", "y = float(x)",
-        "y = zip(a, b, strict=True)",
+        "y = zip(a, b, strict=True)", "example = {'rank': 2}",
     ],
 )  # fmt: skip
 def test_what_is_left_alone(tool: Any, line: str) -> None:
