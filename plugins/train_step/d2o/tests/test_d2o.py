@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, logsigmoid
@@ -268,8 +269,11 @@ def test_instructions_stand_before_the_prompt_while_drawing_alone(monkeypatch: p
     assert all(text.startswith(ROWS[i // 4]["prompt"]) for i, text in enumerate(trained))
 
 
-def test_instructions_stand_behind_bos() -> None:
-    tokenizer = tiny_tokenizer(ends=True)
+@pytest.mark.parametrize("frame", ["<|bos|> $A <|eos|>", "<|bos|> $A"])
+def test_instructions_stand_behind_bos(frame: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ends = [("<|bos|>", BOS), ("<|eos|>", EOS)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=ends)
     stack = Stack(
         tiny("llama"), [Lora(rank=2), D2o(**SMALL, instructions=["Be kind. "])], tokenizer=tokenizer
     )
