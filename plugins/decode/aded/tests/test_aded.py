@@ -151,7 +151,7 @@ def test_visits_of_two_children_by_hand(c1: float, c2: float, visits_of_4: list[
 
 
 def test_below_a_node_the_search_is_one_from_there() -> None:
-    """The weight there grows with the visits of the node, and not with those of the root; values differ by a constant."""
+    """The weight there grows with the visits of the node, and not of the root; values differ by a constant."""
     table = TrigramTable.count([[1, 2, 3]] * 2 + [[1, 2, 4]] + [[2, 4, 5]] * 3 + [[2, 4, 6]], successors=12)
     found = []
     for start, depth, iterations in (((1, 2), 3, 60), ((2, 4), 2, 0)):
