@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import models
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 import peftx
@@ -505,9 +503,9 @@ def test_of_two_markers_that_end_together_the_longer_one_counts() -> None:
 def merging(pair: tuple[str, str], *, template: str | None = None, prefix: bool = False) -> Any:
     """The tiny tokenizer with a token of two characters; `prefix`: it reads a space before each text."""
     tokenizer = tiny_tokenizer()
-    vocabulary = tokenizer.get_vocab()
-    tokenizer.backend_tokenizer.model = models.BPE({**vocabulary, "".join(pair): len(vocabulary)}, [pair])
-    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=prefix, use_regex=False)
+    parts, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+    parts.model = type(parts.model)({**vocabulary, "".join(pair): len(vocabulary)}, [pair])
+    parts.pre_tokenizer = type(parts.pre_tokenizer)(add_prefix_space=prefix, use_regex=False)
     tokenizer.chat_template = template
     return tokenizer
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, logsigmoid
@@ -271,9 +270,9 @@ def test_instructions_stand_before_the_prompt_while_drawing_alone(monkeypatch: p
 
 @pytest.mark.parametrize("frame", ["<|bos|> $A <|eos|>", "<|bos|> $A"])
 def test_instructions_stand_behind_bos(frame: str) -> None:
-    tokenizer = tiny_tokenizer()
-    ends = [("<|bos|>", BOS), ("<|eos|>", EOS)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=ends)
+    tokenizer, ends = tiny_tokenizer(ends=True), [("<|bos|>", BOS), ("<|eos|>", EOS)]
+    parts = tokenizer.backend_tokenizer
+    parts.post_processor = type(parts.post_processor)(single=frame, special_tokens=ends)
     stack = Stack(
         tiny("llama"), [Lora(rank=2), D2o(**SMALL, instructions=["Be kind. "])], tokenizer=tokenizer
     )
