@@ -306,6 +306,13 @@ def test_constant_scales_of_keys_by_hand() -> None:
     assert new_value[0, 0, 0].tolist() == pytest.approx([8.8, 8.8])
 
 
+def test_in_16_bits_keys_and_values_stay_as_they_are() -> None:
+    edit = StaticKV(bits=16, rotate=False)
+    edit.scale = torch.ones(2, 2, 1)
+    key = torch.tensor([0.3, 1.1]).view(1, 1, 1, 2)
+    assert all(torch.equal(found, key) for found in edit.keys_values(key, key))
+
+
 # -- outlier tokens --------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +528,29 @@ def test_only_constants_of_activations_make_it_final() -> None:
     alone = PrefixQuant(**ALONE)
     assert alone.claims == PrefixQuant.claims - {Claim.FINAL, Claim.PREFIX_CACHE}
     peftx.Stack(tiny("llama"), [alone, Lora()], inject=False)
+
+
+@pytest.mark.parametrize(("options", "skipped"), [(ALONE, 0), ({}, 1)])
+def test_the_first_token_counts_unless_a_prefix_has_it(
+    outliers: LlamaForCausalLM, options: dict[str, int], skipped: int
+) -> None:
+    """In the inputs of a layer, of which its constants and what its weights are worth are made."""
+    model, seen = copy.deepcopy(outliers), []
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
+    plugin, tokenizer = PrefixQuant(rotate=False, **options), peftx.Stack("peftx:tiny", []).tokenizer
+    stack = peftx.Stack(model, [plugin], tokenizer=tokenizer)
+    stack.compress(CALIBRATION, samples=4, length=12)
+    site = SimpleNamespace(weight=layer.weight, bias=None)
+    assert bool(plugin.state.get("prefix")) == bool(skipped)
+    x = torch.cat(
+        [rows[skipped:] for rows in seen[-4:]]
+    )  # of 4 texts, which are read once more behind a prefix
+    scale = static_scale(x.view(1, -1), 8, clip=True)
+    expected = plugin.packed(site, scale[0] if skipped else None, x.square().mean(0))
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected.weight)
+    if skipped:
+        torch.testing.assert_close(edits_of(stack)[0].input_scale[0, :1], scale)
 
 
 def test_weights_alone_leave_attention_and_positions_alone(outliers: LlamaForCausalLM, rows: list) -> None:

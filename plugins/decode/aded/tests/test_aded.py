@@ -150,6 +150,19 @@ def test_visits_of_two_children_by_hand(c1: float, c2: float, visits_of_4: list[
     assert [n for n in range(1, 41) if visited[n] > visited[n - 1]] == visits_of_4
 
 
+def test_below_a_node_the_search_is_one_from_there() -> None:
+    """The weight there grows with the visits of the node, and not of the root; values differ by a constant."""
+    table = TrigramTable.count([[1, 2, 3]] * 2 + [[1, 2, 4]] + [[2, 4, 5]] * 3 + [[2, 4, 6]], successors=12)
+    found = []
+    for start, depth, iterations in (((1, 2), 3, 60), ((2, 4), 2, 0)):
+        iterations = iterations or found[0][4,]
+        config = AdedConfig(depth=depth, iterations=iterations, c1=0.5, c2=2.0)
+        found.append({node.path: node.visits for node in grow(table, start, config, random.Random(0))})
+    below, alone = found
+    assert {path[1:]: visits for path, visits in below.items() if path[:1] == (4,)} == alone
+    assert 10 < alone[()] < 50
+
+
 def test_paths() -> None:
     table = TrigramTable.count([PERIOD * 3], successors=12)
     paths = search(table, (40, 50), AdedConfig(), random.Random(0))

@@ -184,6 +184,13 @@ def test_marks_are_of_the_tokens_that_generate_reads() -> None:
     assert alone.tolist() == found[1:, -alone.shape[1] :].tolist()
 
 
+def test_the_tokens_beside_a_span_are_not_marked() -> None:
+    found = marks(
+        Stack(tiny("llama"), [AttentionSteering()], tokenizer=tiny_tokenizer()), ["abcdef"], [["cd"]]
+    )
+    assert found[0, -6:].tolist() == [0, 0, 1, 1, 0, 0]  # a token a letter
+
+
 def test_a_span_that_is_not_there_is_refused() -> None:
     stack = Stack("peftx:tiny", [AttentionSteering()])
     with pytest.raises(PeftxError, match="attention-steering: 'lake' is not in the prompt 'The sea'"):

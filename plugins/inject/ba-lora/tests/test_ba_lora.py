@@ -127,6 +127,16 @@ def test_singular_lies_between_minus_one_and_minus_k_by_rank(k: int) -> None:
         assert (value == pytest.approx(-1, abs=1e-5)) == (rank <= k)
 
 
+def test_terms_of_half_precision_are_taken_in_float32() -> None:
+    for step, shape in ((classes_step(), (3, 7)), (tokens_step(), (2, 2, 7))):
+        generator = torch.Generator().manual_seed(0)
+        half, half0 = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+        whole, whole0 = half.float(), half0.float()
+        assert torch.equal(consistency(step, half, half0), consistency(step, whole, whole0))
+        assert torch.equal(diversity(step, half), diversity(step, whole))
+        assert torch.equal(singular(step, half, 1), singular(step, whole, 1))
+
+
 def test_consistency_and_its_gradient_vanish_at_the_reference() -> None:
     for step, z in ((classes_step(), Z), (tokens_step(), torch.stack([Z[:2], Z[1:]]))):
         moving = z.clone().requires_grad_()

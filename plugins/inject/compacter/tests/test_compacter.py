@@ -237,6 +237,10 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], match: str) 
         Stack(tiny("llama"), [Compacter(**options)])
 
 
+def test_a_rank_may_be_that_of_the_matrices() -> None:
+    assert Stack(tiny("llama"), [Compacter(rank=6)]).trainable_parameters()  # of 6x8
+
+
 def test_a_model_without_the_blocks_is_refused() -> None:
     with pytest.raises(PeftxError, match=r"compacter: .*'block\.attention' matches nothing"):
         Stack(tiny("mamba"), [Compacter()])

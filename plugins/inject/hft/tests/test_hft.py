@@ -149,6 +149,13 @@ def test_level_model_takes_any_half() -> None:
     assert per_layer(stack, "self_attn") != [2] * 6
 
 
+def test_a_bias_trains_with_its_matrix() -> None:
+    model = Stack(tiny("gpt2"), [Hft()]).model
+    matrices = [m for m in model.transformer.h.modules() if getattr(m, "weight", torch.empty(0)).ndim == 2]
+    assert {m.weight.requires_grad for m in matrices} == {True, False}
+    assert all(m.bias.requires_grad == m.weight.requires_grad for m in matrices)
+
+
 def test_fused_and_tied_matrices_are_one() -> None:
     names = trained_names(Stack(tiny("gpt2"), [Hft(outside=False)]))
     for layer in range(2):

@@ -160,8 +160,15 @@ def test_number_of_parameters_is_2_d_r(mode: str, inflation: str) -> None:
 
 
 def test_A_of_plus_starts_kaiming_uniform() -> None:
-    top = float(Plus(64, rank=8, scale=2.0).A.detach().abs().max())  # of 512 numbers
-    assert 0.9 / math.sqrt(64) < top <= 1 / math.sqrt(64)
+    A = Plus(64, rank=8, scale=2.0).A.detach()  # 512 numbers
+    for top in (float(A.max()), -float(A.min())):
+        assert 0.9 / math.sqrt(64) < top <= 1 / math.sqrt(64)
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_factors_stay_in_full_precision(mode: str) -> None:
+    stack = Stack(tiny("llama").to(torch.bfloat16), [Lorma(mode=mode)])
+    assert {p.dtype for p in stack.ledger.parameters("lorma")} == {torch.float32}
 
 
 def test_plus_never_forms_a_square_matrix() -> None:

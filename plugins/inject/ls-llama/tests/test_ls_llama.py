@@ -395,6 +395,12 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
         LsLlama(**options)
 
 
+def test_labels_of_texts_are_looked_up_before_a_run_and_those_of_words_are_not() -> None:
+    """A row of words has a label for each, in one text."""
+    assert LsLlama().labels_option == "labels"
+    assert LsLlama(task="token").labels_option == ""
+
+
 def test_labels_that_are_no_classes() -> None:
     with pytest.raises(DataError, match=r"ls-llama.*stands twice"):
         stack_of(labels=["a", "a"])

@@ -107,6 +107,8 @@ def test_trains_m_vectors_a_layer_and_the_head() -> None:
         assert stack_of("bert", count=count).trainable_parameters() == 2 * count * 32
         classifier = stack_of("bert", count=count, head="classification")
         assert classifier.trainable_parameters() == 2 * count * 32 + head, "and not the pooler"
+        saved = stack_of("bert", count=count).ledger.tensors("pasta").values()
+        assert [tuple(e.shape) for e in saved] == [(count, 32)] * 2, "a bundle holds nothing else"
 
 
 def test_the_gradient_reaches_the_vectors_of_every_layer() -> None:

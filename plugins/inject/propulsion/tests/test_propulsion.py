@@ -245,6 +245,17 @@ def test_gains_stay_in_full_precision() -> None:
     assert output_of(model, example_inputs(model)).dtype == torch.bfloat16
 
 
+def test_the_power_is_taken_before_it_is_rounded() -> None:
+    """Rounded before, z would be off by up to 2**-9, and its power by 15 times as much."""
+    linear, output = Push(41, degree=15), PushOutput(41, degree=15)
+    linear.z.data = output.z.data = torch.linspace(0.9, 1.1, 41)
+    exact, ones = linear.z.data.double() ** 15, torch.ones(41, dtype=torch.bfloat16)
+    weight, bias = linear.fold(ones[:, None], ones)
+    for found in (linear(ones, ones), output(ones, ones), weight[:, 0], bias):
+        assert found.dtype == torch.bfloat16
+        assert float((found.double() / exact - 1).detach().abs().max()) <= 2**-8
+
+
 def test_scales_after_the_low_rank_sum() -> None:
     from peftx_lora import Lora
 

@@ -114,6 +114,20 @@ def test_the_score_is_of_the_mean_over_real_tokens() -> None:
     assert router.G.tolist() == [float(s >= 0.5) for s in expected]
 
 
+@torch.no_grad()
+def test_a_text_of_one_token_has_its_score_and_one_of_none_has_a_half() -> None:
+    stack, scores = stack_of(), []
+    inputs, (router,) = example_inputs(stack.model), routers(stack)
+    inputs["attention_mask"][:] = torch.eye(9, dtype=torch.long)[-1] * torch.tensor([[1], [0]])
+    router.w.normal_(generator=torch.Generator().manual_seed(0))
+    h = norm_outputs(stack, **inputs)
+    router.score = lambda h, own=router.score: scores.append(own(h)) or scores[-1]  # type: ignore[method-assign]
+    stack.model(**inputs)
+    torch.testing.assert_close(
+        scores[0], torch.stack((torch.sigmoid(router.w @ h[0, -1]), torch.tensor(0.5)))
+    )
+
+
 class Rows(VirtualTokens):
     def __init__(self, width: int) -> None:
         super().__init__(3)
@@ -246,6 +260,14 @@ def test_the_second_term_closes_gates_and_is_told() -> None:
     assert stack_of(c=0.0).train(ROWS, steps=1, batch_size=4).terms["router-tuning"] == 1.0, (
         "and none at the start"
     )
+
+
+def test_nothing_is_watched_behind_a_step() -> None:
+    stack = stack_of()
+    inputs, (router,) = example_inputs(stack.model), routers(stack)
+    stack.train_step(inputs | {"labels": inputs["input_ids"]})
+    stack.model(**inputs)
+    assert router.G is None, "the graph of a pass of one's own would be kept"
 
 
 def test_the_term_weighs_layers_and_texts_alike() -> None:

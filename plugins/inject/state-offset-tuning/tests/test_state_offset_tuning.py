@@ -163,8 +163,9 @@ def test_states_of_a_layer_are_those_of_the_base() -> None:
 
 
 def test_A_starts_kaiming_uniform() -> None:
-    top = float(StateOffset(Call(), 64, 16, rank=32).A.detach().abs().max())  # of 512 numbers
-    assert 0.9 / 16**0.5 < top <= 1 / 16**0.5
+    A = StateOffset(Call(), 64, 16, rank=32).A.detach()  # 512 numbers
+    for top in (float(A.max()), -float(A.min())):
+        assert 0.9 / 16**0.5 < top <= 1 / 16**0.5
 
 
 def test_one_state_that_is_read_by_one_is_variant_y() -> None:
@@ -311,3 +312,7 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
 def test_ranks_that_do_not_fit_are_refused(options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=f"state-offset-tuning: {match}"):
         stack(**options)
+
+
+def test_a_rank_may_be_that_of_the_state() -> None:
+    assert stack(rank=4).trainable_parameters()  # of 64x4

@@ -496,6 +496,35 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
 def test_of_two_markers_that_end_together_the_longer_one_counts() -> None:
     stack = build(markers={"user": "A:", "assistant": "BA:"})
     assert speakers(stack, "A: x\nBA: x") == "0" + "1" * 6 + "2" * 3
+    stack = build(markers={"user": "BA:", "assistant": "A:"})
+    assert speakers(stack, "A: x\nBA: x") == "0" + "2" * 6 + "1" * 3
+
+
+def merging(pair: tuple[str, str], *, template: str | None = None, prefix: bool = False) -> Any:
+    """The tiny tokenizer with a token of two characters; `prefix`: it reads a space before each text."""
+    tokenizer = tiny_tokenizer()
+    parts, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+    parts.model = type(parts.model)({**vocabulary, "".join(pair): len(vocabulary)}, [pair])
+    parts.pre_tokenizer = type(parts.pre_tokenizer)(add_prefix_space=prefix, use_regex=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_marker_is_known_by_its_tokens_at_the_start_of_a_text_and_of_a_line() -> None:
+    stack = build(tokenizer=merging(("Ġ", "U"), prefix=True))  # `ĠU s e r :` at first, then `U s e r :`
+    found = speakers(stack, "User: a\nAssistant: b\nUser: c")
+    assert found == "0000" + "1" * 13 + "2" * 8 + "1" * 3
+
+
+def test_a_name_within_a_line_is_no_turn_where_its_tokens_tell() -> None:
+    stack = build(tokenizer=merging(("Ġ", "U")))
+    assert speakers(stack, "User: a\nAssistant: no User: b") == "0000" + "1" * 13 + "2" * 11
+
+
+def test_a_templates_marker_stands_within_a_line_too() -> None:
+    tokenizer = merging(("Ġ", "["), template=BRACKETS)
+    found = speakers(build(tokenizer=tokenizer), "<|bos|>[INST] ab [/INST] cd")
+    assert found == "0" * 6 + "1" * 10 + "2" * 4  # `Ġ[ / I N S T ]`, and nowhere `[ / I N S T ]`
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,21 @@ def test_without_pruning_the_second_training_is_the_first() -> None:
     assert torch.equal(ticket.P, first)
 
 
+def test_the_optimizer_forgets_when_the_second_training_begins_and_then_no_more() -> None:
+    stack, _, ticket = stack_of()
+    optimizer, counts = adam(stack), []
+    for seed in range(7):
+        run(stack, [seed], optimizer)
+        counts.append(int(optimizer.state[ticket.P]["step"]))
+    assert counts == [1, 2, 2, 2, 1, 2, 3]  # of Adam's means; P rests while scores are taken
+
+
+def test_in_half_precision_scores_add_up_in_float32() -> None:
+    stack = Stack(tiny("llama").to(torch.bfloat16), [Xprompt(length=6, pieces=4, tune=1, score=2)])
+    run(stack, [0, 0, 0], adam(stack))
+    assert stack.memory["xprompt"]["I"].dtype == torch.float32
+
+
 def test_rewinding_to_the_tuned_prompt() -> None:
     stack, _, ticket = stack_of(rewind="tuned", tokens_off=0.0, pieces_off=0.5)
     optimizer = adam(stack, rate=0.1)

@@ -254,6 +254,7 @@ def test_exact_matches_are_common_pairs(predicted: dict[str, str], gold: dict[st
         ({"home city": "New Rome"}, 1.0, False),
         ({"home city": "Romes"}, 0.85, True),  # 2 * 4 / 9 = 0.89
         ({"home city": "Romes"}, 0.95, False),
+        ({"home city": "Roma"}, 0.75, True),  # 2 * 3 / 8: the least similarity is enough
         ({"city": "Rome"}, 0.1, False),  # keys are not similar, but alike
     ],
 )
@@ -401,6 +402,15 @@ def test_prompts_that_leave_no_room_are_refused(options: dict[str, Any], what: s
         assert "construction/f1" in fits.evaluate(rows, metrics=["user-profile"])
 
 
+def test_a_row_may_fill_the_length() -> None:
+    row = {"text": "I am Ann.", "profile": {"name": "Ann"}}
+    (text,) = prepared([row]).train
+    length = len(prompt_ids(TOKENIZER, text["prompt"])) + len(TOKENIZER(text["completion"])["input_ids"]) + 1
+    assert list(prepared([row], max_length=length).train) == [text]
+    with pytest.raises(DataError, match=f"has {length} tokens, max_length is {length - 1}"):
+        prepared([row], max_length=length - 1)
+
+
 def test_rows_without_profiles() -> None:
     with pytest.raises(DataError, match=r"row 0 .* needs 'text' and 'profile'; it has text"):
         prepared([{"text": "x"}])
@@ -417,3 +427,8 @@ def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(PluginError, match=f"UserProfile: {next(iter(options))}") as caught:
         UserProfile(**options)
     assert "updates, fuzzy, max_new_tokens" in str(caught.value.hint)
+
+
+def test_the_bounds_of_options_belong_to_them() -> None:
+    UserProfile(updates=0, max_new_tokens=1, batch_size=1)
+    UserProfile(updates=1, fuzzy=1)

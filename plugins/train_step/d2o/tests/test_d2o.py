@@ -269,8 +269,11 @@ def test_instructions_stand_before_the_prompt_while_drawing_alone(monkeypatch: p
     assert all(text.startswith(ROWS[i // 4]["prompt"]) for i, text in enumerate(trained))
 
 
-def test_instructions_stand_behind_bos() -> None:
-    tokenizer = tiny_tokenizer(ends=True)
+@pytest.mark.parametrize("frame", ["<|bos|> $A <|eos|>", "<|bos|> $A"])
+def test_instructions_stand_behind_bos(frame: str) -> None:
+    tokenizer, ends = tiny_tokenizer(ends=True), [("<|bos|>", BOS), ("<|eos|>", EOS)]
+    parts = tokenizer.backend_tokenizer
+    parts.post_processor = type(parts.post_processor)(single=frame, special_tokens=ends)
     stack = Stack(
         tiny("llama"), [Lora(rank=2), D2o(**SMALL, instructions=["Be kind. "])], tokenizer=tokenizer
     )

@@ -172,6 +172,16 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
+def test_a_skill_may_name_a_tied_matrix_by_either_name() -> None:
+    """As one of a model in which the head was a matrix of its own."""
+    model = tiny("gpt2")
+    old = model.transformer.wte.weight.detach().clone()
+    Skills(model).add(
+        "task", Skill({"lm_head.weight": (torch.tensor([5]), torch.tensor([1.0]).double())}, {})
+    )
+    assert (model.transformer.wte.weight != old).nonzero().tolist() == [[0, 5]]
+
+
 def test_rewind_is_exact() -> None:
     stack = stack_of(phase1=3)
     before = weights(stack.model)

@@ -16,7 +16,7 @@ from peftx.errors import ConflictError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
-from peftx_mezo import Mezo, move, perturb, projected_gradient, replay, wrong_share
+from peftx_mezo import Mezo, digest, move, perturb, projected_gradient, replay, wrong_share
 
 test_conformance = conformance("mezo")
 
@@ -267,6 +267,11 @@ def test_replays_narrow_weights_to_the_bit() -> None:
     mezo: Any = straight.plugins["mezo"]
     replay(fresh, mezo)
     assert difference(weights(fresh), weights(straight)) == 0
+
+
+def test_a_start_is_of_a_dtype() -> None:
+    starts = [digest([nn.Parameter(torch.zeros(3, dtype=d))]) for d in (torch.float16, torch.bfloat16)]
+    assert starts[0] != starts[1], "the same bytes, and steps that round otherwise"
 
 
 def test_replays_on_the_same_start_alone() -> None:

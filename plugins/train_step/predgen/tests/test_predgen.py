@@ -126,7 +126,7 @@ def by_hand(stack: Stack, batch: dict[str, Tensor], fed: Tensor) -> Tensor:
     """The loss of rows with these tokens, with nothing of the plugin but its adapter."""
     plugin, lengths = plugin_of(stack), batch["attention_mask"].sum(1).tolist()
     G = plugin.state["G"]
-    logits = stack.model(input_ids=fed, attention_mask=batch["attention_mask"]).logits
+    logits = stack.model(input_ids=fed, attention_mask=batch["attention_mask"]).logits.float()
     writer = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), batch["labels"][:, 1:].reshape(-1))
     if CLASS_INDEX in batch:
         W1, W2 = plugin.director.U.weight / logits.shape[-1] ** 0.5, plugin.director.W2.weight
@@ -196,6 +196,15 @@ def test_in_half_precision_small_steps_count() -> None:
     assert model.dtype == torch.bfloat16
     moved = torch.cat([(p != q).flatten() for p, q in zip(trained, before, strict=True)])
     assert float(moved.float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], None])
+def test_in_half_precision_the_loss_is_taken_in_float32(labels: list[str] | None) -> None:
+    plugin, model = Predgen(labels=labels, p_max=0.0), tiny("llama").to(torch.bfloat16)
+    stack = Stack(model, [Lora(), plugin], tokenizer=tiny_tokenizer())
+    batch = batch_of(stack, WORDS if labels else NUMBERS)
+    expected = by_hand(stack, batch, batch["input_ids"]).item()
+    assert float(stack.train_step(batch)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_teacher_forcing_draws_nothing() -> None:

@@ -117,6 +117,19 @@ def test_the_start_is_of_the_representations_and_changes_nothing() -> None:
     torch.testing.assert_close(Q_R @ Q_R.t(), wanted @ wanted.t(), rtol=0, atol=1e-3)
 
 
+def test_merged_it_is_what_it_was_beside() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W0, x, noise = (torch.randn(shape, generator=generator) for shape in ((6, 5), (3, 5), (6, 2)))
+    delta = RegluDelta(6, 5, rank=2, scale=1.5)
+    with torch.no_grad():
+        delta.start(W0, torch.linalg.qr(torch.randn(6, 2, generator=generator)).Q)
+        assert torch.equal(delta.fold(W0, None)[0], W0)
+        delta.B += noise
+        beside, (W, _) = delta(x, x @ W0.t()), delta.fold(W0, None)
+    assert (W - W0).abs().max() > 0.1
+    torch.testing.assert_close(x @ W.t(), beside, rtol=1e-5, atol=1e-5)
+
+
 def test_beta_0_is_pca_of_the_forgotten_and_beta_1_what_is_least_retained() -> None:
     path = "model.layers.1.self_attn.o_proj"
     plain = stack_of()
@@ -198,6 +211,11 @@ def test_the_inverted_hinge_by_hand() -> None:
     (gradient,) = torch.autograd.grad(loss, z)
     assert 0 <= float(loss.detach()) < 2
     assert bool((gradient.gather(1, (torch.arange(50) % 7)[:, None]) >= 0).all()), "down with the right token"
+
+
+def test_the_inverted_hinge_of_half_precision_is_taken_in_float32() -> None:
+    z = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(inverted_hinge(z, torch.arange(5)), inverted_hinge(z.float(), torch.arange(5)))
 
 
 def test_orthogonality_is_0_where_the_update_leaves_the_retained_directions_alone() -> None:

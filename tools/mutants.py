@@ -1,0 +1,433 @@
+"""Which mistakes in a plugin would its tests not notice? A small mutation tool.
+
+    python tools/mutants.py propulsion                      # every mutant of one plugin
+    python tools/mutants.py lora mezo --sample 25 --seed 1  # 25 of each, drawn by a seed
+    python tools/mutants.py lora --tests "formula or fold" --no-config --json found.json
+
+A mutant is the plugin's source with one small mistake in it. It stands in a temporary folder that comes first on the
+path, so the work tree is never edited. The plugin's own tests run on it until the first fails; what survives them meets
+the conformance kit, on the first architecture. Tests marked slow do not run. Printed are the counts, and each survivor
+with its line as it was and as it is: one that changes what the method computes wants a test, and one that changes
+nothing (a tie that cannot come, a guard that another stands behind) is equivalent and wants none.
+
+The mistakes, by kind:
+
+    arithmetic   + and - swapped, * and /, += and -=; // and ** become *
+    comparison   < and <= swapped, > and >=
+    constant     n becomes n + 1, so that dim=-1 becomes dim=0; True and False swapped
+    config       the same of the defaults and bounds in a `...Config` (--no-config leaves them out); what the plugin's
+                 tests do not notice, the generated schema and option tables do: tests/meta/test_derived.py
+    condition    the test of an `if` negated, also in an expression or a comprehension; a `not` dropped
+    call         dropout, softmax, norm, clamp and their like dropped, and .detach(), .float(), .clone()
+    statement    a call whose value nobody takes, or an augmented assignment, removed
+
+Texts, `raise`, `assert`, decorators, type hints, a plugin's `example` and the `strict` of zip are left alone. Each run
+is a fork of this process, which has torch and the kit imported already and no plugin, so it costs what its tests cost,
+the quick ones first; where there is no fork, this does not work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TIMES = "times.json"
+"""File in the temporary folder: how long each test took."""
+SWAPPED_OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"), ast.Pow: ("**", "*"),
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+}  # fmt: skip
+DROPPED_CALLS = {
+    "dropout", "softmax", "log_softmax", "sigmoid", "logsigmoid", "tanh", "relu", "norm", "normalize", "layer_norm",
+    "rms_norm", "clamp", "clamp_", "clip", "abs", "square",
+}  # fmt: skip
+"""Called as a function or as a method; the first argument, or what has the method, stays."""
+DROPPED_METHODS = {"detach", "float", "clone"}
+SIMPLE = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant)
+"""What needs no parentheses wherever it stands."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A source with one mistake in it; `old` and `new` are the line where it is."""
+
+    kind: str
+    line: int
+    old: str
+    new: str
+    source: str
+
+
+@dataclass
+class Tally:
+    """What became of a plugin's mutants; `survivors` have file, line, kind, old and new."""
+
+    name: str
+    killed: int
+    timed_out: int
+    survivors: list[dict[str, Any]]
+    of: int
+    """How many there are, of which a sample ran."""
+    seconds: float
+
+
+# ------------------------------------------------------------------------------------------------------ the mistakes
+def mutants(source: str) -> list[Mutant]:
+    """Every mutant of a module, in the order of its lines."""
+    finder = Finder(source)
+    finder.visit(ast.parse(source))
+    return sorted(finder.found.values(), key=lambda mutant: mutant.line)
+
+
+class Finder(ast.NodeVisitor):
+    """Collects the mutants of a module, by source: of two mistakes that make the same text one counts."""
+
+    def __init__(self, source: str) -> None:
+        self.text = source.encode()  # columns of `ast` count bytes
+        self.starts = [0]
+        for line in self.text.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+        self.found: dict[str, Mutant] = {}
+        self.in_config = False
+        self.imported: set[str] = set()
+
+    def span(self, node: Any) -> tuple[int, int]:
+        return (
+            self.starts[node.lineno - 1] + node.col_offset,
+            self.starts[node.end_lineno - 1] + node.end_col_offset,
+        )
+
+    def segment(self, node: ast.AST) -> str:
+        """A node's text, in parentheses where it may need them."""
+        start, end = self.span(node)
+        text = self.text[start:end].decode()
+        return text if isinstance(node, SIMPLE) else f"({text})"
+
+    def put(self, kind: str, start: int, end: int, text: str) -> None:
+        new = self.text[:start] + text.encode() + self.text[end:]
+        line = self.text.count(b"\n", 0, start)
+        old_line, new_line = (part.splitlines()[line].decode().strip() for part in (self.text, new))
+        source = new.decode()
+        self.found.setdefault(source, Mutant(kind, line + 1, old_line, new_line, source))
+
+    def replace(self, kind: str, node: ast.AST, text: str) -> None:
+        self.put(kind, *self.span(node), text)
+
+    def swap(self, kind: str, left: ast.AST, operator: ast.AST, right: ast.AST) -> None:
+        """The operator alone, which stands between two nodes."""
+        if type(operator) in SWAPPED_OPERATORS:
+            old, new = SWAPPED_OPERATORS[type(operator)]
+            gap = self.span(left)[1], self.span(right)[0]
+            at = self.text.index(old.encode(), *gap)
+            self.put(kind, at, at + len(old), new)
+
+    # -- what is left alone ------------------------------------------------------------------------------------------
+    def visit_Raise(self, node: ast.Raise) -> None: ...
+
+    def visit_Assert(self, node: ast.Assert) -> None: ...
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None: ...
+
+    def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:
+        self.imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+
+    visit_ImportFrom = visit_Import
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer, self.in_config = self.in_config, False  # a validator is code
+        for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
+            self.visit(part)
+        self.in_config = outer
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self.in_config = self.in_config, node.name.endswith("Config")
+        for part in node.body:
+            self.visit(part)
+        self.in_config = outer
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if not any(isinstance(target, ast.Name) and target.id == "example" for target in node.targets):
+            self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "strict":  # of `zip`, for readers
+            self.visit(node.value)
+
+    # -- expressions -------------------------------------------------------------------------------------------------
+    def visit_Constant(self, node: ast.Constant) -> None:
+        self.constant(node, node.value)
+
+    def constant(self, node: ast.AST, value: object) -> None:
+        kind = "config" if self.in_config else "constant"
+        if isinstance(value, bool):
+            self.replace(kind, node, str(not value))
+        elif isinstance(value, int | float):
+            self.replace(kind, node, repr(value + 1))
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        inner = node.operand
+        if isinstance(node.op, ast.USub) and isinstance(inner, ast.Constant):
+            self.constant(node, -inner.value)  # type: ignore[operator]
+            return
+        if isinstance(node.op, ast.Not):
+            self.replace("condition", node, self.segment(inner))
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.swap("arithmetic", node.left, node.op, node.right)
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        terms = [node.left, *node.comparators]
+        for left, operator, right in zip(terms, node.ops, terms[1:], strict=False):
+            self.swap("comparison", left, operator, right)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function, first = node.func, node.args[0] if node.args else None
+        name = getattr(function, "attr", None) or getattr(function, "id", "")
+        if isinstance(function, ast.Attribute):
+            of = ast.unparse(function.value)
+            method = of != "self" and of.partition(".")[0] not in self.imported
+            kept = function.value if method else first
+            dropped = name in DROPPED_CALLS or (method and name in DROPPED_METHODS)
+        else:
+            kept, dropped = first, name in DROPPED_CALLS
+        if dropped and kept is not None:
+            self.replace("call", node, self.segment(kept))
+        self.generic_visit(node)
+
+    # -- conditions and statements -------------------------------------------------------------------------------------
+    def negate(self, test: ast.expr) -> None:
+        if not (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)):  # which is dropped elsewhere
+            start, end = self.span(test)
+            self.put("condition", start, end, f"(not ({self.text[start:end].decode()}))")
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        if ast.unparse(node.test) != "TYPE_CHECKING":
+            self.negate(node.test)
+            self.generic_visit(node)
+
+    visit_IfExp = visit_If
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        for test in node.ifs:
+            self.negate(test)
+        self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Call) and not ast.unparse(node).startswith("super()."):
+            self.replace("statement", node, "pass")
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.replace("statement", node, "pass")
+        self.swap("arithmetic", node.target, node.op, node.value)
+        self.generic_visit(node)
+
+
+# --------------------------------------------------------------------------------------------------------- the runs
+class Selection:
+    """Of a plugin's tests its own, or the kit's on the first architecture and on none; no slow ones. Quick ones first.
+
+    Args:
+        times: test -> seconds, as far as known; what runs is written into it.
+    """
+
+    def __init__(self, kit: bool, times: dict[str, float]) -> None:
+        self.kit, self.times = kit, times
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        checks = [getattr(getattr(item, "callspec", None), "params", {}).get("check") for item in items]
+        archs = [getattr(check, "arch", None) for check in checks]  # None: a test of the plugin's own
+        first = next(filter(None, archs), "")
+        items[:] = [
+            item
+            for item, arch in zip(items, archs, strict=True)
+            if not item.get_closest_marker("slow") and (arch in ("", first) if self.kit else arch is None)
+        ]
+        items.sort(key=lambda item: self.times.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.times[report.nodeid] = self.times.get(report.nodeid, 0.0) + report.duration
+
+
+def tests_on(folder: Path, files: list[str], selection: Selection, expression: str) -> None:
+    """The forked process: runs tests with `folder` first on the path, and exits with what pytest does."""
+    import pytest
+
+    os.setsid()  # what the tests start ends with them
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(
+        folder / "tmp"
+    )  # what a test that is stopped leaves goes with it
+    os.makedirs(tempfile.tempdir, exist_ok=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    sys.path.insert(0, str(folder))
+    arguments = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
+    code = pytest.main([*arguments, *(["-k", expression] if expression else [])], [selection])
+    (folder / TIMES).write_text(json.dumps(selection.times), encoding="utf-8")
+    sys.exit(code)
+
+
+def outcome(
+    folder: Path, files: list[str], selection: Selection, expression: str, *, limit: float
+) -> int | None:
+    """The exit status of the tests: 0 passed, 5 there were none; None: stopped after `limit` seconds."""
+    arguments = (folder, files, selection, expression)
+    process = multiprocessing.get_context("fork").Process(target=tests_on, args=arguments)
+    process.start()
+    process.join(limit)
+    code = process.exitcode
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return code
+
+
+class Trial:
+    """One plugin: its modules, its tests, and how long these take without a mistake.
+
+    Raises:
+        SystemExit: there is no such plugin, or its tests fail as it is.
+    """
+
+    def __init__(self, name: str, expression: str = "") -> None:
+        found = sorted(ROOT.glob(f"plugins/*/{name}/pyproject.toml"))
+        if not found:
+            raise SystemExit(f"mutants: there is no plugin {name!r} in plugins/")
+        self.source = found[0].parent / "src"
+        self.files = [str(path) for path in sorted((found[0].parent / "tests").glob("test_*.py"))]
+        self.name, self.expression = name, expression
+        self.times: dict[str, float] = {}
+        self.limits: dict[bool, float] = {}  # kit or not -> seconds; not there: no such tests
+        with self.copy() as folder:
+            for kit in (False, True):
+                began = time.perf_counter()
+                code = self.run(folder, kit, limit=600)
+                if code not in (0, 5):
+                    raise SystemExit(f"mutants: the tests of {name} fail without a mutant: pytest {code}")
+                self.times |= json.loads((folder / TIMES).read_text("utf-8"))
+                if code == 0:
+                    self.limits[kit] = 20 + 4 * (time.perf_counter() - began)
+
+    def run(self, folder: Path, kit: bool, *, limit: float) -> int | None:
+        expression = "" if kit else self.expression
+        return outcome(folder, self.files, Selection(kit, self.times), expression, limit=limit)
+
+    @contextlib.contextmanager
+    def copy(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="peftx-mutants-") as folder:
+            shutil.copytree(
+                self.source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
+            yield Path(folder)
+
+    def mutants(self) -> list[tuple[Path, Mutant]]:
+        return [
+            (path.relative_to(self.source), mutant)
+            for path in sorted(self.source.rglob("*.py"))
+            for mutant in mutants(path.read_text("utf-8"))
+        ]
+
+    def of(self, path: Path, source: str) -> str:
+        """'killed', 'timed out' or 'survived', of a module with this source."""
+        with self.copy() as folder:
+            (folder / path).write_text(source, encoding="utf-8")
+            for kit, limit in self.limits.items():
+                code = self.run(folder, kit, limit=limit)
+                if code != 0:
+                    return "timed out" if code is None else "killed"
+        return "survived"
+
+
+def prepare() -> None:
+    """Import what all plugins' tests need, which the forks then have."""
+    os.environ.update(CI="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # as conftest.py
+    os.environ.update(HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    sys.dont_write_bytecode = True
+    for name in ("pytest", "hypothesis", "transformers", "peft", "datasets", "peftx", "peftx.testing"):
+        importlib.import_module(name)
+    models = importlib.import_module("peftx.testing.models")
+    for arch in ("llama", "gpt2", "qwen2", "bert", "t5"):
+        models.tiny(arch)  # transformers imports a model's file when it is first asked for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a plugin's folder")
+    parser.add_argument(
+        "--tests", default="", metavar="EXPR", help="which of its own tests run, as `pytest -k`"
+    )
+    parser.add_argument("--sample", type=int, metavar="N", help="that many mutants of each plugin")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--no-config", action="store_true", help="leave options' defaults and bounds alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    options = parser.parse_args()
+    prepare()
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    console, tallies = Console(), []
+    with Progress(console=console, auto_refresh=False) as bar:  # a thread of its own would be forked
+        for name in options.names:
+            began, trial = time.perf_counter(), Trial(name, options.tests)
+            every = [pair for pair in trial.mutants() if not (options.no_config and pair[1].kind == "config")]
+            drawn = every
+            if options.sample is not None and options.sample < len(every):
+                picked = sorted(random.Random(options.seed).sample(range(len(every)), options.sample))
+                drawn = [every[index] for index in picked]
+            tally = Tally(name, killed=0, timed_out=0, survivors=[], of=len(every), seconds=0.0)
+            tallies.append(tally)
+            task = bar.add_task(name, total=len(drawn))
+            for path, mutant in drawn:
+                end = trial.of(path, mutant.source)
+                tally.killed += end == "killed"
+                tally.timed_out += end == "timed out"
+                if end == "survived":
+                    facts = {key: value for key, value in asdict(mutant).items() if key != "source"}
+                    tally.survivors.append({"file": str(trial.source.relative_to(ROOT) / path)} | facts)
+                    text = "{file}:{line} ({kind})\n  - {old}\n  + {new}".format(**tally.survivors[-1])
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
+                bar.update(task, advance=1, refresh=True)
+            tally.seconds = round(time.perf_counter() - began, 1)
+            if options.json:
+                text = json.dumps([asdict(each) for each in tallies], indent=1, ensure_ascii=False)
+                options.json.write_text(text + "\n", encoding="utf-8")
+    table = Table("plugin", "mutants", "ran", "killed", "survived", "timed out", "seconds")
+    for tally in tallies:
+        survived = len(tally.survivors)
+        ran = tally.killed + survived + tally.timed_out
+        row = (tally.of, ran, tally.killed, survived, tally.timed_out, tally.seconds)
+        table.add_row(tally.name, *map(str, row))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
