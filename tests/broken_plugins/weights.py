@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -248,3 +248,32 @@ class SharesAFactor(Plugin):
         _Common.factor = 1.0 + 0.1 * stack.seed
         for site in model.linears("attention"):
             site.attach(_Common(site.out_features))
+
+
+class _SetLate(_Scale):
+    """y z s, where a first step sets s."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("s", torch.ones(features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, y) * self.s.to(y.dtype)
+
+
+class FoldsItsStart(Plugin):
+    """Folds what it had before its first step."""
+
+    caught_by = "merge_equals_unmerged"
+    also = {"merge_in_bfloat16", "export_is_plain", "merge_rounds_once"}
+    claims = {Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.deltas = [site.attach(_SetLate(site.out_features)) for site in model.linears("mlp.down")]
+
+    @hookimpl(wrapper=True)
+    def train_step(self) -> Generator[None, Tensor, Tensor]:
+        for delta in self.deltas:
+            delta.s.fill_(1.5)
+        return (yield)

@@ -43,6 +43,8 @@ def check_merge_in_bfloat16(case: Case) -> None:
 
 def _merged_equals_unmerged(case: Case, dtype: torch.dtype) -> None:
     stack = case.stack(dtype=dtype)
+    if case.subject.implements("train_step") and stack.trainable_parameters():
+        case.train(stack, 1)  # a plugin may set at its first step what it starts from
     case.perturb(stack)
     before = case.output(stack)
     stack.merge(case.id)
