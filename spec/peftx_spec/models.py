@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, RootModel, model_validator
 
-from peftx_spec.base import Amount, NonNegative, Positive, Rate, Schedule, Seed, Slug, SpecModel, Text
+from peftx_spec.base import (
+    Amount,
+    BestMetric,
+    NonNegative,
+    Positive,
+    Rate,
+    Reporter,
+    Schedule,
+    Seed,
+    Slug,
+    SpecModel,
+    Text,
+)
 from peftx_spec.stages import RunStage
 
 FORMATS = {
@@ -173,7 +185,7 @@ class TrainSpec(SpecModel):
     eval_steps: Positive | None = Field(
         None, description="steps between measurements on data.eval while training; none unless given"
     )
-    metric_for_best_model: Literal["perplexity", "accuracy", "exact-match"] = Field(
+    metric_for_best_model: BestMetric = Field(
         "perplexity", description="what is measured every eval_steps, and decides which state is the best"
     )
     load_best_model_at_end: bool = Field(
@@ -182,7 +194,7 @@ class TrainSpec(SpecModel):
     early_stopping_patience: Positive | None = Field(
         None, description="measurements without a better one, after which the run ends"
     )
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = Field(
+    report_to: Reporter = Field(
         "none", description="where the Trainer logs losses and rates too; the package must be installed"
     )
 

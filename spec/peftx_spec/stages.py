@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from peftx_spec.base import Amount, Label, NonNegative, Positive, Rate, Schedule, Seed, Slug, SpecModel, Text
+from peftx_spec.base import (
+    Amount,
+    BestMetric,
+    Label,
+    NonNegative,
+    Positive,
+    Rate,
+    Reporter,
+    Schedule,
+    Seed,
+    Slug,
+    SpecModel,
+    Text,
+)
 
 if TYPE_CHECKING:
     from peftx_spec.catalogue import Catalogue
@@ -37,6 +50,9 @@ class TrainStage(SpecModel):
         (ALL,), min_length=1, description="ids of the plugins that train; all that are injected unless given"
     )
     steps: Positive | None = Field(None, description="instead of train.steps: optimizer steps")
+    num_train_epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="instead of train.num_train_epochs: passes over the rows"
+    )
     batch_size: Positive | None = Field(
         None, description="instead of train.batch_size: examples in a forward pass"
     )
@@ -62,7 +78,19 @@ class TrainStage(SpecModel):
     optimizer: Literal["adamw", "sgd"] | None = Field(None, description="instead of train.optimizer")
     checkpoint_every: Positive | None = Field(None, description="instead of train.checkpoint_every: steps")
     gradient_checkpointing: bool | None = Field(None, description="instead of train.gradient_checkpointing")
+    bf16: bool | None = Field(None, description="instead of train.bf16: autocast")
     max_length: Positive | None = Field(None, description="instead of train.max_length: tokens of an example")
+    eval_steps: Positive | None = Field(
+        None, description="instead of train.eval_steps: steps between measurements"
+    )
+    metric_for_best_model: BestMetric | None = Field(
+        None, description="instead of train.metric_for_best_model"
+    )
+    load_best_model_at_end: bool | None = Field(None, description="instead of train.load_best_model_at_end")
+    early_stopping_patience: Positive | None = Field(
+        None, description="instead of train.early_stopping_patience: measurements"
+    )
+    report_to: Reporter | None = Field(None, description="instead of train.report_to")
 
     def settings(self, base: TrainSpec) -> TrainSpec:
         """`base` with this stage's own values in place of the base's."""

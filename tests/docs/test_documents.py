@@ -44,6 +44,15 @@ def test_yaml_in_the_readme_is_valid() -> None:
     assert [stage.kind for stage in run.stages] == ["inject", "train", "compress", "evaluate", "save"]
 
 
+def test_yaml_of_the_training_page_is_valid() -> None:
+    from peftx.pipeline import load_run
+
+    (text,) = blocks("docs/training.md", "yaml")
+    settings = load_run(text).pipeline.train
+    assert settings is not None
+    assert settings.model_fields_set >= {"num_train_epochs", "eval_steps", "bf16", "report_to"}
+
+
 def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

@@ -342,6 +342,21 @@ CASES: list[tuple[str, str, list[str]]] = [
         "evaluate[0]",
         ["they are messages"],
     ),
+    (
+        HEAD + "stack: [lora]\ndata: {train: t}\ntrain: {▸eval_steps: 5}\n",
+        "train.eval_steps",
+        ["nothing to measure on while it trains", "data: {eval: file}"],
+    ),
+    (
+        HEAD + "stack: [lora]\ndata: {train: t}\ntrain: ▸{steps: 5, num_train_epochs: 2}\n",
+        "train",
+        ["steps and num_train_epochs both say how long: leave one out"],
+    ),
+    (
+        HEAD + "stack: [lora]\ndata: {train: t}\ntrain: ▸{load_best_model_at_end: true}\n",
+        "train",
+        ["load_best_model_at_end needs measurements: set eval_steps"],
+    ),
     (HEAD + "data: {▸holdout: 0.1}\n", "data.holdout", ["keeps rows of data.train", "data: {train: file}"]),
     (
         HEAD + "stack: [lora]\ntrain: {}\ndata: {train: t, eval: e, ▸holdout: 0.1}\n",

@@ -261,6 +261,10 @@ def _feeders(
 
 def _best(stack: Stack, spec: TrainSpec, measure: Measure | None) -> Best | None:
     if spec.eval_steps is None:
+        if (
+            spec.load_best_model_at_end or spec.early_stopping_patience is not None
+        ):  # of a stage and of `train`
+            raise PeftxError("the best state is known by measurements: set eval_steps")
         return None
     if measure is None:
         raise DataError(
