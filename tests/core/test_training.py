@@ -447,8 +447,8 @@ def test_a_run_prepares_the_rows_that_it_comes_to(
 ) -> None:
     """It trains on the same rows in the same order as one that prepares all of them."""
     seen: list[int] = []
-    encode = tokenize.join_pair
-    monkeypatch.setattr(tokenize, "join_pair", lambda *args: seen.append(1) or encode(*args))
+    encode = tokenize.joined
+    monkeypatch.setattr(tokenize, "joined", lambda *args: seen.append(1) or encode(*args))
     options = {"steps": steps, "gradient_accumulation": accumulation, "seed": 5}
     some = trained_gains(ROWS, **options)
     assert len(seen) == min(len(ROWS), 2 * steps * accumulation)

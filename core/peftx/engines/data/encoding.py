@@ -11,6 +11,7 @@ tokenizer puts in front (BOS, exactly once); the completion ends with EOS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,20 @@ class Example(NamedTuple):
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids without BOS and EOS; no warning for texts longer than the model's window."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def many_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The same of several texts, in one call: twice as fast."""
+    if not texts:
+        return []
+    return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def many_following(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """`following_ids` of several texts."""
+    if _marks_starts(tokenizer):
+        return [following_ids(tokenizer, text) for text in texts]
+    return many_ids(tokenizer, texts)
 
 
 _MARKS: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
@@ -125,8 +140,23 @@ def join_pair(
     max_length: int,
     where: str,
 ) -> Example:
-    head = without_prefix(text_ids(tokenizer, prompt), prefix)
-    tail = [*completion_ids(tokenizer, continuation(prompt, completion), where), eos_id(tokenizer)]
+    text = continuation(prompt, completion)
+    head, tail = text_ids(tokenizer, prompt), following_ids(tokenizer, text)
+    return joined(tokenizer, prefix, head, (text, tail), max_length, where)
+
+
+def joined(
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    head: list[int],
+    completion: tuple[str, list[int]],
+    max_length: int,
+    where: str,
+) -> Example:
+    """`join_pair` of what is tokenized already. head: ids of the prompt. completion: its text, and ids."""
+    text, tail = completion
+    _check_learned(text, tail, where)
+    head, tail = without_prefix(head, prefix), [*tail, eos_id(tokenizer)]
     room = max_length - len(prefix) - len(tail)
     if room < 0:
         raise DataError(
@@ -143,9 +173,13 @@ def completion_ids(
 ) -> list[int]:
     """`alone`: a decoder of its own begins with it, and no prompt stands before."""
     ids = text_ids(tokenizer, text) if alone else following_ids(tokenizer, text)
+    _check_learned(text, ids, where)
+    return ids
+
+
+def _check_learned(text: str, ids: list[int], where: str) -> None:
     if not ids:
         raise DataError(f"{where}: the completion {text!r} has no tokens, so there is nothing to learn")
-    return ids
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -12,10 +13,13 @@ from datasets import Dataset
 from peftx.engines.data.encoding import (
     Example,
     completion_ids,
+    continuation,
     encoder_ids,
     eos_id,
     fill_template,
-    join_pair,
+    joined,
+    many_following,
+    many_ids,
     special_frame,
     text_ids,
     without_prefix,
@@ -26,6 +30,9 @@ from peftx.errors import DataError, UnsupportedError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+BLOCK = 500
+"""Texts that are tokenized in one call."""
 
 
 def tokenize_dataset(
@@ -96,43 +103,56 @@ def tokenize_dataset(
         if keep:
             raise DataError("text is repacked into blocks, so no column of its rows can be kept")
         return _columns(_pack(_counted(dataset, progress), tokenizer, max_length=max_length))
-    encode: Callable[[Mapping[str, Any], str], Example]
-    if format == "messages":
-        encode = messages_encoder(tokenizer, max_length)
-    else:
-        encode = _pair_encoder(tokenizer, max_length, format, classification_prompt, encoder_decoder)
     if only is not None:
         dataset = dataset.select(only)
     numbers = range(len(dataset)) if only is None else only
-    examples = (
-        encode(row, f"row {numbers[index]} (counting from 0)") for index, row in _counted(dataset, progress)
-    )
+    rows = ((f"row {numbers[i]} (counting from 0)", row) for i, row in _counted(dataset, progress))
+    examples: Iterator[Example]
+    if format == "messages":
+        encode = messages_encoder(tokenizer, max_length)
+        examples = (encode(row, where) for where, row in rows)
+    else:
+        pairs = ((where, *_pair(row, format, classification_prompt)) for where, row in rows)
+        encoded = _two_towers if encoder_decoder else _one_row
+        examples = encoded(pairs, tokenizer, max_length)
     tokenized = _columns(examples)
     for name in keep:
         tokenized = tokenized.add_column(name, dataset[name][:])
     return tokenized
 
 
-def _pair_encoder(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, format: str, template: str, encoder_decoder: bool
-) -> Callable[[Mapping[str, object], str], Example]:
-    prefix, _ = special_frame(tokenizer)
+def _pair(row: Mapping[str, Any], format: str, template: str) -> tuple[str, str]:
+    """Prompt and completion."""
+    if format == "classification":
+        return fill_template(template, row["text"]), row["label"]
+    return row["prompt"], row["completion"]
 
-    def encode(row: Mapping[str, Any], where: str) -> Example:
-        if format == "classification":
-            prompt, completion = fill_template(template, row["text"]), row["label"]
-        else:
-            prompt, completion = row["prompt"], row["completion"]
-        if not encoder_decoder:
-            return join_pair(tokenizer, prefix, prompt, completion, max_length, where)
+
+Pairs = Iterable[tuple[str, str, str]]
+"""(Where it stands, prompt, completion)."""
+
+
+def _one_row(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
+    """Prompt and completion one after the other, tokenized many at a time."""
+    prefix, _ = special_frame(tokenizer)
+    pairs = iter(pairs)
+    while block := list(islice(pairs, BLOCK)):
+        texts = [continuation(prompt, completion) for _, prompt, completion in block]
+        heads = many_ids(tokenizer, [prompt for _, prompt, _ in block])
+        tails = zip(texts, many_following(tokenizer, texts), strict=True)
+        for (where, _, _), head, tail in zip(block, heads, tails, strict=True):
+            yield joined(tokenizer, prefix, head, tail, max_length, where)
+
+
+def _two_towers(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
+    """The prompt as the encoder takes it, the completion and EOS for the decoder."""
+    for where, prompt, completion in pairs:
         labels = [*completion_ids(tokenizer, completion, where, alone=True), eos_id(tokenizer)]
         if len(labels) > max_length:
             raise DataError(
                 f"{where}: the completion has {len(labels)} tokens with EOS; max_length is {max_length}"
             )
-        return Example(encoder_ids(tokenizer, prompt, max_length=max_length), labels)
-
-    return encode
+        yield Example(encoder_ids(tokenizer, prompt, max_length=max_length), labels)
 
 
 def _counted(
