@@ -12,6 +12,7 @@ import torch
 from peftx.engines.data.sources import check_rows_serve, training_rows
 from peftx.engines.models import load_model
 from peftx.engines.training.feeders import check_source
+from peftx.engines.training.packing import check_member
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy import Anatomy, Site
 from peftx.kernel.conflicts import find_conflicts
@@ -106,6 +107,9 @@ def plan(
     runs = {index: pipeline.train_settings(s) for index, s in enumerate(stages) if s.train is not None}
     steps = {index: spec.steps for index, spec in runs.items() if spec.num_train_epochs is None}
     phases = {index: _phases(stack, total, conflicts) for index, total in steps.items()}
+    for member in members if any(spec.packing for spec in runs.values()) else ():
+        with _noting(conflicts, member):
+            check_member(member)
     for member in members if runs else ():
         for name in member.plugin.sources:
             with _noting(conflicts, member):

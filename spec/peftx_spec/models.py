@@ -178,6 +178,9 @@ class TrainSpec(SpecModel):
         None, description="steps between checkpoints; none unless given"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    packing: bool = Field(
+        False, description="put the texts of a batch behind each other: fewer pads, the same loss"
+    )
     bf16: bool = Field(
         False, description="compute in bfloat16 where that is safe (autocast); weights stay as they are"
     )

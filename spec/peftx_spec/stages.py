@@ -78,6 +78,7 @@ class TrainStage(SpecModel):
     optimizer: Literal["adamw", "sgd"] | None = Field(None, description="instead of train.optimizer")
     checkpoint_every: Positive | None = Field(None, description="instead of train.checkpoint_every: steps")
     gradient_checkpointing: bool | None = Field(None, description="instead of train.gradient_checkpointing")
+    packing: bool | None = Field(None, description="instead of train.packing: texts behind each other")
     bf16: bool | None = Field(None, description="instead of train.bf16: autocast")
     max_length: Positive | None = Field(None, description="instead of train.max_length: tokens of an example")
     eval_steps: Positive | None = Field(

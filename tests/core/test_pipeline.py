@@ -270,6 +270,17 @@ def test_plan_loads_no_weight(files: dict[str, Path]) -> None:
     assert not files["output"].exists()
 
 
+def test_plan_says_what_packing_does_not_go_with() -> None:
+    def reasons(plugin: str) -> list[str]:
+        text = f"peftx: 1\nmodel: peftx:tiny\ndata: {{train: 'peftx:sample/train.jsonl'}}\nstack: [{plugin}]\n"
+        run = load_run(text + "train: {steps: 2, packing: true}\n")
+        return [conflict.reason for conflict in plan(run.pipeline).conflicts]
+
+    assert reasons("lora") == []
+    (reason,) = reasons("aligner")
+    assert "'aligner' may look across the tokens of a row" in reason
+
+
 @pytest.mark.parametrize(
     ("length", "said"),
     [

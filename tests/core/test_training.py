@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
-from peftx.engines.data import tokenize
+from peftx.engines.data import IGNORE, Collator, tokenize
+from peftx.engines.data.packing import Packing, bins_of
 from peftx.engines.training import TrainStep, last_checkpoint, run
 from peftx.engines.training.order import order_of
 from peftx.engines.training.state_io import load_state, save_state
-from peftx.errors import BundleError, DataError, PeftxError
+from peftx.errors import ArchitectureError, BundleError, ConflictError, DataError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.testing.models import PAD
 from peftx.toolkits.evaluation.scores import Score
 
 ROWS = [{"prompt": f"count {i}", "completion": f"{i + 1} {i + 2}"} for i in range(24)]
@@ -630,3 +632,91 @@ def test_reporters_get_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"loss", "learning_rate", "seconds"} <= told[0].keys()
     assert all(isinstance(value, int | float) for logs in told for value in logs.values())
     assert stack.history.trainings[0].terms["task"]
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+def examples(lengths: list[int], prompt: int = 2) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 27, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": [IGNORE] * prompt + row[prompt:]} for row in rows]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(20, 64))
+def test_bins_hold_every_text_once_and_no_more_than_fits(lengths: list[int], capacity: int) -> None:
+    bins = bins_of(lengths, capacity)
+    assert sorted(index for held in bins for index in held) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in held) <= capacity for held in bins)
+    assert len(bins) <= 2 * -(-sum(lengths) // capacity)  # at most one bin is not half full
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "opt", "gpt_neox", "phi3"])
+def test_packed_rows_have_the_loss_and_gradient_of_the_rows(arch: str) -> None:
+    rows, found = examples([9, 4, 12, 6, 7, 3]), []
+    plain = Collator(PAD)
+    for collate in (plain, Packing(plain, 24, torch.float32)):
+        stack = Stack(tiny(arch), [Gains()], tokenizer=tiny_tokenizer())
+        with torch.no_grad():
+            for p in stack.ledger.parameters("gains"):
+                p.mul_(1.3)
+        batch = collate(rows)
+        loss = stack.train_step(batch)
+        found.append(
+            (len(batch["input_ids"]), float(loss), [p.grad for p in stack.ledger.parameters("gains")])
+        )
+    (six, loss, gradients), (two, packed, packed_gradients) = found
+    assert (six, two) == (6, 2)
+    assert packed == pytest.approx(loss, rel=1e-5)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(gradients, packed_gradients, strict=True)
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_packed_run_is_the_run(accumulation: int) -> None:
+    options = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "gradient_accumulation": accumulation}
+    weights = []
+    for packing in (False, True):
+        stack = Stack(tiny("llama"), [Merging()], tokenizer=tiny_tokenizer())
+        report = stack.train(ROWS, packing=packing, max_length=64, **options)
+        weights.append(torch.cat([p.detach() for p in stack.ledger.parameters("merging")]))
+        assert report.steps == 3
+    assert torch.allclose(*weights, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(weights[0], torch.ones_like(weights[0]), atol=1e-3)
+
+
+class Merging(Plugin):
+    claims = {Claim.MERGEABLE, Claim.IDENTITY_AT_START}
+
+    def __init__(self, role: str = "mlp.down") -> None:
+        super().__init__()
+        self.role = role
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears(self.role):
+            site.attach(Folding(site.out_features))
+
+
+class Folding(Gain):
+    def fold(self, weight: Any, bias: Any) -> Any:
+        return weight * self.z[:, None], None if bias is None else bias * self.z
+
+
+def test_packing_is_refused_where_texts_would_mix() -> None:
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    with pytest.raises(ConflictError, match="'gains' may look across the tokens of a row"):
+        stack.train(ROWS, steps=1, packing=True)
+    for arch, role in (("mamba", "ssm.out"), ("t5", "mlp.down")):
+        stack = Stack(tiny(arch), [Merging(role)], tokenizer=tiny_tokenizer())
+        with pytest.raises(ArchitectureError, match="is no decoder that takes positions and a mask"):
+            stack.train(ROWS, steps=1, packing=True)
+    model = tiny("llama")
+    model.model.layers[0].self_attn.forward = mixing(model.model.layers[0].self_attn)
+    with pytest.raises(ArchitectureError, match="LlamaForCausalLM mixes the texts of one row"):
+        Stack(model, [Merging()], tokenizer=tiny_tokenizer()).train(ROWS, steps=1, packing=True)
+
+
+def mixing(attention: Any) -> Any:
+    """An attention that heeds no mask of the caller's, as a state space layer would."""
+    forward = attention.forward
+    return lambda **k: forward(**{**k, "attention_mask": None})

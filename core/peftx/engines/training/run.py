@@ -23,6 +23,7 @@ from transformers import TrainerCallback, set_seed
 
 from peftx.engines.data import Collator, TrainingData, read_dataset
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
+from peftx.engines.data.packing import Packing
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
@@ -31,6 +32,7 @@ from peftx.engines.training.best import Best, Measure
 from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.order import order_of
+from peftx.engines.training.packing import packing_of, prove
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
@@ -202,8 +204,12 @@ def train(
     with ExitStack() as exits:
         folder = Path(output or exits.enter_context(TemporaryDirectory(prefix="peftx-")))
         identity = _identity(stack, spec, training_data.train)
+        layout: Collator | Packing = collator
+        if spec.packing:
+            layout = packing_of(stack, training_data, collator)
+            prove(stack, layout, [rows[index] for index in range(min(2, len(rows)))])
         trainer = StackTrainer(
-            stack, arguments_of(spec, folder, stack, output is not None), rows, collator, identity=identity,
+            stack, arguments_of(spec, folder, stack, output is not None), rows, layout, identity=identity,
             masks=mask_of(stack, training_data, spec.seed), sources=feeders, drawn=drawn,
             best=best, bf16=spec.bf16,
         )  # fmt: skip

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from peftx.engines.data.collate import Collator
+    from peftx.engines.data.packing import Packing
     from peftx.engines.training.examples import Masks
     from peftx.kernel.stack import Stack
 
@@ -69,7 +70,7 @@ class StackTrainer(Trainer):
         stack: Stack,
         arguments: TrainingArguments,
         rows: Dataset,
-        collator: Collator,
+        collator: Collator | Packing,
         callbacks: list[TrainerCallback] | None = None,
         identity: dict[str, Any] | None = None,
         masks: Masks | None = None,
