@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
+from copy import deepcopy
 
 import torch
 from pydantic import Field
@@ -63,9 +64,9 @@ class ResidualPrompt(VirtualTokens):
         return torch.cat([Phi(p) for Phi, p in zip(self.Phi, parts, strict=True)]) + self.P
 
     @torch.no_grad()
-    def collapse(self) -> None:
-        """Put P' in the place of P, and let Phi go."""
-        self.P.copy_(self.rows())
+    def collapse(self, dtype: torch.dtype) -> None:
+        """Put P', as a model of this dtype computes it, in the place of P, and let Phi go."""
+        self.P.copy_(deepcopy(self).to(dtype).rows())
         self.Phi = nn.ModuleList()
 
 
@@ -96,10 +97,11 @@ class ResidualPromptTuning(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         last = step.total is not None and step.index + 1 >= step.total
         if last and self.prompt.P.requires_grad and not self.config.keep_network:
-            step.after_update(lambda _: self.collapse())
+            dtype = self.prompt.P.dtype  # in an update an optimizer may hold wider numbers
+            step.after_update(lambda _: self.collapse(dtype))
         return (yield)
 
-    def collapse(self) -> None:
+    def collapse(self, dtype: torch.dtype | None = None) -> None:
         """Throw the network away: P' is the prompt from now on. `stack.train` does it; a loop of your own has to."""
-        self.prompt.collapse()
+        self.prompt.collapse(dtype or self.prompt.P.dtype)
         self.state["collapsed"] = True

@@ -190,29 +190,33 @@ def test_more_rows_than_tokens_start_as_tokens_too() -> None:
 # -- the network goes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("separate", [False, True])
 def test_after_training_a_bundle_holds_n_times_d_numbers_and_the_same_bits(
-    separate: bool, arch: str, tmp_path: Path
+    separate: bool, arch: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    stack, plugin = stack_of(arch=arch, separate=separate, keep_network=True)
-    stack.train(ROWS, **OPTIONS)
-    live, P = logits(stack), plugin.prompt.rows().detach().clone()
-    assert len(plugin.prompt.Phi) == (3 if separate else 1)
-    again, plugin = stack_of(arch=arch, separate=separate)
-    again.train(ROWS, **OPTIONS)
-    assert len(plugin.prompt.Phi) == 0
-    again.save(tmp_path / "b")
+    def trained(**options: Any) -> tuple[Stack, ResidualPrompt]:
+        plugin = ResidualPromptTuning(length=3, bottleneck=5, separate=separate, **options)
+        stack = Stack(tiny(arch).to(dtype), [plugin], tokenizer=tiny_tokenizer())
+        stack.train(ROWS, **OPTIONS)
+        return stack, plugin.prompt
+
+    kept, live = trained(keep_network=True)
+    P = live.rows().detach()
+    assert len(live.Phi) == (3 if separate else 1)
+    stack, prompt = trained()
+    assert len(prompt.Phi) == 0
+    stack.save(tmp_path / "b")
     tensors = load_file(tmp_path / "b" / f"{ID}.safetensors")
-    assert [tuple(t.shape) for t in tensors.values()] == [(3, 32)]
+    assert [(t.dtype, tuple(t.shape)) for t in tensors.values()] == [(dtype, (3, 32))]
     assert torch.equal(next(iter(tensors.values())), P)
-    loaded = peftx.load(tmp_path / "b", model=tiny(arch), tokenizer=tiny_tokenizer())
+    loaded = peftx.load(tmp_path / "b", model=tiny(arch).to(dtype), tokenizer=tiny_tokenizer())
     assert not any(isinstance(module, nn.LayerNorm) for module in loaded.plugins[ID].prompt.modules())
-    for found in (again, loaded):
-        assert torch.equal(logits(found), live)
-    plain = Stack(tiny(arch), [PromptTuning(length=3)], tokenizer=tiny_tokenizer())
+    plain = Stack(tiny(arch).to(dtype), [PromptTuning(length=3)], tokenizer=tiny_tokenizer())
     next(plain.ledger.parameters("prompt-tuning")).data.copy_(P)
-    assert torch.equal(logits(plain), live), "it is a prompt like any other"
+    for found in (stack, loaded, plain):
+        assert torch.equal(logits(found), logits(kept))
 
 
 def test_it_goes_with_the_last_update_and_not_before() -> None:
