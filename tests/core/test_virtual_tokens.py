@@ -734,3 +734,17 @@ class InFront(Plugin):
 def test_two_sides_of_the_first_token_are_refused() -> None:
     with pytest.raises(PeftxError, match="two sides of a text's first token"):
         Stack(tiny("llama"), [ByRowAfterBos(), InFront()], tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+def test_first_values_are_what_the_embedding_gives(arch: str) -> None:
+    """Gemma scales what it looks up; no token twice while there are enough."""
+    model = tiny(arch)
+    view = ModelView(Anatomy(model), Ledger(model), Owner("it", 0))
+    table = model.get_input_embeddings()(torch.arange(model.config.vocab_size)).detach()
+    found = view.embedded(7)
+    places = [int((table - row).abs().sum(1).argmin()) for row in found]
+    assert torch.equal(found, table[places])
+    assert not found.requires_grad
+    assert len(set(places)) == 7
+    assert {int((table - row).abs().sum(1).argmin()) for row in view.embedded(20, among=3)} == {0, 1, 2}

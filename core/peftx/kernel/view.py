@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -207,6 +208,21 @@ class ModelView:
             if site.role == "embedding":
                 return self.bound(site)
         raise ArchitectureError(f"{self.owner}: {self.config.model_type} has no token embedding")
+
+    def embedded(self, count: int, *, among: int | None = None) -> Tensor:
+        """What the embedding gives for tokens that are drawn at random, [count, hidden], detached: first values of soft
+        tokens. None stands twice while there are enough.
+
+        Args:
+            among: of so many first ids, which are the frequent ones in most vocabularies; of all if left out.
+        """
+        site = self.embedding()
+        known = len(site.weight) if among is None else min(among, len(site.weight))
+        ids = torch.randperm(known, device="cpu")[torch.arange(count, device="cpu") % known]
+        found: Tensor = site.module(
+            ids.to(site.weight.device)
+        ).detach()  # as the model calls it: Gemma's scales
+        return found.to(site.weight)
 
     def train(self, targets: Targets | str) -> dict[str, Trained]:
         """Let the parameters of the base on these sites train (weights and biases, one that is tied once); by name."""

@@ -112,7 +112,5 @@ class Lopt(Plugin):
         else:
             self.prompt = Projected(n, d, r, SIGMA[self.config.sigma]).to(site.weight)
         if not model.restoring:
-            ids = torch.randperm(len(site.weight), device="cpu")
-            ids = ids[torch.arange(n, device="cpu") % len(ids)].to(site.weight.device)
-            self.prompt.near(site.module(ids).detach())  # as the model calls it: Gemma's scales
+            self.prompt.near(model.embedded(n))
         model.prompt(self.prompt)

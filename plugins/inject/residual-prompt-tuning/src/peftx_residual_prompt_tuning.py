@@ -86,10 +86,7 @@ class ResidualPromptTuning(Plugin):
         if not model.restoring:
             self.state = {}
         count = 0 if self.state.get("collapsed") else n if self.config.separate else 1
-        ids = torch.randperm(len(site.weight), device="cpu")
-        ids = ids[torch.arange(n, device="cpu") % len(ids)].to(site.weight.device)
-        start = site.module(ids).detach()  # as the model calls it: Gemma's scales
-        prompt = ResidualPrompt(start, [network(d, self.config.bottleneck) for _ in range(count)])
+        prompt = ResidualPrompt(model.embedded(n), [network(d, self.config.bottleneck) for _ in range(count)])
         self.prompt = prompt.to(site.weight)
         model.prompt(self.prompt)
 

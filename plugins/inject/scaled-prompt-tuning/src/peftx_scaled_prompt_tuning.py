@@ -76,10 +76,7 @@ class ScaledPromptTuning(Plugin):
         if not model.restoring:
             self.state = {}
         shape = {"features": (site.out_features,), "rows": (n, 1), "one": (1,)}[self.config.scale]
-        ids = torch.randperm(len(site.weight), device="cpu")
-        ids = ids[torch.arange(n, device="cpu") % len(ids)].to(site.weight.device)
-        start = site.module(ids).detach()  # as the model calls it: Gemma's scales
-        self.prompt = ScaledPrompt(start, None if self.state.get("folded") else torch.ones(shape))
+        self.prompt = ScaledPrompt(model.embedded(n), None if self.state.get("folded") else torch.ones(shape))
         model.prompt(self.prompt.to(site.weight))
 
     @hookimpl(wrapper=True)

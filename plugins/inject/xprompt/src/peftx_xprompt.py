@@ -112,10 +112,7 @@ class Xprompt(Plugin):
         m, k, site = self.config.length, self.config.pieces, model.embedding()
         if (d := site.out_features) % k:
             raise PeftxError(f"xprompt: {d} numbers make no {k} pieces", hint=f"pieces: {math.gcd(d, k)}")
-        ids = torch.randperm(min(self.config.frequent, len(site.weight)), device="cpu")
-        ids = ids[torch.arange(m, device="cpu") % len(ids)].to(site.weight.device)
-        start = site.module(ids).detach()  # as the model calls it: Gemma's scales
-        self.ticket = Ticket(start.to(site.weight), k, model.call)
+        self.ticket = Ticket(model.embedded(m, among=self.config.frequent), k, model.call)
         model.prompt(self.ticket)
         self.ticket.length = self.state.get("length", m)
 
