@@ -16,44 +16,37 @@ and the modules of its plugins.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-import peftx
-from peftx.engines.bundle import holds_base
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
 from peftx.kernel.calls import call_of
-from peftx.kernel.conflicts import find_conflicts, starting_format
+from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
 from peftx.kernel.names import HOOKS
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.registry import Registry
 from peftx.stack import Stack
-from peftx.testing.case import assert_equal, inputs_for, output
+from peftx.testing.case import inputs_for, output
 from peftx.testing.covering import Cover
 from peftx.testing.kit import settle
+from peftx.testing.life import live
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.testing.reference import COMPANION, ReferenceGain, ReferenceLowRank
 from peftx.testing.shown import Group, Shown
-from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS, steps_for
-
-PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
 Submit = Callable[[str, Sequence[tuple[str, ...]]], Iterator[Group]]
-LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
 SIZE = 8
 """Plugins of a stack."""
 
@@ -304,7 +297,7 @@ def trouble(names: Sequence[str], arch: str) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
-            _use(_members(*names), arch, Path(folder) / "bundle")
+            live(_members(*names), arch, Path(folder) / "bundle")
     except (AssertionError, PeftxError) as error:
         return str(error) or "assertion failed"
     except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so
@@ -332,60 +325,6 @@ def _example(name: str) -> Plugin:
     return plugin(**plugin.example)
 
 
-def _use(members: Sequence[Member], arch: str, folder: Path) -> None:
-    """The life of a stack: train, compress, run, save, load, run again. Where nothing trains, a companion does."""
-    stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
-    if not stack.trainable_parameters():
-        members = _accompanied(members)
-        stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
-    before = [(p, p.detach().clone()) for p in stack.model.parameters() if p.requires_grad]
-    steps = steps_for(*(member.plugin for member in members))
-    report = stack.train(
-        _rows(members),
-        steps=steps,
-        batch_size=2,
-        max_length=LENGTH,
-        learning_rate=1e-3,
-        sources=sources_of(members),
-    )
-    losses = [loss for _, loss in report.losses]
-    assert all(map(math.isfinite, losses)), f"losses are {losses}"
-    assert not all(torch.equal(p, old) for p, old in before), "no parameter moved"
-    if any(member.implements("compress") for member in members):
-        stack.compress(TEXTS, samples=4, length=24)
-    inputs = inputs_for(stack.model)
-    logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
-    assert bool(logits.isfinite().all()), "some logits are not finite"
-    stack.save(folder)
-    model = None if holds_base(folder) else tiny(arch)
-    again = peftx.load(folder, model=model, tokenizer=tiny_tokenizer())
-    assert_equal(output(again.model, inputs), logits, "logits loaded and saved")
-    found = again.generate(PROMPT, max_new_tokens=4)
-    assert found == text, f"generates {found!r} loaded and {text!r} saved"
-
-
-def _accompanied(members: Sequence[Member]) -> list[Member]:
-    """With one of the kit's plugins that trains in front, the first that goes with them."""
-    for plugin in (ReferenceLowRank(), ReferenceGain()):
-        found = [Member(COMPANION, plugin), *members]
-        if not find_conflicts(found):
-            return found
-    raise AssertionError("nothing trains, and nothing that does goes with it")
-
-
-def _rows(members: Sequence[Member]) -> list[Mapping[str, Any]]:
-    """A plugin's own examples, else rows of a format that goes through."""
-    own = next((member.plugin.example_rows for member in members if member.plugin.example_rows), None)
-    if own is not None:
-        return list(own)
-    return list(ROWS_BY_FORMAT[starting_format(members) or "prompt-completion"])
-
-
-def sources_of(members: Sequence[Member]) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """Rows of every further source that a plugin asks for."""
-    return {name: rows for member in members for name, rows in member.plugin.sources.items()}
-
-
 @cache
 def _arch(*names: str) -> str:
     """`llama`; where a plugin does not stand on it, the first architecture that it names."""
@@ -404,7 +343,7 @@ def _stands_on(name: str, arch: str) -> str | None:
             Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
         else:  # only the whole life tells, as for drafts on a model without a cache that can be cut
             with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder:
-                _use(_members(name), arch, Path(folder) / "bundle")
+                live(_members(name), arch, Path(folder) / "bundle")
     except (ArchitectureError, TargetError, UnsupportedError) as error:
         return str(error)
     except PeftxError:

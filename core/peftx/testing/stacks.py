@@ -39,7 +39,7 @@ from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
-from peftx.testing.matrix import LENGTH, PROMPT, sources_of
+from peftx.testing.life import LENGTH, PROMPT, sources_of
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.recipes import (
     SAYINGS,
