@@ -120,6 +120,24 @@ class FeedsEmbeddings(Plugin):
         return (yield)
 
 
+class DropsLabels(Plugin):
+    """Trains without the labels, and does not say so."""
+
+    caught_by = "labels_of_a_step_are_claimed"
+    also = {"carries_or_refuses"}  # it looks at no rows
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.attach(_Step(site.out_features))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        step.batch = {name: x for name, x in step.batch.items() if name != "labels"}
+        step.replace_task_loss(lambda: ((out := step.forward()).logits.square().mean(), out), over="step")
+        return (yield)
+
+
 class _BatchMean(_Step):
     def factor(self, y: Tensor) -> Tensor:
         return y.mean(0, keepdim=True)

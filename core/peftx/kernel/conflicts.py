@@ -97,15 +97,13 @@ RULES = (
         "{one} lays its rows out with positions and a mask of its own, and the soft tokens of {two} would stand in "
         "front of the first text alone",
     ),
-    Rule(
-        _claiming(Claim.NEEDS_LABELS),
-        _claiming(Claim.CLASSIFIES),
-        "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
-    ),
-    Rule(
-        _claiming(Claim.NEEDS_LABELS),
-        _claiming(Claim.OWN_LAYOUT),
-        "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
+    *(
+        Rule(
+            _claiming(Claim.NEEDS_LABELS),
+            _claiming(other),
+            "{one} reads labels of tokens in its step, and the rows of {two} have none of the kind",
+        )
+        for other in (Claim.CLASSIFIES, Claim.OWN_LAYOUT, Claim.NO_LABELS)
     ),
     Rule(
         _claiming(Claim.NEEDS_MASK),

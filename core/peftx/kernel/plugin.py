@@ -72,6 +72,8 @@ class Claim(StrEnum):
     """Puts soft tokens in front of the input."""
     NEEDS_LABELS = "needs-labels"
     """Its step reads the batch's labels of tokens."""
+    NO_LABELS = "no-labels"
+    """The rows of its step have no labels of tokens: it trains on something else."""
     NEEDS_MASK = "needs-mask"
     """Its step tells real tokens from pads by the batch's mask, [rows, tokens]."""
     NEEDS_TOKENS = "needs-tokens"

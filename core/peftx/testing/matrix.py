@@ -37,6 +37,7 @@ from peftx.kernel.names import HOOKS
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.registry import Registry
+from peftx.kernel.virtual_tokens import prompt_length
 from peftx.stack import Stack
 from peftx.testing.case import inputs_for, output
 from peftx.testing.covering import Cover
@@ -47,6 +48,8 @@ from peftx.testing.shown import Group, Shown
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
 Submit = Callable[[str, Sequence[tuple[str, ...]]], Iterator[Group]]
+SOFT = 16
+"""Soft tokens of a stack at most, beside a row of `LENGTH`; a pair may have more, and fails where it matters."""
 SIZE = 8
 """Plugins of a stack."""
 
@@ -224,8 +227,17 @@ def _begin() -> None:
 
 
 def fits(names: Sequence[str]) -> bool:
-    """Do these plugins go together by their claims and rows."""
-    return not find_conflicts(_plain(names))
+    """Do these plugins go together by their claims and rows, and leave the tiny models positions for a text."""
+    return sum(map(soft, names)) <= SOFT and not find_conflicts(_plain(names))
+
+
+@cache
+def soft(name: str) -> int:
+    """Soft tokens of a plugin as its author tries it."""
+    try:
+        return prompt_length(Stack(tiny(_arch(name)), _members(name), tokenizer=tiny_tokenizer()).model)
+    except PeftxError:
+        return 0
 
 
 def _by_claims(first: str, second: str) -> Cell | None:

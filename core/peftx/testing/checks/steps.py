@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftx.engines.data import IGNORE
 from peftx.engines.training.step import TrainStep
 from peftx.kernel.parts import BasePart
 from peftx.kernel.phases import spans
@@ -81,6 +82,26 @@ def check_embeddings_of_a_step_are_claimed(case: Case) -> None:
     assert any(seen) == claimed, f"{sum(seen)} of {len(seen)} calls in a step bring embeddings, and it {said}"
 
 
+def _keeps_labels(subject: Subject) -> bool:
+    """A head's rows, and rows of a layout of their own, say by other claims that they have none."""
+    other = subject.claims(Claim.CLASSIFIES) or subject.claims(Claim.OWN_LAYOUT)
+    return subject.implements("train_step") and not other
+
+
+@check(on="first", when=_keeps_labels)
+def check_labels_of_a_step_are_claimed(case: Case) -> None:
+    """A step whose rows have no labels of tokens says so, so that what reads labels can refuse to stand beside it."""
+    stack = case.training_stack()
+    stack.model.train()
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    stack.run_train_step(step)
+    labels = step.batch.get("labels")
+    has = labels is not None and bool((labels != IGNORE).any())
+    claimed = Claim.NO_LABELS in stack.plugins[case.id].claims
+    said = f"{'claims' if claimed else 'does not claim'} {Claim.NO_LABELS}"
+    assert has != claimed, f"the batch has {'' if has else 'no '}labels in its step, and it {said}"
+
+
 @check(on="first-generative", when=lambda subject: trains(subject) or subject.implements("prepare_data"))
 def check_trains_in_the_trainer(case: Case) -> None:
     """`stack.train` makes its steps, with finite losses, and leaves the base as it was."""
@@ -151,6 +172,7 @@ CHECKS = (
     check_step_makes_no_gradients,
     check_gradient_transforms_are_claimed,
     check_embeddings_of_a_step_are_claimed,
+    check_labels_of_a_step_are_claimed,
     check_trains_in_the_trainer,
     check_resume_is_exact,
     check_phases_fit,
