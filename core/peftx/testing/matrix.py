@@ -36,8 +36,8 @@ from peftx.kernel.members import Member
 from peftx.kernel.names import HOOKS
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Plugin
+from peftx.kernel.positions import prompt_length
 from peftx.kernel.registry import Registry
-from peftx.kernel.virtual_tokens import prompt_length
 from peftx.stack import Stack
 from peftx.testing.case import inputs_for, output
 from peftx.testing.covering import Cover
