@@ -243,10 +243,11 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
     elif entry.injected:
         stack.inject([owner], restoring=True)
     if entry.compressed:
+        stack.standing[owner].compressed = True
+    if entry.compressed and entry.folded is None:  # what is folded for good stands in the weights alone
         for path, (kind, geometry) in entry.replaced.items():
             _rebuild(stack, view, path, kind, geometry, member.plugin)
         member.plugin.restore(view, stack)
-        stack.standing[owner].compressed = True
         stack.anatomy = Anatomy(stack.model)  # its sites still hold the replaced modules
     _unpack(stack, entry, tensors, file)
     _fill(stack, owner, tensors, file, later)

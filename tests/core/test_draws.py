@@ -221,6 +221,7 @@ def test_a_draw_is_the_first_and_one_more(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_what_is_drawn_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan_checks(OnFirstRows)
+    monkeypatch.setenv(DRAW, "all")
     assert [item.id for item in drawn(planned)] == [item.id for item in planned]
     monkeypatch.setenv(DRAW, "draw")
     some = drawn(planned)
@@ -234,6 +235,7 @@ def test_one_item_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
         (mark,) = function.pytestmark  # type: ignore[attr-defined]
         return {parameter.id: [item.id for item in parameter.values[0]] for parameter in mark.args[1]}
 
+    monkeypatch.setenv(DRAW, "all")
     found = items(conformance(OnFirstRows))
     assert list(found)[:3] == ["package", "llama", "gpt2"]
     assert "config_round_trip" in found["package"]

@@ -109,6 +109,24 @@ class Tabled(Plugin):
             site.attach(self.Add(model.main.hidden_size))
 
 
+class Signs(Plugin):
+    """Compresses by a delta that folds."""
+
+    claims = {Claim.TRAINS_BASE, Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        model.train("mlp.down")
+
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        self.restore(model)
+
+    def restore(self, model: Any, stack: Any = None) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Scale(site.out_features, 0.5))
+
+
 class Broken(Plugin):
     @hookimpl
     def inject(self, model: Any) -> None:
@@ -359,6 +377,13 @@ def test_what_no_file_holds_is_there_above_packed_weights(tmp_path: Path) -> Non
         claims: ClassVar[set[Claim]] = {Claim.QUANTIZES, Claim.FINAL}
 
     stack = stack_of(Tabled(), Beneath())
+    stack.compress()
+    stack.save(tmp_path / "b")
+    assert torch.equal(logits(peftx.load(tmp_path / "b")), logits(stack))
+
+
+def test_what_a_compression_attached_and_another_folded_comes_back(tmp_path: Path) -> None:
+    stack = stack_of(Signs(), Frozen8())
     stack.compress()
     stack.save(tmp_path / "b")
     assert torch.equal(logits(peftx.load(tmp_path / "b")), logits(stack))

@@ -19,7 +19,7 @@ from peftx.kernel.names import GROUP
 from peftx.kernel.phases import Phase, Span, spans
 from peftx.planning import plan
 from peftx.testing import run_checks
-from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import steps_for
 from peftx.toolkits.compression import QuantLinear
 from peftx_lora import Lora
@@ -430,3 +430,27 @@ def test_plan_tells_of_sources_that_are_not_there() -> None:
             load_spec(text.replace("SOURCES", sources), catalogue=registry).pipeline, registry=registry
         )
         assert ("no source 'others'" in str(found.conflicts)) is missing
+
+
+def test_two_stacks_may_wait_for_an_update_at_once() -> None:
+    """Each for its own optimizer's, whichever comes first."""
+
+    class Waits(Lora):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+            step.after_update(lambda _: told.append(step.stack))
+            return (yield)
+
+    told: list[Stack] = []
+    stacks = [Stack(tiny("llama"), [Waits(rank=2)], tokenizer=tiny_tokenizer()) for _ in range(3)]
+    optimizers = [
+        torch.optim.SGD([p for p in s.model.parameters() if p.requires_grad], lr=0.1) for s in stacks
+    ]
+    for stack in stacks:
+        ids = example_inputs(stack.model)["input_ids"]
+        stack.train_step({"input_ids": ids, "labels": ids})
+    for place in (1, 0, 2):
+        optimizers[place].step()
+    assert told == [stacks[1], stacks[0], stacks[2]]
+    optimizers[0].step()
+    assert len(told) == 3

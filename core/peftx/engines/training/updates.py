@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 Action = Callable[[Optimizer], None]
 
 
+class Waiting:
+    """Actions that wait for the next step of an optimizer that holds one of these parameters."""
+
+    def __init__(
+        self, queue: list[Waiting], parameters: Sequence[nn.Parameter], actions: Sequence[Action]
+    ) -> None:
+        self.queue, self.actions = queue, actions
+        self.known = {
+            id(p): weakref.ref(p) for p in parameters
+        }  # an id may come again when its tensor is gone
+        queue.append(self)
+
+    def is_for(self, optimizer: Optimizer) -> bool:
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        return any((ref := self.known.get(id(p))) is not None and ref() is p for p in held)
+
+    def remove(self) -> None:
+        """Wait no longer."""
+        if self in self.queue:
+            self.queue.remove(self)
+
+
+_BEFORE: list[Waiting] = []
+_AFTER: list[Waiting] = []
+
+
+@cache
+def _listen() -> None:
+    """One hook for all that wait: torch goes over its hooks as they are, so none may come or go meanwhile."""
+    register_optimizer_step_pre_hook(partial(_run, _BEFORE))
+    register_optimizer_step_post_hook(partial(_run, _AFTER))
+
+
+def _run(queue: list[Waiting], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for waiting in [each for each in queue if each.is_for(optimizer)]:
+        waiting.remove()
+        for action in waiting.actions:
+            action(optimizer)
+
+
 def around_next_update(
     parameters: Sequence[nn.Parameter], before: Sequence[Action], after: Sequence[Action]
-) -> list[RemovableHandle]:
-    """Run these once, before and after the next step; remove the handles if that step does not come."""
-    sides = ((register_optimizer_step_pre_hook, before), (register_optimizer_step_post_hook, after))
-    return [_once(register, parameters, actions) for register, actions in sides if actions]
-
-
-def _once(
-    register: Callable[[Any], RemovableHandle], parameters: Sequence[nn.Parameter], actions: Sequence[Action]
-) -> RemovableHandle:
-    known = {id(p) for p in parameters}
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-            handle.remove()
-            for action in actions:
-                action(optimizer)
-
-    handle = register(hook)
-    return handle
+) -> list[Waiting]:
+    """Run these once, before and after the next step; remove them if that step does not come."""
+    _listen()
+    sides = ((_BEFORE, before), (_AFTER, after))
+    return [Waiting(queue, parameters, actions) for queue, actions in sides if actions]
 
 
 @torch.no_grad()

@@ -140,7 +140,11 @@ class MultiLayerTrainablePooling(Plugin):
     exempt = {"accumulation_makes_the_same_step": "other documents of a micro-batch are its negatives"}
     example = {"latents": 8, "heads": 4}
     example_rows = tuple(
-        {"prompt": f"{word}?", "chosen": f"about {word}", "rejected": f"no {word}" + "!" * i}
+        {
+            "prompt": f"User: {word}?\nAssistant:",
+            "chosen": f"about {word}",
+            "rejected": f"no {word}" + "!" * i,
+        }
         for i, word in enumerate(("tea", "rain", "sleep", "noise", "bread", "snow"))
     )
     config: MultiLayerTrainablePoolingConfig

@@ -69,7 +69,7 @@ class StochasTok(Plugin):
 
     Config = StochasTokConfig
     claims = {Claim.DATA_ONLY}
-    takes = ("text", "prompt-completion", "messages", "classification", "tokenized")
+    takes = ("text", "prompt-completion", "messages", "classification")
     gives = dict.fromkeys(takes, "tokenized")
     config: StochasTokConfig
 
