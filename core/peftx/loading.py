@@ -312,6 +312,8 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
         other, dtype = casts.setdefault((id(module), old.dtype), (name, tensors[name].dtype))
         if tensors[name].dtype != dtype:
             raise BundleError(f"{file}: {name} is {tensors[name].dtype}, and {other} beside it is {dtype}")
+    shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    """Of a parameter that stands under several names: what it was (so that its id stays its own), and what it is."""
     for name, (module, leaf, of_base) in places.items():
         value = _aligned(tensors[name].to(device))
         if leaf in module._parameters:
@@ -319,6 +321,8 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
             _check_shape(name, old, value)
             trains = value.is_floating_point() and (old is None or old.requires_grad)
             new = nn.Parameter(value, requires_grad=trains)
+            if old is not None and torch.equal(shared.setdefault(id(old), (old, new))[1], new):
+                new = shared[id(old)][1]
             module._parameters[leaf] = new
             if of_base and old is not None:  # it may be tied to another name
                 for other in stack.model.modules():

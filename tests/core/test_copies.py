@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import peftx
 from peftx import Claim, ModelView, Plugin, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.copies import Reader, copy_of
@@ -13,6 +16,7 @@ from peftx.kernel.parts import DeltaPart
 from peftx.testing.models import ARCHITECTURES, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank
 from peftx.toolkits.compression import QuantLinear
+from peftx_hypertuning import Hypertuning
 
 
 class Zeros(VirtualTokens):
@@ -115,3 +119,12 @@ def test_more_than_the_model_has_positions_for_is_refused() -> None:
         PeftxError, match="126 tokens and 3 vectors are to be read, and the model has positions for 128"
     ):
         reader(ids, reader.vectors(3)[None])
+
+
+def test_parameters_that_are_one_are_one_after_a_load(tmp_path: Path) -> None:
+    """The embedding of a copy's encoder and decoder; else they would train apart."""
+    stack = Stack(tiny("t5"), [Hypertuning(length=2, shots=1)], tokenizer=tiny_tokenizer())
+    stack.save(tmp_path / "b")
+    again = peftx.load(tmp_path / "b", model=tiny("t5"), tokenizer=tiny_tokenizer())
+    names = [{name for name, p in s.model.named_parameters() if p.requires_grad} for s in (stack, again)]
+    assert names[0] == names[1]

@@ -291,7 +291,8 @@ def rows_of(members: Sequence[Member]) -> list[dict[str, Any]]:
     """Rows of a format that goes through: a plugin's own examples, if it takes them first."""
     format = starting_format(members) or "prompt-completion"
     own = next((m.plugin.example_rows for m in members if m.plugin.takes), ())
-    return [dict(row) for row in own or ROWS_BY_FORMAT[format]]
+    rows = [dict(row) for row in own or ROWS_BY_FORMAT[format]]
+    return rows if len(rows) > 9 else rows * 2  # of which a tenth leaves some
 
 
 def shrunk(result: Result) -> Result:

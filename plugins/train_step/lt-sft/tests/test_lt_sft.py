@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Plugin, Stack, TrainStep
+from peftx.engines.training import updates
 from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.parts import BasePart
 from peftx.kernel.trained import Trained
@@ -235,18 +236,19 @@ def test_weight_decay_does_not_leave_the_mask(optimizer: str) -> None:
     assert len(take(stack)) > 0.9 * len(plugin_of(stack).mask.chosen)
 
 
-def test_hooks_of_the_optimizer_are_used_up() -> None:
-    from torch.optim import optimizer as module
+def test_what_waits_for_the_optimizer_is_used_up() -> None:
+    def waiting() -> tuple[int, int]:
+        return len(updates._BEFORE), len(updates._AFTER)
 
-    before = len(module._global_optimizer_pre_hooks), len(module._global_optimizer_post_hooks)
+    before = waiting()
     stack = stack_of(phase1=1)
     for _ in range(3):
         stack.run_train_step(
             TrainStep(stack, batch_for(stack), index=1)
         )  # no update: the next step takes its place
-    assert len(module._global_optimizer_post_hooks) == before[1] + 1
+    assert waiting()[1] == before[1] + 1
     steps(stack, 2, start=1)
-    assert (len(module._global_optimizer_pre_hooks), len(module._global_optimizer_post_hooks)) == before
+    assert waiting() == before
 
 
 def test_l1_is_the_mean_distance_and_holds_back() -> None:
