@@ -326,9 +326,11 @@ class PrefixQuant(Plugin):
             finally:
                 for hook in hooks:
                     hook.remove()
-            if unseen := [site.path for site in blocks[layer] if not rows[site.module]]:
+            unseen = [site.path for site in blocks[layer] if not rows[site.module]]
+            if unseen or len(set(map(len, seen))) > 1:  # keys and values of some texts alone
+                place = unseen[0] if unseen else f"the attention of layer {layer} in some calls"
                 raise PeftxError(
-                    f"prefixquant: no calibration text comes to {unseen[0]}, so its input has no scale",
+                    f"prefixquant: no calibration text comes to {place}, so its input has no scale",
                     hint="more of it, or another plugin in the place of one that lets texts skip layers",
                 )
             known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # q, k and v are given the same tensors
