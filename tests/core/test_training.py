@@ -720,3 +720,16 @@ def mixing(attention: Any) -> Any:
     """An attention that heeds no mask of the caller's, as a state space layer would."""
     forward = attention.forward
     return lambda **k: forward(**{**k, "attention_mask": None})
+
+
+def test_a_window_that_a_text_is_longer_than_is_found() -> None:
+    """Mistral's is 64 here, and the mask of packed rows knows no window."""
+    short, long = ({"prompt": "a" * length, "completion": "b"} for length in (10, 90))
+    options = {"steps": 1, "batch_size": 3, "packing": True, "max_length": 112}
+    stack = Stack(tiny("mistral"), [Merging()], tokenizer=tiny_tokenizer())
+    stack.train([short] * 4, **options)
+    said = "MistralForCausalLM mixes the texts of one row, or looks less far back"
+    with pytest.raises(ArchitectureError, match=said) as caught:
+        stack.train([short, short, long], **options)
+    assert "a max_length within the model's window" in str(caught.value.hint)
+    stack.train([short, short, long], **options | {"max_length": 60})  # the way out

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as compute
 import torch
+from datasets import Dataset
 
 from peftx.engines.data import Collator, TrainingData
 from peftx.engines.data.packing import Packing
@@ -60,16 +62,22 @@ def packing_of(stack: Stack, data: TrainingData, collator: Collator) -> Packing:
     return Packing(collator, data.max_length, model.dtype)
 
 
-def prove(stack: Stack, packing: Packing, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ArchitectureError unless texts in one row have the logits that they have alone (windows and states of
-    recurrent layers mix them)."""
-    texts = [
-        {name: row[name][: packing.capacity // 2] for name in ("input_ids", "labels")} for row in rows[:2]
-    ]
-    together = Packing(packing.collator, packing.capacity, packing.dtype)(texts)
+def prove(stack: Stack, packing: Packing, rows: Dataset) -> None:
+    """Raises ArchitectureError unless texts in one row have the logits that they have alone: states of recurrent layers
+    mix them, and the mask of a packed row knows no window, which only a text that is longer shows."""
+    half = max(1, packing.capacity // 2)
+    names = ["input_ids", "labels"]
+    first = [{name: row[name][:half] for name in names} for row in rows.select(range(min(2, len(rows))))]
+    lengths = compute.list_value_length(rows.with_format("arrow")["input_ids"])
+    longest = rows[compute.index(lengths, compute.max(lengths)).as_py()]
+    for texts in (first, [{name: longest[name] for name in names}]):
+        _compare(stack, packing, texts)
+
+
+def _compare(stack: Stack, packing: Packing, texts: Sequence[Mapping[str, Any]]) -> None:
     model: PreTrainedModel = stack.model
     with torch.no_grad(), eval_mode(model):
-        batch = {name: x.to(model.device) for name, x in together.items() if name != "labels"}
+        batch = {name: x.to(model.device) for name, x in packing(texts).items() if name != "labels"}
         found = model(**batch, use_cache=False).logits.float()
         for text in texts:
             ids = torch.tensor(text["input_ids"], device=model.device)
@@ -78,9 +86,9 @@ def prove(stack: Stack, packing: Packing, rows: Sequence[Mapping[str, Any]]) -> 
             difference = (found[row, start : start + len(ids)] - alone).abs().max() / alone.abs().max()
             if float(difference) > _CLOSE.get(model.dtype, 1e-1):
                 raise ArchitectureError(
-                    f"packing: {type(model).__name__} mixes the texts of one row (logits differ by {difference:.2g} "
-                    "of the largest)",
-                    hint="leave packing out; attn_implementation='sdpa' may keep to the mask",
+                    f"packing: {type(model).__name__} mixes the texts of one row, or looks less far back than they "
+                    f"reach (logits differ by {difference:.2g} of the largest)",
+                    hint="leave packing out, or take a max_length within the model's window",
                 )
 
 

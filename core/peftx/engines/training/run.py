@@ -181,13 +181,16 @@ def train(
             "no rows are left to train on", hint="a prepare_data plugin may have dropped them all"
         )
     encoder_decoder = bool(stack.model.config.is_encoder_decoder)
+    single = one_by_one(stack, training_data)
+    whole = None if single else examples_of(stack, training_data)
     if spec.num_train_epochs is not None:
-        spec = spec.model_copy(update={"steps": _steps(stack, spec, training_data)})
+        count = len(training_data.train if whole is None else whole)
+        spec = spec.model_copy(update={"steps": _steps(spec, spec.num_train_epochs, count)})
     processes = max(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count(), 1)  # each has a batch
     needed = spec.steps * spec.batch_size * spec.gradient_accumulation * processes
-    drawn = one_by_one(stack, training_data) and needed < len(training_data.train)
+    drawn = single and needed < len(training_data.train)
     picked = order_of(len(training_data.train), spec.seed, 0)[:needed] if drawn else None
-    rows = examples_of(stack, training_data, only=picked)
+    rows = examples_of(stack, training_data, only=picked) if whole is None else whole
     collator = Collator(
         pad_of(stack.model, stack.tokenizer), encoder_decoder=encoder_decoder,
         pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
@@ -207,7 +210,7 @@ def train(
         layout: Collator | Packing = collator
         if spec.packing:
             layout = packing_of(stack, training_data, collator)
-            prove(stack, layout, [rows[index] for index in range(min(2, len(rows)))])
+            prove(stack, layout, rows)
         trainer = StackTrainer(
             stack, arguments_of(spec, folder, stack, output is not None), rows, layout, identity=identity,
             masks=mask_of(stack, training_data, spec.seed), sources=feeders, drawn=drawn,
@@ -284,13 +287,10 @@ def _best(stack: Stack, spec: TrainSpec, measure: Measure | None) -> Best | None
     return Best(spec, measure, told, higher=HIGHER_IS_BETTER[spec.metric_for_best_model])
 
 
-def _steps(stack: Stack, spec: TrainSpec, data: TrainingData) -> int:
-    """Optimizer steps of `num_train_epochs`, the last one begun counted, as the Trainer counts them."""
-    assert spec.num_train_epochs is not None
-    assert data.train is not None
-    rows = len(data.train if one_by_one(stack, data) else examples_of(stack, data))
+def _steps(spec: TrainSpec, epochs: float, rows: int) -> int:
+    """Optimizer steps of so many passes, the last one begun counted, as the Trainer counts them."""
     batches = math.ceil(rows / (spec.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
-    return math.ceil(spec.num_train_epochs * math.ceil(batches / spec.gradient_accumulation))
+    return math.ceil(epochs * math.ceil(batches / spec.gradient_accumulation))
 
 
 def _full(rows: Dataset, data: TrainingData) -> int:
