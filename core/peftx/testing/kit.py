@@ -163,7 +163,7 @@ def drawn(planned: Sequence[Planned]) -> list[Planned]:
     chosen = {first, *others[seed % len(others) :][:1]} if others else {first}
     odd = list(dict.fromkeys(item.arch for item in planned if item.check.on == "odd"))
     chosen |= {arch for i, arch in enumerate(odd) if i == seed % len(odd)}
-    always = ("package", "first", "first-generative", "refused")
+    always = ("package", "first", "first-text", "first-generative", "refused")
     return [item for item in planned if item.arch in chosen or item.check.on in always]
 
 
@@ -301,6 +301,8 @@ def _architectures(check: Check, subject: Subject) -> list[str]:
             return [arch for arch in chosen if arch in GENERATIVE]
         case "first":
             return chosen[:1]
+        case "first-text":
+            return [arch for arch in chosen if arch in TEXT][:1]
         case "first-generative":
             return [arch for arch in chosen if arch in GENERATIVE][:1]
         case "odd":

@@ -9,9 +9,11 @@ from typing import Literal
 from peftx.testing.case import Case
 from peftx.testing.subject import Subject
 
-On = Literal["package", "model", "text", "generative", "first", "first-generative", "odd", "refused"]
-"""Once without a model; on every architecture, those that read text, those that generate; on the first of these; on
-the odd ones; on those that the plugin does not work on."""
+On = Literal[
+    "package", "model", "text", "generative", "first", "first-text", "first-generative", "odd", "refused"
+]
+"""Once without a model; on every architecture, those that read text, those that generate; on the first of each of
+these; on the odd ones; on those that the plugin does not work on."""
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,9 @@ def check_batch_is_invisible(case: Case) -> None:
         assert_close(together[row], alone[0], tolerance(case), f"row {row} in a batch of {rows} and alone")
 
 
-@check(on="first", when=changes_model)
+@check(on="first-text", when=changes_model)
 def check_embeddings_do_for_tokens(case: Case) -> None:
     """A call on the embeddings of tokens computes what one on their ids does; refused by what claims needs-tokens."""
-    if case.arch not in TEXT:
-        return
     model = case.finished().model
     inputs = inputs_for(model)
     by_ids = output(model, inputs)

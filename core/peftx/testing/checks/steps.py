@@ -15,7 +15,7 @@ from peftx.kernel.phases import spans
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference
 from peftx.testing.checks.check import check, trains
-from peftx.testing.subject import TEXT, Subject, steps_for
+from peftx.testing.subject import Subject, steps_for
 
 
 def _wraps_step(subject: Subject) -> bool:
@@ -59,11 +59,9 @@ def check_gradient_transforms_are_claimed(case: Case) -> None:
     assert count == 0, f"registers {count} gradient transforms, and does not claim {Claim.NEEDS_GRADIENTS}"
 
 
-@check(on="first", when=lambda subject: subject.implements("train_step"))
+@check(on="first-text", when=lambda subject: subject.implements("train_step"))
 def check_embeddings_of_a_step_are_claimed(case: Case) -> None:
     """A step that calls the model on embeddings says so, so that what needs tokens can refuse to stand beside it."""
-    if case.arch not in TEXT:
-        return
     stack = case.training_stack()
     stack.model.train()
     seen: list[bool] = []
@@ -88,7 +86,7 @@ def _keeps_labels(subject: Subject) -> bool:
     return subject.implements("train_step") and not other
 
 
-@check(on="first", when=_keeps_labels)
+@check(on="first-text", when=_keeps_labels)
 def check_labels_of_a_step_are_claimed(case: Case) -> None:
     """A step whose rows have no labels of tokens says so, so that what reads labels can refuse to stand beside it."""
     stack = case.training_stack()
