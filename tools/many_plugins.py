@@ -1,7 +1,7 @@
 """Fill a checkout with further plugins, copies of those that are there under other names: what do hundreds cost?
 
-    git clone . /tmp/many && python tools/many_plugins.py 260 /tmp/many
-    cd /tmp/many && time make setup && time make test && time .venv/bin/peftx list
+    git clone . ../many && python tools/many_plugins.py 260 ../many
+    cd ../many && time make setup && time make test && time .venv/bin/peftx list
 
 For scratch only: it writes into the `plugins/` of the folder that it is given, never into its own checkout.
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from peftx_spec import DataSpec, Pipeline, StackEntry, TrainSpec, models, plan, stages
-from peftx_spec.base import SpecModel
+from peftx_spec.base import BestMetric, SpecModel
+from peftx_spec.models import HIGHER_IS_BETTER, METRICS
 from peftx_spec.stages import TrainStage
 
 MODELS = [
@@ -148,3 +149,8 @@ def test_devices(device: str) -> None:
 def test_devices_that_are_none(device: str) -> None:
     with pytest.raises(ValidationError, match="device"):
         pipeline(model={"id": "m", "device": device})
+
+
+def test_what_one_may_choose_by_is_one_list() -> None:
+    assert get_args(BestMetric) == tuple(HIGHER_IS_BETTER)
+    assert set(HIGHER_IS_BETTER) <= set(METRICS)

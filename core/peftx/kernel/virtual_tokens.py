@@ -50,7 +50,9 @@ class VirtualTokens(nn.Module):
     def rows(self) -> Tensor:
         """The embeddings, [P, hidden], in the embedding's dtype, as large as what the embedding returns; or
         [B, P, hidden], where each row of the batch has its own (what they follow from, `model.call` tells)."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no rows(): the embeddings of its tokens, [P, hidden]"
+        )
 
     def real(self) -> Tensor | None:
         """Which of them are there, bool [B, P], where rows of the batch have fewer; None: all. Asked at every step of
