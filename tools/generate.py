@@ -75,14 +75,14 @@ def project_of(folder: Path) -> dict[str, Any]:
 
 def mark(project: dict[str, Any], kind: str) -> str:
     """The value of fidelity or of evidence."""
-    from peftx.kernel.registry import keyword_values
+    from peftx.composition.registry import keyword_values
 
     return ", ".join(keyword_values(project["keywords"], kind))
 
 
 def readme(folder: Path, registry: Any) -> tuple[Path, str]:
     """A plugin's README with its option table and the words of its marks renewed."""
-    from peftx.kernel.registry import MARKS
+    from peftx.composition.registry import MARKS
 
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def readme(folder: Path, registry: Any) -> tuple[Path, str]:
 
 def catalogue() -> str:
     """All plugins of this repository in a table by hook."""
-    from peftx.kernel.registry import MARKS
+    from peftx.composition.registry import MARKS
 
     lines = [
         "# Catalogue",
@@ -143,24 +143,18 @@ def catalogue() -> str:
     return "\n".join(lines)
 
 
-def schema(registry: Any) -> str:
-    """The JSON Schema of a spec with this repository's plugins."""
-    from peftx_spec import json_schema
-
-    return json.dumps(json_schema(registry), indent=1, ensure_ascii=False) + "\n"
-
-
 def derived() -> dict[Path, str]:
     """Every derived file and what it must hold."""
     from importlib.metadata import entry_points
 
+    from peftx.composition.registry import Registry
     from peftx.kernel.names import GROUP
-    from peftx.kernel.registry import Registry
 
     names = {folder.name for folder in plugin_folders()}
     registry = Registry([point for point in entry_points(group=GROUP) if point.name in names], disabled=())
-    files = {ROOT / "docs/catalogue.md": catalogue(), ROOT / "docs/peftx.schema.json": schema(registry)}
-    return files | dict(readme(folder, registry) for folder in plugin_folders())
+    return {ROOT / "docs/catalogue.md": catalogue()} | dict(
+        readme(folder, registry) for folder in plugin_folders()
+    )
 
 
 def main() -> int:

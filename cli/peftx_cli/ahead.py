@@ -16,8 +16,8 @@ from peftx_spec.stages import stages_of
 from peftx_spec.translate import Finding
 
 if TYPE_CHECKING:
+    from peftx.composition.registry import Registry
     from peftx.kernel.members import Member
-    from peftx.kernel.registry import Registry
     from peftx_spec import LoadedSpec, Pipeline
 
 
@@ -77,7 +77,7 @@ def members_of(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> li
     from peftx.kernel.members import Member
 
     return [
-        Member(entry.id, registry.load(entry.use)(**entry.options), loaded.place_of(entry.id), entry.phase)
+        Member(entry.id, registry.outline(entry.use)(**entry.options), loaded.place_of(entry.id), entry.phase)
         for entry in pipeline.stack
     ]
 
@@ -129,7 +129,7 @@ def _metrics(pipeline: Pipeline, formats: Mapping[Path, str | None]) -> Iterator
 
 def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
     """Rows that the plugins do not train on; what they leave to one another is a matter of conflicts."""
-    from peftx.kernel.conflicts import find_conflicts
+    from peftx.composition.conflicts import find_conflicts
 
     if format is None or find_conflicts(members):
         return

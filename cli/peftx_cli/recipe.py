@@ -14,7 +14,7 @@ from peftx_spec.errors import PeftxError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_spec import Pipeline, PlannedConflict
 
 TINY = "peftx:tiny"

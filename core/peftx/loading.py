@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import (
     BASE,
     BASE_FOLDER,
@@ -38,7 +39,6 @@ from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.identity import fingerprint
 from peftx.kernel.parts import BasePart
 from peftx.kernel.plugin import Plugin
-from peftx.kernel.registry import Registry
 from peftx.kernel.view import ModelView
 from peftx.stack import Stack
 

@@ -9,8 +9,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _FOLDERS = {
-    "kernel": ("anatomy", "attention", "calls", "conflicts", "guard", "identity", "ledger", "members", "objective",
-               "plugin", "registry", "slots", "virtual_tokens"),
+    "composition": ("conflicts", "registry"),
+    "kernel": ("anatomy", "attention", "calls", "guard", "identity", "ledger", "members", "objective", "plugin",
+               "slots", "virtual_tokens"),
     "engines": ("bundle", "data", "files", "models", "training"),
     "toolkits": ("compression", "decoding", "evaluation", "serving"),
 }  # fmt: skip

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftx.composition.conflicts import check
+from peftx.composition.registry import Registry
 from peftx.engines.data import TrainingData, read_dataset
 from peftx.engines.data.formats import detect_format
 from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, rows_of, training_rows
@@ -17,9 +19,7 @@ from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
 from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
-from peftx.kernel.conflicts import check
 from peftx.kernel.members import Member
-from peftx.kernel.registry import Registry
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
 from peftx.toolkits.evaluation.run import METRICS, check_known, check_metric

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
+from peftx.composition.conflicts import find_conflicts
+from peftx.composition.registry import Registry
 from peftx.engines.data.sources import check_rows_serve, training_rows
 from peftx.engines.models import load_model
 from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy import Anatomy, Site
-from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.phases import spans
-from peftx.kernel.registry import Registry
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
 from peftx.toolkits.compression import QuantLinear
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule

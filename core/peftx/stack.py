@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peftx.composition.conflicts import check
+from peftx.composition.members import members_of
 from peftx.engines.bundle.surroundings import tokenizer_digest
 from peftx.engines.models import load_model
 from peftx.errors import PeftxError
 from peftx.hooks import HookSpecs
-from peftx.kernel.conflicts import check
-from peftx.kernel.members import Member, members_of
+from peftx.kernel.members import Member
 from peftx.kernel.plugin import Plugin, hookimpl
 from peftx.kernel.stack import Stack as Kernel
 
@@ -82,10 +83,10 @@ class Stack(Kernel):
         inject: bool = True,
     ) -> None:
         members = members_of(plugins)
+        check(members)  # before anything is read
         if not isinstance(model, str):
             super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject)
             return
-        check(members)  # before anything is read
         loaded, beside = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         digest = None if beside is None else tokenizer_digest(beside)  # before anybody changes it
         super().__init__(

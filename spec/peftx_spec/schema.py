@@ -42,12 +42,22 @@ def json_schema(catalogue: Catalogue) -> Schema:
         else:
             bare.append(name)
     _add_shorthands(definitions, bare)
+    for definition in definitions.values():
+        _untitled(definition)
+    _untitled(schema)
     return {
         "$schema": DIALECT,
         "title": "peftx pipeline",
         **{key: value for key, value in schema.items() if key != "title"},
         "$defs": {key: definitions[key] for key in sorted(definitions)},
     }
+
+
+def _untitled(schema: Schema) -> None:
+    """Take out the titles that say a field's name again."""
+    for name, field in schema.get("properties", {}).items():
+        if field.get("title", "").lower().replace(" ", "_") == name:
+            del field["title"]
 
 
 def _when(name: str) -> Schema:

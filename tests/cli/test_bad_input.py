@@ -449,7 +449,7 @@ def test_resume_without_a_checkpoint_says_so(installed: Any, run: Callable[..., 
 # ----------------------------------------------------------------------------------------------------------- the shell
 def test_a_bug_keeps_its_traceback_and_exits_with_1(installed: Any, spawn: Callable[..., Any]) -> None:
     code = (
-        "import sys; from peftx.kernel.registry import Registry\n"
+        "import sys; from peftx.composition.registry import Registry\n"
         "def broken(self): raise ZeroDivisionError('a bug')\n"
         "Registry.names = broken\nfrom peftx_cli.main import main\nsys.argv = ['peftx', 'list']\nmain()"
     )

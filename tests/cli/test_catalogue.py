@@ -89,7 +89,7 @@ def test_list_filters_by_marks(
 
 
 def test_the_help_names_every_mark(ok: Callable[..., str]) -> None:
-    from peftx.kernel.registry import MARKS
+    from peftx.composition.registry import MARKS
 
     help = " ".join(ok("list", "--help").replace("│", " ").split())
     for mark, values in MARKS.items():
@@ -283,8 +283,8 @@ def test_a_new_plugin_keeps_its_promises(installed: Any, hook: str) -> None:
 
 
 def test_the_bad_option_of_a_new_plugin_is_refused(installed: Any) -> None:
+    from peftx.composition.registry import Registry
     from peftx.errors import PeftxError
-    from peftx.kernel.registry import Registry
     from peftx_cli.scaffold import OPTIONS
 
     for hook in HOOKS:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from peftx.composition.registry import Registry
 from peftx.engines.data import IGNORE
 from peftx.errors import DataError
-from peftx.kernel.registry import Registry
 from peftx.pipeline import load_run
 from peftx.previewing import Preparation, Preview, preview, shown
 from peftx.previewing.tokens import batch_of, token_text

@@ -40,12 +40,18 @@ print(loaded, plugins, code, round(time.process_time() - began, 3), file=sys.std
         ["apply", "--help"],
         ["compare", "--help"],
         ["validate", "empty.yaml"],
+        ["validate", "gain.yaml"],
+        ["info", "fake-gain"],
+        ["info", "lora", "--json"],
+        ["schema"],
     ],
     ids=" ".join,
 )
 def test_starts_without_heavy_imports(installed: Any, words: list[str]) -> None:
     installed.scaffold("fake-gain", "inject")
     (installed.work / "empty.yaml").write_text("peftx: 1\nmodel: peftx:tiny\n", "utf-8")
+    stack = "stack: [{use: fake-gain}, {use: lora, with: {rank: 2, targets: attention.q}}]\n"
+    (installed.work / "gain.yaml").write_text(f"peftx: 1\nmodel: peftx:tiny\n{stack}", "utf-8")
     code = PROBE.format(words=words, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,7 +71,8 @@ def test_a_wrong_comparison_is_refused_without_heavy_imports(installed: Any) -> 
 
 def test_the_probe_sees_a_heavy_import(installed: Any) -> None:
     installed.scaffold("fake-gain", "inject")
-    code = PROBE.format(words=["info", "fake-gain"], heavy=HEAVY)
+    (installed.work / "gain.yaml").write_text("peftx: 1\nmodel: peftx:tiny\nstack: [fake-gain]\n", "utf-8")
+    code = PROBE.format(words=["plan", "gain.yaml"], heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "torch" in done.stderr
     assert "peftx_fake_gain" in done.stderr

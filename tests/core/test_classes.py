@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx.composition.conflicts import find_conflicts
 from peftx.engines.data import (
     CLASS_INDEX,
     IGNORE,
@@ -29,7 +30,6 @@ from peftx.engines.models import load_model
 from peftx.engines.training.run import as_training_data
 from peftx.engines.training.shares import counts
 from peftx.errors import DataError, PeftxError, PluginError
-from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
 from peftx.testing.models import BOS, EOS, tiny, tiny_tokenizer
 

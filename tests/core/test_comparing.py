@@ -19,8 +19,8 @@ from peftx.comparing.schedule import Schedule
 from peftx.comparing.statistics import Spread, spread, t95
 from peftx.comparing.table import Table, slugs_of, table_of
 from peftx.comparing.writing import to_csv
+from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
-from peftx.kernel.registry import Registry
 from peftx_spec.compare_load import load_compare
 
 FILE = """\

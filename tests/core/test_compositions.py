@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from peftx import Claim, Delta, ModelView, Plugin, Registry, hookimpl
+from peftx.composition.conflicts import Conflict, find_conflicts
 from peftx.errors import ConflictError, MergeError
-from peftx.kernel.conflicts import Conflict, find_conflicts
 from peftx.kernel.members import Member
 from peftx.kernel.plugin import hooks_of
 from peftx.stack import Stack

@@ -11,10 +11,11 @@ import pytest
 
 import peftx
 from peftx import Plugin, Stack
+from peftx.composition.conflicts import RULES, find_conflicts, rules
+from peftx.composition.members import default_id
 from peftx.engines.bundle import read_manifest
 from peftx.errors import PeftxError, PluginError
-from peftx.kernel.conflicts import RULES, find_conflicts, rules
-from peftx.kernel.members import Member, blame, default_id
+from peftx.kernel.members import Member, blame
 from peftx.kernel.plugin import Claim, PluginConfig, hookimpl
 from peftx.testing.models import tiny, tiny_tokenizer
 

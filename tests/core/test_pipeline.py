@@ -13,9 +13,9 @@ from torch import Tensor, nn, ones
 
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, hookimpl
+from peftx.composition.registry import Registry
 from peftx.errors import BundleError, ConflictError, DataError, SpecError
 from peftx.kernel.names import GROUP
-from peftx.kernel.registry import Registry
 from peftx.pipeline import Run, load_run
 from peftx.planning import plan
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, Stack, hookimpl
+from peftx.composition.conflicts import find_conflicts
 from peftx.engines.bundle import smallest_exact
 from peftx.errors import BundleError, ConflictError, MergeError, PeftxError, PluginError
 from peftx.kernel.attention import AttentionEdit
 from peftx.kernel.calls import CallEdit
-from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.identity import fingerprint
 from peftx.kernel.members import Member
 from peftx.kernel.virtual_tokens import VirtualTokens

@@ -17,7 +17,7 @@ def load(name: str) -> object:
     return module
 
 
-def test_catalogue_schema_and_option_tables() -> None:
+def test_catalogue_and_option_tables() -> None:
     stale = [
         str(path.relative_to(ROOT))
         for path, text in load("generate").derived().items()  # type: ignore[attr-defined]

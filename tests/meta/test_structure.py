@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from peftx.composition.registry import MARKS, keyword_values
 from peftx.kernel.names import HOOKS
-from peftx.kernel.registry import MARKS, keyword_values
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 HEADINGS = (

@@ -10,8 +10,8 @@ import typer
 from peftx_cli import options
 
 if TYPE_CHECKING:
+    from peftx.composition.registry import Entry
     from peftx.kernel.plugin import Plugin
-    from peftx.kernel.registry import Entry
     from peftx_cli.health import Listed
 
 Hook = Annotated[str | None, typer.Option("--hook", metavar="HOOK", help="only plugins with this hook")]
@@ -43,7 +43,7 @@ def list_plugins(
     as_json: options.Json = False,
 ) -> None:
     """List the installed plugins; what is broken, claimed twice or disabled is listed as such."""
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli.health import listed
     from peftx_cli.render import out, print_json, print_table
 
@@ -83,7 +83,7 @@ def _filtered(
     Raises:
         PeftxError: a hook, family or mark that does not exist.
     """
-    from peftx.kernel.registry import MARKS
+    from peftx.composition.registry import MARKS
 
     if hook is not None:
         from peftx.kernel.names import HOOKS
@@ -140,7 +140,7 @@ def info(
     name: Name, metadata: MetadataOnly = False, readme: Readme = False, as_json: options.Json = False
 ) -> None:
     """Everything about one plugin: options, hooks, claims, paper, and what it does not go with."""
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli.health import module_file
 
     registry = Registry()
@@ -155,7 +155,7 @@ def info(
         beside = file.parent.parent / "README.md"  # an editable install: src/module.py
         about["readme"] = str(beside) if beside.is_file() and file.parent.name == "src" else None
     if not metadata:
-        about |= _class_facts(registry.load(name))
+        about |= _class_facts(registry.outline(name))
     if as_json:
         from peftx_cli.render import print_json
 
@@ -166,7 +166,7 @@ def info(
 
 def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
     """What only the class knows."""
-    from peftx.kernel.conflicts import rules
+    from peftx.composition.conflicts import rules
     from peftx.kernel.names import HOOKS
     from peftx.kernel.plugin import hooks_of
 
@@ -228,7 +228,7 @@ def _text(value: object) -> str:
 
 
 def _show(about: dict[str, Any]) -> None:
-    from peftx.kernel.registry import MARKS
+    from peftx.composition.registry import MARKS
     from peftx_cli.render import out, print_table
 
     out(f"{about['name']} {about['version']}: {about['summary']}")

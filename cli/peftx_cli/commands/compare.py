@@ -47,7 +47,7 @@ def compare(
     """
     from pathlib import Path
 
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_spec.compare_load import load_compare
 
     registry = Registry()

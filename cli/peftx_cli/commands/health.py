@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(as_json: options.Json = False) -> None:
     """Import every plugin and look at the machine: versions, threads, kernels. Exits with 1 if something is broken."""
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli.render import print_json
 
     registry = Registry()
@@ -212,7 +212,7 @@ def check(
     """
     from dataclasses import asdict
 
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx.testing.kit import run_checks
     from peftx_cli.progress import reporter
     from peftx_cli.render import out, print_json, print_table

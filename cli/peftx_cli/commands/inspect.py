@@ -13,7 +13,7 @@ from peftx_cli.recipe import Asked
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_spec import Pipeline, Plan
 
 MODULES_SHOWN = 40
@@ -49,7 +49,7 @@ def plan(
 
     Exits with 2 when a conflict stands in the way.
     """
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx.planning import plan as planned
     from peftx_cli import ahead
     from peftx_cli.recipe import read
@@ -113,7 +113,7 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
     """Check a pipeline: every mistake at once, each with its place. Exits with 2 when there is one."""
     from dataclasses import asdict
 
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli import ahead
     from peftx_cli.render import out, print_json
     from peftx_spec import PeftxError, Problem, SpecError, stages_of
@@ -151,7 +151,7 @@ def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipelin
     pipeline = resolved(loaded.pipeline, Path(spec).parent)
     ahead.check(loaded, pipeline, registry)
     if pipeline.stack:
-        from peftx.kernel.conflicts import check
+        from peftx.composition.conflicts import check
 
         check(ahead.members_of(loaded, pipeline, registry))
     return pipeline
@@ -161,7 +161,7 @@ def schema(output: SchemaFile = None) -> None:
     """Print the JSON Schema of pipelines, with the options of every installed plugin."""
     import json
 
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli.render import out, out_json
     from peftx_spec import PeftxError, json_schema
 
@@ -178,14 +178,14 @@ def schema(output: SchemaFile = None) -> None:
 
 def _loadable(registry: Registry) -> Registry:
     """The registry without what does not import; a warning names each."""
+    from peftx.composition.registry import Registry
     from peftx.errors import RegistryError
-    from peftx.kernel.registry import Registry
     from peftx_cli.failures import warn
 
     broken = set()
     for name in registry.names():
         try:
-            registry.load(name)
+            registry.outline(name)
         except RegistryError as error:
             warn(f"left out: {error.message}")
             broken.add(name)

@@ -49,7 +49,7 @@ def data(
 
     Tokens that count in the loss are green on a terminal, and in [brackets] elsewhere.
     """
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli.recipe import read
     from peftx_spec.errors import PeftxError
 

@@ -75,8 +75,8 @@ def train(
 
 
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
+    from peftx.composition.registry import Registry
     from peftx.errors import PeftxError
-    from peftx.kernel.registry import Registry
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 

@@ -37,7 +37,7 @@ def new(
     directory: Folder = None,
 ) -> None:
     """Write a complete plugin folder that works, passes its own tests, and is yours to change."""
-    from peftx.kernel.registry import Registry
+    from peftx.composition.registry import Registry
     from peftx_cli.render import out
     from peftx_cli.scaffold import write
     from peftx_spec.errors import PeftxError

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from peftx.composition.registry import Registry
 from peftx.engines.files import read_json, sha256, write_text
 from peftx.engines.models import asset_path
 from peftx.errors import BundleError
-from peftx.kernel.registry import Registry
 from peftx_spec.models import Pipeline
 
 Kind = Literal["pace", "rate", "seed"]

@@ -15,9 +15,9 @@ from peftx.comparing.processes import processes
 from peftx.comparing.schedule import Schedule
 from peftx.comparing.table import Table, table_of
 from peftx.comparing.writing import write
+from peftx.composition.registry import Registry
 from peftx.engines.files import make_place
 from peftx.errors import BundleError
-from peftx.kernel.registry import Registry
 from peftx_spec.compare_load import LoadedCompare
 
 TICK = 0.5

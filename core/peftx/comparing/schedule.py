@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftx.comparing.jobs import Job, JobResult, identity_of
+from peftx.composition.registry import Registry
 from peftx.engines.data.sources import format_of, training_rows
 from peftx.engines.files import make_place, sha256, write_text
 from peftx.engines.models import asset_path
 from peftx.errors import PeftxError
-from peftx.kernel.registry import Registry
 from peftx.pipeline import Run
 from peftx.planning import plan
 from peftx_spec import dump

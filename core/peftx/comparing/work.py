@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from peftx.comparing.jobs import Job, JobResult, write_result
+from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
-from peftx.kernel.registry import Registry
 from peftx.pipeline import Run, RunResult
 from peftx.stack import Stack
 from peftx.toolkits.decoding.text import request_for

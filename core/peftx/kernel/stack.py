@@ -19,7 +19,6 @@ from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.calling import register
 from peftx.kernel.calls import giving
 from peftx.kernel.changes import Owner
-from peftx.kernel.conflicts import check
 from peftx.kernel.guard import guard, release
 from peftx.kernel.identity import Identity
 from peftx.kernel.ledger import Ledger, carried
@@ -67,7 +66,6 @@ class Stack:
         base_id: str | None = None,
         tokenizer_of_base: str | None = None,
     ) -> None:
-        check(members)
         if not isinstance(model, PreTrainedModel):
             raise PeftxError(
                 f"a {type(model).__name__} is no transformers model",

@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from peftx.errors import ArchitectureError, PeftxError, PluginError, TargetError
 from peftx.kernel.anatomy.anatomy import Anatomy, Heads, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
-from peftx.kernel.anatomy.targets import Targets
 from peftx.kernel.attention import AttentionEdit
 from peftx.kernel.call import Call
 from peftx.kernel.calls import CallEdit
@@ -36,6 +35,7 @@ from peftx.kernel.ledger import Ledger
 from peftx.kernel.parts import BasePart, HasTokenizer
 from peftx.kernel.positions import place_of
 from peftx.kernel.slots import Delta
+from peftx.kernel.targets import Targets
 from peftx.kernel.trained import Trained
 from peftx.kernel.virtual_tokens import Shift, VirtualTokens
 from peftx.kernel.vocabulary import NewRows

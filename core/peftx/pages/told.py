@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.hub import try_to_load_from_cache
 
+from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import PIPELINE, Manifest, read_history, read_manifest
 from peftx.engines.files import check_tensors, naming
 from peftx.errors import BundleError, PeftxError
 from peftx.history import History
-from peftx.kernel.registry import Registry
 from peftx.planning import plan
 from peftx_spec import load_spec
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peftx.composition.registry import Registry
 from peftx.engines.data import TrainingData
 from peftx.engines.data.sources import check_rows_serve, format_of, rows_of
 from peftx.engines.models import load_model
@@ -20,7 +21,6 @@ from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PluginError, nearest
 from peftx.kernel.objective import objective_of
 from peftx.kernel.plugin import Claim
-from peftx.kernel.registry import Registry
 from peftx.pipeline import Run, RunResult
 from peftx.previewing.found import Prepared, Preview, classes_of, sizes_of
 from peftx.stack import Stack

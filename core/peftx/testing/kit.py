@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy
 import torch
 
+from peftx.composition.members import default_id
+from peftx.composition.registry import Registry
 from peftx.errors import PeftxError, nearest
-from peftx.kernel.members import default_id
 from peftx.kernel.plugin import Plugin
-from peftx.kernel.registry import Registry
 from peftx.testing.case import Case
 from peftx.testing.checks import CHECKS, Check
 from peftx.testing.models import ARCHITECTURES

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import peftx
+from peftx.composition.conflicts import find_conflicts, starting_format
 from peftx.engines.bundle import holds_base
-from peftx.kernel.conflicts import find_conflicts, starting_format
 from peftx.kernel.members import Member
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, inputs_for, output

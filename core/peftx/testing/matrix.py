@@ -29,15 +29,15 @@ from typing import Literal
 
 import torch
 
+from peftx.composition.conflicts import find_conflicts
+from peftx.composition.registry import Registry
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
 from peftx.kernel.calls import call_of
-from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
 from peftx.kernel.names import HOOKS
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.positions import prompt_length
-from peftx.kernel.registry import Registry
 from peftx.stack import Stack
 from peftx.testing.case import inputs_for, output
 from peftx.testing.covering import Cover

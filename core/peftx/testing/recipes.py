@@ -11,12 +11,12 @@ from itertools import combinations
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftx.composition.conflicts import find_conflicts
+from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
-from peftx.kernel.conflicts import find_conflicts
 from peftx.kernel.members import Member
 from peftx.kernel.names import GROUP
 from peftx.kernel.plugin import Claim, Plugin, hookimpl
-from peftx.kernel.registry import Registry
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION

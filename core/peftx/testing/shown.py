@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import peftx
+from peftx.composition.registry import Registry
 from peftx.engines.files import write_text
-from peftx.kernel.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ import torch
 from pydantic_core import to_jsonable_python
 
 import peftx
+from peftx.composition.conflicts import check, starting_format
 from peftx.engines.bundle import holds_base
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError
-from peftx.kernel.conflicts import check, starting_format
 from peftx.kernel.ledger import carried
 from peftx.kernel.members import Member
 from peftx.kernel.objective import objective_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftx.kernel.members import default_id
-from peftx.kernel.registry import Registry
+from peftx.composition.members import default_id
+from peftx.composition.registry import Registry
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peftx.composition.members import default_id
+from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import (
     BASE,
     BASE_FOLDER,
@@ -34,9 +36,7 @@ from peftx.engines.bundle.surroundings import (
 from peftx.engines.files import plain_files, replacing, sha256
 from peftx.errors import BundleError
 from peftx.kernel.chain import is_ours
-from peftx.kernel.members import default_id
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart, VocabularyPart
-from peftx.kernel.registry import Registry
 from peftx.kernel.stack import Stack
 
 if TYPE_CHECKING:

@@ -81,8 +81,8 @@ def check_config_is_frozen(case: Case) -> None:
 @check(on="package")
 def check_hook_signatures(case: Case) -> None:
     """Hooks are marked, known, ordered by the stack alone, and take arguments that exist."""
+    from peftx.composition.members import members_of
     from peftx.kernel.calling import register
-    from peftx.kernel.members import members_of
 
     subject = case.subject
     for name in HOOKS:

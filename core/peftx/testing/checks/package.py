@@ -6,7 +6,9 @@ import inspect
 import tomllib
 from pathlib import Path
 
-from peftx.kernel.registry import MARKS, Registry, keyword_values, keywords
+from peftx.composition.outline import outline
+from peftx.composition.registry import MARKS, Registry, keyword_values, keywords
+from peftx.kernel.plugin import hooks_of
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
 from peftx.testing.fresh import fresh_process
@@ -71,4 +73,35 @@ def _words(subject: Subject) -> list[str]:
     return [] if name is None else keywords(registry.point(name))
 
 
-CHECKS = (check_imports_quickly, check_package_is_whole, check_marks_are_known)
+READ = (
+    "architectures",
+    "example",
+    "example_rows",
+    "exempt",
+    "gives",
+    "labels_option",
+    "refuses",
+    "sources",
+    "takes",
+)
+
+
+@check(on="package")
+def check_outline_says_the_same(case: Case) -> None:
+    """Options, hooks and claims are those that `peftx validate` reads off the file without importing it."""
+    plugin = case.subject.plugin
+    read = outline(plugin.__module__, plugin.__qualname__)
+    if read is None:
+        return  # it is imported then, which takes its seconds
+    assert read.Config.model_json_schema() == plugin.Config.model_json_schema(), "the options differ"
+    assert hooks_of(read) == hooks_of(plugin), "the hooks differ"
+    for options in (plugin.example, case.subject.options):
+        found, claims = read(**options).claims, plugin(**options).claims
+        assert found == claims, (
+            f"claims of {options}: {sorted(found)} in the file, {sorted(claims)} of the class"
+        )
+    for name in READ:
+        assert getattr(read, name) == getattr(plugin, name), f"{name} differs; set it in the class"
+
+
+CHECKS = (check_imports_quickly, check_package_is_whole, check_marks_are_known, check_outline_says_the_same)

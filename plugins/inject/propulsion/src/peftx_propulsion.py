@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
+from peftx.composition.conflicts import check
 from peftx.errors import PeftxError
-from peftx.kernel.conflicts import check
 
 SCALED_KINDS = ("linear", "quantized", "experts", "router", "embedding", "norm")
 

@@ -1,7 +1,7 @@
 """Finds plugins through entry points, by name, importing only what is asked for.
 
-`names`, `entries` and `describe` read distribution metadata alone (milliseconds for hundreds of plugins, no torch);
-`load` imports one plugin's module.
+`names`, `entries` and `describe` read distribution metadata alone (milliseconds for hundreds of plugins), `outline` reads
+what a plugin's file says of its options and claims, both without torch; `load` imports one plugin's module.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -169,13 +170,30 @@ class Registry:
             raise RegistryError(f"plugin '{name}': {point.value} is no subclass of peftx.Plugin")
         return found
 
+    def outline(self, name: str) -> type[Plugin]:
+        """One plugin's class for its options, claims and hooks, which is not to be put on a model: without importing
+        what its methods use, wherever that can be.
+
+        Raises:
+            RegistryError: as `load`.
+        """
+        from peftx.composition.outline import outline
+
+        point = self.point(name)
+        if point.module in sys.modules:
+            return self.load(name)
+        found = None
+        with suppress(Exception):  # the import fails as well then, and says why
+            found = outline(point.module, point.attr)
+        return found or self.load(name)
+
     def config(self, name: str) -> type[PluginConfig]:
-        return self.load(name).Config
+        return self.outline(name).Config
 
     def hooks(self, name: str) -> frozenset[str]:
         from peftx.kernel.plugin import hooks_of
 
-        return hooks_of(self.load(name))
+        return hooks_of(self.outline(name))
 
     def name_of(self, plugin: type[Plugin]) -> str | None:
         """The entry-point name of a plugin class; None for a class that no distribution publishes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from peftx.errors import TargetError, nearest
 
@@ -17,9 +17,23 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-    from peftx.kernel.anatomy.site import Site
 
-S = TypeVar("S", bound="Site")
+class Selectable(Protocol):
+    """What words select by; a `Site` has it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def tower(self) -> str | None: ...
+    @property
+    def in_all(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Selectable)
 ALL = "all"
 _ALIASES = {"mlp": ("mlp", "experts", "shared_experts"), "attention": ("attention", "linear_attention")}
 """A mixture of experts has its feed-forward weights in the experts, so `mlp` means these there; and in models that mix
@@ -122,7 +136,7 @@ class Targets:
         """Does the word `all` stand in it, without a restriction to layers or towers."""
         return ALL in self._include and self._layers is None and self._towers is None
 
-    def _nothing(self, word: str, sites: Iterable[Site]) -> TargetError:
+    def _nothing(self, word: str, sites: Iterable[Selectable]) -> TargetError:
         roles = sorted({site.role for site in sites if not site.role.startswith("other")})
         groups = sorted({role.split(".")[0] for role in roles})
         near = nearest(word.lstrip("!"), [*roles, *groups, ALL])
@@ -188,7 +202,7 @@ def _expand(word: str, text: str) -> list[str]:
     return [group if name == "*" else f"{group}.{name}" for name in names.split(",")]
 
 
-def _matches(word: str, site: Site) -> bool:
+def _matches(word: str, site: Selectable) -> bool:
     if word.startswith("re:"):
         return re.search(word[3:], site.path) is not None
     if word == ALL:

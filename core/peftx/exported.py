@@ -1,0 +1,36 @@
+"""Which module each name of `peftx` comes from."""
+
+from __future__ import annotations
+
+WHERE = {
+    "Claim": "peftx.kernel.plugin",
+    "Plugin": "peftx.kernel.plugin",
+    "PluginConfig": "peftx.kernel.plugin",
+    "hookimpl": "peftx.kernel.plugin",
+    "Anatomy": "peftx.kernel.anatomy",
+    "ModelView": "peftx.kernel.view",
+    "Site": "peftx.kernel.anatomy",
+    "Targets": "peftx.kernel.targets",
+    "Delta": "peftx.kernel.slots",
+    "LowRank": "peftx.kernel.slots",
+    "SparseDelta": "peftx.kernel.slots",
+    "add_low_rank": "peftx.kernel.slots",
+    "dropout_linear": "peftx.kernel.slots",
+    "AttentionEdit": "peftx.kernel.attention",
+    "CallEdit": "peftx.kernel.calls",
+    "VirtualTokens": "peftx.kernel.virtual_tokens",
+    "PeftxError": "peftx.errors",
+    "Registry": "peftx.composition.registry",
+    "Stack": "peftx.stack",
+    "companion": "peftx.companions",
+    "load": "peftx.loading",
+    "Worker": "peftx.toolkits.working",
+    "Phase": "peftx.kernel.phases",
+    "BoundSite": "peftx.kernel.view",
+    "load_model": "peftx.engines.models",
+    "run": "peftx.pipeline",
+    "TrainStep": "peftx.engines.training",
+    "TrainingData": "peftx.engines.data",
+    "Generation": "peftx.toolkits.decoding",
+    "Evaluation": "peftx.toolkits.evaluation",
+}
