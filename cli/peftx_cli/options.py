@@ -45,6 +45,24 @@ Eval = Annotated[
     str | None,
     typer.Option("--eval", metavar="FILE", help="held-out data, for the metrics; else a tenth of --data"),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="OURS=THEIRS,...",
+        help="names in --data and --eval, as in prompt=ask,completion=reply",
+    ),
+]
+Split = Annotated[
+    float | None,
+    typer.Option("--split", metavar="SHARE", help="hold out this share of --data for the metrics"),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", metavar="DIR", help="begin with an adapter of HF PEFT; plugins come on top of it"
+    ),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", metavar="FILE", help="text that compression calibrates on")
 ]

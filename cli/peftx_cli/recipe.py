@@ -47,6 +47,9 @@ class Asked:
     overrides: Sequence[str] = ()
     metrics: Sequence[str] = ()
     trust_remote_code: bool = False
+    columns: str | None = None
+    split: float | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     from peftx_spec import load_spec, resolved
     from peftx_spec.dumper import dump_plain
 
-    if bool(asked.spec) == bool(asked.plugins):
+    plugins = bool(asked.plugins) or asked.adapter is not None
+    if bool(asked.spec) == plugins:
         problem = (
-            "a spec and --plugin exclude each other"
+            f"a spec and {'--plugin' if asked.plugins else '--adapter'} exclude each other"
             if asked.spec
             else "nothing to do: neither a spec nor a plugin"
         )
@@ -144,12 +148,12 @@ def text_for(asked: Asked, registry: Registry) -> tuple[str, Sequence[PlannedCon
     from peftx_spec import Pipeline, stages_of
     from peftx_spec.dumper import dump_plain
 
-    stack = _entries(asked.plugins, registry)
+    stack = _entries(asked.plugins, registry, adapter=asked.adapter)
     hooks = frozenset[str]().union(*(registry.hooks(entry["use"]) for entry in stack))
     formats = _formats(asked)
     document: dict[str, Any] = {
         "peftx": 1,
-        "model": {"id": _model(asked.model) or TINY},
+        "model": {"id": _model(asked.model) or _base_of(asked.adapter) or TINY},
         "data": {},
         "stack": stack,
         "output": asked.output or OUTPUT,
@@ -183,15 +187,42 @@ def _formats(asked: Asked) -> dict[str, str | None]:
         PeftxError: one that is not there, or that holds no rows.
     """
     named = {"--data": asked.data, "--eval": asked.eval, "--calibration": asked.calibration}
-    return {option: format_of(option, file) for option, file in named.items() if file is not None}
+    columns = _columns(asked)
+    return {
+        option: format_of(option, file, columns if option != "--calibration" else {})
+        for option, file in named.items()
+        if file is not None
+    }
 
 
-def format_of(option: str, file: str) -> str | None:
+def _columns(asked: Asked) -> dict[str, str]:
+    """`prompt=ask,completion=reply` as a mapping.
+
+    Raises:
+        PeftxError: not such pairs.
+    """
+    found: dict[str, str] = {}
+    for pair in (asked.columns or "").split(",") if asked.columns is not None else ():
+        ours, equals, theirs = (word.strip() for word in pair.partition("="))
+        if not (ours and equals and theirs) or ours in found:
+            raise PeftxError(
+                f"--columns {asked.columns}: '{pair}' is no pair of names, or names one twice",
+                hint="OURS=THEIRS, as in --columns prompt=ask,completion=reply",
+            )
+        found[ours] = theirs
+    if found and asked.data is None and asked.eval is None:
+        raise PeftxError(
+            "--columns names columns of --data and --eval, and there is neither", hint="--data FILE"
+        )
+    return found
+
+
+def format_of(option: str, file: str, columns: dict[str, str] | None = None) -> str | None:
     """The format of a file's rows, if the first one tells. Raises `PeftxError`, as `_formats`."""
     from peftx_cli.peek import Unfit, look
 
     try:
-        return look(_from_here(file))
+        return look(_from_here(file), columns=columns or {})
     except Unfit as error:
         raise PeftxError(f"{option}: {error.message}", hint=error.hint or None) from error
 
@@ -212,14 +243,21 @@ def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) 
         if not trains and "prepare_data" not in hooks:
             del data["train"]
     elif reads:
-        data = {"train": _from_here(asked.data)} | ({"holdout": HOLDOUT} if measures else {})
+        share = asked.split if asked.split is not None else HOLDOUT
+        data = {"train": _source(asked, asked.data)} | ({"holdout": share} if measures else {})
     elif asked.eval is None:
-        data = {"eval": _from_here(asked.data)}  # nothing learns from it
+        data = {"eval": _source(asked, asked.data)}  # nothing learns from it
     else:
         raise PeftxError("--data has no effect: nothing in this stack reads it", hint="leave it out")
+    if asked.split is not None and "holdout" not in data:
+        raise PeftxError(
+            "--split has no effect: no rows of --data are both trained on and measured", hint="leave it out"
+        )
     if asked.eval is not None:
+        if asked.split is not None:
+            raise PeftxError("--split and --eval exclude each other: both say what is measured on")
         data = {name: source for name, source in data.items() if name != "holdout"}
-        data["eval"] = _from_here(asked.eval)
+        data["eval"] = _source(asked, asked.eval)
     if asked.calibration is not None:
         data["calibration"] = _from_here(asked.calibration)
     if not compresses:
@@ -232,6 +270,12 @@ def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) 
     return {name: data[name] for name in ("train", "holdout", "eval", "calibration") if name in data}
 
 
+def _source(asked: Asked, file: str) -> str | dict[str, Any]:
+    """A file of the command line, with the names that --columns gives its columns."""
+    columns = _columns(asked)
+    return {"path": _from_here(file), "columns": columns} if columns else _from_here(file)
+
+
 def _metrics(asked: Asked) -> list[str]:
     return [] if list(asked.metrics) == [NO_METRIC] else list(asked.metrics)
 
@@ -242,8 +286,22 @@ def _metrics_for(formats: dict[str, str | None]) -> list[str]:
     return {"classification": ["accuracy"], "preference": []}.get(kind or "", ["perplexity"])
 
 
-def _entries(names: Sequence[str], registry: Registry) -> list[dict[str, Any]]:
+def _base_of(adapter: str | None) -> str | None:
+    """The model that an adapter of HF PEFT names."""
+    from peftx.composition.adapters import read_adapter
+
+    return None if adapter is None else read_adapter(_from_here(adapter)).base
+
+
+def _entries(names: Sequence[str], registry: Registry, *, adapter: str | None = None) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
+    if adapter is not None:
+        path = _from_here(adapter)
+        for each in registry.adapter(path):
+            id = each["use"] + (
+                f"-{len(entries) + 1}" if any(e["use"] == each["use"] for e in entries) else ""
+            )
+            entries.append({"use": each["use"], "id": id, "with": each["with"], "path": path})
     for name in names:
         registry.point(name)  # an unknown name is an error of the command line, not of a line in a spec
         entry = {"use": name}
@@ -319,6 +377,9 @@ def _flags(asked: Asked) -> dict[str, str]:
         "--output": ("output", asked.output and _from_here(asked.output)),
         "--metric": ("evaluate", _metrics(asked)),
         "--steps": ("train.steps", asked.steps),
+        "--columns": ("data.train.columns", asked.data and _columns(asked)),
+        "--columns ": ("data.eval.columns", asked.eval and _columns(asked)),
+        "--split": ("data.holdout", asked.split),
     }
     return {
         f"{target}={escape(json.dumps(value, ensure_ascii=False))}": flag

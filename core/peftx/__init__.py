@@ -28,6 +28,7 @@ __all__ = [
     "Generation",
     "LowRank",
     "ModelView",
+    "PeftFormat",
     "PeftxError",
     "Phase",
     "Plugin",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from peftx.kernel.view import BoundSite, ModelView
     from peftx.kernel.virtual_tokens import VirtualTokens
     from peftx.loading import load
+    from peftx.peft_format import PeftFormat
     from peftx.pipeline import run
     from peftx.stack import Stack
     from peftx.toolkits.decoding import Generation

@@ -25,6 +25,7 @@ WHERE = {
     "companion": "peftx.companions",
     "load": "peftx.loading",
     "Worker": "peftx.toolkits.working",
+    "PeftFormat": "peftx.peft_format",
     "Phase": "peftx.kernel.phases",
     "BoundSite": "peftx.kernel.view",
     "load_model": "peftx.engines.models",

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from peftx.composition.adapters import is_adapter
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import (
     BASE,
     BASE_FOLDER,
+    MANIFEST,
     BaseEntry,
     Manifest,
     PluginEntry,
@@ -35,6 +37,7 @@ from peftx.engines.checkpoints import read_config
 from peftx.engines.files import naming, read_tensors
 from peftx.engines.models import load_model, read_tokenizer, usable_device
 from peftx.errors import BundleError
+from peftx.interop.importing import import_peft
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.identity import fingerprint
 from peftx.kernel.parts import BasePart
@@ -58,7 +61,7 @@ def load(
     registry: Registry | None = None,
     trust_remote_code: bool = False,
 ) -> Stack:
-    """Rebuild a stack from a bundle, bit for bit.
+    """Rebuild a stack from a bundle, bit for bit; or make one of an adapter of HF PEFT (`peftx.interop`).
 
     Args:
         model: the base, or where it lies now; the place that the bundle names if left out.
@@ -68,6 +71,11 @@ def load(
         RegistryError: a plugin that is not installed. ConflictError: a model that carries plugins already.
     """
     folder = Path(path)
+    if is_adapter(folder) and not (folder / MANIFEST).exists():
+        return import_peft(
+            folder, model=model, tokenizer=tokenizer, device=usable_device(device), registry=registry,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     manifest = read_manifest(folder)
     device = usable_device(device)
     with naming(folder):

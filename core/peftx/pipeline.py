@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftx.composition.adapters import entries, read_adapter
 from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
 from peftx.engines.data import TrainingData, read_dataset
@@ -19,6 +20,7 @@ from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
 from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
+from peftx.interop.importing import fill
 from peftx.kernel.members import Member
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
@@ -210,11 +212,22 @@ class Run:
 
     def _inject(self, stage: RunStage, index: int) -> str:
         self._stack.inject(stage.ids)
+        self._begin_with_adapters(stage.ids)
         count = self._stack.trainable_parameters()
         assert self.result is not None
         self.result.trainable = max(self.result.trainable, count)
         share = 100 * count / max(1, self._stack.base_parameters())
         return f"{count:,} parameters train ({share:.2f} %)"
+
+    def _begin_with_adapters(self, ids: Sequence[str]) -> None:
+        """Put the numbers of HF PEFT's adapters into the plugins that are to begin with them."""
+        paths: dict[str, list[str]] = {}
+        for entry in self.pipeline.stack:
+            if entry.path is not None and entry.id in ids:
+                paths.setdefault(entry.path, []).append(entry.id)
+        for path, owners in paths.items():
+            adapter = read_adapter(path)
+            fill(self._stack, adapter, dict(zip(owners, entries(adapter, self.registry), strict=False)))
 
     def _train(self, stage: RunStage, index: int) -> str:
         assert self.result is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -21,6 +21,10 @@ class Catalogue(Protocol):
 
     def config(self, name: str) -> type[BaseModel]:
         """The model of the plugin's options. May import the plugin; raises `PeftxError` where that fails."""
+        ...
+
+    def adapter(self, folder: str) -> list[dict[str, Any]]:
+        """The stack that an adapter of HF PEFT is: `use` and `with` of each plugin. Raises `PeftxError`."""
         ...
 
     def install_hint(self, name: str) -> str:

@@ -136,6 +136,11 @@ class StackEntry(SpecModel):
     options: dict[str, JsonValue] = Field(
         default_factory=dict, alias="with", description="the plugin's own options"
     )
+    path: Text | None = Field(
+        None,
+        description="folder of an adapter of HF PEFT that the plugin begins with; with 'use: peft', plugin and options "
+        "are read from it too",
+    )
     phase: Phase | None = Field(
         None, description="when a compressing plugin acts; from its place in the stack unless given"
     )

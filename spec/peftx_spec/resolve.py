@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path as FilePath
 
-from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, Pipeline, SourceSpec
+from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, Pipeline, SourceSpec, StackEntry
 from peftx_spec.stages import RunStage
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+-]+:")  # peftx:sample; two letters at least, a drive has one
@@ -23,6 +23,7 @@ def resolved(pipeline: Pipeline, base_dir: str | os.PathLike[str]) -> Pipeline:
         update={
             "model": _model(pipeline.model, base),
             "data": _data(pipeline.data, base),
+            "stack": tuple(_entry(entry, base) for entry in pipeline.stack),
             "evaluate": tuple(_metric(metric, base) for metric in pipeline.evaluate),
             "run": None if pipeline.run is None else tuple(_stage(stage, base) for stage in pipeline.run),
             "output": None if pipeline.output is None else absolute(pipeline.output, base),
@@ -41,6 +42,10 @@ def _model(model: ModelSpec, base: FilePath) -> ModelSpec:
     if model.id.startswith(("./", "../", "~/")):
         return model.model_copy(update={"id": absolute(model.id, base)})
     return model
+
+
+def _entry(entry: StackEntry, base: FilePath) -> StackEntry:
+    return entry if entry.path is None else entry.model_copy(update={"path": absolute(entry.path, base)})
 
 
 def _data(data: DataSpec, base: FilePath) -> DataSpec:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from peftx_spec.adapters import with_adapters
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.checks import check
 from peftx_spec.loader import Document, Fault, parse_tolerantly, read_tolerantly
@@ -71,10 +72,11 @@ def load_spec(
         raise TypeError(f"the loader gave {type(document.data).__name__}, not a mapping")
     overridden = override(document.data, overrides)
     faults = [fault for fault in faults if overridden.source(fault.path) is None]
+    overridden, unread = with_adapters(overridden, catalogue, document.folder)
     problems = [fault.problem for fault in faults]
     silent = {fault.path for fault in faults if fault.path}
     seen: set[Path] = set()
-    for finding in [*check(overridden.data, catalogue), *examine(Pipeline, overridden.data)]:
+    for finding in [*unread, *check(overridden.data, catalogue), *examine(Pipeline, overridden.data)]:
         # the checks come first: they know more than the models about the same place
         around = (finding.path[: end + 1] for end in range(len(finding.path)))
         if finding.path in seen or not silent.isdisjoint(around):

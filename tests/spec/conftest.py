@@ -91,6 +91,11 @@ class FakeCatalogue:
             )
         return config
 
+    def adapter(self, folder: str) -> list[dict[str, Any]]:
+        if not folder.endswith("adapter"):
+            raise PeftxError(f"'{folder}' is no adapter of PEFT", hint="another folder")
+        return [{"use": "lora", "with": {"rank": 4}}, {"use": "prefixquant", "with": {}}]
+
     def install_hint(self, name: str) -> str:
         return f"pip install peftx-{name}"
 

@@ -38,6 +38,9 @@ def plan(
     override: options.Overrides = None,
     data: options.Data = None,
     eval: options.Eval = None,
+    columns: options.Columns = None,
+    split: options.Split = None,
+    adapter: options.Adapter = None,
     calibration: options.Calibration = None,
     steps: options.Steps = None,
     output: options.Output = None,
@@ -57,7 +60,7 @@ def plan(
 
     registry = Registry()
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
-                  trust_remote_code=trust_remote_code)  # fmt: skip
+                  trust_remote_code=trust_remote_code, columns=columns, split=split, adapter=adapter)  # fmt: skip
     recipe = read(asked, registry)
     ahead.warn(recipe.pipeline)
     found = planned(

@@ -34,6 +34,9 @@ def apply(
     override: options.Overrides = None,
     data: options.Data = None,
     eval: options.Eval = None,
+    columns: options.Columns = None,
+    split: options.Split = None,
+    adapter: options.Adapter = None,
     calibration: options.Calibration = None,
     steps: options.Steps = None,
     metric: options.Metrics = None,
@@ -49,7 +52,7 @@ def apply(
     pipeline as YAML, to start your own from.
     """
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
-                  metric or (), trust_remote_code)  # fmt: skip
+                  metric or (), trust_remote_code, columns, split, adapter)  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=True)
 
 
@@ -60,6 +63,9 @@ def train(
     override: options.Overrides = None,
     data: options.Data = None,
     eval: options.Eval = None,
+    columns: options.Columns = None,
+    split: options.Split = None,
+    adapter: options.Adapter = None,
     steps: options.Steps = None,
     metric: options.Metrics = None,
     output: options.Output = None,
@@ -70,7 +76,7 @@ def train(
 ) -> None:
     """Run a pipeline without its compress stages: what is saved is the trained adapter."""
     asked = Asked(spec, plugin or (), model, data, eval, None, steps, output, override or (),
-                  metric or (), trust_remote_code)  # fmt: skip
+                  metric or (), trust_remote_code, columns, split, adapter)  # fmt: skip
     _carry_out(asked, resume=resume, show_spec=show_spec, as_json=as_json, compress=False)
 
 

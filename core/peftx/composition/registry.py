@@ -1,7 +1,7 @@
 """Finds plugins through entry points, by name, importing only what is asked for.
 
-`names`, `entries` and `describe` read distribution metadata alone (milliseconds for hundreds of plugins), `outline` reads
-what a plugin's file says of its options and claims, both without torch; `load` imports one plugin's module.
+`names`, `entries` and `describe` read distribution metadata alone (milliseconds for hundreds of plugins), `outline`
+reads what a plugin's file says of its options and claims, both without torch; `load` imports one plugin's module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftx.errors import RegistryError, nearest
 from peftx.kernel.names import DISABLE_VARIABLE, GROUP, HOOKS
@@ -52,6 +52,7 @@ class Entry:
     """One of `MARKS`, an empty string where the package says nothing, or whatever else it says."""
     evidence: str
     point: EntryPoint
+    keywords: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     """Requirements as the distribution states them: `peftx>=0.2,<0.3`."""
 
@@ -136,6 +137,7 @@ class Registry:
             fidelity="".join(keyword_values(words, "fidelity")[:1]),
             evidence="".join(keyword_values(words, "evidence")[:1]),
             point=point,
+            keywords=tuple(words),
             requires=tuple(metadata.get_all("Requires-Dist") or ()),
         )
 
@@ -186,6 +188,16 @@ class Registry:
         with suppress(Exception):  # the import fails as well then, and says why
             found = outline(point.module, point.attr)
         return found or self.load(name)
+
+    def adapter(self, folder: str) -> list[dict[str, Any]]:
+        """The stack that an adapter of HF PEFT is, as a spec says it.
+
+        Raises:
+            PeftxError: no adapter, or none that the installed plugins compute.
+        """
+        from peftx.composition.adapters import entries, read_adapter
+
+        return [{"use": e.use, "with": e.options} for e in entries(read_adapter(folder), self)]
 
     def config(self, name: str) -> type[PluginConfig]:
         return self.outline(name).Config

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from peftx.kernel.anatomy import Site
     from peftx.kernel.view import ModelView
+    from peftx.peft_format import PeftFormat
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -134,6 +135,9 @@ class Plugin:
     labels_option: ClassVar[str] = ""
     """The option that names the classes, where there is one: rows of other labels are refused before a run begins. An
     option that is None names none."""
+
+    peft: ClassVar[Sequence[PeftFormat]] = ()
+    """How HF PEFT writes the method, where it has it: its adapters are read and written by that."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn, TypeVar
@@ -224,12 +224,19 @@ class ModelView:
         ).detach()  # as the model calls it: Gemma's scales
         return found.to(site.weight)
 
-    def train(self, targets: Targets | str) -> dict[str, Trained]:
-        """Let the parameters of the base on these sites train (weights and biases, one that is tied once); by name."""
+    def train(
+        self, targets: Targets | str, *, named: Callable[[str], bool] = lambda name: True
+    ) -> dict[str, Trained]:
+        """Let the parameters of the base on these sites train (weights and biases, one that is tied once); by name.
+
+        Args:
+            named: of a module's parameters, those whose name it says yes to.
+        """
         found: dict[str, Trained] = {}
         for site in {site.path: site for site in self.sites(targets) if site.kind != "block"}.values():
             known = {id(place.theta) for place in found.values()}
-            own = [n for n, p in site.module.named_parameters(recurse=False) if id(p) not in known]
+            parameters = site.module.named_parameters(recurse=False)
+            own = [n for n, p in parameters if id(p) not in known and named(n)]
             if own:
                 site.train(*own)
                 part = self._ledger.of(self.owner, BasePart)[-1]

@@ -12,17 +12,20 @@ W' = W + s B A, the adapter costs nothing.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftx import (
+    BoundSite,
     Claim,
     Delta,
     LowRank,
     ModelView,
+    PeftFormat,
     Plugin,
     PluginConfig,
     Targets,
@@ -31,9 +34,11 @@ from peftx import (
     hookimpl,
 )
 from peftx.errors import PeftxError
+from peftx.kernel.anatomy.site import LINEAR_KINDS
+from peftx.peft_format import Settings, by_value, most_common, targets_of
 
-if TYPE_CHECKING:
-    from peftx import Site
+MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Starts of PEFT that take something off W."""
 
 
 class LoraConfig(PluginConfig):
@@ -50,7 +55,12 @@ class LoraConfig(PluginConfig):
     ranks: dict[str, PositiveInt] = Field(
         default_factory=dict, description="other ranks for some targets, as in {'attention.q': 4, 'mlp': 16}"
     )
-    targets: Targets = Field(Targets("all"), description="linear layers to adapt")
+    alphas: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="other alphas for some targets, as in {'attention.q': 32}"
+    )
+    targets: Targets = Field(
+        Targets("all"), description="linear layers to adapt; 'embedding' too where it is named"
+    )
 
 
 class LoraDelta(Delta):
@@ -99,6 +109,55 @@ class LoraDelta(Delta):
         return LowRank(own["A"], own["B"], self.scale)
 
 
+class LoraEmbedding(Delta):
+    """e = E[v] + s B A[:, v] for token v.
+
+    Args:
+        vocabulary: rows of E. width: of E. rank: r. scale: s.
+    """
+
+    def __init__(self, vocabulary: int, width: int, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.embedding_A = nn.Parameter(torch.zeros(rank, vocabulary))
+        self.embedding_B = nn.Parameter(torch.randn(width, rank))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        A, B = self.embedding_A.to(y.dtype), self.embedding_B.to(y.dtype)
+        return torch.add(y, F.embedding(x, A.t()) @ B.t(), alpha=self.scale)
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says."""
+    settings["r"], settings["rank_pattern"]  # the tensors say it
+    if str(settings.get("init_lora_weights", True)).startswith(MOVED):
+        raise PeftxError(
+            f"lora: the adapter began with init_lora_weights={settings['init_lora_weights']!r}, which takes something "
+            "off W, so that A and B alone do not go with the base",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it there",
+        )
+    shapes = settings.adapted("lora_A.weight", "lora_embedding_A")
+    experts = settings.get("target_parameters", ())
+    ranks = {path: shape[0] for path, shape in shapes.items()}
+    stacked = {path for path in ranks if any(path.endswith(name.rpartition(".")[0]) for name in experts)}
+    ranks |= dict.fromkeys(stacked, settings["r"])  # one behind the other, of all experts
+    alphas = {
+        path: float(settings.get("lora_alpha", 8) if found is None else found)
+        for path in ranks
+        for found in [settings.pattern("alpha_pattern", path)]
+    }
+    rank, alpha = most_common(ranks), most_common(alphas)
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rank_stabilized": bool(settings["use_rslora"]),
+        "dropout": settings.get("lora_dropout", 0.0),
+        "ranks": by_value(ranks, rank),
+        "alphas": by_value(alphas, alpha),
+        "targets": targets_of(ranks),
+    }
+
+
 class Lora(Plugin):
     """See the module."""
 
@@ -107,43 +166,57 @@ class Lora(Plugin):
     architectures = ("mixtral", "mamba")
     config: LoraConfig
     example = {"rank": 2}  # the tiny Mamba has a matrix of rank 2
+    peft = (
+        PeftFormat(
+            "LORA",
+            tensors={
+                "A": "lora_A.weight",
+                "B": "lora_B.weight",
+                "embedding_A": "lora_embedding_A",
+                "embedding_B": "lora_embedding_B",
+            },
+            divided={"B": 0},
+            options=options_of,
+            settings=lambda config: {"lora_dropout": config.dropout},
+            when=lambda settings: not settings["use_dora"],
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        sites = {site.key: site for site in model.linears(self.config.targets)}
-        ranks = dict.fromkeys(sites, self.config.rank)
-        for target, rank in self.config.ranks.items():
-            keys = sites.keys() & {site.key for site in model.linears(target)}
+        sites = {
+            site.key: site for site in model.sites(self.config.targets, kinds=(*LINEAR_KINDS, "embedding"))
+        }
+        ranks = self._of_each(model, sites, "ranks", self.config.rank)
+        alphas = self._of_each(model, sites, "alphas", self.config.alpha)
+        for key, site in sites.items():
+            rank, alpha = ranks[key], alphas[key]
+            site.check_rank(rank)
+            scale = self.scale(rank, alpha)
+            if site.kind == "embedding":
+                site.attach(LoraEmbedding(*site.shape, rank=rank, scale=scale))
+                continue
+            sizes = site.in_features, site.out_features
+            site.attach(
+                LoraDelta(*sizes, rank=rank, scale=scale, dropout=self.config.dropout, batch=site.batch)
+            )
+
+    def _of_each(
+        self, model: ModelView, sites: dict[str, BoundSite], option: str, usual: Any
+    ) -> dict[str, Any]:
+        """Key of a site -> rank or alpha: the usual one, or what the option says of its targets."""
+        found = dict.fromkeys(sites, usual)
+        for target, value in getattr(self.config, option).items():
+            keys = sites.keys() & {site.key for site in model.sites(target)}
             if not keys:
                 raise PeftxError(
-                    f"lora: ranks: '{target}' matches nothing inside targets '{self.config.targets}'",
-                    hint="add it to targets, or take it out of ranks",
+                    f"lora: {option}: '{target}' matches nothing inside targets '{self.config.targets}'",
+                    hint=f"add it to targets, or take it out of {option}",
                 )
-            ranks |= dict.fromkeys(keys, rank)
-        for key, site in sites.items():
-            rank = ranks[key]
-            self._check(site, rank)
-            site.attach(
-                LoraDelta(
-                    site.in_features,
-                    site.out_features,
-                    rank=rank,
-                    scale=self.scale(rank),
-                    dropout=self.config.dropout,
-                    batch=site.batch,
-                )
-            )
+            found |= dict.fromkeys(keys, value)
+        return found
 
-    def scale(self, rank: int) -> float:
+    def scale(self, rank: int, alpha: float | None) -> float:
         """s for a rank."""
-        alpha = 2.0 * rank if self.config.alpha is None else self.config.alpha
+        alpha = 2.0 * rank if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.config.rank_stabilized else rank)
-
-    @staticmethod
-    def _check(site: Site, rank: int) -> None:
-        full = min(site.in_features, site.out_features)
-        if rank > full:
-            raise PeftxError(
-                f"lora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
-                hint=f"rank at most {full}, or leave it out of targets: '!{site.role}'",
-            )

@@ -1,27 +1,22 @@
-"""To and from HF PEFT: adapter_config.json and adapter_model.safetensors, which PEFT, TRL and vLLM read.
-
-For every plugin whose deltas are low-rank updates (`Delta.low_rank`), W x + s B A x.
-"""
+"""A LoRA of HF PEFT into the places of a stack that is there already."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from peftx.composition.adapters import CONFIG, HEADS, PREFIX, WEIGHTS
 from peftx.engines.files import naming, read_json, read_tensors
 from peftx.errors import BundleError, PeftxError
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.slots import LowRank
 from peftx.stack import Stack
 
-PREFIX = "base_model.model."
 OTHER = (
     "use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
@@ -29,42 +24,7 @@ OTHER = (
 """Settings of PEFT with which an adapter is more than W x + s B A x."""
 MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Starts of PEFT that take something off W, so that A and B do not go with the W of the checkpoint."""
-HEADS = {
-    "SEQ_CLS": {"classifier", "score"},
-    "TOKEN_CLS": {"classifier", "score"},
-    "QUESTION_ANS": {"qa_outputs"},
-}
-"""Modules that PEFT's wrapper for a task reads from the adapter's file too."""
-
-
 _ALL_HEADS = set().union(*HEADS.values())
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-
-def to_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> Path:
-    """Write the adapter `id` of a stack as HF PEFT writes it; of a classifier with the head, as PEFT wants it.
-
-    Raises:
-        PeftxError: parts of a fused matrix or stacked experts, which the format cannot say.
-    """
-    deltas = _deltas(stack, id)
-    task, head = _task(stack, deltas)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in (_tensors(deltas) | head).items()}
-    ranks = {path: delta.A.shape[0] for path, delta in deltas.items()}
-    alphas = {path: delta.scale * ranks[path] for path, delta in deltas.items()}  # PEFT's scale is alpha / r
-    dropout = getattr(stack.plugins[id].config, "dropout", 0.0)
-    config = {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": stack.base_id,
-        "r": max(ranks.values()), "lora_alpha": max(alphas.values()), "target_modules": sorted(ranks),
-        "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": dropout,
-        "bias": "none", "inference_mode": True,
-    }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
 
 
 def from_peft(stack: Stack, folder: str | Path, *, id: str = "lora") -> None:
@@ -183,24 +143,3 @@ def _tensors(deltas: dict[str, LowRank]) -> dict[str, Tensor]:
         for path, d in deltas.items()
         for name in "AB"
     }
-
-
-def _task(stack: Stack, deltas: dict[str, LowRank]) -> tuple[str | None, dict[str, Tensor]]:
-    """PEFT's name of what the model does, by which it wraps it (None: plainly), and the head that goes with it."""
-    from transformers.models.auto import modeling_auto as auto
-
-    tasks = {
-        "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    }
-    kind = type(stack.model).__name__
-    task = next((task for task, names in tasks.items() if kind in names.values()), None)
-    if task not in HEADS:
-        return task, {}
-    head = {PREFIX + n: p for n, p in stack.model.named_parameters() if HEADS[task] & set(n.split("."))}
-    # PEFT's wrapper does not go with an adapted head.
-    adapted = any(HEADS[task] & set(path.split(".")) for path in deltas)
-    return (None, {}) if adapted or not head else (task, head)

@@ -1,0 +1,115 @@
+"""`import` and `export`: adapters and checkpoints of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftx_cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peftx.stack import Stack
+
+Folder = Annotated[
+    str, typer.Argument(metavar="DIR", help="folder with adapter_config.json, as PEFT writes it")
+]
+Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="folder of a bundle")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="ID", help="the base, if it is not the one that is named there"),
+]
+BundleOut = Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="folder of the bundle")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", "-f", metavar="NAME", help="hf: a plain checkpoint; peft: an adapter of HF PEFT"
+    ),
+]
+Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="of peft: which of several adapters")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("import", epilog="Example: peftx import their-adapter -o bundle --model base")(import_)
+    app.command(epilog="Example: peftx export bundle adapter --format peft")(export)
+
+
+def import_(
+    folder: Folder,
+    output: BundleOut,
+    model: Base = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make a bundle of an adapter of HF PEFT: its method, options and numbers are read from the folder."""
+    from peftx.engines.files import folder_bytes, make_place
+    from peftx.interop import import_peft
+    from peftx_cli.render import out, print_json, size
+
+    make_place(output)
+    stack = import_peft(folder, model=model, trust_remote_code=trust_remote_code)
+    path = stack.save(output)
+    count, told = folder_bytes(path), [repr(plugin) for plugin in stack.plugins.values()]
+    if as_json:
+        print_json(
+            {"output": str(path), "bytes": count, "plugins": list(stack.plugins), "model": stack.base_id}
+        )
+        return
+    out(f"{path} ({size(count)}), on {stack.base_id}:")
+    for line in told:
+        out(f"  {line}")
+
+
+def export(
+    bundle: Bundle,
+    output: Out,
+    format: Format = "hf",
+    id: Id = None,
+    model: Base = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a bundle as other libraries read it.
+
+    hf folds the plugins into the weights (as `peftx merge`), for transformers, vLLM, SGLang and others; peft keeps the
+    adapter apart, for HF PEFT, TRL and vLLM's `--lora-modules`. What a format cannot say is refused.
+    """
+    from transformers.utils import logging
+
+    from peftx.engines.files import folder_bytes, make_place
+    from peftx.errors import PeftxError
+    from peftx.interop import to_peft
+    from peftx_cli.render import out, print_json, size
+    from peftx_cli.stacks import open_stack
+    from peftx_spec.errors import nearest
+
+    writers: dict[str, Callable[[Stack], Path]] = {
+        "hf": lambda stack: stack.export(output),
+        "peft": lambda stack: to_peft(stack, output, id=id),
+    }
+    if format not in writers:
+        raise PeftxError(
+            f"--format {format}: there is no such format",
+            hint=nearest(format, writers) or f"one of {', '.join(writers)}",
+        )
+    if id is not None and format != "peft":
+        raise PeftxError(
+            f"--id names one adapter of several, and {format} holds all of them", hint="leave it out"
+        )
+    make_place(output)
+    logging.disable_progress_bar()
+    stack = open_stack(bundle, model=model, device="cpu", trust_remote_code=trust_remote_code)
+    stack.model.eval()
+    path = writers[format](stack)
+    count = folder_bytes(path)
+    if as_json:
+        print_json({"output": str(path), "format": format, "bytes": count, "plugins": list(stack.plugins)})
+    else:
+        out(
+            f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} as {format}, on {stack.base_id}"
+        )

@@ -1,0 +1,236 @@
+"""An adapter of HF PEFT as a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from peftx.composition.adapters import (
+    TOKENS,
+    WEIGHTS,
+    Adapter,
+    Entry,
+    entries,
+    plugin_of,
+    read_adapter,
+)
+from peftx.composition.registry import Registry
+from peftx.engines.files import naming, read_tensors
+from peftx.errors import PeftxError
+from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.slots import Entry as Slotted
+from peftx.kernel.slots import slot_of
+from peftx.peft_format import INNER, PeftFormat
+from peftx.stack import Stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def import_peft(
+    folder: str | Path,
+    *,
+    model: PreTrainedModel | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "cpu",
+    registry: Registry | None = None,
+    trust_remote_code: bool = False,
+) -> Stack:
+    """The stack that an adapter of HF PEFT is: `lora`, `ia3`, ... with the options of its settings, and its numbers.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`. model: the base, or where it lies now; what
+            the adapter names if left out.
+
+    Raises:
+        RegistryError: no installed plugin computes the method. PeftxError: it has a setting that none honours, a tensor
+            too many or too few, or sizes of another model. BundleError: a file is missing or damaged.
+    """
+    registry = registry or Registry()
+    with naming(folder):
+        adapter = read_adapter(folder)
+        found = entries(adapter, registry)
+        base = model if model is not None else adapter.base
+        if base is None:
+            raise PeftxError(f"'{folder}' does not say which model it is for", hint="name it: --model ID")
+        members = {_id(entry, index, found): entry for index, entry in enumerate(found)}
+        plugins = [(id, plugin_of(entry, registry)) for id, entry in members.items()]
+        stack = Stack(base, plugins, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
+        fill(stack, adapter, members)
+    return stack
+
+
+def _id(entry: Entry, index: int, found: list[Entry]) -> str:
+    """Whole parts of the base may stand twice."""
+    return entry.use if [e.use for e in found].index(entry.use) == index else f"{entry.use}-{index}"
+
+
+def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
+    """The adapter's numbers into the places of its plugins, all or none.
+
+    Raises:
+        PeftxError: names a tensor or a place that has no counterpart, or another size.
+    """
+    saved = read_tensors(adapter.folder / WEIGHTS, links=True)
+    left = dict.fromkeys(saved)
+    copies: list[tuple[Tensor, Tensor]] = []
+    for id, entry in members.items():
+        own = _of_base(stack, adapter, id, entry, saved) if entry.format is None else _of_method(
+            stack, adapter, id, entry.format, saved
+        )  # fmt: skip
+        for place, key, value in own:
+            if place.shape != value.shape:
+                raise PeftxError(
+                    f"{id}: {key} of '{adapter.folder}' is {_size(saved[key])}, which does not go with the model's "
+                    f"{_size(place)}",
+                    hint="it is an adapter of another model",
+                )
+            left.pop(key, None)
+            copies.append((place, value))
+    extra = [key for key in left if not _same_as_base(stack, adapter, key, saved[key])]
+    if extra:
+        raise PeftxError(
+            f"'{adapter.folder}': {len(extra)} tensors have no place in the model, e.g. {extra[0]} "
+            f"({_size(saved[extra[0]])})",
+            hint="it is an adapter of another model, or more than its method: merge it with PEFT",
+        )
+    with torch.no_grad():
+        for place, value in copies:
+            place.copy_(value)
+
+
+Copy = tuple[Tensor, str, Tensor]
+"""Place, name in the file, value for the place."""
+
+
+def _of_method(
+    stack: Stack, adapter: Adapter, id: str, format: PeftFormat, saved: Mapping[str, Tensor]
+) -> Iterator[Copy]:
+    places = adapter.places([*format.tensors.values(), *format.kept.values()])
+    for part in stack.ledger.of(stack.member(id).id):
+        if isinstance(part, BasePart):  # the head of a classifier, which trains with the first adapter
+            for name in part.parameters:
+                full = adapter.full.get(f"{part.key}.{name}")
+                if full is not None:
+                    yield part.module._parameters[name], full, saved[full]  # type: ignore[misc]
+        elif isinstance(part, DeltaPart):
+            for own, place in own_tensors(part.module).items():
+                name = format.tensors.get(own, own)
+                level = places.get(_level(part, adapter, format), {})
+                if name not in level:
+                    raise PeftxError(f"{id}: '{adapter.folder}' has no {name} for {part.path}")
+                value = saved[level[name]]
+                yield place, level[name], _for_part(part, own, value, place, format)
+        else:
+            for own, place in own_tensors(part.module).items():
+                key = format.kept.get(f"{part.key}.{own}", own)
+                if key not in saved:
+                    raise PeftxError(f"{id}: '{adapter.folder}' has no {key}")
+                yield place, key, _shaped(saved[key], place)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter or persistent buffer."""
+    transient = module._non_persistent_buffers_set
+    buffers = {name: t for name, t in module.named_buffers() if name not in transient}
+    return dict(module.named_parameters()) | buffers
+
+
+def _level(part: DeltaPart, adapter: Adapter, format: PeftFormat) -> str:
+    """The path under which the file has a part: of several matrices of stacked experts, PEFT wraps one in the other."""
+    places = adapter.places(format.tensors.values())
+    levels = [
+        path
+        for path in places
+        if path.removesuffix(INNER) == part.path or path.replace(INNER, "") == part.path
+    ]
+    if len(levels) < 2:
+        return levels[0] if levels else part.path
+    named = adapter.fields.get("target_parameters") or ()
+    wanted = next(
+        (i for i, name in enumerate(named) if name.rpartition(".")[2] == entry_of(part).parameter), 0
+    )
+    return sorted(levels, key=len, reverse=True)[min(wanted, len(levels) - 1)]
+
+
+def _for_part(part: DeltaPart, name: str, value: Tensor, place: Tensor, format: PeftFormat) -> Tensor:
+    """What of a tensor in the file belongs to one part: a fused matrix is shared out among its roles, and stacked
+    experts lie behind each other."""
+    entry, stacked = entry_of(part), experts_of(part)
+    if stacked:
+        value = unstacked(value, stacked, axis=format.divided.get(name))
+    if entry.rows is not None and name in format.divided:
+        axis = format.divided[name] + bool(stacked)
+        if value.shape[axis] == entry.rows.total:
+            value = entry.rows.take(value, axis)
+    return _shaped(value, place)
+
+
+def _shaped(value: Tensor, place: Tensor) -> Tensor:
+    """PEFT has a dimension of 1 where a vector will do."""
+    vector = value.numel() == place.numel() and value.squeeze().shape == place.squeeze().shape
+    return value.reshape(place.shape) if vector else value
+
+
+def entry_of(part: DeltaPart) -> Slotted:
+    """Where the part's delta stands: on which parameter, on which rows of it."""
+    slot = slot_of(part.place)
+    assert slot is not None
+    return next(link for link in slot.links if link.edit is part.module)
+
+
+def experts_of(part: DeltaPart) -> int:
+    """Matrices that are stacked in the parameter of a part; 0 for a matrix alone."""
+    weight = part.place._parameters.get(entry_of(part).parameter)
+    return len(weight) if weight is not None and weight.ndim == 3 else 0
+
+
+def unstacked(value: Tensor, experts: int, *, axis: int | None) -> Tensor:
+    """[E r, in] -> [E, r, in]; with the output's axis first, [out, r E] -> [E, out, r]."""
+    if axis is None:
+        return value.reshape(experts, -1, value.shape[-1])
+    return value.reshape(value.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def _of_base(
+    stack: Stack, adapter: Adapter, id: str, entry: Entry, saved: Mapping[str, Tensor]
+) -> Iterator[Copy]:
+    """Parameters of the base that the adapter trained as they are."""
+    tokens = entry.options.get("tokens")
+    for part in stack.ledger.of(stack.member(id).id, BasePart):
+        for name in part.parameters:
+            parameter = part.module._parameters[name]
+            assert parameter is not None
+            if tokens:
+                key = adapter.places([TOKENS])[part.key][TOKENS]
+                order = torch.tensor(_order(adapter, part.key))
+                value = parameter.detach().clone()
+                value[order] = saved[key].to(value)
+                yield parameter, key, value
+                continue
+            full = adapter.full.get(f"{part.key}.{name}")
+            if full is None:
+                raise PeftxError(f"{id}: '{adapter.folder}' has no {part.key}.{name}")
+            yield parameter, full, saved[full]
+
+
+def _order(adapter: Adapter, path: str) -> list[int]:
+    rows = adapter.fields["trainable_token_indices"]
+    if isinstance(rows, dict):
+        rows = next(ids for name, ids in rows.items() if path.endswith(name))
+    return list(rows)
+
+
+def _same_as_base(stack: Stack, adapter: Adapter, key: str, value: Tensor) -> bool:
+    """A copy of the model's own tensor, as PEFT saves an embedding that it adapts, says nothing."""
+    name = next((name for name, held in adapter.full.items() if held == key), None)
+    own = dict(stack.model.named_parameters()).get(name or "")
+    return own is not None and own.shape == value.shape and torch.equal(own.to(value), value)
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -1,0 +1,280 @@
+"""A stack's adapter as HF PEFT writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftx.composition.adapters import CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
+from peftx.composition.members import default_id
+from peftx.errors import PeftxError
+from peftx.interop.importing import entry_of, experts_of, own_tensors
+from peftx.kernel.members import Member
+from peftx.kernel.parts import BasePart, DeltaPart, Part
+from peftx.kernel.slots import Rows
+from peftx.peft_format import INNER, PeftFormat, most_common
+from peftx.stack import Stack
+
+A, B = "lora_A.weight", "lora_B.weight"
+LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"B": 0})
+"""Of plugins whose deltas are s B A x, whatever they are called."""
+ALL_HEADS = frozenset[str]().union(*HEADS.values())
+Place = tuple[str, str]
+"""Path of a module, and the parameter where experts are stacked in it."""
+
+
+def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
+    """Write an adapter as HF PEFT writes it, for PEFT, TRL, vLLM and others; of a classifier with the head.
+
+    Args:
+        id: the plugin; the only adapter of the stack if left out. Parts of the base that train whole go with it.
+
+    Raises:
+        PeftxError: PEFT has no such method, or cannot say all of it. Nothing is written then.
+    """
+    member = stack.member(id) if id is not None else _only(stack)
+    format = _format(stack, member)
+    groups, kept = _read(stack, member, format)
+    matrices = {place: _joined(place, pieces, member) for place, pieces in groups.items()}
+    fields, tensors = _beside(stack, {path for path, _ in matrices})
+    tensors |= kept | _named(matrices)
+    task, head = _task(stack, {path for path, _ in matrices})
+    plain = sorted(path for path, parameter in matrices if not parameter)
+    config: dict[str, Any] = {
+        "peft_type": format.type, "task_type": task, "base_model_name_or_path": stack.base_id,
+        "inference_mode": True, "target_modules": plain or None,
+        "target_parameters": [f"{p}.{parameter}" for p, parameter in matrices if parameter] or None,
+        **format.settings(member.plugin.config), **_ranks(matrices), **fields,
+    }  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {name: value for name, value in config.items() if value is not None or name == "task_type"}
+    (folder / CONFIG).write_text(json.dumps(told, indent=1))
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | head).items()}
+    save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def _only(stack: Stack) -> Member:
+    """The stack's adapter.
+
+    Raises:
+        PeftxError: there is none, or there are several.
+    """
+    found = [m for m in stack.members if any(stack.ledger.of(m.id)) and default_id(type(m.plugin)) != FULL]
+    if len(found) != 1:
+        names = ", ".join(f"'{m.id}'" for m in found) or "none"
+        raise PeftxError(
+            f"PEFT's format holds one adapter, and the stack has {names}", hint="name it by its id"
+        )
+    return found[0]
+
+
+def _format(stack: Stack, member: Member) -> PeftFormat:
+    """How the plugin says that PEFT writes it; else as a LoRA where all that it adds is of low rank."""
+    for format in member.plugin.peft:
+        if format.written(member.plugin.config):
+            return format
+    deltas = [part for part in stack.ledger.of(member.id) if not _is_head(part)]
+    if deltas and all(isinstance(p, DeltaPart) and p.module.low_rank() is not None for p in deltas):  # type: ignore[operator]
+        return LOW_RANK
+    other = next(
+        (p.key for p in deltas if not isinstance(p, DeltaPart) or p.module.low_rank() is None), "nothing"
+    )  # type: ignore[operator]
+    raise PeftxError(
+        f"{member.id}: PEFT has no format for it: {other} is no low-rank update alone",
+        hint="stack.model.eval() first, if it has dropout; else peftx merge, or a bundle",
+    )
+
+
+def _is_head(part: Part) -> bool:
+    return isinstance(part, BasePart) and not ALL_HEADS.isdisjoint(part.key.split("."))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one part says: all of a matrix, or of its rows."""
+
+    tensors: dict[str, Tensor]
+    """By the name in the file."""
+    divided: dict[str, int]
+    rows: Rows | None
+    experts: int
+    scale: float | None
+    """s of a low-rank update."""
+
+
+def _read(
+    stack: Stack, member: Member, format: PeftFormat
+) -> tuple[dict[Place, list[_Piece]], dict[str, Tensor]]:
+    """The plugin's numbers: by the matrix that they belong to, and those that belong to none.
+
+    Raises:
+        PeftxError: a tensor that the format has no name for.
+    """
+    groups: dict[Place, list[_Piece]] = {}
+    kept: dict[str, Tensor] = {}
+    for part in stack.ledger.of(member.id):
+        if _is_head(part):
+            continue
+        if not isinstance(part, DeltaPart):
+            names = {own: format.kept.get(f"{part.key}.{own}", "") for own in own_tensors(part.module)}
+            _check(member, part, format, [own for own, name in names.items() if not name])
+            kept |= {names[own]: tensor for own, tensor in own_tensors(part.module).items()}
+            continue
+        entry, scale = entry_of(part), getattr(part.module, "scale", None) if format.type == "LORA" else None
+        if format is LOW_RANK:
+            a, b, scale = part.module.low_rank()  # type: ignore[operator, misc]
+            tensors, divided = {A: a, B: b}, {B: 0}
+        else:
+            own = own_tensors(part.module)
+            _check(member, part, format, sorted(own.keys() - format.tensors.keys()))
+            tensors = {format.tensors[name]: tensor for name, tensor in own.items()}
+            divided = {format.tensors[name]: axis for name, axis in format.divided.items()}
+        experts = experts_of(part)
+        place = part.path, entry.parameter if experts else ""
+        groups.setdefault(place, []).append(_Piece(tensors, divided, entry.rows, experts, scale))
+    return groups, kept
+
+
+def _check(member: Member, part: Part, format: PeftFormat, unknown: Sequence[str]) -> None:
+    if unknown:
+        raise PeftxError(
+            f"{member.id}: PEFT's format of {format.type} has no place for {part.key}.{unknown[0]}",
+            hint="save it as a bundle, or merge it",
+        )
+
+
+def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
+    """The roles of a fused matrix as one. Low-rank updates with factors of their own lie beside each other."""
+    first = pieces[0]
+    if first.rows is None:
+        return first
+    front = int(bool(first.experts))
+    found: dict[str, Tensor] = {}
+    same = {
+        name: all(torch.equal(piece.tensors[name], first.tensors[name]) for piece in pieces)
+        for name in first.tensors if name not in first.divided
+    }  # fmt: skip
+    together = all(same.values()) and len({piece.scale for piece in pieces}) == 1
+    if not together and first.tensors.keys() != {A, B}:
+        name = next((name for name, equal in same.items() if not equal), A)
+        raise PeftxError(
+            f"{member.id}: the roles of the fused matrix {place[0]} have each a {name} of their own, and PEFT's format "
+            "has one for all",
+            hint="save it as a bundle, or merge it",
+        )
+    scale = 1.0 if not together else first.scale
+    ranks = [piece.tensors[A].shape[-2] if not together else 0 for piece in pieces]
+    for name, tensor in first.tensors.items():
+        if name not in first.divided:
+            found[name] = tensor if together else torch.cat([p.tensors[name] for p in pieces], front)
+            continue
+        axis = first.divided[name] + front
+        shape = list(tensor.shape)
+        shape[axis] = first.rows.total
+        if not together:
+            shape[-1] = sum(ranks)
+        whole = tensor.new_zeros(shape)
+        for index, piece in enumerate(pieces):
+            assert piece.rows is not None
+            if together:
+                whole = piece.rows.put(whole, piece.tensors[name], axis)
+                continue
+            wide = torch.zeros_like(piece.rows.take(whole, axis))
+            before = sum(ranks[:index])
+            wide[..., before : before + ranks[index]] = piece.tensors[name] * (piece.scale or 1.0)
+            whole = whole + piece.rows.put(torch.zeros_like(whole), wide, axis)
+        found[name] = whole
+    return _Piece(found, first.divided, None, first.experts, scale)
+
+
+def _named(matrices: dict[Place, _Piece]) -> dict[str, Tensor]:
+    """Tensors under their names in the file."""
+    found: dict[str, Tensor] = {}
+    stacked = [place for place in matrices if place[1]]
+    for place, piece in matrices.items():
+        path, inner = place[0], ""
+        if piece.experts:  # the first parameter of a module is wrapped by the second
+            own = [p for p in stacked if p[0] == path]
+            inner = INNER * (len(own) - 1 - own.index(place))
+        for name, tensor in piece.tensors.items():
+            if piece.experts:
+                tensor = tensor.permute(1, 2, 0) if name in piece.divided else tensor
+                tensor = (
+                    tensor.reshape(tensor.shape[0], -1) if name in piece.divided else tensor.flatten(0, 1)
+                )
+            found[f"{PREFIX}{path}{inner}.{name}"] = tensor
+    return found
+
+
+def _ranks(matrices: dict[Place, _Piece]) -> dict[str, Any]:
+    """Ranks and alphas of low-rank updates, PEFT's scale being alpha / r."""
+    scaled = {path: piece for (path, _), piece in matrices.items() if piece.scale is not None}
+    if not scaled:
+        return {}
+    ranks = {path: _rank(piece) for path, piece in scaled.items()}
+    alphas = {path: piece.scale * ranks[path] for path, piece in scaled.items() if piece.scale is not None}
+    r, alpha = most_common(ranks), most_common(alphas)
+    return {
+        "r": r, "lora_alpha": alpha, "use_rslora": False,
+        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+    }  # fmt: skip
+
+
+def _rank(piece: _Piece) -> int:
+    down = next(t for name, t in piece.tensors.items() if name in (A, "lora_embedding_A"))
+    return down.shape[-2]
+
+
+def _beside(stack: Stack, adapted: set[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What of the base trains as it is, which PEFT saves with any method."""
+    fields: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for member in stack.members:
+        if default_id(type(member.plugin)) != FULL:
+            continue
+        tokens: Sequence[int] = getattr(member.plugin.config, "tokens", ())
+        biases = getattr(member.plugin.config, "parameters", "all") == "bias"
+        for part in stack.ledger.of(member.id, BasePart):
+            path, own = part.key, part.module._parameters
+            if tokens:
+                fields.setdefault("trainable_token_indices", {})[path] = list(tokens)
+                tensors[f"{PREFIX}{path}.{TOKENS}"] = own["weight"][list(tokens)]  # type: ignore[index]
+            elif biases:
+                fields["bias"] = "all" if fields.get("bias") == "all" or path not in adapted else "lora_only"
+                inner = INNER if path in adapted else ""
+                tensors[f"{PREFIX}{path}{inner}.bias"] = own["bias"]  # type: ignore[assignment]
+            else:
+                fields.setdefault("modules_to_save", []).append(path)
+                tensors |= {f"{PREFIX}{path}.{n}": p for n, p in own.items() if p is not None}
+    return fields, tensors
+
+
+def _task(stack: Stack, adapted: set[str]) -> tuple[str | None, dict[str, Tensor]]:
+    """PEFT's name of what the model does, by which it wraps it (None: plainly), and the head that goes with it."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tasks = {
+        "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    }
+    kind = type(stack.model).__name__
+    task = next((task for task, names in tasks.items() if kind in names.values()), None)
+    if task not in HEADS:
+        return task, {}
+    head = {PREFIX + n: p for n, p in stack.model.named_parameters() if HEADS[task] & set(n.split("."))}
+    # PEFT's wrapper does not go with an adapted head.
+    touched = any(HEADS[task] & set(path.split(".")) for path in adapted)
+    return (None, {}) if touched or not head else (task, head)

@@ -1,0 +1,230 @@
+"""Adapters of HF PEFT in and out: the installed `peft` writes what we read, and reads what we write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peftx import Stack
+from peftx.composition.adapters import CONFIG, WEIGHTS
+from peftx.errors import BundleError, PeftxError, RegistryError
+from peftx.interop import import_peft, to_peft
+from peftx.testing.models import example_inputs, output_of, tiny
+from peftx_full_finetuning import FullFinetuning
+from peftx_lora import Lora
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
+)
+MODULES = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "bloom": ["query_key_value"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
+    "opt": ["q_proj", "fc1"],
+    "bert": ["query", "dense"],
+    "t5": ["q", "wi"],
+    "bart": ["q_proj", "fc2"],
+    "mixtral": ["q_proj", "o_proj"],
+    "gemma2": ["k_proj", "up_proj"],
+    "mamba": ["in_proj", "x_proj"],
+}
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    bare = getattr(model, "get_base_model", lambda: model)()
+    with torch.no_grad():
+        return output_of(bare, example_inputs(bare))
+
+
+def theirs(kind: str, folder: Path, config: Any = None, **options: Any) -> Any:
+    """A PEFT model with random numbers in every adapter, and what it saves."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    usual = {"r": 4, "lora_alpha": 12, "target_modules": MODULES[kind], "init_lora_weights": False}
+    config = config or LoraConfig(**{**usual, "fan_in_fan_out": kind == "gpt2", **options})
+    model = get_peft_model(tiny(kind), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if any(part.startswith("lora_") for part in name.split(".")):
+                parameter.data.zero_()
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a part of the largest logit."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_lora_there_and_back(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = theirs(name, tmp_path / "theirs")
+    stack = import_peft(tmp_path / "theirs", model=tiny(name))
+    assert apart(logits(stack.model), logits(model)) <= 1e-6
+    assert not torch.allclose(logits(stack.model), logits(tiny(name)), atol=1e-3)
+    to_peft(stack, tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
+    assert apart(logits(again), logits(model)) <= 1e-6
+    saved = [load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours")]
+    assert saved[0].keys() == saved[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "use"),
+    [
+        ("llama", {"use_rslora": True}, ["lora"]),
+        ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 5}}, ["lora"]),
+        ("llama", {"target_modules": "all-linear"}, ["lora"]),
+        ("llama", {"target_modules": r".*layers\.1.*q_proj"}, ["lora"]),
+        ("llama", {"layers_to_transform": [1]}, ["lora"]),
+        ("llama", {"modules_to_save": ["lm_head", "norm"]}, ["lora", "full-finetuning"]),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, ["lora"]),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, ["lora"]),
+        ("llama", {"trainable_token_indices": [5, 1]}, ["lora", "full-finetuning"]),
+        ("gpt2", {"bias": "lora_only"}, ["lora", "full-finetuning"]),
+        ("gpt2", {"bias": "all"}, ["lora", "full-finetuning"]),
+        ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, ["lora"]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_a_config_of_lora_can_hold(
+    name: str, options: dict[str, Any], use: list[str], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    model = theirs(name, tmp_path / "theirs", **options)
+    stack = import_peft(tmp_path / "theirs", model=tiny(name))
+    assert list(stack.plugins) == use
+    assert apart(logits(stack.model), logits(model)) <= 1e-6
+    to_peft(stack, tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
+    assert apart(logits(again), logits(model)) <= 1e-6
+
+
+def test_a_classifier_brings_its_head(tmp_path: Path) -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    kind = tiny("bert").config
+    kind.num_labels = 3
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(kind)
+
+    model = get_peft_model(
+        fresh(), LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query"], init_lora_weights=False)
+    )
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.add_(1.0)
+    model.eval().save_pretrained(tmp_path)
+    stack = import_peft(tmp_path, model=fresh())
+    ids = torch.tensor([[1, 5, 7]])
+    with torch.no_grad():
+        assert apart(stack.model.eval()(input_ids=ids).logits, model(input_ids=ids).logits) <= 1e-6
+    assert list(stack.plugins) == ["lora"]
+
+
+def test_roles_of_a_fused_matrix_with_factors_of_their_own(tmp_path: Path) -> None:
+    """Trained here, q, k and v have each an A: PEFT gets one of three times the rank."""
+    from peft import PeftModel
+
+    stack = Stack(tiny("gpt2"), [Lora(rank=2, targets="attention.q,v mlp", alphas={"attention.v": 3.0})])
+    torch.manual_seed(0)
+    for parameter in stack.ledger.parameters("lora"):
+        parameter.data.normal_(std=0.1)
+    to_peft(stack, tmp_path)
+    again = PeftModel.from_pretrained(tiny("gpt2"), tmp_path).eval()
+    assert apart(logits(again), logits(stack.model)) <= 1e-6
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    file = folder / CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}), "utf-8")
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kasa_config": {"beta": 1}}, "settings that 'lora' does not know: kasa_config"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"peft_type": "POLY"}, r"an adapter of POLY, which no installed plugin computes"),
+        ({"brand_new": 3}, "brand_new=3"),
+    ],
+)
+def test_a_setting_that_nobody_honours_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    theirs("llama", tmp_path)
+    changed(tmp_path, **fields)
+    with pytest.raises((PeftxError, RegistryError), match=message):
+        import_peft(tmp_path, model=tiny("llama"))
+
+
+def test_keys_too_many_or_too_few_or_of_another_size_are_named(tmp_path: Path) -> None:
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    strange = {"base_model.model.x.lora_C.weight": torch.zeros(1)}
+    cases: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
+        (lambda t: t.pop(key), "has no lora_B.weight for model.layers.0.self_attn.q_proj"),
+        (lambda t: t.update(strange), "have no place in the model, e.g. .*lora_C"),
+        (lambda t: t.update({key: torch.zeros(7, 4)}), "is 7x4, which does not go with the model's 32x4"),
+    ]
+    for number, (change, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        theirs("llama", folder)
+        rewritten(folder, change)
+        model = tiny("llama")
+        before = logits(model)
+        with pytest.raises(PeftxError, match=message):
+            import_peft(folder, model=model)
+        assert torch.equal(logits(tiny("llama")), before)
+
+
+def test_another_model_and_damaged_files(tmp_path: Path) -> None:
+    theirs("llama", tmp_path / "a")
+    with pytest.raises(PeftxError, match="matches nothing in this model"):
+        import_peft(tmp_path / "a", model=tiny("gpt2"))
+    changed(tmp_path / "a", base_model_name_or_path=None)
+    with pytest.raises(PeftxError, match="does not say which model it is for"):
+        import_peft(tmp_path / "a")
+    (tmp_path / "a" / WEIGHTS).write_bytes(b"\xff" * 20)
+    with pytest.raises(BundleError, match="corrupted"):
+        import_peft(tmp_path / "a", model=tiny("llama"))
+    (tmp_path / "a" / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match="has no adapter_model"):
+        import_peft(tmp_path / "a", model=tiny("llama"))
+    (tmp_path / "a" / CONFIG).write_text("[]", "utf-8")
+    with pytest.raises(BundleError, match="holds no settings"):
+        import_peft(tmp_path / "a", model=tiny("llama"))
+
+
+def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
+    from peftx_propulsion import Propulsion
+
+    with pytest.raises(PeftxError, match="propulsion: PEFT has no format for it"):
+        to_peft(Stack(tiny("llama"), [Propulsion()]), tmp_path)
+    with pytest.raises(PeftxError, match="holds one adapter, and the stack has 'lora', 'propulsion'"):
+        to_peft(Stack(tiny("llama"), [Lora(rank=2), Propulsion()]), tmp_path)
+    with pytest.raises(PeftxError, match="holds one adapter, and the stack has none"):
+        to_peft(Stack(tiny("llama"), [FullFinetuning(targets="norm")]), tmp_path)
+    assert not list(tmp_path.iterdir())
