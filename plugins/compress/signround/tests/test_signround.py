@@ -110,6 +110,15 @@ def test_what_is_packed_is_what_was_trained() -> None:
         torch.testing.assert_close(packing.dequantize(rounding.packed()), rounding(), atol=1e-8, rtol=1e-6)
 
 
+def test_a_model_in_half_precision_is_trained_in_float32() -> None:
+    rounding = Rounding(normal(2, 8).bfloat16(), 4, 8)
+    assert rounding().dtype == rounding.packed().scale.dtype == rounding.V.dtype == torch.float32
+    stack = Stack(tiny("llama").bfloat16(), [SignRound(steps=2)], tokenizer=tiny_tokenizer())
+    stack.compress(TEXTS, **TWO)
+    assert {layer.weight.dtype for layer in layers(stack).values()} == {torch.bfloat16}
+    assert all(0 < after <= before for before, after in errors(stack))
+
+
 def test_a_group_that_is_clipped_to_nothing() -> None:
     rounding = Rounding(normal(2, 8), 4, 8)
     with torch.no_grad():
