@@ -66,6 +66,10 @@ def test_the_start_is_rounding_to_the_nearest(bits: int, shape: tuple[int, int],
     """To the bit: V = 0, alpha = beta = 1; a last group may be short, and one longer than a row is the row."""
     weight = normal(*shape)
     weight[0, :8] = 0
+    weight[1], weight[2] = (
+        weight[1].abs() + 0.01,
+        -weight[2].abs() - 0.01,
+    )  # 0 is a number of their groups all the same
     found = Rounding(weight, bits, size).packed()
     expected = packing.quantize(weight, bits=bits, group_size=min(size, shape[1]), symmetric=False)
     assert torch.equal(found.q, expected.q)
@@ -188,6 +192,20 @@ def test_rates_fall_in_a_line() -> None:
     rounding, left = rounds(steps=0)
     assert not rounding.V.any()
     assert left[0] == left[1]
+
+
+def test_the_first_rate_is_one_over_the_steps() -> None:
+    rounding = Rounding(normal(4, 16), 4, 8)
+    with torch.no_grad():
+        SignRound(steps=4).train([rounding], lambda some: rounding.alpha.sum() + 0 * rounding.V.sum(), 3)
+    torch.testing.assert_close(rounding.alpha, torch.full_like(rounding.alpha, 1 - 9 / 16))
+
+
+def test_what_is_left_is_a_mean_over_blocks() -> None:
+    stack = Stack(tiny("llama", num_hidden_layers=1), [SignRound(steps=0)], tokenizer=tiny_tokenizer())
+    assert stack.evaluate(["a text"], metrics=["signround"])["error_left"].value == 0
+    stack.compress(TEXTS, **TWO)
+    assert stack.evaluate(["a text"], metrics=["signround"])["error_left"].value == 1
 
 
 def test_clips_stay_in_their_bounds_or_where_they_are() -> None:
