@@ -73,6 +73,7 @@ def plain(rows: Sequence[list[int]] = ROWS, arch: str = "llama", **options: Any)
         {"num_beams": 2, "length_penalty": 0.0, "use_cache": False},
         {"length_penalty": -1.0, "min_new_tokens": 4, "repetition_penalty": 1.3},
         {"do_sample": True, "temperature": 1.5, "top_k": 20},
+        {"do_sample": True, "top_k": 0, "eos_token_id": 104},
         {"max_new_tokens": 1, "num_return_sequences": 3},
         {"eos_token_id": None, "max_new_tokens": 4},
         {"eos_token_id": 104, "max_new_tokens": 6},

@@ -19,6 +19,7 @@ from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
 from peftx_aded import Aded
+from peftx_beam_patience import BeamPatience
 from peftx_hydragen import Hydragen
 from peftx_proxy_tuning import OWN, ProxyTuning, Reader
 
@@ -293,11 +294,11 @@ def test_the_expert_reads_the_template(folder: Path) -> None:
     """Its rows begin otherwise, and go on with the same tokens."""
     prompts = ["abcdef", "xy"]
     inner = tiny_tokenizer()
-    rows = [inner(prompt)["input_ids"] for prompt in prompts]
+    rows = [[0, *inner(prompt)["input_ids"]] for prompt in prompts]  # BOS is no text
     stack = proxied(tiny("llama", seed=2), folder / "plus", OWN, template="<{prompt}>: ")
     expected = [inner(f"<{prompt}>: ")["input_ids"] for prompt in prompts]
     for options in ({}, {"num_beams": 3}):
-        found = text(stack, rows, **options)[:, 6:]
+        found = text(stack, rows, **options)[:, 7:]
         alone = text(Stack(tiny("llama", seed=1)), expected, **options)[:, 10:]
         assert torch.equal(found, alone)
     pair = proxied(tiny("t5", seed=2), folder / "t5-plus", OWN, template="<{prompt}>: ")
@@ -353,6 +354,13 @@ def test_a_bundle_names_its_companions(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(text(again), text(stack))
     assert stack.trainable_parameters() == 0
     assert len(stack.companions) == 2
+
+
+def test_beams_of_another_loop(folder: Path) -> None:
+    """Which a request need not name."""
+    both = proxied(tiny("gpt2"), folder / "plus", folder / "minus", BeamPatience(patience=1.0, beams=3))
+    alone = proxied(tiny("gpt2"), folder / "plus", folder / "minus")
+    assert torch.equal(text(both), text(alone, num_beams=3, early_stopping=True))
 
 
 def test_the_request_is_left_as_it_was(folder: Path) -> None:
