@@ -343,6 +343,18 @@ def test_models_without_a_text(arch: str) -> None:
         Stack(tiny(arch), [AirDecoding()])
 
 
+def test_texts_that_are_repacked() -> None:
+    with pytest.raises(PeftxError, match="text is repacked into blocks"):
+        built().train([{"text": "A joy.", "attribute": 1}] * 2, steps=1)
+
+
+def test_an_empty_prompt_trains_on_all_of_a_text() -> None:
+    rows = [
+        {"prompt": "", "completion": word, "attribute": n} for n, word in enumerate(("A bore.", "A joy."))
+    ]
+    assert built().train(rows, steps=1, batch_size=2).terms["task"] > 0
+
+
 def test_keys_and_values_of_two_sizes() -> None:
     with pytest.raises(ArchitectureError, match="air-decoding: keys and values of Deepseek"):
         Stack(tiny("deepseek_v3"), [AirDecoding()])
