@@ -179,7 +179,7 @@ class AirDecoding(Plugin):
     Config = AirDecodingConfig
     claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
     example = {"length": 3, "hidden": 8, "steer": 1, "strength": 4.0}
-    takes = ("prompt-completion", "messages", "tokenized")
+    takes = ("prompt-completion", "messages")
     example_rows = tuple(
         {"prompt": f"The film was {word}.", "completion": mood, COLUMN: int(mood == " good")}
         for word, mood in (("dull", " bad"), ("a joy", " good"), ("weak", " bad"), ("bright", " good"))
