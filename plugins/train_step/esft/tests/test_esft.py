@@ -287,6 +287,20 @@ def test_several_processes_choose_by_one_sample(monkeypatch: pytest.MonkeyPatch)
     stack.train_step(batch_of(stack))
 
 
+def test_nothing_is_counted_after_the_sample() -> None:
+    stack = stack_of()
+    stack.train_step(batch_of(stack))
+    assert not any(layer.mlp.experts._forward_pre_hooks for layer in stack.model.model.layers)
+
+
+def test_a_sample_without_tokens_is_refused() -> None:
+    stack = stack_of()
+    batch = batch_of(stack)
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    with pytest.raises(PeftxError, match=r"esft: the relevance of the experts in .* is 0\.0 on the sample"):
+        stack.train_step(batch)
+
+
 @pytest.mark.parametrize("options", [{"p": 0}, {"p": 1.5}, {"score": "loss"}, {"rows": 0}, {"beside": ""}])
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(PeftxError, match=f"Esft: {next(iter(options))}") as caught:
