@@ -108,7 +108,7 @@ class Spp(Plugin):
 
     Config = SppConfig
     claims = {Claim.MERGEABLE}
-    architectures = ("mixtral", "mamba")
+    architectures = ("mixtral", "phi3")
     example = {"rank": 4, "pattern": "2:4"}
     config: SppConfig
 
