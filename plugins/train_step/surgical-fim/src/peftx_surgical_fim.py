@@ -1,7 +1,7 @@
 """Surgical fine-tuning: the few layers with the most Fisher information train.
 
 "On Surgical Fine-tuning for Language Encoders" (arXiv:2310.17041). Before the first step, on a sample of N rows (x, y)
-of the training data and one row at a time, without dropout:
+of the training data and one row at a time, the base without dropout and other plugins:
 
     F_t = 1/N sum over rows of (d log p(y | x) / dt)**2       of each parameter t of a layer, entry by entry
     s_l = sum over t in layer l of ||F_t||_F                  of tensors, not of all entries at once
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
 
@@ -106,10 +107,14 @@ class SurgicalFim(Plugin):
                     "surgical-fim: every process would choose by its own batch", hint=hint
                 ) from error
             batches = iter([step.batch])
-        tensors = {path: self.parameters(path) for path in self.layers}
-        every = list(chain.from_iterable(tensors.values()))
-        squares, count = [torch.zeros_like(p, dtype=torch.float32) for p in every], 0
-        with eval_mode(step.model), torch.enable_grad():
+        # Of the base: what others attached may watch every pass with gradients, for a loss of this step.
+        with step.stack.disabled(), eval_mode(step.model), torch.enable_grad(), ExitStack() as exits:
+            tensors = {path: self.parameters(path) for path in self.layers}
+            every = list(chain.from_iterable(tensors.values()))
+            for p in every:
+                exits.callback(p.requires_grad_, p.requires_grad)
+                p.requires_grad_(True)
+            squares, count = [torch.zeros_like(p, dtype=torch.float32) for p in every], 0
             for count, row in enumerate(
                 islice(chain.from_iterable(map(rows_of, batches)), self.config.samples), 1
             ):

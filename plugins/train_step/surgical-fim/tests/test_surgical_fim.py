@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 import peftx
-from peftx import Stack
+from peftx import Plugin, Stack
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx_deft import Deft
 from peftx_hft import Hft
+from peftx_lora import Lora
 from peftx_mezo import Mezo
 from peftx_surgical_fim import SurgicalFim
 
@@ -123,14 +125,15 @@ def test_all_layers_are_full_fine_tuning() -> None:
 @pytest.mark.parametrize("planted", [0, 2])
 def test_the_only_layer_that_matters_is_first(planted: int) -> None:
     """The others are the identity: what they add to the residual is zero, and so small are their gradients."""
-    stack = stack_of(depth=3)
+    model = tiny("llama", num_hidden_layers=3)
     with torch.no_grad():
-        for i, layer in enumerate(stack.model.model.layers):
+        for i, layer in enumerate(model.model.layers):
             if i != planted:
                 for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                     norm.weight.mul_(1e-3)
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
+    stack = Stack(model, [SurgicalFim(layers=1)])
     own_steps(stack)
     assert state_of(stack)["layers"] == [f"model.layers.{planted}"]
 
@@ -205,9 +208,25 @@ def test_the_choice_comes_back_from_a_bundle(tmp_path: Path) -> None:
     assert moved(loaded, before) == trained(stack)
 
 
-def test_while_frozen_nothing_is_chosen() -> None:
-    from peftx_lora import Lora
+@pytest.mark.parametrize("first", [True, False])
+def test_scores_are_of_the_base_whatever_stands_beside(first: bool) -> None:
+    """DEFT watches every pass with gradients of a step that it stands around."""
+    alone = stack_of()
+    alone.train_step(batch_of(alone))
+    plugins: list[Plugin] = [SurgicalFim(layers=1), Deft(), Lora(rank=2)]
+    stack = Stack(tiny("llama", num_hidden_layers=4), plugins if first else plugins[::-1])
+    with torch.no_grad():
+        for name, p in stack.model.named_parameters():
+            if name.endswith("lora.B"):
+                p.normal_()
+    own_steps(stack)
+    assert state_of(stack) == state_of(alone)
+    stack.remove("surgical-fim")
+    base = dict(tiny("llama", num_hidden_layers=4).named_parameters())
+    assert not any(p.requires_grad for n, p in stack.model.named_parameters() if n in base)
 
+
+def test_while_frozen_nothing_is_chosen() -> None:
     stack = Stack(tiny("llama"), [SurgicalFim(layers=1), Lora(rank=2)])
     stack.freeze("surgical-fim")
     stack.train_step(batch_of(stack))
