@@ -257,6 +257,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(PeftxError, match="surgical-fim: every process would choose by its own batch"):
         stack.train_step(batch)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    stack.train_step(batch)
 
 
 @pytest.mark.parametrize("options", [{"layers": 0}, {"samples": 0}, {"outside": "some"}])
