@@ -47,7 +47,7 @@ def default_text(value: object) -> str:
         return str(value).lower()
     if isinstance(value, dict | list | tuple):
         return json.dumps(value)
-    return str(value)
+    return str(value).replace("\n", "\\n")
 
 
 def options_table(config: Any) -> str:
@@ -55,11 +55,8 @@ def options_table(config: Any) -> str:
     properties = config.model_json_schema().get("properties", {})
     if not properties:
         return "None."
-    values = (
-        config().model_dump(mode="json")
-        if all(not f.is_required() for f in config.model_fields.values())
-        else {}
-    )
+    required = {name: None for name, f in config.model_fields.items() if f.is_required()}
+    values = config.model_construct(**required).model_dump(mode="json", exclude=set(required), warnings=False)
     lines = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, schema in properties.items():
         default = default_text(values[name]) if name in values else "required"

@@ -131,7 +131,7 @@ class PTuningV2(Plugin):
     """See the module."""
 
     Config = PTuningV2Config
-    claims = {Claim.BESIDE_WEIGHTS}
+    claims = {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE}
     architectures = ("deepseek_v3", "gemma4")
     refuses = {"mamba": "it has no attention", "bloom": "its attention is not looked up by name"}
     config: PTuningV2Config

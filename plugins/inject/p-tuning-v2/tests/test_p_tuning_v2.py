@@ -559,3 +559,14 @@ def test_bundle_keeps_the_network(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(output_of(again.model, inputs), output_of(model, inputs))
     assert again.plugin_parameters("p-tuning-v2") == stack.plugin_parameters("p-tuning-v2")
+
+
+def test_rows_in_front_that_are_measured_do_not_take_it_in() -> None:
+    """PrefixQuant stores keys and values of outlier tokens: of these alone."""
+    from peftx_prefixquant import PrefixQuant, StaticKV
+
+    plugins = [PTuningV2(length=5), PrefixQuant(eta=1.5)]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    stack.compress(["one two three four five six seven eight nine ten."] * 4)
+    stored = {m.prefix.shape[2] for m in stack.model.modules() if isinstance(m, StaticKV)}
+    assert stored == {len(stack.plugins["prefixquant"].state["prefix"])}

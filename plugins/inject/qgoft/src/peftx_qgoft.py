@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.errors import PeftxError
+from peftx.kernel.parts import DeltaPart
 
 PENALTY = 0.01
 
@@ -140,4 +141,4 @@ class Qgoft(Plugin):
     @staticmethod
     def defect(stack: Stack, id: str) -> Tensor:
         """sum over all layers and planes of |G^T G - I|^2."""
-        return torch.stack([part.module.defect() for part in stack.ledger.of(id)]).sum()
+        return torch.stack([part.module.defect() for part in stack.ledger.of(id, DeltaPart)]).sum()

@@ -263,3 +263,14 @@ def test_options_without_effect_are_refused() -> None:
         Stack(tiny("llama"), [Qgoft(form="strict", penalty=0.5)])
     with pytest.raises(PeftxError, match="qgoft: scale, but the blocks"):
         Stack(tiny("llama"), [Qgoft(scale=True)])
+
+
+def test_the_head_of_a_classifier_is_no_turn() -> None:
+    """It trains with the plugin, and the penalty is of the turns alone."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny("bert").config
+    config.num_labels = 3
+    stack = Stack(AutoModelForSequenceClassification.from_config(config), [Qgoft(targets="attention")])
+    batch = {"input_ids": torch.tensor([[1, 5, 7]]), "labels": torch.tensor([2])}
+    assert torch.isfinite(stack.train_step(batch))
