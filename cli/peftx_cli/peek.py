@@ -17,11 +17,12 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import IO
 
-from peftx_spec.errors import nearest
+from peftx_spec.errors import PeftxError, nearest
 from peftx_spec.models import FORMATS
+from peftx_spec.shapes import delimiter_of, shape_of
 
 TEXT = (".txt", ".md")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MOST = 1 << 20  # bytes that are looked at
 _BETWEEN = re.compile(r"[\s,]*")
 MAP = "map our names to the file's: columns: {prompt: question}"
@@ -54,6 +55,7 @@ def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None =
     if row is None:
         return None if format == "auto" else format
     row = _renamed(path, row, columns or {})
+    row = _arranged(path, row, None if format == "auto" else format)
     if format == "auto":
         return _detected(path, row)
     missing = [name for name in FORMATS[format] if name not in row]
@@ -142,6 +144,9 @@ def _start(path: Path) -> tuple[str, bool]:
 
 def _rows(path: Path, suffix: str) -> Iterator[dict[str, object]]:
     """The rows of what is looked at, up to the first that cannot be read."""
+    if suffix == ".parquet":
+        yield from _parquet(path)
+        return
     text, more = _start(path)
     try:
         values = _cells(text, suffix, more) if suffix in (".csv", ".tsv") else _objects(text, suffix)
@@ -153,10 +158,24 @@ def _rows(path: Path, suffix: str) -> Iterator[dict[str, object]]:
         return
 
 
+def _parquet(path: Path) -> Iterator[dict[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in islice(file.iter_batches(batch_size=256), 4):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise Unfit(f"{path}: not Parquet that can be read: {error}") from error
+
+
 def _cells(text: str, suffix: str, more: bool) -> Iterator[dict[str, object]]:
     """The rows of a table. Where the file goes on, the last one may be cut anywhere, and is left out, unless it is the
     first, which has its columns in any case."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else delimiter_of(text)
+    )
     rows = ({name: row[name] for name in reader.fieldnames or ()} for row in reader)
     yield from islice(rows, 1)
     yield from (row for row, _ in pairwise(chain(rows, () if more else ({},))))
@@ -181,6 +200,17 @@ def _renamed(path: Path, row: dict[str, object], columns: Mapping[str, str]) -> 
             raise Unfit(f"{path}: there is no column '{source}'", hint=hint, part="columns")
     rest = {name: value for name, value in row.items() if name not in columns.values()}
     return {**{ours: row[source] for ours, source in columns.items()}, **rest}
+
+
+def _arranged(path: Path, row: dict[str, object], format: str | None) -> dict[str, object]:
+    """The row in our columns, if it is laid out in another way that is well known."""
+    shape = shape_of(set(row), format)
+    if shape is None:
+        return row
+    try:
+        return shape.convert(row)
+    except PeftxError as error:
+        raise Unfit(f"{path}: row 0 (counting from 0): {error.message}", hint=error.hint or MAP) from error
 
 
 def _detected(path: Path, row: Mapping[str, object]) -> str:

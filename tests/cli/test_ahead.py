@@ -27,7 +27,7 @@ evaluate: [{metric}]
 PAIRS = b'{"prompt": "a", "completion": "b"}\n'
 FILES = {
     "pairs.jsonl": PAIRS,
-    "questions.jsonl": b'{"question": "a", "answer": "b"}\n',
+    "questions.jsonl": b'{"ask": "a", "reply": "b"}\n',
     "reviews.csv": b"text,label\nfine,good\n",
     "preferences.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
     "notes.txt": b"Once upon a time.",
@@ -63,12 +63,12 @@ CASES: list[tuple[dict[str, str], str, list[str]]] = [
     (
         {"train": "questions.jsonl"},
         "4:10",
-        ["'question', 'answer' fit no format", "columns: {prompt: question}"],
+        ["'ask', 'reply' fit no format", "columns: {prompt: question}"],
     ),
     (
-        {"train": "{path: questions.jsonl, columns: {prompt: qestion, completion: answer}}"},
+        {"train": "{path: questions.jsonl, columns: {prompt: aks, completion: reply}}"},
         "4:43",
-        ["there is no column 'qestion'", "did you mean 'question'?"],
+        ["there is no column 'aks'", "did you mean 'ask'?"],
     ),
     (
         {"train": "{path: pairs.jsonl, columns: {prompt: question}}"},
@@ -124,7 +124,7 @@ def test_all_files_at_once(world: Any, refused: Callable[..., str]) -> None:
 
 
 def test_what_fits_is_valid(world: Any, run: Callable[..., Any]) -> None:
-    mapped = "{path: questions.jsonl, columns: {prompt: question, completion: answer}}"
+    mapped = "{path: questions.jsonl, columns: {prompt: ask, completion: reply}}"
     for change in (
         {"eval": "notes.txt"},
         {"train": mapped},
@@ -388,7 +388,7 @@ def test_look_and_the_core_see_the_same_formats(tmp_path: Path) -> None:
     names = sorted({name for columns in FORMATS.values() for name in columns} | {"other"})
     file = tmp_path / "a.jsonl"
     for bits in range(1, 2 ** len(names)):
-        row = {name: "x" for index, name in enumerate(names) if bits >> index & 1}
+        row = {name: f"say {name}" for index, name in enumerate(names) if bits >> index & 1}
         file.write_text(json.dumps(row) + "\n", "utf-8")
         try:
             expected: str | None = detect_format(file)

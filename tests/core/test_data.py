@@ -160,7 +160,7 @@ def test_limit_stops_before_a_later_fault(tmp_path: Path) -> None:
     [
         (["prompt", "completion", "chosen", "rejected"], "fit prompt-completion and preference"),
         (["text", "messages"], "fit text and messages"),
-        (["question", "answer"], "fit no format"),
+        (["ask", "reply"], "fit no format"),
     ],
 )
 def test_auto_refuses_what_is_ambiguous(tmp_path: Path, keys: list[str], said: str) -> None:
@@ -220,7 +220,7 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         ("a.csv", b'text,label\n"x\ny",l\nz\n', "a.csv:4: 1 fields"),
         ("a.csv", b'text,label\n"x"y,l\n', "a.csv:2: not CSV"),
         ("a.csv", b"text,text\nx,y\n", "names 'text' twice"),
-        ("a.parquet", b"x", "suffix '.parquet' does not tell"),
+        ("a.xlsx", b"x", "suffix '.xlsx' does not tell"),
     ],
 )
 def test_faults_name_their_place(tmp_path: Path, name: str, data: bytes, said: str) -> None:

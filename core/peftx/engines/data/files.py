@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from peftx.errors import DataError, nearest
+from peftx_spec.shapes import delimiter_of
 
 TEXT_SUFFIXES = frozenset({".txt", ".md"})
-TABLE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
+TABLE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -73,7 +74,9 @@ def read_records(path: Path) -> Iterator[Record]:
         return _read_jsonl(path)
     if suffix == ".json":
         return _read_json(path)
-    return _read_csv(path, delimiter="\t" if suffix == ".tsv" else ",")
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    return _read_csv(path, delimiter="\t" if suffix == ".tsv" else None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -165,8 +168,25 @@ def _read_json(path: Path) -> Iterator[Record]:
         yield Record(f"{path}: row {index} (counting from 0)", row)
 
 
-def _read_csv(path: Path, *, delimiter: str) -> Iterator[Record]:
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    require_file(path)
+    try:
+        with parquet.ParquetFile(path) as file:
+            count = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield Record(f"{path}: row {count} (counting from 0)", row)
+                    count += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not Parquet that can be read: {error}") from error
+
+
+def _read_csv(path: Path, *, delimiter: str | None) -> Iterator[Record]:
     text = io.StringIO("".join(line for _, line in _lines(path)), newline="")
+    delimiter = delimiter or delimiter_of(text.getvalue())
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:

@@ -6,9 +6,10 @@
     classification     {text, label}                 labels are strings
     preference         {prompt, chosen, rejected}
 
-All but `messages` may stand in .jsonl/.ndjson, .json (an array), .csv or .tsv; `messages` not in .csv or .tsv.
-Every file may be gzipped (seen by its first bytes, not its name). Columns beyond a format's own stay as they
-are. Everything is held in memory; nothing is written to a cache.
+All but `messages` may stand in .jsonl/.ndjson, .json (an array), .parquet, .csv (any delimiter) or .tsv; `messages` not
+in the last two. Layouts that are well known (Alpaca, ShareGPT, question and answer) are read as these, see
+`peftx_spec.shapes`. Every file may be gzipped (seen by its first bytes, not its name). Columns beyond a format's own
+stay as they are. Everything is held in memory; nothing is written to a cache.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from peftx.engines.data.files import (
     require_file,
 )
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_row, check_rows, names_of
-from peftx.errors import DataError, nearest
+from peftx.errors import DataError, PeftxError, nearest
+from peftx_spec.shapes import Shape, shape_of, with_tools
 
 BLOCK = 10_000
 """Rows that are held as objects of Python while a file is read."""
@@ -97,8 +99,11 @@ def read_dataset(
         )
 
     def checked() -> Iterator[tuple[dict[str, object], str]]:
-        for record in islice(read_records(file), limit):
+        shape: Shape | None = None
+        for index, record in enumerate(islice(read_records(file), limit)):
             row = _rename(record, columns)
+            shape = _shape(row, format) if index == 0 else shape
+            row = _arranged(row, shape, record.place)
             check_row(row, record.place, format)
             yield row, record.place
 
@@ -140,6 +145,8 @@ def dataset_of(
     if format not in (*FORMATS, "tokenized"):
         raise DataError(f"unknown format {format!r}", hint=nearest(format, FORMATS) or None)
     if format != "tokenized":
+        shape = _shape(renamed[0], format)
+        renamed = [_arranged(row, shape, place) for row, place in zip(renamed, places, strict=True)]
         for place, row in zip(places, renamed, strict=True):
             check_row(row, place, format)
     return _to_dataset(renamed, places, first=COLUMNS.get(format, ())), format
@@ -160,6 +167,13 @@ def checked_dataset(
     if format == "auto":
         tokenized = {"input_ids", "labels"} <= names
         format = "tokenized" if tokenized else format_of_keys(names, where="the rows")
+    shape = shape_of(names, format) if format in COLUMNS else None
+    if shape is not None:
+        gone = sorted(names - set(_arranged(rows[0], shape, "row 0 (counting from 0)")))
+        rows = rows.map(
+            lambda row, index: _arranged(row, shape, f"row {index} (counting from 0)"),
+            with_indices=True, remove_columns=gone,
+        )  # fmt: skip
     check_rows(rows, format)
     return rows, format
 
@@ -193,6 +207,9 @@ def format_of_keys(keys: set[str], *, where: str) -> str:
     best = [a for a in fitting if not any(set(COLUMNS[a]) < set(COLUMNS[b]) for b in fitting)]
     if len(best) == 1:
         return best[0]
+    shape = None if best else shape_of(keys)
+    if shape is not None:
+        return shape.format
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     fault = f"fit {' and '.join(best)}" if best else "fit no format"
     raise DataError(
@@ -201,6 +218,26 @@ def format_of_keys(keys: set[str], *, where: str) -> str:
         if best
         else "set `columns:` to map our names to the file's, such as {prompt: question}",
     )
+
+
+def _shape(row: Mapping[str, object], format: str) -> Shape | None:
+    """How rows like this one are laid out, where that is not as the format has it."""
+    return shape_of(set(row), format)
+
+
+def _arranged(row: Mapping[str, object], shape: Shape | None, place: str) -> dict[str, object]:
+    """The row in the format's columns."""
+    if shape is None:
+        return with_tools(row)
+    missing = sorted(shape.needs - row.keys())
+    if missing:
+        raise DataError(
+            f"{place}: no key {missing[0]!r}, which the rows before have; found {names_of(set(row))}"
+        )
+    try:
+        return with_tools(shape.convert(row))
+    except PeftxError as error:
+        raise DataError(f"{place}: {error.message}", hint=error.hint) from error
 
 
 def _document(file: Path) -> str:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = spec.FORMATS
 FORMATS: Final = tuple(COLUMNS)
-ROLES: Final = ("system", "user", "assistant")
+ROLES: Final = ("system", "user", "assistant", "tool")
+MESSAGE: Final = frozenset({"role", "content"})
+TOOLS: Final = frozenset({"tool_calls", "tool_call_id", "name"})
+"""Further keys of a message, where tools are called."""
 _TEXTS: Final = frozenset(name for names in COLUMNS.values() for name in names) - {"messages"}
 
 
@@ -125,10 +128,14 @@ def _check_messages(messages: object, place: str) -> None:
         at = f"{place}: messages[{index}]"
         if not isinstance(message, dict):
             raise DataError(f"{at} must be an object {{role, content}}, got {json_type(message)}")
-        if set(message) != {"role", "content"}:
+        if not MESSAGE <= set(message) <= MESSAGE | TOOLS:
             raise DataError(
-                f"{at} must have the keys 'role' and 'content' only; found {names_of(set(message))}"
+                f"{at} must have the keys 'role' and 'content' only; found {names_of(set(message))}",
+                hint=f"where tools are called, {', '.join(sorted(TOOLS))} too",
             )
+        calls = message.get("tool_calls")
+        if message["content"] is None and calls:
+            continue
         if not isinstance(message["content"], str):
             raise DataError(f"{at}: 'content' must be a string, got {json_type(message['content'])}")
         _check_encodes(message["content"], f"{at}: 'content'")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -21,12 +23,19 @@ from peftx.engines.data.encoding import (
 )
 from peftx.errors import DataError, UnsupportedError
 
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template marks what the assistant says."""
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, ask: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    ask: bool = True,
+    tools: list[Any] | None = None,
 ) -> str:
     """The text that asks for the assistant's next turn after `messages`; without `ask` all up to its last one.
 
@@ -36,7 +45,7 @@ def render_messages(
     while not ask and messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if tokenizer.chat_template is not None:
-        return _render(tokenizer, messages, ask=ask)
+        return _render(tokenizer, messages, ask=ask, tools=tools)
     ended = "" if tokenizer.eos_token is None else str(tokenizer.eos_token)
     segments = _plain_segments(messages, ask=ask)
     return "".join(text + ended if learned else text for text, learned in segments)
@@ -47,11 +56,16 @@ def messages_encoder(
 ) -> Callable[[Mapping[str, object], str], Example]:
     prefix, _ = special_frame(tokenizer)
     plain = tokenizer.chat_template is None
+    marked = not plain and tokenizer.is_fast and GENERATION.search(str(tokenizer.chat_template)) is not None
 
     def encode(row: Mapping[str, object], where: str) -> Example:
-        messages: Sequence[Mapping[str, str]] = row["messages"]  # type: ignore[assignment]
+        messages: Sequence[Mapping[str, Any]] = row["messages"]  # type: ignore[assignment]
+        if marked:
+            return _by_marks(tokenizer, messages, tools_of(row), max_length, prefix, where)
         segments = list(
-            _plain_segments(messages, ask=False) if plain else _template_segments(tokenizer, messages, where)
+            _plain_segments(messages, ask=False)
+            if plain
+            else _template_segments(tokenizer, messages, where, tools_of(row))
         )
         if not segments:
             raise DataError(
@@ -82,6 +96,35 @@ def messages_encoder(
         return Example(front + body[cut:], [IGNORE] * len(front) + labels[cut:])
 
     return encode
+
+
+def _by_marks(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: list[Any] | None,
+    max_length: int,
+    prefix: list[int],
+    where: str,
+) -> Example:
+    """Labels where the template itself says that the assistant speaks."""
+    try:
+        found = tokenizer.apply_chat_template(
+            [_unpacked(m) for m in messages], tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except TemplateError as error:
+        raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if not any(mask):
+        raise DataError(
+            f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
+        )
+    end = len(mask) - mask[::-1].index(1)  # what follows the last answer is nobody's to learn
+    ids, labels = ids[:end], [i if own else IGNORE for i, own in zip(ids[:end], mask[:end], strict=True)]
+    front = prefix if ids[: len(prefix)] == prefix else []
+    cut = max(len(front), len(ids) - (max_length - len(front)))
+    if all(label == IGNORE for label in labels[cut:]):
+        raise DataError(f"{where}: the assistant's last turn does not fit in max_length {max_length}")
+    return Example(front + ids[cut:], [IGNORE] * len(front) + labels[cut:])
 
 
 def _asked(
@@ -137,7 +180,7 @@ def turns(
     return ids, [(max(1, begin), end - (ids[end - 1] == tokenizer.eos_token_id)) for begin, end in found]
 
 
-def _plain_segments(messages: Sequence[Mapping[str, str]], *, ask: bool) -> Iterator[tuple[str, bool]]:
+def _plain_segments(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> Iterator[tuple[str, bool]]:
     """(text, learned?): `User: hi`, line break, `Assistant:` | ` hello` (EOS) | line break, `User: ...`
 
     With `ask` a last `Assistant:` waits for its turn; without, what follows the last answer is left out.
@@ -155,7 +198,10 @@ def _plain_segments(messages: Sequence[Mapping[str, str]], *, ask: bool) -> Iter
 
 
 def _template_segments(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    where: str,
+    tools: list[Any] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """(text, learned?): what the template adds to ask for a turn, and what it adds for the turn itself."""
     done = ""
@@ -163,8 +209,8 @@ def _template_segments(
         if message["role"] != "assistant":
             continue
         try:
-            asked = _render(tokenizer, messages[:index], ask=True)
-            answered = _render(tokenizer, messages[: index + 1], ask=False)
+            asked = _render(tokenizer, messages[:index], ask=True, tools=tools)
+            answered = _render(tokenizer, messages[: index + 1], ask=False, tools=tools)
         except DataError as error:
             raise DataError(f"{where}: {error.message}", hint=error.hint) from error
         if not (asked.startswith(done) and answered.startswith(asked)):
@@ -178,10 +224,16 @@ def _template_segments(
         done = answered
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, ask: bool) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    ask: bool,
+    tools: list[Any] | None = None,
+) -> str:
     try:
         rendered = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=ask
+            [_unpacked(m) for m in messages], tokenize=False, add_generation_prompt=ask, tools=tools
         )
     except TemplateError as error:  # what a template raises itself, and what is wrong with it
         raise DataError(
@@ -189,3 +241,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
             hint="change the row, or set another tokenizer.chat_template",
         ) from error
     return str(rendered)
+
+
+def _unpacked(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: calls of tools as what they are, and nothing that it does not have."""
+    found = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if isinstance(found.get("tool_calls"), str):
+        found["tool_calls"] = json.loads(found["tool_calls"])
+    return found
+
+
+def tools_of(row: Mapping[str, object]) -> list[Any] | None:
+    """The tools that a conversation may call, of a row's column `tools`."""
+    tools = row.get("tools")
+    found = json.loads(tools) if isinstance(tools, str) and tools else tools
+    return list(found) if isinstance(found, Sequence) and found else None

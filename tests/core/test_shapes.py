@@ -1,0 +1,176 @@
+"""Rows as people have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from datasets import Dataset
+
+from peftx.engines.data import read_dataset, tokenize_dataset
+from peftx.engines.data.collate import IGNORE
+from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
+from peftx.errors import DataError
+from peftx.testing.models import tiny_tokenizer
+from peftx_cli.peek import Unfit, look
+
+PAIR = {"prompt": "2 + 2", "completion": "4"}
+ALPACA = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+TALK = [
+    {"from": "system", "value": "Be short."},
+    {"from": "human", "value": "Hi"},
+    {"from": "gpt", "value": "Hello"},
+]
+MESSAGES = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+]
+HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Hell no"}
+TOLD = {"chosen": MESSAGES[1:], "rejected": [MESSAGES[1], {"role": "assistant", "content": "No."}]}
+CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"prompt": "2 + 2", "response": "4"}, "prompt-completion", PAIR),
+    ({"question": "2 + 2", "answer": "4"}, "prompt-completion", PAIR),
+    ({"input": "2 + 2", "output": "4"}, "prompt-completion", PAIR),
+    (ALPACA, "prompt-completion", {"prompt": "Add.\n\n2 + 2", "completion": "4"}),
+    ({**ALPACA, "input": ""}, "prompt-completion", {"prompt": "Add.", "completion": "4"}),
+    ({"conversations": TALK, "id": "7"}, "messages", {"messages": MESSAGES, "id": "7"}),
+    ({"conversations": MESSAGES}, "messages", {"messages": MESSAGES}),
+    (HH, "preference", {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Hell no"}),
+    (TOLD, "preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "No."}),
+]  # fmt: skip
+
+
+def written(folder: Path, rows: list[dict[str, Any]], suffix: str = ".jsonl") -> Path:
+    file = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), file)
+    elif suffix == ".json":
+        file.write_text(json.dumps(rows), "utf-8")
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return file
+
+
+@pytest.mark.parametrize(("row", "format", "expected"), CASES)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_recognised_from_a_file(
+    tmp_path: Path, row: dict[str, Any], format: str, expected: dict[str, Any], suffix: str
+) -> None:
+    file = written(tmp_path, [row, row], suffix)
+    assert look(str(file)) == detect_format(file) == format
+    found = read_dataset(file)
+    assert len(found) == 2
+    assert expected.items() <= found[1].items()
+
+
+@pytest.mark.parametrize(("row", "format", "expected"), CASES)
+def test_recognised_from_python(row: dict[str, Any], format: str, expected: dict[str, Any]) -> None:
+    for rows, kind in (dataset_of([row, row]), checked_dataset(Dataset.from_list([row, row]))):
+        assert kind == format
+        assert expected.items() <= rows[1].items()
+
+
+def test_a_formats_own_columns_are_never_read_in_another_way(tmp_path: Path) -> None:
+    row = {
+        "prompt": "a",
+        "completion": "b",
+        "question": "c",
+        "answer": "d",
+        "instruction": "e",
+        "output": "f",
+    }
+    found = read_dataset(written(tmp_path, [row]))
+    assert found[0] == row
+    file = written(tmp_path, [{"text": "x", "question": "a", "answer": "b"}])
+    assert detect_format(file) == look(str(file)) == "text"
+    assert read_dataset(file, format="prompt-completion")[0]["prompt"] == "a", "unless it is asked for"
+    assert look(str(file), format="prompt-completion") == "prompt-completion"
+    mapped = read_dataset(
+        written(tmp_path, [ALPACA]), columns={"prompt": "instruction", "completion": "output"}
+    )
+    assert mapped[0] == {"prompt": "Add.", "completion": "4", "input": "2 + 2"}
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_tables_with_any_delimiter(tmp_path: Path, delimiter: str) -> None:
+    file = tmp_path / "rows.csv"
+    lines = [("question", "answer"), ('"a; b, c"', "d")]
+    file.write_text("\n".join(delimiter.join(cells) for cells in lines), "utf-8")
+    assert look(str(file)) == "prompt-completion"
+    assert read_dataset(file)[0] == {"prompt": "a; b, c", "completion": "d"}
+
+
+def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
+    for rows, message in [
+        ([{"conversations": [{"speaker": "x"}]}], r"rows.jsonl:1: conversations\[0\] must have the keys 'from'"),
+        ([{"question": "a", "answer": "b"}, {"question": "a"}], "rows.jsonl:2: no key 'answer', which the rows"),
+        ([{"chosen": "abc", "rejected": "xyz"}], "begin with nothing in common"),
+        ([{"chosen": MESSAGES, "rejected": MESSAGES}], "one turn of the user and one of the assistant"),
+        ([{"question": "a", "answer": None}], "'completion' must be a string, got null"),
+    ]:  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            read_dataset(written(tmp_path, rows))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1xxxx")
+    with pytest.raises(DataError, match="not Parquet that can be read"):
+        read_dataset(tmp_path / "broken.parquet")
+    with pytest.raises(Unfit, match="not Parquet that can be read"):
+        look(str(tmp_path / "broken.parquet"))
+
+
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{{ m.content or '' }}</s>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def learned(row: dict[str, Any], template: str) -> tuple[str, str]:
+    """The text of a conversation, and of the tokens with a label."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    rows, format = dataset_of([row])
+    found = tokenize_dataset(rows, tokenizer, format=format, max_length=4096)
+    ids, labels = found[0]["input_ids"], found[0]["labels"]
+    return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != IGNORE])
+
+
+def test_calls_of_tools_reach_the_template_as_they_are() -> None:
+    def call(**arguments: Any) -> dict[str, Any]:
+        return {"role": "assistant", "content": None,
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}  # fmt: skip
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    ask = {"role": "user", "content": "Hi"}
+    rows = [
+        {"messages": [ask, call(city="Rome"), {"role": "tool", "content": "sunny", "name": "f"},
+                      {"role": "assistant", "content": "Sunny."}], "tools": tools},
+        {"messages": [ask, call(number=3)], "tools": tools},
+    ]  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    found, format = dataset_of(rows)
+    tokenized = tokenize_dataset(found, tokenizer, format=format, max_length=4096)
+    texts = [tokenizer.decode(tokenized[i]["input_ids"], skip_special_tokens=True) for i in range(2)]
+    assert '<tools>[{"type": "function", "function": {"name": "f"}}]<user>Hi</s>' in texts[0]
+    assert '{"city": "Rome"}</s><tool>sunny</s><assistant>Sunny.</s>' in texts[0]
+    assert texts[1].endswith('<assistant>{"number": 3}</s>')
+
+
+def test_a_templates_own_marks_say_what_is_learned() -> None:
+    row = {"messages": [*MESSAGES, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So long"},
+                        {"role": "user", "content": "?"}]}  # fmt: skip
+    text, own = learned(row, MARKED)
+    assert own == "Hello</s>So long</s>"
+    assert text.endswith("So long</s>"), "what follows the last answer is nobody's"
+    with pytest.raises(DataError, match="no turn of the assistant"):
+        learned({"messages": MESSAGES[:2]}, MARKED)
