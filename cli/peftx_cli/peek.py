@@ -55,7 +55,9 @@ def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None =
     if row is None:
         return None if format == "auto" else format
     row = _renamed(path, row, columns or {})
-    row = _arranged(path, row, None if format == "auto" else format)
+    row, known = _arranged(path, row, None if format == "auto" else format)
+    if known is not None:
+        return known
     if format == "auto":
         return _detected(path, row)
     missing = [name for name in FORMATS[format] if name not in row]
@@ -202,13 +204,15 @@ def _renamed(path: Path, row: dict[str, object], columns: Mapping[str, str]) -> 
     return {**{ours: row[source] for ours, source in columns.items()}, **rest}
 
 
-def _arranged(path: Path, row: dict[str, object], format: str | None) -> dict[str, object]:
-    """The row in our columns, if it is laid out in another way that is well known."""
+def _arranged(
+    path: Path, row: dict[str, object], format: str | None
+) -> tuple[dict[str, object], str | None]:
+    """The row in our columns, and its format, if it is laid out in another way that is well known."""
     shape = shape_of(set(row), format)
     if shape is None:
-        return row
+        return row, None
     try:
-        return shape.convert(row)
+        return shape.convert(row), shape.format
     except PeftxError as error:
         raise Unfit(f"{path}: row 0 (counting from 0): {error.message}", hint=error.hint or MAP) from error
 
