@@ -204,9 +204,7 @@ def _renamed(path: Path, row: dict[str, object], columns: Mapping[str, str]) -> 
     return {**{ours: row[source] for ours, source in columns.items()}, **rest}
 
 
-def _arranged(
-    path: Path, row: dict[str, object], format: str | None
-) -> tuple[dict[str, object], str | None]:
+def _arranged(path: Path, row: dict[str, object], format: str | None) -> tuple[dict[str, object], str | None]:
     """The row in our columns, and its format, if it is laid out in another way that is well known."""
     shape = shape_of(set(row), format)
     if shape is None:

@@ -44,6 +44,12 @@ MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="requests that
 MaxWait = Annotated[
     float, typer.Option("--max-wait-ms", min=0.0, help="how long a request waits for company")
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="PEFTX_API_KEY", help="clients must send it as their key; none if left out"
+    ),
+]
 PrefixCache = Annotated[bool, typer.Option("--prefix-cache", help="keep keys and values of served prompts")]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -180,11 +186,12 @@ def serve(
     max_batch: MaxBatch = 8,
     max_wait_ms: MaxWait = 5.0,
     prefix_cache: PrefixCache = False,
+    api_key: ApiKey = None,
     model: Base = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Serve a bundle or a model: POST /v1/completions as OpenAI's, with streaming."""
+    """Serve a bundle or a model as OpenAI's API does: chats, completions, embeddings; and a page to chat at /."""
     from peftx_spec.errors import PeftxError
 
     try:
@@ -198,11 +205,11 @@ def serve(
     from peftx.toolkits.serving.http import run_http
     from peftx_cli.stacks import open_stack
 
-    if host not in LOOPBACK:
+    if host not in LOOPBACK and api_key is None:
         failures.warn(f"{host} is open to the network, and this server asks for no key")
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
-    server = Server(stack, name=Path(target).name, scheduler=scheduler)
+    server = Server(stack, name=Path(target).name, scheduler=scheduler, api_key=api_key)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
     run_http(server, host=host, port=port, allowed_hosts=hosts)
 

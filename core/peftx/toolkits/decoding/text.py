@@ -49,6 +49,17 @@ def ids_for(stack: Stack, prompt: str) -> list[int]:
     return prompt_ids(stack.tokenizer, prompt)
 
 
+def check_ids(stack: Stack, ids: Sequence[int]) -> None:
+    """Raises DataError for an id that the model's embedding has no row for."""
+    size, highest = vocabulary_of(stack.model), max(ids)
+    if size is not None and highest >= size:
+        name = stack.tokenizer.convert_ids_to_tokens(highest) if highest < len(stack.tokenizer) else "a token"
+        raise DataError(
+            f"{name!r} has id {highest}, and the model's embedding has {size} rows",
+            hint="the tokenizer is another model's, or has tokens that the model was never given",
+        )
+
+
 def check_length(stack: Stack, prompt: int, new: int) -> None:
     """Raises PeftxError where so many tokens do not fit the model."""
     limit = free_positions(stack.model)
@@ -82,13 +93,7 @@ def request_of_ids(
     if min(lengths) == 0:
         raise DataError("the prompt has no tokens")
     check_length(stack, max(lengths), max_new_tokens)
-    size, highest = vocabulary_of(stack.model), max(max(row) for row in rows)
-    if size is not None and highest >= size:
-        raise DataError(
-            f"{stack.tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, and the model's embedding has "
-            f"{size} rows",
-            hint="the tokenizer is another model's, or has tokens that the model was never given",
-        )
+    check_ids(stack, [max(row) for row in rows])
     if options.get("num_return_sequences", 1) != 1:
         raise PeftxError(
             "num_return_sequences: one text comes of a prompt", hint="give the prompt several times"

@@ -1,87 +1,43 @@
-"""The HTTP routes: OpenAI's completions, models and health. Needs `peftx[serve]`."""
+"""The HTTP routes: OpenAI's completions, chats, embeddings and models, vLLM's tokenize. Needs `peftx[serve]`."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHttpException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from peftx.errors import PeftxError, PluginError, nearest
+from peftx.toolkits.serving.bodies import (
+    AT_DEFAULT_ALONE,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingsBody,
+    StreamOptions,
+    TokenizeBody,
+)
 from peftx.toolkits.serving.engine import Engine, QueueFull
 from peftx.toolkits.serving.guards import Guard
-from peftx.toolkits.serving.job import Completion, Job, Request
+from peftx.toolkits.serving.job import Completion, Job, Request, TokenScore
 from peftx.toolkits.serving.server import Server
 
 ASK_AGAIN = 0.5  # seconds between two looks whether the client is still there
-MOST_STOPS = 4  # as OpenAI
-
-
-Text = Annotated[str, Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class CompletionBody(BaseModel):
-    """`POST /v1/completions`. What this server does not do is refused, not ignored; a field of OpenAI's that is null,
-    or as it would be anyway, asks for nothing."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
-    max_tokens: int = Field(16, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stream: bool = False
-    n: int = Field(1, ge=1, le=1)
-    user: str | None = None
-    best_of: int = Field(1, ge=1, le=1)
-    echo: Literal[False] = False
-    logprobs: None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    suffix: Annotated[str, Field(max_length=0)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: object) -> object:
-        """As OpenAI reads them: null is "not given"."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value for name, value in data.items() if value is not None or name not in cls.model_fields
-        }
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-    def request(self, prompt: str) -> Request:
-        stops = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return Request(
-            prompt=prompt,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=stops,
-            stream=self.stream,
-        )
+PAGE = Path(__file__).parent / "page.html"
+POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> FastAPI:
@@ -108,58 +64,166 @@ def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> 
     app.add_exception_handler(AnyHttpException, _http_error)
     app.add_exception_handler(PeftxError, _peftx_error)
     app.add_exception_handler(Exception, _crash)
-    app.add_middleware(Guard, most=server.max_body, refusal=_error_body)
-    started = int(time.time())
+    app.add_middleware(Guard, most=server.max_body, refusal=_error_body, key=server.api_key)
+    routes(app, engine)
+    for route in server.routes:
+        app.add_api_route(route.path, route.endpoint, methods=[route.method])
+    return app
 
+
+def routes(app: FastAPI, engine: Engine) -> None:
+    """The server's own routes."""
+    server, started = engine.server, int(time.time())
+    stack = server.stack
+    about = {"id": server.name, "object": "model", "created": started, "owned_by": "peftx"}
+
+    def known(model: str | None) -> None:
+        if model not in (None, server.name):
+            hint = nearest(str(model), [server.name]) or f"there is '{server.name}'"
+            raise HTTPException(404, f"no model '{model}' here; {hint}")
+
+    def headed(prefix: str, kind: str) -> dict[str, Any]:
+        id = f"{prefix}-{uuid.uuid4().hex}"
+        return {"id": id, "object": kind, "created": int(time.time()), "model": server.name}
+
+    async def submitted(requests: Sequence[Request]) -> list[Job]:
+        jobs: list[Job] = []
+        try:
+            for request in requests:
+                jobs.append(await run_in_threadpool(engine.submit, request))
+        except PeftxError:
+            for job in jobs:
+                job.cancel()
+            raise
+        return jobs
+
+    async def finished(jobs: Sequence[Job], http: HttpRequest) -> list[Completion]:
+        try:
+            return [await _answered(job, http) for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancel()  # nothing is left to do, or the client is gone
+
+    @app.get("/", include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text("utf-8"), headers={"content-security-policy": POLICY})
+
+    @app.get("/health")
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
         return {"status": "ok", "queued": engine.queued, "served": engine.served, "batches": engine.batches}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        about = {"id": server.name, "object": "model", "created": started, "owned_by": "peftx"}
         return {"object": "list", "data": [about]}
+
+    @app.get("/v1/models/{model:path}")
+    def model(model: str) -> dict[str, Any]:
+        known(model)
+        return about | {"base": stack.base_id, "plugins": {id: repr(p) for id, p in stack.plugins.items()}}
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
-        if body.model != server.name:
-            hint = nearest(body.model, [server.name]) or f"there is '{server.name}'"
-            raise HTTPException(404, f"no model '{body.model}' here; {hint}")
-        if body.stream and len(body.prompts) > 1:
-            raise HTTPException(400, "stream takes one prompt at a time")
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        head["model"] = server.name
-        jobs: list[Job] = []
-        try:
-            for prompt in body.prompts:
-                jobs.append(await run_in_threadpool(engine.submit, body.request(prompt)))
-        except PeftxError:
-            for job in jobs:
-                job.cancel()
-            raise
+        known(body.model)
+        asked = body.requests()
+        if body.stream and (len(asked) > 1 or body.n > 1):
+            raise HTTPException(400, "stream takes one prompt at a time, and gives one answer")
+        head = headed("cmpl", "text_completion")
+        jobs = await submitted([request for group in asked for request in group])
         if body.stream:
-            return StreamingResponse(_events(jobs[0], head), media_type="text/event-stream")
-        try:
-            return JSONResponse(head | _answer([await _answered(job, http) for job in jobs]))
-        finally:
-            for job in jobs:
-                job.cancel()  # nothing is left to do, or the client is gone
+            events = _events(jobs[0], head, _choice, body.stream_options)
+            return StreamingResponse(events, media_type="text/event-stream")
+        done = iter(await finished(jobs, http))
+        groups = [[next(done) for _ in group] for group in asked]
+        if body.best_of is not None:
+            groups = [sorted(group, key=lambda one: -one.mean) for group in groups]
+        chosen = [one for group in groups for one in group[: body.n]]
+        choices = [_choice(i, one.text, one.finish_reason, one) for i, one in enumerate(chosen)]
+        usage = _usage([group[0] for group in groups], [one for group in groups for one in group])
+        return JSONResponse(head | {"choices": choices, "usage": usage})
 
-    for route in server.routes:
-        app.add_api_route(route.path, route.endpoint, methods=[route.method])
-    return app
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatBody, http: HttpRequest) -> Response:
+        known(body.model)
+        if body.stream and body.n > 1:
+            raise HTTPException(400, "stream gives one answer")
+        requests = await run_in_threadpool(body.requests, stack.tokenizer)
+        jobs = await submitted(requests)
+        if body.stream:
+            head = headed("chatcmpl", "chat.completion.chunk")
+            events = _events(jobs[0], head, _delta, body.stream_options)
+            return StreamingResponse(events, media_type="text/event-stream")
+        done = await finished(jobs, http)
+        choices = [_turn(i, one, trim=requests[0].trim) for i, one in enumerate(done)]
+        return JSONResponse(
+            headed("chatcmpl", "chat.completion") | {"choices": choices, "usage": _usage(done[:1], done)}
+        )
+
+    @app.post("/v1/embeddings", response_model=None)
+    def embeddings(body: EmbeddingsBody) -> Response:
+        known(body.model)
+        with engine.using() as own:
+            vectors = own.embed(body.input).cpu()  # type: ignore[attr-defined]
+            count = sum(len(own.tokenizer(text).input_ids) for text in body.input)
+        data = [
+            {"object": "embedding", "index": i, "embedding": vector.tolist() if body.encoding_format == "float"
+             else base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()}
+            for i, vector in enumerate(vectors)
+        ]  # fmt: skip
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "model": server.name, "data": data, "usage": usage})
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        known(body.model)
+        ids = engine.ids_of(Request(body.prompt)) if body.prompt else []
+        return {"tokens": ids, "count": len(ids), "max_model_len": engine.context}
+
+    @app.post("/detokenize")
+    def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        known(body.model)
+        return {"prompt": engine.text_of(body.tokens)}
 
 
-def _answer(done: list[Completion]) -> dict[str, Any]:
-    prompt, written = sum(one.prompt_tokens for one in done), sum(one.completion_tokens for one in done)
-    return {
-        "choices": [_choice(index, one.text, one.finish_reason) for index, one in enumerate(done)],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written},
-    }
+def _usage(asked: Sequence[Completion], written: Sequence[Completion]) -> dict[str, int]:
+    """Tokens of the prompts, each once, and of all answers."""
+    prompt, new = sum(one.prompt_tokens for one in asked), sum(one.completion_tokens for one in written)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def _choice(index: int, text: str, reason: str | None, done: Completion | None = None) -> dict[str, Any]:
+    scores = done.scores if done is not None else ()
+    told = None if not scores else {
+        "tokens": [score.token for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [_by_text(score) for score in scores],
+        "text_offset": [score.offset for score in scores],
+    }  # fmt: skip
+    return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
+
+
+def _by_text(score: TokenScore) -> dict[str, float] | None:
+    """The likeliest tokens by what they say; of two that say the same (halves of characters) the likelier."""
+    return None if score.logprob is None else dict(reversed(score.top))
+
+
+def _delta(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    """A piece of a chat's stream; the first one, empty, says who speaks."""
+    delta = {} if reason is not None else {"content": text} if text else {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _turn(index: int, done: Completion, *, trim: bool) -> dict[str, Any]:
+    def scored(token: str, value: float | None) -> dict[str, Any]:
+        return {"token": token, "logprob": value, "bytes": list(token.encode())}
+
+    told = None if not done.scores else {"content": [
+        scored(score.token, score.logprob) | {"top_logprobs": [scored(*pair) for pair in score.top]}
+        for score in done.scores
+    ], "refusal": None}  # fmt: skip
+    text = done.text.removeprefix(" ") if trim else done.text
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "logprobs": told, "finish_reason": done.finish_reason}
 
 
 async def _answered(job: Job, http: HttpRequest) -> Completion:
@@ -173,9 +237,16 @@ async def _answered(job: Job, http: HttpRequest) -> Completion:
     return waiting.result()
 
 
-async def _events(job: Job, head: dict[str, Any]) -> AsyncIterator[str]:
-    """Server-sent events: pieces of text, an end with the reason, `[DONE]`."""
+async def _events(
+    job: Job,
+    head: dict[str, Any],
+    piece_of: Callable[[int, str, str | None], dict[str, Any]],
+    options: StreamOptions | None,
+) -> AsyncIterator[str]:
+    """Server-sent events: pieces of text, an end with the reason, `[DONE]`. The usage comes with the end, or as OpenAI
+    has it where it is asked for: in an event of its own, without choices."""
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+    apart = options is not None and options.include_usage
 
     def send(piece: str | None) -> None:
         try:
@@ -189,11 +260,18 @@ async def _events(job: Job, head: dict[str, Any]) -> AsyncIterator[str]:
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
     try:
+        if piece_of is _delta:
+            yield event(head | {"choices": [_delta(0, "", None)]})
+        trim = job.request.trim
         while (piece := await pieces.get()) is not None:
-            yield event(head | {"choices": [_choice(0, piece, None)]})
+            piece, trim = piece.removeprefix(" ") if trim else piece, False
+            if piece:
+                yield event(head | {"choices": [piece_of(0, piece, None)]})
         done = job.future.result()
-        answer = _answer([done])
-        yield event(head | {"choices": [_choice(0, "", done.finish_reason)], "usage": answer["usage"]})
+        usage, last = _usage([done], [done]), {"choices": [piece_of(0, "", done.finish_reason)]}
+        yield event(head | last | ({} if apart else {"usage": usage}))
+        if apart:
+            yield event(head | {"choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
     except PeftxError as error:
         yield event(_error_body(_status(error), str(error)))
@@ -213,6 +291,7 @@ def _status(error: Exception) -> int:
 
 _CODES = {
     400: "bad_request",
+    401: "invalid_api_key",
     404: "not_found",
     408: "timeout",
     413: "too_large",
@@ -232,20 +311,18 @@ def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
     return JSONResponse(_error_body(status, message, param), status_code=status)
 
 
-_AT_DEFAULT_ALONE = (
-    "best_of", "echo", "logprobs", "logit_bias", "presence_penalty", "frequency_penalty", "suffix", "n",
-)  # fmt: skip
-
-
 def _bad_body(_: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     place = [str(part) for part in problem["loc"] if part != "body"]
     name = place[0] if place else None
+    if problem["type"] == "value_error":
+        return _error(400, str(problem["msg"]).removeprefix("Value error, "), name)
     if problem["type"] == "extra_forbidden":
-        near = nearest(str(name), CompletionBody.model_fields)
+        known = {*CompletionBody.model_fields, *ChatBody.model_fields}
+        near = nearest(str(name), known)
         return _error(400, f"'{name}' is not supported by this server {near}".rstrip(), name)
-    if name in _AT_DEFAULT_ALONE:
+    if name in AT_DEFAULT_ALONE:
         return _error(400, f"'{name}' is not supported by this server, but as null or at its default", name)
     if problem["type"] == "json_invalid":
         return _error(400, f"the body is no JSON: {problem['ctx']['error']}")

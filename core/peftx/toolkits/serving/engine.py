@@ -9,22 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from peftx.engines.data.gate import require_text
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import decode
-from peftx.toolkits.decoding.text import COLDEST, check_length, ids_for, request_of_ids
-from peftx.toolkits.serving.job import Completion, Job, Request
+from peftx.toolkits.decoding.text import COLDEST, check_ids, check_length, ids_for, request_of_ids
+from peftx.toolkits.serving.job import MOST_LEFT, Completion, Job, Request
 from peftx.toolkits.serving.prefix import PrefixCache
+from peftx.toolkits.serving.scoring import scores_of, shaping
 from peftx.toolkits.serving.server import Server
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop
 
 if TYPE_CHECKING:
+    from peftx.kernel.stack import Stack
     from peftx.toolkits.decoding import Generation
 
 
@@ -67,6 +73,7 @@ class Engine:
         self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
+        self._running = threading.Lock()
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -89,7 +96,8 @@ class Engine:
             PeftxError: an empty prompt, or one that does not fit the model's context.
             QueueFull: too many wait already.
         """
-        job = Job(request, self.ids_of(request))
+        ids = self.ids_of(request)
+        job = Job(request, ids, self.room_of(request, ids))
         with self._changed:
             if self._closed:
                 raise PeftxError("the server is closing")
@@ -100,13 +108,44 @@ class Engine:
         return job
 
     def ids_of(self, request: Request) -> list[int]:
-        """The prompt's tokens. Raises PeftxError where there is none, or they do not fit with the answer."""
+        """The prompt's tokens. Raises PeftxError where there is none, or the model has no such token."""
+        if request.ids:
+            check_ids(self.server.stack, request.ids)
+            return list(request.ids)
         with self._tokenizing:
-            ids = ids_for(self.server.stack, request.prompt)
+            if request.rendered:
+                ids = self._tokenizer(
+                    require_text(request.prompt, "the prompt"), add_special_tokens=False
+                ).input_ids
+            else:
+                ids = ids_for(self.server.stack, request.prompt)
         if not ids:
             raise PeftxError("the prompt has no tokens")
-        check_length(self.server.stack, len(ids), request.max_tokens)
-        return ids
+        return list(ids)
+
+    def text_of(self, ids: list[int]) -> str:
+        """What tokens say, special ones with it."""
+        if ids:
+            check_ids(self.server.stack, ids)
+        with self._tokenizing:
+            return str(self._tokenizer.decode(ids))
+
+    def room_of(self, request: Request, ids: list[int]) -> int:
+        """Tokens that the answer may have. Raises PeftxError where they do not fit with the prompt."""
+        stack = self.server.stack
+        if request.max_tokens is not None:
+            check_length(stack, len(ids), request.max_tokens)
+            return request.max_tokens
+        apart = 0 if stack.model.config.is_encoder_decoder else len(ids)
+        left = MOST_LEFT if self.context is None else min(MOST_LEFT, self.context - apart)
+        check_length(stack, len(ids), max(1, left))
+        return left
+
+    @contextmanager
+    def using(self) -> Iterator[Stack]:
+        """The model for something else than a request's text: nothing else runs meanwhile."""
+        with self._running:
+            yield self.server.stack
 
     def start(self) -> Engine:
         if self._thread is None:
@@ -142,7 +181,8 @@ class Engine:
             self.batches += 1
             self.served += len(jobs)
             try:
-                self._run(jobs)
+                with self._running:
+                    self._run(jobs)
             except Exception as error:  # noqa: BLE001  what a plugin raises is the answer of these requests, not the end
                 for job in jobs:
                     job.finish(None, error)
@@ -193,10 +233,10 @@ class Engine:
         """Those that, padded to the longest prompt and run to the largest length, stay inside the context."""
         if self.context is None:
             return others
-        prompt, new = first.prompt_tokens, first.request.max_tokens
+        prompt, new = first.prompt_tokens, first.max_tokens
         chosen = []
         for job in others:
-            longer, more = max(prompt, job.prompt_tokens), max(new, job.request.max_tokens)
+            longer, more = max(prompt, job.prompt_tokens), max(new, job.max_tokens)
             if longer + more <= self.context:
                 chosen.append(job)
                 prompt, new = longer, more
@@ -209,9 +249,14 @@ class Engine:
             choice = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
         if first.stop:
             choice["stop_strings"] = list(first.stop)
-        longest = max(job.request.max_tokens for job in jobs)
+        longest = max(job.max_tokens for job in jobs)
+        if longest == 0:  # the prompt alone is looked at
+            jobs[0].finish(self._scored(jobs[0], Completion("", "length", jobs[0].prompt_tokens, 0), []))
+            return
         generation = request_of_ids(stack, [job.ids for job in jobs], longest, first.seed, choice)
         generation.stopping_criteria.append(_Cancelled(jobs))
+        written = 1 if stack.model.config.is_encoder_decoder else generation.input_ids.shape[1]
+        generation.logits_processors += shaping(first, start=written)
         if first.stream:
             generation.streamer = TextStream(self._tokenizer, stop=first.stop, send=jobs[0].send)
         alone = len(jobs) == 1 and self.prefixes is not None
@@ -220,10 +265,8 @@ class Engine:
         ids = decode(stack, generation)
         if alone and self.prefixes is not None and generation.past_key_values is not None:
             self.prefixes.keep(ids[0].tolist(), generation.past_key_values)
-        start = 1 if stack.model.config.is_encoder_decoder else generation.input_ids.shape[1]
-        for job, row in zip(jobs, ids[:, start:].tolist(), strict=True):
-            completion = self._completion(job, row, generation)
-            job.finish(completion)
+        for job, row in zip(jobs, ids[:, written:].tolist(), strict=True):
+            job.finish(self._completion(job, row, generation))
 
     def _start_from_prefix(self, generation: Generation) -> None:
         assert self.prefixes is not None
@@ -231,7 +274,7 @@ class Engine:
 
     def _completion(self, job: Job, row: list[int], generation: Generation) -> Completion:
         """Cut a row at its own length, at an end token, at a stop string."""
-        row = row[: job.request.max_tokens]
+        row = row[: job.max_tokens]
         ends = generation.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         place = next((index for index, token in enumerate(row) if token in ends), None)
@@ -247,7 +290,20 @@ class Engine:
             )
             row = row[: last + 1]
         reason = "stop" if stopped or place is not None else "length"
-        return Completion(text, reason, job.prompt_tokens, len(row))
+        return self._scored(job, Completion(text, reason, job.prompt_tokens, len(row)), row)
+
+    def _scored(self, job: Job, completion: Completion, row: list[int]) -> Completion:
+        """With the prompt in front and log-probabilities, where these are asked for."""
+        request = job.request
+        if request.logprobs is not None:
+            scores = scores_of(
+                self.server.stack, job.ids, row, top=request.logprobs, echo=request.echo, text=self._text
+            )
+            completion = replace(completion, scores=scores)
+        if request.echo:
+            front = request.prompt if not request.ids else self._text(job.ids)
+            completion = replace(completion, text=front + completion.text)
+        return completion
 
     def _text(self, row: list[int]) -> str:
         return str(self._tokenizer.decode(row, skip_special_tokens=True))

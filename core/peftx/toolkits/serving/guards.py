@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+OPEN = ("/", "/health", "/healthz")
+"""Paths that need no key."""
 BODY_WITHIN = 30.0
 """Seconds in which the body of a request must have come."""
 
@@ -26,7 +29,7 @@ class Guard:
 
     Args:
         app: what is guarded. most: bytes of a body. within: seconds for a body.
-        refusal: (status, message) -> JSON of an error.
+        refusal: (status, message) -> JSON of an error. key: that requests must bring; none if None.
     """
 
     def __init__(
@@ -36,7 +39,9 @@ class Guard:
         most: int,
         refusal: Callable[[int, str], dict[str, Any]],
         within: float = BODY_WITHIN,
+        key: str | None = None,
     ) -> None:
+        self.key = None if key is None else f"Bearer {key}".encode()
         self.app = app
         self.most = most
         self.within = within
@@ -45,6 +50,10 @@ class Guard:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        said = dict(scope["headers"]).get(b"authorization", b"")
+        if self.key is not None and scope["path"] not in OPEN and not hmac.compare_digest(said, self.key):
+            await self._refuse(send, 401, "this server wants its key: Authorization: Bearer ...")
             return
         length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
         if scope["method"] == "POST" and not length:

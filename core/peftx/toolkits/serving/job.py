@@ -15,11 +15,24 @@ class Request:
     """One completion that is asked for, checked.
 
     `temperature` 0 is greedy. `seed` makes sampling repeatable; such a request runs alone, because the random numbers
-    of a batch depend on its rows.
+    of a batch depend on its rows. `max_tokens` None: what is left of the context, `MOST_LEFT` at most.
     """
 
     prompt: str
-    max_tokens: int = 16
+    max_tokens: int | None = 16
+    ids: tuple[int, ...] = ()
+    """The prompt as tokens, in the place of its text."""
+    rendered: bool = False
+    """Did a chat template write the prompt, which puts special tokens in by itself."""
+    trim: bool = False
+    """Is a blank in front of the answer what parts it from the speaker's name, and no part of it."""
+    echo: bool = False
+    """Give the prompt back in front of the answer."""
+    logprobs: int | None = None
+    """Log-probabilities of the tokens, and of so many likeliest others."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -27,14 +40,32 @@ class Request:
     stream: bool = False
 
     @property
-    def key(self) -> tuple[float, float, tuple[str, ...]]:
+    def key(self) -> tuple[object, ...]:
         """Requests with the same key may run in one batch."""
-        return (self.temperature, self.top_p, self.stop)
+        shaped = self.presence_penalty, self.frequency_penalty, self.logit_bias
+        return (self.temperature, self.top_p, self.stop, *shaped)
 
     @property
     def alone(self) -> bool:
         """Whether nothing may run beside it."""
-        return self.stream or (self.seed is not None and self.temperature > 0)
+        return self.stream or self.max_tokens == 0 or (self.seed is not None and self.temperature > 0)
+
+
+MOST_LEFT = 1024
+"""Tokens that are written where a request does not say how many."""
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of the text as the model saw it coming."""
+
+    token: str
+    logprob: float | None
+    """None of the first token, before which nothing stands."""
+    offset: int
+    """Characters before it."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens in its place."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +76,25 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    scores: tuple[TokenScore, ...] = ()
+    """Of the tokens of the text, where they were asked for."""
+
+    @property
+    def mean(self) -> float:
+        """Mean log-probability of a token of the answer."""
+        known = [score.logprob for score in self.scores if score.logprob is not None]
+        own = known[-self.completion_tokens :] if self.completion_tokens else known
+        return sum(own) / max(1, len(own))
 
 
 class Job:
     """One request on its way. `pieces` yields the text as it comes, `result` waits for all of it; who may not block
     listens (`listen`) and waits for `future`."""
 
-    def __init__(self, request: Request, ids: list[int]) -> None:
+    def __init__(self, request: Request, ids: list[int], max_tokens: int) -> None:
         self.request = request
         self.ids = ids
+        self.max_tokens = max_tokens
         self.arrived = time.monotonic()
         self.future: Future[Completion] = Future()
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()

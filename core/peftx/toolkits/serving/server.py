@@ -62,6 +62,7 @@ class Server:
         scheduler: policy of batching and caching.
         routes: routes of plugins, beside the server's own.
         max_body: bytes that the body of a request may have.
+        api_key: what `Authorization: Bearer ...` must say, everywhere but at the page and `/health`; nothing if None.
     """
 
     stack: Stack
@@ -69,6 +70,7 @@ class Server:
     scheduler: Scheduler = field(default_factory=Scheduler)
     routes: list[Route] = field(default_factory=list)
     max_body: int = 1_000_000
+    api_key: str | None = field(default=None, repr=False)
     _ready: bool = field(default=False, init=False, repr=False)
 
     def add_route(self, method: str, path: str, endpoint: Callable[..., Any]) -> None:
@@ -113,4 +115,7 @@ class Server:
         return ""
 
 
-OWN_ROUTES = (("GET", "/healthz"), ("GET", "/v1/models"), ("POST", "/v1/completions"))
+OWN_ROUTES = (
+    ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("GET", "/v1/models"), ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+)  # fmt: skip

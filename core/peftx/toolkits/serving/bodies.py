@@ -1,0 +1,253 @@
+"""What clients send: OpenAI's requests, field by field. What this server does not do is refused, not ignored; a field
+that is null, or as it would be anyway, asks for nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from peftx.engines.data.messages import render_messages
+from peftx.errors import DataError, UnsupportedError
+from peftx.toolkits.serving.job import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_STOPS = 4  # as OpenAI
+MOST_CHOICES = 16
+MOST_LOGPROBS = 20
+MOST_PROMPTS = 2048
+ASIDE = "\nUser:"
+"""Where a model without a chat template is in the other speaker's turn."""
+
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+AT_DEFAULT_ALONE = ("suffix", "tool_choice", "response_format", "parallel_tool_calls", "dimensions")
+"""Fields whose other values this server does not know."""
+
+
+class Body(BaseModel):
+    """A request."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: object) -> object:
+        """As OpenAI reads them: null is "not given"."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value for name, value in data.items() if value is not None or name not in cls.model_fields
+        }
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class Sampled(Body):
+    """What completions and chats have in common."""
+
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    user: str | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] = Field(default_factory=dict)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def asking(self, max_tokens: int | None, **more: Any) -> list[Request]:
+        """A request for each choice: n of one prompt, with seeds that follow each other."""
+        return [
+            Request(
+                **{"stop": self.stops, **more},
+                max_tokens=max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=None if self.seed is None else self.seed + index,
+                stream=self.stream,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                logit_bias=tuple(sorted(self.logit_bias.items())),
+            )
+            for index in range(self.n)
+        ]
+
+
+def _sole(value: object) -> object:
+    """Of several prompts as ids, or as text, a list; a prompt alone is a list of one."""
+    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int)):
+        return [value]
+    return value
+
+
+class CompletionBody(Sampled):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[list[Text | Ids], BeforeValidator(_sole), Field(min_length=1, max_length=MOST_PROMPTS)]
+    max_tokens: int = Field(16, ge=0)
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 writes nothing, which is of use with echo alone")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError("best_of is less than n")
+        if self.stream and (self.best_of or 1) > self.n:
+            raise ValueError("best_of cannot be streamed")
+        if self.stream and (self.logprobs is not None or self.echo):
+            raise ValueError("logprobs and echo are not streamed by this server")
+        return self
+
+    def requests(self) -> list[list[Request]]:
+        """Those of each prompt."""
+        wanted = self.model_copy(update={"n": max(self.n, self.best_of or 1)})
+        scored = self.logprobs is not None or wanted.n > self.n
+        more = {"logprobs": self.logprobs or 0} if scored else {}
+        return [
+            wanted.asking(self.max_tokens, echo=self.echo, **more, **_prompt(prompt))
+            for prompt in self.prompt
+        ]
+
+
+def _prompt(prompt: str | list[int]) -> dict[str, Any]:
+    return {"prompt": prompt} if isinstance(prompt, str) else {"prompt": "", "ids": tuple(prompt)}
+
+
+class Part(BaseModel):
+    """A piece of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message without content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it."""
+        parts = self.content if isinstance(self.content, list) else []
+        found: dict[str, Any] = self.model_dump(exclude_none=True)
+        found["content"] = "".join(part.text for part in parts) if parts else self.content
+        found["role"] = "system" if self.role == "developer" else self.role
+        for call in found.get("tool_calls", ()):
+            function = call.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                try:
+                    function["arguments"] = json.loads(function["arguments"])
+                except ValueError as error:
+                    raise DataError(f"tool_calls: the arguments are no JSON: {error}") from error
+        return found
+
+
+class ResponseFormat(BaseModel):
+    """What the answer is to look like."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+
+
+class ChatBody(Sampled):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_PROMPTS)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        if self.stream and self.logprobs:
+            raise ValueError("logprobs are not streamed by this server")
+        return self
+
+    def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """One for each choice; the prompt asks for the assistant's turn.
+
+        Raises:
+            DataError: the chat template refuses the conversation. UnsupportedError: tools without a template.
+        """
+        messages = [message.plain() for message in self.messages]
+        tools = self.tools if self.tool_choice != "none" else None
+        chat = tokenizer.chat_template is not None
+        if not chat and (tools or any(m.get("tool_calls") for m in messages)):
+            raise UnsupportedError(
+                "tools go through the tokenizer's chat template, and this model has none",
+                hint="serve a model with a chat template",
+            )
+        more: dict[str, Any] = {"prompt": render_messages(tokenizer, messages, tools=tools), "rendered": chat}
+        if not chat:
+            more |= {"stop": (*self.stops, ASIDE), "trim": True}
+        if self.logprobs:
+            more["logprobs"] = self.top_logprobs or 0
+        return self.asking(self.max_completion_tokens or self.max_tokens, **more)
+
+
+class EmbeddingsBody(Body):
+    """`POST /v1/embeddings`."""
+
+    input: Annotated[list[Text], BeforeValidator(_sole), Field(min_length=1, max_length=MOST_PROMPTS)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    user: str | None = None
+
+
+class TokenizeBody(BaseModel):
+    """`POST /tokenize`, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str
+    model: str | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """`POST /detokenize`."""
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: Annotated[list[TokenId], Field(max_length=100_000)]
+    model: str | None = None
