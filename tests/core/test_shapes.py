@@ -11,7 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 
-from peftx.engines.data import read_dataset, tokenize_dataset
+from peftx.engines.data import pair_of, read_dataset, tokenize_dataset
 from peftx.engines.data.collate import IGNORE
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
 from peftx.errors import DataError
@@ -174,3 +174,13 @@ def test_a_templates_own_marks_say_what_is_learned() -> None:
     assert text.endswith("So long</s>"), "what follows the last answer is nobody's"
     with pytest.raises(DataError, match="no turn of the assistant"):
         learned({"messages": MESSAGES[:2]}, MARKED)
+
+
+def test_what_a_row_asks_and_answers() -> None:
+    turns = [*MESSAGES, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": None}, {"role": "user", "content": "?"}]  # fmt: skip
+    assert pair_of({"messages": turns[:3]}) == ("Be short.\nHi", "Hello")
+    assert pair_of({"messages": turns}) == ("Be short.\nHi\nHello\nBye", "")
+    assert pair_of({"messages": turns[:2]}) == ("Be short.\nHi", "")
+    assert pair_of(PAIR) == ("2 + 2", "4")
+    assert pair_of({"prompt": "a", "chosen": "b", "rejected": "c"}) == ("a", "b")
+    assert pair_of({"text": "a", "label": "b"}) == ("a", "")

@@ -180,6 +180,17 @@ def turns(
     return ids, [(max(1, begin), end - (ids[end - 1] == tokenizer.eos_token_id)) for begin, end in found]
 
 
+def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a row asks, and what it answers, as text: of a conversation the contents of all before the last answer, and
+    that answer (empty where there is none); of a preference the better answer; of a plain text the text, and nothing."""
+    if "messages" not in row:
+        return row.get("prompt", row.get("text", "")), row.get("completion", row.get("chosen", ""))
+    turns = row["messages"]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    said = [str(turn["content"] or "") for turn in turns]
+    return "\n".join(said[:last]), "".join(said[last : last + 1])
+
+
 def _plain_segments(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> Iterator[tuple[str, bool]]:
     """(text, learned?): `User: hi`, line break, `Assistant:` | ` hello` (EOS) | line break, `User: ...`
 

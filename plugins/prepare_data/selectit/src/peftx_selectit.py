@@ -16,7 +16,7 @@ text is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from peftx import ModelView, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import following_ids, prompt_ids
+from peftx.engines.data import following_ids, pair_of, prompt_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.stack import Stack as Kernel
 from peftx.toolkits.evaluation import Request, context_window, score_requests
@@ -166,16 +166,6 @@ def model_level(S_sent: Tensor, theta: Sequence[float]) -> Tensor:
 def rating(ask: str, x: str, y: str) -> str:
     """What a rater reads; a digit follows."""
     return f"{ask}\n\nInstruction: {x}\n\nResponse: {y}{END}"
-
-
-def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(x, y) of a row; of messages the last answer, and the contents of all before it."""
-    if "messages" not in row:
-        return row["prompt"], row["completion"]
-    turns = row["messages"]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-    x, y = turns[:last], turns[last : last + 1]
-    return "\n".join(turn["content"] for turn in x), "".join(turn["content"] for turn in y)
 
 
 class Rater:

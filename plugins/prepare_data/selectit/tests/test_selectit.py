@@ -27,7 +27,6 @@ from peftx_selectit import (
     Rater,
     SelectIt,
     model_level,
-    pair_of,
     rating,
     sentence_level,
     token_level,
@@ -218,13 +217,6 @@ def test_sure_high_ratings_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_messages_are_rated_by_their_last_answer() -> None:
-    turns = [
-        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"},
-    ]  # fmt: skip
-    assert pair_of({"messages": turns}) == ("Be kind.\na\nb\nc", "d")
-    assert pair_of({"messages": turns[:2]}) == ("Be kind.\na", "")
     chats = [
         {
             "messages": [

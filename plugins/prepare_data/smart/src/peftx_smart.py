@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
+from peftx.engines.data import pair_of
 from peftx.errors import DataError, UnsupportedError, nearest
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import Answer, OfStack
@@ -201,15 +202,6 @@ def vector_of(answer: Answer) -> Tensor:
     return torch.from_numpy(np.frombuffer(b64decode(answer.text), "<f4").copy())
 
 
-def prompt_of(row: Mapping[str, Any]) -> str:
-    """What a row asks; of messages the contents of all before the last answer, of a plain text the text."""
-    if "messages" not in row:
-        return str(row.get("prompt", row.get("text")))
-    turns = row["messages"]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-    return "\n".join(turn["content"] for turn in turns[:last])
-
-
 def grouped(
     data: TrainingData, config: SmartConfig, id: str
 ) -> tuple[dict[str, dict[str, list[int]]], dict[int, str]]:
@@ -231,8 +223,8 @@ def grouped(
                     f"{id}: row {place} (counting from 0) names no {column}: {row[column]!r:.60}",
                     hint=f"'{column}' holds a text or a whole number in every row",
                 )
-        if prompt_of(row).strip():
-            prompts[place] = prompt_of(row)
+        if pair_of(row)[0].strip():
+            prompts[place] = pair_of(row)[0]
             parts = groups.setdefault(str(row[columns[0]]), {})
             parts.setdefault(str(row[columns[-1]]), []).append(place)
     return groups, prompts

@@ -25,7 +25,6 @@ from peftx_smart import (
     Vectors,
     facility_location,
     graph_cut,
-    prompt_of,
     split,
     taylor_softmax,
     unit,
@@ -274,14 +273,6 @@ def test_order_of_rows_does_not_matter() -> None:
 
 
 def test_prompts_of_all_formats() -> None:
-    turns = [
-        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"},
-    ]  # fmt: skip
-    assert prompt_of({"messages": turns}) == "Be kind.\na\nb\nc"
-    assert prompt_of({"text": "a", "label": "b"}) == "a"
-    assert prompt_of({"prompt": "a", "chosen": "b", "rejected": "c"}) == "a"
     chats = [
         {"task": row["task"], "messages": [
             {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}

@@ -18,16 +18,16 @@ with sim the cosine of the small model's mean last hidden states of x.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil, exp, floor
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
+from peftx.engines.data import pair_of
 from peftx.errors import DataError, UnsupportedError
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import OfStack
@@ -94,16 +94,6 @@ class Superfiltering(Plugin):
         rows = data.train.remove_columns([name for name in ("ifd",) if name in data.train.column_names])
         data.train = rows.add_column("ifd", [scores.get(i) for i in range(len(pairs))])
         data.keep([reasons[i] for i in range(len(pairs))], by=stack.id_of(self))
-
-
-def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(x, y) of a row; of messages the last answer, and the contents of all before it."""
-    if "messages" not in row:
-        return row["prompt"], row["completion"]
-    turns = row["messages"]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-    x, y = turns[:last], turns[last : last + 1]
-    return "\n".join(turn["content"] for turn in x), "".join(turn["content"] for turn in y)
 
 
 def ifd(worker: Worker, pairs: Sequence[tuple[str, str]]) -> dict[int, float]:

@@ -21,7 +21,7 @@ from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import OfStack
-from peftx_superfiltering import Superfiltering, facility_location, ifd, pair_of
+from peftx_superfiltering import Superfiltering, facility_location, ifd
 
 test_conformance = conformance("superfiltering")
 
@@ -128,13 +128,6 @@ def test_scores_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_messages_are_scored_by_their_last_answer() -> None:
-    turns = [
-        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"},
-    ]  # fmt: skip
-    assert pair_of({"messages": turns}) == ("Be kind.\na\nb\nc", "d")
-    assert pair_of({"messages": turns[:2]}) == ("Be kind.\na", "")
     chats = [
         {"messages": [{"role": role, "content": row[key]} for role, key in
                       (("user", "prompt"), ("assistant", "completion"))]} for row in ROWS
