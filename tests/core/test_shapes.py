@@ -177,7 +177,8 @@ def test_a_templates_own_marks_say_what_is_learned() -> None:
 
 
 def test_what_a_row_asks_and_answers() -> None:
-    turns = [*MESSAGES, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": None}, {"role": "user", "content": "?"}]  # fmt: skip
+    more = [("user", "Bye"), ("assistant", None), ("user", "?")]
+    turns = [*MESSAGES, *({"role": role, "content": content} for role, content in more)]
     assert pair_of({"messages": turns[:3]}) == ("Be short.\nHi", "Hello")
     assert pair_of({"messages": turns}) == ("Be short.\nHi\nHello\nBye", "")
     assert pair_of({"messages": turns[:2]}) == ("Be short.\nHi", "")

@@ -182,7 +182,7 @@ def turns(
 
 def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """What a row asks, and what it answers, as text: of a conversation the contents of all before the last answer, and
-    that answer (empty where there is none); of a preference the better answer; of a plain text the text, and nothing."""
+    that answer (empty where there is none); of a preference the better one; of a plain text the text, and nothing."""
     if "messages" not in row:
         return row.get("prompt", row.get("text", "")), row.get("completion", row.get("chosen", ""))
     turns = row["messages"]
