@@ -123,7 +123,7 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
     papers = [word for word in keywords if ARXIV.fullmatch(word)]
     marks = [f"{mark}:{value}" for mark, values in MARKS.items() for value in values]
     known = (*HOOKS, *papers, *marks, "paper:none")
-    strange = [word for word in keywords if word not in known and not word.startswith("family:")]
+    strange = [word for word in keywords if word not in known and not word.startswith(("family:", "peft:"))]
     if hook not in keywords:
         found.append(f"project.keywords lacks the hook {hook!r}")
     if (not papers and "paper:none" not in keywords) or (papers and "paper:none" in keywords):
@@ -132,7 +132,7 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
         found.append("project.keywords names more than one family")
     if strange:
         found.append(
-            f"project.keywords: {strange} are none of: a hook, family:..., arXiv:..., paper:none, {', '.join(marks)}"
+            f"project.keywords: {strange} are none of: a hook, family:..., arXiv:..., paper:none, peft:..., {', '.join(marks)}"
         )
     found += [
         f"project.keywords needs one {mark}:..., of {', '.join(values)}"

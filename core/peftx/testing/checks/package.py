@@ -45,9 +45,11 @@ def check_package_is_whole(case: Case) -> None:
     plugin = case.subject.plugin
     value = f"{plugin.__module__}:{plugin.__qualname__}"
     assert value in points.values(), f"no entry point of peftx.plugins is {value}: {points}"
-    words = set(project.get("keywords", []))
-    silent = sorted(case.subject.hooks - words)
+    words = project.get("keywords", [])
+    silent = sorted(case.subject.hooks - set(words))
     assert not silent, f"keywords of pyproject.toml lack the hooks {', '.join(silent)}"
+    named, known = set(keyword_values(words, "peft")), {format.type for format in plugin.peft}
+    assert named == known, f"keywords say peft: {sorted(named)}, and the class {sorted(known)}"
 
 
 @check(on="package")
