@@ -211,10 +211,11 @@ class StructuredFfn(Plugin):
                 if span.end is None or span.name == "alone"
                 else (1 + math.cos(math.pi * step.index / span.end)) / 2
             )
+            gone = a == 0 and self.state.get("a") != 0
             self.state["a"] = a
             for layer in self.layers:
                 layer.a = a
-            if a == 0:
+            if gone:
                 step.stack.settle()
         return (yield)
 
