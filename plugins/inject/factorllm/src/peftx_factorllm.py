@@ -103,7 +103,9 @@ class Experts(Delta):
         """(L_PA, L_bal) for inputs [n, d] of the dense block and what it made of them."""
         E, k = self.config.experts, self.config.top_k
         with torch.no_grad():
-            errors = torch.stack([(f(x) - k / E * dense).square().mean(-1) for f in self.experts()], -1)
+            errors = torch.stack(
+                [(f(x) - k / E * dense).float().square().mean(-1) for f in self.experts()], -1
+            )
             q = hot(errors, k, largest=False).to(self.W_r).log_softmax(-1)  # [n, E]
         r = self.scores(x)
         p = r.log_softmax(-1)
