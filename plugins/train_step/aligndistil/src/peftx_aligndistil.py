@@ -13,8 +13,9 @@ the teacher p*, whose logits go beyond those of the DPO model, the further the m
     z*   = z_dpo + a_s (z_dpo - z_rev)                                              p* = softmax(z*)
     loss = beta / a_s * KL(pi_theta(.|s) || p*(.|s))         the mean over an answer's tokens, then over answers
 
+States are prefixes: of the answers in the rows, or of answers that pi_theta draws to their prompts in each step.
 Without contrast z* = z_ref + a_s (z_dpo - z_ref), the paper's first theorem, where beta / a_s is the weight of RLHF's
-own KL term: a_s = 1 gives p* = pi_dpo. States are those of the answers in the rows, each token's own prefix.
+own KL term: a_s = 1 gives p* = pi_dpo.
 
 A run has three phases, "dpo", "reverse" and "distil". What trains goes back to pi_ref between them, and the teachers
 are what it was at the ends of the first two; or they are models of their own, and their phases are left out.
@@ -44,7 +45,7 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, encode_pair, pads_right
+from peftx.engines.data import IGNORE, Collator, encode_pair, pads_right
 from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.calls import columns_of
@@ -52,6 +53,8 @@ from peftx.kernel.ledger import Ledger
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import Phase
+from peftx.toolkits.decoding.text import request_of_ids
+from peftx.toolkits.evaluation import context_window
 
 
 class AlignDistilConfig(PluginConfig):
@@ -70,7 +73,13 @@ class AlignDistilConfig(PluginConfig):
         True, description="a_s by the distance of the two models at the token; else one for all"
     )
     contrast: bool = Field(True, description="the other model is the reverse DPO one; else the start")
-    states: Literal["both", "chosen"] = Field("both", description="answers whose tokens are distilled on")
+    states: Literal["both", "chosen", "drawn"] = Field(
+        "both",
+        description="answers whose tokens are distilled on; drawn: the student's own, anew in each step",
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, description="tokens of a drawn answer; fewer where the model's window ends"
+    )
     teacher_steps: float = Field(
         0.25, gt=0, description="share of a run's steps for each teacher; whole from 1 on: how many"
     )
@@ -88,6 +97,15 @@ class AlignDistilConfig(PluginConfig):
 
 COLUMNS = ("rejected_ids", "rejected_labels")
 Task = Callable[[], tuple[Tensor, Any]]
+AS_IT_IS = {
+    "do_sample": True,
+    "num_beams": 1,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "repetition_penalty": 1.0,
+}
+"""Answers are drawn from pi_theta, whatever a checkpoint's own generation settings make of it."""
 FLOOR = 1e-3
 """Added to an adaptive a_s, which the loss is divided by."""
 
@@ -242,8 +260,10 @@ class AlignDistil(Plugin):
 
     def distil(self, step: TrainStep) -> Task:
         config = self.config
-        if config.states == "chosen":
+        if config.states != "both":
             step.batch = {name: x.chunk(2)[0] for name, x in step.batch.items()}
+        if config.states == "drawn":
+            step.batch = self.drawn(step)
         labels = step.batch["labels"]
         whose = ("dpo", "reverse" if config.contrast else "start")
         teachers = [at_answers(self.logits(step, who), labels) for who in whose]
@@ -260,6 +280,23 @@ class AlignDistil(Plugin):
             return row_means(each, labels), outputs
 
         return loss
+
+    def drawn(self, step: TrainStep) -> dict[str, Tensor]:
+        """Answers that pi_theta draws to the batch's prompts, each up to its end token, in the place of those there."""
+        stack, others = step.stack, dict(step.batch)
+        ids, mask, labels = (others.pop(name) for name in ("input_ids", "attention_mask", "labels"))
+        prompts = [row[x].tolist() for row, x in zip(ids, mask.bool() & (labels == IGNORE), strict=True)]
+        room = context_window(stack.model, stack.tokenizer) - max(map(len, prompts))
+        new = max(1, min(self.config.max_new_tokens, room))
+        with stack.columns(**others), eval_mode(stack.model):
+            request = request_of_ids(stack, prompts, new, None, AS_IT_IS)
+            y = request.run_default()[:, request.input_ids.shape[1] :]
+        end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
+        answers = [row[kept].tolist() for row, kept in zip(y, end.cumsum(1) == end.long(), strict=True)]
+        pairs = zip(prompts, answers, strict=True)
+        rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in pairs]
+        batch = Collator(pad_of(stack.model, stack.tokenizer))(rows)
+        return others | {name: value.to(ids.device) for name, value in batch.items()}
 
 
 def trained(ledger: Ledger) -> dict[str, Tensor]:
