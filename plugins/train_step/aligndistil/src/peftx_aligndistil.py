@@ -1,0 +1,344 @@
+"""AlignDistil: alignment as distillation, from a teacher that is put together anew at every token.
+
+"AlignDistil: Token-Level Language Model Alignment as Adaptive Policy Distillation" (arXiv:2503.02832). Of preferences
+(x, y_w, y_l) two models are trained by DPO from one start, pi_ref, the second one on swapped pairs:
+
+    h       = log pi(y_w|x) - log pi(y_l|x) - (the same of pi_ref)                  sums over an answer's tokens
+    pi_dpo:   - log sigmoid(beta h)              pi_rev:   - log sigmoid(- beta h)
+
+The reward of a token y in state s is r = beta (log pi_dpo(y|s) - log pi_rev(y|s)). RLHF with it is a distillation from
+the teacher p*, whose logits go beyond those of the DPO model, the further the more the two models differ:
+
+    a_s  = strength * sum_v |pi_dpo(v|s) - pi_rev(v|s)| + 1e-3                      adaptive; else a_s = strength
+    z*   = z_dpo + a_s (z_dpo - z_rev)                                              p* = softmax(z*)
+    loss = beta / a_s * KL(pi_theta(.|s) || p*(.|s))         the mean over an answer's tokens, then over answers
+
+States are prefixes: of the answers in the rows, or of answers that pi_theta draws to their prompts in each step.
+Without contrast z* = z_ref + a_s (z_dpo - z_ref), the paper's first theorem, where beta / a_s is the weight of RLHF's
+own KL term: a_s = 1 gives p* = pi_dpo.
+
+A run has three phases, "dpo", "reverse" and "distil". What trains goes back to pi_ref between them, and the teachers
+are what it was at the ends of the first two; or they are models of their own, and their phases are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from peftx import (
+    Claim,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Stack,
+    TrainingData,
+    TrainStep,
+    companion,
+    hookimpl,
+)
+from peftx.engines.data import IGNORE, Collator, encode_pair, pads_right
+from peftx.engines.training.updates import forget
+from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.kernel.calls import columns_of
+from peftx.kernel.ledger import Ledger
+from peftx.kernel.modes import eval_mode
+from peftx.kernel.objective import pad_of
+from peftx.kernel.phases import Phase
+from peftx.toolkits.decoding.text import request_of_ids
+from peftx.toolkits.evaluation import context_window
+
+
+class AlignDistilConfig(PluginConfig):
+    """Options of AlignDistil. The paper trains whole models with them, at learning rate 1e-6."""
+
+    beta: float = Field(
+        0.1, gt=0, allow_inf_nan=False, description="of both DPO losses, and of the distillation"
+    )
+    strength: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how far the teacher goes beyond the DPO model: a_s a unit of the distance, or a_s itself",
+    )
+    adaptive: bool = Field(
+        True, description="a_s by the distance of the two models at the token; else one for all"
+    )
+    contrast: bool = Field(True, description="the other model is the reverse DPO one; else the start")
+    states: Literal["both", "chosen", "drawn"] = Field(
+        "both",
+        description="answers whose tokens are distilled on; drawn: the student's own, anew in each step",
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, description="tokens of a drawn answer; fewer where the model's window ends"
+    )
+    teacher_steps: float = Field(
+        0.25, gt=0, description="share of a run's steps for each teacher; whole from 1 on: how many"
+    )
+    dpo: str | None = Field(None, description="pi_dpo: a bundle, folder or hub id; none: trained in this run")
+    reverse: str | None = Field(None, description="pi_rev: the same")
+
+    @model_validator(mode="after")
+    def _fit(self) -> AlignDistilConfig:
+        if self.teacher_steps >= 1 and self.teacher_steps != int(self.teacher_steps):
+            raise ValueError("teacher_steps: from 1 on it is a number of steps, and must be whole")
+        if self.reverse is not None and not self.contrast:
+            raise ValueError("reverse is not looked at without contrast: leave it out")
+        return self
+
+
+COLUMNS = ("rejected_ids", "rejected_labels")
+Task = Callable[[], tuple[Tensor, Any]]
+AS_IT_IS = {
+    "do_sample": True,
+    "num_beams": 1,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "repetition_penalty": 1.0,
+}
+"""Answers are drawn from pi_theta, whatever a checkpoint's own generation settings make of it."""
+FLOOR = 1e-3
+"""Added to an adaptive a_s, which the loss is divided by."""
+
+
+def dpo_loss(ratio: Tensor, beta: float) -> Tensor:
+    """log pi / pi_ref of the answers, [2 B], the better ones first -> the loss of each pair, [B]."""
+    better, worse = ratio.chunk(2)
+    return -F.logsigmoid(beta * (better - worse))
+
+
+def teacher(
+    dpo: Tensor, other: Tensor, *, strength: float, adaptive: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits of pi_dpo and the other model, [..., V] -> log p*, [..., V], and a_s, [..., 1]."""
+    apart = (dpo.softmax(-1) - other.softmax(-1)).abs().sum(-1, keepdim=True)
+    a = strength * apart + FLOOR if adaptive else torch.full_like(apart, strength)
+    return ((dpo if contrast else other) + a * (dpo - other)).log_softmax(-1), a
+
+
+def distillation(student: Tensor, log_p: Tensor, a: Tensor, beta: float) -> Tensor:
+    """Logits of pi_theta [..., V], and what `teacher` gives -> beta / a_s KL(pi_theta || p*), [...]."""
+    log_pi = student.log_softmax(-1)
+    return beta * (log_pi.exp() * (log_pi - log_p)).sum(-1) / a.squeeze(-1)
+
+
+def at_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [B, T, V] of the states whose next token is labelled, row by row: [N, V] float32."""
+    return logits[:, :-1][labels[:, 1:] != IGNORE].float()
+
+
+def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log pi(y|x) of rows: logits [B, T, V], labels [B, T] -> [B] float32."""
+    each = F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], ignore_index=IGNORE, reduction="none")
+    return -each.sum(1)
+
+
+def row_means(each: Tensor, labels: Tensor) -> Tensor:
+    """Numbers of the answers' tokens, [N] -> the mean of the rows' means."""
+    kept = labels[:, 1:] != IGNORE  # [B, T - 1]
+    weight = kept / kept.sum(1, keepdim=True).clamp(min=1)
+    return (each * weight[kept]).sum() / len(labels)
+
+
+class AlignDistil(Plugin):
+    """See the module."""
+
+    Config = AlignDistilConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NEEDS_LABELS, Claim.NEEDS_MASK}
+    takes, gives = ("preference",), {"preference": "tokenized"}
+    refuses = {"bert": "it writes no text", "t5": "prompt and answer are not in one row"}
+    example = {"teacher_steps": 1}  # a loop of one's own does not know its length, of which 0.25 is a quarter
+    config: AlignDistilConfig
+
+    def suits(self, model: ModelView) -> None:
+        if model.config.is_encoder_decoder or not model.module.can_generate():
+            name = type(model.module).__name__
+            raise ArchitectureError(f"{model.owner}: {name} goes on with no text", hint="take a decoder")
+
+    def phases(self) -> Sequence[Phase]:
+        wanted = ("dpo", "reverse") if self.config.contrast else ("dpo",)
+        ours = [name for name in wanted if getattr(self.config, name) is None]
+        return [*(Phase(name, self.config.teacher_steps) for name in ours), Phase("distil")]
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.owner = model.owner
+        for name in COLUMNS:
+            model.column(name, own_length=True)
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
+        if data.format != "preference":
+            raise UnsupportedError(
+                f"{self.owner}: the rows are of format '{data.format}', and it trains on preferences",
+                hint="give rows with prompt, chosen and rejected",
+            )
+        for split in ("train", "eval"):
+            if (rows := getattr(data, split)) is not None:
+                pairs = [self.pair(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
+                found = {name: [pair[name] for pair in pairs] for name in ("input_ids", "labels", *COLUMNS)}
+                others = set(columns_of(stack.model)) & set(rows.column_names)
+                setattr(data, split, Dataset.from_dict(found | {name: rows[name][:] for name in others}))
+        data.format = "tokenized"
+
+    def pair(self, row: dict[str, str], where: str, data: TrainingData) -> dict[str, list[int]]:
+        """Both texts of a row, and their labels."""
+        texts = [
+            encode_pair(
+                data.tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
+            )
+            for name in ("chosen", "rejected")
+        ]
+        answers = [[label for label in text.labels if label != IGNORE] for text in texts]
+        if answers[0] == answers[1]:
+            raise DataError(
+                f"{self.owner}: {where}: chosen and rejected are the same answer, which says nothing of what is "
+                "preferred",
+                hint="leave out rows whose two answers are equal",
+            )
+        values = (ids for text in texts for ids in (text.input_ids, text.labels))
+        return dict(zip(("input_ids", "labels", *COLUMNS), values, strict=True))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        step.batch = together(step.batch, pad_of(step.model, step.stack.tokenizer), self.owner)
+        phase = self.enter(step)
+        step.replace_task_loss(self.distil(step) if phase == "distil" else self.dpo(step, phase), over="rows")
+        return (yield)
+
+    def enter(self, step: TrainStep) -> str:
+        """The phase. As one begins, what the last one trained is kept, and all that trains is as it was at first."""
+        phase, known = step.phase(self), step.memory.setdefault(self.owner, {})
+        if step.begins(self):
+            if phase.first == 0:
+                known.clear()
+            now = trained(step.stack.ledger)
+            known[known.get("phase", "start")] = {name: x.detach().clone() for name, x in now.items()}
+            known["phase"] = phase.name
+            with torch.no_grad():
+                for name, x in now.items():
+                    x.copy_(known["start"][name])
+        if "start" not in known:
+            hint = "begin at step 0; give all steps of a loop of your own one `memory`"
+            raise PeftxError(
+                f"{self.owner}: step {step.index} does not remember how the run started", hint=hint
+            )
+        if 0 < phase.first == step.index and step.last_micro:
+            step.before_update(lambda optimizer: forget(optimizer, step.parameters()))
+        return phase.name
+
+    def logits(self, step: TrainStep, who: str) -> Tensor:
+        """Of a frozen model (`start`, `dpo` or `reverse`) on the batch, [B, T, V]."""
+        if source := getattr(self.config, who, None):
+            with step.reference(companion(step.stack, source)) as model:
+                inputs = {name: step.batch[name] for name in ("input_ids", "attention_mask")}
+                return model(**inputs).logits  # type: ignore[no-any-return]
+        with as_it_was(step.stack.ledger, step.memory[self.owner][who]):
+            return step.forward(labels=None).logits  # type: ignore[no-any-return]
+
+    def dpo(self, step: TrainStep, phase: str) -> Task:
+        """DPO of the pairs, or of the swapped ones."""
+        labels = step.batch["labels"]
+        before = log_probs(self.logits(step, "start"), labels)
+        sign = 1 if phase == "dpo" else -1
+
+        def loss() -> tuple[Tensor, Any]:
+            outputs = step.forward(labels=None)
+            ratio = sign * (log_probs(outputs.logits, labels) - before)
+            return dpo_loss(ratio, self.config.beta).mean(), outputs
+
+        return loss
+
+    def distil(self, step: TrainStep) -> Task:
+        config = self.config
+        if config.states != "both":
+            step.batch = {name: x.chunk(2)[0] for name, x in step.batch.items()}
+        if config.states == "drawn":
+            step.batch = self.drawn(step)
+        labels = step.batch["labels"]
+        whose = ("dpo", "reverse" if config.contrast else "start")
+        teachers = [at_answers(self.logits(step, who), labels) for who in whose]
+        extrapolated = partial(
+            teacher, strength=config.strength, adaptive=config.adaptive, contrast=config.contrast
+        )
+
+        def loss() -> tuple[Tensor, Any]:
+            outputs = step.forward(labels=None)
+            found = [at_answers(outputs.logits, labels), *teachers]
+            size = min(z.shape[-1] for z in found)  # heads of one family are rounded up differently
+            student, dpo, other = (z[:, :size] for z in found)
+            each = distillation(student, *extrapolated(dpo, other), config.beta)
+            return row_means(each, labels), outputs
+
+        return loss
+
+    def drawn(self, step: TrainStep) -> dict[str, Tensor]:
+        """Answers that pi_theta draws to the batch's prompts, each up to its end token, in the place of those there."""
+        stack, others = step.stack, dict(step.batch)
+        ids, mask, labels = (others.pop(name) for name in ("input_ids", "attention_mask", "labels"))
+        prompts = [row[x].tolist() for row, x in zip(ids, mask.bool() & (labels == IGNORE), strict=True)]
+        room = context_window(stack.model, stack.tokenizer) - max(map(len, prompts))
+        new = max(1, min(self.config.max_new_tokens, room))
+        with stack.columns(**others), eval_mode(stack.model):
+            request = request_of_ids(stack, prompts, new, None, AS_IT_IS)
+            y = request.run_default()[:, request.input_ids.shape[1] :]
+        end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
+        answers = [row[kept].tolist() for row, kept in zip(y, end.cumsum(1) == end.long(), strict=True)]
+        pairs = zip(prompts, answers, strict=True)
+        rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in pairs]
+        batch = Collator(pad_of(stack.model, stack.tokenizer))(rows)
+        return others | {name: value.to(ids.device) for name, value in batch.items()}
+
+
+def trained(ledger: Ledger) -> dict[str, Tensor]:
+    """All that plugins train, and what they keep beside it (the places of sparse entries); each tensor once."""
+    parts = [part for part in ledger.parts if part.trains]
+    found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
+    return dict({id(x): (name, x) for name, x in found.items()}.values())
+
+
+@contextmanager
+def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, these are in the place of all that trains, without gradients and in evaluation mode."""
+    now = trained(ledger)
+    own = {name: x.data for name, x in now.items()}
+    try:
+        for name, x in now.items():
+            values[name] = values[name].to(x)  # from a checkpoint they are on the CPU
+            x.data = values[name]
+        with eval_mode(ledger.model), torch.no_grad():
+            yield
+    finally:
+        for name, x in now.items():
+            x.data = own[name]
+
+
+def together(batch: dict[str, Any], pad: int, owner: str) -> dict[str, Any]:
+    """Texts with the chosen answers and then those with the rejected ones; other columns stand twice."""
+    if missing := ", ".join(sorted({"input_ids", "attention_mask", "labels", *COLUMNS} - batch.keys())):
+        hint = "train on preference rows; in a loop of your own, on those that stack.prepare returns"
+        raise PeftxError(f"{owner}: the batch has no {missing}", hint=hint)
+    given = dict(batch)
+    mask = given.pop("attention_mask")
+    ids = [given.pop("input_ids").masked_fill(mask == 0, -1), given.pop("rejected_ids")]
+    labels = [given.pop("labels"), given.pop("rejected_labels")]
+    if wrong := next((name for name, x in given.items() if x.shape[1:] == mask.shape[1:]), None):
+        raise PeftxError(f"{owner}: column '{wrong}' has a value a token of one answer", hint="leave it out")
+    width = max(x.shape[1] for x in ids)
+    ids, labels = ([F.pad(x, (0, width - x.shape[1]), value=-1) for x in xs] for xs in (ids, labels))
+    told, learned = torch.cat(ids), torch.cat(labels)  # [2 B, T]
+    rows = {
+        "input_ids": told.masked_fill(told < 0, pad),
+        "attention_mask": (told >= 0).long(),
+        "labels": learned.masked_fill(learned < 0, IGNORE),
+    }
+    return pads_right(rows) | {name: torch.cat([x] * 2) for name, x in given.items()}
