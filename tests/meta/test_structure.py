@@ -132,7 +132,8 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
         found.append("project.keywords names more than one family")
     if strange:
         found.append(
-            f"project.keywords: {strange} are none of: a hook, family:..., arXiv:..., paper:none, peft:..., {', '.join(marks)}"
+            f"project.keywords: {strange} are none of: a hook, family:..., arXiv:..., paper:none, peft:..., "
+            + ", ".join(marks)
         )
     found += [
         f"project.keywords needs one {mark}:..., of {', '.join(values)}"
