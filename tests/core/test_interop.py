@@ -153,6 +153,64 @@ def test_roles_of_a_fused_matrix_with_factors_of_their_own(tmp_path: Path) -> No
     assert apart(logits(again), logits(stack.model)) <= 1e-6
 
 
+FEEDFORWARD = {"llama": "down_proj", "gpt2": "mlp.c_proj", "bert": "output.dense", "t5": "wo", "opt": "fc2"}
+METHODS: list[tuple[str, str, dict[str, Any], str]] = [
+    *(
+        ("IA3Config", name, {"target_modules": [*MODULES[name], last], "feedforward_modules": [last]}, "ia3")
+        for name, last in FEEDFORWARD.items()
+    ),
+    ("IA3Config", "bloom", {"target_modules": ["query_key_value"], "feedforward_modules": []}, "ia3"),
+    ("IA3Config", "phi3", {"target_modules": ["qkv_proj"], "feedforward_modules": []}, "ia3"),
+    *(
+        ("LoraConfig", name, {"use_dora": True, "r": 4, "lora_alpha": 12}, "dora")
+        for name in ("llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "bart", "gemma2", "mamba")
+    ),
+    ("LoraConfig", "llama", {"use_dora": True, "r": 4, "use_rslora": True}, "dora"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "options", "use"), METHODS, ids=[f"{m[3]}-{m[1]}-{i}" for i, m in enumerate(METHODS)]
+)
+def test_other_methods_there_and_back(
+    config: str, name: str, options: dict[str, Any], use: str, tmp_path: Path
+) -> None:
+    import peft
+
+    usual = {"target_modules": MODULES[name]} | ({"fan_in_fan_out": True} if name == "gpt2" else {})
+    known = vars(getattr(peft, config)).get("__dataclass_fields__", {})
+    told = {key: value for key, value in usual.items() if key in known} | options
+    model = theirs(name, tmp_path / "theirs", getattr(peft, config)(**told))
+    stack = import_peft(tmp_path / "theirs", model=tiny(name))
+    assert list(stack.plugins) == [use]
+    assert apart(logits(stack.model), logits(model)) <= 2e-6
+    assert apart(logits(tiny(name)), logits(model)) > 1e-4
+    to_peft(stack, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
+    assert apart(logits(again), logits(model)) <= 2e-6
+    saved = [load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours")]
+    assert {n: t.shape for n, t in saved[0].items()} == {n: t.shape for n, t in saved[1].items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
+def test_some_roles_of_a_fused_matrix(name: str, tmp_path: Path) -> None:
+    """Rows that no role adapts stay as they are in PEFT: a gain of one, a length of |W|."""
+    from peft import PeftModel
+
+    from peftx_dora import Dora
+    from peftx_ia3 import Ia3
+
+    plugins = (Ia3(targets="attention.k,v", inputs=None), Dora(rank=2, targets="attention.q,v"))
+    for number, plugin in enumerate(plugins):
+        torch.manual_seed(0)
+        stack = Stack(tiny(name), [plugin])
+        for parameter in stack.ledger.parameters(next(iter(stack.plugins))):
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        to_peft(stack, tmp_path / str(number))
+        again = PeftModel.from_pretrained(tiny(name), tmp_path / str(number)).eval()
+        assert apart(logits(again), logits(stack.model)) <= 2e-6
+
+
 def changed(folder: Path, **fields: Any) -> None:
     file = folder / CONFIG
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}), "utf-8")

@@ -75,6 +75,10 @@ def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
     Raises:
         PeftxError: names a tensor or a place that has no counterpart, or another size.
     """
+    for id, entry in members.items():
+        if entry.format is not None:
+            names = (*entry.format.tensors.values(), *entry.format.kept.values())
+            entry.format.prepare(stack.member(id).plugin, adapter.settings(names))
     saved = read_tensors(adapter.folder / WEIGHTS, links=True)
     left = dict.fromkeys(saved)
     copies: list[tuple[Tensor, Tensor]] = []
@@ -84,9 +88,9 @@ def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
         )  # fmt: skip
         for place, key, value in own:
             if place.shape != value.shape:
+                size = _size(saved.get(key, value))
                 raise PeftxError(
-                    f"{id}: {key} of '{adapter.folder}' is {_size(saved[key])}, which does not go with the model's "
-                    f"{_size(place)}",
+                    f"{id}: {key} of '{adapter.folder}' is {size}, which does not go with the model's {_size(place)}",
                     hint="it is an adapter of another model",
                 )
             left.pop(key, None)
@@ -118,19 +122,33 @@ def _of_method(
                 if full is not None:
                     yield part.module._parameters[name], full, saved[full]  # type: ignore[misc]
         elif isinstance(part, DeltaPart):
-            for own, place in own_tensors(part.module).items():
-                name = format.tensors.get(own, own)
-                level = places.get(_level(part, adapter, format), {})
-                if name not in level:
-                    raise PeftxError(f"{id}: '{adapter.folder}' has no {name} for {part.path}")
-                value = saved[level[name]]
-                yield place, level[name], _for_part(part, own, value, place, format)
+            if not format.fused and entry_of(part).rows is not None:
+                raise PeftxError(
+                    f"{id}: {part.path} is several matrices in one, of which '{adapter.folder}' has one update, and "
+                    f"{id} one for each",
+                    hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+                )
+            level = places.get(_level(part, adapter, format), {})
+            keys: dict[str, str] = {}
+            values: dict[str, Tensor] = {}
+            own = own_tensors(part.module)
+            for name, place in own.items():
+                key = level.get(format.tensors.get(name, name))
+                if key is not None:
+                    keys[name], values[name] = key, _for_part(part, name, saved[key], place, format)
+                elif name not in format.own:
+                    missing = format.tensors.get(name, name)
+                    raise PeftxError(f"{id}: '{adapter.folder}' has no {missing} for {part.path}")
+            for name, value in format.read(part.module, values).items():
+                yield own[name], keys.get(name, ""), _shaped(value, own[name])
         else:
-            for own, place in own_tensors(part.module).items():
-                key = format.kept.get(f"{part.key}.{own}", own)
-                if key not in saved:
-                    raise PeftxError(f"{id}: '{adapter.folder}' has no {key}")
-                yield place, key, _shaped(saved[key], place)
+            own = own_tensors(part.module)
+            keys = {name: format.kept.get(f"{part.key}.{name}", name) for name in own}
+            absent = [key for key in keys.values() if key not in saved]
+            if absent:
+                raise PeftxError(f"{id}: '{adapter.folder}' has no {absent[0]}")
+            for name, value in format.read(part.module, {n: saved[key] for n, key in keys.items()}).items():
+                yield own[name], keys[name], _shaped(value, own[name])
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from peftx.peft_format import INNER, PeftFormat, most_common
 from peftx.stack import Stack
 
 A, B = "lora_A.weight", "lora_B.weight"
-LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"B": 0})
+LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"B": 0}, experts=True)
 """Of plugins whose deltas are s B A x, whatever they are called."""
 ALL_HEADS = frozenset[str]().union(*HEADS.values())
 Place = tuple[str, str]
@@ -42,7 +42,10 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
     member = stack.member(id) if id is not None else _only(stack)
     format = _format(stack, member)
     groups, kept = _read(stack, member, format)
-    matrices = {place: _joined(place, pieces, member) for place, pieces in groups.items()}
+    deltas = {part.path: part for part in stack.ledger.of(member.id, DeltaPart)}
+    matrices = {
+        place: _joined(place, pieces, member, format, deltas[place[0]]) for place, pieces in groups.items()
+    }
     fields, tensors = _beside(stack, {path for path, _ in matrices})
     tensors |= kept | _named(matrices)
     task, head = _task(stack, {path for path, _ in matrices})
@@ -52,6 +55,7 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
         "inference_mode": True, "target_modules": plain or None,
         "target_parameters": [f"{p}.{parameter}" for p, parameter in matrices if parameter] or None,
         **format.settings(member.plugin.config), **_ranks(matrices), **fields,
+        **format.of_deltas({path: part.module for path, part in deltas.items()}),
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,16 +131,28 @@ def _read(
         if not isinstance(part, DeltaPart):
             names = {own: format.kept.get(f"{part.key}.{own}", "") for own in own_tensors(part.module)}
             _check(member, part, format, [own for own, name in names.items() if not name])
-            kept |= {names[own]: tensor for own, tensor in own_tensors(part.module).items()}
+            tensors = format.write(part.module, own_tensors(part.module))
+            kept |= {names[own]: tensor for own, tensor in tensors.items()}
             continue
         entry, scale = entry_of(part), getattr(part.module, "scale", None) if format.type == "LORA" else None
         if format is LOW_RANK:
             a, b, scale = part.module.low_rank()  # type: ignore[operator, misc]
             tensors, divided = {A: a, B: b}, {B: 0}
+        elif experts_of(part) and not format.experts:
+            raise PeftxError(
+                f"{member.id}: {part.path} is stacked experts, which PEFT does not adapt by {format.type}",
+                hint="save it as a bundle, or merge it",
+            )
         else:
-            own = own_tensors(part.module)
+            own = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
             _check(member, part, format, sorted(own.keys() - format.tensors.keys()))
-            tensors = {format.tensors[name]: tensor for name, tensor in own.items()}
+            if not format.fused and entry.rows is not None:
+                raise PeftxError(
+                    f"{member.id}: {part.path} is several matrices in one, and PEFT's format of {format.type} has one "
+                    "update for all of it",
+                    hint="save it as a bundle, or merge it",
+                )
+            tensors = {format.tensors[n]: t for n, t in format.write(part.module, own).items()}
             divided = {format.tensors[name]: axis for name, axis in format.divided.items()}
         experts = experts_of(part)
         place = part.path, entry.parameter if experts else ""
@@ -152,7 +168,9 @@ def _check(member: Member, part: Part, format: PeftFormat, unknown: Sequence[str
         )
 
 
-def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
+def _joined(
+    place: Place, pieces: list[_Piece], member: Member, format: PeftFormat, part: DeltaPart
+) -> _Piece:
     """The roles of a fused matrix as one. Low-rank updates with factors of their own lie beside each other."""
     first = pieces[0]
     if first.rows is None:
@@ -164,7 +182,7 @@ def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
         for name in first.tensors if name not in first.divided
     }  # fmt: skip
     together = all(same.values()) and len({piece.scale for piece in pieces}) == 1
-    if not together and first.tensors.keys() != {A, B}:
+    if not together and not {A, B} <= first.tensors.keys():
         name = next((name for name, equal in same.items() if not equal), A)
         raise PeftxError(
             f"{member.id}: the roles of the fused matrix {place[0]} have each a {name} of their own, and PEFT's format "
@@ -173,19 +191,20 @@ def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
         )
     scale = 1.0 if not together else first.scale
     ranks = [piece.tensors[A].shape[-2] if not together else 0 for piece in pieces]
+    neutral = {format.tensors[name]: start for name, start in format.neutral.items()}
     for name, tensor in first.tensors.items():
         if name not in first.divided:
             found[name] = tensor if together else torch.cat([p.tensors[name] for p in pieces], front)
             continue
-        axis = first.divided[name] + front
+        axis, beside = first.divided[name] + front, not together and name == B
         shape = list(tensor.shape)
         shape[axis] = first.rows.total
-        if not together:
+        if beside:
             shape[-1] = sum(ranks)
-        whole = tensor.new_zeros(shape)
+        whole = neutral[name](_weight(part)).to(tensor) if name in neutral else tensor.new_zeros(shape)
         for index, piece in enumerate(pieces):
             assert piece.rows is not None
-            if together:
+            if not beside:
                 whole = piece.rows.put(whole, piece.tensors[name], axis)
                 continue
             wide = torch.zeros_like(piece.rows.take(whole, axis))
@@ -194,6 +213,14 @@ def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
             whole = whole + piece.rows.put(torch.zeros_like(whole), wide, axis)
         found[name] = whole
     return _Piece(found, first.divided, None, first.experts, scale)
+
+
+def _weight(part: DeltaPart) -> Tensor:
+    """Of the matrix on which a part stands, [out, in]."""
+    entry = entry_of(part)
+    held = part.place._parameters.get(entry.parameter)
+    weight = (part.place.weight if held is None else held).detach().float()  # type: ignore[operator, union-attr]
+    return weight.mT if entry.transposed else weight
 
 
 def _named(matrices: dict[Place, _Piece]) -> dict[str, Tensor]:

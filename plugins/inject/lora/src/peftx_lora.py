@@ -176,6 +176,7 @@ class Lora(Plugin):
                 "embedding_B": "lora_embedding_B",
             },
             divided={"B": 0},
+            experts=True,
             options=options_of,
             settings=lambda config: {"lora_dropout": config.dropout},
             when=lambda settings: not settings["use_dora"],
