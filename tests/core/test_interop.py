@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftx import Stack
+from peftx import Registry, Stack
 from peftx.composition.adapters import CONFIG, WEIGHTS
+from peftx.composition.registry import keyword_values
 from peftx.errors import BundleError, PeftxError, RegistryError
 from peftx.interop import import_peft, to_peft
 from peftx.testing.models import example_inputs, output_of, tiny
@@ -37,6 +39,15 @@ MODULES = {
     "gemma2": ["k_proj", "up_proj"],
     "mamba": ["in_proj", "x_proj"],
 }
+
+
+def test_keywords_say_which_formats_a_plugin_knows() -> None:
+    """By the keywords alone the plugin of an adapter is found, so that nothing else is imported."""
+    for file in Path(__file__).parents[2].glob("plugins/*/*/pyproject.toml"):
+        project = tomllib.loads(file.read_text("utf-8"))["project"]
+        ((name, _),) = project["entry-points"]["peftx.plugins"].items()
+        types = [format.type for format in Registry().outline(name).peft]
+        assert keyword_values(project["keywords"], "peft") == types, name
 
 
 def logits(model: Any) -> Tensor:
@@ -166,6 +177,25 @@ METHODS: list[tuple[str, str, dict[str, Any], str]] = [
         for name in ("llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "bart", "gemma2", "mamba")
     ),
     ("LoraConfig", "llama", {"use_dora": True, "r": 4, "use_rslora": True}, "dora"),
+    *(("VeraConfig", name, {"r": 8}, "vera") for name in ("llama", "opt", "bert", "t5", "gemma2", "mamba")),
+    ("VeraConfig", "llama", {"r": 48, "save_projection": False, "projection_prng_key": 7}, "vera"),
+    *(
+        ("OFTConfig", name, {"oft_block_size": 4, "use_cayley_neumann": False}, "oft")
+        for name in ("llama", "gpt_neox", "phi3", "bert", "t5", "bart")
+    ),
+    ("OFTConfig", "llama", {"oft_block_size": 4}, "oft"),
+    ("OFTConfig", "llama", {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 7}, "oft"),
+    ("OFTConfig", "llama", {"oft_block_size": 8, "block_share": True}, "oft"),
+    ("OFTConfig", "llama", {"oft_block_size": 8, "coft": True, "eps": 0.2}, "oft"),
+    *(("BOFTConfig", name, {"boft_block_size": 4}, "oft") for name in ("llama", "opt", "bert", "t5")),
+    ("BOFTConfig", "llama", {"boft_block_size": 0, "boft_block_num": 4}, "oft"),
+    *(("LoKrConfig", name, {"r": 2, "alpha": 3}, "lokr") for name in ("llama", "opt", "bert", "t5", "bart")),
+    ("LoKrConfig", "llama", {"r": 1, "decompose_both": True, "decompose_factor": 4}, "lokr"),
+    ("LoKrConfig", "llama", {"r": 40, "target_modules": "all-linear"}, "lokr"),
+    *(
+        ("LoHaConfig", name, {"r": 2, "alpha": 3}, "lokr")
+        for name in ("llama", "gpt_neox", "phi3", "bert", "t5")
+    ),
 ]
 
 

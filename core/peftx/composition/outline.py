@@ -32,6 +32,7 @@ OURS = frozenset(
         "peftx.kernel.phases",
         "peftx.kernel.plugin",
         "peftx.kernel.targets",
+        "peftx.peft_format",
     }
 )
 """Modules of peftx that do not import torch."""

@@ -21,7 +21,7 @@ from peftx.composition.adapters import (
 from peftx.composition.registry import Registry
 from peftx.engines.files import naming, read_tensors
 from peftx.errors import PeftxError
-from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.parts import FREE, BasePart, DeltaPart, Part
 from peftx.kernel.slots import Entry as Slotted
 from peftx.kernel.slots import slot_of
 from peftx.peft_format import INNER, PeftFormat
@@ -143,12 +143,17 @@ def _of_method(
                 yield own[name], keys.get(name, ""), _shaped(value, own[name])
         else:
             own = own_tensors(part.module)
-            keys = {name: format.kept.get(f"{part.key}.{name}", name) for name in own}
+            keys = {name: format.kept.get(f"{kept_as(part)}.{name}", name) for name in own}
             absent = [key for key in keys.values() if key not in saved]
             if absent:
                 raise PeftxError(f"{id}: '{adapter.folder}' has no {absent[0]}")
             for name, value in format.read(part.module, {n: saved[key] for n, key in keys.items()}).items():
                 yield own[name], keys[name], _shaped(value, own[name])
+
+
+def kept_as(part: Part) -> str:
+    """The name of what belongs to no module."""
+    return part.key.removeprefix(f"{FREE}.")
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

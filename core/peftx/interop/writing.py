@@ -15,7 +15,7 @@ from torch import Tensor
 from peftx.composition.adapters import CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
 from peftx.composition.members import default_id
 from peftx.errors import PeftxError
-from peftx.interop.importing import entry_of, experts_of, own_tensors
+from peftx.interop.importing import entry_of, experts_of, kept_as, own_tensors
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, Part
 from peftx.kernel.slots import Rows
@@ -129,9 +129,10 @@ def _read(
         if _is_head(part):
             continue
         if not isinstance(part, DeltaPart):
-            names = {own: format.kept.get(f"{part.key}.{own}", "") for own in own_tensors(part.module)}
+            tensors = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
+            tensors = format.write(part.module, tensors)
+            names = {own: format.kept.get(f"{kept_as(part)}.{own}", "") for own in tensors}
             _check(member, part, format, [own for own, name in names.items() if not name])
-            tensors = format.write(part.module, own_tensors(part.module))
             kept |= {names[own]: tensor for own, tensor in tensors.items()}
             continue
         entry, scale = entry_of(part), getattr(part.module, "scale", None) if format.type == "LORA" else None
@@ -145,14 +146,15 @@ def _read(
             )
         else:
             own = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
-            _check(member, part, format, sorted(own.keys() - format.tensors.keys()))
             if not format.fused and entry.rows is not None:
                 raise PeftxError(
                     f"{member.id}: {part.path} is several matrices in one, and PEFT's format of {format.type} has one "
                     "update for all of it",
                     hint="save it as a bundle, or merge it",
                 )
-            tensors = {format.tensors[n]: t for n, t in format.write(part.module, own).items()}
+            own = format.write(part.module, own)
+            _check(member, part, format, sorted(own.keys() - format.tensors.keys()))
+            tensors = {format.tensors[name]: tensor for name, tensor in own.items()}
             divided = {format.tensors[name]: axis for name, axis in format.divided.items()}
         experts = experts_of(part)
         place = part.path, entry.parameter if experts else ""

@@ -189,7 +189,7 @@ class Dora(Plugin):
             "LORA",
             tensors={"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
             divided={"B": 0, "magnitude": 0},
-            neutral={"magnitude": lambda weight: lengths(weight)},
+            neutral={"magnitude": lambda weight: weight.norm(dim=-1)},
             options=options_of,
             settings=lambda config: {"use_dora": True, "lora_dropout": config.dropout},
             when=lambda settings: bool(settings["use_dora"]),

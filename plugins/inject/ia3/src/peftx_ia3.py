@@ -47,6 +47,7 @@ class ScaleOutput(Delta):
         features: out. batch: leading dimensions of stacked experts' weights.
     """
 
+    before = False  # what comes out of the layer is scaled
     full_precision = True  # a step of l is below bfloat16's rounding of the ones that it starts from
 
     def __init__(self, features: int, *, batch: tuple[int, ...] = ()) -> None:
@@ -68,6 +69,7 @@ class ScaleInput(Delta):
         features: in.
     """
 
+    before = True
     full_precision = True
 
     def __init__(self, features: int) -> None:
@@ -106,16 +108,12 @@ class Ia3(Plugin):
             "IA3",
             tensors={"l": "ia3_l"},
             divided={"l": 0},
-            neutral={"l": lambda weight: torch.ones(len(weight), 1)},
+            neutral={"l": lambda weight: weight.new_ones(len(weight), 1)},
             options=options_of,
             settings=lambda config: {},
-            write=lambda delta, own: {
-                "l": own["l"][None] if isinstance(delta, ScaleInput) else own["l"][:, None]
-            },
+            write=lambda delta, own: {"l": own["l"][None] if delta.before else own["l"][:, None]},
             of_deltas=lambda deltas: {
-                "feedforward_modules": [
-                    path for path, delta in deltas.items() if isinstance(delta, ScaleInput)
-                ]
+                "feedforward_modules": [path for path, delta in deltas.items() if delta.before]
             },
         ),
     )
