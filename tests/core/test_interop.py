@@ -193,6 +193,10 @@ METHODS: list[tuple[str, str, dict[str, Any], str]] = [
     ("LoKrConfig", "llama", {"r": 1, "decompose_both": True, "decompose_factor": 4}, "lokr"),
     ("LoKrConfig", "llama", {"r": 40, "target_modules": "all-linear"}, "lokr"),
     *(
+        ("AdaLoraConfig", name, {"init_r": 4, "lora_alpha": 6, "total_step": 10}, "adalora")
+        for name in ("llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "bart", "mamba")
+    ),
+    *(
         ("LoHaConfig", name, {"r": 2, "alpha": 3}, "lokr")
         for name in ("llama", "gpt_neox", "phi3", "bert", "t5")
     ),
@@ -220,6 +224,34 @@ def test_other_methods_there_and_back(
     assert apart(logits(again), logits(model)) <= 2e-6
     saved = [load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours")]
     assert {n: t.shape for n, t in saved[0].items()} == {n: t.shape for n, t in saved[1].items()}
+
+
+def test_ranks_that_fell_there_and_back(tmp_path: Path) -> None:
+    """Trained and pruned by PEFT, to no rank at all in some matrices."""
+    from peft import AdaLoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    options = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 2, "total_step": 9, "lora_alpha": 7}
+    model = get_peft_model(
+        tiny("llama"), AdaLoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options)
+    )
+    optimizer, ids = torch.optim.Adam(model.parameters(), lr=0.05), torch.tensor([[3, 7, 5, 9, 2]])
+    for step in range(9):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path / "theirs")
+    ranks = {n: len(t) for n, t in load_file(tmp_path / "theirs" / WEIGHTS).items() if n.endswith("lora_E")}
+    assert min(ranks.values()) == 0 < max(ranks.values())
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "theirs").eval()
+    stack = import_peft(tmp_path / "theirs", model=tiny("llama"))
+    assert apart(logits(stack.model), logits(again)) <= 1e-6
+    assert apart(logits(tiny("llama")), logits(again)) > 1e-3
+    assert [phase.name for phase in stack.plugins["adalora"].phases()] == ["final"]
+    to_peft(stack, tmp_path / "ours")
+    third = PeftModel.from_pretrained(tiny("llama"), tmp_path / "ours").eval()
+    assert apart(logits(third), logits(again)) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])

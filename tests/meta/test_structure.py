@@ -133,7 +133,8 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
         found.append("project.keywords names more than one family")
     if strange:
         found.append(
-            f"project.keywords: {strange} are none of: a hook, family:..., peft:..., arXiv:..., paper:none, {', '.join(marks)}"
+            f"project.keywords: {strange} are none of: a hook, family:..., peft:..., arXiv:..., paper:none, "
+            f"{', '.join(marks)}"
         )
     found += [
         f"project.keywords needs one {mark}:..., of {', '.join(values)}"
