@@ -19,6 +19,9 @@ NEUTRAL: Mapping[str, Any] = {
 are adapted is read from the tensors."""
 
 
+SOFT = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "init_weights")
+"""Fields of soft prompts and prefixes that follow from the model, or say how they began."""
+
 INNER = ".base_layer"
 """In the path of what a module was before it was wrapped: of stacked experts, once for each further matrix."""
 

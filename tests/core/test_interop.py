@@ -254,6 +254,64 @@ def test_ranks_that_fell_there_and_back(tmp_path: Path) -> None:
     assert apart(logits(third), logits(again)) <= 1e-6
 
 
+PROMPTS: list[tuple[str, str, dict[str, Any], str]] = [
+    *(
+        ("PromptTuningConfig", name, {}, "prompt-tuning")
+        for name in ("llama", "gpt2", "gpt_neox", "opt", "gemma2", "qwen2", "t5")
+    ),
+    *(
+        ("PromptEncoderConfig", name, {"encoder_hidden_size": 5}, "p-tuning")
+        for name in ("llama", "gpt2", "opt", "t5")
+    ),
+    (
+        "PromptEncoderConfig",
+        "llama",
+        {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5, "encoder_num_layers": 1},
+        "p-tuning",
+    ),
+    *(
+        ("PrefixTuningConfig", name, {}, "prefix-tuning")
+        for name in ("llama", "gpt2", "gpt_neox", "qwen2", "opt", "gemma2", "phi3")
+    ),
+    ("PrefixTuningConfig", "llama", {"prefix_projection": True, "encoder_hidden_size": 6}, "prefix-tuning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "options", "use"), PROMPTS, ids=[f"{m[3]}-{m[1]}-{i}" for i, m in enumerate(PROMPTS)]
+)
+def test_soft_prompts_there_and_back(
+    config: str, name: str, options: dict[str, Any], use: str, tmp_path: Path
+) -> None:
+    import peft
+
+    def answer(model: Any) -> Tensor:
+        inputs = example_inputs(tiny(name), padding="right")
+        with torch.no_grad():
+            found: Tensor = model.eval()(**inputs).logits
+        real = inputs["attention_mask"].bool()
+        if "decoder_input_ids" in inputs:
+            return found
+        return found[:, -real.shape[1] :][real]  # PEFT gives those of soft tokens as well
+
+    torch.manual_seed(3)
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    model = peft.get_peft_model(
+        tiny(name), getattr(peft, config)(task_type=task, num_virtual_tokens=3, **options)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    model.eval().save_pretrained(tmp_path / "theirs")
+    stack = import_peft(tmp_path / "theirs", model=tiny(name))
+    assert list(stack.plugins) == [use]
+    assert apart(answer(stack.model), answer(model)) <= 2e-6
+    assert apart(answer(tiny(name)), answer(model)) > 1e-3
+    to_peft(stack, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours")
+    assert apart(answer(again), answer(model)) <= 2e-6
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
 def test_some_roles_of_a_fused_matrix(name: str, tmp_path: Path) -> None:
     """Rows that no role adapts stay as they are in PEFT: a gain of one, a length of |W|."""

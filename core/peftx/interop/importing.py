@@ -141,8 +141,7 @@ def _of_method(
                     raise PeftxError(f"{id}: '{adapter.folder}' has no {missing} for {part.path}")
             for name, value in format.read(part.module, values).items():
                 yield own[name], keys.get(name, ""), _shaped(value, own[name])
-        else:
-            own = own_tensors(part.module)
+        elif own := own_tensors(part.module):
             keys = {name: format.kept.get(f"{kept_as(part)}.{name}", name) for name in own}
             absent = [key for key in keys.values() if key not in saved]
             if absent:

@@ -130,7 +130,7 @@ def _read(
             continue
         if not isinstance(part, DeltaPart):
             tensors = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
-            tensors = format.write(part.module, tensors)
+            tensors = format.write(part.module, tensors) if tensors else {}
             names = {own: format.kept.get(f"{kept_as(part)}.{own}", "") for own in tensors}
             _check(member, part, format, [own for own, name in names.items() if not name])
             kept |= {names[own]: tensor for own, tensor in tensors.items()}
