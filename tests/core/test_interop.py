@@ -406,3 +406,43 @@ def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftxError, match="holds one adapter, and the stack has none"):
         to_peft(Stack(tiny("llama"), [FullFinetuning(targets="norm")]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": "abc"},
+        {"lora_alpha": [1]},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"(": 1}},
+        {"task_type": ["a"]},
+        {"target_parameters": [5]},
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_wrong_kind_is_an_error_of_the_adapter(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a spec too, where nothing but the names and shapes of tensors is read."""
+    theirs("llama", tmp_path)
+    changed(tmp_path, **fields)
+    with pytest.raises(BundleError, match=r"has a setting or a tensor that PEFT does not write"):
+        Registry().adapter(str(tmp_path))
+
+
+def test_a_header_that_lies_is_an_error_of_the_adapter(tmp_path: Path) -> None:
+    theirs("llama", tmp_path)
+    for header in (
+        b'{"a": {"shape": [1e999]}}',
+        b'{"a": {"shape": {"b": 1}}}',
+        b'{"a": 1}',
+        b"[]",
+        b"[" * 99999,
+    ):
+        (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(BundleError, match="is corrupted"):
+            Registry().adapter(str(tmp_path))
+    rewritten_scalar = {"base_model.model.model.norm.lora_A.weight": torch.tensor(1.0)}
+    save_file(rewritten_scalar, tmp_path / WEIGHTS)
+    with pytest.raises(BundleError, match="does not write"):
+        Registry().adapter(str(tmp_path))

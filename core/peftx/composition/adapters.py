@@ -7,6 +7,7 @@ base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LARGEST_HEADER = 1 << 26
+LIES = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What Python raises where a file says a thing of the wrong kind: strings for numbers, lists for mappings, 1e999."""
 HEADS = {
     "SEQ_CLS": {"classifier", "score"},
     "TOKEN_CLS": {"classifier", "score"},
@@ -113,7 +116,20 @@ def entries(adapter: Adapter, registry: Registry) -> list[Entry]:
 
     Raises:
         PeftxError: no installed plugin computes the method, or it has settings that none takes into account.
+        BundleError: a setting is of a kind that it cannot be, or a tensor of a shape.
     """
+    try:
+        return _entries(adapter, registry)
+    except PeftxError:
+        raise
+    except (re.error, *LIES) as error:
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(
+            f"'{adapter.folder}' has a setting or a tensor that PEFT does not write: {type(error).__name__}: {said}"
+        ) from error
+
+
+def _entries(adapter: Adapter, registry: Registry) -> list[Entry]:
     use, format, settings = _method(adapter, registry)
     options = format.options(settings)
     plugin = registry.outline(use)
@@ -212,7 +228,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         }
     except FileNotFoundError as error:
         raise BundleError(f"'{folder}' has no {WEIGHTS}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except (OSError, RecursionError, struct.error, *LIES) as error:
         raise BundleError(f"'{file}' is corrupted: {error}") from error
 
 
