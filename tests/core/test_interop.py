@@ -104,6 +104,7 @@ def test_lora_there_and_back(name: str, tmp_path: Path) -> None:
         ("llama", {"layers_to_transform": [1]}, ["lora"]),
         ("llama", {"modules_to_save": ["lm_head", "norm"]}, ["lora", "full-finetuning"]),
         ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, ["lora"]),
+        ("gemma2", {"target_modules": ["q_proj", "embed_tokens"]}, ["lora"]),
         ("llama", {"target_modules": ["q_proj", "lm_head"]}, ["lora"]),
         ("llama", {"trainable_token_indices": [5, 1]}, ["lora", "full-finetuning"]),
         ("gpt2", {"bias": "lora_only"}, ["lora", "full-finetuning"]),
@@ -446,3 +447,28 @@ def test_a_header_that_lies_is_an_error_of_the_adapter(tmp_path: Path) -> None:
     save_file(rewritten_scalar, tmp_path / WEIGHTS)
     with pytest.raises(BundleError, match="does not write"):
         Registry().adapter(str(tmp_path))
+
+
+def test_a_module_of_its_own_that_the_model_shares(tmp_path: Path) -> None:
+    """PEFT's copy of Gemma's embedding leaves the head as it was, ours would not."""
+    from peft import PeftModel
+
+    theirs("gemma2", tmp_path / "theirs", modules_to_save=["embed_tokens"])
+    with pytest.raises(PeftxError, match=r"has a model.embed_tokens.weight of its own, which lm_head.weight"):
+        import_peft(tmp_path / "theirs", model=tiny("gemma2"))
+    stack = Stack(tiny("gemma2"), [Lora(rank=2), FullFinetuning(targets="embedding")])
+    for parameter in stack.ledger.parameters("full-finetuning"):
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    to_peft(stack, tmp_path / "ours", id="lora")
+    again = PeftModel.from_pretrained(tiny("gemma2"), tmp_path / "ours").eval()
+    assert apart(logits(again), logits(stack.model)) <= 2e-6
+    back = import_peft(tmp_path / "ours", model=tiny("gemma2"))
+    assert apart(logits(back.model), logits(stack.model)) <= 2e-6
+
+
+def test_a_bias_that_boft_scales_past_is_refused(tmp_path: Path) -> None:
+    from peft import BOFTConfig
+
+    theirs("opt", tmp_path, BOFTConfig(boft_block_size=4, target_modules=["q_proj"], bias="boft_only"))
+    with pytest.raises(PeftxError, match="trained biases as well"):
+        import_peft(tmp_path, model=tiny("opt"))

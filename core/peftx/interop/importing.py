@@ -115,6 +115,13 @@ def _of_method(
     stack: Stack, adapter: Adapter, id: str, format: PeftFormat, saved: Mapping[str, Tensor]
 ) -> Iterator[Copy]:
     places = adapter.places([*format.tensors.values(), *format.kept.values()])
+    for delta in stack.ledger.of(stack.member(id).id, DeltaPart):
+        if not format.fused and entry_of(delta).rows is not None:
+            raise PeftxError(
+                f"{id}: {delta.path} is several matrices in one, of which '{adapter.folder}' has one update, and "
+                f"{id} one for each",
+                hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+            )
     for part in stack.ledger.of(stack.member(id).id):
         if isinstance(part, BasePart):  # the head of a classifier, which trains with the first adapter
             for name in part.parameters:
@@ -122,12 +129,6 @@ def _of_method(
                 if full is not None:
                     yield part.module._parameters[name], full, saved[full]  # type: ignore[misc]
         elif isinstance(part, DeltaPart):
-            if not format.fused and entry_of(part).rows is not None:
-                raise PeftxError(
-                    f"{id}: {part.path} is several matrices in one, of which '{adapter.folder}' has one update, and "
-                    f"{id} one for each",
-                    hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
-                )
             level = places.get(_level(part, adapter, format), {})
             keys: dict[str, str] = {}
             values: dict[str, Tensor] = {}
@@ -237,7 +238,34 @@ def _of_base(
             full = adapter.full.get(f"{part.key}.{name}")
             if full is None:
                 raise PeftxError(f"{id}: '{adapter.folder}' has no {part.key}.{name}")
+            for key in _shared(stack, adapter, id, f"{part.key}.{name}", saved):
+                yield parameter, key, saved[full]
             yield parameter, full, saved[full]
+
+
+def _shared(stack: Stack, adapter: Adapter, id: str, name: str, saved: Mapping[str, Tensor]) -> list[str]:
+    """What the file calls the same parameter elsewhere.
+
+    Raises:
+        PeftxError: PEFT trained a copy, and what shares the parameter here stayed as it was.
+    """
+    everything = dict(stack.model.named_parameters(remove_duplicate=False))
+    value, found = saved[adapter.full[name]], []
+    tied = adapter.fields.get("ensure_weight_tying") or torch.equal(everything[name].to(value), value)
+    for other, parameter in everything.items():
+        if other == name or parameter is not everything[name]:
+            continue
+        held = adapter.full.get(other)
+        same = held is not None and torch.equal(saved[held], value)
+        if held is not None and same:
+            found.append(held)
+        elif held is not None or not tied:
+            raise PeftxError(
+                f"{id}: '{adapter.folder}' has a {name} of its own, which {other} of this model shares, and does not "
+                "change that",
+                hint="load it with PEFT; adapters with ensure_weight_tying come in",
+            )
+    return found
 
 
 def _order(adapter: Adapter, path: str) -> list[int]:

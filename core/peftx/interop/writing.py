@@ -268,6 +268,7 @@ def _beside(stack: Stack, adapted: set[str]) -> tuple[dict[str, Any], dict[str, 
     """What of the base trains as it is, which PEFT saves with any method."""
     fields: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    every = list(stack.model.named_parameters(remove_duplicate=False))
     for member in stack.members:
         if default_id(type(member.plugin)) != FULL:
             continue
@@ -284,6 +285,14 @@ def _beside(stack: Stack, adapted: set[str]) -> tuple[dict[str, Any], dict[str, 
                 tensors[f"{PREFIX}{path}{inner}.bias"] = own["bias"]  # type: ignore[assignment]
             else:
                 fields.setdefault("modules_to_save", []).append(path)
+                shared = {
+                    f"{PREFIX}{name}": p.detach().clone()
+                    for n, q in own.items() if q is not None
+                    for name, p in every if p is q and name != f"{path}.{n}"
+                }  # fmt: skip
+                if shared:  # PEFT has a copy for each then
+                    fields["ensure_weight_tying"] = True
+                    tensors |= shared
                 tensors |= {f"{PREFIX}{path}.{n}": p for n, p in own.items() if p is not None}
     return fields, tensors
 

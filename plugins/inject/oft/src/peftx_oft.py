@@ -209,6 +209,11 @@ def boft_options(settings: Settings) -> dict[str, Any]:
         "init_weights",
     ):
         settings[name]
+    if settings.get("bias", "none") != "none":
+        raise PeftxError(
+            "oft: the adapter trained biases as well, which the scale of BOFT leaves alone as they were at its start",
+            hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+        )
     shapes = settings.adapted("boft_R")
     sizes, blocks = ({path: shape[at] for path, shape in shapes.items()} for at in (-1, 1))
     return {
