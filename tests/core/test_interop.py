@@ -152,6 +152,35 @@ def test_a_classifier_brings_its_head(tmp_path: Path) -> None:
     assert list(stack.plugins) == ["lora"]
 
 
+def test_a_classifier_with_a_soft_prompt_brings_its_head(tmp_path: Path) -> None:
+    """Its names lack the tuner's model, which a soft prompt has none of."""
+    from peft import PeftModel, PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    kind = tiny("llama").config
+    kind.num_labels, kind.pad_token_id = 3, 0
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(kind)
+
+    def answer(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model.eval()(input_ids=torch.tensor([[1, 5, 7]])).logits
+        return found
+
+    model = get_peft_model(fresh(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    model.eval().save_pretrained(tmp_path / "theirs")
+    stack = import_peft(tmp_path / "theirs", model=fresh())
+    assert apart(answer(stack.model), answer(model)) <= 2e-6
+    to_peft(stack, tmp_path / "ours")
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "ours")
+    assert apart(answer(again), answer(model)) <= 2e-6
+
+
 def test_roles_of_a_fused_matrix_with_factors_of_their_own(tmp_path: Path) -> None:
     """Trained here, q, k and v have each an A: PEFT gets one of three times the rank."""
     from peft import PeftModel

@@ -23,6 +23,8 @@ from peftx.peft_format import INNER, PeftFormat, Settings, targets_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BARE = "base_model."
+"""The same of soft prompts and prefixes."""
 LARGEST_HEADER = 1 << 26
 LIES = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 """What Python raises where a file says a thing of the wrong kind: strings for numbers, lists for mappings, 1e999."""
@@ -32,6 +34,7 @@ HEADS = {
     "QUESTION_ANS": {"qa_outputs"},
 }
 """Modules that PEFT's wrapper for a task reads from the adapter's file too, and that train with an adapter here."""
+PROMPT = "prompt_embeddings"
 FULL = "full-finetuning"
 """The plugin that trains parts of the base as they are."""
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -70,14 +73,19 @@ class Adapter:
         """The model that the settings name."""
         return self.fields.get("base_model_name_or_path") or None
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of what stands in the model."""
+        return BARE if PROMPT in self.shapes else PREFIX
+
     @cached_property
     def full(self) -> dict[str, str]:
         """Parameters of the base that the file holds whole, by their name in the model -> name in the file."""
         found = {}
         for name in self.shapes:
-            path, _, last = name.removeprefix(PREFIX).rpartition(".")
+            path, _, last = name.removeprefix(self.prefix).rpartition(".")
             own = not any(part.startswith(("lora_", "token_adapter")) for part in path.split("."))
-            if last in ("weight", "bias") and own and name.startswith(PREFIX):
+            if last in ("weight", "bias") and own and name.startswith(self.prefix):
                 found[f"{path.replace(INNER, '')}.{last}"] = name
         return found
 
@@ -88,8 +96,8 @@ class Adapter:
             for name in names:
                 if key == name:
                     found.setdefault("", {})[name] = key
-                elif key.startswith(PREFIX) and key.endswith(f".{name}"):
-                    found.setdefault(key[len(PREFIX) : -len(name) - 1], {})[name] = key
+                elif key.startswith(self.prefix) and key.endswith(f".{name}"):
+                    found.setdefault(key[len(self.prefix) : -len(name) - 1], {})[name] = key
         return found
 
     def settings(self, names: Iterable[str]) -> Settings:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftx.composition.adapters import CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
+from peftx.composition.adapters import BARE, CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
 from peftx.composition.members import default_id
 from peftx.errors import PeftxError
 from peftx.interop.importing import entry_of, experts_of, kept_as, own_tensors
@@ -62,6 +62,8 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
     told = {name: value for name, value in config.items() if value is not None or name == "task_type"}
     (folder / CONFIG).write_text(json.dumps(told, indent=1))
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | head).items()}
+    if not matrices:  # the model stands in no tuner's model
+        saved = {name.replace(PREFIX, BARE, 1): tensor for name, tensor in saved.items()}
     save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 
