@@ -298,16 +298,20 @@ def _entries(names: Sequence[str], registry: Registry, *, adapter: str | None = 
     if adapter is not None:
         path = _from_here(adapter)
         for each in registry.adapter(path):
-            id = each["use"] + (
-                f"-{len(entries) + 1}" if any(e["use"] == each["use"] for e in entries) else ""
-            )
-            entries.append({"use": each["use"], "id": id, "with": each["with"], "path": path})
+            entry = {"use": each["use"], "id": _free(each["use"], entries), "with": each["with"]}
+            entries.append({**entry, "path": path})
     for name in names:
         registry.point(name)  # an unknown name is an error of the command line, not of a line in a spec
-        entry = {"use": name}
-        count = sum(other["use"] == name for other in entries)
-        entries.append(entry | {"id": f"{name}-{count + 1}"} if count else entry)
+        id = _free(name, entries)
+        entries.append({"use": name} | ({"id": id} if id != name else {}))
     return entries
+
+
+def _free(name: str, entries: Sequence[dict[str, Any]]) -> str:
+    """The name itself, or with the first number behind it that makes it another one's than those of the entries."""
+    taken = {entry.get("id", entry["use"]) for entry in entries}
+    numbered = (f"{name}-{number}" for number in range(2, len(entries) + 2))
+    return name if name not in taken else next(id for id in numbered if id not in taken)
 
 
 def _trains(
@@ -369,6 +373,7 @@ def _flags(asked: Asked) -> dict[str, str]:
 
     from peftx_spec.scalars import escape
 
+    _columns(asked)  # without a file that they are of, they are refused
     values: dict[str, tuple[str, object]] = {
         "--model": ("model.id", _model(asked.model)),
         "--data": ("data.train.path", asked.data and _from_here(asked.data)),
@@ -377,12 +382,12 @@ def _flags(asked: Asked) -> dict[str, str]:
         "--output": ("output", asked.output and _from_here(asked.output)),
         "--metric": ("evaluate", _metrics(asked)),
         "--steps": ("train.steps", asked.steps),
-        "--columns": ("data.train.columns", asked.data and _columns(asked)),
-        "--columns ": ("data.eval.columns", asked.eval and _columns(asked)),
+        "--columns": ("data.train.columns", _columns(asked) if asked.data is not None else None),
+        "--columns ": ("data.eval.columns", _columns(asked) if asked.eval is not None else None),
         "--split": ("data.holdout", asked.split),
     }
     return {
         f"{target}={escape(json.dumps(value, ensure_ascii=False))}": flag
         for flag, (target, value) in values.items()
-        if value
+        if value or value == 0  # which the spec refuses
     }

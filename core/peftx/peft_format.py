@@ -19,6 +19,9 @@ NEUTRAL: Mapping[str, Any] = {
 are adapted is read from the tensors."""
 
 
+SOFT = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "init_weights")
+"""Fields of soft prompts and prefixes that follow from the model, or say how they began."""
+
 INNER = ".base_layer"
 """In the path of what a module was before it was wrapped: of stacked experts, once for each further matrix."""
 
@@ -99,6 +102,22 @@ class PeftFormat:
     """Those that a fused matrix shares out among its roles, and along which axis; each role has the others whole."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Tensor of what the plugin keeps (`model.keep`, soft tokens), as `name.parameter` -> its name in the file."""
+    fused: bool = True
+    """Can roles of a fused matrix be told apart in a tensor that PEFT has of all of it."""
+    neutral: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """What a divided tensor is, from the matrix's weight [out, in], where no role is adapted; else zero."""
+    experts: bool = False
+    """Does PEFT adapt stacked experts by it (`target_parameters`)."""
+    own: frozenset[str] = frozenset()
+    """Parameters or buffers of a delta that the file does not have."""
+    read: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda delta, tensors: tensors
+    """Tensors of a delta, or of what is kept, from those of the file, where they differ: both by our names."""
+    write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda delta, tensors: tensors
+    """And back."""
+    of_deltas: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda deltas: {}
+    """What `adapter_config.json` has to say of the deltas, by their modules' paths."""
+    prepare: Callable[[Any, Settings], None] = lambda plugin, settings: None
+    """Make a plugin that was put on a model ready for the numbers of a finished adapter."""
     when: Callable[[Settings], bool] = lambda settings: True
     """Of several plugins that know a type: is an adapter this one's."""
     written: Callable[[Any], bool] = lambda config: True

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from peftx import Registry
 from peftx.engines.data.sources import HeldOut, training_rows
-from peftx.errors import DataError
+from peftx.errors import DataError, PeftxError
+from peftx_cli.recipe import Asked, _entries, read
 from peftx_spec import DataSpec
 
 FAST = ("--steps", "2", "--set", "train.batch_size=2")
@@ -251,3 +253,33 @@ def test_a_spec_that_holds_out_and_an_override_in_its_place(
     assert counted("--eval", "others.jsonl") == (None, 3)
     message = refused("apply", "spec.yaml", "--eval", "others.jsonl", "--set", "data.holdout=0.5")
     assert "exclude each other" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"columns": "prompt=ask"}, "--columns names columns of --data and --eval, and there is neither"),
+        ({"split": 0.0}, "data.holdout"),
+    ],
+)
+def test_an_option_beside_a_spec_is_never_passed_over(
+    more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(
+        'peftx: 1\nmodel: {id: "peftx:tiny"}\ndata: {train: "peftx:sample/train.jsonl"}\n'
+        "stack: [{use: lora}]\ntrain: {steps: 1}\noutput: out\n",
+        "utf-8",
+    )
+    with pytest.raises(PeftxError, match=message):
+        read(Asked(spec=str(file), **more), Registry())
+
+
+def test_entries_of_an_adapter_and_plugins_have_names_of_their_own() -> None:
+    class Two(Registry):
+        def adapter(self, folder: str) -> list[dict[str, Any]]:
+            return [{"use": use, "with": {}} for use in ("lora", "full-finetuning", "full-finetuning")]
+
+    found = _entries(["full-finetuning", "lora"], Two(), adapter="x")
+    ids = [entry.get("id", entry["use"]) for entry in found]
+    assert ids == ["lora", "full-finetuning", "full-finetuning-2", "full-finetuning-3", "lora-2"]

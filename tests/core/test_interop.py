@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftx import Stack
+from peftx import Registry, Stack
 from peftx.composition.adapters import CONFIG, WEIGHTS
+from peftx.composition.registry import keyword_values
 from peftx.errors import BundleError, PeftxError, RegistryError
 from peftx.interop import import_peft, to_peft
 from peftx.testing.models import example_inputs, output_of, tiny
@@ -37,6 +39,15 @@ MODULES = {
     "gemma2": ["k_proj", "up_proj"],
     "mamba": ["in_proj", "x_proj"],
 }
+
+
+def test_keywords_say_which_formats_a_plugin_knows() -> None:
+    """By the keywords alone the plugin of an adapter is found, so that nothing else is imported."""
+    for file in Path(__file__).parents[2].glob("plugins/*/*/pyproject.toml"):
+        project = tomllib.loads(file.read_text("utf-8"))["project"]
+        ((name, _),) = project["entry-points"]["peftx.plugins"].items()
+        types = [format.type for format in Registry().outline(name).peft]
+        assert keyword_values(project["keywords"], "peft") == types, name
 
 
 def logits(model: Any) -> Tensor:
@@ -93,6 +104,7 @@ def test_lora_there_and_back(name: str, tmp_path: Path) -> None:
         ("llama", {"layers_to_transform": [1]}, ["lora"]),
         ("llama", {"modules_to_save": ["lm_head", "norm"]}, ["lora", "full-finetuning"]),
         ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, ["lora"]),
+        ("gemma2", {"target_modules": ["q_proj", "embed_tokens"]}, ["lora"]),
         ("llama", {"target_modules": ["q_proj", "lm_head"]}, ["lora"]),
         ("llama", {"trainable_token_indices": [5, 1]}, ["lora", "full-finetuning"]),
         ("gpt2", {"bias": "lora_only"}, ["lora", "full-finetuning"]),
@@ -140,6 +152,35 @@ def test_a_classifier_brings_its_head(tmp_path: Path) -> None:
     assert list(stack.plugins) == ["lora"]
 
 
+def test_a_classifier_with_a_soft_prompt_brings_its_head(tmp_path: Path) -> None:
+    """Its names lack the tuner's model, which a soft prompt has none of."""
+    from peft import PeftModel, PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    kind = tiny("llama").config
+    kind.num_labels, kind.pad_token_id = 3, 0
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(kind)
+
+    def answer(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model.eval()(input_ids=torch.tensor([[1, 5, 7]])).logits
+        return found
+
+    model = get_peft_model(fresh(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    model.eval().save_pretrained(tmp_path / "theirs")
+    stack = import_peft(tmp_path / "theirs", model=fresh())
+    assert apart(answer(stack.model), answer(model)) <= 2e-6
+    to_peft(stack, tmp_path / "ours")
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "ours")
+    assert apart(answer(again), answer(model)) <= 2e-6
+
+
 def test_roles_of_a_fused_matrix_with_factors_of_their_own(tmp_path: Path) -> None:
     """Trained here, q, k and v have each an A: PEFT gets one of three times the rank."""
     from peft import PeftModel
@@ -151,6 +192,173 @@ def test_roles_of_a_fused_matrix_with_factors_of_their_own(tmp_path: Path) -> No
     to_peft(stack, tmp_path)
     again = PeftModel.from_pretrained(tiny("gpt2"), tmp_path).eval()
     assert apart(logits(again), logits(stack.model)) <= 1e-6
+
+
+FEEDFORWARD = {"llama": "down_proj", "gpt2": "mlp.c_proj", "bert": "output.dense", "t5": "wo", "opt": "fc2"}
+METHODS: list[tuple[str, str, dict[str, Any], str]] = [
+    *(
+        ("IA3Config", name, {"target_modules": [*MODULES[name], last], "feedforward_modules": [last]}, "ia3")
+        for name, last in FEEDFORWARD.items()
+    ),
+    ("IA3Config", "bloom", {"target_modules": ["query_key_value"], "feedforward_modules": []}, "ia3"),
+    ("IA3Config", "phi3", {"target_modules": ["qkv_proj"], "feedforward_modules": []}, "ia3"),
+    *(
+        ("LoraConfig", name, {"use_dora": True, "r": 4, "lora_alpha": 12}, "dora")
+        for name in ("llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "bart", "gemma2", "mamba")
+    ),
+    ("LoraConfig", "llama", {"use_dora": True, "r": 4, "use_rslora": True}, "dora"),
+    *(("VeraConfig", name, {"r": 8}, "vera") for name in ("llama", "opt", "bert", "t5", "gemma2", "mamba")),
+    ("VeraConfig", "llama", {"r": 48, "save_projection": False, "projection_prng_key": 7}, "vera"),
+    *(
+        ("OFTConfig", name, {"oft_block_size": 4, "use_cayley_neumann": False}, "oft")
+        for name in ("llama", "gpt_neox", "phi3", "bert", "t5", "bart")
+    ),
+    ("OFTConfig", "llama", {"oft_block_size": 4}, "oft"),
+    ("OFTConfig", "llama", {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 7}, "oft"),
+    ("OFTConfig", "llama", {"oft_block_size": 8, "block_share": True}, "oft"),
+    ("OFTConfig", "llama", {"oft_block_size": 8, "coft": True, "eps": 0.2}, "oft"),
+    *(("BOFTConfig", name, {"boft_block_size": 4}, "oft") for name in ("llama", "opt", "bert", "t5")),
+    ("BOFTConfig", "llama", {"boft_block_size": 0, "boft_block_num": 4}, "oft"),
+    *(("LoKrConfig", name, {"r": 2, "alpha": 3}, "lokr") for name in ("llama", "opt", "bert", "t5", "bart")),
+    ("LoKrConfig", "llama", {"r": 1, "decompose_both": True, "decompose_factor": 4}, "lokr"),
+    ("LoKrConfig", "llama", {"r": 40, "target_modules": "all-linear"}, "lokr"),
+    *(
+        ("AdaLoraConfig", name, {"init_r": 4, "lora_alpha": 6, "total_step": 10}, "adalora")
+        for name in ("llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "bart", "mamba")
+    ),
+    *(
+        ("LoHaConfig", name, {"r": 2, "alpha": 3}, "lokr")
+        for name in ("llama", "gpt_neox", "phi3", "bert", "t5")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "options", "use"), METHODS, ids=[f"{m[3]}-{m[1]}-{i}" for i, m in enumerate(METHODS)]
+)
+def test_other_methods_there_and_back(
+    config: str, name: str, options: dict[str, Any], use: str, tmp_path: Path
+) -> None:
+    import peft
+
+    usual = {"target_modules": MODULES[name]} | ({"fan_in_fan_out": True} if name == "gpt2" else {})
+    known = vars(getattr(peft, config)).get("__dataclass_fields__", {})
+    told = {key: value for key, value in usual.items() if key in known} | options
+    model = theirs(name, tmp_path / "theirs", getattr(peft, config)(**told))
+    stack = import_peft(tmp_path / "theirs", model=tiny(name))
+    assert list(stack.plugins) == [use]
+    assert apart(logits(stack.model), logits(model)) <= 2e-6
+    assert apart(logits(tiny(name)), logits(model)) > 1e-4
+    to_peft(stack, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
+    assert apart(logits(again), logits(model)) <= 2e-6
+    saved = [load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours")]
+    assert {n: t.shape for n, t in saved[0].items()} == {n: t.shape for n, t in saved[1].items()}
+
+
+def test_ranks_that_fell_there_and_back(tmp_path: Path) -> None:
+    """Trained and pruned by PEFT, to no rank at all in some matrices."""
+    from peft import AdaLoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    options = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 2, "total_step": 9, "lora_alpha": 7}
+    model = get_peft_model(
+        tiny("llama"), AdaLoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options)
+    )
+    optimizer, ids = torch.optim.Adam(model.parameters(), lr=0.05), torch.tensor([[3, 7, 5, 9, 2]])
+    for step in range(9):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path / "theirs")
+    ranks = {n: len(t) for n, t in load_file(tmp_path / "theirs" / WEIGHTS).items() if n.endswith("lora_E")}
+    assert min(ranks.values()) == 0 < max(ranks.values())
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "theirs").eval()
+    stack = import_peft(tmp_path / "theirs", model=tiny("llama"))
+    assert apart(logits(stack.model), logits(again)) <= 1e-6
+    assert apart(logits(tiny("llama")), logits(again)) > 1e-3
+    assert [phase.name for phase in stack.plugins["adalora"].phases()] == ["final"]
+    to_peft(stack, tmp_path / "ours")
+    third = PeftModel.from_pretrained(tiny("llama"), tmp_path / "ours").eval()
+    assert apart(logits(third), logits(again)) <= 1e-6
+
+
+PROMPTS: list[tuple[str, str, dict[str, Any], str]] = [
+    *(
+        ("PromptTuningConfig", name, {}, "prompt-tuning")
+        for name in ("llama", "gpt2", "gpt_neox", "opt", "gemma2", "qwen2", "t5")
+    ),
+    *(
+        ("PromptEncoderConfig", name, {"encoder_hidden_size": 5}, "p-tuning")
+        for name in ("llama", "gpt2", "opt", "t5")
+    ),
+    (
+        "PromptEncoderConfig",
+        "llama",
+        {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5, "encoder_num_layers": 1},
+        "p-tuning",
+    ),
+    *(
+        ("PrefixTuningConfig", name, {}, "prefix-tuning")
+        for name in ("llama", "gpt2", "gpt_neox", "qwen2", "opt", "gemma2", "phi3")
+    ),
+    ("PrefixTuningConfig", "llama", {"prefix_projection": True, "encoder_hidden_size": 6}, "prefix-tuning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "options", "use"), PROMPTS, ids=[f"{m[3]}-{m[1]}-{i}" for i, m in enumerate(PROMPTS)]
+)
+def test_soft_prompts_there_and_back(
+    config: str, name: str, options: dict[str, Any], use: str, tmp_path: Path
+) -> None:
+    import peft
+
+    def answer(model: Any) -> Tensor:
+        inputs = example_inputs(tiny(name), padding="right")
+        with torch.no_grad():
+            found: Tensor = model.eval()(**inputs).logits
+        real = inputs["attention_mask"].bool()
+        if "decoder_input_ids" in inputs:
+            return found
+        return found[:, -real.shape[1] :][real]  # PEFT gives those of soft tokens as well
+
+    torch.manual_seed(3)
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    model = peft.get_peft_model(
+        tiny(name), getattr(peft, config)(task_type=task, num_virtual_tokens=3, **options)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    model.eval().save_pretrained(tmp_path / "theirs")
+    stack = import_peft(tmp_path / "theirs", model=tiny(name))
+    assert list(stack.plugins) == [use]
+    assert apart(answer(stack.model), answer(model)) <= 2e-6
+    assert apart(answer(tiny(name)), answer(model)) > 1e-3
+    to_peft(stack, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours")
+    assert apart(answer(again), answer(model)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
+def test_some_roles_of_a_fused_matrix(name: str, tmp_path: Path) -> None:
+    """Rows that no role adapts stay as they are in PEFT: a gain of one, a length of |W|."""
+    from peft import PeftModel
+
+    from peftx_dora import Dora
+    from peftx_ia3 import Ia3
+
+    plugins = (Ia3(targets="attention.k,v", inputs=None), Dora(rank=2, targets="attention.q,v"))
+    for number, plugin in enumerate(plugins):
+        torch.manual_seed(0)
+        stack = Stack(tiny(name), [plugin])
+        for parameter in stack.ledger.parameters(next(iter(stack.plugins))):
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        to_peft(stack, tmp_path / str(number))
+        again = PeftModel.from_pretrained(tiny(name), tmp_path / str(number)).eval()
+        assert apart(logits(again), logits(stack.model)) <= 2e-6
 
 
 def changed(folder: Path, **fields: Any) -> None:
@@ -228,3 +436,68 @@ def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftxError, match="holds one adapter, and the stack has none"):
         to_peft(Stack(tiny("llama"), [FullFinetuning(targets="norm")]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": "abc"},
+        {"lora_alpha": [1]},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"(": 1}},
+        {"task_type": ["a"]},
+        {"target_parameters": [5]},
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_wrong_kind_is_an_error_of_the_adapter(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a spec too, where nothing but the names and shapes of tensors is read."""
+    theirs("llama", tmp_path)
+    changed(tmp_path, **fields)
+    with pytest.raises(BundleError, match=r"has a setting or a tensor that PEFT does not write"):
+        Registry().adapter(str(tmp_path))
+
+
+def test_a_header_that_lies_is_an_error_of_the_adapter(tmp_path: Path) -> None:
+    theirs("llama", tmp_path)
+    for header in (
+        b'{"a": {"shape": [1e999]}}',
+        b'{"a": {"shape": {"b": 1}}}',
+        b'{"a": 1}',
+        b"[]",
+        b"[" * 99999,
+    ):
+        (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(BundleError, match="is corrupted"):
+            Registry().adapter(str(tmp_path))
+    rewritten_scalar = {"base_model.model.model.norm.lora_A.weight": torch.tensor(1.0)}
+    save_file(rewritten_scalar, tmp_path / WEIGHTS)
+    with pytest.raises(BundleError, match="does not write"):
+        Registry().adapter(str(tmp_path))
+
+
+def test_a_module_of_its_own_that_the_model_shares(tmp_path: Path) -> None:
+    """PEFT's copy of Gemma's embedding leaves the head as it was, ours would not."""
+    from peft import PeftModel
+
+    theirs("gemma2", tmp_path / "theirs", modules_to_save=["embed_tokens"])
+    with pytest.raises(PeftxError, match=r"has a model.embed_tokens.weight of its own, which lm_head.weight"):
+        import_peft(tmp_path / "theirs", model=tiny("gemma2"))
+    stack = Stack(tiny("gemma2"), [Lora(rank=2), FullFinetuning(targets="embedding")])
+    for parameter in stack.ledger.parameters("full-finetuning"):
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    to_peft(stack, tmp_path / "ours", id="lora")
+    again = PeftModel.from_pretrained(tiny("gemma2"), tmp_path / "ours").eval()
+    assert apart(logits(again), logits(stack.model)) <= 2e-6
+    back = import_peft(tmp_path / "ours", model=tiny("gemma2"))
+    assert apart(logits(back.model), logits(stack.model)) <= 2e-6
+
+
+def test_a_bias_that_boft_scales_past_is_refused(tmp_path: Path) -> None:
+    from peft import BOFTConfig
+
+    theirs("opt", tmp_path, BOFTConfig(boft_block_size=4, target_modules=["q_proj"], bias="boft_only"))
+    with pytest.raises(PeftxError, match="trained biases as well"):
+        import_peft(tmp_path, model=tiny("opt"))

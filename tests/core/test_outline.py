@@ -110,3 +110,30 @@ def test_every_plugin_here_has_one() -> None:
     registry = Registry(disabled=())
     points = [registry.point(name) for name in registry.names()]
     assert [p.name for p in points if outline(p.module, p.attr) is None] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FOUND = {{}}\nFOUND['a'] = 3\n{config}{plugin}",
+        "FOUND = [1]\nFOUND.append(2)\n{config}{plugin}",
+        "FOUND = 1\ndef change():\n    global FOUND\n    FOUND = 2\nchange()\n{config}{plugin}",
+        "FOUND = [1]\nfor n in (1, 2):\n    FOUND.append(n)\n{config}{plugin}",
+        "FOUND = 1\n{config}{plugin}Method.claims = Method.claims | {{Claim.EDITS_INPUTS}}\n",
+        "FOUND = 1\n{config}{plugin}setattr(Method, 'example', {{'a': 1}})\n",
+        "FOUND = 1\n{config}{plugin}    if True:\n        @hookimpl\n        def inject(self, model): return nn\n",
+        "FOUND = 1\n{config}{plugin}    @hookimpl\n    def inject(self, model, kind=nn.Linear):\n        return kind\n",
+    ],
+)
+def test_no_outline_where_something_changes_what_it_stands_on(read: Any, text: str) -> None:
+    config = "class MethodConfig(PluginConfig):\n    a: int = Field(len(str(FOUND)), description='x')\n"
+    plugin = "class Method(Plugin):\n    Config = MethodConfig\n    claims = {Claim.MERGEABLE}\n"
+    assert read(text.format(config=config, plugin=plugin)) is None
+
+
+def test_a_file_that_changed_is_read_again(read: Any) -> None:
+    text = (
+        "class MethodConfig(PluginConfig):\n    a: int = Field({}, description='x')\n"
+        "class Method(Plugin):\n    Config = MethodConfig\n"
+    )
+    assert [read(text.format(n)).Config().a for n in (1, 22)] == [1, 22]

@@ -123,7 +123,8 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
     papers = [word for word in keywords if ARXIV.fullmatch(word)]
     marks = [f"{mark}:{value}" for mark, values in MARKS.items() for value in values]
     known = (*HOOKS, *papers, *marks, "paper:none")
-    strange = [word for word in keywords if word not in known and not word.startswith(("family:", "peft:"))]
+    free = re.compile(r"family:.*|peft:[A-Z0-9_]+")
+    strange = [word for word in keywords if word not in known and not free.fullmatch(word)]
     if hook not in keywords:
         found.append(f"project.keywords lacks the hook {hook!r}")
     if (not papers and "paper:none" not in keywords) or (papers and "paper:none" in keywords):
@@ -132,8 +133,8 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
         found.append("project.keywords names more than one family")
     if strange:
         found.append(
-            f"project.keywords: {strange} are none of: a hook, family:..., arXiv:..., paper:none, peft:..., "
-            + ", ".join(marks)
+            f"project.keywords: {strange} are none of: a hook, family:..., peft:..., arXiv:..., paper:none, "
+            f"{', '.join(marks)}"
         )
     found += [
         f"project.keywords needs one {mark}:..., of {', '.join(values)}"
@@ -295,6 +296,7 @@ def test_a_complete_folder_has_no_problems(complete: Path) -> None:
         (', "evidence:not-measured"', "", "needs one evidence:..., of shown, not-shown, not-measured"),
         (', "evidence:', ', "evidence:shown", "evidence:', "needs one evidence"),
         ('"family:example"', '"tier:gold"', "['tier:gold'] are none of"),
+        ('"family:example"', '"peft:lora"', "['peft:lora'] are none of"),
         ("[project.urls]", "[tool.ruff]\n[project.urls]", "root pyproject"),
         ("[project]", "[project", "pyproject.toml"),
     ],

@@ -7,6 +7,7 @@ base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,13 +23,18 @@ from peftx.peft_format import INNER, PeftFormat, Settings, targets_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BARE = "base_model."
+"""The same of soft prompts and prefixes."""
 LARGEST_HEADER = 1 << 26
+LIES = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What Python raises where a file says a thing of the wrong kind: strings for numbers, lists for mappings, 1e999."""
 HEADS = {
     "SEQ_CLS": {"classifier", "score"},
     "TOKEN_CLS": {"classifier", "score"},
     "QUESTION_ANS": {"qa_outputs"},
 }
 """Modules that PEFT's wrapper for a task reads from the adapter's file too, and that train with an adapter here."""
+PROMPT = "prompt_embeddings"
 FULL = "full-finetuning"
 """The plugin that trains parts of the base as they are."""
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -67,14 +73,19 @@ class Adapter:
         """The model that the settings name."""
         return self.fields.get("base_model_name_or_path") or None
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of what stands in the model."""
+        return BARE if PROMPT in self.shapes else PREFIX
+
     @cached_property
     def full(self) -> dict[str, str]:
         """Parameters of the base that the file holds whole, by their name in the model -> name in the file."""
         found = {}
         for name in self.shapes:
-            path, _, last = name.removeprefix(PREFIX).rpartition(".")
+            path, _, last = name.removeprefix(self.prefix).rpartition(".")
             own = not any(part.startswith(("lora_", "token_adapter")) for part in path.split("."))
-            if last in ("weight", "bias") and own and name.startswith(PREFIX):
+            if last in ("weight", "bias") and own and name.startswith(self.prefix):
                 found[f"{path.replace(INNER, '')}.{last}"] = name
         return found
 
@@ -85,8 +96,8 @@ class Adapter:
             for name in names:
                 if key == name:
                     found.setdefault("", {})[name] = key
-                elif key.startswith(PREFIX) and key.endswith(f".{name}"):
-                    found.setdefault(key[len(PREFIX) : -len(name) - 1], {})[name] = key
+                elif key.startswith(self.prefix) and key.endswith(f".{name}"):
+                    found.setdefault(key[len(self.prefix) : -len(name) - 1], {})[name] = key
         return found
 
     def settings(self, names: Iterable[str]) -> Settings:
@@ -113,7 +124,20 @@ def entries(adapter: Adapter, registry: Registry) -> list[Entry]:
 
     Raises:
         PeftxError: no installed plugin computes the method, or it has settings that none takes into account.
+        BundleError: a setting is of a kind that it cannot be, or a tensor of a shape.
     """
+    try:
+        return _entries(adapter, registry)
+    except PeftxError:
+        raise
+    except (re.error, *LIES) as error:
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(
+            f"'{adapter.folder}' has a setting or a tensor that PEFT does not write: {type(error).__name__}: {said}"
+        ) from error
+
+
+def _entries(adapter: Adapter, registry: Registry) -> list[Entry]:
     use, format, settings = _method(adapter, registry)
     options = format.options(settings)
     plugin = registry.outline(use)
@@ -212,7 +236,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         }
     except FileNotFoundError as error:
         raise BundleError(f"'{folder}' has no {WEIGHTS}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except (OSError, RecursionError, struct.error, *LIES) as error:
         raise BundleError(f"'{file}' is corrupted: {error}") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from peftx.exported import WHERE
+from peftx.kernel.names import HOOKS
 from peftx.kernel.plugin import Plugin
 
 PREFIX = "peftx_outline."
@@ -32,12 +34,15 @@ OURS = frozenset(
         "peftx.kernel.phases",
         "peftx.kernel.plugin",
         "peftx.kernel.targets",
+        "peftx.peft_format",
     }
 )
 """Modules of peftx that do not import torch."""
 _BUILTINS = frozenset(dir(builtins))
 _CALLED = frozenset({"__init__", "__init_subclass__"})
 """Methods of a plugin that run when one is made."""
+_SINGLE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+"""Statements of which it is plain what they bind."""
 
 
 def outline(module: str, name: str) -> type[Plugin] | None:
@@ -45,11 +50,12 @@ def outline(module: str, name: str) -> type[Plugin] | None:
     spec = find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    return _outline(module, name, spec.origin)
+    told = os.stat(spec.origin)
+    return _outline(module, name, spec.origin, (told.st_mtime_ns, told.st_size))
 
 
 @lru_cache
-def _outline(module: str, name: str, file: str) -> type[Plugin] | None:
+def _outline(module: str, name: str, file: str, state: tuple[int, int]) -> type[Plugin] | None:
     with open(file, "rb") as source:
         tree = ast.parse(source.read(), file)
     try:
@@ -82,6 +88,9 @@ class _Slice:
             raise _Heavy
         self.taken[plugin] = {name}
         reduced = self._reduced(plugin)
+        known = {bound for statement in self.taken for bound in _binds(statement)}
+        if any(_changes(statement, known) for statement in _top(tree.body) if statement not in self.taken):
+            raise _Heavy
         self.statements = [
             reduced if statement is plugin else _only(statement, self.taken[statement])
             for statement in _top(tree.body)
@@ -113,7 +122,9 @@ class _Slice:
                 names = [] if value is None else [*_free(value)]
             if self._try(names, own):
                 body.append(inner)
-            elif any(hasattr(Plugin, bound) for bound in _binds(inner)):
+            elif not isinstance(inner, _SINGLE) or any(
+                hasattr(Plugin, bound) or bound in HOOKS for bound in _binds(inner)
+            ):
                 raise _Heavy
         fields = dict(ast.iter_fields(plugin)) | {"body": body or [ast.Pass()]}
         return ast.fix_missing_locations(ast.copy_location(ast.ClassDef(**fields), plugin))
@@ -171,6 +182,21 @@ def _free(node: ast.AST, bound: Iterable[str] = ()) -> Iterator[str]:
     bound |= {n.arg for n in inner if isinstance(n, ast.arg)}
     bound |= {n.name for n in inner if isinstance(n, ast.FunctionDef | ast.ExceptHandler) and n.name}
     return (n.id for n in inner if isinstance(n, ast.Name) and n.id not in bound)
+
+
+def _changes(statement: ast.stmt, names: set[str]) -> bool:
+    """Can a statement change what stands behind these names: by a call, or by an attribute or item of one of them."""
+    if isinstance(
+        statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+    ):
+        return False
+    if isinstance(statement, ast.Expr):
+        return not isinstance(statement.value, ast.Constant)
+    inner = list(ast.walk(statement))
+    stored = any(
+        isinstance(n, ast.Attribute | ast.Subscript) and not isinstance(n.ctx, ast.Load) for n in inner
+    ) or any(isinstance(n, ast.Expr) for n in inner)
+    return stored and any(isinstance(n, ast.Name) and n.id in names for n in inner)
 
 
 def _light(statement: ast.Import | ast.ImportFrom, name: str) -> bool:

@@ -21,7 +21,7 @@ from peftx.composition.adapters import (
 from peftx.composition.registry import Registry
 from peftx.engines.files import naming, read_tensors
 from peftx.errors import PeftxError
-from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.parts import FREE, BasePart, DeltaPart, Part
 from peftx.kernel.slots import Entry as Slotted
 from peftx.kernel.slots import slot_of
 from peftx.peft_format import INNER, PeftFormat
@@ -75,6 +75,10 @@ def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
     Raises:
         PeftxError: names a tensor or a place that has no counterpart, or another size.
     """
+    for id, entry in members.items():
+        if entry.format is not None:
+            names = (*entry.format.tensors.values(), *entry.format.kept.values())
+            entry.format.prepare(stack.member(id).plugin, adapter.settings(names))
     saved = read_tensors(adapter.folder / WEIGHTS, links=True)
     left = dict.fromkeys(saved)
     copies: list[tuple[Tensor, Tensor]] = []
@@ -84,9 +88,9 @@ def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
         )  # fmt: skip
         for place, key, value in own:
             if place.shape != value.shape:
+                size = _size(saved.get(key, value))
                 raise PeftxError(
-                    f"{id}: {key} of '{adapter.folder}' is {_size(saved[key])}, which does not go with the model's "
-                    f"{_size(place)}",
+                    f"{id}: {key} of '{adapter.folder}' is {size}, which does not go with the model's {_size(place)}",
                     hint="it is an adapter of another model",
                 )
             left.pop(key, None)
@@ -111,6 +115,13 @@ def _of_method(
     stack: Stack, adapter: Adapter, id: str, format: PeftFormat, saved: Mapping[str, Tensor]
 ) -> Iterator[Copy]:
     places = adapter.places([*format.tensors.values(), *format.kept.values()])
+    for delta in stack.ledger.of(stack.member(id).id, DeltaPart):
+        if not format.fused and entry_of(delta).rows is not None:
+            raise PeftxError(
+                f"{id}: {delta.path} is several matrices in one, of which '{adapter.folder}' has one update, and "
+                f"{id} one for each",
+                hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+            )
     for part in stack.ledger.of(stack.member(id).id):
         if isinstance(part, BasePart):  # the head of a classifier, which trains with the first adapter
             for name in part.parameters:
@@ -118,19 +129,31 @@ def _of_method(
                 if full is not None:
                     yield part.module._parameters[name], full, saved[full]  # type: ignore[misc]
         elif isinstance(part, DeltaPart):
-            for own, place in own_tensors(part.module).items():
-                name = format.tensors.get(own, own)
-                level = places.get(_level(part, adapter, format), {})
-                if name not in level:
-                    raise PeftxError(f"{id}: '{adapter.folder}' has no {name} for {part.path}")
-                value = saved[level[name]]
-                yield place, level[name], _for_part(part, own, value, place, format)
-        else:
-            for own, place in own_tensors(part.module).items():
-                key = format.kept.get(f"{part.key}.{own}", own)
-                if key not in saved:
-                    raise PeftxError(f"{id}: '{adapter.folder}' has no {key}")
-                yield place, key, _shaped(saved[key], place)
+            level = places.get(_level(part, adapter, format), {})
+            keys: dict[str, str] = {}
+            values: dict[str, Tensor] = {}
+            own = own_tensors(part.module)
+            for name, place in own.items():
+                key = level.get(format.tensors.get(name, name))
+                if key is not None:
+                    keys[name], values[name] = key, _for_part(part, name, saved[key], place, format)
+                elif name not in format.own:
+                    missing = format.tensors.get(name, name)
+                    raise PeftxError(f"{id}: '{adapter.folder}' has no {missing} for {part.path}")
+            for name, value in format.read(part.module, values).items():
+                yield own[name], keys.get(name, ""), _shaped(value, own[name])
+        elif own := own_tensors(part.module):
+            keys = {name: format.kept.get(f"{kept_as(part)}.{name}", name) for name in own}
+            absent = [key for key in keys.values() if key not in saved]
+            if absent:
+                raise PeftxError(f"{id}: '{adapter.folder}' has no {absent[0]}")
+            for name, value in format.read(part.module, {n: saved[key] for n, key in keys.items()}).items():
+                yield own[name], keys[name], _shaped(value, own[name])
+
+
+def kept_as(part: Part) -> str:
+    """The name of what belongs to no module."""
+    return part.key.removeprefix(f"{FREE}.")
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -215,7 +238,34 @@ def _of_base(
             full = adapter.full.get(f"{part.key}.{name}")
             if full is None:
                 raise PeftxError(f"{id}: '{adapter.folder}' has no {part.key}.{name}")
+            for key in _shared(stack, adapter, id, f"{part.key}.{name}", saved):
+                yield parameter, key, saved[full]
             yield parameter, full, saved[full]
+
+
+def _shared(stack: Stack, adapter: Adapter, id: str, name: str, saved: Mapping[str, Tensor]) -> list[str]:
+    """What the file calls the same parameter elsewhere.
+
+    Raises:
+        PeftxError: PEFT trained a copy, and what shares the parameter here stayed as it was.
+    """
+    everything = dict(stack.model.named_parameters(remove_duplicate=False))
+    value, found = saved[adapter.full[name]], []
+    tied = adapter.fields.get("ensure_weight_tying") or torch.equal(everything[name].to(value), value)
+    for other, parameter in everything.items():
+        if other == name or parameter is not everything[name]:
+            continue
+        held = adapter.full.get(other)
+        same = held is not None and torch.equal(saved[held], value)
+        if held is not None and same:
+            found.append(held)
+        elif held is not None or not tied:
+            raise PeftxError(
+                f"{id}: '{adapter.folder}' has a {name} of its own, which {other} of this model shares, and does not "
+                "change that",
+                hint="load it with PEFT; adapters with ensure_weight_tying come in",
+            )
+    return found
 
 
 def _order(adapter: Adapter, path: str) -> list[int]:

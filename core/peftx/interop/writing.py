@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftx.composition.adapters import CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
+from peftx.composition.adapters import BARE, CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
 from peftx.composition.members import default_id
 from peftx.errors import PeftxError
-from peftx.interop.importing import entry_of, experts_of, own_tensors
+from peftx.interop.importing import entry_of, experts_of, kept_as, own_tensors
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, Part
 from peftx.kernel.slots import Rows
@@ -23,7 +23,7 @@ from peftx.peft_format import INNER, PeftFormat, most_common
 from peftx.stack import Stack
 
 A, B = "lora_A.weight", "lora_B.weight"
-LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"B": 0})
+LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"B": 0}, experts=True)
 """Of plugins whose deltas are s B A x, whatever they are called."""
 ALL_HEADS = frozenset[str]().union(*HEADS.values())
 Place = tuple[str, str]
@@ -42,7 +42,10 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
     member = stack.member(id) if id is not None else _only(stack)
     format = _format(stack, member)
     groups, kept = _read(stack, member, format)
-    matrices = {place: _joined(place, pieces, member) for place, pieces in groups.items()}
+    deltas = {part.path: part for part in stack.ledger.of(member.id, DeltaPart)}
+    matrices = {
+        place: _joined(place, pieces, member, format, deltas[place[0]]) for place, pieces in groups.items()
+    }
     fields, tensors = _beside(stack, {path for path, _ in matrices})
     tensors |= kept | _named(matrices)
     task, head = _task(stack, {path for path, _ in matrices})
@@ -52,12 +55,15 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
         "inference_mode": True, "target_modules": plain or None,
         "target_parameters": [f"{p}.{parameter}" for p, parameter in matrices if parameter] or None,
         **format.settings(member.plugin.config), **_ranks(matrices), **fields,
+        **format.of_deltas({path: part.module for path, part in deltas.items()}),
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     told = {name: value for name, value in config.items() if value is not None or name == "task_type"}
     (folder / CONFIG).write_text(json.dumps(told, indent=1))
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | head).items()}
+    if not matrices:  # the model stands in no tuner's model
+        saved = {name.replace(PREFIX, BARE, 1): tensor for name, tensor in saved.items()}
     save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 
@@ -125,16 +131,30 @@ def _read(
         if _is_head(part):
             continue
         if not isinstance(part, DeltaPart):
-            names = {own: format.kept.get(f"{part.key}.{own}", "") for own in own_tensors(part.module)}
+            tensors = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
+            tensors = format.write(part.module, tensors) if tensors else {}
+            names = {own: format.kept.get(f"{kept_as(part)}.{own}", "") for own in tensors}
             _check(member, part, format, [own for own, name in names.items() if not name])
-            kept |= {names[own]: tensor for own, tensor in own_tensors(part.module).items()}
+            kept |= {names[own]: tensor for own, tensor in tensors.items()}
             continue
         entry, scale = entry_of(part), getattr(part.module, "scale", None) if format.type == "LORA" else None
         if format is LOW_RANK:
             a, b, scale = part.module.low_rank()  # type: ignore[operator, misc]
             tensors, divided = {A: a, B: b}, {B: 0}
+        elif experts_of(part) and not format.experts:
+            raise PeftxError(
+                f"{member.id}: {part.path} is stacked experts, which PEFT does not adapt by {format.type}",
+                hint="save it as a bundle, or merge it",
+            )
         else:
-            own = own_tensors(part.module)
+            own = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
+            if not format.fused and entry.rows is not None:
+                raise PeftxError(
+                    f"{member.id}: {part.path} is several matrices in one, and PEFT's format of {format.type} has one "
+                    "update for all of it",
+                    hint="save it as a bundle, or merge it",
+                )
+            own = format.write(part.module, own)
             _check(member, part, format, sorted(own.keys() - format.tensors.keys()))
             tensors = {format.tensors[name]: tensor for name, tensor in own.items()}
             divided = {format.tensors[name]: axis for name, axis in format.divided.items()}
@@ -152,7 +172,9 @@ def _check(member: Member, part: Part, format: PeftFormat, unknown: Sequence[str
         )
 
 
-def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
+def _joined(
+    place: Place, pieces: list[_Piece], member: Member, format: PeftFormat, part: DeltaPart
+) -> _Piece:
     """The roles of a fused matrix as one. Low-rank updates with factors of their own lie beside each other."""
     first = pieces[0]
     if first.rows is None:
@@ -164,7 +186,7 @@ def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
         for name in first.tensors if name not in first.divided
     }  # fmt: skip
     together = all(same.values()) and len({piece.scale for piece in pieces}) == 1
-    if not together and first.tensors.keys() != {A, B}:
+    if not together and not {A, B} <= first.tensors.keys():
         name = next((name for name, equal in same.items() if not equal), A)
         raise PeftxError(
             f"{member.id}: the roles of the fused matrix {place[0]} have each a {name} of their own, and PEFT's format "
@@ -173,19 +195,20 @@ def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
         )
     scale = 1.0 if not together else first.scale
     ranks = [piece.tensors[A].shape[-2] if not together else 0 for piece in pieces]
+    neutral = {format.tensors[name]: start for name, start in format.neutral.items()}
     for name, tensor in first.tensors.items():
         if name not in first.divided:
             found[name] = tensor if together else torch.cat([p.tensors[name] for p in pieces], front)
             continue
-        axis = first.divided[name] + front
+        axis, beside = first.divided[name] + front, not together and name == B
         shape = list(tensor.shape)
         shape[axis] = first.rows.total
-        if not together:
+        if beside:
             shape[-1] = sum(ranks)
-        whole = tensor.new_zeros(shape)
+        whole = neutral[name](_weight(part)).to(tensor) if name in neutral else tensor.new_zeros(shape)
         for index, piece in enumerate(pieces):
             assert piece.rows is not None
-            if together:
+            if not beside:
                 whole = piece.rows.put(whole, piece.tensors[name], axis)
                 continue
             wide = torch.zeros_like(piece.rows.take(whole, axis))
@@ -194,6 +217,14 @@ def _joined(place: Place, pieces: list[_Piece], member: Member) -> _Piece:
             whole = whole + piece.rows.put(torch.zeros_like(whole), wide, axis)
         found[name] = whole
     return _Piece(found, first.divided, None, first.experts, scale)
+
+
+def _weight(part: DeltaPart) -> Tensor:
+    """Of the matrix on which a part stands, [out, in]."""
+    entry = entry_of(part)
+    held = part.place._parameters.get(entry.parameter)
+    weight = (part.place.weight if held is None else held).detach().float()  # type: ignore[operator, union-attr]
+    return weight.mT if entry.transposed else weight
 
 
 def _named(matrices: dict[Place, _Piece]) -> dict[str, Tensor]:
@@ -239,6 +270,7 @@ def _beside(stack: Stack, adapted: set[str]) -> tuple[dict[str, Any], dict[str, 
     """What of the base trains as it is, which PEFT saves with any method."""
     fields: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    every = list(stack.model.named_parameters(remove_duplicate=False))
     for member in stack.members:
         if default_id(type(member.plugin)) != FULL:
             continue
@@ -255,6 +287,14 @@ def _beside(stack: Stack, adapted: set[str]) -> tuple[dict[str, Any], dict[str, 
                 tensors[f"{PREFIX}{path}{inner}.bias"] = own["bias"]  # type: ignore[assignment]
             else:
                 fields.setdefault("modules_to_save", []).append(path)
+                shared = {
+                    f"{PREFIX}{name}": p.detach().clone()
+                    for n, q in own.items() if q is not None
+                    for name, p in every if p is q and name != f"{path}.{n}"
+                }  # fmt: skip
+                if shared:  # PEFT has a copy for each then
+                    fields["ensure_weight_tying"] = True
+                    tensors |= shared
                 tensors |= {f"{PREFIX}{path}.{n}": p for n, p in own.items() if p is not None}
     return fields, tensors
 

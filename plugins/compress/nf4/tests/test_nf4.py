@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from pathlib import Path
 
@@ -171,9 +170,8 @@ def test_numbers_of_bitsandbytes() -> None:
     assert layer.weight[5, :4].tolist() == pytest.approx(BNB["weights"], abs=1e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_blocks_are_those_of_bitsandbytes() -> None:
-    import bitsandbytes.functional as bnb
+    bnb = pytest.importorskip("bitsandbytes.functional")
 
     weight = normal(256, 640)
     q, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)

@@ -24,7 +24,8 @@ In the code Q, L and P have the names that PEFT gives them: A, E: [r, 1], and B.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -35,6 +36,7 @@ from peftx import (
     Delta,
     LowRank,
     ModelView,
+    PeftFormat,
     Phase,
     Plugin,
     PluginConfig,
@@ -43,7 +45,9 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
+from peftx.errors import PeftxError
 from peftx.kernel.phases import Span
+from peftx.peft_format import Settings, targets_of
 
 Memory = dict[str, Tensor]
 """`path.A` and the like -> I' and U', [2, ...]."""
@@ -123,6 +127,81 @@ class AdaloraDelta(Delta):
         return torch.stack([torch.linalg.matrix_norm(M @ M.mT - one) for M in (self.A, self.B.mT)])
 
 
+OF_TRAINING = ("tinit", "tfinal", "deltaT", "total_step", "lora_dropout", "init_lora_weights", "r")
+"""Settings of PEFT that say nothing of an adapter as it is."""
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says; s = alpha / r with the rank at the start, also where ranks have fallen."""
+    for name in OF_TRAINING:
+        settings[name]
+    rank, alpha = settings.get("init_r", 12), settings.get("lora_alpha", 8)
+    shapes = settings.adapted("lora_A")
+    if settings["rank_pattern"] is None and any(shape[0] != rank for shape in shapes.values()):
+        raise PeftxError(
+            f"adalora: the adapter's ranks are not its init_r, {rank}, and it has no rank_pattern"
+        )
+    return {
+        "rank": min(settings.get("target_r", 8), rank),
+        "initial_rank": rank,
+        "alpha": float(alpha) if alpha > 0 else rank,  # as PEFT takes it
+        "every": settings.get("deltaT", 1),
+        "beta1": settings.get("beta1", 0.85),
+        "beta2": settings.get("beta2", 0.85),
+        "orthogonal": settings.get("orth_reg_weight", 0.5),
+        "targets": targets_of(shapes),
+    }
+
+
+def settings_of(config: AdaloraConfig) -> dict[str, Any]:
+    """For `adapter_config.json`, whose own training is over."""
+    r = config.initial_rank
+    return {
+        "init_r": r,
+        "target_r": config.rank,
+        "lora_alpha": r + 1e-5 if config.alpha is None else config.alpha,  # PEFT divides by r + 1e-5
+        "tinit": 0,
+        "tfinal": 0,
+        "total_step": 1,
+        "deltaT": config.every,
+        "beta1": config.beta1,
+        "beta2": config.beta2,
+        "orth_reg_weight": config.orthogonal,
+    }
+
+
+def read(delta: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Triplets that are gone have no numbers in the file: here they are zeros that are not kept."""
+    found, left = {}, tensors["E"].shape[0]
+    for name, axis in (("A", 0), ("E", 0), ("B", 1)):
+        whole = getattr(delta, name).new_zeros(getattr(delta, name).shape)
+        if tensors[name].shape[axis] != left or left > whole.shape[axis]:
+            return tensors  # of another model
+        whole.narrow(axis, 0, left).copy_(tensors[name])
+        found[name] = whole
+    kept = delta.kept.clone().zero_()
+    kept[:left] = True
+    return {**found, "kept": kept}
+
+
+def write(delta: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What is kept."""
+    kept = delta.kept[:, 0]
+    return {"A": tensors["A"][kept], "E": tensors["E"][kept], "B": tensors["B"][:, kept]}
+
+
+def ranks_of(deltas: Mapping[str, Any]) -> dict[str, Any]:
+    """Which triplets of each matrix are kept, where some are gone."""
+    kept = {f"{path}.lora_E": delta.kept[:, 0].tolist() for path, delta in deltas.items()}
+    return {} if all(map(all, kept.values())) else {"rank_pattern": kept}
+
+
+def prepare(plugin: Any, settings: Settings) -> None:
+    """With ranks that have fallen it trains on as it is."""
+    if settings["rank_pattern"] is not None:
+        plugin.state["pruned"] = True
+
+
 class Adalora(Plugin):
     """See the module."""
 
@@ -130,6 +209,20 @@ class Adalora(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS}
     architectures = ("mixtral", "mamba")
     config: AdaloraConfig
+    peft = (
+        PeftFormat(
+            "ADALORA",
+            tensors={"A": "lora_A", "E": "lora_E", "B": "lora_B"},
+            divided={"B": 0},
+            own=frozenset({"kept"}),
+            options=options_of,
+            settings=settings_of,
+            read=read,
+            write=write,
+            of_deltas=ranks_of,
+            prepare=prepare,
+        ),
+    )
     # The tiny Mamba has a matrix of rank 2; a loop of one's own does not know its length.
     example = {"rank": 1, "initial_rank": 2, "warmup": 1, "prune": 1, "every": 1}
 

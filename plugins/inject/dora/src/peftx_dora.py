@@ -31,6 +31,7 @@ from peftx import (
     Claim,
     Delta,
     ModelView,
+    PeftFormat,
     Plugin,
     PluginConfig,
     Site,
@@ -39,7 +40,9 @@ from peftx import (
     dropout_linear,
     hookimpl,
 )
+from peftx.errors import PeftxError
 from peftx.kernel.slots import Entry, slot_of
+from peftx.peft_format import Settings, most_common, targets_of
 
 
 class DoraConfig(PluginConfig):
@@ -147,6 +150,32 @@ def lengths(V: Tensor) -> Tensor:
     return torch.linalg.vector_norm(V, dim=-1).clamp_min(torch.finfo(V.dtype).tiny)  # type: ignore[no-any-return]
 
 
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says."""
+    settings["r"], settings["init_lora_weights"], settings["use_dora"]  # the tensors say the rank
+    shapes = settings.adapted("lora_A.weight")
+    ranks = {path: shape[0] for path, shape in shapes.items()}
+    rank = most_common(ranks)
+    usual, stable = settings.get("lora_alpha", 8), bool(settings["use_rslora"])
+    settings["rank_pattern"]
+    for path, own in ranks.items():
+        found = settings.pattern("alpha_pattern", path)
+        alpha = usual if found is None else found
+        if (own, alpha) != (rank, usual):
+            raise PeftxError(
+                f"dora: the adapter has rank {own} and alpha {alpha} on {path}, {rank} and {usual} elsewhere, and the "
+                "plugin one of each",
+                hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+            )
+    return {
+        "rank": rank,
+        "alpha": float(usual),
+        "rank_stabilized": stable,
+        "dropout": settings.get("lora_dropout", 0.0),
+        "targets": targets_of(ranks),
+    }
+
+
 class Dora(Plugin):
     """See the module."""
 
@@ -155,6 +184,17 @@ class Dora(Plugin):
     architectures = ("mixtral",)
     example = {"rank": 2, "targets": "all"}  # Mixtral has no mlp.up
     config: DoraConfig
+    peft = (
+        PeftFormat(
+            "LORA",
+            tensors={"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+            divided={"B": 0, "magnitude": 0},
+            neutral={"magnitude": lambda weight: weight.norm(dim=-1)},
+            options=options_of,
+            settings=lambda config: {"use_dora": True, "lora_dropout": config.dropout},
+            when=lambda settings: bool(settings["use_dora"]),
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

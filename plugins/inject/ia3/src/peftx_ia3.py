@@ -23,8 +23,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, hookimpl
+from peftx import Claim, Delta, ModelView, PeftFormat, Plugin, PluginConfig, Targets, hookimpl
 from peftx.errors import PeftxError
+from peftx.peft_format import Settings, targets_of
 
 
 class Ia3Config(PluginConfig):
@@ -46,6 +47,7 @@ class ScaleOutput(Delta):
         features: out. batch: leading dimensions of stacked experts' weights.
     """
 
+    before = False  # what comes out of the layer is scaled
     full_precision = True  # a step of l is below bfloat16's rounding of the ones that it starts from
 
     def __init__(self, features: int, *, batch: tuple[int, ...] = ()) -> None:
@@ -67,6 +69,7 @@ class ScaleInput(Delta):
         features: in.
     """
 
+    before = True
     full_precision = True
 
     def __init__(self, features: int) -> None:
@@ -80,12 +83,40 @@ class ScaleInput(Delta):
         return weight * self.l.to(weight.dtype), bias  # W diag(l)
 
 
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says; a vector of inputs is a row in the file, one of outputs a column."""
+    settings["feedforward_modules"], settings["init_ia3_weights"]  # the tensors say it
+    shapes = settings.adapted("ia3_l")
+    outputs = [path for path, shape in shapes.items() if shape[-1] == 1]
+    inputs = [path for path in shapes if path not in outputs]
+    if not outputs:
+        raise PeftxError(
+            "ia3: the adapter scales inputs alone, and the plugin keys and values at least",
+            hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+        )
+    return {"targets": targets_of(outputs), "inputs": targets_of(inputs) if inputs else None}
+
+
 class Ia3(Plugin):
     """See the module."""
 
     Config = Ia3Config
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.EDITS_INPUTS}
     config: Ia3Config
+    peft = (
+        PeftFormat(
+            "IA3",
+            tensors={"l": "ia3_l"},
+            divided={"l": 0},
+            neutral={"l": lambda weight: weight.new_ones(len(weight), 1)},
+            options=options_of,
+            settings=lambda config: {},
+            write=lambda delta, own: {"l": own["l"][None] if delta.before else own["l"][:, None]},
+            of_deltas=lambda deltas: {
+                "feedforward_modules": [path for path, delta in deltas.items() if delta.before]
+            },
+        ),
+    )
 
     def __init__(self, config: Ia3Config | None = None, /, **options: Any) -> None:
         super().__init__(config, **options)

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, hookimpl
+from peftx import Claim, Delta, ModelView, PeftFormat, Plugin, PluginConfig, Targets, hookimpl
 from peftx.errors import PeftxError
+from peftx.peft_format import Settings, targets_of
 
 
 class LokrConfig(PluginConfig):
@@ -152,6 +153,61 @@ class LohaDelta(Product):
         return self.scale * (a1 @ b1) * (a2 @ b2)
 
 
+W1 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
+W2 = ("lokr_w2", "lokr_w2_a", "lokr_w2_b")
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def lokr_options(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says of LoKr."""
+    factor = settings.get("decompose_factor", -1)
+    return {
+        **_options(settings, settings.adapted(*W1)),
+        "factor": None if factor == -1 else factor,
+        "decompose_both": bool(settings["decompose_both"]),
+    }
+
+
+def loha_options(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says of LoHa."""
+    return {**_options(settings, settings.adapted("hada_w1_b")), "form": "hadamard"}
+
+
+def _options(settings: Settings, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    # Of convolutions, of training alone, or of the start.
+    for name in (
+        "use_effective_conv2d",
+        "rank_dropout",
+        "rank_dropout_scale",
+        "module_dropout",
+        "init_weights",
+    ):
+        settings[name]
+    for name, usual in (("rank_pattern", settings.get("r", 8)), ("alpha_pattern", settings.get("alpha", 8))):
+        for path in shapes:
+            found = settings.pattern(name, path)
+            if found not in (None, usual):
+                raise PeftxError(
+                    f"lokr: the adapter has {found} by {name} for {path}, and {usual} elsewhere; the plugin "
+                    "has one for all",
+                    hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+                )
+    return {
+        "rank": settings.get("r", 8),
+        "alpha": float(settings.get("alpha", 8)),
+        "targets": targets_of(shapes),
+    }
+
+
+def settings_of(config: LokrConfig) -> dict[str, Any]:
+    """For `adapter_config.json`."""
+    found: dict[str, Any] = {"r": config.rank, "alpha": config.rank if config.alpha is None else config.alpha}
+    if config.form == "hadamard":
+        return found
+    factor = -1 if config.factor is None else config.factor
+    return found | {"decompose_factor": factor, "decompose_both": config.decompose_both}
+
+
 class Lokr(Plugin):
     """See the module."""
 
@@ -159,6 +215,24 @@ class Lokr(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
     architectures = ("mixtral",)
     config: LokrConfig
+    peft = (
+        PeftFormat(
+            "LOKR",
+            tensors={name: name for name in (*W1, *W2)},
+            fused=False,  # a Kronecker product is of the whole matrix
+            options=lokr_options,
+            settings=settings_of,
+            written=lambda config: config.form == "kronecker",
+        ),
+        PeftFormat(
+            "LOHA",
+            tensors={name: name for name in HADAMARD},
+            divided={"hada_w1_a": 0, "hada_w2_a": 0},
+            options=loha_options,
+            settings=settings_of,
+            written=lambda config: config.form == "hadamard",
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -113,18 +113,18 @@ class LoraEmbedding(Delta):
     """e = E[v] + s B A[:, v] for token v.
 
     Args:
-        vocabulary: rows of E. width: of E. rank: r. scale: s.
+        vocabulary: rows of E. width: of E. rank: r. scale: s. times: what the model multiplies rows by.
     """
 
-    def __init__(self, vocabulary: int, width: int, *, rank: int, scale: float) -> None:
+    def __init__(self, vocabulary: int, width: int, *, rank: int, scale: float, times: float = 1.0) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.times = scale, times
         self.embedding_A = nn.Parameter(torch.zeros(rank, vocabulary))
         self.embedding_B = nn.Parameter(torch.randn(width, rank))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self.embedding_A.to(y.dtype), self.embedding_B.to(y.dtype)
-        return torch.add(y, F.embedding(x, A.t()) @ B.t(), alpha=self.scale)
+        return torch.add(y, F.embedding(x, A.t()) @ B.t(), alpha=self.scale * self.times)
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
@@ -176,6 +176,7 @@ class Lora(Plugin):
                 "embedding_B": "lora_embedding_B",
             },
             divided={"B": 0},
+            experts=True,
             options=options_of,
             settings=lambda config: {"lora_dropout": config.dropout},
             when=lambda settings: not settings["use_dora"],
@@ -194,7 +195,8 @@ class Lora(Plugin):
             site.check_rank(rank)
             scale = self.scale(rank, alpha)
             if site.kind == "embedding":
-                site.attach(LoraEmbedding(*site.shape, rank=rank, scale=scale))
+                times = float(getattr(site.module, "embed_scale", 1.0))  # as Gemma's scales what it looks up
+                site.attach(LoraEmbedding(*site.shape, rank=rank, scale=scale, times=times))
                 continue
             sizes = site.in_features, site.out_features
             site.attach(

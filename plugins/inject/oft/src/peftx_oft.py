@@ -34,9 +34,21 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
+from peftx import (
+    Claim,
+    Delta,
+    ModelView,
+    PeftFormat,
+    Plugin,
+    PluginConfig,
+    Site,
+    Targets,
+    TrainStep,
+    hookimpl,
+)
 from peftx.errors import PeftxError
 from peftx.kernel.parts import DeltaPart
+from peftx.peft_format import Settings, most_common, targets_of
 
 BLOCK = 32
 
@@ -165,6 +177,93 @@ def through(x: Tensor, factors: Iterable[tuple[int, Tensor]]) -> Tensor:
     return x.to(dtype)
 
 
+def oft_options(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says of OFT; the tensors say how large the blocks are."""
+    settings["r"], settings["oft_block_size"], settings["init_weights"], settings["module_dropout"]
+    shapes = settings.adapted("oft_R.weight")
+    sizes = {path: (1 + math.isqrt(1 + 8 * shape[-1])) // 2 for path, shape in shapes.items()}
+    share, eps = bool(settings["block_share"]), settings["eps"]
+    terms = settings.get("num_cayley_neumann_terms", 5)
+    neumann = terms if settings.get("use_cayley_neumann", False) else None
+    if neumann is not None and neumann < 4:
+        raise PeftxError(
+            f"oft: the adapter has num_cayley_neumann_terms={neumann}, and the plugin 4 or more",
+            hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+        )
+    return {
+        **_sizes(sizes, {path: shape[0] for path, shape in shapes.items()}, settings["r"] if share else None),
+        "share": share,
+        "eps": eps if settings["coft"] else None,
+        "neumann": neumann,
+        "targets": targets_of(shapes),
+    }
+
+
+def boft_options(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says of BOFT, and its tensors [m, r, b, b]."""
+    for name in (
+        "boft_block_size",
+        "boft_block_num",
+        "boft_n_butterfly_factor",
+        "boft_dropout",
+        "init_weights",
+    ):
+        settings[name]
+    if settings.get("bias", "none") != "none":
+        raise PeftxError(
+            "oft: the adapter trained biases as well, which the scale of BOFT leaves alone as they were at its start",
+            hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+        )
+    shapes = settings.adapted("boft_R")
+    sizes, blocks = ({path: shape[at] for path, shape in shapes.items()} for at in (-1, 1))
+    return {
+        **_sizes(sizes, blocks, None),
+        "butterfly": most_common({path: shape[0] for path, shape in shapes.items()}),
+        "scale": True,
+        "targets": targets_of(shapes),
+    }
+
+
+def _sizes(sizes: dict[str, int], blocks: dict[str, int], shared: int | None) -> dict[str, int]:
+    """One size for all layers, or one number of blocks."""
+    if len(set(sizes.values())) < 2:
+        return {"block_size": most_common(sizes)}
+    if len(set(blocks.values())) == 1:
+        return {"blocks": shared or most_common(blocks)}
+    named = ", ".join(map(str, sorted(set(sizes.values()))))
+    raise PeftxError(
+        f"oft: the adapter has blocks of {named}, and the plugin one size, or one number of blocks",
+        hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+    )
+
+
+def oft_settings(config: OftConfig) -> dict[str, Any]:
+    """For `adapter_config.json`."""
+    found: dict[str, Any] = {
+        "r": config.blocks or 0,
+        "oft_block_size": 0 if config.blocks else config.block_size or BLOCK,
+        "block_share": config.share,
+        "coft": config.eps is not None,
+        "use_cayley_neumann": config.neumann is not None,
+    }
+    found |= {} if config.eps is None else {"eps": config.eps}
+    return found | ({} if config.neumann is None else {"num_cayley_neumann_terms": config.neumann})
+
+
+def boft_settings(config: OftConfig) -> dict[str, Any]:
+    """For `adapter_config.json`."""
+    return {
+        "boft_block_size": 0 if config.blocks else config.block_size or BLOCK,
+        "boft_block_num": config.blocks or 0,
+        "boft_n_butterfly_factor": config.butterfly,
+    }
+
+
+def is_boft(config: OftConfig) -> bool:
+    """PEFT's BOFT has a scale always, each block is its own, and its inverse exact."""
+    return bool(config.butterfly and config.scale) and not (config.share or config.eps or config.neumann)
+
+
 class Oft(Plugin):
     """See the module."""
 
@@ -172,6 +271,23 @@ class Oft(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.EDITS_INPUTS}
     config: OftConfig
     example = {"block_size": 4}
+    peft = (
+        PeftFormat(
+            "OFT",
+            tensors={"oft_R": "oft_R.weight"},
+            options=oft_options,
+            settings=oft_settings,
+            written=lambda config: not config.butterfly and not config.scale,
+        ),
+        PeftFormat(
+            "BOFT",
+            tensors={"boft_R": "boft_R", "boft_s": "boft_s"},
+            own=frozenset({"b"}),
+            options=boft_options,
+            settings=boft_settings,
+            written=is_boft,
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, VirtualTokens, hookimpl
+from peftx import Claim, ModelView, PeftFormat, Plugin, PluginConfig, TrainStep, VirtualTokens, hookimpl
+from peftx.peft_format import SOFT, Settings
 
 
 class PTuningConfig(PluginConfig):
@@ -94,6 +95,34 @@ class PromptEncoder(VirtualTokens):
         self.lstm_head, self.mlp_head = None, nn.Sequential()
 
 
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says; the encoder is not in the file, its prompt is."""
+    for name in SOFT:
+        settings[name]
+    encoder = str(settings.get("encoder_reparameterization_type", "MLP")).lower()
+    layers, dropout = settings.get("encoder_num_layers", 2), settings.get("encoder_dropout", 0.0)
+    found = {
+        "length": settings["num_virtual_tokens"],
+        "encoder": encoder,
+        "hidden": settings["encoder_hidden_size"],
+    }
+    if encoder == "lstm":
+        found |= {"layers": layers, "dropout": dropout if layers > 1 else 0.0}
+    return found
+
+
+def settings_of(config: PTuningConfig) -> dict[str, Any]:
+    """For `adapter_config.json`."""
+    return {
+        "num_virtual_tokens": config.length,
+        "num_transformer_submodules": 1,
+        "encoder_reparameterization_type": config.encoder.upper(),
+        "encoder_hidden_size": config.hidden,
+        "encoder_num_layers": config.layers,
+        "encoder_dropout": config.dropout,
+    }
+
+
 class PTuning(Plugin):
     """See the module."""
 
@@ -102,6 +131,17 @@ class PTuning(Plugin):
     architectures = ("gemma",)
     config: PTuningConfig
     prompt: PromptEncoder
+    peft = (
+        PeftFormat(
+            "P_TUNING",
+            kept={"prompt.embedding.weight": "prompt_embeddings"},
+            options=options_of,
+            settings=settings_of,
+            read=lambda prompt, own: {"embedding.weight": own["embedding.weight"][: prompt.length]},
+            write=lambda prompt, own: {"embedding.weight": deepcopy(prompt).eval().rows()},
+            prepare=lambda plugin, settings: plugin.collapse(),
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

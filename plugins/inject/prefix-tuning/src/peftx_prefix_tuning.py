@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from copy import deepcopy
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,16 @@ from peftx import (
     BoundSite,
     Claim,
     ModelView,
+    PeftFormat,
     Plugin,
     PluginConfig,
     Targets,
     TrainStep,
     hookimpl,
 )
+from peftx.errors import PeftxError
 from peftx.kernel.call import Call
+from peftx.peft_format import SOFT, Settings
 
 
 class PrefixTuningConfig(PluginConfig):
@@ -123,6 +127,37 @@ class Prefix(AttentionEdit):
         return self.encoder[0](self.part)
 
 
+EVERY = "attention"
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says; the network is not in the file, its prefix is."""
+    if settings["task_type"] == "SEQ_2_SEQ_LM" or settings["num_transformer_submodules"] == 2:
+        raise PeftxError(
+            "prefix-tuning: the adapter is of an encoder-decoder, where PEFT's stands in the decoder and its cross "
+            "attention, the plugin's in both towers",
+            hint="use it with PEFT",
+        )
+    for name in SOFT:
+        settings[name]
+    hidden, projected = settings["encoder_hidden_size"], settings["prefix_projection"]
+    return {
+        "length": settings["num_virtual_tokens"],
+        "hidden": (hidden or settings["token_dim"]) if projected else None,
+        "targets": EVERY,
+    }
+
+
+def settings_of(config: PrefixTuningConfig) -> dict[str, Any]:
+    """For `adapter_config.json`."""
+    return {
+        "num_virtual_tokens": config.length,
+        "num_transformer_submodules": 1,
+        "prefix_projection": config.hidden is not None,
+        "encoder_hidden_size": config.hidden,
+    }
+
+
 class PrefixTuning(Plugin):
     """See the module."""
 
@@ -131,6 +166,17 @@ class PrefixTuning(Plugin):
     architectures = ("deepseek_v3", "gemma4")
     refuses = {"mamba": "it has no attention", "bloom": "its attention is not looked up by name"}
     config: PrefixTuningConfig
+    peft = (
+        PeftFormat(
+            "PREFIX_TUNING",
+            kept={"decoder_attention.embedding.weight": "prompt_embeddings"},
+            options=options_of,
+            settings=settings_of,
+            write=lambda encoder, own: {"embedding.weight": encoder(slice(None))},
+            prepare=lambda plugin, settings: plugin.collapse(),
+            written=lambda config: str(config.targets) == EVERY,
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

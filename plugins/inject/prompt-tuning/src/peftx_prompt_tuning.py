@@ -18,15 +18,16 @@ and rows that text or labels leave over come from the vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, ModelView, Plugin, PluginConfig, Site, Stack, VirtualTokens, hookimpl
+from peftx import Claim, ModelView, PeftFormat, Plugin, PluginConfig, Site, Stack, VirtualTokens, hookimpl
 from peftx.errors import PeftxError
 from peftx.kernel.positions import free_positions
+from peftx.peft_format import SOFT, Settings
 
 BOUND = 0.5
 """Of the uniform start."""
@@ -65,6 +66,14 @@ class SoftPrompt(VirtualTokens):
         return self.P
 
 
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says; how its rows began is of no account any more."""
+    start = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    for name in (*SOFT, *start):
+        settings[name]
+    return {"length": settings["num_virtual_tokens"], "init": "uniform"}
+
+
 class PromptTuning(Plugin):
     """See the module."""
 
@@ -72,6 +81,15 @@ class PromptTuning(Plugin):
     claims = {Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS}
     architectures = ("gemma",)
     config: PromptTuningConfig
+    peft = (
+        PeftFormat(
+            "PROMPT_TUNING",
+            kept={"prompt.P": "prompt_embeddings"},
+            options=options_of,
+            settings=lambda config: {"num_virtual_tokens": config.length, "num_transformer_submodules": 1},
+            read=lambda prompt, own: {"P": own["P"][: prompt.length]},  # PEFT has unused rows for a decoder
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:

@@ -13,12 +13,25 @@ which are as large as the largest of them. Merged, W' = W + diag(b) B diag(d) A,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, dropout_linear, hookimpl
+from peftx import (
+    Claim,
+    Delta,
+    ModelView,
+    PeftFormat,
+    Plugin,
+    PluginConfig,
+    Site,
+    Targets,
+    dropout_linear,
+    hookimpl,
+)
+from peftx.peft_format import Settings, most_common, targets_of
 
 
 class VeraConfig(PluginConfig):
@@ -93,6 +106,20 @@ class VeraDelta(Delta):
         return weight + (b.unsqueeze(-1) * B) @ (d.unsqueeze(-1) * A), bias  # W + diag(b) B diag(d) A
 
 
+def options_of(settings: Settings) -> dict[str, Any]:
+    """What `adapter_config.json` says."""
+    settings["r"], settings["init_weights"]  # the tensors say it
+    shapes = settings.adapted("vera_lambda_d")
+    return {
+        "rank": most_common({path: shape[0] for path, shape in shapes.items()}),
+        "d_initial": settings.get("d_initial", 0.1),
+        "dropout": settings.get("vera_dropout", 0.0),
+        "projection_prng_key": settings.get("projection_prng_key", 0),
+        "save_projection": settings.get("save_projection", True),
+        "targets": targets_of(shapes),
+    }
+
+
 class Vera(Plugin):
     """See the module."""
 
@@ -100,6 +127,22 @@ class Vera(Plugin):
     claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
     example = {"rank": 8}
     config: VeraConfig
+    peft = (
+        PeftFormat(
+            "VERA",
+            tensors={"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
+            kept={"projection.A": "base_model.vera_A", "projection.B": "base_model.vera_B"},
+            fused=False,  # PEFT's roles take further rows of B than the first
+            options=options_of,
+            settings=lambda config: {
+                "r": config.rank,
+                "d_initial": config.d_initial,
+                "vera_dropout": config.dropout,
+                "projection_prng_key": config.projection_prng_key,
+                "save_projection": config.save_projection,
+            },
+        ),
+    )
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
