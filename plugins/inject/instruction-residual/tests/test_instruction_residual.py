@@ -91,6 +91,17 @@ def test_without_pretraining_it_is_the_instruct_model(dtype: torch.dtype) -> Non
         assert all(torch.equal(p, values(instruct)[n]) for n, p in values(stack.model).items())
 
 
+def test_small_values_are_not_lost_beside_large_ones() -> None:
+    """Of float32 in float64: what is large in the base and small in the tuned model is the tuned model's to the bit."""
+    base, instruct = tiny("llama"), moved(tiny("llama"), 1)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.mul_(1e5)
+    stack = stack_of(base)
+    plugin_of(stack).put(stack, instruct)
+    assert all(torch.equal(p, values(instruct)[n]) for n, p in values(stack.model).items())
+
+
 def test_scale_zero_is_the_base_and_there_and_back_is_nothing() -> None:
     base, instruct, d1 = three()
     was = logits(d1)
@@ -236,7 +247,7 @@ def test_saved_loaded_exported_and_packed(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
-def test_no_relatives() -> None:
+def test_no_relatives(tmp_path: Path) -> None:
     stack, base = stack_of(tiny("llama")), tiny("llama")
     was = values(stack.model)
     for other, match in (
@@ -250,6 +261,9 @@ def test_no_relatives() -> None:
         for instruct, given in ((other, base), (base, other)):
             with pytest.raises(PeftxError, match=match):
                 plugin_of(stack).put(stack, instruct, given)
+    tiny("qwen2").save_pretrained(tmp_path / "qwen2")
+    with pytest.raises(PeftxError, match=r"instruction-residual: '.*/qwen2' is no relative of this one"):
+        plugin_of(stack).put(stack, str(tmp_path / "qwen2"))
     words = type("Words", (), {"get_vocab": lambda self: {f"<{i}>": i for i in range(1000)}})()
     with pytest.raises(PeftxError, match="no id is the same token in all models"):
         plugin_of(stack).put(stack, (tiny("llama"), words), (base, None))
