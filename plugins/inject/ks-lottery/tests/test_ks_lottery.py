@@ -215,12 +215,13 @@ def test_a_loop_of_ones_own() -> None:
         assert torch.equal(moved_rows(stack), plugin.tickets.chosen)
 
 
-def test_the_rewind_forgets_the_moments() -> None:
-    stack = stack_of(probe=2, alpha=1.0)
+@pytest.mark.parametrize("probe", [1, 2])
+def test_the_rewind_forgets_the_moments(probe: int) -> None:
+    stack = stack_of(probe=probe, alpha=1.0)
     batch = example_inputs(stack.model)
     batch["labels"] = batch["input_ids"]
     optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
+    for _ in range(probe + 1):
         stack.train_step(batch, optimizer=optimizer)
     (state,) = optimizer.state.values()
     assert float(state["step"]) == 1

@@ -25,10 +25,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
-from peftx.kernel.objective import objective_of
 
 
 class LinUpperConfig(PluginConfig):
@@ -68,10 +68,17 @@ def weights(l: Tensor, strategy: str, r: float) -> Tensor:  # noqa: E741
     return (f / r).softmax(0)
 
 
+EACH = ("ForMaskedLM", "ForTokenClassification")
+"""Losses whose label i belongs to token i, and not to what stands before it."""
+
+
 class Part(NamedTuple):
     """One micro-batch of a step."""
 
     module: nn.Module
+    """What is called."""
+    model: PreTrainedModel
+    """What it wraps, if it wraps one."""
     batch: dict[str, Any]
     share: float
     """Its part of the step's labels."""
@@ -89,7 +96,7 @@ class Part(NamedTuple):
         logits, sample = outputs.logits, torch.arange(len(labels), device=labels.device)
         if labels.ndim == 1:  # a class each
             logits, labels = logits[:, None], labels[:, None]
-        elif not (self.module.config.is_encoder_decoder or objective_of(self.module) == "masked-token"):  # type: ignore[union-attr,arg-type]
+        elif not (self.model.config.is_encoder_decoder or self.model.loss_type in EACH):
             logits, labels = logits[:, :-1], labels[:, 1:]
         sample = sample[:, None].expand(labels.shape)
         mask, places = self.batch.get("attention_mask"), self.batch.get("position_ids")
@@ -149,7 +156,7 @@ class LinUpper(Plugin):
     def task(self, step: TrainStep) -> tuple[Tensor, Any]:
         """The plain loss of a micro-batch by its value; by its gradient nothing, and in the last one L of all."""
         share = 1 / step.accumulation if step.share is None else step.share["labels"]
-        part = Part(step.module, dict(step.batch), share)
+        part = Part(step.module, step.model, dict(step.batch), share)
         outputs, plain, l, n = part.read()  # noqa: E741
         self.parts = {**self.parts, step.micro: (part, l.detach(), n)}
         trained = step.parameters()[:1]

@@ -164,6 +164,7 @@ class Logits(nn.Module):
     """A decoder whose logits are its parameter."""
 
     config = SimpleNamespace(is_encoder_decoder=False)
+    loss_type = "ForCausalLM"
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ def test_equals_the_official_step(strategy: str, r: float) -> None:
     labels[1, :3], labels[3, :5] = -100, -100
     plugin = LinUpper(strategy=strategy, r=r)
     fake: Any = SimpleNamespace(
-        module=model, batch={"labels": labels}, share=None, accumulation=1, micro=0, last_micro=True,
+        module=model, model=model, batch={"labels": labels}, share=None, accumulation=1, micro=0, last_micro=True,
         parameters=lambda: list(model.parameters()),
     )  # fmt: skip
     loss, outputs = plugin.task(fake)
@@ -195,17 +196,20 @@ def test_equals_the_official_step(strategy: str, r: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------- the step, and its cut
-@pytest.mark.parametrize("arch", ["llama", "t5", "bert", "vit"])
+@pytest.mark.parametrize("arch", ["llama", "t5", "bert", "vit", "llama tokens"])
 def test_the_gradient_is_that_of_the_weighted_rows(arch: str) -> None:
     """sum_i w_i n_i l_i B / N, with the weights of rows that were called one by one."""
-    stack = stack_of(arch)
+    arch, _, each = arch.partition(" ")
+    stack = stack_of(arch, **({"head": "token-classification", "num_labels": 400} if each else {}))
     batch = batch_of(stack)
     loss = step(stack)
     found = gradients(stack)
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(6)]
     losses = torch.stack([stack.model(**row).loss for row in rows])
     labels = batch["labels"]
-    counted = labels[:, None] if labels.ndim == 1 else labels[:, 1:] if arch == "llama" else labels
+    counted = (
+        labels[:, None] if labels.ndim == 1 else labels[:, 1:] if arch == "llama" and not each else labels
+    )
     n = (counted != -100).sum(1)
     assert loss == pytest.approx(((losses * n).sum() / n.sum()).item(), rel=1e-5)  # the plain one
     stack.model.zero_grad()
@@ -304,7 +308,7 @@ def test_texts_in_one_row_weigh_one_by_one() -> None:
     collate = Collator(PAD)
     alone, packed = collate(rows), Packing(collate, 40, torch.float32)(rows)
     assert len(packed["labels"]) < len(alone["labels"])
-    _, _, l, n = Part(stack.model, packed, 1.0).read()  # noqa: E741
+    _, _, l, n = Part(stack.model, stack.model, packed, 1.0).read()  # noqa: E741
     assert sorted(n[n > 0].tolist()) == sorted(float((r != -100).sum()) for r in alone["labels"])
     assert ((l * n).sum() / n.sum()).item() == pytest.approx(stack.model(**packed).loss.item(), rel=1e-5)
     step(stack, [(0, 5)], alone)
