@@ -130,7 +130,7 @@ class EptPrompt(VirtualTokens):
     @torch.no_grad()
     def collapse(self, dtype: torch.dtype) -> None:
         """Put P*, as a model of this dtype computes it, in the place of P_s, and let D, U and G go."""
-        self.P.copy_(deepcopy(self).to(dtype).rows())
+        self.P.copy_(deepcopy(self, {id(self.call): None}).to(dtype).rows())  # without the model
         self.W = nn.ParameterDict({name: self.W[name] for name in ("A", "B")})
 
 

@@ -260,6 +260,16 @@ def test_the_folded_prompt_computes_the_same_bits(arch: str, tmp_path: Path) -> 
     assert torch.equal(logits(stack), expected)
 
 
+def test_folding_copies_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, plugin = stack_of()
+
+    def refuse(self: Any, memo: Any) -> None:
+        raise AssertionError("the model is copied")
+
+    monkeypatch.setattr(type(stack.model), "__deepcopy__", refuse, raising=False)
+    plugin.collapse()
+
+
 def test_a_run_folds_and_another_trains_on(tmp_path: Path) -> None:
     stack, plugin = stack_of()
     stack.train(ROWS, steps=2, batch_size=2, learning_rate=0.1)
