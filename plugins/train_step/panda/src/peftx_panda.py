@@ -133,8 +133,7 @@ class Panda(Plugin):
                 )
             return F.mse_loss(z_S, z_T) / (N if self.config.by_rows else 1)
 
-        by_token = labels.ndim > 1 and not labels.is_floating_point()
-        step.add_loss("distillation", distillation, weight, over="labels" if by_token else "rows")
+        step.add_loss("distillation", distillation, weight)
         return (yield)
 
     def weight(self, step: TrainStep) -> float:
