@@ -318,6 +318,21 @@ def test_tasks_are_drawn_anew_two_at_least(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(set(drawn)) > 4
 
 
+def test_every_number_of_tasks_is_as_likely() -> None:
+    stack, plugin = stack_of(tasks=3, teachers=0, adapt=False)
+    step = TrainStep(stack, {})
+    step.batch_of = lambda name: {"task": torch.arange(3)}  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    sizes = []
+    for _ in range(600):
+        plugin.on_sources(step, taught=True)
+        sizes.append(len(step.batch["task"]))
+    assert set(sizes) == {2, 3}
+    assert 250 < sizes.count(2) < 350
+    plugin.on_sources(step, taught=False)
+    assert len(step.batch["task"]) == 3, "teachers see all"
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
