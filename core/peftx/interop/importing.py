@@ -173,11 +173,11 @@ def _level(part: DeltaPart, adapter: Adapter, format: PeftFormat) -> str:
     ]
     if len(levels) < 2:
         return levels[0] if levels else part.path
-    named = adapter.fields.get("target_parameters") or ()
-    wanted = next(
-        (i for i, name in enumerate(named) if name.rpartition(".")[2] == entry_of(part).parameter), 0
-    )
-    return sorted(levels, key=len, reverse=True)[min(wanted, len(levels) - 1)]
+    named = {name.rpartition(".")[2] for name in adapter.fields.get("target_parameters") or ()}
+    wrapped = [name for name in part.place._parameters if name in named]  # PEFT goes by the module's order
+    parameter = entry_of(part).parameter
+    at = wrapped.index(parameter) if parameter in wrapped else 0
+    return sorted(levels, key=len, reverse=True)[min(at, len(levels) - 1)]
 
 
 def _for_part(part: DeltaPart, name: str, value: Tensor, place: Tensor, format: PeftFormat) -> Tensor:
