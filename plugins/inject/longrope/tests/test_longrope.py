@@ -19,6 +19,7 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.subject import TEXTS
 from peftx.toolkits.compression import Calibration
 from peftx_longrope import LongRope, deltas, rope_parameters
+from peftx_lora import Lora
 
 test_conformance = conformance("longrope")
 
@@ -347,3 +348,27 @@ def test_clear_errors() -> None:
         Stack(with_rope(rope_type="linear", factor=2.0), [LongRope(**SMALL)], tokenizer=tiny_tokenizer())
     with pytest.raises(PeftxError, match="7 parents of a population of 6"):
         stack_of(parents=7)
+
+
+def test_search_train_and_search_again(tmp_path: Path) -> None:
+    """The paper's stages: long factors, training at length, longer ones, and short ones again."""
+    plugins: list[Any] = [
+        LongRope(**SMALL),
+        Lora(rank=2),
+        ("second", LongRope(**{**SMALL, "scale": 2.0, "texts": 1})),
+    ]
+    plugins.append(("short", LongRope(**{**SMALL, "part": "short"})))
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    stack.compress(TEXTS, ["longrope"], **FOUR)
+    first = deltas(stack)[0].f.clone()
+    rows = [{"text": " ".join(TEXTS)[:15]}] * 4
+    stack.train(rows, steps=2, batch_size=2, learning_rate=1e-2)
+    stack.compress(TEXTS, ["second", "short"], **FOUR)
+    one, two, short = deltas(stack)
+    assert torch.equal(one.f, first)
+    assert (one.limit, two.limit, short.limit) == (L, 4 * L, L)
+    assert not torch.equal(two.f, torch.ones_like(two.f))
+    stack.save(tmp_path / "out")
+    again = peftx.load(tmp_path / "out", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    for length in (L, LONG, 5 * L):
+        assert torch.equal(logits(again.model, length), logits(stack.model.eval(), length))
