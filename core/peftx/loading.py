@@ -72,10 +72,8 @@ def load(
     """
     folder = Path(path)
     if is_adapter(folder) and not (folder / MANIFEST).exists():
-        return import_peft(
-            folder, model=model, tokenizer=tokenizer, device=usable_device(device), registry=registry,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        given = {"tokenizer": tokenizer, "registry": registry, "trust_remote_code": trust_remote_code}
+        return import_peft(folder, model=model, device=usable_device(device), **given)  # type: ignore[arg-type]
     manifest = read_manifest(folder)
     device = usable_device(device)
     with naming(folder):

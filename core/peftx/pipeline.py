@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftx.composition.adapters import entries, read_adapter
 from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
 from peftx.engines.data import TrainingData, read_dataset
@@ -20,7 +19,7 @@ from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
 from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
-from peftx.interop.importing import fill
+from peftx.interop.importing import begin_with
 from peftx.kernel.members import Member
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
@@ -212,22 +211,13 @@ class Run:
 
     def _inject(self, stage: RunStage, index: int) -> str:
         self._stack.inject(stage.ids)
-        self._begin_with_adapters(stage.ids)
+        paths = {entry.id: entry.path for entry in self.pipeline.stack if entry.id in stage.ids}
+        begin_with(self._stack, paths, self.registry)
         count = self._stack.trainable_parameters()
         assert self.result is not None
         self.result.trainable = max(self.result.trainable, count)
         share = 100 * count / max(1, self._stack.base_parameters())
         return f"{count:,} parameters train ({share:.2f} %)"
-
-    def _begin_with_adapters(self, ids: Sequence[str]) -> None:
-        """Put the numbers of HF PEFT's adapters into the plugins that are to begin with them."""
-        paths: dict[str, list[str]] = {}
-        for entry in self.pipeline.stack:
-            if entry.path is not None and entry.id in ids:
-                paths.setdefault(entry.path, []).append(entry.id)
-        for path, owners in paths.items():
-            adapter = read_adapter(path)
-            fill(self._stack, adapter, dict(zip(owners, entries(adapter, self.registry), strict=False)))
 
     def _train(self, stage: RunStage, index: int) -> str:
         assert self.result is not None
@@ -384,13 +374,9 @@ def load_run(
     pipeline = resolved(loaded.pipeline, base)
     where = {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
     return Run(
-        pipeline,
-        registry=registry,
-        where=where,
-        reporter=reporter,
-        resume=resume,
+        pipeline, registry=registry, where=where, reporter=reporter, resume=resume,
         trust_remote_code=trust_remote_code,
-    )
+    )  # fmt: skip
 
 
 def run(
@@ -403,11 +389,10 @@ def run(
     trust_remote_code: bool = False,
 ) -> RunResult:
     """Read a spec and carry it out."""
-    return load_run(
-        spec,
-        overrides=overrides,
-        registry=registry,
-        reporter=reporter,
-        resume=resume,
-        trust_remote_code=trust_remote_code,
-    ).run()
+    given = {
+        "registry": registry,
+        "reporter": reporter,
+        "resume": resume,
+        "trust_remote_code": trust_remote_code,
+    }
+    return load_run(spec, overrides=overrides, **given).run()  # type: ignore[arg-type]

@@ -69,6 +69,21 @@ def _id(entry: Entry, index: int, found: list[Entry]) -> str:
     return entry.use if [e.use for e in found].index(entry.use) == index else f"{entry.use}-{index}"
 
 
+def begin_with(stack: Stack, paths: Mapping[str, str | None], registry: Registry) -> None:
+    """Put the numbers of adapters into plugins that stand on a model.
+
+    Args:
+        paths: id of a plugin -> folder of PEFT; None: it begins as ever.
+    """
+    owners: dict[str, list[str]] = {}
+    for id, path in paths.items():
+        if path is not None:
+            owners.setdefault(path, []).append(id)
+    for path, ids in owners.items():
+        adapter = read_adapter(path)
+        fill(stack, adapter, dict(zip(ids, entries(adapter, registry), strict=False)))
+
+
 def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
     """The adapter's numbers into the places of its plugins, all or none.
 
