@@ -10,7 +10,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Claim, ModelView, Plugin, Stack, VirtualTokens, hookimpl
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.copies import Reader, copy_of
 from peftx.kernel.parts import DeltaPart
 from peftx.testing.models import ARCHITECTURES, example_inputs, output_of, tiny, tiny_tokenizer
@@ -79,7 +79,7 @@ def test_dtype_mode_and_the_meta_device_are_the_bases() -> None:
 def test_a_packed_base_is_refused() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj = QuantLinear.from_linear(model.model.layers[0].mlp.up_proj, bits=8)
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM cannot be copied: model"):
+    with pytest.raises(ConflictError, match="LlamaForCausalLM cannot be copied: model"):
         copy_of(model)
 
 

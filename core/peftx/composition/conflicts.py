@@ -32,6 +32,7 @@ EXCLUSIVE = {
     Claim.REPLACES_STEP: "both replace the training step, and a step has one loss and one update",
     Claim.REPLACES_ATTENTION: "both compute the attention themselves",
     Claim.REPLACES_DECODING: "both replace the decoding loop",
+    Claim.REPLACES_LOSS: "both put a loss of their own in the task's place, and a step has one",
     Claim.CLASSIFIES: "both bring the head that names a text's class",
     Claim.QUANTIZES: "both replace the weights by integers",
 }
@@ -96,6 +97,11 @@ RULES = (
         _claiming(Claim.VIRTUAL_TOKENS),
         "{one} lays its rows out with positions and a mask of its own, and the soft tokens of {two} would stand in "
         "front of the first text alone",
+    ),
+    Rule(
+        _claiming(Claim.REPLACES_LOSS),
+        _claiming(Claim.CLASSIFIES),
+        "{one} puts a loss of its own in the task's place, and so does the head of {two}",
     ),
     *(
         Rule(

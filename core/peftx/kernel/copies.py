@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.attention import PREFIX
 from peftx.kernel.chain import is_ours
 from peftx.kernel.positions import free_positions
@@ -23,7 +23,7 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     edit that holds the copy, makes its parameters a plugin's own.
 
     Raises:
-        UnsupportedError: layers were replaced by packed ones, or biases added where the class has none.
+        ConflictError: layers were replaced by packed or smaller ones, or biases added where the class has none.
     """
     config = copy.deepcopy(model.config)
     config._attn_implementation = (config._attn_implementation or "eager").removeprefix(PREFIX)
@@ -32,10 +32,11 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     found.tie_weights()  # which making it without first values leaves out
     weights = {name: t for name, t in model.state_dict().items() if not is_ours(name)}
     known = found.state_dict()
-    if strange := sorted(weights.keys() ^ known.keys()):
-        raise UnsupportedError(
-            f"{type(found).__name__} cannot be copied: {strange[0]} is no weight that the class has",
-            hint="put the plugin before those that pack layers",
+    other = {name for name in weights.keys() & known.keys() if weights[name].shape != known[name].shape}
+    if strange := sorted((weights.keys() ^ known.keys()) | other):
+        raise ConflictError(
+            f"{type(found).__name__} cannot be copied: {strange[0]} is no weight that the class has, or of another size",
+            hint="put the plugin before those that pack or prune layers",
         )
     # Layers that a bundle brings packed have no weights while it is read; what a copy had of them it brings too.
     found.load_state_dict({name: t for name, t in weights.items() if not t.is_meta}, strict=False)

@@ -81,6 +81,9 @@ class Claim(StrEnum):
     """Tells tokens by their ids, and refuses a call on embeddings."""
     GIVES_EMBEDDINGS = "gives-embeddings"
     """Calls the model on embeddings of its own, in the place of token ids."""
+    REPLACES_LOSS = "replaces-loss"
+    """Its step puts a loss of its own in the place of the task's (`step.replace_task_loss`); a head of classes does so
+    anyway."""
     READS_LOSS = "reads-loss"
     """Its step evaluates the loss by itself, before plugins that stand after it have set theirs."""
     OWN_LAYOUT = "own-layout"

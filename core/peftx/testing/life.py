@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import peftx
 from peftx.composition.conflicts import find_conflicts, starting_format
@@ -18,17 +19,21 @@ from peftx.testing.case import assert_equal, inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceGain, ReferenceLowRank
 from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS, steps_for
+from peftx_spec.models import FORMATS
 
+OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
+"""What formats are made of: from one plugin's examples alone."""
+LEAST_ROWS = 8  # of which plugins that choose leave some
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
 
 
 def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     """The life of a stack: train, compress, run, save, load, run again. Where nothing trains, a companion does."""
-    stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
+    stack = built(members, tiny(arch))
     if not stack.trainable_parameters():
         members = accompanied(members)
-        stack = Stack(tiny(arch), members, tokenizer=tiny_tokenizer())
+        stack = built(members, tiny(arch))
     before = [(p, p.detach().clone()) for p in stack.model.parameters() if p.requires_grad]
     steps = steps_for(*(member.plugin for member in members))
     report = stack.train(
@@ -42,8 +47,9 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     losses = [loss for _, loss in report.losses]
     assert all(map(math.isfinite, losses)), f"losses are {losses}"
     assert not all(torch.equal(p, old) for p, old in before), "no parameter moved"
-    if any(member.implements("compress") for member in members):
-        stack.compress(TEXTS, samples=4, length=24)
+    todo = [m.id for m in members if m.implements("compress") and not stack.standing[m.id].compressed]
+    if todo:
+        stack.compress(TEXTS, todo, samples=4, length=24)
     inputs = inputs_for(stack.model)
     logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
     assert bool(logits.isfinite().all()), "some logits are not finite"
@@ -55,21 +61,51 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     assert found == text, f"generates {found!r} loaded and {text!r} saved"
 
 
+def built(members: Sequence[Member], model: PreTrainedModel) -> Stack:
+    """As a run builds it: what stands before the first plugin that injects compresses the plain model."""
+    early = early_ids(members)
+    stack = Stack(model, members, tokenizer=tiny_tokenizer(), inject=not early)
+    if early:
+        stack.compress(TEXTS, early, samples=4, length=24)
+        stack.inject()
+    return stack
+
+
+def early_ids(members: Sequence[Member]) -> list[str]:
+    """Who compresses before anything is injected."""
+    first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
+    return [
+        m.id
+        for i, m in enumerate(members)
+        if m.implements("compress") and (m.phase == "before-training" or i < first < len(members))
+    ]
+
+
 def accompanied(members: Sequence[Member]) -> list[Member]:
-    """With one of the kit's plugins that trains in front, the first that goes with them."""
+    """With one of the kit's plugins that trains, the first that goes with them: in front, else behind what compresses
+    the plain model."""
     for plugin in (ReferenceLowRank(), ReferenceGain()):
-        found = [Member(COMPANION, plugin), *members]
-        if not find_conflicts(found):
-            return found
+        for found in ([Member(COMPANION, plugin), *members], [*members, Member(COMPANION, plugin)]):
+            if not find_conflicts(found):
+                return found
     raise AssertionError("nothing trains, and nothing that does goes with it")
 
 
 def rows_of(members: Sequence[Member]) -> list[Mapping[str, Any]]:
-    """A plugin's own examples, else rows of a format that goes through."""
-    own = next((member.plugin.example_rows for member in members if member.plugin.example_rows), None)
-    if own is not None:
-        return list(own)
-    return list(ROWS_BY_FORMAT[starting_format(members) or "prompt-completion"])
+    """The examples of a plugin that trains on rows of one kind, else of any, else rows of a format that goes through;
+    with the further columns of all others' examples, and as many as the most of them."""
+    given = [m.plugin for m in members if m.plugin.example_rows]
+    format = starting_format(members)
+    fitting = [p for p in given if format is None or p.example_rows[0].keys() >= set(FORMATS[format])]
+    first = next((p for p in fitting if p.takes), fitting[0] if fitting else None)
+    rows = first.example_rows if first is not None else ROWS_BY_FORMAT[format or "prompt-completion"]
+    most = max([LEAST_ROWS, len(rows), *(len(plugin.example_rows) for plugin in given)])
+    return [
+        {name: value for plugin in given for name, value in plugin.example_rows[i % len(plugin.example_rows)].items()
+         if name not in OWN_COLUMNS}
+        | dict(rows[i % len(rows)])
+        for i in range(most)
+    ]  # fmt: skip
 
 
 def sources_of(members: Sequence[Member]) -> dict[str, Sequence[Mapping[str, Any]]]:

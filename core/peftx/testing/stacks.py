@@ -39,7 +39,7 @@ from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
-from peftx.testing.life import LENGTH, PROMPT, sources_of
+from peftx.testing.life import LENGTH, PROMPT, early_ids, sources_of
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.recipes import (
     SAYINGS,
@@ -188,13 +188,7 @@ class Life:
     def built(self) -> Stack:
         """As a run builds it: what stands before the first plugin that injects compresses the plain model."""
         members, model = self.recipe.members(), tiny(self.recipe.arch)
-        first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
-        early = [
-            m.id
-            for i, m in enumerate(members)
-            if m.implements("compress") and (m.phase == "before-training" or i < first < len(members))
-        ]
-        if early:
+        if early := early_ids(members):
             stack = Stack(model, members, tokenizer=tiny_tokenizer(), inject=False)
             stack.compress(TEXTS, early, samples=4, length=24)
             stack.inject()

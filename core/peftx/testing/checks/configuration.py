@@ -25,6 +25,7 @@ _NEEDS = {
     Claim.PREFIX_CACHE: {"inject", "decode", "compress"},
     Claim.REPLACES_ATTENTION: {"inject", "compress"},
     Claim.REPLACES_STEP: {"train_step"},
+    Claim.REPLACES_LOSS: {"train_step"},
     Claim.NEEDS_GRADIENTS: {"train_step", "inject"},
     Claim.REPLACES_DECODING: {"decode"},
     Claim.LOSSLESS_DECODING: {"decode"},

@@ -100,6 +100,28 @@ def check_labels_of_a_step_are_claimed(case: Case) -> None:
     assert has != claimed, f"the batch has {'' if has else 'no '}labels in its step, and it {said}"
 
 
+@check(on="first-text", when=lambda s: s.implements("train_step") and not s.claims(Claim.CLASSIFIES))
+def check_a_loss_of_its_own_is_claimed(case: Case) -> None:
+    """A step that puts a loss in the place of the task's says so, so that another one's is not lost."""
+    stack = case.training_stack()
+    stack.model.train()
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    replaced: list[object] = []
+    put = step.replace_task_loss
+
+    def noted(function: Any, **options: Any) -> None:
+        replaced.append(function)
+        put(function, **options)
+
+    step.replace_task_loss = noted  # type: ignore[method-assign]
+    stack.run_train_step(step)
+    claimed = Claim.REPLACES_LOSS in stack.plugins[case.id].claims
+    said = f"{'claims' if claimed else 'does not claim'} {Claim.REPLACES_LOSS}"
+    assert bool(replaced) == claimed, (
+        f"a step puts {'a' if replaced else 'no'} loss in the task's place; it {said}"
+    )
+
+
 @check(on="first-generative", when=lambda subject: trains(subject) or subject.implements("prepare_data"))
 def check_trains_in_the_trainer(case: Case) -> None:
     """`stack.train` makes its steps, with finite losses, and leaves the base as it was."""
@@ -171,6 +193,7 @@ CHECKS = (
     check_gradient_transforms_are_claimed,
     check_embeddings_of_a_step_are_claimed,
     check_labels_of_a_step_are_claimed,
+    check_a_loss_of_its_own_is_claimed,
     check_trains_in_the_trainer,
     check_resume_is_exact,
     check_phases_fit,

@@ -178,7 +178,10 @@ class CharBench(Plugin):
 
     Config = CharBenchConfig
     example = {"count": 1, "lengths": (5, 6), "max_new_tokens": 2, "prompt": "{question}"}
-    example_rows = [{"prompt": "stone river bread table", "completion": "window garden yellow silver"}]
+    example_rows = [
+        {"prompt": f"stone river bread table {n}", "completion": f"window garden yellow silver {n}"}
+        for n in range(8)
+    ]
     config: CharBenchConfig
 
     def suits(self, model: ModelView) -> None:

@@ -185,7 +185,8 @@ class FactorLlm(Plugin):
                     f"'{id}' computes {part.path} anew, and would pass over '{part.owner}', which stands before it",
                     hint=f"this order works: {id}, {part.owner}",
                 )
-        for other in (member for member in stack.members if member.claims(Claim.QUANTIZES)):
+        reads = Claim.QUANTIZES, Claim.NEEDS_CALIBRATION
+        for other in (m for m in stack.members if any(map(m.claims, reads))):
             targets = getattr(other.plugin.config, "targets", "all")
             packed = [s.path for s in stack.view(other.id).linears(targets) if s.path in paths]
             if packed and order.index(other.id) < order.index(id):

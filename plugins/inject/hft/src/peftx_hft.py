@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Site, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.anatomy.site import LINEAR_KINDS
 
 Unit = tuple[Site, ...]
@@ -67,7 +67,7 @@ class Hft(Plugin):
         for name in self.state["trained"]:
             site = named[name]
             if site.kind == "quantized":
-                raise PeftxError(
+                raise ConflictError(
                     f"hft: {site.path} is quantized, and integers do not train",
                     hint="put hft before the plugin that quantizes",
                 )

@@ -96,10 +96,8 @@ class KsLottery(Plugin):
     Config = KsLotteryConfig
     claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS}
     architectures = ("mixtral", "gemma2")
-    example = {
-        "probe": 1,
-        "alpha": 0.9999,
-    }  # a loop of one's own does not know its length; one step moves little
+    # A loop of one's own does not know its length, and one step moves little: every token is a ticket.
+    example = {"probe": 1, "alpha": 1.0}
     config: KsLotteryConfig
 
     place: Trained

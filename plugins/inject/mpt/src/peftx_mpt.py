@@ -190,6 +190,7 @@ class Mpt(Plugin):
         Claim.NEEDS_GRADIENTS,
         Claim.NEEDS_LABELS,
         Claim.NEEDS_MASK,
+        Claim.REPLACES_LOSS,
     }
     architectures = ("gemma",)
     refuses = {"bert": "its tasks are texts with answers"}

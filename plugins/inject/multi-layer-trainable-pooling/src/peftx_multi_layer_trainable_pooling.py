@@ -134,7 +134,7 @@ class MultiLayerTrainablePooling(Plugin):
     """See the module."""
 
     Config = MultiLayerTrainablePoolingConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NO_LABELS}
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NO_LABELS, Claim.REPLACES_LOSS}
     takes, gives = ("preference",), {"preference": "tokenized"}
     refuses = {"t5": "it has layers of two towers", "gemma3n": "its layers give several states a token"}
     exempt = {"accumulation_makes_the_same_step": "other documents of a micro-batch are its negatives"}

@@ -109,7 +109,7 @@ class Spp(Plugin):
     Config = SppConfig
     claims = {Claim.MERGEABLE}
     architectures = ("mixtral", "phi3")
-    example = {"rank": 4, "pattern": "2:4"}
+    example = {"rank": 2, "sparsity": 0.5}
     config: SppConfig
 
     def __init__(self, config: SppConfig | None = None, /, **options: Any) -> None:

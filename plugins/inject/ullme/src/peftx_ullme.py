@@ -166,6 +166,7 @@ class Ullme(Plugin):
         Claim.REPLACES_ATTENTION,
         Claim.NEEDS_LABELS,
         Claim.NEEDS_MASK,
+        Claim.REPLACES_LOSS,
     }
     takes, gives = ("preference",), {"preference": "tokenized"}
     refuses = {

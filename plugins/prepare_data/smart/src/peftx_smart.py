@@ -62,9 +62,9 @@ class Smart(Plugin):
 
     Config = SmartConfig
     takes = ("prompt-completion", "messages", "text", "classification", "preference")
-    example = {"encoder": "peftx:tiny", "budget": 4}
+    example = {"encoder": "peftx:tiny", "budget": 4, "task": "kind"}
     example_rows = [
-        {"prompt": f"{ask} {n}", "completion": f"{n + 1}", "task": ask}
+        {"prompt": f"{ask} {n}", "completion": f"{n + 1}", "kind": ask}
         for ask in ("Add to", "After")
         for n in range(4)
     ]

@@ -153,7 +153,13 @@ class AlignDistil(Plugin):
     """See the module."""
 
     Config = AlignDistilConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NEEDS_LABELS, Claim.NEEDS_MASK}
+    claims = {
+        Claim.IDENTITY_AT_START,
+        Claim.BESIDE_WEIGHTS,
+        Claim.NEEDS_LABELS,
+        Claim.NEEDS_MASK,
+        Claim.REPLACES_LOSS,
+    }
     takes, gives = ("preference",), {"preference": "tokenized"}
     refuses = {"bert": "it writes no text", "t5": "prompt and answer are not in one row"}
     example = {"teacher_steps": 1}  # a loop of one's own does not know its length, of which 0.25 is a quarter

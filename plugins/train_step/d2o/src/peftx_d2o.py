@@ -79,7 +79,7 @@ class D2o(Plugin):
     """See the module."""
 
     Config = D2oConfig
-    claims = {Claim.NEEDS_LABELS, Claim.NEEDS_MASK}
+    claims = {Claim.NEEDS_LABELS, Claim.NEEDS_MASK, Claim.REPLACES_LOSS}
     takes = ("preference", "prompt-completion")
     gives = {"preference": "prompt-completion"}
     refuses = {"bert": "it writes no text", "t5": "prompt and answer are not in one row"}

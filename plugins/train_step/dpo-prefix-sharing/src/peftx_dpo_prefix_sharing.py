@@ -123,7 +123,7 @@ class DpoPrefixSharing(Plugin):
     """See the module."""
 
     Config = DpoPrefixSharingConfig
-    claims = {Claim.OWN_LAYOUT}
+    claims = {Claim.OWN_LAYOUT, Claim.REPLACES_LOSS}
     takes = ("preference",)
     gives = {"preference": "tokenized"}
     architectures = ("mistral",)

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import ConflictError
 
 
 class GmtConfig(PluginConfig):
@@ -69,7 +69,7 @@ class Gmt(Plugin):
             return
         packed = [site for site in model.sites(self.config.targets) if site.kind == "quantized"]
         if packed:
-            raise PeftxError(
+            raise ConflictError(
                 f"gmt: {packed[0].path} is quantized, and integers do not train",
                 hint="put gmt before the plugin that quantizes; or an adapter, and gmt with targets: null",
             )

@@ -113,7 +113,7 @@ class LinUpper(Plugin):
     """See the module."""
 
     Config = LinUpperConfig
-    claims = {Claim.NEEDS_LABELS, Claim.NEEDS_GRADIENTS}
+    claims = {Claim.NEEDS_LABELS, Claim.NEEDS_GRADIENTS, Claim.REPLACES_LOSS}
     architectures = ("mixtral", "vit")
     refuses = {"clip": "its loss is of pairs of rows"}
     example = {"burn_in": 0}  # a loop of one's own does not know its length, of which 0.05 is a share

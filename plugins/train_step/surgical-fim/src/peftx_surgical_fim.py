@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import DataError, PeftxError, UnsupportedError
+from peftx.errors import ConflictError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.modes import eval_mode
 
 
@@ -57,7 +57,7 @@ class SurgicalFim(Plugin):
         paths = [site.path for site in model.anatomy.sites if site.role == "block.layer"]
         packed = [site.path for site in model.anatomy.sites if site.kind == "quantized"]
         if packed:
-            raise PeftxError(
+            raise ConflictError(
                 f"surgical-fim: {packed[0]} is quantized, and integers do not train",
                 hint="put surgical-fim before the plugin that quantizes",
             )
