@@ -35,7 +35,7 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     other = {name for name in weights.keys() & known.keys() if weights[name].shape != known[name].shape}
     if strange := sorted((weights.keys() ^ known.keys()) | other):
         raise ConflictError(
-            f"{type(found).__name__} cannot be copied: {strange[0]} is no weight that the class has, or of another size",
+            f"{type(found).__name__} cannot be copied: {strange[0]} is no weight of the class, or of another size",
             hint="put the plugin before those that pack or prune layers",
         )
     # Layers that a bundle brings packed have no weights while it is read; what a copy had of them it brings too.
