@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 
 
 class LinUpperConfig(PluginConfig):
@@ -135,23 +135,13 @@ class LinUpper(Plugin):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             hint = "start without torchrun; gradient_accumulation makes the step larger"
             raise UnsupportedError("linupper weighs the rows of one process", hint=hint)
-        own = step._task_loss  # of the core: there is no public way to ask whose the loss is
-        self.alone(step, own)
         if self.phases() and step.phase(self).name == "uniform":
-            loss = yield
-        else:
-            own = partial(self.task, step)
-            step.replace_task_loss(own, over="step")
-            self.parts = {} if step.first_micro else self.parts
-            loss = yield
-            self.parts = {} if step.last_micro else self.parts
-        self.alone(step, own)
+            return (yield)
+        step.replace_task_loss(partial(self.task, step), over="step")
+        self.parts = {} if step.first_micro else self.parts
+        loss = yield
+        self.parts = {} if step.last_micro else self.parts
         return loss
-
-    def alone(self, step: TrainStep, own: Any) -> None:
-        if step._task != own:
-            said = "another plugin of the stack brings a loss of its own, and one of the two would be lost"
-            raise ConflictError(f"linupper: {said}", hint="keep one of them")
 
     def task(self, step: TrainStep) -> tuple[Tensor, Any]:
         """The plain loss of a micro-batch by its value; by its gradient nothing, and in the last one L of all."""

@@ -394,17 +394,8 @@ def test_learned_samples_hold_up_less() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("burn_in", [0, 1])
-def test_another_loss_is_refused(order: int, burn_in: int) -> None:
-    stack = stack_of("llama", D2o(samples=2, max_new_tokens=2), order=order, options={"burn_in": burn_in})
-    rows = [{"prompt": "a", "rejected": "b", "chosen": "c"}] * 2
-    with pytest.raises(ConflictError, match="linupper: another plugin of the stack brings a loss of its own"):
-        stack.train(rows, steps=2, batch_size=2)
-
-
 def test_refused() -> None:
-    for other in (LsLlama(labels=["a", "b"]), Mezo()):
+    for other in (LsLlama(labels=["a", "b"]), Mezo(), D2o(samples=2, max_new_tokens=2)):
         for order in (1, -1):
             with pytest.raises(ConflictError, match="linupper"):
                 stack_of("llama", other, order=order)
