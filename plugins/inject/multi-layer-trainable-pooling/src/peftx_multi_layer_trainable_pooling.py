@@ -42,9 +42,9 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, batches_of, class_rows, pads_right
+from peftx.engines.data import IGNORE, batches_of, class_rows, together
 from peftx.engines.data.encoding import eos_id
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, UnsupportedError
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.evaluation import context_window, evaluating
@@ -209,7 +209,10 @@ class MultiLayerTrainablePooling(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        step.batch = together(step.batch, pad_of(step.model, step.stack.tokenizer), self.owner)
+        texts = [(name, None) for name in TEXTS.values()]
+        step.batch = together(
+            step.batch, texts, pad=pad_of(step.model, step.stack.tokenizer), owner=self.owner
+        )
 
         def loss() -> tuple[Tensor, Any]:
             outputs = step.forward(output_hidden_states=True)
@@ -231,21 +234,3 @@ class MultiLayerTrainablePooling(Plugin):
             for b in batches_of(rows, pad_of(model, stack.tokenizer), model.device, size=size):
                 found.append(self.vectors(model(**b, output_hidden_states=True), b["attention_mask"]))
         return torch.cat(found)
-
-
-def together(batch: dict[str, Any], pad: int, owner: str) -> dict[str, Any]:
-    """Queries, documents and hard negatives as rows of one batch, in this order; other columns stand three times."""
-    if missing := ", ".join(sorted({"attention_mask", *TEXTS.values()} - batch.keys())):
-        hint = "train on preference rows; in a loop of your own, on those that stack.prepare returns"
-        raise PeftxError(f"{owner}: the batch has no {missing}", hint=hint)
-    given = {name: x for name, x in batch.items() if name != "labels"}
-    queries = given.pop("input_ids").masked_fill(given.pop("attention_mask") == 0, -1)
-    texts = [queries, *(given.pop(name) for name in COLUMNS)]
-    width = max(x.shape[1] for x in texts)
-    ids = torch.cat([F.pad(x, (0, width - x.shape[1]), value=-1) for x in texts])  # [3 B, T]
-    if wrong := next((name for name, x in given.items() if x.shape[1:] == queries.shape[1:]), None):
-        raise PeftxError(
-            f"{owner}: column '{wrong}' has a value a token of queries alone", hint="leave it out"
-        )
-    rows = pads_right({"input_ids": ids.masked_fill(ids < 0, pad), "attention_mask": (ids >= 0).long()})
-    return rows | {name: torch.cat([x] * 3) for name, x in given.items()}

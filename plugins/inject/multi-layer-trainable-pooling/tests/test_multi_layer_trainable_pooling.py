@@ -388,7 +388,7 @@ def test_columns_of_other_plugins_stand_for_all_three_texts() -> None:
     assert step.batch["input_ids"].shape == step.batch["attention_mask"].shape
     assert len(step.batch["input_ids"]) == 12
     assert set(step.batch) == {"input_ids", "attention_mask", "domain"}
-    with pytest.raises(PeftxError, match="column 'speaker' has a value a token of queries alone"):
+    with pytest.raises(PeftxError, match="column 'speaker' has a value a token of one text"):
         stack.train_step(batch | {"speaker": batch["labels"]})
     with pytest.raises(PeftxError, match="the batch has no negative_ids, positive_ids"):
         stack.train_step({name: x for name, x in batch.items() if name in ("input_ids", "attention_mask")})

@@ -41,8 +41,8 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, class_rows, encode_pair, pads_right
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.engines.data import IGNORE, class_rows, encode_pair, together
+from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import last_of, mean_of
@@ -259,7 +259,7 @@ class Ullme(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         documents = [step.batch.get(name) for name in TEXTS[1:]]
-        step.batch = together(step.batch, pad_of(step.model, step.stack.tokenizer), self.owner)
+        step.batch = five(step.batch, pad_of(step.model, step.stack.tokenizer), self.owner)
         B, chunk = len(step.batch["input_ids"]) // 5, self.config.chunk
         same = same_texts(*documents)  # type: ignore[arg-type]
 
@@ -318,28 +318,10 @@ def rows_of(batch: dict[str, Tensor], rows: range, B: int) -> dict[str, Tensor]:
     return {name: x[at.to(x.device)] for name, x in batch.items()}
 
 
-def together(batch: dict[str, Any], pad: int, owner: str) -> dict[str, Any]:
+def five(batch: dict[str, Any], pad: int, owner: str) -> dict[str, Any]:
     """The texts of B rows as rows of one batch, B of each kind: query and passage to be written, the same of the
-    negative, then query, passage and negative to be embedded, with the flag. Other columns stand five times."""
-    if missing := ", ".join(
-        sorted({"input_ids", "attention_mask", "labels", *WRITTEN, *TEXTS} - batch.keys())
-    ):
-        hint = "train on preference rows; in a loop of your own, on those that stack.prepare returns"
-        raise PeftxError(f"{owner}: the batch has no {missing}", hint=hint)
-    given = dict(batch)
-    mask = given.pop("attention_mask")
-    ids = [given.pop("input_ids").masked_fill(mask == 0, -1), *(given.pop(n) for n in (WRITTEN[0], *TEXTS))]
-    labels = [given.pop("labels"), given.pop(WRITTEN[1]), *([mask[:, :0]] * 3)]
-    if wrong := next((name for name, x in given.items() if x.shape[1:] == mask.shape[1:]), None):
-        raise PeftxError(f"{owner}: column '{wrong}' has a value a token of one text", hint="leave it out")
-    width = max(x.shape[1] for x in ids)
-    told, learned = (
-        torch.cat([F.pad(x, (0, width - x.shape[1]), value=-1) for x in xs]) for xs in (ids, labels)
-    )  # [5 B, T]
-    rows = {
-        "input_ids": told.masked_fill(told < 0, pad),
-        "attention_mask": (told >= 0).long(),
-        "labels": learned.masked_fill(learned < 0, IGNORE),
-    }
-    flag = torch.arange(5, device=mask.device).ge(2).long().repeat_interleave(len(mask))
-    return pads_right(rows) | {name: torch.cat([x] * 5) for name, x in given.items()} | {FLAG: flag}
+    negative, then query, passage and negative to be embedded, with the flag."""
+    texts = [("input_ids", "labels"), WRITTEN, *((name, None) for name in TEXTS)]
+    rows = together(batch, texts, pad=pad, owner=owner)
+    flag = torch.arange(5, device=rows["input_ids"].device).ge(2).long()
+    return rows | {FLAG: flag.repeat_interleave(len(rows["input_ids"]) // 5)}

@@ -24,7 +24,7 @@ from peftx_mezo import Mezo
 from peftx_ntk_attention import NtkAttention
 from peftx_prefix_tuning import PrefixTuning
 from peftx_prompt_tuning import PromptTuning
-from peftx_ullme import Ullme, alignment, contrast, log_probs, rows_of, same_texts, together
+from peftx_ullme import Ullme, alignment, contrast, five, log_probs, rows_of, same_texts
 
 test_conformance = conformance("ullme")
 
@@ -342,7 +342,7 @@ def test_forward_passes_alone_train_on_it_too() -> None:
 def test_the_five_texts_of_a_row() -> None:
     stack = build(instruction=" Say:")
     for side in ("left", "right"):
-        rows = together(batch_of(stack, side=side), PAD, "ullme")
+        rows = five(batch_of(stack, side=side), PAD, "ullme")
         pairs = [
             encode_pair(TOKENIZER, row["prompt"] + " Say:", row[name], max_length=64)
             for name in ("chosen", "rejected")
@@ -367,7 +367,7 @@ def test_a_token_whose_id_is_zero_counts() -> None:
         ("rejected_ids", "rejected_labels", "query_ids", "positive_ids", "negative_ids"), zero
     )
     batch |= {"input_ids": zero, "labels": zero, "attention_mask": torch.ones(1, 2).long()}
-    rows = together(batch, 9, "ullme")
+    rows = five(batch, 9, "ullme")
     assert rows["input_ids"].tolist() == [[5, 0]] * 5
     assert rows["labels"].tolist() == [[5, 0]] * 2 + [[IGNORE, IGNORE]] * 3
     assert rows["attention_mask"].all()
@@ -422,7 +422,7 @@ def test_rows_of_evaluation_are_rewritten_too_and_columns_of_others_come_along()
 
 def test_training_finds_passages_and_prefers_to_write_them() -> None:
     stack = build(Lora(rank=4), chunk=2)
-    batch = together(batch_of(stack), PAD, "ullme")
+    batch = five(batch_of(stack), PAD, "ullme")
     inputs = {name: batch[name][:8] for name in ("input_ids", "attention_mask")}
 
     def margin() -> float:

@@ -45,7 +45,7 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, Collator, encode_pair, pads_right
+from peftx.engines.data import IGNORE, Collator, encode_pair, together
 from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.calls import columns_of
@@ -96,6 +96,8 @@ class AlignDistilConfig(PluginConfig):
 
 
 COLUMNS = ("rejected_ids", "rejected_labels")
+PAIR = (("input_ids", "labels"), COLUMNS)
+"""The text with the chosen answer, and the one with the rejected one."""
 Task = Callable[[], tuple[Tensor, Any]]
 AS_IT_IS = {
     "do_sample": True,
@@ -216,7 +218,8 @@ class AlignDistil(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        step.batch = together(step.batch, pad_of(step.model, step.stack.tokenizer), self.owner)
+        pad = pad_of(step.model, step.stack.tokenizer)
+        step.batch = together(step.batch, PAIR, pad=pad, owner=self.owner)
         phase = self.enter(step)
         step.replace_task_loss(self.distil(step) if phase == "distil" else self.dpo(step, phase), over="rows")
         return (yield)
@@ -326,25 +329,3 @@ def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
     finally:
         for name, x in now.items():
             x.data = own[name]
-
-
-def together(batch: dict[str, Any], pad: int, owner: str) -> dict[str, Any]:
-    """Texts with the chosen answers and then those with the rejected ones; other columns stand twice."""
-    if missing := ", ".join(sorted({"input_ids", "attention_mask", "labels", *COLUMNS} - batch.keys())):
-        hint = "train on preference rows; in a loop of your own, on those that stack.prepare returns"
-        raise PeftxError(f"{owner}: the batch has no {missing}", hint=hint)
-    given = dict(batch)
-    mask = given.pop("attention_mask")
-    ids = [given.pop("input_ids").masked_fill(mask == 0, -1), given.pop("rejected_ids")]
-    labels = [given.pop("labels"), given.pop("rejected_labels")]
-    if wrong := next((name for name, x in given.items() if x.shape[1:] == mask.shape[1:]), None):
-        raise PeftxError(f"{owner}: column '{wrong}' has a value a token of one answer", hint="leave it out")
-    width = max(x.shape[1] for x in ids)
-    ids, labels = ([F.pad(x, (0, width - x.shape[1]), value=-1) for x in xs] for xs in (ids, labels))
-    told, learned = torch.cat(ids), torch.cat(labels)  # [2 B, T]
-    rows = {
-        "input_ids": told.masked_fill(told < 0, pad),
-        "attention_mask": (told >= 0).long(),
-        "labels": learned.masked_fill(learned < 0, IGNORE),
-    }
-    return pads_right(rows) | {name: torch.cat([x] * 2) for name, x in given.items()}

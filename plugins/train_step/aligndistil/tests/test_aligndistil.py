@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Plugin, Stack, TrainStep, companion, hookimpl
-from peftx.engines.data import IGNORE, Collator, encode_pair, prompt_ids
+from peftx.engines.data import IGNORE, Collator, encode_pair, prompt_ids, together
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.calls import own_lengths_of
 from peftx.testing import conformance
 from peftx.testing.models import EOS, PAD, tiny, tiny_tokenizer
 from peftx_aligndistil import (
+    PAIR,
     AlignDistil,
     at_answers,
     distillation,
@@ -27,7 +28,6 @@ from peftx_aligndistil import (
     log_probs,
     row_means,
     teacher,
-    together,
     trained,
 )
 from peftx_d2o import D2o
@@ -463,7 +463,7 @@ def test_drawn_answers_stop_where_the_window_ends_and_have_their_columns() -> No
 
 def test_the_student_comes_to_prefer_what_is_chosen() -> None:
     stack = build(strength=2.0, teacher_steps=4)
-    batch = together(batch_of(stack), PAD, "aligndistil")
+    batch = together(batch_of(stack), PAIR, pad=PAD, owner="aligndistil")
     labels, inputs = batch["labels"], {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def margins() -> Tensor:
@@ -521,7 +521,7 @@ def test_a_teacher_with_another_vocabulary_is_refused() -> None:
 def test_both_answers_are_rows_of_one_batch() -> None:
     stack = build()
     for side in ("left", "right"):
-        rows = together(batch_of(stack, side=side), PAD, "aligndistil")
+        rows = together(batch_of(stack, side=side), PAIR, pad=PAD, owner="aligndistil")
         pairs = [
             encode_pair(TOKENIZER, row["prompt"], row[name], max_length=64)
             for name in ("chosen", "rejected")
@@ -535,7 +535,7 @@ def test_a_token_whose_id_is_zero_counts() -> None:
     ids, mask, labels = torch.tensor([[5, 0, 7]]), torch.ones(1, 3).long(), torch.tensor([[IGNORE, 0, 7]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     others = {"rejected_ids": torch.tensor([[5, 0]]), "rejected_labels": torch.tensor([[IGNORE, 0]])}
-    rows = together(batch | others, 9, "aligndistil")
+    rows = together(batch | others, PAIR, pad=9, owner="aligndistil")
     assert rows["input_ids"].tolist() == [[5, 0, 7], [5, 0, 9]]
     assert rows["labels"].tolist() == [[IGNORE, 0, 7], [IGNORE, 0, IGNORE]]
     assert rows["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -573,7 +573,7 @@ def test_columns_that_other_plugins_read_come_along() -> None:
     stack.train_step(batch)
     assert seen == [[4, 5, 6, 4, 5, 6]]
     assert labelled == [[True] * 6]
-    with pytest.raises(PeftxError, match="column 'user' has a value a token of one answer"):
+    with pytest.raises(PeftxError, match="column 'user' has a value a token of one text"):
         stack.train_step(batch | {"user": torch.ones_like(batch["input_ids"])})
 
 
