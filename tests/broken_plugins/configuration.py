@@ -144,4 +144,9 @@ class SetLater(Plugin):
         _attach(model)
 
 
-SetLater.claims = frozenset({Claim.IDENTITY_AT_START, Claim.MERGEABLE})
+def _say() -> bool:
+    SetLater.claims = frozenset({Claim.IDENTITY_AT_START, Claim.MERGEABLE})
+    return True
+
+
+SAID = _say()

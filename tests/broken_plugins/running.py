@@ -125,6 +125,7 @@ class DropsLabels(Plugin):
 
     caught_by = "labels_of_a_step_are_claimed"
     also = {"carries_or_refuses"}  # it looks at no rows
+    also |= {"a_loss_of_its_own_is_claimed"}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -264,3 +264,26 @@ class MovesWhatItMasked(Plugin):
             place.restrict(mask)
         step.after_update(pull)
         return (yield)
+
+
+class HidesItsLoss(Plugin):
+    """Its step puts a loss in the place of the task's, and nobody is told."""
+
+    caught_by = "a_loss_of_its_own_is_claimed"
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        step.replace_task_loss(step._task_loss)
+        return (yield)
+
+
+class PassesNoLayer(Plugin):
+    """Says that it computes layers past their modules, and leaves them alone."""
+
+    caught_by = "layers_are_passed_by"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.PASSES_LAYERS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))

@@ -142,7 +142,10 @@ def test_a_server_answers(server: tuple[str, Stack]) -> None:
     assert [a.text for a in found] == stack.generate(prompts, max_new_tokens=5, do_sample=False)
     assert worker.budget.spent_tokens > 10
     with pytest.raises(PeftxError, match=r"remote:http://127.0.0.1:.*NotFoundError"):
-        Worker(Remote("tiny", base_url=url, chat=True, retries=0)).write(["Hello"])
+        Worker(Remote("large", base_url=url, chat=True, retries=0)).write(["Hello"])
+    asked = stack.generate("User: Hello\nAssistant:", max_new_tokens=5, do_sample=False)
+    (chat,) = Worker(Remote("tiny", base_url=url, chat=True)).write(["Hello"], max_new_tokens=5)
+    assert chat.text == asked.removeprefix(" ")
 
 
 # -- companions ------------------------------------------------------------------------------------------------------

@@ -99,6 +99,11 @@ RULES = (
         "front of the first text alone",
     ),
     Rule(
+        _claiming(Claim.NEEDS_CALIBRATION),
+        _claiming(Claim.PASSES_LAYERS),
+        "{one} measures what goes through the layers, and {two} computes some past their modules",
+    ),
+    Rule(
         _claiming(Claim.REPLACES_LOSS),
         _claiming(Claim.CLASSIFIES),
         "{one} puts a loss of its own in the task's place, and so does the head of {two}",

@@ -85,7 +85,7 @@ def train_base(ledger: Ledger, owner: Owner, site: Site, names: tuple[str, ...])
     own = dict(module.named_parameters(recurse=False))
     chosen = names or tuple(own)
     _check_trainable(ledger, owner, site, own, chosen)
-    others = _trained_by_others(ledger, owner.id, module)
+    others = _trained_by_others(ledger, owner.id, module, restoring=owner.restoring)
     part = BasePart(owner.id, site.path, module, ledger.model, chosen)
     for name in chosen:
         if name in others:
@@ -111,7 +111,7 @@ def _check_trainable(
             )
     if slot is not None and slot.originals:
         raise ConflictError(f"{owner.id}: {site.path} holds merged deltas", hint="stack.unmerge() first")
-    others = _trained_by_others(ledger, owner.id, site.module)
+    others = _trained_by_others(ledger, owner.id, site.module, restoring=owner.restoring)
     twice = {n for p in ledger.of(owner.id, BasePart) if p.module is site.module for n in p.parameters}
     for name in chosen:
         if name not in own:
@@ -132,9 +132,16 @@ def _check_trainable(
             )
 
 
-def _trained_by_others(ledger: Ledger, owner: str, module: nn.Module) -> dict[str, BasePart]:
+def _trained_by_others(
+    ledger: Ledger, owner: str, module: nn.Module, *, restoring: bool = False
+) -> dict[str, BasePart]:
     """Name -> the part of another plugin that trains this parameter of the module."""
-    parts = (p for p in ledger.all(BasePart) if p.module is module and p.owner != owner)
+    # What was folded for good trains no more: a bundle that is read brings it before those who train beside it.
+    parts = (
+        p
+        for p in ledger.all(BasePart)
+        if p.module is module and p.owner != owner and not (restoring and p.final)
+    )
     return {name: part for part in parts for name in part.parameters}
 
 

@@ -67,6 +67,8 @@ class Claim(StrEnum):
     """Its deltas edit what goes into layers (`Delta.pre`)."""
     COMPUTES_LAYERS = "computes-layers"
     """Computes linear layers itself, from their weights (`Delta.base`)."""
+    PASSES_LAYERS = "passes-layers"
+    """Computes some linear layers past their modules, so that nothing that stands on these sees a call."""
     NEEDS_ADAPTERS = "needs-adapters"
     """Works on what the deltas of other plugins add to the output of layers."""
     VIRTUAL_TOKENS = "virtual-tokens"

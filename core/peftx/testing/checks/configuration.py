@@ -26,6 +26,7 @@ _NEEDS = {
     Claim.REPLACES_ATTENTION: {"inject", "compress"},
     Claim.REPLACES_STEP: {"train_step"},
     Claim.REPLACES_LOSS: {"train_step"},
+    Claim.PASSES_LAYERS: {"inject"},
     Claim.NEEDS_GRADIENTS: {"train_step", "inject"},
     Claim.REPLACES_DECODING: {"decode"},
     Claim.LOSSLESS_DECODING: {"decode"},

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peftx.errors import UnsupportedError
 from peftx.kernel.plugin import Claim
+from peftx.stack import Stack
 from peftx.testing.case import Case, assert_close, error_of, inputs_for, output
 from peftx.testing.checks.check import changes_model, check
 from peftx.testing.subject import TEXT
@@ -70,4 +71,30 @@ def check_embeddings_do_for_tokens(case: Case) -> None:
 
 WHAT = "logits by embeddings and by ids"
 
-CHECKS = (check_padding_is_invisible, check_batch_is_invisible, check_embeddings_do_for_tokens)
+
+@check(when=lambda subject: subject.claims(Claim.PASSES_LAYERS))
+def check_layers_are_passed_by(case: Case) -> None:
+    """Of the linear layers that the base calls, some are not called."""
+
+    def called(stack: Stack) -> set[str]:
+        seen: set[str] = set()
+        sites = [site for site in stack.anatomy.sites if site.kind == "linear"]
+        hooks = [
+            site.module.register_forward_hook(lambda *_, path=site.path: seen.add(path)) for site in sites
+        ]
+        output(stack.model, inputs_for(stack.model))
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    assert called(Stack(case.model())) - called(case.finished()), (
+        f"every layer is called; it claims {Claim.PASSES_LAYERS}"
+    )
+
+
+CHECKS = (
+    check_layers_are_passed_by,
+    check_padding_is_invisible,
+    check_batch_is_invisible,
+    check_embeddings_do_for_tokens,
+)

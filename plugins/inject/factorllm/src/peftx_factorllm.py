@@ -137,7 +137,7 @@ class FactorLlm(Plugin):
     """See the module."""
 
     Config = FactorLlmConfig
-    claims = {Claim.TRAINS_BASE, Claim.NEEDS_MASK}
+    claims = {Claim.TRAINS_BASE, Claim.NEEDS_MASK, Claim.PASSES_LAYERS}
     architectures = ("mistral", "gemma2")
     refuses = {
         "gpt2": "no gated MLP",

@@ -28,6 +28,7 @@ from torch import Tensor
 from peftx import ModelView, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
 from peftx.engines.data import following_ids, pair_of, prompt_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.stack import Stack as Kernel
 from peftx.toolkits.evaluation import Request, context_window, score_requests
 from peftx.toolkits.working import Answer
@@ -129,7 +130,9 @@ class SelectIt(Plugin):
         asks = [text.replace("{k}", str(config.scale)) for text in config.prompts or RATINGS]
         S_sent, theta = [], []
         for name in config.raters:
-            with stack.disabled():  # the base rates, not what is trained on it
+            # The base rates, packed if it is, and not what is trained on it.
+            packed = {part.owner for part in stack.ledger.all(ReplacedPart)}
+            with stack.disabled(*(id for id in stack.plugins if id not in packed)):
                 by = stack if name == SELF else Stack(name, device=str(stack.model.device))
                 _refuse(f"{id}: rater '{name}'", by.model)
                 rater = Rater(by, config.scale, config.batch_size, f"{id}: rater '{name}'")
