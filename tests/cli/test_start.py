@@ -107,17 +107,6 @@ def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
     }
     expected |= {"import", "export", "check", "new", "merge", "doctor", "matrix", "data", "report", "compare"}
     assert expected == set(names)
-        "import",
-        "export",
-        "check",
-        "new",
-        "merge",
-        "doctor",
-        "matrix",
-        "data",
-        "report",
-        "compare",
-    } == set(names)
     for name in names:
         text = ok(name, "--help")
         assert f"Example: peftx {name}" in text, f"peftx {name} --help shows no example"
