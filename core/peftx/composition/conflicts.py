@@ -99,7 +99,7 @@ RULES = (
         "front of the first text alone",
     ),
     Rule(
-        _claiming(Claim.NEEDS_CALIBRATION),
+        _claiming(Claim.FINAL),
         _claiming(Claim.PASSES_LAYERS),
         "{one} measures what goes through the layers, and {two} computes some past their modules",
     ),
