@@ -363,7 +363,7 @@ def test_packing_goes_behind_and_needs_no_measurements() -> None:
     with pytest.raises(ConflictError, match=r"'factorllm' computes .*'nf4' packs them before"):
         Stack(tiny("llama"), [NF4Storage(), FactorLlm()])
     with pytest.raises(
-        ConflictError, match="'prefixquant' measures .*'factorllm' computes some past their modules"
+        ConflictError, match=r"'prefixquant' measures .*'factorllm' computes some past their modules"
     ):
         Stack(tiny("llama"), [FactorLlm(), PrefixQuant()], tokenizer=tiny_tokenizer())
     for fitting in (
