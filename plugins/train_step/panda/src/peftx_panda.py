@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from peftx import Claim, Evaluation, Plugin, PluginConfig, TrainStep, companion, hookimpl
 from peftx.engines.data import IGNORE, batches_of, class_rows
-from peftx.errors import PeftxError
+from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import mean_of
 from peftx.kernel.modes import eval_mode
@@ -104,6 +104,16 @@ class Panda(Plugin):
     Config = PandaConfig
     claims = {Claim.NEEDS_LABELS, Claim.NEEDS_MASK}
     config: PandaConfig
+
+    def check(self, stack: Stack) -> None:
+        pairs = (
+            m.id for m in stack.members if m.claims(Claim.REPLACES_LOSS) and "preference" in m.plugin.takes
+        )
+        if (other := next(pairs, None)) is not None:
+            raise ConflictError(
+                f"'{stack.id_of(self)}' compares logits at the labels of a batch, and '{other}' runs rows of its own",
+                hint="keep one of them",
+            )
 
     def model(self, stack: Stack, source: str) -> PreTrainedModel:
         return stack.model if source == OWN else companion(stack, source)

@@ -326,3 +326,13 @@ def test_heads_of_plugins_are_refused() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(PeftxError, match=next(iter(options))):
         Panda(**options)
+
+
+def test_a_loss_on_rows_of_its_own_is_refused() -> None:
+    from peftx_d2o import D2o
+
+    for plugins in ([Panda(), D2o()], [D2o(), Panda()]):
+        with pytest.raises(
+            ConflictError, match="'panda' compares logits at the labels of a batch, and 'd2o' runs"
+        ):
+            Stack(tiny("llama"), [PromptTuning(length=3), *plugins], tokenizer=tiny_tokenizer())
