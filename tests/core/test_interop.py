@@ -501,3 +501,16 @@ def test_a_bias_that_boft_scales_past_is_refused(tmp_path: Path) -> None:
     theirs("opt", tmp_path, BOFTConfig(boft_block_size=4, target_modules=["q_proj"], bias="boft_only"))
     with pytest.raises(PeftxError, match="trained biases as well"):
         import_peft(tmp_path, model=tiny("opt"))
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    """And one that holds an adapter is replaced whole."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("years", "utf-8")
+    stack = Stack(tiny("llama"), [Lora(rank=2, targets="attention.q")])
+    with pytest.raises(BundleError, match=r"holds no adapter_config\.json, so it is not overwritten"):
+        to_peft(stack, tmp_path / "work")
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["thesis.txt"]
+    for _ in range(2):
+        to_peft(stack, tmp_path / "ours")
+    assert {file.name for file in (tmp_path / "ours").iterdir()} == {CONFIG, WEIGHTS}

@@ -144,7 +144,7 @@ def _of_method(
                 if full is not None:
                     yield part.module._parameters[name], full, saved[full]  # type: ignore[misc]
         elif isinstance(part, DeltaPart):
-            level = places.get(_level(part, adapter, format), {})
+            level = places.get(_level(part, adapter, places), {})
             keys: dict[str, str] = {}
             values: dict[str, Tensor] = {}
             own = own_tensors(part.module)
@@ -178,14 +178,9 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def _level(part: DeltaPart, adapter: Adapter, format: PeftFormat) -> str:
+def _level(part: DeltaPart, adapter: Adapter, places: Mapping[str, object]) -> str:
     """The path under which the file has a part: of several matrices of stacked experts, PEFT wraps one in the other."""
-    places = adapter.places(format.tensors.values())
-    levels = [
-        path
-        for path in places
-        if path.removesuffix(INNER) == part.path or path.replace(INNER, "") == part.path
-    ]
+    levels = [path for path in places if path.replace(INNER, "") == part.path]
     if len(levels) < 2:
         return levels[0] if levels else part.path
     named = {name.rpartition(".")[2] for name in adapter.fields.get("target_parameters") or ()}
@@ -238,13 +233,13 @@ def _of_base(
     stack: Stack, adapter: Adapter, id: str, entry: Entry, saved: Mapping[str, Tensor]
 ) -> Iterator[Copy]:
     """Parameters of the base that the adapter trained as they are."""
-    tokens = entry.options.get("tokens")
+    tokens, places = entry.options.get("tokens"), adapter.places([TOKENS])
     for part in stack.ledger.of(stack.member(id).id, BasePart):
         for name in part.parameters:
             parameter = part.module._parameters[name]
             assert parameter is not None
             if tokens:
-                key = adapter.places([TOKENS])[part.key][TOKENS]
+                key = places[part.key][TOKENS]
                 order = torch.tensor(_order(adapter, part.key))
                 value = parameter.detach().clone()
                 value[order] = saved[key].to(value)

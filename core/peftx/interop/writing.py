@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftx.composition.adapters import BARE, CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
 from peftx.composition.members import default_id
+from peftx.engines.files import replacing
 from peftx.errors import PeftxError
 from peftx.interop.importing import entry_of, experts_of, kept_as, own_tensors
 from peftx.kernel.members import Member
@@ -38,6 +39,7 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
 
     Raises:
         PeftxError: PEFT has no such method, or cannot say all of it. Nothing is written then.
+        BundleError: the folder holds something else than an adapter, or cannot be written; it is as it was.
     """
     member = stack.member(id) if id is not None else _only(stack)
     format = _format(stack, member)
@@ -57,15 +59,14 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
         **format.settings(member.plugin.config), **_ranks(matrices), **fields,
         **format.of_deltas({path: part.module for path, part in deltas.items()}),
     }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     told = {name: value for name, value in config.items() if value is not None or name == "task_type"}
-    (folder / CONFIG).write_text(json.dumps(told, indent=1))
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | head).items()}
     if not matrices:  # the model stands in no tuner's model
         saved = {name.replace(PREFIX, BARE, 1): tensor for name, tensor in saved.items()}
-    save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
+    with replacing(Path(folder), marker=CONFIG) as place:
+        (place / CONFIG).write_text(json.dumps(told, indent=1))
+        save_file(saved, place / WEIGHTS, metadata={"format": "pt"})
+    return Path(folder)
 
 
 def _only(stack: Stack) -> Member:
