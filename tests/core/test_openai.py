@@ -22,8 +22,9 @@ from fastapi.testclient import TestClient
 from peftx import Stack
 from peftx.testing.models import EOS, tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
-from peftx.toolkits.serving import Scheduler, Server
+from peftx.toolkits.serving import Request, Scheduler, Server
 from peftx.toolkits.serving.app import build_app
+from peftx.toolkits.serving.scoring import shaping
 from peftx_lora import Lora
 
 TEMPLATE = (
@@ -244,10 +245,19 @@ def test_penalties_and_biases_shape_what_is_written(http: TestClient, stack: Sta
     assert plain[0] not in complete(http, max_tokens=8, logit_bias={str(token): -100})["choices"][0]["text"]
     forced = complete(http, max_tokens=4, logit_bias={str(token): 100})["choices"][0]["text"]
     assert forced == plain[0] * 4
-    spread = complete(http, max_tokens=8, frequency_penalty=2, presence_penalty=2)["choices"][0]["text"]
-    assert len(set(spread)) >= len(set(plain))
-    once = complete(http, max_tokens=2, logit_bias={str(token): 1.5}, presence_penalty=2, frequency_penalty=2)
-    assert once["choices"][0]["text"] != forced[:2]
+    body = {"max_tokens": 4, "logit_bias": {str(token): 20}}
+    assert complete(http, **body)["choices"][0]["text"] == plain[0] * 4
+    assert complete(http, **body, frequency_penalty=2)["choices"][0]["text"] == plain[0] * 4, (
+        "20 - 3 * 2 is enough"
+    )
+    shaped = shaping(
+        Request("", presence_penalty=0.5, frequency_penalty=2, logit_bias=((1, 3.0), (99, 1.0))), start=2
+    )
+    logits = torch.zeros(2, 4)
+    ids = torch.tensor([[0, 0, 2, 2], [3, 3, 1, 0]])  # what stands before `start` is the prompt
+    for each in shaped:
+        logits = each(ids, logits)
+    assert logits.tolist() == [[0.0, 3.0, -4.5, 0.0], [-2.5, 0.5, 0.0, 0.0]]
 
 
 def test_prompts_as_tokens(http: TestClient, stack: Stack) -> None:

@@ -143,8 +143,8 @@ class Engine:
 
     @contextmanager
     def using(self) -> Iterator[Stack]:
-        """The model for something else than a request's text: nothing else runs meanwhile."""
-        with self._running:
+        """The model and its tokenizer for something else than a request's text: nothing else runs meanwhile."""
+        with self._running, self._tokenizing:
             yield self.server.stack
 
     def start(self) -> Engine:
