@@ -1,4 +1,4 @@
-"""Writes what is derived from the plugins: the catalogue, the JSON Schema, option tables and marks in their READMEs.
+"""Writes what is derived from the plugins: the catalogue, option tables and marks in their READMEs.
 
 python tools/generate.py            # write
 python tools/generate.py --check    # exit 1 if something differs from what is committed

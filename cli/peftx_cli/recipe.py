@@ -374,20 +374,20 @@ def _flags(asked: Asked) -> dict[str, str]:
     from peftx_spec.scalars import escape
 
     _columns(asked)  # without a file that they are of, they are refused
-    values: dict[str, tuple[str, object]] = {
-        "--model": ("model.id", _model(asked.model)),
-        "--data": ("data.train.path", asked.data and _from_here(asked.data)),
-        "--eval": ("data.eval.path", asked.eval and _from_here(asked.eval)),
-        "--calibration": ("data.calibration.path", asked.calibration and _from_here(asked.calibration)),
-        "--output": ("output", asked.output and _from_here(asked.output)),
-        "--metric": ("evaluate", _metrics(asked)),
-        "--steps": ("train.steps", asked.steps),
-        "--columns": ("data.train.columns", _columns(asked) if asked.data is not None else None),
-        "--columns ": ("data.eval.columns", _columns(asked) if asked.eval is not None else None),
-        "--split": ("data.holdout", asked.split),
-    }
+    values: list[tuple[str, str, object]] = [
+        ("--model", "model.id", _model(asked.model)),
+        ("--data", "data.train.path", asked.data and _from_here(asked.data)),
+        ("--eval", "data.eval.path", asked.eval and _from_here(asked.eval)),
+        ("--calibration", "data.calibration.path", asked.calibration and _from_here(asked.calibration)),
+        ("--output", "output", asked.output and _from_here(asked.output)),
+        ("--metric", "evaluate", _metrics(asked)),
+        ("--steps", "train.steps", asked.steps),
+        ("--columns", "data.train.columns", _columns(asked) if asked.data is not None else None),
+        ("--columns", "data.eval.columns", _columns(asked) if asked.eval is not None else None),
+        ("--split", "data.holdout", asked.split),
+    ]
     return {
         f"{target}={escape(json.dumps(value, ensure_ascii=False))}": flag
-        for flag, (target, value) in values.items()
+        for flag, target, value in values
         if value or value == 0  # which the spec refuses
     }

@@ -166,11 +166,11 @@ def _method(adapter: Adapter, registry: Registry) -> tuple[str, PeftFormat, Sett
             settings = adapter.settings([*format.tensors.values(), *format.kept.values()])
             if format.type == adapter.type and format.when(settings):
                 return entry.name, format, settings
+    methods = ", ".join(sorted(known)) or "no method of PEFT"
     raise RegistryError(
         f"'{adapter.folder}' is an adapter of {adapter.type}, which no installed plugin computes"
         + (", or not with these settings" if adapter.type in known else ""),
-        hint=f"there are plugins for {', '.join(sorted(known))}; merge it with PEFT, or write one: "
-        "docs/peft.md",
+        hint=f"there are plugins for {methods}: install one, merge it with PEFT, or write one (docs/peft.md)",
     )
 
 
