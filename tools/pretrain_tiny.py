@@ -14,6 +14,9 @@ trained on a few tens of megabytes of public English text.  Every stage is a sub
 last checkpoint when it is started again, with another ``--threads`` or ``--tokens`` if wished.  A checkpoint
 is one safetensors file: weights, optimizer moments, and the state of the data sampler as JSON in its header.
 
+``--prose`` leaves out every task set, AG News as running text included: such a model has seen no row that
+a benchmark about data trains or tests on.
+
 Held out, never trained on: the WikiText-2 test split, the GSM8K test split, the SNIPS validation split, the
 AG News rows from index 6000 on, and the sentence polarity rows from index 9000 on.
 """
@@ -427,8 +430,15 @@ def load_prompts(data: Path) -> list[Source]:
     return sources
 
 
-def load_sources(data: Path) -> list[Source]:
-    """All training sources; prompts which contain a held-out text are dropped."""
+def load_sources(data: Path, prose: bool = False) -> list[Source]:
+    """All training sources; prompts which contain a held-out text are dropped.
+
+    With ``prose`` the running text alone, of files that are no task set.
+    """
+    if prose:
+        return [
+            source for source in load_prose(data) if all(file.startswith("text/") for file in source.files)
+        ]
     held_out = HeldOut.load(data)
     prompts = load_prompts(data)
     for source in prompts:
@@ -750,7 +760,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizer")
-    sources = load_sources(args.data)
+    sources = load_sources(args.data, args.prose)
     sampler = Sampler(sources, tokenizer, args.seed)
     for source, encoded in zip(sources, sampler.sources, strict=True):
         print(
@@ -1120,7 +1130,7 @@ def card(args: argparse.Namespace) -> None:
     licences = {
         entry["file"]: entry["licence"] for entry in json.loads((args.data / "MANIFEST.json").read_text())
     }
-    sources = load_sources(args.data)
+    sources = load_sources(args.data, args.prose)
     total, decay_total = sum(s.share for s in sources), sum(s.decay_share for s in sources)
     data_table = "\n".join(
         f"| {s.name} | {', '.join(s.files)} | {s.raw_bytes:,} | {s.share / total:.1%} | "
@@ -1179,7 +1189,7 @@ def card(args: argparse.Namespace) -> None:
 
 def learn_tokenizer(args: argparse.Namespace) -> None:
     """Learn the vocabulary and save it under the working folder."""
-    sources = load_sources(args.data)
+    sources = load_sources(args.data, args.prose)
     tokenizer = build_tokenizer(sources, args.work / "tokenizer")
     wiki = read_text(args.data, "text/wikitext2_valid.txt.gz")
     size = len(wiki.encode()) / len(tokenizer(wiki)["input_ids"])
@@ -1217,8 +1227,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{folder}", type=Path, required=True, help=texts[folder])
         return sub
 
-    command("tokenizer", learn_tokenizer, "data", "work")
-    sub = command("train", train, "data", "work")
+    learning = command("tokenizer", learn_tokenizer, "data", "work")
+    sub = training = command("train", train, "data", "work")
     sub.add_argument("--tokens", type=count, default=count("40M"), help="token budget; may change on resume")
     sub.add_argument("--batch-tokens", type=count, default=4096, help="tokens per step")
     sub.add_argument("--context", type=int, default=256, help="window length before the decay")
@@ -1242,6 +1252,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("evaluate", evaluate, "data", "model")
     sub.add_argument("--quick", action="store_true", help="only a part of every set")
     second = command("card", card, "data", "work", "model")
+    for one in (learning, training, second):
+        one.add_argument("--prose", action="store_true", help="running text alone: no row of a task set")
     for one in (sub, second):
         one.add_argument("--context", type=int, default=512, help="window length of the bits per byte")
         one.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
