@@ -14,6 +14,7 @@ from peftx.composition.conflicts import check
 from peftx.composition.members import members_of
 from peftx.engines.bundle.surroundings import tokenizer_digest
 from peftx.engines.models import load_model
+from peftx.engines.training.updates import watch
 from peftx.errors import PeftxError
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
@@ -21,7 +22,7 @@ from peftx.kernel.plugin import Plugin, hookimpl
 from peftx.kernel.stack import Stack as Kernel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Trainer
 
     from peftx.engines.data import TrainingData
     from peftx.engines.training import TrainStep
@@ -86,6 +87,7 @@ class Stack(Kernel):
         check(members)  # before anything is read
         if not isinstance(model, str):
             super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject)
+            watch(self)
             return
         loaded, beside = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         digest = None if beside is None else tokenizer_digest(beside)  # before anybody changes it
@@ -93,6 +95,7 @@ class Stack(Kernel):
             loaded, members, tokenizer=tokenizer or beside, seed=seed, inject=inject, base_id=model,
             tokenizer_of_base=digest,
         )  # fmt: skip
+        watch(self)
 
     # -- data and training -------------------------------------------------------------------------------------
 
@@ -185,6 +188,20 @@ class Stack(Kernel):
             self, data, output=output, resume=resume, progress=progress, options=options, sources=sources,
             measure=None if measured is None else self.measuring(measured),
         )  # fmt: skip
+
+    def trainer(self, kind: type[Trainer]) -> type[Trainer]:
+        """A class of trainers (`transformers.Trainer`, TRL's) that runs this stack's `train_step` hooks.
+
+            stack.trainer(SFTTrainer)(model=stack.model, args=..., train_dataset=...).train()
+
+        Its loss is the trainer's, with what plugins do around it; what it saves is a bundle.
+
+        Raises:
+            ConflictError: a plugin brings a loss of its own, and so does the class.
+        """
+        from peftx.engines.training.anybodys import trainer_of
+
+        return trainer_of(self, kind)
 
     def measuring(self, rows: Any) -> Measure:
         """What measures on these rows while the stack trains."""

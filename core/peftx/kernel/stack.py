@@ -98,6 +98,8 @@ class Stack:
         """What plugins remember between the steps of a loop of your own."""
         self.companions: dict[str, PreTrainedModel] = {}
         """Second models, by where they come from; see `peftx.companion`."""
+        self.update_is_due = False
+        """Have the `train_step` hooks run since the optimizer's last step."""
         self.around_update: list[Any] = []
         """Handles of what is to run around the optimizer's next step."""
         self.pipeline: Pipeline | None = None

@@ -210,6 +210,11 @@ class TrainStep:
         same = sum(known == name or known.startswith(f"{name} #") for known in self._terms)
         self._terms[f"{name} #{same + 1}" if same else name] = (term, weight, over)
 
+    @property
+    def has_terms(self) -> bool:
+        """Has a plugin added to the loss so far."""
+        return bool(self._terms)
+
     def replace_task_loss(self, function: Callable[[], tuple[Tensor, Any]], *, over: Over = "labels") -> None:
         """Compute the task's loss otherwise: a function that returns (loss, outputs); preference losses do this.
 
@@ -302,8 +307,10 @@ def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 
 def run_train_step(step: TrainStep) -> Tensor:
     """Run the `train_step` hooks on one micro-batch; returns the loss (0-d, detached)."""
+    step.stack.update_is_due = True
     loss: Tensor = step.stack.call_nested("train_step", step=step)
     step.finish()
+    step.stack.update_is_due = True  # also where a plugin steps an optimizer of its own
     return loss.detach()
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from peftx.errors import PeftxError
+
+if TYPE_CHECKING:
+    from peftx.kernel.stack import Stack
 
 Action = Callable[[Optimizer], None]
 
@@ -44,8 +49,10 @@ _AFTER: list[Waiting] = []
 @cache
 def _listen() -> None:
     """One hook for all that wait: torch goes over its hooks as they are, so none may come or go meanwhile."""
+    register_optimizer_step_pre_hook(_check)
     register_optimizer_step_pre_hook(partial(_run, _BEFORE))
     register_optimizer_step_post_hook(partial(_run, _AFTER))
+    register_optimizer_step_post_hook(_done)
 
 
 def _run(queue: list[Waiting], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -62,6 +69,41 @@ def around_next_update(
     _listen()
     sides = ((_BEFORE, before), (_AFTER, after))
     return [Waiting(queue, parameters, actions) for queue, actions in sides if actions]
+
+
+_WATCHED: weakref.WeakSet[Stack] = weakref.WeakSet()
+
+
+def watch(stack: Stack) -> None:
+    """Let no optimizer move this stack's parameters past its `train_step` hooks: what a plugin does there would be left
+    out without a word, by a trainer that knows nothing of them."""
+    if stack.implementers("train_step"):
+        _listen()
+        _WATCHED.add(stack)
+
+
+def _held_by(optimizer: Optimizer) -> list[Stack]:
+    """Watched stacks of which it holds a parameter."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if _WATCHED else set()
+    return [stack for stack in _WATCHED if any(id(p) in held for p in stack.model.parameters())]
+
+
+def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for stack in _held_by(optimizer):
+        asleep = {id for id, at in stack.standing.items() if at.disabled or at.folded}
+        missed = [m.id for m in stack.implementers("train_step") if m.id not in asleep]
+        # Hooks that fit something of their own, as compression does, do so in evaluation mode.
+        if missed and stack.model.training and not stack.update_is_due:
+            raise PeftxError(
+                f"an optimizer steps, and the train_step of {', '.join(missed)} did not run",
+                hint="stack.trainer(SFTTrainer) is a trainer that runs it; stack.train_step(batch) does in a loop of "
+                "your own",
+            )
+
+
+def _done(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for stack in _held_by(optimizer):
+        stack.update_is_due = False
 
 
 @torch.no_grad()

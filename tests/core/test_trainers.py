@@ -1,0 +1,194 @@
+"""A stack in trainers of other libraries: their loss, and the plugins' step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+import peftx
+from peftx import Plugin, Stack, hookimpl
+from peftx.composition.registry import Registry
+from peftx.engines.data import Collator
+from peftx.engines.training import TrainStep
+from peftx.errors import ConflictError, PeftxError
+from peftx.testing import tiny, tiny_tokenizer
+from peftx.testing.models import PAD
+
+# TRL's configurations set a field that transformers renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+
+ROWS = [{"prompt": f"count {i}", "completion": f" {i + 1} {i + 2}" * (1 + i % 3)} for i in range(8)]
+PAIRS = [{"prompt": f"count {i}", "chosen": f" {i + 1}", "rejected": f" {i + 7}"} for i in range(8)]
+TOKENIZED = [
+    {"input_ids": [3 + i, 4, 5] + [6, 7] * (i % 3), "labels": [3 + i, 4, 5] + [6, 7] * (i % 3)}
+    for i in range(8)
+]
+
+
+class Watches(Plugin):
+    """Notes steps, and adds a term that is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+        self.updates = 0
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        self.seen.append((step.index, step.micro, step.accumulation))
+        step.after_update(lambda _: setattr(self, "updates", self.updates + 1))
+        return (yield)
+
+
+class Penalty(Plugin):
+    """Adds a term that needs the model's outputs."""
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        step.add_loss("spread", lambda outputs: outputs.logits.float().square().mean(), 0.1)
+        return (yield)
+
+
+def plugin(name: str, **options: Any) -> Plugin:
+    return Registry().load(name)(**options)
+
+
+def stack_of(*plugins: Plugin | tuple[str, Plugin]) -> Stack:
+    return Stack(tiny("llama", seed=0), list(plugins), tokenizer=tiny_tokenizer())
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True,
+        "logging_strategy": "no", **more,
+    }  # fmt: skip
+
+
+def sft(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer:
+    rows = Dataset.from_list(ROWS)
+    arguments = SFTConfig(**settings(folder, **more), max_length=32)
+    return kind(model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer)
+
+
+def dpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
+    arguments = DPOConfig(**settings(folder), max_length=32)
+    return kind(
+        model=stack.model, ref_model=tiny("llama", seed=0), args=arguments, train_dataset=Dataset.from_list(PAIRS),
+        processing_class=stack.tokenizer,
+    )  # fmt: skip
+
+
+def grpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
+    arguments = GRPOConfig(**settings(folder), num_generations=2, max_completion_length=4)
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    return kind(
+        model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+    )  # fmt: skip
+
+
+def plain(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
+    return kind(
+        model=stack.model, args=TrainingArguments(**settings(folder)), train_dataset=Dataset.from_list(TOKENIZED),
+        data_collator=Collator(PAD, padding_side="right"),
+    )  # fmt: skip
+
+
+MADE = {
+    "Trainer": (Trainer, plain),
+    "SFT": (SFTTrainer, sft),
+    "DPO": (DPOTrainer, dpo),
+    "GRPO": (GRPOTrainer, grpo),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_step_of_every_plugin_runs(name: str, tmp_path: Path) -> None:
+    kind, make = MADE[name]
+    watches = Watches()
+    stack = stack_of(plugin("lora"), ("watches", watches))
+    make(stack, stack.trainer(kind), tmp_path).train()
+    assert watches.seen == [(step, micro, 2) for step in range(2) for micro in range(2)]
+    assert watches.updates == 2
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_step_that_changes_nothing_trains_what_the_trainer_trains(name: str, tmp_path: Path) -> None:
+    kind, make = MADE[name]
+    alone, stack = stack_of(plugin("lora")), stack_of(plugin("lora"), ("watches", Watches()))
+    make(alone, kind, tmp_path).train()  # lora has no step of its own
+    make(stack, stack.trainer(kind), tmp_path).train()
+    theirs, ours = (s.ledger.tensors("lora") for s in (alone, stack))
+    assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
+    moved = stack_of(plugin("lora")).ledger.tensors("lora")
+    if name != "GRPO":  # its rewards may be equal, and its gradient 0
+        assert not all(torch.equal(theirs[k], moved[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_without_it_a_trainer_is_stopped_before_the_first_update(name: str, tmp_path: Path) -> None:
+    kind, make = MADE[name]
+    stack = stack_of(plugin("lora"), ("watches", Watches()))
+    before = {k: t.clone() for k, t in stack.ledger.tensors("lora").items()}
+    with pytest.raises(PeftxError, match="train_step of watches did not run") as caught:
+        make(stack, kind, tmp_path).train()
+    assert "stack.trainer" in str(caught.value.hint)
+    assert all(torch.equal(before[k], t) for k, t in stack.ledger.tensors("lora").items())
+
+
+def test_sparse_fine_tuning_stays_sparse(tmp_path: Path) -> None:
+    stack = stack_of(plugin("lt-sft", density=0.05))
+    before = [p.detach().clone() for p in stack.model.parameters()]
+    sft(stack, stack.trainer(SFTTrainer), tmp_path, max_steps=4).train()
+    moved = sum(int((p != old).sum()) for p, old in zip(stack.model.parameters(), before, strict=True))
+    assert 0 < moved <= 0.05 * sum(p.numel() for p in before)
+
+
+def test_terms_count_as_in_the_stacks_own_training(tmp_path: Path) -> None:
+    """The same rows in the same order, two to an update, one by one or at once."""
+    found = []
+    for size, accumulation in ((1, 2), (2, 1)):
+        stack = stack_of(plugin("lora"), ("penalty", Penalty()))
+        arguments = settings(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd"
+        )
+        stack.trainer(Trainer)(
+            model=stack.model, args=TrainingArguments(**arguments), train_dataset=Dataset.from_list(TOKENIZED[:1] * 8),
+            data_collator=Collator(PAD, padding_side="right"),
+        ).train()  # fmt: skip
+        found.append({k: t.detach().clone() for k, t in stack.ledger.tensors("lora").items()})
+    for name, one in found[0].items():
+        torch.testing.assert_close(one, found[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_a_trainer_saves_is_a_bundle(tmp_path: Path) -> None:
+    stack = stack_of(plugin("lora"), ("watches", Watches()))
+    trainer = plain(stack, stack.trainer(Trainer), tmp_path)
+    trainer.train()
+    lora = stack_of(plugin("lora"))
+    other = plain(lora, lora.trainer(Trainer), tmp_path)
+    other.train()
+    other.save_model(str(tmp_path / "bundle"))
+    ids = torch.tensor([[5, 6, 7]])
+    loaded = peftx.load(tmp_path / "bundle", model=tiny("llama", seed=0), tokenizer=tiny_tokenizer())
+    assert torch.equal(loaded.model(ids).logits, lora.model.eval()(ids).logits)
+
+
+def test_two_losses_are_refused() -> None:
+    with pytest.raises(
+        ConflictError, match="'dpo-prefix-sharing' has a loss of its own, and so has SFTTrainer"
+    ):
+        stack_of(plugin("lora"), plugin("dpo-prefix-sharing")).trainer(SFTTrainer)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    stack = stack_of(plugin("lora"))
+    with pytest.raises(PeftxError, match="trains another model"):
+        plain(stack_of(plugin("lora")), stack.trainer(Trainer), tmp_path).train()
