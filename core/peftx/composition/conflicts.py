@@ -244,7 +244,7 @@ def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
     one, two, reason = found
     order = [m for m in members if m is not two]
     order.insert(order.index(one), two)
-    works = _unfit(order) is None
+    works = _unfit(order) is None and next(_collisions(order), None) is None
     claims = (f"takes {'/'.join(one.plugin.takes) or 'any'}", f"takes {'/'.join(two.plugin.takes)}")
     return [Conflict(one.id, two.id, claims, reason, tuple(m.id for m in order) if works else ())]
 

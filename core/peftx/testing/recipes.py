@@ -175,7 +175,9 @@ def _one(rng: random.Random, names: Sequence[str], arch: str, size: int) -> Reci
     entries: list[Entry] = []
     for name in [name or next(fresh) for name in chosen]:
         twice = sum(entry.name == name for entry in entries)
-        options = {} if rng.random() < 0.2 else dict(registry().load(name).example)
+        plugin = registry().load(name)
+        needed = any(option.is_required() for option in plugin.Config.model_fields.values())
+        options = {} if rng.random() < 0.2 and not needed else dict(plugin.example)
         phase = "before-training" if name == QUANTIZER and rng.random() < 0.7 else None
         entries.append(Entry(name, options, f"{name}-{twice + 1}" if twice else "", phase))
     entries.sort(key=lambda entry: entry.phase is None)  # what compresses the plain model stands first
