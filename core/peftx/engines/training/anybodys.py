@@ -19,7 +19,7 @@ from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.plugin import Claim
 
 if TYPE_CHECKING:
-    from peftx.kernel.stack import Stack
+    from peftx.stack import Stack
 
 
 class StackStep(Trainer):
