@@ -8,18 +8,20 @@ loss.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
+from peftx.engines.bundle import save
 from peftx.engines.training.shares import shares
 from peftx.engines.training.step import TrainStep, run_train_step
 from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.plugin import Claim
 
 if TYPE_CHECKING:
-    from peftx.stack import Stack
+    from peftx.kernel.stack import Stack
 
 
 class StackStep(Trainer):
@@ -82,7 +84,7 @@ class StackStep(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A bundle, and not a checkpoint of the model, which holds no plugin."""
-        self.stack.save(output_dir or str(self.args.output_dir))
+        save(self.stack, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         raise PeftxError(
