@@ -1127,10 +1127,12 @@ def card(args: argparse.Namespace) -> None:
     model = new_model(0)
     state = load_checkpoint(args.work / "checkpoint.safetensors", model)
     config, run = model.config, state["runs"][-1]
+    if run.get("prose"):
+        sys.exit("the card tells of the bundled model, and this one was trained with --prose: write another")
     licences = {
         entry["file"]: entry["licence"] for entry in json.loads((args.data / "MANIFEST.json").read_text())
     }
-    sources = load_sources(args.data, args.prose)
+    sources = load_sources(args.data)
     total, decay_total = sum(s.share for s in sources), sum(s.decay_share for s in sources)
     data_table = "\n".join(
         f"| {s.name} | {', '.join(s.files)} | {s.raw_bytes:,} | {s.share / total:.1%} | "
@@ -1252,7 +1254,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("evaluate", evaluate, "data", "model")
     sub.add_argument("--quick", action="store_true", help="only a part of every set")
     second = command("card", card, "data", "work", "model")
-    for one in (learning, training, second):
+    for one in (learning, training):
         one.add_argument("--prose", action="store_true", help="running text alone: no row of a task set")
     for one in (sub, second):
         one.add_argument("--context", type=int, default=512, help="window length of the bits per byte")

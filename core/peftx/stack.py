@@ -87,14 +87,15 @@ class Stack(Kernel):
         check(members)  # before anything is read
         if not isinstance(model, str):
             super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject)
-            watch(self)
-            return
-        loaded, beside = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        digest = None if beside is None else tokenizer_digest(beside)  # before anybody changes it
-        super().__init__(
-            loaded, members, tokenizer=tokenizer or beside, seed=seed, inject=inject, base_id=model,
-            tokenizer_of_base=digest,
-        )  # fmt: skip
+        else:
+            loaded, beside = load_model(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+            digest = None if beside is None else tokenizer_digest(beside)  # before anybody changes it
+            super().__init__(
+                loaded, members, tokenizer=tokenizer or beside, seed=seed, inject=inject, base_id=model,
+                tokenizer_of_base=digest,
+            )  # fmt: skip
         watch(self)
 
     # -- data and training -------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class Stack(Kernel):
         Raises:
             ConflictError: a plugin brings a loss of its own, and so does the class.
         """
-        from peftx.engines.training.anybodys import trainer_of
+        from peftx.engines.training.trainers import trainer_of
 
         return trainer_of(self, kind)
 

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 import peftx
 from peftx import Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
-from peftx.engines.data import Collator
+from peftx.engines.data import IGNORE, Collator
 from peftx.engines.training import TrainStep
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
@@ -51,7 +51,9 @@ class Penalty(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Any:
-        step.add_loss("spread", lambda outputs: outputs.logits.float().square().mean(), 0.1)
+        labels = step.batch.get("labels")
+        told = ... if labels is None else labels[:, 1:] != IGNORE
+        step.add_loss("spread", lambda outputs: outputs.logits[:, :-1][told].square().mean(), 0.1)
         return (yield)
 
 
@@ -94,9 +96,11 @@ def grpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
     )  # fmt: skip
 
 
-def plain(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
+def plain(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer:
     return kind(
-        model=stack.model, args=TrainingArguments(**settings(folder)), train_dataset=Dataset.from_list(TOKENIZED),
+        model=stack.model, args=TrainingArguments(**settings(folder, **more)),
+        eval_dataset=Dataset.from_list(TOKENIZED),
+        train_dataset=Dataset.from_list(TOKENIZED),
         data_collator=Collator(PAD, padding_side="right"),
     )  # fmt: skip
 
@@ -160,7 +164,7 @@ def test_terms_count_as_in_the_stacks_own_training(tmp_path: Path) -> None:
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd"
         )
         stack.trainer(Trainer)(
-            model=stack.model, args=TrainingArguments(**arguments), train_dataset=Dataset.from_list(TOKENIZED[:1] * 8),
+            model=stack.model, args=TrainingArguments(**arguments), train_dataset=Dataset.from_list(TOKENIZED),
             data_collator=Collator(PAD, padding_side="right"),
         ).train()  # fmt: skip
         found.append({k: t.detach().clone() for k, t in stack.ledger.tensors("lora").items()})
@@ -169,16 +173,54 @@ def test_terms_count_as_in_the_stacks_own_training(tmp_path: Path) -> None:
 
 
 def test_what_a_trainer_saves_is_a_bundle(tmp_path: Path) -> None:
-    stack = stack_of(plugin("lora"), ("watches", Watches()))
-    trainer = plain(stack, stack.trainer(Trainer), tmp_path)
+    """Checkpoints too, though the trainer puts more beside."""
+    stack = stack_of(plugin("lora"))
+    trainer = plain(stack, stack.trainer(Trainer), tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
-    lora = stack_of(plugin("lora"))
-    other = plain(lora, lora.trainer(Trainer), tmp_path)
-    other.train()
-    other.save_model(str(tmp_path / "bundle"))
+    trainer.save_model(str(tmp_path / "kept"))
     ids = torch.tensor([[5, 6, 7]])
-    loaded = peftx.load(tmp_path / "bundle", model=tiny("llama", seed=0), tokenizer=tiny_tokenizer())
-    assert torch.equal(loaded.model(ids).logits, lora.model.eval()(ids).logits)
+    expected = stack.model.eval()(ids).logits
+    for folder in ("kept", "checkpoint-2/bundle"):
+        loaded = peftx.load(tmp_path / folder, model=tiny("llama", seed=0), tokenizer=tiny_tokenizer())
+        assert torch.equal(loaded.model(ids).logits, expected)
+    with pytest.raises(PeftxError, match="does not go on from a bundle"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_going_back_to_the_best_is_refused_at_once(tmp_path: Path) -> None:
+    stack = stack_of(plugin("lora"))
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
+    with pytest.raises(PeftxError, match="best checkpoint"):
+        plain(stack, stack.trainer(Trainer), tmp_path, **best)
+
+
+def test_terms_without_outputs_are_refused(tmp_path: Path) -> None:
+    stack = stack_of(plugin("lora"), ("penalty", Penalty()))
+    with pytest.raises(PeftxError, match="asked for what the model returned"):
+        grpo(stack, stack.trainer(GRPOTrainer), tmp_path).train()
+
+
+def test_each_run_begins_anew(tmp_path: Path) -> None:
+    """What a plugin remembers is of one run: here the model as the run began."""
+
+    class Compares(Plugin):
+        distances: list[float] = []
+
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Any:
+            now = [p.detach().clone() for p in step.parameters()]
+            with step.reference():
+                start = [p.detach().clone() for p in step.parameters()]
+            self.distances.append(sum(float((a - b).abs().sum()) for a, b in zip(now, start, strict=True)))
+            return (yield)
+
+    compares = Compares()
+    stack = stack_of(plugin("lora"), ("compares", compares))
+    for _ in range(2):
+        plain(stack, stack.trainer(Trainer), tmp_path).train()
+    first, second = compares.distances[:4], compares.distances[4:]
+    assert first[0] == second[0] == 0
+    assert first[-1] > 0
 
 
 def test_two_losses_are_refused() -> None:
@@ -188,7 +230,7 @@ def test_two_losses_are_refused() -> None:
         stack_of(plugin("lora"), plugin("dpo-prefix-sharing")).trainer(SFTTrainer)
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
+def test_another_model_is_refused_at_once(tmp_path: Path) -> None:
     stack = stack_of(plugin("lora"))
     with pytest.raises(PeftxError, match="trains another model"):
-        plain(stack_of(plugin("lora")), stack.trainer(Trainer), tmp_path).train()
+        plain(stack_of(plugin("lora")), stack.trainer(Trainer), tmp_path)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from peftx.engines.files import (
@@ -33,9 +33,9 @@ from peftx.engines.training.best import Best, Looking
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
 from peftx.engines.training.order import Shuffled
-from peftx.engines.training.shares import shares
 from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
-from peftx.engines.training.step import TrainStep, run_train_step
+from peftx.engines.training.step import run_train_step
+from peftx.engines.training.stepping import Stepping
 from peftx.errors import BundleError, PeftxError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ LOG = logging.getLogger("peftx")
 KEPT = 2
 
 
-class StackTrainer(Trainer):
+class StackTrainer(Stepping):
     """Trains a stack.
 
     Args:
@@ -90,8 +90,6 @@ class StackTrainer(Trainer):
         """Plugin -> its phase in the last step."""
         self._clock: float | None = None
         """When the training would have begun, had it not been interrupted."""
-        self._micro = 0
-        self._shares: list[dict[str, float]] = []
         self._staging: Path | None = None
         self._written: list[Path] = []
         super().__init__(
@@ -107,23 +105,7 @@ class StackTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        model.train()
-        accumulation = self.current_gradient_accumulation_steps
-        step = TrainStep(
-            self.stack,
-            self._prepare_inputs(inputs),
-            model=model,
-            index=self.state.global_step,
-            micro=self._micro,
-            accumulation=accumulation,
-            total=self.state.max_steps,
-            learning_rate=self._get_learning_rate(),
-            share=self._shares[self._micro] if accumulation > 1 else None,
-            memory=self.memory,
-            backward=self.accelerator.backward,
-            sources=self.sources,
-        )
-        self._micro = (self._micro + 1) % accumulation
+        step = self.step_of(model, inputs, self.memory, self.sources)
         device = self.stack.model.device.type
         with self.compute_loss_context_manager(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             loss = run_train_step(step)
@@ -136,7 +118,7 @@ class StackTrainer(Trainer):
                     hint="a smaller learning_rate"
                     + (", or dtype: bfloat16" if self.stack.model.dtype == torch.float16 else ""),
                 )
-        return loss / accumulation  # the log sums over the micro-batches
+        return loss / step.accumulation  # the log sums over the micro-batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -146,15 +128,14 @@ class StackTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of one optimizer step; what part of it each is, is known from here on."""
+        """The micro-batches of one optimizer step."""
         if self._clock is None:
             logged = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
             self._clock = time.perf_counter() - (logged[-1] if logged else 0.0)
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        self._micro = 0
         if self.masks is not None:  # before the labels are counted
             batches = [self.masks(batch, self.state.global_step, i) for i, batch in enumerate(batches)]
-        self._shares = shares(self.stack.model, batches) if len(batches) > 1 else []
+        self.begin(batches)
         return batches, None
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:

@@ -96,8 +96,8 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if missed and stack.model.training and not stack.update_is_due:
             raise PeftxError(
                 f"an optimizer steps, and the train_step of {', '.join(missed)} did not run",
-                hint="stack.trainer(SFTTrainer) is a trainer that runs it; stack.train_step(batch) does in a loop of "
-                "your own",
+                hint="make the trainer by stack.trainer(Trainer)(model=stack.model, ...), with its class; in a loop of "
+                "your own call stack.train_step(batch)",
             )
 
 
