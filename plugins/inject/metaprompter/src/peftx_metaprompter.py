@@ -236,7 +236,7 @@ class Metaprompter(Plugin):
         ids, real = (insert(batch[k], v, at) for k, v in (("input_ids", t), ("attention_mask", t * 0 + 1)))
         with stack.disabled(), eval_mode(model), torch.no_grad():
             states = model(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states[-1]
-        q = states[torch.arange(len(at)), at + mask].to(self.pool.K)
+        q = states[torch.arange(len(at), device=at.device), at + mask].to(self.pool.K)
         return {"input_ids": ids, "attention_mask": real, "at": at}, q
 
     def log_p(
@@ -249,7 +249,7 @@ class Metaprompter(Plugin):
         rows = insert(embedded, prompts(q, *pool).to(embedded), at)
         real = insert(batch["attention_mask"], torch.ones_like(at)[:, None].expand(-1, length), at)
         outputs = stack.model(inputs_embeds=rows, attention_mask=real, output_hidden_states=True)
-        place = torch.arange(len(at)), at + length + self.state["mask"]
+        place = torch.arange(len(at), device=at.device), at + length + self.state["mask"]
         h, logits = (x[place].to(q) for x in (outputs.hidden_states[-1], outputs.logits))
         p_hand = torch.stack([logits[:, ids].mean(1) for ids in words], 1).softmax(-1)
         mix = self.config.mix
@@ -274,10 +274,8 @@ class Metaprompter(Plugin):
         pairs = [(text, y) for y, name in enumerate(names) for text in self.config.support[name]]
         support, rows = (self.texts.rows(stack, found) for found in ([text for text, _ in pairs], texts))
         words, n, found = self.words_of(stack, names), len(support), []
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors of inference mode take no part in gradients
+        # Tensors of inference mode take no part in gradients.
+        with torch.inference_mode(False), torch.no_grad():
             batch, q = self.look(stack, support)
             target = torch.tensor([y for _, y in pairs], device=q.device)
             pool = self.descend(stack, batch, q, target, words)

@@ -261,10 +261,8 @@ class RobustPrefixTuning(Plugin):
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         found = []
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors of inference mode take no part in gradients
+        # Tensors of inference mode take no part in gradients.
+        with torch.inference_mode(False), torch.no_grad():
             for batch in self.texts.batches(stack, texts, size=self.config.batch):
                 try:
                     self.tune(stack.model, batch)
