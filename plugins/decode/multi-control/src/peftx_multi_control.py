@@ -248,6 +248,9 @@ class MultiControl(Plugin):
         "mamba": "it has no attention",
         "bloom": "its attention is not looked up by name",
         "vit": "it writes no text",
+        "gemma3n": "its layers read token ids beside embeddings",
+        "gemma4": "its layers read token ids beside embeddings",
+        "llama4": "it has no part that gives hidden states alone",
     }
     exempt = {
         "accumulation_makes_the_same_step": "L_gap is of means over a batch, and those of its parts are others"
@@ -259,6 +262,13 @@ class MultiControl(Plugin):
         if not model.module.can_generate() or model.config.is_encoder_decoder:
             said = f"{model.owner}: {type(model.module).__name__} is no decoder that writes text"
             raise ArchitectureError(said, hint="take a causal language model")
+        if model.module.base_model is model.module or getattr(
+            model.config.get_text_config(), "hidden_size_per_layer_input", False
+        ):
+            said = f"{model.owner}: a copy of {type(model.module).__name__} cannot read a vector that is no token"
+            raise ArchitectureError(
+                said, hint="take a model whose layers read embeddings alone: Llama, Qwen, GPT-2"
+            )
         config, self.owner, self.call = self.config, model.owner, model.call
         self.steer = config.steer
         if not model.restoring:

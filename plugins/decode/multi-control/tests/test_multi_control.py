@@ -438,6 +438,14 @@ def test_a_model_of_two_towers() -> None:
         built("t5")
 
 
+@pytest.mark.parametrize("arch", ["gemma3n", "gemma4", "llama4"])
+def test_a_model_that_reads_no_vector(arch: str) -> None:
+    with pytest.raises(
+        ArchitectureError, match=r"multi-control: a copy of .* cannot read a vector that is no"
+    ):
+        built(arch)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -177,6 +177,7 @@ class Clue(Plugin):
         "bert": "it writes no text",
         "t5": "problem and solution are in two towers",
         "vit": "it writes no text",
+        "gemma3n": "it has several states for each token",
     }
     config: ClueConfig
     V: tuple[Tensor, Tensor]
@@ -186,6 +187,9 @@ class Clue(Plugin):
         if not model.module.can_generate() or model.config.is_encoder_decoder:
             said = f"{model.owner}: {type(model.module).__name__} is no decoder that goes on from a problem"
             raise ArchitectureError(said, hint="take a causal language model")
+        if getattr(model.config.get_text_config(), "altup_num_inputs", 1) > 1:
+            said = f"{model.owner}: {type(model.module).__name__} has several hidden states for each token"
+            raise ArchitectureError(said, hint="take a model that has one: Llama, Qwen, GPT-2")
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

@@ -392,6 +392,11 @@ def test_models_that_do_not_go_on_from_a_problem(arch):
         stack_of(Clue(), arch=arch)
 
 
+def test_several_states_of_a_token():
+    with pytest.raises(ArchitectureError, match="clue: Gemma3nForCausalLM has several hidden states"):
+        stack_of(Clue(), arch="gemma3n")
+
+
 @pytest.mark.parametrize(
     "options",
     [
