@@ -146,6 +146,7 @@ def test_layout_by_hand(groups: int, first: float) -> None:
     rows, learned = layout(given, M, groups, torch.float32, torch.tensor([first, first]))
     G = min(groups, 4)  # the longest answer has 5 tokens
     assert rows["input_ids"].shape == (2, T + G * M)
+    assert rows["position_ids"].max() < T  # a text may fill the model's positions
     for b, (prompt, length) in enumerate(((3, 8), (2, 6))):
         usable = length - prompt - 1
         start = prompt - 1 + (max(usable - G, 0) if first else 0)
@@ -239,6 +240,7 @@ def test_a_prompt_keeps_its_end() -> None:
     (row,) = prepared(stack, ["a b c d e f g h i j k l m n"], 10).train
     whole = stack.tokenizer("a b c d e f g h i j k l m n")["input_ids"]
     assert row["input_ids"][:6] == whole[-6:]
+    assert prepared(stack, ["a b"], 5).train[0]["labels"][0] == IGNORE
     with pytest.raises(DataError, match="bita: answers of 4 tokens leave no room for a prompt"):
         prepared(stack, ["a"], 4)
 
