@@ -16,6 +16,7 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.decoding import speculative_generate
 from peftx.toolkits.decoding.text import generate
 from peftx_bita import MASK, Bita, BitaConfig, MaskDrafter, Prefix, draft, layout, mask_loss, prompt_of, up_to
+from peftx_lora import Lora
 
 test_conformance = conformance("bita")
 
@@ -333,6 +334,26 @@ def test_batches_and_sampling_are_unchanged() -> None:
         found = [stack.generate(prompt, max_new_tokens=12, seed=3, **options) for prompt in prompts]
         assert found == [alone.generate(prompt, max_new_tokens=12, seed=3, **options) for prompt in prompts]
     assert stack.generate(prompts, max_new_tokens=12) == alone.generate(prompts, max_new_tokens=12)
+
+
+def test_masks_train_on_an_adapter_that_rests() -> None:
+    torch.manual_seed(0)
+    lora = Lora(rank=2)
+    stack = Stack(tiny("llama"), [lora, Bita(answer_tokens=8)], tokenizer=tiny_tokenizer())
+    for p in stack.ledger.parameters("lora"):
+        torch.nn.init.normal_(p.data, std=0.3)
+    stack.freeze("lora")
+    kept = [p.clone() for p in stack.ledger.parameters("lora")]
+    before = [p.clone() for p in stack.ledger.parameters("bita")]
+    stack.train([{"prompt": "to be", "completion": "x"}], steps=2, learning_rate=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(kept, stack.ledger.parameters("lora"), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, stack.ledger.parameters("bita"), strict=True))
+    prompt = stack.tokenizer("to be")["input_ids"]
+    text = stack.decode(request(stack, prompt, 20))
+    with stack.disabled():
+        assert not torch.equal(text, request(stack, prompt, 20).run_default())
+    with torch.no_grad():
+        assert torch.equal(text, request(stack, prompt, 20).run_default())  # of the model with its adapter
 
 
 def test_bundled_model_drafts_after_a_short_training() -> None:

@@ -41,10 +41,22 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
+from peftx import (
+    CallEdit,
+    Claim,
+    Delta,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Stack,
+    TrainingData,
+    TrainStep,
+    hookimpl,
+)
 from peftx.engines.data import tokenize_dataset
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.call import Call
+from peftx.kernel.parts import DeltaPart
 from peftx.kernel.view import BoundSite
 from peftx.toolkits.evaluation import evaluating
 
@@ -133,22 +145,25 @@ Seen = tuple[BoundSite, BoundSite, int]
 """Where a layer's queries and keys come from, and the size of a head."""
 
 
-class Switch:
-    """Is a training step running."""
+class Running(CallEdit):
+    """Is a training step running; its calls keep no cache, whose layers would differ in length."""
 
     on = False
+
+    def before(self, call: dict[str, Any]) -> dict[str, Any]:
+        return {**call, "use_cache": False} if self.on else call
 
 
 class Eliminate(Delta):
     """Attention on the tokens K alone, in a training step."""
 
-    def __init__(self, switch: Switch, call: Call, predictor: Predictor, keep: float) -> None:
+    def __init__(self, step: Running, call: Call, predictor: Predictor, keep: float) -> None:
         super().__init__()
-        self.switch, self.call, self.predictor, self.keep = switch, call, (predictor,), keep
+        self.step, self.call, self.predictor, self.keep = (step,), call, (predictor,), keep
 
     def around(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         real = self.call.real
-        if real is None or not (self.switch.on and self.training) or self.keep == 1:
+        if real is None or not (self.step[0].on and self.training) or self.keep == 1:
             return inner(x, *args, **kwargs)
         (predictor,) = self.predictor
         with torch.no_grad():
@@ -184,14 +199,14 @@ class Thin(Delta):
     """
 
     def __init__(
-        self, switch: Switch, sites: list[tuple[BoundSite, nn.Module]], neurons: int, keep: float
+        self, step: Running, sites: list[tuple[BoundSite, nn.Module]], neurons: int, keep: float
     ) -> None:
         super().__init__()
-        self.switch, self.sites, self.neurons = switch, sites, neurons
+        self.step, self.sites, self.neurons = (step,), sites, neurons
         self.count = math.ceil(keep * neurons)
 
     def around(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (self.switch.on and self.training):
+        if not (self.step[0].on and self.training):
             return inner(x, *args, **kwargs)
         numbers, stored = x.shape[:-1].numel() * self.neurons, list[Wide]()
         norms: list[Tensor] = []
@@ -247,7 +262,7 @@ class Lemo(Plugin):
                 f"{model.owner}: {kind} (attention '{attention}') is no decoder whose attention takes any mask",
                 hint="Llama, Mistral, Qwen or GPT-2 with attn_implementation='sdpa'",
             )
-        self.switch, self.predictors = Switch(), nn.ModuleDict()
+        self.step, self.predictors = model.around(Running()), nn.ModuleDict()
         self.seen: dict[str, Seen] = {}
         for layer in self.layers(model):
             heads = model.main.by_layer[layer].heads
@@ -261,11 +276,11 @@ class Lemo(Plugin):
             q, k = (model.site(f"attention.{role}", layer=layer) for role in ("q", "k"))
             self.seen[str(layer)] = q, k, model.main.by_layer[layer].head_dim
             block = model.site("block.attention", layer=layer)
-            block.attach(Eliminate(self.switch, model.call, predictor, self.config.keep))
+            block.attach(Eliminate(self.step, model.call, predictor, self.config.keep))
             if self.config.mlp_keep < 1:
                 sites, neurons = neurons_of(model, layer)
                 model.site("block.mlp", layer=layer).attach(
-                    Thin(self.switch, sites, neurons, self.config.mlp_keep)
+                    Thin(self.step, sites, neurons, self.config.mlp_keep)
                 )
 
     def layers(self, model: ModelView) -> list[int]:
@@ -278,6 +293,23 @@ class Lemo(Plugin):
                 hint=f"name some, each once: 0 to {L - 1}",
             )
         return found
+
+    def check(self, stack: Stack) -> None:
+        own, layout = stack.id_of(self), {Claim.OWN_LAYOUT, Claim.REPLACES_ATTENTION}
+        blocks = {p.place for p in stack.ledger.of(own, DeltaPart) if isinstance(p.module, Eliminate)}
+        for i, other in enumerate(stack.members):
+            parts = stack.ledger.of(other.id, DeltaPart)
+            around = {p.place for p in parts if isinstance(p.module, Delta) and p.module.has_around()}
+            if i < stack.members.index(stack.member(own)) and blocks & around:
+                raise ConflictError(
+                    f"'{other.id}' stands around an attention that '{own}' calls on some of the tokens alone",
+                    hint=f"put {own} before {other.id}",
+                )
+            if layout <= other.plugin.claims:
+                raise ConflictError(
+                    f"'{other.id}' computes attention by its own layout of tokens, and '{own}' leaves some out",
+                    hint="keep one of them",
+                )
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
@@ -318,12 +350,11 @@ class Lemo(Plugin):
                 f"{id}: the model is in evaluation mode, in which every token attends",
                 hint="stack.model.train() before a loop of your own",
             )
-        step.batch = {**step.batch, "use_cache": False}
-        self.switch.on = True
+        self.step.on = True
         try:
             return (yield)
         finally:
-            self.switch.on = False
+            self.step.on = False
 
 
 def observe(stack: Stack, ids: Tensor, seen: dict[str, Seen]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from datasets import Dataset
 import peftx
 import peftx_lemo
 from peftx import Stack, TrainingData
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx_bita import Bita
 from peftx_lemo import Eliminate, Lemo, Predictor, block_scores, informative, narrowed, observe
 from peftx_lora import Lora
+from peftx_router_tuning import RouterTuning
 
 test_conformance = conformance("lemo")
 
@@ -116,7 +119,7 @@ def test_what_predictors_are_fitted_to(arch: str) -> None:
         for s, (layer, (x, _, _)) in zip(S, observe(stack, ids, lemo.seen).items(), strict=True)
     )
     torch.testing.assert_close(lemo.distance(stack, ids), by_hand)
-    assert not stack.model.model.layers[1].self_attn.q_proj._forward_hooks if arch == "llama" else True
+    assert not stack.anatomy.site("attention.q", layer=1).module._forward_hooks  # nothing stays behind
 
 
 def test_fitting_lowers_the_distance_and_finds_what_matters() -> None:
@@ -197,7 +200,7 @@ def test_narrowed_arguments() -> None:
 def test_a_layer_attends_among_its_tokens_alone(arch: str, pads: int) -> None:
     """What the block gives: at K what attention over these tokens gives, by a mask that hides the others; else 0."""
     stack, given, seen = built(arch), batch(pads=pads), []
-    stack.plugins["lemo"].switch.on = True
+    stack.plugins["lemo"].step.on = True
     blocks = [stack.anatomy.site("block.attention", layer=layer).module for layer in (0, 1)]
     ours = eliminations(stack)
     handle = blocks[0].register_forward_hook(lambda _module, _args, out: seen.append(out[0]))
@@ -209,7 +212,7 @@ def test_a_layer_attends_among_its_tokens_alone(arch: str, pads: int) -> None:
         hidden = torch.zeros(2, 12, dtype=torch.bool).scatter(1, K, True)
         causal = torch.ones(12, 12, dtype=torch.bool).tril() & hidden[:, None, :]
         causal &= given["attention_mask"].bool()[:, None, :]
-        stack.plugins["lemo"].switch.on = False
+        stack.plugins["lemo"].step.on = False
         mask = torch.zeros(2, 1, 12, 12).masked_fill(~causal[:, None], torch.finfo(torch.float32).min)
         stack.model(given["input_ids"], attention_mask=mask, position_ids=torch.arange(12)[None])
     handle.remove()
@@ -247,7 +250,7 @@ def test_outside_a_step_every_token_attends() -> None:
     handle.remove()
     with torch.no_grad():
         assert torch.equal(stack.model(**given).logits, dense)  # in training mode
-        stack.plugins["lemo"].switch.on = True
+        stack.plugins["lemo"].step.on = True
         stack.model.eval()
         assert torch.equal(stack.model(**given).logits, dense)  # another plugin's reference inside a step
         stack.model.train()
@@ -325,16 +328,16 @@ def test_an_mlp_forward_and_backward(arch: str) -> None:
 
     x.requires_grad_(True)
     dense = mlp(x)
-    stack.plugins["lemo"].switch.on = True
+    stack.plugins["lemo"].step.on = True
     ours = mlp(x)
     assert torch.equal(ours, dense)
     found, whole = gradient(ours), gradient(dense)
-    stack.plugins["lemo"].switch.on = False
+    stack.plugins["lemo"].step.on = False
     z, norms = neurons(stack, x)
     J = norms.topk(math.ceil(0.3 * down.in_features)).indices
     torch.testing.assert_close(found, gradient(z[..., J] @ down.weight[:, J].T), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, whole, atol=1e-3)
-    stack.plugins["lemo"].switch.on = True
+    stack.plugins["lemo"].step.on = True
     stack.model.eval()
     torch.testing.assert_close(gradient(mlp(x)), whole)
 
@@ -353,6 +356,24 @@ def test_an_mlp_stores_its_neurons_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     # g before and after its function, and u, in each layer
     assert len(kept) == 6
     assert set(kept) == {((2, 12, count), 2 * 12 * count * 4)}
+
+
+def test_checkpointing_gives_the_same_gradients_and_keeps_the_neurons() -> None:
+    gradients, held = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        stack = built(mlp_keep=0.2)
+        if checkpointing:
+            stack.model.activation_checkpointing_enable({"use_reentrant": False})
+        handle = stack.model.register_forward_hook(
+            lambda *_: held.append(sum(isinstance(found, peftx_lemo.Wide) for found in gc.get_objects()))
+        )
+        stack.train_step(batch())
+        handle.remove()
+        gradients.append([p.grad for p in stack.ledger.parameters("lora")])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, atol=1e-6, rtol=1e-5)
+    assert held[1] >= held[0] == 6
 
 
 def test_a_step_with_thin_mlps() -> None:
@@ -403,6 +424,29 @@ def test_bad_options(options: dict[str, float]) -> None:
     defaults = Lemo().config
     assert (defaults.keep, defaults.mlp_keep, defaults.block, defaults.hidden) == (0.4, 0.2, 64, 128)
     assert (defaults.predictor_steps, defaults.predictor_rate) == (400, 2e-5)
+
+
+def test_plugins_that_look_at_tokens_inside_attention() -> None:
+    lemo, router = Lemo(layers=[0], **SMALL), RouterTuning(share=1)
+    with pytest.raises(
+        ConflictError, match="'router-tuning' stands around an attention that 'lemo' calls"
+    ) as caught:
+        Stack(tiny("llama"), [router, lemo])
+    assert caught.value.hint == "put lemo before router-tuning"
+    stack = Stack(tiny("llama"), [Lora(rank=2), lemo, router], tokenizer=tiny_tokenizer())
+    assert len(stack.train(ROWS, steps=2).losses) == 2
+    for order in ([Bita(), lemo], [lemo, Bita()]):
+        with pytest.raises(ConflictError, match="'bita' computes attention by its own layout of tokens"):
+            Stack(tiny("llama"), order)
+
+
+def test_a_step_keeps_no_cache() -> None:
+    stack, seen = built(), []
+    stack.model.register_forward_hook(lambda _module, _args, out: seen.append(out.past_key_values))
+    stack.train_step(batch())
+    stack.model(**batch())
+    assert seen[0] is None
+    assert seen[1] is not None
 
 
 def test_steps_that_cannot_be() -> None:
