@@ -327,6 +327,15 @@ def test_greedy_is_lossless(arch: str) -> None:
             assert got.stats["new_tokens"] == new
 
 
+def test_a_sliding_window_takes_one_path() -> None:
+    torch.manual_seed(0)
+    stack = Stack(tiny("mistral", sliding_window=16), [Bita()])
+    got = request(stack, TEXT, 40)
+    assert torch.equal(stack.decode(got), plain(stack, TEXT, 40))
+    assert got.stats["linearized_drafts"] > 5
+    assert "probe_calls" not in got.stats
+
+
 def test_batches_and_sampling_are_unchanged() -> None:
     stack, alone = built(), Stack(tiny("llama", max_position_embeddings=256), tokenizer=tiny_tokenizer())
     prompts = ["to be or not to be or not", "ab ab"]
@@ -379,6 +388,7 @@ def test_bundled_model_drafts_after_a_short_training() -> None:
     [
         ({"masks": 4, "candidates": 3}, "3 candidates leave none for mask 4"),
         ({"masks": 9, "candidates": 20}, "20 candidates and 9 masks make 1449 nodes"),
+        ({"masks": 1, "candidates": 512}, "make 1025 nodes"),
         ({"masks": 0}, "masks"),
         ({"prefix": 0}, "prefix"),
         ({"groups": 0}, "groups"),
@@ -389,6 +399,7 @@ def test_bad_options(options: dict[str, int], match: str) -> None:
     with pytest.raises(PeftxError, match=f"Bita: .*{match}"):
         Bita(**options)
     assert BitaConfig(masks=3, candidates=3).candidates == 3
+    assert BitaConfig(masks=1, candidates=511).candidates == 511
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,13 @@ def test_what_predictors_are_fitted_to(arch: str) -> None:
     assert not stack.anatomy.site("attention.q", layer=1).module._forward_hooks  # nothing stays behind
 
 
+def test_a_half_precision_model_is_scored_in_full() -> None:
+    stack, ids = built(), batch()["input_ids"]
+    stack.model.to(torch.bfloat16)
+    for x, q, k in observe(stack, ids, stack.plugins["lemo"].seen).values():
+        assert (x.dtype, q.dtype, k.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
 def test_fitting_lowers_the_distance_and_finds_what_matters() -> None:
     torch.manual_seed(0)
     lemo = Lemo(block=8, hidden=32, predictor_steps=60, predictor_rate=3e-3)
