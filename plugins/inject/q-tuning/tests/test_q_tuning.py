@@ -195,6 +195,7 @@ def test_old_rows_have_no_gradient() -> None:
     stack.model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in plugin.prompt.parameters())
     assert not plugin.prompt.kept.requires_grad
+    assert [tuple(p.shape) for p in plugin.critic.parameters()] == [(128, 2 * D), (128,), (1, 128), (1,)]
 
 
 # -- retention ---------------------------------------------------------------------------------------------------------
