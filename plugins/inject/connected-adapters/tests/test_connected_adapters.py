@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from peftx import Plugin, Stack
+from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.kernel.members import Member
+from peftx.kernel.parts import DeltaPart
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, output_of, tiny
+from peftx_connected_adapters import Bottleneck, Connected, ConnectedAdapters
+from peftx_nf4 import NF4Storage
+from peftx_prefixquant import PrefixQuant
+from peftx_signround import SignRound
+
+test_conformance = conformance("connected-adapters")
+
+LAYERS = {"llama": "model.layers", "bert": "bert.encoder.layer", "gpt2": "transformer.h"}
+
+
+def layers_of(stack: Stack) -> list[Connected]:
+    return [part.module for part in stack.ledger.of("connected-adapters", DeltaPart)]
+
+
+def stack_of(arch: str = "llama", layers: int = 3, *, spread: float = 0.3) -> Stack:
+    """A stack whose adapters do something."""
+    name = "n_layer" if arch == "gpt2" else "num_hidden_layers"
+    stack = Stack(tiny(arch, **{name: layers}), [ConnectedAdapters(inside=4, aside=3)])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("connected-adapters"):
+            parameter.normal_(0, spread, generator=generator)
+    return stack
+
+
+def frozen_layers(stack: Stack, arch: str) -> list[nn.Module]:
+    return list(stack.model.get_submodule(LAYERS[arch]))
+
+
+def gradients(stack: Stack) -> list[dict[str, float]]:
+    """Norms of the gradients of a loss on the output, by layer and by part."""
+    stack.model.zero_grad()
+    output_of(stack.model, example_inputs(stack.model)).square().mean().backward()
+    return [
+        {
+            name: sum(float(p.grad.norm()) for p in getattr(layer, name).parameters())
+            for name in ("inside", "aside")
+        }
+        for layer in layers_of(stack)
+    ]
+
+
+def without_side_path(stack: Stack) -> Stack:
+    """Adapters that are scattered: F_l = 0."""
+    for layer in layers_of(stack):
+        nn.init.zeros_(layer.aside.up.weight)
+        nn.init.zeros_(layer.aside.up.bias)
+    return stack
+
+
+def cut(stack: Stack, arch: str) -> Stack:
+    """No gradient goes through a frozen layer any more; what stands behind it is no part of it."""
+    for layer in frozen_layers(stack, arch):
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
+    return stack
+
+
+# -- the equations ---------------------------------------------------------------------------------------------------
+
+
+def written_out(part: Bottleneck, h: Tensor) -> Tensor:
+    D, b_D, U, b_U = part.down.weight, part.down.bias, part.up.weight, part.up.bias
+    return nn.functional.gelu(h @ D.T + b_D) @ U.T + b_U
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+def test_equals_the_layers_written_by_hand(arch: str) -> None:
+    stack = stack_of(arch)
+    by_hand = tiny(arch, **{"n_layer" if arch == "gpt2" else "num_hidden_layers": 3})
+    s: list[Tensor | float] = [0.0]
+    for index, (layer, own) in enumerate(
+        zip(by_hand.get_submodule(LAYERS[arch]), layers_of(stack), strict=True)
+    ):
+
+        def behind(
+            module: nn.Module, inputs: object, z: Tensor, own: Connected = own, index: int = index
+        ) -> Tensor:
+            h = z + written_out(own.inside, z + s[-1])
+            s.append(s[-1] + written_out(own.aside, h))
+            return h + s[-1] if index == 2 else h
+
+        layer.register_forward_hook(behind)
+    inputs = example_inputs(by_hand)
+    with torch.no_grad():
+        found, expected, base = (output_of(m, inputs) for m in (stack.model, by_hand, tiny(arch)))
+    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+    assert len(s) == 4
+    assert not torch.allclose(found, base, atol=0.1)
+
+
+def test_bottleneck_by_hand() -> None:
+    part = Bottleneck(2, 1)
+    part.down.weight.data, part.down.bias.data = torch.tensor([[1.0, -1.0]]), torch.tensor([1.0])
+    part.up.weight.data, part.up.bias.data = torch.tensor([[2.0], [3.0]]), torch.tensor([0.5, 0.0])
+    # D h + b = 0 and 9: gelu gives 0 and 9
+    found = part(torch.tensor([[0.0, 1.0], [9.0, 1.0]]))
+    assert torch.allclose(found, torch.tensor([[0.5, 0.0], [18.5, 27.0]]))
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5", "mamba"])
+def test_starts_as_the_base_model(arch: str) -> None:
+    stack = Stack(tiny(arch), [ConnectedAdapters(inside=5, aside=3)])
+    inputs = example_inputs(stack.model)
+    start = output_of(stack.model, inputs)
+    with stack.disabled():
+        assert torch.equal(output_of(stack.model, inputs), start)
+
+
+def test_parameters_are_counted() -> None:
+    d, m, k = 32, 5, 3
+    stack = Stack(tiny("llama"), [ConnectedAdapters(inside=m, aside=k)])
+    assert stack.trainable_parameters() == 2 * (2 * (m + k) * d + m + k + 2 * d)
+    assert len(layers_of(Stack(tiny("t5"), [ConnectedAdapters()]))) == 4
+
+
+# -- the path --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_gradients_reach_every_module_past_the_frozen_layers(arch: str) -> None:
+    """With all frozen layers cut, scattered adapters hear of the loss in the last layer alone."""
+    scattered = gradients(cut(without_side_path(stack_of(arch)), arch))
+    assert [g["inside"] > 0 for g in scattered] == [False, False, True]
+    connected = gradients(cut(stack_of(arch), arch))
+    assert all(g["inside"] > 1e-6 and g["aside"] > 1e-6 for g in connected)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_the_side_path_trains_from_the_first_step(arch: str) -> None:
+    """At the start, where every U is zero, the gradient of each layer's F is that of the output, and no less."""
+    stack = cut(stack_of(arch, spread=0.0), arch)
+    bias = [layer.aside.up.bias for layer in layers_of(stack)]
+    gradients(stack)
+    for other in bias:
+        assert other.grad is not None
+        assert torch.equal(other.grad, bias[-1].grad)
+    assert bias[0].grad.norm() > 1e-4
+
+
+def test_what_frozen_layers_take_from_gradients_the_side_path_does_not() -> None:
+    """12 layers that pass on half of the gradient: scattered, 2**-11 of it comes to the first."""
+    found = {}
+    for side in (True, False):
+        for kept in (1.0, 0.5):
+            stack = stack_of("bert", 12, spread=0.1)
+            for layer in frozen_layers(stack, "bert"):
+                layer.register_forward_pre_hook(
+                    lambda module, inputs, kept=kept: (
+                        kept * inputs[0] + (1 - kept) * inputs[0].detach(),
+                        *inputs[1:],
+                    )
+                )
+            found[side, kept] = gradients(stack if side else without_side_path(stack))[0]["inside"]
+    assert found[False, 0.5] == pytest.approx(found[False, 1.0] / 2**11, rel=1e-3)
+    assert found[True, 0.5] > found[True, 1.0] / 20
+
+
+def test_an_adapter_reads_what_all_layers_before_it_handed_on() -> None:
+    """The side path goes on where a layer's own output does not: cut, layer 3 still hears of F_1."""
+    stack = stack_of()
+    first, second, last = layers_of(stack)
+    nn.init.zeros_(second.aside.up.weight)
+    heard: list[Tensor] = []
+    last.inside.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+    cut(stack, "llama")
+    output_of(stack.model, example_inputs(stack.model))
+    (g,) = torch.autograd.grad(heard[0].sum(), first.aside.up.bias)
+    assert torch.allclose(g, torch.full_like(g, float(heard[0][..., 0].numel())))  # ds_2 / ds_1 = 1
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_with_a_cache_are_the_whole() -> None:
+    stack = stack_of()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        whole = stack.model(ids).logits
+        cache = DynamicCache()
+        parts = [stack.model(part, past_key_values=cache).logits for part in ids.split([3, 1, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_is_the_same_beside_pads() -> None:
+    stack = stack_of()
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with torch.no_grad():
+        together = stack.model(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
+        alone = stack.model(ids[1:, 2:]).logits
+    torch.testing.assert_close(together[1:, 2:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_gradients_are_those_of_checkpointing(arch: str) -> None:
+    stack = stack_of(arch)
+    stack.model.train()
+    plain = gradients(stack)
+    stack.model.activation_checkpointing_enable({"use_reentrant": False})
+    for one, two in zip(plain, gradients(stack), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_states_keep_the_precision_they_had() -> None:
+    part = Bottleneck(4, 2).to(torch.bfloat16)
+    assert part(torch.randn(3, 4)).dtype == torch.float32
+    assert part(torch.randn(3, 4).bfloat16()).dtype == torch.bfloat16
+
+
+def test_two_towers_have_a_path_each() -> None:
+    stack = Stack(tiny("t5"), [ConnectedAdapters(inside=4, aside=3)])
+    paths = [(layer.path, layer.index, layer.last) for layer in layers_of(stack)]
+    assert sorted(paths) == [
+        (f"connected-adapters-{tower}", index, index == 1)
+        for tower in ("decoder", "encoder")
+        for index in (0, 1)
+    ]
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_runs_alone_is_refused() -> None:
+    stack = stack_of()
+    second = layers_of(stack)[1]
+    x = torch.randn(1, 4, 32)
+    with pytest.raises(
+        UnsupportedError, match="connected-adapters: layer 1 runs, and what the layers before"
+    ):
+        second(x, x)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    stack = stack_of()
+    stack.model.train()
+    stack.model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UnsupportedError, match="use_reentrant=False"):
+        gradients(stack)
+
+
+def test_two_calls_before_going_back_are_refused_with_checkpointing_alone() -> None:
+    stack = stack_of()
+    stack.model.train()
+    first, second = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10]])
+
+    def loss() -> Tensor:
+        return stack.model(first).logits.square().mean() + stack.model(second).logits.square().mean()
+
+    loss().backward()
+    stack.model.activation_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(UnsupportedError, match="one call a step"):
+        loss().backward()
+
+
+def test_what_calibrates_layer_by_layer_has_to_come_first() -> None:
+    def stack(*members: Plugin | Member) -> Stack:
+        return Stack(tiny("llama"), list(members))
+
+    early, late = (Member("signround", SignRound(), phase=f"{when}-training") for when in ("before", "after"))
+    said = r"'(signround|prefixquant)' runs the layers one by one.*'connected-adapters' hands on more"
+    for members in (
+        (ConnectedAdapters(), PrefixQuant()),
+        (ConnectedAdapters(), late),
+        (late, ConnectedAdapters()),
+    ):
+        with pytest.raises(ConflictError, match=said):
+            stack(*members)
+    stack(early, ConnectedAdapters())
+    stack(ConnectedAdapters(), early)
+    stack(SignRound(), ConnectedAdapters())
+    stack(ConnectedAdapters(), NF4Storage())  # without calibration
+
+
+@pytest.mark.parametrize("option", ["inside", "aside"])
+def test_widths_below_1_are_refused(option: str) -> None:
+    with pytest.raises(PeftxError, match=f"ConnectedAdapters: {option}"):
+        ConnectedAdapters(**{option: 0})
+    assert getattr(ConnectedAdapters(**{option: 1}).config, option) == 1
