@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftx.kernel.slots.attaching import attach, bake, detach, enable, without_fast_path
 from peftx.kernel.slots.carrier import base_class, is_map, kind_of, packed, slot_of
 from peftx.kernel.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
-from peftx.kernel.slots.folding import follow, merge, snapshot, unmerge
+from peftx.kernel.slots.folding import check_folds, fold_into, follow, merge, snapshot, unmerge
 from peftx.kernel.slots.rows import Rows
 from peftx.kernel.slots.sparse import SparseDelta
 from peftx.kernel.slots.state import Entry
@@ -20,9 +20,11 @@ __all__ = [
     "attach",
     "bake",
     "base_class",
+    "check_folds",
     "detach",
     "dropout_linear",
     "enable",
+    "fold_into",
     "follow",
     "is_map",
     "kind_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from peftx.errors import MergeError
 from peftx.kernel.chain import CHILD
 from peftx.kernel.slots.carrier import STATE, OutputCarrier, PackedCarrier, base_class, slot_of
 from peftx.kernel.slots.delta import Delta
+from peftx.kernel.slots.state import Entry
 
 
 @torch.no_grad()
@@ -30,9 +31,7 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
     chosen = [entry for entry in slot.links if entry.owner in owners and entry.active]
     if not chosen:
         return
-    for entry in chosen:
-        if not entry.edit.can_fold():
-            raise MergeError(f"{entry.owner}: {type(entry.edit).__name__} does not fold into the weights")
+    check_folds(module, chosen)
     last = slot.links.index(chosen[-1])
     between = [
         e
@@ -44,25 +43,13 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
             f"{chosen[-1].owner} cannot be merged before {between[0].owner}, which acts nearer to the weights",
             hint=f"merge {between[0].owner} as well, or let it come later in the stack",
         )
-    if isinstance(module, OutputCarrier | PackedCarrier):
-        raise MergeError(
-            f"{chosen[0].owner}: deltas on {base_class(module).__name__} do not fold into weights"
-        )
     for parameter, first in {entry.parameter: entry for entry in chosen}.items():
         old = module._parameters[parameter]
         has_bias = first.bias in module._parameters
         old_bias = module._parameters.get(first.bias)
-        compute = torch.promote_types(old.dtype, torch.float32)
-        weight = old.detach().to(compute)
-        weight = weight.mT if first.transposed else weight
-        bias = None if old_bias is None else old_bias.detach().to(compute)
-        for entry in chosen:
-            if entry.parameter == parameter:
-                with _widened(entry.edit, compute):
-                    weight, bias = entry.fold(weight, bias)
+        weight, bias = fold_into([e for e in chosen if e.parameter == parameter], old.detach(), old_bias)
         if bias is not None and not has_bias:
             raise MergeError(f"{chosen[0].owner}: {base_class(module).__name__} has no place for a bias")
-        weight = weight.mT.contiguous() if first.transposed else weight
         slot.originals.setdefault(parameter, old)
         module._parameters[parameter] = _like(weight, old)
         if has_bias and bias is not None:
@@ -73,6 +60,38 @@ def merge(module: nn.Module, owners: set[str], *, keep: bool = True) -> None:
     if not keep:
         slot.originals.clear()
     slot.rebuild()
+
+
+def check_folds(module: nn.Module, entries: Sequence[Entry]) -> None:
+    """Raises MergeError where these deltas on a module do not fold into its weights."""
+    for entry in entries:
+        if not entry.edit.can_fold():
+            raise MergeError(f"{entry.owner}: {type(entry.edit).__name__} does not fold into the weights")
+    if isinstance(module, OutputCarrier | PackedCarrier):
+        raise MergeError(
+            f"{entries[0].owner}: deltas on {base_class(module).__name__} do not fold into weights"
+        )
+
+
+def fold_into(
+    entries: Sequence[Entry], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What deltas on one parameter, in this order, make of it and of its bias.
+
+    Args:
+        weight: as it is stored. bias: [..., out] or None.
+
+    Returns:
+        New weights, as they are stored, not rounded: float32, of float64 float64.
+    """
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    turned = entries[0].transposed
+    weight = weight.to(compute).mT if turned else weight.to(compute)
+    bias = None if bias is None else bias.detach().to(compute)
+    for entry in entries:
+        with _widened(entry.edit, compute):
+            weight, bias = entry.fold(weight, bias)
+    return (weight.mT.contiguous() if turned else weight), bias
 
 
 @contextmanager
