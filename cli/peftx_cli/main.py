@@ -9,7 +9,19 @@ import typer
 from typer.core import TyperGroup
 
 from peftx_cli import failures
-from peftx_cli.commands import catalogue, compare, exchange, health, inspect, report, rows, run, scaffold, use
+from peftx_cli.commands import (
+    catalogue,
+    compare,
+    exchange,
+    health,
+    inspect,
+    merging,
+    report,
+    rows,
+    run,
+    scaffold,
+    use,
+)
 
 
 class Commands(TyperGroup):
@@ -51,7 +63,7 @@ def root(
     """Fine-tuning, compression and decoding research as plugins that stack on one model."""
 
 
-for group in (run, compare, use, exchange, inspect, rows, report, catalogue, health, scaffold):
+for group in (run, compare, use, merging, exchange, inspect, rows, report, catalogue, health, scaffold):
     group.register(app)
 
 

@@ -1,23 +1,19 @@
-"""`evaluate`, `generate`, `serve` and `merge`: what one does with a bundle or a model."""
+"""`evaluate`, `generate` and `serve`: what one does with a bundle or a model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from peftx_cli import failures, options
 
-if TYPE_CHECKING:
-    from peftx.stack import Stack
-
 Target = Annotated[
     str, typer.Argument(metavar="BUNDLE|MODEL", help="folder of a bundle, peftx:tiny, or another model")
 ]
-Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="folder of a bundle")]
 Base = Annotated[
     str | None, typer.Option("--model", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere")
 ]
@@ -37,7 +33,6 @@ TopP = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="the same text again")]
 Stream = Annotated[bool, typer.Option("--stream", help="print tokens as they come")]
-OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="folder of the plain checkpoint")]
 Host = Annotated[str, typer.Option(help="address to listen on; any but loopback is open to the network")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port; 0 takes a free one")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="requests that run together at most")]
@@ -62,7 +57,6 @@ def register(app: typer.Typer) -> None:
     )
     app.command(epilog='Example: peftx generate peftx-out "Once upon a time" --max-new-tokens 40')(generate)
     app.command(epilog="Example: peftx serve peftx-out --port 8000")(serve)
-    app.command(epilog="Example: peftx merge peftx-out merged-model")(merge)
 
 
 def evaluate(
@@ -212,32 +206,3 @@ def serve(
     server = Server(stack, name=Path(target).name, scheduler=scheduler, api_key=api_key)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
     run_http(server, host=host, port=port, allowed_hosts=hosts)
-
-
-def merge(
-    bundle: Bundle,
-    output: OutFolder,
-    model: Base = None,
-    device: options.Device = "cpu",
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-) -> None:
-    """Fold a bundle's plugins into the weights and write a plain checkpoint, for vLLM, lm-eval and from_pretrained.
-
-    Refused where that would not be exact: a quantized base, or a plugin that does not fold.
-    """
-    from transformers.utils import logging
-
-    from peftx.engines.files import folder_bytes, make_place
-    from peftx_cli.render import out, print_json, size
-    from peftx_cli.stacks import open_stack
-
-    make_place(output)
-    logging.disable_progress_bar()  # a library's own bar would stand between our lines
-    stack: Stack = open_stack(bundle, model=model, device=device, trust_remote_code=trust_remote_code)
-    path = stack.export(output)
-    count = folder_bytes(path)
-    if as_json:
-        print_json({"output": str(path), "bytes": count, "plugins": list(stack.plugins)})
-    else:
-        out(f"{path} ({size(count)}): {', '.join(stack.plugins) or 'no plugin'} folded into {stack.base_id}")
