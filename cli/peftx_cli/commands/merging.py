@@ -64,8 +64,8 @@ PATIENCE = 2.0
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     examples = (
-        "Examples: peftx merge peftx-out merged-model",
-        "peftx merge german legal --method ties --weights 1,0.5 --rank 16 -o both",
+        "Example: peftx merge peftx-out merged-model",
+        "Example: peftx merge german legal --method ties --weights 1,0.5 --rank 16 -o both",
     )
     app.command(epilog="\n\n".join(examples))(merge)
 

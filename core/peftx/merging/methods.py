@@ -89,5 +89,4 @@ def dropped(difference: Tensor, density: float, key: str) -> Tensor:
 def elected(differences: Tensor) -> Tensor:
     """[T, ...] -> [...]: the mean of those that have the sign of the sum; 0 where the sum is 0."""
     agree = differences.sign() == differences.sum(0).sign()
-    agree &= differences != 0
     return (differences * agree).sum(0) / agree.sum(0).clamp(min=1)

@@ -21,8 +21,6 @@ from peftx.peft_format import most_common, targets_of
 from peftx.stack import Stack
 
 LORA = "lora"
-SCALE = 2.0
-"""s of a `lora` without an alpha: the factors are divided by it, which rounds nothing."""
 
 
 def into_weights(
@@ -55,11 +53,10 @@ def as_lora(base: Base, factors: Mapping[str, tuple[Site, Factors]], registry: R
         own: Any = part.module
         rank = own.A.shape[-2]
         found = ours.get((part.path, entry.parameter, entry.rows))
-        if found is None:  # a role of a fused matrix that others of it brought along
-            own.A.data.zero_()
-            continue
+        if found is None:
+            continue  # a role of a fused matrix that others of it brought along: its B is 0
         padded = found.padded(rank)
-        values = {"A": padded.A, "B": padded.B / own.scale}
+        values = {"A": padded.A, "B": padded.B / own.scale}  # s is 2 without an alpha: this rounds nothing
         # The base's dtype where it says all, else the factors would be rounded before the weights are.
         narrow = {name: value.to(own.A.dtype) for name, value in values.items()}
         exact = all(bool((narrow[name].to(value.dtype) == value).all()) for name, value in values.items())
