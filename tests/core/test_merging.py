@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftx import Plugin, Stack, hookimpl, load
+from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl, load
 from peftx.errors import BundleError, MergeError, PeftxError
 from peftx.interop import to_peft
 from peftx.merging import METHODS, Merged, merge_adapters, share_kept
@@ -431,6 +431,18 @@ def test_a_plain_checkpoint_is_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "both", model=base()).model), logits(factors.stack.model))
 
 
+def test_narrow_factors_fold_unrounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", Lora(rank=4, targets="mlp.up"), dtype=torch.bfloat16)
+    base = tiny("llama").to(torch.bfloat16)
+    low = merge_adapters([folder], method="svd", rank=4, model=base)
+    monkeypatch.setattr(Source, "not_low_rank", lambda self, path, parameter: "all")
+    full = merge_adapters([folder], method="svd", rank=4, model=tiny("llama").to(torch.bfloat16))
+    assert [p.norm for p in full.places] == pytest.approx([p.norm for p in low.places], rel=1e-6)
+    assert full.kept == pytest.approx(
+        1, abs=1e-6
+    )  # a product that was rounded to bfloat16 is of a higher rank
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -488,6 +500,35 @@ def test_progress(folders: Any) -> None:
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Shift(Delta):
+    """y + 1."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + 1
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, weight.new_ones(weight.shape[:-1]) if bias is None else bias + 1
+
+
+class Shifting(Plugin):
+    """Needs a bias where it is folded."""
+
+    claims = {Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention.q"):
+            site.attach(Shift())
+
+
+def test_a_bias_where_none_is(tmp_path: Path) -> None:
+    llama = Stack(tiny("llama"), [Shifting()]).save(tmp_path / "llama")
+    with pytest.raises(MergeError, match="q_proj has no bias, and shifting would give it one"):
+        merge_adapters([llama], into="weights", model=tiny("llama"))
+    gpt2 = Stack(tiny("gpt2"), [Shifting()]).save(tmp_path / "gpt2")
+    same(state(merge_adapters([gpt2], into="weights", model=tiny("gpt2"))), folded(gpt2, tiny("gpt2")))
 
 
 class Keeping(Plugin):

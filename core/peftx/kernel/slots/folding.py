@@ -73,9 +73,7 @@ def check_folds(module: nn.Module, entries: Sequence[Entry]) -> None:
         )
 
 
-def fold_into(
-    entries: Sequence[Entry], weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def fold_into(entries: Sequence[Entry], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What deltas on one parameter, in this order, make of it and of its bias.
 
     Args:
