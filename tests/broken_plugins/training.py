@@ -277,6 +277,35 @@ class HidesItsLoss(Plugin):
         return (yield)
 
 
+class RunsByItself(Plugin):
+    """Says that its layers cannot run one by one, and they can."""
+
+    caught_by = "layers_run_by_themselves"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.WHOLE_CALLS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))
+
+
+class HoldsItsGraph(Plugin):
+    """Notes what it computed, with the graph of it."""
+
+    caught_by = "trained_model_is_copied"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    class Noting(_Gain):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            self.noted = super().forward(x, y)
+            return self.noted
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(self.Noting(site.out_features))
+
+
 class PassesNoLayer(Plugin):
     """Says that it computes layers past their modules, and leaves them alone."""
 

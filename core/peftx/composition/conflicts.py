@@ -164,7 +164,15 @@ ON_REPLACED = Rule(
     "{one} replaces layers behind the training, and {two}, which comes after it, stands on them then",
     ordered=True,
 )  # fmt: skip
-"""The one rule that asks when a plugin compresses."""
+CALIBRATES_ALONE = Rule(
+    Side(lambda plugin: Claim.NEEDS_CALIBRATION in plugin.claims and "compress" in hooks_of(plugin),
+         (Claim.NEEDS_CALIBRATION,),
+         "a plugin that calibrates layer by layer, unless it compresses first (phase: before-training)"),
+    _claiming(Claim.WHOLE_CALLS),
+    "{one} runs layers one by one to calibrate, and {two} works in calls of the whole model",
+)  # fmt: skip
+LATE_RULES = (ON_REPLACED, CALIBRATES_ALONE)
+"""About plugins that compress behind the training, and no others."""
 
 
 def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
@@ -185,10 +193,13 @@ def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | No
                     reason = rule.reason.format(one=one, two=two)
                     yield Conflict(first.id, second.id, rule.claims, reason), rule
     for late in _compressing_late(members):
-        for other in members[members.index(late) + 1 :]:
-            if ON_REPLACED.one.is_it(late.plugin) and ON_REPLACED.two.is_it(other.plugin):
-                reason = ON_REPLACED.reason.format(one=late, two=other)
-                yield Conflict(late.id, other.id, ON_REPLACED.claims, reason), ON_REPLACED
+        place = members.index(late)
+        for rule in LATE_RULES:
+            for other in members[place + 1 :] if rule.ordered else (*members[:place], *members[place + 1 :]):
+                if rule.one.is_it(late.plugin) and rule.two.is_it(other.plugin):
+                    first, second = sorted((late, other), key=members.index)
+                    reason = rule.reason.format(one=late, two=other)
+                    yield Conflict(first.id, second.id, rule.claims, reason), rule
 
 
 def _compressing_late(members: Sequence[Member]) -> list[Member]:
@@ -200,7 +211,7 @@ def _compressing_late(members: Sequence[Member]) -> list[Member]:
 
 def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]) -> Conflict:
     """The conflict with an order of the whole stack that works, if one of the two moved past the other makes one."""
-    if rule is None or not rule.ordered:
+    if rule is None or (not rule.ordered and rule not in LATE_RULES):
         return conflict
     first, second = (next(m for m in members if m.id == id) for id in (conflict.first, conflict.second))
     later = [m for m in members if m is not first]
@@ -298,7 +309,7 @@ def check(members: Sequence[Member]) -> None:
 def rules(plugin: AnyPlugin) -> list[str]:
     """What a plugin does not go with, in sentences; from its claims alone."""
     found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in plugin.claims]
-    for rule in (*RULES, ON_REPLACED):
+    for rule in (*RULES, *LATE_RULES):
         if rule.one.is_it(plugin):
             found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
         if rule.two.is_it(plugin):

@@ -69,6 +69,8 @@ class Claim(StrEnum):
     """Computes linear layers itself, from their weights (`Delta.base`)."""
     PASSES_LAYERS = "passes-layers"
     """Computes some linear layers past their modules, so that nothing that stands on these sees a call."""
+    WHOLE_CALLS = "whole-calls"
+    """Works in calls of the whole model: its layers cannot be run one by one."""
     NEEDS_ADAPTERS = "needs-adapters"
     """Works on what the deltas of other plugins add to the output of layers."""
     VIRTUAL_TOKENS = "virtual-tokens"

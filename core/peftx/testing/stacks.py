@@ -18,12 +18,11 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic_core import to_jsonable_python
@@ -33,13 +32,12 @@ from peftx.composition.conflicts import check, starting_format
 from peftx.engines.bundle import holds_base
 from peftx.errors import ConflictError, DataError, MergeError, PeftxError
 from peftx.kernel.ledger import carried
-from peftx.kernel.members import Member
 from peftx.kernel.objective import objective_of
 from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
-from peftx.testing.life import LENGTH, PROMPT, early_ids, sources_of
+from peftx.testing.life import LENGTH, PROMPT, built, early_ids, rows_of, sources_of
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.recipes import (
     SAYINGS,
@@ -50,9 +48,6 @@ from peftx.testing.recipes import (
 )
 from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows, steps_for
 from peftx_spec.models import Pipeline
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -188,15 +183,11 @@ class Life:
     def built(self) -> Stack:
         """As a run builds it: what stands before the first plugin that injects compresses the plain model."""
         members, model = self.recipe.members(), tiny(self.recipe.arch)
-        if early := early_ids(members):
-            stack = Stack(model, members, tokenizer=tiny_tokenizer(), inject=False)
-            stack.compress(TEXTS, early, samples=4, length=24)
-            stack.inject()
-            return stack
         try:
-            return Stack(model, members, tokenizer=tiny_tokenizer())
+            return built(members, model)
         except PeftxError:
-            self.unchanged(model, "the model after the refusal")
+            if not early_ids(members):  # those change it for good
+                self.unchanged(model, "the model after the refusal")
             raise
 
     def unchanged(self, model: Any, what: str) -> None:
@@ -279,14 +270,6 @@ class Life:
         assert not stuck or folded, f"cannot be removed: {stuck[0]}"
         if not waiting:
             self.unchanged(stack.model, "the model after all removals")
-
-
-def rows_of(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """Rows of a format that goes through: a plugin's own examples, if it takes them first."""
-    format = starting_format(members) or "prompt-completion"
-    own = next((m.plugin.example_rows for m in members if m.plugin.takes), ())
-    rows = [dict(row) for row in own or ROWS_BY_FORMAT[format]]
-    return rows if len(rows) > 9 else rows * 2  # of which a tenth leaves some
 
 
 def shrunk(result: Result) -> Result:

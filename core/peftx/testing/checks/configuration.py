@@ -27,6 +27,7 @@ _NEEDS = {
     Claim.REPLACES_STEP: {"train_step"},
     Claim.REPLACES_LOSS: {"train_step"},
     Claim.PASSES_LAYERS: {"inject"},
+    Claim.WHOLE_CALLS: {"inject"},
     Claim.NEEDS_GRADIENTS: {"train_step", "inject"},
     Claim.REPLACES_DECODING: {"decode"},
     Claim.LOSSLESS_DECODING: {"decode"},

@@ -1,16 +1,18 @@
-"""Padding and neighbours in a batch do not show in a row's output."""
+"""Padding and neighbours in a batch do not show in a row's output, and layers run by themselves."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftx.errors import UnsupportedError
+from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.plugin import Claim
 from peftx.stack import Stack
 from peftx.testing.case import Case, assert_close, error_of, inputs_for, output
-from peftx.testing.checks.check import changes_model, check
+from peftx.testing.checks.check import changes_model, check, injects
+from peftx.testing.models import FIRST_BYTE, tiny, tiny_tokenizer
 from peftx.testing.subject import TEXT
+from peftx.toolkits.compression.calibration import BlockInputs, walk_blocks
 
 
 def tolerance(case: Case) -> float:
@@ -92,7 +94,33 @@ def check_layers_are_passed_by(case: Case) -> None:
     )
 
 
+@check(on="package", when=injects)
+def check_layers_run_by_themselves(case: Case) -> None:
+    """Llama's layers, run one after the other as a calibration does, are refused if the plugin claims `whole-calls`,
+    and go through if it does not."""
+    plugin = case.subject.make()
+    claimed = Claim.WHOLE_CALLS in plugin.claims
+    try:
+        stack = Stack(tiny("llama", num_hidden_layers=4), [(case.id, plugin)], tokenizer=tiny_tokenizer())
+    except PeftxError:
+        return  # it stands elsewhere
+    text = {"input_ids": torch.arange(8)[None] + FIRST_BYTE}
+
+    def run(number: int, block: nn.Module, inputs: BlockInputs) -> None:
+        for _ in inputs.advance(block):
+            pass
+
+    def walk() -> None:
+        with torch.no_grad():
+            walk_blocks(stack.model, list(stack.model.model.layers), [text], on_block=run)
+
+    error = error_of(PeftxError, walk)
+    assert claimed or error is None, f"layers do not run one by one, so claim whole-calls: {error}"
+    assert not claimed or error is not None, "claims whole-calls, and its layers run one by one"
+
+
 CHECKS = (
+    check_layers_run_by_themselves,
     check_layers_are_passed_by,
     check_padding_is_invisible,
     check_batch_is_invisible,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -57,6 +58,14 @@ def check_step_returns_the_loss(case: Case) -> None:
         assert math.isfinite(float(loss)), f"the loss is {float(loss)}"
     moved = [difference(before[id(p)], p.detach()) for p in stack.model.parameters() if p.requires_grad]
     assert max(moved) > 0, f"none of {len(moved)} parameters moved in 2 steps"
+
+
+@check(on="first", when=trains)
+def check_trained_model_is_copied(case: Case) -> None:
+    """A model that made a step, with gradients, has a deep copy: no module holds on to the graph."""
+    stack = case.training_stack()
+    case.gradients(stack)
+    copy.deepcopy(stack.model)
 
 
 @check(when=trains)
@@ -198,6 +207,7 @@ CHECKS = (
     check_every_parameter_gets_a_gradient,
     check_step_returns_the_loss,
     check_base_untouched_by_training,
+    check_trained_model_is_copied,
     check_remove_restores_base,
     check_disable_restores_base,
     check_gradient_checkpointing,

@@ -156,10 +156,11 @@ class Autoencoder(CallEdit):
 
     @torch.no_grad()
     def remember(self, aspect: Tensor) -> None:
-        """m of this batch, for the next ones."""
+        """m of this batch, for the next ones; its graph is let go, so that the model can be copied."""
         m, here = self.means(aspect)
         self.m.copy_(m)
         self.seen |= here
+        self.z = self.z.detach()
 
 
 class Prefix(AttentionEdit):
@@ -237,7 +238,7 @@ class MultiControl(Plugin):
     example = {"length": 3, "latent": 8, "values": (2, 2), "weights": (1.0, 2.0)}
     takes = ("prompt-completion", "messages")
     example_rows = tuple(
-        {"prompt": "", "completion": text, ASPECT: n % 2, VALUE: n // 2 % 2}
+        {"prompt": "Say:", "completion": text, ASPECT: n % 2, VALUE: n // 2 % 2}
         for n, text in enumerate(
             ("A dull film.", "A ship sank.", "What a joy.", "They won, in the rain.") * 2
         )

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ConflictError, UnsupportedError
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, hookimpl
+from peftx.errors import UnsupportedError
 from peftx.kernel.call import Call
 
 
@@ -97,7 +97,7 @@ class ConnectedAdapters(Plugin):
     """See the module."""
 
     Config = ConnectedAdaptersConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.WHOLE_CALLS}
     config: ConnectedAdaptersConfig
     architectures = ("mamba", "mixtral")
 
@@ -108,14 +108,3 @@ class ConnectedAdapters(Plugin):
             for index, site in enumerate(sites):
                 path, last = f"{model.owner}-{tower}", index == len(sites) - 1
                 site.attach(Connected(facts.hidden_size, self.config, model.call, path, index, last))
-
-    def check(self, stack: Stack) -> None:
-        id = stack.id_of(self)
-        place = list(stack.plugins).index(id)
-        for order, other in enumerate(stack.members):
-            late = other.phase == "after-training" or (other.phase is None and order > place)
-            if late and other.implements("compress") and other.claims(Claim.NEEDS_CALIBRATION):
-                raise ConflictError(
-                    f"'{other.id}' runs the layers one by one to calibrate, and '{id}' hands on more than they do",
-                    hint=f"'{other.id}' before '{id}' if it may stand there (phase: before-training), else keep one",
-                )

@@ -271,7 +271,7 @@ def test_what_calibrates_layer_by_layer_has_to_come_first() -> None:
         return Stack(tiny("llama"), list(members))
 
     early, late = (Member("signround", SignRound(), phase=f"{when}-training") for when in ("before", "after"))
-    said = r"'(signround|prefixquant)' runs the layers one by one.*'connected-adapters' hands on more"
+    said = r"'(signround|prefixquant)' runs layers one by one.*'connected-adapters' works in calls of the whole model"
     for members in (
         (ConnectedAdapters(), PrefixQuant()),
         (ConnectedAdapters(), late),

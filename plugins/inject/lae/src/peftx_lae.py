@@ -82,13 +82,18 @@ class LaeConfig(PluginConfig):
 
 
 class Input(Delta):
-    """Notes x, what goes into a block of attention."""
+    """Notes x, what goes into a block of attention, until it is taken."""
 
-    x: Tensor
+    x: Tensor | None = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         self.x = x
         return y
+
+    def take(self) -> Tensor:
+        x, self.x = self.x, None  # what holds a graph cannot be copied with the model
+        assert x is not None
+        return x
 
 
 class Adapter(Delta):
@@ -107,7 +112,7 @@ class Adapter(Delta):
         self.seen = (seen,)  # in a tuple: no child of this module
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.s * self.up(F.gelu(self.down(self.seen[0].x)))
+        return y + self.s * self.up(F.gelu(self.down(self.seen[0].take())))
 
 
 class ScaledLora(Delta):

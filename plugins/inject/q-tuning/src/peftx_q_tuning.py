@@ -219,7 +219,8 @@ class QTuning(Plugin):
         if config.eta:
             layers = nn.Linear(2 * model.hidden_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)
             self.critic = model.keep("critic", nn.Sequential(*layers), full_precision=True)
-        self.sources = {phase.name: () for phase in self.phases()[:-1]}  # type: ignore[misc]
+        named = type(self).sources
+        self.sources = {span.name: named.get(span.name, ()) for span in self.phases()[:-1]}  # type: ignore[misc]
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

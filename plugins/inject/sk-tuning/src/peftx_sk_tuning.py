@@ -172,6 +172,11 @@ class SkTuning(Plugin):
     config: SkTuningConfig
     texts = ClassTexts("sk-tuning", missing="there is no sentence and no head yet")
 
+    def __init__(self, config: SkTuningConfig | None = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.config.variant == "prefix":  # whose sentence goes through the layers first
+            self.claims = {*type(self).claims, Claim.WHOLE_CALLS}  # type: ignore[misc]
+
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         config, labels = self.config, check_labels(self.config.labels)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
-from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, hookimpl
+from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.call import Call
 
 EPSILON = 1e-8
@@ -100,7 +100,7 @@ class Ssmlora(Plugin):
     """See the module."""
 
     Config = SsmloraConfig
-    claims = {Claim.IDENTITY_AT_START}
+    claims = {Claim.IDENTITY_AT_START, Claim.WHOLE_CALLS}
     config: SsmloraConfig
     example = {"rank": 4}
 
@@ -120,14 +120,3 @@ class Ssmlora(Plugin):
                     site.attach(
                         StateLora(site.in_features, site.out_features, self.config, model.call, chain, index)
                     )
-
-    def check(self, stack: Stack) -> None:
-        id = stack.id_of(self)
-        place = list(stack.plugins).index(id)
-        for order, other in enumerate(stack.members):
-            late = other.phase == "after-training" or (other.phase is None and order > place)
-            if late and other.implements("compress") and other.claims(Claim.NEEDS_CALIBRATION):
-                raise ConflictError(
-                    f"'{other.id}' runs the layers one by one to calibrate, and '{id}' hands on more than they do",
-                    hint=f"'{other.id}' before '{id}' if it may stand there (phase: before-training), else keep one",
-                )
