@@ -56,7 +56,11 @@ class LooksAtPads(Plugin):
     """Uses the mean over all positions, pads too."""
 
     caught_by = "padding_is_invisible"
-    also = {"padded_generation", "cached_equals_uncached"}  # and later tokens, which a cache has not got
+    also = {
+        "padded_generation",
+        "cached_equals_uncached",
+        "carries_or_refuses",
+    }  # and later tokens, which a cache has not got
     claims = {Claim.BESIDE_WEIGHTS}
 
     @hookimpl
@@ -168,6 +172,7 @@ class TreatsTheLastToken(Plugin):
     """What was the last token once stays marked in the cache."""
 
     caught_by = "cached_equals_uncached"
+    also = {"carries_or_refuses"}
     claims = {Claim.BESIDE_WEIGHTS}
 
     @hookimpl
@@ -185,7 +190,7 @@ class CountsRows(Plugin):
     """Decodes several rows otherwise than one."""
 
     caught_by = "padded_generation"
-    also = {"cached_equals_uncached"}
+    also = {"cached_equals_uncached", "carries_or_refuses"}
     claims = {Claim.BESIDE_WEIGHTS}
 
     @hookimpl

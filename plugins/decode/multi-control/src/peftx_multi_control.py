@@ -238,7 +238,7 @@ class MultiControl(Plugin):
     example = {"length": 3, "latent": 8, "values": (2, 2), "weights": (1.0, 2.0)}
     takes = ("prompt-completion", "messages")
     example_rows = tuple(
-        {"prompt": "Say:", "completion": text, ASPECT: n % 2, VALUE: n // 2 % 2}
+        {"prompt": f"{n}:", "completion": text, ASPECT: n % 2, VALUE: n // 2 % 2}
         for n, text in enumerate(
             ("A dull film.", "A ship sank.", "What a joy.", "They won, in the rain.") * 2
         )

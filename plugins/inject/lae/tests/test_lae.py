@@ -86,6 +86,7 @@ def test_the_modules_by_hand() -> None:
             p.normal_()
     inner = F.gelu(x @ adapter.down.weight.t() + adapter.down.bias)
     expected = y + adapter.s * (inner @ adapter.up.weight.t() + adapter.up.bias)
+    seen(x, y)
     torch.testing.assert_close(adapter(y, y), expected)
     stack, plugin = stack_of(module="lora", layers=1)
     lora = plugin.modules[1]

@@ -287,7 +287,10 @@ def test_what_calibrates_layer_by_layer_has_to_come_first() -> None:
     late = Member("delta-come", DeltaCome(), phase="after-training")
     early = Member("delta-come", DeltaCome(), phase="before-training")
     for members in ((Ssmlora(rank=4), DeltaCome()), (late, Ssmlora(rank=4))):
-        with pytest.raises(ConflictError, match=r"'delta-come' runs layers one by one.*'ssmlora' works in calls of the whole model"):
+        with pytest.raises(
+            ConflictError,
+            match=r"'delta-come' runs layers one by one.*'ssmlora' works in calls of the whole model",
+        ):
             stack(*members)
     stack(early, Ssmlora(rank=4))
     stack(NF4Storage(), Ssmlora(rank=4))
