@@ -155,9 +155,9 @@ class Stack(Kernel):
 
     def shares(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
         """What part of one optimizer step each of its micro-batches is, for `train_step`."""
-        from peftx.engines.training.shares import shares
+        from peftx.engines.training.shares import counts, shares
 
-        return shares(self.model, batches)
+        return shares([counts(self.model, batch) for batch in batches])
 
     def train(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn, ones
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, hookimpl
 from peftx.composition.registry import Registry
-from peftx.errors import BundleError, ConflictError, DataError, SpecError
+from peftx.errors import BundleError, ConflictError, DataError, PeftxError, SpecError
 from peftx.kernel.names import GROUP
 from peftx.pipeline import Run, load_run
 from peftx.planning import plan
@@ -239,6 +239,15 @@ def test_bad_input_is_found_before_the_model_is_loaded(files: dict[str, Path], t
         make(files)
 
 
+def test_a_pipeline_among_several_processes_is_refused(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PeftxError, match="a pipeline runs in one process, and 2 were launched"):
+        make(files)
+
+
 def test_conflicts_name_both_places(files: dict[str, Path]) -> None:
     text = SPEC.format(**files).replace("  - length\n", "  - length\n  - step\n  - {use: step, id: other}\n")
     with pytest.raises(
@@ -330,7 +339,6 @@ def test_the_bundle_repeats_the_spec_that_made_it(files: dict[str, Path]) -> Non
 
 
 def test_a_metric_that_cannot_read_the_data_is_refused_before_anything_runs(files: dict[str, Path]) -> None:
-    from peftx.errors import PeftxError
 
     text = SPEC.format(**files).replace("[perplexity]", "[accuracy]")
     with pytest.raises(PeftxError, match="accuracy reads rows of classification"):
@@ -338,7 +346,6 @@ def test_a_metric_that_cannot_read_the_data_is_refused_before_anything_runs(file
 
 
 def test_a_metric_of_the_command_line_is_known_before_anything_runs(files: dict[str, Path]) -> None:
-    from peftx.errors import PeftxError
     from peftx_spec.models import EvaluateSpec
 
     pipeline = load_run(SPEC.format(**files), registry=REGISTRY).pipeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.order import order_of
 from peftx.engines.training.packing import packing_of, prove
+from peftx.engines.training.processes import check_claims, launched
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
@@ -143,7 +143,7 @@ class _Watcher(TrainerCallback):
             self.losses.append((state.global_step, float(logs["loss"])))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress is not None:
+        if self.progress is not None and state.is_world_process_zero:
             trainer = self.trainer()
             told: dict[str, float | str] = {**trainer.loss_terms, **trainer.phases}
             self.progress(state.global_step, state.max_steps, told)
@@ -171,6 +171,7 @@ def train(
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
         )
     _check_that_it_acts(stack)
+    check_claims(stack, launched())
     if output is not None:
         make_place(Path(output) / "checkpoint")
     training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)
@@ -186,7 +187,7 @@ def train(
     if spec.num_train_epochs is not None:
         count = len(training_data.train if whole is None else whole)
         spec = spec.model_copy(update={"steps": _steps(spec, spec.num_train_epochs, count)})
-    processes = max(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count(), 1)  # each has a batch
+    processes = max(launched(), torch.cuda.device_count())  # each has a batch
     needed = spec.steps * spec.batch_size * spec.gradient_accumulation * processes
     drawn = single and needed < len(training_data.train)
     picked = order_of(len(training_data.train), spec.seed, 0)[:needed] if drawn else None
@@ -289,7 +290,7 @@ def _best(stack: Stack, spec: TrainSpec, measure: Measure | None) -> Best | None
 
 def _steps(spec: TrainSpec, epochs: float, rows: int) -> int:
     """Optimizer steps of so many passes, the last one begun counted, as the Trainer counts them."""
-    batches = math.ceil(rows / (spec.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    batches = math.ceil(rows / (spec.batch_size * launched()))
     return math.ceil(epochs * math.ceil(batches / spec.gradient_accumulation))
 
 

@@ -48,8 +48,7 @@ def _labels(model: PreTrainedModel, batch: Mapping[str, Any], rows: int) -> int:
     return int(((labels if each else labels[:, 1:]) != -100).sum())
 
 
-def shares(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The share of each micro-batch of one optimizer step; equal ones where there is nothing to count."""
-    found = [counts(model, batch) for batch in batches]
+def shares(found: Sequence[Mapping[str, int]]) -> list[dict[str, float]]:
+    """The share of each micro-batch of one optimizer step, by their counts; equal where there is nothing to count."""
     totals = {name: sum(one[name] for one in found) for name in found[0]} if found else {}
     return [{n: one[n] / total if total else 1 / len(found) for n, total in totals.items()} for one in found]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftx.engines.training.feeders import Feeder, feeder_of
+from peftx.engines.training.processes import ALONE, Processes
 from peftx.engines.training.shares import Over, Share
 from peftx.engines.training.updates import Action, around_next_update
 from peftx.errors import PeftxError
@@ -58,6 +59,7 @@ class TrainStep:
         memory: dict[str, Any] | None = None,
         backward: Callable[[Tensor], None] | None = None,
         sources: Mapping[str, Feeder] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.stack = stack
         self.module = model if model is not None else stack.model
@@ -79,6 +81,7 @@ class TrainStep:
         self._before: list[Action] = []
         self._after: list[Action] = []
         self._sources = sources or {}
+        self._processes = processes
 
     @property
     def model(self) -> PreTrainedModel:
@@ -121,7 +124,9 @@ class TrainStep:
         Raises:
             DataError: the run has no source of the name.
         """
-        return self._moved(feeder_of(self._sources, name).batch(self.index * self.accumulation + self.micro))
+        number = self.index * self.accumulation + self.micro
+        number = number * self._processes.count + self._processes.index
+        return self._moved(feeder_of(self._sources, name).batch(number))
 
     def batches_of(self, name: str, rows: int) -> Iterator[dict[str, Tensor]]:
         """Batches of so many rows of a source (all, if it has fewer), each once, to look at before one trains. They are
@@ -245,7 +250,7 @@ class TrainStep:
     def _weighed(self, mean: Tensor, over: Over) -> Tensor:
         if self.share is None or over == "step":
             return mean
-        weight = self.share[over] * self.accumulation
+        weight = self.share[over] * self.accumulation * self._processes.count
         if weight == 0 and not bool(mean.detach().isfinite()):  # a mean over nothing
             return sum((p.sum() * 0 for p in self.parameters()), start=torch.zeros((), device=mean.device))
         return mean if weight == 1 else mean * weight
@@ -280,6 +285,7 @@ class TrainStep:
         """Run the gradient transforms if this is the last micro-batch; the core calls it after the hooks."""
         if not self.last_micro:
             return
+        self._processes.average(self.parameters())
         masked = [part for part in self.stack.ledger.all(BasePart) if part.masks]
         with torch.no_grad():
             for part in masked:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
-from peftx.engines.training.shares import Share, shares
+from peftx.engines.training.processes import Processes, begin_alike, check_alike, check_claims
+from peftx.engines.training.shares import Share, counts, shares
 from peftx.engines.training.step import TrainStep
+from peftx.errors import PeftxError
 
 if TYPE_CHECKING:
     from peftx.engines.training.feeders import Feeder
@@ -23,10 +27,37 @@ class Stepping(Trainer):
     _micro = 0
     _shares: Sequence[Share] = ()
 
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        return Processes(self.args.process_index, self.args.world_size)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise PeftxError(
+                "a stack trains whole in each process, and the weights are to be sharded",
+                hint="leave FSDP and DeepSpeed out: of a frozen base nothing but the adapters has gradients",
+            )
+        # Without DistributedDataParallel: see `peftx.engines.training.processes`.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        check_claims(self.stack, self.processes.count)
+        begin_alike(self.stack, self.processes)
+        done = super().train(*args, **kwargs)
+        check_alike(self.stack, self.processes, self.state.global_step)
+        return done
+
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """These are the micro-batches of the next optimizer step; what part of it each is, is known from here on."""
+        """These are this process's micro-batches of the next optimizer step; what part of it each is, is known from
+        here on."""
         self._micro = 0
-        self._shares = shares(self.stack.model, batches) if len(batches) > 1 else ()
+        check_alike(self.stack, self.processes, self.state.global_step)
+        found = self.processes.gather([counts(self.stack.model, batch) for batch in batches])
+        parts = shares([one for of_process in found for one in of_process])
+        first = sum(map(len, found[: self.processes.index]))
+        self._shares = parts[first : first + len(batches)] if len(parts) > 1 else ()
 
     def step_of(
         self,
@@ -51,6 +82,7 @@ class Stepping(Trainer):
             memory=memory,
             backward=self.accelerator.backward,
             sources=sources,
+            processes=self.processes,
         )
         self._micro = (self._micro + 1) % accumulation
         return step

@@ -33,6 +33,7 @@ from peftx.engines.training.best import Best, Looking
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
 from peftx.engines.training.order import Shuffled
+from peftx.engines.training.processes import check_alike
 from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
@@ -91,6 +92,8 @@ class StackTrainer(Stepping):
         self._clock: float | None = None
         """When the training would have begun, had it not been interrupted."""
         self._staging: Path | None = None
+        self._random: list[Any] = []
+        """Random states of all processes, for the checkpoint that is written."""
         self._written: list[Path] = []
         super().__init__(
             model=stack.model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks
@@ -134,7 +137,9 @@ class StackTrainer(Stepping):
             self._clock = time.perf_counter() - (logged[-1] if logged else 0.0)
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self.masks is not None:  # before the labels are counted
-            batches = [self.masks(batch, self.state.global_step, i) for i, batch in enumerate(batches)]
+            count, first = self.processes.count, self.processes.index
+            step = self.state.global_step
+            batches = [self.masks(batch, step, i * count + first) for i, batch in enumerate(batches)]
         self.begin(batches)
         return batches, None
 
@@ -177,7 +182,14 @@ class StackTrainer(Stepping):
         return True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside and rename, so that a checkpoint is there whole or not at all."""
+        """Write beside and rename, so that a checkpoint is there whole or not at all; the first process does."""
+        check_alike(self.stack, self.processes, self.state.global_step)
+        self._random = self.processes.gather(random_state())
+        if self.args.should_save:
+            self._write_checkpoint(model, trial)
+        self.processes.gather(None)  # the others go on when it is there
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             with telling_what_was_not_written(place):
@@ -194,6 +206,9 @@ class StackTrainer(Stepping):
         self._written.append(place)
         if len(self._written) > KEPT:  # of its own: another run's in this folder are not its to delete
             _remove(self._written.pop(0))
+
+    def store_flos(self) -> None:
+        """Not counted: nobody reads it, and the processes would wait for each other at each step."""
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -269,7 +284,8 @@ class StackTrainer(Stepping):
         self.stack.settle()  # now: the optimizer's groups are those of the run's start
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_state(Path(output_dir) / f"random-{self.args.process_index}", random_state())
+        for index, state in enumerate(self._random):
+            save_state(Path(output_dir) / f"random-{index}", state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -90,6 +90,8 @@ class StackStep(Stepping):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a bundle; of a checkpoint in a folder of its own: a bundle holds no file that it does not list."""
         folder = Path(output_dir or str(self.args.output_dir))
+        if not self.args.should_save:
+            return  # the first process does
         save(self.stack, folder / BUNDLE if _internal_call else folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

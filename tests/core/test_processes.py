@@ -1,0 +1,119 @@
+"""Two processes on gloo, started by torchrun, train what one process trains that takes as many micro-batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftx
+from peftx.engines.training.processes import ALONE
+from peftx.testing.models import tiny, tiny_tokenizer
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+TOGETHER = ("lora", "lt-sft", "prompt-tuning", "bert", "late", "reglu", "trainer")
+LIMIT = 240
+"""Seconds."""
+
+
+class Ran:
+    """What the processes of one start wrote."""
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(folder), str(processes)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=LIMIT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        names = [f"{processes}-{index}" for index in range(processes)]
+        self.said: list[dict[str, Any]] = [
+            json.loads((folder / f"{name}.json").read_text()) for name in names
+        ]
+        self.tensors = [load_file(folder / f"{name}.safetensors") for name in names]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Ran:
+    return Ran(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Ran:
+    return Ran(folder, 2)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_train_what_one_does(one: Ran, two: Ran, name: str) -> None:
+    found = [key for key in one.tensors[0] if key.startswith(f"{name}/")]
+    assert found
+    for key in found:
+        torch.testing.assert_close(two.tensors[0][key], one.tensors[0][key], atol=1e-5, rtol=1e-5, msg=key)
+        assert torch.equal(two.tensors[0][key], two.tensors[1][key]), key
+    if name != "trainer":
+        losses = [torch.tensor(ran.said[0]["losses"][name]) for ran in (two, one)]
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_goes_on_bit_for_bit(one: Ran, two: Ran, number: int) -> None:
+    """Dropout and all: each process has its random state back."""
+    ran = (one, two)[number - 1]
+    assert not ran.said[0]["errors"].keys() & {"whole", "half", "resumed"}
+    for tensors, said in zip(ran.tensors, ran.said, strict=True):
+        assert said["losses"]["resumed"] == said["losses"]["whole"]
+        for key in (key for key in tensors if key.startswith("whole/")):
+            assert torch.equal(tensors[key], tensors[key.replace("whole", "resumed")]), key
+
+
+def test_one_checkpoint_is_written_with_the_random_states_of_all(two: Ran, folder: Path) -> None:
+    assert sorted(path.name for path in (folder / "half-2").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    states = sorted(path.name for path in (folder / "half-2" / "checkpoint-6").glob("random-*.json"))
+    assert states == ["random-0.json", "random-1.json"]
+
+
+def test_what_was_drawn_apart_begins_alike(two: Ran) -> None:
+    assert "drawn" in two.said[0]["losses"]
+    keys = [key for key in two.tensors[0] if key.startswith("drawn/")]
+    assert keys
+    assert all(torch.equal(two.tensors[0][key], two.tensors[1][key]) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mezo", "'mezo' makes no gradients, so 2 processes would each train a model of their own"),
+        ("alone", "after 1 steps the processes have different numbers in 'decides-alone'"),
+        ("states", "the processes do not have the same stack: remembers differ"),
+    ],
+)
+def test_what_would_come_apart_is_refused(one: Ran, two: Ran, name: str, said: str) -> None:
+    assert all(said in process["errors"][name] for process in two.said)
+    assert name not in one.said[0]["errors"]
+
+
+def test_the_bundle_of_a_trainer_is_written_once_and_loads(two: Ran, folder: Path) -> None:
+    stack = peftx.load(folder / "trainer", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    saved = {f"trainer/lora/{key}": value for key, value in stack.ledger.tensors("lora").items()}
+    assert saved
+    assert all(torch.equal(two.tensors[0][key], value) for key, value in saved.items())
+
+
+def test_one_process_says_nothing_to_others() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    ALONE.average([p])
+    assert p.grad is None
+    assert ALONE.gather(3) == [3]
