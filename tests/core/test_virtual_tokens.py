@@ -710,6 +710,33 @@ def test_an_encoder_that_generate_runs_alone_has_rows_of_its_own(arch: str) -> N
         assert not torch.equal(stack.model.generate(ids, **options), found)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("arch", ["t5", "bart", "llama"])
+@torch.no_grad()
+def test_what_is_in_soft_tokens_that_are_not_there_shows_nowhere(arch: str, masked: bool) -> None:
+    """A decoder that attends to the encoder's rows passes them by as well."""
+    stack = Stack(tiny(arch), [ByRow()], tokenizer=tiny_tokenizer())
+    ids = torch.arange(4, 16).reshape(2, 6)
+    inputs = {"input_ids": ids, "kind": torch.tensor([0, 1]), "count": torch.tensor([2, 1])}
+    if masked:
+        inputs["attention_mask"] = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    if arch in PAIRS:
+        inputs["decoder_input_ids"] = ids[:, :3]
+    before = stack.model(**inputs).logits
+    tokens = stack.ledger.parts[-1].module
+    rows = tokens.rows
+
+    def other() -> Tensor:
+        there = tokens.real()[..., None]
+        return torch.where(there, rows(), 100.0)
+
+    tokens.rows = other
+    real = torch.ones_like(before[..., 0], dtype=torch.bool)
+    if masked and arch not in PAIRS:
+        real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(stack.model(**inputs).logits[real], before[real], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_soft_tokens_behind_the_first_token() -> None:
     """As the same embeddings written out behind BOS give."""

@@ -114,9 +114,7 @@ class _BaseModelSlot:
         if not length or past:
             if length:
                 check_past(attention_mask, position_ids, seen_before, new)
-                attention_mask = self._peftx_mask(
-                    tokens, attention_mask, self._peftx_place(tokens, attention_mask)
-                )
+                attention_mask = _masked(tokens, attention_mask, self._peftx_place(tokens, attention_mask))
             if positions is not None:
                 positions = positions + (length + prompt.shift)
             call |= _given(attention_mask=attention_mask, position_ids=positions)
@@ -132,7 +130,7 @@ class _BaseModelSlot:
         call.pop("logits_to_keep", None)  # of the caller's rows; a base model that cuts by it knows of more
         if (own := self._peftx_per_layer(call, input_ids)) is not None:
             call["per_layer_inputs"] = insert(own, own.new_zeros(len(own), length, *own.shape[2:]), at)
-        attention_mask = self._peftx_mask(tokens, attention_mask, at)
+        attention_mask = _masked(tokens, attention_mask, at)
         if positions is not None:
             begin = first or int(tokens[0].after_bos)
             own = torch.arange(begin, begin + length, device=positions.device).expand(positions.shape[0], -1)
@@ -200,20 +198,17 @@ class _BaseModelSlot:
             found.append(_for_batch(rows, like.shape[0], edit).to(like.dtype))
         return torch.cat(found, 1)  # [B, P, hidden]
 
-    def _peftx_mask(
-        self, tokens: list[VirtualTokens], mask: Tensor | None, at: int | Tensor
-    ) -> Tensor | None:
-        """A mask of the caller's tokens as one of these and the soft tokens."""
-        if mask is None:
-            return None
-        known = [edit.real() for edit in tokens]
-        rows = [
-            mask.new_ones(len(mask), edit.length)
-            if real is None
-            else _for_batch(real, len(mask), edit).to(mask)
-            for edit, real in zip(tokens, known, strict=True)
-        ]
-        return insert(mask, torch.cat(rows, 1), at)
+
+def _masked(tokens: list[VirtualTokens], mask: Tensor | None, at: int | Tensor) -> Tensor | None:
+    """A mask of the caller's tokens as one of these and the soft tokens."""
+    if mask is None:
+        return None
+    known = [edit.real() for edit in tokens]
+    rows = [
+        mask.new_ones(len(mask), edit.length) if real is None else _for_batch(real, len(mask), edit).to(mask)
+        for edit, real in zip(tokens, known, strict=True)
+    ]
+    return insert(mask, torch.cat(rows, 1), at)
 
 
 def _for_batch(rows: Tensor, batch: int, edit: VirtualTokens) -> Tensor:
@@ -234,10 +229,16 @@ class _CrossAttentionSlot:
         return _rebuild_decoder, (self._peftx_base,), self.__dict__  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
-        mask = kwargs.get("encoder_attention_mask")
-        if mask is not None and encoder_hidden_states is not None:
-            missing = encoder_hidden_states.shape[1] - mask.shape[-1]
-            if missing > 0:
+        mask, tokens = kwargs.get("encoder_attention_mask"), self.__dict__[STATE].tokens
+        length = sum(edit.length for edit in tokens)
+        if encoder_hidden_states is not None:
+            if mask is None and any(edit.real() is not None for edit in tokens):
+                batch, seen = encoder_hidden_states.shape[:2]
+                mask = encoder_hidden_states.new_ones((batch, seen - length), dtype=torch.int64)
+            missing = 0 if mask is None else encoder_hidden_states.shape[1] - mask.shape[-1]
+            if missing == length and missing:
+                kwargs["encoder_attention_mask"] = _masked(tokens, mask, pads_before(mask))
+            elif missing > 0:  # of tokens that were there when the encoder ran
                 kwargs["encoder_attention_mask"] = with_soft_tokens(mask, missing)
         return super().forward(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)  # type: ignore[misc]
 
@@ -327,6 +328,7 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
     host.__class__ = _slot_class(type(host), _BaseModelSlot)
     if model.config.is_encoder_decoder:
         decoder = model.base_model.get_decoder()
+        decoder.__dict__[STATE] = prompt
         decoder.__class__ = _slot_class(type(decoder), _CrossAttentionSlot)
     return host, prompt
 
@@ -360,6 +362,7 @@ def detach(model: PreTrainedModel, owner: str) -> None:
     host.__class__ = host._peftx_base  # type: ignore[assignment]
     if model.config.is_encoder_decoder:
         decoder = model.base_model.get_decoder()
+        del decoder.__dict__[STATE]
         decoder.__class__ = decoder._peftx_base
 
 
