@@ -25,17 +25,51 @@ def open_stack(
     Raises:
         PeftxError: no such bundle or model, or a bundle that does not fit its base.
     """
-    from peftx.engines.checkpoints import TINY
     from peftx.loading import load
     from peftx.stack import Stack
 
+    if _is_bundle(target, model):
+        folder = os.path.expanduser(target)
+        return load(folder, model=model, device=_device(device), trust_remote_code=trust_remote_code)
+    return Stack(target, device=device, trust_remote_code=trust_remote_code)
+
+
+class Opener:
+    """Opens several, over bases that they share; arguments as of `open_stack`."""
+
+    def __init__(
+        self, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
+    ) -> None:
+        from peftx.together import Bases
+
+        self.model = model
+        self.bases = Bases(model=model, device=_device(device), trust_remote_code=trust_remote_code)
+
+    def stack(self, target: str) -> Stack:
+        """Raises PeftxError as `open_stack` does."""
+        _is_bundle(target, self.model)
+        return self.bases.stack(os.path.expanduser(target))
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_bundle(target: str, model: str | None) -> bool:
+    """Or a plain model.
+
+    Raises:
+        PeftxError: neither, or a base is named for a plain model.
+    """
+    from peftx.engines.checkpoints import TINY
+
     folder = Path(os.path.expanduser(target))  # pathlib's own raises for an unknown user
     if (folder / "manifest.json").exists() or (folder.is_dir() and not (folder / "config.json").exists()):
-        if device == "auto":
-            import torch
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load(folder, model=model, device=device, trust_remote_code=trust_remote_code)
+        return True
     if model is not None:
         raise PeftxError(
             f"--model names the base of a bundle, and '{target}' is none", hint="leave --model out"
@@ -48,4 +82,4 @@ def open_stack(
             f"bundles there: {', '.join(names)}" if names else f"or {TINY}"
         )
         raise PeftxError(f"there is no bundle or model '{target}'", hint=hint)
-    return Stack(target, device=device, trust_remote_code=trust_remote_code)
+    return False

@@ -49,6 +49,7 @@ __all__ = [
     "hookimpl",
     "load",
     "load_model",
+    "load_together",
     "run",
 ]
 
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from peftx.peft_format import PeftFormat
     from peftx.pipeline import run
     from peftx.stack import Stack
+    from peftx.together import load_together
     from peftx.toolkits.decoding import Generation
     from peftx.toolkits.evaluation import Evaluation
     from peftx.toolkits.working import Worker

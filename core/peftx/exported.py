@@ -29,6 +29,7 @@ WHERE = {
     "Phase": "peftx.kernel.phases",
     "BoundSite": "peftx.kernel.view",
     "load_model": "peftx.engines.models",
+    "load_together": "peftx.together",
     "run": "peftx.pipeline",
     "TrainStep": "peftx.engines.training",
     "TrainingData": "peftx.engines.data",

@@ -106,7 +106,7 @@ def _load(
         )
         if tokenizer is None:
             tokenizer = came_with
-            _check_tokenizer(tokenizer, base, folder)
+            check_tokenizer(tokenizer, base, folder)
     stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
     model = stack.model
     stack.tokenizer_of_base = None if came_with is None else tokenizer_digest(came_with)
@@ -170,7 +170,8 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return read_tokenizer(str(place), trust_remote_code=False) if place is not None else None
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, base: BaseEntry, folder: Path) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, base: BaseEntry, folder: Path) -> None:
+    """Raises BundleError where this is not the tokenizer that a bundle was made with."""
     found = tokenizer_digest(tokenizer) if tokenizer is not None else None
     if base.tokenizer is not None and found != base.tokenizer:
         what = "has another tokenizer than" if found is not None else "has no tokenizer, unlike"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,44 @@ def test_serve_listens_on_loopback_unless_told(
     assert result.exit_code == 0
     assert "0.0.0.0 is open to the network" in result.stderr
     assert (calls[1]["host"], calls[1]["port"]) == ("0.0.0.0", 9000)
+
+
+def test_several_bundles_are_served_by_name(
+    installed: Any,
+    run: Callable[..., Any],
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    import uvicorn
+    from fastapi.testclient import TestClient
+
+    from peftx import Stack
+    from peftx_lora import Lora
+
+    apps: list[Any] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: apps.append(app))
+    for place in ("out/legal", "outside"):
+        Stack("peftx:tiny", [Lora(rank=2)]).save(tmp_path / place)
+    result = run(
+        "serve", "plain=peftx:tiny", str(tmp_path / "out" / "legal"), "--adapters", str(tmp_path / "out")
+    )
+    assert result.exit_code == 0, result.output
+    with TestClient(apps[0], base_url="http://127.0.0.1") as http:
+
+        def load(path: str) -> Any:
+            return http.post("/v1/load_lora_adapter", json={"lora_name": "more", "lora_path": path})
+
+        assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["plain", "legal"]
+        for path in ("../outside", str(tmp_path / "outside"), "missing", "legal/manifest.json"):
+            answer = load(path)
+            assert answer.status_code == 400
+            assert f"there is no bundle '{path}'" in answer.json()["error"]["message"]
+        assert load("legal").status_code == 200
+        asked = {"model": "more", "prompt": "Once", "max_tokens": 2, "temperature": 0}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+    said = refused("serve", "peftx:tiny", "peftx:tiny=peftx:tiny")
+    assert "two models are named 'peftx:tiny'" in said
 
 
 def test_serve_without_its_packages(

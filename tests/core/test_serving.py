@@ -80,7 +80,8 @@ def test_the_shape_of_an_answer(client: TestClient, stack: Stack) -> None:
 def test_models_and_health(client: TestClient) -> None:
     assert client.get("/v1/models").json()["data"][0]["id"] == "small"
     ask(client)
-    assert client.get("/healthz").json() == {"status": "ok", "queued": 0, "served": 1, "batches": 1}
+    counts = {"queued": 0, "served": 1, "batches": 1}
+    assert client.get("/healthz").json() == {"status": "ok", **counts, "models": {"small": counts}}
 
 
 def test_several_prompts_come_back_in_order(client: TestClient, stack: Stack) -> None:

@@ -45,6 +45,16 @@ ApiKey = Annotated[
         "--api-key", envvar="PEFTX_API_KEY", help="clients must send it as their key; none if left out"
     ),
 ]
+Targets = Annotated[
+    list[str],
+    typer.Argument(metavar="[NAME=]BUNDLE|MODEL...", help="folders of bundles, peftx:tiny, or other models"),
+]
+Adapters = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapters", metavar="FOLDER", help="clients may load the bundles in it, while others are served"
+    ),
+]
 PrefixCache = Annotated[bool, typer.Option("--prefix-cache", help="keep keys and values of served prompts")]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -56,7 +66,11 @@ def register(app: typer.Typer) -> None:
         evaluate
     )
     app.command(epilog='Example: peftx generate peftx-out "Once upon a time" --max-new-tokens 40')(generate)
-    app.command(epilog="Example: peftx serve peftx-out --port 8000")(serve)
+    examples = (
+        "Example: peftx serve peftx-out --port 8000",
+        "Example: peftx serve german=out/de legal=out/law --adapters out",
+    )
+    app.command(epilog="\n\n".join(examples))(serve)
 
 
 def evaluate(
@@ -174,18 +188,22 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def serve(
-    target: Target,
+    targets: Targets,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_batch: MaxBatch = 8,
     max_wait_ms: MaxWait = 5.0,
     prefix_cache: PrefixCache = False,
+    adapters: Adapters = None,
     api_key: ApiKey = None,
     model: Base = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Serve a bundle or a model as OpenAI's API does: chats, completions, embeddings; and a page to chat at /."""
+    """Serve bundles or models as OpenAI's API does: chats, completions, embeddings; and a page to chat at /.
+
+    Bundles of one base share its weights. Clients name the one that they ask; the first answers where they name none.
+    """
     from peftx_spec.errors import PeftxError
 
     try:
@@ -197,12 +215,62 @@ def serve(
         ) from error
     from peftx.toolkits.serving import Scheduler, Server
     from peftx.toolkits.serving.http import run_http
-    from peftx_cli.stacks import open_stack
+    from peftx_cli.stacks import Opener
 
     if host not in LOOPBACK and api_key is None:
         failures.warn(f"{host} is open to the network, and this server asks for no key")
-    stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
-    scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
-    server = Server(stack, name=Path(target).name, scheduler=scheduler, api_key=api_key)
+    opener = Opener(model=model, device=device, trust_remote_code=trust_remote_code)
+
+    def server(name: str, target: str) -> Server:
+        scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
+        return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
+
+    def asked(name: str, path: str) -> Server:
+        assert adapters is not None
+        return server(name, str(_inside(adapters, path)))
+
+    named = _named(targets)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
-    run_http(server, host=host, port=port, allowed_hosts=hosts)
+    run_http(
+        *(server(name, target) for name, target in named.items()),
+        host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else asked,
+    )  # fmt: skip
+
+
+def _named(targets: Sequence[str]) -> dict[str, str]:
+    """Name -> bundle or model; the folder's name where none is given.
+
+    Raises:
+        PeftxError: two of one name.
+    """
+    from peftx_spec.errors import PeftxError
+
+    found: dict[str, str] = {}
+    for text in targets:
+        name, named, target = text.partition("=")
+        if not named or Path(text).expanduser().exists():  # a folder may have = in its name
+            name, target = Path(text).name, text
+        if name in found:
+            raise PeftxError(
+                f"two models are named '{name}': {found[name]} and {target}",
+                hint=f"give one another name: other={target}",
+            )
+        found[name] = target
+    return found
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """A place in a folder as clients name it, from there on.
+
+    Raises:
+        PeftxError: it leads out of the folder, or there is no bundle.
+    """
+    from peftx_spec.errors import PeftxError
+
+    root = folder.expanduser().resolve()
+    found = (root / path).resolve()
+    if not found.is_relative_to(root) or not found.is_dir():
+        raise PeftxError(
+            f"there is no bundle '{path}' in the folder of adapters", hint="a path from there on"
+        )
+    return found

@@ -43,6 +43,19 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     return found.train(model.training)
 
 
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own with the same parameters, which take no further memory: plugins on the one are not on the
+    other. Buffers are copied.
+
+    Raises:
+        ConflictError: plugins stand on the model, which the other one would have too.
+    """
+    if any(is_ours(name) for name, _ in model.named_modules()):
+        raise ConflictError("plugins stand on the model that is to be shared", hint="share it before they do")
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared)  # type: ignore[arg-type]
+
+
 class Reader(nn.Module):
     """A second model that reads a text and then vectors, in one pass; what it makes of these is its answer.
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request as HttpRequest
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHttpException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -27,12 +27,15 @@ from peftx.toolkits.serving.bodies import (
     CompletionBody,
     DetokenizeBody,
     EmbeddingsBody,
+    LoadBody,
     StreamOptions,
     TokenizeBody,
+    UnloadBody,
 )
 from peftx.toolkits.serving.engine import Engine, QueueFull
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.job import Completion, Job, Request, TokenScore
+from peftx.toolkits.serving.models import Loader, Models, UnknownModel
 from peftx.toolkits.serving.server import Server
 
 ASK_AGAIN = 0.5  # seconds between two looks whether the client is still there
@@ -40,21 +43,26 @@ PAGE = Path(__file__).parent / "page.html"
 POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> FastAPI:
-    """The application; the model's thread lives as long as it does.
+def build_app(
+    *servers: Server, allowed_hosts: Sequence[str] | None = None, loader: Loader | None = None
+) -> FastAPI:
+    """The application; the models' threads live as long as it does.
 
     Args:
+        servers: of each model; the first one answers where a request names none, and its limits and its key hold.
+            Routes of the plugins of all others begin with the model's name.
+        loader: makes models of what clients load; they may load none if left out.
         allowed_hosts: values of the Host header that are answered; any if left out. Naming the loopback ones keeps web
             pages that point their own name at 127.0.0.1 away from the model.
 
     Raises:
-        PeftxError: the model cannot be served, or a plugin's `serve` hook failed.
+        PeftxError: a model cannot be served, two have one name, or a plugin's `serve` hook failed.
     """
-    engine = Engine(server)
+    server, models = servers[0], Models(servers, loader)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with engine:
+        with models:
             yield
 
     app = FastAPI(title="peftx", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -65,28 +73,26 @@ def build_app(server: Server, *, allowed_hosts: Sequence[str] | None = None) -> 
     app.add_exception_handler(PeftxError, _peftx_error)
     app.add_exception_handler(Exception, _crash)
     app.add_middleware(Guard, most=server.max_body, refusal=_error_body, key=server.api_key)
-    routes(app, engine)
-    for route in server.routes:
-        app.add_api_route(route.path, route.endpoint, methods=[route.method])
+    routes(app, models)
+    for each in servers:
+        for route in each.routes:
+            path = route.path if each is server else f"/{each.name}{route.path}"
+            app.add_api_route(path, route.endpoint, methods=[route.method])
     return app
 
 
-def routes(app: FastAPI, engine: Engine) -> None:
+def routes(app: FastAPI, models: Models) -> None:
     """The server's own routes."""
-    server, started = engine.server, int(time.time())
-    stack = server.stack
-    about = {"id": server.name, "object": "model", "created": started, "owned_by": "peftx"}
+    started = int(time.time())
 
-    def known(model: str | None) -> None:
-        if model not in (None, server.name):
-            hint = nearest(str(model), [server.name]) or f"there is '{server.name}'"
-            raise HTTPException(404, f"no model '{model}' here; {hint}")
+    def about(engine: Engine) -> dict[str, Any]:
+        return {"id": engine.server.name, "object": "model", "created": started, "owned_by": "peftx"}
 
-    def headed(prefix: str, kind: str) -> dict[str, Any]:
+    def headed(engine: Engine, prefix: str, kind: str) -> dict[str, Any]:
         id = f"{prefix}-{uuid.uuid4().hex}"
-        return {"id": id, "object": kind, "created": int(time.time()), "model": server.name}
+        return {"id": id, "object": kind, "created": int(time.time()), "model": engine.server.name}
 
-    async def submitted(requests: Sequence[Request]) -> list[Job]:
+    async def submitted(engine: Engine, requests: Sequence[Request]) -> list[Job]:
         jobs: list[Job] = []
         try:
             for request in requests:
@@ -111,25 +117,31 @@ def routes(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
-        return {"status": "ok", "queued": engine.queued, "served": engine.served, "batches": engine.batches}
+        each = {e.server.name: {"queued": e.queued, "served": e.served, "batches": e.batches} for e in models}
+        sums = {key: sum(one[key] for one in each.values()) for key in ("queued", "served", "batches")}
+        return {"status": "ok", **sums, "models": each}
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [about]}
+    def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [about(engine) for engine in models]}
 
     @app.get("/v1/models/{model:path}")
     def model(model: str) -> dict[str, Any]:
-        known(model)
-        return about | {"base": stack.base_id, "plugins": {id: repr(p) for id, p in stack.plugins.items()}}
+        engine = models.engine(model)
+        stack = engine.server.stack
+        return about(engine) | {
+            "base": stack.base_id,
+            "plugins": {id: repr(p) for id, p in stack.plugins.items()},
+        }
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
-        known(body.model)
+        engine = models.engine(body.model)
         asked = body.requests()
         if body.stream and (len(asked) > 1 or body.n > 1):
             raise HTTPException(400, "stream takes one prompt at a time, and gives one answer")
-        head = headed("cmpl", "text_completion")
-        jobs = await submitted([request for group in asked for request in group])
+        head = headed(engine, "cmpl", "text_completion")
+        jobs = await submitted(engine, [request for group in asked for request in group])
         if body.stream:
             events = _events(jobs[0], head, _choice, body.stream_options)
             return StreamingResponse(events, media_type="text/event-stream")
@@ -144,24 +156,25 @@ def routes(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
-        known(body.model)
+        engine = models.engine(body.model)
         if body.stream and body.n > 1:
             raise HTTPException(400, "stream gives one answer")
-        requests = await run_in_threadpool(body.requests, stack.tokenizer)
-        jobs = await submitted(requests)
+        requests = await run_in_threadpool(body.requests, engine.server.stack.tokenizer)
+        jobs = await submitted(engine, requests)
         if body.stream:
-            head = headed("chatcmpl", "chat.completion.chunk")
+            head = headed(engine, "chatcmpl", "chat.completion.chunk")
             events = _events(jobs[0], head, _delta, body.stream_options)
             return StreamingResponse(events, media_type="text/event-stream")
         done = await finished(jobs, http)
         choices = [_turn(i, one, trim=requests[0].trim) for i, one in enumerate(done)]
         return JSONResponse(
-            headed("chatcmpl", "chat.completion") | {"choices": choices, "usage": _usage(done[:1], done)}
+            headed(engine, "chatcmpl", "chat.completion")
+            | {"choices": choices, "usage": _usage(done[:1], done)}
         )
 
     @app.post("/v1/embeddings", response_model=None)
     def embeddings(body: EmbeddingsBody) -> Response:
-        known(body.model)
+        engine = models.engine(body.model)
         with engine.using() as own:
             vectors = own.embed(body.input).cpu()  # type: ignore[attr-defined]
             count = sum(len(own.tokenizer(text).input_ids) for text in body.input)
@@ -171,18 +184,28 @@ def routes(app: FastAPI, engine: Engine) -> None:
             for i, vector in enumerate(vectors)
         ]  # fmt: skip
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "model": server.name, "data": data, "usage": usage})
+        return JSONResponse({"object": "list", "model": engine.server.name, "data": data, "usage": usage})
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        known(body.model)
+        engine = models.engine(body.model)
         ids = engine.ids_of(Request(body.prompt)) if body.prompt else []
         return {"tokens": ids, "count": len(ids), "max_model_len": engine.context}
 
     @app.post("/detokenize")
     def detokenize(body: DetokenizeBody) -> dict[str, Any]:
-        known(body.model)
+        engine = models.engine(body.model)
         return {"prompt": engine.text_of(body.tokens)}
+
+    @app.post("/v1/load_lora_adapter")
+    def load_adapter(body: LoadBody) -> PlainTextResponse:
+        models.load(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    def unload_adapter(body: UnloadBody) -> PlainTextResponse:
+        models.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _usage(asked: Sequence[Completion], written: Sequence[Completion]) -> dict[str, int]:
@@ -286,6 +309,8 @@ def _status(error: Exception) -> int:
     """A plugin that crashed is the server's fault, everything else that is said in words the request's."""
     if isinstance(error, PluginError):
         return 500
+    if isinstance(error, UnknownModel):
+        return 404
     return 429 if isinstance(error, QueueFull) else 400
 
 

@@ -251,3 +251,21 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tokens: Annotated[list[TokenId], Field(max_length=100_000)]
     model: str | None = None
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.-]+$")]
+
+
+class LoadBody(BaseModel):
+    """`POST /v1/load_lora_adapter`, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    lora_name: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class UnloadBody(BaseModel):
+    """`POST /v1/unload_lora_adapter`."""
+
+    model_config = ConfigDict(extra="forbid")
+    lora_name: Name

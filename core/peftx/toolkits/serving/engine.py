@@ -75,6 +75,7 @@ class Engine:
         self._changed = threading.Condition()
         self._running = threading.Lock()
         self._closed = False
+        self._retiring = False
         self._thread: threading.Thread | None = None
 
     # -- the front ---------------------------------------------------------------------------------------------------
@@ -99,8 +100,8 @@ class Engine:
         ids = self.ids_of(request)
         job = Job(request, ids, self.room_of(request, ids))
         with self._changed:
-            if self._closed:
-                raise PeftxError("the server is closing")
+            if self._closed or self._retiring:
+                raise PeftxError(f"'{self.server.name}' is closing")
             if len(self._waiting) >= self.server.scheduler.max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests wait already", hint="try again later")
             self._waiting.append(job)
@@ -153,6 +154,13 @@ class Engine:
             self._thread = threading.Thread(target=self._loop, name="peftx-engine", daemon=True)
             self._thread.start()
         return self
+
+    def retire(self) -> None:
+        """Take no more requests, answer those that wait, end the thread."""
+        with self._changed:
+            self._retiring = True
+            self._changed.wait_for(lambda: not self._waiting)
+        self.close()
 
     def close(self) -> None:
         """Finish the running batch, turn the waiting requests away, end the thread."""
@@ -217,6 +225,7 @@ class Engine:
                 ]
                 jobs += self._fitting(first, alike)[: scheduler.max_batch - 1]
             self._waiting = [job for job in self._waiting if job not in jobs]
+            self._changed.notify_all()
             return jobs
 
     def _is_closed(self) -> bool:
@@ -228,6 +237,7 @@ class Engine:
             if job.cancelled:
                 job.finish(None, PeftxError("the request was cancelled"))
         self._waiting = [job for job in self._waiting if not job.cancelled]
+        self._changed.notify_all()
 
     def _fitting(self, first: Job, others: list[Job]) -> list[Job]:
         """Those that, padded to the longest prompt and run to the largest length, stay inside the context."""

@@ -8,6 +8,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from peftx.toolkits.serving.app import build_app
+from peftx.toolkits.serving.models import Loader
 from peftx.toolkits.serving.server import Server
 
 HEADERS_WITHIN = 30.0
@@ -30,7 +31,9 @@ class _Impatient(H11Protocol):
             self.transport.close()
 
 
-def run_http(server: Server, *, host: str, port: int, allowed_hosts: list[str] | None) -> None:
+def run_http(
+    *servers: Server, host: str, port: int, allowed_hosts: list[str] | None, loader: Loader | None = None
+) -> None:
     """Serve on a socket until the process is told to stop."""
-    app = build_app(server, allowed_hosts=allowed_hosts)
+    app = build_app(*servers, allowed_hosts=allowed_hosts, loader=loader)
     uvicorn.run(app, host=host, port=port, log_level="info", http=_Impatient)

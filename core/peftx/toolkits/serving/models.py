@@ -1,0 +1,95 @@
+"""The models of an application, by the names that clients ask for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from peftx.errors import PeftxError, nearest
+from peftx.toolkits.serving.engine import Engine
+from peftx.toolkits.serving.server import Server
+
+Loader = Callable[[str, str], Server]
+"""(name, path as a client says it) -> what is served from then on."""
+
+
+class UnknownModel(PeftxError):
+    """No model of that name is served."""
+
+
+class Models:
+    """Engines, each with a thread of its own. Use it in a `with` block.
+
+    Args:
+        servers: the first one answers where a request names none. loader: for models that come while others are served.
+
+    Raises:
+        PeftxError: two of one name; a model that cannot be served.
+    """
+
+    def __init__(self, servers: Sequence[Server], loader: Loader | None = None) -> None:
+        self._engines: dict[str, Engine] = {}
+        for server in servers:
+            if server.name in self._engines:
+                raise PeftxError(
+                    f"two models are named '{server.name}'", hint="NAME=BUNDLE gives another name"
+                )
+            self._engines[server.name] = Engine(server)
+        self._first, self._loader = servers[0].name, loader
+        self._loading = threading.Lock()
+        self._running = False
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(list(self._engines.values()))
+
+    def engine(self, name: str | None) -> Engine:
+        """Raises UnknownModel."""
+        found = self._engines.get(self._first if name is None else name)
+        if found is None:
+            names = list(self._engines)
+            there = ", ".join(f"'{known}'" for known in names)
+            raise UnknownModel(f"no model '{name}' here; {nearest(str(name), names) or f'there is {there}'}")
+        return found
+
+    def load(self, name: str, path: str) -> None:
+        """Serve one more.
+
+        Raises:
+            PeftxError: the server loads none, the name is taken, or the bundle is not to be had.
+        """
+        if self._loader is None:
+            raise PeftxError("this server loads no adapters", hint="peftx serve --adapters FOLDER")
+        with self._loading:
+            if name in self._engines:
+                raise PeftxError(f"'{name}' is served already", hint="unload it first, or take another name")
+            engine = Engine(self._loader(name, path))
+            if engine.server.routes:
+                raise PeftxError(
+                    f"'{path}' brings routes of its own, which are set up when a server starts",
+                    hint="name it on the command line",
+                )
+            self._engines[name] = engine.start() if self._running else engine
+
+    def unload(self, name: str) -> None:
+        """Serve one less; what was asked of it is answered.
+
+        Raises:
+            UnknownModel: it is not served. PeftxError: it is the one that answers where no model is named.
+        """
+        with self._loading:
+            engine = self.engine(name)
+            if name == self._first:
+                raise PeftxError(f"'{name}' answers where no model is named, and stays")
+            del self._engines[name]
+        engine.retire()
+
+    def __enter__(self) -> Models:
+        self._running = True
+        for engine in self:
+            engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+        for engine in self:
+            engine.close()
