@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
 import peftx
@@ -166,6 +167,28 @@ def test_a_request_is_answered_by_the_model_that_it_names(
     health = http.get("/health").json()
     assert health["served"] == sum(one["served"] for one in health["models"].values()) == 3
     assert http.post("/tokenize", json={"prompt": "Once"}).status_code == 200  # of the first
+
+
+def test_what_prometheus_reads(http: TestClient) -> None:
+    for name in ("lora", "lora", "prompt"):
+        text(http, name)
+    assert (
+        http.post("/v1/completions", json={"model": "lora", **ASKED, "logit_bias": {"5": 101}}).status_code
+        == 400
+    )
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    found = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert found["peftx_requests_total", "length", "lora"] == 2
+    assert found["peftx_requests_total", "length", "prompt"] == 1
+    assert found["peftx_generation_tokens_total", "lora"] == 12
+    assert found["peftx_prompt_tokens_total", "lora"] == 2 * len("Once")
+    assert found["peftx_request_seconds_count", "lora"] == 2
+    assert found["peftx_requests_waiting", "plain"] == 0
 
 
 def test_an_unknown_model_is_told_the_nearest(http: TestClient) -> None:

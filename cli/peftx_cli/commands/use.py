@@ -208,6 +208,7 @@ def serve(
 
     try:
         import fastapi  # noqa: F401  what an installation without the extra lacks
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise PeftxError(

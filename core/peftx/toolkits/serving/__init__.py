@@ -4,6 +4,7 @@ server.py   Server: what the `serve` hook gets and may change
 job.py      a request on its way
 engine.py   Engine: the queue and the thread that runs the model
 models.py   several of them, by name
+metrics.py  what Prometheus reads
 stream.py   text as it is written
 prefix.py   keys and values of prompts that were served before
 app.py      the HTTP routes (needs fastapi, which is not imported here); guards.py before them

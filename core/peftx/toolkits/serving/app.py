@@ -17,6 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as AnyHttpException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -35,6 +36,7 @@ from peftx.toolkits.serving.bodies import (
 from peftx.toolkits.serving.engine import Engine, QueueFull
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.job import Completion, Job, Request, TokenScore
+from peftx.toolkits.serving.metrics import Metrics
 from peftx.toolkits.serving.models import Loader, Models, UnknownModel
 from peftx.toolkits.serving.server import Server
 
@@ -83,7 +85,7 @@ def build_app(
 
 def routes(app: FastAPI, models: Models) -> None:
     """The server's own routes."""
-    started = int(time.time())
+    started, metrics = int(time.time()), Metrics(models)
 
     def about(engine: Engine) -> dict[str, Any]:
         return {"id": engine.server.name, "object": "model", "created": started, "owned_by": "peftx"}
@@ -97,6 +99,7 @@ def routes(app: FastAPI, models: Models) -> None:
         try:
             for request in requests:
                 jobs.append(await run_in_threadpool(engine.submit, request))
+                metrics.follow(engine.server.name, jobs[-1])
         except PeftxError:
             for job in jobs:
                 job.cancel()
@@ -120,6 +123,10 @@ def routes(app: FastAPI, models: Models) -> None:
         each = {e.server.name: {"queued": e.queued, "served": e.served, "batches": e.batches} for e in models}
         sums = {key: sum(one[key] for one in each.values()) for key in ("queued", "served", "batches")}
         return {"status": "ok", **sums, "models": each}
+
+    @app.get("/metrics")
+    def scraped() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     def listed() -> dict[str, Any]:
