@@ -1,0 +1,238 @@
+"""DSEE: a low-rank update with a few free entries beside it, on weights that are pruned while they are tuned.
+
+"DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models" (arXiv:2111.00160), with unstructured
+masks. W: [m, n] is frozen; A: [r, n], B: [m, r] and the values of S train, at N places Omega that never change:
+
+    W' = M * W + s (B A + S)                  s = alpha / r;  A ~ N(0, 0.02**2), B = 0, S = 0, M = 1: W' = W
+
+Omega is where a low-rank matrix fits W worst: the N largest |W - U V| of a greedy decomposition W = U V + S, which
+takes turns, k rows of V more each round, and R in the end,
+
+    U = Q of (W - S) V^T,   V = U^T (W - S),   S = W - U V where that is 0.01 or more, else 0
+    V with the first k rows of R, of W - U V - S = Q R, below it;   S = 0
+
+M is chosen once in training, of all pruned matrices together: the share p of their entries with the smallest
+
+    |W + s (B A + S)|                         |W| where there is no update
+
+is set to 0, in W alone. After that A, B and S train on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from math import prod
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from peftx import (
+    Claim,
+    Delta,
+    ModelView,
+    Phase,
+    Plugin,
+    PluginConfig,
+    Site,
+    SparseDelta,
+    Stack,
+    Targets,
+    TrainStep,
+    add_low_rank,
+    hookimpl,
+)
+from peftx.errors import ConflictError, PeftxError
+from peftx.kernel.parts import DeltaPart
+
+ROUNDS = 20
+"""Of the decomposition."""
+
+
+class DseeConfig(PluginConfig):
+    """Options of DSEE; the paper's BERT has r = 16 and 16 to 64 entries, and trains at 2e-4 to 6e-4."""
+
+    rank: int = Field(16, ge=1, description="r, rank of B A")
+    entries: int = Field(64, ge=0, description="N, entries of S in each matrix; 0: none")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="alpha; s = alpha / r")
+    background: float = Field(
+        0.65,
+        gt=0,
+        lt=1,
+        description="R, rank of the matrix that says where W is fitted worst; a share of its smaller side",
+    )
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, description="p, share of all pruned matrices' entries that goes; 0: none"
+    )
+    prune: float = Field(
+        0.5, gt=0, description="steps before the pruning: a share of the run's, or from 1 on their number"
+    )
+    targets: Targets = Field(Targets("attention.q,v"), description="linear layers to update")
+    pruned: Targets = Field(Targets("all"), description="linear layers to prune")
+
+    @field_validator("prune")
+    @classmethod
+    def _share_or_steps(cls, prune: float) -> float:
+        if prune >= 1 and prune != int(prune):
+            raise ValueError("from 1 on it is a number of steps, and must be whole")
+        return prune
+
+
+class PrunedDelta(Delta):
+    """M * W: y - ((1 - M) * W) x, a product that is made again in the backward pass.
+
+    Args:
+        site: the matrix, [..., m, n] (leading: stacked experts). pruned: is there to be a mask.
+
+    Attributes:
+        left: M, bool, of the shape of W. acts: has it been chosen.
+    """
+
+    left: Tensor
+
+    def __init__(self, site: Site, *, pruned: bool) -> None:
+        super().__init__()
+        self.site, self.acts = site, False
+        self.register_buffer("left", torch.ones(site.shape, dtype=torch.bool) if pruned else None)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y - checkpoint(self.gone, x, use_reentrant=False).to(y.dtype) if self.acts else y
+
+    def gone(self, x: Tensor) -> Tensor:
+        W = self.site.weight
+        return linear(x.to(W.dtype), W * ~self.left)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return (weight * self.left if self.acts else weight), bias
+
+
+class DseeDelta(PrunedDelta):
+    """M * W + s (B A + S).
+
+    Args:
+        rank: r. scale: s. at: Omega, in the flat W, [N] (of stacked experts [E N]).
+    """
+
+    full_precision = True  # as the entries of S
+
+    def __init__(self, site: Site, *, pruned: bool, rank: int, scale: float, at: Tensor) -> None:
+        super().__init__(site, pruned=pruned)
+        *batch, m, n = site.shape
+        self.scale = scale
+        self.A = nn.Parameter(torch.randn(*batch, rank, n) * 0.02)
+        self.B = nn.Parameter(torch.zeros(*batch, m, rank))
+        self.S = SparseDelta(at, site.shape)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = add_low_rank(x, super().forward(x, y), self.A, self.B, self.scale)
+        return self.S(self.scale * x, y)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().fold(weight, bias)
+        return weight + self.scale * (self.B @ self.A + self.S.matrix(self.B.dtype)).to(weight.dtype), bias
+
+
+class Dsee(Plugin):
+    """See the module.
+
+    Attributes:
+        state: `pruned`, once M is chosen.
+    """
+
+    Config = DseeConfig
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    architectures = ("mixtral", "phi3")
+    # A loop of one's own does not know its length, of which 0.5 is a half; and of random matrices a high rank leaves
+    # what bfloat16 rounds away, so that Omega is another one.
+    example = {"rank": 4, "entries": 8, "background": 0.05, "prune": 1}
+    config: DseeConfig
+
+    def phases(self) -> Sequence[Phase]:
+        if not self.config.sparsity:
+            return ()
+        return [*([] if self.state.get("pruned") else [Phase("tune", self.config.prune)]), Phase("recover")]
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        config, plain = self.config, {site.key: site for site in model.anatomy.sites}
+        updated = {site.key: site for site in model.linears(config.targets)}
+        pruned = {site.key: site for site in model.linears(config.pruned)} if config.sparsity else {}
+        r, self.deltas = config.rank, dict[str, PrunedDelta]()
+        for key, site in (pruned | updated).items():
+            delta = PrunedDelta(plain[key], pruned=key in pruned)
+            if key in updated:
+                site.check_rank(r)
+                at = self.places(site, known=model.restoring)
+                delta = DseeDelta(plain[key], pruned=key in pruned, rank=r, scale=config.alpha / r, at=at)
+            if key in pruned:
+                self.deltas[key] = delta
+            site.attach(delta)
+        self.act()
+
+    def places(self, site: Site, *, known: bool) -> Tensor:
+        """Omega of a matrix; with `known`, or on the meta device, any N places."""
+        N, size, count = self.config.entries, prod(site.shape[-2:]), prod(site.batch)
+        if size < N:
+            raise PeftxError(f"dsee: {N} entries of {site.path}, which has {size}", hint=f"at most {size}")
+        found = torch.arange(N).expand(count, N)
+        if not (known or site.weight.is_meta):
+            worst = residual(site.weight.detach(), self.config.background).reshape(count, size)
+            found = worst.topk(N).indices.cpu()
+        return (found + torch.arange(count)[:, None] * size).flatten()
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        if self.deltas and not self.state.get("pruned") and step.phase(self).name == "recover":
+            choose(list(self.deltas.values()), self.config.sparsity)
+            self.state["pruned"] = True
+        self.act()  # a checkpoint may have brought a mask
+        return (yield)
+
+    def act(self) -> None:
+        for delta in self.deltas.values():
+            delta.acts = bool(self.state.get("pruned"))
+
+    def check(self, stack: Stack) -> None:
+        id, order = stack.id_of(self), list(stack.plugins)
+        mine = {delta.site.path for delta in self.deltas.values()}
+        for part in stack.ledger.all(DeltaPart):
+            inside = order.index(part.owner) < order.index(id) or part.module.has_base()
+            if part.owner != id and inside and part.path in mine:
+                raise ConflictError(
+                    f"{id} prunes the weights of {part.key} as they are, and {part.owner} changes what they give",
+                    hint=f"put {part.owner} behind {id} if it leaves the layer's own product alone, or leave the layer "
+                    "out of one of them",
+                )
+
+
+@torch.no_grad()
+def residual(W: Tensor, background: float) -> Tensor:
+    """|W - U V| of the greedy decomposition, [..., m, n] float32; R = background min(m, n)."""
+    W = W.float()
+    R = max(1, int(background * min(W.shape[-2:])))
+    k = -(-R // ROUNDS)
+    V = torch.randn(*W.shape[:-2], 1, W.shape[-1], device=W.device)
+    while True:
+        S = torch.zeros_like(W)
+        for _ in range(2):
+            U = torch.linalg.qr((W - S) @ V.mT).Q
+            V = U.mT @ (W - S)
+            E = W - U @ V
+            S = E.where(E.abs() >= 0.01, 0.0)
+        if V.shape[-2] >= R:
+            return E.abs()
+        V = torch.cat([V, torch.linalg.qr(E - S).R[..., : min(k, R - V.shape[-2]), :]], -2)
+
+
+@torch.no_grad()
+def choose(deltas: list[PrunedDelta], p: float) -> None:
+    """M: of all matrices together round(p of the entries) go, those with the smallest |W'|; of equal ones any."""
+    size, device = [delta.left.numel() for delta in deltas], deltas[0].left.device
+    W = [delta.fold(delta.site.weight.float(), None)[0] for delta in deltas]  # nothing is gone yet
+    smallest = torch.cat([each.abs().flatten().to(device) for each in W])
+    gone = smallest.topk(round(p * sum(size)), largest=False, sorted=False).indices
+    left = torch.ones(sum(size), dtype=torch.bool, device=device).index_fill(0, gone, False)
+    for delta, mine in zip(deltas, left.split(size), strict=True):
+        delta.left.copy_(mine.view_as(delta.left))

@@ -1,0 +1,338 @@
+"""DSEE: the equations by hand, where Omega lies, how much is pruned of what, and that only A, B and S move."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftx
+from peftx import Plugin, Stack
+from peftx.errors import ConflictError, PeftxError
+from peftx.kernel.anatomy.site import Site
+from peftx.kernel.parts import DeltaPart
+from peftx.testing import conformance
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx_dsee import Dsee, DseeDelta, PrunedDelta, choose, residual
+from peftx_lora import Lora
+from peftx_prompt_tuning import PromptTuning
+from peftx_sparselora import Sparselora
+
+test_conformance = conformance("dsee")
+
+ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+
+
+def stack_of(arch: str = "llama", *others: Plugin, **options: Any) -> Stack:
+    settings = {"rank": 2, "entries": 6, "prune": 1} | options
+    return Stack(tiny(arch), [Dsee(**settings), *others], tokenizer=tiny_tokenizer())
+
+
+def parts(stack: Stack) -> dict[str, PrunedDelta]:
+    return {part.key: part.module for part in stack.ledger.of("dsee", DeltaPart)}  # type: ignore[misc]
+
+
+def updates(stack: Stack) -> list[DseeDelta]:
+    return [delta for delta in parts(stack).values() if isinstance(delta, DseeDelta)]
+
+
+def train(stack: Stack, steps: int = 2, **options: Any) -> Stack:
+    stack.train(ROWS, steps=steps, batch_size=2, learning_rate=1e-2, **options)
+    stack.model.eval()
+    return stack
+
+
+@torch.no_grad()
+def logits(stack: Stack) -> Tensor:
+    return output_of(stack.model, example_inputs(stack.model))
+
+
+def layer(W: Tensor, cls: Any = PrunedDelta, **options: Any) -> tuple[PrunedDelta, nn.Linear]:
+    module = nn.Linear(W.shape[1], W.shape[0])
+    with torch.no_grad():
+        module.weight.copy_(W)
+    return cls(Site("mlp.up", "up", module, "linear"), pruned=True, **options), module
+
+
+# ----------------------------------------------------------------------------------------------------- the equation
+def test_equation_by_hand() -> None:
+    """W' = M * W + s (B A + S) with s = 2, M without W_01 and S with 5 at W_10."""
+    W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    delta, module = layer(W, DseeDelta, rank=1, scale=2.0, at=torch.tensor([2]))
+    assert isinstance(delta, DseeDelta)
+    with torch.no_grad():
+        delta.A.copy_(torch.tensor([[1.0, -1.0]]))
+        delta.B.copy_(torch.tensor([[1.0], [3.0]]))
+        delta.S.values.fill_(5.0)
+        delta.left.copy_(torch.tensor([[True, False], [True, True]]))
+    dense = torch.tensor([[3.0, 0.0], [19.0, -2.0]])
+    assert torch.equal(delta.fold(W, None)[0], dense)
+    delta.acts = True
+    masked = dense - torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    assert torch.equal(delta.fold(W, None)[0], masked)
+    x = torch.randn(3, 4, 2, requires_grad=True)
+    found = torch.autograd.grad(delta(x, module(x)).square().sum(), [x, delta.A, delta.B, delta.S.values])
+    A, B, v = (p.detach().requires_grad_() for p in (delta.A, delta.B, delta.S.values))
+    S = torch.stack([v[0] * 0, v[0] * 0, v[0], v[0] * 0]).view(2, 2)
+    y = x @ (W * delta.left + 2 * (B @ A + S)).t() + module.bias
+    assert torch.allclose(delta(x, module(x)), y, atol=1e-5)
+    for one, two in zip(found, torch.autograd.grad(y.square().sum(), [x, A, B, v]), strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_no_masked_matrix_is_kept_for_the_backward_pass() -> None:
+    delta, module = layer(torch.randn(64, 32))
+    delta.acts = True
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        delta(torch.randn(2, 32, requires_grad=True), torch.zeros(2, 64))
+    assert all(t.numel() < module.weight.numel() for t in kept)
+
+
+def test_what_trains_and_how_it_starts() -> None:
+    stack = stack_of(rank=4, entries=6, alpha=8.0)
+    q_and_v = [site for site in stack.anatomy.sites if site.role in ("attention.q", "attention.v")]
+    assert len(q_and_v) == len(updates(stack)) == 4
+    assert stack.trainable_parameters() == sum(4 * (s.in_features + s.out_features) + 6 for s in q_and_v)
+    assert not any(delta.B.any() or delta.S.values.any() for delta in updates(stack))
+    A = torch.cat([delta.A.detach().flatten() for delta in updates(stack)])
+    assert float(A.std()) == pytest.approx(0.02, rel=0.15)
+    assert {delta.scale for delta in updates(stack)} == {2.0}
+    assert len(parts(stack)) == sum(site.in_all for site in stack.anatomy.sites)
+    assert Dsee().config.alpha / Dsee().config.rank == 2.0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_without_entries_and_pruning_it_is_lora(arch: str) -> None:
+    found = []
+    for plugin in (Lora(rank=4, targets="attention.q,v"), Dsee(rank=4, alpha=8, entries=0, sparsity=0)):
+        stack = Stack(tiny(arch), [("x", plugin)], tokenizer=tiny_tokenizer())
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, p in sorted(stack.ledger.tensors("x").items()):
+                if name.endswith("A"):
+                    p.copy_(torch.randn(p.shape, generator=generator))
+        found.append(logits(train(stack, 3)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(found[0], logits(Stack(tiny(arch), [])), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- Omega
+def test_omega_is_where_a_low_rank_matrix_fits_worst() -> None:
+    """Ten numbers on top of a matrix of rank 3 are found to the last; the largest of the sum are others."""
+    torch.manual_seed(0)
+    L = torch.randn(200, 3) @ torch.randn(3, 150)
+    spikes = torch.randperm(30_000)[:10]
+    W = L.flatten().index_add(0, spikes, 5 * torch.randn(10).sign()).view(200, 150)
+    assert set(residual(W, 0.02).flatten().topk(10).indices.tolist()) == set(spikes.tolist())
+    assert set(W.abs().flatten().topk(10).indices.tolist()) != set(spikes.tolist())
+
+
+@pytest.mark.parametrize(("shape", "background"), [((12, 9), 0.65), ((50, 60), 0.9), ((5, 4), 0.01)])
+def test_the_decomposition_step_by_step(shape: tuple[int, int], background: float) -> None:
+    """The module's equations with numpy's QR in float64; signs of Q and R cancel in U V, and rows of V may have any."""
+    torch.manual_seed(1)
+    W = torch.randn(shape) * 0.02
+    R = max(1, int(background * min(shape)))
+    k = -(-R // 20)
+    torch.manual_seed(2)
+    V = torch.randn(1, shape[1]).double().numpy()
+    w = W.double().numpy()
+    while True:
+        S = np.zeros(shape)
+        for _ in range(2):
+            U = np.linalg.qr((w - S) @ V.T)[0]
+            V = U.T @ (w - S)
+            E = w - U @ V
+            S = np.where(np.abs(E) >= 0.01, E, 0)
+        if len(V) == R:
+            break
+        V = np.concatenate([V, np.linalg.qr(E - S)[1][: min(k, R - len(V))]])
+    torch.manual_seed(2)
+    found = residual(W, background)
+    assert np.abs(found.numpy() - np.abs(E)).max() < 1e-3 * np.abs(w).max()
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "phi3"])
+def test_omega_of_each_matrix_stays_where_it_is(arch: str) -> None:
+    """N places in each matrix, in each expert too; S is not zero there after training, and zero elsewhere."""
+    stack = stack_of(arch, targets="all", entries=5, prune=2)
+    at = {key: delta.S.at.clone() for key, delta in parts(stack).items() if isinstance(delta, DseeDelta)}
+    assert len(at) == len(parts(stack))
+    assert len({tuple(places.tolist()) for places in at.values()}) > 1
+    train(stack, 3)
+    for key, delta in parts(stack).items():
+        assert isinstance(delta, DseeDelta)
+        assert torch.equal(delta.S.at, at[key])
+        S = delta.S.matrix(torch.float32)
+        assert len(S.flatten()) == delta.left.numel()
+        assert (at[key].view(*S.shape[:-2], 5).sort(-1).values.diff() > 0).all()
+        assert ((S != 0).sum((-2, -1)) <= 5).all()
+        assert S.any()
+
+
+def test_omega_is_of_the_weights() -> None:
+    stack = stack_of(entries=6, background=0.3)
+    for delta in updates(stack):
+        r = residual(delta.site.weight.detach(), 0.3)
+        assert r.flatten()[delta.S.at.long()].mean() > 2 * r.mean()
+
+
+# ----------------------------------------------------------------------------------------------------------- pruning
+def fake(values: list[float], update: list[float] | None = None) -> PrunedDelta:
+    W = torch.tensor([values])
+    if update is None:
+        return layer(W)[0]
+    delta = layer(W, DseeDelta, rank=1, scale=1.0, at=torch.arange(len(values)))[0]
+    with torch.no_grad():
+        delta.S.values.copy_(torch.tensor(update))  # type: ignore[union-attr]
+    return delta
+
+
+def test_the_smallest_sums_of_all_matrices_go() -> None:
+    """|W + S| of the second: 3, 0.5, 0, 8; of all eight numbers the four smallest are gone, in the frozen part."""
+    plain, updated = fake([1.0, -2.0, 0.1, 9.0]), fake([1.0, 2.0, -4.0, 8.0], [2.0, -1.5, 4.0, 0.0])
+    choose([plain, updated], 0.5)
+    assert plain.left.tolist() == [[False, True, False, True]]
+    assert updated.left.tolist() == [[True, False, False, True]]
+    updated.acts = True
+    assert updated.fold(torch.tensor([[1.0, 2.0, -4.0, 8.0]]), None)[0].tolist() == [[3.0, -1.5, 4.0, 8.0]]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("p", [0.5, 0.27])
+def test_the_share_that_is_pruned(arch: str, p: float) -> None:
+    """p of all together, rounded, and not of each; the base's own weights stay as they are."""
+    stack = train(stack_of(arch, sparsity=p))
+    masks = [delta.left for delta in parts(stack).values()]
+    gone, total = sum(int((~m).sum()) for m in masks), sum(m.numel() for m in masks)
+    assert gone == round(p * total)
+    assert len({float((~m).float().mean()) for m in masks}) > 1
+    base = {site.key: site.weight for site in Stack(tiny(arch), []).anatomy.sites if site.in_all}
+    assert base.keys() == {site.key for site in stack.anatomy.sites if site.in_all} == parts(stack).keys()
+    for key, delta in parts(stack).items():
+        assert torch.equal(delta.site.weight, base[key])
+    before = logits(stack)
+    stack.merge()
+    torch.testing.assert_close(logits(stack), before, rtol=1e-4, atol=1e-4)
+    for site in stack.anatomy.sites:
+        delta = parts(stack).get(site.key)
+        if delta is not None and not isinstance(delta, DseeDelta):
+            assert torch.equal(site.weight == 0, ~delta.left | (base[site.key] == 0))
+
+
+def test_it_is_pruned_once_and_trains_on() -> None:
+    """Up to the phase's end nothing is masked; then the mask stays, also in a second run."""
+    stack = stack_of(prune=2)
+    batch = example_inputs(stack.model) | {"labels": example_inputs(stack.model)["input_ids"]}
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
+    acting = []
+    for index in range(4):
+        stack.run_train_step(peftx.TrainStep(stack, batch, index=index, total=4))
+        acting.append({delta.acts for delta in parts(stack).values()})
+        optimizer.step()
+    assert acting == [{False}, {False}, {True}, {True}]
+    masks = [delta.left.clone() for delta in parts(stack).values()]
+    values = [delta.S.values.detach().clone() for delta in updates(stack)]
+    train(stack)
+    assert all(torch.equal(d.left, m) for d, m in zip(parts(stack).values(), masks, strict=True))
+    assert not any(torch.equal(d.S.values, v) for d, v in zip(updates(stack), values, strict=True))
+    assert [phase.name for phase in stack.plugins["dsee"].phases()] == ["recover"]
+    assert [phase.name for phase in Dsee().phases()] == ["tune", "recover"]
+    assert Dsee(sparsity=0).phases() == ()
+
+
+def test_pruned_layers_need_not_be_updated_ones() -> None:
+    stack = train(stack_of(targets="attention.q", pruned="mlp.up", sparsity=0.25))
+    found = {key.rpartition(".")[2]: delta for key, delta in parts(stack).items()}
+    assert found["q_proj"].left is None
+    assert not found["q_proj"].acts
+    up = [delta.left for delta in parts(stack).values() if delta.left is not None]
+    assert sum(int((~m).sum()) for m in up) == sum(m.numel() for m in up) // 4
+    assert len(found) == 2
+    whole = train(stack_of(sparsity=0))
+    assert len(parts(whole)) == len(updates(whole)) == 4
+
+
+def test_bundles_and_checkpoints_bring_the_mask_back(tmp_path: Path) -> None:
+    stack = train(stack_of())
+    stack.save(tmp_path / "bundle")
+    again = peftx.load(tmp_path / "bundle", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(again), logits(stack))
+    assert all(torch.equal(a.S.at, b.S.at) for a, b in zip(updates(again), updates(stack), strict=True))
+    whole = train(stack_of(), 4, output=tmp_path, checkpoint_every=2)
+    rest = train(stack_of(), 4, output=tmp_path, checkpoint_every=2, resume=tmp_path / "checkpoint-2")
+    assert torch.equal(logits(whole), logits(rest))
+
+
+def test_a_copy_reads_its_own_weights() -> None:
+    stack = train(stack_of())
+    before, copied = logits(stack), deepcopy(stack.model)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    assert torch.equal(logits(stack), before)
+
+
+def test_half_precision_models() -> None:
+    stack = Stack(tiny("llama").bfloat16(), [Dsee(rank=2, entries=6, prune=1)], tokenizer=tiny_tokenizer())
+    train(stack)
+    assert {p.dtype for p in stack.ledger.parameters("dsee")} == {torch.float32}
+    assert logits(stack).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+def test_what_changes_a_pruned_layer_before_it_is_refused() -> None:
+    with pytest.raises(
+        ConflictError, match=r"dsee prunes the weights of .*q_proj as they are, and lora ch"
+    ) as e:
+        Stack(tiny("llama"), [Lora(rank=2), Dsee(rank=2)])
+    assert "put lora behind dsee" in str(e.value)
+    with pytest.raises(ConflictError, match=r"dsee prunes the weights of .* and sparselora changes"):
+        stack_of("llama", Sparselora(**Sparselora.example))
+    Stack(tiny("llama"), [Lora(rank=2, targets="mlp"), Dsee(rank=2, pruned="attention")])
+    Stack(tiny("llama"), [Lora(rank=2), Dsee(rank=2, sparsity=0)])
+    for plugins in (
+        [PromptTuning(length=2), Dsee(rank=2, entries=4, prune=1)],
+        [Dsee(rank=2, entries=4, prune=1), Lora(rank=2)],
+    ):
+        before = train(Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer()))
+        found = logits(before)
+        before.merge(*(id for id in before.plugins if id != "prompt-tuning"))
+        torch.testing.assert_close(logits(before), found, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(PeftxError, match="dsee: rank 17 exceeds the 16x32 matrix"):
+        stack_of(rank=17)
+    with pytest.raises(PeftxError, match=r"dsee: 513 entries of .*v_proj, which has 512") as e:
+        stack_of(entries=513)
+    assert "at most 512" in str(e.value)
+    stack_of(entries=512)
+    with torch.device("meta"):
+        Stack(tiny("llama").to("meta"), [Dsee(rank=2)])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"entries": -1}, "entries"),
+        ({"alpha": 0}, "alpha"),
+        ({"background": 1}, "background"),
+        ({"background": 0}, "background"),
+        ({"sparsity": 1}, "sparsity"),
+        ({"sparsity": -0.1}, "sparsity"),
+        ({"prune": 0}, "prune"),
+        ({"prune": 2.5}, "must be whole"),
+    ],
+)
+def test_bad_options(options: dict[str, object], match: str) -> None:
+    with pytest.raises(PeftxError, match=rf"Dsee: .*{match}") as caught:
+        Dsee(**options)
+    assert "rank, entries, alpha, background, sparsity, prune, targets, pruned" in str(caught.value.hint)
