@@ -1,0 +1,348 @@
+"""Prefix Grouper: GRPO on groups of answers whose prompt is computed once.
+
+"Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward" (arXiv:2506.05433). A prompt x and the G answers
+that were drawn for it are one row, where G rows have (G - 1) |x| tokens more,
+
+    s = [x ; y_1 ; ... ; y_G]        positions of x: 0 .. |x| - 1, and of each answer: |x|, |x| + 1, ...
+
+so embeddings, norms, MLPs and projections run once for a token of x. Attention is computed in two calls, behind the
+rotation of queries and keys and before the output projection:
+
+    of x, on x                    softmax(Q_x K_x^T / sqrt(d)) V_x, causal
+    of y_i, on x and y_i          softmax(Q_i [K_x ; K_i]^T / sqrt(d)) [V_x ; V_i], causal, i = 1 .. G
+
+for which x is padded at its left and answers at their right; only keys and values of x stand G times. Gradients of
+these sum over answers, so outputs and gradients are those of G rows. The last of x predicts each answer's first token.
+
+The loss is that of GRPO. Of rewards r_1 .. r_G, and of pi_old, the model at the run's start, which drew the answers:
+
+    A_i    = (r_i - mean r) / std r                        0 where all are equal
+    rho_it = pi(y_it | x, y_i<t) / pi_old(...)
+    loss   = -1/G sum_i 1/|y_i| sum_t [min(rho_it A_i, clip(rho_it, 1 - e, 1 + e) A_i) - beta KL_it]
+    KL_it  = 1 / rho_it - log(1 / rho_it) - 1              of pi from pi_old
+
+The loss of a micro-batch is the mean over its groups.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot, pad
+
+from peftx import (
+    AttentionEdit,
+    Claim,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Stack,
+    TrainingData,
+    TrainStep,
+    hookimpl,
+)
+from peftx.engines.data import IGNORE, encode_pair, prompt_ids
+from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.kernel.attention import Attend
+from peftx.toolkits.evaluation import evaluating
+
+
+class PrefixGrouperConfig(PluginConfig):
+    """Options of GRPO with shared prefixes."""
+
+    clip: float = Field(
+        0.2, gt=0, description="e, how far the ratio to the model that drew the answers counts"
+    )
+    beta: float = Field(0.04, ge=0, description="weight of the divergence from it")
+
+
+class Groups(NamedTuple):
+    """Where the texts of B rows stand; S answers, each of one row. Masks are added to scores."""
+
+    prefix: Tensor
+    """[B, Lp] places of the prompts in their rows, pads (< 0) at the left."""
+    suffix: Tensor
+    """[S, Ls] places of the answers, pads (< 0) at the right."""
+    row: Tensor
+    """[S] of each answer."""
+    number: Tensor
+    """[S] of each answer in its group, from 0."""
+    prefix_mask: Tensor
+    """[B, 1, Lp, Lp]."""
+    suffix_mask: Tensor
+    """[S, 1, Ls, Lp + Ls]."""
+
+    @property
+    def length(self) -> Tensor:
+        """[B] tokens of the prompts."""
+        return (self.prefix >= 0).sum(1)
+
+
+def groups_of(segments: Tensor, dtype: torch.dtype) -> Groups:
+    """segments: [B, T] int64, 1 of a prompt, 2, 3, ... of its answers behind it, 0 of pads at the row's end."""
+    counts = one_hot(segments).sum(1)[:, 1:]  # [B, 1 + G]
+    row, number = counts[:, 1:].nonzero(as_tuple=True)
+    start, length = (x[row, number + i][:, None] for i, x in enumerate((counts.cumsum(1), counts)))
+    Lp, Ls = int(counts[:, 0].max()), int(length.max())
+    i, j = torch.arange(Ls, device=row.device), torch.arange(Lp, device=row.device)
+    prefix = (j - Lp + counts[:, :1]).clamp(min=-1)
+    suffix = torch.where(i < length, start + i, -1)
+
+    def mask(queries: int, keys: Tensor) -> Tensor:
+        """Causal, aligned to the end, and no pads."""
+        causal = torch.ones(queries, keys.shape[1], dtype=torch.bool, device=row.device)
+        visible = causal.tril(keys.shape[1] - queries) & (keys >= 0)[:, None]
+        visible = visible | ~visible.any(
+            -1, keepdim=True
+        )  # a pad that saw nothing would be no number, and its gradient
+        hidden = torch.finfo(dtype).min * torch.ones((), dtype=dtype, device=row.device)
+        return torch.where(visible, 0.0, hidden)[:, None]
+
+    both = torch.cat((prefix[row], suffix), 1)
+    return Groups(prefix, suffix, row, number, mask(Lp, prefix), mask(Ls, both))
+
+
+def ungroup(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """x: [B, H, T, D] -> of the prompts [B, H, Lp, D], of the answers [S, H, Ls, D]; anything on pads."""
+    x, every = x.transpose(1, 2), torch.arange(len(x), device=x.device)
+    parts = ((every, groups.prefix), (groups.row, groups.suffix))
+    head, tail = (x[rows[:, None], places.clamp(min=0)].transpose(1, 2) for rows, places in parts)
+    return head, tail
+
+
+def group(head: Tensor, tail: Tensor, groups: Groups, length: int) -> Tensor:
+    """[B, Lp, ...] and [S, Ls, ...] -> [B, length, ...], 0 on pads."""
+    out = head.new_zeros(len(head), length, *head.shape[2:])
+    every = torch.arange(len(head), device=head.device)
+    for rows, places, values in ((every, groups.prefix, head), (groups.row, groups.suffix, tail)):
+        real = places >= 0
+        out[rows[:, None].expand_as(places)[real], places[real]] = values[real]
+    return out
+
+
+class Shared:
+    """The groups of the call that runs; None: its rows are ordinary ones."""
+
+    groups: Groups | None = None
+
+
+class GroupedAttention(AttentionEdit):
+    """The two calls. Rows that other plugins put in front of keys and values are seen by all tokens."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def replace(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Attend
+    ) -> Tensor:
+        groups, length = self.shared.groups, query.shape[2]
+        if groups is None:
+            return attend(query, key, value, mask)
+        front = key.shape[2] - length
+        q_x, q_i = ungroup(query, groups)
+        (k_x, k_i), (v_x, v_i) = (ungroup(x[:, :, front:], groups) for x in (key, value))
+        k_x, v_x = torch.cat((key[:, :, :front], k_x), 2), torch.cat((value[:, :, :front], v_x), 2)
+        k_i, v_i = torch.cat((k_x[groups.row], k_i), 2), torch.cat((v_x[groups.row], v_i), 2)
+        out = attend(q_x, k_x, v_x, pad(groups.prefix_mask, (front, 0)))
+        out_i = attend(q_i, k_i, v_i, pad(groups.suffix_mask, (front, 0)))
+        return group(out, out_i, groups, length)
+
+
+def answer_log_probs(logits: Tensor, ids: Tensor, groups: Groups) -> Tensor:
+    """log p of the tokens of each answer, [S, Ls] float32; 0 on pads."""
+    real = groups.suffix >= 0
+    last = groups.length[groups.row, None] - 1
+    before = torch.cat((last, groups.suffix[:, :-1]), 1)[real]
+    row = groups.row[:, None].expand_as(real)[real]
+    each = -cross_entropy(logits[row, before].float(), ids[row, groups.suffix[real]], reduction="none")
+    return each.new_zeros(real.shape).masked_scatter(real, each)
+
+
+def grpo_loss(now: Tensor, old: Tensor, A: Tensor, real: Tensor, *, clip: float, beta: float) -> Tensor:
+    """log-probabilities [S, Ls] under pi and pi_old, A [S], what is no pad [S, Ls] -> the loss of each answer, [S]."""
+    rho = (now - old).exp()
+    gain = torch.minimum(rho * A[:, None], rho.clamp(1 - clip, 1 + clip) * A[:, None])
+    divergence = (old - now).exp() - (old - now) - 1
+    return -((gain - beta * divergence) * real).sum(1) / real.sum(1)
+
+
+class PrefixGrouper(Plugin):
+    """See the module."""
+
+    Config = PrefixGrouperConfig
+    claims = {
+        Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.EXACT_CACHE, Claim.REPLACES_ATTENTION, Claim.OWN_LAYOUT,
+        Claim.REPLACES_LOSS,
+    }  # fmt: skip
+    takes = ("prompt-completion",)
+    gives = {"prompt-completion": "tokenized"}
+    architectures = ("mistral", "gemma2")
+    refuses = {"bert": "tokens see both ways", "t5": "prompt and answer are two rows already"}
+    example_rows = tuple(
+        {"prompt": f"User: {word}?\nAssistant:", "completion": said, "reward": float(len(said))}
+        for word, answers in (
+            ("tea", ("yes", "no!", "I like it")),
+            ("rain", ("no", "never")),
+            ("sleep", ("a", "b")),
+        )
+        for said in answers
+    )
+    config: PrefixGrouperConfig
+
+    def suits(self, model: ModelView) -> None:
+        """What `prove` cannot tell in a sentence; it looks at the rest (windows) with the rows."""
+        name, attention = type(model.module).__name__, str(model.config._attn_implementation)
+        positions = "position_ids" in inspect.signature(model.module.forward).parameters
+        decoder = list(model.towers) == ["decoder"] and all(model.main.attention or [""])
+        if not decoder or not positions or not attention.endswith(("eager", "sdpa")):
+            raise ArchitectureError(
+                f"prefix-grouper: {name} (attention '{attention}') is no decoder that takes positions and has an "
+                "attention with masks in each layer",
+                hint="Llama, Mistral, Qwen or GPT-2 with attn_implementation='sdpa' is one",
+            )
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        self.shared = Shared()
+        for site in model.attention_sites():
+            site.attend(GroupedAttention(self.shared))
+
+    @contextmanager
+    def grouped(self, groups: Groups) -> Iterator[None]:
+        """Inside, the model's rows are groups."""
+        self.shared.groups = groups
+        try:
+            yield
+        finally:
+            self.shared.groups = None
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
+        """Rows of prompt, completion and reward -> `tokenized` ones, a group each."""
+        if data.format not in self.takes:
+            raise UnsupportedError(
+                f"prefix-grouper: the rows are of format '{data.format}', and it trains on answers with rewards",
+                hint="give rows with prompt, completion and reward; those of one prompt are a group",
+            )
+        both = (data.train, data.eval)
+        data.train, data.eval = (None if rows is None else self.rows(rows, data, stack) for rows in both)
+        data.format = "tokenized"
+
+    def rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
+        found: dict[str, list[tuple[list[int], float]]] = {}
+        for i, row in enumerate(rows):
+            where = f"row {i} (counting from 0)"
+            if not isinstance(row.get("reward"), (int, float)):
+                raise DataError(
+                    f"prefix-grouper: {where} has no reward", hint="a number in the column 'reward'"
+                )
+            pair = encode_pair(
+                data.tokenizer, row["prompt"], row["completion"], max_length=data.max_length, where=where
+            )
+            answer = [label for label in pair.labels if label != IGNORE]
+            found.setdefault(row["prompt"], []).append((answer, float(row["reward"])))
+        size = max(map(len, found.values()), default=0)
+        groups = []
+        for prompt, answers in found.items():
+            suffixes, rewards = map(list, zip(*answers, strict=True))
+            prefix = cut(prompt, sum(map(len, suffixes)), data)
+            texts = [prefix, *suffixes]
+            groups.append(
+                {
+                    "input_ids": list(chain.from_iterable(texts)),
+                    "labels": [IGNORE] * len(prefix) + list(chain.from_iterable(suffixes)),
+                    "token_type_ids": [1 + n for n, text in enumerate(texts) for _ in text],
+                    "advantages": [*advantages(rewards), *[0.0] * (size - len(rewards))],
+                }
+            )
+        if groups:
+            self.prove(stack, max(groups, key=lambda each: len(each["input_ids"])))
+        return Dataset.from_list(groups)
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        batch = dict(step.batch)
+        if missing := ", ".join(sorted({"labels", "token_type_ids", "advantages"} - batch.keys())):
+            raise PeftxError(
+                f"prefix-grouper: the batch has {', '.join(batch)}, and no {missing}",
+                hint="train on rows with rewards; in a loop of your own, on those that stack.prepare returns",
+            )
+        groups = groups_of(batch.pop("token_type_ids"), step.model.dtype)
+        A = batch.pop("advantages")[groups.row, groups.number]
+        del batch["labels"]
+        ids, real = batch["input_ids"], groups.suffix >= 0
+        step.batch = batch | {"position_ids": positions(groups, ids.shape[1]), "use_cache": False}
+        with self.grouped(groups):
+            with step.reference("start"):
+                old = answer_log_probs(step.forward().logits, ids, groups)
+
+            def task() -> tuple[Tensor, object]:
+                outputs = step.forward()
+                now = answer_log_probs(outputs.logits, ids, groups)
+                each = grpo_loss(now, old, A, real, clip=self.config.clip, beta=self.config.beta)
+                return (each / groups.row.bincount()[groups.row]).sum() / len(ids), outputs
+
+            step.replace_task_loss(task, over="rows")
+            return (yield)
+
+    def prove(self, stack: Stack, row: dict[str, Any]) -> None:
+        """Raise unless the model gives the answers the same probabilities in one row and in rows of their own."""
+        model = stack.model
+        ids, segments = (torch.tensor([row[n]], device=model.device) for n in ("input_ids", "token_type_ids"))
+        groups = groups_of(segments, model.dtype)
+        with evaluating(model):
+            with self.grouped(groups):
+                shared = answer_log_probs(
+                    model(
+                        input_ids=ids, position_ids=positions(groups, ids.shape[1]), use_cache=False
+                    ).logits,
+                    ids,
+                    groups,
+                )
+            for i, found in enumerate(shared):
+                own = ids[(segments == 1) | (segments == 2 + i)][None]  # [1, |x| + n]
+                n = int((segments == 2 + i).sum())
+                logits = model(input_ids=own, use_cache=False).logits[0, -n - 1 : -1]
+                found[:n] += cross_entropy(logits.float(), own[0, -n:], reduction="none")
+            wrong = float(shared.abs().max())
+        if not wrong <= (1e-3 if model.dtype == torch.float32 else 1.0):
+            raise ArchitectureError(
+                f"prefix-grouper: {type(model).__name__} does not read the longest row, of {ids.shape[1]} tokens, as "
+                f"rows of their own: a token has another log-probability, by {wrong:.3g}",
+                hint="sliding windows that are shorter than the row do that",
+            )
+
+
+def positions(groups: Groups, length: int) -> Tensor:
+    """Of the tokens of rows, [B, length]; 0 on pads."""
+    tail = groups.length[groups.row, None] + torch.arange(groups.suffix.shape[1], device=groups.row.device)
+    return group(groups.prefix.clamp(min=0), tail, groups, length)
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """A of a group."""
+    spread = stdev(rewards) if len(rewards) > 1 else 0.0
+    return [(r - mean(rewards)) / spread if spread else 0.0 for r in rewards]
+
+
+def cut(prompt: str, answers: int, data: TrainingData) -> list[int]:
+    """The prompt's ids, cut at their left behind BOS, so that the row has room for all answers."""
+    ids, frame = prompt_ids(data.tokenizer, prompt), prompt_ids(data.tokenizer, "")
+    room = data.max_length - answers
+    if not ids or room < len(frame) + 1:
+        raise DataError(
+            f"prefix-grouper: the answers to {prompt[:40]!r} have {answers} tokens with EOS, and leave no room for a "
+            f"token of the prompt in max_length {data.max_length}",
+            hint="a row holds a prompt and all of its answers: raise max_length, or make groups smaller",
+        )
+    return frame + ids[len(frame) + max(0, len(ids) - room) :]

@@ -1,0 +1,424 @@
+"""Prefix Grouper: one row computes what G rows compute."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import peftx
+from peftx import Stack, TrainingData
+from peftx.engines.data import Collator, encode_pair
+from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError, UnsupportedError
+from peftx.testing import conformance
+from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.shapes import PAD
+from peftx_lora import Lora
+from peftx_prefix_grouper import (
+    GroupedAttention,
+    PrefixGrouper,
+    Shared,
+    advantages,
+    answer_log_probs,
+    cut,
+    group,
+    groups_of,
+    grpo_loss,
+    positions,
+    ungroup,
+)
+from peftx_prefix_tuning import PrefixTuning
+from peftx_prompt_tuning import PromptTuning
+
+TOKENIZER = tiny_tokenizer()
+SAID = {
+    "Is tea nice?": ("yes", "no, never", "so so"),
+    "Rain?": ("wet", "a"),
+    "And how is sleep to you?\n": ("good",),
+}
+REWARDS = iter((1.0, 0.0, 0.25, 2.0, -1.0, 3.0))
+ROWS = [{"prompt": x, "completion": y, "reward": next(REWARDS)} for x, ys in SAID.items() for y in ys]
+
+test_conformance = conformance("prefix-grouper")
+
+# From the authors' code at commit 1accedc, run once on these groups: `PrefixGrouper.forward` around SDPA, with q, k, v:
+# sin(c * (0, 1, 2, ...)), c = 1, 0.7, 0.3: outputs of head 0, number 0; and gradients of k, head 1, number 1, of the
+# sum of outputs of tokens times cos(0, 1, 2, ...).
+GROUPS = [[3, 2, 1], [2, 1, 3, 2], [4, 2]]
+OFFICIAL_OUT = [
+    [0.0, 0.37167, 0.57681, 0.5255, 0.56073, 0.52188, 0.0, 0.0],
+    [-0.17433, -0.3971, -0.53888, -0.76603, -0.62267, -0.31939, 0.01409, 0.42478],
+    [0.34332, 0.6326, 0.81192, 0.582, 0.74315, 0.72202, 0.0, 0.0],
+]
+OFFICIAL_GRADIENT = [
+    [0.00585, 0.18675, -0.07123, 0.08736, -0.04583, -0.16289, 0.0, 0.0],
+    [0.22395, 0.15891, -0.00726, -0.23721, -0.01971, 0.03342, -0.14575, -0.00634],
+    [-0.38755, -0.10665, 0.02134, 0.36814, 0.10485, -0.00013, 0.0, 0.0],
+]
+
+
+def segments_of(lengths: list[list[int]]) -> Tensor:
+    rows = [[1 + i for i, n in enumerate(each) for _ in range(n)] for each in lengths]
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def prepared(stack: Stack, rows: list[dict[str, Any]] = ROWS, max_length: int = 96) -> TrainingData:
+    data = TrainingData(
+        train=Dataset.from_list(rows), eval=None, tokenizer=TOKENIZER, seed=0, format="prompt-completion",
+        max_length=max_length,
+    )  # fmt: skip
+    return stack.prepare(data)
+
+
+def batch_of(stack: Stack, rows: list[dict[str, Any]] = ROWS) -> dict[str, Any]:
+    data = prepared(stack, rows)
+    assert data.train is not None
+    return Collator(PAD)(list(data.train))
+
+
+def build(arch: str, *others: Any, model: dict[str, Any] | None = None, **options: Any) -> Stack:
+    """LoRA away from its start, in float64, and the plugin."""
+    plugins = [Lora(rank=2), *others, PrefixGrouper(**options)]
+    stack = Stack(tiny(arch, **(model or {})).double(), plugins, tokenizer=TOKENIZER)
+    stack.model.double()
+    shift(stack, 1)
+    return stack
+
+
+def shift(stack: Stack, seed: int, by: float = 0.1) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in (p for p in stack.model.parameters() if p.requires_grad):
+            p.add_(torch.randn_like(p), alpha=by)
+
+
+def apart(model: torch.nn.Module, rows: list[dict[str, Any]] = ROWS) -> list[Tensor]:
+    """log p of the tokens of each answer, in a row of its own."""
+    found = []
+    for row in rows:
+        pair = encode_pair(TOKENIZER, row["prompt"], row["completion"], max_length=96)
+        n = sum(label >= 0 for label in pair.labels)
+        ids = torch.tensor([pair.input_ids])
+        logs = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1].float().log_softmax(-1)
+        found.append(logs.gather(1, ids[0, -n:, None])[:, 0])
+    return found
+
+
+def together(stack: Stack, batch: dict[str, Any]) -> list[Tensor]:
+    plugin, ids = stack.plugins["prefix-grouper"], batch["input_ids"]
+    assert isinstance(plugin, PrefixGrouper)
+    groups = groups_of(batch["token_type_ids"], stack.model.dtype)
+    with plugin.grouped(groups):
+        logits = stack.model(
+            input_ids=ids, position_ids=positions(groups, ids.shape[1]), use_cache=False
+        ).logits
+    found = answer_log_probs(logits, ids, groups)
+    return [row[real] for row, real in zip(found, groups.suffix >= 0, strict=True)]
+
+
+def gradients(stack: Stack, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    stack.model.zero_grad()
+    loss().backward()
+    return {n: p.grad.clone() for n, p in stack.model.named_parameters() if p.requires_grad}
+
+
+def by_hand(
+    rows: list[dict[str, Any]], now: list[Tensor], old: list[Tensor], clip: float, beta: float
+) -> Tensor:
+    """GRPO, answer by answer."""
+    losses: dict[str, list[Tensor]] = {}
+    for row, new, was in zip(rows, now, old, strict=True):
+        rewards = [other["reward"] for other in rows if other["prompt"] == row["prompt"]]
+        spread = statistics.stdev(rewards) if len(rewards) > 1 else 0
+        A = (row["reward"] - statistics.mean(rewards)) / spread if spread else 0.0
+        total: Any = 0.0
+        for a, b in zip(new, was, strict=True):
+            rho = (a - b).exp()
+            total = (
+                total
+                + torch.min(rho * A, rho.clamp(1 - clip, 1 + clip) * A)
+                - beta * (1 / rho + rho.log() - 1)
+            )
+        losses.setdefault(row["prompt"], []).append(-total / len(new))
+    return torch.stack([torch.stack(each).mean() for each in losses.values()]).mean()
+
+
+def test_equals_the_official_code() -> None:
+    segments = segments_of(GROUPS)
+    q, k, v = (
+        torch.arange(3 * 2 * 8 * 2.0).mul(c).sin().view(3, 2, 8, 2).requires_grad_() for c in (1.0, 0.7, 0.3)
+    )
+    shared = Shared()
+    shared.groups = groups_of(segments, torch.float32)
+    out = GroupedAttention(shared).replace(q, k, v, None, 1.0, attend)
+    torch.testing.assert_close(out[:, :, 0, 0], torch.tensor(OFFICIAL_OUT), atol=1e-5, rtol=0)
+    weights = torch.arange(out.numel() * 1.0).cos().view_as(out)
+    (found,) = torch.autograd.grad((out * weights * (segments > 0)[:, :, None, None]).sum(), k)
+    torch.testing.assert_close(found[:, 1, :, 1], torch.tensor(OFFICIAL_GRADIENT), atol=1e-5, rtol=0)
+
+
+def test_groups_by_hand() -> None:
+    groups = groups_of(segments_of([[2, 1, 3], [3, 2]]), torch.float32)
+    assert groups.prefix.tolist() == [[-1, 0, 1], [0, 1, 2]]
+    assert groups.suffix.tolist() == [[2, -1, -1], [3, 4, 5], [3, 4, -1]]
+    assert groups.row.tolist() == [0, 0, 1]
+    assert groups.number.tolist() == [0, 1, 0]
+    assert groups.length.tolist() == [2, 3]
+    assert positions(groups, 6).tolist() == [[0, 1, 2, 2, 3, 4], [0, 1, 2, 3, 4, 0]]
+    low = torch.finfo(torch.float32).min
+    assert (
+        set(groups.prefix_mask.flatten().tolist()) == set(groups.suffix_mask.flatten().tolist()) == {0.0, low}
+    )
+    seen = (groups.prefix_mask[:, 0] == 0).long().tolist()
+    assert seen == [[[1, 1, 1], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    seen = (groups.suffix_mask[:, 0] == 0).long().tolist()
+    assert seen[1] == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+    assert seen[2][:2] == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+
+
+def test_group_undoes_ungroup() -> None:
+    segments = segments_of(GROUPS)
+    groups, x = groups_of(segments, torch.float32), torch.randn(3, 2, 8, 5)
+    head, tail = (part.transpose(1, 2) for part in ungroup(x, groups))
+    assert torch.equal(group(head, tail, groups, 8), x.transpose(1, 2) * (segments > 0)[:, :, None, None])
+
+
+@pytest.mark.parametrize(
+    ("arch", "implementation"), [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("gemma2", "eager")]
+)
+def test_log_probabilities_and_gradients_are_those_of_rows(arch: str, implementation: str) -> None:
+    """Of prompts and answers of several lengths in one batch."""
+    stack = build(arch)
+    stack.model.set_attn_implementation(f"peftx_{implementation}")
+    batch = batch_of(stack)
+    assert batch["input_ids"].shape[0] == 3
+    for one, other in zip(together(stack, batch), apart(stack.model), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    loss = lambda found: torch.stack([row.cos().sum() for row in found]).sum()  # noqa: E731
+    one = gradients(stack, lambda: loss(together(stack, batch)))
+    other = gradients(stack, lambda: loss(apart(stack.model)))
+    for name, g in one.items():
+        torch.testing.assert_close(g, other[name], atol=1e-5, rtol=1e-5)
+        assert g.abs().max() > 1e-4
+
+
+def test_one_answer_is_an_ordinary_row() -> None:
+    stack, ids = build("llama"), torch.arange(5, 12)[None]
+    groups = groups_of(segments_of([[3, 4]]), torch.float64)
+    with torch.no_grad():
+        expected = stack.model(ids, use_cache=False).logits
+        with stack.plugins["prefix-grouper"].grouped(groups):
+            found = stack.model(ids, position_ids=positions(groups, 7), use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_token_of_the_prompt_goes_through_the_layers_once() -> None:
+    stack = build("llama")
+    batch = batch_of(stack, ROWS[:3])
+    through: list[int] = []
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        module = stack.model.get_submodule(f"model.layers.1.{name}")
+        module.register_forward_hook(lambda m, x, y: through.append(y[..., 0].numel()))
+    together(stack, batch)
+    rows = [encode_pair(TOKENIZER, row["prompt"], row["completion"], max_length=96) for row in ROWS[:3]]
+    answers = [sum(label >= 0 for label in row.labels) for row in rows]
+    prompt = len(rows[0].input_ids) - answers[0]
+    assert through == [prompt + sum(answers)] * 2
+    assert batch["input_ids"].shape == (1, prompt + sum(answers))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_step_is_grpo_on_rows(beta: float) -> None:
+    """At the first step, and when the model has moved: pi_old is the one that the run began with."""
+    stack = build("llama", beta=beta, clip=0.1)
+    batch = batch_of(stack)
+    old = [row.detach() for row in apart(stack.model)]
+    for moved in (False, True):
+        if moved:
+            shift(stack, 2, by=0.3)
+        stack.model.zero_grad()
+        loss = stack.train_step(batch)
+        found = {n: p.grad.clone() for n, p in stack.model.named_parameters() if p.requires_grad}
+        expected = by_hand(ROWS, apart(stack.model), old, 0.1, beta)
+        other = gradients(stack, lambda expected=expected: expected)
+        torch.testing.assert_close(loss.double(), expected.detach().double(), atol=1e-5, rtol=1e-4)
+        for name, g in found.items():
+            torch.testing.assert_close(g, other[name], atol=1e-5, rtol=1e-3)
+    assert abs(float(loss)) > 1e-2
+
+
+def test_loss_by_hand() -> None:
+    now, old = torch.tensor([[0.0, 1.0, 9.0]]), torch.zeros(1, 3)
+    real = torch.tensor([[True, True, False]])
+    e = 2.718281828
+    up = grpo_loss(now, old, torch.tensor([2.0]), real, clip=0.2, beta=0.0)
+    assert float(up) == pytest.approx(-(2 + 2.4) / 2)
+    down = grpo_loss(now, old, torch.tensor([-2.0]), real, clip=0.2, beta=0.0)
+    assert float(down) == pytest.approx((2 + 2 * e) / 2)
+    falls = grpo_loss(-now, old, torch.tensor([-2.0]), real, clip=0.2, beta=0.0)
+    assert float(falls) == pytest.approx((2 + 1.6) / 2)
+    held = grpo_loss(now, old, torch.tensor([0.0]), real, clip=0.2, beta=0.5)
+    assert float(held) == pytest.approx(0.5 * (1 / e + 1 - 1) / 2)
+
+
+def test_advantages_by_hand() -> None:
+    assert advantages([1.0, 2.0, 3.0]) == [-1.0, 0.0, 1.0]
+    assert advantages([0.0, 4.0]) == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    assert advantages([5.0, 5.0]) == [0.0, 0.0]
+    assert advantages([5.0]) == [0.0]
+
+
+def test_rows_of_one_prompt_are_a_group_wherever_they_stand() -> None:
+    stack = build("llama")
+    data, other = (prepared(stack, rows).train for rows in (ROWS, [ROWS[0], ROWS[3], *ROWS[1:3], *ROWS[4:]]))
+    assert data is not None
+    assert other is not None
+    assert list(data) == list(other)
+    first = data[0]
+    assert len(data) == 3
+    assert TOKENIZER.decode(
+        [i for i, s in zip(first["input_ids"], first["token_type_ids"], strict=True) if s == 3]
+    ) == (" no, never" + TOKENIZER.eos_token)
+    assert [label >= 0 for label in first["labels"]] == [s > 1 for s in first["token_type_ids"]]
+    assert [len(row["advantages"]) for row in data] == [3, 3, 3]
+    assert data[1]["advantages"] == pytest.approx([0.5**0.5, -(0.5**0.5), 0.0])
+    assert data[2]["advantages"] == [0.0, 0.0, 0.0]
+
+
+def test_long_prompts_are_cut_once_at_their_left() -> None:
+    tokenizer = Stack("peftx:tiny").tokenizer  # with BOS
+    data = partial(
+        TrainingData, train=None, eval=None, tokenizer=tokenizer, seed=0, format="prompt-completion"
+    )
+    whole = cut("Is tea nice?", 9, data(max_length=99))
+    assert whole[0] == tokenizer.bos_token_id
+    assert cut("Is tea nice?", 9, data(max_length=9 + len(whole))) == whole
+    assert cut("Is tea nice?", 9, data(max_length=7 + len(whole))) == whole[:1] + whole[3:]
+    assert cut("Is tea nice?", 9, data(max_length=11)) == [whole[0], whole[-1]]
+    with pytest.raises(
+        DataError, match=r"prefix-grouper: the answers to 'Is tea nice\?' have 9 tokens with EOS"
+    ):
+        cut("Is tea nice?", 9, data(max_length=10))
+    with pytest.raises(DataError, match="no room"):
+        prepared(build("llama"), ROWS[:3], max_length=20)
+
+
+def test_rewarded_answers_become_likelier(tmp_path: Path) -> None:
+    stack = Stack(tiny("llama"), [Lora(rank=4), PrefixGrouper()], tokenizer=TOKENIZER)
+    before = [float(row.sum().detach()) for row in apart(stack.model, ROWS[:2])]
+    stack.train(ROWS, steps=5, batch_size=3, learning_rate=1e-2)
+    after = [float(row.sum().detach()) for row in apart(stack.model, ROWS[:2])]
+    assert after[0] - before[0] > after[1] - before[1] + 0.1
+    stack.save(tmp_path)
+    loaded = peftx.load(tmp_path, model=tiny("llama"), tokenizer=TOKENIZER)
+    assert [float(row.sum().detach()) for row in apart(loaded.model, ROWS[:2])] == pytest.approx(
+        after, abs=1e-4
+    )
+
+
+def test_gradient_checkpointing_recomputes_groups() -> None:
+    stack = build("llama")
+    batch = batch_of(stack)
+    stack.train_step(batch)
+    expected = {n: p.grad.clone() for n, p in stack.model.named_parameters() if p.requires_grad}
+    stack.model.zero_grad()
+    stack.model.activation_checkpointing_enable()
+    stack.model.train()
+    stack.train_step(batch)
+    for name, p in stack.model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_the_model_is_an_ordinary_one_outside_of_a_step() -> None:
+    stack, base = build("llama"), Stack(tiny("llama").double(), [Lora(rank=2)])
+    shift(base, 1)
+    ids = torch.arange(5, 12)[None]
+    batch = batch_of(stack)
+    stack.train_step(batch)
+    with torch.no_grad():
+        assert torch.equal(stack.model(ids).logits, base.model(ids).logits)
+    del batch["input_ids"]
+    with pytest.raises(PeftxError, match="input_ids"):
+        stack.train_step(batch)
+    assert stack.plugins["prefix-grouper"].shared.groups is None
+
+
+def test_learned_keys_and_values_stand_before_each_text() -> None:
+    stack = build("llama", PrefixTuning(length=3))
+    for one, other in zip(together(stack, batch_of(stack)), apart(stack.model), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_windows_shorter_than_a_row_are_refused() -> None:
+    build_ = lambda window: Stack(  # noqa: E731
+        tiny("mistral", sliding_window=window), [Lora(rank=2), PrefixGrouper()], tokenizer=TOKENIZER
+    )
+    prepared(build_(64))
+    with pytest.raises(
+        ArchitectureError, match="prefix-grouper: MistralForCausalLM does not read the longest row, of "
+    ):
+        prepared(build_(4))
+
+
+def test_a_model_that_does_not_compute_is_refused() -> None:
+    stack = build("llama")
+    with torch.no_grad():
+        stack.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ArchitectureError, match="by nan"):
+        prepared(stack)
+
+
+@pytest.mark.parametrize("arch", ["bert", "t5", "mamba", "bloom", "qwen3_next"])
+def test_models_without_room_for_groups_are_refused_before_anything_runs(arch: str) -> None:
+    with pytest.raises(ArchitectureError, match=r"prefix-grouper: \w+ \(attention '\w+'\) is no decoder"):
+        Stack(tiny(arch), [PrefixGrouper()], tokenizer=TOKENIZER)
+
+
+def test_an_attention_without_masks_is_refused() -> None:
+    model = tiny("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ArchitectureError, match="attention 'flash_attention_2'"):
+        Stack(model, [PrefixGrouper()], tokenizer=TOKENIZER)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConflictError, match="soft tokens of"):
+        Stack(tiny("llama"), [PromptTuning(length=2), PrefixGrouper()], tokenizer=TOKENIZER)
+    stack = build("llama")
+    for rows in ([{"prompt": "a", "completion": "b"}], [{**ROWS[0], "reward": "much"}]):
+        with pytest.raises(DataError, match=r"prefix-grouper: row 0 \(counting from 0\) has no reward"):
+            prepared(stack, rows)
+    text = TrainingData(
+        train=Dataset.from_list([{"text": "a"}]),
+        eval=None,
+        tokenizer=TOKENIZER,
+        seed=0,
+        format="text",
+        max_length=9,
+    )
+    with pytest.raises(UnsupportedError, match="prefix-grouper: the rows are of format 'text'"):
+        stack.prepare(text)
+    with pytest.raises(
+        PeftxError, match="prefix-grouper: the batch has input_ids, and no advantages, labels, token_"
+    ):
+        stack.train_step({"input_ids": torch.ones(1, 3, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("options", [{"clip": 0}, {"beta": -1}])
+def test_bad_options(options: dict[str, float]) -> None:
+    with pytest.raises(PeftxError, match=f"PrefixGrouper: {next(iter(options))}"):
+        PrefixGrouper(**options)
