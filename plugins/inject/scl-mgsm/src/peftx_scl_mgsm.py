@@ -44,7 +44,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, take_classes
-from peftx.errors import ConflictError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ConflictError, DataError, PeftxError
 from peftx.kernel.heads import Head, Pool, first_of, last_of
 from peftx.kernel.positions import place_of
 from peftx.toolkits.evaluation import eval_mode, head_answers
@@ -187,8 +187,6 @@ class SclMgsm(Plugin):
     @hookimpl
     def train_step(self, step: TrainStep) -> Tensor:
         """Take the batch in. The loss is |Y - G B|^2, the mean over rows, before that."""
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UnsupportedError("scl-mgsm trains in one process", hint="start without torchrun")
         with torch.no_grad(), eval_mode(step.module):
             if not self.head.seen.any():
                 self.project(step)
