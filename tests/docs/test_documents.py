@@ -70,7 +70,9 @@ def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Path("results/index.html").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/merging.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/export.md", "docs/merging.md"]
+)
 def test_commands_exist(document: str) -> None:
     from typer.main import get_command
 

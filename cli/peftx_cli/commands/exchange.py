@@ -27,7 +27,10 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")]
 Format = Annotated[
     str,
     typer.Option(
-        "--format", "-f", metavar="NAME", help="hf: a plain checkpoint; peft: an adapter of HF PEFT"
+        "--format",
+        "-f",
+        metavar="NAME",
+        help="hf: a plain checkpoint; peft: an adapter of HF PEFT; compressed-tensors: quantized layers as they are",
     ),
 ]
 Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="of peft: which of several adapters")]
@@ -36,7 +39,11 @@ Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="of peft: whi
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("import", epilog="Example: peftx import their-adapter -o bundle --model base")(import_)
-    app.command(epilog="Example: peftx export bundle adapter --format peft")(export)
+    examples = (
+        "Example: peftx export bundle adapter --format peft",
+        "Example: peftx export bundle packed --format compressed-tensors",
+    )
+    app.command(epilog="\n\n".join(examples))(export)
 
 
 def import_(
@@ -77,13 +84,14 @@ def export(
     """Write a bundle as other libraries read it.
 
     hf folds the plugins into the weights (as `peftx merge`), for transformers, vLLM, SGLang and others; peft keeps the
-    adapter apart, for HF PEFT, TRL and vLLM's `--lora-modules`. What a format cannot say is refused.
+    adapter apart, for HF PEFT, TRL and vLLM's `--lora-modules`; compressed-tensors keeps the integers of quantized
+    layers, for transformers, vLLM and SGLang. What a format cannot say is refused.
     """
     from transformers.utils import logging
 
     from peftx.engines.files import folder_bytes, make_place
     from peftx.errors import PeftxError
-    from peftx.interop import to_peft
+    from peftx.interop import to_compressed_tensors, to_peft
     from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
     from peftx_spec.errors import nearest
@@ -91,6 +99,7 @@ def export(
     writers: dict[str, Callable[[Stack], Path]] = {
         "hf": lambda stack: stack.export(output),
         "peft": lambda stack: to_peft(stack, output, id=id),
+        "compressed-tensors": lambda stack: to_compressed_tensors(stack, output),
     }
     if format not in writers:
         raise PeftxError(

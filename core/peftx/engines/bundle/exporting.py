@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,8 @@ from peftx.engines.bundle.manifest import versions
 from peftx.engines.files import read_json, replacing
 from peftx.errors import BundleError, MergeError
 from peftx.kernel.chain import is_ours
-from peftx.kernel.parts import AttentionPart, CallPart, DeltaPart, PromptPart, ReplacedPart, ShiftPart
+from peftx.kernel.members import Member
+from peftx.kernel.parts import AttentionPart, CallPart, DeltaPart, Part, PromptPart, ReplacedPart, ShiftPart
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
 from peftx.kernel.vocabulary import NewLogits, NewRows, widened
@@ -28,16 +31,7 @@ EXPORT = "peftx_export.json"
 def export(stack: Stack, path: Path) -> Path:
     """See `Stack.export`."""
     for member in stack.members:
-        if not stack.ledger.of(member.id):
-            continue
-        if member.claims(Claim.MERGEABLE):
-            stack.ledger.check_fold(member.id)
-        stays = (AttentionPart, PromptPart, ShiftPart, CallPart)
-        kinds = stays if member.claims(Claim.MERGEABLE) else (DeltaPart, *stays)
-        own = (
-            part for part in stack.ledger.of(member.id) if not isinstance(part.module, NewRows | NewLogits)
-        )
-        left = next((part for part in own if isinstance(part, kinds)), None)
+        left = unfolded(stack, member)
         if left is not None:
             raise MergeError(
                 f"'{member.id}' does not fold into the weights ({left.what} at {left.key}), so no plain checkpoint can "
@@ -46,8 +40,36 @@ def export(stack: Stack, path: Path) -> Path:
             )
     if stack.ledger.all(ReplacedPart):
         raise MergeError(
-            "a quantized stack has no plain checkpoint", hint="export before compressing, or save a bundle"
+            "a quantized stack has no plain checkpoint",
+            hint="peftx export --format compressed-tensors; or export before compressing, or save a bundle",
         )
+    with folded(stack):
+        state = weights(stack)
+        check_plain(blank(stack.model), state)
+        with writing(stack, path) as folder:
+            save_plain(stack, folder, state)
+    return path
+
+
+def unfolded(stack: Stack, member: Member) -> Part | None:
+    """Something of the plugin that no weights can hold.
+
+    Raises:
+        MergeError: it claims that its deltas fold, and one does not.
+    """
+    if not stack.ledger.of(member.id):
+        return None
+    if member.claims(Claim.MERGEABLE):
+        stack.ledger.check_fold(member.id)
+    stays = (AttentionPart, PromptPart, ShiftPart, CallPart)
+    kinds = stays if member.claims(Claim.MERGEABLE) else (DeltaPart, *stays)
+    own = (part for part in stack.ledger.of(member.id) if not isinstance(part.module, NewRows | NewLogits))
+    return next((part for part in own if isinstance(part, kinds)), None)
+
+
+@contextmanager
+def folded(stack: Stack) -> Iterator[None]:
+    """Inside, all deltas that fold are in the weights; behind it, the weights are the very same bits as before."""
     mergeable = [
         m.id
         for m in stack.members
@@ -56,29 +78,46 @@ def export(stack: Stack, path: Path) -> Path:
     if mergeable:
         stack.merge(*mergeable)
     try:
-        _refuse_strange_files(path)
-        with replacing(path, marker=EXPORT) as folder:
-            state = {n: t for n, t in stack.model.state_dict(keep_vars=True).items() if not is_ours(n)}
-            state |= _with_new_tokens(stack)
-            _check_plain(stack.model, state)
-            plain = type(
-                stack.model
-            ).save_pretrained  # the stack's own guard is for those who do not know of it
-            plain(stack.model, folder, state_dict={n: t.detach() for n, t in state.items()})
-            if stack.given_tokenizer is not None:
-                stack.given_tokenizer.save_pretrained(folder)
-            files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-            about = {
-                "base": stack.base_id,
-                "plugins": list(stack.plugins),
-                "versions": versions(),
-                "files": files,
-            }
-            (folder / EXPORT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        yield
     finally:
         if mergeable:
             stack.unmerge()
-    return path
+
+
+def weights(stack: Stack) -> dict[str, Tensor]:
+    """The model's own tensors under the base's names, with the rows of tokens that plugins added."""
+    state = {n: t for n, t in stack.model.state_dict(keep_vars=True).items() if not is_ours(n)}
+    return state | _with_new_tokens(stack)
+
+
+@contextmanager
+def writing(stack: Stack, path: Path) -> Iterator[Path]:
+    """An empty folder that takes `path`'s place at the end, with a note of what was written."""
+    _refuse_strange_files(path)
+    with replacing(path, marker=EXPORT) as folder:
+        yield folder
+        files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+        about = {
+            "base": stack.base_id,
+            "plugins": list(stack.plugins),
+            "versions": versions(),
+            "files": files,
+        }
+        (folder / EXPORT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def save_plain(stack: Stack, folder: Path, state: dict[str, Tensor]) -> None:
+    """Configuration, tensors and tokenizer, as `transformers` writes them."""
+    plain = type(stack.model).save_pretrained  # the stack's own guard is for those who do not know of it
+    plain(stack.model, folder, state_dict={n: t.detach() for n, t in state.items()})
+    if stack.given_tokenizer is not None:
+        stack.given_tokenizer.save_pretrained(folder)
+
+
+def blank(model: PreTrainedModel) -> PreTrainedModel:
+    """What `from_pretrained` makes of the model's configuration, without numbers."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config))
 
 
 def _refuse_strange_files(path: Path) -> None:
@@ -122,19 +161,17 @@ def _with_new_tokens(stack: Stack) -> dict[str, Tensor]:
     return found
 
 
-def _check_plain(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+def check_plain(plain: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """Refuse what `from_pretrained` would drop in silence: biases where the class has none, weights it ties."""
-    with torch.device("meta"):
-        plain = type(model)._from_config(copy.deepcopy(model.config)).state_dict(keep_vars=True)
-    kind = type(model).__name__
-    extra = sorted(state.keys() - plain.keys())
+    own, kind = plain.state_dict(keep_vars=True), type(plain).__name__
+    extra = sorted(state.keys() - own.keys())
     if extra:
         raise MergeError(
             f"{kind} has no parameter '{extra[0]}', so no plain checkpoint can hold it",
             hint="save a bundle instead",
         )
     first: dict[int, str] = {}
-    for name, tensor in plain.items():
+    for name, tensor in own.items():
         other = first.setdefault(id(tensor), name)
         if state[name] is not state[other] and not torch.equal(state[name], state[other]):
             raise MergeError(
