@@ -7,18 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
+from tokenizers import Regex, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from peftx import Claim, Plugin, Stack, hookimpl
-from peftx.errors import BundleError, MergeError, PeftxError
-from peftx.interop import compressed_tensors, to_compressed_tensors
+from peftx.errors import BundleError, MergeError, PeftxError, UnsupportedError
+from peftx.interop import compressed_tensors, gguf_file, to_compressed_tensors, to_gguf
 from peftx.kernel.parts import ReplacedPart
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.compression import QuantLinear, dequantize, quantize
@@ -395,3 +398,337 @@ def test_the_command_says_why_not(bundle: Path, tmp_path: Path) -> None:
     assert done.exit_code != 0
     assert "compressed-tensors" in str(done.exception) + done.output
     assert not out.exists()
+
+
+# -- gguf --------------------------------------------------------------------------------------------------------
+
+SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied, with biases": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama 3's rope": ("llama", {"rope_parameters": SCALED}),
+    "a linear rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def words(split: Any = None, **options: Any) -> Any:
+    """A tokenizer of bytes with some merges, split as GPT-2 does if not said otherwise."""
+    tokenizer = tiny_tokenizer(**options)
+    merges = [
+        ("t", "h"),
+        ("Ġ", "th"),
+        ("Ġth", "e"),
+        ("1", "2"),
+        ("12", "3"),
+        ("Ġ", "12"),
+        ("\u010a", "\u010a"),
+    ]
+    vocabulary = tokenizer.get_vocab()
+    for pair in merges:
+        vocabulary["".join(pair)] = len(vocabulary)
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=merges)
+    tokenizer.backend_tokenizer.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def merged_of(on: str = "llama", *plugins: Any, tokenizer: Any = None, **options: Any) -> Stack:
+    """A stack on a model with a row for each of `words`, and two more."""
+    stack = Stack(tiny(on, vocab_size=268, **options), list(plugins), tokenizer=tokenizer or words())
+    with torch.no_grad():
+        for id in stack.plugins:
+            for parameter in stack.ledger.parameters(id):
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    stack.model.eval()
+    return stack
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What gguf's own reader finds: fields and tensors."""
+    reader = gguf.GGUFReader(folder / "model.gguf")
+    return {n: f.contents() for n, f in reader.fields.items()}, {t.name: t for t in reader.tensors}
+
+
+def values_of(tensor: Any) -> Tensor:
+    return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_tensor_reads_back(shape: str, tmp_path: Path) -> None:
+    on, options = SHAPES[shape]
+    stack = merged_of(on, **options)
+    _, tensors = read(to_gguf(stack, tmp_path / "out"))
+    model, config = stack.model, stack.model.config
+    size = config.hidden_size // config.num_attention_heads if on != "qwen3" else config.head_dim
+    named = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    layer = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+             "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+             "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}  # fmt: skip
+    for index in range(config.num_hidden_layers):
+        named |= {f"blk.{index}.{theirs}": f"model.layers.{index}.{ours}" for theirs, ours in layer.items()}
+    count = 0
+    for theirs, ours in named.items():
+        for leaf in ("weight", "bias"):
+            if theirs == "output" and config.tie_word_embeddings:
+                assert "output.weight" not in tensors
+                continue
+            value = dict(model.named_parameters()).get(f"{ours}.{leaf}")
+            if value is None:
+                assert f"{theirs}.{leaf}" not in tensors
+                continue
+            found = values_of(tensors[f"{theirs}.{leaf}"])
+            wanted = value.detach().half().float() if value.dim() == 2 else value.detach()
+            if on in ("llama", "mistral") and theirs.endswith(("attn_q", "attn_k")):
+                turned = torch.empty_like(wanted)
+                for row in range(len(wanted)):  # by hand: halves of a head become neighbours
+                    head, place = divmod(row, size)
+                    half, index_in_half = divmod(place, size // 2)
+                    turned[head * size + 2 * index_in_half + half] = wanted[row]
+                wanted = turned
+            assert torch.equal(found, wanted), theirs
+            count += 1
+    assert count == len(tensors) - ("rope_freqs.weight" in tensors)
+    assert ("rope_freqs.weight" in tensors) == ("rope_parameters" in options)
+
+
+def test_factors_of_the_rope(tmp_path: Path) -> None:
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    _, tensors = read(to_gguf(merged_of(rope_parameters=linear), tmp_path / "out"))
+    torch.testing.assert_close(values_of(tensors["rope_freqs.weight"]), torch.full((4,), 4.0))
+
+
+def test_fields_and_words(tmp_path: Path) -> None:
+    stack = merged_of("qwen2")
+    fields, _ = read(to_gguf(stack, tmp_path / "out", type="q8_0"))
+    config, tokenizer = stack.model.config, stack.tokenizer
+    assert fields["general.architecture"] == "qwen2"
+    assert fields["general.file_type"] == 7
+    assert {n.partition(".")[2]: v for n, v in fields.items() if n.startswith("qwen2.")} == {
+        "vocab_size": 268, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": pytest.approx(config.rms_norm_eps), "rope.freq_base": 1e4,
+        "rope.dimension_count": 8, "attention.key_length": 8, "attention.value_length": 8,
+    }  # fmt: skip
+    told = {n.removeprefix("tokenizer.ggml."): v for n, v in fields.items() if n.startswith("tokenizer.")}
+    assert told["tokens"] == [
+        *(tokenizer.convert_ids_to_tokens(i) for i in range(266)),
+        "[PAD266]",
+        "[PAD267]",
+    ]
+    assert told["merges"][:2] == ["t h", "Ġ th"]
+    assert (told["model"], told["pre"]) == ("gpt2", "gpt-2")
+    normal, control, unused = 1, 3, 5
+    assert told["token_type"] == [control] * 3 + [normal] * 263 + [unused] * 2
+    assert [told[f"{n}_token_id"] for n in ("bos", "eos", "padding")] == [0, 1, 2]
+    assert told["add_bos_token"] is False
+
+
+def test_rounded_matrices(tmp_path: Path) -> None:
+    """Half a step at most, and what its scale of float16 loses; what fills no blocks is f16."""
+    stack = merged_of(hidden_size=64, intermediate_size=72)
+    rows = stack.model.model.layers[1].mlp.up_proj.weight.detach()
+    steps = {"q8_0": 127, "q4_0": 8}
+    for type, step in steps.items():
+        _, tensors = read(to_gguf(stack, tmp_path / type, type=type))  # type: ignore[arg-type]
+        kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+        assert kinds["blk.1.ffn_up.weight"] == type.upper()
+        assert kinds["blk.1.ffn_down.weight"] == "F16"
+        assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+        assert kinds["output_norm.weight"] == "F32"
+        assert tensors["blk.1.ffn_up.weight"].n_bytes == rows.numel() // 32 * (34 if type == "q8_0" else 18)
+        error = (values_of(tensors["blk.1.ffn_up.weight"]) - rows).view(-1, 32).abs().amax(1)
+        largest = rows.reshape(-1, 32).abs().amax(1)
+        # In q4_0 the end of the range that the largest number is not on has one step less.
+        assert (error <= largest / step * (0.6 if type == "q8_0" else 1.05)).all()
+
+
+def test_the_bytes_of_a_file(tmp_path: Path) -> None:
+    sizes = []
+    for type in ("f16", "q8_0", "q4_0"):
+        out = to_gguf(merged_of(), tmp_path / type, type=type)
+        reader = gguf.GGUFReader(out / "model.gguf")
+        assert sorted(contents(out)) == ["model.gguf", "peftx_export.json"]
+        ends = max(tensor.data_offset + -(-tensor.n_bytes // 32) * 32 for tensor in reader.tensors)
+        assert (out / "model.gguf").stat().st_size == ends
+        sizes.append(ends)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_plugins_are_in_the_weights(tmp_path: Path) -> None:
+    stack = merged_of("llama", Lora(rank=2, targets="mlp.up"))
+    before = logits(stack.model)
+    _, tensors = read(to_gguf(stack, tmp_path / "out"))
+    assert torch.equal(logits(stack.model), before)
+    stack.merge()
+    wanted = stack.model.model.layers[0].mlp.up_proj.weight.detach().half().float()
+    assert torch.equal(values_of(tensors["blk.0.ffn_up.weight"]), wanted)
+    stack.unmerge()
+    assert not torch.equal(stack.model.model.layers[0].mlp.up_proj.weight.half().float(), wanted)
+
+
+WAYS = {  # as the tokenizer.json of Llama 3 and Qwen 2 say it
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp does not split text")
+@pytest.mark.parametrize("name", [*WAYS, "gpt-2"])
+def test_the_way_of_splitting_is_found_on_the_bundled_words(name: str) -> None:
+    from peftx.engines.models import load_model
+    from peftx.interop.gguf_tokens import vocabulary_of
+
+    _, tokenizer = load_model("peftx:tiny")
+    assert tokenizer is not None
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "gpt-2")
+    first = [pre_tokenizers.Split(Regex(WAYS[name]), "isolated")] if name in WAYS else []
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_only])
+    found = vocabulary_of(tokenizer, 4096)
+    assert (found.split, found.begins) == (name, True)
+
+
+def test_another_way_of_splitting_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="llama.cpp does not split text as this tokenizer does"):
+        to_gguf(Stack("peftx:tiny"), tmp_path / "out")
+
+
+def huge() -> Stack:
+    stack = merged_of()
+    with torch.no_grad():
+        stack.model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    return stack
+
+
+NO_GGUF: dict[str, tuple[Any, str, str]] = {
+    "another family": (lambda: merged_of("gemma2"), "Gemma2ForCausalLM: --format gguf takes", "--format hf"),
+    "no language model": (lambda: merged_of(head="classification"), "ForSequenceClassification: --format gguf", "hf"),
+    "packed layers": (
+        lambda: stack_of(rounded(bits=4)), "'rounded' has packed model.layers.0", "--format compressed-tensors",
+    ),
+    "soft tokens": (
+        lambda: merged_of("llama", PromptTuning(length=2)), "'prompt-tuning' has more than weights", "--format peft",
+    ),
+    "decoding": (
+        lambda: merged_of("llama", AirDecoding()), "'air-decoding' takes part in decoding", "a bundle",
+    ),
+    "a window": (
+        lambda: merged_of("mistral", sliding_window=16), "has a window of 16 tokens, and llama.cpp's", "--format hf",
+    ),
+    "a bias": (
+        lambda: merged_of("qwen3", attention_bias=True),
+        r"qwen3 has no place for model.layers.0.self_attn.q_proj.bias", "--format hf",
+    ),
+    "an activation": (lambda: merged_of(hidden_act="gelu"), "has an activation of gelu", "--format hf"),
+    "a rope": (
+        lambda: merged_of(rope_parameters={**SCALED, "rope_type": "yarn"}), "has a rope of type yarn", "--format hf",
+    ),
+    "a scaled rope of qwen2": (
+        lambda: merged_of("qwen2", rope_parameters=SCALED), "has frequencies that it does not read", "--format hf",
+    ),
+    "bytes alone": (
+        lambda: merged_of(tokenizer=tiny_tokenizer()), "is no BPE of bytes with merges", "--format hf",
+    ),
+    "eos behind a text": (lambda: merged_of(tokenizer=words(ends=True)), "puts bos in front alone", "--format hf"),
+    "too large numbers": (huge, "blk.0.ffn_up.weight holds 100000", "--format hf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_GGUF)
+def test_what_llama_cpp_has_no_place_for_is_refused(what: str, tmp_path: Path) -> None:
+    make, said, hint = NO_GGUF[what]
+    stack = make()
+    with pytest.raises((MergeError, UnsupportedError), match=said) as caught:
+        to_gguf(stack, tmp_path / "out")
+    assert hint in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = to_gguf(merged_of(), tmp_path / "out")
+    before = contents(out)
+
+    def fails(name: str, values: Any) -> None:
+        if name == "output_norm.weight":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_file, "_check_range", fails)
+    with pytest.raises(BundleError, match="the old one is intact"):
+        to_gguf(merged_of(), out, type="q8_0")
+    assert contents(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_without_gguf_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = merged_of()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(PeftxError, match="needs gguf, which is not installed") as caught:
+        to_gguf(stack, tmp_path / "out")
+    assert caught.value.hint == "pip install 'peftx[gguf]'"
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp does not split text")
+def test_the_command_writes_a_file(tmp_path: Path) -> None:
+    bundle = Stack("peftx:tiny", [Lora(rank=2)]).save(tmp_path / "bundle")
+    run = CliRunner().invoke
+    done = run(app, ["export", str(bundle), str(tmp_path / "f"), "-f", "gguf", "--type", "q4_0", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["bytes"] == sum(map(len, contents(tmp_path / "f").values()))
+    assert read(tmp_path / "f")[0]["general.file_type"] == 2
+    wrong = run(app, ["export", str(bundle), str(tmp_path / "g"), "-f", "gguf", "--type", "q5"])
+    assert "type='q5' is none of 'f16', 'q8_0', 'q4_0'" in str(wrong.exception) + wrong.output
+    wrong = run(app, ["export", str(bundle), str(tmp_path / "g"), "--type", "q8_0"])
+    assert "--type is of gguf" in str(wrong.exception) + wrong.output
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Any:
+    return pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is built from source, which takes minutes"
+    )
+
+
+def engine(llama_cpp: Any, folder: Path) -> Any:
+    return llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=128, n_threads=1, verbose=False, logits_all=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llama_cpp_computes_the_same(llama_cpp: Any, shape: str, tmp_path: Path) -> None:
+    """It multiplies in float16."""
+    on, options = SHAPES[shape]
+    stack = merged_of(on, **options)
+    model = engine(llama_cpp, to_gguf(stack, tmp_path / "out"))
+    model.eval(IDS[0].tolist())
+    theirs = torch.from_numpy(np.array(model.scores[: IDS.shape[1]]))
+    model.close()
+    torch.testing.assert_close(theirs, logits(stack.model)[0], rtol=0, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp does not split text")
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_llama_cpp_writes_the_same_text(llama_cpp: Any, type: str, tmp_path: Path) -> None:
+    stack = Stack("peftx:tiny", [Lora(rank=2)])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("lora"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    stack.model.eval()
+    model = engine(llama_cpp, to_gguf(stack, tmp_path / "out", type=type))
+    for text in ("Once upon a time", "Write the log of Far Point for Monday."):
+        assert model.tokenize(text.encode(), special=True) == stack.tokenizer(text).input_ids
+        theirs = model(text, max_tokens=24, temperature=0)["choices"][0]["text"]
+        assert theirs == stack.generate(text, max_new_tokens=24)
+    model.close()

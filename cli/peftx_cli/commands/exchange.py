@@ -30,8 +30,13 @@ Format = Annotated[
         "--format",
         "-f",
         metavar="NAME",
-        help="hf: a plain checkpoint; peft: an adapter of HF PEFT; compressed-tensors: quantized layers as they are",
+        help="hf: a plain checkpoint; peft: an adapter of HF PEFT; compressed-tensors: quantized layers as they are; "
+        "gguf: a file for llama.cpp",
     ),
+]
+Type = Annotated[
+    str | None,
+    typer.Option("--type", metavar="NAME", help="of gguf: f16 (if left out), q8_0 or q4_0"),
 ]
 Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="of peft: which of several adapters")]
 
@@ -42,6 +47,7 @@ def register(app: typer.Typer) -> None:
     examples = (
         "Example: peftx export bundle adapter --format peft",
         "Example: peftx export bundle packed --format compressed-tensors",
+        "Example: peftx export bundle file --format gguf --type q8_0",
     )
     app.command(epilog="\n\n".join(examples))(export)
 
@@ -77,6 +83,7 @@ def export(
     output: Out,
     format: Format = "hf",
     id: Id = None,
+    type: Type = None,
     model: Base = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
@@ -85,13 +92,14 @@ def export(
 
     hf folds the plugins into the weights (as `peftx merge`), for transformers, vLLM, SGLang and others; peft keeps the
     adapter apart, for HF PEFT, TRL and vLLM's `--lora-modules`; compressed-tensors keeps the integers of quantized
-    layers, for transformers, vLLM and SGLang. What a format cannot say is refused.
+    layers, for transformers, vLLM and SGLang; gguf folds as hf does, into one file for llama.cpp. What a format cannot
+    say is refused.
     """
     from transformers.utils import logging
 
     from peftx.engines.files import folder_bytes, make_place
     from peftx.errors import PeftxError
-    from peftx.interop import to_compressed_tensors, to_peft
+    from peftx.interop import to_compressed_tensors, to_gguf, to_peft
     from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
     from peftx_spec.errors import nearest
@@ -100,6 +108,7 @@ def export(
         "hf": lambda stack: stack.export(output),
         "peft": lambda stack: to_peft(stack, output, id=id),
         "compressed-tensors": lambda stack: to_compressed_tensors(stack, output),
+        "gguf": lambda stack: to_gguf(stack, output, type=type or "f16"),
     }
     if format not in writers:
         raise PeftxError(
@@ -110,6 +119,8 @@ def export(
         raise PeftxError(
             f"--id names one adapter of several, and {format} holds all of them", hint="leave it out"
         )
+    if type is not None and format != "gguf":
+        raise PeftxError(f"--type is of gguf, and {format} keeps the model's own", hint="leave it out")
     make_place(output)
     logging.disable_progress_bar()
     stack = open_stack(bundle, model=model, device="cpu", trust_remote_code=trust_remote_code)

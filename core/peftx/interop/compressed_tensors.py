@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from peftx.engines.bundle.exporting import blank, check_plain, folded, save_plain, weights, writing
-from peftx.errors import MergeError, PeftxError
-from peftx.interop.refusals import BUNDLE, require_weights
+from peftx.errors import MergeError
+from peftx.interop.refusals import BUNDLE, require_package, require_weights
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.slots import base_class
 from peftx.stack import Stack
@@ -40,7 +40,7 @@ def to_compressed_tensors(stack: Stack, folder: str | Path) -> Path:
         BundleError: the folder holds something else, or cannot be written; it is as it was.
         PeftxError: the package `compressed-tensors` is not there.
     """
-    _require_package()
+    require_package("compressed_tensors", extra="compressed", format=FORMAT)
     require_weights(stack, FORMAT)
     layers = {part.key: _integers(part) for part in stack.ledger.all(ReplacedPart)}
     if not layers:
@@ -83,16 +83,6 @@ def _centred(q: Tensor, bits: int) -> Tensor:
     if q.dtype == torch.int8 or bits == 8:
         return to_signed(q)
     return q.to(torch.int8) - (1 << bits - 1)
-
-
-def _require_package() -> None:
-    try:
-        import compressed_tensors  # noqa: F401  what an installation without the extra lacks
-    except ModuleNotFoundError as error:
-        raise PeftxError(
-            f"--format {FORMAT} needs {error.name}, which is not installed",
-            hint="pip install 'peftx[compressed]'",
-        ) from error
 
 
 def _integers(part: ReplacedPart) -> QuantLinear:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from peftx.engines.bundle.exporting import unfolded
-from peftx.errors import MergeError
+from peftx.errors import MergeError, PeftxError
 from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart, FreePart, Part, Storage
 from peftx.kernel.plugin import Claim
 from peftx.stack import Stack
 
 BUNDLE = "a bundle holds it: peftx generate, peftx serve"
+
+
+def require_package(module: str, *, extra: str, format: str) -> None:
+    """Raises PeftxError with the extra of ours that brings a library which is not installed."""
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        raise PeftxError(
+            f"--format {format} needs {error.name}, which is not installed",
+            hint=f"pip install 'peftx[{extra}]'",
+        ) from error
 
 
 def require_weights(stack: Stack, format: str) -> None:
