@@ -177,7 +177,7 @@ def check_masks_hold(case: Case) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     stack.model.train()
     for _ in range(2):
-        stack.train_step(case.batch(stack), optimizer=optimizer)
+        stack.train_step(case.batch(stack), optimizer=optimizer, sources=case.sources(stack))
     for part in stack.ledger.all(BasePart):
         for name, mask in part.masks.items():
             now, before = part.module._parameters[name], part.original[name]

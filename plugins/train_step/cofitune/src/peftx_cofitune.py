@@ -106,7 +106,6 @@ class Cofitune(Plugin):
     architectures = ("phi3", "bloom")
     refuses = {"bert": "it is no decoder", "t5": "it is no decoder"}
     example = {"dropout": 0.2}
-    exempt = {"masks_hold": "the check's steps have no sources; the same is shown by the plugin's own tests"}
     sources = {"general": ({"text": "Snow is white."}, {"text": "Two and two are four, and one is less."})}
     config: CofituneConfig
 
