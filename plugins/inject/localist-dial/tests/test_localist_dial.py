@@ -160,6 +160,19 @@ def test_what_goes_astray_stays_below_the_bound() -> None:
         assert first[2] == 4 * has.sum()
 
 
+@torch.no_grad()
+def test_pads_are_of_no_block_though_their_token_be_of_one() -> None:
+    stack, plugin = stack_of()
+    ids, _ = ids_and_blocks(TEXT)
+    padded = torch.cat((ids[:, :1].expand(1, 3), ids), 1)  # "a" is a vowel
+    mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
+    plugin.blocks.notes = []
+    stack.model(ids)
+    stack.model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    notes, plugin.blocks.notes = torch.stack(plugin.blocks.notes), None
+    torch.testing.assert_close(notes[2:], notes[:2], rtol=1e-4, atol=1e-3)
+
+
 def test_where_a_head_is_gone_the_bound_is_exact() -> None:
     """All scores are 0, so that a query has v e^dial against w."""
     stack, plugin = stack_of("qwen2", dial=2.0)
