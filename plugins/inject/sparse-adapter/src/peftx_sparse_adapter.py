@@ -77,22 +77,21 @@ class SparseAdapter(Plugin):
     """See the module.
 
     Attributes:
-        state: `entries`, N; `chosen`, once there is a mask.
+        state: `chosen`, once there is a mask.
     """
 
     Config = SparseAdapterConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NEEDS_GRADIENTS, Claim.READS_LOSS}
+    claims = {Claim.IDENTITY_AT_START, Claim.NEEDS_GRADIENTS, Claim.READS_LOSS}
     config: SparseAdapterConfig
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         self.sizes = [w.numel() for w in matrices(stack, model.owner)]
-        # Adapters that were folded into the weights are no longer there when a bundle is loaded, and the mask is.
-        if N := self.state.setdefault("entries", sum(self.sizes)):
-            self.mask = model.keep("mask", Mask(N))
+        if self.sizes:
+            self.mask = model.keep("mask", Mask(sum(self.sizes)))
 
     def check(self, stack: Stack) -> None:
-        if stack.ledger.parts and not self.state["entries"]:
+        if stack.ledger.parts and not self.sizes:
             owner, others = stack.id_of(self), ", ".join(stack.plugins)
             raise ConflictError(
                 f"{owner} prunes matrices of adapters that stand before it, and in the order {others} there are none",

@@ -451,20 +451,15 @@ def test_a_bundle_goes_on_with_its_mask(tmp_path: Path) -> None:
     assert all(not w[~m].any() for w, m in zip(weights(again), mask_of(again), strict=True))
 
 
-def test_what_is_left_of_lora_merges(tmp_path: Path) -> None:
-    """Also for good: the bundle has the mask then, and no matrices."""
+def test_what_is_left_of_lora_merges() -> None:
     stack = stack_of(score="magnitude", sparsity=0.6)
     spread(stack)
     steps(stack, 2)
     inputs = example_inputs(stack.model)
     with torch.no_grad():
         before = stack.model(**inputs).logits
-        stack.merge(keep=False)
-        merged = stack.model(**inputs).logits
-        torch.testing.assert_close(merged, before, rtol=1e-4, atol=1e-5)
-        again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
-        assert torch.equal(again.model(**inputs).logits, merged)
-    assert Claim.BESIDE_WEIGHTS in SparseAdapter.claims  # what starts from merged weights may follow
+        stack.merge("lora")
+        torch.testing.assert_close(stack.model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["snip", "grasp"])
