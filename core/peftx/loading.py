@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ from peftx.errors import BundleError
 from peftx.interop.importing import import_peft
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.identity import fingerprint
-from peftx.kernel.parts import BasePart
+from peftx.kernel.parts import BasePart, hollowed
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.view import ModelView
 from peftx.stack import Stack
@@ -237,12 +236,9 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
     if entry.folded is not None:
         for path, names in entry.folded.items():
             module = stack.model.get_submodule(path)
-            own = module._parameters
-            if unknown := [name for name in names if name not in own]:
+            if unknown := [name for name in names if name not in module._parameters]:
                 raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'")
-            undo = partial(own.update, dict(own))
-            for name in names:
-                own[name] = nn.Parameter(_hollow(own[name]), requires_grad=False)
+            undo = hollowed(stack.model, module, names)
             reason = f"{owner} was folded into the weights for good"
             part = BasePart(owner, path, module, stack.model, tuple(names), final=reason, put_back=undo)
             stack.ledger.parts.append(part)
@@ -339,11 +335,6 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
         else:
             _check_shape(name, module._buffers[leaf], value)
             module._buffers[leaf] = value
-
-
-def _hollow(tensor: Tensor | None) -> Tensor:
-    """Shape and dtype of a tensor that is to be filled; empty where a bias is new."""
-    return torch.empty(0, device="meta") if tensor is None else torch.empty_like(tensor, device="meta")
 
 
 def _aligned(tensor: Tensor) -> Tensor:

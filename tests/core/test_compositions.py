@@ -36,6 +36,9 @@ TRIPLES = [
     recipe_of("aligner", "sparselora", "user-profile"),
     recipe_of("dora", "hft", "cfsp"),  # one folds for good into what another trains
     recipe_of("alphatuning", "selectit", "pissa"),
+    recipe_of("d2o", "lora", "multi-control"),  # columns of rows of which each has several answers
+    recipe_of("signround", "spp", "p-tuning-v2", arch="bert"),  # a packed layer that is a block too
+    recipe_of("lora", "delta-come", QUANTIZER, arch="mamba"),  # folded for good into weights that are tied
 ]
 """Whose pairs all work."""
 

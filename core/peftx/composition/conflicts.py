@@ -214,6 +214,8 @@ def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]
     if rule is None or (not rule.ordered and rule not in LATE_RULES):
         return conflict
     first, second = (next(m for m in members if m.id == id) for id in (conflict.first, conflict.second))
+    if first.claims(Claim.TRAINS_BASE) and second.claims(Claim.TRAINS_BASE):
+        return conflict  # which weights, only a model tells
     later = [m for m in members if m is not first]
     earlier = [m for m in members if m is not second]
     later.insert(later.index(second) + 1, first)

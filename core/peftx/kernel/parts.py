@@ -5,7 +5,7 @@ Every way to change a model has a kind of part of its own, which knows how to un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -322,3 +322,23 @@ def swap(
         tied = [(m, n) for m in model.modules() for n, p in m._parameters.items() if p is old[name]]
         for owner_module, owner_name in tied or [(module, name)]:
             owner_module._parameters[owner_name] = parameter
+
+
+def hollowed(model: PreTrainedModel, module: nn.Module, names: Sequence[str]) -> Callable[[], None]:
+    """Empty these parameters, wherever they are tied; the inverse."""
+    own = dict(module._parameters)
+    new = {name: nn.Parameter(hollow(own[name]), requires_grad=False) for name in names}
+    module._parameters.update({name: new[name] for name in names if own[name] is None})  # a bias that is new
+    there = [name for name in names if own[name] is not None]
+    swap(model, module, own, {name: new[name] for name in there})
+
+    def undo() -> None:
+        swap(model, module, new, {name: own[name] for name in there})  # type: ignore[misc]
+        module._parameters.update(own)
+
+    return undo
+
+
+def hollow(tensor: Tensor | None) -> Tensor:
+    """Shape and dtype of a tensor that is to be filled; empty where a bias is new."""
+    return torch.empty(0, device="meta") if tensor is None else torch.empty_like(tensor, device="meta")

@@ -156,7 +156,7 @@ class Dsee(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        config, plain = self.config, {site.key: site for site in model.anatomy.sites}
+        config, plain = self.config, {site.key: site for site in model.anatomy.sites if site.kind != "block"}
         updated = {site.key: site for site in model.linears(config.targets)}
         pruned = {site.key: site for site in model.linears(config.pruned)} if config.sparsity else {}
         r, self.deltas = config.rank, dict[str, PrunedDelta]()

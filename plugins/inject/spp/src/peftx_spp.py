@@ -120,7 +120,10 @@ class Spp(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        rank, plain = self.config.rank, {site.key: site for site in model.anatomy.sites}
+        rank, plain = (
+            self.config.rank,
+            {site.key: site for site in model.anatomy.sites if site.kind != "block"},
+        )
         options = {"scale": self.config.alpha / rank, "dropout": self.config.dropout, "pruned": self.pruned}
         sites = model.linears(self.config.targets)
         looked_at = not (model.restoring or sites[0].weight.is_meta)

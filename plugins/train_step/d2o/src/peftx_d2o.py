@@ -75,6 +75,11 @@ def pairs_of(batch: dict[str, Tensor]) -> tuple[list[tuple[list[int], list[int]]
     return [(row[x].tolist(), row[y].tolist()) for row, x, y in rows], others
 
 
+def repeated(columns: dict[str, Tensor], times: int) -> dict[str, Tensor]:
+    """Columns of rows that each stand so many times, one after the other."""
+    return {name: x.repeat_interleave(times, 0) for name, x in columns.items()}
+
+
 class D2o(Plugin):
     """See the module."""
 
@@ -110,14 +115,17 @@ class D2o(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         config, stack = self.config, step.stack
         pairs, others = pairs_of(step.batch)
-        with step.reference(config.reference) as pi_r, stack.columns(**others):
-            drawn = self.draw(stack, [x for x, _ in pairs])  # K of each prompt
+        with step.reference(config.reference) as pi_r:
+            with stack.columns(**repeated(others, config.samples)):
+                drawn = self.draw(stack, [x for x, _ in pairs])  # K of each prompt
+            others = repeated(others, 1 + config.samples)
             answers = [(x, y) for (x, y_l), ys in zip(pairs, drawn, strict=True) for y in (y_l, *ys)]
             rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in answers]
             batch = Collator(pad_of(pi_r, stack.tokenizer))(rows)  # [B (1 + K), T]
             batch = {name: value.to(pi_r.device) for name, value in batch.items()}
             labels = batch.pop("labels")
-            before = log_probs(pi_r(**batch).logits, labels)
+            with stack.columns(**others):
+                before = log_probs(pi_r(**batch).logits, labels)
         step.batch = {**others, **batch, "labels": labels}  # which terms of other plugins read
 
         def loss() -> tuple[Tensor, Any]:

@@ -106,10 +106,9 @@ class Panda(Plugin):
     config: PandaConfig
 
     def check(self, stack: Stack) -> None:
-        pairs = (
-            m.id for m in stack.members if m.claims(Claim.REPLACES_LOSS) and "preference" in m.plugin.takes
-        )
-        if (other := next(pairs, None)) is not None:
+        own = (m for m in stack.members if m.claims(Claim.REPLACES_LOSS))
+        rows = (m.id for m in own if m.plugin.sources or "preference" in m.plugin.takes)
+        if (other := next(rows, None)) is not None:
             raise ConflictError(
                 f"'{stack.id_of(self)}' compares logits at the labels of a batch, and '{other}' runs rows of its own",
                 hint="keep one of them",

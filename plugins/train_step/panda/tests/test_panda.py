@@ -336,3 +336,11 @@ def test_a_loss_on_rows_of_its_own_is_refused() -> None:
             ConflictError, match="'panda' compares logits at the labels of a batch, and 'd2o' runs"
         ):
             Stack(tiny("llama"), [PromptTuning(length=3), *plugins], tokenizer=tiny_tokenizer())
+
+
+def test_what_trains_on_rows_of_further_sources_is_refused() -> None:
+    """Its step puts them in the place of those whose labels were read."""
+    qtuning = pytest.importorskip("peftx_q_tuning").QTuning
+    members = [PromptTuning(length=2), Panda(source=OWN), qtuning(**qtuning.example)]
+    with pytest.raises(ConflictError, match="'q-tuning' runs rows of its own"):
+        Stack(tiny("llama"), members, tokenizer=tiny_tokenizer())
