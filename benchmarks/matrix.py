@@ -1,4 +1,4 @@
-"""Every ordered pair of the installed plugins: results/matrix.html (a map) and results/matrix.json.
+"""Every ordered pair of the installed plugins: results/matrix.html (a map), and results/matrix.json (not committed).
 
 python benchmarks/matrix.py --seed 1       # other stacks that cover the same pairs, so other threes and fours
 """
