@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 import typer
 
@@ -94,6 +97,24 @@ def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
 def warn(message: str) -> None:
     """Something that the user should know, and that stops nothing."""
     say(message, title="warning")
+
+
+def tell_warnings() -> None:
+    """Our own warnings are messages to the user; those of other libraries stay as Python shows them."""
+    others = warnings.showwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:  # fmt: skip
+        place = Path(filename)
+        ours = "peftx" in place.parts or place.name.startswith("peftx_")
+        if ours and issubclass(category, UserWarning):
+            warn(str(message))
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = shown
 
 
 def _print_problem(problem: Problem) -> None:

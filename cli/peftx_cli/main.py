@@ -72,4 +72,5 @@ def main() -> None:
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # its warning after a fork would end up in our output
+    failures.tell_warnings()
     app(prog_name="peftx")

@@ -17,9 +17,9 @@ from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, row
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
-from peftx.engines.training.processes import launched
+from peftx.engines.training.processes import check_alone
 from peftx.engines.training.run import TrainingReport, as_training_data, train
-from peftx.errors import BundleError, DataError, PeftxError
+from peftx.errors import BundleError, DataError
 from peftx.interop.importing import begin_with
 from peftx.kernel.members import Member
 from peftx.stack import Stack
@@ -73,11 +73,7 @@ class Run:
         resume: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        if launched() > 1:
-            raise PeftxError(
-                f"a pipeline runs in one process, and {launched()} were launched",
-                hint="a script of your own that calls stack.train: docs/training.md",
-            )
+        check_alone()
         self.pipeline = pipeline
         self.trust_remote_code = trust_remote_code
         self.registry = registry or Registry()

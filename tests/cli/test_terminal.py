@@ -91,6 +91,20 @@ def test_sizes(count: int, text: str) -> None:
     assert size(count) == text
 
 
+def test_a_warning_of_ours_is_a_message_and_names_no_line_of_code() -> None:
+    code = (
+        "import warnings; from peftx_cli.failures import tell_warnings; tell_warnings(); "
+        "warnings.warn_explicit('mind the {}', UserWarning, 'core/peftx/{}.py', 7); "
+        "warnings.warn_explicit('theirs', UserWarning, 'lib/other.py', 8)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("{}", "gap")], capture_output=True, text=True, check=True
+    )
+    assert "warning: mind the gap\n" in done.stderr
+    assert "peftx/gap.py" not in done.stderr
+    assert "lib/other.py:8: UserWarning: theirs" in done.stderr
+
+
 # -------------------------------------------------------------------------------------------------------------- serve
 def test_serve_listens_on_loopback_unless_told(
     installed: Any, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,8 @@ class Rule:
     reason: str
     """With {one} and {two}."""
     ordered: bool = False
+    late: bool = False
+    """Only where `one` compresses behind the training."""
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -154,25 +156,24 @@ RULES = (
         "{two} starts from merged weights, and {one} does not fold into the weights",
         ordered=True,
     ),
-)
+    Rule(
+        _claiming(Claim.QUANTIZES),
+        Side(lambda plugin: _changes_model(plugin) and Claim.BESIDE_WEIGHTS not in plugin.claims, (),
+             "a plugin that stands on linear layers, unless it compresses first (phase: before-training)"),
+        "{one} replaces layers behind the training, and {two}, which comes after it, stands on them then",
+        ordered=True,
+        late=True,
+    ),
+    Rule(
+        Side(lambda plugin: Claim.NEEDS_CALIBRATION in plugin.claims and "compress" in hooks_of(plugin),
+             (Claim.NEEDS_CALIBRATION,),
+             "a plugin that calibrates layer by layer, unless it compresses first (phase: before-training)"),
+        _claiming(Claim.WHOLE_CALLS),
+        "{one} runs layers one by one to calibrate, and {two} works in calls of the whole model",
+        late=True,
+    ),
+)  # fmt: skip
 """Who does not go with whom. `find_conflicts` and `rules` both read it."""
-
-ON_REPLACED = Rule(
-    _claiming(Claim.QUANTIZES),
-    Side(lambda plugin: _changes_model(plugin) and Claim.BESIDE_WEIGHTS not in plugin.claims, (),
-         "a plugin that stands on linear layers, unless it compresses first (phase: before-training)"),
-    "{one} replaces layers behind the training, and {two}, which comes after it, stands on them then",
-    ordered=True,
-)  # fmt: skip
-CALIBRATES_ALONE = Rule(
-    Side(lambda plugin: Claim.NEEDS_CALIBRATION in plugin.claims and "compress" in hooks_of(plugin),
-         (Claim.NEEDS_CALIBRATION,),
-         "a plugin that calibrates layer by layer, unless it compresses first (phase: before-training)"),
-    _claiming(Claim.WHOLE_CALLS),
-    "{one} runs layers one by one to calibrate, and {two} works in calls of the whole model",
-)  # fmt: skip
-LATE_RULES = (ON_REPLACED, CALIBRATES_ALONE)
-"""About plugins that compress behind the training, and no others."""
 
 
 def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
@@ -182,6 +183,7 @@ def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
 
 
 def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | None]]:
+    late = _compressing_late(members)
     for first, second in combinations(members, 2):
         for claim, why in EXCLUSIVE.items():
             if first.claims(claim) and second.claims(claim):
@@ -189,16 +191,12 @@ def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | No
         for rule in RULES:
             pairs = [(first, second)] if rule.ordered else [(first, second), (second, first)]
             for one, two in pairs:
-                if rule.one.is_it(one.plugin) and rule.two.is_it(two.plugin):
+                if (
+                    rule.one.is_it(one.plugin)
+                    and rule.two.is_it(two.plugin)
+                    and (one in late or not rule.late)
+                ):
                     reason = rule.reason.format(one=one, two=two)
-                    yield Conflict(first.id, second.id, rule.claims, reason), rule
-    for late in _compressing_late(members):
-        place = members.index(late)
-        for rule in LATE_RULES:
-            for other in members[place + 1 :] if rule.ordered else (*members[:place], *members[place + 1 :]):
-                if rule.one.is_it(late.plugin) and rule.two.is_it(other.plugin):
-                    first, second = sorted((late, other), key=members.index)
-                    reason = rule.reason.format(one=late, two=other)
                     yield Conflict(first.id, second.id, rule.claims, reason), rule
 
 
@@ -211,7 +209,7 @@ def _compressing_late(members: Sequence[Member]) -> list[Member]:
 
 def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]) -> Conflict:
     """The conflict with an order of the whole stack that works, if one of the two moved past the other makes one."""
-    if rule is None or (not rule.ordered and rule not in LATE_RULES):
+    if rule is None or not (rule.ordered or rule.late):
         return conflict
     first, second = (next(m for m in members if m.id == id) for id in (conflict.first, conflict.second))
     if first.claims(Claim.TRAINS_BASE) and second.claims(Claim.TRAINS_BASE):
@@ -311,7 +309,7 @@ def check(members: Sequence[Member]) -> None:
 def rules(plugin: AnyPlugin) -> list[str]:
     """What a plugin does not go with, in sentences; from its claims alone."""
     found = [f"one in a stack: {claim}" for claim in EXCLUSIVE if claim in plugin.claims]
-    for rule in (*RULES, *LATE_RULES):
+    for rule in RULES:
         if rule.one.is_it(plugin):
             found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
         if rule.two.is_it(plugin):

@@ -1,4 +1,4 @@
-"""A run on several processes (torchrun, Ray Train), which make the same updates.
+"""A run on several processes (torchrun), which make the same updates.
 
 Each process computes its own micro-batches of a step. Their gradients are averaged once, behind the last of them and
 before any plugin reads them. `DistributedDataParallel` does so inside of the backward pass, and knows the parameters
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from peftx.engines.training.state_io import flatten
 from peftx.errors import ConflictError, PeftxError
@@ -71,6 +71,15 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_alone() -> None:
+    """Raises PeftxError where others were launched beside this process."""
+    if launched() > 1:
+        raise PeftxError(
+            f"a pipeline runs in one process, and {launched()} were launched",
+            hint="a script of your own that calls stack.train: docs/training.md",
+        )
+
+
 def check_claims(stack: Stack, count: int) -> None:
     """Raises ConflictError where a plugin's step makes nothing that processes could average."""
     found = [member.id for member in stack.members if member.claims(Claim.REPLACES_STEP)]
@@ -106,19 +115,21 @@ def begin_alike(stack: Stack, processes: Processes) -> None:
         tensor.data.copy_(own)
 
 
-def checksum(tensors: Sequence[Tensor]) -> list[float]:
-    """Of what trains, exactly the same wherever the numbers are."""
-    return [float(t.detach().sum(dtype=torch.float64)) for t in tensors]
+def checksums(stack: Stack) -> dict[str, list[float]]:
+    """Of what each plugin trains; exactly the same wherever the numbers are."""
+    trained = {id: [p for p in stack.ledger.parameters(id) if p.requires_grad] for id in stack.plugins}
+    sums = {id: [p.detach().sum(dtype=torch.float64) for p in own] for id, own in trained.items() if own}
+    return {id: torch.stack(own).tolist() for id, own in sums.items()}
 
 
 def check_alike(stack: Stack, processes: Processes, step: int) -> None:
     """Raises PeftxError where the processes have come apart."""
     if processes.count == 1:
         return
-    own = {id: checksum([p for p in stack.ledger.parameters(id) if p.requires_grad]) for id in stack.plugins}
+    own = checksums(stack)
     for other in processes.gather(own):
         if other != own:
-            apart = next(id for id in own if other[id] != own[id])
+            apart = next(id for id in stack.plugins if other.get(id) != own.get(id))
             raise PeftxError(
                 f"after {step} steps the processes have different numbers in '{apart}': something of the stack decides "
                 "by the rows of its own process",

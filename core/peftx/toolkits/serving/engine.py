@@ -101,7 +101,7 @@ class Engine:
         job = Job(request, ids, self.room_of(request, ids))
         with self._changed:
             if self._closed or self._retiring:
-                raise PeftxError(f"'{self.server.name}' is closing")
+                raise PeftxError(f"'{self.server.name}' is closing", hint="ask another model: GET /v1/models")
             if len(self._waiting) >= self.server.scheduler.max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests wait already", hint="try again later")
             self._waiting.append(job)

@@ -79,7 +79,10 @@ class Models:
         with self._loading:
             engine = self.engine(name)
             if name == self._first:
-                raise PeftxError(f"'{name}' answers where no model is named, and stays")
+                raise PeftxError(
+                    f"'{name}' answers where no model is named, and stays",
+                    hint="start the server with another one first",
+                )
             del self._engines[name]
         engine.retire()
 
