@@ -94,30 +94,35 @@ def test_an_error_that_begins_like_the_id_is_blamed_all_the_same() -> None:
 # -- rules: one table ------------------------------------------------------------------------------------------------
 
 
-def _with(*claims: Claim, hook: str = "inject") -> Member:
+def _with(*claims: Claim, hook: str = "inject", phase: str | None = None) -> Member:
     @hookimpl
     def method(self: object) -> None: ...
 
     return Member(
-        f"p{len(claims)}{hook[:1]}", type("Made", (Plugin,), {"claims": set(claims), hook: method})()
+        f"p{len(claims)}{hook[:1]}",
+        type("Made", (Plugin,), {"claims": set(claims), hook: method})(),
+        phase=phase,
     )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule.claims) or "folding")
 def test_what_is_told_of_a_plugin_is_what_is_checked(rule: object) -> None:
     """For every pair of claims: a sentence of `rules` for both sides if, and only if, the check finds a conflict."""
-    claims = [(), *((claim,) for claim in Claim)]
+    claims, hits = [(), *((claim,) for claim in Claim)], 0
+    late: dict[str, str] = {"hook": "compress", "phase": "after-training"} if rule.late else {}  # type: ignore[attr-defined]
     for ones in claims:
         for twos in claims:
-            one, two = _with(*ones), Member("two", _with(*twos).plugin)
+            one, two = _with(*ones, **late), Member("two", _with(*twos).plugin)
             hit = rule.one.is_it(one.plugin) and rule.two.is_it(two.plugin)  # type: ignore[attr-defined]
             if not hit:
                 continue
+            hits += 1
             assert any(rule.reason.format(one=one, two=two) == c.reason for c in find_conflicts([one, two]))  # type: ignore[attr-defined]
             word = "before" if rule.ordered else "beside"  # type: ignore[attr-defined]
             assert f"not {word} {rule.two.told}" in rules(one.plugin)  # type: ignore[attr-defined]
             back = "after" if rule.ordered else "beside"  # type: ignore[attr-defined]
             assert f"not {back} {rule.one.told}" in rules(two.plugin)  # type: ignore[attr-defined]
+    assert hits
 
 
 def test_an_order_that_is_named_works() -> None:
