@@ -587,20 +587,27 @@ def test_half_a_character_is_refused(client: TestClient, body: dict[str, Any]) -
     assert "valid string" in found.json()["error"]["message"]
 
 
-def test_a_row_that_fails_after_its_answer_does_not_stop_the_server(stack: Stack) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_row_that_fails_after_its_answer_does_not_stop_the_server(
+    stack: Stack, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second of two rows: the first one's answer was given already when the error came."""
-
-    class Breaks(Engine):
-        count = 0
-
-        def _completion(self, job: Job, row: list[int], generation: Any) -> Any:
-            self.count += 1
-            if self.count == 2:
-                raise ValueError("the second one")
-            return super()._completion(job, row, generation)
-
+    recorder = Recorder()
+    recorder.shapes, recorder.gate = [], threading.Event()
+    recorder.gate.set()
     scheduler = Scheduler(max_wait_ms=200, max_batch=2)
-    with Breaks(Server(stack, name="small", scheduler=scheduler)) as engine:
+    with Engine(Server(built(recorder) if whole else stack, scheduler=scheduler)) as engine:
+        assert bool(engine.whole) is whole
+        answers, asked = engine._batch.answers, []
+        finish = answers.finish
+
+        def breaks(job: Job, *rest: Any) -> None:
+            asked.append(job)
+            if len(asked) == 2:
+                raise ValueError("the second one")
+            finish(job, *rest)
+
+        monkeypatch.setattr(answers, "finish", breaks)
         jobs = [engine.submit(Request(prompt, max_tokens=4, temperature=0)) for prompt in PROMPTS[:2]]
         assert jobs[0].result(30).completion_tokens == 4
         with pytest.raises(ValueError, match="the second one"):

@@ -191,7 +191,7 @@ def serve(
     targets: Targets,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    max_batch: MaxBatch = 8,
+    max_batch: MaxBatch = 32,
     max_wait_ms: MaxWait = 5.0,
     prefix_cache: PrefixCache = False,
     adapters: Adapters = None,

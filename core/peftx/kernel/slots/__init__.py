@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftx.kernel.slots.attaching import attach, bake, detach, enable, without_fast_path
-from peftx.kernel.slots.carrier import base_class, is_map, kind_of, packed, slot_of
+from peftx.kernel.slots.carrier import base_class, is_map, kind_of, open_slot, packed, slot_of
 from peftx.kernel.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
 from peftx.kernel.slots.folding import check_folds, fold_into, follow, merge, snapshot, unmerge
 from peftx.kernel.slots.rows import Rows
@@ -29,6 +29,7 @@ __all__ = [
     "is_map",
     "kind_of",
     "merge",
+    "open_slot",
     "packed",
     "slot_of",
     "snapshot",

@@ -120,9 +120,10 @@ def routes(app: FastAPI, models: Models) -> None:
     @app.get("/health")
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
-        each = {e.server.name: {"queued": e.queued, "served": e.served, "batches": e.batches} for e in models}
-        sums = {key: sum(one[key] for one in each.values()) for key in ("queued", "served", "batches")}
-        return {"status": "ok", **sums, "models": each}
+        counts = {e.server.name: {"queued": e.queued, "served": e.served, "batches": e.batches} for e in models}
+        sums = {key: sum(one[key] for one in counts.values()) for key in ("queued", "served", "batches")}
+        ways = {e.server.name: {"batching": f"whole: {e.whole}" if e.whole else "continuous"} for e in models}
+        return {"status": "ok", **sums, "models": {name: counts[name] | ways[name] for name in counts}}
 
     @app.get("/metrics")
     def scraped() -> Response:

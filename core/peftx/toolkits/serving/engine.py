@@ -1,52 +1,38 @@
 """The queue, and the one thread that runs the model.
 
-A batch is the first waiting request and those that arrive within `max_wait_ms` and sample alike; it runs as one call,
-left-padded, to the longest of their lengths, and each row is cut to its own.
+Rows come and go at every step (`rows.py`) where the model and what stands on it compute the same that way, which is
+tried when an engine is made; batches run whole (`batches.py`) elsewhere.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
+from typing import TYPE_CHECKING
 
 from peftx.engines.data.gate import require_text
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.positions import free_positions
-from peftx.toolkits.decoding.generation import decode
-from peftx.toolkits.decoding.text import COLDEST, check_ids, check_length, ids_for, request_of_ids
-from peftx.toolkits.serving.job import MOST_LEFT, Completion, Job, Request
+from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
+from peftx.toolkits.serving.answers import Answers
+from peftx.toolkits.serving.batches import Batches
+from peftx.toolkits.serving.job import MOST_LEFT, Job, Request
+from peftx.toolkits.serving.packed import pack
 from peftx.toolkits.serving.prefix import PrefixCache
-from peftx.toolkits.serving.scoring import scores_of, shaping
+from peftx.toolkits.serving.rows import Rows, prove
 from peftx.toolkits.serving.server import Server
-from peftx.toolkits.serving.stream import TextStream, cut_at_stop
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
-    from peftx.toolkits.decoding import Generation
+
+PATIENCE = 1.0
+"""Seconds that rows wait for those who want the model for something else."""
 
 
 class QueueFull(PeftxError):
     """More requests wait than the scheduler allows."""
-
-
-class _Cancelled(StoppingCriteria):
-    """Ends the loop when every job of the batch was cancelled."""
-
-    def __init__(self, jobs: list[Job]) -> None:
-        self._jobs = jobs
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        gone = all(job.cancelled for job in self._jobs)
-        return torch.full((input_ids.shape[0],), gone, dtype=torch.bool, device=input_ids.device)
 
 
 class Engine:
@@ -61,15 +47,27 @@ class Engine:
         if not stack.model.can_generate():
             raise UnsupportedError(f"{type(stack.model).__name__} generates no text, so it cannot be served")
         server.prepare()
+        scheduler = server.scheduler
         self.server = server
         self.served = 0  # requests that were taken from the queue
-        self.batches = 0
+        self.batches = 0  # times that some were
         self.prefixes = (
-            PrefixCache(stack.model, entries=server.scheduler.prefix_entries)
-            if server.scheduler.prefix_cache
-            else None
+            PrefixCache(stack.model, entries=scheduler.prefix_entries) if scheduler.prefix_cache else None
         )
+        self.whole = ""
+        """Why batches run whole; empty where rows come and go."""
+        self._batch: Rows | Batches
+        stack.model.eval()
+        self.packed = pack(stack.model) if scheduler.pack_weights else 0  # linear layers
+        answers = Answers(stack)
+        try:
+            prove(stack, answers)
+            self._batch = Rows(stack, answers, most=scheduler.max_batch, prefixes=self.prefixes)
+        except UnsupportedError as reason:
+            self.whole = str(reason)
+            self._batch = Batches(answers, most=scheduler.max_batch, prefixes=self.prefixes)
         self._tokenizer = stack.tokenizer
+        self._guests = 0  # threads that want the model between two steps
         self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
@@ -145,12 +143,18 @@ class Engine:
     @contextmanager
     def using(self) -> Iterator[Stack]:
         """The model and its tokenizer for something else than a request's text: nothing else runs meanwhile."""
-        with self._running, self._tokenizing:
-            yield self.server.stack
+        with self._changed:
+            self._guests += 1
+        try:
+            with self._running, self._tokenizing:
+                yield self.server.stack
+        finally:
+            with self._changed:
+                self._guests -= 1
+                self._changed.notify_all()
 
     def start(self) -> Engine:
         if self._thread is None:
-            self.server.stack.model.eval()
             self._thread = threading.Thread(target=self._loop, name="peftx-engine", daemon=True)
             self._thread.start()
         return self
@@ -183,53 +187,33 @@ class Engine:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while (jobs := self._next_batch()) is not None:
-            if not jobs:
-                continue
-            self.batches += 1
+        while (jobs := self._taken()) is not None:
+            self.batches += bool(jobs)
             self.served += len(jobs)
-            try:
-                with self._running:
-                    self._run(jobs)
-            except Exception as error:  # noqa: BLE001  what a plugin raises is the answer of these requests, not the end
-                for job in jobs:
-                    job.finish(None, error)
+            with self._running:
+                self._batch.step(jobs)
 
-    def _next_batch(self) -> list[Job] | None:
-        """Wait for a request and its company; None when the engine closes, nothing where all were cancelled."""
-        scheduler = self.server.scheduler
+    def _taken(self) -> list[Job] | None:
+        """What begins now, with its company; nothing where rows go on alone, None when the engine closes."""
+        batch, scheduler = self._batch, self.server.scheduler
         with self._changed:
-            while not self._waiting and not self._is_closed():
+            while not self._waiting and not batch.busy and not self._closed:
                 self._changed.wait()
-            if self._is_closed():
-                return None
-            until = self._waiting[0].arrived + scheduler.max_wait_ms / 1000
-            while not self._is_closed() and len(self._waiting) < scheduler.max_batch:
-                left = until - time.monotonic()
-                if left <= 0 or self._waiting[0].request.alone:
-                    break
-                self._changed.wait(left)
-            if self._is_closed():
-                return None
+            self._changed.wait_for(lambda: not self._guests, PATIENCE)
+            if not self._closed and self._waiting:
+                until = self._waiting[0].arrived + scheduler.max_wait_ms / 1000
+                self._changed.wait_for(
+                    lambda: self._closed or batch.ready(self._waiting), until - time.monotonic()
+                )
+            if self._closed:
+                return [] if batch.busy else None
             self._drop_cancelled()
-            if not self._waiting:
+            if not self._waiting or not batch.free:
                 return []
-            ordered = scheduler.order(self._waiting)
-            first = ordered[0]
-            jobs = [first]
-            if not first.request.alone:
-                alike = [
-                    job
-                    for job in ordered[1:]
-                    if not job.request.alone and job.request.key == first.request.key
-                ]
-                jobs += self._fitting(first, alike)[: scheduler.max_batch - 1]
+            jobs = batch.choose(scheduler.order(self._waiting))
             self._waiting = [job for job in self._waiting if job not in jobs]
             self._changed.notify_all()
             return jobs
-
-    def _is_closed(self) -> bool:
-        return self._closed  # another thread may set it during a wait
 
     def _drop_cancelled(self) -> None:
         """Nobody waits for these any more."""
@@ -238,82 +222,3 @@ class Engine:
                 job.finish(None, PeftxError("the request was cancelled"))
         self._waiting = [job for job in self._waiting if not job.cancelled]
         self._changed.notify_all()
-
-    def _fitting(self, first: Job, others: list[Job]) -> list[Job]:
-        """Those that, padded to the longest prompt and run to the largest length, stay inside the context."""
-        if self.context is None:
-            return others
-        prompt, new = first.prompt_tokens, first.max_tokens
-        chosen = []
-        for job in others:
-            longer, more = max(prompt, job.prompt_tokens), max(new, job.max_tokens)
-            if longer + more <= self.context:
-                chosen.append(job)
-                prompt, new = longer, more
-        return chosen
-
-    def _run(self, jobs: list[Job]) -> None:
-        first, stack = jobs[0].request, self.server.stack
-        choice: dict[str, Any] = {"do_sample": False}
-        if first.temperature >= COLDEST:
-            choice = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
-        if first.stop:
-            choice["stop_strings"] = list(first.stop)
-        longest = max(job.max_tokens for job in jobs)
-        if longest == 0:  # the prompt alone is looked at
-            jobs[0].finish(self._scored(jobs[0], Completion("", "length", jobs[0].prompt_tokens, 0), []))
-            return
-        generation = request_of_ids(stack, [job.ids for job in jobs], longest, first.seed, choice)
-        generation.stopping_criteria.append(_Cancelled(jobs))
-        written = 1 if stack.model.config.is_encoder_decoder else generation.input_ids.shape[1]
-        generation.logits_processors += shaping(first, start=written)
-        if first.stream:
-            generation.streamer = TextStream(self._tokenizer, stop=first.stop, send=jobs[0].send)
-        alone = len(jobs) == 1 and self.prefixes is not None
-        if alone:
-            self._start_from_prefix(generation)
-        ids = decode(stack, generation)
-        if alone and self.prefixes is not None and generation.past_key_values is not None:
-            self.prefixes.keep(ids[0].tolist(), generation.past_key_values)
-        for job, row in zip(jobs, ids[:, written:].tolist(), strict=True):
-            job.finish(self._completion(job, row, generation))
-
-    def _start_from_prefix(self, generation: Generation) -> None:
-        assert self.prefixes is not None
-        generation.past_key_values = self.prefixes.take(generation.input_ids[0].tolist())
-
-    def _completion(self, job: Job, row: list[int], generation: Generation) -> Completion:
-        """Cut a row at its own length, at an end token, at a stop string."""
-        row = row[: job.max_tokens]
-        ends = generation.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        place = next((index for index, token in enumerate(row) if token in ends), None)
-        if place is not None:
-            row = row[: place + 1]
-        stop = job.request.stop
-        text, stopped = cut_at_stop(self._text(row), stop)
-        if stopped:
-            # In a batch the row may have gone on: up to the token that completed the stop string it counts.
-            whole = row
-            last = bisect_left(
-                range(len(row)), True, key=lambda i: cut_at_stop(self._text(whole[: i + 1]), stop)[1]
-            )
-            row = row[: last + 1]
-        reason = "stop" if stopped or place is not None else "length"
-        return self._scored(job, Completion(text, reason, job.prompt_tokens, len(row)), row)
-
-    def _scored(self, job: Job, completion: Completion, row: list[int]) -> Completion:
-        """With the prompt in front and log-probabilities, where these are asked for."""
-        request = job.request
-        if request.logprobs is not None:
-            scores = scores_of(
-                self.server.stack, job.ids, row, top=request.logprobs, echo=request.echo, text=self._text
-            )
-            completion = replace(completion, scores=scores)
-        if request.echo:
-            front = request.prompt if not request.ids else self._text(job.ids)
-            completion = replace(completion, text=front + completion.text)
-        return completion
-
-    def _text(self, row: list[int]) -> str:
-        return str(self._tokenizer.decode(row, skip_special_tokens=True))

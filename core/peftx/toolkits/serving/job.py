@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class Request:
     """One completion that is asked for, checked.
 
-    `temperature` 0 is greedy. `seed` makes sampling repeatable; such a request runs alone, because the random numbers
-    of a batch depend on its rows. `max_tokens` None: what is left of the context, `MOST_LEFT` at most.
+    `temperature` 0 is greedy. `seed` makes sampling repeatable.
+    `max_tokens` None: what is left of the context, `MOST_LEFT` at most.
     """
 
     prompt: str
@@ -41,14 +41,9 @@ class Request:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Requests with the same key may run in one batch."""
+        """Requests with the same key may run in one batch that runs whole."""
         shaped = self.presence_penalty, self.frequency_penalty, self.logit_bias
         return (self.temperature, self.top_p, self.stop, *shaped)
-
-    @property
-    def alone(self) -> bool:
-        """Whether nothing may run beside it."""
-        return self.stream or self.max_tokens == 0 or (self.seed is not None and self.temperature > 0)
 
 
 MOST_LEFT = 1024

@@ -45,6 +45,17 @@ class PrefixCache:
         self.reused_tokens += length
         return cache
 
+    def keep_row(self, ids: list[int], cache: Cache, row: int) -> None:
+        """Remember one row of a cache, of which `ids` are the last columns."""
+        if undo_kind(cache) is not Undo.ANY_ROWS:
+            return
+        own = DynamicCache(config=self._config)
+        for index, layer in enumerate(cache.layers):
+            own.update(
+                layer.keys[row : row + 1, :, -len(ids) :], layer.values[row : row + 1, :, -len(ids) :], index
+            )
+        self.keep(ids, own)
+
     def keep(self, ids: list[int], cache: Cache) -> None:
         """Remember a cache that holds the first rows of `ids`; one whose rows cannot be taken out is left."""
         rows = int(cache.get_seq_length())

@@ -20,7 +20,10 @@ class Scheduler:
 
     Attributes:
         max_batch: rows in one call of the model at most.
-        max_wait_ms: how long the first request of a batch waits for others.
+        max_wait_ms: how long the first request of a batch that runs whole waits for others; rows that come and go wait
+            for nobody.
+        pack_weights: on a CPU, lay float32 weights out for its products once: two to three times as fast for several
+            rows, and their memory once more (left out where it would take half of what is free).
         prefix_cache: keep keys and values of served prompts, and start from them where a prompt begins alike. Off by
             default: results are the same up to rounding, not bit for bit.
         prefix_entries: prompts that are kept.
@@ -28,8 +31,9 @@ class Scheduler:
         order: puts the waiting jobs in the order in which they run; first come, first served if left out.
     """
 
-    max_batch: int = 8
+    max_batch: int = 32
     max_wait_ms: float = 5.0
+    pack_weights: bool = True
     prefix_cache: bool = False
     prefix_entries: int = 16
     max_queue: int = 256

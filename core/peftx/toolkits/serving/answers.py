@@ -1,0 +1,81 @@
+"""From a request to what `generate` would start with, and from tokens to an answer."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from peftx.kernel.objective import pad_of
+from peftx.toolkits.decoding.text import COLDEST, request_of_ids
+from peftx.toolkits.serving.job import Completion, Job
+from peftx.toolkits.serving.scoring import scores_of, shaping
+from peftx.toolkits.serving.stream import cut_at_stop
+
+if TYPE_CHECKING:
+    from peftx.kernel.stack import Stack
+    from peftx.toolkits.decoding import Generation
+
+
+class Answers:
+    """What a stack makes of requests, whichever way its batches run."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self.tokenizer = stack, stack.tokenizer
+        self.pad = pad_of(stack.model, stack.tokenizer)
+
+    def generation(self, jobs: Sequence[Job]) -> Generation:
+        """One call for jobs that sample alike, to the longest of their lengths."""
+        first, stack = jobs[0].request, self.stack
+        choice: dict[str, Any] = {"do_sample": False}
+        if first.temperature >= COLDEST:
+            choice = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
+        if first.stop:
+            choice["stop_strings"] = list(first.stop)
+        longest = max(job.max_tokens for job in jobs)
+        found = request_of_ids(stack, [job.ids for job in jobs], longest, first.seed, choice)
+        written = 1 if stack.model.config.is_encoder_decoder else found.input_ids.shape[1]
+        found.logits_processors += shaping(first, start=written)
+        return found
+
+    def finish(self, job: Job, row: list[int], ends: Collection[int]) -> None:
+        """Answer with the tokens of a row, cut at its own length, at a token of `ends`, at a stop string."""
+        row = row[: job.max_tokens]
+        place = next((index for index, token in enumerate(row) if token in ends), None)
+        if place is not None:
+            row = row[: place + 1]
+        stop = job.request.stop
+        text, stopped = cut_at_stop(self.text(row), stop)
+        if stopped:
+            # In a batch the row may have gone on: up to the token that completed the stop string it counts.
+            whole = row
+            last = bisect_left(
+                range(len(row)), True, key=lambda i: cut_at_stop(self.text(whole[: i + 1]), stop)[1]
+            )
+            row = row[: last + 1]
+        reason = "stop" if stopped or place is not None else "length"
+        job.finish(self._scored(job, Completion(text, reason, job.prompt_tokens, len(row)), row))
+
+    def _scored(self, job: Job, completion: Completion, row: list[int]) -> Completion:
+        """With the prompt in front and log-probabilities, where these are asked for."""
+        request = job.request
+        if request.logprobs is not None:
+            scores = scores_of(
+                self.stack, job.ids, row, top=request.logprobs, echo=request.echo, text=self.text
+            )
+            completion = replace(completion, scores=scores)
+        if request.echo:
+            front = request.prompt if not request.ids else self.text(job.ids)
+            completion = replace(completion, text=front + completion.text)
+        return completion
+
+    def text(self, row: list[int]) -> str:
+        """What tokens say, special ones left out."""
+        return str(self.tokenizer.decode(row, skip_special_tokens=True))
+
+
+def ends_of(config: Any) -> set[int]:
+    """The tokens that end a text."""
+    ends = config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())

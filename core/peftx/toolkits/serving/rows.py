@@ -1,0 +1,351 @@
+"""Continuous batching: a request joins the others when a slot is free, and leaves at its own last token.
+
+Each step reads a piece of the prompts that came, then writes one token of every row. Rows may sample, stop and stream
+as they like: what they share is the model's call. The model's own forward runs, with the plugins that stand on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from peftx.engines.data import Collator
+from peftx.errors import UnsupportedError
+from peftx.kernel.objective import vocabulary_of
+from peftx.kernel.positions import free_positions
+from peftx.toolkits.serving.answers import Answers, ends_of
+from peftx.toolkits.serving.job import Job, Request
+from peftx.toolkits.serving.slots import Slots, check_layers
+from peftx.toolkits.serving.stream import TextStream, cut_at_stop
+
+if TYPE_CHECKING:
+    from peftx.kernel.stack import Stack
+    from peftx.toolkits.decoding.generation import Prepared
+    from peftx.toolkits.serving.prefix import PrefixCache
+
+PIECE = 256
+"""Tokens of prompts that are read in a step at most, so that those who write need not wait for a long prompt."""
+
+
+class Row:
+    """A request that is being answered.
+
+    Args:
+        job: the request. prepared: what `generate` would start with. tokenizer: of the model.
+    """
+
+    def __init__(self, job: Job, prepared: Prepared, tokenizer: Any) -> None:
+        self.job, self.prepared = job, prepared
+        self.ids, self.written = list(job.ids), list[int]()
+        self.cache: Cache | None = None  # of the prompt, while it is read
+        self.read = 0  # tokens of the prompt in it
+        self.ends = ends_of(prepared.config)
+        request = job.request
+        self.plain = not prepared.config.do_sample and not prepared.processors
+        self.generator = None
+        if request.seed is not None and prepared.config.do_sample:
+            self.generator = torch.Generator(prepared.input_ids.device).manual_seed(request.seed)
+        self.stream = TextStream(tokenizer, stop=request.stop, send=job.send) if request.stream else None
+        if self.stream is not None:
+            self.stream.put(prepared.input_ids)
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return len(self.job.ids) - self.read
+
+    def pick(self, logits: Tensor) -> int:
+        """The next token, of logits [1, V]."""
+        ids = torch.tensor([self.ids], device=logits.device)
+        scores = self.prepared.processors(ids, logits.to(torch.float32, copy=True))
+        if not self.prepared.config.do_sample:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+
+    def write(self, token: int, text: Callable[[list[int]], str]) -> bool:
+        """Take the next token; whether it was the last one."""
+        self.ids.append(token)
+        self.written.append(token)
+        if self.stream is not None:
+            self.stream.put(torch.tensor([token]))
+        stop = self.job.request.stop
+        return (
+            token in self.ends
+            or len(self.written) >= self.job.max_tokens
+            or (bool(stop) and cut_at_stop(text(self.written), stop)[1])
+        )
+
+
+class Rows:
+    """The rows of a model's batch.
+
+    Args:
+        stack: a causal language model. answers: what becomes of finished rows. most: rows at a time.
+        prefixes: where prompts may begin from, None for none. piece: see `PIECE`.
+
+    Raises:
+        UnsupportedError: rows cannot come and go, with the reason.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        answers: Answers,
+        *,
+        most: int,
+        prefixes: PrefixCache | None = None,
+        piece: int = PIECE,
+    ) -> None:
+        refuse_whole_batches(stack)
+        self.stack, self.model, self.answers, self.most = stack, stack.model, answers, most
+        self.prefixes, self.piece = prefixes, piece
+        takes = inspect.signature(self.model.forward).parameters
+        self._positions, self._keeps = "position_ids" in takes, "logits_to_keep" in takes
+        self._reading: list[Row] = []
+        self._writing: list[Row] = []
+        self._slots: Slots | None = None
+
+    # -- what an engine asks -----------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._reading or self._writing)
+
+    @property
+    def free(self) -> int:
+        return self.most - len(self._reading) - len(self._writing)
+
+    def choose(self, waiting: Sequence[Job]) -> list[Job]:
+        """Those of the waiting jobs, in their order, that may begin."""
+        return list(waiting[: self.free])
+
+    def ready(self, waiting: Sequence[Job]) -> bool:
+        """Is there nothing to wait for."""
+        return True
+
+    @torch.no_grad()
+    def step(self, jobs: Sequence[Job]) -> None:
+        """Begin with `jobs`; read a piece of the prompts; write a token of each row."""
+        for job in jobs:
+            self._begin(job)
+        for row in [row for row in self._reading if row.job.cancelled]:
+            self._reading.remove(row)
+            self._finish(row)
+        for rows in self._pieces():
+            try:
+                self._read(rows)
+            except Exception as error:  # noqa: BLE001  what a plugin raises is the answer of these requests, not the end
+                self._fail(rows, error)
+        for index in reversed(range(len(self._writing))):
+            if self._writing[index].job.cancelled:
+                self._finish(self._leave(index))
+        if self._writing:
+            try:
+                self._write()
+            except Exception as error:  # noqa: BLE001  as above
+                self._fail(list(self._writing), error)
+
+    # -- the parts of a step -----------------------------------------------------------------------------------------
+
+    def _begin(self, job: Job) -> None:
+        try:
+            if job.max_tokens == 0:  # the prompt alone is looked at
+                self.answers.finish(job, [], set())
+                return
+            row = Row(job, self.answers.generation([job]).prepare(), self.answers.tokenizer)
+            if self.prefixes is not None:
+                row.cache = self.prefixes.take(job.ids)
+                row.read = int(row.cache.get_seq_length())
+            self._reading.append(row)
+        except Exception as error:  # noqa: BLE001  the answer of this request alone
+            job.finish(None, error)
+
+    def _pieces(self) -> list[list[Row]]:
+        """What is read now: whole short prompts together, pieces of long ones each alone, `piece` tokens in all."""
+        room, together, alone = self.piece, list[Row](), list[list[Row]]()
+        longest = 0
+        for row in self._reading:
+            if room <= 0:
+                break
+            whole = row.read == 0 and row.left <= self.piece
+            if not whole:
+                alone.append([row])
+                room -= min(row.left, room)
+                continue
+            padded = max(longest, row.left) * (len(together) + 1)
+            if together and padded > self.piece:
+                break
+            together, longest, room = [*together, row], max(longest, row.left), room - row.left
+        return ([together] if together else []) + alone
+
+    def _read(self, rows: list[Row]) -> None:
+        """The next tokens of prompts; those that are read whole get their first token, and a slot."""
+        if len(rows) == 1:
+            row = rows[0]
+            cache = row.cache if row.cache is not None else DynamicCache(config=self.model.config)
+            ids = [row.job.ids[row.read : row.read + self.piece]]
+        else:
+            cache, ids = DynamicCache(config=self.model.config), [row.job.ids for row in rows]
+        before = rows[0].read
+        batch = Collator(self.answers.pad, padding_side="left")([{"input_ids": each} for each in ids])
+        mask = torch.nn.functional.pad(batch["attention_mask"], (before, 0), value=1)
+        logits = self._call(batch["input_ids"], mask, cache)
+        for index, row in enumerate(rows):
+            row.read += len(ids[index])
+            if row.left:
+                row.cache = cache
+                continue
+            self._reading.remove(row)
+            if self.prefixes is not None:
+                self.prefixes.keep_row(row.job.ids, cache, index)
+            more = int(cache.get_seq_length()) - mask.shape[1]  # rows of soft tokens
+            self._enter(row, cache, index, len(row.job.ids) + more, more)
+            row.cache = None
+            self._next([(row, logits[index : index + 1])])
+
+    def _enter(self, row: Row, cache: Cache, index: int, columns: int, more: int) -> None:
+        if self._slots is None:
+            self._slots, self._more = Slots(cache, self.most), more
+        self._slots.put(cache, index, columns)
+        self._writing.append(row)
+
+    def _write(self) -> None:
+        slots, rows = self._slots, list(self._writing)
+        assert slots is not None
+        slots.ready()
+        width = max(slots.lengths) + 1 - self._more
+        lengths = torch.tensor(slots.lengths)[:, None] + 1 - self._more
+        mask = (torch.arange(width).flip(0)[None] < lengths).long()
+        logits = self._call(torch.tensor([[row.ids[-1]] for row in rows]), mask, slots)
+        slots.advance()
+        self._next([(row, logits[index : index + 1]) for index, row in enumerate(rows)])
+
+    def _call(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] behind the last of `ids` [B, T]; `mask` [B, P + T] is of the cache's tokens too."""
+        device = self.model.device
+        given: dict[str, Any] = {"attention_mask": mask.to(device), "past_key_values": cache}
+        if self._positions:
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(device)
+        if self._keeps:
+            given["logits_to_keep"] = 1
+        logits: Tensor = self.model(input_ids=ids.to(device), use_cache=True, **given).logits[:, -1]
+        return logits
+
+    def _next(self, found: Sequence[tuple[Row, Tensor]]) -> None:
+        """Write the next token of rows, of logits [1, V] each; those that are done leave."""
+        likeliest = torch.cat([logits for _, logits in found]).argmax(-1).tolist()
+        for (row, logits), token in zip(found, likeliest, strict=True):
+            try:
+                done = row.write(token if row.plain else row.pick(logits), self.answers.text)
+            except Exception as error:  # noqa: BLE001  the answer of this request alone
+                self._fail([row], error)
+                continue
+            if done:
+                self._finish(self._leave(self._writing.index(row)))
+
+    def _leave(self, index: int) -> Row:
+        """Give a row's slot away; the last row takes it."""
+        assert self._slots is not None
+        row = self._writing[index]
+        if self.prefixes is not None:
+            columns = self._slots.row(index, self.model.config)
+            self.prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
+        self._slots.drop(index)
+        self._writing[index] = self._writing[-1]
+        self._writing.pop()
+        return row
+
+    def _finish(self, row: Row) -> None:
+        try:
+            if row.stream is not None:
+                row.stream.end()
+            self.answers.finish(row.job, row.written, row.ends)
+        except Exception as error:  # noqa: BLE001  the answer of this request alone
+            row.job.finish(None, error)
+
+    def _fail(self, rows: Sequence[Row], error: Exception) -> None:
+        for row in rows:
+            if row in self._writing:
+                self._leave(self._writing.index(row))
+            else:
+                self._reading.remove(row)
+            row.job.finish(None, error)
+
+
+def refuse_whole_batches(stack: Stack) -> None:
+    """Raises UnsupportedError where requests have to run whole, with the reason."""
+    model = stack.model
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError("an encoder reads a prompt at once, into a cache of another kind")
+    if looping := stack.implementers("decode"):
+        raise UnsupportedError(f"'{looping[0].id}' has a say in how a whole text is written")
+    config = model.generation_config
+    if (config.num_beams or 1) > 1 or config.use_cache is False or config.cache_implementation is not None:
+        raise UnsupportedError("the model's generation settings ask for beams, another cache, or none")
+    check_layers(DynamicCache(config=model.config))
+
+
+PROMPTS = ((5,), (17, 3, 2))
+"""Tokens of the prompts of a proof: those of the second group come when the first one is being answered."""
+
+
+class _Watched(Rows):
+    """Notes the logits behind which each row's tokens are written."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen: dict[Row, list[Tensor]] = {}
+
+    def _next(self, found: Sequence[tuple[Row, Tensor]]) -> None:
+        for row, logits in found:
+            self.seen.setdefault(row, []).append(logits)
+        super()._next(found)
+
+
+def prove(stack: Stack, answers: Answers) -> None:
+    """Prompts that are read in pieces and together, some while others are answered, against each text alone.
+
+    Raises:
+        UnsupportedError: the model, with what stands on it, computes something else; with the reason.
+    """
+    rows = _Watched(stack, answers, most=4, piece=8)
+    draw, size, room = (
+        torch.Generator().manual_seed(0),
+        vocabulary_of(stack.model) or 2,
+        free_positions(stack.model),
+    )
+    if room is not None and room < 24:
+        raise UnsupportedError("its context is too short to try it")
+    groups = [[_job(length, size, draw) for length in group] for group in PROMPTS]
+    for jobs in groups:
+        rows.step(jobs)
+    while rows.busy:
+        rows.step([])
+    for job in (job for group in groups for job in group):
+        if (error := job.future.exception()) is not None:
+            raise UnsupportedError(f"tried, rows that come and go end in {type(error).__name__}: {error}")
+    for row, logits in rows.seen.items():
+        _compare(stack, row.ids[:-1], torch.cat(logits))
+
+
+def _job(length: int, size: int, draw: torch.Generator) -> Job:
+    ids = torch.randint(size, (length,), generator=draw).tolist()
+    return Job(Request("", max_tokens=4, ids=tuple(ids), temperature=0), ids, 4)
+
+
+@torch.no_grad()
+def _compare(stack: Stack, ids: list[int], seen: Tensor) -> None:
+    """The last logits [n, V] of a row beside those of its text in one call."""
+    alone = stack.model(input_ids=torch.tensor([ids], device=seen.device), use_cache=False).logits[
+        0, -len(seen) :
+    ]
+    most = float((alone.float() - seen.float()).abs().max() / alone.float().abs().max())
+    if not most <= torch.finfo(alone.dtype).eps ** 0.5:
+        raise UnsupportedError(
+            f"tried, rows that come and go compute something else than each alone ({most:.0e})"
+        )

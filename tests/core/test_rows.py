@@ -1,0 +1,418 @@
+"""Continuous batching: rows come and go at every step, and each is answered as alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.errors import UnsupportedError
+from peftx.kernel.copies import sharing
+from peftx.kernel.slots import slot_of
+from peftx.testing import ARCHITECTURES, tiny, tiny_tokenizer
+from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
+from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
+from peftx.toolkits.serving.answers import Answers
+from peftx.toolkits.serving.packed import _COPIES, Packed, pack
+from peftx.toolkits.serving.rows import Rows, prove
+from peftx.toolkits.serving.slots import Slots
+
+PROMPTS = [
+    "Once upon a time",
+    "The river took the bridge, the camera and the car",
+    "A",
+    "Nobody knew what the man in the blue coat had bought",
+    "Seven",
+]
+
+
+def built(*plugins: Plugin, arch: str = "llama") -> Stack:
+    """A tiny random model that writes printable characters only, and never ends by itself."""
+    model = tiny(arch)
+    printable = range(FIRST_BYTE + 32, FIRST_BYTE + 127)
+    model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in printable]
+    return Stack(model, plugins, tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    found = built()
+    found.model.eval()
+    return found
+
+
+def job_of(stack: Stack, prompt: str, **options: Any) -> Job:
+    request = Request(prompt, **{"max_tokens": 8, "temperature": 0.0} | options)
+    return Job(request, stack.tokenizer(prompt).input_ids, request.max_tokens or 0)
+
+
+def rows_of(stack: Stack, **options: Any) -> Rows:
+    return Rows(stack, Answers(stack), **{"most": 4} | options)
+
+
+def finish(rows: Rows, jobs: Sequence[Job] = ()) -> None:
+    """Answer them and those that run."""
+    waiting = list(jobs)
+    while waiting or rows.busy:
+        now, waiting = waiting[: rows.free], waiting[rows.free :]
+        rows.step(now)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+def test_slots_hold_what_caches_of_their_own_hold() -> None:
+    """Rows that come, grow and go in any order, against a cache for each."""
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+
+    def drawn(batch: int, columns: int) -> tuple[Tensor, Tensor]:
+        return tuple(torch.randn(batch, 2, columns, size, generator=generator) for size in (4, 3))  # type: ignore[return-value]
+
+    def cache_of(columns: int) -> DynamicCache:
+        found = DynamicCache()
+        for layer in range(2):
+            found.update(*drawn(1, columns), layer)
+        return found
+
+    slots, alone = Slots(cache_of(1), 5), list[DynamicCache]()
+    for _ in range(400):
+        choice = draw.random()
+        if choice < 0.15 and len(alone) < 5:
+            alone.append(cache_of(draw.choice((1, 3, 40, 150))))
+            slots.put(alone[-1], 0, alone[-1].get_seq_length())
+        elif choice < 0.25 and alone:
+            index = draw.randrange(len(alone))
+            slots.drop(index)
+            alone[index] = alone[-1]
+            alone.pop()
+        elif alone:
+            slots.ready()
+            for layer in range(2):
+                keys, values = drawn(len(alone), 1)
+                seen = slots.update(keys, values, layer)
+                for row, own in enumerate(alone):
+                    expected = own.update(keys[row : row + 1], values[row : row + 1], layer)
+                    for found, wanted in zip(seen, expected, strict=True):
+                        assert torch.equal(found[row : row + 1, :, -wanted.shape[2] :], wanted)
+            slots.advance()
+            assert slots.get_seq_length() == max(own.get_seq_length() for own in alone)
+            assert slots.lengths == [own.get_seq_length() for own in alone]
+
+
+def test_a_slot_comes_out_as_a_cache() -> None:
+    cache = DynamicCache()
+    cache.update(torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 4), 0)
+    slots = Slots(cache, 2)
+    slots.put(cache, 1, 5)
+    slots.put(cache, 0, 7)
+    own = slots.row(0, tiny("llama").config)
+    assert torch.equal(own.layers[0].keys, cache.layers[0].keys[1:, :, 2:])
+
+
+# -------------------------------------------------------------------------------------------------------- architectures
+WHOLE = {
+    "mamba": "LinearAttentionLayer",
+    "qwen3_next": "LinearAttentionLayer",
+    "qwen3_5": "LinearAttentionLayer",
+    "qwen3_5_moe": "LinearAttentionLayer",
+    "t5": "encoder",
+    "bart": "encoder",
+    "whisper": "encoder",
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_is_tried(arch: str) -> None:
+    model = tiny(arch).eval()
+    if not model.can_generate():
+        pytest.skip("it writes nothing")
+    stack = Stack(model, [], tokenizer=tiny_tokenizer())
+    if arch in WHOLE:
+        with pytest.raises(UnsupportedError, match=WHOLE[arch]):
+            prove(stack, Answers(stack))
+    else:
+        prove(stack, Answers(stack))
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma3", "gpt2", "bloom", "opt", "gemma4"])
+def test_rows_that_come_one_by_one_are_answered_as_alone(arch: str) -> None:
+    """Beyond the window of those that slide: texts of 90 tokens, a window of 64 in mistral and gemma3."""
+    stack = built(arch=arch)
+    stack.model.eval()
+    rows = rows_of(stack, piece=16)
+    prompts = [*PROMPTS, "The bridge over the river was closed for the whole of the winter"]
+    jobs = [job_of(stack, prompt, max_tokens=30 - 4 * i) for i, prompt in enumerate(prompts)]
+    rows.step(jobs[:1])
+    rows.step(jobs[1:2])
+    rows.step([])
+    finish(rows, jobs[2:])
+    for prompt, job in zip(prompts, jobs, strict=True):
+        expected = stack.generate(prompt, max_new_tokens=job.max_tokens, do_sample=False)
+        assert job.result(0).text == expected, prompt
+
+
+# ------------------------------------------------------------------------------------------------------------- requests
+def test_each_row_samples_stops_and_streams_as_it_likes(stack: Stack) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (PROMPTS[0], {}),
+        (PROMPTS[1], {"temperature": 1.0, "seed": 3, "top_p": 0.9}),
+        (PROMPTS[2], {"temperature": 1.5, "seed": 3, "stream": True}),
+        (PROMPTS[3], {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
+        (PROMPTS[4], {"logit_bias": ((FIRST_BYTE + 65, 50.0),)}),
+    ]
+    alone = []
+    for prompt, options in asked:
+        job = job_of(stack, prompt, **options)
+        finish(rows_of(stack), [job])
+        alone.append(job.result(0).text)
+    jobs = [job_of(stack, prompt, **options) for prompt, options in asked]
+    finish(rows_of(stack, most=5), jobs)
+    assert [job.result(0).text for job in jobs] == alone
+    assert "".join(jobs[2].pieces()) == alone[2]
+    assert alone[4] == "A" * 8
+    for (prompt, options), text in zip(asked[1:3], alone[1:3], strict=True):
+        own = {"temperature": options["temperature"], "top_p": options.get("top_p", 1.0), "top_k": 0}
+        expected = stack.generate(prompt, max_new_tokens=8, do_sample=True, seed=options["seed"], **own)
+        assert text == expected, "the seed means what it means elsewhere"
+
+
+def test_a_stop_string_ends_its_row_alone(stack: Stack) -> None:
+    texts = {prompt: stack.generate(prompt, max_new_tokens=20, do_sample=False) for prompt in PROMPTS[:2]}
+    stop = texts[PROMPTS[0]][4:6]
+    first = job_of(stack, PROMPTS[0], max_tokens=20, stop=(stop,))
+    second = job_of(stack, PROMPTS[1], max_tokens=20)
+    rows = rows_of(stack)
+    rows.step([first, second])
+    while not first.future.done():
+        rows.step([])
+    assert rows.busy
+    assert not second.future.done()
+    finish(rows)
+    assert first.result(0).text == texts[PROMPTS[0]].partition(stop)[0]
+    assert first.result(0).finish_reason == "stop"
+    assert second.result(0).text == texts[PROMPTS[1]]
+
+
+def test_a_cancelled_row_gives_its_slot_away_within_a_step(stack: Stack) -> None:
+    rows = rows_of(stack, most=2)
+    jobs = [job_of(stack, prompt, max_tokens=50) for prompt in PROMPTS[:2]]
+    rows.step(jobs)
+    assert rows.free == 0
+    jobs[0].cancel()
+    rows.step([])
+    assert rows.free == 1
+    assert jobs[0].future.done()
+    assert not jobs[1].future.done()
+    late = job_of(stack, PROMPTS[2])
+    rows.step([late])
+    finish(rows)
+    assert late.result(0).text == stack.generate(PROMPTS[2], max_new_tokens=8, do_sample=False)
+    assert jobs[1].result(0).text == stack.generate(PROMPTS[1], max_new_tokens=50, do_sample=False)
+
+
+def test_a_long_prompt_is_read_in_pieces_beside_those_who_write(stack: Stack) -> None:
+    rows = rows_of(stack, piece=8)
+    short = job_of(stack, PROMPTS[2], max_tokens=20)
+    rows.step([short])
+    long = job_of(stack, PROMPTS[1])
+    steps = -(-len(long.ids) // 8)
+    assert steps > 3
+    written = len(rows._writing[0].written)
+    for step in range(steps - 1):
+        rows.step([long] if step == 0 else [])
+    assert len(rows._writing) == 1, "the prompt is still being read"
+    assert len(rows._writing[0].written) == written + steps - 1, "a token in each step"
+    long.cancel()
+    rows.step([])
+    assert long.future.done()
+    assert not rows._reading
+    finish(rows)
+
+
+def test_one_request_that_fails_is_the_only_one(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, jobs = rows_of(stack), [job_of(stack, prompt) for prompt in PROMPTS[:3]]
+    rows.step(jobs[:2])
+    monkeypatch.setattr(rows._writing[0], "pick", lambda logits: 1 / 0)
+    monkeypatch.setattr(rows._writing[0], "plain", False)
+    rows.step([])
+    finish(rows, jobs[2:])
+    assert isinstance(jobs[0].future.exception(), ZeroDivisionError)
+    for job, prompt in zip(jobs[1:], PROMPTS[1:3], strict=True):
+        assert job.result(0).text == stack.generate(prompt, max_new_tokens=8, do_sample=False)
+
+
+def test_a_model_that_fails_ends_the_rows_it_was_called_for(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, jobs = rows_of(stack), [job_of(stack, prompt) for prompt in PROMPTS[:2]]
+    rows.step(jobs)
+    with monkeypatch.context() as patched:
+        patched.setattr(rows, "model", lambda **_: 1 / 0)
+        patched.setattr(type(stack.model), "device", torch.device("cpu"), raising=False)
+        patched.setattr(rows, "_call", lambda *_: 1 / 0)
+        rows.step([])
+    assert all(isinstance(job.future.exception(), ZeroDivisionError) for job in jobs)
+    assert not rows.busy
+    assert rows.free == 4
+    again = job_of(stack, PROMPTS[0])
+    finish(rows, [again])
+    assert again.result(0).text == stack.generate(PROMPTS[0], max_new_tokens=8, do_sample=False)
+
+
+# ------------------------------------------------------------------------------------------------ what is not the same
+class _Mixing(Delta):
+    """Its output for a row depends on the rows beside it."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + 0.1 * y.mean(0, keepdim=True)
+
+
+class Mixing(Plugin):
+    claims: set[Claim] = set()
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention.o"):
+            site.attach(_Mixing())
+
+
+class _Counting(Delta):
+    """Looks at how many tokens there are, pads with them."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * (1 + 0.1 * y.shape[1])
+
+
+class Counting(Mixing):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention.o"):
+            site.attach(_Counting())
+
+
+@pytest.mark.parametrize("plugin", [Mixing, Counting])
+def test_what_computes_something_else_in_company_runs_whole(plugin: type[Plugin]) -> None:
+    stack = built(plugin())
+    with Engine(Server(stack)) as engine:
+        assert "something else than each alone" in engine.whole
+        assert engine.submit(Request("A", max_tokens=3, temperature=0)).result(30).completion_tokens == 3
+
+
+def test_what_has_a_say_in_whole_texts_runs_whole() -> None:
+    class Loop(Plugin):
+        claims: set[Claim] = set()
+
+        @hookimpl(wrapper=True)
+        def decode(self, request: Any) -> Any:
+            return (yield)
+
+    assert "whole text" in Engine(Server(built(Loop()))).whole
+
+
+# --------------------------------------------------------------------------------------------------------------- engine
+def test_prompts_begin_from_what_others_read(stack: Stack) -> None:
+    long = "The river took the bridge, the camera and the car. "
+    with Engine(Server(stack, scheduler=Scheduler(prefix_cache=True))) as engine:
+        assert engine.prefixes is not None
+        assert not engine.whole
+        for tail in ("One", "Two"):
+            engine.submit(Request(long + tail, max_tokens=4, temperature=0)).result(30)
+        jobs = [engine.submit(Request(long + f"{i}", max_tokens=6, temperature=0)) for i in range(6)]
+        for i, job in enumerate(jobs):
+            expected = stack.generate(long + f"{i}", max_new_tokens=6, do_sample=False)
+            assert job.result(30).text == expected
+        assert engine.prefixes.hits >= 7
+
+
+def test_others_get_the_model_between_two_steps(stack: Stack) -> None:
+    with Engine(Server(stack)) as engine:
+        job = engine.submit(Request("A", max_tokens=100, temperature=0, stream=True))
+        next(job.pieces())
+        with engine.using() as own:
+            assert own is stack
+            assert not job.future.done()
+        assert job.result(30).completion_tokens == 100
+
+
+def test_closing_finishes_the_rows_that_run(stack: Stack) -> None:
+    engine = Engine(Server(stack, scheduler=Scheduler(max_batch=1))).start()
+    running = engine.submit(Request("A", max_tokens=60, temperature=0, stream=True))
+    next(running.pieces())
+    waiting = engine.submit(Request("B", max_tokens=5, temperature=0))
+    engine.close()
+    assert running.result(0).completion_tokens == 60
+    assert "closing" in str(waiting.future.exception())
+
+
+def test_many_threads_ask_for_many_lengths(stack: Stack) -> None:
+    expected = {prompt: stack.generate(prompt, max_new_tokens=24, do_sample=False) for prompt in PROMPTS}
+    found: list[tuple[str, int, str]] = []
+    with Engine(Server(stack, scheduler=Scheduler(max_batch=6))) as engine:
+
+        def ask(i: int) -> None:
+            prompt, length = PROMPTS[i % 5], 1 + (7 * i) % 24
+            text = engine.submit(Request(prompt, max_tokens=length, temperature=0)).result(60).text
+            found.append((prompt, length, text))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 40
+    for prompt, length, text in found:
+        assert text == expected[prompt][:length], "a character is a token here"
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+def test_packed_weights_multiply_alike() -> None:
+    model = tiny("llama").eval()
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids).logits
+        count = pack(model)
+        after = model(ids).logits
+    assert count == sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert torch.allclose(before, after, atol=1e-4)
+    model(ids).logits.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_a_changed_weight_is_multiplied_itself() -> None:
+    weight, x = torch.randn(8, 6), torch.randn(3, 6)
+    product = Packed(weight)
+    other = torch.randn(8, 6)
+    with torch.no_grad():
+        assert torch.equal(product(x, other, None), F.linear(x, other))
+        weight.mul_(2)
+        assert torch.equal(product(x, weight, None), F.linear(x, weight))
+
+
+def test_models_of_one_base_share_their_copies() -> None:
+    base = tiny("llama").eval()
+    models = [sharing(base) for _ in range(3)]
+    gc.collect()
+    before = len(_COPIES)
+    for model in models:
+        pack(model)
+    weights = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear)}
+    assert len(_COPIES) - before == len(weights)
+    places = [slot_of(model.model.layers[0].mlp.up_proj) for model in models]
+    assert places[0].base is places[1].base is places[2].base  # type: ignore[union-attr]
+    del models, model, places, base
+    gc.collect()
+    assert len(_COPIES) == before, "they go with the weights"
+
+
+def test_packed_weights_can_be_left_alone() -> None:
+    stack = built()
+    engine = Engine(Server(stack, scheduler=Scheduler(pack_weights=False)))
+    assert engine.packed == 0
+    assert all(slot_of(module) is None for module in stack.model.modules())
