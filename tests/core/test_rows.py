@@ -52,11 +52,11 @@ def stack() -> Stack:
 
 def job_of(stack: Stack, prompt: str, **options: Any) -> Job:
     request = Request(prompt, **{"max_tokens": 8, "temperature": 0.0} | options)
-    return Job(request, stack.tokenizer(prompt).input_ids, request.max_tokens or 0)
+    return Job(request, stack.tokenizer(prompt).input_ids, request.max_tokens or 0, model="one")
 
 
 def rows_of(stack: Stack, **options: Any) -> Rows:
-    return Rows(stack, Answers(stack), **{"most": 4} | options)
+    return Rows({"one": Answers(stack)}, **{"most": 4} | options)
 
 
 def finish(rows: Rows, jobs: Sequence[Job] = ()) -> None:
@@ -136,9 +136,9 @@ def test_every_architecture_is_tried(arch: str) -> None:
     stack = Stack(model, [], tokenizer=tiny_tokenizer())
     if arch in WHOLE:
         with pytest.raises(UnsupportedError, match=WHOLE[arch]):
-            prove(stack, Answers(stack))
+            prove({"one": Answers(stack)})
     else:
-        prove(stack, Answers(stack))
+        prove({"one": Answers(stack)})
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma3", "gpt2", "bloom", "opt", "gemma4"])
@@ -254,8 +254,6 @@ def test_a_model_that_fails_ends_the_rows_it_was_called_for(
     rows, jobs = rows_of(stack), [job_of(stack, prompt) for prompt in PROMPTS[:2]]
     rows.step(jobs)
     with monkeypatch.context() as patched:
-        patched.setattr(rows, "model", lambda **_: 1 / 0)
-        patched.setattr(type(stack.model), "device", torch.device("cpu"), raising=False)
         patched.setattr(rows, "_call", lambda *_: 1 / 0)
         rows.step([])
     assert all(isinstance(job.future.exception(), ZeroDivisionError) for job in jobs)

@@ -19,7 +19,7 @@ from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.app import build_app
-from peftx.toolkits.serving.engine import QueueFull
+from peftx.toolkits.serving.worker import QueueFull
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop, settled
 
@@ -81,7 +81,11 @@ def test_models_and_health(client: TestClient) -> None:
     assert client.get("/v1/models").json()["data"][0]["id"] == "small"
     ask(client)
     counts = {"queued": 0, "served": 1, "batches": 1}
-    assert client.get("/healthz").json() == {"status": "ok", **counts, "models": {"small": counts}}
+    assert client.get("/healthz").json() == {
+        "status": "ok",
+        **counts,
+        "models": {"small": counts | {"batching": "continuous"}},
+    }
 
 
 def test_several_prompts_come_back_in_order(client: TestClient, stack: Stack) -> None:
@@ -204,7 +208,8 @@ def test_requests_that_sample_alike_run_together(recorded: tuple[Stack, Recorder
     with Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0))) as engine:
         jobs = submitted(engine, recorder, requests)
         assert [rows for rows, _ in recorder.shapes] == [1, 3]
-        assert (engine.batches, engine.served) == (2, 4)
+        about = engine.about()
+        assert (about["batches"], about["served"]) == (2, 4)
     for job in jobs:
         alone = stack.generate(job.request.prompt, max_new_tokens=job.request.max_tokens, do_sample=False)
         assert job.result().text == alone
@@ -303,7 +308,7 @@ def test_tokens_after_a_stop_string_are_not_counted(stack: Stack) -> None:
     with Engine(Server(stack, scheduler=Scheduler(max_wait_ms=500, max_batch=2))) as engine:
         jobs = [engine.submit(stop), engine.submit(more)]
         both = [job.result(timeout=60) for job in jobs]
-        assert engine.batches == 1
+        assert engine.about()["batches"] == 1
         alone = engine.submit(stop).result(timeout=60)
     assert both[0] == alone
     assert alone.completion_tokens <= 7
@@ -598,7 +603,8 @@ def test_a_row_that_fails_after_its_answer_does_not_stop_the_server(
     scheduler = Scheduler(max_wait_ms=200, max_batch=2)
     with Engine(Server(built(recorder) if whole else stack, scheduler=scheduler)) as engine:
         assert bool(engine.whole) is whole
-        answers, asked = engine._batch.answers, []
+        batch, asked = engine._worker.batch, []
+        answers = batch.answers if whole else batch.answers["peftx"]
         finish = answers.finish
 
         def breaks(job: Job, *rest: Any) -> None:

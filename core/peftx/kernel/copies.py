@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,18 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
     if any(is_ours(name) for name, _ in model.named_modules()):
         raise ConflictError("plugins stand on the model that is to be shared", hint="share it before they do")
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    found: PreTrainedModel = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    _BASES[found] = model
+    return found
+
+
+_BASES: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+"""Model -> the one whose parameters it has."""
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model whose parameters this one was given by `sharing`; itself if none."""
+    return _BASES.get(model, model)
 
 
 class Reader(nn.Module):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.decoding.text import COLDEST, request_of_ids
 from peftx.toolkits.serving.job import Completion, Job
+from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.scoring import scores_of, shaping
 from peftx.toolkits.serving.stream import cut_at_stop
 
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 
 class Answers:
-    """What a stack makes of requests, whichever way its batches run."""
+    """What a stack makes of requests, whichever way its batches run.
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack, self.tokenizer = stack, stack.tokenizer
+    Args:
+        prefixes: where prompts may begin from, None for none.
+    """
+
+    def __init__(self, stack: Stack, prefixes: PrefixCache | None = None) -> None:
+        self.stack, self.tokenizer, self.prefixes = stack, stack.tokenizer, prefixes
         self.pad = pad_of(stack.model, stack.tokenizer)
 
     def generation(self, jobs: Sequence[Job]) -> Generation:

@@ -33,12 +33,13 @@ from peftx.toolkits.serving.bodies import (
     TokenizeBody,
     UnloadBody,
 )
-from peftx.toolkits.serving.engine import Engine, QueueFull
+from peftx.toolkits.serving.engine import Engine
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.job import Completion, Job, Request, TokenScore
 from peftx.toolkits.serving.metrics import Metrics
 from peftx.toolkits.serving.models import Loader, Models, UnknownModel
 from peftx.toolkits.serving.server import Server
+from peftx.toolkits.serving.worker import QueueFull
 
 ASK_AGAIN = 0.5  # seconds between two looks whether the client is still there
 PAGE = Path(__file__).parent / "page.html"
@@ -120,10 +121,9 @@ def routes(app: FastAPI, models: Models) -> None:
     @app.get("/health")
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
-        counts = {e.server.name: {"queued": e.queued, "served": e.served, "batches": e.batches} for e in models}
-        sums = {key: sum(one[key] for one in counts.values()) for key in ("queued", "served", "batches")}
-        ways = {e.server.name: {"batching": f"whole: {e.whole}" if e.whole else "continuous"} for e in models}
-        return {"status": "ok", **sums, "models": {name: counts[name] | ways[name] for name in counts}}
+        each = {engine.server.name: engine.about() for engine in models}
+        sums = {key: sum(one[key] for one in each.values()) for key in ("queued", "served", "batches")}
+        return {"status": "ok", **sums, "models": each}
 
     @app.get("/metrics")
     def scraped() -> Response:

@@ -16,7 +16,6 @@ from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import decode
 from peftx.toolkits.serving.answers import Answers, ends_of
 from peftx.toolkits.serving.job import Job
-from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.stream import TextStream
 
 
@@ -35,14 +34,14 @@ class Batches:
     """One batch after the other.
 
     Args:
-        answers: what becomes of the tokens. most: rows of a batch. prefixes: where a prompt that runs alone may begin
-            from, None for none.
+        answers: what becomes of the tokens; a prompt that runs alone may begin from its prefixes.
+        most: rows of a batch.
     """
 
     busy = False  # a step leaves nothing behind
 
-    def __init__(self, answers: Answers, *, most: int, prefixes: PrefixCache | None = None) -> None:
-        self.answers, self.most, self.prefixes = answers, most, prefixes
+    def __init__(self, answers: Answers, *, most: int) -> None:
+        self.answers, self.most = answers, most
         self.free = most
 
     def choose(self, waiting: Sequence[Job]) -> list[Job]:
@@ -89,7 +88,7 @@ class Batches:
         written = 1 if stack.model.config.is_encoder_decoder else generation.input_ids.shape[1]
         if first.stream:
             generation.streamer = TextStream(self.answers.tokenizer, stop=first.stop, send=jobs[0].send)
-        alone = self.prefixes if len(jobs) == 1 else None
+        alone = self.answers.prefixes if len(jobs) == 1 else None
         if alone is not None:
             generation.past_key_values = alone.take(generation.input_ids[0].tolist())
         ids = decode(stack, generation)

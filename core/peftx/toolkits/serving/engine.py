@@ -1,16 +1,15 @@
-"""The queue, and the one thread that runs the model.
+"""What one stack answers: requests in, jobs out.
 
 Rows come and go at every step (`rows.py`) where the model and what stands on it compute the same that way, which is
-tried when an engine is made; batches run whole (`batches.py`) elsewhere.
+tried when an engine is made; batches run whole (`batches.py`) elsewhere. Stacks of one base may share a batch.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data.gate import require_text
 from peftx.errors import PeftxError, UnsupportedError
@@ -18,75 +17,118 @@ from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.batches import Batches
+from peftx.toolkits.serving.crowd import Crowd
 from peftx.toolkits.serving.job import MOST_LEFT, Job, Request
 from peftx.toolkits.serving.packed import pack
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.rows import Rows, prove
-from peftx.toolkits.serving.server import Server
+from peftx.toolkits.serving.server import Scheduler, Server
+from peftx.toolkits.serving.worker import Worker
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from peftx.kernel.stack import Stack
 
-PATIENCE = 1.0
-"""Seconds that rows wait for those who want the model for something else."""
 
+class Together:
+    """One batch for stacks that stand on one base.
 
-class QueueFull(PeftxError):
-    """More requests wait than the scheduler allows."""
+    Args:
+        base: whose weights they share. scheduler: the policy, which each of them must have.
+    """
+
+    def __init__(self, base: PreTrainedModel, scheduler: Scheduler) -> None:
+        self.crowd = Crowd(base, packed=scheduler.pack_weights)
+        self.rows = Rows({}, most=scheduler.max_batch, crowd=self.crowd)
+        self.worker = Worker(self.rows, scheduler)
+
+    def join(self, server: Server, answers: Answers) -> None:
+        """Take a stack in.
+
+        Raises:
+            UnsupportedError: it cannot share a batch, with the reason.
+        """
+        if server.scheduler != self.worker.scheduler:
+            raise UnsupportedError("a plugin changed its scheduler")
+        name, beside = server.name, dict(list(self.rows.answers.items())[:1])
+        with self.worker.between_steps():
+            self.crowd.join(name, answers.stack)
+            try:
+                prove(beside | {name: answers}, self.crowd)
+            except UnsupportedError:
+                self.crowd.leave(name)
+                raise
+            self.rows.answers[name] = answers
+
+    def leave(self, name: str) -> None:
+        """Let a stack go, of which nothing is asked any more."""
+        with self.worker.between_steps():
+            self.crowd.leave(name)
+            del self.rows.answers[name]
 
 
 class Engine:
     """Runs a server's requests. Use it in a `with` block, or call `start` and `close`.
 
+    Args:
+        together: a batch to share, if the stack can.
+
+    Attributes:
+        whole: why batches run whole; empty where rows come and go.
+        apart: why the stack has a batch of its own; empty where it shares one, or none was to be shared.
+
     Raises:
         PeftxError: the model generates no text, or a plugin's `serve` hook failed.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, together: Together | None = None) -> None:
         stack = server.stack
         if not stack.model.can_generate():
             raise UnsupportedError(f"{type(stack.model).__name__} generates no text, so it cannot be served")
         server.prepare()
         scheduler = server.scheduler
-        self.server = server
-        self.served = 0  # requests that were taken from the queue
-        self.batches = 0  # times that some were
+        stack.model.eval()
+        self.server, self.whole, self.apart = server, "", ""
         self.prefixes = (
             PrefixCache(stack.model, entries=scheduler.prefix_entries) if scheduler.prefix_cache else None
         )
-        self.whole = ""
-        """Why batches run whole; empty where rows come and go."""
-        self._batch: Rows | Batches
-        stack.model.eval()
         self.packed = pack(stack.model) if scheduler.pack_weights else 0  # linear layers
-        answers = Answers(stack)
+        self._together, self._worker = self._place(Answers(stack, self.prefixes), together)
+        self._tokenizer = stack.tokenizer
+        self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
+        self._changed = threading.Condition()
+        self._unanswered, self._retiring = 0, False
+
+    def _place(self, answers: Answers, together: Together | None) -> tuple[Together | None, Worker]:
+        scheduler, name = self.server.scheduler, self.server.name
+        if together is not None:
+            try:
+                together.join(self.server, answers)
+                return together, together.worker
+            except UnsupportedError as reason:
+                self.apart = str(reason)
         try:
-            prove(stack, answers)
-            self._batch = Rows(stack, answers, most=scheduler.max_batch, prefixes=self.prefixes)
+            prove({name: answers})
+            return None, Worker(Rows({name: answers}, most=scheduler.max_batch), scheduler)
         except UnsupportedError as reason:
             self.whole = str(reason)
-            self._batch = Batches(answers, most=scheduler.max_batch, prefixes=self.prefixes)
-        self._tokenizer = stack.tokenizer
-        self._guests = 0  # threads that want the model between two steps
-        self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
-        self._waiting: list[Job] = []
-        self._changed = threading.Condition()
-        self._running = threading.Lock()
-        self._closed = False
-        self._retiring = False
-        self._thread: threading.Thread | None = None
-
-    # -- the front ---------------------------------------------------------------------------------------------------
+        return None, Worker(Batches(answers, most=scheduler.max_batch), scheduler)
 
     @property
     def context(self) -> int | None:
         """Tokens that prompt and answer may have together; None where the model sets no limit."""
         return free_positions(self.server.stack.model)
 
-    @property
-    def queued(self) -> int:
-        with self._changed:
-            return len(self._waiting)
+    def about(self) -> dict[str, Any]:
+        """What an operator wants to know: requests, and how they run."""
+        name, worker = self.server.name, self._worker
+        way = "continuous" if not self.whole else f"whole: {self.whole}"
+        way = "shared" if self._together is not None else f"{way}; apart: {self.apart}" if self.apart else way
+        return {
+            "queued": worker.waiting(name), "served": worker.served[name], "batches": worker.batches[name],
+            "batching": way,
+        }  # fmt: skip
 
     def submit(self, request: Request) -> Job:
         """Put a request in the queue.
@@ -96,15 +138,23 @@ class Engine:
             QueueFull: too many wait already.
         """
         ids = self.ids_of(request)
-        job = Job(request, ids, self.room_of(request, ids))
+        job = Job(request, ids, self.room_of(request, ids), model=self.server.name)
         with self._changed:
-            if self._closed or self._retiring:
+            if self._retiring:
                 raise PeftxError(f"'{self.server.name}' is closing", hint="ask another model: GET /v1/models")
-            if len(self._waiting) >= self.server.scheduler.max_queue:
-                raise QueueFull(f"{len(self._waiting)} requests wait already", hint="try again later")
-            self._waiting.append(job)
-            self._changed.notify_all()
+            self._unanswered += 1
+        job.future.add_done_callback(self._answered)
+        try:
+            self._worker.put(job)
+        except PeftxError as error:
+            job.finish(None, error)
+            raise
         return job
+
+    def _answered(self, _: object) -> None:
+        with self._changed:
+            self._unanswered -= 1
+            self._changed.notify_all()
 
     def ids_of(self, request: Request) -> list[int]:
         """The prompt's tokens. Raises PeftxError where there is none, or the model has no such token."""
@@ -143,82 +193,29 @@ class Engine:
     @contextmanager
     def using(self) -> Iterator[Stack]:
         """The model and its tokenizer for something else than a request's text: nothing else runs meanwhile."""
-        with self._changed:
-            self._guests += 1
-        try:
-            with self._running, self._tokenizing:
-                yield self.server.stack
-        finally:
-            with self._changed:
-                self._guests -= 1
-                self._changed.notify_all()
+        with self._worker.between_steps(), self._tokenizing:
+            yield self.server.stack
 
     def start(self) -> Engine:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="peftx-engine", daemon=True)
-            self._thread.start()
+        self._worker.start()
         return self
 
     def retire(self) -> None:
-        """Take no more requests, answer those that wait, end the thread."""
+        """Take no more requests, answer those that came; end the thread, unless others share it."""
         with self._changed:
             self._retiring = True
-            self._changed.wait_for(lambda: not self._waiting)
-        self.close()
+            self._changed.wait_for(lambda: not self._unanswered)
+        if self._together is not None:
+            self._together.leave(self.server.name)
+        else:
+            self.close()
 
     def close(self) -> None:
-        """Finish the running batch, turn the waiting requests away, end the thread."""
-        with self._changed:
-            self._closed = True
-            waiting, self._waiting = self._waiting, []
-            self._changed.notify_all()
-        for job in waiting:
-            job.finish(None, PeftxError("the server is closing"))
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Finish what runs, turn the waiting requests away, end the thread."""
+        self._worker.close()
 
     def __enter__(self) -> Engine:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- the thread --------------------------------------------------------------------------------------------------
-
-    def _loop(self) -> None:
-        while (jobs := self._taken()) is not None:
-            self.batches += bool(jobs)
-            self.served += len(jobs)
-            with self._running:
-                self._batch.step(jobs)
-
-    def _taken(self) -> list[Job] | None:
-        """What begins now, with its company; nothing where rows go on alone, None when the engine closes."""
-        batch, scheduler = self._batch, self.server.scheduler
-        with self._changed:
-            while not self._waiting and not batch.busy and not self._closed:
-                self._changed.wait()
-            self._changed.wait_for(lambda: not self._guests, PATIENCE)
-            if not self._closed and self._waiting:
-                until = self._waiting[0].arrived + scheduler.max_wait_ms / 1000
-                self._changed.wait_for(
-                    lambda: self._closed or batch.ready(self._waiting), until - time.monotonic()
-                )
-            if self._closed:
-                return [] if batch.busy else None
-            self._drop_cancelled()
-            if not self._waiting or not batch.free:
-                return []
-            jobs = batch.choose(scheduler.order(self._waiting))
-            self._waiting = [job for job in self._waiting if job not in jobs]
-            self._changed.notify_all()
-            return jobs
-
-    def _drop_cancelled(self) -> None:
-        """Nobody waits for these any more."""
-        for job in self._waiting:
-            if job.cancelled:
-                job.finish(None, PeftxError("the request was cancelled"))
-        self._waiting = [job for job in self._waiting if not job.cancelled]
-        self._changed.notify_all()

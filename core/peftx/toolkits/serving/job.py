@@ -86,8 +86,9 @@ class Job:
     """One request on its way. `pieces` yields the text as it comes, `result` waits for all of it; who may not block
     listens (`listen`) and waits for `future`."""
 
-    def __init__(self, request: Request, ids: list[int], max_tokens: int) -> None:
+    def __init__(self, request: Request, ids: list[int], max_tokens: int, model: str = "") -> None:
         self.request = request
+        self.model = model
         self.ids = ids
         self.max_tokens = max_tokens
         self.arrived = time.monotonic()

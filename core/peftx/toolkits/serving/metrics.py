@@ -44,7 +44,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         waiting = GaugeMetricFamily("peftx_requests_waiting", "Requests in the queue", labels=("model",))
         for engine in self.engines:
-            waiting.add_metric((engine.server.name,), engine.queued)
+            waiting.add_metric((engine.server.name,), engine.about()["queued"])
         yield waiting
 
     def follow(self, model: str, job: Job) -> None:

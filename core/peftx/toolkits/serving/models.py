@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from peftx.errors import PeftxError, nearest
-from peftx.toolkits.serving.engine import Engine
+from peftx.kernel.copies import base_of
+from peftx.toolkits.serving.engine import Engine, Together
 from peftx.toolkits.serving.server import Server
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Loader = Callable[[str, str], Server]
 """(name, path as a client says it) -> what is served from then on."""
@@ -18,7 +23,7 @@ class UnknownModel(PeftxError):
 
 
 class Models:
-    """Engines, each with a thread of its own. Use it in a `with` block.
+    """Engines; those of one base share a batch and a thread where they can. Use it in a `with` block.
 
     Args:
         servers: the first one answers where a request names none. loader: for models that come while others are served.
@@ -29,15 +34,27 @@ class Models:
 
     def __init__(self, servers: Sequence[Server], loader: Loader | None = None) -> None:
         self._engines: dict[str, Engine] = {}
+        self._batches: dict[PreTrainedModel, Together] = {}
+        self._many = len(servers) > 1 or loader is not None
         for server in servers:
             if server.name in self._engines:
                 raise PeftxError(
                     f"two models are named '{server.name}'", hint="NAME=BUNDLE gives another name"
                 )
-            self._engines[server.name] = Engine(server)
+            self._engines[server.name] = self._engine(server)
         self._first, self._loader = servers[0].name, loader
         self._loading = threading.Lock()
         self._running = False
+
+    def _engine(self, server: Server) -> Engine:
+        """In one batch with the others of its base, if it can be."""
+        base = base_of(server.stack.model)
+        if not self._many or base is server.stack.model:
+            return Engine(server)
+        if base not in self._batches:
+            server.prepare()  # its plugins have their say in the policy
+            self._batches[base] = Together(base, server.scheduler)
+        return Engine(server, self._batches[base])
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(list(self._engines.values()))
@@ -62,7 +79,7 @@ class Models:
         with self._loading:
             if name in self._engines:
                 raise PeftxError(f"'{name}' is served already", hint="unload it first, or take another name")
-            engine = Engine(self._loader(name, path))
+            engine = self._engine(self._loader(name, path))
             if engine.server.routes:
                 raise PeftxError(
                     f"'{path}' brings routes of its own, which are set up when a server starts",

@@ -30,7 +30,7 @@ class Packed:
         self._copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        same = self._weight() is weight and weight._version == self._version
+        same = weight._version == self._version and self._weight() is weight
         if not same or x.dtype is not torch.float32 or torch.is_grad_enabled():
             return F.linear(x, weight, bias)
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._copy, bias, "none", [], "")

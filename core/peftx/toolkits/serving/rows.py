@@ -7,10 +7,13 @@ as they like: what they share is the model's call. The model's own forward runs,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
@@ -19,14 +22,15 @@ from peftx.errors import UnsupportedError
 from peftx.kernel.objective import vocabulary_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.serving.answers import Answers, ends_of
+from peftx.toolkits.serving.crowd import Crowd
 from peftx.toolkits.serving.job import Job, Request
 from peftx.toolkits.serving.slots import Slots, check_layers
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from peftx.kernel.stack import Stack
-    from peftx.toolkits.decoding.generation import Prepared
-    from peftx.toolkits.serving.prefix import PrefixCache
 
 PIECE = 256
 """Tokens of prompts that are read in a step at most, so that those who write need not wait for a long prompt."""
@@ -36,11 +40,13 @@ class Row:
     """A request that is being answered.
 
     Args:
-        job: the request. prepared: what `generate` would start with. tokenizer: of the model.
+        job: the request. answers: of the stack that it asks.
     """
 
-    def __init__(self, job: Job, prepared: Prepared, tokenizer: Any) -> None:
-        self.job, self.prepared = job, prepared
+    def __init__(self, job: Job, answers: Answers) -> None:
+        self.job, self.answers = job, answers
+        self.prepared = prepared = answers.generation([job]).prepare()
+        self.more = 0  # columns of its cache that are no tokens of its text
         self.ids, self.written = list(job.ids), list[int]()
         self.cache: Cache | None = None  # of the prompt, while it is read
         self.read = 0  # tokens of the prompt in it
@@ -50,8 +56,9 @@ class Row:
         self.generator = None
         if request.seed is not None and prepared.config.do_sample:
             self.generator = torch.Generator(prepared.input_ids.device).manual_seed(request.seed)
-        self.stream = TextStream(tokenizer, stop=request.stop, send=job.send) if request.stream else None
-        if self.stream is not None:
+        self.stream = None
+        if request.stream:
+            self.stream = TextStream(answers.tokenizer, stop=request.stop, send=job.send)
             self.stream.put(prepared.input_ids)
 
     @property
@@ -67,7 +74,7 @@ class Row:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
 
-    def write(self, token: int, text: Callable[[list[int]], str]) -> bool:
+    def write(self, token: int) -> bool:
         """Take the next token; whether it was the last one."""
         self.ids.append(token)
         self.written.append(token)
@@ -77,40 +84,28 @@ class Row:
         return (
             token in self.ends
             or len(self.written) >= self.job.max_tokens
-            or (bool(stop) and cut_at_stop(text(self.written), stop)[1])
+            or (bool(stop) and cut_at_stop(self.answers.text(self.written), stop)[1])
         )
 
 
 class Rows:
-    """The rows of a model's batch.
+    """The rows of one batch, of a stack or of several over one base.
 
     Args:
-        stack: a causal language model. answers: what becomes of finished rows. most: rows at a time.
-        prefixes: where prompts may begin from, None for none. piece: see `PIECE`.
-
-    Raises:
-        UnsupportedError: rows cannot come and go, with the reason.
+        answers: of each stack, by the name that jobs ask for; may grow and shrink between steps.
+        most: rows at a time. crowd: computes for several stacks at once; None where there is one.
+        piece: see `PIECE`.
     """
 
     def __init__(
-        self,
-        stack: Stack,
-        answers: Answers,
-        *,
-        most: int,
-        prefixes: PrefixCache | None = None,
-        piece: int = PIECE,
+        self, answers: dict[str, Answers], *, most: int, crowd: Crowd | None = None, piece: int = PIECE
     ) -> None:
-        refuse_whole_batches(stack)
-        self.stack, self.model, self.answers, self.most = stack, stack.model, answers, most
-        self.prefixes, self.piece = prefixes, piece
-        takes = inspect.signature(self.model.forward).parameters
-        self._positions, self._keeps = "position_ids" in takes, "logits_to_keep" in takes
+        self.answers, self.most, self.crowd, self.piece = answers, most, crowd, piece
         self._reading: list[Row] = []
         self._writing: list[Row] = []
         self._slots: Slots | None = None
 
-    # -- what an engine asks -----------------------------------------------------------------------------------------
+    # -- what a worker asks -----------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
@@ -154,12 +149,13 @@ class Rows:
 
     def _begin(self, job: Job) -> None:
         try:
+            answers = self.answers[job.model]
             if job.max_tokens == 0:  # the prompt alone is looked at
-                self.answers.finish(job, [], set())
+                answers.finish(job, [], set())
                 return
-            row = Row(job, self.answers.generation([job]).prepare(), self.answers.tokenizer)
-            if self.prefixes is not None:
-                row.cache = self.prefixes.take(job.ids)
+            row = Row(job, answers)
+            if answers.prefixes is not None:
+                row.cache = answers.prefixes.take(job.ids)
                 row.read = int(row.cache.get_seq_length())
             self._reading.append(row)
         except Exception as error:  # noqa: BLE001  the answer of this request alone
@@ -167,73 +163,77 @@ class Rows:
 
     def _pieces(self) -> list[list[Row]]:
         """What is read now: whole short prompts together, pieces of long ones each alone, `piece` tokens in all."""
-        room, together, alone = self.piece, list[Row](), list[list[Row]]()
-        longest = 0
+        room, pieces, open_ones = self.piece, list[list[Row]](), dict[int, list[Row]]()
         for row in self._reading:
             if room <= 0:
                 break
-            whole = row.read == 0 and row.left <= self.piece
-            if not whole:
-                alone.append([row])
-                room -= min(row.left, room)
+            room -= min(row.left, room)
+            if row.read or row.left > self.piece:
+                pieces.append([row])
                 continue
-            padded = max(longest, row.left) * (len(together) + 1)
-            if together and padded > self.piece:
-                break
-            together, longest, room = [*together, row], max(longest, row.left), room - row.left
-        return ([together] if together else []) + alone
+            reader = id(self._reader(row))
+            others = open_ones.get(reader, [])
+            if not others or max(r.left for r in (*others, row)) * (len(others) + 1) > self.piece:
+                others = open_ones[reader] = []
+                pieces.append(others)
+            others.append(row)
+        return pieces
+
+    def _reader(self, row: Row) -> PreTrainedModel:
+        """Who reads its prompt."""
+        return row.answers.stack.model if self.crowd is None else self.crowd.reader(row.job.model)
 
     def _read(self, rows: list[Row]) -> None:
         """The next tokens of prompts; those that are read whole get their first token, and a slot."""
-        if len(rows) == 1:
-            row = rows[0]
-            cache = row.cache if row.cache is not None else DynamicCache(config=self.model.config)
-            ids = [row.job.ids[row.read : row.read + self.piece]]
-        else:
-            cache, ids = DynamicCache(config=self.model.config), [row.job.ids for row in rows]
-        before = rows[0].read
-        batch = Collator(self.answers.pad, padding_side="left")([{"input_ids": each} for each in ids])
-        mask = torch.nn.functional.pad(batch["attention_mask"], (before, 0), value=1)
-        logits = self._call(batch["input_ids"], mask, cache)
+        reader, first = self._reader(rows[0]), rows[0]
+        cache = first.cache if first.cache is not None else DynamicCache(config=reader.config)
+        ids = [row.job.ids[row.read : row.read + self.piece] for row in rows]
+        batch = Collator(first.answers.pad, padding_side="left")([{"input_ids": each} for each in ids])
+        mask = F.pad(batch["attention_mask"], (first.read, 0), value=1)
+        logits = self._call(reader, rows, batch["input_ids"], mask, cache)
         for index, row in enumerate(rows):
             row.read += len(ids[index])
             if row.left:
                 row.cache = cache
                 continue
             self._reading.remove(row)
-            if self.prefixes is not None:
-                self.prefixes.keep_row(row.job.ids, cache, index)
-            more = int(cache.get_seq_length()) - mask.shape[1]  # rows of soft tokens
-            self._enter(row, cache, index, len(row.job.ids) + more, more)
+            if row.answers.prefixes is not None:
+                row.answers.prefixes.keep_row(row.job.ids, cache, index)
+            row.more = int(cache.get_seq_length()) - mask.shape[1]
+            if self._slots is None:
+                self._slots = Slots(cache, self.most)
+            self._slots.put(cache, index, len(row.job.ids) + row.more)
+            self._writing.append(row)
             row.cache = None
             self._next([(row, logits[index : index + 1])])
-
-    def _enter(self, row: Row, cache: Cache, index: int, columns: int, more: int) -> None:
-        if self._slots is None:
-            self._slots, self._more = Slots(cache, self.most), more
-        self._slots.put(cache, index, columns)
-        self._writing.append(row)
 
     def _write(self) -> None:
         slots, rows = self._slots, list(self._writing)
         assert slots is not None
         slots.ready()
-        width = max(slots.lengths) + 1 - self._more
-        lengths = torch.tensor(slots.lengths)[:, None] + 1 - self._more
-        mask = (torch.arange(width).flip(0)[None] < lengths).long()
-        logits = self._call(torch.tensor([[row.ids[-1]] for row in rows]), mask, slots)
+        # A stack's own model knows of its soft tokens, and wants to hear of the others; the base of a crowd of all.
+        writer, more = rows[0].answers.stack.model, rows[0].more
+        if self.crowd is not None:
+            writer, more = self.crowd.host, 0
+        lengths = torch.tensor(slots.lengths)[:, None] + (1 - more)
+        mask = (torch.arange(int(lengths.max())).flip(0)[None] < lengths).long()
+        logits = self._call(writer, rows, torch.tensor([[row.ids[-1]] for row in rows]), mask, slots)
         slots.advance()
         self._next([(row, logits[index : index + 1]) for index, row in enumerate(rows)])
 
-    def _call(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """Logits [B, V] behind the last of `ids` [B, T]; `mask` [B, P + T] is of the cache's tokens too."""
-        device = self.model.device
+    def _call(
+        self, model: PreTrainedModel, rows: Sequence[Row], ids: Tensor, mask: Tensor, cache: Cache
+    ) -> Tensor:
+        """Logits [B, V] behind the last of `ids` [B, T]; `mask` [B, P + T] is of what the cache holds too."""
+        if self.crowd is not None and model is self.crowd.host:
+            self.crowd.seat([row.job.model for row in rows])
+        device, takes = model.device, _parameters(model.__class__)
         given: dict[str, Any] = {"attention_mask": mask.to(device), "past_key_values": cache}
-        if self._positions:
+        if "position_ids" in takes:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(device)
-        if self._keeps:
+        if "logits_to_keep" in takes:
             given["logits_to_keep"] = 1
-        logits: Tensor = self.model(input_ids=ids.to(device), use_cache=True, **given).logits[:, -1]
+        logits: Tensor = model(input_ids=ids.to(device), use_cache=True, **given).logits[:, -1]
         return logits
 
     def _next(self, found: Sequence[tuple[Row, Tensor]]) -> None:
@@ -241,7 +241,7 @@ class Rows:
         likeliest = torch.cat([logits for _, logits in found]).argmax(-1).tolist()
         for (row, logits), token in zip(found, likeliest, strict=True):
             try:
-                done = row.write(token if row.plain else row.pick(logits), self.answers.text)
+                done = row.write(token if row.plain else row.pick(logits))
             except Exception as error:  # noqa: BLE001  the answer of this request alone
                 self._fail([row], error)
                 continue
@@ -252,9 +252,9 @@ class Rows:
         """Give a row's slot away; the last row takes it."""
         assert self._slots is not None
         row = self._writing[index]
-        if self.prefixes is not None:
-            columns = self._slots.row(index, self.model.config)
-            self.prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
+        if (prefixes := row.answers.prefixes) is not None:
+            columns = self._slots.row(index, row.answers.stack.model.config)
+            prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
         self._slots.drop(index)
         self._writing[index] = self._writing[-1]
         self._writing.pop()
@@ -264,7 +264,7 @@ class Rows:
         try:
             if row.stream is not None:
                 row.stream.end()
-            self.answers.finish(row.job, row.written, row.ends)
+            row.answers.finish(row.job, row.written, row.ends)
         except Exception as error:  # noqa: BLE001  the answer of this request alone
             row.job.finish(None, error)
 
@@ -275,6 +275,12 @@ class Rows:
             else:
                 self._reading.remove(row)
             row.job.finish(None, error)
+
+
+@cache
+def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+    """What a model's forward takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def refuse_whole_batches(stack: Stack) -> None:
@@ -307,21 +313,21 @@ class _Watched(Rows):
         super()._next(found)
 
 
-def prove(stack: Stack, answers: Answers) -> None:
-    """Prompts that are read in pieces and together, some while others are answered, against each text alone.
+def prove(answers: dict[str, Answers], crowd: Crowd | None = None) -> None:
+    """Prompts that are read in pieces and together, some while others are answered, against each text alone: each asks
+    the next of the names.
 
     Raises:
         UnsupportedError: the model, with what stands on it, computes something else; with the reason.
     """
-    rows = _Watched(stack, answers, most=4, piece=8)
-    draw, size, room = (
-        torch.Generator().manual_seed(0),
-        vocabulary_of(stack.model) or 2,
-        free_positions(stack.model),
-    )
-    if room is not None and room < 24:
-        raise UnsupportedError("its context is too short to try it")
-    groups = [[_job(length, size, draw) for length in group] for group in PROMPTS]
+    for each in answers.values():
+        refuse_whole_batches(each.stack)
+        room = free_positions(each.stack.model)
+        if room is not None and room < 24:
+            raise UnsupportedError("its context is too short to try it")
+    rows = _Watched(answers, most=4, crowd=crowd, piece=8)
+    draw, names = torch.Generator().manual_seed(0), cycle(answers)
+    groups = [[_job(length, next(names), answers, draw) for length in group] for group in PROMPTS]
     for jobs in groups:
         rows.step(jobs)
     while rows.busy:
@@ -330,12 +336,13 @@ def prove(stack: Stack, answers: Answers) -> None:
         if (error := job.future.exception()) is not None:
             raise UnsupportedError(f"tried, rows that come and go end in {type(error).__name__}: {error}")
     for row, logits in rows.seen.items():
-        _compare(stack, row.ids[:-1], torch.cat(logits))
+        _compare(row.answers.stack, row.ids[:-1], torch.cat(logits))
 
 
-def _job(length: int, size: int, draw: torch.Generator) -> Job:
+def _job(length: int, name: str, answers: dict[str, Answers], draw: torch.Generator) -> Job:
+    size = vocabulary_of(answers[name].stack.model) or 2
     ids = torch.randint(size, (length,), generator=draw).tolist()
-    return Job(Request("", max_tokens=4, ids=tuple(ids), temperature=0), ids, 4)
+    return Job(Request("", max_tokens=4, ids=tuple(ids), temperature=0), ids, 4, model=name)
 
 
 @torch.no_grad()
