@@ -1,7 +1,8 @@
 """Tokens a second and time to the first token, beside `transformers serve --continuous-batching`.
 
-    python benchmarks/serving.py                 # a random Llama of 44 million numbers
-    python benchmarks/serving.py --model peftx:tiny --clients 1,8,32
+    python benchmarks/serving.py clients         # a random Llama of 44 million numbers
+    python benchmarks/serving.py clients --model FOLDER --clients 1,8,32
+    python benchmarks/serving.py adapters        # 32 rows of 1 to 32 LoRAs in one batch, in this process
 
 Both servers run one after the other on the same saved model, one thread each, and answer the same streamed requests
 over HTTP. Tokens are counted by second of the clock and by second of CPU that the server took, which a busy machine
@@ -138,9 +139,67 @@ def best(rounds: list[dict[str, float]]) -> dict[str, float]:
     return max(rounds, key=lambda one: one["tokens_a_cpu_second"])
 
 
-def main(
+app = typer.Typer()
+
+
+@app.command()
+def adapters(rounds: Annotated[int, typer.Option(help="the least of so many counts")] = 5) -> None:
+    """CPU milliseconds a token of a batch of 32 rows, by how many adapters its rows are of."""
+    import torch
+
+    from peftx import Stack
+    from peftx.engines.models import load_model
+    from peftx.kernel.copies import sharing
+    from peftx.toolkits.serving import Server
+    from peftx.toolkits.serving.job import Job, Request
+    from peftx.toolkits.serving.models import Models
+    from peftx_lora import Lora
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        base, tokenizer = load_model(str(saved_llama(Path(scratch) / "model")))
+    base.requires_grad_(False)
+    servers = []
+    for i in range(32):
+        stack = Stack(sharing(base), [Lora(rank=8, targets="all")], tokenizer=tokenizer)
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in stack.model.parameters():
+                if p.requires_grad:
+                    p.add_(0.01 * torch.randn(p.shape, generator=generator))
+        servers.append(Server(stack, name=str(i)))
+    models = Models(servers)
+    rows = models.engine("0")._worker.batch
+
+    def milliseconds(count: int) -> float:
+        jobs = []
+        for i in range(32):
+            name = str(i % count)
+            request = Request(PROMPTS[i % len(PROMPTS)] + f" {i}", max_tokens=TOKENS, temperature=0)
+            jobs.append(Job(request, models.engine(name).ids_of(request), TOKENS, model=name))
+        began = time.process_time()
+        rows.step(jobs)
+        while rows.busy:
+            rows.step([])
+        used = time.process_time() - began
+        return 1000 * used / sum(job.result(0).completion_tokens for job in jobs)
+
+    counts = (1, 4, 8, 16, 32)
+    milliseconds(1)
+    found = {count: min(times) for count, times in zip(
+        counts, zip(*([milliseconds(count) for count in counts] for _ in range(rounds)), strict=True), strict=True
+    )}  # fmt: skip
+    results = {str(count): {"ms_a_token": ms, "ratio": ms / found[1]} for count, ms in found.items()}
+    print(json.dumps(results, indent=1))
+    (RESULTS / "serving_adapters.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def clients(
     model: Annotated[str, typer.Option(help="`llama`: random, 44 million numbers; or a folder")] = "llama",
-    clients: Annotated[str, typer.Option(help="how many ask at once, comma separated")] = "1,8,32",
+    counts: Annotated[
+        str, typer.Option("--clients", help="how many ask at once, comma separated")
+    ] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="the best of so many counts")] = 3,
     only: Annotated[str, typer.Option(help="one of the two servers")] = "",
 ) -> None:
@@ -162,7 +221,7 @@ def main(
             served = Served(name, command, port, known_as)
             try:
                 asyncio.run(measured(served, 2))  # the first one warms up
-                for count in map(int, clients.split(",")):
+                for count in map(int, counts.split(",")):
                     found = best([asyncio.run(measured(served, count)) for _ in range(rounds)])
                     results.setdefault(str(count), {})[name] = found
                     print(name, count, {key: round(value, 3) for key, value in found.items()}, flush=True)
@@ -175,4 +234,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

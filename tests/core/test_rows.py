@@ -23,6 +23,7 @@ from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.packed import _COPIES, Packed, pack
+from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.rows import Rows, prove
 from peftx.toolkits.serving.slots import Slots
 
@@ -327,6 +328,31 @@ def test_prompts_begin_from_what_others_read(stack: Stack) -> None:
             expected = stack.generate(long + f"{i}", max_new_tokens=6, do_sample=False)
             assert job.result(30).text == expected
         assert engine.prefixes.hits >= 7
+
+
+def test_a_store_and_an_order_of_a_plugins_own() -> None:
+    """Seen by the engine as its own; who is left out of an order waits as long as others run, and no longer."""
+    asked: list[int] = []
+
+    class Store(PrefixCache):
+        def take(self, ids: list[int]) -> Any:
+            asked.append(len(ids))
+            return super().take(ids)
+
+    class Policy(Plugin):
+        claims: set[Claim] = set()
+
+        @hookimpl
+        def serve(self, server: Server) -> None:
+            server.scheduler.prefixes = Store(server.stack.model, entries=4)
+            server.scheduler.order = lambda jobs: [job for job in jobs if job.prompt_tokens < 10]
+
+    stack = built(Policy())
+    with Engine(Server(stack)) as engine:
+        jobs = [engine.submit(Request(prompt, max_tokens=6, temperature=0)) for prompt in PROMPTS]
+        for prompt, job in zip(PROMPTS, jobs, strict=True):
+            assert job.result(60).text == stack.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert sorted(asked) == sorted(job.prompt_tokens for job in jobs)
 
 
 def test_others_get_the_model_between_two_steps(stack: Stack) -> None:

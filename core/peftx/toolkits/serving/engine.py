@@ -90,9 +90,9 @@ class Engine:
         scheduler = server.scheduler
         stack.model.eval()
         self.server, self.whole, self.apart = server, "", ""
-        self.prefixes = (
-            PrefixCache(stack.model, entries=scheduler.prefix_entries) if scheduler.prefix_cache else None
-        )
+        self.prefixes = scheduler.prefixes
+        if self.prefixes is None and scheduler.prefix_cache:
+            self.prefixes = PrefixCache(stack.model, entries=scheduler.prefix_entries)
         self.packed = pack(stack.model) if scheduler.pack_weights else 0  # linear layers
         self._together, self._worker = self._place(Answers(stack, self.prefixes), together)
         self._tokenizer = stack.tokenizer

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class PrefixCache:
     """The last few token sequences with their caches; the least recently used one goes first.
 
+    A plugin may put one of its own on `server.scheduler.prefixes`: `take` is asked before a prompt is read, `keep` and
+    `keep_row` are told of what was read and written.
+
     Args:
         model: a causal language model. entries: sequences that are kept.
     """
@@ -51,6 +54,8 @@ class PrefixCache:
             return
         own = DynamicCache(config=self._config)
         for index, layer in enumerate(cache.layers):
+            if layer.keys is None:  # it reads another layer's
+                continue
             own.update(
                 layer.keys[row : row + 1, :, -len(ids) :], layer.values[row : row + 1, :, -len(ids) :], index
             )
@@ -61,7 +66,10 @@ class PrefixCache:
         rows = int(cache.get_seq_length())
         if rows == 0 or rows > len(ids) or undo_kind(cache) is not Undo.ANY_ROWS:
             return
-        self._kept[tuple(ids[:rows])] = cache
+        key = tuple(ids[:rows])
+        for known in [known for known in self._kept if _shared(known, ids) == len(known) < rows]:
+            del self._kept[known]  # the longer one begins with it
+        self._kept[key] = cache
         while len(self._kept) > self._entries:
             self._kept.popitem(last=False)
 

@@ -10,6 +10,7 @@ from peftx.errors import PeftxError
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
 from peftx.toolkits.serving.job import Job
+from peftx.toolkits.serving.prefix import PrefixCache
 
 METHODS = ("GET", "POST")
 
@@ -27,8 +28,10 @@ class Scheduler:
         prefix_cache: keep keys and values of served prompts, and start from them where a prompt begins alike. Off by
             default: results are the same up to rounding, not bit for bit.
         prefix_entries: prompts that are kept.
+        prefixes: a store of a plugin's own in the place of the one that `prefix_cache` makes.
         max_queue: requests that wait at most; more are turned away.
-        order: puts the waiting jobs in the order in which they run; first come, first served if left out.
+        order: puts the waiting jobs in the order in which they run; first come, first served if left out. Those that it
+            leaves out go on waiting, as long as others run.
     """
 
     max_batch: int = 32
@@ -36,6 +39,7 @@ class Scheduler:
     pack_weights: bool = True
     prefix_cache: bool = False
     prefix_entries: int = 16
+    prefixes: PrefixCache | None = None
     max_queue: int = 256
     order: Callable[[Sequence[Job]], list[Job]] = list
 
@@ -105,7 +109,7 @@ class Server:
         for member in stack.implementers("serve"):
             stack.call(member, "serve", server=self)
         self.scheduler.check()
-        if self.scheduler.prefix_cache and (reason := self._no_prefix_cache()):
+        if (self.scheduler.prefix_cache or self.scheduler.prefixes) and (reason := self._no_prefix_cache()):
             raise PeftxError(f"prefix_cache: {reason}", hint="leave it off")
 
     def _no_prefix_cache(self) -> str:

@@ -115,7 +115,12 @@ class Worker:
             self._drop_cancelled()
             if not self._waiting or not self.batch.free:
                 return []
-            jobs = self.batch.choose(self.scheduler.order(self._waiting))
+            ordered = self.scheduler.order(self._waiting)
+            if not ordered:
+                if self.batch.busy:
+                    return []
+                ordered = self._waiting[:1]  # or nothing would ever run
+            jobs = self.batch.choose(ordered)
             self._waiting = [job for job in self._waiting if job not in jobs]
             return jobs
 
