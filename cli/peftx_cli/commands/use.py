@@ -37,7 +37,13 @@ Host = Annotated[str, typer.Option(help="address to listen on; any but loopback 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port; 0 takes a free one")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="requests that run together at most")]
 MaxWait = Annotated[
-    float, typer.Option("--max-wait-ms", min=0.0, help="how long a request waits for company")
+    float,
+    typer.Option(
+        "--max-wait-ms", min=0.0, help="how long a request waits for company where batches run whole"
+    ),
+]
+PackWeights = Annotated[
+    bool, typer.Option(help="lay float32 weights out for a CPU's products; takes their memory once more")
 ]
 ApiKey = Annotated[
     str | None,
@@ -194,6 +200,7 @@ def serve(
     max_batch: MaxBatch = 32,
     max_wait_ms: MaxWait = 5.0,
     prefix_cache: PrefixCache = False,
+    pack_weights: PackWeights = True,
     adapters: Adapters = None,
     api_key: ApiKey = None,
     model: Base = None,
@@ -223,7 +230,9 @@ def serve(
     opener = Opener(model=model, device=device, trust_remote_code=trust_remote_code)
 
     def server(name: str, target: str) -> Server:
-        scheduler = Scheduler(max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache)
+        scheduler = Scheduler(
+            max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache, pack_weights=pack_weights
+        )
         return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
 
     def asked(name: str, path: str) -> Server:
