@@ -289,6 +289,18 @@ class RunsByItself(Plugin):
             site.attach(_Gain(site.out_features))
 
 
+class WorksOnNothing(Plugin):
+    """Says that it works on what stands before it, and brings its own."""
+
+    caught_by = "works_on_previous"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.WORKS_ON_PREVIOUS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))
+
+
 class HoldsItsGraph(Plugin):
     """Notes what it computed, with the graph of it."""
 

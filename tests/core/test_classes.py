@@ -328,3 +328,29 @@ def test_what_works_on_adapters_needs_one() -> None:
     assert "put an adapter such as lora in the place of 'head'" in str(conflict)
     assert find_conflicts(members(Head(), Lora(), Listens())) == []
     assert find_conflicts(members(Listens())) == []  # whoever trains it says that nothing trains
+
+
+class Prunes(Plugin):
+    """Works on what stands before it, and reads the loss."""
+
+    claims = {Claim.WORKS_ON_PREVIOUS, Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START, Claim.READS_LOSS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None: ...
+
+
+def test_what_works_on_what_stands_before_it_stands_behind_something() -> None:
+    from peftx_lora import Lora
+
+    (conflict,) = find_conflicts(members(Prunes(), Lora()))
+    assert conflict.claims == (Claim.WORKS_ON_PREVIOUS,)
+    assert conflict.working_order == ("lora", "prunes")
+    for fine in ((Prunes(),), (Lora(), Prunes())):
+        assert find_conflicts(members(*fine)) == []
+    (conflict,) = find_conflicts(
+        members(Head(), Prunes())
+    )  # reads the loss before, and has nothing before it behind
+    assert conflict.claims == (Claim.READS_LOSS, Claim.CLASSIFIES)
+    assert conflict.working_order == ()
+    (conflict,) = find_conflicts(members(Head(), Lora(), Prunes()))
+    assert conflict.working_order == ("lora", "prunes", "head")

@@ -19,9 +19,9 @@ from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.app import build_app
-from peftx.toolkits.serving.worker import QueueFull
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop, settled
+from peftx.toolkits.serving.worker import QueueFull
 
 PROMPTS = ["Once upon a time", "The river took the bridge, the camera and the car", "A"]
 

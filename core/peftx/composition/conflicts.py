@@ -179,7 +179,7 @@ RULES = (
 def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
     """All conflicts of a stack, in stack order. Nothing is built or touched."""
     found = [_with_order(conflict, rule, members) for conflict, rule in _collisions(members)]
-    return found + _without_adapters(members) + _rows_that_do_not_fit(members)
+    return found + _without_adapters(members) + _with_nothing_before(members) + _rows_that_do_not_fit(members)
 
 
 def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | None]]:
@@ -222,7 +222,7 @@ def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]
     compressed_first = [first, *(m for m in members if m is not first)]
     for order in (later, earlier, at_the_end, compressed_first):
         free = next(_collisions(order), None) is None and _unfit(order) is None
-        if free and not _without_adapters(order):
+        if free and not _without_adapters(order) and not _with_nothing_before(order):
             return replace(conflict, working_order=tuple(m.id for m in order))
     return conflict
 
@@ -245,6 +245,31 @@ def _without_adapters(members: Sequence[Member]) -> list[Conflict]:
         for member in members
         if member.claims(Claim.NEEDS_ADAPTERS)
     ]
+
+
+def _with_nothing_before(members: Sequence[Member]) -> list[Conflict]:
+    """Plugins that work on what stands before them, where everything stands behind."""
+    attaching = [m for m in members if _attaches_parameters(m)]
+    found = []
+    for member in members:
+        if not member.claims(Claim.WORKS_ON_PREVIOUS) or not attaching:
+            continue
+        if members.index(attaching[0]) < members.index(member):
+            continue
+        order = [m for m in members if m is not member]
+        order.insert(order.index(attaching[0]) + 1, member)
+        works = next(_collisions(order), None) is None and _unfit(order) is None
+        reason = f"{member} works on what the plugins before it attached, and {attaching[0]} comes after it"
+        ids = tuple(m.id for m in order) if works else ()
+        way = f"put an adapter such as lora before '{member.id}'"
+        found.append(Conflict(member.id, attaching[0].id, (Claim.WORKS_ON_PREVIOUS,), reason, ids, way))
+    return found
+
+
+def _attaches_parameters(member: Member) -> bool:
+    """Does it bring matrices of its own that train: heads and the base are none of these."""
+    others = (Claim.WORKS_ON_PREVIOUS, Claim.CLASSIFIES, Claim.TRAINS_BASE, Claim.OWN_LAYOUT)
+    return _changes_model(member.plugin) and not any(member.claims(claim) for claim in others)
 
 
 def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
@@ -316,6 +341,8 @@ def rules(plugin: AnyPlugin) -> list[str]:
             found.append(f"not {'after' if rule.ordered else 'beside'} {rule.one.told}")
     if Claim.NEEDS_ADAPTERS in plugin.claims:
         found.append("with an adapter, whose deltas add to the output of layers")
+    if Claim.WORKS_ON_PREVIOUS in plugin.claims:
+        found.append("behind a plugin that attaches parameters")
     if plugin.takes:
         made = sorted(set(plugin.gives.values()))
         gives = f", and leaves {' or '.join(made)}" if made else ""

@@ -73,6 +73,8 @@ class Claim(StrEnum):
     """Works in calls of the whole model: its layers cannot be run one by one."""
     NEEDS_ADAPTERS = "needs-adapters"
     """Works on what the deltas of other plugins add to the output of layers."""
+    WORKS_ON_PREVIOUS = "works-on-previous"
+    """Works on parameters that the plugins before it attached."""
     VIRTUAL_TOKENS = "virtual-tokens"
     """Puts soft tokens in front of the input."""
     NEEDS_LABELS = "needs-labels"

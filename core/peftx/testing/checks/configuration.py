@@ -28,6 +28,7 @@ _NEEDS = {
     Claim.REPLACES_LOSS: {"train_step"},
     Claim.PASSES_LAYERS: {"inject"},
     Claim.WHOLE_CALLS: {"inject"},
+    Claim.WORKS_ON_PREVIOUS: {"inject"},
     Claim.NEEDS_GRADIENTS: {"train_step", "inject"},
     Claim.REPLACES_DECODING: {"decode"},
     Claim.LOSSLESS_DECODING: {"decode"},

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.plugin import Claim
+from peftx.kernel.plugin import Claim, Plugin
 from peftx.stack import Stack
 from peftx.testing.case import Case, assert_close, error_of, inputs_for, output
 from peftx.testing.checks.check import changes_model, check, injects
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.reference import COMPANION, ReferenceLowRank
 from peftx.testing.subject import TEXT
 from peftx.toolkits.compression.calibration import BlockInputs, walk_blocks
 
@@ -124,8 +127,25 @@ def check_layers_run_by_themselves(case: Case) -> None:
     assert not claimed or error is not None, "claims whole-calls, and its layers run one by one"
 
 
+@check(on="package", when=lambda subject: subject.claims(Claim.WORKS_ON_PREVIOUS))
+def check_works_on_previous(case: Case) -> None:
+    """Alone it has nothing to hold; behind a low-rank update of Llama's it has."""
+    model = tiny("llama")
+
+    def held(before: list[tuple[str, Plugin]]) -> dict[str, Tensor]:
+        members = [*before, (case.id, case.subject.make())]
+        stack = Stack(copy.deepcopy(model), members, tokenizer=tiny_tokenizer())
+        return stack.ledger.tensors(case.id)
+
+    assert not held([]), f"claims {Claim.WORKS_ON_PREVIOUS}, and holds tensors of its own on a plain model"
+    assert held([(COMPANION, ReferenceLowRank())]), (
+        f"claims {Claim.WORKS_ON_PREVIOUS}, and holds nothing behind an adapter"
+    )
+
+
 CHECKS = (
     check_layers_run_by_themselves,
+    check_works_on_previous,
     check_layers_are_passed_by,
     check_padding_is_invisible,
     check_batch_is_invisible,

@@ -325,7 +325,9 @@ def prove(answers: dict[str, Answers], crowd: Crowd | None = None) -> None:
         room = free_positions(each.stack.model)
         if room is not None and room < 24:
             raise UnsupportedError("its context is too short to try it")
-    answers = {name: Answers(each.stack) for name, each in answers.items()}  # nothing of it is to be remembered
+    answers = {
+        name: Answers(each.stack) for name, each in answers.items()
+    }  # nothing of it is to be remembered
     rows = _Watched(answers, most=4, crowd=crowd, piece=8)
     draw, names = torch.Generator().manual_seed(0), cycle(answers)
     groups = [[_job(length, next(names), answers, draw) for length in group] for group in PROMPTS]

@@ -1,0 +1,209 @@
+"""SparseAdapter: prune the adapters of a stack before they train, and train what is left.
+
+"SparseAdapter: An Easy Approach for Improving the Parameter-Efficiency of Adapters" (arXiv:2210.04284). Of the N
+entries w of all matrices that the plugins before this one attached, floor((1 - s) N) are kept: those with the largest
+scores z,
+
+    random      z ~ U(0, 1)
+    magnitude   z = |w|
+    er          random, with d_l ~ (in_l + out_l) / (in_l out_l) of matrix l kept, at most all (Erdos-Renyi)
+    snip        z = |w g|                        g = dL/dw, of the first micro-batch's rows
+    grasp       z = w (H g)                      H = d2L/dw2, of the same rows
+
+    m = 1[z among the largest],  w <- w m,  dL/dw <- m dL/dw
+
+in all matrices together, or in each. Biases and gains are not pruned, and the base stays frozen. Matrices that start at
+zero (LoRA's B) would give themselves and their partners scores of zero; they start from N(0, init**2) where the score
+looks at weights. Large-Sparse is an adapter of k times the rank at s = 1 - 1 / k: as many numbers, of more directions.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Generator, Iterable
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.kernel.heads import Head
+from peftx.kernel.modes import eval_mode
+from peftx.kernel.parts import BasePart, ReplacedPart, VocabularyPart
+from peftx.kernel.stack import Stack
+
+
+class SparseAdapterConfig(PluginConfig):
+    """Options of SparseAdapter; by the paper SNIP at 40% is best on average, and 80% is as good as a dense adapter."""
+
+    score: Literal["random", "magnitude", "er", "snip", "grasp"] = Field(
+        "snip", description="z, what an entry is kept for"
+    )
+    sparsity: float = Field(0.4, ge=0, lt=1, description="s, share of the entries that is removed")
+    scope: Literal["global", "local"] = Field(
+        "global", description="the largest of all matrices together, or of each matrix"
+    )
+    init: float = Field(
+        0.02,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard deviation from which matrices that are zero start, where the score looks at weights",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> SparseAdapterConfig:
+        if (self.score, self.scope) == ("er", "local"):
+            raise ValueError("er says how much of each matrix is kept: scope global")
+        return self
+
+
+class Mask(nn.Module):
+    """m of the N entries of all matrices, bool; all False as long as nothing is chosen."""
+
+    m: Tensor
+
+    def __init__(self, N: int) -> None:
+        super().__init__()
+        self.register_buffer("m", torch.zeros(N, dtype=torch.bool))
+
+
+class SparseAdapter(Plugin):
+    """See the module.
+
+    Attributes:
+        state: `entries`, N; `chosen`, once there is a mask.
+    """
+
+    Config = SparseAdapterConfig
+    claims = {
+        Claim.IDENTITY_AT_START,
+        Claim.BESIDE_WEIGHTS,
+        Claim.NEEDS_GRADIENTS,
+        Claim.READS_LOSS,
+        Claim.WORKS_ON_PREVIOUS,
+    }
+    config: SparseAdapterConfig
+
+    @hookimpl
+    def inject(self, model: ModelView, stack: Stack) -> None:
+        self.sizes = [w.numel() for w in matrices(stack, model.owner)]
+        # Adapters that were folded into the weights are no longer there when a bundle is loaded, and the mask is.
+        if N := self.state.setdefault("entries", sum(self.sizes)):
+            self.mask = model.keep("mask", Mask(N))
+
+    def check(self, stack: Stack) -> None:
+        if stack.ledger.parts and not self.state["entries"]:
+            owner, others = stack.id_of(self), ", ".join(stack.plugins)
+            raise ConflictError(
+                f"{owner} prunes matrices of adapters that stand before it, and in the order {others} there are none",
+                hint=f"put an adapter such as lora before '{owner}'",
+            )
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        owner = step.stack.id_of(self)
+        ws = matrices(step.stack, owner)
+        if [w.numel() for w in ws] != self.sizes:
+            raise PeftxError(f"{owner}: other adapters stand before it than did at first", hint="a new stack")
+        if not self.state.get("chosen"):
+            self.choose(owner, ws, self.scores(step, owner, ws))
+        step.on_gradients(lambda _: self.hold(w.grad for w in ws))
+        return (yield)
+
+    def scores(self, step: TrainStep, owner: str, ws: list[nn.Parameter]) -> list[Tensor]:
+        """z of each matrix."""
+        if self.config.score == "random":
+            return [torch.rand(w.shape, generator=random_of(step, i)) for i, w in enumerate(ws)]
+        if (
+            self.config.score == "er"
+        ):  # -n / (in + out) of the n-th: of each matrix as many as fit its share come first
+            sides = [sum(w.shape[-2:]) * math.prod(w.shape[:-2]) for w in ws]
+            orders = [torch.randperm(w.numel(), generator=random_of(step, i)) for i, w in enumerate(ws)]
+            return [-(order + 0.5) / side for order, side in zip(orders, sides, strict=True)]
+        for i, w in enumerate(ws):
+            if not w.any():
+                w.data.copy_(torch.randn(w.shape, generator=random_of(step, i)) * self.config.init)
+        if self.config.score == "magnitude":
+            return [w.detach().abs() for w in ws]
+        by = derivatives(step, owner, ws, twice=self.config.score == "grasp")
+        z = [(w * each).detach() for w, each in zip(ws, by, strict=True)]
+        return z if self.config.score == "grasp" else [each.abs() for each in z]
+
+    def choose(self, owner: str, ws: list[nn.Parameter], z: list[Tensor]) -> None:
+        """m, and w <- w m."""
+        flat, s = [each.flatten().to(self.mask.m.device, torch.float32) for each in z], self.config.sparsity
+        tied = next((i for i, each in enumerate(flat) if not each.isfinite().all() or not each.any()), None)
+        if tied is not None and s:
+            raise PeftxError(
+                f"{owner}: matrix {tied} of the adapters, {tuple(ws[tied].shape)}, has {self.config.score} scores that "
+                "are all 0, or no numbers: nothing tells its entries apart",
+                hint="init above 0, rows that reach it, or score: random",
+            )
+        groups = [torch.cat(flat)] if self.config.scope == "global" else flat
+        m = torch.cat([largest(each, kept(len(each), s)) for each in groups])
+        gone = sum(not each.any() for each in m.split(self.sizes))
+        if gone == len(ws):
+            raise PeftxError(f"{owner}: sparsity {s} leaves nothing", hint="a lower one")
+        if 2 * gone >= len(ws):  # as all of LoRA's B
+            told = f"{owner}: nothing is left of {gone} of {len(ws)} matrices; scope: local?"
+            warnings.warn(told, stacklevel=2)
+        self.mask.m.copy_(m)
+        self.state["chosen"] = True
+        self.hold(ws)
+
+    @torch.no_grad()
+    def hold(self, tensors: Iterable[Tensor | None]) -> None:
+        """Zero what is not left, in the matrices or in their gradients."""
+        for x, m in zip(tensors, self.mask.m.split(self.sizes), strict=True):
+            if x is not None:
+                x.masked_fill_(~m.view(x.shape), 0)
+
+
+def matrices(stack: Stack, owner: str) -> list[nn.Parameter]:
+    """Matrices that the plugins before `owner` attached, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for other in list(stack.plugins)[: list(stack.plugins).index(owner)]:
+        for part in stack.ledger.of(other):
+            base = isinstance(part, BasePart | ReplacedPart | VocabularyPart) or isinstance(part.module, Head)
+            for _, module, leaf in () if base else part.places():
+                w = module._parameters.get(leaf)
+                if w is not None and w.ndim > 1 and w.is_floating_point():
+                    found.setdefault(id(w), w)
+    return list(found.values())
+
+
+def kept(N: int, s: float) -> int:
+    """floor((1 - s) N), of s as it is written: 0.8 of 10 leaves 2."""
+    return math.floor((1 - Fraction(str(s))) * N)
+
+
+def largest(z: Tensor, k: int) -> Tensor:
+    """bool [N], True for the k largest."""
+    return torch.zeros_like(z, dtype=torch.bool).index_fill(0, z.topk(k).indices, True)
+
+
+def random_of(step: TrainStep, i: int) -> torch.Generator:
+    """Of the stack's seed alone, so that all processes draw the same."""
+    return torch.Generator().manual_seed(zlib.crc32(f"sparse-adapter:{step.stack.seed}:{i}".encode()))
+
+
+def derivatives(step: TrainStep, owner: str, ws: list[nn.Parameter], *, twice: bool) -> tuple[Tensor, ...]:
+    """g = dL/dw of the step's loss, without dropout; `twice`: H g, the derivatives of g^T g / 2."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        hint = "score: magnitude"
+        raise UnsupportedError(f"{owner}: every process would score by other rows", hint=hint)
+    if not all(w.requires_grad for w in ws):
+        hint = f"stack.unfreeze(); what freezes layers in its step, as ist, goes behind {owner}"
+        raise PeftxError(f"{owner}: scores by gradients, and some adapters before it are frozen", hint=hint)
+    with eval_mode(step.module), sdpa_kernel(SDPBackend.MATH):
+        g = torch.autograd.grad(step.total_loss(), ws, create_graph=twice, materialize_grads=True)
+        if twice:
+            half = torch.stack([each.square().sum() for each in g]).sum() / 2
+            g = torch.autograd.grad(half, ws, materialize_grads=True)
+    return g
