@@ -339,6 +339,12 @@ class Prunes(Plugin):
     def inject(self, model: ModelView) -> None: ...
 
 
+class Names(Prunes):
+    """Brings a head of classes."""
+
+    claims = {Claim.CLASSIFIES, Claim.BESIDE_WEIGHTS}
+
+
 def test_what_works_on_what_stands_before_it_stands_behind_something() -> None:
     from peftx_lora import Lora
 
@@ -347,10 +353,10 @@ def test_what_works_on_what_stands_before_it_stands_behind_something() -> None:
     assert conflict.working_order == ("lora", "prunes")
     for fine in ((Prunes(),), (Lora(), Prunes())):
         assert find_conflicts(members(*fine)) == []
-    (conflict,) = find_conflicts(
-        members(Head(), Prunes())
-    )  # reads the loss before, and has nothing before it behind
-    assert conflict.claims == (Claim.READS_LOSS, Claim.CLASSIFIES)
-    assert conflict.working_order == ()
-    (conflict,) = find_conflicts(members(Head(), Lora(), Prunes()))
-    assert conflict.working_order == ("lora", "prunes", "head")
+    by_loss, by_place = find_conflicts(
+        members(Prunes(), Names())
+    )  # in the other order nothing stands before it either
+    assert (by_loss.claims, by_loss.working_order) == ((Claim.READS_LOSS, Claim.CLASSIFIES), ())
+    assert (by_place.claims, by_place.working_order) == ((Claim.WORKS_ON_PREVIOUS,), ())
+    (conflict,) = find_conflicts(members(Lora(), Prunes(), Names()))
+    assert conflict.working_order == ("lora", "names", "prunes")

@@ -248,27 +248,32 @@ def _without_adapters(members: Sequence[Member]) -> list[Conflict]:
 
 
 def _with_nothing_before(members: Sequence[Member]) -> list[Conflict]:
-    """Plugins that work on what stands before them, where everything stands behind."""
-    attaching = [m for m in members if _attaches_parameters(m)]
+    """Plugins that work on what stands before them, where all that there is stands behind, or is of another kind."""
     found = []
-    for member in members:
-        if not member.claims(Claim.WORKS_ON_PREVIOUS) or not attaching:
+    for place, member in enumerate(members):
+        others = [m for m in members if m is not member and _changes_model(m.plugin)]
+        attaching = [m for m in others if _attaches_parameters(m)]
+        if (
+            not member.claims(Claim.WORKS_ON_PREVIOUS)
+            or not others
+            or any(m in members[:place] for m in attaching)
+        ):
             continue
-        if members.index(attaching[0]) < members.index(member):
-            continue
+        other = next(iter(attaching), others[0])
         order = [m for m in members if m is not member]
-        order.insert(order.index(attaching[0]) + 1, member)
-        works = next(_collisions(order), None) is None and _unfit(order) is None
-        reason = f"{member} works on what the plugins before it attached, and {attaching[0]} comes after it"
+        order.insert(order.index(other) + 1, member)
+        works = attaching and next(_collisions(order), None) is None and _unfit(order) is None
+        what = "comes after it" if attaching else "brings nothing of the kind"
+        reason = f"{member} works on what the plugins before it attached, and {other} {what}"
         ids = tuple(m.id for m in order) if works else ()
         way = f"put an adapter such as lora before '{member.id}'"
-        found.append(Conflict(member.id, attaching[0].id, (Claim.WORKS_ON_PREVIOUS,), reason, ids, way))
+        found.append(Conflict(member.id, other.id, (Claim.WORKS_ON_PREVIOUS,), reason, ids, way))
     return found
 
 
 def _attaches_parameters(member: Member) -> bool:
-    """Does it bring matrices of its own that train: heads and the base are none of these."""
-    others = (Claim.WORKS_ON_PREVIOUS, Claim.CLASSIFIES, Claim.TRAINS_BASE, Claim.OWN_LAYOUT)
+    """May it bring matrices of its own that train: heads are none of these. What it does bring, only a model tells."""
+    others = (Claim.WORKS_ON_PREVIOUS, Claim.CLASSIFIES, Claim.OWN_LAYOUT)
     return _changes_model(member.plugin) and not any(member.claims(claim) for claim in others)
 
 
