@@ -421,7 +421,7 @@ def test_a_part_of_a_prompt_and_what_a_cache_holds() -> None:
 # --------------------------------------------------------------------------------------------------------- measuring
 def test_scores_and_the_figure(tmp_path: Path) -> None:
     stack = stack_of(**SMALL)
-    found = stack.evaluate(ROWS, metrics=["prefixlm-vs-causal-icl"], output_dir=tmp_path / "new")
+    found = stack.evaluate(ROWS, metrics=["prefixlm-vs-causal-icl"], output_dir=tmp_path / "new" / "figures")
     depth, ends = experiment_of(**SMALL)
     for name, errors in (depth | ends).items():
         assert found[name].value == float(errors[-1])
@@ -439,7 +439,7 @@ def test_scores_and_the_figure(tmp_path: Path) -> None:
     for name, total in sums.items():
         assert found[f"nll/{name}"].value == pytest.approx(total / count, rel=1e-5)
         assert found[f"nll/{name}"].count == count
-    page = (tmp_path / "new" / "prefixlm-vs-causal-icl.html").read_text()
+    page = (tmp_path / "new" / "figures" / "prefixlm-vs-causal-icl.html").read_text()
     assert page.count("<svg") == 2
     lines = [part.split('"', 1)[0] for part in page.split('points="')[1:]]
     assert [len(line.split()) for line in lines] == [8] * 4 + [12] * 4
