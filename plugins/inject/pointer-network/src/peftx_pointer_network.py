@@ -110,11 +110,8 @@ class PointerNet(nn.Module):
             once: point at no element twice.
         """
         keys, elements, x, state = self.encode(P)
-        rows, found, gone = (
-            torch.arange(len(P)),
-            list[Tensor](),
-            torch.zeros(keys.shape[:2], dtype=torch.bool),
-        )
+        rows, found = torch.arange(len(P), device=P.device), list[Tensor]()
+        gone = P.new_zeros(keys.shape[:2], dtype=torch.bool)
         for _ in range(keys.shape[1]):
             d, state = self.decoder(x, state)
             found.append(self.pointer(keys, d)[:, 0].masked_fill(gone, -torch.inf).argmax(-1))
@@ -134,9 +131,7 @@ def hull(count: int, n: int) -> tuple[Tensor, Tensor]:
     in the input."""
     P = torch.rand(count, n, 2)
     x, y = (P[:, None] - P[:, :, None]).double().unbind(-1)  # from i to j, [B, i, j]
-    left = (
-        x[..., None] * y[:, :, None] - y[..., None] * x[:, :, None] >= 0
-    )  # is k left of i -> j, [B, i, j, k]
+    left = x[..., None] * y[:, :, None] - y[..., None] * x[:, :, None] >= 0  # k, of i -> j: [B, i, j, k]
     follows = left.all(-1) & ~torch.eye(n, dtype=torch.bool)
     after, rows = follows.long().argmax(2), torch.arange(count)
     C = [follows.any(2).long().argmax(1)]
@@ -176,6 +171,11 @@ def experiment(config: PointerNetworkConfig) -> tuple[PointerNet, list[tuple[int
 
 
 # ---------------------------------------------------------------------------------------------------- a language model
+Noted = tuple[Tensor, Tensor, Tensor]
+"""Keys [B, N, size] and ids [B, N] of the tokens so far, -1 for pads and soft tokens; and how many of them each row of
+the last norm sees, [B, T + P]."""
+
+
 class Copy(nn.Module):
     """The pointer and the gate of a language model.
 
@@ -188,19 +188,23 @@ class Copy(nn.Module):
         self.pointer, self.gate = Pointer(width, size), nn.Linear(width, 1)
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, gate)
-        self.noted: tuple[Tensor, Tensor, Tensor] | None = None
-        """Between the last norm and the head: keys [B, N, size] and ids [B, N] of the tokens so far, -1 where there is
-        none; and how many of them each row of the last norm sees, [B, T + P]."""
+        self.noted: Noted | None = None
+        """Between the last norm and the head."""
 
-    def forward(self, d: Tensor, logits: Tensor) -> Tensor:
-        """d [B, m, width], logits [B, m, V] -> log(p sum_w e^logits_w), [B, m, V]: with g = 1 the logits themselves."""
-        assert self.noted is not None
-        keys, ids, upto = self.noted
+    def forward(self, noted: Noted, d: Tensor, logits: Tensor) -> Tensor:
+        """log(p sum_w e^logits_w), [B, m, V]: with g = 1 the logits themselves.
+
+        Args:
+            d: [B, m, width], of the last rows. logits: [B, m, V].
+        """
+        (keys, ids, upto), V = noted, logits.shape[-1]
         seen = torch.arange(ids.shape[1], device=ids.device) < upto[:, -d.shape[1] :, None]  # [B, m, N]
-        seen = seen & ((ids >= 0) & (ids < logits.shape[-1]))[:, None]
+        seen = (
+            seen & ((ids >= 0) & (ids < V))[:, None]
+        )  # of tokens that plugins add later there are no logits here
         u = self.pointer(keys, d).masked_fill(~seen, torch.finfo(keys.dtype).min)
         copied = torch.zeros_like(logits).scatter_add(
-            2, ids.clamp(min=0)[:, None].expand(u.shape), u.softmax(-1) * seen
+            2, ids.clamp(0, V - 1)[:, None].expand(u.shape), u.softmax(-1) * seen
         )
         gate, tiny = self.gate(d), torch.finfo(logits.dtype).tiny  # the logarithm of 0 has no gradient
         copied = copied.clamp(min=tiny).log() + logits.logsumexp(-1, keepdim=True)
@@ -242,12 +246,8 @@ class Mixes(Delta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         (copy,) = self.copy
-        if copy.noted is None:
-            return y
-        try:
-            return copy(x.float(), y.float()).to(y.dtype)  # type: ignore[no-any-return]
-        finally:
-            copy.noted = None
+        noted, copy.noted = copy.noted, None  # no module may hold on to a graph
+        return y if noted is None else copy(noted, x.float(), y.float()).to(y.dtype)
 
 
 class PointerNetwork(Plugin):

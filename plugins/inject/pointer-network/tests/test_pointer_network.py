@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftx
-from peftx import Stack
+from peftx import Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
@@ -366,6 +366,26 @@ def test_generation(options: dict[str, Any]) -> None:
         for _ in range(6):
             ids = torch.cat([ids, by_hand(stack, tiny("llama"), ids)[-1].argmax()[None, None]], 1)
         assert written == TOKENIZER.decode(ids[0, known:], skip_special_tokens=True)
+
+
+class Marks(Plugin):
+    """More new tokens than the embedding has rows to spare."""
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        self.rows = model.vocabulary([f"<{n}>" for n in range(70)])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@torch.no_grad()
+def test_new_tokens_are_copied_where_the_head_knows_them(first: bool) -> None:
+    pointer, marks = PointerNetwork(size=8, gate=-9.0), ("marks", Marks())
+    stack = Stack(tiny("llama"), [marks, pointer] if first else [pointer, marks], tokenizer=tiny_tokenizer())
+    new = stack.plugins["marks"].rows.ids[-1]  # type: ignore[attr-defined]
+    assert new >= 320
+    p = stack.model(torch.tensor([[8, new]])).logits.softmax(-1)[0, 1]
+    assert (float(p[new]) > 0.1) is first
+    assert p[8] > 0.1
 
 
 def test_gradients_are_those_of_the_mixture() -> None:

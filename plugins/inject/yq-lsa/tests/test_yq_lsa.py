@@ -151,12 +151,14 @@ def test_what_is_trained() -> None:
         assert risk(S, w, (p, KQ, v)) < risk(S, w, fit(S, w, start, 4, guess=guess)) < risk(S, w, start)
 
 
-def test_the_step_size_is_the_best_one_from_the_mean() -> None:
+def test_the_mean_is_the_best_to_start_from_and_the_step_size_the_best_from_there() -> None:
     config = YqLsa(**SMALL | {"tasks": 50_000}).config
     mu = torch.ones(3, dtype=torch.float64)
     S, w = tasks(config, mu, 0)
     risks = [float(risk(S, w, descent(mu, eta))) for eta in (0.4, 4 / 8, 0.6)]
     assert risks[1] == min(risks)
+    for step in torch.eye(3, dtype=torch.float64):
+        assert min(float(risk(S, w, descent(mu + sign * 0.2 * step, 0.5))) for sign in (-1, 1)) > risks[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- a model
