@@ -254,7 +254,7 @@ class PointerNetwork(Plugin):
     """See the module."""
 
     Config = PointerNetworkConfig
-    claims = {Claim.NEEDS_TOKENS}
+    claims = {Claim.NEEDS_TOKENS, Claim.NEEDS_MASK}
     example = {"size": 8, "lengths": (3,), "longest": 4, "width": 8, "steps": 5}
     refuses = {
         "t5": "what it could copy stands in another tower",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Plugin, Stack, hookimpl
-from peftx.errors import ArchitectureError, PluginError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -30,6 +30,7 @@ from peftx_pointer_network import (
     hull,
     sorting,
 )
+from peftx_prefix_grouper import PrefixGrouper
 from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("pointer-network")
@@ -478,6 +479,11 @@ def test_embeddings_are_refused() -> None:
     stack = stack_of()
     with pytest.raises(UnsupportedError, match="pointer-network: what is copied are token ids"):
         stack.model(inputs_embeds=stack.model.get_input_embeddings()(TEXT))
+
+
+def test_rows_of_a_layout_of_their_own_are_refused() -> None:
+    with pytest.raises(ConflictError, match="lays several texts out in one row"):
+        stack_of("llama", PrefixGrouper())
 
 
 @pytest.mark.parametrize(

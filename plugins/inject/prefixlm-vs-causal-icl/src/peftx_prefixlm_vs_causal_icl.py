@@ -38,12 +38,13 @@ from peftx import (
     ModelView,
     Plugin,
     PluginConfig,
+    Stack,
     TrainStep,
     hookimpl,
 )
 from peftx.engines.data import IGNORE, tokenize_dataset
 from peftx.engines.data.formats import dataset_of
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
 from peftx.pages.chart import Curve, chart
@@ -207,6 +208,12 @@ class PrefixlmVsCausalIcl(Plugin):
         model.column(COLUMN)
         for site in sites:
             site.attend(PrefixMask(model.call, model.owner))
+
+    def check(self, stack: Stack) -> None:
+        for member in stack.members:
+            if member.claims(Claim.REPLACES_LOSS):
+                said = f"{member} computes a loss of its own, by calls that do not say what the context is"
+                raise ConflictError(f"{stack.id_of(self)}: {said}", hint="keep one of them")
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

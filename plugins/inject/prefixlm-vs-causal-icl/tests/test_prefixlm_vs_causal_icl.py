@@ -16,6 +16,7 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError, PluginErr
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
 from peftx_full_finetuning import FullFinetuning
+from peftx_linupper import LinUpper
 from peftx_ls_llama import LsLlama
 from peftx_ntk_attention import NtkAttention
 from peftx_prefix_tuning import PrefixTuning
@@ -488,6 +489,12 @@ def test_plugins_that_cannot_stand_beside_it() -> None:
         stack_of("llama", NtkAttention())
     with pytest.raises(ConflictError, match="reads labels of tokens"):
         stack_of("llama", LsLlama())
+    for order in (1, -1):
+        plugins = [LinUpper(), PrefixlmVsCausalIcl()][::order]
+        with pytest.raises(
+            ConflictError, match="prefixlm-vs-causal-icl: 'linupper' computes a loss of its own"
+        ):
+            Stack(tiny("llama"), plugins, tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,13 @@ from peftx import (
     ModelView,
     Plugin,
     PluginConfig,
+    Stack,
     TrainStep,
     hookimpl,
 )
 from peftx.engines.data import IGNORE, tokenize_dataset
 from peftx.engines.data.formats import dataset_of
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
 from peftx.pages.chart import Curve, chart
@@ -184,6 +185,12 @@ class YqLsa(Plugin):
         model.column(COLUMN)
         first = model.blocks("layer")[0]
         first.attach(Guess(model.call, model.owner, model.hidden_size, self.config.size))
+
+    def check(self, stack: Stack) -> None:
+        for member in stack.members:
+            if member.claims(Claim.REPLACES_LOSS):
+                said = f"{member} computes a loss of its own, by calls that do not say what the query is"
+                raise ConflictError(f"{stack.id_of(self)}: {said}", hint="keep one of them")
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

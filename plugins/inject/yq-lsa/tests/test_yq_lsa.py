@@ -16,6 +16,7 @@ from peftx.engines.data import IGNORE, Collator, encode_pair
 from peftx.errors import ArchitectureError, ConflictError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
+from peftx_linupper import LinUpper
 from peftx_ls_llama import LsLlama
 from peftx_prompt_tuning import PromptTuning
 from peftx_yq_lsa import (
@@ -387,9 +388,12 @@ def test_models_that_do_not_go_on(arch: str) -> None:
         Stack(tiny(arch), [YqLsa()], tokenizer=TOKENIZER)
 
 
-def test_heads_of_classes_are_refused() -> None:
+def test_plugins_that_cannot_stand_beside_it() -> None:
     with pytest.raises(ConflictError, match="reads labels of tokens"):
         stack_of("llama", LsLlama())
+    for order in (1, -1):
+        with pytest.raises(ConflictError, match="yq-lsa: 'linupper' computes a loss of its own"):
+            Stack(tiny("llama"), [LinUpper(), YqLsa()][::order], tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(
