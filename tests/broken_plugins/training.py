@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Phase, Plugin, Stack, TrainStep, hookimpl
+from peftx import Claim, Delta, ModelView, Phase, Plugin, Stack, TrainingData, TrainStep, hookimpl
+from peftx.errors import DataError
 
 Wrapper = Generator[None, Tensor, Tensor]
 
@@ -287,6 +289,19 @@ class RunsByItself(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.norms():
             site.attach(_Gain(site.out_features))
+
+
+class LosesColumns(Plugin):
+    """Makes rows anew, and does not say so."""
+
+    caught_by = "further_columns_stay"
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        if not data.train:
+            raise DataError("loses-columns: no rows")
+        names = [name for name in data.train.column_names if name in ("text", "prompt", "completion")]
+        data.train = Dataset.from_list([{name: row[name] for name in names} for row in data.train])
 
 
 class WorksOnNothing(Plugin):

@@ -360,3 +360,17 @@ def test_what_works_on_what_stands_before_it_stands_behind_something() -> None:
     assert (by_place.claims, by_place.working_order) == ((Claim.WORKS_ON_PREVIOUS,), ())
     (conflict,) = find_conflicts(members(Lora(), Prunes(), Names()))
     assert conflict.working_order == ("lora", "names", "prunes")
+
+
+def test_columns_do_not_go_with_rows_made_anew() -> None:
+    class Makes(Plugin):
+        claims = {Claim.NEW_ROWS}
+
+    class Reads(Plugin):
+        claims = {Claim.READS_COLUMNS}
+
+    for pair in ((Makes(), Reads()), (Reads(), Makes())):
+        (conflict,) = find_conflicts(members(*pair))
+        assert conflict.claims == (Claim.NEW_ROWS, Claim.READS_COLUMNS)
+        assert conflict.working_order == ()
+        assert str(conflict).endswith("keep one of them")

@@ -119,6 +119,11 @@ RULES = (
         for other in (Claim.CLASSIFIES, Claim.OWN_LAYOUT, Claim.NO_LABELS)
     ),
     Rule(
+        _claiming(Claim.NEW_ROWS),
+        _claiming(Claim.READS_COLUMNS),
+        "{one} trains on rows of its own, and the columns that {two} works by are not in them",
+    ),
+    Rule(
         _claiming(Claim.NEEDS_MASK),
         _claiming(Claim.OWN_LAYOUT),
         "{one} tells text from pads by a mask of one number a token, and {two} lays several texts out in one row",

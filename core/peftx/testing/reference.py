@@ -103,3 +103,14 @@ class ReferencePrompt(Plugin):
 
 COMPANION = "reference-low-rank"
 """Id of the `ReferenceLowRank` that trains beside a plugin which has nothing to train of its own."""
+
+
+class ReferenceColumn(Plugin):
+    """Works by a further column of the rows, and changes nothing."""
+
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+    column = "further"
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.column(self.column)

@@ -36,6 +36,8 @@ _NEEDS = {
     Claim.TRAINS_BASE: {"inject"},
     Claim.CHANGES_VOCABULARY: {"inject"},
     Claim.DATA_ONLY: {"prepare_data"},
+    Claim.NEW_ROWS: {"prepare_data", "train_step"},
+    Claim.READS_COLUMNS: {"prepare_data", "train_step"},
 }
 """A claim -> the hooks of which one must be there for it to mean anything."""
 

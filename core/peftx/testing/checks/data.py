@@ -10,10 +10,12 @@ import torch
 
 from peftx.engines.data import FORMATS, TrainingData, tokenize_dataset
 from peftx.engines.training.run import as_training_data
-from peftx.errors import DataError
+from peftx.errors import DataError, PeftxError
+from peftx.kernel.plugin import Claim
 from peftx.stack import Stack
-from peftx.testing.case import Case, error_of
+from peftx.testing.case import Case, crashed, error_of
 from peftx.testing.checks.check import check
+from peftx.testing.reference import ReferenceColumn
 from peftx.testing.subject import Subject
 
 
@@ -82,4 +84,32 @@ def check_empty_data_is_refused(case: Case) -> None:
     assert case.id in str(error), f"the message does not name '{case.id}': {error}"
 
 
-CHECKS = (check_data_repeats_under_a_seed, check_rows_fit_their_format, check_empty_data_is_refused)
+_NO_COLUMNS = (Claim.NEW_ROWS, Claim.CLASSIFIES, Claim.OWN_LAYOUT, Claim.NO_LABELS)
+"""Claims of which each says that the rows are not the run's as they were."""
+
+
+@check(on="first", when=_prepares)
+def check_further_columns_stay(case: Case) -> None:
+    """A column that a plugin behind it works by comes through, unless the plugin claims rows of its own."""
+    name, claimed = ReferenceColumn.column, [claim for claim in _NO_COLUMNS if case.subject.claims(claim)]
+    stack = case.stack(after=[("column", ReferenceColumn())])
+    rows = [{**row, name: 1} for row in case.subject.rows]
+    prepared: list[TrainingData] = []
+    error = error_of(PeftxError, lambda: prepared.append(stack.prepare(_data(case, stack, rows))))
+    assert error is None or not crashed(error), f"rows with a further column: {error}"
+    if error is not None:  # it says so
+        return
+    (data,) = prepared
+    stays = data.train is not None and name in data.train.column_names
+    assert stays or claimed, f"a further column of the rows is gone, so claim {Claim.NEW_ROWS}"
+    assert not (stays and Claim.NEW_ROWS in claimed), (
+        f"claims {Claim.NEW_ROWS}, and further columns come through"
+    )
+
+
+CHECKS = (
+    check_data_repeats_under_a_seed,
+    check_rows_fit_their_format,
+    check_empty_data_is_refused,
+    check_further_columns_stay,
+)

@@ -177,7 +177,7 @@ class AirDecoding(Plugin):
     """See the module. `steer` of the plugin, which is the option's at first, may be set between texts."""
 
     Config = AirDecodingConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.READS_COLUMNS}
     example = {"length": 3, "hidden": 8, "steer": 1, "strength": 4.0}
     takes = ("prompt-completion", "messages")
     example_rows = tuple(

@@ -215,7 +215,7 @@ class Bita(Plugin):
     Config = BitaConfig
     claims = {
         Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.LOSSLESS_DECODING, Claim.REPLACES_ATTENTION,
-        Claim.OWN_LAYOUT, Claim.REPLACES_LOSS,
+        Claim.OWN_LAYOUT, Claim.REPLACES_LOSS, Claim.NEW_ROWS,
     }  # fmt: skip
     takes = ("prompt-completion", "messages")
     gives = {"prompt-completion": "tokenized", "messages": "tokenized"}

@@ -191,6 +191,7 @@ class Mpt(Plugin):
         Claim.NEEDS_LABELS,
         Claim.NEEDS_MASK,
         Claim.REPLACES_LOSS,
+        Claim.NEW_ROWS,
     }
     architectures = ("gemma",)
     refuses = {"bert": "its tasks are texts with answers"}

@@ -189,6 +189,7 @@ class QTuning(Plugin):
         Claim.NEEDS_GRADIENTS,
         Claim.NEEDS_MASK,
         Claim.REPLACES_LOSS,
+        Claim.NEW_ROWS,
     }
     architectures = ("gemma",)
     exempt = {"every_parameter_gets_a_gradient": "the critic trains from the second task on"}

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from datasets import Dataset
 from pydantic import Field, field_validator, model_validator
 
-from peftx import Plugin, PluginConfig, Stack, TrainingData, hookimpl
+from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, hookimpl
 from peftx.engines.data import continuation, render_messages, special_frame
 from peftx.errors import DataError, PeftxError, UnsupportedError
 from peftx.kernel.positions import free_positions
@@ -224,6 +224,7 @@ class MosaicIt(Plugin):
 
     Config = MosaicItConfig
     config: MosaicItConfig
+    claims = {Claim.NEW_ROWS}
     takes = ("prompt-completion", "messages", "classification")
     gives = {"classification": "prompt-completion"}
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from pydantic import Field
 
-from peftx import Evaluation, ModelView, Plugin, PluginConfig, TrainingData, hookimpl
+from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainingData, hookimpl
 from peftx.engines.data import prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.toolkits.evaluation import (
@@ -254,6 +254,7 @@ class UserProfile(Plugin):
 
     Config = UserProfileConfig
     config: UserProfileConfig
+    claims = {Claim.NEW_ROWS}
     takes = ("text",)  # with `profile` beside it
     gives = {"text": "prompt-completion"}
     refuses = {

@@ -182,7 +182,7 @@ class PrefixGrouper(Plugin):
     Config = PrefixGrouperConfig
     claims = {
         Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.EXACT_CACHE, Claim.REPLACES_ATTENTION, Claim.OWN_LAYOUT,
-        Claim.REPLACES_LOSS,
+        Claim.REPLACES_LOSS, Claim.NEW_ROWS, Claim.READS_COLUMNS,
     }  # fmt: skip
     takes = ("prompt-completion",)
     gives = {"prompt-completion": "tokenized"}
