@@ -20,9 +20,13 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_atp import Atp, MaskedLora, Narrow, mismatch, proximal
+from peftx_bottleneck_adapter import BottleneckAdapter
 from peftx_hft import Hft
+from peftx_layernorm_tuning import LayernormTuning
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
+from peftx_prefix_tuning import PrefixTuning
+from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("atp")
 
@@ -143,13 +147,16 @@ def test_the_share_that_is_left_comes_to_p() -> None:
 
 def test_the_task_reaches_the_generator_and_leaves_lora_alone() -> None:
     """Its gradient is that of loss + match R under live masks; d of LoRA's own step is a constant."""
-    stack = stack_of(shift=0.0, match=2.0, density=0.3)
+    stack = stack_of(shift=0.0, match=2.0, density=0.3, dropout=0.5)
     plugin, step = plugin_of(stack), step_of(stack)
     filled(stack)
+    stack.model.train()
     before = [p.detach().clone() for p in stack.ledger.parameters("atp")]
     torch.manual_seed(3)
     plugin.learn(plugin.generator, step)
     found = [p.grad.clone() for p in plugin.generator.parameters()]
+    assert stack.model.training  # and it was not, so that LoRA dropped nothing
+    assert plugin.generator.live is None
     assert all(delta.B.grad is None and delta.A.grad is None for delta in plugin.deltas.values())
     assert all(torch.equal(p, old) for p, old in zip(stack.ledger.parameters("atp"), before, strict=True))
     g = plugin.generator
@@ -208,6 +215,9 @@ def test_all_processes_draw_the_same_masks() -> None:
     stack = stack_of(control=2, shift=0.0)
     made_step(stack, total=3, index=1)
     assert not torch.equal(plugin_of(stack).generator.d, found[0])  # in another step others
+    stack = stack_of(control=1, shift=0.0)
+    made_step(stack, total=2, micro=1, accumulation=2)
+    assert plugin_of(stack).generator.d.all()  # the first micro-batch draws for all
 
 
 # --------------------------------------------------------------------------------------------------------- the masks
@@ -219,6 +229,9 @@ def test_all_kept_is_lora() -> None:
         part.module.A.data, part.module.B.data = (getattr(plugin.deltas[part.path], n).data for n in "AB")
     torch.testing.assert_close(logits(stack.model), logits(plain.model), rtol=1e-4, atol=1e-5)
     assert set(plugin.deltas) == {part.path for part in plain.ledger.of("lora")}
+    own = {name.rpartition("generator.")[2] for name in stack.ledger.tensors("atp")}
+    assert {"d", "e"} <= own
+    assert "cost" not in own  # the weights tell it
 
 
 def zeroed(model: nn.Module, masks: list[Tensor]) -> nn.Module:
@@ -257,6 +270,14 @@ def test_masks_are_on_what_goes_into_a_structure_and_not_on_lora(arch: str) -> N
             getattr(plugin_of(stack).deltas[part.path], n).data for n in "AB"
         )
     torch.testing.assert_close(logits(stack.model), logits(expected.model), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_masks_are_on_the_weights_and_not_on_lora() -> None:
+    stack = stack_of("qwen2", model=with_biases("qwen2"))
+    filled(stack)
+    before = logits(stack.model)
+    stack.merge("atp")
+    torch.testing.assert_close(logits(stack.model), before, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_of_lora_alone_while_it_trains() -> None:
@@ -473,6 +494,18 @@ def test_others_on_the_same_layers(other: Any) -> None:
         with pytest.raises(ConflictError, match=rf"'atp' tunes .* itself, to narrow it, and '{name}' stands"):
             Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
     Stack(tiny("llama"), [Atp(rank=2), Lora(rank=2, targets="head")], tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("other", [PromptTuning, PrefixTuning, LayernormTuning, BottleneckAdapter])
+@pytest.mark.parametrize("first", [True, False])
+def test_others_beside_the_layers(other: Any, first: bool, tmp_path: Path) -> None:
+    plugins = [Atp(rank=2, control=1, shift=0.0), other(**other.example)]
+    stack = Stack(tiny("llama"), plugins if first else plugins[::-1], tokenizer=tiny_tokenizer())
+    stack.train(ROWS, steps=2, sources=OTHERS)
+    stack.compress(ids=["atp"])
+    assert plugins[0].state["left"] < 0.99
+    loaded = peftx.load(stack.save(tmp_path / "bundle"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(loaded.model), logits(stack.model))
 
 
 def test_what_would_pack_it_afterwards() -> None:
