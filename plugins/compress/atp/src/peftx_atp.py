@@ -55,8 +55,9 @@ from peftx import (
     hookimpl,
 )
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.kernel.copies import Reader
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.slots import kind_of, packed
 from peftx.kernel.stack import Stack
 from peftx.toolkits.compression.names import dtype_name, float_dtype
@@ -335,10 +336,13 @@ class Atp(Plugin):
             raise PeftxError(f"{model.owner}: {said}", hint=hint)
 
     @hookimpl
-    def inject(self, model: ModelView) -> None:
+    def inject(self, model: ModelView, stack: Stack) -> None:
         if "kept" in self.state:  # a bundle that is narrow
             self.sources = {}  # type: ignore[misc]
             return
+        if packed := [part for part in stack.ledger.all(ReplacedPart) if kind_of(part.module) == "packed"]:
+            said = f"'{packed[0].owner}' packs {packed[0].key}, which '{model.owner}' behind it is to narrow"
+            raise ConflictError(said, hint="keep one")
         layers, at = self.layers(model), 0
         self.generator = model.keep("generator", Generator(layers, self.config), full_precision=True)
         self.deltas: dict[str, MaskedLora] = {}
@@ -360,10 +364,24 @@ class Atp(Plugin):
                 said = f"'{id}' tunes {part.key} itself, to narrow it, and '{part.owner}' stands on it"
                 hint = f"leave the layer out of '{part.owner}', or put that on when '{id}' has compressed"
                 raise ConflictError(said, hint=hint)
-        packs = [m.id for m in stack.members[order.index(id) :] if m.claims(Claim.QUANTIZES)]
-        if packs:
-            said = f"'{id}' narrows the heads, and '{packs[0]}' would pack them in their old size"
-            raise ConflictError(said, hint="keep one")
+        for other in stack.members:
+            after, why = order.index(other.id) > order.index(id), ""
+            inside = (m for part in stack.ledger.of(other.id) for m in part.module.modules())
+            if after and (other.claims(Claim.QUANTIZES) or other.claims(Claim.FOLDS_PREVIOUS)):
+                why, hint = "compresses the same layers in their old size", "keep one"
+            elif after and any(isinstance(m, Reader) for m in inside):
+                why, hint = (
+                    "copies the model, which is narrow when a bundle is read",
+                    f"'{other.id}' before '{id}'",
+                )
+            elif not after and other.claims(Claim.OWN_LAYOUT):
+                why, hint = (
+                    "lays out rows otherwise than those that masks learn from",
+                    f"'{id}' before '{other.id}'",
+                )
+            if why:
+                place = "after" if after else "before"
+                raise ConflictError(f"'{other.id}' stands {place} '{id}', and {why}", hint=hint)
 
     def phases(self) -> Sequence[Phase]:
         if "kept" in self.state:

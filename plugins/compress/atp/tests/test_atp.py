@@ -21,10 +21,13 @@ from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_atp import Atp, MaskedLora, Narrow, mismatch, proximal
 from peftx_bottleneck_adapter import BottleneckAdapter
+from peftx_cfsp import CFSP
 from peftx_hft import Hft
+from peftx_hypertuning import Hypertuning
 from peftx_layernorm_tuning import LayernormTuning
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
+from peftx_prefix_grouper import PrefixGrouper
 from peftx_prefix_tuning import PrefixTuning
 from peftx_prompt_tuning import PromptTuning
 
@@ -483,7 +486,7 @@ def test_models_without_such_layers(arch: str) -> None:
 def test_a_packed_model() -> None:
     stack = Stack(tiny("llama"), [NF4Storage(), Atp(rank=2)], tokenizer=tiny_tokenizer(), inject=False)
     stack.compress(None, ["nf4"])
-    with pytest.raises(PeftxError, match="atp narrows decoders"):
+    with pytest.raises(ConflictError, match=r"'nf4' packs .*, which 'atp' behind it is to narrow"):
         stack.inject()
 
 
@@ -508,9 +511,23 @@ def test_others_beside_the_layers(other: Any, first: bool, tmp_path: Path) -> No
     assert torch.equal(logits(loaded.model), logits(stack.model))
 
 
-def test_what_would_pack_it_afterwards() -> None:
-    with pytest.raises(ConflictError, match="'atp' narrows the heads, and 'nf4' would pack them"):
-        Stack(tiny("llama"), [Atp(rank=2), NF4Storage()], tokenizer=tiny_tokenizer())
+@pytest.mark.parametrize(
+    ("other", "after", "match"),
+    [
+        (NF4Storage, True, "compresses the same layers"),
+        (CFSP, True, "compresses the same layers"),
+        (Hypertuning, True, "copies the model"),
+        (PrefixGrouper, False, "lays out rows otherwise"),
+    ],
+)
+def test_others_on_the_wrong_side(other: Any, after: bool, match: str) -> None:
+    mine, theirs = Atp(rank=2), other(**other.example)
+    plugins = [mine, theirs] if after else [theirs, mine]
+    place = "after" if after else "before"
+    with pytest.raises(ConflictError, match=rf"stands {place} 'atp', and {match}"):
+        Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    if other in (Hypertuning, PrefixGrouper):  # which go in the other order
+        Stack(tiny("llama"), plugins[::-1], tokenizer=tiny_tokenizer())
 
 
 def test_what_is_merged_is_not_narrowed() -> None:
