@@ -18,13 +18,13 @@ trains, other plugins say: lora, full-finetuning, or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainingData, TrainStep, hookimpl
@@ -105,11 +105,12 @@ class Rfc(Plugin):
         m = []  # of each model its classes, [B]
         for values in models:
             with as_it_was(step.stack.ledger, values):
-                m.append(self.read(step.forward, step)[0].mean(1).argmax(1))
-        frozen = phase == "task" and self.config.frozen
+                m.append(self.read(step)[0].mean(1).argmax(1))
+        if phase == "task" and self.config.frozen:
+            step.on_gradients(self.freeze)
 
         def loss() -> tuple[Tensor, Any]:
-            z, outputs = self.read(torch.no_grad()(step.forward) if frozen else step.forward, step)
+            z, outputs = self.read(step)
             if phase == "synthesis":
                 each = cross_entropy(z.mT, torch.stack(m, 1), reduction="none").mean(1)
                 return halves(each, torch.stack(m) == y), outputs
@@ -119,20 +120,28 @@ class Rfc(Plugin):
         step.replace_task_loss(loss, over="rows")
         return (yield)
 
-    def read(self, forward: Callable[[], Any], step: TrainStep) -> tuple[Tensor, Any]:
+    def read(self, step: TrainStep) -> tuple[Tensor, Any]:
         """z of each head, [B, K, C], and what the model returned."""
-        answers, outputs = self.head.read(forward, step.batch["attention_mask"])
+        answers, outputs = self.head.read(step.forward, step.batch["attention_mask"])
         return self.apart(answers), outputs
 
     def apart(self, answers: Tensor) -> Tensor:
         """[B, K C] -> [B, K, C]."""
         return answers.unflatten(1, (self.config.rounds, -1))
 
+    def freeze(self, parameters: list[nn.Parameter]) -> None:
+        """All but the heads rest, whatever terms other plugins add; without a gradient nothing decays either."""
+        for p in {*parameters} - {*self.head.parameters()}:
+            p.grad = None
+
     @torch.no_grad()
     def enter(self, step: TrainStep) -> tuple[str, Sequence[dict[str, Tensor]]]:
         """The phase, and what m_0, m_1, ... trained."""
         owner, phase = step.stack.id_of(self), step.phase(self)
         known = step.memory.setdefault(owner, {})
+        if step.index > 0 and phase.name != "task" and not known:
+            hint = "begin at step 0; give all steps of a loop of your own one `memory`"
+            raise PeftxError(f"{owner}: step {step.index} does not remember how the run started", hint=hint)
         if step.begins(self):
             now = trained(step.stack.ledger)
             values = {name: x.clone() for name, x in now.items()}
@@ -145,9 +154,6 @@ class Rfc(Plugin):
                 known["models"].append(values)
                 for name, x in now.items():
                     x.copy_(known["start"][name])
-        if phase.name != "task" and not known:
-            hint = "begin at step 0; give all steps of a loop of your own one `memory`"
-            raise PeftxError(f"{owner}: step {step.index} does not remember how the run started", hint=hint)
         if step.index == phase.first and step.last_micro:
             step.before_update(lambda optimizer: forget(optimizer, step.parameters()))
         return phase.name, known.get("models", ())
@@ -165,13 +171,13 @@ def trained(ledger: Ledger) -> dict[str, Tensor]:
 
 
 @contextmanager
-def as_it_was(ledger: Ledger, values: Mapping[str, Tensor]) -> Iterator[None]:
+def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
     """Inside, these are in the place of all that trains, without gradients and in evaluation mode."""
     now = trained(ledger)
     own = {name: x.data for name, x in now.items()}
     try:
         for name, x in now.items():
-            x.data = values[name].to(x)  # from a checkpoint they are on the CPU
+            x.data = values[name] = values[name].to(x)  # from a checkpoint they are on the CPU
         with eval_mode(ledger.model), torch.no_grad():
             yield
     finally:

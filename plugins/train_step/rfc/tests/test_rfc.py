@@ -16,6 +16,7 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.toolkits.evaluation import head_answers
+from peftx_deft import Deft
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 from peftx_ls_llama import LsLlama
@@ -25,7 +26,7 @@ from peftx_sift import Sift
 test_conformance = conformance("rfc")
 
 ALL = ["xp", "xq", "yp", "yq"]
-RUN: dict[str, Any] = {"batch_size": 4, "learning_rate": 0.02}
+RUN: dict[str, Any] = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.1}
 
 
 def rows_of(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -240,7 +241,8 @@ def test_each_phase_begins_with_an_optimizer_that_is_empty() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_encoder_may_be_frozen_in_the_last_phase(frozen: bool) -> None:
-    stack, _, watch, _ = run(Lora(rank=2), frozen=frozen, steps=9)
+    """Also where another plugin adds to the loss, and weights decay."""
+    stack, _, watch, _ = run(Lora(rank=2), Deft(), frozen=frozen, steps=9)
     end = trained(stack.ledger)
     moved = {name for name, x in watch.seen[6].items() if not torch.equal(x, end[name])}
     heads = {name for name in end if name.startswith("rfc/")}
@@ -299,10 +301,11 @@ def test_phases_of_a_run() -> None:
     ]  # fmt: skip
 
 
-def test_a_loop_that_forgets_is_refused() -> None:
+@pytest.mark.parametrize("index", [1, 2, 5])
+def test_a_loop_that_forgets_is_refused(index: int) -> None:
     stack, _ = stack_of(Lora(rank=2))
-    with pytest.raises(PeftxError, match="rfc: step 3 does not remember how the run started"):
-        stack.run_train_step(TrainStep(stack, batch_of(stack), index=3, total=10))
+    with pytest.raises(PeftxError, match=f"rfc: step {index} does not remember how the run started"):
+        stack.run_train_step(TrainStep(stack, batch_of(stack), index=index, total=10))
 
 
 @pytest.mark.parametrize("arch", ["t5", "vit", "clip"])
