@@ -11,11 +11,12 @@ from torch import Tensor
 
 import peftx
 from peftx import Plugin, Stack, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
+from peftx_ls_llama import LsLlama
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
 from peftx_sift import Sift
@@ -298,6 +299,11 @@ def test_a_loop_that_forgets_the_start_is_refused() -> None:
 def test_models_of_more_than_texts_are_refused(arch: str) -> None:
     with pytest.raises(ArchitectureError, match="reads more than tokens"):
         stack_of(arch=arch)
+
+
+def test_a_head_of_classes_is_refused() -> None:
+    with pytest.raises(ConflictError, match="puts a loss of its own in the task's place"):
+        stack_of(LsLlama())
 
 
 @pytest.mark.parametrize("tasks", [("a", "a"), ("target",), ("a", "train")])
