@@ -6,7 +6,7 @@ each kind of attention (the encoder's, the decoder's, and the decoder's to the e
     P        = W_2 tanh(W_1 E + b_1) + b_2      E: [l, d], W_1: [h, d], W_2: [widths of all keys and values, h]
     K' = [P_K ; K],  V' = [P_V ; V]             P_K, P_V: [heads, l, head size], the attention's own part of P
 
-E is what the pretrained model makes of the token ids 0 .. l - 1: the encoder's last hidden states, or the only tower's.
+E is what the model as it comes makes of the token ids 0 .. l - 1: last hidden states of the encoder, or the only tower.
 W and b are the knowledge; E stays. With theta all else that trains in the stack, theta_0 its start, and source tasks
 t_1 .. t_n, n of them, in R rounds:
 
@@ -149,13 +149,13 @@ class Transcoder(Plugin):
         return [*(Phase(name, share) for name in names[:-1]), Phase(names[-1])]
 
     @hookimpl
-    def inject(self, model: ModelView, stack: Stack) -> None:
+    def inject(self, model: ModelView) -> None:
         config, kind = self.config, model.config.model_type
         if model.module.main_input_name != "input_ids" or not {*model.towers} <= {"decoder", "encoder"}:
             raise ArchitectureError(f"{model.owner}: {kind} reads more than tokens", hint="a model of texts")
         if not model.restoring:
             self.state = {}
-        E = encoded(model, stack, config.length)
+        E = encoded(model, config.length)
         kinds: dict[str, list[BoundSite]] = {}
         for site in model.attentions():
             kinds.setdefault(f"{site.tower}_{site.role}", []).append(site)
@@ -210,12 +210,13 @@ def task_loss(step: TrainStep) -> tuple[Tensor, Any]:
     return outputs.loss, outputs
 
 
-def encoded(model: ModelView, stack: Stack, length: int) -> Tensor:
-    """E; zeros where a bundle brings it, or there are no weights, or no rows."""
+def encoded(model: ModelView, length: int) -> Tensor:
+    """E; zeros where a bundle brings it, or there are no weights, or no rows. Soft tokens of plugins before are left
+    out."""
     like = model.embedding().weight
     if model.restoring or like.is_meta or not length:
         return like.new_zeros(length, model.hidden_size)
     reader = model.module.get_encoder() if model.config.is_encoder_decoder else model.module.base_model
     ids = torch.arange(length, device=like.device)[None]
-    with stack.disabled(), eval_mode(model.module), torch.no_grad():
-        return reader(input_ids=ids).last_hidden_state[0].to(like)
+    with eval_mode(model.module), torch.no_grad():
+        return reader(input_ids=ids).last_hidden_state[0, -length:].to(like)

@@ -17,6 +17,7 @@ from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 from peftx_ls_llama import LsLlama
+from peftx_nf4 import NF4Storage
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
 from peftx_sift import Sift
@@ -115,19 +116,32 @@ def test_each_kind_of_attention_has_one_network() -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5", "bert"])
-def test_E_is_what_the_pretrained_model_makes_of_the_first_ids(arch: str) -> None:
-    """Whatever plugins stand on it already."""
-    prompt = PromptTuning(length=2)
-    lora = Lora(rank=2)
-    stack, _ = stack_of(prompt, lora, arch=arch)
-    model = tiny(arch)
-    reader = model.get_encoder() if arch == "t5" else model.base_model
+@pytest.mark.parametrize("prompted", [False, True])
+def test_E_is_what_the_model_makes_of_the_first_ids(arch: str, prompted: bool) -> None:
+    """With what stands on it already; soft tokens are read and left out."""
+    prompt = [PromptTuning(length=2)] * prompted
+    stack, _ = stack_of(Lora(rank=2), *prompt, arch=arch)
+    plain = Stack(tiny(arch), prompt, tokenizer=tiny_tokenizer())
+    for p, own in zip(
+        plain.ledger.parameters("prompt-tuning"), stack.ledger.parameters("prompt-tuning"), strict=True
+    ):
+        p.data.copy_(own)
+    reader = plain.model.get_encoder() if arch == "t5" else plain.model.base_model
     with torch.no_grad():
-        expected = reader(input_ids=torch.tensor([[0, 1, 2]])).last_hidden_state[0]
+        expected = reader(input_ids=torch.tensor([[0, 1, 2]])).last_hidden_state[0, -3:]
     found = [x for name, x in knowledge(stack).items() if name.endswith(".E")]
-    assert found
+    assert len(found) == (3 if arch == "t5" else 1)
     for E in found:
         torch.testing.assert_close(E, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_stands_on_a_packed_model() -> None:
+    stack = Stack(
+        tiny("llama"), [NF4Storage(), Transcoder(length=3)], tokenizer=tiny_tokenizer(), inject=False
+    )
+    stack.compress(["Once upon a time."], ["nf4"])
+    stack.inject()
+    assert stack.train(ROWS, steps=2, **RUN).terms["task"] > 0
 
 
 def test_generation_with_a_cache_is_generation_without() -> None:
