@@ -1,0 +1,222 @@
+"""TransCoder: what code tasks have in common is learned by a prefix that goes from task to task, each on a fresh model.
+
+"TransCoder: Towards Unified Transferable Code Representation Learning Inspired by Human Skills" (arXiv:2306.07285). Of
+each kind of attention (the encoder's, the decoder's, and the decoder's to the encoder) one network is shared by tasks:
+
+    P        = W_2 tanh(W_1 E + b_1) + b_2      E: [l, d], W_1: [h, d], W_2: [widths of all keys and values, h]
+    K' = [P_K ; K],  V' = [P_V ; V]             P_K, P_V: [heads, l, head size], the attention's own part of P
+
+E is what the model as it comes makes of the token ids 0 .. l - 1: last hidden states of the encoder, or the only tower.
+W and b are the knowledge; E stays. With theta all else that trains in the stack, theta_0 its start, and source tasks
+t_1 .. t_n, n of them, in R rounds:
+
+    (W, b), theta  <-  argmin of the loss on t_i, from (W, b), theta_0          for each round, for i = 1 .. n
+    (W, b), theta  <-  argmin of the loss on the target, from (W, b), theta_0
+
+So W and b alone go from task to task; what a task did to theta is undone when it ends, and the optimizer begins anew.
+No second derivative is taken. What theta is, other plugins say: full-finetuning, as in the paper; lora; or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from peftx import (
+    AttentionEdit,
+    BoundSite,
+    Claim,
+    ModelView,
+    Phase,
+    Plugin,
+    PluginConfig,
+    TrainStep,
+    hookimpl,
+)
+from peftx.engines.training.updates import forget
+from peftx.errors import ArchitectureError, PeftxError
+from peftx.kernel.call import Call
+from peftx.kernel.modes import eval_mode
+from peftx.kernel.stack import Stack
+
+TARGET = "target"
+
+
+class TranscoderConfig(PluginConfig):
+    """Options of TransCoder; the paper visits each source task with 10000 rows, at rate 5e-5."""
+
+    tasks: tuple[str, ...] = Field(
+        (), description="names of the source tasks: sources of rows, in order; none: the target alone"
+    )
+    rounds: int = Field(
+        4, ge=1, description="R, visits of each source task; the paper has 2 for summaries and languages"
+    )
+    steps: int | None = Field(None, ge=1, description="steps of a visit; none: equal parts of the run")
+    adapt: bool = Field(
+        True, description="go on to the target, the run's own rows; else a run ends with the source tasks"
+    )
+    length: int = Field(
+        32, ge=0, description="l, rows in front of each attention's keys and values; 0: plain tuning"
+    )
+    hidden: int = Field(32, ge=1, description="h, width of the networks")
+
+    @field_validator("tasks")
+    @classmethod
+    def _are_sources(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) < len(tasks) or {TARGET, "train"} & set(tasks):
+            raise ValueError("each source task has a name of its own, and none is 'target' or 'train'")
+        return tasks
+
+
+class Knowledge(nn.Module):
+    """P of all attentions of one kind, [l, widths]: in each attention all of its keys, then all of its values.
+
+    Args:
+        E: what the network reads, [l, d]. hidden: h. widths: numbers of all keys and values.
+    """
+
+    def __init__(self, E: Tensor, hidden: int, widths: int) -> None:
+        super().__init__()
+        self.register_buffer("E", E)
+        self.down, self.up = nn.Linear(E.shape[1], hidden), nn.Linear(hidden, widths)
+
+    def forward(self, part: slice) -> Tensor:
+        """The columns of one attention, [l, its width]."""
+        return F.linear(self.down(self.E).tanh(), self.up.weight[part], self.up.bias[part])
+
+
+class Prefix(AttentionEdit):
+    """K' = [P_K ; K], V' = [P_V ; V] in one attention.
+
+    Args:
+        knowledge: of its kind. part: its columns of P. call: of the model. name: of the rows in a cache.
+    """
+
+    def __init__(self, knowledge: Knowledge, part: slice, call: Call, name: str) -> None:
+        super().__init__()
+        self.knowledge, self.part = (knowledge,), part  # in a tuple: it is no child of this one
+        self.call, self.name = call, name
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        # With gradients each time: a checkpointed layer that runs again must compute what it computed before.
+        P = self.compute() if torch.is_grad_enabled() else self.call.once(self.name, self.compute)
+        heads, sizes = key.shape[1], (key.shape[-1], value.shape[-1])
+        P_K, P_V = (
+            rows.unflatten(-1, (heads, -1))
+            .transpose(0, 1)
+            .expand(len(key), -1, -1, -1)  # [B, heads, l, size]
+            for rows in P.to(key).split([heads * size for size in sizes], -1)
+        )
+        return torch.cat((P_K, key), 2), torch.cat((P_V, value), 2)
+
+    def compute(self) -> Tensor:
+        return self.knowledge[0](self.part)
+
+
+class Transcoder(Plugin):
+    """See the module."""
+
+    Config = TranscoderConfig
+    claims = {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE, Claim.NEEDS_GRADIENTS, Claim.REPLACES_LOSS}
+    architectures = ("bart", "gemma")
+    refuses = {
+        "vit": "it reads no tokens",
+        "mamba": "it has no attention",
+        "bloom": "its attention is not looked up by name",
+    }
+    example = {"tasks": ("first",), "rounds": 1, "steps": 1, "length": 3, "hidden": 4}
+    sources = {
+        "first": (
+            {"prompt": "2 + 2 =", "completion": " 4"},
+            {"prompt": "The sky is", "completion": " blue"},
+        )
+    }
+    config: TranscoderConfig
+
+    def phases(self) -> Sequence[Phase]:
+        config = self.config
+        visits = [f"{task} {r}" for r in range(1, config.rounds + 1) for task in config.tasks]
+        visits = [] if self.state.get("sourced") else visits
+        names = [*visits, TARGET] if config.adapt or not visits else visits
+        share = config.steps or 1 / len(names)
+        return [*(Phase(name, share) for name in names[:-1]), Phase(names[-1])]
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        config, kind = self.config, model.config.model_type
+        if model.module.main_input_name != "input_ids" or not {*model.towers} <= {"decoder", "encoder"}:
+            raise ArchitectureError(f"{model.owner}: {kind} reads more than tokens", hint="a model of texts")
+        if not model.restoring:
+            self.state = {}
+        E = encoded(model, config.length)
+        kinds: dict[str, list[BoundSite]] = {}
+        for site in model.attentions():
+            kinds.setdefault(f"{site.tower}_{site.role}", []).append(site)
+        for name, sites in kinds.items():
+            sizes = [model.heads_of(site) for site in sites]
+            ends = list(accumulate((n.kv_heads * (n.head_dim + n.value_dim) for n in sizes), initial=0))
+            knowledge = model.keep(name, Knowledge(E.clone(), config.hidden, ends[-1]))
+            for site, part in zip(sites, pairwise(ends), strict=True):
+                site.attend(Prefix(knowledge, slice(*part), model.call, f"{model.owner}.{site.path}"))
+        known, asked = type(self).sources, () if self.state.get("sourced") else config.tasks
+        self.sources = {task: known.get(task, ()) for task in asked}  # type: ignore[misc]
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        span, owner = step.phase(self), step.stack.id_of(self)
+        if span.name == TARGET:
+            return (yield)
+        if step.index == 0 and step.first_micro:
+            start = {name: x.detach().clone() for name, x in theta(step.stack, owner).items()}
+            step.memory[owner] = start
+        if owner not in step.memory:
+            said = f"{owner}: step {step.index} does not remember what the model was at first"
+            raise PeftxError(said, hint="begin at step 0; give all steps of a loop of your own one `memory`")
+        step.batch = step.batch_of(span.name.rpartition(" ")[0])
+        # The shares of a step's micro-batches are those of the target's rows, which these are not.
+        step.replace_task_loss(partial(task_loss, step), over="step")
+        if step.last_micro and step.index + 1 == span.end:
+            step.after_update(partial(self.leave, step))
+        return (yield)
+
+    @torch.no_grad()
+    def leave(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
+        """A task is over: all but the knowledge is as it was at first."""
+        owner = step.stack.id_of(self)
+        for name, x in theta(step.stack, owner).items():
+            x.copy_(step.memory[owner][name])
+        forget(optimizer, step.parameters())
+        if step.phase(self).name == self.phases()[-2 if self.config.adapt else -1].name:
+            self.state["sourced"], self.sources = True, {}  # type: ignore[misc]
+
+
+def theta(stack: Stack, owner: str) -> dict[str, Tensor]:
+    """What plugins but this one train, and what they keep beside it (places of sparse entries); by name."""
+    parts = [part for part in stack.ledger.parts if part.trains and part.owner != owner]
+    found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
+    return dict({id(x): (name, x) for name, x in found.items()}.values())
+
+
+def task_loss(step: TrainStep) -> tuple[Tensor, Any]:
+    """The model's own loss."""
+    outputs = step.forward()
+    return outputs.loss, outputs
+
+
+def encoded(model: ModelView, length: int) -> Tensor:
+    """E; zeros where a bundle brings it, or there are no weights, or no rows. Soft tokens of plugins before are left
+    out."""
+    like = model.embedding().weight
+    if model.restoring or like.is_meta or not length:
+        return like.new_zeros(length, model.hidden_size)
+    reader = model.module.get_encoder() if model.config.is_encoder_decoder else model.module.base_model
+    ids = torch.arange(length, device=like.device)[None]
+    with eval_mode(model.module), torch.no_grad():
+        return reader(input_ids=ids).last_hidden_state[0, -length:].to(like)
