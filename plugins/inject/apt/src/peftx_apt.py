@@ -276,9 +276,9 @@ def within(scores: Sequence[Tensor], costs: Sequence[int], budget: float) -> lis
     return list(kept.split([len(S) for S, _ in pairs]))
 
 
-def note(seen: dict[Any, Tensor], layer: nn.Module, x: Any, y: Any) -> None:
+def note(seen: dict[Any, Tensor], layer: nn.Module, x: Any, y: Tensor) -> None:
     """What a layer gives: the student's first call, which makes gradients, and the last one that makes none."""
-    y, grows = y[0] if isinstance(y, tuple) else y, torch.is_grad_enabled()
+    grows = torch.is_grad_enabled()
     if not (grows and (layer, grows) in seen):
         seen[layer, grows] = y
 
@@ -505,16 +505,17 @@ class Apt(Plugin):
     @hookimpl
     def compress(self, model: ModelView, stack: Stack) -> None:
         id = model.owner
-        if not stack.ledger.of(id, DeltaPart) or stack.ledger.merged():
-            said = "there are no masks on the model, or they are in the weights already"
-            raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
+        if not stack.ledger.of(id, DeltaPart):
+            said = "there are no masks on the model, or they are in the weights for good already"
+            raise ConflictError(
+                f"{id}: {said}", hint="phase: after-training beside `use`; no merge before that"
+            )
         if steps := max(int((mask.level * ~mask.kept).max()) for _, mask in self.masks):
             said = "masks of blocks that are to go have not fallen to 0 yet"
             raise PeftxError(f"{id}: {said}", hint=f"train {steps} steps more")
         stack.merge(id)
         whole = [found for b, mask in self.masks for found in b.left(mask.kept)]
         new = [Narrow.of(site.weight[rows][:, columns], site.bias, rows) for site, rows, columns in whole]
-        stack.unmerge()
         stack.ledger.remove(id)
         for (site, _, _), layer in zip(whole, new, strict=True):
             site.replace(layer)

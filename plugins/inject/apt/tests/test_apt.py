@@ -243,6 +243,14 @@ def test_every_choice_keeps_to_a_falling_budget() -> None:
     assert plugin_of(stack).density() == spent[-1] / total
 
 
+def test_what_a_run_remembers_is_gone_when_it_has_pruned() -> None:
+    stack = trained(steps=3)
+    assert stack.memory["apt"]
+    assert [phase.name for phase in plugin_of(stack).phases()] == ["prune", "final"]
+    loop(stack, 1)
+    assert not stack.memory["apt"]
+
+
 def test_a_second_run_prunes_no_further() -> None:
     stack = trained()
     before, grown = kept(stack), ranks(stack)
@@ -664,11 +672,21 @@ def test_no_masks_to_go_by() -> None:
         stack.compress()
     assert "after-training" in str(raised.value.hint)
     stack = trained()
-    stack.merge("apt")
-    with pytest.raises(ConflictError, match="in the weights already"):
+    stack.merge("apt", keep=False)
+    with pytest.raises(ConflictError, match="in the weights for good already"):
         stack.compress()
-    stack.unmerge()
+
+
+@pytest.mark.parametrize("before", [(), (Lora(rank=2),)])
+def test_merged_it_becomes_as_narrow(before: tuple[object, ...]) -> None:
+    stack = trained(before=before)
+    masked = logits(stack)
+    stack.merge()
     stack.compress()
+    torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-4)
+    if not before:
+        stack.remove("apt")
+        assert torch.equal(logits(stack), logits(tiny("llama")))
 
 
 def test_without_training_nothing_goes() -> None:
