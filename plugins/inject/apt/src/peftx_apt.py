@@ -354,7 +354,10 @@ class Apt(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if "kept" in self.state:  # all of it is in the weights
+        if "kept" in self.state:  # in the weights, but for a new head that trained along
+            for site in model.anatomy.sites:
+                if site.path in self.state["heads"]:
+                    model.bound(site).train()
             return
         c = self.config
         self.masks = [(b, b.out.attach(Mask(model.call, b, c.fade))) for b in self.groups(model)]
@@ -516,11 +519,14 @@ class Apt(Plugin):
         stack.merge(id)
         whole = [found for b, mask in self.masks for found in b.left(mask.kept)]
         new = [Narrow.of(site.weight[rows][:, columns], site.bias, rows) for site, rows, columns in whole]
-        stack.ledger.remove(id)
+        for part in (part for part in stack.ledger.of(id) if not isinstance(part, BasePart)):
+            part.undo()
+            stack.ledger.parts.remove(part)
         for (site, _, _), layer in zip(whole, new, strict=True):
             site.replace(layer)
         self.state["kept"] = {b.out.path: [int(mask.kept.sum()), b.count] for b, mask in self.masks}
         self.state["density"] = self.density()
+        self.state["heads"] = [part.key for part in stack.ledger.of(id, BasePart)]
         self.restore(model, stack)
 
     def restore(self, model: ModelView, stack: Stack) -> None:

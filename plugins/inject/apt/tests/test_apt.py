@@ -482,6 +482,24 @@ def test_metrics() -> None:
     assert after["parameters"].value < before["parameters"].value
 
 
+def test_a_classifiers_head_trains_along_and_stays(tmp_path: Path) -> None:
+    stack = build(model=tiny("bert", head="classification"))
+    inputs = example_inputs(stack.model)
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
+    stack.model.train()
+    for _ in range(6):
+        stack.train_step({**inputs, "labels": torch.tensor([0, 1])}, optimizer=optimizer)
+    masked, head = logits(stack), stack.model.classifier.weight.detach().clone()
+    assert not torch.equal(head, tiny("bert", head="classification").classifier.weight)
+    stack.compress()
+    torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-5)
+    assert torch.equal(stack.model.classifier.weight, head)
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
+    stack.remove("apt")
+    assert torch.equal(logits(stack), logits(tiny("bert", head="classification")))
+
+
 def test_it_comes_back_in_the_middle(tmp_path: Path) -> None:
     stack = trained(steps=4)
     levels = [mask.level.tolist() for _, mask in plugin_of(stack).masks]
