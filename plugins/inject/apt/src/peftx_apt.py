@@ -429,7 +429,7 @@ class Apt(Plugin):
                 for layer in self.layers:
                     hooks.callback(layer.register_forward_hook(partial(note, seen)).remove)
                 hooks.callback(seen.clear)
-                mu = (step.index - span.first) / (span.end - span.first)
+                mu = step.index / span.end
                 step.add_loss(f"{id} task", lambda outputs: outputs.loss, -mu)
                 step.add_loss(id, lambda _: self.lesson(step, seen), mu, over="inputs")
             return (yield)
@@ -469,7 +469,7 @@ class Apt(Plugin):
         c = self.config
         if span.name == "prune":
             assert span.end is not None
-            T, t = span.end - span.first, t - span.first
+            T = span.end
             if t * c.times // T > (t - 1) * c.times // T:
                 self.choose(c.density + (1 - c.density) * (1 - t / T) ** 3, memory)
                 self.enlarge(1 + (c.grow - 1) * t / T, memory)

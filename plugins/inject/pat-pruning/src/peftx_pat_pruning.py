@@ -226,7 +226,7 @@ def shell(site: BoundSite, how: str, n: int, device: Any) -> nn.Module:
     """What stands in a module's place when n channels are left, without its values."""
     dtype = dtype_name(site.dtype)
     if how == "norm":
-        eps = eps_of(site.module) * site.shape[-1] / n
+        eps = eps_of(site.module) * len(site.weight) / n
         return NarrowNorm(in_features=1, out_features=n, eps=eps, dtype=dtype, device=device)
     if how == "embedding":
         sizes = {"in_features": site.shape[0], "out_features": n, "device": device}
@@ -359,7 +359,7 @@ class PatPruning(Plugin):
             step.add_loss(f"{id} identity", lambda _: self.identity(), over="step")
             if span.name == "prune":
                 assert span.end is not None
-                self.mask.at(step.index - span.first, span.end - span.first)
+                self.mask.at(step.index, span.end)
                 step.add_loss(f"{id} mask", lambda _: self.mask.loss(), over="step")
                 if step.index + 1 == span.end:
                     step.after_update(lambda _: self.settle(step.stack))
