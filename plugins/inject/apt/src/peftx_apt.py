@@ -116,10 +116,16 @@ class Narrow(nn.Linear):
         """The values follow."""
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, rows: Any) -> Narrow:
-        """A layer with this weight, and these rows of a bias."""
-        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
-        new = cls(**sizes, dtype=dtype_name(weight.dtype), device=weight.device)
+    def of(cls, site: BoundSite, delta: Delta | None, rows: Any, columns: Any) -> Narrow:
+        """Rows and columns of a layer with a delta folded in, rounded once."""
+        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        weight, bias = site.weight.to(wide), None if site.bias is None else site.bias.to(wide)
+        weight, bias = (weight, bias) if delta is None else delta.fold(weight, bias)
+        weight = weight[rows][:, columns]
+        new = cls(
+            in_features=weight.shape[1], out_features=weight.shape[0], bias=bias is not None,
+            dtype=dtype_name(site.weight.dtype), device=weight.device,
+        )  # fmt: skip
         new.weight.copy_(weight)
         if bias is not None:
             new.bias.copy_(bias[rows])
@@ -185,7 +191,8 @@ class Mask(Delta):
 
     def pre(self, x: Tensor) -> Tensor:
         known = self.call.real
-        self.real = None if known is None else self.call.rows(known, x).bool()
+        whole = known is not None and x.shape[1] >= known.shape[1]  # else another plugin left tokens out here
+        self.real = self.call.rows(known, x).bool() if whole else None
         if self.off:
             return x
         y = x * self.m().to(x.dtype)
@@ -227,7 +234,7 @@ class Adapter(Delta):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B, s = self.low_rank()
-        return weight + s * (B @ A).to(weight.dtype), bias
+        return weight + s * (B.to(weight.dtype) @ A.to(weight.dtype)), bias
 
     def low_rank(self) -> LowRank:
         return LowRank(self.A * self.live[:, None], self.B, self.scale)
@@ -343,12 +350,13 @@ class Apt(Plugin):
                 whole = reads and plain and {s.role for s in sites} | {"mlp.gate"} >= {*roles}
                 count = 0 if not whole else h.kv_heads if roles is HEADS else sites[-1].in_features
                 into = tuple(zip(sites[:-1], rows, strict=False))
+                if packed := [site for site in sites if site.kind == "quantized"]:
+                    said = f"{packed[0].path} is packed already, and blocks leave before that"
+                    raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
                 if not count or any(site.out_features != n * count for site, n in into):
                     what = f"no {'heads' if roles is HEADS else 'neurons'} between plain linear layers"
                     said = f"layer {layer} of {model.config.model_type} has {what} of one tower of text"
-                    raise ArchitectureError(
-                        f"{model.owner}: {said}", hint=f"{WORK}; prune before anything is packed"
-                    )
+                    raise ArchitectureError(f"{model.owner}: {said}", hint=WORK)
                 found.append(Blocks(into, sites[-1], sites[-1].in_features // count, count))
         return found
 
@@ -445,7 +453,7 @@ class Apt(Plugin):
         finally:
             for _, mask in self.masks:
                 mask.off = False
-        real = self.masks[0][1].real
+        real = self.masks[0][1].real  # of the teacher's call
         return self.match.loss(student, [seen[layer, False] for layer in self.layers], real)
 
     @torch.no_grad()
@@ -508,21 +516,21 @@ class Apt(Plugin):
     @hookimpl
     def compress(self, model: ModelView, stack: Stack) -> None:
         id = model.owner
-        if not stack.ledger.of(id, DeltaPart):
-            said = "there are no masks on the model, or they are in the weights for good already"
-            raise ConflictError(
-                f"{id}: {said}", hint="phase: after-training beside `use`; no merge before that"
-            )
+        if not stack.ledger.of(id, DeltaPart) or id in stack.ledger.merged():
+            said = "there are no masks on the model, or they are in the weights already"
+            raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
         if steps := max(int((mask.level * ~mask.kept).max()) for _, mask in self.masks):
             said = "masks of blocks that are to go have not fallen to 0 yet"
             raise PeftxError(f"{id}: {said}", hint=f"train {steps} steps more")
-        stack.merge(id)
-        whole = [found for b, mask in self.masks for found in b.left(mask.kept)]
-        new = [Narrow.of(site.weight[rows][:, columns], site.bias, rows) for site, rows, columns in whole]
+        new = []
+        for b, mask in self.masks:
+            for site, rows, columns in b.left(mask.kept):
+                delta = mask if site is b.out else self.adapters.get(site.path)
+                new.append((site, Narrow.of(site, delta, rows, columns)))
         for part in (part for part in stack.ledger.of(id) if not isinstance(part, BasePart)):
             part.undo()
             stack.ledger.parts.remove(part)
-        for (site, _, _), layer in zip(whole, new, strict=True):
+        for site, layer in new:
             site.replace(layer)
         self.state["kept"] = {b.out.path: [int(mask.kept.sum()), b.count] for b, mask in self.masks}
         self.state["density"] = self.density()

@@ -16,8 +16,12 @@ from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.phases import Span
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.testing.subject import TEXTS
 from peftx_apt import Adapter, Apt, Match, Narrow, excess_kurtosis, within
+from peftx_bitmod import BitMoD
+from peftx_cfsp import CFSP
 from peftx_full_finetuning import FullFinetuning
+from peftx_lemo import Lemo
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
 from peftx_prefix_tuning import PrefixTuning
@@ -532,6 +536,12 @@ def test_what_stands_before_it_is_folded() -> None:
         torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_that_others_leave_out() -> None:
+    stack = build(Lemo(layers=[0, 1], block=2, hidden=8, predictor_steps=2))
+    stack.train(ROWS, steps=6, batch_size=2, learning_rate=1e-3)
+    assert all(any(one) and not all(one) for one in kept(stack))
+
+
 def test_packed_after_it(tmp_path: Path) -> None:
     stack = trained(NF4Storage())
     stack.compress()
@@ -586,6 +596,25 @@ def test_packed_before_it_is_refused() -> None:
     with pytest.raises(ConflictError, match="'nf4' packs the layers that 'apt'") as raised:
         build(before=(NF4Storage(),))
     assert raised.value.hint == "put 'apt' before 'nf4'"
+
+    stack = Stack(tiny("llama"), [BitMoD(), Apt(**SHORT)], tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(TEXTS, ["bitmod"], samples=4, length=24)
+    with pytest.raises(ConflictError, match=r"apt: model.layers.0.self_attn.q_proj is packed already"):
+        stack.inject()
+
+
+def test_pruned_before_it(tmp_path: Path) -> None:
+    """What another plugin made narrower it makes narrower still."""
+    plugins = [CFSP(ratio=0.3, multiple=8), Apt(**SHORT)]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(TEXTS, ["cfsp"], samples=4, length=24)
+    stack.inject()
+    loop(stack, 6)
+    masked = logits(stack)
+    stack.compress()
+    torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-5)
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
 
 
 def test_another_loss_is_refused_while_it_distils() -> None:
@@ -690,21 +719,16 @@ def test_no_masks_to_go_by() -> None:
         stack.compress()
     assert "after-training" in str(raised.value.hint)
     stack = trained()
-    stack.merge("apt", keep=False)
-    with pytest.raises(ConflictError, match="in the weights for good already"):
+    stack.merge("apt")
+    with pytest.raises(ConflictError, match="in the weights already") as raised:
         stack.compress()
-
-
-@pytest.mark.parametrize("before", [(), (Lora(rank=2),)])
-def test_merged_it_becomes_as_narrow(before: tuple[object, ...]) -> None:
-    stack = trained(before=before)
-    masked = logits(stack)
-    stack.merge()
+    assert "stack.unmerge()" in str(raised.value.hint)
+    stack.unmerge()
     stack.compress()
-    torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-4)
-    if not before:
-        stack.remove("apt")
-        assert torch.equal(logits(stack), logits(tiny("llama")))
+    stack = trained()
+    stack.merge("apt", keep=False)
+    with pytest.raises(ConflictError, match="in the weights already"):
+        stack.compress()
 
 
 def test_without_training_nothing_goes() -> None:
