@@ -459,15 +459,15 @@ class Apt(Plugin):
     @torch.no_grad()
     def sense(self, memory: Memory) -> None:
         """S and I of this step, before any clipping, and means of the powers of H."""
-        rows = {
-            path: (a.B * a.B.grad).abs().sum(1) for path, a in self.adapters.items() if a.B.grad is not None
-        }
-        now = {path: strength.sum() for path, strength in rows.items()}
+        rows, now = {}, {}
+        for path, a in self.adapters.items():  # no gradient: the layer was left out of this step
+            rows[path] = torch.zeros_like(a.B[:, 0]) if a.B.grad is None else (a.B * a.B.grad).abs().sum(1)
+            now[path] = rows[path].sum()
         for b, mask in self.masks:
-            if mask.sums is not None:  # else the layer was left out of this step
-                parts = [mask.sums[0] * mask.sums[1], *(rows[s.path] for s, _ in b.into if s.path in rows)]
-                now[b.out.path] = sum(part.float().unflatten(0, (b.count, -1)).sum(1) for part in parts)
-                memory[f"{b.out.path} H"], mask.sums = mask.sums[2:6] / mask.sums[6], None
+            sums = mask.m().new_zeros(7, b.count * b.width) if mask.sums is None else mask.sums
+            parts = [sums[0] * sums[1], *(rows[s.path] for s, _ in b.into if s.path in rows)]
+            now[b.out.path] = sum(part.float().unflatten(0, (b.count, -1)).sum(1) for part in parts)
+            memory[f"{b.out.path} H"], mask.sums = sums[2:6] / sums[6].clamp_min(1), None
         for key, value in now.items():
             memory[key] = memory.get(key, torch.zeros_like(value)).to(value).lerp(value, 1 - self.config.beta)
 
@@ -544,7 +544,8 @@ class Apt(Plugin):
     def density(self) -> float:
         """The blocks that stay, as a share of all by their numbers."""
         total = sum(b.cost * b.count for b, _ in self.masks)
-        return sum(b.cost * int(mask.kept.sum()) for b, mask in self.masks) / total
+        left = sum(b.cost * int(mask.kept.sum()) for b, mask in self.masks)
+        return left / total if self.masks else 1.0  # before `inject` all of them
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
         for site in (site for b in self.groups(model) for site in b.sites):

@@ -178,6 +178,16 @@ def blockwise(H: dict[str, Tensor], path: str, b: Any, real: Tensor) -> Tensor:
     return (g * h).view(b.count, -1).sum(1)
 
 
+def test_a_layer_that_was_left_out_weighs_nothing() -> None:
+    stack, memory = build(), {}
+    plugin = plugin_of(stack)
+    plugin.sense(memory)
+    plugin.choose(0.4, memory)
+    plugin.enlarge(1.5, memory)
+    assert memory[plugin.masks[0][0].out.path].tolist() == [0, 0]
+    assert [one.index(True) for one in kept(stack)] == [0] * 4
+
+
 def test_salience_is_smoothed() -> None:
     stack, memory = build(distil=False, beta=0.75), {}
     plugin = plugin_of(stack)
@@ -477,6 +487,8 @@ def test_what_was_replaced_comes_back() -> None:
 
 
 def test_metrics() -> None:
+    bare = Stack(tiny("llama"), [Apt(**SHORT)], tokenizer=tiny_tokenizer(), inject=False)
+    assert bare.evaluate(["a text"], metrics=["apt"])["density"].value == 1
     stack = trained()
     before = stack.evaluate(["a text"], metrics=["apt"])
     assert before["density"].value == plugin_of(stack).density() <= 0.4

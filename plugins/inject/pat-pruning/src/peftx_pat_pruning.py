@@ -296,6 +296,9 @@ class PatPruning(Plugin):
             said = f"{model.config.model_type} is not one tower of text"
             raise ArchitectureError(f"{model.owner}: {said}", hint=WORK)
         for site in (s for s in model.anatomy.sites if s.kind != "block"):
+            if site.kind == "quantized":
+                said = f"{site.path} is packed already, and cannot be narrowed"
+                raise ConflictError(f"{model.owner}: {said}", hint="keep one of the two plugins")
             module, how = site.module, "embedding" if site.role == "embedding" else ""
             if "RMSNorm" in base_class(module).__name__ and site.shape and isinstance(eps_of(module), float):
                 how = "norm"
@@ -303,9 +306,7 @@ class PatPruning(Plugin):
                 how = "write" if site.role in WRITE else "read"
             if not how:
                 said = f"{site.path} is no plain linear layer, RMS norm or embedding of tokens, and cannot be narrowed"
-                raise ArchitectureError(
-                    f"{model.owner}: {said}", hint=f"{WORK}; prune before anything is packed"
-                )
+                raise ArchitectureError(f"{model.owner}: {said}", hint=WORK)
             if site.shape[-2 if how == "write" else -1] == d:
                 found[site.path] = model.bound(dataclasses.replace(site, rows=None, fused=())), how
         return list(found.values())
@@ -359,6 +360,7 @@ class PatPruning(Plugin):
             step.add_loss(f"{id} identity", lambda _: self.identity(), over="step")
             if span.name == "prune":
                 assert span.end is not None
+                self.state["settled"] = False
                 self.mask.at(step.index, span.end)
                 step.add_loss(f"{id} mask", lambda _: self.mask.loss(), over="step")
                 if step.index + 1 == span.end:
@@ -381,7 +383,7 @@ class PatPruning(Plugin):
         if not stack.ledger.of(id, DeltaPart):
             said = "there is no mask on the model yet, before `inject`"
             raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`")
-        if self.mask.b < 0.5 and not self.mask.settled:
+        if self.state.get("settled") is False:
             said = "the mask has not settled yet, so that no channel is 0"
             raise PeftxError(f"{id}: {said}", hint="train to the end of `prune`")
         self.mask.settled.fill_(True)  # also before any training, with all channels
@@ -394,7 +396,7 @@ class PatPruning(Plugin):
         stack.ledger.remove(id)
         for site, layer in new:
             site.replace(layer)
-        self.state["kept"] = kept.nonzero()[:, 0].tolist()
+        self.state["kept"], self.hsms = kept.nonzero()[:, 0].tolist(), {}
         self.restore(model, stack)
 
     def values(self, site: BoundSite, how: str, kept: Tensor) -> dict[str, Tensor]:
@@ -422,8 +424,7 @@ class PatPruning(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Which share of the channels is left, and numbers in the model, each tied matrix once."""
         d, model = evaluation.stack.anatomy.hidden_size, evaluation.stack.model
-        left = len(self.state["kept"]) if "kept" in self.state else int(self.mask.kept.sum())
-        evaluation.add("width", left / d)
-        evaluation.add(
-            "parameters", sum(p.numel() for name, p in model.named_parameters() if not is_ours(name))
-        )
+        now = int(self.mask.kept.sum()) if self.hsms else d  # before `inject` all of them
+        evaluation.add("width", len(self.state["kept"]) / d if "kept" in self.state else now / d)
+        own = [p for name, p in model.named_parameters() if not is_ours(name)]
+        evaluation.add("parameters", sum(p.numel() for p in own))
