@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftx.toolkits.compression.activations import fake_quantize, straight_through, token_scale
 from peftx.toolkits.compression.calibration import BlockInputs, Calibration, walk_blocks
 from peftx.toolkits.compression.linear import QuantLinear
+from peftx.toolkits.compression.narrow import NarrowLinear
 from peftx.toolkits.compression.observe import Stats, mse_clip_scale, observe, observing
 from peftx.toolkits.compression.packing import Quantized, dequantize, pack_bits, quantize, unpack_bits
 from peftx.toolkits.compression.transforms import fwht, hadamard, hadamard_exists, hadamard_signs
@@ -12,6 +13,7 @@ from peftx.toolkits.compression.transforms import fwht, hadamard, hadamard_exist
 __all__ = [
     "BlockInputs",
     "Calibration",
+    "NarrowLinear",
     "QuantLinear",
     "Quantized",
     "Stats",

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
-from peftx.toolkits.compression import BlockInputs, Calibration
-from peftx.toolkits.compression.names import dtype_name, float_dtype
+from peftx.toolkits.compression import BlockInputs, Calibration, NarrowLinear
 
 INTO, OUT = ("mlp.gate", "mlp.up"), "mlp.down"
 LEAST_TOKENS = 64
@@ -54,25 +53,6 @@ class CfspConfig(PluginConfig):
         description="among what a weight's share counts; hidden: as released, where weights cancel",
     )
     multiple: int = Field(128, ge=1, description="channels of a block are left in multiples of this")
-
-
-class Narrow(nn.Linear):
-    """A frozen linear layer with fewer channels: weight [out, in], bias [out].
-
-    Args:
-        in_features, out_features, bias, device: as in `nn.Linear`. dtype: its name, as in "float32".
-    """
-
-    def __init__(self, *, dtype: str, **options: Any) -> None:
-        super().__init__(**options, dtype=float_dtype(dtype, "dtype"))
-        self.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """The values follow."""
-
-    def geometry(self) -> dict[str, Any]:
-        sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        return sizes | {"bias": self.bias is not None, "dtype": dtype_name(self.weight.dtype)}
 
 
 def angles(x: Tensor, y: Tensor) -> Tensor:
@@ -201,14 +181,8 @@ class CFSP(Plugin):
         for site in {site.path: dataclasses.replace(site, rows=None) for site in group.values()}.values():
             out = torch.cat(rows[site.path]).sort()[0] if site.path in rows else slice(None)
             weight = site.weight[out] if site.path in rows else site.weight[:, kept]
-            new = Narrow(
-                in_features=weight.shape[1], out_features=weight.shape[0], bias=site.bias is not None,
-                dtype=dtype_name(weight.dtype), device=weight.device,
-            )  # fmt: skip
-            new.weight.copy_(weight)
-            if site.bias is not None:
-                new.bias.copy_(site.bias[out])
-            site.replace(new)
+            bias = None if site.bias is None else site.bias[out]
+            site.replace(NarrowLinear.of(weight, bias))
 
     def check(self, stack: Stack) -> None:
         id, order = stack.id_of(self), list(stack.plugins)

@@ -15,7 +15,8 @@ from peftx.kernel.parts import DeltaPart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import TEXTS
-from peftx_cfsp import CFSP, Narrow, angles, budget, scores
+from peftx.toolkits.compression import NarrowLinear
+from peftx_cfsp import CFSP, angles, budget, scores
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
@@ -47,7 +48,7 @@ def logits(model: Stack | nn.Module) -> Tensor:
         return output_of(model.eval(), example_inputs(model))
 
 
-def layers(stack: Stack) -> dict[str, Narrow]:
+def layers(stack: Stack) -> dict[str, NarrowLinear]:
     return {part.key: part.module for part in stack.ledger.of("cfsp", ReplacedPart)}
 
 

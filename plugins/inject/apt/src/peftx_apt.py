@@ -61,7 +61,7 @@ from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import AttentionPart, BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.phases import Span
 from peftx.kernel.slots import kind_of
-from peftx.toolkits.compression.names import dtype_name, float_dtype
+from peftx.toolkits.compression import NarrowLinear
 
 HEADS = ("attention.q", "attention.k", "attention.v", "attention.o")
 NEURONS = ("mlp.gate", "mlp.up", "mlp.down")
@@ -101,39 +101,12 @@ class AptConfig(PluginConfig):
         return self
 
 
-class Narrow(nn.Linear):
-    """A frozen linear layer with fewer rows or columns: weight [out, in], bias [out].
-
-    Args:
-        in_features, out_features, bias, device: as in `nn.Linear`. dtype: its name, as in "float32".
-    """
-
-    def __init__(self, *, dtype: str, **options: Any) -> None:
-        super().__init__(**options, dtype=float_dtype(dtype, "dtype"))
-        self.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """The values follow."""
-
-    @classmethod
-    def of(cls, site: BoundSite, delta: Delta | None, rows: Any, columns: Any) -> Narrow:
-        """Rows and columns of a layer with a delta folded in, rounded once."""
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        weight, bias = site.weight.to(wide), None if site.bias is None else site.bias.to(wide)
-        weight, bias = (weight, bias) if delta is None else delta.fold(weight, bias)
-        weight = weight[rows][:, columns]
-        new = cls(
-            in_features=weight.shape[1], out_features=weight.shape[0], bias=bias is not None,
-            dtype=dtype_name(site.weight.dtype), device=weight.device,
-        )  # fmt: skip
-        new.weight.copy_(weight)
-        if bias is not None:
-            new.bias.copy_(bias[rows])
-        return new
-
-    def geometry(self) -> dict[str, Any]:
-        sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        return sizes | {"bias": self.bias is not None, "dtype": dtype_name(self.weight.dtype)}
+def narrow(site: BoundSite, delta: Delta | None, rows: Any, columns: Any) -> NarrowLinear:
+    """Rows and columns of a layer with a delta folded in, rounded once."""
+    wide = torch.promote_types(site.weight.dtype, torch.float32)
+    weight, bias = site.weight.to(wide), None if site.bias is None else site.bias.to(wide)
+    weight, bias = (weight, bias) if delta is None else delta.fold(weight, bias)
+    return NarrowLinear.of(weight[rows][:, columns], None if bias is None else bias[rows], site.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -526,7 +499,7 @@ class Apt(Plugin):
         for b, mask in self.masks:
             for site, rows, columns in b.left(mask.kept):
                 delta = mask if site is b.out else self.adapters.get(site.path)
-                new.append((site, Narrow.of(site, delta, rows, columns)))
+                new.append((site, narrow(site, delta, rows, columns)))
         for part in (part for part in stack.ledger.of(id) if not isinstance(part, BasePart)):
             part.undo()
             stack.ledger.parts.remove(part)

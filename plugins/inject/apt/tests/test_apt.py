@@ -17,7 +17,8 @@ from peftx.kernel.phases import Span
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import TEXTS
-from peftx_apt import Adapter, Apt, Match, Narrow, excess_kurtosis, within
+from peftx.toolkits.compression import NarrowLinear
+from peftx_apt import Adapter, Apt, Match, excess_kurtosis, within
 from peftx_bitmod import BitMoD
 from peftx_cfsp import CFSP
 from peftx_full_finetuning import FullFinetuning
@@ -481,7 +482,7 @@ def test_products_become_fewer() -> None:
 def test_what_was_replaced_comes_back() -> None:
     stack = trained()
     stack.compress()
-    assert all(isinstance(part.module, Narrow) for part in stack.ledger.of("apt", ReplacedPart))
+    assert all(isinstance(part.module, NarrowLinear) for part in stack.ledger.of("apt", ReplacedPart))
     stack.remove("apt")
     assert torch.equal(logits(stack), logits(tiny("llama")))
 

@@ -52,6 +52,7 @@ from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart, ContextPart, DeltaPart, ReplacedPart
 from peftx.kernel.slots import base_class, kind_of
 from peftx.kernel.vocabulary import scale_of
+from peftx.toolkits.compression import NarrowLinear
 from peftx.toolkits.compression.names import dtype_name, float_dtype
 
 WRITE = ("attention.o", "mlp.down")
@@ -152,21 +153,6 @@ class Hsm(Delta):
     def identity(self) -> Tensor:
         """mean (A A^T - I)**2, 0-d."""
         return (self.A @ self.A.T - torch.eye(self.rank).to(self.A)).square().mean()
-
-
-class NarrowLinear(nn.Linear):
-    """A frozen linear layer on fewer channels: weight [out, in], bias [out]. dtype: its name."""
-
-    def __init__(self, *, dtype: str, **options: Any) -> None:
-        super().__init__(**options, dtype=float_dtype(dtype, "dtype"))
-        self.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """The values follow."""
-
-    def geometry(self) -> dict[str, Any]:
-        sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        return sizes | {"bias": self.bias is not None, "dtype": dtype_name(self.weight.dtype)}
 
 
 class NarrowEmbedding(nn.Embedding):
