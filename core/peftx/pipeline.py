@@ -13,7 +13,7 @@ from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
 from peftx.engines.data import TrainingData, read_dataset
 from peftx.engines.data.formats import detect_format
-from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, rows_of, training_rows
+from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, pinned, rows_of, training_rows
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
@@ -74,7 +74,7 @@ class Run:
         trust_remote_code: bool = False,
     ) -> None:
         check_alone()
-        self.pipeline = pipeline
+        self.pipeline = pipeline = pinned(pipeline)
         self.trust_remote_code = trust_remote_code
         self.registry = registry or Registry()
         self.reporter = reporter or Silent()

@@ -71,7 +71,8 @@ def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/export.md", "docs/merging.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/export.md", "docs/merging.md", "docs/hub.md"],
 )
 def test_commands_exist(document: str) -> None:
     from typer.main import get_command

@@ -152,11 +152,12 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
-    from peftx.toolkits.decoding.text import request_for
     from peftx_cli.render import out_exactly, print_json
     from peftx_cli.stacks import open_stack
 
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
+    from peftx.toolkits.decoding.text import request_for
+
     choice: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
