@@ -26,7 +26,8 @@ from peftx.engines.tasks import PACKAGED, find_tasks
 from peftx.errors import DataError, PeftxError, SpecError, UnsupportedError
 from peftx.pipeline import load_run
 from peftx.testing import tiny, tiny_tokenizer
-from peftx.toolkits.evaluation.harness import StackLM, _interval, run_tasks
+from peftx.toolkits.evaluation import harness
+from peftx.toolkits.evaluation.harness import StackLM, _interval, _metric, run_tasks
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx_cli.main import app
 from peftx_lora import Lora
@@ -102,6 +103,12 @@ def test_answers_are_the_librarys(stack: Stack) -> None:
     found = StackLM(stack).generate_until(questions)
     assert found == theirs(stack).generate_until(questions, disable_tqdm=True)
     assert any(found)
+    long = asked((40 * "The harbour was quiet. ", {"until": [], "max_gen_toks": 6, "temperature": 0.0}))
+    found = StackLM(stack, max_length=20).generate_until(long)  # what does not fit is cut at its left
+    assert found == theirs(stack, max_length=20).generate_until(long, disable_tqdm=True)
+    assert found != StackLM(stack).generate_until(long)
+    with pytest.raises(DataError, match="may have 6 tokens, and 6 fit"):
+        StackLM(stack, max_length=6).generate_until(long)
 
 
 @pytest.mark.parametrize("shots", [0, 2])
@@ -169,6 +176,22 @@ def test_decode_hooks_are_in_the_answers() -> None:
     stack = Stack("peftx:tiny", [Shouting()])
     answer = StackLM(stack).generate_until(asked(("Once", {"until": [], "max_gen_toks": 3})))
     assert answer == [stack.tokenizer.decode([500, 500, 500])]
+
+
+def test_dropout_is_off_and_greedy_answers_have_no_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = moved(Lora(rank=4, dropout=0.9))
+    stack.model.train()
+    given: list[dict[str, Any]] = []
+    plain = harness.request_of_ids
+
+    def noted(of: Stack, rows: Any, new: int, seed: int | None, options: dict[str, Any]) -> Any:
+        given.append(options)
+        assert not stack.model.training
+        return plain(of, rows, new, seed, options)
+
+    monkeypatch.setattr(harness, "request_of_ids", noted)
+    run_tasks(stack, ["peftx-calendar"], limit=2)
+    assert [options.keys() for options in given] == [{"do_sample", "stop_strings"}] * 2
 
 
 def test_an_encoder_decoder() -> None:
@@ -265,6 +288,9 @@ def test_metrics_of_the_hub_are_refused(stack: Stack, tmp_path: Path) -> None:
     task(tmp_path, metric_list=[{"metric": "acy"}])
     with pytest.raises(DataError, match="no metric 'acy', and would run one of the Hub"):
         run_tasks(stack, ["mine"], include=tmp_path)
+    with pytest.raises(DataError, match="would run one of the Hub"):  # as some of the library's own tasks ask
+        _metric("acc", hf_evaluate_metric=True)
+    assert callable(_metric("acc"))
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -291,12 +317,19 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             find_tasks(["mine"], tmp_path)
 
 
+def test_rows_of_the_hub_need_it(stack: Stack, tmp_path: Path) -> None:
+    task(tmp_path, dataset_path="owner/questions", dataset_kwargs={})
+    with pytest.raises(DataError, match="owner/questions") as caught:
+        run_tasks(stack, ["mine"], include=tmp_path)
+    assert "the rows of 'mine' come from the Hub" in str(caught.value)
+
+
 def test_the_librarys_tasks_need_the_hub(stack: Stack) -> None:
     (found,) = find_tasks(["arc_easy"])
     assert found.config is None
     with pytest.raises(DataError, match="arc_easy cannot be run") as caught:
         run_tasks(stack, ["arc_easy"], limit=1)
-    assert "come from the Hub" in str(caught.value)
+    assert "the rows of 'arc_easy' come from the Hub" in str(caught.value)
 
 
 class Failing(Plugin):

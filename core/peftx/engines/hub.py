@@ -211,8 +211,12 @@ def pinned_rows(text: str) -> str:
     Raises:
         HubError: no such data set, revision or file.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     id = file_id(text)
-    if id.pinned:
+    if id.pinned and isinstance(
+        try_to_load_from_cache(id.repo, str(id.file), revision=id.revision, repo_type="dataset"), str
+    ):
         return text
     found = ask(lambda api: api.dataset_info(id.repo, revision=id.revision, timeout=PATIENCE), str(id))
     names = [sibling.rfilename for sibling in found.siblings or ()]

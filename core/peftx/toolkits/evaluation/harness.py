@@ -198,9 +198,8 @@ def run_tasks(
             said = " ".join(str(error).split())[:300]
             raise DataError(
                 f"lm-eval: {', '.join(names)} cannot be run: {type(error).__name__}: {said}",
-                hint="the rows of lm-eval's own tasks come from the Hub"
-                if any(task.config is None for task in found)
-                else None,
+                hint="; ".join(f"the rows of '{t.name}' come from the Hub" for t in found if not splits(t))
+                or None,
             ) from error
     return {score.name: score for score in _scores(told)}
 
