@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from peftx_cli import failures
 from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
-from peftx_spec.errors import nearest
+from peftx_spec.errors import PeftxError, nearest
 from peftx_spec.models import METRIC_FORMATS
 from peftx_spec.problems import Path, SpecError
 from peftx_spec.stages import stages_of
@@ -50,6 +51,7 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
             blamed = _blamed(loaded, source.place, error.part)
             findings.append(Finding(blamed, error.message, suggestion=error.hint))
     findings += _metrics(pipeline, formats)
+    findings += _tasks(pipeline)
     if pipeline.stack:
         members = members_of(loaded, pipeline, registry)
         training = trains(pipeline, registry)
@@ -122,9 +124,27 @@ def _metrics(pipeline: Pipeline, formats: Mapping[Path, str | None]) -> Iterator
         own: Path = ("evaluate", index, metric.metric)
         format = formats.get(own if metric.options.path is not None else held_out)
         fitting = METRIC_FORMATS.get(metric.metric)
-        if format is not None and fitting is not None and format not in fitting:
+        if format is not None and fitting and format not in fitting:
             message = f"{metric.metric} reads rows of {' or '.join(fitting)}, and these are {format}"
             yield Finding(own, message, at_key=True, suggestion=metric_for(format))
+
+
+def _tasks(pipeline: Pipeline) -> Iterator[Finding]:
+    """Tasks of lm-eval that do not exist, or would run code."""
+    from peftx.engines.tasks import find_tasks
+    from peftx.errors import UnsupportedError
+
+    for index, metric in enumerate(pipeline.evaluate):
+        include = metric.options.include
+        for at, name in enumerate(metric.options.tasks):
+            own: Path = ("evaluate", index, metric.metric)
+            try:
+                find_tasks([name], None if include is None else FilePath(include))
+            except UnsupportedError as error:
+                yield Finding(own, error.message, at_key=True, suggestion=error.hint or "")
+                return
+            except PeftxError as error:
+                yield Finding((*own, "tasks", at), error.message, suggestion=error.hint or "")
 
 
 def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:

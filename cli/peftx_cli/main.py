@@ -14,6 +14,7 @@ from peftx_cli.commands import (
     compare,
     exchange,
     health,
+    hub,
     inspect,
     merging,
     report,
@@ -63,7 +64,7 @@ def root(
     """Fine-tuning, compression and decoding research as plugins that stack on one model."""
 
 
-for group in (run, compare, use, merging, exchange, inspect, rows, report, catalogue, health, scaffold):
+for group in (run, compare, use, merging, exchange, hub, inspect, rows, report, catalogue, health, scaffold):
     group.register(app)
 
 

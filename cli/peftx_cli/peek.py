@@ -42,7 +42,8 @@ def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None =
     """The format of a file's rows; None where the first row alone does not tell.
 
     Args:
-        file: a path, or `peftx:sample/...`. format, columns: what the pipeline says of it.
+        file: a path, `peftx:sample/...`, or `hub:owner/name/...`, which is fetched. format, columns: what the pipeline
+            says of it.
 
     Raises:
         Unfit: no such file, nothing in it, or a first row that is not what the pipeline says.
@@ -85,6 +86,13 @@ def _suffix(path: Path) -> str:
 def _located(file: str) -> Path:
     """Where the file is."""
     path = Path(file)
+    if file.startswith("hub:"):
+        from peftx.engines.hub import rows_path
+
+        try:
+            return rows_path(file)
+        except PeftxError as error:
+            raise Unfit(error.message, hint=error.hint or "") from error
     if file.startswith("peftx:"):
         import peftx
 

@@ -359,7 +359,7 @@ def _run(stages: Sequence[Any], *, measures: bool) -> list[Any]:
 
 
 def _from_here(path: str) -> str:
-    return path if path.startswith("peftx:") else os.path.abspath(os.path.expanduser(path))
+    return path if path.startswith(("peftx:", "hub:")) else os.path.abspath(os.path.expanduser(path))
 
 
 def _model(id: str | None) -> str | None:

@@ -18,13 +18,16 @@ def open_stack(
     """The stack of a bundle, or a plain model as a stack without plugins.
 
     Args:
-        target: a bundle's folder, peftx:tiny, a model's folder, or a hub id.
+        target: a bundle's folder, hub:owner/name of one, peftx:tiny, a model's folder, or a model's hub id.
         model: the bundle's base model, where it lies elsewhere now.
         trust_remote_code: run Python code that the model brings along.
 
     Raises:
         PeftxError: no such bundle or model, or a bundle that does not fit its base.
     """
+    from peftx.sharing import located
+
+    target = str(located(target))  # a Hub that does not answer is told of before torch is imported
     from peftx.loading import load
     from peftx.stack import Stack
 
@@ -47,6 +50,9 @@ class Opener:
 
     def stack(self, target: str) -> Stack:
         """Raises PeftxError as `open_stack` does."""
+        from peftx.sharing import located
+
+        target = str(located(target))
         _is_bundle(target, self.model)
         return self.bases.stack(os.path.expanduser(target))
 

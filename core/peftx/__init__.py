@@ -50,6 +50,8 @@ __all__ = [
     "load",
     "load_model",
     "load_together",
+    "pull",
+    "push",
     "run",
 ]
 
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from peftx.loading import load
     from peftx.peft_format import PeftFormat
     from peftx.pipeline import run
+    from peftx.sharing import pull, push
     from peftx.stack import Stack
     from peftx.together import load_together
     from peftx.toolkits.decoding import Generation

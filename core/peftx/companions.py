@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from peftx.engines.bundle.manifest import MANIFEST
+from peftx.engines.hub import is_hub
 from peftx.engines.models import load_model
 from peftx.errors import PeftxError
 from peftx.kernel.stack import Stack
@@ -24,7 +25,8 @@ def companion(
     without its plugins, takes no second one: `step.reference("start")`, `step.reference("base")`.)
 
     Args:
-        source: `copy`, the stack's model as it is now; a folder or hub id; a bundle; a model, or another stack's.
+        source: `copy`, the stack's model as it is now; a folder or hub id; a bundle, or `hub:...` of one; a model, or
+            another stack's.
         share: one model for all that ask for the same source; else a new one.
 
     Raises:
@@ -40,7 +42,7 @@ def companion(
         found, tokenizer = source, None
     elif isinstance(source, Stack):
         found, tokenizer = source.model, source.given_tokenizer
-    elif (Path(source) / MANIFEST).exists():
+    elif is_hub(source) or (Path(source) / MANIFEST).exists():
         other = load(source, device=str(stack.model.device))
         found, tokenizer = other.model, other.given_tokenizer
     else:

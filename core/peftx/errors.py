@@ -10,6 +10,7 @@ __all__ = [
     "BundleError",
     "ConflictError",
     "DataError",
+    "HubError",
     "MergeError",
     "PeftxError",
     "PluginError",
@@ -48,6 +49,10 @@ class DataError(PeftxError):
 
 class BundleError(PeftxError):
     """A bundle that is incomplete, corrupted, or made for another base model."""
+
+
+class HubError(PeftxError):
+    """The Hugging Face Hub does not answer, or does not have or allow what was asked for."""
 
 
 class UnsupportedError(PeftxError):

@@ -24,6 +24,8 @@ WHERE = {
     "Stack": "peftx.stack",
     "companion": "peftx.companions",
     "load": "peftx.loading",
+    "pull": "peftx.sharing",
+    "push": "peftx.sharing",
     "Worker": "peftx.toolkits.working",
     "PeftFormat": "peftx.peft_format",
     "Phase": "peftx.kernel.phases",

@@ -42,6 +42,7 @@ from peftx.kernel.identity import fingerprint
 from peftx.kernel.parts import BasePart, hollowed
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.view import ModelView
+from peftx.sharing import located
 from peftx.stack import Stack
 
 if TYPE_CHECKING:
@@ -63,13 +64,15 @@ def load(
     """Rebuild a stack from a bundle, bit for bit; or make one of an adapter of HF PEFT (`peftx.interop`).
 
     Args:
+        path: a folder, or `hub:owner/name@revision`.
         model: the base, or where it lies now; the place that the bundle names if left out.
 
     Raises:
+        HubError: a bundle of the Hub that cannot be fetched.
         BundleError: a missing, extra or corrupted file, missing or extra tensors, another base model, a newer format.
         RegistryError: a plugin that is not installed. ConflictError: a model that carries plugins already.
     """
-    folder = Path(path)
+    folder = located(path)
     if is_adapter(folder) and not (folder / MANIFEST).exists():
         given = {"tokenizer": tokenizer, "registry": registry, "trust_remote_code": trust_remote_code}
         return import_peft(folder, model=model, device=usable_device(device), **given)  # type: ignore[arg-type]

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
-from peftx.engines.data import TrainingData, read_dataset
-from peftx.engines.data.formats import detect_format
-from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, rows_of, training_rows
+from peftx.engines.data import TrainingData
+from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, pinned, rows_of, training_rows
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
@@ -24,9 +23,9 @@ from peftx.interop.importing import begin_with
 from peftx.kernel.members import Member
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
-from peftx.toolkits.evaluation.run import METRICS, check_known, check_metric
+from peftx.toolkits.evaluation.run import check_metrics
 from peftx_spec import load_spec, resolved, stages_of
-from peftx_spec.models import EvaluateSpec, Pipeline, TrainSpec
+from peftx_spec.models import LM_EVAL, EvaluateSpec, Pipeline, TrainSpec
 from peftx_spec.stages import RunStage
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class Run:
         trust_remote_code: bool = False,
     ) -> None:
         check_alone()
-        self.pipeline = pipeline
+        self.pipeline = pipeline = pinned(pipeline)
         self.trust_remote_code = trust_remote_code
         self.registry = registry or Registry()
         self.reporter = reporter or Silent()
@@ -102,25 +101,11 @@ class Run:
 
     def _check_data(self) -> None:
         data = self.pipeline.data
-        evaluated = data.train if data.holdout is not None else data.eval
         for source in (data.eval, data.calibration, *data.sources.values()):
             if source is not None:
                 rows_of(source, limit=1)
         own = [member.id for member in self.members if member.implements("evaluate")]
-        for metric in self.pipeline.evaluate:
-            options = metric.options
-            check_known(metric.metric, own)
-            path = options.path or (evaluated.path if evaluated is not None else None)
-            if options.path is not None:
-                read_dataset(asset_path(options.path), format=options.format, limit=1)
-            measured = any(s.evaluate is not None for s in self.stages)
-            if metric.metric not in METRICS or not measured or path is None:  # the spec says so
-                continue
-            if options.path is None and evaluated is not None:
-                check_metric(metric.metric, format_of(evaluated))
-            else:
-                known = options.format != "auto"
-                check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
+        check_metrics(self.pipeline, own, measured=any(s.evaluate is not None for s in self.stages))
         if any(s.train is not None for s in self.stages) and data.train is None:
             raise DataError(
                 "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
@@ -312,7 +297,8 @@ class Run:
         for spec in specs:
             options = spec.options
             rows = self._measured(options.limit) if options.path is None else asset_path(options.path)
-            maximum = options.max_length or (self.pipeline.train.max_length if self.pipeline.train else None)
+            trained = None if spec.metric == LM_EVAL else self.pipeline.train  # it has rows of its own
+            maximum = options.max_length or (trained.max_length if trained is not None else None)
             found |= stack.evaluate(
                 rows,
                 output_dir=self._figures(),
@@ -321,6 +307,7 @@ class Run:
                 format=options.format,
                 max_length=maximum,
                 progress=lambda done, total: self.reporter.progress(done, total, {}),
+                **options.of_tasks,
             )
         name = stage.evaluate.name or self._moment(index)
         self.result.scores[name] = found

@@ -262,4 +262,4 @@ def _reads(pipeline: Pipeline, kind: str) -> tuple[str, ...]:
     found = [source.path for source in sources if source is not None]
     if kind == "evaluate":
         found += [m.options.path for m in pipeline.evaluate if m.options.path is not None]
-    return tuple(str(Path(p)) if not p.startswith("peftx:") else p for p in found)
+    return tuple(str(Path(p)) if not p.startswith(("peftx:", "hub:")) else p for p in found)

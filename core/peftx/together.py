@@ -16,6 +16,7 @@ from peftx.engines.models import load_model, usable_device
 from peftx.errors import PeftxError
 from peftx.kernel.copies import sharing
 from peftx.loading import check_tokenizer, load
+from peftx.sharing import located
 from peftx.stack import Stack
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ class Bases:
         self._read: dict[Place, tuple[PreTrainedModel, PreTrainedTokenizerBase | None]] = {}
 
     def stack(self, target: str | Path) -> Stack:
-        """The stack of a bundle, of an adapter of HF PEFT, or of a plain model.
+        """The stack of a bundle (its folder, or `hub:...`), of an adapter of HF PEFT, or of a plain model.
 
         Raises:
             BundleError: it is missing or damaged, or of another base. PeftxError: an adapter that names no base.
         """
-        folder, place = Path(target).expanduser(), self._place(target)
+        target = located(target)
+        folder, place = target.expanduser(), self._place(target)
         more = {"registry": self.registry, "trust_remote_code": self.trust_remote_code}
         if place is None:
             return load(folder, device=self.device, **more)  # type: ignore[arg-type]

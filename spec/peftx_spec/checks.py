@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.errors import PeftxError, nearest
-from peftx_spec.models import FORMATS, METRIC_FORMATS, METRICS
+from peftx_spec.models import FORMATS, LM_EVAL, METRIC_FORMATS, METRICS
 from peftx_spec.overrides import RESERVED_IDS, entry_ids
 from peftx_spec.problems import Path, describe, path_text
 from peftx_spec.raw import Data, list_of, mapping_of
@@ -20,6 +20,7 @@ from peftx_spec.translate import Finding, examine_options, known_keys
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 _LONGEST_NAME, _LONGEST_PLACE = 255, 4095  # bytes, on the systems that people use
+_OF_TASKS = ("tasks", "include", "num_fewshot")
 
 
 def check(data: Data, catalogue: Catalogue) -> list[Finding]:
@@ -108,6 +109,8 @@ def _files(data: Data) -> Iterator[tuple[Path, str]]:
     for index, item in enumerate(list_of(data, "evaluate")):
         for name, options in item.items() if isinstance(item, dict) else ():
             found += _either(("evaluate", index, name), options, "path")
+            if isinstance(options, dict):
+                found.append((("evaluate", index, name, "include"), options.get("include")))
     for index, item in enumerate(list_of(data, "run")):
         if isinstance(item, dict):
             found += _either(("run", index, "save"), item.get("save"), "path")
@@ -256,10 +259,31 @@ def _metrics(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
                     expected=f"one of {', '.join(known)}",
                     suggestion=nearest(str(name), known),
                 )
+            elif name == LM_EVAL:
+                yield from _tasks(path, options)
+            elif isinstance(options, dict) and (wrong := [key for key in _OF_TASKS if options.get(key)]):
+                key = wrong[0]
+                message = f"'{key}' is of lm-eval, and '{name}' is measured on rows"
+                yield Finding((*path, key), message, at_key=True, suggestion="leave it out")
             elif name in METRICS and not held_out and not _has_path(options):
                 message = f"'{name}' has no data: neither a path of its own nor data.eval"
                 remedy = f"write '{name}: {{path: ...}}', or keep rows of the training data: 'data: {{holdout: 0.1}}'"
                 yield Finding(path, message, at_key=True, suggestion=remedy)
+
+
+def _tasks(path: Path, options: object) -> Iterator[Finding]:
+    """lm-eval has rows of its own."""
+    said = options if isinstance(options, dict) else {}
+    if not said.get("tasks"):
+        message = f"'{LM_EVAL}' runs tasks, and none is named"
+        yield Finding(
+            path, message, at_key=True, suggestion=f"write '{LM_EVAL}: {{tasks: [peftx-opposites]}}'"
+        )
+    for key in ("path", "format"):
+        if said.get(key, "auto") != "auto":
+            message = f"'{key}' is of rows, and the tasks of '{LM_EVAL}' have their own"
+            remedy = "leave it out" if key == "format" else "a folder of tasks is 'include'"
+            yield Finding((*path, key), message, at_key=True, suggestion=remedy)
 
 
 def _metric_formats(data: Data) -> Iterator[Finding]:
@@ -270,7 +294,7 @@ def _metric_formats(data: Data) -> Iterator[Finding]:
         entries = {item: None} if isinstance(item, str) else item
         for name, options in entries.items() if isinstance(entries, dict) else ():
             format = _declared(options if _has_path(options) else held_out)
-            if name in METRIC_FORMATS and format in FORMATS and format not in METRIC_FORMATS[name]:
+            if METRIC_FORMATS.get(name) and format in FORMATS and format not in METRIC_FORMATS[name]:
                 path: Path = ("evaluate", index, name) if isinstance(item, dict) else ("evaluate", index)
                 yield Finding(
                     path,

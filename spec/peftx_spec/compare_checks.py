@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from peftx_spec.dumper import dump_plain
 from peftx_spec.errors import nearest
-from peftx_spec.models import HIGHER_IS_BETTER
+from peftx_spec.models import HIGHER_IS_BETTER, LM_EVAL
 from peftx_spec.overrides import entry_ids
 from peftx_spec.problems import Path
 from peftx_spec.raw import Data, list_of, mapping_of
@@ -127,6 +127,11 @@ def _metrics(base: Data, metric: object) -> Iterator[Finding]:
             {item: None} if isinstance(item, str) else item if isinstance(item, dict) else {}
         ).items():
             listed.append(str(name))
+            if name == LM_EVAL:
+                message = f"'{name}' has rows of its own, and a comparison measures on those of the base"
+                remedy = "measure the best bundle: peftx evaluate BUNDLE --task NAME"
+                yield Finding(("evaluate", index), message, suggestion=remedy)
+                continue
             if isinstance(options, str) or (isinstance(options, dict) and "path" in options):
                 message = f"'{name}' has rows of its own, and a rate would be chosen on them"
                 yield Finding(

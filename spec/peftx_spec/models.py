@@ -30,12 +30,15 @@ FORMATS = {
 }
 """What a row may be made of -> its columns."""
 
-METRIC_FORMATS = {
+LM_EVAL = "lm-eval"
+
+METRIC_FORMATS: dict[str, tuple[str, ...]] = {
     "perplexity": ("text", "prompt-completion", "messages", "classification"),
     "accuracy": ("classification",),
     "exact-match": ("prompt-completion",),
+    LM_EVAL: (),
 }
-"""Metric that needs no plugin -> the formats of rows that it reads."""
+"""Metric that needs no plugin -> the formats of rows that it reads; none of one that has rows of its own."""
 
 METRICS = tuple(METRIC_FORMATS)
 """The metrics that need no plugin."""
@@ -231,10 +234,25 @@ class MetricOptions(SpecModel):
         None, description="tokens of an example; train.max_length unless given"
     )
 
+    tasks: tuple[Text, ...] = Field(
+        (), description="of lm-eval: names of its tasks, packaged ones, or one's own"
+    )
+    include: Text | None = Field(
+        None, description="of lm-eval: folder of tasks of one's own, from the spec's folder"
+    )
+    num_fewshot: NonNegative | None = Field(
+        None, description="of lm-eval: examples before each question; the task's own number unless given"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, data: object) -> object:
         return {"path": data} if isinstance(data, str) else data
+
+    @property
+    def of_tasks(self) -> dict[str, object]:
+        """What lm-eval alone is told."""
+        return {name: getattr(self, name) for name in ("tasks", "include", "num_fewshot")}
 
 
 class EvaluateSpec(RootModel[dict[str, MetricOptions]]):

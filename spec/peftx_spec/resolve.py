@@ -61,8 +61,10 @@ def _data(data: DataSpec, base: FilePath) -> DataSpec:
 
 def _metric(metric: EvaluateSpec, base: FilePath) -> EvaluateSpec:
     options = metric.options
-    if options.path is not None:
-        options = options.model_copy(update={"path": absolute(options.path, base)})
+    places = {"path": options.path, "include": options.include}
+    options = options.model_copy(
+        update={name: absolute(place, base) for name, place in places.items() if place is not None}
+    )
     return EvaluateSpec({metric.metric: options})
 
 

@@ -106,6 +106,7 @@ def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
         "info",
     }
     expected |= {"import", "export", "check", "new", "merge", "doctor", "matrix", "data", "report", "compare"}
+    expected |= {"push", "pull"}
     assert expected == set(names)
     for name in names:
         text = ok(name, "--help")

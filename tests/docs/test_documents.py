@@ -53,6 +53,17 @@ def test_yaml_of_the_training_page_is_valid() -> None:
     assert settings.model_fields_set >= {"num_train_epochs", "eval_steps", "bf16", "report_to"}
 
 
+def test_yaml_of_the_measuring_page_is_valid(tmp_path: Path) -> None:
+    from peftx.engines.tasks import find_tasks
+    from peftx.pipeline import load_run
+
+    spec, task = blocks("docs/measuring.md", "yaml")
+    assert load_run(spec).pipeline.evaluate[0].options.tasks == ("peftx-log", "peftx-opposites")
+    (tmp_path / "mine.yaml").write_text(task, "utf-8")
+    (tmp_path / "mine.jsonl").write_text("{}", "utf-8")
+    assert find_tasks(["mine"], tmp_path)[0].file == tmp_path / "mine.yaml"
+
+
 def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
@@ -71,7 +82,16 @@ def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/export.md", "docs/merging.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/compare.md",
+        "docs/export.md",
+        "docs/merging.md",
+        "docs/hub.md",
+        "docs/measuring.md",
+    ],
 )
 def test_commands_exist(document: str) -> None:
     from typer.main import get_command

@@ -43,11 +43,12 @@ def report(
     from peftx.engines.files import make_place, write_text
     from peftx.pages import page, told
     from peftx.pages import samples as written
+    from peftx.sharing import located
     from peftx_cli.progress import reporter
     from peftx_cli.render import out
 
     _check_place(output)
-    folder = Path(os.path.expanduser(bundle))
+    folder = located(os.path.expanduser(bundle))
     found = told(folder, trust_remote_code=trust_remote_code)
     make_place(output)
     texts = None

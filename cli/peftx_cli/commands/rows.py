@@ -90,7 +90,7 @@ def _check_place(output: Path, pipeline: Pipeline) -> None:
         pipeline.data.calibration,
         *pipeline.data.sources.values(),
     )
-    read = [Path(spec.path) for spec in specs if spec is not None and not spec.path.startswith("peftx:")]
+    read = [Path(spec.path) for spec in specs if spec and not spec.path.startswith(("peftx:", "hub:"))]
     if output.is_dir() or (output.exists() and any(p.exists() and output.samefile(p) for p in read)):
         kind = "is a folder" if output.is_dir() else "holds rows that the pipeline reads"
         raise PeftxError(f"--output: {output} {kind}", hint="name another file")

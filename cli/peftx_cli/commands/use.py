@@ -20,7 +20,13 @@ Base = Annotated[
 DataFile = Annotated[str, typer.Option("--data", metavar="FILE", help="what to measure on")]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option("--metric", metavar="NAME", help="perplexity, accuracy, exact-match, or a plugin"),
+    typer.Option("--metric", metavar="NAME", help="perplexity, accuracy, exact-match, lm-eval, or a plugin"),
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", metavar="NAME", help="a task of lm-eval; repeat it")
+]
+Include = Annotated[
+    str | None, typer.Option("--include", metavar="DIR", help="folder of lm-eval's tasks of your own")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="examples to use, from the start")]
 Prompt = Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")]
@@ -83,13 +89,15 @@ def evaluate(
     target: Target,
     data: DataFile = "peftx:sample/held_out.jsonl",
     metric: Metrics = None,
+    task: Tasks = None,
+    include: Include = None,
     limit: Limit = None,
     model: Base = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a bundle or a model on a data file."""
+    """Measure a bundle or a model on a data file, or by tasks of lm-eval."""
     from peftx.engines.models import asset_path
     from peftx_cli.progress import reporter
     from peftx_cli.recipe import format_of
@@ -97,15 +105,17 @@ def evaluate(
     from peftx_cli.stacks import open_stack
     from peftx_cli.summary import score_dict
 
-    names = metric or ["perplexity"]
+    names = metric or ["lm-eval" if task else "perplexity"]
+    tasks = _tasks(names, task or [], include)
     _check_metrics(names, format_of("--data", data))
     path = asset_path(data)
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     with reporter() as told:
         told.stage("evaluate", names)
         scores = stack.evaluate(
-            path, metrics=names, limit=limit, progress=lambda done, total: told.progress(done, total, {})
-        )
+            path, metrics=names, limit=limit, progress=lambda done, total: told.progress(done, total, {}),
+            **tasks,
+        )  # fmt: skip
     if as_json:
         print_json(score_dict(scores))
         return
@@ -122,6 +132,29 @@ def evaluate(
     print_table(f"{target} on {data}", ("measure", "value", "95 % interval", "count", "unit"), rows)
 
 
+def _tasks(names: Sequence[str], tasks: Sequence[str], include: str | None) -> dict[str, Any]:
+    """What lm-eval is told; found before a model is loaded.
+
+    Raises:
+        PeftxError: tasks without lm-eval, lm-eval without tasks, or a task that is not there.
+    """
+    import os
+
+    from peftx.engines.tasks import find_tasks
+    from peftx_spec.errors import PeftxError
+
+    if ("lm-eval" in names) != bool(tasks):
+        raise PeftxError(
+            "lm-eval runs tasks, and --task names them", hint="peftx evaluate BUNDLE --task peftx-opposites"
+        )
+    if include is not None and not tasks:
+        raise PeftxError("--include is a folder of tasks, and --task names none of them", hint="--task NAME")
+    folder = None if include is None else Path(os.path.expanduser(include))
+    if tasks:
+        find_tasks(tasks, folder)
+    return {"tasks": tasks, "include": folder}
+
+
 def _check_metrics(names: Sequence[str], format: str | None) -> None:
     """Raises PeftxError for a metric that cannot read rows of this format, before a model is loaded."""
     from peftx_spec.checks import metric_for
@@ -130,7 +163,7 @@ def _check_metrics(names: Sequence[str], format: str | None) -> None:
 
     for name in names:
         fitting = METRIC_FORMATS.get(name)
-        if format is not None and fitting is not None and format not in fitting:
+        if format is not None and fitting and format not in fitting:
             raise PeftxError(
                 f"{name} reads rows of {' or '.join(fitting)}, and these are {format}",
                 hint=metric_for(format),
@@ -158,11 +191,12 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
-    from peftx.toolkits.decoding.text import request_for
     from peftx_cli.render import out_exactly, print_json
     from peftx_cli.stacks import open_stack
 
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
+    from peftx.toolkits.decoding.text import request_for
+
     choice: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from peftx.engines.checkpoints import check_weights, first_line, read_config
 from peftx.engines.files import require_plain
+from peftx.engines.hub import is_hub, rows_path
 from peftx.errors import BundleError, DataError, PeftxError, nearest
 from peftx.kernel.chain import is_ours
 
@@ -54,11 +55,14 @@ def model_path(model_id: str) -> str:
 
 
 def asset_path(path: str | Path) -> Path:
-    """`peftx:sample/train.jsonl` -> the packaged file; any other path as it is.
+    """`peftx:sample/train.jsonl` -> the packaged file; `hub:owner/name/rows.jsonl` -> where it lies once it is fetched;
+    any other path as it is.
 
     Raises:
-        DataError: no such packaged file.
+        DataError: no such packaged file. HubError: a file of the Hub that cannot be fetched.
     """
+    if is_hub(path):
+        return rows_path(str(path))
     if not str(path).startswith("peftx:"):
         return Path(path)
     file = ASSETS / str(path).removeprefix("peftx:")

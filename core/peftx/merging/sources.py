@@ -25,6 +25,7 @@ from peftx.kernel.plugin import Claim
 from peftx.kernel.slots import Entry, check_folds, fold_into, slot_of
 from peftx.loading import load
 from peftx.merging.factors import Factors
+from peftx.sharing import located
 from peftx.stack import Stack
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def read_sources(
     Raises:
         BundleError: one is missing or damaged. PeftxError: their bases differ. MergeError: one does not fold.
     """
-    manifests = {str(folder): _manifest(Path(folder)) for folder in folders}
+    places = {str(folder): located(folder) for folder in folders}
+    manifests = {name: _manifest(place) for name, place in places.items()}
     _check_bases(manifests, model)
     base = _base(manifests, model, device, trust_remote_code)
     own = base.model.generation_config if base.model.can_generate() else None
@@ -141,7 +143,7 @@ def read_sources(
     settings, sources = [], []
     for folder, weight in zip(folders, weights, strict=True):
         stack = load(
-            folder, model=base.model, tokenizer=base.tokenizer, registry=registry,
+            places[str(folder)], model=base.model, tokenizer=base.tokenizer, registry=registry,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         stack.model.eval()  # dropout is no part of a difference

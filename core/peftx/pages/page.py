@@ -293,4 +293,6 @@ def _loading(told: Told) -> str:
 def _versions(told: Told) -> str:
     rows = [*told.manifest.versions.items()]
     rows += [(f"plugin {e.id}", e.version or "not published, or not told") for e in told.manifest.plugins]
+    hub = told.manifest.hub
+    rows += [(f"pulled from {hub.repo}@{hub.revision}", hub.commit)] if hub is not None else []
     return table(("", "version"), rows)

@@ -22,6 +22,7 @@ _WHERE = {
     "difference": "peftx.testing.case",
     "Check": "peftx.testing.checks",
     "conformance": "peftx.testing.kit",
+    "loopback_hub": "peftx.testing.hub",
     "CheckResult": "peftx.testing.kit",
     "plan_checks": "peftx.testing.kit",
     "run_checks": "peftx.testing.kit",
@@ -38,6 +39,7 @@ __all__ = [
     "conformance",
     "difference",
     "example_inputs",
+    "loopback_hub",
     "output_of",
     "plan_checks",
     "run_checks",
@@ -61,6 +63,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from peftx.testing.case import Case, assert_close, assert_equal, difference
     from peftx.testing.checks import Check
+    from peftx.testing.hub import loopback_hub
     from peftx.testing.kit import CheckResult, conformance, plan_checks, run_checks
     from peftx.testing.models import (
         ARCHITECTURES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftx.composition.members import default_id
@@ -11,6 +13,11 @@ if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
 
 
+def _is_on_the_hub(base: str) -> bool:
+    """Is it a name that the Hub takes for that of a base: no folder, and no bundled model."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
+
+
 def model_card(stack: Stack) -> str:
     """Markdown: what stands on which model, how it was made, what was measured, how to load it."""
     registry = Registry()
@@ -18,7 +25,7 @@ def model_card(stack: Stack) -> str:
     lines = [
         "---",
         "library_name: peftx",
-        f"base_model: {stack.base_id}",
+        *([f"base_model: {stack.base_id}"] if _is_on_the_hub(stack.base_id) else []),
         "---",
         "",
         f"# {' + '.join(stack.plugins) or 'plain'} on {stack.base_id}",

@@ -47,6 +47,14 @@ class BaseEntry(_Loose):
     """Digest of the tokenizer; of bundles from version 0.1, and where there is none, None."""
 
 
+class HubEntry(_Loose):
+    """Where a pulled bundle came from: what was asked for, and the commit that it was."""
+
+    repo: str
+    revision: str
+    commit: str
+
+
 class PluginEntry(_Loose):
     """One plugin of a bundle, as `manifest.json` holds it."""
 
@@ -89,6 +97,8 @@ class Manifest(_Loose):
     plugins: list[PluginEntry]
     scores: dict[str, list[float | int | str | None]]
     files: dict[str, str]
+    hub: HubEntry | None = None
+    """Of a bundle that `peftx pull` wrote."""
 
 
 def read_manifest(folder: Path) -> Manifest:

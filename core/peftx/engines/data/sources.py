@@ -6,17 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from peftx.engines.data.formats import detect_format, read_dataset
+from peftx.engines.hub import is_hub, pinned_rows
 from peftx.engines.models import asset_path
 from peftx.errors import DataError
 from peftx.kernel.members import Member
 from peftx.kernel.objective import check_objective
 from peftx.kernel.plugin import Claim
-from peftx_spec.models import FORMATS, DataSpec, HoldoutSpec, Pipeline, SourceSpec
+from peftx_spec.models import FORMATS, DataSpec, EvaluateSpec, HoldoutSpec, Pipeline, SourceSpec
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,29 @@ def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
             chosen.update(group)
     smallest: list[int] = min(groups.values(), key=len)
     return chosen or set(smallest)
+
+
+def pinned(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with rows of the Hub as they are now: commits in place of branches, so that it can be repeated.
+
+    Raises:
+        HubError: no such data set, revision or file.
+    """
+
+    def fixed(path: str | None) -> dict[str, str]:
+        return {"path": pinned_rows(path)} if path is not None and is_hub(path) else {}
+
+    def source(spec: SourceSpec | None) -> SourceSpec | None:
+        return None if spec is None else spec.model_copy(update=fixed(spec.path))
+
+    data = pipeline.data
+    update: dict[str, Any] = {name: source(getattr(data, name)) for name in ("train", "eval", "calibration")}
+    update["sources"] = {name: source(spec) for name, spec in data.sources.items()}
+    metrics = (
+        EvaluateSpec({m.metric: m.options.model_copy(update=fixed(m.options.path))})
+        for m in pipeline.evaluate
+    )
+    return pipeline.model_copy(update={"data": data.model_copy(update=update), "evaluate": tuple(metrics)})
 
 
 def rows_of(source: SourceSpec, *, limit: int | None) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from peftx.errors import DataError, PeftxError, UnsupportedError
 from peftx.kernel.modes import evaluating
 from peftx.kernel.positions import free_positions
 
+_Read = TypeVar("_Read")
 Progress = Callable[[int, int], None]  # (done, total)
 
 # Tokenizers without a limit say 1e30; a window is only taken from a tokenizer that means it.
@@ -123,17 +124,47 @@ def score_requests(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> list[list[Tensor]]:
-    """Score every request.
+    """Score every request, as `read_requests`, which has the arguments.
 
-    Longest first, right-padded. Log-probabilities are taken in float32 and returned in float64.
+    Returns:
+        For each request, in the order given, one tensor [len(target)] of natural-log probabilities, float64 on
+        the CPU, for each alternative. They are taken in float32.
+    """
+
+    def read(logits: Tensor, request: Request) -> list[Tensor]:
+        return [_gather(logits, request.first, target) for target in request.targets]
+
+    return read_requests(
+        model,
+        requests,
+        read,
+        batch_size=batch_size,
+        pad_token_id=pad_token_id,
+        device=device,
+        progress=progress,
+    )
+
+
+def read_requests(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    read: Callable[[Tensor, Request], _Read],
+    *,
+    batch_size: int = 8,
+    pad_token_id: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> list[_Read]:
+    """What `read` takes from the logits [T, V] of each request.
+
+    Longest first, right-padded.
 
     Args:
         pad_token_id: fills the padding; any id serves, since the mask hides it.
         device: where the batches go; the model's own when None.
 
     Returns:
-        For each request, in the order given, one tensor [len(target)] of natural-log probabilities, float64 on
-        the CPU, for each alternative.
+        One result for each request, in the order given.
 
     Raises:
         PeftxError: the model returns NaN, or logits of another length than its input.
@@ -144,16 +175,14 @@ def score_requests(
     order = sorted(
         range(len(requests)), key=lambda i: -len(requests[i].inputs) - len(requests[i].encoder or ())
     )
-    found: dict[int, list[Tensor]] = {}
+    found: dict[int, _Read] = {}
     with evaluating(model):
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
             batch = [requests[index] for index in chosen]
             logits = _logits(model, batch, pad_token_id, place)  # [B, T, V]
             for row, index in enumerate(chosen):
-                found[index] = [
-                    _gather(logits[row], batch[row].first, target) for target in batch[row].targets
-                ]
+                found[index] = read(logits[row], batch[row])
             if progress is not None:
                 progress(len(found), len(requests))
     return [found[index] for index in range(len(requests))]

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data import read_dataset
+from peftx.engines.data.formats import detect_format
 from peftx.engines.data.gate import check_item
+from peftx.engines.data.sources import format_of
 from peftx.engines.models import asset_path
+from peftx.engines.tasks import find_tasks
 from peftx.errors import DataError, PeftxError, nearest
 from peftx.kernel.modes import evaluating
 from peftx.toolkits.decoding.text import generate
@@ -18,13 +21,17 @@ from peftx.toolkits.evaluation.classification import accuracy, accuracy_of_head,
 from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.scores import Score
-from peftx_spec.models import METRIC_FORMATS
+from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
 
 METRICS = METRIC_FORMATS
 """Metric -> the formats of rows that it reads."""
+
+OPTIONS = frozenset({
+    "limit", "max_length", "max_new_tokens", "format", "progress", "output_dir", "tasks", "include", "num_fewshot",
+})  # fmt: skip
 
 
 def check_known(metric: str, plugins: Sequence[str]) -> None:
@@ -39,12 +46,41 @@ def check_known(metric: str, plugins: Sequence[str]) -> None:
 def check_metric(metric: str, format: str) -> None:
     """Raises PeftxError where a metric of the core cannot read rows of this format."""
     formats = METRICS.get(metric, (format,))
-    if format not in formats:
+    if formats and format not in formats:
         other = next((name for name, known in METRICS.items() if format in known), None)
         raise PeftxError(
             f"{metric} reads rows of {' or '.join(formats)}, and these are {format}",
             hint=f"evaluate: [{other}]" if other else "give it other data: path",
         )
+
+
+def check_metrics(pipeline: Pipeline, plugins: Sequence[str], *, measured: bool) -> None:
+    """Read the first row of each file that a metric reads, and look for the tasks that are named.
+
+    Args:
+        plugins: those that evaluate. measured: does a stage evaluate.
+
+    Raises:
+        PeftxError: an unknown metric or task, or rows that a metric cannot read.
+    """
+    data = pipeline.data
+    evaluated = data.train if data.holdout is not None else data.eval
+    for metric in pipeline.evaluate:
+        options = metric.options
+        check_known(metric.metric, plugins)
+        if metric.metric == LM_EVAL:
+            find_tasks(options.tasks, None if options.include is None else Path(options.include))
+            continue
+        path = options.path or (evaluated.path if evaluated is not None else None)
+        if options.path is not None:
+            read_dataset(asset_path(options.path), format=options.format, limit=1)
+        if metric.metric not in METRICS or not measured or path is None:  # the spec says so
+            continue
+        if options.path is None and evaluated is not None:
+            check_metric(metric.metric, format_of(evaluated))
+        else:
+            known = options.format != "auto"
+            check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
 
 
 def evaluate(
@@ -58,7 +94,8 @@ def evaluate(
 
     Args:
         data: a file, texts or rows. options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer),
-            `format`, `progress`, `output_dir`.
+            `format`, `progress`, `output_dir`; of `lm-eval`, which has rows of its own, `tasks`, `include` and
+            `num_fewshot`.
 
     Returns:
         name -> Score; `stack.scores` gets them too.
@@ -66,13 +103,8 @@ def evaluate(
     Raises:
         PeftxError: an unknown metric or option.
     """
-    unknown = set(options) - {"limit", "max_length", "max_new_tokens", "format", "progress", "output_dir"}
-    if unknown:
-        name = sorted(unknown)[0]
-        raise PeftxError(
-            f"evaluate: unknown option '{name}'",
-            hint=nearest(name, ["limit", "max_length", "format"]) or None,
-        )
+    for name in sorted(options.keys() - OPTIONS):
+        raise PeftxError(f"evaluate: unknown option '{name}'", hint=nearest(name, OPTIONS) or None)
     limit, max_length = options.get("limit"), options.get("max_length")
     rows = _rows(data, options.get("format", "auto"), limit)
     plugins = [m for m in stack.members if m.implements("evaluate")]
@@ -99,6 +131,10 @@ def evaluate(
             answer = partial(_answer, stack, options.get("max_new_tokens", 64))
             found = exact_match(answer, _needed(rows, metric), progress=options.get("progress"))
             scores[found.name] = found
+        elif metric == LM_EVAL:
+            told = _lm_eval(stack, options)
+            _refuse_overlap(metric, scores, told)
+            scores |= told
         else:
             folder = options.get("output_dir")
             evaluation = Evaluation(
@@ -112,6 +148,21 @@ def evaluate(
             scores |= evaluation.scores
     stack.scores |= scores
     return scores
+
+
+def _lm_eval(stack: Stack, options: Mapping[str, Any]) -> dict[str, Score]:
+    names, include = options.get("tasks") or (), options.get("include")
+    tasks, folder = (
+        [names] if isinstance(names, str) else list(names),
+        None if include is None else Path(include),
+    )
+    find_tasks(tasks, folder)  # says so where the library is not installed, before it is imported
+    from peftx.toolkits.evaluation.harness import run_tasks
+
+    return run_tasks(
+        stack, tasks, include=folder, num_fewshot=options.get("num_fewshot"), limit=options.get("limit"),
+        max_length=options.get("max_length"), progress=options.get("progress"),
+    )  # fmt: skip
 
 
 def _answer(stack: Stack, new: int, prompt: str) -> str:
