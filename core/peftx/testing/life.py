@@ -14,6 +14,7 @@ import peftx
 from peftx.composition.conflicts import find_conflicts, starting_format
 from peftx.engines.bundle import holds_base
 from peftx.kernel.members import Member
+from peftx.kernel.positions import free_positions
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -40,7 +41,7 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
         rows_of(members),
         steps=steps,
         batch_size=2,
-        max_length=LENGTH,
+        max_length=min(LENGTH, free_positions(stack.model) or LENGTH),
         learning_rate=1e-3,
         sources=sources_of(members),
     )
