@@ -36,7 +36,7 @@ def carry_on(cache: Cache, name: str, values: Tensor, fill: int, at: int | Tenso
     layer = carried_in(cache, name)
     if layer is None:
         layer = DynamicLayer()
-        layer.peftx_carried = name
+        layer.peftx_carried, layer.peftx_fill = name, fill
         layer.is_compileable = True  # as the rest of a static cache: else its empty places were read
         cache.layers.append(layer)
     values = values[..., None] if values.ndim == 2 else values  # [B, T, k]

@@ -31,30 +31,67 @@ class Window:
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values [slots, H, columns, D] of a layer."""
+    """Keys and values of a layer; `keys` and `values` are those in use, [rows, H, columns, D]."""
 
     def __init__(self, window: Window, like: CacheLayerMixin, slots: int) -> None:
-        super().__init__()
         self.window, self.is_sliding = window, isinstance(like, DynamicSlidingWindowLayer)
-        self.keys, self.values = (
-            kept.new_zeros(slots, kept.shape[1], 0, kept.shape[3]) for kept in (like.keys, like.values)
+        self.is_initialized, self.written = True, 0
+        if name := vars(like).get("peftx_carried"):
+            self.peftx_carried = name  # a plugin's values, which go with the tokens
+        self.fill = vars(like).get("peftx_fill", 0)
+        self._keys, self._values = (
+            kept.new_full((slots, kept.shape[1], 0, kept.shape[3]), self.fill)
+            for kept in (like.keys, like.values)
         )
-        self.is_initialized = True
+
+    @property
+    def columns(self) -> int:
+        """That there is room for."""
+        return int(self._keys.shape[2])
+
+    @property
+    def keys(self) -> Tensor:
+        return self._used(self._keys)
+
+    @property
+    def values(self) -> Tensor:
+        return self._used(self._values)
+
+    def _used(self, kept: Tensor) -> Tensor:
+        window = self.window
+        return kept[: window.rows, :, window.start : window.end + self.written]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """One column [rows, H, 1, D] more -> all columns in use."""
-        rows, start, end = self.window.rows, self.window.start, self.window.end
-        self.keys[:rows, :, end] = key_states[:, :, 0]
-        self.values[:rows, :, end] = value_states[:, :, 0]
-        return self.keys[:rows, :, start : end + 1], self.values[:rows, :, start : end + 1]
+        rows, end = self.window.rows, self.window.end
+        self._keys[:rows, :, end], self._values[:rows, :, end] = key_states[:, :, 0], value_states[:, :, 0]
+        self.written = 1
+        return self.keys, self.values
+
+    def take(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Put a row's last columns, [H, columns, D], into a slot."""
+        end = self.window.end
+        for kept, own in ((self._keys, keys), (self._values, values)):
+            kept[index] = self.fill
+            kept[index, :, end - own.shape[1] : end] = own
+
+    def move(self, end: int, columns: int) -> None:
+        """What is in use, ending at `end` of so many columns."""
+        self._keys, self._values = (self._moved(kept, end, columns) for kept in (self._keys, self._values))
+
+    def _moved(self, kept: Tensor, end: int, columns: int) -> Tensor:
+        found = kept.new_full((kept.shape[0], kept.shape[1], columns, kept.shape[3]), self.fill)
+        own = self._used(kept)
+        found[: len(own), :, end - own.shape[2] : end] = own
+        return found
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: it is made from a cache that has seen the model."""
 
     def get_seq_length(self) -> int:
-        return self.window.end - self.window.start
+        return self.window.end - self.window.start + self.written
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -85,19 +122,19 @@ class Slots(Cache):  # type: ignore[misc]
     def put(self, cache: Cache, row: int, columns: int) -> None:
         """Take over the last so many columns of a row: what stands before them are pads."""
         self._make_room(columns)
-        window, index = self.window, self.window.rows
+        window = self.window
         others = [layer for layer in cache.layers if type(layer) is not DummyLayer]
         for layer, other in zip(self.own, others, strict=True):
             kept = min(columns, other.keys.shape[2])  # a sliding window keeps no more than it looks back
-            place = slice(window.end - kept, window.end)
-            layer.keys[index, :, place] = other.keys[row, :, -kept:]
-            layer.values[index, :, place] = other.values[row, :, -kept:]
+            layer.take(window.rows, other.keys[row, :, -kept:], other.values[row, :, -kept:])
         self.lengths.append(columns)
         window.rows += 1
         window.start = window.end - max(self.lengths)
 
     def advance(self) -> None:
-        """A column was written."""
+        """A column was written, in every layer."""
+        for layer in self.own:
+            layer.written = 0
         self.window.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -105,10 +142,8 @@ class Slots(Cache):  # type: ignore[misc]
         """A row goes; the last one takes its place."""
         window, last = self.window, self.window.rows - 1
         if index != last:
-            place = slice(window.end - self.lengths[last], window.end)
             for layer in self.own:
-                layer.keys[index, :, place] = layer.keys[last, :, place]
-                layer.values[index, :, place] = layer.values[last, :, place]
+                layer.take(index, *self._row(layer, last))
             self.lengths[index] = self.lengths[last]
         self.lengths.pop()
         window.rows -= 1
@@ -116,14 +151,18 @@ class Slots(Cache):  # type: ignore[misc]
 
     def row(self, index: int, config: object) -> DynamicCache:
         """A row as a cache of its own."""
-        window, found = self.window, DynamicCache(config=config)
-        place = slice(window.end - self.lengths[index], window.end)
+        found = DynamicCache(config=config)
         for at, layer in enumerate(self.layers):
             if type(layer) is DummyLayer:
                 continue
-            found.update(layer.keys[index : index + 1, :, place].clone(),
-                         layer.values[index : index + 1, :, place].clone(), at)  # fmt: skip
+            keys, values = self._row(layer, index)
+            found.update(keys[None].clone(), values[None].clone(), at)
         return found
+
+    def _row(self, layer: _Layer, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row, [H, columns, D]."""
+        length = self.lengths[index]
+        return layer.keys[index, :, -length:], layer.values[index, :, -length:]
 
     def ready(self) -> None:
         """Make room for the next column."""
@@ -134,22 +173,13 @@ class Slots(Cache):  # type: ignore[misc]
         window = self.window
         held = window.end - window.start
         front = max(columns, held)
-        capacity = self.own[0].keys.shape[2]
+        capacity = self.own[0].columns
         if window.end >= front and window.end < capacity:
             return
         wanted = capacity if 2 * front <= capacity else 2 * front + FIRST
         for layer in self.own:
-            layer.keys = _moved(layer.keys, window, front, wanted)
-            layer.values = _moved(layer.values, window, front, wanted)
+            layer.move(front, wanted)
         window.start, window.end = front - held, front
-
-
-def _moved(kept: Tensor, window: Window, end: int, columns: int) -> Tensor:
-    """The columns in use, ending at `end` of a new tensor."""
-    found = kept.new_zeros(kept.shape[0], kept.shape[1], columns, kept.shape[3])
-    held = window.end - window.start
-    found[: window.rows, :, end - held : end] = kept[: window.rows, :, window.start : window.end]
-    return found
 
 
 def check_layers(cache: Cache) -> None:
