@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -79,7 +78,7 @@ def in_words(tokenizer: PreTrainedTokenizerBase, id: int) -> PreTrainedTokenizer
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_, mark]}
     unmark = {"type": "Replace", "pattern": {"String": WORD}, "content": ""}
     state["decoder"] = {"type": "Sequence", "decoders": [unmark, bytes_]}
-    found._tokenizer = Tokenizer.from_str(json.dumps(state))
+    found._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
     return found
 
 

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import Field
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -78,7 +77,7 @@ def in_bytes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The same tokens, of which a text gets those of single bytes alone, and the special ones."""
     found, state = deepcopy(tokenizer), json.loads(tokenizer.backend_tokenizer.to_str())
     state["model"] |= {"merges": [], "ignore_merges": False}
-    found._tokenizer = Tokenizer.from_str(json.dumps(state | {"normalizer": None}))
+    found._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state | {"normalizer": None}))
     return found
 
 
