@@ -70,6 +70,7 @@ def in_words(tokenizer: PreTrainedTokenizerBase, id: int) -> PreTrainedTokenizer
     """One that writes a text as words: the token `id`, and tokens of single bytes."""
     found, state = deepcopy(tokenizer), json.loads(tokenizer.backend_tokenizer.to_str())
     known = {token: other for token, other in state["model"]["vocab"].items() if other != id}
+    known |= {token["content"]: token["id"] for token in state["added_tokens"]}  # else they are numbered anew
     state["model"] |= {"vocab": known | {WORD: id}, "merges": []}
     state["normalizer"] = None
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -208,30 +209,29 @@ class HierarchicalByteTransformer(Plugin):
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         width, heads, kind = self.config.width, self.config.heads, model.config
-        known, special = stack.tokenizer.get_vocab(), stack.tokenizer.all_special_ids
-        added = stack.tokenizer.get_added_vocab()
+        before, rows = stack.tokenizer, len(model.embedding().weight)
+        known, added = before.get_vocab(), {*before.all_special_ids, *before.get_added_vocab().values()}
+        bytes_, special = [*map(known.get, CHARS)], sorted(id for id in added if id < rows)
+        free = [
+            id for id in range(rows) if id not in {*bytes_, *added}
+        ]  # of tokens of several bytes, or of none
         for wrong, why in (
             (kind.is_encoder_decoder or not model.module.can_generate(), "is no decoder"),
             (len(model.attention_sites()) < model.num_layers, "has layers without attention"),
             (any(getattr(kind, name, None) for name in WINDOWS), "has windows, which would count bytes"),
             (hasattr(kind, "vocab_size_per_layer_input"), "looks tokens up in every layer"),
             (width % (2 * heads), f"gets a width of {width}, of which {heads} heads have no even number"),
-            (not {*CHARS} <= known.keys(), "has a tokenizer without a token for each byte"),
+            (None in bytes_, "has a tokenizer without a token for each byte"),
+            (not free, "has no row that is free for [W]"),
         ):
             if wrong:
                 raise ArchitectureError(f"{model.owner}: {kind.model_type} {why}", hint=FITS)
-        before, taken = stack.tokenizer, {*(known[char] for char in CHARS), *special, *added.values()}
-        free = (id for id in range(len(model.embedding().weight)) if id not in taken)
-        word = known.get(WORD) or next(
-            free
-        )  # a bundle's tokenizer knows it; else the token of several bytes goes
+        word = known.get(WORD, free[0])  # a bundle's tokenizer knows it
         stack.given_tokenizer = in_words(before, word)
-        size = int(kind.get_text_config().vocab_size)
-        back = VocabularyPart(
-            model.owner, "tokenizer", nn.Module(), model.module, stack, (), (), before, size
-        )
+        size, nothing = int(kind.get_text_config().vocab_size), nn.Module()
+        back = VocabularyPart(model.owner, "tokenizer", nothing, model.module, stack, (), (), before, size)
         stack.ledger.parts.append(back)  # which puts the tokenizer back on removal
-        hierarchy = Hierarchy(model, [*(known[char] for char in CHARS), word, *special], self.config)
+        hierarchy = Hierarchy(model, [*bytes_, word, *special], self.config)
         model.around(hierarchy)
         model.site("head").attach(ToBytes(hierarchy))
 

@@ -279,6 +279,22 @@ def test_tokens_that_are_no_bytes_and_embeddings_are_refused() -> None:
     assert torch.equal(stack.model.lm_head(x), Stack("peftx:tiny").model.lm_head(x))  # outside of a call
 
 
+@torch.no_grad()
+def test_added_tokens_are_words_and_w_is_another_one() -> None:
+    """As those of chats are."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<end>", *(f"<{i}>" for i in range(59))])
+    stack = Stack(tiny("llama"), [HierarchicalByteTransformer(**OPTIONS)], tokenizer=tokenizer)
+    ids = stack.tokenizer("at<end>").input_ids
+    assert ids == [319, FIRST_BYTE + ord("a"), FIRST_BYTE + ord("t"), 259]
+    hierarchy = next(module for module in stack.model.modules() if isinstance(module, Hierarchy))
+    assert hierarchy.ids.tolist()[256:] == [319, 0, 1, 2, *range(259, 319)]
+    assert stack.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[259] > 0
+    tokenizer.add_tokens(["<last>"])
+    with pytest.raises(ArchitectureError, match="no row that is free"):
+        Stack(tiny("llama"), [HierarchicalByteTransformer(**OPTIONS)], tokenizer=tokenizer)
+
+
 def test_half_a_surrogate_pair_is_refused() -> None:
     stack = stack_of()
     with pytest.raises(DataError, match="half a surrogate pair"):

@@ -201,7 +201,7 @@ class WordPooled(Plugin):
     """See the module.
 
     Attributes:
-        tokenizer: the stack's, of single bytes.
+        tokenizer: the stack's, of single bytes. special: tokens that are units beside them, special and added ones.
     """
 
     Config = WordPooledConfig
@@ -218,11 +218,12 @@ class WordPooled(Plugin):
     }
     config: WordPooledConfig
     tokenizer: PreTrainedTokenizerBase
+    special: list[int]
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         k, heads, kind, d = self.config.vectors, self.config.heads, model.config, model.hidden_size
-        known, special = stack.tokenizer.get_vocab(), stack.tokenizer.all_special_ids
+        known, size = stack.tokenizer.get_vocab(), len(model.embedding().weight)
         for wrong, why in (
             (kind.is_encoder_decoder or not model.module.can_generate(), "is no decoder"),
             (len(model.attention_sites()) < model.num_layers, "has layers without attention"),
@@ -237,7 +238,9 @@ class WordPooled(Plugin):
             if wrong:
                 raise ArchitectureError(f"{model.owner}: {kind.model_type} {why}", hint=FITS)
         self.tokenizer = in_bytes(stack.tokenizer)
-        pooling = Pooling(model, [*(known[char] for char in CHARS), *special], self.config)
+        added = {*stack.tokenizer.all_special_ids, *stack.tokenizer.get_added_vocab().values()}
+        self.special = sorted(id for id in added if id < size)
+        pooling = Pooling(model, [*(known[char] for char in CHARS), *self.special], self.config)
         model.around(pooling)
         model.site("head").attach(ToUnits(pooling))
 
@@ -265,9 +268,10 @@ class WordPooled(Plugin):
 
     @hookimpl(wrapper=True)
     def decode(self, request: Generation) -> Generator[None, Tensor, Tensor]:
-        if request.past_key_values is not None:
+        if request.past_key_values is not None and request.past_key_values.get_seq_length():
             said = "word-pooled-lm: a prompt is read in bytes, and a cache was filled with other tokens"
             raise UnsupportedError(said, hint="leave past_key_values out")
+        request.past_key_values = None  # nobody goes on from it by the prompt's own tokens
         given, mask = request.input_ids, request.attention_mask
         real = torch.ones_like(given) if mask is None else mask
         ids = [
@@ -285,9 +289,12 @@ class WordPooled(Plugin):
 
     def spelled(self, ids: Sequence[int]) -> list[int]:
         """The same text in tokens of bytes."""
-        known, special = self.tokenizer.get_vocab(), self.tokenizer.all_special_ids
-        words = zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True)
-        return [unit for id, word in words for unit in ([id] if id in special else map(known.get, word))]
+        known, words = self.tokenizer.get_vocab(), self.tokenizer.convert_ids_to_tokens(ids)
+        return [
+            unit
+            for id, word in zip(ids, words, strict=True)
+            for unit in ([id] if id in self.special else map(known.get, word))
+        ]
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 from torch import Tensor
+from transformers import DynamicCache
 
 from peftx import Plugin, Stack, hookimpl
 from peftx.engines.data import IGNORE
@@ -238,6 +239,22 @@ def test_a_prompt_is_read_in_bytes_whatever_its_tokens() -> None:
     assert plugin.spelled(tokenizer("<|eos|>the").input_ids) == plugin.tokenizer("<|eos|>the").input_ids  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def test_added_tokens_are_units_too() -> None:
+    """As those of chats are; one that the model has no row for is none."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<end>", *(f"<{i}>" for i in range(60))])
+    plugin = WordPooled(**OPTIONS)
+    stack = Stack(tiny("llama"), [plugin], tokenizer=tokenizer)
+    ids = tokenizer("at <end>").input_ids
+    assert ids[-1] == 259
+    assert plugin.spelled(ids) == ids
+    assert stack.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[259] > 0
+    assert plugin.special == [0, 1, 2, *range(259, 320)]
+    found = next(module for module in stack.model.modules() if isinstance(module, Pooling))
+    assert found.ends(torch.tensor([[97, 98, 259, 99]])).tolist() == [[True, False, True, False]]
+
+
 def test_a_cache_of_other_tokens_is_refused() -> None:
     stack = stack_of()
     request = request_of_ids(stack, [ids_of("at a")[0].tolist()], 2, None, {})
@@ -245,6 +262,9 @@ def test_a_cache_of_other_tokens_is_refused() -> None:
     request.past_key_values = cache
     with pytest.raises(UnsupportedError, match="filled with other tokens"):
         stack.decode(request)
+    request.past_key_values = DynamicCache()  # as servers give, to keep it for prompts that begin alike
+    assert stack.decode(request).shape == (1, 6)
+    assert request.past_key_values is None
 
 
 def test_tokens_that_are_no_bytes_and_embeddings_are_refused() -> None:
