@@ -1,0 +1,246 @@
+"""Hierarchical autoregressive Transformer: bytes inside of words, words between them, and no vocabulary.
+
+"Hierarchical Autoregressive Transformers: Combining Byte- and Word-Level Processing for Robust, Adaptable Language
+Models" (arXiv:2501.10322). A fixed rule splits a text into words, each of which begins with a symbol [W]:
+
+    e_i = W_e Encoder([W], b_1 .. b_n) at [W]                 of word i, both ways in the word
+    o_i = LM(e_1 .. e_i)                                      the backbone, causal over words
+    p(b_j | ..), p([W] | ..) = softmax(A Decoder(W_d o_(i-1), b_1 .. b_(j-1)))   of word i, causal in the word
+
+so [W] says both that a word is over and that the next begins. A text begins with a learned vector, and a special token
+is a word by itself. Encoder and Decoder are small Llamas. A text's words lie in one row, under masks that let none see
+another; of their rotary positions only differences count. The loss is the cross-entropy of all bytes and [W].
+
+The stack's tokenizer writes a text as [W] and bytes. In training the backbone reads as many vectors as there are words;
+elsewhere it has a row for every byte, since a cache must, and rows of bytes are hidden. It is the same computation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
+from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
+from peftx.kernel.parts import DeltaPart, VocabularyPart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORD = "\N{LOWER ONE EIGHTH BLOCK}"
+"""How tokenizers write [W]. In a text the same character is three bytes."""
+RULE = "|".join(
+    (
+        r"\r\n|[\r\n]",  # each line break
+        r" ?[\p{Han}\p{Hiragana}\p{Katakana}]\p{P}?",  # each character of these
+        r" ?(?:\p{Lu}?[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?:['’][\p{L}\p{M}]+)?|\p{Lu}+(?!\p{Ll})|\p{Lu}|\p{N}+)\p{P}?",
+        r" ?[^\s\p{L}\p{N}\p{M}]",  # punctuation that follows no word
+        r" (?=\S)|[^\S\r\n]+",  # what is left of white space
+    )
+)
+"""Words: one blank in front belongs to a word, and one mark behind it; a capital in it begins another one."""
+CHARS = [bytes_to_unicode()[byte] for byte in range(256)]
+"""How tokenizers of bytes write them."""
+PAD, SOFT, STRANGE = -1, -2, -3
+"""What is no unit: a pad, a soft token, and a token of several bytes."""
+NEVER = -1e4
+"""Logit of a token that is no unit."""
+WINDOWS = ("sliding_window", "attention_chunk_size")
+FITS = "a causal language model with attention to all of a text in every layer, and a tokenizer of bytes"
+
+
+class HierarchicalConfig(PluginConfig):
+    """Options of the hierarchical Transformer."""
+
+    width: int = Field(128, ge=2, description="width of encoder and decoder")
+    layers: int = Field(6, ge=1, description="layers of each")
+    heads: int = Field(4, ge=1, description="heads of each; they divide the width into even numbers")
+
+
+def in_words(tokenizer: PreTrainedTokenizerBase, id: int) -> PreTrainedTokenizerBase:
+    """One that writes a text as words: the token `id`, and tokens of single bytes."""
+    found, state = deepcopy(tokenizer), json.loads(tokenizer.backend_tokenizer.to_str())
+    known = {token: other for token, other in state["model"]["vocab"].items() if other != id}
+    known |= {token["content"]: token["id"] for token in state["added_tokens"]}  # else they are numbered anew
+    state["model"] |= {"vocab": known | {WORD: id}, "merges": []}
+    state["normalizer"] = None
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": RULE}, "behavior": "Isolated", "invert": False}
+    mark = {"type": "Metaspace", "replacement": WORD, "prepend_scheme": "always", "split": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_, mark]}
+    unmark = {"type": "Replace", "pattern": {"String": WORD}, "content": ""}
+    state["decoder"] = {"type": "Sequence", "decoders": [unmark, bytes_]}
+    found._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
+    return found
+
+
+class Hierarchy(CallEdit):
+    """Vectors of words in, logits of bytes and [W] out.
+
+    Args:
+        model: which is called. ids: of the units' tokens: bytes, [W], special ones. config: the options.
+    """
+
+    unit_of: Tensor
+    ids: Tensor
+    said: tuple[Tensor, Tensor, Tensor, int, bool] | None = None
+    """Of a call: units [B, S'] from the first word on that it needs, where words begin, which rows of the cache are
+    units, how many of these stand before the S', and does the backbone read vectors of words alone."""
+
+    def __init__(self, model: ModelView, ids: Sequence[int], config: HierarchicalConfig) -> None:
+        super().__init__()
+        self.call, self.owner = model.call, model.owner
+        c, d = config.width, model.hidden_size
+        unit_of = dict.fromkeys(range(max(ids) + 2), STRANGE) | {id: unit for unit, id in enumerate(ids)}
+        self.register_buffer("unit_of", torch.tensor([*unit_of.values()]), persistent=False)
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        llama = LlamaConfig(
+            vocab_size=len(ids), hidden_size=c, intermediate_size=4 * c, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, attn_implementation="sdpa", use_cache=False,
+        )  # fmt: skip
+        self.encoder, self.decoder = LlamaModel(llama), LlamaModel(llama)
+        self.W_d, self.A = nn.Linear(d, c, bias=False), nn.Linear(c, len(ids), bias=False)
+        size = model.embedded(256).std()  # e is as large as what tokens are
+        self.W_e = nn.Parameter(torch.randn(d, c) * size * c**-0.5)
+        self.start = nn.Parameter(torch.randn(d) * size)
+
+    def before(self, call: dict[str, Any]) -> dict[str, Any]:
+        ids, real = self.call.ids, self.call.real
+        if ids is None or real is None:
+            said = f"{self.owner}: words are made of bytes, and the call brings embeddings"
+            raise UnsupportedError(said, hint="model(input_ids=...)")
+        units = self.unit_of[ids.clamp(max=len(self.unit_of) - 1)].masked_fill(~real, PAD)
+        if bool((units == STRANGE).any()):
+            said = f"{self.owner}: token {int(ids[units == STRANGE][0])} is no single byte, and the model reads bytes"
+            raise UnsupportedError(said, hint="ids of the stack's tokenizer")
+        rows = self.call.carry(self.owner, units, fill=SOFT)
+        text = rows[rows != SOFT].view(len(ids), -1)  # [B, S]
+        S, T = text.shape[1], ids.shape[1]
+        begins = (text >= 256) | ((text != PAD).cumsum(1) == 1) & (text != PAD)
+        n = begins.cumsum(1) - 1
+        place = torch.arange(S, device=ids.device)
+        before = F.pad((place * begins).cummax(1).values[:, :-1], (1, 0))  # where the word before begins
+        cut = int(before[:, S - T].min())
+        packed = self.training and S == T and not call.get("use_cache")
+        self.said = text[:, cut:], begins[:, cut:], rows != SOFT, cut, packed
+        b, t = begins[:, S - T :].nonzero(as_tuple=True)
+        units = text[:, cut:].clamp(min=0)
+        states = self.encoder(units, attention_mask=self.words()).last_hidden_state
+        e = states[b, before[b, t + S - T] - cut] @ self.W_e.T
+        first = (n[b, t + S - T] == 0)[:, None]
+        e = torch.where(first, self.start, e)
+        count = torch.arange(int(n.max()) + 1 if packed else T, device=ids.device).expand(len(ids), -1)
+        at = (b, n[b, t] if packed else t)
+        given = {
+            "inputs_embeds": e.new_zeros(*count.shape, e.shape[1]).index_put(at, e),
+            "attention_mask": (count <= n[:, -1:] if packed else begins).long(),
+            "position_ids": count if packed else n[:, S - T :].clamp(min=0),
+            "use_cache": False if packed else call.get("use_cache"),
+            "logits_to_keep": 0,  # those of a word go by what stands before it
+        }
+        return {name: value for name, value in call.items() if name != "input_ids"} | given
+
+    def after(self, output: Any) -> None:
+        self.said = None
+
+    def words(self) -> Tensor:
+        """Which units are of one word, [B, 1, S', S']; pads are of one."""
+        assert self.said is not None
+        text, begins, *_ = self.said
+        word = begins.cumsum(1).masked_fill(text == PAD, -1)
+        return (word[:, :, None] == word[:, None])[:, None]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logits of the next unit [B, T, V], by the backbone's states x, [B, T, d], or [B, N, d] of words alone."""
+        assert self.said is not None
+        text, begins, units, cut, packed = self.said
+        if packed:
+            T, o = text.shape[1], x[torch.arange(len(x))[:, None], (begins.cumsum(1) - 1).clamp(min=0)]
+        else:
+            T, o = (
+                x.shape[1],
+                self.call.carry(f"{self.owner}.o", x)[units].view(len(x), -1, x.shape[2])[:, cut:],
+            )
+        u = torch.where(begins[..., None], self.W_d(o), self.decoder.embed_tokens(text.clamp(min=0)))
+        z = self.decoder(inputs_embeds=u, attention_mask=self.words().tril()).last_hidden_state
+        logits = self.A(z[:, -T:]).to(y)
+        return y.new_full((*logits.shape[:2], y.shape[-1]), NEVER).index_copy(2, self.ids, logits)
+
+
+class ToBytes(Delta):
+    """Logits of bytes and [W] in the place of those of tokens."""
+
+    def __init__(self, hierarchy: Hierarchy) -> None:
+        super().__init__()
+        self.hierarchy = (hierarchy,)  # in a tuple: it is no child of this one
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        (hierarchy,) = self.hierarchy
+        return y if hierarchy.said is None else hierarchy(x, y)
+
+
+class HierarchicalByteTransformer(Plugin):
+    """See the module."""
+
+    Config = HierarchicalConfig
+    claims = {Claim.NEEDS_TOKENS, Claim.GIVES_EMBEDDINGS}
+    architectures = ("gemma", "gpt_neox")
+    example = {"width": 16, "heads": 2, "layers": 1}
+    example_rows = tuple(
+        {"text": f"Once, {word} was here: it's {word}\nagain."} for word in ("he", "Ann", "the cat") * 2
+    )
+    refuses = {
+        "t5": "it has two towers",
+        "bert": "it is no decoder",
+        "mamba": "it has no attention",
+        "vit": "it reads no tokens",
+    }
+    config: HierarchicalConfig
+
+    @hookimpl
+    def inject(self, model: ModelView, stack: Stack) -> None:
+        width, heads, kind = self.config.width, self.config.heads, model.config
+        before, rows = stack.tokenizer, len(model.embedding().weight)
+        known, added = before.get_vocab(), {*before.all_special_ids, *before.get_added_vocab().values()}
+        bytes_, special = [*map(known.get, CHARS)], sorted(id for id in added if id < rows)
+        free = [
+            id for id in range(rows) if id not in {*bytes_, *added}
+        ]  # of tokens of several bytes, or of none
+        for wrong, why in (
+            (kind.is_encoder_decoder or not model.module.can_generate(), "is no decoder"),
+            (len(model.attention_sites()) < model.num_layers, "has layers without attention"),
+            (any(getattr(kind, name, None) for name in WINDOWS), "has windows, which would count bytes"),
+            (hasattr(kind, "vocab_size_per_layer_input"), "looks tokens up in every layer"),
+            (width % (2 * heads), f"gets a width of {width}, of which {heads} heads have no even number"),
+            (None in bytes_, "has a tokenizer without a token for each byte"),
+            (not free, "has no row that is free for [W]"),
+        ):
+            if wrong:
+                raise ArchitectureError(f"{model.owner}: {kind.model_type} {why}", hint=FITS)
+        word = known.get(WORD, free[0])  # a bundle's tokenizer knows it
+        stack.given_tokenizer = in_words(before, word)
+        size, nothing = int(kind.get_text_config().vocab_size), nn.Module()
+        back = VocabularyPart(model.owner, "tokenizer", nothing, model.module, stack, (), (), before, size)
+        stack.ledger.parts.append(back)  # which puts the tokenizer back on removal
+        hierarchy = Hierarchy(model, [*bytes_, word, *special], self.config)
+        model.around(hierarchy)
+        model.site("head").attach(ToBytes(hierarchy))
+
+    def check(self, stack: Stack) -> None:
+        id = stack.id_of(self)
+        (head,) = (part.path for part in stack.ledger.of(id, DeltaPart))
+        for part in stack.ledger.all(DeltaPart):
+            if part.path == head and part.owner != id:
+                raise ConflictError(
+                    f"{id} puts logits of bytes in the place of the head's, and {part.owner} stands on the head",
+                    hint=f"leave {head} out of {part.owner}",
+                )
