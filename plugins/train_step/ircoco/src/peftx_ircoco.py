@@ -218,7 +218,7 @@ class Ircoco(Plugin):
         rows = [{"input_ids": a + b, "labels": [IGNORE] * len(a) + b} for a, b in zip(x, y, strict=True)]
         batch = Collator(pad_of(step.model, stack.tokenizer))(rows)
         batch = {name: value.to(r.device) for name, value in batch.items()}
-        labels = batch.pop("labels")
+        labels = batch["labels"]  # stay in the call: some plugins ask it which tokens have one
         rewards = torch.zeros_like(labels, dtype=r.dtype).masked_scatter(labels != IGNORE, r)
         return lambda _: reinforced(step.module(**others, **batch).logits, labels, rewards)
 

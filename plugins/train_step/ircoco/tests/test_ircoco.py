@@ -29,6 +29,7 @@ from peftx_ircoco import (
     write,
 )
 from peftx_lora import Lora
+from peftx_sparselora import Sparselora
 
 test_conformance = conformance("ircoco")
 
@@ -411,6 +412,12 @@ def test_a_bundle_goes_on_with_its_evaluator(tmp_path: Path) -> None:
     assert [phase.name for phase in plugin.phases()] == ["rl"]
     assert torch.equal(plugin.V.eval()([[5, 6, 7]])[0], before([[5, 6, 7]])[0])
     assert set(again.train(ROWS, steps=1, **RUN).terms) == {"task", "rl"}
+
+
+def test_what_is_drawn_is_called_with_its_labels() -> None:
+    """Which plugins read that tell context from answers, and refuse labels of other tokens."""
+    stack, _ = stack_of(Sparselora(**Sparselora.example), sft=0, evaluator=1)
+    assert "rl" in stack.train(ROWS, steps=3, **RUN).terms
 
 
 def test_completions_are_measured() -> None:
