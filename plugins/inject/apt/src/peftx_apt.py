@@ -7,16 +7,16 @@ mask m_j in [0, 1] on what they give to W_o and W_down; other matrices have adap
     y = W (m * h)                       W_o, W_down, with h the heads' outputs, or the neurons'
     y = W x + s B A x                   s = alpha / r_0, A: [r, in] normal, B: [out, r]
 
-While it prunes, t = 1 .. T. H and dL/dH are a batch's values of a block and their gradients; what they give to the
-outputs is O = W_:j * H_j; B_j are the rows of adapters into the block:
+First the adapters tune alone. Then it prunes, t = 1 .. T. H and dL/dH are a batch's values of a block and their
+gradients; what they give to the outputs is O = W_:j * H_j; B_j are the rows of adapters into the block:
 
     S_j = sum |dL/dH_j| sum |H_j| + sum |B_j * dL/dB_j|, smoothed by 0.85;       S_j + sqrt(excess kurtosis of O_j)
     g_t = g + (1 - g) (1 - t/T)**3      of the blocks' numbers stay: those of the highest S_j / numbers of j
 
 Masks of the others go to 0 in N updates, and back to 1 if a block returns. The upper half of the adapters, by
 I = sum |B * dL/dB|, gets rank floor(r D_t / D_old) within the budget D_t of adapters' numbers: rows of A are normal,
-columns of B zero, so the function stays. The model with all masks at 1 teaches the one with them, with trained
-T_i = 1 + B_i A_i that begin as 1:
+columns of B zero, so the function stays. The model as it was when the pruning began, on the same W with a copy of the
+adapters and all masks at 1, teaches the one with masks, with trained T_i = 1 + B_i A_i that begin as 1:
 
     L = (1 - mu) task + mu sum_i MSE(T_i h_i, teacher's h_i)                     mu = t/T; behind T the task alone
 
@@ -55,11 +55,12 @@ from peftx import (
 )
 from peftx.engines.bundle.exporting import blank
 from peftx.engines.training.processes import launched
+from peftx.engines.training.step import swapped
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import AttentionPart, BasePart, DeltaPart, ReplacedPart
-from peftx.kernel.phases import Span
+from peftx.kernel.phases import Span, spans
 from peftx.kernel.slots import kind_of
 from peftx.toolkits.compression import NarrowLinear
 
@@ -68,7 +69,7 @@ NEURONS = ("mlp.gate", "mlp.up", "mlp.down")
 OTHER_LOSS = {Claim.REPLACES_LOSS, Claim.CLASSIFIES, Claim.NO_LABELS, Claim.OWN_LAYOUT}
 WORK = "Llama, Mistral, Qwen 2 and 3, Gemma, BERT and RoBERTa work"
 Memory = dict[str, Tensor]
-"""Key of blocks -> S, smoothed; path of an adapter -> I, smoothed."""
+"""Key of blocks -> S, smoothed; path of an adapter -> I, smoothed; the teacher's A and B."""
 
 
 class AptConfig(PluginConfig):
@@ -85,13 +86,12 @@ class AptConfig(PluginConfig):
     grow: float = Field(
         4.0, ge=1, allow_inf_nan=False, description="numbers in all adapters at T, over those at 0"
     )
-    prune: float = Field(
-        0.5, gt=0, description="T: below 1 a share of the run, else steps; masks fall on behind it"
-    )
+    tune: float = Field(0.1, ge=0, description="before T: below 1 a share of the run, else steps; 0: none")
+    prune: float = Field(0.5, gt=0, description="T, likewise; masks fall on behind it")
     times: int = Field(10, ge=1, description="how often in T blocks are chosen and ranks grow")
     fade: int = Field(100, ge=1, description="N, updates in which a mask goes from 1 to 0")
     beta: float = Field(0.85, ge=0, lt=1, description="of the smoothed salience")
-    distil: bool = Field(True, description="the model without masks teaches")
+    distil: bool = Field(True, description="the model from before the pruning teaches")
     targets: Targets = Field(Targets("attention.q,v mlp.up"), description="layers that get adapters")
 
     @model_validator(mode="after")
@@ -272,7 +272,7 @@ class Apt(Plugin):
     }  # fmt: skip
     architectures = ("mistral", "gemma2", "roberta")
     # A loop of one's own does not know its length, and these runs have few steps.
-    example = {"density": 0.6, "rank": 1, "max_rank": 2, "prune": 1, "fade": 1}
+    example = {"density": 0.6, "rank": 1, "max_rank": 2, "tune": 0, "prune": 1, "fade": 1}
     refuses = {"gpt2": "queries, keys and values are one matrix", "t5": "an encoder and a decoder"}
     config: AptConfig
     masks: Sequence[tuple[Blocks, Mask]] = ()
@@ -382,8 +382,10 @@ class Apt(Plugin):
     def phases(self) -> Sequence[Phase]:
         if "kept" in self.state:
             return ()
-        prune = () if self.state.get("pruned") else (Phase("prune", self.config.prune),)
-        return (*prune, Phase("final"))
+        if self.state.get("pruned"):
+            return (Phase("final"),)
+        tune = (Phase("tune", self.config.tune),) if self.config.tune else ()
+        return (*tune, Phase("prune", self.config.prune), Phase("final"))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -396,32 +398,42 @@ class Apt(Plugin):
         step.after_update(lambda _: self.move(span, step.index + 1, memory))
         if span.name == "final":
             return (yield)
-        assert span.end is not None
         if launched() > 1:
             said = f"each of {launched()} processes would choose blocks by its own rows"
             raise PeftxError(f"{id}: {said}", hint="one process, with gradient_accumulation in their place")
-        left = math.inf if step.total is None else step.total - span.end
+        last = spans(self.phases(), step.total, owner=id)[-1]
+        left = math.inf if last.end is None else last.end - last.first
         if c.density < 1 and left + 1 < c.fade:
             said = f"masks take {c.fade} steps to fall, and {left} are left behind the pruning"
-            raise PeftxError(f"{id}: {said}", hint="more steps, or a smaller `prune` or `fade`")
+            raise PeftxError(f"{id}: {said}", hint="more steps, or a smaller `tune`, `prune` or `fade`")
+        if span.name == "tune":
+            return (yield)
+        assert span.end is not None
         step.on_gradients(lambda _: self.sense(memory))
         with ExitStack() as hooks:
             if c.distil:
                 for layer in self.layers:
                     hooks.callback(layer.register_forward_hook(partial(note, seen)).remove)
                 hooks.callback(seen.clear)
-                mu = step.index / span.end
+                if step.begins(self):
+                    memory |= {key: p.detach().clone() for key, p in self.trained().items()}
+                mu = (step.index - span.first) / (span.end - span.first)
                 step.add_loss(f"{id} task", lambda outputs: outputs.loss, -mu)
-                step.add_loss(id, lambda _: self.lesson(step, seen), mu, over="inputs")
+                step.add_loss(id, lambda _: self.lesson(step, seen, memory), mu, over="inputs")
             return (yield)
 
-    def lesson(self, step: TrainStep, seen: dict[Any, Tensor]) -> Tensor:
+    def trained(self) -> dict[str, nn.Parameter]:
+        """A and B of every adapter."""
+        return {f"{path} {name}": p for path, a in self.adapters.items() for name, p in a.named_parameters()}
+
+    def lesson(self, step: TrainStep, seen: dict[Any, Tensor], memory: Memory) -> Tensor:
         """sum_i MSE(T_i h_i, the teacher's h_i), 0-d; `seen` has the student's."""
         student = [seen.pop((layer, True)) for layer in self.layers]
+        taught = [(p, memory[key].to(p)) for key, p in self.trained().items()]
         try:
             for _, mask in self.masks:
                 mask.off = True
-            with eval_mode(step.model), torch.no_grad():
+            with swapped(taught), eval_mode(step.model), torch.no_grad():
                 step.model(**step.batch)
         finally:
             for _, mask in self.masks:
@@ -450,7 +462,7 @@ class Apt(Plugin):
         c = self.config
         if span.name == "prune":
             assert span.end is not None
-            T = span.end
+            T, t = span.end - span.first, t - span.first
             if t * c.times // T > (t - 1) * c.times // T:
                 self.choose(c.density + (1 - c.density) * (1 - t / T) ** 3, memory)
                 self.enlarge(1 + (c.grow - 1) * t / T, memory)

@@ -32,7 +32,15 @@ from peftx_sk_tuning import SkTuning
 test_conformance = conformance("apt")
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
-SHORT: dict[str, Any] = {"density": 0.4, "rank": 2, "max_rank": 8, "prune": 4, "times": 4, "fade": 2}
+SHORT: dict[str, Any] = {
+    "density": 0.4,
+    "rank": 2,
+    "max_rank": 8,
+    "tune": 0,
+    "prune": 4,
+    "times": 4,
+    "fade": 2,
+}
 
 
 def build(
@@ -346,54 +354,87 @@ def test_nothing_pruned_and_nothing_grown_is_lora() -> None:
 
 
 def terms(stack: Stack, index: int) -> dict[str, float]:
-    step = TrainStep(
-        stack, batch_of(stack), index=index, memory={"phases": {"apt": [["prune", 0, 4], ["final", 4, 9]]}}
-    )
+    phases = {"apt": [["tune", 0, 2], ["prune", 2, 6], ["final", 6, 9]]}
+    step = TrainStep(stack, batch_of(stack), index=index, memory={"phases": phases})
     stack.model.train()
     stack.run_train_step(step)
     return step.losses
 
 
-def test_the_teacher_is_the_model_without_masks() -> None:
-    stack = build()
-    randomize(stack)
-    for _, mask in plugin_of(stack).masks:
-        mask.level[0] = 0
-    batch = batch_of(stack)
+def test_the_teacher_has_its_own_adapters_and_no_masks() -> None:
+    """Its states are those of a stack that never pruned; the student's those of the model in training."""
+    stack, teacher = build(), build()
+    for one in (stack, teacher):
+        randomize(one)
+    plugin, batch = plugin_of(stack), batch_of(stack)
+    copies = {key: p.detach().clone() for key, p in plugin.trained().items()}
     batch["attention_mask"][1, -4:] = 0
-    real, match, plugin = batch["attention_mask"].bool(), plugin_of(stack).match, plugin_of(stack)
-    seen: dict[bool, list[Tensor]] = {True: [], False: []}
-    handles = [
-        layer.register_forward_hook(lambda m, x, y: seen[plugin.masks[0][1].off].append(y))
-        for layer in stack.model.model.layers
-    ]
+    real, match = batch["attention_mask"].bool(), plugin.match
     with torch.no_grad():
-        stack.model(**batch)
+        for p in stack.ledger.parameters("apt"):
+            p.mul_(1.5)
         for _, mask in plugin.masks:
-            mask.off = True
-        stack.model(**batch)
-        for handle, (_, mask) in zip(handles * 2, plugin.masks, strict=True):
-            handle.remove()
-            mask.off = False
+            mask.level[0] = 0
+        states = []
+        for one in (stack, teacher):
+            seen: list[Tensor] = []
+            hooks = [
+                m.register_forward_hook(lambda m, x, y, seen=seen: seen.append(y))
+                for m in plugin_of(one).layers
+            ]
+            one.model(**batch)
+            states.append(seen)
+            for hook in hooks:
+                hook.remove()
         expected = 0.0
-        for A, B, h, goal in zip(match.A, match.B, seen[False], seen[True], strict=True):
+        for A, B, h, goal in zip(match.A, match.B, *states, strict=True):
             expected += float(((h + (h @ A.T) @ B.T - goal)[real] ** 2).mean())
-    step = TrainStep(stack, batch, index=3, memory={"phases": {"apt": [["prune", 0, 4], ["final", 4, 9]]}})
+    phases = {"apt": [["tune", 0, 2], ["prune", 2, 6], ["final", 6, 9]]}
+    step = TrainStep(stack, batch, index=5, memory={"phases": phases, "apt": copies})
     stack.model.train()
+    now = {key: p.detach().clone() for key, p in plugin.trained().items()}
     loss = stack.run_train_step(step)
     task = step.losses["task"]
     assert step.losses["apt"] == pytest.approx(expected, rel=1e-4)
     assert step.losses["apt task"] == task
     assert float(loss) == pytest.approx(task + 0.75 * (expected - task), rel=1e-4)
     assert not any(mask.off for _, mask in plugin.masks)
+    assert all(torch.equal(p, now[key]) for key, p in plugin.trained().items())
     assert expected > 0.01
 
 
-def test_without_masks_there_is_nothing_to_learn_at_the_start() -> None:
-    stack = build()
-    assert terms(stack, 0)["apt"] == 0
-    assert set(terms(stack, 4)) == {"task"}  # behind T
-    assert set(terms(build(distil=False), 0)) == {"task"}
+def test_the_teacher_is_the_model_that_the_pruning_began_with() -> None:
+    stack, memory = build(), dict[str, Tensor]()
+    assert set(terms(stack, 1)) == set(terms(stack, 6)) == {"task"}  # before it, and behind T
+    randomize(stack)
+    with torch.no_grad():
+        plugin_of(stack).match.B.zero_()  # T is 1
+    phases = {"apt": [["tune", 0, 2], ["prune", 2, 6], ["final", 6, 9]]}
+    step = TrainStep(stack, batch_of(stack), index=2, memory={"phases": phases, "apt": memory})
+    stack.model.train()
+    stack.run_train_step(step)
+    assert step.losses["apt"] == pytest.approx(0, abs=1e-9)
+    assert all(torch.equal(memory[key], p) for key, p in plugin_of(stack).trained().items())
+    assert set(terms(build(distil=False), 2)) == {"task"}
+
+
+def test_it_tunes_before_it_prunes() -> None:
+    stack = build(tune=2)
+    assert [phase.name for phase in plugin_of(stack).phases()] == ["tune", "prune", "final"]
+    loop(stack, 2)
+    assert all(all(one) for one in kept(stack))
+    assert any(a.B.any() for a in plugin_of(stack).adapters.values())
+    shares, choose = [], plugin_of(stack).choose
+
+    def noted(share: float, memory: dict[str, Tensor]) -> None:
+        shares.append(share)
+        choose(share, memory)
+
+    plugin_of(stack).choose = noted  # type: ignore[method-assign]
+    loop(stack, 6)
+    assert shares == pytest.approx([0.4 + 0.6 * (1 - t / 4) ** 3 for t in (1, 2, 3, 4)])
+    assert plugin_of(stack).state["grown"] == 4
+    stack.compress()
 
 
 def test_t_begins_as_one() -> None:
@@ -408,7 +449,7 @@ def test_the_teacher_runs_without_dropout_and_gradients() -> None:
     stack.model.model.layers[0].register_forward_hook(
         lambda m, x, y: modes.append((m.training, torch.is_grad_enabled()))
     )
-    terms(stack, 1)
+    terms(stack, 2)
     assert modes == [(True, True), (False, False)]
     assert stack.model.training
 
@@ -700,11 +741,12 @@ def test_layers_that_no_block_follows_are_refused() -> None:
 
 
 def test_a_run_too_short_for_masks_to_fall() -> None:
-    stack = build(fade=4)
+    stack = build(fade=4, tune=1)
     with pytest.raises(PeftxError, match="apt: masks take 4 steps to fall, and 2 are left") as raised:
-        stack.train(ROWS, steps=6, batch_size=2)
-    assert "smaller `prune` or `fade`" in str(raised.value.hint)
-    stack.train(ROWS, steps=7, batch_size=2)  # the last of the pruning is the first of these
+        stack.train(ROWS, steps=7, batch_size=2)
+    assert "smaller `tune`, `prune` or `fade`" in str(raised.value.hint)
+    assert not any(a.B.any() for a in plugin_of(stack).adapters.values())  # no step was made
+    stack.train(ROWS, steps=8, batch_size=2)  # the last of the pruning is the first of these
     stack.compress()
 
 
