@@ -57,7 +57,7 @@ def _compress_one(stack: Stack, member: Member, batches: Calibration) -> None:
     try:
         if member.claims(Claim.FOLDS_PREVIOUS):
             for other in stack.members[: stack.members.index(member)]:
-                if other.claims(Claim.MERGEABLE) and stack.ledger.of(other.id):
+                if other.claims(Claim.MERGEABLE) and stack.ledger.of(other.id, DeltaPart):
                     stack.merge(other.id, keep=False)
         with torch.no_grad(), seeded(stack.seed, member.id):
             stack.model.eval()

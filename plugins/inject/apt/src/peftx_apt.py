@@ -520,11 +520,6 @@ class Apt(Plugin):
         self.state["kept"] = {b.out.path: [int(mask.kept.sum()), b.count] for b, mask in self.masks}
         self.state["density"] = self.density()
         self.state["heads"] = [part.key for part in stack.ledger.of(id, BasePart)]
-        self.restore(model, stack)
-
-    def restore(self, model: ModelView, stack: Stack) -> None:
-        # Narrow layers are no deltas: a later plugin that starts from merged weights finds nothing of it to fold.
-        vars(self)["claims"] = self.claims - {Claim.MERGEABLE}
 
     def density(self) -> float:
         """The blocks that stay, as a share of all by their numbers."""
