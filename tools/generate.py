@@ -15,29 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TYPES = {
-    "integer": "integer",
-    "number": "number",
-    "boolean": "boolean",
-    "string": "text",
-    "object": "mapping",
-    "array": "list",
-}
 
 
 def plugin_folders() -> list[Path]:
     return sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))
-
-
-def type_name(schema: dict[str, Any]) -> str:
-    """A JSON Schema type in a word or two."""
-    if "enum" in schema:
-        return ", ".join(str(value) for value in schema["enum"])
-    if "const" in schema:
-        return str(schema["const"])
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(type_name(s) for s in schema["anyOf"] if s.get("type") != "null"))
-    return TYPES.get(schema.get("type", ""), schema.get("type", "value"))
 
 
 def default_text(value: object) -> str:
@@ -52,6 +33,8 @@ def default_text(value: object) -> str:
 
 def options_table(config: Any) -> str:
     """The option table of one plugin."""
+    from peftx_cli.kinds import kind
+
     properties = config.model_json_schema().get("properties", {})
     if not properties:
         return "None."
@@ -61,7 +44,7 @@ def options_table(config: Any) -> str:
     for name, schema in properties.items():
         default = default_text(values[name]) if name in values else "required"
         meaning = schema.get("description", "").replace("|", "\\|")
-        lines.append(f"| {name} | {type_name(schema)} | {default} | {meaning} |")
+        lines.append(f"| {name} | {kind(schema)} | {default} | {meaning} |")
     return "\n".join(lines)
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from peftx_cli import failures
 from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
 from peftx_spec.errors import PeftxError, nearest
-from peftx_spec.models import METRIC_FORMATS
+from peftx_spec.models import METRIC_FORMATS, SourceSpec
 from peftx_spec.problems import Path, SpecError
+from peftx_spec.resolve import absolute
 from peftx_spec.stages import stages_of
 from peftx_spec.translate import Finding
 
@@ -48,7 +51,7 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
         try:
             formats[source.place] = look(source.file, format=source.format, columns=source.columns)
         except Unfit as error:
-            blamed = _blamed(loaded, source.place, error.part)
+            blamed = _blamed(loaded.overridden.data, source.place, error.part)
             findings.append(Finding(blamed, error.message, suggestion=error.hint))
     findings += _metrics(pipeline, formats)
     findings += _tasks(pipeline)
@@ -68,6 +71,25 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
             findings += _calibration(members)
     if findings:
         raise SpecError([loaded.problem(finding) for finding in findings])
+
+
+def files(data: Mapping[str, Any], folder: FilePath) -> Iterator[Finding]:
+    """Data files that cannot be read, of a spec that is wrong elsewhere: one hears of all at once."""
+    section = data.get("data")
+    if not isinstance(section, dict):
+        return
+    more = section.get("sources")
+    named: dict[Path, Any] = {("data", name): section.get(name) for name in ("train", "eval", "calibration")}
+    named |= {("data", "sources", name): one for name, one in (more if isinstance(more, dict) else {}).items()}
+    for place, value in named.items():
+        try:
+            spec = SourceSpec.model_validate(value)
+        except ValidationError:  # which is a problem of its own
+            continue
+        try:
+            look(absolute(spec.path, folder.absolute()), format=spec.format, columns=spec.columns)
+        except Unfit as error:
+            yield Finding(_blamed(data, place, error.part), error.message, suggestion=error.hint)
 
 
 def trains(pipeline: Pipeline, registry: Registry) -> bool:
@@ -109,9 +131,9 @@ def _sources(pipeline: Pipeline) -> Iterator[Source]:
             yield Source(("evaluate", index, metric.metric), metric.options.path, metric.options.format)
 
 
-def _blamed(loaded: LoadedSpec, place: Path, part: str) -> Path:
+def _blamed(data: Mapping[str, Any], place: Path, part: str) -> Path:
     """The part of a source, where it is written out: `train: rows.jsonl` has none."""
-    value: Any = loaded.overridden.data
+    value: Any = data
     for key in place:
         value = value[key]
     return (*place, part) if isinstance(value, dict) and part in value else place

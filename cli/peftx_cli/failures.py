@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import click
 import typer
 
 from peftx_spec.errors import PeftxError, visible
@@ -32,6 +33,12 @@ PLACES = frozenset(
 """What a system says against a place: not allowed, full, a name that cannot be."""
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+def quiet() -> bool:
+    """Are results and errors all that the user wants to see: `peftx --quiet COMMAND`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.find_root().params.get("quiet") is True
 
 
 @contextmanager
@@ -83,20 +90,22 @@ def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
         if hint:
             print(f"hint: {hint}", file=sys.stderr)
         return
-    from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
+
+    from peftx_cli.progress import console
 
     body = Text(message)
     if hint:
         body.append(f"\n{hint}", style="cyan")
     style = "red" if title == "error" else "yellow"
-    Console(stderr=True).print(Panel(body, title=title, title_align="left", border_style=style, expand=False))
+    console(stderr=True).print(Panel(body, title=title, title_align="left", border_style=style, expand=False))
 
 
 def warn(message: str) -> None:
     """Something that the user should know, and that stops nothing."""
-    say(message, title="warning")
+    if not quiet():
+        say(message, title="warning")
 
 
 def tell_warnings() -> None:
@@ -111,7 +120,7 @@ def tell_warnings() -> None:
         ours = "peftx" in place.parts or place.name.startswith("peftx_")
         if ours and issubclass(category, UserWarning):
             warn(str(message))
-        else:
+        elif not quiet():
             others(message, category, filename, lineno, file, line)
 
     warnings.showwarning = shown
@@ -122,8 +131,9 @@ def _print_problem(problem: Problem) -> None:
     if not sys.stderr.isatty():
         print(f"{text}\n", file=sys.stderr)
         return
-    from rich.console import Console
     from rich.text import Text
+
+    from peftx_cli.progress import console
 
     first, _, rest = text.partition("\n")
     shown = Text(first, style="bold red")
@@ -131,4 +141,4 @@ def _print_problem(problem: Problem) -> None:
         shown.append(f"\n{rest}", style="not bold default")
     if problem.suggestion:
         shown.highlight_words([visible(problem.suggestion)], style="cyan")
-    Console(stderr=True).print(shown, "\n", soft_wrap=True)
+    console(stderr=True).print(shown, "\n", soft_wrap=True)

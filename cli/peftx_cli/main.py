@@ -35,7 +35,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
+    rich_markup_mode=None if os.environ.get("NO_COLOR") else "rich",  # help without one escape code
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -56,6 +56,9 @@ def _version(value: bool) -> None:
 def root(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="show where in the code an error arose")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="print results and errors alone: no progress, no warnings")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")

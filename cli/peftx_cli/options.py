@@ -25,12 +25,25 @@ def known_device(name: str) -> str:
     return name
 
 
+def plugin_names(incomplete: str) -> list[str]:
+    """For the shell's completion: names of installed plugins."""
+    from peftx.composition.registry import Registry
+
+    return [name for name in Registry().names() if name.startswith(incomplete)]
+
+
 Spec = Annotated[
     str | None, typer.Argument(metavar="[SPEC]", help="pipeline as YAML; or name plugins instead")
 ]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", "-p", metavar="NAME", help="a plugin; repeat it, in order of effect"),
+    typer.Option(
+        "--plugin",
+        "-p",
+        metavar="NAME",
+        help="a plugin; repeat it, in order of effect",
+        autocompletion=plugin_names,
+    ),
 ]
 Model = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -10,9 +11,11 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from peftx_cli import failures
 from peftx_spec.errors import visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 LOG_SECONDS = 15.0  # between two lines of a long stage in a log
@@ -35,8 +38,17 @@ class ClosingReporter(Protocol):
 
 
 def reporter() -> ClosingReporter:
-    """The one that suits stderr."""
+    """The one that suits stderr, or none where the user wants it quiet."""
+    if failures.quiet():
+        return QuietReporter()
     return BarReporter() if sys.stderr.isatty() else LineReporter()
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Rich's, without colors, bold and underlines where NO_COLOR is set (it leaves out the colors alone by itself)."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def _title(name: str, ids: Sequence[str]) -> str:
@@ -126,13 +138,21 @@ class LineReporter:
         return None
 
 
+class QuietReporter(LineReporter):
+    """Nothing."""
+
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None:
+        return None
+
+    def finished(self, name: str, seconds: float, detail: str) -> None:
+        return None
+
+
 class BarReporter:
     """A spinner that becomes a bar as soon as a stage tells how far it is; gone when the stage is done."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 

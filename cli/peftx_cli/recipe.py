@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +93,9 @@ def read(asked: Asked, registry: Registry) -> Recipe:
         text, flags = asked.spec, _flags(asked)
     with _naming(asked, flags):
         overrides = [*asked.overrides, *flags]
-        loaded = load_spec(text, catalogue=registry, overrides=overrides, name=COMMAND_LINE)
         folder = Path.cwd() if asked.spec is None else Path(asked.spec).parent
+        more = partial(ahead.files, folder=folder)
+        loaded = load_spec(text, catalogue=registry, overrides=overrides, name=COMMAND_LINE, more=more)
         pipeline = resolved(loaded.pipeline, folder)
         ahead.check(loaded, pipeline, registry)
     places = {} if asked.spec is None else {entry.id: loaded.place_of(entry.id) for entry in pipeline.stack}
@@ -375,11 +377,11 @@ def _flags(asked: Asked) -> dict[str, str]:
 
     _columns(asked)  # without a file that they are of, they are refused
     values: list[tuple[str, str, object]] = [
-        ("--model", "model.id", _model(asked.model)),
-        ("--data", "data.train.path", asked.data and _from_here(asked.data)),
-        ("--eval", "data.eval.path", asked.eval and _from_here(asked.eval)),
-        ("--calibration", "data.calibration.path", asked.calibration and _from_here(asked.calibration)),
-        ("--output", "output", asked.output and _from_here(asked.output)),
+        ("--model", "model.id", asked.model),
+        ("--data", "data.train.path", asked.data),
+        ("--eval", "data.eval.path", asked.eval),
+        ("--calibration", "data.calibration.path", asked.calibration),
+        ("--output", "output", asked.output),
         ("--metric", "evaluate", _metrics(asked)),
         ("--steps", "train.steps", asked.steps),
         ("--columns", "data.train.columns", _columns(asked) if asked.data is not None else None),

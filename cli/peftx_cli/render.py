@@ -53,9 +53,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if not sys.stdout.isatty():
         print(plain_table(title, columns, rows))
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from peftx_cli.progress import console
 
     columns, rows = (
         [visible(name) for name in columns],
@@ -69,7 +70,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console().print(table)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

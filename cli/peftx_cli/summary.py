@@ -95,13 +95,7 @@ def rows(result: RunResult) -> list[tuple[str, str, str]]:
     for stage, scores in result.scores.items():
         for score in scores.values():
             if score.name not in RESTATED:
-                table.append(
-                    (
-                        f"{score.name}, {stage}",
-                        f"{number(score.value)} {score.unit}".rstrip(),
-                        _interval(score),
-                    )
-                )
+                table.append((f"{score.name}, {stage}", score.number, score.detail))
     for training in result.training:
         detail = f"loss {training.first_loss:.4g} to {training.last_loss:.4g}, {training.seconds:.1f} s"
         table.append(("training steps", f"{training.steps:,}", detail))
@@ -113,18 +107,6 @@ def _what_was_saved(result: RunResult) -> str:
         smaller = result.bytes_before / result.bytes_after
         return f"{size(result.bytes_after)}, the whole model, {smaller:.1f} times smaller"
     return f"{size(result.bytes_after)}, the plugins alone; the base stays as it is"
-
-
-def number(value: float) -> str:
-    """Counts in full, everything else with five digits."""
-    return f"{int(value):,}" if value.is_integer() else f"{value:.5g}"
-
-
-def _interval(score: Score) -> str:
-    count = "" if score.count is None else f"{score.count:,} counted"
-    if score.low is None or score.high is None:
-        return count
-    return f"95 %: {score.low:.4g} to {score.high:.4g}" + (f", {count}" if count else "")
 
 
 def to_dict(run: Run, result: RunResult, texts: list[dict[str, str]]) -> dict[str, Any]:

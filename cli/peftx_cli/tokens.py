@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ def print_tokens(tokens: list[Token], pads: int) -> None:
         parts = [tokens]
     if pads:
         parts.append(f" + {pads} pad{'s' if pads > 1 else ''}")
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # where colors alone tell them apart
         _in_colour(parts)
     else:
         out("".join(part if isinstance(part, str) else in_brackets(part) for part in parts))

@@ -1,21 +1,27 @@
-"""Paths of a spec are relative to the spec's own folder; here they become absolute."""
+"""Paths of a spec are relative to the spec's own folder, those of overrides to the working directory; here they become
+absolute."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path as FilePath
+from typing import Any
 
 from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, Pipeline, SourceSpec, StackEntry
+from peftx_spec.overrides import Overridden
+from peftx_spec.problems import Path
 from peftx_spec.stages import RunStage
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+-]+:")  # peftx:sample; two letters at least, a drive has one
+FOLDER = ("./", "../", "~/")
+"""How a model's id begins that is a path; all others are names."""
 
 
 def resolved(pipeline: Pipeline, base_dir: str | os.PathLike[str]) -> Pipeline:
     """The pipeline with absolute paths in data, metrics, saves and output.
 
-    A model id is a path only where it starts with `./`, `../` or `~/`. A name with a scheme (`peftx:tiny`)
+    A model id is a path only where it starts with `./`, `../` or `~/` (`FOLDER`). A name with a scheme (`peftx:tiny`)
     and an absolute path stay as they are. Nothing has to exist.
     """
     base = FilePath(base_dir).absolute()
@@ -31,6 +37,40 @@ def resolved(pipeline: Pipeline, base_dir: str | os.PathLike[str]) -> Pipeline:
     )
 
 
+def from_here(overridden: Overridden) -> None:
+    """What overrides say of places is seen from the working directory, as a shell's words are, and not from the spec's
+    folder: it becomes absolute."""
+    here = FilePath.cwd()
+    for path in overridden.origin:
+        parent: Any = overridden.data
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1]] = _seen(path, parent[path[-1]], here)
+
+
+def _seen(path: Path, value: object, here: FilePath) -> object:
+    if isinstance(value, dict):
+        return {key: _seen((*path, key), item, here) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_seen((*path, index), item, here) for index, item in enumerate(value)]
+    if not isinstance(value, str) or not value:
+        return value
+    match path:
+        case ("model",) | ("model", "id"):
+            return absolute(value, here) if value.startswith(FOLDER) else value
+        case (
+            ("output",)
+            | ("data", "train" | "eval" | "calibration")
+            | ("data", "train" | "eval" | "calibration", "path")
+            | ("data", "sources", _)
+            | ("data", "sources", _, "path")
+            | ("evaluate", int(), _)
+            | ("evaluate", int(), _, "path" | "include")
+        ):
+            return absolute(value, here)
+    return value
+
+
 def absolute(path: str, base: FilePath) -> str:
     """`path` seen from `base`, without `.` and `..`; a name with a scheme stays as it is."""
     if _SCHEME.match(path):
@@ -39,7 +79,7 @@ def absolute(path: str, base: FilePath) -> str:
 
 
 def _model(model: ModelSpec, base: FilePath) -> ModelSpec:
-    if model.id.startswith(("./", "../", "~/")):
+    if model.id.startswith(FOLDER):
         return model.model_copy(update={"id": absolute(model.id, base)})
     return model
 

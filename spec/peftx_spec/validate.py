@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftx_spec.adapters import with_adapters
@@ -13,6 +13,7 @@ from peftx_spec.loader import Document, Fault, parse_tolerantly, read_tolerantly
 from peftx_spec.models import Pipeline
 from peftx_spec.overrides import Overridden, override
 from peftx_spec.problems import Path, Problem, SpecError
+from peftx_spec.resolve import from_here
 from peftx_spec.several import pointer, several
 from peftx_spec.translate import Finding, examine
 
@@ -49,7 +50,8 @@ def load_pipeline(
     """The pipeline that a file or a text declares.
 
     A string that has a line break or starts with `{`, and the empty one, is a text; all else is the path of a
-    file. `overrides` are `target=value`: `lora.rank=16`, `train.steps=50`; the last one wins.
+    file. `overrides` are `target=value`: `lora.rank=16`, `train.steps=50`; the last one wins. Places in them are seen
+    from the working directory, those in a file from its folder.
 
     Raises `SpecError` with all problems, and `PeftxError` for a file that cannot be read.
     """
@@ -62,15 +64,17 @@ def load_spec(
     catalogue: Catalogue,
     overrides: Sequence[str] = (),
     name: str = "<text>",
+    more: Callable[[Mapping[str, object]], Iterable[Finding]] | None = None,
 ) -> LoadedSpec:
     """As `load_pipeline`, and keeps the positions, so that later errors can name the place in the spec.
 
-    `name` is what errors call a text.
+    `name` is what errors call a text; `more` finds what else is wrong in the data of a spec that has problems already.
     """
     document, faults = _open(path_or_text, name)
     if not isinstance(document.data, dict):
         raise TypeError(f"the loader gave {type(document.data).__name__}, not a mapping")
     overridden = override(document.data, overrides)
+    from_here(overridden)
     faults = [fault for fault in faults if overridden.source(fault.path) is None]
     overridden, unread = with_adapters(overridden, catalogue, document.folder)
     problems = [fault.problem for fault in faults]
@@ -85,6 +89,12 @@ def load_spec(
         problems.append(_located(finding, document, overridden))
     problems += overridden.problems
     if problems:
+        if more is not None:
+            problems += [
+                _located(finding, document, overridden)
+                for finding in more(overridden.data)
+                if finding.path not in seen
+            ]
         raise SpecError(sorted(problems, key=lambda problem: _order(problem, document)))
     pipeline = Pipeline.model_validate(overridden.data, by_alias=True, by_name=False)
     return LoadedSpec(pipeline, document, overridden)

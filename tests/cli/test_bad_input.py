@@ -158,6 +158,21 @@ def test_a_fault_far_down_is_found_before_anything_is_written(
     assert "torn.jsonl:41" in refused("apply", "spec.yaml")
 
 
+@pytest.mark.parametrize("command", ["validate", "plan", "apply"])
+def test_a_missing_data_file_is_named_beside_the_other_mistakes(
+    installed: Any, refused: Callable[..., str], command: str
+) -> None:
+    installed.scaffold("fake-gain", "inject")
+    text = "peftx: 1\nmodel: peftx:tiny\ndata:\n  train: here.jsonl\n  eval: {path: nope.jsonl}\n  sources: {x: gone.jsonl}\n"
+    text += "stack: [{use: fake-gain, with: {pwer: 2}}]\ntrain: {steps: 0}\n"
+    (installed.work / "spec.yaml").write_text(text, "utf-8")
+    (installed.work / "here.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")
+    message = refused(command, "spec.yaml")
+    for line in ("5:16: data file", "6:16: data file", "7:33: unknown option", "8:16:", "4 problems in the spec"):
+        assert line in message
+    assert "here.jsonl does" not in message
+
+
 def test_a_missing_data_file(installed: Any, refused: Callable[..., str]) -> None:
     installed.scaffold("fake-gain", "inject")
     spec(installed, data="row.jsonl")

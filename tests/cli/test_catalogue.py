@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field, create_model
+
+from peftx import Plugin, PluginConfig
+from peftx_cli.commands.catalogue import option_rows
 
 HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
 
@@ -27,8 +32,42 @@ def test_list_tells_what_the_metadata_says(
     assert (line["hooks"], line["family"]) == (["inject"], "fake")
     assert (line["fidelity"], line["evidence"]) == ("equations", "not-measured")
     assert line["url"] == "https://arxiv.org/abs/2101.00001"
-    assert "fake-gain" in ok("list")
-    assert "arXiv:2101.00001" in ok("list")
+    (short,) = (text for text in ok("list").splitlines() if text.startswith("fake-gain "))
+    assert short.split(None, 1)[1] == line["summary"]
+    assert "arXiv:2101.00001" in ok("list", "--long")
+
+
+def test_a_list_has_a_line_a_plugin_as_wide_as_the_terminal(
+    installed: Any, ok: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hook in HOOKS:
+        installed.scaffold(f"fake-{hook.replace('_', '-')}-of-a-long-name", hook)
+    for width in (80, 100):
+        monkeypatch.setenv("COLUMNS", str(width))
+        *lines, last = ok("list").splitlines()
+        names = [line["name"] for line in json.loads(ok("list", "--json"))]
+        assert [line.split()[0] for line in lines] == names
+        assert width - 12 < max(map(len, lines)) <= width
+        assert last == f"{len(names)} plugins; --long shows marks, hooks, family and paper"
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits", "text"),
+    [
+        (float | None, {"gt": 0, "allow_inf_nan": False}, "number, > 0"),
+        (int | str, {}, "integer or text"),
+        (dict[str, Annotated[int, Field(gt=0)]], {}, "mapping"),
+        (Literal["sum", "mean"], {}, "sum, mean"),
+        (list[int], {"min_length": 1, "max_length": 3}, "list, length >= 1, length <= 3"),
+        (float, {"ge": 0, "lt": 1}, "number, >= 0, < 1"),
+    ],
+)
+def test_what_an_option_takes_in_words(kind: Any, limits: dict[str, Any], text: str) -> None:
+    class One(Plugin):
+        Config = create_model("OneConfig", __base__=PluginConfig, size=(kind, Field(description="", **limits)))
+
+    (row,) = option_rows(One)
+    assert row["type"] == text
 
 
 def test_list_shows_the_marks_as_the_metadata_has_them(
@@ -44,7 +83,7 @@ def test_list_shows_the_marks_as_the_metadata_has_them(
     assert marks == {
         "fake-silent": ("", ""), "fake-proved": ("equal", "shown"), "fake-proud": ("exact", "gold")
     }  # fmt: skip
-    table = {line.split()[0]: line.split() for line in ok("list").splitlines() if line.startswith("fake-")}
+    table = {line.split()[0]: line.split() for line in ok("list", "--long").splitlines() if line.startswith("fake-")}
     assert table["fake-silent"][1] == "inject"
     assert table["fake-proved"][1:4] == ["equal", "shown", "inject"]
     assert table["fake-proud"][1:4] == ["exact", "gold", "inject"]
@@ -109,7 +148,7 @@ def test_a_plugin_that_does_not_import_is_listed_as_broken(
     line = named(ok_json("list", "--json"), "fake-torn")
     assert line["status"] == "broken"
     assert "RuntimeError: the moon is wrong" in line["reason"]
-    shown = next(text for text in ok("list").splitlines() if text.startswith("fake-torn "))
+    shown = next(text for text in ok("list", "--long").splitlines() if text.startswith("fake-torn "))
     assert f"broken: {line['reason']}" in shown
     (installed.site / f"{module}.py").write_text(
         "from peftx import Plugin, hookimpl\n\n\nclass Fake(Plugin):\n    @hookimpl\n    def inject(self, model): ...\n"
@@ -182,11 +221,11 @@ def test_info(
     assert about["claims"] == ["identity-at-start", "mergeable"]
     power = next(option for option in about["options"] if option["option"] == "power")
     assert power == {
-        "option": "power", "type": "int (>= 1)", "default": "1", "meaning": "p, the exponent of the gains"
+        "option": "power", "type": "integer, >= 1", "default": "1", "meaning": "p, the exponent of the gains"
     }  # fmt: skip
     assert ok_json("info", "fake-bits", "--json")["conflicts"][0] == "one in a stack: quantizes"
     text = ok("info", "fake-gain")
-    assert "int (>= 1)" in text
+    assert "integer, >= 1" in text
     assert "https://arxiv.org/abs/2101.00001" in text
     assert "  fidelity equations: written from the paper's equations" in text
     assert "  evidence not-measured: not measured on real data" in text

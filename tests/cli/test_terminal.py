@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +24,80 @@ def test_an_error_is_a_panel_on_a_terminal(installed: Any, on_a_terminal: Callab
 
 def test_a_list_is_a_table_on_a_terminal(installed: Any, on_a_terminal: Callable[..., str]) -> None:
     installed.scaffold("fake-gain", "inject")
-    shown = on_a_terminal("-m", "peftx_cli", "list", "--family", "fake")
-    assert "│ fake-gain" in shown
+    shown = on_a_terminal("-m", "peftx_cli", "info", "fake-gain")
+    assert "│ power" in shown
     assert "\x1b[" in shown
+
+
+SHOWING = [["--help"], ["apply", "--help"], ["list"], ["info", "fake-gain"], ["info", "fake-gain", "--readme"],
+           ["info", "nowhere"], ["validate", "wrong.yaml"], ["data", "rows.yaml"]]  # fmt: skip
+
+
+@pytest.fixture
+def shown_things(installed: Any) -> None:
+    installed.scaffold("fake-gain", "inject")
+    (installed.work / "wrong.yaml").write_text("peftx: 2\nmodel: peftx:tiny\nstack: [fake-gain]\n", "utf-8")
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: 'peftx:sample/train.jsonl'}\nstack: [fake-gain]\n"
+    (installed.work / "rows.yaml").write_text(text + "train: {steps: 1}\n", "utf-8")
+
+
+@pytest.mark.usefixtures("shown_things")
+@pytest.mark.parametrize("words", SHOWING, ids=" ".join)
+def test_no_escape_codes_where_colors_are_not_wanted(
+    on_a_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """Neither colors nor bold or underlines; in a pipe nothing at all, and so also without NO_COLOR."""
+    piped = subprocess.run([sys.executable, "-m", "peftx", *words], capture_output=True, text=True, check=False)
+    assert piped.stdout + piped.stderr
+    assert "\x1b" not in piped.stdout + piped.stderr
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = on_a_terminal("-m", "peftx", *words)
+    assert re.findall(r"\x1b\[[\d;]*m", shown) == []
+    assert len(shown) > 20
+
+
+LOUD = """
+import sys, warnings
+import peftx_cli.commands.catalogue as catalogue
+from peftx.errors import PeftxError
+from peftx_cli.failures import warn
+from peftx_cli.main import main
+from peftx_cli.progress import reporter
+def breaks(*arguments, **options):
+    with reporter() as told:
+        told.stage("train", ["lora"])
+        told.finished("train", 0.45, "3 steps")
+    warn("mind the gap")
+    warnings.warn("theirs")
+    raise PeftxError("it broke")
+catalogue._filtered = breaks
+main()
+"""
+
+
+def test_quiet_leaves_out_progress_and_warnings() -> None:
+    def told(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-c", LOUD, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        return done.stderr
+
+    loud = told("list")
+    assert loud.startswith("train        0.45 s  3 steps\nwarning: mind the gap\n")
+    assert "UserWarning: theirs" in loud
+    assert told("--quiet", "list") == "error: it broke\n"
+
+
+def test_the_shell_completes_commands_and_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed(*words: str) -> list[str]:
+        asked = {"_PEFTX_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        code = "from peftx_cli.main import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True,
+                              check=False)  # fmt: skip
+        return done.stdout.split()
+
+    assert completed("peftx", "valid") == ["validate"]
+    assert "lora" in completed("peftx", "info", "lo")
+    assert {name[:3] for name in completed("peftx", "apply", "--plugin", "pre")} == {"pre"}
 
 
 def test_markup_in_a_message_is_shown_as_it_is(installed: Any, on_a_terminal: Callable[..., str]) -> None:

@@ -697,6 +697,28 @@ def test_folded_plugins_are_named_in_the_card(tmp_path: Path) -> None:
     assert "in the base's weights" in (tmp_path / "bundle" / "README.md").read_text()
 
 
+def test_the_card_says_from_what_by_what_and_whom_to_cite(tmp_path: Path) -> None:
+    from peftx.engines.files import sha256
+    from peftx.pipeline import load_run
+    from peftx.version import __version__
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")
+    spec = f"peftx: 1\nmodel: peftx:tiny\ndata: {{train: {rows}, calibration: 'peftx:sample/calibration.txt'}}\n"
+    spec += "stack: [lora, {use: lora, id: second}, mezo]\ntrain: {steps: 1, batch_size: 1}\n"
+    load_run(spec, overrides=[f"output={tmp_path / 'out'}"]).run()
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "tags: [peftx, lora, mezo]\n" in card
+    assert f"| train | rows.jsonl, sha256 {sha256(rows)[:16]} |" in card
+    assert str(tmp_path) not in card, "nobody's folders"
+    assert "| calibration | peftx:sample/calibration.txt, sha256 " in card
+    assert f"peftx {__version__}, torch {torch.__version__}, " in card
+    assert "`peftx apply pipeline.yaml`" in card
+    assert "Code: peftx-lora: Apache-2.0, peftx-mezo: Apache-2.0." in card
+    assert [line[:9] for line in card.splitlines() if line.startswith("@")] == ["@article{", "@inprocee"]
+    assert card.count("@article{hu2021lora,") == 1
+
+
 def test_a_loop_of_ones_own_accumulates_and_remembers() -> None:
     class Counts(Plugin):
         @hookimpl(wrapper=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from peftx_spec import Pipeline, Problem
+from peftx_spec import Pipeline, Problem, resolved
 
 SPEC = """
 peftx: 1
@@ -21,6 +22,7 @@ train: {steps: 9}
 evaluate: [accuracy, {perplexity: p.txt}, {exact-match: {limit: 3}}]
 """
 GIVEN = "mosaic-it.keep=.5"  # what the spec lacks
+HERE = Path.cwd()
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,9 @@ GIVEN = "mosaic-it.keep=.5"  # what the spec lacks
         ("model.id=other", lambda p: p.model.id, "other"),
         ("model.dtype=bfloat16", lambda p: (p.model.id, p.model.dtype), ("m", "bfloat16")),
         ("model=other", lambda p: p.model.id, "other"),
-        ("data.train.path=x", lambda p: p.data.train.path, "x"),
+        ("data.train.path=x", lambda p: p.data.train.path, HERE / "x"),
         ("data.train.limit=3", lambda p: (p.data.train.path, p.data.train.limit), ("t.jsonl", 3)),
-        ("data.train=x", lambda p: p.data.train.path, "x"),
+        ("data.train=x", lambda p: p.data.train.path, HERE / "x"),
         (
             "data.holdout=.2",
             lambda p: (p.data.holdout.share, p.data.holdout.seed, p.data.eval),
@@ -53,8 +55,8 @@ GIVEN = "mosaic-it.keep=.5"  # what the spec lacks
         ),
         ("data.holdout={most: 9}", lambda p: (p.data.holdout.share, p.data.holdout.most), (0.1, 9)),
         ("data.holdout.seed=3", lambda p: (p.data.holdout.seed, p.data.eval), (3, None)),
-        ("data.calibration.path=x", lambda p: p.data.calibration.path, "x"),
-        ("output=out", lambda p: p.output, "out"),
+        ("data.calibration.path=x", lambda p: p.data.calibration.path, HERE / "x"),
+        ("output=out", lambda p: p.output, HERE / "out"),
         ("evaluate.accuracy.limit=2", lambda p: p.evaluate[0].options.limit, 2),
         (
             "evaluate.perplexity.limit=2",
@@ -66,6 +68,51 @@ GIVEN = "mosaic-it.keep=.5"  # what the spec lacks
 )
 def test_takes_effect(
     load: Callable[..., Pipeline], override: str, get: Callable[[Pipeline], object], value: object
+) -> None:
+    assert get(load(SPEC, GIVEN, override)) == (str(value) if isinstance(value, Path) else value)
+
+
+@pytest.mark.parametrize(
+    ("override", "get"),
+    [
+        ("data.train=mine/x", lambda p: p.data.train.path),
+        ("data.train={path: mine/x, limit: 2}", lambda p: p.data.train.path),
+        ("data={train: mine/x, eval: /e}", lambda p: p.data.train.path),
+        ("data.sources.more=mine/x", lambda p: p.data.sources["more"].path),
+        ("data.sources.more.path=./mine/../mine/x", lambda p: p.data.sources["more"].path),
+        ("model=./mine/x", lambda p: p.model.id),
+        ("model.id=../shell/mine/x", lambda p: p.model.id),
+        ("output=mine/x", lambda p: p.output),
+        ("evaluate=[{perplexity: mine/x}]", lambda p: p.evaluate[0].options.path),
+        ("evaluate.perplexity.path=mine/x", lambda p: p.evaluate[1].options.path),
+        ("evaluate=[{lm-eval: {tasks: [t], include: mine/x}}]", lambda p: p.evaluate[0].options.include),
+    ],
+)
+def test_places_are_those_of_the_shell(
+    load: Callable[..., Pipeline],
+    override: str,
+    get: Callable[[Pipeline], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "shell").mkdir()
+    monkeypatch.chdir(tmp_path / "shell")
+    found = resolved(load(SPEC, GIVEN, override), tmp_path / "specs")
+    assert get(found) == str(tmp_path / "shell" / "mine" / "x")
+    assert found.data.eval.path in ("/e", str(tmp_path / "specs" / "e.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "value"),
+    [
+        ("model.id=mine/x", lambda p: p.model.id, "mine/x"),
+        ("data.train=peftx:sample/train.jsonl", lambda p: p.data.train.path, "peftx:sample/train.jsonl"),
+        ("data.train=/x", lambda p: p.data.train.path, "/x"),
+        ("lora.targets=./x", lambda p: p.stack[1].options["targets"], "./x"),
+    ],
+)
+def test_what_is_no_path_of_the_shell_stays(
+    load: Callable[..., Pipeline], override: str, get: Callable[[Pipeline], object], value: str
 ) -> None:
     assert get(load(SPEC, GIVEN, override)) == value
 
@@ -84,7 +131,8 @@ def test_a_section_that_is_not_there_is_made(load: Callable[..., Pipeline]) -> N
     pipeline = load("peftx: 1\nmodel: m\nstack: [lora]\n", "data.train.path=t", "train.steps=3", "output=o")
     assert pipeline.train is not None
     assert pipeline.data.train is not None
-    assert (pipeline.train.steps, pipeline.data.train.path, pipeline.output) == (3, "t", "o")
+    places = (pipeline.data.train.path, pipeline.output)
+    assert (pipeline.train.steps, *places) == (3, str(HERE / "t"), str(HERE / "o"))
 
 
 def test_environment(load: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch) -> None:

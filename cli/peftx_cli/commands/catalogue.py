@@ -22,11 +22,16 @@ Fidelity = Annotated[
 Evidence = Annotated[
     str | None, typer.Option("--evidence", metavar="MARK", help="only shown, not-shown or not-measured")
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a plugin")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="name of a plugin", autocompletion=options.plugin_names)
+]
 MetadataOnly = Annotated[
     bool, typer.Option("--metadata", help="do not import the plugin: no options, no claims")
 ]
 Readme = Annotated[bool, typer.Option("--readme", help="print the plugin's README")]
+Long = Annotated[
+    bool, typer.Option("--long", "-l", help="marks, hooks, family and paper too; lines are wide")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,12 +45,13 @@ def list_plugins(
     family: Family = None,
     fidelity: Fidelity = None,
     evidence: Evidence = None,
+    long: Long = False,
     as_json: options.Json = False,
 ) -> None:
-    """List the installed plugins; what is broken, claimed twice or disabled is listed as such."""
+    """List the installed plugins, a line each; what is broken, claimed twice or disabled is listed as such."""
     from peftx.composition.registry import Registry
     from peftx_cli.health import listed
-    from peftx_cli.render import out, print_json, print_table
+    from peftx_cli.render import out, plain_table, print_json
 
     found = listed(Registry())
     found = _filtered(found, hook=hook, family=family, fidelity=fidelity, evidence=evidence)
@@ -59,10 +65,27 @@ def list_plugins(
             else "no plugin is installed; try: pip install peftx-lora"
         )
         return
-    columns = ("name", "fidelity", "evidence", "hooks", "family", "paper", "summary")
-    print_table("", columns, [_row(one) for one in found])
+    if long:
+        columns = ("name", "fidelity", "evidence", "hooks", "family", "paper", "summary")
+        out(plain_table("", columns, [_row(one) for one in found]))
+    else:
+        out("\n".join(_short(found)))
     bad = sum(one.status in ("broken", "clash") for one in found)
-    out(f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else ""))
+    plugins = f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else "")
+    out(plugins if long else f"{plugins}; --long shows marks, hooks, family and paper")
+
+
+def _short(found: list[Listed]) -> list[str]:
+    """Name and summary, or what is wrong, cut to the terminal's width; 80 columns where there is none."""
+    from shutil import get_terminal_size
+    from textwrap import shorten
+
+    width = get_terminal_size().columns
+    names = max(len(one.name) for one in found)
+    room = max(width - names - 2, 20)
+    return [
+        f"{one.name:<{names}}  {shorten(_row(one)[-1], room, placeholder='...')}".rstrip() for one in found
+    ]
 
 
 def _row(one: Listed) -> tuple[str, ...]:
@@ -181,46 +204,20 @@ def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
 
 def option_rows(plugin: type[Plugin]) -> list[dict[str, str]]:
     """Name, type, default and meaning of each option."""
-    rows = []
-    for name, field in plugin.Config.model_fields.items():
-        limits = ", ".join(_limit(item) for item in field.metadata)
-        kind = _type(field.annotation)
-        rows.append(
-            {
-                "option": name,
-                "type": f"{kind} ({limits})" if limits else kind,
-                "default": "required"
-                if field.is_required()
-                else _text(field.get_default(call_default_factory=True)),
-                "meaning": field.description or "",
-            }
-        )
-    return rows
+    from peftx_cli.kinds import kind_and_limits
 
-
-_LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
-
-
-def _limit(item: Any) -> str:
-    """`Ge(ge=1)` as `>= 1`."""
-    from dataclasses import asdict, is_dataclass
-
-    if not is_dataclass(item) or isinstance(item, type):
-        return str(item)
-    return ", ".join(f"{_LIMITS.get(name, name)} {value}" for name, value in asdict(item).items())
-
-
-def _type(annotation: object) -> str:
-    """`float | None`, `'a', 'b'` for literals, a class by its name."""
-    from typing import Literal, get_args, get_origin
-
-    if get_origin(annotation) is Literal:
-        return " or ".join(repr(value) for value in get_args(annotation))
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    import re
-
-    return re.sub(r"(?:\w+\.)+(?=\w)", "", str(annotation)).replace("NoneType", "None")
+    schemas = plugin.Config.model_json_schema().get("properties", {})
+    return [
+        {
+            "option": name,
+            "type": kind_and_limits(schemas[field.alias or name]),
+            "default": "required"
+            if field.is_required()
+            else _text(field.get_default(call_default_factory=True)),
+            "meaning": field.description or "",
+        }
+        for name, field in plugin.Config.model_fields.items()
+    ]
 
 
 def _text(value: object) -> str:
@@ -261,10 +258,8 @@ def _show(about: dict[str, Any]) -> None:
 
 
 def _print_readme(entry: Entry) -> None:
-    """The README travels in the distribution's metadata."""
-    metadata = entry.point.dist.read_text("METADATA") if entry.point.dist is not None else None
-    text = (metadata or "").partition("\n\n")[2]  # the headers end at the first empty line
-    if not text.strip():
+    text = entry.readme
+    if not text:
         from peftx_spec.errors import PeftxError
 
         raise PeftxError(f"{entry.distribution} brings no README")
@@ -273,9 +268,9 @@ def _print_readme(entry: Entry) -> None:
     if not sys.stdout.isatty():
         out(text)
         return
-    from rich.console import Console
     from rich.markdown import Markdown
 
+    from peftx_cli.progress import console
     from peftx_spec.errors import visible
 
-    Console().print(Markdown(visible(text, lines=True)))
+    console().print(Markdown(visible(text, lines=True)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftx_cli import options
+from peftx_cli import failures, options
 
 if TYPE_CHECKING:
     from peftx.sharing import Shared
@@ -65,8 +65,8 @@ def pull(repo: Commit, output: BundleOut, as_json: options.Json = False) -> None
 
 
 def _quiet() -> None:
-    """Bars of the Hub's library are for terminals."""
-    if not sys.stderr.isatty():
+    """Bars of the Hub's library are for terminals, and not for who wants it quiet."""
+    if failures.quiet() or not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()

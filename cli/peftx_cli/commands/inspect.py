@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -150,8 +151,10 @@ def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipelin
     from peftx_cli import ahead
     from peftx_spec import load_spec, resolved
 
-    loaded = load_spec(spec, catalogue=registry, overrides=overrides)
-    pipeline = resolved(loaded.pipeline, Path(spec).parent)
+    folder = Path(spec).parent
+    more = partial(ahead.files, folder=folder)
+    loaded = load_spec(spec, catalogue=registry, overrides=overrides, more=more)
+    pipeline = resolved(loaded.pipeline, folder)
     ahead.check(loaded, pipeline, registry)
     if pipeline.stack:
         from peftx.composition.conflicts import check

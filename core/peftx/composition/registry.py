@@ -7,6 +7,7 @@ reads what a plugin's file says of its options and claims, both without torch; `
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -59,6 +60,22 @@ class Entry:
     @property
     def url(self) -> str:
         return self.paper.replace("arXiv:", "https://arxiv.org/abs/") if self.paper else ""
+
+    @property
+    def readme(self) -> str:
+        """The README, which travels in the distribution's metadata; empty where it brings none."""
+        metadata = self.point.dist.read_text("METADATA") if self.point.dist is not None else None
+        return (metadata or "").partition("\n\n")[2].strip()  # the headers end at the first empty line
+
+    @property
+    def citations(self) -> list[str]:
+        """The BibTeX blocks of the README."""
+        return re.findall(r"^```bibtex\n(.*?)^```", self.readme, re.MULTILINE | re.DOTALL)
+
+    @property
+    def license(self) -> str:
+        """As the distribution states it: `Apache-2.0`; empty where it states none."""
+        return "" if self.point.dist is None else self.point.dist.metadata.get("License-Expression") or ""
 
 
 class Registry:

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 
 from peftx.composition.members import default_id
 from peftx.composition.registry import Registry
+from peftx.engines.bundle.manifest import PIPELINE, versions
+from peftx.engines.files import sha256
+from peftx.engines.hub import is_hub
+from peftx.engines.models import asset_path
 
 if TYPE_CHECKING:
+    from peftx.composition.registry import Entry
     from peftx.kernel.stack import Stack
 
 
@@ -19,13 +24,14 @@ def _is_on_the_hub(base: str) -> bool:
 
 
 def model_card(stack: Stack) -> str:
-    """Markdown: what stands on which model, how it was made, what was measured, how to load it."""
-    registry = Registry()
-    known = set(registry.names())
+    """Markdown: what stands on which model, from which rows, how to make it again, what was measured, how to load it,
+    under which terms, and whom to cite."""
+    entries = _entries(stack)
     lines = [
         "---",
         "library_name: peftx",
         *([f"base_model: {stack.base_id}"] if _is_on_the_hub(stack.base_id) else []),
+        f"tags: [{', '.join(dict.fromkeys(['peftx', *(entry.name for entry in entries.values())]))}]",
         "---",
         "",
         f"# {' + '.join(stack.plugins) or 'plain'} on {stack.base_id}",
@@ -34,8 +40,7 @@ def model_card(stack: Stack) -> str:
         "| --- | --- | --- | --- |",
     ]
     for member in stack.members:
-        use = default_id(type(member.plugin))
-        entry = registry.describe(use) if use in known and use not in registry.clashes() else None
+        entry = entries.get(member.id)
         paper = f"[{entry.paper}]({entry.url})" if entry and entry.paper else ""
         options = ", ".join(
             f"{name}={getattr(member.plugin.config, name)}"
@@ -57,4 +62,49 @@ def model_card(stack: Stack) -> str:
             lines.append(f"| {name} | {score.value:.5g} {score.unit} | {interval} |")
         lines.append("")
     lines += ["```python", "import peftx", "", 'stack = peftx.load("path/to/this/folder")', "```", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_data(stack), *_versions(stack, entries), *_terms(entries), *_citations(entries)])
+
+
+def _entries(stack: Stack) -> dict[str, Entry]:
+    """What is installed under the name of each member's class."""
+    registry = Registry()
+    known = set(registry.names()) - set(registry.clashes())
+    uses = {member.id: default_id(type(member.plugin)) for member in stack.members}
+    return {id: registry.describe(use) for id, use in uses.items() if use in known}
+
+
+def _data(stack: Stack) -> list[str]:
+    """The files of the spec that the stack was made from; of a file on this disk its digest too."""
+    if stack.pipeline is None:
+        return []
+    data = stack.pipeline.data
+    sources = {"train": data.train, "eval": data.eval, "calibration": data.calibration, **data.sources}
+    lines = [f"| {role} | {_named(source.path)} |" for role, source in sources.items() if source is not None]
+    return ["## Data", "", "| | file |", "| --- | --- |", *lines, ""] if lines else []
+
+
+def _named(path: str) -> str:
+    if is_hub(path):
+        return path
+    file = asset_path(path)
+    digest = f", sha256 {sha256(file)[:16]}" if file.is_file() else ""
+    return f"{path if path.startswith('peftx:') else file.name}{digest}"
+
+
+def _versions(stack: Stack, entries: dict[str, Entry]) -> list[str]:
+    found = versions() | {entry.distribution: entry.version for entry in entries.values()}
+    made = ", ".join(f"{name} {version}" for name, version in found.items())
+    again = [f"`peftx apply {PIPELINE}` makes it again, where the files are.", ""] if stack.pipeline is not None else []
+    return ["## Made with", "", f"{made}.", "", *again]
+
+
+def _terms(entries: dict[str, Entry]) -> list[str]:
+    licenses = {entry.distribution: entry.license or "not stated" for entry in entries.values()}
+    code = ", ".join(f"{name}: {license}" for name, license in licenses.items())
+    said = [f"Code: {code}."] if code else []
+    return ["## Licence", "", *said, "The terms of the base model and of the data hold for what was made from them.", ""]
+
+
+def _citations(entries: dict[str, Entry]) -> list[str]:
+    papers = dict.fromkeys(paper for entry in entries.values() for paper in entry.citations)
+    return ["## Cite", "", *(f"```bibtex\n{paper}```\n" for paper in papers)] if papers else []

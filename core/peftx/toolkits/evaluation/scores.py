@@ -45,6 +45,22 @@ class Score:
         if self.low is not None and self.high is not None and not self.low <= self.value <= self.high:
             raise DataError(f"score {self.name!r}: {self.value} lies outside [{self.low}, {self.high}]")
 
+    def __str__(self) -> str:
+        """`perplexity 8.97 (95 %: 8.7 to 9.24, 1,204 counted)`."""
+        return f"{self.name} {self.number}" + (f" ({self.detail})" if self.detail else "")
+
+    @property
+    def number(self) -> str:
+        """The value and its unit: whole numbers in full, everything else with five digits."""
+        value = f"{int(self.value):,}" if self.value.is_integer() else f"{self.value:.5g}"
+        return f"{value} {self.unit}".rstrip()
+
+    @property
+    def detail(self) -> str:
+        """Interval and count, as far as there are such."""
+        interval = "" if self.low is None else f"95 %: {self.low:.4g} to {self.high:.4g}"
+        return ", ".join(filter(None, (interval, "" if self.count is None else f"{self.count:,} counted")))
+
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % score interval of Wilson for a proportion; it stays within [0, 1] and holds at 0 and at n.
