@@ -14,7 +14,7 @@ setup: ## create or update .venv with everything that is needed
 	@$(PYTHON) tools/dev_install.py
 
 demo: setup ## LoRA, then 4-bit weights, on the bundled model, into demo-out/
-	$(BIN)/peftx apply --plugin lora --plugin prefixquant --output demo-out
+	$(BIN)/peftx apply --plugin lora --plugin nf4 --output demo-out
 
 # The models in the tests are tiny, and the tests run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses $(JOBS) --dist worksteal

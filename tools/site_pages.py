@@ -45,7 +45,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """In the site `docs/` is the root: links out of it lose a step, links into it lose its name."""
+    markdown = without_reasons(markdown)
     if page.file.generated_by is None:
         up = "../" * (page.file.src_uri.count("/") + 1)
         return markdown.replace(f"]({up}", f"]({up[3:]}")
     return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
+
+
+def without_reasons(markdown: str) -> str:
+    """Fences without `norun="..."`, the reason for the tests why a block does not run, which superfences does not know."""
+    return re.sub(r'^(```\w+) norun="[^"\n]*"$', r"\1", markdown, flags=re.MULTILINE)

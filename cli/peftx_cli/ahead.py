@@ -80,7 +80,9 @@ def files(data: Mapping[str, Any], folder: FilePath) -> Iterator[Finding]:
         return
     more = section.get("sources")
     named: dict[Path, Any] = {("data", name): section.get(name) for name in ("train", "eval", "calibration")}
-    named |= {("data", "sources", name): one for name, one in (more if isinstance(more, dict) else {}).items()}
+    named |= {
+        ("data", "sources", name): one for name, one in (more if isinstance(more, dict) else {}).items()
+    }
     for place, value in named.items():
         try:
             spec = SourceSpec.model_validate(value)

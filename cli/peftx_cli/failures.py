@@ -7,10 +7,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
 
-import click
 import typer
 
 from peftx_spec.errors import PeftxError, visible
@@ -33,18 +33,19 @@ PLACES = frozenset(
 """What a system says against a place: not allowed, full, a name that cannot be."""
 BAD_INPUT = 2
 INTERRUPTED = 130
+_quiet = ContextVar("quiet", default=False)
 
 
 def quiet() -> bool:
     """Are results and errors all that the user wants to see: `peftx --quiet COMMAND`."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.find_root().params.get("quiet") is True
+    return _quiet.get()
 
 
 @contextmanager
-def reported(*, traceback: bool = False) -> Iterator[None]:
+def reported(*, traceback: bool = False, quiet: bool = False) -> Iterator[None]:
     """Print `PeftxError`s, and what the system says against a place on the disk, on stderr and exit with 2; Ctrl-C
-    exits with 130. Everything else is a bug and stays one."""
+    exits with 130. Everything else is a bug and stays one. `quiet`: while it lasts, no progress and no warnings."""
+    before = _quiet.set(quiet)
     try:
         yield
     except (PeftxError, OSError) as error:
@@ -60,6 +61,8 @@ def reported(*, traceback: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as error:
         say("interrupted", hint="nothing half-written is left behind")
         raise typer.Exit(INTERRUPTED) from error
+    finally:
+        _quiet.reset(before)
 
 
 def _of_a_place(error: OSError) -> PeftxError | None:

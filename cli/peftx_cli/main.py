@@ -29,7 +29,8 @@ class Commands(TyperGroup):
     """Turns errors that the user can mend into a message and exit code 2, for every command alike."""
 
     def invoke(self, ctx: Any) -> Any:
-        with failures.reported(traceback=bool(ctx.params.get("traceback"))):
+        told = {name: bool(ctx.params.get(name)) for name in ("traceback", "quiet")}
+        with failures.reported(**told):
             return super().invoke(ctx)
 
 

@@ -163,7 +163,8 @@ def test_a_missing_data_file_is_named_beside_the_other_mistakes(
     installed: Any, refused: Callable[..., str], command: str
 ) -> None:
     installed.scaffold("fake-gain", "inject")
-    text = "peftx: 1\nmodel: peftx:tiny\ndata:\n  train: here.jsonl\n  eval: {path: nope.jsonl}\n  sources: {x: gone.jsonl}\n"
+    text = "peftx: 1\nmodel: peftx:tiny\ndata:\n  train: here.jsonl\n  eval: {path: nope.jsonl}\n"
+    text += "  sources: {x: gone.jsonl}\n"
     text += "stack: [{use: fake-gain, with: {pwer: 2}}]\ntrain: {steps: 0}\n"
     (installed.work / "spec.yaml").write_text(text, "utf-8")
     (installed.work / "here.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")

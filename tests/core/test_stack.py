@@ -704,14 +704,15 @@ def test_the_card_says_from_what_by_what_and_whom_to_cite(tmp_path: Path) -> Non
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")
-    spec = f"peftx: 1\nmodel: peftx:tiny\ndata: {{train: {rows}, calibration: 'peftx:sample/calibration.txt'}}\n"
+    spec = f"peftx: 1\nmodel: peftx:tiny\ndata: {{train: {rows}, eval: 'peftx:sample/held_out.jsonl'}}\n"
     spec += "stack: [lora, {use: lora, id: second}, mezo]\ntrain: {steps: 1, batch_size: 1}\n"
+    spec += "evaluate: [{perplexity: {limit: 1}}]\n"
     load_run(spec, overrides=[f"output={tmp_path / 'out'}"]).run()
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "tags: [peftx, lora, mezo]\n" in card
     assert f"| train | rows.jsonl, sha256 {sha256(rows)[:16]} |" in card
     assert str(tmp_path) not in card, "nobody's folders"
-    assert "| calibration | peftx:sample/calibration.txt, sha256 " in card
+    assert "| eval | peftx:sample/held_out.jsonl, sha256 " in card
     assert f"peftx {__version__}, torch {torch.__version__}, " in card
     assert "`peftx apply pipeline.yaml`" in card
     assert "Code: peftx-lora: Apache-2.0, peftx-mezo: Apache-2.0." in card

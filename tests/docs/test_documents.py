@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,27 +15,50 @@ from peftx.hooks import HookSpecs
 from peftx.kernel.names import HOOKS
 
 ROOT = Path(__file__).parent.parent.parent
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(document: str, language: str) -> list[str]:
-    return [body for kind, body in BLOCK.findall((ROOT / document).read_text()) if kind == language]
+    """Those that do not say in their fence why they cannot run: ```` ```yaml norun="the reason" ````."""
+    found = BLOCK.findall((ROOT / document).read_text("utf-8"))
+    return [body for kind, fence, body in found if kind == language and "norun" not in fence]
 
 
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
-WITH_CODE = [
-    page for page in ("README.md", "CONTRIBUTING.md", *PAGES) if "```python" in (ROOT / page).read_text()
-]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
+STEPS = 4
+"""Of the README's run, which tests/docs/test_front_page.py compares with the other ways to say it."""
 
 
-@pytest.mark.parametrize("document", WITH_CODE)
+def with_blocks(language: str) -> list[str]:
+    return [document for document in DOCUMENTS if blocks(document, language)]
+
+
+@pytest.mark.parametrize("document", with_blocks("python"))
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "document"}
     code = blocks(document, "python")
     assert code
     for body in code:
+        if document == "README.md":
+            body = re.sub(r"\bsteps=\d+", f"steps={STEPS}", body)
         exec(compile(body, document, "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("document", with_blocks("yaml"))
+def test_yaml_blocks_are_valid(document: str) -> None:
+    """Pipelines as they stand; sections of one in a pipeline around them. Files need not be there."""
+    from peftx import Registry
+    from peftx_spec import load_pipeline
+
+    around = {"peftx: 1": "peftx: 1\n", "model:": "model: peftx:tiny\n", "stack:": "stack: [lora]\n",
+              "train:": "train: {steps: 1}\n"}  # fmt: skip
+    for body in blocks(document, "yaml"):
+        if re.search("^(compare|task):", body, re.MULTILINE):
+            continue  # no pipelines: run, and read, in tests of their own
+        missing = [text for key, text in around.items() if not re.search(f"^{key}", body, re.MULTILINE)]
+        load_pipeline("".join(missing) + body, catalogue=Registry())
 
 
 def test_yaml_in_the_readme_is_valid() -> None:
@@ -81,27 +106,19 @@ def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Path("results/index.html").exists()
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/compare.md",
-        "docs/export.md",
-        "docs/merging.md",
-        "docs/hub.md",
-        "docs/measuring.md",
-    ],
-)
-def test_commands_exist(document: str) -> None:
+@pytest.mark.parametrize("document", with_blocks("console"))
+def test_commands_and_their_options_exist(document: str) -> None:
     from typer.main import get_command
 
     from peftx_cli.main import app
 
-    known = get_command(app).commands  # type: ignore[attr-defined]
-    used = re.findall(r"^\$ peftx (\w+)", "\n".join(blocks(document, "console")), re.MULTILINE)
-    assert used
-    assert set(used) <= set(known)
+    known: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    for body in blocks(document, "console"):
+        for line in re.findall(r"^\$ peftx (.*)$", body.replace("\\\n", " "), re.MULTILINE):
+            name, *words = shlex.split(line, comments=True)
+            assert name in known, line
+            options = {option for parameter in known[name].params for option in parameter.opts}
+            assert {word for word in words if re.match("--?[a-z]", word)} <= options | {"-h", "--help"}, line
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -75,7 +75,9 @@ class Entry:
     @property
     def license(self) -> str:
         """As the distribution states it: `Apache-2.0`; empty where it states none."""
-        return "" if self.point.dist is None else self.point.dist.metadata.get("License-Expression") or ""
+        if self.point.dist is None:
+            return ""
+        return "".join(self.point.dist.metadata.get_all("License-Expression") or ())
 
 
 class Registry:

@@ -62,7 +62,9 @@ def model_card(stack: Stack) -> str:
             lines.append(f"| {name} | {score.value:.5g} {score.unit} | {interval} |")
         lines.append("")
     lines += ["```python", "import peftx", "", 'stack = peftx.load("path/to/this/folder")', "```", ""]
-    return "\n".join([*lines, *_data(stack), *_versions(stack, entries), *_terms(entries), *_citations(entries)])
+    return "\n".join(
+        [*lines, *_data(stack), *_versions(stack, entries), *_terms(entries), *_citations(entries)]
+    )
 
 
 def _entries(stack: Stack) -> dict[str, Entry]:
@@ -94,7 +96,11 @@ def _named(path: str) -> str:
 def _versions(stack: Stack, entries: dict[str, Entry]) -> list[str]:
     found = versions() | {entry.distribution: entry.version for entry in entries.values()}
     made = ", ".join(f"{name} {version}" for name, version in found.items())
-    again = [f"`peftx apply {PIPELINE}` makes it again, where the files are.", ""] if stack.pipeline is not None else []
+    again = (
+        [f"`peftx apply {PIPELINE}` makes it again, where the files are.", ""]
+        if stack.pipeline is not None
+        else []
+    )
     return ["## Made with", "", f"{made}.", "", *again]
 
 
@@ -102,7 +108,8 @@ def _terms(entries: dict[str, Entry]) -> list[str]:
     licenses = {entry.distribution: entry.license or "not stated" for entry in entries.values()}
     code = ", ".join(f"{name}: {license}" for name, license in licenses.items())
     said = [f"Code: {code}."] if code else []
-    return ["## Licence", "", *said, "The terms of the base model and of the data hold for what was made from them.", ""]
+    rest = "The terms of the base model and of the data hold for what was made from them."
+    return ["## Licence", "", *said, rest, ""]
 
 
 def _citations(entries: dict[str, Entry]) -> list[str]:

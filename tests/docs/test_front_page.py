@@ -1,0 +1,132 @@
+"""What the README says of a run and of other libraries was measured; its three ways to say one run are one."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from peftx_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text("utf-8")
+COMMAND = "peftx apply --plugin lora --plugin nf4"
+NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+
+
+def block(language: str, containing: str) -> str:
+    bodies = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (found,) = [body for body in bodies if containing in body]
+    return found
+
+
+def results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_output_is_that_of_the_committed_run() -> None:
+    first, *shown = block("console", COMMAND).splitlines()
+    assert first == f"$ {COMMAND}"
+    assert shown == (RESULTS / "demo.txt").read_text("utf-8").splitlines()[: len(shown)]
+    assert "training steps" in shown[-1], "the whole table"
+
+
+def test_figures_beside_other_libraries() -> None:
+    peers, serving = results("peers")["results"], results("serving_llama")
+    step, decode = peers["train step"]["ms"], peers["decode, batch 1"]["ms_per_token"]
+    kept = peers["saved for backward with dropout"]["megabytes"]
+    assert rows() == {
+        "inject LoRA into 56 layers": figures(peers["inject 56 linears"]["ms"], ("peftx", "peft"), 1),
+        "load a saved adapter": figures(peers["load a bundle"]["ms"], ("peftx", "peft"), 1),
+        "a training step": figures(step, ("peftx", "peft"), 0),
+        "memory of a step with dropout, for the backward pass": figures(
+            kept, ("peftx dropout 0.1", "peft dropout 0.1"), 1
+        ),
+        "decode a token with an adapter on": figures(decode, ("peftx", "peft", "base"), 1),
+        "a soft prompt and a LoRA, trained together and saved": [],
+        "serve one request": a_second(serving["1"], "tokens_a_second"),
+        "serve 32 at once": a_second(serving["32"], "tokens_a_second"),
+        "the same, for each second of CPU": a_second(serving["32"], "tokens_a_cpu_second"),
+    }
+    ways = {name: len(found["saved"]) for name, found in results("prompt_with_lora").items()}
+    assert ways == {name: 2 if name.startswith("peftx") else 1 for name in ways}
+
+
+def rows() -> dict[str, list[str]]:
+    table = README[README.index("## Beside other libraries") :].split("\n\n")[2]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {what: NUMBER.findall(f"{ours} {theirs}") for what, ours, theirs, _ in cells}
+
+
+def figures(found: dict[str, float], names: tuple[str, ...], digits: int) -> list[str]:
+    return [f"{found[name]:.{digits}f}" for name in names]
+
+
+def a_second(found: dict[str, dict[str, float]], of: str) -> list[str]:
+    return [f"{found[name][of]:.1f}" for name in ("peftx", "transformers")]
+
+
+def test_most_plugins_show_no_effect_as_the_readme_says() -> None:
+    words = [
+        tomllib.loads(file.read_text("utf-8"))["project"]["keywords"]
+        for file in ROOT.glob("plugins/*/*/pyproject.toml")
+    ]
+    assert sum("evidence:shown" in keywords for keywords in words) < len(words) / 2
+
+
+def test_how_many_architectures_have_a_table() -> None:
+    from peftx.kernel.anatomy.lookup import _tables
+
+    assert f"\n{len(_tables())} architectures have a table of their parts" in README
+
+
+def test_command_yaml_and_python_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tensors, byte for byte, and the same perplexity; shortened alike."""
+    monkeypatch.chdir(tmp_path)
+    Path("stack.yaml").write_text(block("yaml", "use: nf4"), "utf-8")
+    short = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "evaluate.perplexity.limit=2"]
+    for words, output in ((COMMAND.split()[1:], "line"), (["apply", "stack.yaml"], "file")):
+        done = CliRunner().invoke(app, [*words, *short, "--output", output])
+        assert done.exit_code == 0, done.output
+    code = block("python", "from peftx_nf4")
+    for long, shorter in (
+        ("steps=60", "steps=2, batch_size=2"),
+        ('held_out.jsonl")', 'held_out.jsonl", limit=2)'),
+    ):
+        assert code.count(long) == 1
+        code = code.replace(long, shorter)
+    exec(compile(code, "README.md", "exec", dont_inherit=True), {})
+    tensors = {
+        name: {file.name: file.read_bytes() for file in Path(name).glob("*.safetensors")}
+        for name in ("line", "file", "out")
+    }
+    assert set(tensors["line"]) >= {"base.safetensors", "nf4.safetensors"}
+    assert tensors["line"] == tensors["file"] == tensors["out"]
+    scores = [
+        json.loads(Path(name, "manifest.json").read_text("utf-8"))["scores"]
+        for name in ("line", "file", "out")
+    ]
+    assert len({str(found["perplexity"]) for found in scores}) == 1
+
+
+@pytest.mark.slow
+def test_the_run_gives_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 2 %, as sums differ between machines; but for the seconds."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, COMMAND.split()[1:])
+    assert done.exit_code == 0, done.output
+    shown = block("console", COMMAND).splitlines()[1:]
+    for line, expected in zip(done.stdout.splitlines(), shown, strict=False):
+        if expected.startswith("training steps"):
+            line, expected = line.rpartition(", ")[0], expected.rpartition(", ")[0]
+        assert NUMBER.sub("#", " ".join(line.split())) == NUMBER.sub("#", " ".join(expected.split()))
+        wanted = [float(text.replace(",", "")) for text in NUMBER.findall(expected)]
+        assert [float(text.replace(",", "")) for text in NUMBER.findall(line)] == pytest.approx(
+            wanted, rel=0.02
+        )

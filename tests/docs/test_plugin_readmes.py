@@ -1,0 +1,143 @@
+"""The blocks of every plugin's README: the Python runs, and the pipelines are planned.
+
+A short run: trainings stop after a few steps, and files that a block names have a few rows of the packaged sample, with
+columns that its method reads. A block that cannot run says why in its fence: ```` ```yaml norun="the reason" ````.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftx import Stack
+from peftx.engines.models import asset_path
+from peftx.pipeline import load_run
+from peftx.planning import plan
+
+ROOT = Path(__file__).parents[2]
+READMES = sorted(ROOT.glob("plugins/*/*/README.md"))
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"(?<![\w:/.-])([\w.-]+\.jsonl)\b")
+STEPS = 4
+MOST = {"steps": STEPS, "batch_size": 2}
+MORE = {
+    "ba-lora": {"batch_size": 4},
+    "pat-pruning": {"steps": 8},
+    "transcoder": {"steps": 8},
+}
+"""Methods whose phases, or whose terms, need more."""
+LONG = {"adalora", "apt", "xprompt"}
+"""Methods whose phases need all the steps that their README names."""
+ROWS = 8
+COLUMNS: dict[str, dict[str, Any]] = {
+    "drawn.jsonl": {"reward": 1.0},
+    "facts.jsonl": {"rephrase": "The home of Paul is"},
+    "tasks.jsonl": {"task": 0},
+    "texts.jsonl": {"aspect": 0, "value": 1},
+}
+"""What rows of a file have beside prompt and completion."""
+INSTEAD: dict[str, dict[str, Any]] = {
+    "pairs.jsonl": {"query": "Who keeps it?", "positive": "Paul Reed.", "negative": "The sea."},
+    "preferences.jsonl": {"prompt": "Who keeps it?", "chosen": "Paul Reed.", "rejected": "The sea."},
+    "profiles.jsonl": {"text": "I am Ann.", "profile": {"name": "Ann"}, "old_profile": None},
+}
+"""Rows of other files."""
+
+
+def blocks(readme: Path, language: str) -> list[str]:
+    """Those that run."""
+    found = FENCE.findall(readme.read_text("utf-8"))
+    return [body for kind, fence, body in found if kind == language and "norun" not in fence]
+
+
+def write_rows(name: str, folder: Path) -> None:
+    lines = Path(asset_path("peftx:sample/train.jsonl")).read_text("utf-8").splitlines()
+    rows = [INSTEAD.get(name) or json.loads(line) | COLUMNS.get(name, {}) for line in lines[:ROWS]]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, readme: Path) -> None:
+    """Trainings, measurements and calibrations of a moment."""
+    train, evaluate, compress = Stack.train, Stack.evaluate, Stack.compress
+    limits = {"batch_size": 2} if readme.parent.name in LONG else MOST | MORE.get(readme.parent.name, {})
+
+    def trains(self: Stack, data: Any, **given: Any) -> Any:
+        given.pop("num_train_epochs", None)
+        return train(
+            self, data, **given | {name: min(given.get(name, most), most) for name, most in limits.items()}
+        )
+
+    def evaluates(self: Stack, data: Any = None, **given: Any) -> Any:
+        return evaluate(self, data, **{"limit": ROWS} | given)
+
+    def compresses(self: Stack, *data: Any, **given: Any) -> Any:
+        compress(self, *data, **{"samples": 4, "length": 64} | given)
+
+    for name, shorter in (("train", trains), ("evaluate", evaluates), ("compress", compresses)):
+        monkeypatch.setattr(Stack, name, shorter)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    "readme",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name in LONG)) for path in READMES],
+    ids=lambda path: path.parent.name,
+)
+def test_what_a_readme_shows_works(readme: Path, here: Path) -> None:
+    pipelines, code = blocks(readme, "yaml"), blocks(readme, "python")
+    for name in FILE.findall("".join(pipelines + code)):
+        write_rows(name, here)
+    for text in pipelines:
+        planned = plan(load_run(text).pipeline)
+        assert not planned.conflicts
+    names: dict[str, object] = {"__name__": "readme"}
+    for text in code:
+        exec(compile(text, str(readme), "exec", dont_inherit=True), names)
+
+
+def test_readmes_show_a_pipeline_and_python() -> None:
+    """Of those that run; where a base of the Hub is part of the method there is none."""
+    without = {
+        language: {readme.parent.name for readme in READMES if not blocks(readme, language)}
+        for language in ("yaml", "python")
+    }
+    assert without == {
+        "yaml": {"esft", "instruction-residual", "metaprompter", "prompt-gating", "state-offset-tuning"},
+        "python": {"esft", "metaprompter", "prompt-gating"},
+    }
+
+
+def test_a_block_that_does_not_run_says_why() -> None:
+    fences = [
+        (readme, fence) for readme in READMES for _, fence, _ in FENCE.findall(readme.read_text("utf-8"))
+    ]
+    wrong = [
+        f"{readme.parent.name}: {fence}"
+        for readme, fence in fences
+        if fence and not re.fullmatch(r' norun="[^"]{15,}"', fence)
+    ]
+    assert not wrong
+
+
+def test_the_site_shows_such_a_block_as_any_other() -> None:
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "tools" / "site_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = '```yaml norun="the base is of the Hub"\na: 1\n```\n'
+    assert module.without_reasons(text) == "```yaml\na: 1\n```\n"
+    for readme in READMES:
+        assert " norun=" not in module.without_reasons(readme.read_text("utf-8"))
