@@ -52,7 +52,7 @@ def test_yaml_blocks_are_valid(document: str) -> None:
     from peftx import Registry
     from peftx_spec import load_pipeline
 
-    around = {"peftx: 1": "peftx: 1\n", "model:": "model: peftx:tiny\n", "stack:": "stack: [lora]\n",
+    around = {"peftx: 1": "peftx: 1\n", "model:": "model: peftx:tiny\n", "stack:": "stack: [lora, nf4]\n",
               "train:": "train: {steps: 1}\n"}  # fmt: skip
     for body in blocks(document, "yaml"):
         if re.search("^(compare|task):", body, re.MULTILINE):

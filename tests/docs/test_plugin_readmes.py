@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ STEPS = 4
 MOST = {"steps": STEPS, "batch_size": 2}
 MORE = {
     "ba-lora": {"batch_size": 4},
+    "ist": {"steps": 12},
+    "layernorm-tuning": {"steps": 12},
     "pat-pruning": {"steps": 8},
     "transcoder": {"steps": 8},
 }
@@ -41,10 +44,11 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "texts.jsonl": {"aspect": 0, "value": 1},
 }
 """What rows of a file have beside prompt and completion."""
-INSTEAD: dict[str, dict[str, Any]] = {
-    "pairs.jsonl": {"query": "Who keeps it?", "positive": "Paul Reed.", "negative": "The sea."},
-    "preferences.jsonl": {"prompt": "Who keeps it?", "chosen": "Paul Reed.", "rejected": "The sea."},
-    "profiles.jsonl": {"text": "I am Ann.", "profile": {"name": "Ann"}, "old_profile": None},
+INSTEAD: dict[str, list[dict[str, Any]]] = {
+    "films.jsonl": [{"text": "A joy.", "label": "positive"}, {"text": "A bore.", "label": "negative"}],
+    "pairs.jsonl": [{"query": "Who keeps it?", "positive": "Paul Reed.", "negative": "The sea."}],
+    "preferences.jsonl": [{"prompt": "Who keeps it?", "chosen": "Paul Reed.", "rejected": "The sea."}],
+    "profiles.jsonl": [{"text": "I am Ann.", "profile": {"name": "Ann"}, "old_profile": None}],
 }
 """Rows of other files."""
 
@@ -56,9 +60,9 @@ def blocks(readme: Path, language: str) -> list[str]:
 
 
 def write_rows(name: str, folder: Path) -> None:
-    lines = Path(asset_path("peftx:sample/train.jsonl")).read_text("utf-8").splitlines()
-    rows = [INSTEAD.get(name) or json.loads(line) | COLUMNS.get(name, {}) for line in lines[:ROWS]]
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    lines = Path(asset_path("peftx:sample/train.jsonl")).read_text("utf-8").splitlines()[:ROWS]
+    rows = INSTEAD.get(name) or [json.loads(line) | COLUMNS.get(name, {}) for line in lines]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in islice(cycle(rows), ROWS)), "utf-8")
 
 
 @pytest.fixture
