@@ -50,8 +50,8 @@ def test_figures_beside_other_libraries() -> None:
         ),
         "decode a token with an adapter on": figures(decode, ("peftx", "peft", "base"), 1),
         "a soft prompt and a LoRA, trained together and saved": [],
-        "serve one request": a_second(serving["1"], "tokens_a_second"),
-        "serve 32 at once": a_second(serving["32"], "tokens_a_second"),
+        "serve one request of a small Llama, by the clock": a_second(serving["1"], "tokens_a_second"),
+        "serve 32 requests at once, by the clock": a_second(serving["32"], "tokens_a_second"),
         "the same, for each second of CPU": a_second(serving["32"], "tokens_a_cpu_second"),
     }
     ways = {name: len(found["saved"]) for name, found in results("prompt_with_lora").items()}

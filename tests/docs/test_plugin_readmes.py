@@ -27,6 +27,7 @@ FILE = re.compile(r"(?<![\w:/.-])([\w.-]+\.jsonl)\b")
 STEPS = 4
 MOST = {"steps": STEPS, "batch_size": 2}
 MORE = {
+    "aligndistil": {"steps": 16},
     "ba-lora": {"batch_size": 4},
     "ist": {"steps": 12},
     "layernorm-tuning": {"steps": 12},
@@ -34,8 +35,8 @@ MORE = {
     "transcoder": {"steps": 8},
 }
 """Methods whose phases, or whose terms, need more."""
-LONG = {"adalora", "apt", "xprompt"}
-"""Methods whose phases need all the steps that their README names."""
+LONG = {"adalora", "apt", "surgical-fim", "xprompt"}
+"""Methods that need all the steps that their README names, or read all rows first."""
 ROWS = 8
 COLUMNS: dict[str, dict[str, Any]] = {
     "drawn.jsonl": {"reward": 1.0},
