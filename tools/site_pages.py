@@ -53,5 +53,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def without_reasons(markdown: str) -> str:
-    """Fences without `norun="..."`, the reason why a block does not run in the tests: superfences knows no such option."""
+    """Fences without `norun="..."`, why a block does not run in the tests: superfences knows no such option."""
     return re.sub(r'^(```\w+) norun="[^"\n]*"$', r"\1", markdown, flags=re.MULTILINE)

@@ -169,7 +169,13 @@ def test_a_missing_data_file_is_named_beside_the_other_mistakes(
     (installed.work / "spec.yaml").write_text(text, "utf-8")
     (installed.work / "here.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")
     message = refused(command, "spec.yaml")
-    for line in ("5:16: data file", "6:16: data file", "7:33: unknown option", "8:16:", "4 problems in the spec"):
+    for line in (
+        "5:16: data file",
+        "6:16: data file",
+        "7:33: unknown option",
+        "8:16:",
+        "4 problems in the spec",
+    ):
         assert line in message
     assert "here.jsonl does" not in message
 

@@ -64,7 +64,9 @@ def test_a_list_has_a_line_a_plugin_as_wide_as_the_terminal(
 )
 def test_what_an_option_takes_in_words(kind: Any, limits: dict[str, Any], text: str) -> None:
     class One(Plugin):
-        Config = create_model("OneConfig", __base__=PluginConfig, size=(kind, Field(description="", **limits)))
+        Config = create_model(
+            "OneConfig", __base__=PluginConfig, size=(kind, Field(description="", **limits))
+        )
 
     (row,) = option_rows(One)
     assert row["type"] == text
@@ -83,7 +85,11 @@ def test_list_shows_the_marks_as_the_metadata_has_them(
     assert marks == {
         "fake-silent": ("", ""), "fake-proved": ("equal", "shown"), "fake-proud": ("exact", "gold")
     }  # fmt: skip
-    table = {line.split()[0]: line.split() for line in ok("list", "--long").splitlines() if line.startswith("fake-")}
+    table = {
+        line.split()[0]: line.split()
+        for line in ok("list", "--long").splitlines()
+        if line.startswith("fake-")
+    }
     assert table["fake-silent"][1] == "inject"
     assert table["fake-proved"][1:4] == ["equal", "shown", "inject"]
     assert table["fake-proud"][1:4] == ["exact", "gold", "inject"]

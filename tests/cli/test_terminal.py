@@ -47,7 +47,9 @@ def test_no_escape_codes_where_colors_are_not_wanted(
     on_a_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     """Neither colors nor bold or underlines; in a pipe nothing at all, and so also without NO_COLOR."""
-    piped = subprocess.run([sys.executable, "-m", "peftx", *words], capture_output=True, text=True, check=False)
+    piped = subprocess.run(
+        [sys.executable, "-m", "peftx", *words], capture_output=True, text=True, check=False
+    )
     assert piped.stdout + piped.stderr
     assert "\x1b" not in piped.stdout + piped.stderr
     monkeypatch.setenv("NO_COLOR", "1")
@@ -77,7 +79,9 @@ main()
 
 def test_quiet_leaves_out_progress_and_warnings() -> None:
     def told(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-c", LOUD, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", LOUD, *words], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, done.stdout) == (2, "")
         return done.stderr
 
@@ -89,7 +93,11 @@ def test_quiet_leaves_out_progress_and_warnings() -> None:
 
 def test_the_shell_completes_commands_and_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     def completed(*words: str) -> list[str]:
-        asked = {"_PEFTX_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        asked = {
+            "_PEFTX_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
         code = "from peftx_cli.main import main; main()"
         done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True,
                               check=False)  # fmt: skip
