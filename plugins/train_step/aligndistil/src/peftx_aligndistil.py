@@ -23,8 +23,7 @@ are what it was at the ends of the first two; or they are models of their own, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -49,8 +48,7 @@ from peftx.engines.data import IGNORE, Collator, encode_pair, together
 from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.calls import columns_of
-from peftx.kernel.ledger import Ledger
-from peftx.kernel.modes import eval_mode
+from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import Phase
 from peftx.toolkits.decoding.text import request_of_ids
@@ -230,7 +228,7 @@ class AlignDistil(Plugin):
         if step.begins(self):
             if phase.first == 0:
                 known.clear()
-            now = trained(step.stack.ledger)
+            now = step.stack.ledger.trained()
             known[known.get("phase", "start")] = {name: x.detach().clone() for name, x in now.items()}
             known["phase"] = phase.name
             with torch.no_grad():
@@ -306,26 +304,3 @@ class AlignDistil(Plugin):
         rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in pairs]
         batch = Collator(pad_of(stack.model, stack.tokenizer))(rows)
         return others | {name: value.to(ids.device) for name, value in batch.items()}
-
-
-def trained(ledger: Ledger) -> dict[str, Tensor]:
-    """All that plugins train, and what they keep beside it (the places of sparse entries); each tensor once."""
-    parts = [part for part in ledger.parts if part.trains]
-    found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
-    return dict({id(x): (name, x) for name, x in found.items()}.values())
-
-
-@contextmanager
-def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, these are in the place of all that trains, without gradients and in evaluation mode."""
-    now = trained(ledger)
-    own = {name: x.data for name, x in now.items()}
-    try:
-        for name, x in now.items():
-            values[name] = values[name].to(x)  # from a checkpoint they are on the CPU
-            x.data = values[name]
-        with eval_mode(ledger.model), torch.no_grad():
-            yield
-    finally:
-        for name, x in now.items():
-            x.data = own[name]
