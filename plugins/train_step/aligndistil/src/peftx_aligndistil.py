@@ -51,8 +51,7 @@ from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import Phase
-from peftx.toolkits.decoding.text import request_of_ids
-from peftx.toolkits.evaluation import context_window
+from peftx.toolkits.decoding.text import DRAWN, written
 
 
 class AlignDistilConfig(PluginConfig):
@@ -97,15 +96,6 @@ COLUMNS = ("rejected_ids", "rejected_labels")
 PAIR = (("input_ids", "labels"), COLUMNS)
 """The text with the chosen answer, and the one with the rejected one."""
 Task = Callable[[], tuple[Tensor, Any]]
-AS_IT_IS = {
-    "do_sample": True,
-    "num_beams": 1,
-    "top_k": 0,
-    "top_p": 1.0,
-    "temperature": 1.0,
-    "repetition_penalty": 1.0,
-}
-"""Answers are drawn from pi_theta, whatever a checkpoint's own generation settings make of it."""
 FLOOR = 1e-3
 """Added to an adaptive a_s, which the loss is divided by."""
 
@@ -293,13 +283,8 @@ class AlignDistil(Plugin):
         stack, others = step.stack, dict(step.batch)
         ids, mask, labels = (others.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         prompts = [row[x].tolist() for row, x in zip(ids, mask.bool() & (labels == IGNORE), strict=True)]
-        room = context_window(stack.model, stack.tokenizer) - max(map(len, prompts))
-        new = max(1, min(self.config.max_new_tokens, room))
         with stack.columns(**others), eval_mode(stack.model):
-            request = request_of_ids(stack, prompts, new, None, AS_IT_IS)
-            y = request.run_default()[:, request.input_ids.shape[1] :]
-        end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
-        answers = [row[kept].tolist() for row, kept in zip(y, end.cumsum(1) == end.long(), strict=True)]
+            answers = written(stack, prompts, self.config.max_new_tokens, DRAWN)
         pairs = zip(prompts, answers, strict=True)
         rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in pairs]
         batch = Collator(pad_of(stack.model, stack.tokenizer))(rows)
