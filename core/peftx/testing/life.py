@@ -24,7 +24,7 @@ from peftx_spec.models import FORMATS
 
 OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
 """What formats are made of: from one plugin's examples alone."""
-LEAST_ROWS = 8  # of which plugins that choose leave some
+LEAST_ROWS = 12  # of which plugins that choose leave some
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
 
@@ -41,7 +41,7 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
         rows_of(members),
         steps=steps,
         batch_size=2,
-        max_length=min(LENGTH, free_positions(stack.model) or LENGTH),
+        max_length=length_of(stack),
         learning_rate=1e-3,
         sources=sources_of(members),
     )
@@ -70,6 +70,11 @@ def built(members: Sequence[Member], model: PreTrainedModel) -> Stack:
         stack.compress(TEXTS, early, samples=4, length=24)
         stack.inject()
     return stack
+
+
+def length_of(stack: Stack) -> int:
+    """Tokens of a row at most: behind soft tokens there may be fewer places."""
+    return min(LENGTH, free_positions(stack.model) or LENGTH)
 
 
 def early_ids(members: Sequence[Member]) -> list[str]:

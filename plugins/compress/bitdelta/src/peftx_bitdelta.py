@@ -93,7 +93,13 @@ class BitDelta(Plugin):
     """See the module; `identity-at-start` without `finetuned`."""
 
     Config = BitDeltaConfig
-    claims = {Claim.TRAINS_BASE, Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_CALIBRATION}
+    claims = {
+        Claim.TRAINS_BASE,
+        Claim.IDENTITY_AT_START,
+        Claim.MERGEABLE,
+        Claim.NEEDS_CALIBRATION,
+        Claim.TAKES_WEIGHTS,
+    }
     example = {"steps": 2}
     refuses = {"t5": "calibration text feeds an encoder alone"}
     exempt = {"llama-bfloat16": "rounding turns the signs of some small differences, each by two scales"}
