@@ -5,7 +5,8 @@
     row 1      f  g  h  i  j  k  l |          no row is moved when it grows, and what a model sees is
     row 2      .  .  .  .  .  m  n |          what left padding shows it
 
-A row that comes is copied in beside the others; the last row takes the place of one that goes.
+A row that comes is copied in beside the others; the last row takes the place of one that goes. What is in front of a
+row is zero: what another one left there may be no number, and would come through a mask.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class Window:
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values [slots, H, columns, D] of a layer."""
+    """Keys and values [slots, H, columns, D] of a layer; slots and columns as they are needed."""
 
-    def __init__(self, window: Window, like: CacheLayerMixin, slots: int) -> None:
+    def __init__(self, window: Window, like: CacheLayerMixin) -> None:
         super().__init__()
         self.window, self.is_sliding = window, isinstance(like, DynamicSlidingWindowLayer)
         self.keys, self.values = (
-            kept.new_zeros(slots, kept.shape[1], 0, kept.shape[3]) for kept in (like.keys, like.values)
+            kept.new_zeros(0, kept.shape[1], 0, kept.shape[3]) for kept in (like.keys, like.values)
         )
         self.is_initialized = True
 
@@ -75,16 +76,14 @@ class Slots(Cache):  # type: ignore[misc]
 
     def __init__(self, like: Cache, slots: int) -> None:
         check_layers(like)
-        self.window, self.lengths = Window(), list[int]()
-        layers = [
-            layer if type(layer) is DummyLayer else _Layer(self.window, layer, slots) for layer in like.layers
-        ]
+        self.window, self.lengths, self.slots = Window(), list[int](), slots
+        layers = [layer if type(layer) is DummyLayer else _Layer(self.window, layer) for layer in like.layers]
         self.own = [layer for layer in layers if type(layer) is not DummyLayer]  # others read what these keep
         super().__init__(layers=layers)
 
     def put(self, cache: Cache, row: int, columns: int) -> None:
         """Take over the last so many columns of a row: what stands before them are pads."""
-        self._make_room(columns)
+        self._make_room(columns, self.window.rows + 1)
         window, index = self.window, self.window.rows
         others = [layer for layer in cache.layers if type(layer) is not DummyLayer]
         for layer, other in zip(self.own, others, strict=True):
@@ -92,6 +91,7 @@ class Slots(Cache):  # type: ignore[misc]
             place = slice(window.end - kept, window.end)
             layer.keys[index, :, place] = other.keys[row, :, -kept:]
             layer.values[index, :, place] = other.values[row, :, -kept:]
+            _clear(layer, index, place.start)
         self.lengths.append(columns)
         window.rows += 1
         window.start = window.end - max(self.lengths)
@@ -109,6 +109,7 @@ class Slots(Cache):  # type: ignore[misc]
             for layer in self.own:
                 layer.keys[index, :, place] = layer.keys[last, :, place]
                 layer.values[index, :, place] = layer.values[last, :, place]
+                _clear(layer, index, place.start)
             self.lengths[index] = self.lengths[last]
         self.lengths.pop()
         window.rows -= 1
@@ -127,26 +128,36 @@ class Slots(Cache):  # type: ignore[misc]
 
     def ready(self) -> None:
         """Make room for the next column."""
-        self._make_room(0)
+        self._make_room(0, self.window.rows)
 
-    def _make_room(self, columns: int) -> None:
-        """A row of so many columns fits in front of `end`, and one more column behind it."""
+    def _make_room(self, columns: int, rows: int) -> None:
+        """A row of so many columns fits in front of `end`, and one more column behind it; so many rows fit."""
         window = self.window
         held = window.end - window.start
         front = max(columns, held)
-        capacity = self.own[0].keys.shape[2]
-        if window.end >= front and window.end < capacity:
+        there, _, capacity, _ = self.own[0].keys.shape
+        if rows <= there and window.end >= front and window.end < capacity:
             return
+        slots = there if rows <= there else max(rows, min(2 * there, self.slots))
         wanted = capacity if 2 * front <= capacity else 2 * front + FIRST
-        for layer in self.own:
-            layer.keys = _moved(layer.keys, window, front, wanted)
-            layer.values = _moved(layer.values, window, front, wanted)
+        moved = [
+            [_moved(kept, window, front, slots, wanted) for kept in (layer.keys, layer.values)]
+            for layer in self.own
+        ]  # all of them first: where memory ends, nothing has changed
+        for layer, (keys, values) in zip(self.own, moved, strict=True):
+            layer.keys, layer.values = keys, values
         window.start, window.end = front - held, front
 
 
-def _moved(kept: Tensor, window: Window, end: int, columns: int) -> Tensor:
+def _clear(layer: _Layer, index: int, end: int) -> None:
+    """Nothing in a row's columns before `end`."""
+    layer.keys[index, :, :end] = 0
+    layer.values[index, :, :end] = 0
+
+
+def _moved(kept: Tensor, window: Window, end: int, slots: int, columns: int) -> Tensor:
     """The columns in use, ending at `end` of a new tensor."""
-    found = kept.new_zeros(kept.shape[0], kept.shape[1], columns, kept.shape[3])
+    found = kept.new_zeros(slots, kept.shape[1], columns, kept.shape[3])
     held = window.end - window.start
     found[: window.rows, :, end - held : end] = kept[: window.rows, :, window.start : window.end]
     return found
