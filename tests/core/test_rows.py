@@ -139,19 +139,20 @@ def test_what_was_no_number_goes_with_its_row() -> None:
         found.update(torch.full((1, 2, columns, 4), value), torch.full((1, 2, columns, 4), value), 0)
         return found
 
-    for broken in (0, 1):
+    none = float("nan")
+    for came, gone, last in (
+        ([(9, 1.0), (9, none)], 1, [(2, 1.0)]),  # one that comes
+        ([(9, none), (9, 1.0), (2, 1.0)], 0, []),  # the last one, which takes the place
+    ):
         slots = Slots(cache_of(1, 1.0), 3)
-        for index in range(3):
-            slots.put(cache_of(9, float("nan") if index == broken else 1.0), 0, 9)
-        slots.drop(broken)
-        if broken == 0:  # a short row into the slot of a long one, by each of the two ways
-            slots.drop(0)
-        slots.put(cache_of(2, 1.0), 0, 2)
-        if broken == 1:
-            slots.drop(0)
+        for row in came:
+            slots.put(cache_of(*row), 0, row[0])
+        slots.drop(gone)
+        for row in last:
+            slots.put(cache_of(*row), 0, row[0])
         slots.ready()
-        rows = slots.window.rows
-        for seen in slots.update(torch.ones(rows, 2, 1, 4), torch.ones(rows, 2, 1, 4), 0):
+        for seen in slots.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4), 0):
+            assert seen.shape[2] == 10
             assert seen.isfinite().all()
 
 
