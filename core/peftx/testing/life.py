@@ -90,8 +90,11 @@ def early_ids(members: Sequence[Member]) -> list[str]:
 def accompanied(members: Sequence[Member]) -> list[Member]:
     """With one of the kit's plugins that trains, the first that goes with them: in front, else behind what compresses
     the plain model."""
+    early = [m for m in members if m.id in early_ids(members)]
+    late = [m for m in members if m not in early]
     for plugin in (ReferenceLowRank(), ReferenceGain()):
-        for found in ([Member(COMPANION, plugin), *members], [*members, Member(COMPANION, plugin)]):
+        own = Member(COMPANION, plugin)
+        for found in ([*early, own, *late], [own, *members], [*members, own]):
             if not find_conflicts(found):
                 return found
     raise AssertionError("nothing trains, and nothing that does goes with it")

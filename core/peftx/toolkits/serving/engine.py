@@ -51,12 +51,13 @@ class Together:
         """
         if server.scheduler != self.worker.scheduler:
             raise UnsupportedError("a plugin changed its scheduler")
-        name, beside = server.name, dict(list(self.rows.answers.items())[:1])
+        name = server.name
         with self.worker.between_steps():
-            self.crowd.join(name, answers.stack)
+            beside = dict(list(self.rows.answers.items())[:1])
             try:
+                self.crowd.join(name, answers.stack)
                 prove(beside | {name: answers}, self.crowd)
-            except UnsupportedError:
+            except Exception:
                 self.crowd.leave(name)
                 raise
             self.rows.answers[name] = answers

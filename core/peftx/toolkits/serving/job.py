@@ -97,6 +97,8 @@ class Job:
         self._send: Callable[[str | None], None] = self._pieces.put
         self._sending = threading.Lock()
         self.cancelled = False
+        # As a callback, so that a listener that raises is logged, and does not end who gave the answer.
+        self.future.add_done_callback(lambda _: self.send(None))
 
     @property
     def prompt_tokens(self) -> int:
@@ -126,7 +128,6 @@ class Job:
         else:
             assert completion is not None
             self.future.set_result(completion)
-        self.send(None)
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces, until it ends. Raises what the model raised."""

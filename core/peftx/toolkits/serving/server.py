@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftx.errors import PeftxError
@@ -80,6 +80,9 @@ class Server:
     max_body: int = 1_000_000
     api_key: str | None = field(default=None, repr=False)
     _ready: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.scheduler = replace(self.scheduler)  # its plugins may change it, and those of no other server
 
     def add_route(self, method: str, path: str, endpoint: Callable[..., Any]) -> None:
         """Add a route.
