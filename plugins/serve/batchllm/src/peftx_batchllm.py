@@ -16,7 +16,6 @@ Nothing else changes: each answer is computed from the same tokens, in another o
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -234,15 +233,14 @@ def _size(job: Job) -> int:
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: Tokens) -> Cache:
     """Keys and values of tokens, read in pieces."""
-    cache, little = DynamicCache(config=model.config), dict[str, Any]()
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        little = {"logits_to_keep": 1}  # none is looked at
+    cache = DynamicCache(config=model.config)
     tokens = torch.tensor([list(ids)], device=model.device)
     for piece in tokens.split(PIECE, dim=1):
         seen = torch.ones(
             1, int(cache.get_seq_length()) + piece.shape[1], dtype=torch.long, device=model.device
         )
-        model(input_ids=piece, attention_mask=seen, past_key_values=cache, use_cache=True, **little)
+        given = {"attention_mask": seen, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        model(input_ids=piece, **given)
     return cache
 
 

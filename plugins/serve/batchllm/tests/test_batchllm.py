@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from peftx import Generation, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
@@ -18,7 +19,8 @@ from peftx.toolkits.serving import Engine, Request, Server
 from peftx.toolkits.serving.job import Job
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.slots import Slots
-from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, tree_of
+from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, read, tree_of
+from peftx_token_trails import TokenTrails
 
 test_conformance = conformance("batchllm")
 
@@ -198,6 +200,20 @@ def test_with_an_adapter() -> None:
     assert done.texts != alone(built(), PROMPTS)
 
 
+def test_what_a_plugin_notes_in_the_cache_goes_with_it() -> None:
+    """Token Trails keeps who speaks; the prefix ends within a marker."""
+    stack = built("llama", TokenTrails())
+    for parameter in stack.ledger.parameters("token-trails"):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    texts = [
+        "User: how many seats?\nAssistant: three\nUs" + rest
+        for rest in ("er: at two", "er: where", "ually no")
+    ]
+    assert complete(stack, texts, max_tokens=6).texts == alone(stack, texts)
+    assert alone(stack, texts) != alone(built(), texts)
+    assert read(stack.model, stack.tokenizer(texts[0]).input_ids).get_seq_length() == len(texts[0])
+
+
 def test_as_many_tokens_are_read_as_it_says() -> None:
     stack = built(kv_tokens=200)  # so that groups run one after the other
     server = Server(stack)
@@ -236,6 +252,24 @@ def test_who_hangs_up_is_answered_no_more_and_holds_nothing() -> None:
     groups = server.scheduler.prefixes
     assert isinstance(groups, Groups)
     assert (groups.live, groups.prefix, groups.reused_tokens > 0) == ({}, {}, True)
+
+
+def test_long_prefixes_are_read_in_pieces() -> None:
+    model, seen = tiny("llama", max_position_embeddings=1024), list[tuple[int, int]]()
+    model.register_forward_hook(
+        lambda module, args, given, output: seen.append(
+            (given["input_ids"].shape[1], output.logits.shape[1])
+        ),
+        with_kwargs=True,
+    )
+    ids = torch.randint(3, 200, (1, 300), generator=torch.Generator().manual_seed(0))
+    whole, cache = DynamicCache(config=model.config), read(model, ids[0].tolist())
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=whole)
+    assert seen == [(256, 1), (44, 1), (300, 300)]
+    for one, two in zip(cache.layers, whole.layers, strict=True):
+        torch.testing.assert_close(one.keys, two.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.values, two.values, atol=1e-5, rtol=0)
 
 
 def test_nothing_shared_nothing_saved() -> None:
