@@ -20,6 +20,7 @@ from peftx_cli.commands import (
     rows,
     run,
     scaffold,
+    search,
     use,
 )
 
@@ -63,7 +64,20 @@ def root(
     """Fine-tuning, compression and decoding research as plugins that stack on one model."""
 
 
-for group in (run, compare, use, merging, exchange, inspect, rows, report, catalogue, health, scaffold):
+for group in (
+    run,
+    compare,
+    search,
+    use,
+    merging,
+    exchange,
+    inspect,
+    rows,
+    report,
+    catalogue,
+    health,
+    scaffold,
+):
     group.register(app)
 
 
