@@ -24,7 +24,7 @@ from peftx.errors import PeftxError
 from peftx.searching import samplers
 from peftx.searching.objectives import beats, coarse, excess, front
 from peftx.searching.page import page
-from peftx.searching.run import Search
+from peftx.searching.run import Search, _Running
 from peftx.searching.samplers import Samplers, SearchSampler, Setting
 from peftx.searching.stacks import Stacks
 from peftx.searching.table import COLUMNS, SearchTable, table_of
@@ -248,7 +248,11 @@ def test_a_job_that_ended_before_its_trial_was_told_is_not_run_again(tmp_path: P
     pool = FakePool(tmp_path, by_steps)
     search._propose(pool)  # type: ignore[arg-type]
     pool.wait(0)  # its file is there, and the search is killed
-    second = tried(begun(tmp_path), by_steps)
+    first = search.trials.all()[0].params
+    search = begun(tmp_path)
+    search.trials.seed = 99  # whatever a sampler would propose by now
+    second = tried(search, by_steps)
+    assert search.trials.all()[0].params == first
     assert pool.started[0].id not in [job.id for job in second.started]
     assert len(second.started) == 5
 
@@ -424,6 +428,24 @@ def test_a_trial_that_may_come_to_the_front_goes_on(
     watched: Callable[..., bool], rank: int, check: Check
 ) -> None:
     assert not watched(rank, check)
+
+
+def test_what_compresses_otherwise_is_not_compared(tmp_path: Path) -> None:
+    space = FILE_TEXT[FILE_TEXT.index("    lora.rank") : FILE_TEXT.index("  objectives")]
+    bits = (space, "    prefixquant.weight_bits: [4, 8]\n    train.steps: [4, 8]\n")
+    search = begun(tmp_path, ("[[lora, prompt-tuning]]", "[lora, prefixquant]"), bits)
+    stack = search.stacks.candidates["lora + prefixquant"]
+    done = {}
+    for width in (4, 8):
+        point = {"prefixquant.weight_bits": width, "train.steps": 4}
+        done[width] = search.stacks.sizing(stack, point)
+        assert done[width] == {"prefixquant.weight_bits": width}
+    job = Job("lora + prefixquant", "trial", "", "perplexity", 0, "")
+    search._keep(stack, done[4], finished(job, 9.0, checks=[Check(0.5, 10.0, 2.0)]))
+    now = Check(0.5, 10.5, 2.5)
+    for width, ended in ((4, True), (8, False)):
+        running = _Running(search.trials.ask(), stack, 10, done[width])
+        assert bool(search._beaten(running, now, search.done[0])) is ended
 
 
 def test_numbers_do_not_matter_where_nothing_but_time_is_paid(watched: Callable[..., bool]) -> None:

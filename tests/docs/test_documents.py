@@ -77,7 +77,8 @@ def test_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     (text,) = blocks("docs/search.md", "yaml")
     for long, short in (("[10, 60]", "[1, 2]"), ("[2, 64]", "[1, 2]"), ("limit: 64", "limit: 10"),
-                        ("limit: 12", "limit: 2"), ("trials: 30", "trials: 1\n  seeds: [0]")):  # fmt: skip
+                        ("limit: 12", "limit: 2"), ("trials: 30", "trials: 1\n  seeds: [0]"),
+                        ("token_seconds: 0.1", "token_seconds: 100")):  # fmt: skip
         assert long in text
         text = text.replace(long, short)
     monkeypatch.chdir(tmp_path)
