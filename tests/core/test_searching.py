@@ -257,6 +257,18 @@ def test_a_job_that_ended_before_its_trial_was_told_is_not_run_again(tmp_path: P
     assert len(second.started) == 5
 
 
+def test_a_trial_whose_failure_was_noted_and_not_told_has_failed(tmp_path: Path) -> None:
+    search = begun(tmp_path)
+    pool = FakePool(tmp_path, by_steps)
+    search._propose(pool)  # type: ignore[arg-type]
+    (running,) = search.running.values()
+    running[0].trial.set_user_attr(REASON, "no memory")
+    again = begun(tmp_path)
+    (trial,) = again.trials.all()
+    assert (trial.state, trial.user_attrs[REASON]) == (TrialState.FAIL, "no memory")
+    assert again.trials.study.get_trials(states=(TrialState.WAITING,)) == []
+
+
 # -- trials ----------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +391,7 @@ def test_a_point_beyond_a_limit_is_not_on_the_front_and_the_sampler_hears_by_how
 @pytest.fixture
 def watched(tmp_path: Path) -> Callable[..., bool]:
     """`watched(rank, checks, ...)`: does a trial end early beside one that is done, with rank 4 and these checks:
-    a half of its steps with 10.0 after 2 seconds."""
+    a half of its steps with 10.0 after 2 seconds, all with 9.0 after 4."""
 
     def ends(rank: int, check: Check, objectives: str = "[quality, bundle_bytes, train_seconds]") -> bool:
         space = FILE_TEXT[FILE_TEXT.index("    lora.rank") : FILE_TEXT.index("  objectives")]
@@ -394,7 +406,9 @@ def watched(tmp_path: Path) -> Callable[..., bool]:
         search._propose(pool)  # type: ignore[arg-type]
         (first,) = search.running.values()
         numbers[4] = first[0].numbers
-        done = finished(pool.started[0], 9.0, trained=numbers[4], checks=[Check(0.5, 10.0, 2.0)])
+        done = finished(
+            pool.started[0], 9.0, trained=numbers[4], checks=[Check(0.5, 10.0, 2.0), Check(1.0, 9.0, 4.0)]
+        )
         search._tell(pool.left(done))
         pool.running.clear()
         search._propose(pool)  # type: ignore[arg-type]
@@ -421,8 +435,9 @@ def test_a_beaten_trial_ends_early(watched: Callable[..., bool]) -> None:
         (8, Check(0.5, 10.5, 1.5)),  # it is faster
         (8, Check(0.25, 10.5, 2.5)),  # the other one was not looked at so early
         (1, Check(0.5, 10.5, 2.5)),  # it trains fewer numbers
+        (8, Check(1.0, 9.5, 4.5)),  # it has trained
     ],
-    ids=["better", "faster", "earlier", "smaller"],
+    ids=["better", "faster", "earlier", "smaller", "trained"],
 )
 def test_a_trial_that_may_come_to_the_front_goes_on(
     watched: Callable[..., bool], rank: int, check: Check

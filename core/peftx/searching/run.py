@@ -236,7 +236,7 @@ class Search:
             return ""
         before = [check for check in other.result.checks if check.share <= now.share]
         after = [check for check in other.result.checks if check.share >= now.share]
-        if not before or not after:
+        if now.share >= 1 or not before or not after:  # one that has trained is measured as any other
             return ""
         ahead = before[-1].value > now.value if self.goal.higher else before[-1].value < now.value
         if not ahead or ("train_seconds" in costs and after[0].seconds > now.seconds):

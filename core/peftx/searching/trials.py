@@ -87,7 +87,7 @@ class Trials:
             sampler.check(self.setting(seed))
             for left in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 self.study.tell(left.number, state=TrialState.FAIL)
-                if JOB in left.user_attrs:  # it was running when the search was killed: once more
+                if JOB in left.user_attrs and REASON not in left.user_attrs:  # it was running: once more
                     self.study.enqueue_trial(left.params)
 
     def setting(self, seed: int) -> Setting:
