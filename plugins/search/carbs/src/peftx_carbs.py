@@ -207,7 +207,7 @@ def front_of(groups: Sequence[Group], least: float, *, careful: bool) -> list[Gr
     for group in sorted((group for group in groups if group.cost > start), key=lambda group: group.cost):
         last = front[-1]
         bar = max(last.outputs) if careful and len(group.outputs) == 1 else last.output
-        if group.output > bar and group.output > last.output:
+        if group.output > bar:
             front.append(group)
     return front
 

@@ -152,8 +152,7 @@ def groups(*points: tuple[list[float], float]) -> list[Group]:
 
 def test_no_member_of_the_front_is_beaten() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(40, 2, generator=generator).tolist()
-    every = groups(*(([output], cost) for output, cost in drawn))
+    every = groups(*(([output], cost) for output, cost in torch.rand(40, 2, generator=generator).tolist()))
     front = front_of(every, 0.0, careful=False)
     for member in front:
         assert not any(other.cost <= member.cost and other.output > member.output for other in every)
