@@ -104,6 +104,7 @@ def catalogue() -> str:
         "# Catalogue",
         "",
         "The plugins of this repository, written by `tools/generate.py` from their metadata. Anyone can publish more.",
+        "Those of `search` are samplers of [`peftx search`](search.md), and stand in no stack.",
         "",
         'Each has two marks, which do not depend on each other; its README begins "What we measured" with the proof of',
         "both, and a test reads it.",
@@ -146,11 +147,13 @@ def derived() -> dict[Path, str]:
 
     from peftx.composition.registry import Registry
     from peftx.kernel.names import GROUP
+    from peftx.searching.samplers import Samplers
 
     names = {folder.name for folder in plugin_folders()}
     registry = Registry([point for point in entry_points(group=GROUP) if point.name in names], disabled=())
     return {ROOT / "docs/catalogue.md": catalogue()} | dict(
-        readme(folder, registry) for folder in plugin_folders()
+        readme(folder, Samplers() if folder.parent.name == "search" else registry)
+        for folder in plugin_folders()
     )
 
 

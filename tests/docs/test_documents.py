@@ -81,11 +81,32 @@ def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Path("results/index.html").exists()
 
 
+def test_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a seed that draws LoRA alone, which takes seconds; compression would take minutes on a busy machine."""
+    from typer.testing import CliRunner
+
+    from peftx_cli.main import app
+
+    (text,) = blocks("docs/search.md", "yaml")
+    for long, short in (("[10, 60]", "[1, 2]"), ("[2, 64]", "[1, 2]"), ("limit: 64", "limit: 10"),
+                        ("limit: 12", "limit: 2"), ("trials: 30", "trials: 1\n  seeds: [0]"),
+                        ("token_seconds: 0.1", "token_seconds: 100"),
+                        ("  seed: 0", "  seed: 2")):  # fmt: skip
+        assert long in text
+        text = text.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    Path("search.yaml").write_text(text, "utf-8")
+    result = CliRunner().invoke(app, ["search", "search.yaml", "--output", "results", "-j", "1"])
+    assert result.exit_code == 0, result.output
+    assert Path("results/index.html").exists()
+
+
 @pytest.mark.parametrize(
     "document",
     [
         "README.md",
         "CONTRIBUTING.md",
+        "docs/search.md",
         "docs/compare.md",
         "docs/export.md",
         "docs/merging.md",
