@@ -135,9 +135,7 @@ class Crowd:
             module = stack.model.get_submodule(path)
             site, slot = self._sites.get(path) or self._open(path), slot_of(module)
             seen.append((module, _state_of(module)))
-            known = self.base.get_submodule(path)._parameters
-            mine = any(known.get(key) is not parameter for key, parameter in module._parameters.items())
-            if mine or slot is None or not _adds(slot):
+            if slot is None or not _adds(slot) or _has_own(module, self.base.get_submodule(path)):
                 site.runs[name] = (partial(_whole, module),)
                 continue
             alone = None if slot.alone is None else slot.alone.low_rank()
@@ -217,6 +215,25 @@ def _state_of(module: nn.Module) -> object:
     """Something of its slot that is made anew at each change."""
     slot = slot_of(module)
     return None if slot is None else slot.folded
+
+
+def adopt(stack: Stack) -> None:
+    """Let frozen parameters that are equal to the base's be the base's: what trained there and was packed since
+    (BitDelta) takes no memory. For a stack that is served, and trains no more."""
+    known = dict(base_of(stack.model).named_parameters(remove_duplicate=False))
+    for name, own in list(stack.model.named_parameters(remove_duplicate=False)):
+        old = known.get(name)
+        if old is None or old is own or own.requires_grad or own.dtype != old.dtype:
+            continue
+        if torch.equal(own, old):
+            path, _, leaf = name.rpartition(".")
+            stack.model.get_submodule(path)._parameters[leaf] = old
+
+
+def _has_own(module: nn.Module, base: nn.Module) -> bool:
+    """Has a layer parameters that are not its base's."""
+    theirs = base._parameters
+    return any(own is not theirs.get(name) for name, own in module.named_parameters(recurse=False))
 
 
 def _adds(slot: SlotState) -> bool:

@@ -17,7 +17,7 @@ from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.batches import Batches
-from peftx.toolkits.serving.crowd import Crowd
+from peftx.toolkits.serving.crowd import Crowd, adopt
 from peftx.toolkits.serving.job import MOST_LEFT, Job, Request
 from peftx.toolkits.serving.packed import pack
 from peftx.toolkits.serving.prefix import PrefixCache
@@ -94,6 +94,8 @@ class Engine:
         self.prefixes = scheduler.prefixes
         if self.prefixes is None and scheduler.prefix_cache:
             self.prefixes = PrefixCache(stack.model, entries=scheduler.prefix_entries)
+        if together is not None:
+            adopt(stack)
         self.packed = pack(stack.model) if scheduler.pack_weights else 0  # linear layers
         self._together, self._worker = self._place(Answers(stack, self.prefixes), together)
         self._tokenizer = stack.tokenizer
