@@ -8,6 +8,7 @@ metrics.py  what Prometheus reads
 stream.py   text as it is written
 prefix.py   keys and values of prompts that were served before
 app.py      the HTTP routes (needs fastapi, which is not imported here); guards.py before them
+bodies.py   what clients send; replies.py and errors.py what they get; openapi.py how that is told
 http.py     on a socket (needs uvicorn)
 """
 

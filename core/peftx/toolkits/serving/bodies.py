@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from peftx.engines.data.messages import render_messages
 from peftx.errors import DataError, UnsupportedError
@@ -19,23 +20,32 @@ MOST_STOPS = 4  # as OpenAI
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048
+SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
 ASIDE = "\nUser:"
 """Where a model without a chat template is in the other speaker's turn."""
 
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[TokenKey, Bias], Field(max_length=1024, json_schema_extra={"additionalProperties": False})
+]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 AT_DEFAULT_ALONE = ("suffix", "tool_choice", "response_format", "parallel_tool_calls", "dimensions")
 """Fields whose other values this server does not know."""
 
 
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""A number in quotes is no number."""
+
+
 class Body(BaseModel):
     """A request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     model: str
 
     @model_validator(mode="before")
@@ -48,11 +58,21 @@ class Body(BaseModel):
             name: value for name, value in data.items() if value is not None or name not in cls.model_fields
         }
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Said in the schema too: what need not be given may be null."""
+        found: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        for name in found["properties"].keys() - set(found.get("required", ())):
+            given = found["properties"][name]
+            if {"type": "null"} not in given.get("anyOf", ()) and given.get("type") != "null":
+                found["properties"][name] = {"anyOf": [given, {"type": "null"}]}
+        return found
+
 
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     include_usage: bool = False
 
 
@@ -69,7 +89,7 @@ class Sampled(Body):
     user: str | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] = Field(default_factory=dict)
+    logit_bias: Biases = Field(default_factory=dict)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -87,7 +107,7 @@ class Sampled(Body):
                 stream=self.stream,
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
-                logit_bias=tuple(sorted(self.logit_bias.items())),
+                logit_bias=tuple(sorted((int(id), bias) for id, bias in self.logit_bias.items())),
             )
             for index in range(self.n)
         ]
@@ -103,7 +123,11 @@ def _sole(value: object) -> object:
 class CompletionBody(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[Text | Ids], BeforeValidator(_sole), Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Annotated[
+        list[Text | Ids],
+        SEVERAL,
+        BeforeValidator(_sole, json_schema_input_type=Text | Ids | Annotated[list[Text | Ids], SEVERAL]),
+    ]
     max_tokens: int = Field(16, ge=0)
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     echo: bool = False
@@ -140,7 +164,7 @@ def _prompt(prompt: str | list[int]) -> dict[str, Any]:
 class Part(BaseModel):
     """A piece of a message's content."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
     text: str
 
@@ -148,7 +172,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
@@ -181,7 +205,7 @@ class Message(BaseModel):
 class ResponseFormat(BaseModel):
     """What the answer is to look like."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
 
 
@@ -231,7 +255,11 @@ class ChatBody(Sampled):
 class EmbeddingsBody(Body):
     """`POST /v1/embeddings`."""
 
-    input: Annotated[list[Text], BeforeValidator(_sole), Field(min_length=1, max_length=MOST_PROMPTS)]
+    input: Annotated[
+        list[Text],
+        SEVERAL,
+        BeforeValidator(_sole, json_schema_input_type=Text | Annotated[list[Text], SEVERAL]),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
     user: str | None = None
@@ -240,7 +268,7 @@ class EmbeddingsBody(Body):
 class TokenizeBody(BaseModel):
     """`POST /tokenize`, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     prompt: str
     model: str | None = None
 
@@ -248,7 +276,7 @@ class TokenizeBody(BaseModel):
 class DetokenizeBody(BaseModel):
     """`POST /detokenize`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     tokens: Annotated[list[TokenId], Field(max_length=100_000)]
     model: str | None = None
 
@@ -259,7 +287,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.-]+$")]
 class LoadBody(BaseModel):
     """`POST /v1/load_lora_adapter`, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -267,5 +295,5 @@ class LoadBody(BaseModel):
 class UnloadBody(BaseModel):
     """`POST /v1/unload_lora_adapter`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     lora_name: Name
