@@ -34,7 +34,7 @@ Biases = Annotated[
     dict[TokenKey, Bias], Field(max_length=1024, json_schema_extra={"additionalProperties": False})
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-AT_DEFAULT_ALONE = ("suffix", "tool_choice", "response_format", "parallel_tool_calls", "dimensions")
+AT_DEFAULT_ALONE = ("suffix", "tool_choice", "parallel_tool_calls", "dimensions")
 """Fields whose other values this server does not know."""
 
 
@@ -76,6 +76,40 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class NamedSchema(BaseModel):
+    """A JSON schema; it is held to whether `strict` or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    strict: bool | None = None
+    told: dict[str, Any] = Field({"type": "object", "additionalProperties": True}, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What the answer is to look like."""
+
+    model_config = STRICT
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ResponseFormat:
+        if (self.json_schema is not None) is not (self.type == "json_schema"):
+            raise ValueError("json_schema is given where the type is json_schema, and only there")
+        _ = self.text
+        return self
+
+    @property
+    def text(self) -> str:
+        """The schema as JSON; empty where an answer may be anything. Raises ValueError where it is none."""
+        if self.type == "text":
+            return ""
+        if self.json_schema is None:
+            return '{"type": "object", "additionalProperties": true}'
+        return json.dumps(self.json_schema.told, allow_nan=False)
+
+
 class Sampled(Body):
     """What completions and chats have in common."""
 
@@ -87,6 +121,7 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     user: str | None = None
+    response_format: ResponseFormat | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: Biases = Field(default_factory=dict)
@@ -107,6 +142,7 @@ class Sampled(Body):
                 stream=self.stream,
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
+                schema="" if self.response_format is None else self.response_format.text,
                 logit_bias=tuple(sorted((int(id), bias) for id, bias in self.logit_bias.items())),
             )
             for index in range(self.n)
@@ -202,13 +238,6 @@ class Message(BaseModel):
         return found
 
 
-class ResponseFormat(BaseModel):
-    """What the answer is to look like."""
-
-    model_config = STRICT
-    type: Literal["text"]
-
-
 class ChatBody(Sampled):
     """`POST /v1/chat/completions`."""
 
@@ -218,7 +247,6 @@ class ChatBody(Sampled):
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
-    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
