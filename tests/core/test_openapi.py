@@ -157,3 +157,20 @@ def test_another_method_is_told_the_right_ones(app: Any) -> None:
         found = http.get("/v1/completions")
     assert (found.status_code, found.headers["allow"]) == (405, "POST")
     assert found.json()["error"]["code"] == "405"
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "0.5"}, {"max_tokens": "3"}, {"echo": "yes"}, {"n": True}])
+def test_a_number_in_quotes_is_no_number(app: Any, wrong: dict[str, Any]) -> None:
+    with TestClient(app) as http:
+        found = http.post("/v1/completions", json={"model": "small", "prompt": "A", **wrong})
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == next(iter(wrong))
+
+
+@pytest.mark.parametrize("name", ["CompletionBody", "ChatBody", "EmbeddingsBody"])
+def test_what_need_not_be_given_may_be_null(app: Any, name: str) -> None:
+    told = app.openapi()["components"]["schemas"][name]
+    for field, schema in told["properties"].items():
+        null = {"type": "null"}
+        may = any(each.items() >= null.items() for each in (schema, *schema.get("anyOf", ())))
+        assert may is (field not in told["required"]), field

@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from peftx import Plugin, Stack, hookimpl
@@ -16,6 +17,7 @@ from peftx.errors import PeftxError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.toolkits.serving import Engine, Request, Scheduler, Server
 from peftx.toolkits.serving.app import build_app
+from peftx.toolkits.serving.structured import Structure
 
 pytest.importorskip("xgrammar", reason="the extra `structured` is not installed")
 
@@ -196,3 +198,17 @@ def test_the_extra_is_named(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(PeftxError, match="needs xgrammar, which is not installed") as caught:
         Engine(Server(stack)).submit(Request("A", schema="{}"))
     assert "pip install 'peftx[structured]'" in str(caught.value)
+
+
+def test_tokens_that_are_taken_back_leave_no_trace(stack: Stack) -> None:
+    """As drafting loops do: another text of the same row, shorter or longer."""
+    grammars = Engine(Server(stack))._answers.grammars()
+
+    def allowed(structure: Structure, text: str) -> torch.Tensor:
+        ids = torch.tensor([[5, *stack.tokenizer(text, add_special_tokens=False).input_ids]])
+        return structure(ids, torch.zeros(1, grammars.size)) == 0
+
+    schema = json.dumps(SCHEMAS[0])
+    one = Structure(grammars, schema, start=1)
+    for text in ('{"a": 3', '{"a": 12, "b"', '{"a', "", '{"a": 12, "b": tr'):
+        assert torch.equal(allowed(one, text), allowed(Structure(grammars, schema, start=1), text)), text
