@@ -13,7 +13,12 @@ from peftx.version import __version__
 
 EVENTS = {
     "text/event-stream": {
-        "schema": {"type": "string", "description": "`data:` and JSON for each piece, then `data: [DONE]`"}
+        "schema": {
+            "type": "object",
+            "description": "An event: the JSON of a piece, at the end `[DONE]`",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        }
     }
 }
 MEANINGS = {
