@@ -97,7 +97,8 @@ class Engine:
         if together is not None:
             adopt(stack)
         self.packed = pack(stack.model) if scheduler.pack_weights else 0  # linear layers
-        self._together, self._worker = self._place(Answers(stack, self.prefixes), together)
+        self._answers = Answers(stack, self.prefixes)
+        self._together, self._worker = self._place(self._answers, together)
         self._tokenizer = stack.tokenizer
         self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
         self._changed = threading.Condition()
@@ -137,10 +138,12 @@ class Engine:
         """Put a request in the queue.
 
         Raises:
-            PeftxError: an empty prompt, or one that does not fit the model's context.
+            PeftxError: an empty prompt, one that does not fit the model's context, or a schema that is none.
             QueueFull: too many wait already.
         """
         ids = self.ids_of(request)
+        if request.schema:
+            self._answers.grammars().compiled(request.schema)  # here, where others need not wait for it
         job = Job(request, ids, self.room_of(request, ids), model=self.server.name)
         with self._changed:
             if self._retiring:

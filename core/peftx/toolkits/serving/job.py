@@ -38,12 +38,14 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
+    schema: str = ""
+    """JSON schema of the answer; empty where it may be anything."""
 
     @property
     def key(self) -> tuple[object, ...]:
         """Requests with the same key may run in one batch that runs whole."""
         shaped = self.presence_penalty, self.frequency_penalty, self.logit_bias
-        return (self.temperature, self.top_p, self.stop, *shaped)
+        return (self.temperature, self.top_p, self.stop, self.schema, *shaped)
 
 
 MOST_LEFT = 1024

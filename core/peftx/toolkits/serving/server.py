@@ -127,7 +127,8 @@ class Server:
 
 
 OWN_ROUTES = (
-    ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("GET", "/metrics"), ("GET", "/v1/models"),
+    ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
+    ("GET", "/v1/models"),
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/embeddings"),
     ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/tokenize"), ("POST", "/detokenize"),
