@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from starlette.testclient import TestClient
+from fastapi.testclient import TestClient
 from transformers import DynamicCache
 
 from peftx import Generation, Plugin, Stack, hookimpl
