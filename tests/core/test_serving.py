@@ -399,6 +399,11 @@ class Policy(Plugin):
         server.add_route("GET", "/v1/policy", lambda: {"max_batch": server.scheduler.max_batch})
 
 
+def test_no_prefix_cache_of_states_alone() -> None:
+    with pytest.raises(PeftxError, match="prefix_cache: the model keeps states"):
+        Engine(Server(built(arch="mamba"), scheduler=Scheduler(prefix_cache=True)))
+
+
 def test_the_serve_hook_sets_the_policy_and_adds_routes() -> None:
     server = Server(built(Policy()), name="small")
     with TestClient(build_app(server)) as client:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import DynamicCache
+
 from peftx.errors import PeftxError
+from peftx.kernel.carried import has_rows
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
 from peftx.toolkits.serving.job import Job
@@ -123,6 +126,8 @@ class Server:
                     return f"'{member.id}' claims {claim}"
         if self.stack.model.config.is_encoder_decoder:
             return "an encoder-decoder model keeps no cache of its prompt"
+        if not has_rows(DynamicCache(config=self.stack.model.config)):
+            return "the model keeps states, and no keys and values of tokens"
         return ""
 
 
