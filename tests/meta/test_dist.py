@@ -5,15 +5,11 @@ from __future__ import annotations
 import email
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-import sysconfig
+import shutil
 import tarfile
 import tomllib
-import venv
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -26,44 +22,6 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs/examples/peftx-lora-xs"
 FOLDERS = {path.parent.name: path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml")}
 INFO = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
-BUILD = """
-import os, sys
-from importlib import import_module
-folder, backend, output = sys.argv[1:]
-os.chdir(folder)
-import_module(backend).build_wheel(output)
-"""
-
-
-def outside(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A command without PYTHONPATH, which may lead to the source tree."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment["PYTHONDONTWRITEBYTECODE"] = (
-        "1"  # modules of libraries are links to the running environment's
-    )
-    return subprocess.run(
-        [str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def done(*words: str | Path, cwd: Path | None = None) -> str:
-    result = outside(*words, cwd=cwd)
-    assert result.returncode == 0, f"{' '.join(map(str, words))}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
-def build(folder: Path, backend: str, output: Path) -> None:
-    """A wheel of a folder, by its backend."""
-    output.mkdir(exist_ok=True)
-    done(sys.executable, "-c", BUILD, folder, backend, output)
-
-
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with all distributions."""
-    folder = tmp_path_factory.mktemp("dist")
-    done(sys.executable, ROOT / "tools/dist.py", "--output", folder)
-    return folder
 
 
 def wheel(dist: Path, name: str) -> zipfile.ZipFile:
@@ -138,7 +96,9 @@ def test_the_licence_is_the_repository_s(dist: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "backend"), [("peftx", "hatchling.build"), ("peftx-lora", "flit_core.buildapi")]
 )
-def test_an_sdist_builds_the_same_wheel(dist: Path, tmp_path: Path, name: str, backend: str) -> None:
+def test_an_sdist_builds_the_same_wheel(
+    dist: Path, tmp_path: Path, build: Callable[[Path, str, Path], Path], name: str, backend: str
+) -> None:
     folder = f"{name.replace('-', '_')}-{__version__}"
     with tarfile.open(dist / f"{folder}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
@@ -206,40 +166,6 @@ def test_a_plugin_of_another_version_is_not_built(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- where no source tree is
-@dataclass
-class Bare:
-    """An environment with the running one's libraries and nothing of ours, and an empty working directory."""
-
-    python: Path
-    work: Path
-
-    def install(self, *wheels: str | Path, index: Path) -> None:
-        pip = (sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check")
-        done(*pip, "install", "-q", "--no-index", "--find-links", index, *wheels, cwd=self.work)
-
-    def peftx(self, *words: str) -> str:
-        return done(self.python.parent / "peftx", *words, cwd=self.work)
-
-    def run(self, code: str) -> str:
-        return done(self.python, "-c", code, cwd=self.work)
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Bare:
-    """Each distribution of the running environment is linked into it, but for ours and for `.pth` files, by which
-    editable installs put source trees on the path."""
-    folder = tmp_path / "bare"
-    venv.EnvBuilder(symlinks=True).create(folder)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    target = folder / "lib" / version / "site-packages"
-    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    for path in (path for place in places for path in Path(place).iterdir()):
-        if not path.name.startswith(("peftx", "pip", "__pycache__")) and path.suffix != ".pth":
-            (target / path.name).symlink_to(path)
-    (tmp_path / "work").mkdir()
-    return Bare(folder / "bin" / "python", tmp_path / "work")
-
-
 WHERE = """
 import sys
 from importlib.metadata import distributions
@@ -258,10 +184,7 @@ assert not torch.equal(whole, peftx.Stack("peftx:tiny", []).model(input_ids=ids)
 STACK = """
 peftx: 1
 model: peftx:tiny
-data:
-  train: peftx:sample/train.jsonl
-  eval: rows.jsonl
-  calibration: peftx:sample/calibration.txt
+data: {{train: peftx:sample/train.jsonl, eval: rows.jsonl}}
 stack: {stack}
 train: {{steps: 2, batch_size: 2, learning_rate: 5e-2}}
 evaluate: [perplexity]
@@ -269,7 +192,7 @@ output: out
 """
 
 
-def prove(bare: Bare, tree: set[str], stack: str) -> None:
+def prove(bare: Any, tree: set[str], stack: str) -> None:
     """The installed distributions are these, none of a source tree; a stack of them is applied, and reloads."""
     *places, found = bare.run(WHERE).splitlines()
     assert set(found.split()) == tree
@@ -289,9 +212,30 @@ def prove(bare: Bare, tree: set[str], stack: str) -> None:
 
 
 @pytest.mark.slow
-def test_it_works_from_wheels_alone(dist: Path, bare: Bare) -> None:
+def test_it_works_from_wheels_alone(dist: Path, bare: Any) -> None:
     """About 25 s of CPU: four processes load torch and transformers."""
-    bare.install("peftx-lora", "peftx-prefixquant", "peftx-mosaic-it", index=dist)
-    stack = "[{use: mosaic-it}, {use: lora, with: {rank: 2}}, {use: prefixquant, with: {weight_bits: 4}}]"
-    tree = {"peftx", "peftx-lora", "peftx-prefixquant", "peftx-mosaic-it"}
-    prove(bare, tree, stack)
+    bare.install("peftx-mosaic-it", "peftx-lora", "peftx-deft", index=dist)
+    prove(bare, {"peftx", "peftx-mosaic-it", "peftx-lora", "peftx-deft"}, "[mosaic-it, lora, deft]")
+
+
+@pytest.mark.slow
+def test_a_stranger_s_plugin_works_beside_it(
+    dist: Path, bare: Any, build: Callable[[Path, str, Path], Path]
+) -> None:
+    """docs/examples/peftx-lora-xs, of which nothing in the repository knows; about 40 s of CPU."""
+    bare.install("peftx", build(EXAMPLE, "flit_core.buildapi", bare.work), index=dist)
+    prove(bare, {"peftx", "peftx-lora-xs"}, "[{use: lora-xs, with: {rank: 4, init_std: 0.01}}]")
+    checked = json.loads(bare.peftx("check", "lora-xs", "--model", "llama", "--json"))
+    assert len([result for result in checked if result["outcome"] == "passed"]) > 20
+    assert {result["outcome"] for result in checked} <= {"passed", "skipped"}
+    shutil.copytree(EXAMPLE / "tests", bare.work / "tests")
+    tested = bare.shell("python -m pytest -q -p no:cacheprovider -k 'not conformance' tests")
+    assert tested.returncode == 0, tested.stdout
+    assert "4 passed" in tested.stdout
+
+
+def test_the_options_in_its_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE / "src"))
+    from peftx_lora_xs import LoraXs
+
+    assert load("generate").options_table(LoraXs.Config) in (EXAMPLE / "README.md").read_text("utf-8")
