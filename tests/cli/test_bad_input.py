@@ -125,6 +125,16 @@ def test_a_plugin_of_this_version(installed: Any, ok: Callable[..., str], asked:
 
 
 @pytest.mark.parametrize(
+    ("asked", "fits"), [("peftx>=0.2", True), ("peftx>=0.3.0.dev1,<0.4", True), ("peftx>=0.2,<0.3", False)]
+)
+def test_a_version_under_development(monkeypatch: pytest.MonkeyPatch, asked: str, fits: bool) -> None:
+    from peftx.composition import origins
+
+    monkeypatch.setattr(origins, "__version__", "0.3.0.dev1")
+    assert origins.misfit(["numpy", asked]) == ("" if fits else asked)
+
+
+@pytest.mark.parametrize(
     ("source", "line", "why"),
     [
         (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterable
-from functools import lru_cache
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,6 @@ def misfit(requires: Iterable[str]) -> str:
     return next((line for line in requires if line.lower().startswith("peftx") and not _fits(line)), "")
 
 
-@lru_cache
 def _fits(line: str) -> bool:
     try:
         asked = Requirement(line)
