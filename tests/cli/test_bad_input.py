@@ -95,7 +95,8 @@ def test_a_plugin_of_another_version(
     run: Callable[..., Any],
     asked: str,
 ) -> None:
-    source = "raise RuntimeError('imported')\n"
+    source = "from __future__ import annotations\nimport nowhere\nfrom peftx import Plugin, hookimpl\n"  # an outline
+    source += "class Fake(Plugin):\n    @hookimpl\n    def inject(self, model): ...\n"  # of it can be read
     installed.publish("fake-old", source, requires=["numpy", asked])
     place = line_of(info(installed, "peftx-fake-old", "METADATA"), f"Requires-Dist: {asked}")
     (installed.work / "spec.yaml").write_text("peftx: 1\nmodel: peftx:tiny\nstack: [fake-old]\n", "utf-8")
@@ -107,7 +108,7 @@ def test_a_plugin_of_another_version(
         )
         assert place in message
         assert "pip install --upgrade peftx-fake-old" in message
-        assert "imported" not in message
+        assert "nowhere" not in message, "it was imported"
     line = next(line for line in ok_json("list", "--json") if line["name"] == "fake-old")
     assert (line["status"], line["reason"]) == ("broken", f"needs {asked}, and this is peftx {__version__}")
     assert f"broken: fake-old: plugin 'fake-old' (peftx-fake-old 0.1.0) needs {asked}" in run("doctor").stdout

@@ -26,7 +26,7 @@ def _fits(line: str) -> bool:
         return False
     if asked.name.lower() != "peftx" or (asked.marker is not None and not asked.marker.evaluate()):
         return True
-    return asked.specifier.contains(__version__, prereleases=True)
+    return asked.specifier.contains(__version__, prereleases=True)  # packaging 24 leaves them out by itself
 
 
 def requirement_place(point: EntryPoint, line: str) -> str:
