@@ -29,6 +29,8 @@ WITH_CODE = [
 @pytest.mark.parametrize("document", WITH_CODE)
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for source in (ROOT / document).parent.glob("src"):  # of a distribution in docs/examples
+        monkeypatch.syspath_prepend(str(source))
     names: dict[str, object] = {"__name__": "document"}
     code = blocks(document, "python")
     assert code
@@ -112,6 +114,7 @@ def test_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "docs/merging.md",
         "docs/hub.md",
         "docs/measuring.md",
+        "docs/write-a-plugin.md",
     ],
 )
 def test_commands_exist(document: str) -> None:

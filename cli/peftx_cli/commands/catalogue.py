@@ -265,9 +265,13 @@ def _print_readme(entry: Entry) -> None:
     metadata = entry.point.dist.read_text("METADATA") if entry.point.dist is not None else None
     text = (metadata or "").partition("\n\n")[2]  # the headers end at the first empty line
     if not text.strip():
+        from peftx.composition.origins import metadata_file
         from peftx_spec.errors import PeftxError
 
-        raise PeftxError(f"{entry.distribution} brings no README")
+        raise PeftxError(
+            f"{entry.distribution} brings no README: {metadata_file(entry.point)} ends with its headers",
+            hint='readme = "README.md" in the [project] of its pyproject.toml',
+        )
     from peftx_cli.render import out
 
     if not sys.stdout.isatty():
