@@ -5,7 +5,7 @@ JOBS ?= 4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format ci bench docs clean
+.PHONY: help setup demo test test-all lint format ci bench dist docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ ci: lint test ## what a change must pass
 bench: ## measure against the peers; results under benchmarks/results/
 	@$(PYTHON) tools/dev_install.py --extra bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+dist: setup ## build wheels and sdists of the framework, every plugin and the bundles into dist/
+	$(BIN)/python tools/dist.py $(ARGS)
 
 docs: ## build the site into site/
 	@$(PYTHON) tools/dev_install.py --extra docs

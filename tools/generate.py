@@ -1,4 +1,5 @@
-"""Writes what is derived from the plugins: the catalogue, option tables and marks in their READMEs.
+"""Writes what is derived: from the plugins the catalogue, option tables and marks in their READMEs; from
+`core/peftx/version.py` the version that each plugin, its requirement of peftx, the scaffold and CITATION.cff name.
 
 python tools/generate.py            # write
 python tools/generate.py --check    # exit 1 if something differs from what is committed
@@ -87,6 +88,7 @@ def catalogue() -> str:
         "# Catalogue",
         "",
         "The plugins of this repository, written by `tools/generate.py` from their metadata. Anyone can publish more.",
+        "Those of `search` are samplers of [`peftx search`](search.md), and stand in no stack.",
         "",
         'Each has two marks, which do not depend on each other; its README begins "What we measured" with the proof of',
         "both, and a test reads it.",
@@ -123,18 +125,43 @@ def catalogue() -> str:
     return "\n".join(lines)
 
 
+def versioned(version: str) -> dict[Path, str]:
+    """The files that name the version, or the range of versions that a plugin runs on."""
+    own, range_ = rf'\g<1>"{version}"', f'"{plugin_requirement(version)}"'
+    found = {}
+    for folder in plugin_folders():
+        path = folder / "pyproject.toml"
+        found[path] = re.sub(r'^(version = )".*"$', own, path.read_text("utf-8"), count=1, flags=re.MULTILINE)
+    template = ROOT / "cli/peftx_cli/templates/pyproject.toml.tmpl"  # its own version is the author's
+    found[template] = template.read_text("utf-8")
+    found = {path: re.sub(r'"peftx>=[\d.]+,<[\d.]+"', range_, text) for path, text in found.items()}
+    citation = ROOT / "CITATION.cff"
+    text = citation.read_text("utf-8")
+    return found | {citation: re.sub(r"^version: .*$", f"version: {version}", text, flags=re.MULTILINE)}
+
+
+def plugin_requirement(version: str) -> str:
+    """What a plugin asks for: below 1.0 a minor release may change an interface, from then on a major one."""
+    major, minor = map(int, version.split(".")[:2])
+    return f"peftx>={major}.{minor},<{f'0.{minor + 1}' if major == 0 else major + 1}"
+
+
 def derived() -> dict[Path, str]:
     """Every derived file and what it must hold."""
     from importlib.metadata import entry_points
 
+    from peftx import __version__
     from peftx.composition.registry import Registry
     from peftx.kernel.names import GROUP
+    from peftx.searching.samplers import Samplers
 
     names = {folder.name for folder in plugin_folders()}
     registry = Registry([point for point in entry_points(group=GROUP) if point.name in names], disabled=())
-    return {ROOT / "docs/catalogue.md": catalogue()} | dict(
-        readme(folder, registry) for folder in plugin_folders()
+    readmes = dict(
+        readme(folder, Samplers() if folder.parent.name == "search" else registry)
+        for folder in plugin_folders()
     )
+    return {ROOT / "docs/catalogue.md": catalogue()} | readmes | versioned(__version__)
 
 
 def main() -> int:

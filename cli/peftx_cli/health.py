@@ -77,6 +77,11 @@ def _modules() -> dict[str, Path]:
 
 def _trouble(entry: Entry, installed: dict[str, bool]) -> str:
     """Why the plugin cannot import, as far as that shows from outside; empty where nothing does."""
+    from peftx.composition.origins import misfit
+    from peftx.version import __version__
+
+    if asked := misfit(entry.requires):
+        return f"needs {asked}, and this is peftx {__version__}"
     if module_file(entry) is None:
         return f"its module {entry.point.module} is not there"
     for name in _requirements(entry):

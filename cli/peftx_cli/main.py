@@ -21,6 +21,7 @@ from peftx_cli.commands import (
     rows,
     run,
     scaffold,
+    search,
     use,
 )
 
@@ -68,7 +69,9 @@ def root(
     """Fine-tuning, compression and decoding research as plugins that stack on one model."""
 
 
-for group in (run, compare, use, merging, exchange, hub, inspect, rows, report, catalogue, health, scaffold):
+for group in (
+    run, compare, search, use, merging, exchange, hub, inspect, rows, report, catalogue, health, scaffold,
+):  # fmt: skip
     group.register(app)
 
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class RegistryError(PeftxError):
-    """A plugin name that is unknown, claimed twice, disabled, or whose module does not import."""
+    """A plugin name that is unknown, claimed twice or disabled, is for another version, or does not import."""
 
 
 class TargetError(PeftxError):

@@ -1,4 +1,4 @@
-"""One version for framework and docs; `pyproject.toml` reads it."""
+"""The one version, of framework and plugins: `tools/generate.py` writes it where a file must name it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
     hooks = _hooks(data, catalogue, names)
     return [
         *_version(data),
-        *_comparison(data),
+        *_other_files(data),
         *_remote_code(data),
         *_places(data),
         *_large_numbers((), data),
@@ -70,10 +70,11 @@ def _version(data: Data) -> Iterator[Finding]:
         yield Finding(("peftx",), message, expected="1", got=describe(version))
 
 
-def _comparison(data: Data) -> Iterator[Finding]:
-    if "compare" in data:
-        message = "this is a comparison, and no pipeline"
-        yield Finding(("compare",), message, at_key=True, suggestion="run it with 'peftx compare FILE'")
+def _other_files(data: Data) -> Iterator[Finding]:
+    for key, noun in (("compare", "comparison"), ("search", "search")):
+        if key in data:
+            message = f"this is a {noun}, and no pipeline"
+            yield Finding((key,), message, at_key=True, suggestion=f"run it with 'peftx {key} FILE'")
 
 
 def _remote_code(data: Data) -> Iterator[Finding]:

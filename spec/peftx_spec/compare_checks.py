@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from peftx_spec.dumper import dump_plain
 from peftx_spec.errors import nearest
@@ -17,11 +17,11 @@ MOST_ROWS = 1000
 """Rows of a comparison; a grid of ten keys with ten values each would be more than any machine runs."""
 
 _NOT_OF_A_BASE = {
-    "stack": "each method has its own: methods: {name: {stack: [...]}}",
-    "run": "the stages follow from each method's stack",
-    "output": "peftx compare --output DIR says where the results go",
+    "stack": "it stands beside the base, under '{key}'",
+    "run": "the stages follow from the stack",
+    "output": "peftx {key} --output DIR says where the results go",
 }
-_NOT_OF_ITS_TRAINING = {
+OF_TRAINING = {
     "steps": "'compare.budget' says how long every row trains",
     "learning_rate": "'compare.learning_rate' lists the rates that are tried",
     "seed": "'compare.seeds' lists them",
@@ -31,8 +31,8 @@ _NOT_OF_ITS_TRAINING = {
 def check_compare(data: Data) -> Iterator[Finding]:
     """Everything in `compare:` but its base."""
     compare = mapping_of(data, "compare")
-    yield from _repeated(("compare", "seeds"), list_of(compare, "seeds"), "the seed")
-    yield from _repeated(("compare", "learning_rate"), list_of(compare, "learning_rate"), "the learning rate")
+    yield from repeated(("compare", "seeds"), list_of(compare, "seeds"), "the seed")
+    yield from repeated(("compare", "learning_rate"), list_of(compare, "learning_rate"), "the learning rate")
     methods = mapping_of(compare, "methods")
     rows = 0
     for name, method in methods.items():
@@ -52,7 +52,7 @@ def rows_of(method: Data) -> int:
     )
 
 
-def _repeated(path: Path, values: list[object], noun: str) -> Iterator[Finding]:
+def repeated(path: Path, values: list[object], noun: str) -> Iterator[Finding]:
     seen: dict[str, int] = {}
     for index, value in enumerate(values):
         text = value_text(value)
@@ -67,7 +67,7 @@ def value_text(value: object) -> str:
 
 
 def _method(path: Path, method: Data) -> Iterator[Finding]:
-    yield from _repeated((*path, "learning_rate"), list_of(method, "learning_rate"), "the learning rate")
+    yield from repeated((*path, "learning_rate"), list_of(method, "learning_rate"), "the learning rate")
     if method.get("learning_rate") is not None and method.get("stack") == []:
         message = "'learning_rate' has no effect: the stack is empty, so nothing trains"
         yield Finding((*path, "learning_rate"), message, at_key=True, suggestion="leave it out")
@@ -77,7 +77,7 @@ def _method(path: Path, method: Data) -> Iterator[Finding]:
     for key, values in mapping_of(method, "grid").items():
         place = (*path, "grid", key)
         if isinstance(values, list):
-            yield from _repeated(place, values, f"'{key}':")
+            yield from repeated(place, values, f"'{key}':")
         head, _, option = key.partition(".")
         known = [*ids, "train"]
         if head not in known:
@@ -86,18 +86,22 @@ def _method(path: Path, method: Data) -> Iterator[Finding]:
             yield Finding(place, message, at_key=True, expected=expected, suggestion=nearest(head, known))
         elif not option:
             yield Finding(place, f"'{key}' names no option", at_key=True, expected=f"{head}.<option>")
-        elif head == "train" and option in _NOT_OF_ITS_TRAINING:
+        elif head == "train" and option in OF_TRAINING:
             message = f"'{key}' is not a grid's to vary"
-            yield Finding(place, message, at_key=True, suggestion=_NOT_OF_ITS_TRAINING[option])
+            yield Finding(place, message, at_key=True, suggestion=OF_TRAINING[option])
 
 
-def check_base(base: Data, metric: object) -> list[Finding]:
-    """Everything in the base, with paths that start in it, and in the metric that is chosen by."""
+def check_base(base: Data, metric: object, key: str, of_training: Mapping[str, str]) -> list[Finding]:
+    """Everything in the base, with paths that start in it, and in the metric that is chosen by.
+
+    Args:
+        key: what the file is under. of_training: settings that its training may not have, with what to do instead.
+    """
     return [
-        *(Finding((key,), f"a base has no '{key}'", at_key=True, suggestion=remedy)
-          for key, remedy in _NOT_OF_A_BASE.items() if key in base),
-        *(Finding(("train", key), f"'{key}' is not the base's to say", at_key=True, suggestion=remedy)
-          for key, remedy in _NOT_OF_ITS_TRAINING.items() if key in mapping_of(base, "train")),
+        *(Finding((name,), f"a base has no '{name}'", at_key=True, suggestion=remedy.replace("{key}", key))
+          for name, remedy in _NOT_OF_A_BASE.items() if name in base),
+        *(Finding(("train", name), f"'{name}' is not the base's to say", at_key=True, suggestion=remedy)
+          for name, remedy in of_training.items() if name in mapping_of(base, "train")),
         *_base_data(base),
         *_metrics(base, metric),
     ]  # fmt: skip

@@ -343,3 +343,15 @@ class PassesNoLayer(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.norms():
             site.attach(_Gain(site.out_features))
+
+
+class SaysThatItTakesWeights(Plugin):
+    """And stands on norms."""
+
+    caught_by = "stands_on_integers"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.TAKES_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from peftx import __version__
+
 QUICK = ("--set", "evaluate.perplexity.limit=2", "--set", "train.batch_size=2")
 SPEC = """\
 peftx: 1
@@ -69,6 +71,128 @@ def test_a_plugin_that_does_not_import(installed: Any, refused: Callable[..., st
 def test_no_plugin_at_all(installed: Any, refused: Callable[..., str]) -> None:
     installed.publish("fake-number", "Fake = 3\n")
     assert "no subclass of peftx.Plugin" in refused("apply", "--plugin", "fake-number")
+
+
+# ------------------------------------------------------------------- a stranger's distribution: the file and the line
+def line_of(file: Path, text: str) -> str:
+    """`file:line` of the line that begins with a text."""
+    lines = file.read_text("utf-8").splitlines()
+    (number,) = (number for number, line in enumerate(lines, 1) if line.startswith(text))
+    return f"{file}:{number}"
+
+
+def info(installed: Any, name: str, file: str) -> Path:
+    return Path(installed.site, f"{name.replace('-', '_')}-0.1.0.dist-info", file)
+
+
+@pytest.mark.parametrize(
+    "asked", ["peftx>=0.1,<0.2", "peftx<0.2,>=0.1", "peftx >= 9", "PEFTX==0.1", "peftx>>1"]
+)
+def test_a_plugin_of_another_version(
+    installed: Any,
+    refused: Callable[..., str],
+    ok_json: Callable[..., Any],
+    run: Callable[..., Any],
+    asked: str,
+) -> None:
+    source = "from __future__ import annotations\nimport nowhere\nfrom peftx import Plugin, hookimpl\n"  # an outline
+    source += "class Fake(Plugin):\n    @hookimpl\n    def inject(self, model): ...\n"  # of it can be read
+    installed.publish("fake-old", source, requires=["numpy", asked])
+    place = line_of(info(installed, "peftx-fake-old", "METADATA"), f"Requires-Dist: {asked}")
+    (installed.work / "spec.yaml").write_text("peftx: 1\nmodel: peftx:tiny\nstack: [fake-old]\n", "utf-8")
+    for words in (["plan", "--plugin", "fake-old"], ["validate", "spec.yaml"], ["check", "fake-old"]):
+        message = refused(*words)
+        assert (
+            f"plugin 'fake-old' (peftx-fake-old 0.1.0) needs {asked}, and this is peftx {__version__}"
+            in message
+        )
+        assert place in message
+        assert "pip install --upgrade peftx-fake-old" in message
+        assert "nowhere" not in message, "it was imported"
+    line = next(line for line in ok_json("list", "--json") if line["name"] == "fake-old")
+    assert (line["status"], line["reason"]) == ("broken", f"needs {asked}, and this is peftx {__version__}")
+    assert f"broken: fake-old: plugin 'fake-old' (peftx-fake-old 0.1.0) needs {asked}" in run("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    "asked", ["peftx", f"peftx~={__version__}", "peftx<0.1; extra == 'old'", "peftx-fake-base<0.1"]
+)
+def test_a_plugin_of_this_version(installed: Any, ok: Callable[..., str], asked: str) -> None:
+    source = "from peftx import Plugin, hookimpl\n\n\nclass Fake(Plugin):\n"
+    installed.publish(
+        "fake-new", f"{source}    @hookimpl\n    def inject(self, model): ...\n", requires=[asked]
+    )
+    assert "inject" in ok("info", "fake-new")
+
+
+@pytest.mark.parametrize(
+    ("asked", "fits"), [("peftx>=0.2", True), ("peftx>=0.3.0.dev1,<0.4", True), ("peftx>=0.2,<0.3", False)]
+)
+def test_a_version_under_development(monkeypatch: pytest.MonkeyPatch, asked: str, fits: bool) -> None:
+    from peftx.composition import origins
+
+    monkeypatch.setattr(origins, "__version__", "0.3.0.dev1")
+    assert origins.misfit(["numpy", asked]) == ("" if fits else asked)
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "why"),
+    [
+        (
+            "import torch\n\nimport a_module_that_is_nowhere\n",
+            3,
+            "No module named 'a_module_that_is_nowhere'",
+        ),
+        ("import torch\nfrom peftx import Plugin\nclass Fake(Plugin)\n    pass\n", 3, "SyntaxError"),
+        ("import json\ndef read():\n    return json.loads('{')\nread()\n", 3, "JSONDecodeError"),
+        ("import torch\nfrom peftx import NoSuchName\n", 2, "NoSuchName"),
+    ],
+)
+def test_the_line_at_which_an_import_fails(
+    installed: Any, refused: Callable[..., str], source: str, line: int, why: str
+) -> None:
+    module = installed.publish("fake-torn", source)
+    message = refused("plan", "--plugin", "fake-torn")
+    assert f"does not import: {installed.site / module}.py:{line}: " in message
+    assert why in message
+
+
+def test_the_line_in_a_package(installed: Any, refused: Callable[..., str]) -> None:
+    module = installed.publish("fake-torn", "")
+    (installed.site / f"{module}.py").unlink()
+    package = installed.site / module
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import inner\n", "utf-8")
+    (package / "inner.py").write_text("\n\nimport torch\n\ntorch.no_such_thing\n", "utf-8")
+    assert f"does not import: {package / 'inner.py'}:5: AttributeError" in refused(
+        "plan", "--plugin", "fake-torn"
+    )
+
+
+@pytest.mark.parametrize(
+    "source", [None, "Other = 1\n", "Fake = 3\n"], ids=["no module", "no class", "no plugin"]
+)
+def test_the_line_of_an_entry_point(installed: Any, refused: Callable[..., str], source: str | None) -> None:
+    module = installed.publish("fake-gone", source or "")
+    if source is None:
+        (installed.site / f"{module}.py").unlink()
+    place = line_of(info(installed, "peftx-fake-gone", "entry_points.txt"), "fake-gone = ")
+    assert place in refused("plan", "--plugin", "fake-gone")
+
+
+def test_the_lines_of_a_taken_name(installed: Any, refused: Callable[..., str]) -> None:
+    installed.publish("fake-twin", "")
+    installed.publish("fake-twin", "", distribution="fake-other")
+    message = refused("plan", "--plugin", "fake-twin")
+    for owner in ("peftx-fake-twin", "fake-other"):
+        assert f"'{owner}' ({line_of(info(installed, owner, 'entry_points.txt'), 'fake-twin = ')})" in message
+
+
+def test_a_distribution_without_a_readme(installed: Any, refused: Callable[..., str]) -> None:
+    installed.publish("fake-mute", "")
+    message = refused("info", "fake-mute", "--readme")
+    assert f"peftx-fake-mute brings no README: {info(installed, 'peftx-fake-mute', 'METADATA')} " in message
+    assert 'readme = "README.md"' in message
 
 
 def test_neither_or_both(installed: Any, refused: Callable[..., str]) -> None:

@@ -39,6 +39,7 @@ print(loaded, plugins, code, round(time.process_time() - began, 3), file=sys.std
         ["info", "fake-gain", "--metadata"],
         ["apply", "--help"],
         ["compare", "--help"],
+        ["search", "--help"],
         ["validate", "empty.yaml"],
         ["validate", "gain.yaml"],
         ["info", "fake-gain"],
@@ -64,6 +65,16 @@ def test_a_wrong_comparison_is_refused_without_heavy_imports(installed: Any) -> 
     text = "peftx: 1\ncompare: {base: {}, budget: {steps: 0}, methods: {gain: {stack: [fake-gain]}}}\n"
     (installed.work / "wrong.yaml").write_text(text, "utf-8")
     code = PROBE.format(words=["compare", "wrong.yaml"], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("[] [] 2 "), done.stderr
+    assert "wrong.yaml:2:" in done.stderr
+
+
+def test_a_wrong_search_is_refused_without_heavy_imports(installed: Any) -> None:
+    installed.scaffold("fake-gain", "inject")
+    text = "peftx: 1\nsearch: {base: {}, stack: [fake-gain], trials: 0}\n"
+    (installed.work / "wrong.yaml").write_text(text, "utf-8")
+    code = PROBE.format(words=["search", "wrong.yaml"], heavy=(*HEAVY, "optuna"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip().splitlines()[-1].startswith("[] [] 2 "), done.stderr
     assert "wrong.yaml:2:" in done.stderr
@@ -106,7 +117,7 @@ def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
         "info",
     }
     expected |= {"import", "export", "check", "new", "merge", "doctor", "matrix", "data", "report", "compare"}
-    expected |= {"push", "pull"}
+    expected |= {"push", "pull", "search"}
     assert expected == set(names)
     for name in names:
         text = ok(name, "--help")

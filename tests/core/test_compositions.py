@@ -15,8 +15,8 @@ from peftx.kernel.members import Member
 from peftx.kernel.plugin import hooks_of
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.testing.recipes import QUANTIZER, Entry, Recipe, ReferenceQuantizer, draw, registry, stands
-from peftx.testing.reference import ReferenceLowRank
+from peftx.testing.recipes import QUANTIZER, Entry, Recipe, draw, registry, stands
+from peftx.testing.reference import ReferenceLowRank, ReferenceQuantizer
 from peftx.testing.stacks import Result, try_stack
 from peftx.testing.subject import ROWS
 from peftx.testing.ways_out import dead_ends, trained
@@ -94,7 +94,7 @@ def adapters() -> list[str]:
     """What acts on weights without training them, or computing with them itself. Not state-offset tuning, whose layers
     of Mamba are read and not called, and which says so."""
     kinds = {name: Registry().load(name) for name in sorted(Registry().names())}
-    others = {Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE, Claim.COMPUTES_LAYERS}
+    others = {Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE, Claim.COMPUTES_LAYERS, Claim.TAKES_WEIGHTS}
     found = {name for name, kind in kinds.items() if "inject" in hooks_of(kind) and not kind.claims & others}
     return sorted(found - {"state-offset-tuning"})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
-from peftx.errors import UnsupportedError
+from peftx.errors import PeftxError, UnsupportedError
 from peftx.kernel.copies import sharing
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.toolkits.serving import Engine, Request, Scheduler, Server
+from peftx.toolkits.serving import engine as engine_module
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.crowd import Crowd
 from peftx.toolkits.serving.engine import Together
 from peftx.toolkits.serving.models import Models
+from peftx.toolkits.serving.prefix import PrefixCache
+from peftx_bitfit import Bitfit
 from peftx_compacter import Compacter
 from peftx_dora import Dora
 from peftx_ia3 import Ia3
@@ -38,6 +42,7 @@ MADE: dict[str, Callable[[], list[Any]]] = {
     "dora": lambda: [Dora(rank=2)],
     "norms": lambda: [LayernormTuning()],
     "vera": lambda: [Vera(rank=4)],
+    "biased": lambda: [Lora(rank=2, targets="mlp"), Bitfit(add=True)],
     "soft": lambda: [PromptTuning(length=3)],
     "both": lambda: [Lora(rank=2), PromptTuning(length=5)],
 }
@@ -108,11 +113,11 @@ def test_low_rank_updates_of_any_groups(groups: tuple[int, ...]) -> None:
             for row, name in enumerate(order):
                 alone = loras[int(name)].model.get_submodule(path)(x[row : row + 1])
                 assert torch.allclose(found[row : row + 1], alone, atol=1e-5)
+    crowd.join("base", stack_of(base))
     crowd.leave("0")
-    crowd.seat(["1"] * len(x) if len(groups) > 1 else ["0"] * len(x))
+    crowd.seat(["base"] * len(x))
     with torch.no_grad():
-        own = loras[1].model if len(groups) > 1 else base
-        assert torch.allclose(crowd.host.get_submodule(path)(x), own.get_submodule(path)(x), atol=1e-5)
+        assert torch.allclose(crowd.host.get_submodule(path)(x), base.get_submodule(path)(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +168,25 @@ def test_what_computes_something_else_in_company_leaves_no_trace() -> None:
     engine.close()
 
 
+def test_what_fails_on_its_way_in_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny("llama").eval().requires_grad_(False)
+    together, server = Together(base, Scheduler()), Server(stack_of(base, Lora(rank=2), seed=1), name="one")
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "prove", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            together.join(server, Answers(server.stack))
+    assert not together.crowd.stacks
+    assert not any(site.low or site.runs for site in together.crowd._sites.values())
+
+
+def test_rows_are_counted_on_the_hosts_device() -> None:
+    base = tiny("llama").to("meta")
+    crowd = Crowd(base, packed=False)
+    crowd.join("one", Stack(sharing(base), [], tokenizer=tiny_tokenizer()))
+    crowd.seat(["one", "one"])
+    assert crowd.seats.rows["one"].device.type == "meta"
+
+
 def test_another_base_is_no_company() -> None:
     base, other = (tiny("llama").eval().requires_grad_(False) for _ in range(2))
     with pytest.raises(UnsupportedError, match="does not share its base's weights"):
@@ -176,6 +200,100 @@ def test_a_policy_of_its_own_is_kept() -> None:
     found[1].scheduler.max_queue = 7
     with Models(found) as models:
         assert models.engine("two").apart == "a plugin changed its scheduler"
+
+
+def test_a_policy_is_a_servers_own() -> None:
+    """Also where two were given one object, which the plugin of the second changes."""
+
+    class Policy(Plugin):
+        claims: set[Claim] = set()
+
+        @hookimpl
+        def serve(self, server: Server) -> None:
+            server.scheduler.max_queue = 7
+
+    base, policy = tiny("llama").eval().requires_grad_(False), Scheduler()
+    found = [
+        Server(stack_of(base, *own), name=str(i), scheduler=policy) for i, own in enumerate([[], [Policy()]])
+    ]
+    with Models(found) as models:
+        assert models.engine("1").apart == "a plugin changed its scheduler"
+        assert models.engine("0").server.scheduler.max_queue == policy.max_queue == 256
+
+
+def test_a_store_of_prefixes_is_one_models() -> None:
+    base = tiny("llama").eval().requires_grad_(False)
+    store = PrefixCache(base, entries=4)
+    found = servers({"one": stack_of(base), "two": stack_of(base, Lora(rank=2))}, prefixes=store)
+    with pytest.raises(PeftxError, match="'two' and 'one' have one store of prefixes"):
+        Models(found)
+
+
+@pytest.mark.parametrize("name", ["two", "dora", "both"])
+def test_adapters_that_are_switched_or_merged_are_so_in_company(stacks: dict[str, Stack], name: str) -> None:
+    stack = stacks[name]
+    own = {"plain": stacks["plain"], name: stack}
+    with Models(servers(own)) as models:
+        engine = models.engine(name)
+
+        def check() -> str:
+            jobs = [
+                models.engine(each).submit(Request(PROMPTS[0], max_tokens=7, temperature=0)) for each in own
+            ]
+            with engine.using():
+                texts = [expected(each, PROMPTS[0], 7) for each in own.values()]
+            assert [job.result(30).text for job in jobs] == texts
+            return texts[1]
+
+        first = check()
+        with stack.disabled():
+            assert check() != first
+        assert check() == first
+        if name == "two":
+            stack.merge()
+            check()
+            stack.unmerge()
+        assert check() == first
+        assert engine.about()["batching"] == "shared"
+
+
+def test_a_name_is_free_when_its_last_request_is_answered(stacks: dict[str, Stack]) -> None:
+    """Else the rows that are still written would be the next one's."""
+    text = expected(stacks["two"], PROMPTS[0], 60)
+    with Models(
+        servers({"plain": stacks["plain"], "it": stacks["two"]}),
+        loader=lambda name, path: Server(stacks[path], name=name),
+    ) as models:
+        job = models.engine("it").submit(Request(PROMPTS[0], max_tokens=60, temperature=0, stream=True))
+        next(job.pieces())
+        with models.engine("it").using():  # no step meanwhile
+            leaving = threading.Thread(target=models.unload, args=("it",))
+            leaving.start()
+            while "it" in models._engines:
+                time.sleep(0.001)
+            with pytest.raises(PeftxError, match="still answering"):
+                models.load("it", "five")
+        leaving.join(60)
+        assert job.result(0).text == text
+        models.load("it", "five")
+        job = models.engine("it").submit(Request(PROMPTS[0], max_tokens=7, temperature=0))
+        assert job.result(30).text == expected(stacks["five"], PROMPTS[0], 7)
+
+
+def test_a_bundle_that_is_refused_for_its_routes_leaves_no_trace(stacks: dict[str, Stack]) -> None:
+    def loader(name: str, path: str) -> Server:
+        server = Server(stacks[path], name=name)
+        if path == "two":
+            server.add_route("GET", "/more", lambda: "more")
+        return server
+
+    with Models(servers({"plain": stacks["plain"]}), loader=loader) as models:
+        with pytest.raises(PeftxError, match="routes of its own"):
+            models.load("it", "two")
+        models.load("it", "dora")
+        job = models.engine("it").submit(Request(PROMPTS[0], max_tokens=7, temperature=0))
+        assert job.result(30).text == expected(stacks["dora"], PROMPTS[0], 7)
+        assert models.engine("it").about()["batching"] == "shared"
 
 
 def test_bundles_come_and_go_under_load(stacks: dict[str, Stack]) -> None:

@@ -178,7 +178,7 @@ def test_without_a_template_a_turn_ends_where_the_next_begins() -> None:
         ({"messages": [{"role": "king", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "a message without content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ({"response_format": {"type": "json_object"}}, "'response_format' is not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format: Input should be 'text'"),
         ({"tool_choice": "required"}, "'tool_choice' is not supported"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"logprobs": True, "stream": True}, "not streamed"),
@@ -251,7 +251,9 @@ def test_penalties_and_biases_shape_what_is_written(http: TestClient, stack: Sta
         "20 - 3 * 2 is enough"
     )
     shaped = shaping(
-        Request("", presence_penalty=0.5, frequency_penalty=2, logit_bias=((1, 3.0), (99, 1.0))), start=2
+        Request("", presence_penalty=0.5, frequency_penalty=2, logit_bias=((1, 3.0), (99, 1.0))),
+        start=2,
+        grammars=lambda: pytest.fail("there is no schema"),
     )
     logits = torch.zeros(2, 4)
     ids = torch.tensor([[0, 0, 2, 2], [3, 3, 1, 0]])  # what stands before `start` is the prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import threading
@@ -26,6 +27,7 @@ from peftx.toolkits.serving.packed import _COPIES, Packed, pack
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.rows import Rows, prove
 from peftx.toolkits.serving.slots import Slots
+from peftx_pasta import Pasta
 
 PROMPTS = [
     "Once upon a time",
@@ -115,6 +117,43 @@ def test_a_slot_comes_out_as_a_cache() -> None:
     slots.put(cache, 0, 7)
     own = slots.row(0, tiny("llama").config)
     assert torch.equal(own.layers[0].keys, cache.layers[0].keys[1:, :, 2:])
+
+
+def test_slots_take_the_memory_of_the_rows_that_there_are() -> None:
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, 30, 4), torch.randn(1, 2, 30, 4), 0)
+    slots, most = Slots(cache, 32), []
+    for _ in range(5):
+        slots.put(cache, 0, 30)
+        most.append(slots.own[0].room[0])
+    assert most == [1, 2, 4, 4, 8]
+    for index in range(5):
+        assert torch.equal(slots.own[0].row(index, 30)[0], cache.layers[0].keys[0])
+
+
+def test_what_was_no_number_goes_with_its_row() -> None:
+    """A masked column counts zero times what stands there."""
+
+    def cache_of(columns: int, value: float) -> DynamicCache:
+        found = DynamicCache()
+        found.update(torch.full((1, 2, columns, 4), value), torch.full((1, 2, columns, 4), value), 0)
+        return found
+
+    none = float("nan")
+    for came, gone, last in (
+        ([(9, 1.0), (9, none)], 1, [(2, 1.0)]),  # one that comes
+        ([(9, none), (9, 1.0), (2, 1.0)], 0, []),  # the last one, which takes the place
+    ):
+        slots = Slots(cache_of(1, 1.0), 3)
+        for row in came:
+            slots.put(cache_of(*row), 0, row[0])
+        slots.drop(gone)
+        for row in last:
+            slots.put(cache_of(*row), 0, row[0])
+        slots.ready()
+        for seen in slots.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4), 0):
+            assert seen.shape[2] == 10
+            assert seen.isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------------------- architectures
@@ -265,6 +304,70 @@ def test_a_model_that_fails_ends_the_rows_it_was_called_for(
     assert again.result(0).text == stack.generate(PROMPTS[0], max_new_tokens=8, do_sample=False)
 
 
+def test_slots_go_with_the_last_row(stack: Stack) -> None:
+    rows = rows_of(stack)
+    finish(rows, [job_of(stack, prompt) for prompt in PROMPTS])
+    assert rows._slots is None
+
+
+def test_a_step_reads_no_more_than_a_piece(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several prompts, padding left aside."""
+    rows, read = rows_of(stack, piece=8), [0]
+    call = rows._call
+
+    def counting(model: Any, own: Any, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        read[-1] += ids.numel() if ids.shape[1] > 1 or isinstance(cache, DynamicCache) else 0
+        return call(model, own, ids, mask, cache)
+
+    monkeypatch.setattr(rows, "_call", counting)
+    jobs = [job_of(stack, prompt) for prompt in (PROMPTS[4], PROMPTS[1], PROMPTS[3], PROMPTS[2])]
+    rows.step(jobs)
+    while rows.busy:
+        read.append(0)
+        rows.step([])
+    assert max(read) <= 8
+    assert sum(read) == sum(len(job.ids) for job in jobs)
+
+
+@pytest.mark.parametrize("place", ["take", "keep_row", "keep"])
+def test_a_store_that_fails_ends_its_request_and_no_other(place: str) -> None:
+    stack = built()
+
+    class Store(PrefixCache): ...
+
+    def failing(self: Store, ids: list[int], *rest: Any) -> Any:
+        if PROMPTS[1].startswith(stack.tokenizer.decode(ids, skip_special_tokens=True)[:10]):
+            raise ZeroDivisionError
+        return getattr(PrefixCache, place)(self, ids, *rest)
+
+    setattr(Store, place, failing)
+    with Engine(Server(stack, scheduler=Scheduler(prefixes=Store(stack.model, entries=4)))) as engine:
+        for length in (1, 6):
+            jobs = [engine.submit(Request(prompt, max_tokens=length, temperature=0)) for prompt in PROMPTS]
+            for prompt, job in zip(PROMPTS, jobs, strict=True):
+                if prompt == PROMPTS[1]:
+                    with pytest.raises(ZeroDivisionError):
+                        job.result(30)
+                else:
+                    assert job.result(30).text == stack.generate(
+                        prompt, max_new_tokens=length, do_sample=False
+                    )
+
+
+def test_a_listener_that_fails_ends_its_request_and_no_other(stack: Stack) -> None:
+    def send(piece: str | None) -> None:
+        raise ZeroDivisionError
+
+    rows = rows_of(stack)
+    jobs = [job_of(stack, prompt, stream=True) for prompt in PROMPTS[:3]]
+    jobs[1].listen(send)
+    jobs[2].cancel()
+    jobs[2].listen(send)
+    finish(rows, jobs)
+    assert isinstance(jobs[1].future.exception(), ZeroDivisionError)
+    assert "".join(jobs[0].pieces()) == stack.generate(PROMPTS[0], max_new_tokens=8, do_sample=False)
+
+
 # ------------------------------------------------------------------------------------------------ what is not the same
 class _Mixing(Delta):
     """Its output for a row depends on the rows beside it."""
@@ -315,6 +418,13 @@ def test_what_has_a_say_in_whole_texts_runs_whole() -> None:
     assert "whole text" in Engine(Server(built(Loop()))).whole
 
 
+@pytest.mark.parametrize("setting", [{"stop_strings": ["e"]}, {"max_time": 9.0}])
+def test_what_ends_texts_in_ways_of_its_own_runs_whole(setting: dict[str, Any]) -> None:
+    stack = built()
+    stack.model.generation_config.update(**setting)
+    assert "end texts" in Engine(Server(stack)).whole
+
+
 # --------------------------------------------------------------------------------------------------------------- engine
 def test_prompts_begin_from_what_others_read(stack: Stack) -> None:
     long = "The river took the bridge, the camera and the car. "
@@ -353,6 +463,71 @@ def test_a_store_and_an_order_of_a_plugins_own() -> None:
         for prompt, job in zip(PROMPTS, jobs, strict=True):
             assert job.result(60).text == stack.generate(prompt, max_new_tokens=6, do_sample=False)
     assert sorted(asked) == sorted(job.prompt_tokens for job in jobs)
+
+
+def test_an_order_that_is_none_loses_and_doubles_nothing() -> None:
+    """It empties the list that it is given, names jobs twice, and jobs of others."""
+    stack = built()
+    other = job_of(stack, "no job of this engine's")
+
+    def order(jobs: Sequence[Job]) -> list[Job]:
+        found = [*jobs, other, *jobs]
+        jobs.clear()  # type: ignore[attr-defined]
+        return found
+
+    with Engine(Server(stack, scheduler=Scheduler(order=order, max_batch=3))) as engine:
+        jobs = [
+            engine.submit(Request(prompt, max_tokens=6, temperature=0, stream=True)) for prompt in PROMPTS
+        ]
+        for prompt, job in zip(PROMPTS, jobs, strict=True):
+            assert "".join(job.pieces()) == stack.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert not other.future.done()
+
+
+def test_an_order_that_fails_is_the_answer_of_those_that_wait() -> None:
+    stack, broken = built(), [True]
+
+    def order(jobs: Sequence[Job]) -> list[Job]:
+        return [1 / 0] if broken[0] else list(jobs)  # type: ignore[list-item]
+
+    with Engine(Server(stack, scheduler=Scheduler(order=order))) as engine:
+        with pytest.raises(ZeroDivisionError):
+            engine.submit(Request("A", max_tokens=3, temperature=0)).result(30)
+        broken[0] = False
+        assert engine.submit(Request("A", max_tokens=3, temperature=0)).result(30).completion_tokens == 3
+
+
+def test_guests_that_never_end_leave_rows_their_turn(stack: Stack) -> None:
+    ended = threading.Event()
+    with Engine(Server(stack)) as engine:
+
+        def visit() -> None:
+            while not ended.is_set():
+                with engine.using():
+                    ended.wait(0.005)
+
+        threads = [threading.Thread(target=visit) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            job = engine.submit(Request("A", max_tokens=20, temperature=0))
+            assert job.result(10).completion_tokens == 20
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_what_goes_with_tokens_is_remembered_with_them() -> None:
+    stack = built(Pasta())
+    long = "The river took the bridge, the camera and the car. "
+    with Engine(Server(stack, scheduler=Scheduler(prefix_cache=True))) as engine:
+        assert not engine.whole
+        for tail in ("One", "Two", "One more", ""):
+            job = engine.submit(Request(long + tail, max_tokens=6, temperature=0))
+            assert job.result(30).text == stack.generate(long + tail, max_new_tokens=6, do_sample=False)
+        assert engine.prefixes is not None
+        assert engine.prefixes.hits >= 3
 
 
 def test_others_get_the_model_between_two_steps(stack: Stack) -> None:
@@ -417,6 +592,22 @@ def test_a_changed_weight_is_multiplied_itself() -> None:
         assert torch.equal(product(x, other, None), F.linear(x, other))
         weight.mul_(2)
         assert torch.equal(product(x, weight, None), F.linear(x, weight))
+
+
+def test_a_weight_with_other_values_under_it_is_multiplied_itself() -> None:
+    """What `model.half().float()` does counts as no change of the parameter."""
+    layer, x = nn.Linear(6, 8, bias=False), torch.randn(3, 6)
+    product = Packed(layer.weight)
+    layer.weight.data = torch.randn(8, 6)
+    with torch.no_grad():
+        assert torch.equal(product(x, layer.weight, None), layer(x))
+
+
+def test_a_packed_model_can_be_copied() -> None:
+    model, ids = tiny("llama").eval(), torch.tensor([[5, 6, 7]])
+    pack(model)
+    with torch.no_grad():
+        assert torch.allclose(copy.deepcopy(model)(ids).logits, model(ids).logits, atol=1e-5)
 
 
 def test_models_of_one_base_share_their_copies() -> None:

@@ -21,7 +21,9 @@ from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.together import Bases, load_together
 from peftx.toolkits.serving import Request, Scheduler, Server
 from peftx.toolkits.serving.app import build_app
+from peftx.toolkits.serving.crowd import adopt
 from peftx.toolkits.serving.models import Models, UnknownModel
+from peftx_bitdelta import BitDelta
 from peftx_bitfit import Bitfit
 from peftx_lora import Lora
 from peftx_prompt_tuning import PromptTuning
@@ -104,6 +106,46 @@ def test_what_one_trains_another_does_not_see(bundles: dict[str, Path]) -> None:
     stacks["bias"].train([{"prompt": "a", "completion": "b"}] * 4, steps=2, batch_size=2, learning_rate=0.1)
     stacks["bias"].remove("bitfit")
     assert torch.equal(logits(stacks["lora"]), before)
+
+
+def test_tenants_of_one_bit_share_a_batch_and_the_base(tmp_path: Path) -> None:
+    """What trained and was packed since is the base's own once it is served; a head of a tenant's own is read."""
+    base = tiny("llama", tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for seed in range(2):
+        stack = Stack(str(tmp_path / "base"), [BitDelta(steps=1)])
+        moved(stack, seed)
+        stack.compress(["Once upon a time there was a text."] * 4, samples=4, length=16)
+        stack.save(tmp_path / str(seed))
+    stacks = load_together(
+        {**{str(seed): tmp_path / str(seed) for seed in range(2)}, "plain": tmp_path / "base"}
+    )
+    texts = {
+        name: stack.generate("Once", max_new_tokens=6, do_sample=False) for name, stack in stacks.items()
+    }
+    assert len(set(texts.values())) == 3
+    matrices = {p.data_ptr() for p in stacks["plain"].model.model.layers.parameters() if p.dim() == 2}
+    assert not matrices & weights(stacks["0"].model)
+    with Models([Server(stack, name=name) for name, stack in stacks.items()]) as models:
+        assert {engine.about()["batching"] for engine in models} == {"shared"}
+        assert matrices <= weights(stacks["0"].model)
+        assert matrices <= weights(stacks["1"].model)
+        jobs = {
+            name: models.engine(name).submit(Request("Once", max_tokens=6, temperature=0)) for name in stacks
+        }
+        assert {name: job.result(60).text for name, job in jobs.items()} == texts
+    with stacks["0"].disabled():
+        assert torch.allclose(logits(stacks["0"]), logits(stacks["plain"]), atol=1e-5)
+    assert stacks["0"].generate("Once", max_new_tokens=6, do_sample=False) == texts["0"]
+
+
+def test_what_still_trains_is_not_given_to_the_base(bundles: dict[str, Path], base: Path) -> None:
+    """A trained bias that is the base's still has its own place."""
+    stack = Stack(sharing(peftx.load_model(str(base))[0].requires_grad_(False)), [Bitfit()])
+    biases = {p.data_ptr() for p in stack.model.parameters() if p.requires_grad}
+    adopt(stack)
+    assert biases == {p.data_ptr() for p in stack.model.parameters() if p.requires_grad}
 
 
 def test_a_base_of_another_dtype_is_another_base(base: Path, tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import peftx
+from peftx.errors import PeftxError
 from peftx.pipeline import load_run
+from peftx.toolkits.serving import Engine, Request, Server
+from peftx_cli.main import app
 
 RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
+SERVED = next(path for path in RECIPES if path.stem == "rows-to-served")
 
 
 def test_there_are_recipes() -> None:
@@ -17,6 +23,7 @@ def test_there_are_recipes() -> None:
         "dialogues",
         "mosaic-lora-deft-prefixquant",
         "prompt-lora-mezo",
+        "rows-to-served",
     }
 
 
@@ -24,9 +31,11 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_from_end_to_end(path: Path, tmp_path: Path) -> None:
     shorter = ["train.steps=3", "train.batch_size=2", f"output={tmp_path / 'out'}"]
+    if path == SERVED:
+        shorter.append("signround.steps=1")
     run = load_run(path, overrides=shorter)
     for metric in run.pipeline.evaluate:
-        assert metric.metric == "perplexity"
+        assert metric.metric in {"perplexity", "signround"}
     result = run.run()
     assert result.training[0].steps == 3
     assert all(loss == loss for _, loss in result.training[0].losses)
@@ -34,3 +43,39 @@ def test_a_recipe_runs_from_end_to_end(path: Path, tmp_path: Path) -> None:
     assert list(again.plugins) == [entry.id for entry in run.pipeline.stack]
     prompt = "Office to Grey Island. Who is on duty?"
     assert again.generate(prompt, max_new_tokens=5) == result.stack.generate(prompt, max_new_tokens=5)
+
+
+@pytest.mark.slow
+def test_raw_rows_become_a_served_model(tmp_path: Path) -> None:
+    """One command; what it prints has the figures of every stage, and what it leaves is served."""
+    out = tmp_path / "out"
+    shorter = (f"output={out}", "train.steps=3", "train.batch_size=2", "signround.steps=1")
+    told = CliRunner().invoke(
+        app, ["apply", str(SERVED), *(word for each in shorter for word in ("--set", each))]
+    )
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.output.split())
+    for figures in (
+        r"inject \S+ s 221,952 parameters train",
+        r"prepare \S+ s 60 rows became 24; dropped 36: .* over the budget of its task, .* IFD",
+        r"train \S+ s 3 steps, loss \S+ to \S+",
+        r"compress \S+ s 2,349,696 bytes",
+        r"evaluate \S+ s perplexity \S+, .* error_left \S+",
+        r"save \S+ s .*out \([\d,]+ bytes\)",
+        r"bytes on disk after .* times smaller",
+    ):
+        assert re.search(figures, said), figures
+    stack, prompt = peftx.load(out), "Office to Grey Island. Who is on duty?"
+    with Engine(Server(stack, name="stations")) as engine:
+        answer = engine.submit(Request(prompt, max_tokens=6, temperature=0)).result(60)
+        assert answer.text == stack.generate(prompt, max_new_tokens=6, do_sample=False)
+        assert "'aded' has a say in how a whole text is written" in engine.about()["batching"]
+
+
+def test_two_loops_of_decoding_are_refused(tmp_path: Path) -> None:
+    """Why the recipe has `aded` and not `hydragen` beside it."""
+    both = SERVED.read_text(encoding="utf-8").replace("\ntrain:", "\n  - use: hydragen\ntrain:")
+    (tmp_path / "stations.jsonl").write_bytes((SERVED.parent / "stations.jsonl").read_bytes())
+    (tmp_path / "both.yaml").write_text(both, encoding="utf-8")
+    with pytest.raises(PeftxError, match=r"'aded' .* and 'hydragen' .* both replace the decoding loop"):
+        load_run(tmp_path / "both.yaml")

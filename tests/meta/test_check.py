@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from peftx.kernel.names import HOOKS
 from peftx.testing.kit import Planned, plan_checks
 from peftx_cli.main import app
 
-SLUGS = sorted(
-    path.parent.name for path in (Path(__file__).parents[2] / "plugins").glob("*/*/pyproject.toml")
-)
+FOLDERS = [path.parent for path in (Path(__file__).parents[2] / "plugins").glob("*/*/pyproject.toml")]
+SLUGS = sorted(folder.name for folder in FOLDERS if folder.parent.name in HOOKS)
 
 
 def told(planned: Planned) -> tuple[str, dict[str, object], str | None]:

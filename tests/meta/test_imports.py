@@ -124,7 +124,8 @@ def test_package_imports(folder: str, rule: type) -> None:
 def test_plugin_imports() -> None:
     root = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     shared = {requirement_name(line) for line in root["dependencies"]}
-    testing = {requirement_name(line) for line in root["optional-dependencies"]["test"]}
+    extras = root["optional-dependencies"]
+    testing = {requirement_name(line) for line in (*extras["test"], *extras["serve"])}  # a plugin may serve
     known = dict(packages_distributions())
     report = []
     for pyproject in sorted(ROOT.glob("plugins/*/*/pyproject.toml")):

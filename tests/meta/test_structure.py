@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from peftx.composition.registry import MARKS, keyword_values
-from peftx.kernel.names import HOOKS
+from peftx.kernel.names import GROUP, HOOKS, SAMPLERS
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 HEADINGS = (
@@ -27,6 +28,8 @@ HEADINGS = (
     "Departures from the paper",
     "Cite",
 )
+GROUPS = {**dict.fromkeys(HOOKS, GROUP), "search": SAMPLERS}
+"""Folder of `plugins/` -> the entry point group of its packages: hooks, and the samplers of `peftx search`."""
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7})")
 RESERVED = ("spec", "cli")  # peftx-spec and peftx_cli are not plugins
@@ -62,8 +65,8 @@ def problems(folder: Path) -> list[str]:
     hook, slug = folder.parent.name, folder.name
     module = f"peftx_{slug.replace('-', '_')}"
     found = []
-    if hook not in HOOKS:
-        found.append(f"folder {hook!r} is no hook; hooks: {', '.join(HOOKS)}")
+    if hook not in GROUPS:
+        found.append(f"folder {hook!r} is no hook; hooks: {', '.join(GROUPS)}")
     if not SLUG.fullmatch(slug) or slug in RESERVED:
         found.append(f"slug {slug!r}: lower-case words joined by hyphens, and none of {RESERVED}")
     if not (folder / "pyproject.toml").is_file():
@@ -122,7 +125,7 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
     keywords = project.get("keywords", [])
     papers = [word for word in keywords if ARXIV.fullmatch(word)]
     marks = [f"{mark}:{value}" for mark, values in MARKS.items() for value in values]
-    known = (*HOOKS, *papers, *marks, "paper:none")
+    known = (*GROUPS, *papers, *marks, "paper:none")
     free = re.compile(r"family:.*|peft:[A-Z0-9_]+")
     strange = [word for word in keywords if word not in known and not free.fullmatch(word)]
     if hook not in keywords:
@@ -147,8 +150,9 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
             found.append(f"project.urls.Paper is not {urls[0]}")
 
     groups = project.get("entry-points", {})
-    expect("the entry point groups", sorted(groups), ["peftx.plugins"])
-    points = groups.get("peftx.plugins", {})
+    group = GROUPS.get(hook, GROUP)
+    expect("the entry point groups", sorted(groups), [group])
+    points = groups.get(group, {})
     expect("the entry points", sorted(points), [slug])
     target = points.get(slug, "")
     if re.fullmatch(rf"{module}:[A-Z]\w*", target) is None:
@@ -177,7 +181,7 @@ def text_problems(folder: Path, slug: str, module: str) -> list[str]:
             found.append(f"README.md has the headings {headings(text)}, not {list(HEADINGS)}")
     if not test.is_file():
         found.append(f"tests/{test.name} is missing")
-    elif not runs_the_kit(test.read_text("utf-8"), slug):
+    elif folder.parent.name in HOOKS and not runs_the_kit(test.read_text("utf-8"), slug):
         found.append(
             f'tests/{test.name} does not say test_conformance = conformance("{slug}"), once and with nothing further: '
             "what the kit must know of the plugin stands in its class, where `peftx check` finds it"
@@ -205,7 +209,7 @@ def plugin_folders(root: Path) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------- the tests
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", GROUPS)
 def test_every_plugin_folder_is_complete(hook: str) -> None:
     folders = [folder for folder in plugin_folders(PLUGINS) if folder.parent.name == hook]
     report = [f"plugins/{hook}/{folder.name}: {line}" for folder in folders for line in problems(folder)]
@@ -213,7 +217,7 @@ def test_every_plugin_folder_is_complete(hook: str) -> None:
 
 
 def test_no_folder_escapes_the_test_above() -> None:
-    checked = [folder for folder in plugin_folders(PLUGINS) if folder.parent.name in HOOKS]
+    checked = [folder for folder in plugin_folders(PLUGINS) if folder.parent.name in GROUPS]
     described = [path.parent for path in PLUGINS.glob("**/pyproject.toml")]
     assert sorted(described) == checked, (
         "a pyproject.toml lies outside plugins/<hook>/<slug>/, or a folder has none"
@@ -351,6 +355,17 @@ def test_a_suite_that_runs_other_checks_than_the_command_is_named(complete: Path
     assert KIT.count(old) >= 1
     (complete / "tests" / "test_two_words.py").write_text(KIT.replace(old, new), "utf-8")
     assert any("nothing further" in line for line in problems(complete))
+
+
+def test_a_sampler_has_a_group_of_its_own_and_no_kit(complete: Path) -> None:
+    folder = complete.parents[1] / "search" / "two-words"
+    shutil.copytree(complete, folder)
+    text = PYPROJECT.replace('keywords = ["inject"', 'keywords = ["search"')
+    (folder / "tests" / "test_two_words.py").write_text("", "utf-8")
+    (folder / "pyproject.toml").write_text(text, "utf-8")
+    assert problems(folder)[0] == "the entry point groups is ['peftx.plugins'], not ['peftx.samplers']"
+    (folder / "pyproject.toml").write_text(text.replace("peftx.plugins", "peftx.samplers"), "utf-8")
+    assert problems(folder) == []
 
 
 def test_wrong_places_are_named(complete: Path) -> None:

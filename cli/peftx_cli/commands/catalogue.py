@@ -260,9 +260,13 @@ def _show(about: dict[str, Any]) -> None:
 def _print_readme(entry: Entry) -> None:
     text = entry.readme
     if not text:
+        from peftx.composition.origins import metadata_file
         from peftx_spec.errors import PeftxError
 
-        raise PeftxError(f"{entry.distribution} brings no README")
+        raise PeftxError(
+            f"{entry.distribution} brings no README: {metadata_file(entry.point)} ends with its headers",
+            hint='readme = "README.md" in the [project] of its pyproject.toml',
+        )
     from peftx_cli.render import out
 
     if not sys.stdout.isatty():

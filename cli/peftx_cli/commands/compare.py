@@ -97,7 +97,8 @@ def _show(table: Table) -> None:
 
 
 def _line(row: TableRow) -> tuple[str, ...]:
-    from peftx.comparing.page import UNITS, interval, quality, rate
+    from peftx.comparing.page import interval, quality, rate
+    from peftx.comparing.sheet import UNITS
 
     costs = ("" if (value := getattr(row, name)) is None else unit(value) for name, unit in UNITS.items())
     return (row.row, quality(row), interval(row), row.note, rate(row), *costs)

@@ -16,8 +16,9 @@ from peftx.engines.models import asset_path
 from peftx.errors import BundleError
 from peftx_spec.models import Pipeline
 
-Kind = Literal["pace", "rate", "seed"]
-"""Steps are timed; a rate is tried on validation rows; a row is measured with a seed."""
+Kind = Literal["pace", "rate", "seed", "trial"]
+"""Steps are timed; a rate is tried on validation rows; a row is measured with a seed; a point of a search is tried on
+validation rows, and what it costs is measured."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Of a trial while it trained: the share of its steps that was made, the score then, and the seconds so far."""
+
+    share: float
+    value: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class JobResult:
     """What a job left, in one JSON file.
 
@@ -56,6 +66,7 @@ class JobResult:
         device_memory: bytes at most that tensors took on the accelerator; None without one.
         seconds: of training. token_seconds: of one generated token; None where the model writes no text.
         losses: (step, loss). threads: of torch.
+        checks: of a `trial` job, how it stood while it trained. ended_early: it was beaten, and `reason` says by whom.
     """
 
     id: str
@@ -75,6 +86,8 @@ class JobResult:
     token_seconds: float | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     threads: int = 0
+    checks: list[Check] = field(default_factory=list)
+    ended_early: bool = False
 
     def value(self, metric: str) -> float:
         """The score; may be infinite."""
@@ -97,9 +110,23 @@ def read_result(folder: Path, id: str) -> JobResult | None:
     if not file.exists():
         return None
     try:
-        return JobResult(**read_json(file))
-    except (BundleError, TypeError):
+        told = read_json(file)
+        told["checks"] = [Check(**check) for check in told.get("checks", ())]
+        return JobResult(**told)
+    except (BundleError, TypeError, AttributeError):
         return None
+
+
+def checks_file(scratch: Path) -> Path:
+    """Where a running trial writes its checks, a line each."""
+    return scratch / "checks"
+
+
+def read_checks(scratch: Path) -> list[Check]:
+    """Those of a trial so far; a line that is not whole yet is left for the next look."""
+    file = checks_file(scratch)
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [Check(**json.loads(line)) for line in lines]
 
 
 def identity_of(pipeline: Pipeline, registry: Registry) -> str:

@@ -74,12 +74,21 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def pareto(table: Table, cost: str, words: str, unit: Callable[[float], str]) -> str:
-    """Quality against one cost, a point a row with its number in the table; empty where no row has the cost."""
+def pareto(
+    table: Table,
+    cost: str,
+    words: str,
+    unit: Callable[[float], str],
+    kept: Callable[[TableRow], bool] | None = None,
+) -> str:
+    """Quality against one cost, a point a row with its number in the table; empty where no row has the cost.
+
+    kept: which rows there are points for; all that have a value unless given.
+    """
     rows = [
         (number, row)
         for number, row in enumerate(table.rows)
-        if _finite(row) and getattr(row, cost) is not None
+        if _finite(row) and getattr(row, cost) is not None and (kept is None or kept(row))
     ]
     if not rows:
         return ""

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peftx.comparing.jobs import Job, JobResult, read_result, write_result
+from peftx.comparing.jobs import Check, Job, JobResult, read_checks, read_result, write_result
 from peftx.comparing.work import work
 
 _OWN_TURN = 5.0
@@ -70,24 +70,48 @@ class Pool:
         ended = connection.wait(list(by_sentinel), timeout=seconds)
         return [self._ended(by_sentinel[sentinel]) for sentinel in ended]  # type: ignore[index]
 
+    def checks(self, id: str) -> list[Check]:
+        """How a running trial stood so far."""
+        return read_checks(self.running[id].scratch)
+
+    def end(self, id: str, reason: str) -> JobResult:
+        """End a trial before its time; that it was is its result."""
+        each = self.running[id]
+        _terminate([each])
+        result = read_result(self.folder, id)  # it may have come to its end in the meantime
+        if result is None:
+            job = each.job
+            result = JobResult(job.id, job.kind, job.seed, job.rate, reason, threads=self.threads,
+                               checks=self.checks(id), ended_early=True)  # fmt: skip
+            write_result(self.folder, result)
+        self._forget(each)
+        return result
+
     def _ended(self, each: _Running) -> JobResult:
         each.process.join()
         result = read_result(self.folder, each.job.id)
         if result is None:
             result = _lost(each, self.threads)
             write_result(self.folder, result)
-        shutil.rmtree(each.scratch, ignore_errors=True)
-        del self.running[each.job.id]
+        self._forget(each)
         return result
 
+    def _forget(self, each: _Running) -> None:
+        shutil.rmtree(each.scratch, ignore_errors=True)
+        del self.running[each.job.id]
+
     def stop(self) -> None:
-        for each in self.running.values():
-            each.process.terminate()
-        for each in self.running.values():
-            each.process.join(_OWN_TURN)
-            if each.process.is_alive():
-                each.process.kill()
-                each.process.join()
+        _terminate(self.running.values())
+
+
+def _terminate(those: Collection[_Running]) -> None:
+    for each in those:
+        each.process.terminate()
+    for each in those:
+        each.process.join(_OWN_TURN)
+        if each.process.is_alive():
+            each.process.kill()
+            each.process.join()
 
 
 def _lost(each: _Running, threads: int) -> JobResult:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftx.comparing.jobs import Job, JobResult, read_result, result_file
 from peftx.comparing.page import page
+from peftx.comparing.place import alone, check_place, side_by_side
 from peftx.comparing.processes import processes
 from peftx.comparing.schedule import Schedule
 from peftx.comparing.table import Table, table_of
 from peftx.comparing.writing import write
 from peftx.composition.registry import Registry
 from peftx.engines.files import make_place
-from peftx.errors import BundleError
 from peftx_spec.compare_load import LoadedCompare
 
 TICK = 0.5
@@ -55,15 +52,13 @@ def compare(
     Raises:
         PeftxError: no row can be built. BundleError: `folder` holds something else, or another process is at it.
     """
-    check_place(folder)
+    check_place(folder, OURS, "comparison")
     make_place(folder / "any")
-    with _alone(folder):
+    with alone(folder):
         schedule = Schedule(
             loaded, folder, registry=registry or Registry(), trust_remote_code=trust_remote_code
         )
-        cores = _cores()
-        at_once = jobs or (1 if _has_accelerator() else cores)
-        threads = max(1, cores // at_once)
+        at_once, threads = side_by_side(jobs)
         make_place(folder / "jobs" / "any")
         found = _run(schedule, folder, at_once, threads, retry, trust_remote_code, progress)
         table = table_of(schedule, found, threads=threads)
@@ -107,40 +102,3 @@ def _state(schedule: Schedule, found: dict[str, JobResult], running: int) -> Sta
     failed = sum(bool(result.reason) for result in found.values())
     left = running if not schedule.wanted(found) else max(running, schedule.count() - len(found))
     return State(len(found), len(found) + left, running, failed)
-
-
-def check_place(folder: Path) -> None:
-    """Raises BundleError where `folder` is a file, or holds what is not a comparison's."""
-    if folder.is_file():
-        raise BundleError(f"output '{folder}' is a file", hint="choose another folder")
-    if not folder.is_dir():
-        return
-    strange = [entry.name for entry in folder.iterdir() if entry.name not in OURS and entry.name[:1] != "."]
-    if strange:
-        raise BundleError(
-            f"output '{folder}' exists and is no comparison: it holds {strange[0]}",
-            hint="choose another folder, or empty it",
-        )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BundleError(
-                f"another process is comparing in '{folder}'", hint="wait for it, or choose another folder"
-            ) from None
-        yield
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return bool(torch.accelerator.is_available())

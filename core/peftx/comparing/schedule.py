@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftx.comparing.jobs import Job, JobResult, identity_of
+from peftx.comparing.pipelines import on_validation, split, trained, untrained
 from peftx.composition.registry import Registry
-from peftx.engines.data.sources import format_of, training_rows
-from peftx.engines.files import make_place, sha256, write_text
-from peftx.engines.models import asset_path
 from peftx.errors import PeftxError
 from peftx.pipeline import Run
 from peftx.planning import plan
 from peftx_spec import dump
 from peftx_spec.compare_load import Compared, LoadedCompare
-from peftx_spec.models import HIGHER_IS_BETTER, DataSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.models import HIGHER_IS_BETTER, Pipeline
 
 PACED_STEPS = 20
 """Steps of the pipeline that is timed; its process stops sooner where a quarter of the budget is used up."""
@@ -83,7 +79,7 @@ class Schedule:
                 seen.totals.trainable_params or "train_step" in hooks
             )
             if not trains:
-                pipeline = _untrained(pipeline, hooks)
+                pipeline = untrained(pipeline, hooks)
             rates = tuple(sorted(row.learning_rates)) if trains else ()
             identity = identity_of(pipeline, self.registry)
             rate_identity = identity_of(self._without_eval(pipeline), self.registry) if len(rates) > 1 else ""
@@ -199,19 +195,7 @@ class Schedule:
         return one > other if self.higher else one < other
 
     def _without_eval(self, pipeline: Pipeline) -> Pipeline:
-        """The same, measured by the chosen metric alone, on validation rows in place of `data.eval`."""
-        data, validation = pipeline.data, self.validation
-        held: dict[str, object] = {"eval": validation, "holdout": None}
-        if not isinstance(validation, SourceSpec):
-            held = {"eval": None, "holdout": HoldoutSpec(share=validation, seed=self.spec.seeds[0])}
-            if (
-                data.calibration is not None
-                and data.train is not None
-                and data.calibration.path == data.train.path
-            ):
-                held["calibration"] = None  # which means the rows that are trained on
-        metrics = tuple(metric for metric in pipeline.evaluate if metric.metric == self.metric)
-        return pipeline.model_copy(update={"data": data.model_copy(update=held), "evaluate": metrics})
+        return on_validation(pipeline, self.metric, self.validation, self.spec.seeds[0])
 
 
 def _of(row: PlannedRow) -> Pipeline:
@@ -220,45 +204,4 @@ def _of(row: PlannedRow) -> Pipeline:
 
 
 def _trained(pipeline: Pipeline, steps: int, rate: float, seed: int) -> Pipeline:
-    settings = (pipeline.train or TrainSpec()).model_copy(
-        update={"steps": steps, "num_train_epochs": None, "learning_rate": rate, "seed": seed}
-    )
-    return pipeline.model_copy(update={"train": settings})
-
-
-def _untrained(pipeline: Pipeline, hooks: frozenset[str]) -> Pipeline:
-    """Without a training section, and without rows that nothing reads then."""
-    data = pipeline.data
-    reads = "prepare_data" in hooks or ("compress" in hooks and data.calibration is None)
-    if not reads:
-        data = data.model_copy(update={"train": None})
-    return pipeline.model_copy(update={"train": None, "data": data})
-
-
-def split(pipeline: Pipeline, folder: Path) -> Pipeline:
-    """Two files in place of `data.holdout`: what is held out of the training rows to measure on must stay apart from
-    what is held out of the rest to choose rates on."""
-    data = pipeline.data
-    if data.holdout is None or data.train is None:
-        return pipeline
-    rows, held = training_rows(data)
-    assert rows is not None
-    assert held is not None
-    make_place(folder / "rows")
-    digest = split_digest(data)
-    sources: dict[str, SourceSpec] = {}
-    for name, part in (("train", rows), ("eval", held.rows)):
-        file = folder / f"{name}-{digest}.jsonl"
-        if not file.exists():
-            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
-        sources[name] = SourceSpec(path=str(file.absolute()), format=format_of(data.train), columns={},  # type: ignore[arg-type]
-                                   max_length=data.train.max_length)  # fmt: skip
-    return pipeline.model_copy(update={"data": data.model_copy(update={**sources, "holdout": None})})
-
-
-def split_digest(data: DataSpec) -> str:
-    """What decides about a split: the file, and how it is read and parted. Eight digits."""
-    assert data.train is not None
-    assert data.holdout is not None
-    text = f"{sha256(asset_path(data.train.path))} {data.train!r} {data.holdout!r}"
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return trained(pipeline, seed, steps=steps, num_train_epochs=None, learning_rate=rate)

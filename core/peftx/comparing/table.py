@@ -207,7 +207,13 @@ def _row(schedule: Schedule, row: PlannedRow, found: Found, slug: str) -> TableR
         return TableRow(**told, status="failed", reason=words + _reason(bad), log=bad.log if bad else "")
     over = spread([result.value(schedule.metric) for result in results])
     return TableRow(
-        **told, status="done", value=over.mean, std=over.std, low=over.low, high=over.high, **_costs(results)
+        **told,
+        status="done",
+        value=over.mean,
+        std=over.std,
+        low=over.low,
+        high=over.high,
+        **costs_of(results),
     )
 
 
@@ -229,7 +235,7 @@ def _measured(result: JobResult, metric: str) -> Measured:
     return Measured(result.seed, value, result.reason, result.scores, result.losses)
 
 
-def _costs(results: Sequence[JobResult]) -> dict[str, Any]:
+def costs_of(results: Sequence[JobResult]) -> dict[str, Any]:
     """Of all seeds: the most memory, means of the rest."""
     first = results[0]
     times = [result.token_seconds for result in results if result.token_seconds is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -10,13 +11,13 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftx.comparing.jobs import Job, JobResult, write_result
+from peftx.comparing.jobs import Check, Job, JobResult, checks_file, write_result
 from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
 from peftx.pipeline import Run, RunResult
@@ -81,18 +82,53 @@ class Watch:
     def finished(self, name: str, seconds: float, detail: str) -> None: ...
 
 
+class Checks(Watch):
+    """Writes down how a trial stands whenever it was measured, for the process that started it."""
+
+    def __init__(self, file: Path, metric: str) -> None:
+        super().__init__()
+        self.file, self.metric = file, metric
+        self.run: Run | None = None
+        self.training = False
+        self.seen = 0
+        self.found: list[Check] = []
+
+    def stage(self, name: str, ids: Sequence[str]) -> None:
+        self.training = name.startswith("train")
+        self.started = time.perf_counter()
+
+    def progress(self, done: int, total: int, values: dict[str, float | str]) -> None:
+        super().progress(done, total, values)
+        if not self.training or self.run is None or self.run.result is None:
+            return
+        known = self.run.result.stack.history.evaluations
+        if len(known) == self.seen:
+            return
+        self.seen = len(known)
+        value = known[-1].scores[self.metric].value
+        if value is not None:  # it is infinite: the score at the end will say so
+            self.found.append(Check(done / total, value, time.perf_counter() - self.started))
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.found[-1])) + "\n")
+
+
 def _measure(job: Job, blank: JobResult, scratch: Path, trust_remote_code: bool) -> JobResult:
     pipeline = load_pipeline(job.pipeline, catalogue=Registry())
-    if job.kind == "seed" and pipeline.stack:
+    if job.kind != "rate" and pipeline.stack:
         pipeline = pipeline.model_copy(update={"output": str(scratch / "bundle")})
-    result = Run(pipeline, reporter=Watch(), trust_remote_code=trust_remote_code).run()
+    checks = Checks(checks_file(scratch), job.metric)
+    run = Run(
+        pipeline, reporter=checks if job.kind == "trial" else Watch(), trust_remote_code=trust_remote_code
+    )
+    checks.run = run
+    result = run.run()
     scores = {name: _plain(score) for name, score in list(result.scores.values())[-1].items()}
     if job.metric not in scores:
         raise PeftxError(f"the run gave no '{job.metric}', but {', '.join(scores) or 'nothing'}")
     measured = replace(blank, scores=scores, trained=result.trainable, bundle_bytes=_bundle(result),
                        base_parameters=result.stack.base_parameters(), steps=sum(r.steps for r in result.training),
-                       seconds=sum(r.seconds for r in result.training), losses=_losses(result), memory=_peak(),
-                       device_memory=_device_peak())  # fmt: skip
+                       seconds=sum(r.seconds - r.measuring for r in result.training), losses=_losses(result),
+                       memory=_peak(), device_memory=_device_peak(), checks=checks.found)  # fmt: skip
     if job.kind == "rate":
         return measured
     return replace(measured, token_seconds=_token_seconds(result.stack))

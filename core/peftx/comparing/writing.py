@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ def to_json(table: Table) -> str:
     return json.dumps(table.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_csv(table: Table) -> str:
+def to_csv(table: Table, columns: Sequence[str] = COLUMNS) -> str:
     """A line a row; numbers as in the JSON, nothing for null."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     for row in table.to_dict()["rows"]:
-        writer.writerow([_cell(row[name]) for name in COLUMNS])
+        writer.writerow([_cell(row[name]) for name in columns])
     return file.getvalue()
 
 
@@ -34,7 +35,7 @@ def _cell(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def write(table: Table, page: str, folder: Path) -> None:
+def write(table: Table, page: str, folder: Path, columns: Sequence[str] = COLUMNS) -> None:
     """`results.json`, `results.csv`, `index.html` and `repeat/*.yaml`, each whole or not at all; YAML of rows that are
     no more is removed."""
     repeat = folder / "repeat"
@@ -48,5 +49,5 @@ def write(table: Table, page: str, folder: Path) -> None:
         if old.name not in written:
             old.unlink()
     write_text(folder / "results.json", to_json(table))
-    write_text(folder / "results.csv", to_csv(table))
+    write_text(folder / "results.csv", to_csv(table, columns))
     write_text(folder / "index.html", page)

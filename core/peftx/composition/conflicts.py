@@ -227,7 +227,7 @@ def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]
     compressed_first = [first, *(m for m in members if m is not first)]
     for order in (later, earlier, at_the_end, compressed_first):
         free = next(_collisions(order), None) is None and _unfit(order) is None
-        if free and not _without_adapters(order) and not _with_nothing_before(order):
+        if free and not _without_adapters(order) and _stays_known(members, order):
             return replace(conflict, working_order=tuple(m.id for m in order))
     return conflict
 
@@ -265,15 +265,29 @@ def _with_nothing_before(members: Sequence[Member]) -> list[Conflict]:
         ):
             continue
         other = next(iter(attaching), others[0])
-        order = [m for m in members if m is not member]
-        order.insert(order.index(other) + 1, member)
-        works = attaching and next(_collisions(order), None) is None and _unfit(order) is None
         what = "comes after it" if attaching else "brings nothing of the kind"
         reason = f"{member} works on what the plugins before it attached, and {other} {what}"
-        ids = tuple(m.id for m in order) if works else ()
         way = f"put an adapter such as lora before '{member.id}'"
-        found.append(Conflict(member.id, other.id, (Claim.WORKS_ON_PREVIOUS,), reason, ids, way))
+        found.append(Conflict(member.id, other.id, (Claim.WORKS_ON_PREVIOUS,), reason, (), way))
     return found
+
+
+def _stays_known(members: Sequence[Member], order: Sequence[Member]) -> bool:
+    """Does another order stand on nothing that only a model tells: what others work on stood before them already, and
+    nothing new stands behind those that leave smaller layers, or packs what others take."""
+    for member in order:
+        before, now = members[: members.index(member)], order[: order.index(member)]
+        if member.claims(Claim.WORKS_ON_PREVIOUS):
+            kept = [m for m in before if _attaches_parameters(m)]
+            if not kept or not all(m in now for m in kept):
+                return False
+        if member.claims(Claim.TAKES_WEIGHTS) and any(
+            m.claims(Claim.QUANTIZES) and m not in before for m in now
+        ):
+            return False
+        if member.claims(Claim.NARROWS) and any(m in before for m in order[order.index(member) + 1 :]):
+            return False
+    return True
 
 
 def _attaches_parameters(member: Member) -> bool:

@@ -16,8 +16,10 @@ from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
+from peftx.composition.origins import error_place, misfit, name_place, requirement_place
 from peftx.errors import RegistryError, nearest
 from peftx.kernel.names import DISABLE_VARIABLE, GROUP, HOOKS
+from peftx.version import __version__
 
 if TYPE_CHECKING:
     from peftx.kernel.plugin import Plugin, PluginConfig
@@ -94,6 +96,7 @@ class Registry:
         self._points = list(installed(GROUP) if points is None else points)
         names = os.environ.get(DISABLE_VARIABLE, "").split(",") if disabled is None else disabled
         self.disabled = frozenset(name.strip() for name in names if name.strip())
+        self._fitting: set[str] = set()
 
     @cached_property
     def _by_name(self) -> dict[str, list[EntryPoint]]:
@@ -131,7 +134,7 @@ class Registry:
                 hint=f"{hint}(installed: {', '.join(self.names()) or 'none'}); else: {self.install_hint(name)}",
             )
         if len(points) > 1:
-            owners = " and ".join(f"'{_distribution(p)}'" for p in points)
+            owners = " and ".join(f"'{_distribution(p)}' ({name_place(p)})" for p in points)
             raise RegistryError(
                 f"the name '{name}' is claimed by two distributions: {owners}",
                 hint=f"pip uninstall {_distribution(points[1])}",
@@ -172,11 +175,12 @@ class Registry:
         """Import one plugin's class.
 
         Raises:
-            RegistryError: as `point`, and when the module does not import or is no plugin; names the reason.
+            RegistryError: as `point`, and when it is for another version of peftx, its module does not import or is no
+                plugin; names the reason, the file and the line.
         """
         from peftx.kernel.plugin import Plugin
 
-        point = self.point(name)
+        point = self._fitting_point(name)
         try:
             found = point.load()
         except (
@@ -184,12 +188,27 @@ class Registry:
         ) as error:  # whatever a stranger's module raises: reported with its reason, never skipped
             raise RegistryError(
                 f"plugin '{name}' ({_distribution(point)}, {point.value}) does not import: "
-                f"{type(error).__name__}: {error}",
+                f"{error_place(point, error)}: {type(error).__name__}: {error}",
                 hint=f"pip install --upgrade {_distribution(point)}, or disable it: {DISABLE_VARIABLE}={name}",
             ) from error
         if not (isinstance(found, type) and issubclass(found, Plugin)):
-            raise RegistryError(f"plugin '{name}': {point.value} is no subclass of peftx.Plugin")
+            raise RegistryError(
+                f"plugin '{name}': {point.value} is no subclass of peftx.Plugin: {name_place(point)}"
+            )
         return found
+
+    def _fitting_point(self, name: str) -> EntryPoint:
+        """As `point`, of a plugin that is for this version of peftx."""
+        point = self.point(name)
+        if name not in self._fitting and point.dist is not None:
+            if asked := misfit(point.dist.requires or ()):
+                raise RegistryError(
+                    f"plugin '{name}' ({_distribution(point)} {point.dist.version}) needs {asked}, and this is peftx "
+                    f"{__version__}: {requirement_place(point, asked)}",
+                    hint=f"pip install --upgrade {_distribution(point)}, or pip install '{asked}'",
+                )
+            self._fitting.add(name)
+        return point
 
     def outline(self, name: str) -> type[Plugin]:
         """One plugin's class for its options, claims and hooks, which is not to be put on a model: without importing
@@ -200,7 +219,7 @@ class Registry:
         """
         from peftx.composition.outline import outline
 
-        point = self.point(name)
+        point = self._fitting_point(name)
         if point.module in sys.modules:
             return self.load(name)
         found = None

@@ -74,6 +74,17 @@ class Ledger:
         """Everything that a bundle must hold for one plugin."""
         return {name: tensor for part in self.of(owner) for name, tensor in part.tensors().items()}
 
+    def trained(self, *, but: str = "") -> dict[str, Tensor]:
+        """All that plugins train, and what they keep beside it (places of sparse entries), each tensor once, by owner
+        and name.
+
+        Args:
+            but: an owner that is left out.
+        """
+        parts = [part for part in self.parts if part.trains and part.owner != but]
+        found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
+        return dict({id(x): (name, x) for name, x in found.items()}.values())
+
     def parameters(self, owner: str) -> Iterator[nn.Parameter]:
         """What the plugin trains (whether or not it is frozen at the moment), each once."""
         seen: set[int] = set()

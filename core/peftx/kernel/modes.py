@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from peftx.kernel.ledger import Ledger
 
 
 @contextmanager
@@ -26,3 +28,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Inference mode with every module in eval mode; each module's own mode comes back afterwards."""
     with eval_mode(model), torch.inference_mode():
         yield
+
+
+@contextmanager
+def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model computes with earlier values of what plugins train, without gradients and in evaluation mode.
+
+    Args:
+        values: by name, as `Ledger.trained` gave them, copied; they are moved to where the model is, once.
+    """
+    now = ledger.trained()
+    own = {name: x.data for name, x in now.items()}
+    try:
+        for name, x in now.items():
+            x.data = values[name] = values[name].to(x)  # from a checkpoint they are on the CPU
+        with eval_mode(ledger.model), torch.no_grad():
+            yield
+    finally:
+        for name, x in now.items():
+            x.data = own[name]

@@ -279,7 +279,7 @@ class BasePart(Part):
             if now is not own:
                 self._aside[name] = now
             if name not in others or not others[name].on:
-                swap(self.model, self.module, {name: now}, {name: self._aside[name] if on else own})
+                swap(self.model, self.module, {name: now}, {name: self._aside.get(name, own) if on else own})
 
 
 @dataclass(eq=False)

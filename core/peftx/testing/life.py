@@ -24,7 +24,7 @@ from peftx_spec.models import FORMATS
 
 OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
 """What formats are made of: from one plugin's examples alone."""
-LEAST_ROWS = 8  # of which plugins that choose leave some
+LEAST_ROWS = 12  # of which plugins that choose leave some
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
 
@@ -41,7 +41,7 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
         rows_of(members),
         steps=steps,
         batch_size=2,
-        max_length=min(LENGTH, free_positions(stack.model) or LENGTH),
+        max_length=length_of(stack),
         learning_rate=1e-3,
         sources=sources_of(members),
     )
@@ -72,6 +72,11 @@ def built(members: Sequence[Member], model: PreTrainedModel) -> Stack:
     return stack
 
 
+def length_of(stack: Stack) -> int:
+    """Tokens of a row at most: behind soft tokens there may be fewer places."""
+    return min(LENGTH, free_positions(stack.model) or LENGTH)
+
+
 def early_ids(members: Sequence[Member]) -> list[str]:
     """Who compresses before anything is injected."""
     first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
@@ -85,8 +90,11 @@ def early_ids(members: Sequence[Member]) -> list[str]:
 def accompanied(members: Sequence[Member]) -> list[Member]:
     """With one of the kit's plugins that trains, the first that goes with them: in front, else behind what compresses
     the plain model."""
+    early = [m for m in members if m.id in early_ids(members)]
+    late = [m for m in members if m not in early]
     for plugin in (ReferenceLowRank(), ReferenceGain()):
-        for found in ([Member(COMPANION, plugin), *members], [*members, Member(COMPANION, plugin)]):
+        own = Member(COMPANION, plugin)
+        for found in ([*early, own, *late], [own, *members], [*members, own]):
             if not find_conflicts(found):
                 return found
     raise AssertionError("nothing trains, and nothing that does goes with it")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import combinations
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftx.composition.conflicts import find_conflicts
@@ -16,41 +15,22 @@ from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
 from peftx.kernel.members import Member
 from peftx.kernel.names import GROUP
-from peftx.kernel.plugin import Claim, Plugin, hookimpl
+from peftx.kernel.plugin import hooks_of
 from peftx.stack import Stack
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.testing.reference import COMPANION
+from peftx.testing.reference import COMPANION, QUANTIZER
 from peftx.testing.subject import ENCODERS
-from peftx.toolkits.compression import QuantLinear
 
 if TYPE_CHECKING:
-    from peftx.kernel.anatomy import Site
-    from peftx.kernel.view import ModelView
+    pass
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "mixtral", "phi3", "bert", "t5", "mamba", "opt")
-QUANTIZER = "reference-quantizer"
 SAYINGS = {"en": "All is well.", "de": "Alles ist gut.", "fr": "Tout va bien."}
 """One sentence in three languages, for what compares languages."""
 Until = Literal["build", "compression", "removal"]
 Outcome = Literal[
     "works", "refused-before-build", "refused-at-build", "refused-at-start", "refused-late", "failed"
 ]
-
-
-class ReferenceQuantizer(Plugin):
-    """8-bit integers in place of the weights of every linear layer, without calibration."""
-
-    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
-
-    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        return [
-            (site, prod(site.shape)) for site in model.linears("all", whole=True) if site.kind == "linear"
-        ]
-
-    @hookimpl
-    def compress(self, model: ModelView) -> None:
-        for site, _ in self.planned(model):
-            site.replace(QuantLinear.from_linear(site.module, bits=8))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -133,7 +113,10 @@ class Recipe:
 @cache
 def registry() -> Registry:
     """The installed plugins, and two of the kit."""
-    own = {COMPANION: "peftx.testing.reference:ReferenceLowRank", QUANTIZER: f"{__name__}:ReferenceQuantizer"}
+    own = {
+        COMPANION: "peftx.testing.reference:ReferenceLowRank",
+        QUANTIZER: "peftx.testing.reference:ReferenceQuantizer",
+    }
     points = [EntryPoint(name, value, GROUP) for name, value in own.items()]
     return Registry([*entry_points(group=GROUP), *points])
 
@@ -177,6 +160,7 @@ def _one(rng: random.Random, names: Sequence[str], arch: str, size: int) -> Reci
         twice = sum(entry.name == name for entry in entries)
         plugin = registry().load(name)
         needed = any(option.is_required() for option in plugin.Config.model_fields.values())
+        needed = needed or "prepare_data" in hooks_of(plugin)  # columns of its rows, models that are here
         options = {} if rng.random() < 0.2 and not needed else dict(plugin.example)
         phase = "before-training" if name == QUANTIZER and rng.random() < 0.7 else None
         entries.append(Entry(name, options, f"{name}-{twice + 1}" if twice else "", phase))

@@ -5,6 +5,8 @@ They start away from the identity, so that a composition in which one of them is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from peftx.kernel.plugin import Claim, Plugin, PluginConfig, hookimpl
 from peftx.kernel.slots import Delta, LowRank, add_low_rank
 from peftx.kernel.virtual_tokens import VirtualTokens
+from peftx.toolkits.compression import QuantLinear
 
 if TYPE_CHECKING:
+    from peftx.kernel.anatomy import Site
     from peftx.kernel.view import ModelView
 
 
@@ -114,3 +118,23 @@ class ReferenceColumn(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         model.column(self.column)
+
+
+QUANTIZER = "reference-quantizer"
+"""Its id."""
+
+
+class ReferenceQuantizer(Plugin):
+    """8-bit integers in place of the weights of every linear layer, without calibration."""
+
+    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
+
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        return [
+            (site, prod(site.shape)) for site in model.linears("all", whole=True) if site.kind == "linear"
+        ]
+
+    @hookimpl
+    def compress(self, model: ModelView) -> None:
+        for site, _ in self.planned(model):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ from peftx.kernel.plugin import Claim
 from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
-from peftx.testing.life import LENGTH, PROMPT, built, early_ids, rows_of, sources_of
+from peftx.testing.life import PROMPT, built, early_ids, length_of, rows_of, sources_of
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.recipes import (
     SAYINGS,
@@ -216,7 +216,7 @@ class Life:
             rows,
             steps=steps_for(*(member.plugin for member in stack.members)),
             batch_size=2,
-            max_length=LENGTH,
+            max_length=length_of(stack),
             learning_rate=1e-3,
             progress=count,
             sources=sources_of(stack.members),
@@ -242,14 +242,16 @@ class Life:
     def evaluate(self, stack: Stack) -> None:
         """What a run measures: a metric, and every plugin's own numbers."""
         if any(member.claims(Claim.CLASSIFIES) for member in stack.members):
-            stack.evaluate(list(ROWS_BY_FORMAT["classification"]), metrics=["accuracy"], max_length=LENGTH)
+            stack.evaluate(
+                list(ROWS_BY_FORMAT["classification"]), metrics=["accuracy"], max_length=length_of(stack)
+            )
         elif self.recipe.arch in DECODERS:
-            stack.evaluate(list(ROWS), metrics=["perplexity"], max_length=LENGTH)
+            stack.evaluate(list(ROWS), metrics=["perplexity"], max_length=length_of(stack))
         for member in stack.members:
             if member.implements("evaluate"):
                 rows = [{**SAYINGS, **row} for row in default_rows(type(member.plugin))]
                 with suppress(DataError):  # of rows that are too long for this model, not of the stack
-                    stack.evaluate(rows, metrics=[member.id], max_length=LENGTH)
+                    stack.evaluate(rows, metrics=[member.id], max_length=length_of(stack))
 
     def remove(self, stack: Stack) -> None:
         """In any order; what another one stands on waits for it, and what is folded for good stays."""

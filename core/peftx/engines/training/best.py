@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ class Best:
         self.spec, self.measure, self.told, self.higher = spec, measure, told, higher
         self.state: dict[str, Any] = {"value": None, "step": 0, "waited": 0, "snapshot": None}
         """In checkpoints too: value and step of the best, measurements since, and what was trained then."""
+        self.seconds = 0.0
+        """That measuring took, in this process."""
 
     @property
     def enough(self) -> bool:
@@ -45,6 +48,7 @@ class Best:
 
     def look(self, step: int, snapshot: Callable[[], Any]) -> None:
         """Measure, with the random streams left as they are. snapshot: what the trained state is made of."""
+        started = time.perf_counter()
         streams = random_state()
         scores = self.measure(self.spec.metric_for_best_model, self.spec.max_length)
         set_random_state(streams)
@@ -55,6 +59,7 @@ class Best:
             self.state = {"value": value, "step": step, "waited": 0, "snapshot": kept}
         else:
             self.state["waited"] += 1
+        self.seconds += time.perf_counter() - started
 
 
 class Looking(TrainerCallback):

@@ -68,6 +68,8 @@ class TrainingReport:
     at its left."""
     best: tuple[int, float] | None = None
     """Step and value of the best measurement, where `eval_steps` asked for some."""
+    measuring: float = 0.0
+    """Of `seconds`, those that these measurements took."""
 
     @property
     def first_loss(self) -> float:
@@ -250,6 +252,7 @@ def train(
         trainer.loss_terms,
         _full(rows, training_data),
         None if best is None or best.state["value"] is None else (best.state["step"], best.state["value"]),
+        0.0 if best is None else best.seconds,
     )
 
 

@@ -29,6 +29,8 @@ _NEEDS = {
     Claim.PASSES_LAYERS: {"inject"},
     Claim.WHOLE_CALLS: {"inject"},
     Claim.WORKS_ON_PREVIOUS: {"inject"},
+    Claim.TAKES_WEIGHTS: {"inject", "compress"},
+    Claim.NARROWS: {"compress"},
     Claim.NEEDS_GRADIENTS: {"train_step", "inject"},
     Claim.REPLACES_DECODING: {"decode"},
     Claim.LOSSLESS_DECODING: {"decode"},

@@ -13,8 +13,8 @@ from peftx.stack import Stack
 from peftx.testing.case import Case, assert_close, error_of, inputs_for, output
 from peftx.testing.checks.check import changes_model, check, injects
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.testing.reference import COMPANION, ReferenceLowRank
-from peftx.testing.subject import TEXT
+from peftx.testing.reference import COMPANION, QUANTIZER, ReferenceLowRank, ReferenceQuantizer
+from peftx.testing.subject import TEXT, TEXTS
 from peftx.toolkits.compression.calibration import BlockInputs, walk_blocks
 
 
@@ -143,8 +143,37 @@ def check_works_on_previous(case: Case) -> None:
     )
 
 
+_OF_WEIGHTS = (Claim.TAKES_WEIGHTS, Claim.COMPUTES_LAYERS)
+"""Claims of those that cannot stand on integers."""
+
+
+@check(on="package", when=injects)
+def check_stands_on_integers(case: Case) -> None:
+    """Behind 8-bit integers in the place of Llama's weights it is built, unless it claims `takes-weights`."""
+    claimed = [claim for claim in _OF_WEIGHTS if case.subject.claims(claim)]
+    if case.subject.claims(Claim.WORKS_ON_PREVIOUS):
+        return  # refused there for another reason
+
+    def built(*before: tuple[str, Plugin]) -> PeftxError | None:
+        def build() -> None:
+            members = [*before, (case.id, case.subject.make())]
+            stack = Stack(tiny("llama"), members, tokenizer=tiny_tokenizer(), inject=False)
+            if before:
+                stack.compress(list(TEXTS), [QUANTIZER], samples=1, length=8)
+            stack.inject()
+
+        return error_of(PeftxError, build)
+
+    if built() is not None:  # it stands elsewhere
+        return
+    refusal = built((QUANTIZER, ReferenceQuantizer()))
+    assert claimed or refusal is None, f"refused on integers, so claim {Claim.TAKES_WEIGHTS}: {refusal}"
+    assert not claimed or refusal is not None, f"claims {claimed[0]}, and stands on integers"
+
+
 CHECKS = (
     check_layers_run_by_themselves,
+    check_stands_on_integers,
     check_works_on_previous,
     check_layers_are_passed_by,
     check_padding_is_invisible,

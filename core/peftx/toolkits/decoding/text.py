@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import GenerationConfig
 
 from peftx.engines.data import Collator, encoder_ids, prompt_ids
@@ -127,6 +128,32 @@ def request_of_ids(
         generation_config=config,
         seed=seed,
     )
+
+
+AS_IT_IS = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+"""Options that write from the model itself, whatever a checkpoint's own generation settings are."""
+DRAWN = AS_IT_IS | {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+"""The same for drawing from it."""
+
+
+def written(
+    stack: Stack, prompts: Sequence[Sequence[int]], new: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """What a causal model, as it stands, writes behind prompts of token ids: `new` tokens at most and one at least,
+    fewer where one ends the text or the model's positions do. The token that ends a text is the last one of it.
+
+    Drafts and other `decode` hooks have no part in it.
+
+    Args:
+        options: of generation, such as `DRAWN`.
+    """
+    limit = free_positions(stack.model)
+    room = new if limit is None else limit - max(map(len, prompts))
+    request = request_of_ids(stack, prompts, max(1, min(new, room)), None, options)
+    y = request.run_default()[:, request.input_ids.shape[1] :]
+    end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
+    behind = end.cumsum(1) > end.long()
+    return [row[~over].tolist() for row, over in zip(y, behind, strict=True)]
 
 
 def generate(

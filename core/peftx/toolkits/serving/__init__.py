@@ -5,9 +5,11 @@ job.py      a request on its way
 engine.py   Engine: the queue and the thread that runs the model
 models.py   several of them, by name
 metrics.py  what Prometheus reads
+structured.py  answers that are JSON
 stream.py   text as it is written
 prefix.py   keys and values of prompts that were served before
 app.py      the HTTP routes (needs fastapi, which is not imported here); guards.py before them
+bodies.py   what clients send; replies.py and errors.py what they get; openapi.py how that is told
 http.py     on a socket (needs uvicorn)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from peftx.toolkits.serving.job import Completion, Job
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.scoring import scores_of, shaping
 from peftx.toolkits.serving.stream import cut_at_stop
+from peftx.toolkits.serving.structured import Grammars
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -29,6 +31,16 @@ class Answers:
     def __init__(self, stack: Stack, prefixes: PrefixCache | None = None) -> None:
         self.stack, self.tokenizer, self.prefixes = stack, stack.tokenizer, prefixes
         self.pad = pad_of(stack.model, stack.tokenizer)
+        self._grammars: Grammars | None = None
+        self._reading = threading.Lock()
+
+    def grammars(self) -> Grammars:
+        """Those of its tokenizer, which is read when the first is asked for."""
+        with self._reading:
+            if self._grammars is None:
+                config, tokenizer = self.stack.model.generation_config, self.tokenizer
+                self._grammars = Grammars(self.stack, ends_of(config) or {tokenizer.eos_token_id})
+            return self._grammars
 
     def generation(self, jobs: Sequence[Job]) -> Generation:
         """One call for jobs that sample alike, to the longest of their lengths."""
@@ -41,7 +53,7 @@ class Answers:
         longest = max(job.max_tokens for job in jobs)
         found = request_of_ids(stack, [job.ids for job in jobs], longest, first.seed, choice)
         written = 1 if stack.model.config.is_encoder_decoder else found.input_ids.shape[1]
-        found.logits_processors += shaping(first, start=written)
+        found.logits_processors += shaping(first, start=written, grammars=self.grammars)
         return found
 
     def finish(self, job: Job, row: list[int], ends: Collection[int]) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from peftx.engines.data.messages import render_messages
 from peftx.errors import DataError, UnsupportedError
@@ -19,23 +20,32 @@ MOST_STOPS = 4  # as OpenAI
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048
+SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
 ASIDE = "\nUser:"
 """Where a model without a chat template is in the other speaker's turn."""
 
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[TokenKey, Bias], Field(max_length=1024, json_schema_extra={"additionalProperties": False})
+]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-AT_DEFAULT_ALONE = ("suffix", "tool_choice", "response_format", "parallel_tool_calls", "dimensions")
+AT_DEFAULT_ALONE = ("suffix", "tool_choice", "parallel_tool_calls", "dimensions")
 """Fields whose other values this server does not know."""
+
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""A number in quotes is no number."""
 
 
 class Body(BaseModel):
     """A request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     model: str
 
     @model_validator(mode="before")
@@ -48,12 +58,56 @@ class Body(BaseModel):
             name: value for name, value in data.items() if value is not None or name not in cls.model_fields
         }
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Said in the schema too: what need not be given may be null."""
+        found: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        for name in found["properties"].keys() - set(found.get("required", ())):
+            given = found["properties"][name]
+            if {"type": "null"} not in given.get("anyOf", ()) and given.get("type") != "null":
+                found["properties"][name] = {"anyOf": [given, {"type": "null"}]}
+        return found
+
 
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     include_usage: bool = False
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema; it is held to whether `strict` or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    strict: bool | None = None
+    told: dict[str, Any] = Field({"type": "object", "additionalProperties": True}, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What the answer is to look like."""
+
+    model_config = STRICT
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ResponseFormat:
+        if (self.json_schema is not None) is not (self.type == "json_schema"):
+            raise ValueError("json_schema is given where the type is json_schema, and only there")
+        _ = self.text
+        return self
+
+    @property
+    def text(self) -> str:
+        """The schema as JSON; empty where an answer may be anything. Raises ValueError where it is none."""
+        if self.type == "text":
+            return ""
+        if self.json_schema is None:
+            return '{"type": "object", "additionalProperties": true}'
+        return json.dumps(self.json_schema.told, allow_nan=False)
 
 
 class Sampled(Body):
@@ -67,9 +121,10 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     user: str | None = None
+    response_format: ResponseFormat | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] = Field(default_factory=dict)
+    logit_bias: Biases = Field(default_factory=dict)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -87,7 +142,8 @@ class Sampled(Body):
                 stream=self.stream,
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
-                logit_bias=tuple(sorted(self.logit_bias.items())),
+                schema="" if self.response_format is None else self.response_format.text,
+                logit_bias=tuple(sorted((int(id), bias) for id, bias in self.logit_bias.items())),
             )
             for index in range(self.n)
         ]
@@ -103,7 +159,11 @@ def _sole(value: object) -> object:
 class CompletionBody(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[Text | Ids], BeforeValidator(_sole), Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Annotated[
+        list[Text | Ids],
+        SEVERAL,
+        BeforeValidator(_sole, json_schema_input_type=Text | Ids | Annotated[list[Text | Ids], SEVERAL]),
+    ]
     max_tokens: int = Field(16, ge=0)
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     echo: bool = False
@@ -140,7 +200,7 @@ def _prompt(prompt: str | list[int]) -> dict[str, Any]:
 class Part(BaseModel):
     """A piece of a message's content."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
     text: str
 
@@ -148,7 +208,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
@@ -178,13 +238,6 @@ class Message(BaseModel):
         return found
 
 
-class ResponseFormat(BaseModel):
-    """What the answer is to look like."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-
-
 class ChatBody(Sampled):
     """`POST /v1/chat/completions`."""
 
@@ -194,7 +247,6 @@ class ChatBody(Sampled):
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
-    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
@@ -231,7 +283,11 @@ class ChatBody(Sampled):
 class EmbeddingsBody(Body):
     """`POST /v1/embeddings`."""
 
-    input: Annotated[list[Text], BeforeValidator(_sole), Field(min_length=1, max_length=MOST_PROMPTS)]
+    input: Annotated[
+        list[Text],
+        SEVERAL,
+        BeforeValidator(_sole, json_schema_input_type=Text | Annotated[list[Text], SEVERAL]),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
     user: str | None = None
@@ -240,7 +296,7 @@ class EmbeddingsBody(Body):
 class TokenizeBody(BaseModel):
     """`POST /tokenize`, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     prompt: str
     model: str | None = None
 
@@ -248,7 +304,7 @@ class TokenizeBody(BaseModel):
 class DetokenizeBody(BaseModel):
     """`POST /detokenize`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     tokens: Annotated[list[TokenId], Field(max_length=100_000)]
     model: str | None = None
 
@@ -259,7 +315,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.-]+$")]
 class LoadBody(BaseModel):
     """`POST /v1/load_lora_adapter`, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -267,5 +323,5 @@ class LoadBody(BaseModel):
 class UnloadBody(BaseModel):
     """`POST /v1/unload_lora_adapter`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     lora_name: Name

@@ -41,9 +41,10 @@ PADDED = 2.0
 class Seats:
     """Which rows are whose."""
 
-    rows: dict[str, Tensor]
+    names: tuple[str, ...] = ()
+    """Of each row."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
     """Name -> indices of its rows."""
-    count: int
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class _Site:
         for name, rows in seats.rows.items():
             if (run := self.runs.get(name)) is None:
                 continue
-            if len(rows) == seats.count:  # the only bundle
+            if len(rows) == len(seats.names):  # the only bundle
                 for delta in run:
                     y = delta(x, y)
                 continue
@@ -97,12 +98,13 @@ class _Site:
         if most * len(groups) > PADDED * total:
             groups, most = [(low, row[None]) for low, rows in groups for row in rows], 1
         places = torch.cat([F.pad(rows, (0, most - len(rows)), value=int(rows[0])) for _, rows in groups])
-        kept = torch.cat([torch.arange(len(rows)) + k * most for k, (_, rows) in enumerate(groups)])
+        kept = torch.cat([
+            torch.arange(len(rows), device=rows.device) + k * most for k, (_, rows) in enumerate(groups)
+        ])  # fmt: skip
         rank = max(len(low.A) for low, _ in groups)
         A = torch.stack([F.pad(low.A, (0, 0, 0, rank - len(low.A))).t() for low, _ in groups])
         B = torch.stack([F.pad(low.B * low.scale, (0, rank - len(low.A))).t() for low, _ in groups])
-        device = A.device
-        return places.to(device), kept.to(device), torch.cat([rows for _, rows in groups]).to(device), A, B
+        return places, kept, torch.cat([rows for _, rows in groups]), A, B
 
 
 class Crowd:
@@ -114,9 +116,11 @@ class Crowd:
 
     def __init__(self, base: PreTrainedModel, *, packed: bool) -> None:
         self.base, self.host = base, sharing(base).eval()
-        self.seats = Seats({}, 0)
+        self.seats = Seats()
         self.stacks: dict[str, Stack] = {}
         self._sites: dict[str, _Site] = {}
+        self._seen: dict[str, list[tuple[nn.Module, object]]] = {}
+        """Name -> its modules, and the state of each when the sites were made."""
         if packed:
             pack(self.host)
 
@@ -126,10 +130,12 @@ class Crowd:
         Raises:
             UnsupportedError: it does more to the base than can be done to some of the rows; with the first of it.
         """
+        seen = self._seen[name] = []
         for path in edited_places(stack, self.base):
             module = stack.model.get_submodule(path)
             site, slot = self._sites.get(path) or self._open(path), slot_of(module)
-            if slot is None or not _adds(slot):
+            seen.append((module, _state_of(module)))
+            if slot is None or not _adds(slot) or _has_own(module, self.base.get_submodule(path)):
                 site.runs[name] = (partial(_whole, module),)
                 continue
             alone = None if slot.alone is None else slot.alone.low_rank()
@@ -138,26 +144,31 @@ class Crowd:
             elif slot.run:
                 site.runs[name] = slot.run
         self.stacks[name] = stack
-        self.seats = Seats({}, 0)
+        self.seats = Seats()
 
     def leave(self, name: str) -> None:
-        del self.stacks[name]
+        """Let a bundle go; also one that came only half in."""
+        self.stacks.pop(name, None)
+        self._seen.pop(name, None)
         for site in self._sites.values():
             site.runs.pop(name, None)
             site.low.pop(name, None)
-        self.seats = Seats({}, 0)
+        self.seats = Seats()
 
     def seat(self, names: Sequence[str]) -> None:
         """Say whose row is which, before the host is called."""
+        for name in dict.fromkeys(names):
+            if any(_state_of(module) is not state for module, state in self._seen[name]):
+                stack = self.stacks[name]  # adapters were switched, or merged
+                self.leave(name)
+                self.join(name, stack)
+        if self.seats.names == tuple(names):
+            return
         rows = {
-            name: torch.tensor([i for i, own in enumerate(names) if own == name])
+            name: torch.tensor([i for i, own in enumerate(names) if own == name], device=self.host.device)
             for name in dict.fromkeys(names)
         }
-        same = self.seats.count == len(names) and rows.keys() == self.seats.rows.keys() and all(
-            torch.equal(self.seats.rows[name], own) for name, own in rows.items()
-        )  # fmt: skip
-        if not same:
-            self.seats = Seats(rows, len(names))
+        self.seats = Seats(tuple(names), rows)
 
     def reader(self, name: str) -> PreTrainedModel:
         """Who reads a bundle's prompts: its own model where soft tokens stand in front of them, else the host."""
@@ -198,6 +209,31 @@ def edited_places(stack: Stack, base: PreTrainedModel) -> list[str]:
         if any(True for _ in module.children()) or not any(True for _ in module.parameters()):
             raise UnsupportedError(f"{what}, which is more than one layer")
     return list(own)
+
+
+def _state_of(module: nn.Module) -> object:
+    """Something of its slot that is made anew at each change."""
+    slot = slot_of(module)
+    return None if slot is None else slot.folded
+
+
+def adopt(stack: Stack) -> None:
+    """Let frozen parameters that are equal to the base's be the base's: what trained there and was packed since
+    (BitDelta) takes no memory. For a stack that is served, and trains no more."""
+    known = dict(base_of(stack.model).named_parameters(remove_duplicate=False))
+    for name, own in list(stack.model.named_parameters(remove_duplicate=False)):
+        old = known.get(name)
+        if old is None or old is own or own.requires_grad or own.dtype != old.dtype:
+            continue
+        if torch.equal(own, old):
+            path, _, leaf = name.rpartition(".")
+            stack.model.get_submodule(path)._parameters[leaf] = old
+
+
+def _has_own(module: nn.Module, base: nn.Module) -> bool:
+    """Has a layer parameters that are not its base's."""
+    theirs = base._parameters
+    return any(own is not theirs.get(name) for name, own in module.named_parameters(recurse=False))
 
 
 def _adds(slot: SlotState) -> bool:

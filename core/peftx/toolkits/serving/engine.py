@@ -17,7 +17,7 @@ from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.batches import Batches
-from peftx.toolkits.serving.crowd import Crowd
+from peftx.toolkits.serving.crowd import Crowd, adopt
 from peftx.toolkits.serving.job import MOST_LEFT, Job, Request
 from peftx.toolkits.serving.packed import pack
 from peftx.toolkits.serving.prefix import PrefixCache
@@ -51,12 +51,13 @@ class Together:
         """
         if server.scheduler != self.worker.scheduler:
             raise UnsupportedError("a plugin changed its scheduler")
-        name, beside = server.name, dict(list(self.rows.answers.items())[:1])
+        name = server.name
         with self.worker.between_steps():
-            self.crowd.join(name, answers.stack)
+            beside = dict(list(self.rows.answers.items())[:1])
             try:
+                self.crowd.join(name, answers.stack)
                 prove(beside | {name: answers}, self.crowd)
-            except UnsupportedError:
+            except Exception:
                 self.crowd.leave(name)
                 raise
             self.rows.answers[name] = answers
@@ -93,8 +94,11 @@ class Engine:
         self.prefixes = scheduler.prefixes
         if self.prefixes is None and scheduler.prefix_cache:
             self.prefixes = PrefixCache(stack.model, entries=scheduler.prefix_entries)
+        if together is not None:
+            adopt(stack)
         self.packed = pack(stack.model) if scheduler.pack_weights else 0  # linear layers
-        self._together, self._worker = self._place(Answers(stack, self.prefixes), together)
+        self._answers = Answers(stack, self.prefixes)
+        self._together, self._worker = self._place(self._answers, together)
         self._tokenizer = stack.tokenizer
         self._tokenizing = threading.Lock()  # a tokenizer's settings are its own, not a call's
         self._changed = threading.Condition()
@@ -134,10 +138,12 @@ class Engine:
         """Put a request in the queue.
 
         Raises:
-            PeftxError: an empty prompt, or one that does not fit the model's context.
+            PeftxError: an empty prompt, one that does not fit the model's context, or a schema that is none.
             QueueFull: too many wait already.
         """
         ids = self.ids_of(request)
+        if request.schema:
+            self._answers.grammars().compiled(request.schema)  # here, where others need not wait for it
         job = Job(request, ids, self.room_of(request, ids), model=self.server.name)
         with self._changed:
             if self._retiring:

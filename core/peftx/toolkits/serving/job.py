@@ -38,12 +38,14 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
+    schema: str = ""
+    """JSON schema of the answer; empty where it may be anything."""
 
     @property
     def key(self) -> tuple[object, ...]:
         """Requests with the same key may run in one batch that runs whole."""
         shaped = self.presence_penalty, self.frequency_penalty, self.logit_bias
-        return (self.temperature, self.top_p, self.stop, *shaped)
+        return (self.temperature, self.top_p, self.stop, self.schema, *shaped)
 
 
 MOST_LEFT = 1024
@@ -97,6 +99,8 @@ class Job:
         self._send: Callable[[str | None], None] = self._pieces.put
         self._sending = threading.Lock()
         self.cancelled = False
+        # As a callback, so that a listener that raises is logged, and does not end who gave the answer.
+        self.future.add_done_callback(lambda _: self.send(None))
 
     @property
     def prompt_tokens(self) -> int:
@@ -126,7 +130,6 @@ class Job:
         else:
             assert completion is not None
             self.future.set_result(completion)
-        self.send(None)
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces, until it ends. Raises what the model raised."""

@@ -44,15 +44,22 @@ class Models:
             self._engines[server.name] = self._engine(server)
         self._first, self._loader = servers[0].name, loader
         self._loading = threading.Lock()
+        self._leaving: set[str] = set()
         self._running = False
 
     def _engine(self, server: Server) -> Engine:
         """In one batch with the others of its base, if it can be."""
+        server.prepare()  # its plugins have their say in the policy
+        store = server.scheduler.prefixes
+        if (other := next((e for e in self if store is not None and e.prefixes is store), None)) is not None:
+            raise PeftxError(
+                f"'{server.name}' and '{other.server.name}' have one store of prefixes, which are one model's",
+                hint="give each its own",
+            )
         base = base_of(server.stack.model)
         if not self._many or base is server.stack.model:
             return Engine(server)
         if base not in self._batches:
-            server.prepare()  # its plugins have their say in the policy
             self._batches[base] = Together(base, server.scheduler)
         return Engine(server, self._batches[base])
 
@@ -79,12 +86,16 @@ class Models:
         with self._loading:
             if name in self._engines:
                 raise PeftxError(f"'{name}' is served already", hint="unload it first, or take another name")
-            engine = self._engine(self._loader(name, path))
-            if engine.server.routes:
+            if name in self._leaving:
+                raise PeftxError(f"'{name}' is still answering what was asked of it", hint="try again later")
+            server = self._loader(name, path)
+            server.prepare()
+            if server.routes:
                 raise PeftxError(
                     f"'{path}' brings routes of its own, which are set up when a server starts",
                     hint="name it on the command line",
                 )
+            engine = self._engine(server)
             self._engines[name] = engine.start() if self._running else engine
 
     def unload(self, name: str) -> None:
@@ -101,7 +112,10 @@ class Models:
                     hint="start the server with another one first",
                 )
             del self._engines[name]
+            self._leaving.add(name)
         engine.retire()
+        with self._loading:
+            self._leaving.remove(name)
 
     def __enter__(self) -> Models:
         self._running = True

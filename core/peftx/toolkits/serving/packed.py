@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +28,28 @@ class Packed:
     """`F.linear` with a copy of one weight; with the weight itself where it was changed, or gradients are wanted."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._version = weakref.ref(weight), weight._version
+        self._weight, self._place, self._version = weakref.ref(weight), weight.data_ptr(), weight._version
         self._copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        same = weight._version == self._version and self._weight() is weight
-        if not same or x.dtype is not torch.float32 or torch.is_grad_enabled():
+        same = weight.data_ptr() == self._place and self._weight() is weight
+        if (
+            not same
+            or weight._version != self._version
+            or x.dtype is not torch.float32
+            or torch.is_grad_enabled()
+        ):
             return F.linear(x, weight, bias)
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._copy, bias, "none", [], "")
         return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied model has weights of its own: without."""
+        return _plain, ()
+
+
+def _plain() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return F.linear
 
 
 _COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -63,7 +78,12 @@ def _multiplies(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or kind_of(module) != "plain":
         return False
     weight, slot = module._parameters["weight"], slot_of(module)
-    if weight is None or weight.dtype is not torch.float32 or weight.device.type != "cpu":
+    if (
+        weight is None
+        or weight.is_inference()
+        or weight.dtype is not torch.float32
+        or weight.device.type != "cpu"
+    ):
         return False
     bias = module._parameters["bias"]
     if bias is not None and not bias.is_contiguous():  # oneDNN reads it wrong

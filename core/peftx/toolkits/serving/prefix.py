@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,12 @@ class PrefixCache:
         for index, layer in enumerate(cache.layers):
             if layer.keys is None:  # it reads another layer's
                 continue
-            own.update(
-                layer.keys[row : row + 1, :, -len(ids) :], layer.values[row : row + 1, :, -len(ids) :], index
-            )
+            keys, values = (kept[row : row + 1, :, -len(ids) :] for kept in (layer.keys, layer.values))
+            if index < len(own.layers):
+                own.update(keys, values, index)
+            else:  # what a plugin has to go with tokens
+                own.layers.append(copy.copy(layer))
+                own.layers[-1].keys, own.layers[-1].values = keys, values
         self.keep(ids, own)
 
     def keep(self, ids: list[int], cache: Cache) -> None:

@@ -129,16 +129,14 @@ class Rows:
         for job in jobs:
             self._begin(job)
         for row in [row for row in self._reading if row.job.cancelled]:
-            self._reading.remove(row)
             self._finish(row)
         for rows in self._pieces():
             try:
                 self._read(rows)
             except Exception as error:  # noqa: BLE001  what a plugin raises is the answer of these requests, not the end
                 self._fail(rows, error)
-        for index in reversed(range(len(self._writing))):
-            if self._writing[index].job.cancelled:
-                self._finish(self._leave(index))
+        for row in [row for row in self._writing if row.job.cancelled]:
+            self._finish(row)
         if self._writing:
             try:
                 self._write()
@@ -165,9 +163,9 @@ class Rows:
         """What is read now: whole short prompts together, pieces of long ones each alone, `piece` tokens in all."""
         room, pieces, open_ones = self.piece, list[list[Row]](), dict[int, list[Row]]()
         for row in self._reading:
-            if room <= 0:
+            if min(row.left, self.piece) > room:
                 break
-            room -= min(row.left, room)
+            room -= min(row.left, self.piece)
             if row.read or row.left > self.piece:
                 pieces.append([row])
                 continue
@@ -196,16 +194,24 @@ class Rows:
             if row.left:
                 row.cache = cache
                 continue
-            self._reading.remove(row)
-            if row.answers.prefixes is not None:
-                row.answers.prefixes.keep_row(row.job.ids, cache, index)
             row.more = int(cache.get_seq_length()) - mask.shape[1]
-            if self._slots is None:
-                self._slots = Slots(cache, self.most)
-            self._slots.put(cache, index, len(row.job.ids) + row.more)
-            self._writing.append(row)
-            row.cache = None
+            try:
+                self._seat(row, cache, index)
+            except Exception as error:  # noqa: BLE001  the answer of this request alone
+                self._fail([row], error)
+                continue
             self._next([(row, logits[index : index + 1])])
+
+    def _seat(self, row: Row, cache: Cache, index: int) -> None:
+        """A slot for what will be written behind a prompt, which stands in a row of `cache`."""
+        if row.answers.prefixes is not None:
+            row.answers.prefixes.keep_row(row.job.ids, cache, index)
+        if self._slots is None:
+            self._slots = Slots(cache, self.most)
+        self._slots.put(cache, index, len(row.job.ids) + row.more)
+        row.cache = None
+        self._reading.remove(row)
+        self._writing.append(row)
 
     def _write(self) -> None:
         slots, rows = self._slots, list(self._writing)
@@ -246,35 +252,39 @@ class Rows:
                 self._fail([row], error)
                 continue
             if done:
-                self._finish(self._leave(self._writing.index(row)))
-
-    def _leave(self, index: int) -> Row:
-        """Give a row's slot away; the last row takes it."""
-        assert self._slots is not None
-        row = self._writing[index]
-        if (prefixes := row.answers.prefixes) is not None:
-            columns = self._slots.row(index, row.answers.stack.model.config)
-            prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
-        self._slots.drop(index)
-        self._writing[index] = self._writing[-1]
-        self._writing.pop()
-        return row
+                self._finish(row)
 
     def _finish(self, row: Row) -> None:
+        """Answer with what is written."""
         try:
+            if row in self._writing and row.answers.prefixes is not None:
+                assert self._slots is not None
+                columns = self._slots.row(self._writing.index(row), row.answers.stack.model.config)
+                row.answers.prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
             if row.stream is not None:
                 row.stream.end()
             row.answers.finish(row.job, row.written, row.ends)
         except Exception as error:  # noqa: BLE001  the answer of this request alone
             row.job.finish(None, error)
+        self._leave(row)
 
     def _fail(self, rows: Sequence[Row], error: Exception) -> None:
         for row in rows:
-            if row in self._writing:
-                self._leave(self._writing.index(row))
-            else:
-                self._reading.remove(row)
             row.job.finish(None, error)
+            self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        """Give a row's place away; the last row takes its slot, and with that one go all slots."""
+        if row in self._reading:
+            self._reading.remove(row)
+            return
+        assert self._slots is not None
+        index = self._writing.index(row)
+        self._slots.drop(index)
+        self._writing[index] = self._writing[-1]
+        self._writing.pop()
+        if not self._writing:
+            self._slots = None
 
 
 @cache
@@ -293,6 +303,10 @@ def refuse_whole_batches(stack: Stack) -> None:
     config = model.generation_config
     if (config.num_beams or 1) > 1 or config.use_cache is False or config.cache_implementation is not None:
         raise UnsupportedError("the model's generation settings ask for beams, another cache, or none")
+    if config.stop_strings is not None or config.max_time is not None:
+        raise UnsupportedError(
+            "the model's generation settings end texts by strings of their own, or by time"
+        )
     check_layers(DynamicCache(config=model.config))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from peftx.toolkits.serving.job import Request, TokenScore
+from peftx.toolkits.serving.structured import Grammars, Structure
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -42,7 +43,7 @@ class _Bias(LogitsProcessor):  # type: ignore[misc]
         return scores.index_add(1, ids, values.expand(len(scores), -1))
 
 
-def shaping(request: Request, *, start: int) -> list[LogitsProcessor]:
+def shaping(request: Request, *, start: int, grammars: Callable[[], Grammars]) -> list[LogitsProcessor]:
     """What changes the logits of a request; `start`: tokens of its prompt, pads with it."""
     found: list[LogitsProcessor] = []
     if request.presence_penalty or request.frequency_penalty:
@@ -51,6 +52,8 @@ def shaping(request: Request, *, start: int) -> list[LogitsProcessor]:
         )
     if request.logit_bias:
         found.append(_Bias(request.logit_bias))
+    if request.schema:
+        found.append(Structure(grammars(), request.schema, start=start))
     return found
 
 

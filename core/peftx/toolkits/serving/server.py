@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import DynamicCache
+
 from peftx.errors import PeftxError
+from peftx.kernel.carried import has_rows
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
 from peftx.toolkits.serving.job import Job
@@ -81,6 +84,9 @@ class Server:
     api_key: str | None = field(default=None, repr=False)
     _ready: bool = field(default=False, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        self.scheduler = replace(self.scheduler)  # its plugins may change it, and those of no other server
+
     def add_route(self, method: str, path: str, endpoint: Callable[..., Any]) -> None:
         """Add a route.
 
@@ -120,11 +126,14 @@ class Server:
                     return f"'{member.id}' claims {claim}"
         if self.stack.model.config.is_encoder_decoder:
             return "an encoder-decoder model keeps no cache of its prompt"
+        if not has_rows(DynamicCache(config=self.stack.model.config)):
+            return "the model keeps states, and no keys and values of tokens"
         return ""
 
 
 OWN_ROUTES = (
-    ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("GET", "/metrics"), ("GET", "/v1/models"),
+    ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
+    ("GET", "/v1/models"),
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/embeddings"),
     ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/tokenize"), ("POST", "/detokenize"),

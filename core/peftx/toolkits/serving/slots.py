@@ -5,7 +5,8 @@
     row 1      f  g  h  i  j  k  l |          no row is moved when it grows, and what a model sees is
     row 2      .  .  .  .  .  m  n |          what left padding shows it
 
-A row that comes is copied in beside the others; the last row takes the place of one that goes.
+A row that comes is copied in beside the others; the last row takes the place of one that goes. What is in front of a
+row is filled: what another one left there may be no number, and would come through a mask.
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ class Window:
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of a layer; `keys` and `values` are those in use, [rows, H, columns, D]."""
+    """Keys and values of a layer, slots and columns as they are needed; `keys` and `values` are those in use,
+    [rows, H, columns, D]."""
 
-    def __init__(self, window: Window, like: CacheLayerMixin, slots: int) -> None:
+    def __init__(self, window: Window, like: CacheLayerMixin) -> None:
         self.window, self.is_sliding = window, isinstance(like, DynamicSlidingWindowLayer)
         self.is_initialized, self.written = True, 0
         if name := vars(like).get("peftx_carried"):
             self.peftx_carried = name  # a plugin's values, which go with the tokens
         self.fill = vars(like).get("peftx_fill", 0)
         self._keys, self._values = (
-            kept.new_full((slots, kept.shape[1], 0, kept.shape[3]), self.fill)
+            kept.new_full((0, kept.shape[1], 0, kept.shape[3]), self.fill)
             for kept in (like.keys, like.values)
         )
 
     @property
-    def columns(self) -> int:
-        """That there is room for."""
-        return int(self._keys.shape[2])
+    def room(self) -> tuple[int, int]:
+        """Slots and columns that there are."""
+        return int(self._keys.shape[0]), int(self._keys.shape[2])
 
     @property
     def keys(self) -> Tensor:
@@ -77,15 +79,25 @@ class _Layer(CacheLayerMixin):
             kept[index] = self.fill
             kept[index, :, end - own.shape[1] : end] = own
 
-    def move(self, end: int, columns: int) -> None:
-        """What is in use, ending at `end` of so many columns."""
-        self._keys, self._values = (self._moved(kept, end, columns) for kept in (self._keys, self._values))
+    def row(self, index: int, columns: int) -> tuple[Tensor, Tensor]:
+        """A row's last columns, [H, columns, D]."""
+        place = slice(self.window.end - columns, self.window.end)
+        return self._keys[index, :, place], self._values[index, :, place]
 
-    def _moved(self, kept: Tensor, end: int, columns: int) -> Tensor:
-        found = kept.new_full((kept.shape[0], kept.shape[1], columns, kept.shape[3]), self.fill)
-        own = self._used(kept)
+    def moved(self, slots: int, end: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Tensors of other sizes with what is in use, ending at `end`."""
+        return self._moved(self._keys, slots, end, columns), self._moved(self._values, slots, end, columns)
+
+    def _moved(self, kept: Tensor, slots: int, end: int, columns: int) -> Tensor:
+        window = self.window
+        own = kept[: window.rows, :, window.start : window.end]
+        found = kept.new_full((slots, kept.shape[1], columns, kept.shape[3]), self.fill)
         found[: len(own), :, end - own.shape[2] : end] = own
         return found
+
+    def settle(self, keys: Tensor, values: Tensor) -> None:
+        """Take what `moved` made."""
+        self._keys, self._values = keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: it is made from a cache that has seen the model."""
@@ -112,16 +124,14 @@ class Slots(Cache):  # type: ignore[misc]
 
     def __init__(self, like: Cache, slots: int) -> None:
         check_layers(like)
-        self.window, self.lengths = Window(), list[int]()
-        layers = [
-            layer if type(layer) is DummyLayer else _Layer(self.window, layer, slots) for layer in like.layers
-        ]
+        self.window, self.lengths, self.slots = Window(), list[int](), slots
+        layers = [layer if type(layer) is DummyLayer else _Layer(self.window, layer) for layer in like.layers]
         self.own = [layer for layer in layers if type(layer) is not DummyLayer]  # others read what these keep
         super().__init__(layers=layers)
 
     def put(self, cache: Cache, row: int, columns: int) -> None:
         """Take over the last so many columns of a row: what stands before them are pads."""
-        self._make_room(columns)
+        self._make_room(columns, self.window.rows + 1)
         window = self.window
         others = [layer for layer in cache.layers if type(layer) is not DummyLayer]
         for layer, other in zip(self.own, others, strict=True):
@@ -143,7 +153,7 @@ class Slots(Cache):  # type: ignore[misc]
         window, last = self.window, self.window.rows - 1
         if index != last:
             for layer in self.own:
-                layer.take(index, *self._row(layer, last))
+                layer.take(index, *layer.row(last, self.lengths[last]))
             self.lengths[index] = self.lengths[last]
         self.lengths.pop()
         window.rows -= 1
@@ -155,30 +165,35 @@ class Slots(Cache):  # type: ignore[misc]
         for at, layer in enumerate(self.layers):
             if type(layer) is DummyLayer:
                 continue
-            keys, values = self._row(layer, index)
-            found.update(keys[None].clone(), values[None].clone(), at)
+            keys, values = (x[None].clone() for x in layer.row(index, self.lengths[index]))
+            if name := vars(layer).get("peftx_carried"):
+                more = DynamicLayer()
+                more.peftx_carried, more.peftx_fill = name, layer.fill
+                found.layers.append(more)
+                more.update(keys, values)
+            else:
+                found.update(keys, values, at)
         return found
 
-    def _row(self, layer: _Layer, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a row, [H, columns, D]."""
-        length = self.lengths[index]
-        return layer.keys[index, :, -length:], layer.values[index, :, -length:]
-
     def ready(self) -> None:
-        """Make room for the next column."""
-        self._make_room(0)
+        """Make room for the next column, which no layer has yet."""
+        for layer in self.own:
+            layer.written = 0  # by a call that failed
+        self._make_room(0, self.window.rows)
 
-    def _make_room(self, columns: int) -> None:
-        """A row of so many columns fits in front of `end`, and one more column behind it."""
+    def _make_room(self, columns: int, rows: int) -> None:
+        """A row of so many columns fits in front of `end`, and one more column behind it; so many rows fit."""
         window = self.window
         held = window.end - window.start
         front = max(columns, held)
-        capacity = self.own[0].columns
-        if window.end >= front and window.end < capacity:
+        there, capacity = self.own[0].room
+        if rows <= there and window.end >= front and window.end < capacity:
             return
+        slots = there if rows <= there else max(rows, min(2 * there, self.slots))
         wanted = capacity if 2 * front <= capacity else 2 * front + FIRST
-        for layer in self.own:
-            layer.move(front, wanted)
+        moved = [layer.moved(slots, front, wanted) for layer in self.own]
+        for layer, tensors in zip(self.own, moved, strict=True):  # where memory ends, nothing has changed
+            layer.settle(*tensors)
         window.start, window.end = front - held, front
 
 

@@ -38,7 +38,7 @@ class Worker:
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
         self._running = threading.Lock()
-        self._guests = 0  # threads that want the model between two steps
+        self._guests, self._gone = 0, 0  # threads that want the model between two steps, and that had it
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -73,6 +73,7 @@ class Worker:
         finally:
             with self._changed:
                 self._guests -= 1
+                self._gone += 1
                 self._changed.notify_all()
 
     def start(self) -> None:
@@ -104,7 +105,8 @@ class Worker:
         with self._changed:
             while not self._waiting and not self.batch.busy and not self._closed:
                 self._changed.wait()
-            self._changed.wait_for(lambda: not self._guests, PATIENCE)
+            these = self._gone + self._guests  # and not who comes meanwhile, or guests could keep it for ever
+            self._changed.wait_for(lambda: self._gone >= these, PATIENCE)
             if not self._closed and self._waiting:
                 until = self._waiting[0].arrived + self.scheduler.max_wait_ms / 1000
                 self._changed.wait_for(
@@ -115,14 +117,26 @@ class Worker:
             self._drop_cancelled()
             if not self._waiting or not self.batch.free:
                 return []
-            ordered = self.scheduler.order(self._waiting)
+            ordered = self._ordered()
             if not ordered:
-                if self.batch.busy:
+                if self.batch.busy or not self._waiting:
                     return []
                 ordered = self._waiting[:1]  # or nothing would ever run
             jobs = self.batch.choose(ordered)
             self._waiting = [job for job in self._waiting if job not in jobs]
             return jobs
+
+    def _ordered(self) -> list[Job]:
+        """As the policy has it: each once, and none but those that wait. Where it raises, that is their answer."""
+        try:
+            ordered = self.scheduler.order(list(self._waiting))
+        except Exception as error:  # noqa: BLE001  of a plugin, and not the end
+            failed, self._waiting = self._waiting, []
+            for job in failed:
+                job.finish(None, error)
+            return []
+        known = set(self._waiting)
+        return [job for job in dict.fromkeys(ordered) if job in known]
 
     def _drop_cancelled(self) -> None:
         """Nobody waits for these any more."""

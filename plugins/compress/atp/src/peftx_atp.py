@@ -289,7 +289,9 @@ class Atp(Plugin):
     """
 
     Config = AtpConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS}
+    claims = {
+        Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.TAKES_WEIGHTS, Claim.NARROWS,
+    }  # fmt: skip
     architectures = ("mistral", "qwen3")
     refuses = {
         "gpt2": "its projections are one matrix",

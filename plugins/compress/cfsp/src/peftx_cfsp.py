@@ -84,7 +84,7 @@ class CFSP(Plugin):
     """See the module."""
 
     Config = CfspConfig
-    claims = {Claim.FOLDS_PREVIOUS, Claim.NEEDS_CALIBRATION}
+    claims = {Claim.FOLDS_PREVIOUS, Claim.NEEDS_CALIBRATION, Claim.NARROWS}
     architectures = ("phi3",)
     example = {"ratio": 0.3, "multiple": 8}
     refuses = {"t5": "calibration text feeds an encoder alone"}

@@ -172,7 +172,13 @@ class DeltaCome(Plugin):
     """See the module; `identity-at-start` without `finetuned`."""
 
     Config = DeltaComeConfig
-    claims = {Claim.TRAINS_BASE, Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_CALIBRATION}
+    claims = {
+        Claim.TRAINS_BASE,
+        Claim.IDENTITY_AT_START,
+        Claim.MERGEABLE,
+        Claim.NEEDS_CALIBRATION,
+        Claim.TAKES_WEIGHTS,
+    }
     example = {"alpha": 0.5, "bits": (8, 4), "vectors": (2,), "group_size": 32}
     refuses = {"t5": "calibration text feeds an encoder alone"}
     config: DeltaComeConfig

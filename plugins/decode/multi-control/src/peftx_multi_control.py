@@ -234,7 +234,7 @@ class MultiControl(Plugin):
     """See the module. `steer` of the plugin, which is the option's at first, may be set between texts."""
 
     Config = MultiControlConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.READS_COLUMNS}
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.READS_COLUMNS, Claim.TAKES_WEIGHTS}
     example = {"length": 3, "latent": 8, "values": (2, 2), "weights": (1.0, 2.0)}
     takes = ("prompt-completion", "messages")
     example_rows = tuple(

@@ -137,7 +137,7 @@ class FactorLlm(Plugin):
     """See the module."""
 
     Config = FactorLlmConfig
-    claims = {Claim.TRAINS_BASE, Claim.NEEDS_MASK, Claim.PASSES_LAYERS}
+    claims = {Claim.TRAINS_BASE, Claim.NEEDS_MASK, Claim.PASSES_LAYERS, Claim.TAKES_WEIGHTS}
     architectures = ("mistral", "gemma2")
     refuses = {
         "gpt2": "no gated MLP",
@@ -238,8 +238,12 @@ class FactorLlm(Plugin):
             plain = all(s.kind == "linear" and s.rows is None and kind_of(s.module) == "plain" for s in sites)
             decoder = len(model.towers) == 1 and model.anatomy.is_decoder
             if not decoder or len(sites) < len(ROLES) or not plain:
-                packed = any(s.kind == "quantized" for s in sites)
-                raise unfit(model, f"layer {layer} has {'them packed already' if packed else 'none'}")
+                if any(s.kind == "quantized" for s in sites):
+                    said = (
+                        f"{model.owner} splits feed-forward blocks, and layer {layer} has them packed already"
+                    )
+                    raise ConflictError(said, hint=f"put {model.owner} first")
+                raise unfit(model, f"layer {layer} has none")
             path = sites[0].path.rpartition(".")[0]
             found.append((next(block for block in model.blocks("mlp") if block.path == path), sites))
         return found

@@ -376,7 +376,7 @@ def test_packing_goes_behind_and_needs_no_measurements() -> None:
     assert "leave the layer out" in str(raised.value)
     stack = Stack(tiny("llama"), [NF4Storage(), FactorLlm()], inject=False)
     stack.compress(ids=["nf4"])
-    with pytest.raises(ArchitectureError, match="of llama layer 0 has them packed already"):
+    with pytest.raises(ConflictError, match="layer 0 has them packed already"):
         stack.inject()
 
 

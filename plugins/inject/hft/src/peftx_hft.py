@@ -45,7 +45,7 @@ class Hft(Plugin):
     """See the module."""
 
     Config = HftConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE}
+    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.TAKES_WEIGHTS}
     architectures = ("mixtral", "gemma2")
     config: HftConfig
 

@@ -107,7 +107,7 @@ class Hypertuning(Plugin):
     """See the module."""
 
     Config = HypertuningConfig
-    claims = {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE}
+    claims = {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE, Claim.TAKES_WEIGHTS}
     takes = ("prompt-completion", "text")
     gives = {"text": "prompt-completion"}
     example = {"length": 4, "shots": 2}

@@ -81,7 +81,7 @@ class InstructionResidual(Plugin):
     """See the module; `identity-at-start` without `instruct`."""
 
     Config = InstructionResidualConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE}
+    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.TAKES_WEIGHTS}
     architectures = ("mixtral", "gemma2")
     exempt = {"only_declared_parameters_train": "the base's parameters carry R, and none of them trains"}
     config: InstructionResidualConfig

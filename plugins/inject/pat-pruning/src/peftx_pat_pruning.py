@@ -237,7 +237,9 @@ class PatPruning(Plugin):
     """See the module."""
 
     Config = PatPruningConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.NEEDS_GRADIENTS, Claim.FOLDS_PREVIOUS}
+    claims = {
+        Claim.IDENTITY_AT_START, Claim.NEEDS_GRADIENTS, Claim.FOLDS_PREVIOUS, Claim.TAKES_WEIGHTS, Claim.NARROWS,
+    }  # fmt: skip
     architectures = ("phi3", "gemma2")
     example = {"rank": 4, "prune": 1}  # a loop of one's own has no length that T could be a share of
     refuses = {

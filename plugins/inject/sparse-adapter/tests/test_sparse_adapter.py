@@ -386,7 +386,7 @@ def test_what_stands_behind_it_or_is_no_matrix_is_not_pruned() -> None:
     assert later
     assert all(p.grad is not None for p in later)
     assert all((p != 0).all() for p in later if p.ndim > 1)
-    with pytest.raises(ConflictError, match="this order works: lora, sparse-adapter"):
+    with pytest.raises(ConflictError, match="put an adapter such as lora before 'sparse-adapter'"):
         Stack(tiny("llama"), [SparseAdapter(), Lora()])
     with pytest.raises(ConflictError, match="prunes matrices of adapters that stand before it") as caught:
         Stack(tiny("llama"), [Propulsion(), SparseAdapter()])

@@ -44,7 +44,6 @@ from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.stack import Stack
 
 TARGET = "target"
 
@@ -124,7 +123,9 @@ class Transcoder(Plugin):
     """See the module."""
 
     Config = TranscoderConfig
-    claims = {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE, Claim.NEEDS_GRADIENTS, Claim.REPLACES_LOSS}
+    claims = {
+        Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE, Claim.NEEDS_GRADIENTS, Claim.REPLACES_LOSS, Claim.NEW_ROWS
+    }  # fmt: skip
     architectures = ("bart", "gemma")
     refuses = {
         "vit": "it reads no tokens",
@@ -174,7 +175,7 @@ class Transcoder(Plugin):
         if span.name == TARGET:
             return (yield)
         if step.index == 0 and step.first_micro:
-            start = {name: x.detach().clone() for name, x in theta(step.stack, owner).items()}
+            start = {name: x.detach().clone() for name, x in step.stack.ledger.trained(but=owner).items()}
             step.memory[owner] = start
         if owner not in step.memory:
             said = f"{owner}: step {step.index} does not remember what the model was at first"
@@ -190,18 +191,11 @@ class Transcoder(Plugin):
     def leave(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
         """A task is over: all but the knowledge is as it was at first."""
         owner = step.stack.id_of(self)
-        for name, x in theta(step.stack, owner).items():
+        for name, x in step.stack.ledger.trained(but=owner).items():
             x.copy_(step.memory[owner][name])
         forget(optimizer, step.parameters())
         if step.phase(self).name == self.phases()[-2 if self.config.adapt else -1].name:
             self.state["sourced"], self.sources = True, {}  # type: ignore[misc]
-
-
-def theta(stack: Stack, owner: str) -> dict[str, Tensor]:
-    """What plugins but this one train, and what they keep beside it (places of sparse entries); by name."""
-    parts = [part for part in stack.ledger.parts if part.trains and part.owner != owner]
-    found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
-    return dict({id(x): (name, x) for name, x in found.items()}.values())
 
 
 def task_loss(step: TrainStep) -> tuple[Tensor, Any]:

@@ -21,7 +21,7 @@ from peftx_nf4 import NF4Storage
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
 from peftx_sift import Sift
-from peftx_transcoder import Knowledge, Prefix, Transcoder, theta
+from peftx_transcoder import Knowledge, Prefix, Transcoder
 
 test_conformance = conformance("transcoder")
 
@@ -48,7 +48,7 @@ def knowledge(stack: Stack) -> dict[str, Tensor]:
 
 
 def others(stack: Stack) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in theta(stack, "transcoder").items()}
+    return {name: p.detach().clone() for name, p in stack.ledger.trained(but="transcoder").items()}
 
 
 def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -227,8 +227,8 @@ def test_a_bundle_of_knowledge_goes_on_to_a_target(tmp_path: Path) -> None:
         Stack("peftx:tiny", [Lora(rank=2), Transcoder(length=3, hidden=4)], seed=1) for _ in range(2)
     )
     for one in (written, fresh):
-        for name, x in theta(again, "transcoder").items():
-            theta(one, "transcoder")[name].data.copy_(x)
+        for name, x in again.ledger.trained(but="transcoder").items():
+            one.ledger.trained(but="transcoder")[name].data.copy_(x)
     for name, x in written.ledger.tensors("transcoder").items():
         x.data.copy_(again.ledger.tensors("transcoder")[name])
     found = [list(one.train(ROWS, steps=2, **RUN).losses) for one in (again, written, fresh)]

@@ -23,8 +23,7 @@ are what it was at the ends of the first two; or they are models of their own, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -49,12 +48,10 @@ from peftx.engines.data import IGNORE, Collator, encode_pair, together
 from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.calls import columns_of
-from peftx.kernel.ledger import Ledger
-from peftx.kernel.modes import eval_mode
+from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import Phase
-from peftx.toolkits.decoding.text import request_of_ids
-from peftx.toolkits.evaluation import context_window
+from peftx.toolkits.decoding.text import DRAWN, written
 
 
 class AlignDistilConfig(PluginConfig):
@@ -99,15 +96,6 @@ COLUMNS = ("rejected_ids", "rejected_labels")
 PAIR = (("input_ids", "labels"), COLUMNS)
 """The text with the chosen answer, and the one with the rejected one."""
 Task = Callable[[], tuple[Tensor, Any]]
-AS_IT_IS = {
-    "do_sample": True,
-    "num_beams": 1,
-    "top_k": 0,
-    "top_p": 1.0,
-    "temperature": 1.0,
-    "repetition_penalty": 1.0,
-}
-"""Answers are drawn from pi_theta, whatever a checkpoint's own generation settings make of it."""
 FLOOR = 1e-3
 """Added to an adaptive a_s, which the loss is divided by."""
 
@@ -230,7 +218,7 @@ class AlignDistil(Plugin):
         if step.begins(self):
             if phase.first == 0:
                 known.clear()
-            now = trained(step.stack.ledger)
+            now = step.stack.ledger.trained()
             known[known.get("phase", "start")] = {name: x.detach().clone() for name, x in now.items()}
             known["phase"] = phase.name
             with torch.no_grad():
@@ -295,37 +283,9 @@ class AlignDistil(Plugin):
         stack, others = step.stack, dict(step.batch)
         ids, mask, labels = (others.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         prompts = [row[x].tolist() for row, x in zip(ids, mask.bool() & (labels == IGNORE), strict=True)]
-        room = context_window(stack.model, stack.tokenizer) - max(map(len, prompts))
-        new = max(1, min(self.config.max_new_tokens, room))
         with stack.columns(**others), eval_mode(stack.model):
-            request = request_of_ids(stack, prompts, new, None, AS_IT_IS)
-            y = request.run_default()[:, request.input_ids.shape[1] :]
-        end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
-        answers = [row[kept].tolist() for row, kept in zip(y, end.cumsum(1) == end.long(), strict=True)]
+            answers = written(stack, prompts, self.config.max_new_tokens, DRAWN)
         pairs = zip(prompts, answers, strict=True)
         rows = [{"input_ids": x + y, "labels": [IGNORE] * len(x) + y} for x, y in pairs]
         batch = Collator(pad_of(stack.model, stack.tokenizer))(rows)
         return others | {name: value.to(ids.device) for name, value in batch.items()}
-
-
-def trained(ledger: Ledger) -> dict[str, Tensor]:
-    """All that plugins train, and what they keep beside it (the places of sparse entries); each tensor once."""
-    parts = [part for part in ledger.parts if part.trains]
-    found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
-    return dict({id(x): (name, x) for name, x in found.items()}.values())
-
-
-@contextmanager
-def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, these are in the place of all that trains, without gradients and in evaluation mode."""
-    now = trained(ledger)
-    own = {name: x.data for name, x in now.items()}
-    try:
-        for name, x in now.items():
-            values[name] = values[name].to(x)  # from a checkpoint they are on the CPU
-            x.data = values[name]
-        with eval_mode(ledger.model), torch.no_grad():
-            yield
-    finally:
-        for name, x in now.items():
-            x.data = own[name]

@@ -28,7 +28,6 @@ from peftx_aligndistil import (
     log_probs,
     row_means,
     teacher,
-    trained,
 )
 from peftx_d2o import D2o
 from peftx_dpo_prefix_sharing import DpoPrefixSharing
@@ -256,12 +255,12 @@ def test_a_phase_begins_from_the_start_and_keeps_what_the_last_one_trained() -> 
     seen: list[dict[str, Tensor]] = []
     for seed in range(3):
         stack.train_step(batch)
-        seen.append({name: x.detach().clone() for name, x in trained(stack.ledger).items()})
+        seen.append({name: x.detach().clone() for name, x in stack.ledger.trained().items()})
         stack.model.zero_grad()
         stack.trained_steps += 1
         shift(stack, seed)
         if seed < 2:
-            end = {name: x.detach().clone() for name, x in trained(stack.ledger).items()}
+            end = {name: x.detach().clone() for name, x in stack.ledger.trained().items()}
         if seed == 0:
             first = end
     for name, x in seen[0].items():
@@ -271,7 +270,7 @@ def test_a_phase_begins_from_the_start_and_keeps_what_the_last_one_trained() -> 
         assert torch.equal(known(stack)["dpo"][name], first[name])
         assert torch.equal(known(stack)["reverse"][name], end[name])
     stack.train_step(batch)  # and the last phase goes on
-    now = trained(stack.ledger)
+    now = stack.ledger.trained()
     assert any(not torch.equal(now[name], x) for name, x in seen[0].items())
 
 
@@ -308,10 +307,10 @@ def test_another_run_begins_anew() -> None:
     stack = build()
     batch = batch_of(stack)
     walk(stack, batch, 4)
-    before = {name: x.detach().clone() for name, x in trained(stack.ledger).items()}
+    before = {name: x.detach().clone() for name, x in stack.ledger.trained().items()}
     stack.trained_steps = 0
     assert float(stack.train_step(batch)) == pytest.approx(math.log(2), abs=1e-5)
-    assert all(torch.equal(x, before[name]) for name, x in trained(stack.ledger).items())
+    assert all(torch.equal(x, before[name]) for name, x in stack.ledger.trained().items())
     assert set(known(stack)) == {"start", "phase"}
 
 
@@ -329,7 +328,7 @@ def test_places_of_sparse_entries_belong_to_a_teacher() -> None:
     optimizer = torch.optim.SGD([p for p in stack.model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(3):
         stack.train_step(batch, optimizer=optimizer)
-    places = {name: x.clone() for name, x in trained(stack.ledger).items() if not x.is_floating_point()}
+    places = {name: x.clone() for name, x in stack.ledger.trained().items() if not x.is_floating_point()}
     assert places
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -337,11 +336,11 @@ def test_places_of_sparse_entries_belong_to_a_teacher() -> None:
         expected = stack.model(**inputs).logits
     for _ in range(3):
         stack.train_step(batch, optimizer=optimizer)
-    moved = {name: x for name, x in trained(stack.ledger).items() if name in places}
+    moved = {name: x for name, x in stack.ledger.trained().items() if name in places}
     assert any(not torch.equal(x, places[name]) for name, x in moved.items())
     step = TrainStep(stack, {**inputs, "labels": batch["labels"]}, index=6)
     torch.testing.assert_close(plugin.logits(step, "dpo"), expected)
-    assert all(x is moved[name] for name, x in trained(stack.ledger).items() if name in places)
+    assert all(x is moved[name] for name, x in stack.ledger.trained().items() if name in places)
 
 
 # ------------------------------------------------------------------------------------------------- the distillation
@@ -363,7 +362,7 @@ def test_loss_and_gradients_are_those_of_rows_by_themselves(
     for who in ("start", "dpo", "reverse")[: teachers + 1]:
         frozen[who] = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=TOKENIZER)
         with torch.no_grad():
-            for name, x in trained(frozen[who].ledger).items():
+            for name, x in frozen[who].ledger.trained().items():
                 x.copy_(known(stack)[who][name])
     losses = []
     for answer in ("chosen", "rejected")[: 2 if states == "both" else 1]:
@@ -488,7 +487,7 @@ def test_teachers_may_be_models_of_their_own(tmp_path: Path) -> None:
     for who in ("dpo", "reverse"):
         other = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=TOKENIZER)
         with torch.no_grad():
-            for name, x in trained(other.ledger).items():
+            for name, x in other.ledger.trained().items():
                 x.copy_(known(stack)[who][name])
         other.save(tmp_path / who)
     named = build(dpo=str(tmp_path / "dpo"), reverse=str(tmp_path / "reverse"))
@@ -497,7 +496,7 @@ def test_teachers_may_be_models_of_their_own(tmp_path: Path) -> None:
             named, peftx.load(tmp_path / who, model=tiny("llama"), tokenizer=TOKENIZER)
         )
     with torch.no_grad():
-        for name, x in trained(named.ledger).items():
+        for name, x in named.ledger.trained().items():
             x.copy_(known(stack)["start"][name])
     assert float(named.train_step(batch)) == pytest.approx(expected, rel=1e-4)
 

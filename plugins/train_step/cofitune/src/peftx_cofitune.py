@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from peftx import BoundSite, Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.seeds import seeded
 
@@ -102,7 +102,9 @@ class Cofitune(Plugin):
     """
 
     Config = CofituneConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_MASK}
+    claims = {
+        Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_MASK, Claim.TAKES_WEIGHTS,
+    }  # fmt: skip
     architectures = ("phi3", "bloom")
     refuses = {"bert": "it is no decoder", "t5": "it is no decoder"}
     example = {"dropout": 0.2}
@@ -125,7 +127,8 @@ class Cofitune(Plugin):
         first = min(first, model.num_layers - 1)
         self.sites = model.linears(f"{self.config.targets} layers={first}-{max(first + 1, behind) - 1}")
         if odd := [site for site in self.sites if site.kind != "linear"]:
-            raise ArchitectureError(
+            kind = ConflictError if odd[0].kind == "quantized" else ArchitectureError
+            raise kind(
                 f"cofitune: {odd[0].path} ({odd[0].kind}) is no single matrix of numbers whose rows could train",
                 hint="a model that is no mixture of experts, with cofitune before what quantizes it",
             )

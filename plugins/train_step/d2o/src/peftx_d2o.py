@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
@@ -27,8 +26,7 @@ from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, T
 from peftx.engines.data import IGNORE, Collator, special_frame, text_ids
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.objective import pad_of
-from peftx.toolkits.decoding.text import request_of_ids
-from peftx.toolkits.evaluation import context_window
+from peftx.toolkits.decoding.text import DRAWN, written
 
 
 class D2oConfig(PluginConfig):
@@ -50,8 +48,6 @@ class D2oConfig(PluginConfig):
 
 
 OURS = {"input_ids", "attention_mask", "labels"}
-AS_IT_IS = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Answers are drawn from pi_r, whatever a checkpoint's own generation settings make of it."""
 
 
 def d2o_loss(drawn: Tensor, negative: Tensor, *, alpha: float, beta: float) -> Tensor:
@@ -141,12 +137,6 @@ class D2o(Plugin):
         K, begin = self.config.samples, len(special_frame(stack.tokenizer)[0])
         said = [text_ids(stack.tokenizer, text) for text in self.config.instructions] or [[]]
         rows = [x[:begin] + said[k % len(said)] + x[begin:] for x in prompts for k in range(K)]
-        room = context_window(stack.model, stack.tokenizer) - max(map(len, rows))
-        new = max(1, min(self.config.max_new_tokens, room))
-        options = AS_IT_IS | {"temperature": self.config.temperature}
-        request = request_of_ids(stack, rows, new, None, options)
-        y = request.run_default()[:, request.input_ids.shape[1] :]
-        end = torch.isin(y, torch.tensor(request.generation_config.eos_token_id, device=y.device))
-        behind = end.cumsum(1) > end.long()
-        kept = [row[~over].tolist() for row, over in zip(y, behind, strict=True)]
+        options = DRAWN | {"temperature": self.config.temperature}
+        kept = written(stack, rows, self.config.max_new_tokens, options)
         return [kept[i : i + K] for i in range(0, len(kept), K)]

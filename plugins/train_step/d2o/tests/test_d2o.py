@@ -252,9 +252,9 @@ def test_answers_stop_where_the_window_ends() -> None:
 
 def test_instructions_stand_before_the_prompt_while_drawing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[list[int]]] = []
-    real = peftx_d2o.request_of_ids
+    real = peftx_d2o.written
     monkeypatch.setattr(
-        peftx_d2o, "request_of_ids", lambda s, rows, *rest: asked.append(rows) or real(s, rows, *rest)
+        peftx_d2o, "written", lambda s, rows, *rest: asked.append(rows) or real(s, rows, *rest)
     )
     stack = build(instructions=["Be kind. ", "Be safe. "])
     batch = batch_of(stack)

@@ -53,7 +53,7 @@ class Gmt(Plugin):
     """See the module."""
 
     Config = GmtConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS}
+    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS, Claim.TAKES_WEIGHTS}
     architectures = ("mixtral", "gemma2")
     config: GmtConfig
 

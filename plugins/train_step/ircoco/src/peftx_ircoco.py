@@ -33,8 +33,8 @@ from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, ConflictError, DataError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import request_of_ids
-from peftx.toolkits.evaluation import context_window, wilson_interval
+from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, written
+from peftx.toolkits.evaluation import wilson_interval
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
@@ -71,9 +71,6 @@ class IrcocoConfig(PluginConfig):
 
 
 OURS = ("input_ids", "attention_mask", "labels")
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-SAMPLED = GREEDY | {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-"""Draws from pi itself, whatever a checkpoint's own generation settings are."""
 
 
 def bleu(y: Sequence[int], truth: Sequence[int]) -> float:
@@ -194,7 +191,7 @@ class Ircoco(Plugin):
         c = [code[:cut] for code, cut in zip(codes, cuts, strict=True)]
         truth = [code[cut : cut + ahead] for code, cut in zip(codes, cuts, strict=True)]
         with step.reference(step.model), step.stack.columns(**others):
-            s = self.scores(step.stack, write(step.stack, c, ahead, GREEDY), truth)
+            s = self.scores(step.stack, written(step.stack, c, ahead, AS_IT_IS), truth)
         target = torch.tensor(s, device=step.model.device)
         # The model's outputs are for terms of other plugins.
         return lambda: (mse_loss(torch.stack([V[-1] for V in self.V(c)]), target), step.forward())
@@ -213,7 +210,7 @@ class Ircoco(Plugin):
         """The term of what the actor draws to these contexts."""
         stack = step.stack
         with step.reference(step.model), stack.columns(**others):
-            y = write(stack, x, self.config.max_new_tokens, SAMPLED)
+            y = written(stack, x, self.config.max_new_tokens, DRAWN)
             r = torch.cat(self.rewards(stack, x, y))
         rows = [{"input_ids": a + b, "labels": [IGNORE] * len(a) + b} for a, b in zip(x, y, strict=True)]
         batch = Collator(pad_of(step.model, stack.tokenizer))(rows)
@@ -275,12 +272,3 @@ def ends(stack: Stack) -> set[int]:
 def at(row: list[int], end: set[int]) -> int:
     """Where a text ends."""
     return next((i for i, token in enumerate(row) if token in end), len(row))
-
-
-def write(stack: Stack, x: list[list[int]], new: int, options: dict[str, Any]) -> list[list[int]]:
-    """So many tokens after each x, fewer where one ends the text or the model's window does, from the model as it
-    stands."""
-    room = context_window(stack.model, stack.tokenizer) - max(map(len, x))
-    request = request_of_ids(stack, x, max(1, min(new, room)), None, options)
-    y, end = request.run_default()[:, request.input_ids.shape[1] :].tolist(), ends(stack)
-    return [row[: at(row, end) + 1] for row in y]

@@ -15,9 +15,8 @@ from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, written
 from peftx_ircoco import (
-    GREEDY,
-    SAMPLED,
     Evaluator,
     Ircoco,
     IrcocoConfig,
@@ -26,7 +25,6 @@ from peftx_ircoco import (
     ends,
     parts,
     reinforced,
-    write,
 )
 from peftx_lora import Lora
 from peftx_sparselora import Sparselora
@@ -174,11 +172,11 @@ def test_its_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def fake(stack: Stack, x: list[list[int]], new: int, options: dict[str, Any]) -> list[list[int]]:
-        assert (new, options) == (3, GREEDY)
+        assert (new, options) == (3, AS_IT_IS)
         asked.append(x)
         return [[20, 21], [22, 1], [30]]
 
-    monkeypatch.setattr("peftx_ircoco.write", fake)
+    monkeypatch.setattr("peftx_ircoco.written", fake)
     stack.model.eval()
     step = step_in(stack, "evaluator")
     gradient = [p.grad for p in plugin.V.parameters()]
@@ -207,7 +205,7 @@ def test_places_to_cut_at_are_all_as_likely(monkeypatch: pytest.MonkeyPatch) -> 
         cuts.extend(map(len, x))
         return [[] for _ in x]
 
-    monkeypatch.setattr("peftx_ircoco.write", fake)
+    monkeypatch.setattr("peftx_ircoco.written", fake)
     torch.manual_seed(0)
     plugin.judging(TrainStep(stack, batch_of(stack)), [[5, 6, 7, 8]] * 300 + [[5]], {})
     assert all(80 < cuts[:-1].count(n) < 120 for n in (1, 2, 3))
@@ -261,10 +259,10 @@ def test_a_step_of_the_actor_by_hand(padding: str, monkeypatch: pytest.MonkeyPat
     stack, plugin = stack_of(Lora(rank=2), weight=0.7)
 
     def fake(stack: Stack, x: list[list[int]], new: int, options: dict[str, Any]) -> list[list[int]]:
-        assert (x, new, options) == (CONTEXTS, 4, SAMPLED)
+        assert (x, new, options) == (CONTEXTS, 4, DRAWN)
         return Y
 
-    monkeypatch.setattr("peftx_ircoco.write", fake)
+    monkeypatch.setattr("peftx_ircoco.written", fake)
     stack.model.eval()
     step = step_in(stack, "rl", padding)
     gradient = [p.grad.clone() for p in stack.ledger.parameters("lora")]
@@ -304,7 +302,7 @@ def test_the_likeliest_and_the_drawn(arch: str) -> None:
     stack, _ = stack_of(arch=arch)
     stack.model.eval()
     with torch.no_grad():
-        found = write(stack, CONTEXTS, 3, GREEDY)
+        found = written(stack, CONTEXTS, 3, AS_IT_IS)
         for x, y in zip(CONTEXTS, found, strict=True):
             for t, token in enumerate(y):
                 assert int(stack.model(torch.tensor([x + y[:t]])).logits[0, -1].argmax()) == token
@@ -312,7 +310,7 @@ def test_the_likeliest_and_the_drawn(arch: str) -> None:
         vars(stack.model.generation_config).update(temperature=3.0, top_k=2, repetition_penalty=2.0)
         p = stack.model(torch.tensor([[9, 10]])).logits[0, -1].softmax(-1)
         torch.manual_seed(0)
-        drawn = torch.tensor([y[0] for y in write(stack, [[9, 10]] * 2000, 1, SAMPLED)])
+        drawn = torch.tensor([y[0] for y in written(stack, [[9, 10]] * 2000, 1, DRAWN)])
     often, order = torch.bincount(drawn, minlength=len(p)) / 2000, p.argsort(descending=True)
     assert 0.1 < p.max() < 0.9
     for likeliest in (order[:1], order[:2], order[:8]):
@@ -328,14 +326,14 @@ def test_a_text_ends_with_its_end_token(monkeypatch: pytest.MonkeyPatch) -> None
         "peftx.toolkits.decoding.generation.Generation.run_default",
         lambda self: torch.cat((self.input_ids, torch.tensor([[7, 50, 60], [60, 7, 7], [7, 8, 9]])), 1),
     )
-    assert write(stack, CONTEXTS, 3, GREEDY) == [[7, 50], [60], [7, 8, 9]]
+    assert written(stack, CONTEXTS, 3, AS_IT_IS) == [[7, 50], [60], [7, 8, 9]]
 
 
 def test_no_more_is_written_than_the_model_reads() -> None:
     stack, _ = stack_of(arch="gpt2")
     room = stack.model.config.n_positions
     with torch.no_grad():
-        (y,) = write(stack, [[9] * (room - 2)], 5, GREEDY)
+        (y,) = written(stack, [[9] * (room - 2)], 5, AS_IT_IS)
     assert len(y) <= 2
 
 

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peftx import (
+    AttentionEdit,
     CallEdit,
     Claim,
     Delta,
@@ -56,7 +57,7 @@ from peftx import (
 from peftx.engines.data import tokenize_dataset
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.call import Call
-from peftx.kernel.parts import DeltaPart
+from peftx.kernel.parts import AttentionPart, DeltaPart
 from peftx.kernel.view import BoundSite
 from peftx.toolkits.evaluation import evaluating
 
@@ -304,6 +305,12 @@ class Lemo(Plugin):
                 raise ConflictError(
                     f"'{other.id}' stands around an attention that '{own}' calls on some of the tokens alone",
                     hint=f"put {own} before {other.id}",
+                )
+            edits = (part.module for part in stack.ledger.of(other.id, AttentionPart))
+            if any(type(edit).probabilities is not AttentionEdit.probabilities for edit in edits):
+                raise ConflictError(
+                    f"'{other.id}' tells in an attention which token is which, and '{own}' leaves some out",
+                    hint="keep one of them",
                 )
             if layout <= other.plugin.claims:
                 raise ConflictError(

@@ -18,8 +18,7 @@ trains, other plugins say: lora, full-finetuning, or none.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +31,7 @@ from peftx.engines.data import ClassTexts, check_labels, take_classes
 from peftx.engines.training.updates import forget
 from peftx.errors import PeftxError
 from peftx.kernel.heads import last_of, mean_of
-from peftx.kernel.ledger import Ledger
-from peftx.kernel.modes import eval_mode
+from peftx.kernel.modes import as_it_was
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation import head_answers
 
@@ -143,7 +141,7 @@ class Rfc(Plugin):
             hint = "begin at step 0; give all steps of a loop of your own one `memory`"
             raise PeftxError(f"{owner}: step {step.index} does not remember how the run started", hint=hint)
         if step.begins(self):
-            now = trained(step.stack.ledger)
+            now = step.stack.ledger.trained()
             values = {name: x.clone() for name, x in now.items()}
             if phase.name == "task":
                 known.clear()
@@ -161,25 +159,3 @@ class Rfc(Plugin):
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         rows = self.texts.rows(stack, texts)
         return self.texts.labels, self.apart(torch.cat([*head_answers(stack, self.head, rows)])).mean(1)
-
-
-def trained(ledger: Ledger) -> dict[str, Tensor]:
-    """All that plugins train, and what they keep beside it (places of sparse entries); each tensor once."""
-    parts = [part for part in ledger.parts if part.trains]
-    found = {f"{part.owner}/{name}": x for part in parts for name, x in part.tensors().items()}
-    return dict({id(x): (name, x) for name, x in found.items()}.values())
-
-
-@contextmanager
-def as_it_was(ledger: Ledger, values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, these are in the place of all that trains, without gradients and in evaluation mode."""
-    now = trained(ledger)
-    own = {name: x.data for name, x in now.items()}
-    try:
-        for name, x in now.items():
-            x.data = values[name] = values[name].to(x)  # from a checkpoint they are on the CPU
-        with eval_mode(ledger.model), torch.no_grad():
-            yield
-    finally:
-        for name, x in now.items():
-            x.data = own[name]

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import peftx
 from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.kernel.modes import as_it_was
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.toolkits.evaluation import head_answers
@@ -20,7 +21,7 @@ from peftx_deft import Deft
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 from peftx_ls_llama import LsLlama
-from peftx_rfc import Rfc, as_it_was, dro, halves, trained
+from peftx_rfc import Rfc, dro, halves
 from peftx_sift import Sift
 
 test_conformance = conformance("rfc")
@@ -57,7 +58,7 @@ class Watch(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        self.seen.append({name: x.detach().clone() for name, x in trained(step.stack.ledger).items()})
+        self.seen.append({name: x.detach().clone() for name, x in step.stack.ledger.trained().items()})
         known = step.memory["rfc"]
         self.known.append(known and known | {"models": [*known["models"]]})
         return (yield)
@@ -121,7 +122,7 @@ def batch_of(stack: Stack) -> dict[str, Tensor]:
 
 def other_values(stack: Stack, seed: int) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(x.shape, generator=random) for name, x in trained(stack.ledger).items()}
+    return {name: torch.randn(x.shape, generator=random) for name, x in stack.ledger.trained().items()}
 
 
 @pytest.mark.parametrize("phase", ["discovery 0", "discovery 2", "synthesis", "task"])
@@ -177,7 +178,7 @@ def test_heads_that_say_what_the_models_say_have_nothing_to_learn() -> None:
     for values in models:
         values["rfc/peftx_parts.heads.linear.bias"].mul_(0.1)
     with torch.no_grad():
-        for name, x in trained(stack.ledger).items():  # z of a model is the mean of its two heads
+        for name, x in stack.ledger.trained().items():  # z of a model is the mean of its two heads
             x.copy_(torch.cat([50 * values[name].unflatten(0, (2, 3)).mean(0) for values in models]))
     step = step_in(stack, plugin, "synthesis", models, batch_of(stack))
     assert step.losses["task"] < 0.02
@@ -216,7 +217,7 @@ def test_a_model_is_what_its_phase_ended_with() -> None:
         @hookimpl(wrapper=True)
         def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
             if step.index == 2:
-                memory.update({name: x.detach().clone() for name, x in trained(step.stack.ledger).items()})
+                memory.update({name: x.detach().clone() for name, x in step.stack.ledger.trained().items()})
             return (yield)
 
     stack = Stack(
@@ -243,7 +244,7 @@ def test_each_phase_begins_with_an_optimizer_that_is_empty() -> None:
 def test_the_encoder_may_be_frozen_in_the_last_phase(frozen: bool) -> None:
     """Also where another plugin adds to the loss, and weights decay."""
     stack, _, watch, _ = run(Lora(rank=2), Deft(), frozen=frozen, steps=9)
-    end = trained(stack.ledger)
+    end = stack.ledger.trained()
     moved = {name for name, x in watch.seen[6].items() if not torch.equal(x, end[name])}
     heads = {name for name in end if name.startswith("rfc/")}
     assert moved == (heads if frozen else set(end))
@@ -258,9 +259,9 @@ def test_a_bundle_goes_on_with_the_task(tmp_path: Path) -> None:
     again = peftx.load(tmp_path / "b")
     assert [phase.name for phase in again.plugins["rfc"].phases()] == ["task"]
     assert again.classify(ALL) == stack.classify(ALL)
-    before = trained(again.ledger)["rfc/peftx_parts.heads.linear.weight"].detach().clone()
+    before = again.ledger.trained()["rfc/peftx_parts.heads.linear.weight"].detach().clone()
     again.train(ROWS, steps=1, learning_rate=1e-4, batch_size=4)
-    after = trained(again.ledger)["rfc/peftx_parts.heads.linear.weight"].detach()
+    after = again.ledger.trained()["rfc/peftx_parts.heads.linear.weight"].detach()
     assert 0 < (after - before).abs().max() < 2e-4
 
 

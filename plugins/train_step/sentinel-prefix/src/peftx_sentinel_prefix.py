@@ -35,20 +35,11 @@ from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.heads import each_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import request_of_ids
+from peftx.toolkits.decoding.text import DRAWN, written
 from peftx.toolkits.evaluation import wilson_interval
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
-SAMPLED = {
-    "do_sample": True,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-}
-"""Draws from pi itself, which rho asks for, whatever a checkpoint's own generation settings are."""
 OURS = ("input_ids", "attention_mask", "labels")
 
 
@@ -200,11 +191,7 @@ class SentinelPrefix(Plugin):
 
     def draw(self, stack: Stack, p: list[list[int]]) -> list[list[int]]:
         """s of each prompt, up to its end token, from the model as it stands."""
-        request = request_of_ids(stack, p, self.config.length, None, SAMPLED)
-        s = request.run_default()[:, request.input_ids.shape[1] :]
-        end = torch.isin(s, torch.tensor(request.generation_config.eos_token_id, device=s.device))
-        behind = end.cumsum(1) > end.long()
-        return [row[~over].tolist() for row, over in zip(s, behind, strict=True)]
+        return written(stack, p, self.config.length, DRAWN)
 
     def answers(self, stack: Stack, texts: Sequence[str]) -> list[str]:
         """y, what T says."""

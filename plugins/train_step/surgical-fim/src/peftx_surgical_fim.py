@@ -47,7 +47,13 @@ class SurgicalFim(Plugin):
     """
 
     Config = SurgicalFimConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_LABELS}
+    claims = {
+        Claim.IDENTITY_AT_START,
+        Claim.TRAINS_BASE,
+        Claim.NEEDS_GRADIENTS,
+        Claim.NEEDS_LABELS,
+        Claim.TAKES_WEIGHTS,
+    }
     architectures = ("roberta", "mixtral")
     example = {"layers": 1}
     config: SurgicalFimConfig

@@ -1,0 +1,54 @@
+"""The folder of a comparison or of a search, and how many jobs its machine runs at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peftx.errors import BundleError
+
+
+def side_by_side(jobs: int) -> tuple[int, int]:
+    """Processes at once, and threads of each. `jobs` 0: one a core, or one alone on an accelerator."""
+    at_once = jobs or (1 if has_accelerator() else cores())
+    return at_once, max(1, cores() // at_once)
+
+
+def check_place(folder: Path, ours: frozenset[str], noun: str) -> None:
+    """Raises BundleError where `folder` is a file, or holds what is not ours. `noun`: `comparison`."""
+    if folder.is_file():
+        raise BundleError(f"output '{folder}' is a file", hint="choose another folder")
+    if not folder.is_dir():
+        return
+    strange = [entry.name for entry in folder.iterdir() if entry.name not in ours and entry.name[:1] != "."]
+    if strange:
+        raise BundleError(
+            f"output '{folder}' exists and is no {noun}: it holds {strange[0]}",
+            hint="choose another folder, or empty it",
+        )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BundleError(
+                f"another process is at work in '{folder}'", hint="wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_accelerator() -> bool:
+    import torch
+
+    return bool(torch.accelerator.is_available())

@@ -1,0 +1,453 @@
+"""Marconi: a prefix cache for models that keep recurrent states beside keys and values.
+
+"Marconi: Prefix Caching for the Era of Hybrid LLMs" (arXiv:2411.19379). A radix tree over token ids: an edge holds keys
+and values of its tokens, a node may hold one recurrent state, that behind its last token.
+
+    lookup     the deepest node with a state whose tokens begin the prompt: from there on the prompt is read
+    admission  a state where a prompt leaves what is known, when it has more in common with it than the lookup gave (the
+               common part was asked twice), and one at the end of each text: two a request at most
+    eviction   of nodes with one child at most the one with the least
+               U(n) = norm(1 / age_n) + alpha norm(E_n),  E_n = (F(l_n) - F(l_parent)) / bytes_n     [l: tokens from the
+               root; norm: to 0 for the least and 1 for the most]
+    FLOPs      F(l) = l [n_ssm (12 d^2 + 10 d) + 8 S + n_attn 8 d^2 + n_mlp 16 d^2] + n_attn 4 l^2 d         [S: numbers
+               of the recurrent states; 8 S = n_ssm 16 d N where a layer's are 2 d x N]
+    alpha      0 until the cache was full and 5 times as many requests came as had come by then; those are replayed on
+               the tree as it was, and the alpha of the highest hit rate is taken
+
+Without recurrent states every token's end is a place to go on from, and alpha = 0 is LRU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
+
+from peftx import Claim, ModelView, Plugin, PluginConfig, hookimpl
+from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.kernel.stack import Stack
+from peftx.toolkits.serving import Server
+from peftx.toolkits.serving.prefix import PrefixCache
+
+GRID = tuple(tenths / 10 for tenths in range(21))
+"""The values of alpha that are tried."""
+
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Of each layer with attention [1, H, tokens, D]; empty in a replay."""
+
+
+class MarconiConfig(PluginConfig):
+    """Options of Marconi; the paper takes what the GPU has left, and a multiplier of 5 to 15."""
+
+    capacity_mb: float = Field(
+        1024.0, gt=0, allow_inf_nan=False, description="megabytes of keys, values and states"
+    )
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of saved FLOPs against age; found by replay if left out",
+    )
+    bootstrap: int = Field(
+        5, ge=1, description="requests that are replayed, times those that came before the cache was full"
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model's cache takes and saves: bytes of a token's keys and values, and of a state; sizes for F."""
+
+    token: int
+    state: int
+    hidden: int
+    ssm: int
+    attention: int
+    mlp: int
+    numbers: int
+
+    def bytes(self, tokens: int) -> int:
+        """Of so many tokens with a state behind them."""
+        return tokens * self.token + self.state
+
+    def flops(self, length: int) -> float:
+        """F: of reading so many tokens from the beginning."""
+        d = self.hidden
+        linear = self.ssm * (12 * d**2 + 10 * d) + 8 * self.numbers
+        linear += self.attention * 8 * d**2 + self.mlp * 16 * d**2
+        return length * linear + self.attention * 4 * length**2 * d
+
+
+@dataclass(eq=False)
+class Node:
+    """Tokens behind those of the node `above`, which is None at the root; `state`: what recurrent layers keep behind
+    them, None if it is not known; `used`: when it was last gone on from."""
+
+    edge: tuple[int, ...] = ()
+    above: Node | None = None
+    kept: KeysValues = field(default_factory=list)
+    state: Sequence[LinearAttentionLayer] | None = None
+    used: int = 0
+    children: dict[int, Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.depth: int = len(self.edge) + (self.above.depth if self.above is not None else 0)
+
+
+class Found(NamedTuple):
+    """Tokens that can be gone on from, by way of `node`; and those that are the same."""
+
+    reach: int
+    matched: int
+    node: Node
+
+
+class Tree:
+    """The radix tree, within its bytes.
+
+    Args:
+        costs: of the model. capacity: bytes. alpha: see the module. full: called once, before anything is evicted.
+    """
+
+    def __init__(
+        self, costs: Costs, capacity: float, alpha: float, full: Callable[[], None] | None = None
+    ) -> None:
+        self.costs, self.capacity, self.alpha, self.full = costs, capacity, alpha, full
+        self.root, self.bytes, self.now, self.evicted = Node(), 0, 0, 0
+
+    def nodes(self) -> Iterator[Node]:
+        """All but the root."""
+        left = [self.root]
+        while left:
+            node = left.pop()
+            left += node.children.values()
+            if node is not self.root:
+                yield node
+
+    def find(self, ids: Sequence[int]) -> Found:
+        """How far a text is known."""
+        node = last = hit = self.root
+        matched = 0
+        while matched < len(ids) and (child := node.children.get(ids[matched])) is not None:
+            common, last = _shared(child.edge, ids[matched:]), child
+            matched += common
+            if common < len(child.edge):
+                break
+            node = child
+            hit = node if node.state is not None else hit
+        return Found(hit.depth, matched, hit) if self.costs.state else Found(matched, matched, last)
+
+    def touch(self, node: Node) -> None:
+        """It is gone on from; the nodes above it stay as old as they are."""
+        self.now += 1
+        node.used = self.now
+
+    def insert(self, ids: Sequence[int], kept: KeysValues, state: Sequence[LinearAttentionLayer]) -> None:
+        """Remember a text with the state behind it; one that would fill more than all is left."""
+        if self.costs.bytes(len(ids)) > self.capacity:
+            return
+        while self.bytes + self.needed(ids) > self.capacity:
+            self.evict()
+        self.bytes += self.needed(ids)
+        node = self.root
+        while node.depth < len(ids):
+            child, begin = node.children.get(ids[node.depth]), node.depth
+            if child is None:
+                child = Node(tuple(ids[begin:]), node, _cut(kept, begin, len(ids)))
+                node.children[ids[begin]] = child
+            elif (common := _shared(child.edge, ids[begin:])) < len(child.edge):
+                child = self.split(child, common)
+            node = child
+        node.state = state if node.state is None else node.state
+        self.touch(node)
+
+    def needed(self, ids: Sequence[int]) -> int:
+        """Bytes that a text would take, with its state, beside what is known of it."""
+        reach, matched, _ = self.find(ids)
+        return (len(ids) - matched) * self.costs.token + (self.costs.state if reach < len(ids) else 0)
+
+    def split(self, node: Node, tokens: int) -> Node:
+        """A node behind the first tokens of an edge, as old as the edge."""
+        assert node.above is not None
+        upper = Node(node.edge[:tokens], node.above, _cut(node.kept, 0, tokens), used=node.used)
+        node.above.children[node.edge[0]] = upper
+        upper.children[node.edge[tokens]] = node
+        node.kept, node.edge, node.above = _cut(node.kept, tokens, len(node.edge)), node.edge[tokens:], upper
+        return upper
+
+    def evict(self) -> None:
+        """A leaf goes with all it holds; of a node with one child the state, and its edge becomes the child's."""
+        if self.full is not None:
+            self.full()
+            self.full = None
+        node = self.worst()
+        assert node.above is not None
+        self.evicted += 1
+        self.bytes -= self.costs.state if node.state is not None else 0
+        if not node.children:
+            del node.above.children[node.edge[0]]
+            self.bytes -= len(node.edge) * self.costs.token
+        for child in node.children.values():
+            child.kept = [
+                (torch.cat([k, key], 2), torch.cat([v, value], 2))
+                for (k, v), (key, value) in zip(node.kept, child.kept, strict=True)
+            ]
+            child.edge, child.above = node.edge + child.edge, node.above
+            node.above.children[child.edge[0]] = child
+
+    def worst(self) -> Node:
+        """The node of least utility among those with one child at most."""
+        nodes = [node for node in self.nodes() if len(node.children) <= 1]
+        ages = _normed([1 / (self.now + 1 - node.used) for node in nodes])
+        gains = _normed([self.efficiency(node) for node in nodes])
+        return min(
+            zip(ages, gains, nodes, strict=True),
+            key=lambda each: (each[0] + self.alpha * each[1], each[2].used),
+        )[2]
+
+    def efficiency(self, node: Node) -> float:
+        """FLOPs that a node saves beyond the one above it, for a byte."""
+        held = len(node.edge) * self.costs.token + (self.costs.state if node.state is not None else 0)
+        return (self.costs.flops(node.depth) - self.costs.flops(node.depth - len(node.edge))) / held
+
+    def bare(self, alpha: float) -> Tree:
+        """The same tree, with nothing at its nodes."""
+        twin = Tree(self.costs, self.capacity, alpha)
+        twin.bytes, twin.now = self.bytes, self.now
+        pairs = [(self.root, twin.root)]
+        while pairs:
+            node, above = pairs.pop()
+            for token, child in node.children.items():
+                state = None if child.state is None else ()
+                above.children[token] = Node(child.edge, above, state=state, used=child.used)
+                pairs.append((child, above.children[token]))
+        return twin
+
+
+def _shared(one: Sequence[int], two: Sequence[int]) -> int:
+    """Tokens at the start that are the same."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
+
+
+def _cut(kept: KeysValues, begin: int, end: int) -> KeysValues:
+    """Of tokens begin to end, and memory of their own: a view would hold all of them."""
+    return [(keys[:, :, begin:end].clone(), values[:, :, begin:end].clone()) for keys, values in kept]
+
+
+def _normed(values: list[float]) -> list[float]:
+    """From 0 for the least to 1 for the most."""
+    least, span = min(values), max(values) - min(values)
+    return [(value - least) / span if span else 0.0 for value in values]
+
+
+class RadixCache(PrefixCache):
+    """The store that a server asks.
+
+    Args:
+        stack: a causal language model, with what stands on it. config: options.
+
+    Raises:
+        UnsupportedError: the model does not go on from a cache as it reads a text at once.
+        PeftxError: the capacity holds no token.
+    """
+
+    def __init__(self, stack: Stack, config: MarconiConfig) -> None:
+        super().__init__(stack.model, entries=1)
+        self.model, self.config = stack.model, config
+        self.form, self.costs = measured(stack)
+        capacity = config.capacity_mb * 2**20
+        if self.costs.bytes(1) > capacity:
+            said = f"marconi: capacity_mb is {config.capacity_mb}, and one token takes {self.costs.bytes(1)} bytes"
+            raise PeftxError(said, hint="more capacity_mb")
+        self.tree = Tree(
+            self.costs, capacity, config.alpha or 0.0, self.watch if config.alpha is None else None
+        )
+        self.requests = self.tokens = self.window = 0
+        self.before: Tree | None = None  # the tree when it was full, while requests are noted
+        self.noted: list[tuple[bool, list[int]]] = []  # asked, or kept
+
+    def take(self, ids: list[int]) -> Cache:
+        """A cache of what is known of these tokens, short of the last one; what they share with others beyond that is
+        read now, and kept."""
+        known = ids[:-1]
+        reach, matched, node = self.tree.find(known)
+        self.tree.touch(node)
+        if self.before is not None:
+            self.noted.append((True, known))
+        self.requests, self.tokens = self.requests + 1, self.tokens + len(ids)
+        self.hits, self.reused_tokens = self.hits + bool(reach), self.reused_tokens + reach
+        cache = self.cache_of(reach, node)
+        if matched > reach:
+            read(self.model, known[reach:matched], cache)
+            self.tree.insert(known[:matched], *parts_of(cache))
+        return cache
+
+    def keep(self, ids: list[int], cache: Cache) -> None:
+        """Remember a text; `cache` holds all of it but the last tokens."""
+        ids = ids[: int(cache.get_seq_length())]
+        self.tree.insert(ids, *parts_of(cache))
+        if self.before is None:
+            return
+        self.noted.append((False, ids))
+        if sum(asked for asked, _ in self.noted) >= self.window:
+            self.tree.alpha = max(GRID, key=self.replayed)
+            self.before, self.noted = None, []
+
+    def keep_row(self, ids: list[int], cache: Cache, row: int) -> None:
+        """Remember one row of a cache of attention alone, of which `ids` are the last columns."""
+        kept, _ = parts_of(cache)
+        own = [(k[row : row + 1, :, -len(ids) :], v[row : row + 1, :, -len(ids) :]) for k, v in kept]
+        self.tree.insert(ids, own, ())
+
+    def cache_of(self, reach: int, node: Node) -> DynamicCache:
+        """Keys and values on the way to a node, what plugins note beside them, and its state."""
+        found, states = DynamicCache(config=self.model.config), iter(node.state or ())
+        way: list[KeysValues] = []
+        while node.above is not None:
+            way.insert(0, node.kept)
+            node = node.above
+        if not reach:
+            return found
+        layers = zip(*way, strict=True)  # of each its edges
+        found.layers = [copy.copy(layer) for layer in self.form]
+        for index, layer in enumerate(self.form):
+            if type(layer) is LinearAttentionLayer:
+                found.layers[index] = copy.deepcopy(next(states))
+            elif type(layer) is DynamicLayer:
+                parts = zip(*next(layers), strict=True)
+                found.layers[index].keys, found.layers[index].values = (
+                    torch.cat(p, 2)[:, :, :reach] for p in parts
+                )
+        return found
+
+    def watch(self) -> None:
+        """The cache is full: note what is asked from here on."""
+        self.before, self.window = self.tree.bare(0.0), self.config.bootstrap * self.requests
+
+    def replayed(self, alpha: float) -> int:
+        """Tokens that the noted requests would have had for nothing."""
+        assert self.before is not None
+        tree, tokens = self.before.bare(alpha), 0
+        for asked, ids in self.noted:
+            reach, matched, node = tree.find(ids)
+            if not asked:
+                tree.insert(ids, [], ())
+                continue
+            tree.touch(node)
+            tokens += reach
+            if matched > reach:
+                tree.insert(ids[:matched], [], ())
+        return tokens
+
+    def figures(self) -> dict[str, float]:
+        """What an operator wants to know."""
+        nodes = list(self.tree.nodes())
+        return {
+            "requests": self.requests, "hits": self.hits, "prompt_tokens": self.tokens,
+            "reused_tokens": self.reused_tokens, "token_hit_rate": self.reused_tokens / max(1, self.tokens),
+            "bytes": self.tree.bytes, "capacity": self.tree.capacity, "nodes": len(nodes),
+            "states": sum(bool(node.state) for node in nodes), "evicted": self.tree.evicted,
+            "alpha": self.tree.alpha,
+        }  # fmt: skip
+
+
+def parts_of(cache: Cache) -> tuple[KeysValues, list[LinearAttentionLayer]]:
+    """Keys and values as they are, and a copy of the recurrent states."""
+    kept = [(layer.keys, layer.values) for layer in cache.layers if type(layer) is DynamicLayer]
+    return kept, [copy.deepcopy(layer) for layer in cache.layers if type(layer) is LinearAttentionLayer]
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: Sequence[int], cache: Cache) -> Tensor:
+    """Go on from a cache; the logits behind the last token, [V]."""
+    tokens = torch.tensor([list(ids)], device=model.device)
+    seen = torch.ones(1, int(cache.get_seq_length()) + len(ids), dtype=torch.long, device=model.device)
+    given = {"attention_mask": seen, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    logits: Tensor = model(input_ids=tokens, **given).logits[0, -1]
+    return logits
+
+
+def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs]:
+    """The layers of a stack's cache, and what they take: of a few tokens that are read at once and in two parts, which
+    must be the same."""
+    model, ids = stack.model, list(range(3, 15))
+    cache, parted = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    whole = read(model, ids, cache)
+    read(model, ids[:-2], parted)  # two: one alone is read by another way in most recurrent layers
+    apart = float((read(model, ids[-2:], parted) - whole).abs().max() / whole.abs().max())
+    if not apart <= torch.finfo(whole.dtype).eps ** 0.5:
+        said = (
+            f"marconi: {type(model).__name__} reads a text in two parts otherwise than at once ({apart:.0e})"
+        )
+        raise UnsupportedError(
+            said, hint="its layers do not begin from a state; take a model whose layers do"
+        )
+    kept, states = parts_of(cache)
+    numbers = [part for layer in states for part in layer.recurrent_states.values() if part is not None]
+    windows = [part for layer in states for part in layer.conv_states.values() if part is not None]
+    return cache.layers, Costs(
+        token=sum(part.nbytes for pair in kept for part in pair) // len(ids),
+        state=sum(part.nbytes for part in numbers + windows),
+        hidden=stack.anatomy.hidden_size, ssm=len(states), attention=len(kept),
+        mlp=sum(site.role == "block.mlp" for site in stack.anatomy.sites),
+        numbers=sum(part.numel() for part in numbers),
+    )  # fmt: skip
+
+
+def check_kinds(kinds: set[type], who: str) -> None:
+    """Raises ArchitectureError where layers of a cache are neither keys and values of all tokens nor one state."""
+    if names := ", ".join(
+        sorted(k.__name__ for k in kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer})
+    ):
+        raise ArchitectureError(f"{who} has layers of kind {names} in its cache", hint="take full attention")
+    if DynamicLayer not in kinds:
+        raise ArchitectureError(f"{who} keeps states alone, and transformers' cache of them knows no length",
+                                hint="take a hybrid, or a model of attention")  # fmt: skip
+
+
+class Marconi(Plugin):
+    """See the module."""
+
+    Config = MarconiConfig
+    claims = {Claim.EXACT_CACHE}
+    architectures = ("qwen3_next",)
+    refuses = {"bert": "an encoder writes no text", "t5": "an encoder reads a prompt at once"}
+    config: MarconiConfig
+
+    def suits(self, model: ModelView) -> None:
+        who = f"{model.owner}: {type(model.module).__name__}"
+        if model.config.is_encoder_decoder or not model.module.can_generate():
+            raise ArchitectureError(
+                f"{who} is no decoder that writes text", hint="take a causal language model"
+            )
+        check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
+
+    def check(self, stack: Stack) -> None:
+        for member in stack.members:
+            for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE):
+                if member.claims(claim):
+                    said = f"marconi: '{member.id}' claims {claim}, and a prefix is of a prompt's own tokens alone"
+                    raise ConflictError(said, hint="keep one of them")
+        for member in stack.implementers("decode"):
+            said = f"marconi: '{member.id}' has a say in how a text is written, and so in its cache"
+            raise ConflictError(said, hint="keep one of them")
+
+    @hookimpl
+    def serve(self, server: Server) -> None:
+        scheduler = server.scheduler
+        if scheduler.prefixes is not None:
+            said = f"marconi: the server has a store of prefixes already, {type(scheduler.prefixes).__name__}"
+            raise PeftxError(said, hint="keep one of the two plugins")
+        scheduler.prefixes = store = RadixCache(server.stack, self.config)
+        if store.costs.state:
+            scheduler.max_batch = (
+                1  # batches that run whole begin from a cache, and give one back, for one row alone
+            )
+        server.add_route("GET", "/v1/marconi", store.figures)
