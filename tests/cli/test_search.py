@@ -93,6 +93,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return out, before, json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_finished_trial_is_lost_by_the_kill(done: Any) -> None:
     out, before, told = done
     assert before
@@ -103,6 +104,7 @@ def test_no_finished_trial_is_lost_by_the_kill(done: Any) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_front_is_measured_on_the_test_rows_and_repeats(
     done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +128,7 @@ def test_the_front_is_measured_on_the_test_rows_and_repeats(
     assert scores["perplexity"]["value"] == row["test_value"] == row["seeds"][0]["value"]
 
 
+@pytest.mark.slow
 def test_a_trial_has_its_costs_and_was_looked_at(done: Any) -> None:
     out, _, told = done
     found = results(out).values()
@@ -139,6 +142,7 @@ def test_a_trial_has_its_costs_and_was_looked_at(done: Any) -> None:
     assert {row["status"] for row in told["rows"]} == {"done"}
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_nothing_again_and_more_trials_go_on(done: Any) -> None:
     out, _, told = done
     before = results(out)
@@ -152,6 +156,7 @@ def test_the_same_command_runs_nothing_again_and_more_trials_go_on(done: Any) ->
     assert [row["row"] for row in more["rows"]][: len(told["rows"])] == [row["row"] for row in told["rows"]]
 
 
+@pytest.mark.slow
 def test_no_point_keeps_the_limits(done: Any, tmp_path: Path) -> None:
     """The jobs are those of the search without limits, so none runs."""
     out = shutil.copytree(done[0], tmp_path / "out")

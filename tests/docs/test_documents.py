@@ -112,6 +112,7 @@ def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Path("results/index.html").exists()
 
 
+@pytest.mark.slow
 def test_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a seed that draws LoRA alone, which takes seconds; compression would take minutes on a busy machine."""
     from typer.testing import CliRunner

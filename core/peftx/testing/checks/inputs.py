@@ -164,9 +164,9 @@ def check_stands_on_integers(case: Case) -> None:
 
         return error_of(PeftxError, build)
 
-    if built() is not None:  # it stands elsewhere
-        return
     refusal = built((QUANTIZER, ReferenceQuantizer()))
+    if bool(claimed) == (refusal is not None) or built() is not None:  # as it says, or it stands elsewhere
+        return
     assert claimed or refusal is None, f"refused on integers, so claim {Claim.TAKES_WEIGHTS}: {refusal}"
     assert not claimed or refusal is not None, f"claims {claimed[0]}, and stands on integers"
 
