@@ -15,11 +15,10 @@ from xml.etree import ElementTree
 import pytest
 
 import peftx
+from peftx.charts import MOST_POINTS, Band, Curve, chart, running_mean, thinned, ticks
 from peftx.engines.bundle.manifest import own_digest
 from peftx.engines.files import sha256
 from peftx.history import TrainingHistory
-from peftx.pages import Band, Curve, chart
-from peftx.pages.chart import MOST_POINTS, running_mean, thinned, ticks
 from peftx.pages.page import bands, table
 from peftx.pages.samples import prompt_of
 from peftx.testing import tiny, tiny_tokenizer

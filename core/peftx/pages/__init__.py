@@ -3,14 +3,12 @@
 told        told.py     what a bundle says of its run, without loading it
 samples     samples.py  what base and stack write after prompts of held-out rows
 page        page.py     both as HTML
-chart       chart.py    curves as SVG
 """
 
 from __future__ import annotations
 
-from peftx.pages.chart import Band, Curve, chart
 from peftx.pages.page import page
 from peftx.pages.samples import Sample, Samples, samples
 from peftx.pages.told import Told, told
 
-__all__ = ["Band", "Curve", "Sample", "Samples", "Told", "chart", "page", "samples", "told"]
+__all__ = ["Sample", "Samples", "Told", "page", "samples", "told"]

@@ -6,35 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
+from peftx.charts import STYLE, Band, Curve, Point, chart
 from peftx.history import Measured, TrainingHistory
-from peftx.pages.chart import Band, Curve, Point, chart
 from peftx.pages.samples import Samples
 from peftx.pages.told import Told
-
-STYLE = """
-:root { --ink: #1c2228; --paper: #fff; --line: #d5dbe0; --soft: #f3f5f7; --quiet: #5b6670; }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ea; --paper: #14181c; --line: #39424a; --soft: #1e242a;
-  --quiet: #9aa5af; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-  max-width: 60rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
-th { font-weight: 600; white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
-td.text { white-space: pre-wrap; min-width: 12rem; }
-p.quiet, small, td small { color: var(--quiet); }
-figure { margin: .5rem 0 1.2rem; } svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-svg text { fill: var(--quiet); } .grid { stroke: var(--line); } .axis { stroke: var(--quiet); fill: none; }
-.band { fill: var(--soft); } .band.odd { fill: var(--line); opacity: .6; } svg .phase { fill: var(--ink); }
-.key span { margin-right: 1.2rem; } .key i { display: inline-block; width: .9rem; height: .2rem; margin-right: .4rem;
-  vertical-align: middle; }
-"""
 
 
 def page(told: Told, samples: Samples | None = None) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftx.charts import STYLE, Curve, Point, chart
 from peftx.errors import DataError, nearest
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation.scores import Score
@@ -20,7 +21,7 @@ class Evaluation:
         stack: the stack that is measured.
         data: name -> texts or rows, as the spec names them.
         scores: name -> Score in the order of `add`; read it, and write through `add`.
-        output_dir: where figures go, made by whoever writes the first; None where the run keeps none.
+        output_dir: where figures go (`figure`), made by whoever writes the first; None where the run keeps none.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Evaluation:
         self.data = dict(data or {})
         self.output_dir = output_dir
         self.scores: dict[str, Score] = {}
+        self._figures: dict[str, list[str]] = {}
 
     def rows(self, name: str) -> Sequence[Any]:
         """The data set of that name. Raises DataError with the names there are."""
@@ -64,6 +66,21 @@ class Evaluation:
                 unit=unit,
             )
         )
+
+    def figure(self, name: str, curves: Mapping[str, Iterable[Point]], *, x: str, y: str) -> None:
+        """Draw curves on the page `<name>.html` in `output_dir`, below what was drawn there before; nothing where the
+        run keeps none.
+
+        Args:
+            curves: name -> (x, y), x rising. x, y: what the axes are of.
+        """
+        if self.output_dir is None:
+            return
+        drawn = [Curve(curve, [*points]) for curve, points in curves.items()]
+        self._figures.setdefault(name, []).append(chart(drawn, x=x, y=y, title=f"{y} by {x}"))
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{''.join(self._figures[name])}\n"
+        (self.output_dir / f"{name}.html").write_text(page, encoding="utf-8")
 
     def add_score(self, score: Score) -> Score:
         """Record a score as a metric returned it. Raises DataError where the name is taken."""

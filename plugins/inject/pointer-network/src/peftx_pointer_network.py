@@ -28,8 +28,6 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.errors import ArchitectureError, UnsupportedError
 from peftx.kernel.call import Call
-from peftx.pages.chart import Curve, chart
-from peftx.pages.page import STYLE
 
 
 class PointerNetworkConfig(PluginConfig):
@@ -288,10 +286,4 @@ class PointerNetwork(Plugin):
             _, shares = experiment(self.config)
         for n, share in shares:
             evaluation.add(f"exact/n-{n}", share, count=500)
-        if evaluation.output_dir is not None:
-            evaluation.output_dir.mkdir(parents=True, exist_ok=True)
-            figure = chart(
-                [Curve(self.config.task, shares)], x="n", y="exact", title="share of exact answers by n"
-            )
-            page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{figure}\n"
-            (evaluation.output_dir / "pointer-network.html").write_text(page)
+        evaluation.figure("pointer-network", {self.config.task: shares}, x="n", y="share of exact answers")

@@ -22,7 +22,7 @@ of what is generated the prompt. A model that was trained under the causal mask 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -47,8 +47,6 @@ from peftx.engines.data.formats import dataset_of
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
-from peftx.pages.chart import Curve, chart
-from peftx.pages.page import STYLE
 from peftx.toolkits.evaluation import context_window
 
 
@@ -137,13 +135,9 @@ def experiment(config: PrefixlmVsCausalIclConfig) -> tuple[dict[str, Tensor], di
     return depth, ends
 
 
-def figure(curves: Mapping[str, Tensor], x: str) -> str:
-    """Curves of errors over 1, 2, ..., as HTML; upwards their logarithm to base 10."""
-    drawn = [
-        Curve(name, [*enumerate(errors.clamp(min=1e-30).log10().tolist(), 1)])
-        for name, errors in curves.items()
-    ]
-    return chart(drawn, x=x, y="log10 of the mean squared error", title=f"errors by {x}")
+def log10(errors: Tensor) -> list[float]:
+    """Of errors over 1, 2, ..., which may be 0 to rounding."""
+    return errors.clamp(min=1e-30).log10().tolist()  # type: ignore[no-any-return]
 
 
 class PrefixMask(AttentionEdit):
@@ -238,12 +232,11 @@ class PrefixlmVsCausalIcl(Plugin):
         depth, ends = experiment(self.config)
         for name, errors in (depth | ends).items():
             evaluation.add(name, errors[-1])
-        if evaluation.output_dir is not None:
-            evaluation.output_dir.mkdir(parents=True, exist_ok=True)
-            layers = {name: errors[1:] for name, errors in depth.items() if len(errors) > 1}
-            parts = f"<style>{STYLE}</style>", figure(layers, "layers"), figure(ends, "pairs")
-            path = evaluation.output_dir / "prefixlm-vs-causal-icl.html"
-            path.write_text("<!doctype html><meta charset=utf-8>" + "".join(parts))
+        layers = {name: errors[1:] for name, errors in depth.items() if len(errors) > 1}
+        for x, curves in (("layers", layers), ("pairs", ends)):
+            drawn = {name: enumerate(log10(errors), 1) for name, errors in curves.items()}
+            y = "log10 of the mean squared error"
+            evaluation.figure("prefixlm-vs-causal-icl", drawn, x=x, y=y)
         if "eval" not in evaluation.data:
             return
         stack, model = evaluation.stack, evaluation.stack.model

@@ -46,8 +46,6 @@ from peftx.engines.data.formats import dataset_of
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
-from peftx.pages.chart import Curve, chart
-from peftx.pages.page import STYLE
 from peftx.toolkits.evaluation import context_window
 
 
@@ -218,14 +216,8 @@ class YqLsa(Plugin):
         for name, risks in curves.items():
             evaluation.add(f"risk/{name}", risks[-1], count=self.config.tasks)
         evaluation.add("cosine", torch.cosine_similarity(mu, v, 0))
-        if evaluation.output_dir is not None:
-            evaluation.output_dir.mkdir(parents=True, exist_ok=True)
-            drawn = [
-                Curve(name, [*zip(self.config.norms, risks, strict=True)]) for name, risks in curves.items()
-            ]
-            figure = chart(drawn, x="norm of mu", y="risk", title="risk by the norm of mu")
-            page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{figure}\n"
-            (evaluation.output_dir / "yq-lsa.html").write_text(page)
+        drawn = {name: zip(self.config.norms, risks, strict=True) for name, risks in curves.items()}
+        evaluation.figure("yq-lsa", drawn, x="norm of mu", y="risk")
         if "eval" not in evaluation.data:
             return
         stack, model = evaluation.stack, evaluation.stack.model
