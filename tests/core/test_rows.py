@@ -21,6 +21,7 @@ from peftx.kernel.copies import sharing
 from peftx.kernel.slots import slot_of
 from peftx.testing import ARCHITECTURES, tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
+from peftx.testing.subject import ENCODERS
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.packed import _COPIES, Packed, pack
@@ -168,11 +169,10 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_is_tried(arch: str) -> None:
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in ENCODERS | {"vit", "clip"}])
+def test_every_architecture_that_writes_is_tried(arch: str) -> None:
     model = tiny(arch).eval()
-    if not model.can_generate():
-        pytest.skip("it writes nothing")
+    assert model.can_generate()
     stack = Stack(model, [], tokenizer=tiny_tokenizer())
     if arch in WHOLE:
         with pytest.raises(UnsupportedError, match=WHOLE[arch]):

@@ -6,7 +6,6 @@ children of the model, so that what they hold trains, moves and is saved with it
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from peftx.kernel.call import Call
 from peftx.kernel.chain import Chain
+from peftx.kernel.virtual_tokens import arguments_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -47,7 +47,7 @@ class _Calls(Chain[CallEdit]):
         """What is called now; inside the model, its encoder is a part of that call."""
         self.handles: list[RemovableHandle] = []
         for host in (model, model.get_encoder()) if model.config.is_encoder_decoder else (model,):
-            enter = partial(self.enter, _parameters(host))
+            enter = partial(self.enter, takes(host))
             self.handles += [
                 host.register_forward_pre_hook(enter, with_kwargs=True),
                 host.register_forward_hook(self.leave, always_call=True),
@@ -78,10 +78,9 @@ class _Calls(Chain[CallEdit]):
             handle.remove()
 
 
-def _parameters(host: nn.Module) -> tuple[str, ...]:
+def takes(host: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a model's forward, in order; where soft tokens stand, of its own class's."""
-    own = vars(type(host)).get("_peftx_base", type(host))
-    return tuple(inspect.signature(own.forward).parameters)[1:]
+    return arguments_of(vars(type(host)).get("_peftx_base", type(host)))
 
 
 def _calls(model: PreTrainedModel) -> _Calls:

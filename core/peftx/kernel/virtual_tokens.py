@@ -94,7 +94,7 @@ class _BaseModelSlot:
         length = sum(t.length for t in tokens)
         if not length and not prompt.shift:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        call = dict(zip(_parameters(self._peftx_base), args, strict=False)) | kwargs  # type: ignore[attr-defined]
+        call = dict(zip(arguments_of(self._peftx_base), args, strict=False)) | kwargs  # type: ignore[attr-defined]
         input_ids, inputs_embeds = call.pop("input_ids", None), call.pop("inputs_embeds", None)
         attention_mask, position_ids = call.pop("attention_mask", None), call.pop("position_ids", None)
         past_key_values, states = call.get("past_key_values"), call.get("cache_params")
@@ -159,7 +159,7 @@ class _BaseModelSlot:
                     hint="[rows, tokens]",
                 )
             return given
-        if "position_ids" not in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+        if "position_ids" not in arguments_of(self._peftx_base):  # type: ignore[attr-defined]
             return None
         left = (
             mask is not None
@@ -181,7 +181,7 @@ class _BaseModelSlot:
     def _peftx_per_layer(self, call: dict[str, Any], input_ids: Tensor | None) -> Tensor | None:
         """What each layer of Gemma 3n and 4 looks up for a token, [B, T, layers, d]; soft tokens have none."""
         given: Tensor | None = call.get("per_layer_inputs")
-        if given is not None or input_ids is None or "per_layer_inputs" not in _parameters(self._peftx_base):  # type: ignore[attr-defined]
+        if given is not None or input_ids is None or "per_layer_inputs" not in arguments_of(self._peftx_base):  # type: ignore[attr-defined]
             return given
         looks_up = self.config.hidden_size_per_layer_input  # type: ignore[attr-defined]
         return self.get_per_layer_inputs(input_ids) if looks_up else None  # type: ignore[attr-defined]
@@ -260,7 +260,7 @@ def _place(model: PreTrainedModel, host: nn.Module) -> int:
 
 
 @cache
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+def arguments_of(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of `forward`'s arguments, in order."""
     import inspect
 
@@ -318,7 +318,7 @@ def _prepare(model: PreTrainedModel) -> tuple[nn.Module, _Prompt]:
     prompt: _Prompt | None = host.__dict__.get(STATE)
     if prompt is not None:
         return host, prompt
-    if "inputs_embeds" not in _parameters(type(host)):
+    if "inputs_embeds" not in arguments_of(type(host)):
         raise ArchitectureError(
             f"{type(host).__name__} takes no inputs_embeds, so nothing can stand before its input"
         )

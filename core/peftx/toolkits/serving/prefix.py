@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
+from peftx.kernel.calls import takes
+from peftx.kernel.plugin import Claim
 from peftx.toolkits.decoding.cache import Undo, fork_cache, keep_rows, undo_kind
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+    from peftx.kernel.stack import Stack
 
 
 class PrefixCache:
@@ -36,9 +42,9 @@ class PrefixCache:
         """A cache of the longest known beginning of `ids`, short of the last token; empty where none is known."""
         best, length = None, 0
         for known in self._kept:
-            shared = _shared(known, ids)
-            if shared > length:
-                best, length = known, shared
+            common = alike(known, ids)
+            if common > length:
+                best, length = known, common
         length = min(length, len(ids) - 1)
         if best is None or length == 0:
             return DynamicCache(config=self._config)
@@ -71,16 +77,34 @@ class PrefixCache:
         if rows == 0 or rows > len(ids) or undo_kind(cache) is not Undo.ANY_ROWS:
             return
         key = tuple(ids[:rows])
-        for known in [known for known in self._kept if _shared(known, ids) == len(known) < rows]:
+        for known in [known for known in self._kept if alike(known, ids) == len(known) < rows]:
             del self._kept[known]  # the longer one begins with it
         self._kept[key] = cache
         while len(self._kept) > self._entries:
             self._kept.popitem(last=False)
 
 
-def _shared(known: tuple[int, ...], ids: list[int]) -> int:
+def alike(one: Sequence[int], two: Sequence[int]) -> int:
     """Tokens at the start that are the same."""
-    for index, (one, two) in enumerate(zip(known, ids, strict=False)):
-        if one != two:
-            return index
-    return min(len(known), len(ids))
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: Sequence[int], cache: Cache) -> Tensor:
+    """Have a causal model read tokens behind those of a cache, one text's; the logits behind the last, [V]."""
+    tokens = torch.tensor([list(ids)], device=model.device)
+    seen = torch.ones(1, int(cache.get_seq_length()) + len(ids), dtype=torch.long, device=model.device)
+    little = {"logits_to_keep": 1} if "logits_to_keep" in takes(model) else {}  # the others are not looked at
+    more: dict[str, Any] = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
+    logits: Tensor = model(input_ids=tokens, **more, **little).logits[0, -1]
+    return logits
+
+
+def other_rows(stack: Stack) -> str:
+    """Why rows of a stack's cache are not a prompt's own tokens; empty where they are."""
+    for member in stack.members:
+        for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE):
+            if member.claims(claim):
+                return f"'{member.id}' claims {claim}, and a prefix is of a prompt's own tokens alone"
+    return ""

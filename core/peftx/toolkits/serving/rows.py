@@ -6,9 +6,7 @@ as they like: what they share is the model's call. The model's own forward runs,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from functools import cache
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from transformers import Cache, DynamicCache
 
 from peftx.engines.data import Collator
 from peftx.errors import UnsupportedError
+from peftx.kernel.calls import takes
 from peftx.kernel.objective import vocabulary_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.serving.answers import Answers, ends_of
@@ -233,11 +232,11 @@ class Rows:
         """Logits [B, V] behind the last of `ids` [B, T]; `mask` [B, P + T] is of what the cache holds too."""
         if self.crowd is not None and model is self.crowd.host:
             self.crowd.seat([row.job.model for row in rows])
-        device, takes = model.device, _parameters(model.__class__)
+        device, names = model.device, takes(model)
         given: dict[str, Any] = {"attention_mask": mask.to(device), "past_key_values": cache}
-        if "position_ids" in takes:
+        if "position_ids" in names:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(device)
-        if "logits_to_keep" in takes:
+        if "logits_to_keep" in names:
             given["logits_to_keep"] = 1
         logits: Tensor = model(input_ids=ids.to(device), use_cache=True, **given).logits[:, -1]
         return logits
@@ -287,12 +286,6 @@ class Rows:
             self._slots = None
 
 
-@cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
-    """What a model's forward takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
 def refuse_whole_batches(stack: Stack) -> None:
     """Raises UnsupportedError where requests have to run whole, with the reason."""
     model = stack.model
@@ -339,9 +332,8 @@ def prove(answers: dict[str, Answers], crowd: Crowd | None = None) -> None:
         room = free_positions(each.stack.model)
         if room is not None and room < 24:
             raise UnsupportedError("its context is too short to try it")
-    answers = {
-        name: Answers(each.stack) for name, each in answers.items()
-    }  # nothing of it is to be remembered
+    # Of their own, since nothing of it is to be remembered.
+    answers = {name: Answers(each.stack) for name, each in answers.items()}
     rows = _Watched(answers, most=4, crowd=crowd, piece=8)
     draw, names = torch.Generator().manual_seed(0), cycle(answers)
     groups = [[_job(length, next(names), answers, draw) for length in group] for group in PROMPTS]

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import Field
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -30,7 +29,7 @@ from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.serving import Engine, Job, Request, Server
-from peftx.toolkits.serving.prefix import PrefixCache
+from peftx.toolkits.serving.prefix import PrefixCache, alike, other_rows, read
 from peftx.toolkits.serving.rows import PIECE, refuse_whole_batches
 
 Tokens = Sequence[int]
@@ -68,7 +67,7 @@ def tree_of(keys: Sequence[list[int]]) -> list[Node]:
     """The compact radix tree of token sequences, the root first."""
     nodes, path, before = [Node(0, -1)], [0], list[int]()
     for i in sorted(range(len(keys)), key=lambda i: keys[i]):
-        common, last = _shared(before, keys[i]), 0
+        common, last = alike(before, keys[i]), 0
         while nodes[path[-1]].depth > common:
             last = path.pop()
         if nodes[path[-1]].depth < common:  # the edge to `last` is split
@@ -81,12 +80,6 @@ def tree_of(keys: Sequence[list[int]]) -> list[Node]:
         nodes[path[-1]].ends.append(i)
         before = keys[i]
     return nodes
-
-
-def _shared(one: Tokens, two: Tokens) -> int:
-    """Tokens at the start that are the same."""
-    pairs = enumerate(zip(one, two, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
 
 
 def groups_of(prompts: Sequence[list[int]], *, least: int = 1) -> list[Group]:
@@ -205,7 +198,7 @@ class Groups(PrefixCache):
         if not prefix:
             return DynamicCache(config=self.model.config)
         if prefix not in self.live:
-            self.live[prefix] = read(self.model, prefix)
+            self.live[prefix] = prefix_of(self.model, prefix)
             self.read += len(prefix)
         self.hits += 1
         self.reused_tokens += len(prefix)
@@ -230,17 +223,11 @@ def _size(job: Job) -> int:
     return len(job.ids) + job.max_tokens
 
 
-@torch.no_grad()
-def read(model: PreTrainedModel, ids: Tokens) -> Cache:
+def prefix_of(model: PreTrainedModel, ids: Tokens) -> Cache:
     """Keys and values of tokens, read in pieces."""
     cache = DynamicCache(config=model.config)
-    tokens = torch.tensor([list(ids)], device=model.device)
-    for piece in tokens.split(PIECE, dim=1):
-        seen = torch.ones(
-            1, int(cache.get_seq_length()) + piece.shape[1], dtype=torch.long, device=model.device
-        )
-        given = {"attention_mask": seen, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        model(input_ids=piece, **given)
+    for begin in range(0, len(ids), PIECE):
+        read(model, ids[begin : begin + PIECE], cache)
     return cache
 
 
@@ -303,11 +290,8 @@ class BatchLLM(Plugin):
             raise ArchitectureError(said, hint="take a causal language model")
 
     def check(self, stack: Stack) -> None:
-        for member in stack.members:
-            for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE):
-                if member.claims(claim):
-                    said = f"batchllm: '{member.id}' claims {claim}, and a prefix is of a prompt's own tokens alone"
-                    raise ConflictError(said, hint="keep one of them")
+        if reason := other_rows(stack):
+            raise ConflictError(f"batchllm: {reason}", hint="keep one of them")
         try:
             refuse_whole_batches(stack)
         except UnsupportedError as error:

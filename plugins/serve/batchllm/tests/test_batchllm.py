@@ -19,7 +19,7 @@ from peftx.toolkits.serving import Engine, Request, Server
 from peftx.toolkits.serving.job import Job
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.slots import Slots
-from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, read, tree_of
+from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, tree_of
 from peftx_token_trails import TokenTrails
 
 test_conformance = conformance("batchllm")
@@ -211,7 +211,7 @@ def test_what_a_plugin_notes_in_the_cache_goes_with_it() -> None:
     ]
     assert complete(stack, texts, max_tokens=6).texts == alone(stack, texts)
     assert alone(stack, texts) != alone(built(), texts)
-    assert read(stack.model, stack.tokenizer(texts[0]).input_ids).get_seq_length() == len(texts[0])
+    assert prefix_of(stack.model, stack.tokenizer(texts[0]).input_ids).get_seq_length() == len(texts[0])
 
 
 def test_as_many_tokens_are_read_as_it_says() -> None:
@@ -263,7 +263,7 @@ def test_long_prefixes_are_read_in_pieces() -> None:
         with_kwargs=True,
     )
     ids = torch.randint(3, 200, (1, 300), generator=torch.Generator().manual_seed(0))
-    whole, cache = DynamicCache(config=model.config), read(model, ids[0].tolist())
+    whole, cache = DynamicCache(config=model.config), prefix_of(model, ids[0].tolist())
     with torch.no_grad():
         model(input_ids=ids, past_key_values=whole)
     assert seen == [(256, 1), (44, 1), (300, 300)]

@@ -27,14 +27,14 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.stack import Stack
 from peftx.toolkits.serving import Server
-from peftx.toolkits.serving.prefix import PrefixCache
+from peftx.toolkits.serving.prefix import PrefixCache, alike, other_rows, read
 
 GRID = tuple(tenths / 10 for tenths in range(21))
 """The values of alpha that are tried."""
@@ -135,7 +135,7 @@ class Tree:
         node = last = hit = self.root
         matched = 0
         while matched < len(ids) and (child := node.children.get(ids[matched])) is not None:
-            common, last = _shared(child.edge, ids[matched:]), child
+            common, last = alike(child.edge, ids[matched:]), child
             matched += common
             if common < len(child.edge):
                 break
@@ -161,7 +161,7 @@ class Tree:
             if child is None:
                 child = Node(tuple(ids[begin:]), node, _cut(kept, begin, len(ids)))
                 node.children[ids[begin]] = child
-            elif (common := _shared(child.edge, ids[begin:])) < len(child.edge):
+            elif (common := alike(child.edge, ids[begin:])) < len(child.edge):
                 child = self.split(child, common)
             node = child
         node.state = state if node.state is None else node.state
@@ -228,12 +228,6 @@ class Tree:
                 above.children[token] = Node(child.edge, above, state=state, used=child.used)
                 pairs.append((child, above.children[token]))
         return twin
-
-
-def _shared(one: Sequence[int], two: Sequence[int]) -> int:
-    """Tokens at the start that are the same."""
-    pairs = enumerate(zip(one, two, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
 
 
 def _cut(kept: KeysValues, begin: int, end: int) -> KeysValues:
@@ -364,16 +358,6 @@ def parts_of(cache: Cache) -> tuple[KeysValues, list[LinearAttentionLayer]]:
     return kept, [copy.deepcopy(layer) for layer in cache.layers if type(layer) is LinearAttentionLayer]
 
 
-@torch.no_grad()
-def read(model: PreTrainedModel, ids: Sequence[int], cache: Cache) -> Tensor:
-    """Go on from a cache; the logits behind the last token, [V]."""
-    tokens = torch.tensor([list(ids)], device=model.device)
-    seen = torch.ones(1, int(cache.get_seq_length()) + len(ids), dtype=torch.long, device=model.device)
-    given = {"attention_mask": seen, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    logits: Tensor = model(input_ids=tokens, **given).logits[0, -1]
-    return logits
-
-
 def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs]:
     """The layers of a stack's cache, and what they take: of a few tokens that are read at once and in two parts, which
     must be the same."""
@@ -430,11 +414,8 @@ class Marconi(Plugin):
         check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
 
     def check(self, stack: Stack) -> None:
-        for member in stack.members:
-            for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE):
-                if member.claims(claim):
-                    said = f"marconi: '{member.id}' claims {claim}, and a prefix is of a prompt's own tokens alone"
-                    raise ConflictError(said, hint="keep one of them")
+        if reason := other_rows(stack):
+            raise ConflictError(f"marconi: {reason}", hint="keep one of them")
         for member in stack.implementers("decode"):
             said = f"marconi: '{member.id}' has a say in how a text is written, and so in its cache"
             raise ConflictError(said, hint="keep one of them")
