@@ -19,7 +19,7 @@ from peftx.toolkits.serving import Engine, Request, Server
 from peftx.toolkits.serving.job import Job
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.slots import Slots
-from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, tree_of
+from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, prefix_of, tree_of
 from peftx_token_trails import TokenTrails
 
 test_conformance = conformance("batchllm")
