@@ -30,11 +30,10 @@ from peftx.engines.bundle.surroundings import (
     compute_buffers,
     computed_buffers,
     generation_of,
-    tokenizer_digest,
 )
 from peftx.engines.checkpoints import read_config
 from peftx.engines.files import naming, read_tensors
-from peftx.engines.models import load_model, read_tokenizer, usable_device
+from peftx.engines.models import load_model, read_tokenizer, tokenizer_digest, usable_device
 from peftx.errors import BundleError
 from peftx.interop.importing import import_peft
 from peftx.kernel.anatomy import Anatomy
@@ -327,8 +326,9 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
             _check_shape(name, old, value)
             trains = value.is_floating_point() and (old is None or old.requires_grad)
             new = nn.Parameter(value, requires_grad=trains)
-            if old is not None and torch.equal(shared.setdefault(id(old), (old, new))[1], new):
-                new = shared[id(old)][1]
+            if old is not None:
+                first = shared.setdefault(id(old), (old, new))[1]
+                new = first if first is new or torch.equal(first, new) else new
             module._parameters[leaf] = new
             if of_base and old is not None:  # it may be tied to another name
                 for other in stack.model.modules():

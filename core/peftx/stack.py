@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from peftx.composition.conflicts import check
 from peftx.composition.members import members_of
-from peftx.engines.bundle.surroundings import tokenizer_digest
-from peftx.engines.models import load_model
+from peftx.engines.models import load_model, tokenizer_digest
 from peftx.engines.training.updates import watch
 from peftx.errors import PeftxError
 from peftx.hooks import HookSpecs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -283,6 +285,17 @@ def read_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokeniz
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what makes a tokenizer's ids and chats: its algorithm and vocabulary, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    algorithm = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
+    about = json.dumps([special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(f"{algorithm}\n{about}".encode()).hexdigest()
 
 
 def base_bytes(model_id: str, model: PreTrainedModel) -> int:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from peftx.composition.adapters import is_adapter, read_adapter
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import MANIFEST, Manifest, read_manifest
-from peftx.engines.bundle.surroundings import cast_buffers, generation_of, tokenizer_digest
+from peftx.engines.bundle.surroundings import cast_buffers, generation_of
 from peftx.engines.files import sha256
-from peftx.engines.models import load_model
+from peftx.engines.models import load_model, tokenizer_digest
 from peftx.errors import MergeError, PeftxError
 from peftx.kernel.anatomy import Site
 from peftx.kernel.members import Member

@@ -31,9 +31,9 @@ from peftx.engines.bundle.surroundings import (
     computed_buffers,
     generation_of,
     settings_of,
-    tokenizer_digest,
 )
 from peftx.engines.files import plain_files, replacing, sha256
+from peftx.engines.models import tokenizer_digest
 from peftx.errors import BundleError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart, VocabularyPart
