@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,9 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_the_same_rows_are_tokenized_once(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_rows_are_tokenized_once(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = made(tokenizer)
     with untouched(monkeypatch):
         assert made(tokenizer) == first
@@ -55,7 +58,9 @@ def test_the_same_rows_are_tokenized_once(folder: Path, tokenizer: Any, monkeypa
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "another row": {"rows": ROWS.map(lambda row, i: {"prompt": "x" if i == 39 else row["prompt"]}, with_indices=True)},
+    "another row": {
+        "rows": ROWS.map(lambda row, i: {"prompt": "x" if i == 39 else row["prompt"]}, with_indices=True)
+    },
     "another order": {"rows": ROWS.select(range(39, -1, -1))},
     "fewer rows": {"rows": ROWS.select(range(30))},
     "shorter": {"max_length": 7},
@@ -67,7 +72,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_whatever_decides_about_the_ids_is_told_apart(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_whatever_decides_about_the_ids_is_told_apart(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made(tokenizer)
     found = {name: made(tokenizer, **changed) for name, changed in OTHERS.items()}
     assert len(list(folder.glob("*.arrow"))) == len(OTHERS) + 1
@@ -87,7 +94,10 @@ def test_another_tokenizer_or_other_code_makes_them_anew(
     assert len(list(folder.glob("*.arrow"))) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-900] + b"\x01" * 100 + b[-800:]])  # fmt: skip
+DAMAGES = [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-900] + b"\x01" * 100 + b[-800:]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_made_again_and_said(folder: Path, tokenizer: Any, damage: Any) -> None:
     first = made(tokenizer)
     (file,) = folder.glob("*.arrow")
@@ -105,7 +115,9 @@ def test_a_row_that_is_refused_leaves_nothing(folder: Path, tokenizer: Any) -> N
     assert not list(folder.glob("**/*")), "half of a file"
 
 
-def test_small_or_quick_rows_are_not_kept(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_or_quick_rows_are_not_kept(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kept, "WORTH_SECONDS", 1e9)
     made(tokenizer)
     monkeypatch.setattr(kept, "WORTH_SECONDS", 0.0)
@@ -124,9 +136,9 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
     assert len(made(tokenizer)) == 40
 
 
-def test_what_was_used_longest_ago_goes_first(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
+def test_what_was_used_longest_ago_goes_first(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made(tokenizer)
     (oldest,) = folder.glob("*.arrow")
     made(tokenizer, max_length=32)
@@ -136,4 +148,5 @@ def test_what_was_used_longest_ago_goes_first(folder: Path, tokenizer: Any, monk
     made(tokenizer)  # used again
     monkeypatch.setattr(kept, "MOST_BYTES", int(2.5 * oldest.stat().st_size))
     made(tokenizer, max_length=16)
-    assert oldest.exists() and not second.exists()
+    assert oldest.exists()
+    assert not second.exists()
