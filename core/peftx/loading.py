@@ -152,8 +152,8 @@ def _check_base(stack: Stack, base: BaseEntry, folder: Path) -> None:
     """Raises BundleError where the base is another one, or configured otherwise."""
     if base.fingerprint is not None and base.settings is None:  # of a bundle of version 0.1
         found: str | None = fingerprint(stack.model)
-    else:
-        found = stack.base_fingerprint
+    else:  # in the dtype that it was just read in: nothing has cast it since
+        found = stack.identity.digest() if stack.identity is not None else None
     if found != base.fingerprint:
         raise BundleError(
             f"'{folder}' was made for another base model than '{stack.base_id}': "

@@ -89,7 +89,8 @@ class Stack:
         """None where there is none; see `tokenizer`."""
         self.anatomy = Anatomy(model)
         self.ledger = Ledger(model)
-        self.identity = Identity.of(model)
+        base = dict(model.named_parameters())
+        self.identity = Identity.of(base)
         """Of the base as it was before any plugin changed it; None where it is on the meta device."""
         self.given_fingerprint: str | None = None
         """What a bundle that holds its base, compressed, tells of it."""
@@ -110,7 +111,7 @@ class Stack:
         self._check_suits()
         if members:
             guard(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in base.values() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         if inject:
