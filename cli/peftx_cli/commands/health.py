@@ -25,6 +25,11 @@ Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="processes; 0: on
 Page = Annotated[
     str | None, typer.Option("--output", "-o", metavar="FILE", help="an HTML page; the JSON goes beside it")
 ]
+Threes = Annotated[
+    int,
+    typer.Option("--threes", min=0, metavar="N", help="N further stacks, around threes that none has shown"),
+]
+Seed = Annotated[int, typer.Option("--seed", help="which stacks there are")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="try everything, whatever former runs showed")]
 
 Option = Annotated[
@@ -247,6 +252,8 @@ def matrix(
     names: Names = None,
     output: Page = None,
     jobs: Jobs = 0,
+    threes: Threes = 0,
+    seed: Seed = 0,
     fresh: Fresh = False,
     as_json: options.Json = False,
 ) -> None:
@@ -256,6 +263,8 @@ def matrix(
     its plugins changes, so that a second run tries what is new. Exits with 1 when a pair fails.
 
     Example: peftx matrix lora prefixquant mezo
+
+    Example: peftx matrix --threes 200 --seed 1
     """
     import os
     from pathlib import Path
@@ -282,7 +291,9 @@ def matrix(
         found = run_matrix(
             names or (),
             jobs=jobs or len(os.sched_getaffinity(0)),
-            kept=None if fresh else cache_file().with_name("matrix.jsonl"),
+            kept=None if fresh else cache_file("matrix.jsonl"),
+            seed=seed,
+            threes=threes,
             progress=lambda done, total, _: told.progress(done, total, {}),
         )
     failed = [cell for cell in found.cells if cell.outcome == "failed"]
@@ -316,6 +327,9 @@ def _show_matrix(found: Any, *, whole: bool) -> None:
     words = ("works", "refused", "other-model", "failed")
     counts = ", ".join(f"{found.count(word)} {word}" for word in words)
     out(f"{len(found.cells)} pairs: {counts}; {found.stacks} stacks were tried")
+    shown, of = found.threes
+    if of:
+        out(f"{shown:,} of {of:,} ordered threes stood in one of them ({shown / of:.1%})")
 
 
 def _options(texts: list[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Literal
 
 import torch
@@ -85,6 +86,8 @@ class Matrix:
     """Three or more plugins of which every two work, and that fail together."""
     stacks: int = 0
     """Stacks that were lived through for it, those of former runs left out."""
+    threes: tuple[int, int] = (0, 0)
+    """Ordered triples of plugins that stood in a stack that works, and those of which every two do, on one model."""
 
     def count(self, outcome: Outcome) -> int:
         return sum(cell.outcome == outcome for cell in self.cells)
@@ -96,13 +99,16 @@ def run_matrix(
     jobs: int = 1,
     kept: Path | None = None,
     seed: int = 0,
+    threes: int = 0,
     progress: Callable[[int, int, Cell], None] | None = None,
 ) -> Matrix:
     """Every ordered pair of these plugins (of all that are installed), a plugin with itself included.
 
     Args:
         jobs: processes. kept: a file of what former runs showed; written as soon as a stack is through.
-        seed: which stacks cover the pairs. progress: called with (cells done, cells in all, the last one).
+        seed: which stacks cover the pairs. threes: further stacks, each around a triple that is drawn of those that no
+            stack has shown, on the model that most pairs stand on.
+        progress: called with (cells done, cells in all, the last one).
 
     Raises:
         RegistryError: a name that is not installed, or a plugin that does not import.
@@ -123,9 +129,14 @@ def run_matrix(
 
     found = Matrix(chosen, hooks, families={name: facts[name].family for name in chosen})
     with _workers(jobs) as submit:
-        rest = _told_ahead(chosen, note)
+        rest, shown = _told_ahead(chosen, note), Shown(kept)
+        tried = {arch: frozenset(pairs) for arch, pairs in rest.items()}
         for arch, pairs in rest.items():
-            found.stacks += _lived(arch, pairs, found, note, submit, Shown(kept), seed)
+            found.stacks += _lived(arch, pairs, found, note, submit, shown, seed)
+        if tried:
+            arch = max(tried, key=lambda one: len(tried[one]))
+            working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
+            _draw_threes(arch, working, found, submit, shown, seed, threes)
     found.cells = [cells[a, b] for a in chosen for b in chosen]
     return found
 
@@ -200,6 +211,39 @@ def _lived(
             shown.keep(group)
             judge(group)
     return lived
+
+
+def _draw_threes(
+    arch: str,
+    pairs: set[tuple[str, str]],
+    matrix: Matrix,
+    submit: Submit,
+    shown: Shown,
+    seed: int,
+    count: int,
+) -> None:
+    """Live through `count` stacks around triples that no stack has shown; note what fails, and what is shown by now."""
+    cover = Cover(pairs, fits, size=SIZE, seed=seed)
+    for group in matrix.together:
+        cover.avoid(group.fault)
+    left = cover.threes()
+    all_of_them = int(left.sum())
+    for group in shown.of(arch):
+        cover.take(group.names, left)
+    random, drawn = Random(seed), []
+    while len(drawn) < count and (names := cover.drawn(left, random)):
+        drawn.append(names)
+        cover.take(names, left)
+    for group in submit(arch, drawn):
+        matrix.stacks += 1
+        shown.keep(group)
+        if group.fault:
+            matrix.together.append(group)
+    left = cover.threes()
+    for group in shown.of(arch):
+        if not group.fault:
+            cover.take(group.names, left)
+    matrix.threes = all_of_them - int(left.sum()), all_of_them
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Tokenized rows on the disk, under a hash of all that decides about them: the same rows are not tokenized twice.
 
-They lie in `$PEFTX_CACHE/rows`, or `~/.cache/peftx/rows`; an empty `PEFTX_CACHE` keeps nothing. What cannot be read, or
-is not what was written, is made again.
+They lie in `rows` of `peftx_spec.places.cache_folder`. What cannot be read, or is not what was written, is made again.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from peftx.version import __version__
+from peftx_spec.places import cache_folder
 
 WORTH_BYTES = 2**20
 """Rows of fewer bytes are tokenized as they come."""
@@ -37,9 +37,10 @@ def kept(rows: Dataset, about: Callable[[], Mapping[str, Any]], make: Callable[[
     Args:
         about: gives, as JSON, what the result depends on beside the rows and the files of this folder.
     """
-    folder = _folder()
-    if folder is None or rows.data.nbytes < WORTH_BYTES:
+    place = cache_folder()
+    if place is None or rows.data.nbytes < WORTH_BYTES:
         return make()
+    folder = place / "rows"
     key = hashlib.sha256(json.dumps([_code(), _digest(rows), about()], sort_keys=True).encode()).hexdigest()
     file = folder / f"{key[:32]}.arrow"
     found = _read(file)
@@ -52,13 +53,6 @@ def kept(rows: Dataset, about: Callable[[], Mapping[str, Any]], make: Callable[[
             _write(made, file)
             _make_room(folder)
     return made
-
-
-def _folder() -> Path | None:
-    place = os.environ.get("PEFTX_CACHE")
-    if place == "":
-        return None
-    return Path(place or Path.home() / ".cache" / "peftx").expanduser() / "rows"
 
 
 class _Hash:
