@@ -76,7 +76,7 @@ class Stack:
                 f"the model carries {', '.join(others)} of another stack, which alone can train and save them",
                 hint="one Stack with all plugins; or that stack.remove(id) first, or load the model anew",
             )
-        self.members = list(members)
+        self.members, base = list(members), dict(model.named_parameters())
         self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in members}
         self.standing: dict[str, Standing] = {member.id: Standing() for member in members}
         """How far each plugin is, by id."""
@@ -89,7 +89,6 @@ class Stack:
         """None where there is none; see `tokenizer`."""
         self.anatomy = Anatomy(model)
         self.ledger = Ledger(model)
-        base = dict(model.named_parameters())
         self.identity = Identity.of(base)
         """Of the base as it was before any plugin changed it; None where it is on the meta device."""
         self.given_fingerprint: str | None = None

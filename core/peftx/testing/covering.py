@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import combinations
 from random import Random
+from typing import TypeAlias
 
 import numpy
 from numpy.typing import NDArray
 
+from peftx.testing.shown import Group
+
 Pair = tuple[str, str]
-Left = NDArray[numpy.bool_]
+Left: TypeAlias = NDArray[numpy.bool_]
 """What no stack has yet, by numbers of plugins in their order: pairs [N, N], or triples [N, N, N]."""
 TRIES = 50
 """Triples that are drawn for a stack before there is none."""
@@ -113,6 +116,28 @@ class Cover:
         for first, second in pairs:
             found[self.at[first], self.at[second]] = True
         return found
+
+
+def around_threes(cover: Cover, shown: Iterable[Group], *, count: int, seed: int) -> list[tuple[str, ...]]:
+    """At most `count` stacks, each around a triple that no stack has."""
+    left, random = cover.threes(), Random(seed)
+    for group in shown:
+        cover.take(group.names, left)
+    stacks: list[tuple[str, ...]] = []
+    while len(stacks) < count and (names := cover.drawn(left, random)):
+        stacks.append(names)
+        cover.take(names, left)
+    return stacks
+
+
+def count_threes(cover: Cover, shown: Iterable[Group]) -> tuple[int, int]:
+    """Ordered triples that stood in a stack which works, and all that may."""
+    left = cover.threes()
+    whole = int(left.sum())
+    for group in shown:
+        if not group.fault:
+            cover.take(group.names, left)
+    return whole - int(left.sum()), whole
 
 
 def _gain(left: Left, ahead: list[int], behind: list[int]) -> NDArray[numpy.int64]:

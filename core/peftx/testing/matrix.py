@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 from typing import Literal
 
 import torch
@@ -41,7 +40,7 @@ from peftx.kernel.plugin import Plugin
 from peftx.kernel.positions import prompt_length
 from peftx.stack import Stack
 from peftx.testing.case import inputs_for, output
-from peftx.testing.covering import Cover
+from peftx.testing.covering import Cover, around_threes, count_threes
 from peftx.testing.kit import settle
 from peftx.testing.life import built, early_ids, live
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -136,7 +135,15 @@ def run_matrix(
         if tried:
             arch = max(tried, key=lambda one: len(tried[one]))
             working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
-            _draw_threes(arch, working, found, submit, shown, seed, threes)
+            cover = Cover(working, fits, size=SIZE, seed=seed)
+            for group in found.together:
+                cover.avoid(group.fault)
+            more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
+            for group in submit(arch, more):
+                found.stacks += 1
+                shown.keep(group)
+                found.together += [group] if group.fault else []
+            found.threes = count_threes(cover, shown.of(arch))
     found.cells = [cells[a, b] for a in chosen for b in chosen]
     return found
 
@@ -211,39 +218,6 @@ def _lived(
             shown.keep(group)
             judge(group)
     return lived
-
-
-def _draw_threes(
-    arch: str,
-    pairs: set[tuple[str, str]],
-    matrix: Matrix,
-    submit: Submit,
-    shown: Shown,
-    seed: int,
-    count: int,
-) -> None:
-    """Live through `count` stacks around triples that no stack has shown; note what fails, and what is shown by now."""
-    cover = Cover(pairs, fits, size=SIZE, seed=seed)
-    for group in matrix.together:
-        cover.avoid(group.fault)
-    left = cover.threes()
-    all_of_them = int(left.sum())
-    for group in shown.of(arch):
-        cover.take(group.names, left)
-    random, drawn = Random(seed), []
-    while len(drawn) < count and (names := cover.drawn(left, random)):
-        drawn.append(names)
-        cover.take(names, left)
-    for group in submit(arch, drawn):
-        matrix.stacks += 1
-        shown.keep(group)
-        if group.fault:
-            matrix.together.append(group)
-    left = cover.threes()
-    for group in shown.of(arch):
-        if not group.fault:
-            cover.take(group.names, left)
-    matrix.threes = all_of_them - int(left.sum()), all_of_them
 
 
 @contextmanager
