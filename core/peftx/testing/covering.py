@@ -144,7 +144,7 @@ def _gain(left: Left, ahead: list[int], behind: list[int]) -> NDArray[numpy.int6
     """How much of what is left each plugin would bring between these [N]."""
     if left.ndim == 2:
         return left[ahead].sum(0) + left[:, behind].sum(1)
-    found = numpy.zeros(len(left), dtype=numpy.int64)
+    found: NDArray[numpy.int64] = numpy.zeros(len(left), dtype=numpy.int64)
     for one, two in combinations(ahead, 2):
         found += left[one, two]
     for one in ahead:
