@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from peftx.copies import base_of
 from peftx.errors import PeftxError, nearest
-from peftx.kernel.copies import base_of
 from peftx.toolkits.serving.engine import Engine, Together
 from peftx.toolkits.serving.server import Server
 

@@ -54,8 +54,8 @@ from peftx import (
     dropout_linear,
     hookimpl,
 )
+from peftx.copies import Reader
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
-from peftx.kernel.copies import Reader
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.slots import kind_of, packed

@@ -31,10 +31,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, CallEdit, Claim, Generation, ModelView, Plugin, PluginConfig, hookimpl
+from peftx.copies import Reader
 from peftx.engines.training import TrainStep
 from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Heads
-from peftx.kernel.copies import Reader
 from peftx.kernel.modes import eval_mode
 
 ASPECT, VALUE, LATENT = "aspect", "value", "latent"
