@@ -90,7 +90,7 @@ def _load(
     registry: Registry,
     trust_remote_code: bool,
 ) -> Stack:
-    model_given = model
+    model_given, tokenizer_given = model, tokenizer
     members = [_member(entry, registry) for entry in manifest.plugins]
     base = manifest.base
     contained = base.contained
@@ -111,6 +111,7 @@ def _load(
     stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
     model = stack.model
     stack.tokenizer_of_base = None if came_with is None else tokenizer_digest(came_with)
+    stack.tokenizer_before = came_with or tokenizer_given
     stack.base_id = base.id
     if contained is None:
         _check_base(stack, base, folder)

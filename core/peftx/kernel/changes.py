@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from peftx.kernel.parts import (
     ReplacedPart,
     ShiftPart,
     Storage,
+    TokenizerPart,
     VocabularyPart,
     configure_for,
     swap,
@@ -265,11 +267,24 @@ def add_tokens(
     holder.given_tokenizer = tokenizer
     plain = without(before, tokens) if there else before  # a bundle's tokenizer knows them
     part = VocabularyPart(
-        owner.id, "vocabulary", nn.Module(), model, holder, tuple(tokens), ids, plain, known
+        owner.id, "vocabulary", nn.Module(), holder, plain, model, tuple(tokens), ids, known
     )
     configure_for(model, max(known, max(ids) + 1))
     _note(ledger, part)
     return rows
+
+
+def other_tokenizer(ledger: Ledger, owner: Owner, holder: HasTokenizer, make: Callable[[Any], Any]) -> Any:
+    """Another tokenizer in the place of the stack's; see `ModelView.tokenizer`."""
+    now, final = holder.given_tokenizer, ""
+    if now is None:
+        raise PeftxError(f"{owner.id}: a tokenizer is needed", hint="Stack(model, plugins, tokenizer=...)")
+    before = now
+    if owner.restoring and (before := holder.tokenizer_before) is None:
+        final = "its bundle holds the tokenizer that it made, and nobody gave the base's"
+    holder.given_tokenizer = make(now)
+    _note(ledger, TokenizerPart(owner.id, "tokenizer", nn.Module(), holder, before, final=final))
+    return holder.given_tokenizer
 
 
 def _note(ledger: Ledger, part: Part) -> None:

@@ -151,33 +151,46 @@ class CallPart(EditPart):
 
 
 class HasTokenizer(Protocol):
-    """A stack, as far as new tokens concern it."""
+    """A stack, as far as tokens concern it."""
 
     given_tokenizer: Any
+    tokenizer_before: Any
+    """The base's, where a bundle that has another one was loaded; None elsewhere."""
 
 
 @dataclass(eq=False)
-class VocabularyPart(Part):
+class TokenizerPart(Part):
+    """Another tokenizer in the place of the stack's."""
+
+    what: ClassVar[str] = "tokenizer"
+    trains: ClassVar[bool] = False
+
+    holder: HasTokenizer
+    before: Any
+
+    def undo(self) -> None:
+        self.holder.given_tokenizer = self.before
+
+    def switch(self, on: bool) -> None:
+        """Whoever has written a text down needs its ids to stay."""
+
+
+@dataclass(eq=False)
+class VocabularyPart(TokenizerPart):
     """Tokens that a plugin added: to the tokenizer, and to the number that the model is configured for. Their rows are
-    deltas of embedding and head."""
+    deltas of embedding and head, and these are what is switched."""
 
     what: ClassVar[str] = "vocabulary"
 
     model: PreTrainedModel
-    holder: HasTokenizer
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
-    before: Any
-    """The tokenizer without them."""
     known: int
     """Tokens that the model was configured for."""
 
     def undo(self) -> None:
-        self.holder.given_tokenizer = self.before
+        super().undo()
         configure_for(self.model, self.known)
-
-    def switch(self, on: bool) -> None:
-        """Whoever has written a new token down needs its id to stay; its rows are switched."""
 
 
 def configure_for(model: PreTrainedModel, tokens: int) -> None:

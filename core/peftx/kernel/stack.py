@@ -85,8 +85,8 @@ class Stack:
         self.base_id = base_id or model.config.name_or_path or type(model).__name__
         self.tokenizer_of_base = tokenizer_of_base
         self.model = model
-        self.given_tokenizer = tokenizer
-        """None where there is none; see `tokenizer`."""
+        self.given_tokenizer, self.tokenizer_before = tokenizer, None
+        """None where there is none; see `tokenizer`, and `HasTokenizer`."""
         self.anatomy = Anatomy(model)
         self.ledger = Ledger(model)
         self.identity = Identity.of(base)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from peftx.kernel.changes import (
     edit_attention,
     edit_calls,
     keep_module,
+    other_tokenizer,
     put_before,
     replace_module,
     train_base,
@@ -365,6 +366,12 @@ class ModelView:
         holder = self._holder
         assert holder is not None
         return add_tokens(self._ledger, self._by, holder, (self.embedding(), head), add, init)
+
+    def tokenizer(self, make: Callable[[Any], Any]) -> Any:
+        """Put another tokenizer in the place of the stack's: rows, prompts, answers and the bundle go by it. `make`
+        gives it for the old one, and the same for one that it made. Raises PeftxError where the stack has none."""
+        assert self._holder is not None
+        return other_tokenizer(self._ledger, self._by, self._holder, make)
 
     @property
     def call(self) -> Call:
