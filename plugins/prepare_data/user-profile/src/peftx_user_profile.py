@@ -254,7 +254,7 @@ class UserProfile(Plugin):
 
     Config = UserProfileConfig
     config: UserProfileConfig
-    claims = {Claim.NEW_ROWS}
+    claims = {Claim.NEW_ROWS, Claim.READS_COLUMNS}
     takes = ("text",)  # with `profile` beside it
     gives = {"text": "prompt-completion"}
     refuses = {
