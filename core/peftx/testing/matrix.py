@@ -36,7 +36,7 @@ from peftx.kernel.calls import call_of
 from peftx.kernel.members import Member
 from peftx.kernel.names import HOOKS
 from peftx.kernel.parts import BasePart, DeltaPart
-from peftx.kernel.plugin import Plugin
+from peftx.kernel.plugin import Claim, Plugin
 from peftx.kernel.positions import prompt_length
 from peftx.stack import Stack
 from peftx.testing.case import inputs_for, output
@@ -318,9 +318,15 @@ def try_group(arch: str, names: tuple[str, ...]) -> Group:
     fault = names if reason else ()
     for name in names if reason else ():
         less = tuple(other for other in fault if other != name)
-        if less and fits(less) and (why := trouble(less, arch)):
+        if less and fits(less) and not _stands_first(less[0]) and (why := trouble(less, arch)):
             fault, reason = less, why
     return Group(arch, names, fault, reason)
+
+
+def _stands_first(name: str) -> bool:
+    """Would a plugin that works on what stands before it stand before all others, which is a fault of its own."""
+    (member,) = _plain((name,))
+    return member.claims(Claim.WORKS_ON_PREVIOUS)
 
 
 def trouble(names: Sequence[str], arch: str) -> str:
