@@ -41,8 +41,8 @@ def test_stacks_of_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(SAMPLE // 2):  # around a triple, which the stacks of all pairs may not have
         tried.append(matrix.try_group("llama", cover.drawn(left, draw)))
         cover.take(tried[-1].names, left)
-    # A router may send every text of the calibration past a layer, which a quantizer refuses, and the first rows may not
-    # reach a matrix that is to be pruned by its scores: that is of the weights and the rows.
+    # A router may send every text of the calibration past a layer, which a quantizer refuses, and the first rows may
+    # not reach a matrix that is to be pruned by its scores: that is of the weights and the rows.
     of_data = ("no calibration text comes to", "nothing tells its entries apart")
     failed = [(g.fault, g.reason) for g in tried if g.fault and not any(said in g.reason for said in of_data)]
     assert not [found for found in failed if not refused(found[0])]
