@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from peftx.errors import PeftxError, nearest
+from peftx.errors import PeftxError, ServerError, nearest
 from peftx.kernel.copies import base_of
 from peftx.toolkits.serving.engine import Engine, Together
 from peftx.toolkits.serving.server import Server
@@ -18,8 +18,10 @@ Loader = Callable[[str, str], Server]
 """(name, path as a client says it) -> what is served from then on."""
 
 
-class UnknownModel(PeftxError):
+class UnknownModel(ServerError):
     """No model of that name is served."""
+
+    code = "unknown-model"
 
 
 class Models:

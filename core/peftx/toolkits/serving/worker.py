@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peftx.errors import PeftxError
+from peftx.errors import PeftxError, ServerError
 from peftx.toolkits.serving.batches import Batches
 from peftx.toolkits.serving.job import Job
 from peftx.toolkits.serving.rows import Rows
@@ -18,8 +18,10 @@ PATIENCE = 1.0
 """Seconds that rows wait for those who want the model for something else."""
 
 
-class QueueFull(PeftxError):
+class QueueFull(ServerError):
     """More requests wait than the scheduler allows."""
+
+    code = "queue-full"
 
 
 class Worker:
