@@ -13,7 +13,7 @@ from typing import TextIO
 
 import typer
 
-from peftx_spec.errors import PeftxError, visible
+from peftx_spec.errors import FileError, PeftxError, visible
 from peftx_spec.problems import Problem, SpecError
 
 PLACES = frozenset(
@@ -69,7 +69,7 @@ def _of_a_place(error: OSError) -> PeftxError | None:
     """The system's error as one that the user can mend; None where it is not about a file or folder that is named."""
     if error.errno not in PLACES or error.filename is None:
         return None
-    return PeftxError(
+    return FileError(
         f"{error.filename}: {error.strerror}", hint="give another place, or make room or way there"
     )
 

@@ -130,10 +130,11 @@ def _filtered(
 
 
 def _known(what: str, name: str | None, names: tuple[str, ...] | list[str]) -> None:
-    from peftx_spec.errors import PeftxError, nearest
+    from peftx.errors import UsageError
+    from peftx_spec.errors import nearest
 
     if name is not None and name not in names:
-        raise PeftxError(
+        raise UsageError(
             f"there is no {what} '{name}'",
             hint=nearest(name, names) or f"there are: {', '.join(names) or 'none'}",
         )
@@ -261,9 +262,9 @@ def _print_readme(entry: Entry) -> None:
     text = entry.readme
     if not text:
         from peftx.composition.origins import metadata_file
-        from peftx_spec.errors import PeftxError
+        from peftx_spec.errors import FileError
 
-        raise PeftxError(
+        raise FileError(
             f"{entry.distribution} brings no README: {metadata_file(entry.point)} ends with its headers",
             hint='readme = "README.md" in the [project] of its pyproject.toml',
         )

@@ -168,8 +168,9 @@ def schema(output: SchemaFile = None) -> None:
     import json
 
     from peftx.composition.registry import Registry
+    from peftx.errors import FileError
     from peftx_cli.render import out, out_json
-    from peftx_spec import PeftxError, json_schema
+    from peftx_spec import json_schema
 
     text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
     if output is None:
@@ -178,7 +179,7 @@ def schema(output: SchemaFile = None) -> None:
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise PeftxError(f"cannot write {output}: {error.strerror}") from error
+        raise FileError(f"cannot write {output}: {error.strerror}") from error
     out(str(output))
 
 
