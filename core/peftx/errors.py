@@ -37,6 +37,7 @@ __all__ = [
     "WorkerError",
     "nearest",
     "nearest_names",
+    "with_code",
 ]
 
 
@@ -170,3 +171,13 @@ class PluginError(PeftxError):
     """A plugin's hook raised, or gave what it may not give; names the plugin, the hook and the place in the spec."""
 
     code = "plugin"
+
+
+def with_code(code: str) -> type[PeftxError]:
+    """The class that states a code, among those that are loaded; `PeftxError` where none does."""
+    classes = [PeftxError]
+    for each in classes:  # a base before what is derived from it, which may have its code
+        if each.code == code:
+            return each
+        classes += each.__subclasses__()
+    return PeftxError
