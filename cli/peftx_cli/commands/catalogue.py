@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -268,14 +267,6 @@ def _print_readme(entry: Entry) -> None:
             f"{entry.distribution} brings no README: {metadata_file(entry.point)} ends with its headers",
             hint='readme = "README.md" in the [project] of its pyproject.toml',
         )
-    from peftx_cli.render import out
+    from peftx_cli.render import out_markdown
 
-    if not sys.stdout.isatty():
-        out(text)
-        return
-    from rich.markdown import Markdown
-
-    from peftx_cli.progress import console
-    from peftx_spec.errors import visible
-
-    console().print(Markdown(visible(text, lines=True)))
+    out_markdown(text)

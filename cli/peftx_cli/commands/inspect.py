@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftx_cli import options
+from peftx_cli import explained, options
 from peftx_cli.recipe import Asked
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def _show(found: Plan, *, show_all: bool) -> None:
         out(f"\nconflict: {conflict.reason}")
         if conflict.remedy:
             out(f"  what would work: {conflict.remedy}")
+        if more := explained.more(conflict.code):
+            out(f"  more: {more}")
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
