@@ -63,7 +63,10 @@ class Problem:
 
 
 class SpecError(PeftxError):
-    """Everything that is wrong with a spec, in the order of the text; `problems` is never empty."""
+    """Everything that is wrong with a spec, in the order of the text.
+
+    `problems` is never empty.
+    """
 
     code = "spec"
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,12 @@ def test_a_stale_page_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
     with pytest.raises(pytest.fail.Exception):
         list(run_python("1", "peftx_spec.errors.PeftxError: b", {}))
+
+
+def test_the_page_of_what_is_missing_names_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    ours = {"test", "bench", "docs"}  # of this repository's own work
+    assert set(re.findall("`([a-z]+)`", page("missing-extra"))) >= set(extras) - ours
 
 
 def test_the_site_shows_the_same_files() -> None:
