@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/*", "plugins/*/*/README.md")
+ERRORS = "cli/peftx_cli/errors/*.md"
+SHOWN = ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/*", "plugins/*/*/README.md", ERRORS)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The plugins in the navigation, by hook."""
+    """In the navigation the plugins, by hook, and the errors, by code."""
     hooks: dict[str, list[Any]] = {}
     for path in sorted(ROOT.glob("plugins/*/*/README.md")):
         uri = path.relative_to(ROOT).as_posix()
@@ -27,6 +28,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         *(config.nav or []),
         {"Plugins": [{hook: pages} for hook, pages in hooks.items()]},
+        {"Errors": [{path.stem: path.relative_to(ROOT).as_posix()} for path in sorted(ROOT.glob(ERRORS))]},
         {"Writing a plugin": "CONTRIBUTING.md"},
         {"Benchmarks": "benchmarks/README.md"},
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, GenerationError
 from peftx.kernel.attention import PREFIX
 from peftx.kernel.chain import is_ours
 from peftx.kernel.positions import free_positions
@@ -106,7 +106,7 @@ class Reader(nn.Module):
             PeftxError: more of both than the model has positions for.
         """
         if self.room is not None and ids.shape[1] + vectors.shape[1] > self.room:
-            raise PeftxError(
+            raise GenerationError(
                 f"{ids.shape[1]} tokens and {vectors.shape[1]} vectors are to be read, and the model has positions for "
                 f"{self.room}",
                 hint="less text",

@@ -54,9 +54,7 @@ def plan(
     try:
         check_rows_serve(model, pipeline, members)
     except UnsupportedError as error:
-        conflicts.append(
-            PlannedConflict(plugins=("data.train",), reason=error.message, remedy=error.hint or "")
-        )
+        conflicts.append(_refused(("data.train",), error))
     stages = stages_of(pipeline, registry)
     held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(
@@ -78,9 +76,7 @@ def plan(
         stack = Stack(model, members, tokenizer=tokenizer, inject=False)
     except ArchitectureError as error:
         blamed = tuple(m.id for m in members if error.message.startswith((f"{m.id}:", f"'{m.id}'")))
-        refused = PlannedConflict(
-            plugins=blamed or tuple(m.id for m in members), reason=error.message, remedy=error.hint or ""
-        )
+        refused = _refused(blamed or tuple(m.id for m in members), error)
         totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
         return Plan(model=pipeline.model.id, stages=planned, conflicts=(refused,), totals=totals)
     injecting = [index for index, stage in enumerate(stages) if stage.kind == "inject"]
@@ -186,13 +182,17 @@ def _compression(stack: Stack, member: Member, tokens: int, *, stand_in: bool) -
     return found
 
 
+def _refused(plugins: tuple[str, ...], error: PeftxError) -> PlannedConflict:
+    return PlannedConflict(plugins=plugins, reason=error.message, remedy=error.hint or "", code=error.code)
+
+
 @contextmanager
 def _noting(conflicts: list[PlannedConflict], member: Member) -> Iterator[None]:
     """What the plugin refuses goes into the plan."""
     try:
         yield
     except PeftxError as error:
-        refused = PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
+        refused = _refused((member.id,), error)
         if refused not in conflicts:  # some ask the same twice
             conflicts.append(refused)
 

@@ -14,7 +14,7 @@ from peftx.composition.conflicts import check
 from peftx.composition.members import members_of
 from peftx.engines.models import load_model, tokenizer_digest
 from peftx.engines.training.updates import watch
-from peftx.errors import PeftxError
+from peftx.errors import StackError
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
 from peftx.kernel.plugin import Plugin, hookimpl
@@ -290,7 +290,7 @@ class Stack(Kernel):
 
         head = head_of(self)
         if head is None:
-            raise PeftxError("no plugin of this stack classifies", hint="add one, for example sk-tuning")
+            raise StackError("no plugin of this stack classifies", hint="add one, for example sk-tuning")
         labels, scores = classify(self, head, [texts] if isinstance(texts, str) else list(texts))
         named = [labels[index] for index in scores.argmax(-1).tolist()]
         return named[0] if isinstance(texts, str) else named

@@ -34,6 +34,7 @@ class PlannedConflict(SpecModel):
     plugins: tuple[str, ...] = Field(description="ids of the plugins that collide")
     reason: Text = Field(description="why they do")
     remedy: str = Field("", description="what would work; empty where nothing does")
+    code: str = Field("conflict", description="of the error that a run would end with: peftx explain CODE")
 
 
 class Totals(SpecModel):

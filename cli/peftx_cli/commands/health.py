@@ -270,7 +270,7 @@ def matrix(
     from pathlib import Path
 
     from peftx.engines.files import make_place, write_text
-    from peftx.errors import PeftxError
+    from peftx.errors import FileError, UsageError
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
     from peftx_cli.health import cache_file
@@ -278,9 +278,9 @@ def matrix(
     from peftx_cli.render import out, out_json
 
     if output is not None and Path(output).suffix != ".html":
-        raise PeftxError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
+        raise UsageError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
     if output is not None and not Path(output).absolute().parent.is_dir():
-        raise PeftxError(
+        raise FileError(
             f"--output {output}: there is no folder {Path(output).parent}",
             hint="make it, or name another file",
         )
@@ -334,7 +334,7 @@ def _show_matrix(found: Any, *, whole: bool) -> None:
 
 def _options(texts: list[str]) -> dict[str, Any]:
     """`rank=4` as an option of the plugin, read like a value of a spec."""
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
     from peftx_spec.loader import parse_value
     from peftx_spec.overrides import VALUES
     from peftx_spec.scalars import ScalarError
@@ -343,9 +343,9 @@ def _options(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise PeftxError(f"--set {text}: an option is 'name=value'", hint="peftx check lora --set rank=4")
+            raise UsageError(f"--set {text}: an option is 'name=value'", hint="peftx check lora --set rank=4")
         try:
             found[key] = parse_value(value)
         except ScalarError as error:
-            raise PeftxError(f"--set {text}: {error}", hint=VALUES) from error
+            raise UsageError(f"--set {text}: {error}", hint=VALUES) from error
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftx_cli import options
+from peftx_cli import explained, options
 from peftx_cli.recipe import Asked
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def _show(found: Plan, *, show_all: bool) -> None:
         out(f"\nconflict: {conflict.reason}")
         if conflict.remedy:
             out(f"  what would work: {conflict.remedy}")
+        if more := explained.more(conflict.code):
+            out(f"  more: {more}")
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
@@ -168,8 +170,9 @@ def schema(output: SchemaFile = None) -> None:
     import json
 
     from peftx.composition.registry import Registry
+    from peftx.errors import FileError
     from peftx_cli.render import out, out_json
-    from peftx_spec import PeftxError, json_schema
+    from peftx_spec import json_schema
 
     text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
     if output is None:
@@ -178,7 +181,7 @@ def schema(output: SchemaFile = None) -> None:
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise PeftxError(f"cannot write {output}: {error.strerror}") from error
+        raise FileError(f"cannot write {output}: {error.strerror}") from error
     out(str(output))
 
 

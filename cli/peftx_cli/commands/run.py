@@ -82,7 +82,7 @@ def train(
 
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
     from peftx.composition.registry import Registry
-    from peftx.errors import PeftxError
+    from peftx.errors import PeftxError, with_code
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 
@@ -109,7 +109,7 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
         )
         # What lies between two plugins Run has named by now; this is between a plugin and the model.
         for conflict in recipe.conflicts:
-            raise PeftxError(conflict.reason, hint=conflict.remedy or None)
+            raise with_code(conflict.code)(conflict.reason, hint=conflict.remedy or None)
         _warn(run, resume=resume)
         try:
             result = run.run()

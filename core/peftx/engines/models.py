@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from peftx.engines.checkpoints import check_weights, first_line, read_config
 from peftx.engines.files import require_plain
 from peftx.engines.hub import is_hub, rows_path
-from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.errors import BundleError, DataError, OptionError, nearest
 from peftx.kernel.chain import is_ours
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def load_model(
 
     device = usable_device(device)
     if dtype not in (*DTYPES, "auto"):
-        raise PeftxError(
+        raise OptionError(
             f"unknown dtype '{dtype}'", hint=nearest(dtype, DTYPES) or f"one of {', '.join(DTYPES)}, auto"
         )
     path = model_path(model_id)
@@ -142,7 +142,7 @@ def usable_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise PeftxError(
+        raise OptionError(
             f"device '{device}' cannot be used: {first_line(error)}", hint="device: cpu, or auto"
         ) from error
     return device

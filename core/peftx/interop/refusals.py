@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from peftx.engines.bundle.exporting import unfolded
-from peftx.errors import MergeError, PeftxError
+from peftx.errors import MergeError, MissingExtraError
 from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart, FreePart, Part, Storage
 from peftx.kernel.plugin import Claim
@@ -19,7 +19,7 @@ def require_package(module: str, *, extra: str, format: str) -> None:
     try:
         import_module(module)
     except ModuleNotFoundError as error:
-        raise PeftxError(
+        raise MissingExtraError(
             f"--format {format} needs {error.name}, which is not installed",
             hint=f"pip install 'peftx[{extra}]'",
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError, UnsupportedError
 from peftx.kernel import attention, calls, positions, virtual_tokens
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.attention import AttentionEdit
@@ -236,14 +236,14 @@ def add_tokens(
     """New tokens in the tokenizer, with rows of their own in embedding and head; see `ModelView.vocabulary`."""
     model, before = ledger.model, holder.given_tokenizer
     if before is None:
-        raise PeftxError(
+        raise StackError(
             f"{owner.id}: new tokens need a tokenizer", hint="Stack(model, plugins, tokenizer=...)"
         )
     known = int(model.config.get_text_config().vocab_size)
     tokenizer = copy.deepcopy(before)
     there = [token for token in tokens if token in before.get_vocab()]
     if there and not owner.restoring:
-        raise PeftxError(f"{owner.id}: {there[0]!r} is a token already", hint="add only what is new")
+        raise OptionError(f"{owner.id}: {there[0]!r} is a token already", hint="add only what is new")
     pieces = [before(token, add_special_tokens=False)["input_ids"] for token in tokens]
     tokenizer.add_tokens(list(tokens))
     ids = tuple(int(id) for id in tokenizer.convert_tokens_to_ids(list(tokens)))
@@ -278,7 +278,7 @@ def other_tokenizer(ledger: Ledger, owner: Owner, holder: HasTokenizer, make: Ca
     """Another tokenizer in the place of the stack's; see `ModelView.tokenizer`."""
     now, final = holder.given_tokenizer, ""
     if now is None:
-        raise PeftxError(f"{owner.id}: a tokenizer is needed", hint="Stack(model, plugins, tokenizer=...)")
+        raise StackError(f"{owner.id}: a tokenizer is needed", hint="Stack(model, plugins, tokenizer=...)")
     before = now
     if owner.restoring and (before := holder.tokenizer_before) is None:
         final = "its bundle holds the tokenizer that it made, and nobody gave the base's"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from peftx.errors import ArchitectureError, PeftxError, PluginError, TargetError
+from peftx.errors import ArchitectureError, OptionError, PluginError, TargetError
 from peftx.kernel.anatomy.anatomy import Anatomy, Heads, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.attention import AttentionEdit
@@ -78,7 +78,7 @@ class BoundSite(Site):
     def check_rank(self, rank: int) -> None:
         """Raises PeftxError where the matrix has no such rank."""
         if rank > min(self.in_features, self.out_features):
-            raise PeftxError(
+            raise OptionError(
                 f"{self.owner.id}: rank {rank} exceeds the {self.out_features}x{self.in_features} matrix {self.path}",
                 hint=f"rank at most {min(self.in_features, self.out_features)}, or leave it out of targets: "
                 f"'!{self.role}'",
@@ -361,7 +361,7 @@ class ModelView:
             PeftxError: no tokenizer, or a token that is there already.
         """
         if not add or len(set(add)) < len(add):
-            raise PeftxError(f"{self.owner}: {len(add)} new tokens, each once", hint="add=['<new>', ...]")
+            raise OptionError(f"{self.owner}: {len(add)} new tokens, each once", hint="add=['<new>', ...]")
         head = next((site for site in self.anatomy.sites if site.role == "head"), None)
         holder = self._holder
         assert holder is not None

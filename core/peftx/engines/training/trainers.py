@@ -17,7 +17,7 @@ from transformers import Trainer
 from peftx.engines.bundle import save
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import CheckpointError, ConflictError, TrainingError
 from peftx.kernel.plugin import Claim
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class StackStep(Stepping):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model is not self.stack.model:
-            raise PeftxError(
+            raise TrainingError(
                 f"{type(self).__name__} trains another model than the stack's",
                 hint="model=stack.model, without peft_config",
             )
         if self.args.load_best_model_at_end:
-            raise PeftxError(
+            raise TrainingError(
                 f"{type(self).__name__} cannot go back to its best checkpoint, which is a bundle",
                 hint="load_best_model_at_end=False, or stack.train(..., load_best_model_at_end=True)",
             )
@@ -70,7 +70,7 @@ class StackStep(Stepping):
         try:
             return self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
         except ValueError as error:  # GRPO's refuses so
-            raise PeftxError(
+            raise TrainingError(
                 f"{type(self).__name__}, asked for what the model returned: {error}",
                 hint="a plugin's loss term reads it: leave that plugin out, or take a trainer that gives it, as SFT's",
             ) from error
@@ -95,7 +95,7 @@ class StackStep(Stepping):
         save(self.stack, folder / BUNDLE if _internal_call else folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        raise PeftxError(
+        raise CheckpointError(
             f"{resume_from_checkpoint}: a trainer of another library does not go on from a bundle",
             hint=f"peftx.load('{resume_from_checkpoint}/{BUNDLE}') and train on; stack.train(..., resume=True) resumes",
         )

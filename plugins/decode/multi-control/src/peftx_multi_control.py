@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from peftx import AttentionEdit, CallEdit, Claim, Generation, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.copies import Reader
 from peftx.engines.training import TrainStep
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, StackError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.modes import eval_mode
 
@@ -343,7 +343,7 @@ class MultiControl(Plugin):
         for (t, a, _), X in zip(chosen, found, strict=True):
             if not len(X):
                 said = f"{self.owner}: no text with attribute {a} of aspect {t} is stored"
-                raise PeftxError(said, hint="train on some with stack.train, or give them to `store`")
+                raise StackError(said, hint="train on some with stack.train, or give them to `store`")
         return intersection(
             found, [w for *_, w in chosen], K=config.neighbours, iterations=config.iterations,
             starts=config.starts, keep=config.centers,

@@ -42,7 +42,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes, text_ids
-from peftx.errors import PeftxError
+from peftx.errors import OptionError, StackError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.positions import first_position
 from peftx.kernel.soft_rows import without
@@ -193,11 +193,11 @@ class LTuning(Plugin):
         config, names = self.config, check_labels(self.config.labels)
         strange = [name for name in config.texts if name not in names]
         if strange:
-            raise PeftxError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
+            raise OptionError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
         found = [label_ids(stack, config.texts.get(name, name), encoder) for name in names]
         n, window = config.length or max(map(len, found)), context_window(model.module, stack.tokenizer)
         if n >= window:
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: label texts of {n} tokens, and the model reads {window} in all",
                 hint="shorter `texts`",
             )
@@ -283,14 +283,14 @@ def label_ids(stack: Stack, text: str, encoder: bool) -> list[int]:
     """Tokens of a label text; an encoder's ends belong to them."""
     bare = text_ids(stack.tokenizer, text)
     if not bare:
-        raise PeftxError(f"l-tuning: the label text {text!r} has no tokens", hint="other words in `texts`")
+        raise OptionError(f"l-tuning: the label text {text!r} has no tokens", hint="other words in `texts`")
     return list(stack.tokenizer(text)["input_ids"]) if encoder else bare
 
 
 def filled(stack: Stack, label: str, ids: list[int], n: int) -> list[int]:
     """Label tokens up to n, with full stops."""
     if len(ids) > n:
-        raise PeftxError(
+        raise OptionError(
             f"l-tuning: the text of label {label!r} has {len(ids)} tokens, and n is {n}",
             hint="shorter words for it in `texts`, or a larger `length` from the start",
         )
@@ -301,7 +301,7 @@ def check_distinct(rows: Sequence[tuple[str, list[int]]]) -> None:
     """Raises PeftxError where two labels are read as one: they would always tie."""
     for (twin, ids), (label, other) in combinations(rows, 2):
         if ids == other:
-            raise PeftxError(
+            raise OptionError(
                 f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart",
                 hint=f"other words for {label!r} in `texts`",
             )
@@ -318,7 +318,7 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
     """
     plugin = stack.member(id).plugin
     if not isinstance(plugin, LTuning):
-        raise PeftxError(f"'{id}' is no L-Tuning, so it has no label texts")
+        raise StackError(f"'{id}' is no L-Tuning, so it has no label texts")
     names = check_labels([*plugin.texts.labels, label])
     ids = label_ids(stack, label if text is None else text, plugin.texts.closed)
     rows = [*plugin.state["labels"], (label, filled(stack, label, ids, plugin.texts.beside))]

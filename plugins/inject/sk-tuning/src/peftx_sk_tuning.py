@@ -39,7 +39,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, take_classes, text_ids
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, OptionError, StackError
 from peftx.kernel.soft_rows import beside_soft_tokens
 from peftx.toolkits.evaluation import context_window
 
@@ -222,10 +222,12 @@ class SkTuning(Plugin):
         tokenizer, text = stack.tokenizer, self.config.text
         text = f"Classify the text as {' or '.join(self.config.labels)}" if text is None else text
         if not text_ids(tokenizer, text):
-            raise PeftxError(f"{model.owner}: the text {text!r} has no tokens", hint="say the task in `text`")
+            raise OptionError(
+                f"{model.owner}: the text {text!r} has no tokens", hint="say the task in `text`"
+            )
         ids, window = list(tokenizer(text)["input_ids"]), context_window(model.module, tokenizer)
         if len(ids) >= window:
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: the text has {len(ids)} tokens, and the model reads {window} in all",
                 hint="a shorter `text`",
             )
@@ -269,6 +271,6 @@ def cached(stack: Stack, *, id: str = "sk-tuning") -> Iterator[None]:
     """
     plugin = stack.member(id).plugin
     if not isinstance(plugin, SkTuning) or plugin.reader is None:
-        raise PeftxError(f"{id}: there are no keys and values to cache", hint="SkTuning(variant='prefix')")
+        raise StackError(f"{id}: there are no keys and values to cache", hint="SkTuning(variant='prefix')")
     with plugin.reader.cached():
         yield

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from peftx import Claim, Evaluation, Plugin, PluginConfig, TrainStep, companion, hookimpl
 from peftx.engines.data import IGNORE, batches_of, class_rows
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, ModelError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import mean_of
 from peftx.kernel.modes import eval_mode
@@ -136,7 +136,7 @@ class Panda(Plugin):
         def distillation(outputs: Any) -> Tensor:
             z_S = answers(step.model, outputs.logits, labels)
             if z_S.shape != z_T.shape:
-                raise PeftxError(
+                raise ModelError(
                     f"panda: '{source}' gives {tuple(z_T.shape)} logits, and this model {tuple(z_S.shape)}",
                     hint="a source task with the target's labels, or one whose labels are words that the model writes",
                 )
