@@ -35,6 +35,7 @@ EXCLUSIVE = {
     Claim.REPLACES_LOSS: "both put a loss of their own in the task's place, and a step has one",
     Claim.CLASSIFIES: "both bring the head that names a text's class",
     Claim.QUANTIZES: "both replace the weights by integers",
+    Claim.EVICTS: "both leave tokens out of the cache, and a cache has one rule of which stay",
 }
 """One in a stack."""
 
@@ -99,6 +100,11 @@ RULES = (
         _claiming(Claim.VIRTUAL_TOKENS),
         "{one} lays its rows out with positions and a mask of its own, and the soft tokens of {two} would stand in "
         "front of the first text alone",
+    ),
+    Rule(
+        _claiming(Claim.EVICTS),
+        _claiming(Claim.REPLACES_DECODING),
+        "{one} leaves tokens out of the cache, and the loop of {two} may share or take back rows of it",
     ),
     Rule(
         _claiming(Claim.FINAL),

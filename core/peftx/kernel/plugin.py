@@ -104,6 +104,9 @@ class Claim(StrEnum):
     """Lays several texts out in one row, with positions and a 4-D mask of its own."""
     PREFIX_CACHE = "prefix-cache"
     """Puts keys and values in front of the cache."""
+    EVICTS = "evicts"
+    """Leaves tokens out of the cache while a text is written: a prompt's rows are not all there to be shared or taken
+    back."""
     CHANGES_VOCABULARY = "changes-vocabulary"
     """Adds rows to the embedding or the head."""
     TRAINS_BASE = "trains-base"

@@ -123,8 +123,9 @@ class Server:
         if reason := other_rows(self.stack):
             return reason
         for member in self.stack.members:
-            if member.claims(Claim.REPLACES_DECODING):
-                return f"'{member.id}' claims {Claim.REPLACES_DECODING}"
+            for claim in (Claim.REPLACES_DECODING, Claim.EVICTS):
+                if member.claims(claim):
+                    return f"'{member.id}' claims {claim}"
         if self.stack.model.config.is_encoder_decoder:
             return "an encoder-decoder model keeps no cache of its prompt"
         if not has_rows(DynamicCache(config=self.stack.model.config)):
