@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, GenerationError, UnsupportedError
 from peftx.kernel.attention import PREFIX, Attend, AttentionEdit
 from peftx.kernel.calls import CallEdit
 from peftx.kernel.carried import layers_of
@@ -211,7 +211,7 @@ class Evictor(CallEdit):
         `kv_bytes_plain`, what they would have.
 
         Raises:
-            UnsupportedError: a cache of the request's own, or none. PeftxError: pads on the right.
+            UnsupportedError: a cache of the request's own, or none. GenerationError: pads on the right.
         """
         config = request.generation_config
         refused = {
@@ -226,7 +226,7 @@ class Evictor(CallEdit):
         if mask is None:  # as `generate` decides it
             mask = request.prepare().model_kwargs.get("attention_mask")
         if mask is not None and not bool((mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()):
-            raise PeftxError(f"{self.owner}: padding must be on the left and leave a token")
+            raise GenerationError(f"{self.owner}: padding must be on the left and leave a token")
         with self.watching(request.input_ids.shape[1]) as cache:
             request.past_key_values = cache
             try:

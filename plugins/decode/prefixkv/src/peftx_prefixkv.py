@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftx import Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.evicting import Evictor, KeptLayer, looked_at
 
@@ -139,7 +139,7 @@ class PrefixKV(Plugin):
             said = (
                 f"{model.owner}: a budget of {self.config.budget:g} of the {room} tokens that the model reads"
             )
-            raise PeftxError(
+            raise OptionError(
                 f"{said} is less than one token", hint=f"a budget of {1 / room + 5e-5:.4f} or more"
             )
 
