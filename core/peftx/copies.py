@@ -18,6 +18,8 @@ from peftx.kernel.positions import free_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peftx.kernel.stack import Stack
+
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class with its weights as they are now, and nothing of what plugins put on it. `keep`, or an
@@ -57,6 +59,18 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
     found: PreTrainedModel = copy.deepcopy(model, shared)  # type: ignore[arg-type]
     _BASES[found] = model
     return found
+
+
+def frozen(stack: Stack) -> PreTrainedModel:
+    """The model of a stack as it is now, with what plugins put on it, in evaluation mode. It shares the parameters that
+    no plugin trains; of the others it has copies, which do not train."""
+    trained = {id(tensor) for tensor in stack.ledger.trained().values()}
+    shared = {id(p): p for p in stack.model.parameters() if id(p) not in trained}
+    found: PreTrainedModel = copy.deepcopy(stack.model, dict(shared))  # type: ignore[arg-type]
+    for parameter in found.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+    return found.eval()
 
 
 _BASES: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()

@@ -79,12 +79,14 @@ def sft(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer
     return kind(model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer)
 
 
-def dpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
-    arguments = DPOConfig(**settings(folder), max_length=32)
+def dpo(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer:
+    arguments = DPOConfig(**settings(folder, **more), max_length=32)
+    rows, more = Dataset.from_list(PAIRS), {}
+    if kind is DPOTrainer:  # which would look for the base's folder
+        more["ref_model"] = tiny("llama", seed=0)
     return kind(
-        model=stack.model, ref_model=tiny("llama", seed=0), args=arguments, train_dataset=Dataset.from_list(PAIRS),
-        processing_class=stack.tokenizer,
-    )  # fmt: skip
+        model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer, **more
+    )
 
 
 def grpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
@@ -111,6 +113,42 @@ MADE = {
     "DPO": (DPOTrainer, dpo),
     "GRPO": (GRPOTrainer, grpo),
 }
+
+
+def test_the_reference_of_dpo_is_the_stack_as_it_was(tmp_path: Path) -> None:
+    """Trained, and on a base that was changed in memory; what nobody trains is not there twice."""
+    stack = stack_of(plugin("lora"), plugin("prompt-tuning", length=3))
+    stack.model.lm_head.weight.data *= 2
+    stack.train(ROWS, steps=3, batch_size=2, learning_rate=1e-1)
+    ids = torch.arange(3, 12)[None]
+    stack.model.eval()
+    with torch.no_grad():
+        before = stack.model(input_ids=ids).logits
+    trainer = dpo(stack, stack.trainer(DPOTrainer), tmp_path, learning_rate=1e-1)
+    trainer.train()
+    stack.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.ref_model(input_ids=ids).logits, before, rtol=0, atol=0)
+        assert not torch.allclose(stack.model(input_ids=ids).logits, before, atol=1e-3)
+    own = {p.data_ptr() for p in trainer.ref_model.parameters()} - {
+        p.data_ptr() for p in stack.model.parameters()
+    }
+    assert len(own) == len(stack.ledger.trained())
+        "no step was made yet"
+    )
+
+
+def test_another_reference_is_taken_as_it_is_given(tmp_path: Path) -> None:
+    stack, other = stack_of(plugin("lora")), tiny("llama", seed=0)
+    arguments = DPOConfig(**settings(tmp_path), max_length=32)
+    trainer = stack.trainer(DPOTrainer)(
+        stack.model,
+        other,
+        arguments,
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=stack.tokenizer,
+    )
+    assert trainer.ref_model is other
 
 
 @pytest.mark.parametrize("name", MADE)

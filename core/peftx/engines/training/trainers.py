@@ -8,12 +8,14 @@ loss.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
+from peftx.copies import frozen
 from peftx.engines.bundle import save
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 BUNDLE = "bundle"
 """In a checkpoint's folder, beside what the trainer keeps there."""
+REFERENCE = "ref_model"
+"""How TRL names it."""
 
 
 class StackStep(Stepping):
@@ -101,6 +105,22 @@ class StackStep(Stepping):
         )
 
 
+class Referring:
+    """In front of a trainer that compares with a reference model, as DPO's: unless another one is given, that is the
+    stack as it is when the trainer is made. The trainer would read a base from the disk, without plugins, and without
+    whatever was changed in memory."""
+
+    stack: Stack
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        # Log-probabilities that are computed before the first step are those of the stack as it is, too.
+        ahead = getattr(given.arguments.get("args"), "precompute_ref_log_probs", False)
+        if given.arguments.get(REFERENCE) is None and not ahead:
+            given.arguments[REFERENCE] = frozen(self.stack)
+        super().__init__(*given.args, **given.kwargs)
+
+
 def trainer_of(stack: Stack, kind: type[Trainer]) -> type[Trainer]:
     """A trainer's class whose step is the stack's.
 
@@ -114,5 +134,7 @@ def trainer_of(stack: Stack, kind: type[Trainer]) -> type[Trainer]:
             f"'{with_loss[0]}' has a loss of its own, and so has {kind.__name__}",
             hint="stack.train(rows), or stack.trainer(Trainer)",
         )
-    bases = (StackStep,) if kind is Trainer else (kind, StackStep)
+    bases: tuple[type, ...] = (StackStep,) if kind is Trainer else (kind, StackStep)
+    if REFERENCE in inspect.signature(kind).parameters:
+        bases = (Referring, *bases)
     return type(f"Stack{kind.__name__}", bases, {"stack": stack})
