@@ -134,8 +134,6 @@ def test_the_reference_of_dpo_is_the_stack_as_it_was(tmp_path: Path) -> None:
         p.data_ptr() for p in stack.model.parameters()
     }
     assert len(own) == len(stack.ledger.trained())
-        "no step was made yet"
-    )
 
 
 def test_another_reference_is_taken_as_it_is_given(tmp_path: Path) -> None:
