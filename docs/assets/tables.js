@@ -21,7 +21,7 @@ function filtered(box) {
   const form = document.createElement("form");
   form.onsubmit = (event) => event.preventDefault();
   const values = (cell) => cell.split(", ").filter(Boolean);
-  const choices = box.dataset.by.split(", ").map((name) => {
+  const choices = values(box.dataset.by).map((name) => {
     const column = names.indexOf(name), select = add(add(form, "label", {}, name), "select", { name });
     add(select, "option", { value: "" }, "all");
     const found = new Set(rows.flatMap(({ cells }) => values(cells[column])));
