@@ -73,7 +73,7 @@ def blocks(file: Path, root: Path) -> list[Block]:
 def same(line: str) -> str:
     """A line without what differs from run to run: numbers, how wide a table is, and the code of an error."""
     line = re.sub(r"^error\[[\w-]+\]:", "error:", line)
-    return " ".join(re.sub(r"\d[\d,]*(\.\d+)?(e[+-]?\d+)?|-{3,}", "0", line).split())
+    return " ".join(re.sub(r"\d[\d,]*(\.\d+)*(e[+-]?\d+)?|-{3,}", "0", line).split())
 
 
 def missing(expected: Sequence[str], output: str) -> tuple[int, str] | None:
