@@ -1,4 +1,4 @@
-/* A table in <div class="filtered" data-by="hook, family"> gets a choice for each named column, and a field for words.
+/* On a phone a row of a wide table is a card (site.css), in which each cell says what it is of. A table in <div class="filtered" data-by="hook, family"> gets a choice for each named column, and a field for words.
    The choice is kept in the address, as in ?hook=decode: links lead to a filtered table. Nothing is asked of any host. */
 "use strict";
 
@@ -10,13 +10,19 @@ function add(to, tag, attributes, text) {
   return element;
 }
 
+function labelled(table) {
+  const names = [...table.querySelectorAll("thead th")].map((cell) => cell.textContent.trim());
+  if (names.length < 4) return;
+  table.dataset.cards = "";
+  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { if (i) cell.dataset.of = names[i]; });
+}
+
 function filtered(box) {
   const table = box.querySelector("table");
   const names = [...table.querySelectorAll("th")].map((cell) => cell.textContent.trim());
   const rows = [...table.querySelectorAll("tbody tr")].map((row) => ({
     row, cells: [...row.cells].map((cell) => cell.textContent.trim()),
   }));
-  for (const { row } of rows) [...row.cells].forEach((cell, i) => { if (i > 1) cell.dataset.of = names[i]; });
   const asked = new URLSearchParams(location.search);
   const form = document.createElement("form");
   form.onsubmit = (event) => event.preventDefault();
@@ -52,4 +58,5 @@ function filtered(box) {
   show();
 }
 
+document.querySelectorAll(".md-typeset table:not([class])").forEach(labelled);
 document.querySelectorAll(".filtered").forEach(filtered);

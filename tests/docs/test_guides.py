@@ -21,7 +21,9 @@ from peftx_cli.main import app
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted(
-    path for folder in ("start", "how-to", "concepts", "reference") for path in (ROOT / "docs" / folder).glob("*.md")
+    path
+    for folder in ("start", "how-to", "concepts", "reference")
+    for path in (ROOT / "docs" / folder).glob("*.md")
 )
 LONG = {"first-stack"}
 """Those that train for half a minute: `make test-all` runs them."""
@@ -40,7 +42,9 @@ def follow(page: Path, root: Path) -> int:
     """
     names: dict[str, object] = {"__name__": "guide"}
     done = [block for block in blocks(page, root) if block.runs]
-    shown_by = {one: two for one, two in pairwise(done) if one.language == "python" and two.language == "text"}
+    shown_by = {
+        one: two for one, two in pairwise(done) if one.language == "python" and two.language == "text"
+    }
     for block in done:
         if block.title:
             Path(block.title).write_text(block.body, "utf-8")
@@ -65,14 +69,18 @@ def _run(block: Block) -> None:
             raise BlockError(f"{block.page}:{line}: $ {command}: {result.exception!r}") from result.exception
         refused = any(text.startswith("error") for text in expected)
         if result.exit_code != (2 if refused else 0):
-            raise BlockError(f"{block.page}:{line}: $ {command}: exit code {result.exit_code}\n{result.output}")
+            raise BlockError(
+                f"{block.page}:{line}: $ {command}: exit code {result.exit_code}\n{result.output}"
+            )
         _compare(block.page, line + 1, expected, result.output)
 
 
 def _compare(page: str, line: int, expected: list[str], output: str) -> None:
     if found := missing(expected, output):
         place, text = found
-        raise BlockError(f"{page}:{line + place}: the page shows {text!r}, and what came out does not\n{output}")
+        raise BlockError(
+            f"{page}:{line + place}: the page shows {text!r}, and what came out does not\n{output}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +106,10 @@ def test_every_how_to_ends_in_what_one_sees() -> None:
         ("```python\nx = 1\n\nundefined\n```\n", "page.md:6: NameError: name 'undefined' is not defined"),
         ("```python\nx = (\n```\n", "page.md:4: SyntaxError"),
         ("```python\nprint(2)\n```\n\n```text\ntwo\n```\n", "page.md:8: the page shows 'two'"),
-        ("```console\n$ peftx info nothing-of-the-kind\n```\n", "page.md:4: $ peftx info nothing-of-the-kind: exit code 2"),
+        (
+            "```console\n$ peftx info nothing-of-the-kind\n```\n",
+            "page.md:4: $ peftx info nothing-of-the-kind: exit code 2",
+        ),
         ("```console\n$ peftx --version\npeftx 0.1\nand more\n```\n", "page.md:6: the page shows 'and more'"),
     ],
 )
@@ -114,7 +125,9 @@ def test_a_failing_block_is_named_by_file_and_line(
 
 
 def test_what_counts_as_the_same_line() -> None:
-    assert same("perplexity  68.56 per token   95 %: 66.52 to 70.73") == same("perplexity 1.5 per token 95 %: 1 to 2e-05")
+    assert same("perplexity  68.56 per token   95 %: 66.52 to 70.73") == same(
+        "perplexity 1.5 per token 95 %: 1 to 2e-05"
+    )
     assert same("name  ------  ---") == same("name  ---  --------")
     assert same("error[conflict]: no") == same("error: no") != same("warning: no")
     assert missing(["a", "...", "c ..."], "a\nb\nc d\n") is None

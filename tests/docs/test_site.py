@@ -42,19 +42,30 @@ def test_links_of_what_is_made_lead_somewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("link", "why"),
     [
-        ("[x](nowhere.md)", "docs/page.md:3: the link 'nowhere.md' leads nowhere: there is no docs/nowhere.md"),
-        ("[x](other.md#nothing)", "docs/page.md:3: the link 'other.md#nothing' leads nowhere: docs/other.md has no heading"),
+        (
+            "[x](nowhere.md)",
+            "docs/page.md:3: the link 'nowhere.md' leads nowhere: there is no docs/nowhere.md",
+        ),
+        (
+            "[x](other.md#nothing)",
+            "docs/page.md:3: the link 'other.md#nothing' leads nowhere: docs/other.md has no heading",
+        ),
         ("[x](#nothing)", "docs/page.md:3: the link '#nothing' leads nowhere"),
         ("![x](no.png)", "docs/page.md:3: the link 'no.png' leads nowhere"),
         ("[`x`](../../out.md)", "docs/page.md:3: the link '../../out.md' leads nowhere"),
-        ("[x](https://github.com/peftx/peftx/blob/main/NO.md)", "docs/page.md:3: the link 'https://github.com/peftx"),
+        (
+            "[x](https://github.com/peftx/peftx/blob/main/NO.md)",
+            "docs/page.md:3: the link 'https://github.com/peftx",
+        ),
     ],
 )
 def test_a_dead_link_is_named_by_file_and_line(link: str, why: str, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "other.md").write_text("# Other\n\n## A `heading(of, code)`\n", "utf-8")
-    (docs / "page.md").write_text(f"# Page\n\n{link}\n[a](other.md#a-headingof-code) [b](#page) `[c](d.md)`\n", "utf-8")
+    (docs / "page.md").write_text(
+        f"# Page\n\n{link}\n[a](other.md#a-headingof-code) [b](#page) `[c](d.md)`\n", "utf-8"
+    )
     (found,) = dead([docs / "page.md"], tmp_path)
     assert found.startswith(why)
 
@@ -122,7 +133,10 @@ def test_what_goes_together_is_that_of_the_matrix() -> None:
     found = together.outcomes("lora")
     assert len(found) == len(together.matrix()["plugins"]) - 1
     rows = {line.split("|")[1].strip(): line for line in together.table().splitlines()[2:]}
-    numbers = [int(number) for number in re.findall(r"\| (\d+) ", rows["[lora](../../plugins/inject/lora/README.md)"])]
+    numbers = [
+        int(number)
+        for number in re.findall(r"\| (\d+) ", rows["[lora](../../plugins/inject/lora/README.md)"])
+    ]
     assert sum(numbers) == len(found)
     assert "not after a plugin that claims quantizes" in together.goes_with("lora", "../../../")
 
@@ -133,7 +147,9 @@ def test_every_claim_has_its_meaning() -> None:
 
 def test_the_python_page_has_all_that_peftx_gives() -> None:
     text = (ROOT / "docs/reference/python.md").read_text("utf-8")
-    missing = [name for name in peftx.__all__ if not re.search(rf"\b{name}\b", text) and name != "__version__"]
+    missing = [
+        name for name in peftx.__all__ if not re.search(rf"\b{name}\b", text) and name != "__version__"
+    ]
     assert not missing
 
 
@@ -153,11 +169,15 @@ def test_what_a_page_asks_of_other_hosts_is_seen(html: str, asked: list[str]) ->
 
 def test_our_scripts_ask_nobody() -> None:
     for script in (ROOT / "docs/assets").glob("*.js"):
-        assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", script.read_text("utf-8")), script.name
+        assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", script.read_text("utf-8")), (
+            script.name
+        )
 
 
 def test_links_as_they_are_in_the_site() -> None:
-    inside = as_in_site("[a](../../plugins/x/README.md) [b](../other.md)", "choose/gallery.md", is_shown=False)
+    inside = as_in_site(
+        "[a](../../plugins/x/README.md) [b](../other.md)", "choose/gallery.md", is_shown=False
+    )
     assert inside == "[a](../plugins/x/README.md) [b](../other.md)"
     assert as_in_site("[a](docs/data.md)", "CONTRIBUTING.md", is_shown=True) == "[a](data.md)"
 
@@ -173,7 +193,16 @@ def test_the_site_shows_a_block_that_does_not_run_as_any_other() -> None:
 def test_the_site_builds(tmp_path: Path) -> None:
     """Where MkDocs is installed: `make docs` does that."""
     pytest.importorskip("mkdocstrings")
-    words = (sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"))
+    words = (
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    )
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").rglob("index.html"))

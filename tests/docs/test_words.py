@@ -20,8 +20,12 @@ CODE_OF = ("core", "spec", "cli")
 @cache
 def glossary() -> dict[str, list[str]]:
     """Word -> what it is not called."""
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ?([^|]*) ?\|$", GLOSSARY.read_text("utf-8"), re.MULTILINE)[2:]
-    return {word.strip(): [name.strip() for name in others.split(",") if name.strip()] for word, _, others in rows}
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ?([^|]*) ?\|$", GLOSSARY.read_text("utf-8"), re.MULTILINE)[
+        2:
+    ]
+    return {
+        word.strip(): [name.strip() for name in others.split(",") if name.strip()] for word, _, others in rows
+    }
 
 
 def banned() -> re.Pattern[str]:

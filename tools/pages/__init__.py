@@ -49,7 +49,9 @@ def filled(markdown: str) -> str:
     def part(found: re.Match[str]) -> str:
         if found[1] not in MADE:
             line = markdown.count("\n", 0, found.start()) + 1
-            raise UnknownPart(f"line {line}: nothing makes '{found[1]}'; there are: {', '.join(sorted(MADE))}")
+            raise UnknownPart(
+                f"line {line}: nothing makes '{found[1]}'; there are: {', '.join(sorted(MADE))}"
+            )
         return made(found[1])
 
     return LINE.sub(part, markdown)

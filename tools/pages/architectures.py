@@ -19,7 +19,9 @@ def table() -> str:
     for name, known in sorted(found.items()):
         towers = ", ".join(dict.fromkeys(tower.name for tower in known.towers))
         same = f"as `{known.model_type}`" if known.model_type != name else ""
-        lines.append(f"| `{name}` | {towers} | {_roles(known)} | {same} | {'yes' if name in ARCHITECTURES else ''} |")
+        lines.append(
+            f"| `{name}` | {towers} | {_roles(known)} | {same} | {'yes' if name in ARCHITECTURES else ''} |"
+        )
     return "\n".join(lines)
 
 
@@ -33,4 +35,6 @@ def _roles(known: Table) -> str:
             kind, _, what = role.partition(".")
             if what not in kinds.setdefault(kind, []):
                 kinds[kind].append(what)
-    return " ".join(f"`{kind}.{','.join(parts)}`" if parts != [""] else f"`{kind}`" for kind, parts in kinds.items())
+    return " ".join(
+        f"`{kind}.{','.join(parts)}`" if parts != [""] else f"`{kind}`" for kind, parts in kinds.items()
+    )

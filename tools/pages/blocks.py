@@ -48,7 +48,9 @@ class Block:
             code = compile("\n" * (self.line - 1) + self.body, self.page, "exec", dont_inherit=True)
             exec(code, names)
         except Exception as error:
-            raise BlockError(f"{self.page}:{self._raised_at(error)}: {type(error).__name__}: {error}") from error
+            raise BlockError(
+                f"{self.page}:{self._raised_at(error)}: {type(error).__name__}: {error}"
+            ) from error
 
     def _raised_at(self, error: BaseException) -> int:
         if isinstance(error, SyntaxError) and error.filename == self.page and error.lineno is not None:

@@ -14,7 +14,9 @@ from peftx.kernel.plugin import Claim
 @cache
 def meanings() -> dict[str, str]:
     """Claim -> the sentence below it in the source."""
-    (body,) = [node.body for node in ast.parse(inspect.getsource(Claim)).body if isinstance(node, ast.ClassDef)]
+    (body,) = [
+        node.body for node in ast.parse(inspect.getsource(Claim)).body if isinstance(node, ast.ClassDef)
+    ]
     found = {}
     for said, text in zip(body, body[1:], strict=False):
         if isinstance(said, ast.Assign) and isinstance(text, ast.Expr):
@@ -40,7 +42,9 @@ def table() -> str:
         names = holders()[claim]
         few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         told = " ".join(meaning.split()).replace("|", "\\|")
-        lines.append(f'| <span id="{claim}"></span>`{claim}` | {told} | {len(names)}{f": {few}" if few else ""} |')
+        lines.append(
+            f'| <span id="{claim}"></span>`{claim}` | {told} | {len(names)}{f": {few}" if few else ""} |'
+        )
     return "\n".join(lines)
 
 

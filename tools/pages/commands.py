@@ -91,7 +91,12 @@ def _shown() -> dict[str, list[tuple[str, str]]]:
         for block in blocks(page, ROOT):
             for _, line, output in commands(block) if block.language == "console" else ():
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["peftx"] and len(words) > 1 and any(text.strip() for text in output) and title:
+                if (
+                    words[:1] == ["peftx"]
+                    and len(words) > 1
+                    and any(text.strip() for text in output)
+                    and title
+                ):
                     entry = (title[1], page.relative_to(ROOT / "docs").as_posix())
                     if entry not in found.setdefault(words[1], []):
                         found[words[1]].append(entry)

@@ -60,7 +60,9 @@ def _listed(path: Path) -> Listed | None:
     return Listed(
         name=name,
         what=project["description"],
-        link=f"../../{path.parent.relative_to(ROOT).as_posix()}/README.md" if here else project["urls"]["Source"],
+        link=f"../../{path.parent.relative_to(ROOT).as_posix()}/README.md"
+        if here
+        else project["urls"]["Source"],
         group=group,
         hooks=hooks or (group,),
         family="".join(keyword_values(words, "family")),
@@ -81,7 +83,9 @@ def _class(name: str) -> type[Plugin] | None:
 def _backbones(plugin: type[Plugin]) -> tuple[str, ...]:
     """What `peftx check` runs it on."""
     return tuple(
-        name for name in dict.fromkeys((*CORE_ARCHITECTURES, *plugin.architectures)) if name not in plugin.refuses
+        name
+        for name in dict.fromkeys((*CORE_ARCHITECTURES, *plugin.architectures))
+        if name not in plugin.refuses
     )
 
 
@@ -167,7 +171,9 @@ def goals() -> str:
     placed = {each.name for _, plugins in found.values() for each in plugins}
     found["something narrower"] = ("see its page", [each for each in listed() if each.name not in placed])
     lines = ["| goal | takes | plugins |", "| --- | --- | --- |"]
-    lines += [f"| {goal} | {takes} | {', '.join(map(_told, plugins))} |" for goal, (takes, plugins) in found.items()]
+    lines += [
+        f"| {goal} | {takes} | {', '.join(map(_told, plugins))} |" for goal, (takes, plugins) in found.items()
+    ]
     return "\n".join(lines)
 
 

@@ -69,7 +69,9 @@ def dead(
     for link in (link for page in pages for link in links_of(page)):
         why = _why_dead(link, root, known)
         if why:
-            found.append(f"{link.page.relative_to(root).as_posix()}:{link.line}: the link '{link.target}' {why}")
+            found.append(
+                f"{link.page.relative_to(root).as_posix()}:{link.line}: the link '{link.target}' {why}"
+            )
     return found
 
 

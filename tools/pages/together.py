@@ -21,7 +21,9 @@ WORKS, REFUSED = "w", "r"
 @cache
 def matrix() -> dict[str, Any]:
     """`plugins`, and `cells` row by row: [outcome's letter, reason's place, claims, working order, stack, model]."""
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', MATRIX.read_text("utf-8"))
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', MATRIX.read_text("utf-8")
+    )
     found: dict[str, Any] = json.loads(text)
     return found
 
@@ -74,7 +76,9 @@ def goes_with(name: str, up: str) -> str:
     lines += [f"- {rule}" for rule in told] + [""] * bool(told)
     together = f"[What goes together]({up}choose/together.md)"
     if name not in matrix()["plugins"]:
-        return "\n".join([*lines, f"It came after the last run of the matrix. {together} has the others.", ""])
+        return "\n".join(
+            [*lines, f"It came after the last run of the matrix. {together} has the others.", ""]
+        )
     found = outcomes(name)
     counts = Counter(map(_kind, found.values()))
     lines.append(
