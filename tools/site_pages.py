@@ -1,12 +1,11 @@
 """MkDocs hook: the site from `docs/`, from what else of the repository is shown, and from the code (`tools/pages`).
 
-What the pages of `docs/` link to elsewhere in the repository becomes part of the site, under its path: the catalogue leads to
-the plugins' READMEs and these to their plots. A link that leads nowhere ends the build, with file and line.
+What the pages of `docs/` link to elsewhere in the repository becomes part of the site, under its path: the catalogue
+leads to the plugins' READMEs and these to their plots. A link that leads nowhere ends the build, with file and line.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from mkdocs.exceptions import PluginError
 from pages import UnknownPart, filled
 from pages.gallery import listed
 from pages.links import dead
-from pages.shown import SHOWN, as_in_site, from_elsewhere, shown
+from pages.shown import as_in_site, from_elsewhere, shown
 from pages.together import goes_with, script
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Pages that are read from top to bottom do what they say: their files, commands and Python, in one folder, in order.
 
-What a page shows below a command, and in a block of text below Python, came out, but for numbers; `...` stands for anything.
+What a page shows below a command, and in a block of text below Python, came out, but for numbers; `...` stands for
+anything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the pages of the site say that follows from the code.
 
-A line `<!-- made: NAME -->` in a page stands for Markdown that is made from the code whenever the site is built, or a test
-asks. The prose around it is written by hand, and so is the page.
+A line `<!-- made: NAME -->` in a page stands for Markdown that is made from the code whenever the site is built, or a
+test asks. The prose around it is written by hand.
 """
 
 from __future__ import annotations

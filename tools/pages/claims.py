@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from functools import cache
+from itertools import pairwise
 
 from peftx.composition.conflicts import EXCLUSIVE, RULES, Side
 from peftx.composition.registry import Registry
@@ -18,7 +19,7 @@ def meanings() -> dict[str, str]:
         node.body for node in ast.parse(inspect.getsource(Claim)).body if isinstance(node, ast.ClassDef)
     ]
     found = {}
-    for said, text in zip(body, body[1:], strict=False):
+    for said, text in pairwise(body):
         if isinstance(said, ast.Assign) and isinstance(text, ast.Expr):
             found[ast.literal_eval(said.value)] = inspect.cleandoc(ast.literal_eval(text.value))
     return found

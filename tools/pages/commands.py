@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pages.blocks import blocks, commands
 from typer.main import get_command
 
+from pages.blocks import blocks, commands
 from peftx_cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]

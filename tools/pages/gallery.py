@@ -154,12 +154,17 @@ GOALS: tuple[tuple[str, str, Callable[[Listed], bool]], ...] = (
         "text to calibrate on, for most",
         lambda plugin: plugin.group == "compress" or _families("pruning", "delta-compression")(plugin),
     ),
-    ("let tokens pass some layers or experts only", "a router that is trained", _families("moefication", "dynamic-depth")),
+    ("skip layers, or split them into experts", "a router that trains", _families("moefication", "dynamic-depth")),
     ("read longer texts", "long rows", _families("long-context")),
-    ("write the same text in fewer steps", "one more model, or trained drafts, for some", _families("speculative-decoding")),
+    ("write the same text in fewer calls", "training, for some", _families("speculative-decoding")),
     ("steer what is written", "attributes, or marked spans", _families("controlled-generation", "attention-steering")),
     ("read shared beginnings once", "prompts that begin alike", _families("prefix-sharing")),
-    ("leave the vocabulary behind, or widen it", "training of what reads bytes", _families("tokenizer", "embeddings")),
+    (
+        "read bytes in the place of tokens",
+        "training of what reads them",
+        lambda plugin: plugin.family == "tokenizer" and plugin.group != "evaluate",
+    ),
+    ("change what is embedded, or embed texts", "rows, or pairs of texts", _families("embeddings")),
     ("measure something", "rows of its own, for some", _first("evaluate")),
 )  # fmt: skip
 """A goal, what it takes, and which plugins serve it."""

@@ -1,4 +1,4 @@
-"""Links of Markdown pages that lead nowhere, each with its file and line. Nothing is fetched, and MkDocs is not needed."""
+"""Links of Markdown pages that lead nowhere, each with its file and line; nothing is fetched, and no MkDocs needed."""
 
 from __future__ import annotations
 

@@ -27,8 +27,7 @@ def shown(ending: str = "") -> list[Path]:
 
 
 def as_in_site(markdown: str, uri: str, *, is_shown: bool) -> str:
-    """In the site `docs/` is the root: links out of it lose a step, links into it lose its name. Files that the site does
-    not hold are those of the repository."""
+    """In the site `docs/` is the root: links out of it lose a step, links into it lose its name."""
     markdown = without_reasons(markdown)
     if is_shown:
         return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pages.gallery import REGISTRY, listed
-
 from peftx.composition.conflicts import rules
 
 ROOT = Path(__file__).resolve().parents[2]
