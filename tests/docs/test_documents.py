@@ -66,10 +66,11 @@ def test_yaml_blocks_are_valid(document: str) -> None:
     from peftx_spec import load_pipeline
 
     around = {"peftx: 1": "peftx: 1\n", "model:": "model: peftx:tiny\n", "stack:": "stack: [lora, nf4]\n",
-              "train:": "train: {steps: 1}\n"}  # fmt: skip
-    for body in (block.body for block in blocks(document, "yaml")):
-        if re.search("^(compare|search|task):", body, re.MULTILINE):
-            continue  # no pipelines: run, and read, in tests of their own
+              "train:": "train: {steps: 1}\n", "data:": "data: {train: 'peftx:sample/train.jsonl'}\n"}  # fmt: skip
+    for block in blocks(document, "yaml"):
+        body = block.body
+        if block.title or re.search("^(compare|search|task):", body, re.MULTILINE):
+            continue  # files, which guides run, and no pipelines: run, and read, in tests of their own
         missing = [text for key, text in around.items() if not re.search(f"^{key}", body, re.MULTILINE)]
         load_pipeline("".join(missing) + body, catalogue=Registry())
 
