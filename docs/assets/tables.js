@@ -12,7 +12,7 @@ function add(to, tag, attributes, text) {
 
 function labelled(table) {
   const names = [...table.querySelectorAll("thead th")].map((cell) => cell.textContent.trim());
-  if (names.length < 4) return;
+  if (names.length < 3) return;
   table.dataset.cards = "";
   for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { if (i) cell.dataset.of = names[i]; });
 }
