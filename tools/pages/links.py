@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ HEADING = re.compile(r"^#{1,6} +(.*?)(?: *\{[^}]*\})? *#*$")
 class Link:
     page: Path
     line: int
+    """From 1; 0 of one in a part that is made."""
     target: str
 
 
@@ -34,11 +35,11 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def links_of(page: Path) -> list[Link]:
-    """All links and pictures of a page; what stands in code is none."""
+def links_of(page: Path, text: str | None = None) -> list[Link]:
+    """All links and pictures of a page, or of its text with what is made in it; what stands in code is none."""
     return [
         Link(page, number, target)
-        for number, line in prose(page.read_text("utf-8"))
+        for number, line in prose(page.read_text("utf-8") if text is None else text)
         for target in LINK.findall(CODE.sub("x", line))
     ]
 
@@ -62,17 +63,24 @@ def dead(
 
     Args:
         root: links out of it are dead; those to `REPOSITORY` are looked up in it.
-        read: a page's text with what is made in it, whose headings are anchors too.
+        read: a page's text with what is made in it, whose links are looked at and whose headings are anchors too.
     """
     known = cache(lambda page: anchors(read(page)))
     found = []
-    for link in (link for page in pages for link in links_of(page)):
-        why = _why_dead(link, root, known)
-        if why:
-            found.append(
-                f"{link.page.relative_to(root).as_posix()}:{link.line}: the link '{link.target}' {why}"
-            )
+    for link in (link for page in pages for link in _with_made(page, read)):
+        if why := _why_dead(link, root, known):
+            place = link.page.relative_to(root).as_posix()
+            line = f":{link.line}" if link.line else ", in what is made"
+            found.append(f"{place}{line}: the link '{link.target}' {why}")
     return found
+
+
+def _with_made(page: Path, read: Callable[[Path], str]) -> list[Link]:
+    written = links_of(page)
+    targets = {link.target for link in written}
+    return written + [
+        replace(link, line=0) for link in links_of(page, read(page)) if link.target not in targets
+    ]
 
 
 def _why_dead(link: Link, root: Path, known: Callable[[Path], set[str]]) -> str:
