@@ -33,7 +33,7 @@ def plugin_names(incomplete: str) -> list[str]:
 
 
 Spec = Annotated[
-    str | None, typer.Argument(metavar="[SPEC]", help="pipeline as YAML; or name plugins instead")
+    str | None, typer.Argument(metavar="[SPEC]", help="spec, a YAML file; or name plugins instead")
 ]
 Plugins = Annotated[
     list[str] | None,

@@ -22,7 +22,7 @@ All = Annotated[bool, typer.Option("--all", help=f"every touched module, not {MO
 SchemaFile = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="write it here; else stdout")
 ]
-SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="pipeline as YAML")]
+SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="spec, a YAML file")]
 
 
 def register(app: typer.Typer) -> None:

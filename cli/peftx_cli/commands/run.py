@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the last checkpoint of an interrupted run")
 ]
-ShowSpec = Annotated[bool, typer.Option("--show-spec", help="print the pipeline as YAML and run nothing")]
+ShowSpec = Annotated[bool, typer.Option("--show-spec", help="print the spec and run nothing")]
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +49,7 @@ def apply(
     """Run a whole pipeline: prepare, inject, train, compress, evaluate, save.
 
     Without SPEC the plugins named by --plugin run on the bundled model and its sample data; --show-spec prints that
-    pipeline as YAML, to start your own from.
+    spec, to start your own from.
     """
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
                   metric or (), trust_remote_code, columns, split, adapter)  # fmt: skip
