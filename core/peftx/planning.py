@@ -51,13 +51,13 @@ def plan(
         trust_remote_code=trust_remote_code,
         meta=True,
     )
+    stages = stages_of(pipeline, registry)
     try:
-        check_rows_serve(model, pipeline, members)
+        check_rows_serve(model, pipeline, members, stages)
     except UnsupportedError as error:
         conflicts.append(
             PlannedConflict(plugins=("data.train",), reason=error.message, remedy=error.hint or "")
         )
-    stages = stages_of(pipeline, registry)
     held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(
         PlannedStage(

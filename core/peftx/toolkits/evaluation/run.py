@@ -21,6 +21,7 @@ from peftx.toolkits.evaluation.classification import accuracy, accuracy_of_head,
 from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.scores import Score
+from peftx.toolkits.evaluation.streams import task_accuracy
 from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline
 
 if TYPE_CHECKING:
@@ -127,6 +128,10 @@ def evaluate(
                 )
             )  # fmt: skip
             scores[result.score.name] = result.score
+        elif metric == "task-accuracy":
+            scores |= task_accuracy(
+                stack, _needed(rows, metric), max_length=max_length, progress=options.get("progress")
+            )
         elif metric == "exact-match":
             answer = partial(_answer, stack, options.get("max_new_tokens", 64))
             found = exact_match(answer, _needed(rows, metric), progress=options.get("progress"))
