@@ -33,10 +33,10 @@ from peftx.kernel.members import Member
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
 from peftx.toolkits.evaluation.run import check_metrics
-from peftx.toolkits.evaluation.streams import in_brief
+from peftx.toolkits.evaluation.streams import SUMMARY, in_brief
 from peftx_spec import load_spec, resolved, stages_of
 from peftx_spec.models import LM_EVAL, EvaluateSpec, Pipeline, TrainSpec
-from peftx_spec.stages import RunStage
+from peftx_spec.stages import RunStage, stream_of
 
 if TYPE_CHECKING:
     from peftx.toolkits.evaluation import Score
@@ -117,7 +117,8 @@ class Run:
             if source is not None:
                 rows_of(source, limit=1)
         own = [member.id for member in self.members if member.implements("evaluate")]
-        check_metrics(self.pipeline, own, measured=any(s.evaluate is not None for s in self.stages))
+        measured = any(s.evaluate is not None for s in self.stages)
+        check_metrics(self.pipeline, own, measured=measured, stream=stream_of(self.stages))
         if any(s.train is not None and data.trained_in(s) is None for s in self.stages):
             raise DataError(
                 "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
@@ -318,7 +319,7 @@ class Run:
                 format=options.format,
                 max_length=maximum,
                 progress=lambda done, total: self.reporter.progress(done, total, {}),
-                **options.of_tasks,
+                **(options.of_tasks | ({"tasks": stream_of(self.stages)} if spec.metric == SUMMARY else {})),
             )
         name = stage.evaluate.name or self._moment(index)
         self.result.scores[name] = found

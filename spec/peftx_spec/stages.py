@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
@@ -259,6 +260,11 @@ def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
     if pipeline.output is not None:
         stages.append(RunStage(save=SaveStage()))
     return tuple(stages)
+
+
+def stream_of(stages: Iterable[RunStage]) -> list[str]:
+    """The sources that rounds go over, in order."""
+    return list(dict.fromkeys(stage.source for stage in stages if stage.source))
 
 
 def _with_hook(stack: tuple[StackEntry, ...], catalogue: Catalogue, hook: str) -> tuple[str, ...]:

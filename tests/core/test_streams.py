@@ -15,6 +15,7 @@ from peftx import Plugin, PluginConfig, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.errors import DataError
 from peftx.history import History
+from peftx.kernel.calls import listening
 from peftx.pages import page
 from peftx.pages import told as told_of
 from peftx.pipeline import load_run
@@ -99,6 +100,46 @@ def test_without_a_head_the_likelihood_says_as_for_accuracy() -> None:
         assert found[f"accuracy-within/{task}"] == Score(
             **{**vars(alone["accuracy"]), "name": f"accuracy-within/{task}"}
         )
+
+
+class Told(Says):
+    """Right, and notes which task it was told."""
+
+    seen: list[list[int]]
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        self.call, self.seen = model.call, []
+        model.column("task")
+
+    def classify(self, stack: Stack, texts: list[str]) -> tuple[list[str], torch.Tensor]:
+        with listening(stack.model) as call:
+            handle = stack.model.get_input_embeddings().register_forward_hook(
+                lambda *_: self.seen.append(call.batch["task"].tolist())
+            )
+            stack.model(torch.ones(2, 3, dtype=torch.long))
+            handle.remove()
+        return super().classify(stack, texts)
+
+
+def test_who_reads_the_task_is_told_its_place_in_the_stream() -> None:
+    plugin = Told()
+    stack = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer())
+    stack.evaluate(ROWS, metrics=["task-accuracy"], tasks=["mood", "weather"])
+    stack.evaluate(ROWS, metrics=["task-accuracy"])
+    assert plugin.seen == [[0, 0], [1, 1], [0, 0], [1, 1]]
+    names = list(stack.evaluate(ROWS, metrics=["task-accuracy"], tasks=["mood", "weather"]))
+    assert names[0] == "accuracy/mood"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [(["weather", "mod"], "row 4 .* of task 'mood', and the stream"), (["weather", "mood", "a"], "no row")],
+)
+def test_other_tasks_than_the_streams_are_refused(tasks: list[str], said: str) -> None:
+    stack = Stack(tiny("llama"), [Says()], tokenizer=tiny_tokenizer())
+    with pytest.raises(DataError, match=said):
+        stack.evaluate(ROWS, metrics=["task-accuracy"], tasks=tasks)
 
 
 @pytest.mark.parametrize("task", [None, 1])
@@ -268,6 +309,13 @@ def test_the_command_prints_the_matrix_and_the_report_draws_it(folder: Path) -> 
     shown = page(told_of(folder / "out"))
     assert f"among all classes: average {matrix.average:.5g}" in shown
     assert shown.count("<td>weather</td>") == 2
+
+
+def test_rows_to_measure_on_of_other_tasks_are_refused_before_anything_is_loaded(folder: Path) -> None:
+    text = (folder / "eval.jsonl").read_text("utf-8")
+    (folder / "eval.jsonl").write_text(text.replace('"mood"', '"mod"'), "utf-8")
+    with pytest.raises(DataError, match="is of task 'mod', and the stream has weather, mood"):
+        load_run(spec(folder))
 
 
 @pytest.mark.parametrize(

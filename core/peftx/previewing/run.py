@@ -26,7 +26,7 @@ from peftx.previewing.found import Prepared, Preview, classes_of, sizes_of
 from peftx.stack import Stack
 from peftx_spec import load_spec, resolved, stages_of
 from peftx_spec.models import Pipeline, TrainSpec
-from peftx_spec.stages import RunStage, TrainStage
+from peftx_spec.stages import RunStage, TrainStage, stream_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,7 +141,7 @@ class Preparation(Run):
                 or (f"there are: {', '.join(data.sources)}" if data.sources else "data: {sources: {...}}"),
             )
         spec = data.sources[source]
-        return spec, rows_of(spec, limit=spec.limit), any(stage.source == source for stage in self.stages)
+        return spec, rows_of(spec, limit=spec.limit), source in stream_of(self.stages)
 
     def _eval_rows(self) -> tuple[SourceSpec, Dataset, bool]:
         data = self.pipeline.data

@@ -19,7 +19,7 @@ from peftx.kernel.members import Member
 from peftx.kernel.objective import check_objective
 from peftx.kernel.plugin import Claim
 from peftx_spec.models import FORMATS, DataSpec, EvaluateSpec, HoldoutSpec, Pipeline, SourceSpec
-from peftx_spec.stages import RunStage
+from peftx_spec.stages import RunStage, stream_of
 
 TASK = "task"
 """The column that says which task a row is of: in rows to measure on its name, in a batch its place in the stream."""
@@ -118,7 +118,7 @@ def task_rows(source: SourceSpec, place: int) -> Dataset:
 
 def further_rows(data: DataSpec, stages: Sequence[RunStage]) -> dict[str, Dataset]:
     """The sources that plugins may ask for: those that no round is about, whose rows are there in that round alone."""
-    own = {stage.source for stage in stages}
+    own = stream_of(stages)
     return {
         name: rows_of(source, limit=source.limit) for name, source in data.sources.items() if name not in own
     }

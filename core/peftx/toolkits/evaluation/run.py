@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.engines.data import read_dataset
 from peftx.engines.data.formats import detect_format
 from peftx.engines.data.gate import check_item
-from peftx.engines.data.sources import format_of
+from peftx.engines.data.sources import TASK, format_of
 from peftx.engines.models import asset_path
 from peftx.engines.tasks import find_tasks
 from peftx.errors import DataError, PeftxError, nearest
@@ -21,7 +21,7 @@ from peftx.toolkits.evaluation.classification import accuracy, accuracy_of_head,
 from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.scores import Score
-from peftx.toolkits.evaluation.streams import task_accuracy
+from peftx.toolkits.evaluation.streams import SUMMARY, task_accuracy, tasks_of
 from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline
 
 if TYPE_CHECKING:
@@ -55,11 +55,13 @@ def check_metric(metric: str, format: str) -> None:
         )
 
 
-def check_metrics(pipeline: Pipeline, plugins: Sequence[str], *, measured: bool) -> None:
+def check_metrics(
+    pipeline: Pipeline, plugins: Sequence[str], *, measured: bool, stream: Sequence[str] = ()
+) -> None:
     """Read the first row of each file that a metric reads, and look for the tasks that are named.
 
     Args:
-        plugins: those that evaluate. measured: does a stage evaluate.
+        plugins: those that evaluate. measured: does a stage evaluate. stream: names of the tasks that are gone over.
 
     Raises:
         PeftxError: an unknown metric or task, or rows that a metric cannot read.
@@ -82,6 +84,11 @@ def check_metrics(pipeline: Pipeline, plugins: Sequence[str], *, measured: bool)
         else:
             known = options.format != "auto"
             check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
+        if metric.metric == SUMMARY and stream:
+            limit = options.limit or (
+                evaluated.limit if options.path is None and evaluated is not None else None
+            )
+            tasks_of([row.get(TASK) for row in read_dataset(asset_path(path), limit=limit)], stream)
 
 
 def evaluate(
@@ -95,8 +102,8 @@ def evaluate(
 
     Args:
         data: a file, texts or rows. options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer),
-            `format`, `progress`, `output_dir`; of `lm-eval`, which has rows of its own, `tasks`, `include` and
-            `num_fewshot`.
+            `format`, `progress`, `output_dir`; of `task-accuracy` `tasks`, in their order; of `lm-eval`, which has rows
+            of its own, `tasks`, `include` and `num_fewshot`.
 
     Returns:
         name -> Score; `stack.scores` gets them too.
@@ -128,10 +135,11 @@ def evaluate(
                 )
             )  # fmt: skip
             scores[result.score.name] = result.score
-        elif metric == "task-accuracy":
+        elif metric == SUMMARY:
             scores |= task_accuracy(
-                stack, _needed(rows, metric), max_length=max_length, progress=options.get("progress")
-            )
+                stack, _needed(rows, metric), tasks=options.get("tasks", ()), max_length=max_length,
+                progress=options.get("progress"),
+            )  # fmt: skip
         elif metric == "exact-match":
             answer = partial(_answer, stack, options.get("max_new_tokens", 64))
             found = exact_match(answer, _needed(rows, metric), progress=options.get("progress"))

@@ -8,7 +8,7 @@ forward transfer   mean over i > 1 of a[i-1, i] - b[i]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftx.engines.data.sources import TASK
-from peftx.errors import DataError
+from peftx.errors import DataError, nearest
 from peftx.kernel.calls import columns_of
 from peftx.toolkits.evaluation.classification import check_rows, classify, head_of, label_logs
 from peftx.toolkits.evaluation.scores import Score, wilson_interval
@@ -40,6 +40,7 @@ def task_accuracy(
     stack: Stack,
     rows: Iterable[Mapping[str, Any]],
     *,
+    tasks: Sequence[str] = (),
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Score]:
@@ -50,19 +51,15 @@ def task_accuracy(
     Where a plugin reads a column `task`, it has the task's place, in both.
 
     Args:
-        rows: with `text`, `label` and `task`, a name; the first row of each task stands where it has its place.
+        rows: with `text`, `label` and `task`, a name.
+        tasks: of the stream, in order; as they come in the rows if left out.
 
     Raises:
-        DataError: no rows, or a row without one of these.
+        DataError: no rows, a row without one of these, or other tasks than the stream's.
     """
     examples = list(rows)
     check_rows(examples)
-    for index, row in enumerate(examples):
-        if not isinstance(row.get(TASK), str):
-            raise DataError(
-                f"row {index} (counting from 0) has no name of a task in 'task'", hint="'task': 'news'"
-            )
-    tasks = list(dict.fromkeys(row[TASK] for row in examples))
+    tasks = tasks_of([row.get(TASK) for row in examples], tasks)
     names = sorted({row["label"] for row in examples})
     found: dict[str, Score] = {}
     for place, task in enumerate(tasks):
@@ -80,6 +77,26 @@ def task_accuracy(
             name=name, value=fmean(found[f"{kind}/{task}"].value for task in tasks), count=len(examples)
         )
     return found
+
+
+def tasks_of(column: Sequence[object], tasks: Sequence[str]) -> list[str]:
+    """The tasks of rows whose column `task` this is, in the stream's order where that is known.
+
+    Raises:
+        DataError: a row without a name, or of no task of the stream; a task of the stream without a row.
+    """
+    for index, name in enumerate(column):
+        if not isinstance(name, str):
+            raise DataError(
+                f"row {index} (counting from 0) has no name of a task in 'task'", hint="'task': 'news'"
+            )
+        if tasks and name not in tasks:
+            said = f"row {index} (counting from 0) is of task {name!r}, and the stream has {', '.join(tasks)}"
+            raise DataError(said, hint=nearest(name, tasks) or "rows to measure on, of these tasks")
+    for name in tasks:
+        if name not in column:
+            raise DataError(f"no row to measure on is of task {name!r}", hint=f"rows with 'task': '{name}'")
+    return list(tasks) or [name for name in dict.fromkeys(column) if isinstance(name, str)]
 
 
 def _scores(
