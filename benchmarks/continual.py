@@ -4,9 +4,9 @@
     python benchmarks/continual.py --spec benchmarks/leaderboards/stream.yaml --rows rows --model BASE --jobs jobs
 
 Every method goes through the stream of the spec, in the place of its stack, under three seeds; `joint` trains on the
-rows of all tasks at once, for as many steps. The learning rate is chosen on rows to choose by, after the first `CHOSEN_AFTER`
-tasks. A job whose file lies in the folder of jobs is not run again. Leaves continual.json, .md and .png in
-benchmarks/results.
+rows of all tasks at once, for as many steps. The learning rate is chosen on rows to choose by, after the first
+`CHOSEN_AFTER` tasks. A job whose file lies in the folder of jobs is not run again. Leaves continual.json, .md and .png
+in benchmarks/results.
 """
 
 from __future__ import annotations
