@@ -244,6 +244,33 @@ def test_a_stream_is_gone_through_task_by_task_and_the_bundle_tells_of_it(folder
     assert all(torch.equal(a, b) for a, b in same)
 
 
+class StopsIn:
+    """A reporter that ends the run within a round."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.inside = name, False
+
+    def stage(self, name: str, ids: object) -> None:
+        self.inside = name == self.name
+
+    def progress(self, done: int, total: int, values: object) -> None:
+        if self.inside and done == 4:
+            raise KeyboardInterrupt
+
+    def finished(self, name: str, seconds: float, detail: str) -> None: ...
+
+
+def test_a_stream_goes_on_where_it_was_stopped(folder: Path) -> None:
+    text = spec(folder).replace("steps: 6", "steps: 6, checkpoint_every: 2")
+    with pytest.raises(KeyboardInterrupt):
+        load_run(text, reporter=StopsIn("train (mood, 2 of 2)")).run()
+    again = load_run(text, resume=True).run().stack
+    whole = load_run(text).run().stack
+    same = zip(again.ledger.parameters("lae"), whole.ledger.parameters("lae"), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    assert AccuracyMatrix.of(again.history) == AccuracyMatrix.of(whole.history)
+
+
 class Notes(Plugin):
     """Reads the column of the task."""
 
