@@ -84,6 +84,15 @@ def test_a_class_that_the_head_does_not_know_is_never_right() -> None:
     assert found["accuracy/mood"] == found["accuracy-within/mood"] == 1
 
 
+def test_a_class_that_no_row_has_is_an_answer_too() -> None:
+    found = measured(*LABELS, "and a")
+    assert (found["accuracy/mood"], found["accuracy-within/mood"]) == (0.5, 1)
+    rows = [row("rain, or thunder", "rain", "weather")]
+    stack = Stack(tiny("llama"), [Says(known=("sun", "thunder", "rain"))], tokenizer=tiny_tokenizer())
+    scores = stack.evaluate(rows, metrics=["task-accuracy"])
+    assert (scores["accuracy/weather"].value, scores["accuracy-within/weather"].value) == (0, 1)
+
+
 def test_without_a_head_the_likelihood_says_as_for_accuracy() -> None:
     stack = Stack("peftx:tiny", [])
     rows = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.engines.data import read_dataset
 from peftx.engines.data.formats import detect_format
 from peftx.engines.data.gate import check_item
-from peftx.engines.data.sources import TASK, format_of
+from peftx.engines.data.sources import TASK, format_of, rows_of
 from peftx.engines.models import asset_path
 from peftx.engines.tasks import find_tasks
 from peftx.errors import DataError, PeftxError, nearest
@@ -22,7 +22,7 @@ from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.scores import Score
 from peftx.toolkits.evaluation.streams import SUMMARY, task_accuracy, tasks_of
-from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline
+from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline, SourceSpec
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -85,10 +85,12 @@ def check_metrics(
             known = options.format != "auto"
             check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
         if metric.metric == SUMMARY and stream:
-            limit = options.limit or (
-                evaluated.limit if options.path is None and evaluated is not None else None
+            source = (
+                evaluated if options.path is None else SourceSpec(path=options.path, format=options.format)
             )
-            tasks_of([row.get(TASK) for row in read_dataset(asset_path(path), limit=limit)], stream)
+            assert source is not None
+            rows = rows_of(source, limit=options.limit or source.limit)
+            tasks_of([row.get(TASK) for row in rows], stream)
 
 
 def evaluate(

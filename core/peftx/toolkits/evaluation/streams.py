@@ -102,7 +102,7 @@ def tasks_of(column: Sequence[object], tasks: Sequence[str]) -> list[str]:
 def _scores(
     stack: Stack, texts: list[str], names: list[str], max_length: int | None, progress: Progress | None
 ) -> Tensor:
-    """[N, C] of these classes; -inf of those that a head does not know."""
+    """[N, C] of these classes, and of those that a head knows beside them; -inf of those that it does not know."""
     head = head_of(stack)
     if head is None:
         sums, _ = label_logs(
@@ -110,10 +110,9 @@ def _scores(
         )
         return torch.tensor(sums)
     labels, given = classify(stack, head, texts)
+    names = names + [label for label in labels if label not in names]
     scores = torch.full((len(texts), len(names)), -torch.inf)
-    for column, label in enumerate(labels):
-        if label in names:
-            scores[:, names.index(label)] = given[:, column].float().cpu()
+    scores[:, [names.index(label) for label in labels]] = given.float().cpu()
     return scores
 
 
