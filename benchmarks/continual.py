@@ -4,9 +4,9 @@
     python benchmarks/continual.py --spec benchmarks/leaderboards/stream.yaml --rows rows --model BASE --jobs jobs
 
 Every method goes through the stream of the spec, in the place of its stack, under three seeds; `joint` trains on the
-rows of all tasks at once, for as many steps. The learning rate is chosen on rows to choose by, after the first
-`CHOSEN_AFTER` tasks. A job whose file lies in the folder of jobs is not run again. Leaves continual.json, .md and .png
-in benchmarks/results.
+rows of all tasks at once, for as many steps. The learning rate is chosen on rows to choose by: of `joint` on those of
+all tasks, of the others on those of the first `CHOSEN_AFTER`, after these. A job whose file lies in the folder of jobs
+is not run again. Leaves continual.json, .md and .png in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def head(classes: list[list[str]]) -> list[Any]:
 
 
 METHODS = [
-    Method("joint: LoRA, head", head, joint=True),
+    Method("joint LoRA, head", head, joint=True),
     Method("LoRA, head", head),
     Method("lae", lambda classes: [{"use": "lae", "with": {"tasks": classes}}]),
     Method(
@@ -71,7 +71,6 @@ METHODS = [
         lambda classes: [{"use": "scl-mgsm", "with": {"labels": flat(classes)}}],
         train={"num_train_epochs": 1}, rates=(RATES[0],), before=False,
     ),
-    Method("joint: LoRA, likelihood", lambda classes: ["lora"], joint=True),
     Method("LoRA, likelihood", lambda classes: ["lora"]),
     Method("q-tuning, likelihood", lambda classes: [{"use": "q-tuning", "with": {"tasks": len(classes)}}], told="yes"),
 ]  # fmt: skip
@@ -115,7 +114,7 @@ class Setting:
         return dict(json.loads(file.read_text("utf-8")))
 
     def built(self, method: Method, rate: float, seed: int, *, choose: bool) -> Pipeline:
-        tasks = self.tasks[:CHOSEN_AFTER] if choose else self.tasks
+        tasks = self.tasks[:CHOSEN_AFTER] if choose and not method.joint else self.tasks
         data, train = self.pipeline.data, self.pipeline.train
         assert train is not None
         train = train.model_copy(update={"learning_rate": rate, "seed": seed})
