@@ -57,9 +57,9 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
     findings += _tasks(pipeline)
     if pipeline.stack:
         members = members_of(loaded, pipeline, registry)
-        training = trains(pipeline, registry)
-        if training:
-            findings += _rows(members, formats.get(("data", "train")))
+        training = trained(pipeline, registry)
+        for place in training:
+            findings += _rows(members, place, formats.get(place))
         classified = [
             source
             for source in _sources(pipeline)
@@ -94,8 +94,10 @@ def files(data: Mapping[str, Any], folder: FilePath) -> Iterator[Finding]:
             yield Finding(_blamed(data, place, error.part), error.message, suggestion=error.hint)
 
 
-def trains(pipeline: Pipeline, registry: Registry) -> bool:
-    return any(stage.train is not None for stage in stages_of(pipeline, registry))
+def trained(pipeline: Pipeline, registry: Registry) -> list[Path]:
+    """Where the spec names the rows that are trained on."""
+    stages = [stage for stage in stages_of(pipeline, registry) if stage.train is not None]
+    return list(dict.fromkeys(("data", *(("sources", s.source) if s.source else ("train",))) for s in stages))
 
 
 def members_of(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> list[Member]:
@@ -171,7 +173,7 @@ def _tasks(pipeline: Pipeline) -> Iterator[Finding]:
                 yield Finding((*own, "tasks", at), error.message, suggestion=error.hint or "")
 
 
-def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
+def _rows(members: Sequence[Member], place: Path, format: str | None) -> Iterator[Finding]:
     """Rows that the plugins do not train on; what they leave to one another is a matter of conflicts."""
     from peftx.composition.conflicts import find_conflicts
 
@@ -182,7 +184,7 @@ def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
         takes = member.plugin.takes
         if takes and now not in takes:
             message = f"'{member.id}' trains on rows of {' or '.join(takes)}, and these are {now}"
-            remedy = "give data.train such rows, or map their columns"
+            remedy = f"give {'.'.join(map(str, place))} such rows, or map their columns"
             yield Finding(("stack", index), message, suggestion=remedy)
             return
         now = member.plugin.gives.get(now, now)
@@ -190,9 +192,7 @@ def _rows(members: Sequence[Member], format: str | None) -> Iterator[Finding]:
         m.implements("prepare_data") or now in m.plugin.takes for m in members
     ):
         message = "no plugin of the stack trains on rows of preference"
-        yield Finding(
-            ("data", "train"), message, suggestion="peftx info NAME says which rows a plugin trains on"
-        )
+        yield Finding(place, message, suggestion="peftx info NAME says which rows a plugin trains on")
 
 
 def _labels(members: Sequence[Member], sources: Sequence[Source]) -> Iterator[Finding]:

@@ -85,7 +85,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="perplexity, accuracy, exact-match, lm-eval or a plugin; repeat it; none for none",
+        help="perplexity, accuracy, exact-match, task-accuracy, lm-eval or a plugin; repeat it; none for none",
     ),
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="folder of the bundle")]

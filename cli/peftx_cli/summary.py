@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from peftx.kernel.parts import ReplacedPart
@@ -11,6 +12,7 @@ from peftx_cli.render import out, print_json, print_table, size
 if TYPE_CHECKING:
     from peftx.pipeline import Run, RunResult
     from peftx.toolkits.evaluation import Score
+    from peftx.toolkits.evaluation.streams import AccuracyMatrix
     from peftx_spec import DataSpec
 
 SAMPLES = 2
@@ -69,6 +71,10 @@ def report(run: Run, result: RunResult, texts: list[dict[str, str]], *, as_json:
         ("", "value", "detail"),
         rows(result),
     )
+    for title, matrix in matrices(result).items():
+        out("")
+        print_table(title, ("after", *matrix.tasks), matrix.rows())
+        out(", ".join(f"{name} {value:.3f}" for name, value in matrix.told().items() if value is not None))
     for sample in texts:
         out(f"\nprompt:    {_one_line(sample['prompt'])}")
         out(f"model:     {_one_line(sample['text'])}")
@@ -76,8 +82,18 @@ def report(run: Run, result: RunResult, texts: list[dict[str, str]], *, as_json:
             out(f"reference: {_one_line(sample['reference'])}")
 
 
+def matrices(result: RunResult) -> dict[str, AccuracyMatrix]:
+    """Of a stream of tasks, by title; empty where none was gone through."""
+    from peftx.toolkits.evaluation.streams import TITLES, AccuracyMatrix
+
+    found = {title: AccuracyMatrix.of(result.stack.history, kind) for kind, title in TITLES.items()}
+    return {title: matrix for title, matrix in found.items() if matrix is not None}
+
+
 def rows(result: RunResult) -> list[tuple[str, str, str]]:
     """Name, value and detail of everything that the run tells."""
+    from peftx.toolkits.evaluation.streams import in_brief
+
     base = result.stack.base_parameters()
     table = [
         (
@@ -93,9 +109,9 @@ def rows(result: RunResult) -> list[tuple[str, str, str]]:
         held, of = len(result.held_out.rows), result.held_out.of
         table.append(("eval", f"{held:,} of {of:,} rows held out", f"seed {result.held_out.seed}"))
     for stage, scores in result.scores.items():
-        for score in scores.values():
-            if score.name not in RESTATED:
-                table.append((f"{score.name}, {stage}", score.number, score.detail))
+        for name in in_brief(scores) if matrices(result) else scores:
+            if name not in RESTATED:
+                table.append((f"{name}, {stage}", scores[name].number, scores[name].detail))
     for training in result.training:
         detail = f"loss {training.first_loss:.4g} to {training.last_loss:.4g}, {training.seconds:.1f} s"
         table.append(("training steps", f"{training.steps:,}", detail))
@@ -123,6 +139,7 @@ def to_dict(run: Run, result: RunResult, texts: list[dict[str, str]]) -> dict[st
         if result.held_out is None
         else {"rows": len(result.held_out.rows), "of": result.held_out.of, "seed": result.held_out.seed},
         "scores": {stage: score_dict(scores) for stage, scores in result.scores.items()},
+        "matrices": {title: asdict(matrix) | matrix.told() for title, matrix in matrices(result).items()},
         "training": [
             {"steps": t.steps, "first_loss": t.first_loss, "last_loss": t.last_loss, "seconds": t.seconds}
             for t in result.training

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
 from peftx.engines.data import TrainingData
-from peftx.engines.data.sources import HeldOut, check_rows_serve, format_of, pinned, rows_of, training_rows
+from peftx.engines.data.sources import (
+    HeldOut,
+    check_rows_serve,
+    format_of,
+    further_rows,
+    pinned,
+    rows_of,
+    task_rows,
+    training_rows,
+)
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
@@ -24,9 +33,10 @@ from peftx.kernel.members import Member
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
 from peftx.toolkits.evaluation.run import check_metrics
+from peftx.toolkits.evaluation.streams import SUMMARY, in_brief
 from peftx_spec import load_spec, resolved, stages_of
 from peftx_spec.models import LM_EVAL, EvaluateSpec, Pipeline, TrainSpec
-from peftx_spec.stages import RunStage
+from peftx_spec.stages import RunStage, stream_of
 
 if TYPE_CHECKING:
     from peftx.toolkits.evaluation import Score
@@ -95,6 +105,8 @@ class Run:
         self._check_output()
         self.data: TrainingData | None = None
         self._max_length = 0
+        self._source = ""
+        """Whose rows `data` holds: a source of the spec, or empty for data.train."""
         self._trained_on = False
         """Was anything trained on the rows since they were prepared."""
         self.result: RunResult | None = None
@@ -105,8 +117,9 @@ class Run:
             if source is not None:
                 rows_of(source, limit=1)
         own = [member.id for member in self.members if member.implements("evaluate")]
-        check_metrics(self.pipeline, own, measured=any(s.evaluate is not None for s in self.stages))
-        if any(s.train is not None for s in self.stages) and data.train is None:
+        measured = any(s.evaluate is not None for s in self.stages)
+        check_metrics(self.pipeline, own, measured=measured, stream=stream_of(self.stages))
+        if any(s.train is not None and data.trained_in(s) is None for s in self.stages):
             raise DataError(
                 "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
             )
@@ -143,7 +156,7 @@ class Run:
             inject=False,
         )
         stack.pipeline = self.pipeline
-        check_rows_serve(stack.model, self.pipeline, self.members)
+        check_rows_serve(stack.model, self.pipeline, self.members, self.stages)
         self.result = RunResult(
             stack, bytes_before=base_bytes(stack.base_id, stack.model), held_out=self.held_out
         )
@@ -166,14 +179,16 @@ class Run:
         assert self.result is not None
         return self.result.stack
 
-    def _training_data(self, settings: TrainSpec) -> TrainingData:
-        source = self.pipeline.data.train
-        if source is None or self._rows is None:
-            raise DataError("no training data", hint="data: {train: train.jsonl}")
-        if self.data is None:
+    def _training_data(self, settings: TrainSpec, stage: RunStage) -> TrainingData:
+        source = self.pipeline.data.trained_in(stage)
+        assert source is not None  # `_check_data` saw to it
+        if self.data is None or stage.source != self._source:
+            self._source = stage.source
+            rows = task_rows(source, stage.place) if stage.source else self._rows
+            assert rows is not None
             self.data = as_training_data(
                 self._stack,
-                self._rows,
+                rows,
                 seed=settings.seed,
                 max_length=source.max_length or settings.max_length,
                 format=format_of(source),
@@ -188,7 +203,7 @@ class Run:
     def _prepare(self, stage: RunStage, index: int) -> str:
         if self._trained_on:  # a round begins: its rows are made anew, by the model as it is now
             self.data, self._trained_on = None, False
-        data = self._training_data(self.pipeline.train or TrainSpec())
+        data = self._training_data(self.pipeline.train or TrainSpec(), stage)
         data.progress = lambda done, total: self.reporter.progress(done, total, {})
         before = len(data.train or ())
         self._stack.prepare(data, stage.ids)
@@ -221,16 +236,13 @@ class Run:
         rows = self._measured() if settings.eval_steps is not None else None
         report = train(
             stack,
-            self._training_data(settings),
+            self._training_data(settings, stage),
             output=folder,
             resume=resume,
             progress=self.reporter.progress,
             options=settings,
             prepare=False,
-            sources={
-                name: rows_of(source, limit=source.limit)
-                for name, source in self.pipeline.data.sources.items()
-            },
+            sources=further_rows(self.pipeline.data, self.stages),
             measure=None if rows is None else stack.measuring(rows),
         )
         self._trained_on = True
@@ -242,7 +254,7 @@ class Run:
             name, (step, value) = settings.metric_for_best_model, report.best
             done += f"; best {name} {value:.4g} at step {step}"
         if report.full:
-            length = self._training_data(settings).max_length
+            length = self._training_data(settings, stage).max_length
             done += f"; {report.full} of {report.examples} rows reach max_length {length}: longer are cut"
         return done
 
@@ -307,12 +319,12 @@ class Run:
                 format=options.format,
                 max_length=maximum,
                 progress=lambda done, total: self.reporter.progress(done, total, {}),
-                **options.of_tasks,
+                **(options.of_tasks | ({"tasks": stream_of(self.stages)} if spec.metric == SUMMARY else {})),
             )
         name = stage.evaluate.name or self._moment(index)
         self.result.scores[name] = found
         stack.history.evaluated(name, found)
-        return ", ".join(f"{name} {score.value:.4g}" for name, score in found.items() if name != "nll")
+        return ", ".join(f"{name} {found[name].value:.4g}" for name in in_brief(found) if name != "nll")
 
     def _moment(self, index: int) -> str:
         """A name for an evaluation that has none: after which change of the model it stands."""

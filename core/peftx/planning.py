@@ -51,11 +51,11 @@ def plan(
         trust_remote_code=trust_remote_code,
         meta=True,
     )
+    stages = stages_of(pipeline, registry)
     try:
-        check_rows_serve(model, pipeline, members)
+        check_rows_serve(model, pipeline, members, stages)
     except UnsupportedError as error:
         conflicts.append(_refused(("data.train",), error))
-    stages = stages_of(pipeline, registry)
     held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(
         PlannedStage(

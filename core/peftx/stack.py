@@ -319,8 +319,8 @@ class Stack(Kernel):
         """Measure; see `peftx.toolkits.evaluation.run`.
 
         Args:
-            data: a file, texts or rows. metrics: `perplexity`, `accuracy`, `exact-match`, ids of plugins, or `lm-eval`,
-                which has rows of its own: `tasks=`.
+            data: a file, texts or rows. metrics: `perplexity`, `accuracy`, `task-accuracy`, `exact-match`, ids of
+                plugins, or `lm-eval`, which has rows of its own: `tasks=`.
         """
         from peftx.toolkits.evaluation.run import evaluate
 

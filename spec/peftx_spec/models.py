@@ -36,6 +36,7 @@ METRIC_FORMATS: dict[str, tuple[str, ...]] = {
     "perplexity": ("text", "prompt-completion", "messages", "classification"),
     "accuracy": ("classification",),
     "exact-match": ("prompt-completion",),
+    "task-accuracy": ("classification",),
     LM_EVAL: (),
 }
 """Metric that needs no plugin -> the formats of rows that it reads; none of one that has rows of its own."""
@@ -124,8 +125,13 @@ class DataSpec(SpecModel):
         None, description="what compression calibrates on; the rows that are trained on unless given"
     )
     sources: dict[Slug, SourceSpec] = Field(
-        default_factory=dict, description="further rows by name, for plugins that train on several"
+        default_factory=dict,
+        description="further rows by name: for plugins that train on several, or to be gone over one by one in 'run'",
     )
+
+    def trained_in(self, stage: RunStage) -> SourceSpec | None:
+        """The rows that a stage works on: those of its round, or `train`."""
+        return self.sources[stage.source] if stage.source else self.train
 
 
 class StackEntry(SpecModel):

@@ -28,6 +28,16 @@ def _stages(data: Data, at: Path = ("run",)) -> Iterator[tuple[Path, object, Run
             yield path, item, stage
 
 
+def _overs(data: Data, at: Path = ("run",)) -> Iterator[tuple[Path, list[object]]]:
+    """Place and names of each `over`, those of a `repeat` in a `repeat` too."""
+    for index, item in enumerate(list_of(data, "run")):
+        repeat = item.get("repeat") if isinstance(item, dict) else None
+        if isinstance(repeat, dict):
+            path = (*at, index, "repeat")
+            yield (*path, "over"), list_of(repeat, "over")
+            yield from _overs(repeat, (*path, "run"))
+
+
 def _is_whole(data: Data, stages: Sequence[tuple[Path, object, RunStage]]) -> bool:
     """Is every stage of `run` well formed; of one that is not nothing is known."""
     return len({at[1] for at, _, _ in stages}) == len(list_of(data, "run"))
@@ -50,6 +60,18 @@ def run_findings(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Findi
     results: set[str] = set()
     trains = saves_to_output = False
     stages = list(_stages(data))
+    sources = mapping_of(mapping_of(data, "data"), "sources")
+    for at, names in _overs(data):
+        for place, name in enumerate(names):
+            if name not in sources:
+                message = f"'over' names '{name}', which is not in data.sources"
+                known = ", ".join(sources) or "none: data.sources is empty"
+                yield Finding(
+                    (*at, place),
+                    message,
+                    expected=f"a source ({known})",
+                    suggestion=nearest(str(name), sources),
+                )
     for at, item, stage in stages:
         hook = HOOK_OF_STAGE.get(stage.kind)
         if stage.ids == (ALL,):
@@ -115,9 +137,11 @@ def need_findings(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Find
     able = frozenset().union(*hooks.values())
     is_known = len(hooks) == len(list_of(data, "stack")) and isinstance(data.get("stack", []), list)
     sources = mapping_of(data, "data")
-    if trains and "prepare_data" not in able and sources.get("train") is None:  # a plugin may make the data
+    streams = [at[:-1] for at, names in _overs(data) if names]
+    without = [at for at in trains if not any(at[: len(stream)] == stream for stream in streams)]
+    if without and "prepare_data" not in able and sources.get("train") is None:  # a plugin may make the data
         message = "there is nothing to train on: data.train is missing"
-        yield Finding(trains[0], message, at_key=True, suggestion="write 'data: {train: file}'")
+        yield Finding(without[0], message, at_key=True, suggestion="write 'data: {train: file}'")
     elif trains and is_known and not able & {"inject", "train_step"}:
         message = (
             "there is nothing to train: no plugin of the stack injects parameters or brings a training step"

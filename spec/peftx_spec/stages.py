@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
@@ -125,8 +126,21 @@ class SaveStage(SpecModel):
 class RepeatStage(SpecModel):
     """Stages that are carried out several times, one round after the other."""
 
-    times: Positive = Field(description="number of rounds")
+    times: Positive | None = Field(None, description="number of rounds")
+    over: tuple[Slug, ...] | None = Field(
+        None,
+        min_length=1,
+        description="names of data.sources, in place of times: a round for each, on its rows instead of data.train",
+    )
     run: tuple[RunStage, ...] = Field(min_length=1, description="the stages of a round, in order")
+
+    @model_validator(mode="after")
+    def _says_how_often(self) -> RepeatStage:
+        if (self.times is None) == (self.over is None):
+            raise ValueError("either times or over says how many rounds there are")
+        if self.over is not None and len(set(self.over)) < len(self.over):
+            raise ValueError("over names a source twice")
+        return self
 
 
 class RunStage(SpecModel):
@@ -142,9 +156,12 @@ class RunStage(SpecModel):
     evaluate: EvaluateStage | None = Field(None, description="run the evaluation; `name` labels the result")
     save: SaveStage | None = Field(None, description="write a bundle, to `output` unless a path is given")
     repeat: RepeatStage | None = Field(
-        None, description="carry out stages several times: {times: 3, run: [...]}"
+        None,
+        description="carry out stages several times: {times: 3, run: [...]}, or {over: [a, b], run: [...]}",
     )
     _round: str = PrivateAttr("")
+    _source: str = PrivateAttr("")
+    _place: int = PrivateAttr(0)
 
     @model_validator(mode="before")
     @classmethod
@@ -169,20 +186,35 @@ class RunStage(SpecModel):
         """Of a stage that is repeated: `round 2 of 3`."""
         return self._round
 
+    @property
+    def source(self) -> str:
+        """Of data.sources the one whose rows this stage works on; empty: those of data.train."""
+        return self._source
+
+    @property
+    def place(self) -> int:
+        """Of that source among those that are gone over, from 0."""
+        return self._place
+
     def rounds(self) -> tuple[RunStage, ...]:
         """The stages that this one stands for: itself, or those of all rounds; results of evaluations are named by
-        round."""
+        round, or by its source."""
         if self.repeat is None:
             return (self,)
+        names = self.repeat.over or ("",) * (self.repeat.times or 0)
         found: list[RunStage] = []
-        for number in range(1, self.repeat.times + 1):
-            for stage in (inner for outer in self.repeat.run for inner in outer.rounds()):
-                told = f"round {number} of {self.repeat.times}"
+        for number, source in enumerate(names, start=1):
+            for inner in (inner for outer in self.repeat.run for inner in outer.rounds()):
+                stage = inner.model_copy()
                 if stage.evaluate is not None:
-                    name = f"{stage.evaluate.name or 'round'}-{number}"
-                    stage = RunStage(evaluate=EvaluateStage(name=name))
-                else:
-                    stage = stage.model_copy()
+                    own = stage.evaluate.name
+                    name = (
+                        f"{own or 'round'}-{number}" if not source else f"{own}-{source}" if own else source
+                    )
+                    stage = stage.model_copy(update={"evaluate": EvaluateStage(name=name)})
+                if source and not stage._source:
+                    stage._source, stage._place = source, number - 1
+                told = f"{f'{source},' if source else 'round'} {number} of {len(names)}"
                 stage._round = told if not stage._round else f"{told}, {stage._round}"
                 found.append(stage)
         return tuple(found)
@@ -228,6 +260,11 @@ def stages_of(pipeline: Pipeline, catalogue: Catalogue) -> tuple[RunStage, ...]:
     if pipeline.output is not None:
         stages.append(RunStage(save=SaveStage()))
     return tuple(stages)
+
+
+def stream_of(stages: Iterable[RunStage]) -> list[str]:
+    """The sources that rounds go over, in order."""
+    return list(dict.fromkeys(stage.source for stage in stages if stage.source))
 
 
 def _with_hook(stack: tuple[StackEntry, ...], catalogue: Catalogue, hook: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import peftx
 from peftx.errors import PeftxError
 from peftx.pipeline import load_run
+from peftx.toolkits.evaluation.streams import AccuracyMatrix
 from peftx.toolkits.serving import Engine, Request, Server
 from peftx_cli.main import app
 
@@ -24,6 +25,7 @@ def test_there_are_recipes() -> None:
         "mosaic-lora-deft-prefixquant",
         "prompt-lora-mezo",
         "rows-to-served",
+        "stream",
     }
 
 
@@ -35,7 +37,7 @@ def test_a_recipe_runs_from_end_to_end(path: Path, tmp_path: Path) -> None:
         shorter.append("signround.steps=1")
     run = load_run(path, overrides=shorter)
     for metric in run.pipeline.evaluate:
-        assert metric.metric in {"perplexity", "signround"}
+        assert metric.metric in {"perplexity", "signround", "task-accuracy"}
     result = run.run()
     assert result.training[0].steps == 3
     assert all(loss == loss for _, loss in result.training[0].losses)
@@ -70,6 +72,17 @@ def test_raw_rows_become_a_served_model(tmp_path: Path) -> None:
         answer = engine.submit(Request(prompt, max_tokens=6, temperature=0)).result(60)
         assert answer.text == stack.generate(prompt, max_new_tokens=6, do_sample=False)
         assert "'aded' has a say in how a whole text is written" in engine.about()["batching"]
+
+
+def test_a_stream_is_learned_task_by_task(tmp_path: Path) -> None:
+    """In fewer steps than the recipe's: each task is better known after its round than before."""
+    path = next(path for path in RECIPES if path.stem == "stream")
+    result = load_run(path, overrides=["train.steps=12", "lae.frozen=0", f"output={tmp_path / 'out'}"]).run()
+    matrix = AccuracyMatrix.of(result.stack.history)
+    assert matrix is not None
+    assert matrix.tasks == ("sea", "radio", "work")
+    assert matrix.before is not None
+    assert all(matrix.values[i][i] > matrix.before[i] for i in range(3))
 
 
 def test_two_loops_of_decoding_are_refused(tmp_path: Path) -> None:

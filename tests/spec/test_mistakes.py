@@ -33,6 +33,12 @@ CASES: list[tuple[str, str, list[str]]] = [
         "run[1].repeat.times",
         ["got: the number 0"],
     ),
+    (
+        HEAD + "stack: [lora]\ndata: {sources: {news: n}}\n"
+        "train: {}\nrun: [inject, {repeat: {over: [news, ▸new], run: [train]}}]\n",
+        "run[1].repeat.over[1]",
+        ["'over' names 'new', which is not in data.sources", "a source (news)", "did you mean 'news'?"],
+    ),
     ("▸model: m\n", "peftx", ["missing key: 'peftx'"]),
     ("▸peftx: 1\n", "model", ["missing key: 'model'", "the base model"]),
     ("peftx: ▸2\nmodel: m\n", "peftx", ["reads specs of format 1", "got: the number 2"]),

@@ -6,6 +6,8 @@ from typing import Any
 
 from peftx_spec import Catalogue, Pipeline, RunStage, dump, load_pipeline, stages_of
 from peftx_spec.dumper import plain
+from peftx_spec.models import SourceSpec
+from peftx_spec.stages import stream_of
 
 
 def stages(catalogue: Catalogue, **rest: Any) -> list[tuple[str, tuple[str, ...]]]:
@@ -102,6 +104,27 @@ def test_own_values_of_a_stage_survive(catalogue: Catalogue) -> None:
     data = {"peftx": 1, "model": "m", "data": {"train": "t"}, "stack": ["lora"], "run": run}
     stage = stages_of(Pipeline.model_validate(data), catalogue)[1]
     assert plain(stage) == {"train": {"plugins": ["lora"], "steps": 3}}
+
+
+def test_rounds_over_sources_are_named_by_them_and_know_their_rows(catalogue: Catalogue) -> None:
+    inner = {"repeat": {"times": 2, "run": [{"train": {"plugins": "lora"}}]}}
+    measured = [{"evaluate": {}}, {"evaluate": {"name": "seen"}}]
+    run = ["inject", {"repeat": {"over": ["b", "a"], "run": [inner, *measured]}}]
+    data = {"sources": {"a": "a", "b": "b", "c": "c"}, "eval": "e"}
+    spec = {"peftx": 1, "model": "m", "data": data, "stack": ["lora"], "train": {}, "evaluate": ["accuracy"]}
+    draft = Pipeline.model_validate(spec | {"run": run})
+    pipeline = load_pipeline(dump(draft), catalogue=catalogue)
+    assert plain(pipeline) == plain(draft)
+    _, *found = stages_of(pipeline, catalogue)
+    assert [(stage.source, stage.place) for stage in found] == [("b", 0)] * 4 + [("a", 1)] * 4
+    assert [stage.round for stage in found[2:5]] == ["b, 1 of 2", "b, 1 of 2", "a, 2 of 2, round 1 of 2"]
+    names = [stage.evaluate.name for stage in found if stage.evaluate is not None]
+    assert names == ["b", "seen-b", "a", "seen-a"]
+    assert stream_of(found) == ["b", "a"]
+    assert [pipeline.data.trained_in(stage) for stage in found[3:5]] == [
+        SourceSpec(path="b"),
+        SourceSpec(path="a"),
+    ]
 
 
 def test_rounds_are_stages_one_after_the_other(catalogue: Catalogue) -> None:

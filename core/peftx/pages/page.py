@@ -10,6 +10,7 @@ from peftx.charts import STYLE, Band, Curve, Point, chart
 from peftx.history import Measured, TrainingHistory
 from peftx.pages.samples import Samples
 from peftx.pages.told import Told
+from peftx.toolkits.evaluation.streams import TITLES, AccuracyMatrix, in_brief
 
 
 def page(told: Told, samples: Samples | None = None) -> str:
@@ -112,10 +113,27 @@ def _metrics(told: Told) -> str:
             return quiet("Nothing was measured.")
         last = [(name, _number(s[0]), _interval(s[1], s[2]), str(s[4] or "")) for name, s in scores.items()]
         return table(("measure", "last value", "95 %", "unit"), last, numbers=(1,))
+    streams = _streams(told)
     names = list(dict.fromkeys(name for e in evaluations for name in e.scores))
     columns = ["measure", *(_moment(e.name, e.trainings) for e in evaluations)]
-    rows = [[name, *(_score(e.scores.get(name)) for e in evaluations)] for name in names]
-    return table(columns, rows, numbers=range(1, len(columns)))
+    shown = in_brief(names) if streams else names
+    rows = [[name, *(_score(e.scores.get(name)) for e in evaluations)] for name in shown]
+    return table(columns, rows, numbers=range(1, len(columns))) + streams
+
+
+def _streams(told: Told) -> str:
+    """A table of each matrix of a stream of tasks, and what sums it up."""
+    parts = []
+    for kind, title in TITLES.items():
+        matrix = AccuracyMatrix.of(told.history, kind)
+        if matrix is not None:
+            numbers = range(1, len(matrix.tasks) + 1)
+            summary = ", ".join(
+                f"{name} {_number(value)}" for name, value in matrix.told().items() if value is not None
+            )
+            parts.append(f"<p>{escape(title)}: {escape(summary)}</p>")
+            parts.append(table(("after", *matrix.tasks), matrix.rows(), numbers=numbers))
+    return "".join(parts)
 
 
 def _moment(name: str, trainings: int) -> str:

@@ -26,6 +26,7 @@ from peftx.previewing.found import Prepared, Preview, classes_of, sizes_of
 from peftx.stack import Stack
 from peftx_spec import load_spec, resolved, stages_of
 from peftx_spec.models import Pipeline, TrainSpec
+from peftx_spec.stages import RunStage, TrainStage, stream_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +79,7 @@ class Preparation(Run):
         self.members = [replace(m, plugin=plugins[m.id]) for m in self.members]  # another attempt left traces
         stack = Stack(model, self.members, tokenizer=tokenizer, seed=seed, inject=False)
         stack.base_id = spec.id
-        check_rows_serve(stack.model, self.pipeline, self.members)
+        check_rows_serve(stack.model, self.pipeline, self.members, self.stages)
         self.weights, self.data, self.result = weights, None, RunResult(stack, held_out=self.held_out)
         detail = "weights, since a plugin reads rows with the model" if weights else "no weights"
         self.reporter.finished("load", time.perf_counter() - started, detail)
@@ -140,7 +141,7 @@ class Preparation(Run):
                 or (f"there are: {', '.join(data.sources)}" if data.sources else "data: {sources: {...}}"),
             )
         spec = data.sources[source]
-        return spec, rows_of(spec, limit=spec.limit), False
+        return spec, rows_of(spec, limit=spec.limit), source in stream_of(self.stages)
 
     def _eval_rows(self) -> tuple[SourceSpec, Dataset, bool]:
         data = self.pipeline.data
@@ -159,7 +160,7 @@ class Preparation(Run):
         """Rows before the hooks, as training takes them."""
         spec, rows, hooks = self.rows(source)
         if source == TRAIN:
-            return self._training_data(self.settings)
+            return self._training_data(self.settings, RunStage(train=TrainStage()))
         length = (spec.max_length if source == EVAL else None) or self.settings.max_length
         format = format_of(spec) if source == EVAL or hooks else "auto"
         return as_training_data(self._stack, rows, seed=self.settings.seed, max_length=length, format=format)

@@ -19,6 +19,10 @@ from peftx.kernel.members import Member
 from peftx.kernel.objective import check_objective
 from peftx.kernel.plugin import Claim
 from peftx_spec.models import FORMATS, DataSpec, EvaluateSpec, HoldoutSpec, Pipeline, SourceSpec
+from peftx_spec.stages import RunStage, stream_of
+
+TASK = "task"
+"""The column that says which task a row is of: in rows to measure on its name, in a batch its place in the stream."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,27 @@ def rows_of(source: SourceSpec, *, limit: int | None) -> Dataset:
     return read_dataset(path, format=format_of(source), columns=source.columns or None, limit=limit)
 
 
-def check_rows_serve(model: PreTrainedModel, pipeline: Pipeline, members: Sequence[Member]) -> None:
+def task_rows(source: SourceSpec, place: int) -> Dataset:
+    """Rows of one task of a stream, with its place in the stream, from 0, in the column `task` unless they have one."""
+    rows = rows_of(source, limit=source.limit)
+    return rows if TASK in rows.column_names else rows.add_column(TASK, [place] * len(rows))
+
+
+def further_rows(data: DataSpec, stages: Sequence[RunStage]) -> dict[str, Dataset]:
+    """The sources that plugins may ask for: those that no round is about, whose rows are there in that round alone."""
+    own = stream_of(stages)
+    return {
+        name: rows_of(source, limit=source.limit) for name, source in data.sources.items() if name not in own
+    }
+
+
+def check_rows_serve(
+    model: PreTrainedModel, pipeline: Pipeline, members: Sequence[Member], stages: Sequence[RunStage]
+) -> None:
     """Raises UnsupportedError where the training rows do not serve what the model does; known before anything runs."""
-    if pipeline.data.train is None or any(m.claims(Claim.CLASSIFIES) or m.plugin.gives for m in members):
+    if any(m.claims(Claim.CLASSIFIES) or m.plugin.gives for m in members):
         return  # a plugin brings another task
-    if pipeline.train is not None or any(stage.train is not None for stage in pipeline.run or ()):
-        check_objective(model, format_of(pipeline.data.train))
+    for stage in stages:
+        source = pipeline.data.trained_in(stage)
+        if stage.train is not None and source is not None:
+            check_objective(model, format_of(source))

@@ -110,30 +110,18 @@ def accuracy(
     if normalise not in ("none", "tokens", "bytes"):
         raise DataError(f"normalise is {normalise!r}; 'none', 'tokens' or 'bytes'")
     examples = list(rows)
-    _check_rows(examples)
+    check_rows(examples)
     names = sorted({row["label"] for row in examples}) if labels is None else list(labels)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise DataError(f"classification needs at least two different labels, got {names}")
     for index, row in enumerate(examples):
         class_index(row["label"], names, f"row {index} (counting from 0)")
 
-    size = context_window(model, tokenizer) if max_length is None else max_length
-    requests: list[Request] = []
-    owners: list[tuple[int, list[int]]] = []  # row, and the label of each alternative
-    lengths: list[list[int]] = []  # [row][label]: tokens
-    for index, row in enumerate(examples):
-        text = fill_template(prompt, row["text"])
-        targets = _label_ids(model, tokenizer, text, names)
-        lengths.append([len(target) for target in targets])
-        for request, of in _label_requests(model, tokenizer, text, targets, size):
-            requests.append(request)
-            owners.append((index, of))
-
-    scored = score_requests(model, requests, batch_size=batch_size, device=device, progress=progress)
-    sums = [[0.0] * len(names) for _ in examples]
-    for (index, of), logs in zip(owners, scored, strict=True):
-        for label, log in zip(of, logs, strict=True):
-            sums[index][label] = float(log.sum())
+    texts = [row["text"] for row in examples]
+    sums, lengths = label_logs(
+        model, tokenizer, texts, names, prompt=prompt, max_length=max_length, batch_size=batch_size, device=device,
+        progress=progress,
+    )  # fmt: skip
     predictions: list[str] = []
     for log_probs, tokens in zip(sums, lengths, strict=True):
         size_of = {
@@ -144,6 +132,38 @@ def accuracy(
         ranked = [log / length for log, length in zip(log_probs, size_of[normalise], strict=True)]
         predictions.append(names[ranked.index(max(ranked))])
     return _tally(examples, names, predictions)
+
+
+def label_logs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    names: Sequence[str],
+    *,
+    prompt: str = "{text}",
+    max_length: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[list[float]], list[list[int]]]:
+    """log p(label | prompt) and the label's tokens, [text][label]; arguments as those of `accuracy`."""
+    size = context_window(model, tokenizer) if max_length is None else max_length
+    requests: list[Request] = []
+    owners: list[tuple[int, list[int]]] = []  # text, and the label of each alternative
+    lengths: list[list[int]] = []
+    for index, text in enumerate(texts):
+        filled = fill_template(prompt, text)
+        targets = _label_ids(model, tokenizer, filled, names)
+        lengths.append([len(target) for target in targets])
+        for request, of in _label_requests(model, tokenizer, filled, targets, size):
+            requests.append(request)
+            owners.append((index, of))
+    scored = score_requests(model, requests, batch_size=batch_size, device=device, progress=progress)
+    sums = [[0.0] * len(names) for _ in texts]
+    for (index, of), logs in zip(owners, scored, strict=True):
+        for label, log in zip(of, logs, strict=True):
+            sums[index][label] = float(log.sum())
+    return sums, lengths
 
 
 def head_of(stack: Stack) -> Plugin | ModelHead | None:
@@ -199,14 +219,14 @@ def accuracy_of_head(
         DataError: no rows, or a label that the head does not know.
     """
     examples = list(rows)
-    _check_rows(examples)
+    check_rows(examples)
     labels, scores = classify(stack, head, [row["text"] for row in examples])
     for index, row in enumerate(examples):
         class_index(row["label"], labels, f"row {index} (counting from 0)")
     return _tally(examples, labels, [labels[index] for index in scores.argmax(-1).tolist()])
 
 
-def _check_rows(examples: list[Mapping[str, Any]]) -> None:
+def check_rows(examples: list[Mapping[str, Any]]) -> None:
     if not examples:
         raise DataError("no rows to classify")
     for index, row in enumerate(examples):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.engines.data import read_dataset
 from peftx.engines.data.formats import detect_format
 from peftx.engines.data.gate import check_item
-from peftx.engines.data.sources import format_of
+from peftx.engines.data.sources import TASK, format_of, rows_of
 from peftx.engines.models import asset_path
 from peftx.engines.tasks import find_tasks
 from peftx.errors import ConflictError, DataError, OptionError, UsageError, nearest
@@ -21,7 +21,8 @@ from peftx.toolkits.evaluation.classification import accuracy, accuracy_of_head,
 from peftx.toolkits.evaluation.evaluation import Evaluation
 from peftx.toolkits.evaluation.language_modelling import perplexity
 from peftx.toolkits.evaluation.scores import Score
-from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline
+from peftx.toolkits.evaluation.streams import SUMMARY, task_accuracy, tasks_of
+from peftx_spec.models import LM_EVAL, METRIC_FORMATS, Pipeline, SourceSpec
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -54,11 +55,13 @@ def check_metric(metric: str, format: str) -> None:
         )
 
 
-def check_metrics(pipeline: Pipeline, plugins: Sequence[str], *, measured: bool) -> None:
+def check_metrics(
+    pipeline: Pipeline, plugins: Sequence[str], *, measured: bool, stream: Sequence[str] = ()
+) -> None:
     """Read the first row of each file that a metric reads, and look for the tasks that are named.
 
     Args:
-        plugins: those that evaluate. measured: does a stage evaluate.
+        plugins: those that evaluate. measured: does a stage evaluate. stream: names of the tasks that are gone over.
 
     Raises:
         PeftxError: an unknown metric or task, or rows that a metric cannot read.
@@ -81,6 +84,13 @@ def check_metrics(pipeline: Pipeline, plugins: Sequence[str], *, measured: bool)
         else:
             known = options.format != "auto"
             check_metric(metric.metric, options.format if known else detect_format(asset_path(path)))
+        if metric.metric == SUMMARY and stream:
+            source = (
+                evaluated if options.path is None else SourceSpec(path=options.path, format=options.format)
+            )
+            assert source is not None
+            rows = rows_of(source, limit=options.limit or source.limit)
+            tasks_of([row.get(TASK) for row in rows], stream)
 
 
 def evaluate(
@@ -94,8 +104,8 @@ def evaluate(
 
     Args:
         data: a file, texts or rows. options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer),
-            `format`, `progress`, `output_dir`; of `lm-eval`, which has rows of its own, `tasks`, `include` and
-            `num_fewshot`.
+            `format`, `progress`, `output_dir`; of `task-accuracy` `tasks`, in their order; of `lm-eval`, which has rows
+            of its own, `tasks`, `include` and `num_fewshot`.
 
     Returns:
         name -> Score; `stack.scores` gets them too.
@@ -127,6 +137,11 @@ def evaluate(
                 )
             )  # fmt: skip
             scores[result.score.name] = result.score
+        elif metric == SUMMARY:
+            scores |= task_accuracy(
+                stack, _needed(rows, metric), tasks=options.get("tasks", ()), max_length=max_length,
+                progress=options.get("progress"),
+            )  # fmt: skip
         elif metric == "exact-match":
             answer = partial(_answer, stack, options.get("max_new_tokens", 64))
             found = exact_match(answer, _needed(rows, metric), progress=options.get("progress"))

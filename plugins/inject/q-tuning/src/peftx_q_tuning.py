@@ -1,7 +1,7 @@
 """Q-tuning: prompts of a stream of tasks stand in a queue of bounded size, from which principal components are kept.
 
 "Q-Tuning: Queue-based Prompt Tuning for Lifelong Few-shot Language Learning" (arXiv:2404.14607). Tasks i = 0, 1, ...
-come one after the other; the model is frozen. Of width d, with prompts of l rows and a queue of C rows:
+come one after the other, a run each; the model is frozen. Of width d, with prompts of l rows and a queue of C rows:
 
     Q_i  = [kept ; theta_i]                kept: what is left of theta_0 .. theta_i-1, frozen; theta_i: [l, d]
     Q~_i = W_i o Q_i,  W_i = u_i v_i       u_i: [rows of Q_i, 1], v_i: [1, d], both 1 at first; o: entry by entry
@@ -24,18 +24,26 @@ and F are, and that S is stored with each task are ours.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainStep, VirtualTokens, hookimpl
-from peftx.engines.training.shares import Over
-from peftx.engines.training.updates import forget
+from peftx import (
+    Claim,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Stack,
+    TrainingData,
+    TrainStep,
+    VirtualTokens,
+    hookimpl,
+)
 from peftx.errors import DataError
 from peftx.kernel.call import Call
 from peftx.kernel.heads import mean_of
@@ -50,27 +58,13 @@ HIDDEN = 128
 class QTuningConfig(PluginConfig):
     """Options of Q-tuning; the paper trains T5-large, and BERT, on 16 to 1000 rows a task."""
 
-    tasks: tuple[str, ...] = Field(
-        description="names of the stream's tasks, in order: sources of rows, the last one the run's own rows"
-    )
+    tasks: int = Field(ge=2, description="how many tasks the stream may have")
     length: int = Field(10, ge=1, description="l, rows of a task's prompt")
     queue: int = Field(
         10, ge=2, description="prompts that the queue has room for, the newest among them: C / l"
     )
     shared: int = Field(10, ge=1, description="s, rows of the prefix that all tasks share")
     eta: float = Field(0.01, ge=0, description="weight of the memory retention; 0: none")
-    steps: int | None = Field(
-        None, ge=1, description="steps of each task but the last; none: equal parts of the run"
-    )
-
-    @field_validator("tasks")
-    @classmethod
-    def _is_a_stream(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        if len(tasks) < 2:
-            raise ValueError("a stream has two tasks or more; for one alone take prompt-tuning")
-        if len(set(tasks)) < len(tasks) or "train" in tasks[:-1]:
-            raise ValueError("each task has a name of its own, and none but the last is 'train'")
-        return tasks
 
 
 def de_queue(Q: Tensor, rows: int) -> Tensor:
@@ -143,13 +137,12 @@ class QueuedPrompt(VirtualTokens):
         return known[self.tasks(), self.most - self.length :]
 
     def tasks(self) -> Tensor:
-        """Of each row of the batch; the newest where nobody says."""
-        newest = self.newest
-        task: Tensor = self.call.batch.get(TASK, torch.tensor([newest])).to(self.S.device)
-        if not bool(((task >= 0) & (task <= newest)).all()):
-            said = f"q-tuning: tasks {sorted(set(task.tolist()))}, and 0 to {newest} have been learned"
-            raise DataError(said, hint="a task's place in `tasks`, from 0")
-        return task
+        """Of each row of the batch; the newest where nobody says, and for one that is yet to come."""
+        task: Tensor = self.call.batch.get(TASK, torch.tensor([self.newest])).to(self.S.device)
+        if not bool(((task >= 0) & (task < len(self.counts))).all()):
+            said = f"q-tuning: tasks {sorted(set(task.tolist()))}, and the stream has {len(self.counts)}"
+            raise DataError(said, hint="a task's place in the stream, from 0")
+        return task.clamp(max=self.newest)
 
     @torch.no_grad()
     def next_task(self, theta: Tensor) -> None:
@@ -183,75 +176,59 @@ class QTuning(Plugin):
     """See the module."""
 
     Config = QTuningConfig
-    claims = {
-        Claim.BESIDE_WEIGHTS,
-        Claim.VIRTUAL_TOKENS,
-        Claim.NEEDS_GRADIENTS,
-        Claim.NEEDS_MASK,
-        Claim.REPLACES_LOSS,
-        Claim.NEW_ROWS,
-    }
+    claims = {Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS, Claim.NEEDS_GRADIENTS, Claim.NEEDS_MASK}
     architectures = ("gemma",)
     exempt = {"every_parameter_gets_a_gradient": "the critic trains from the second task on"}
-    example = {"tasks": ("first", "second"), "length": 2, "queue": 2, "shared": 2, "steps": 1}
-    sources = {
-        "first": (
-            {"prompt": "2 + 2 =", "completion": " 4"},
-            {"prompt": "The sky is", "completion": " blue"},
-        )
-    }
+    example = {"tasks": 2, "length": 2, "queue": 2, "shared": 2}
     config: QTuningConfig
     prompt: QueuedPrompt
-
-    def phases(self) -> Sequence[Phase]:
-        left = self.config.tasks[self.state.get("task", 0) :]  # a task that ended is done with
-        return [*(Phase(name, self.config.steps or 1 / len(left)) for name in left[:-1]), Phase(left[-1])]
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
         config = self.config
-        if not model.restoring:
-            self.state = {"task": 0}
+        self.task = self.state.get("task", 0)
         self.draw = partial(model.embedded, config.length)
         S, rows = model.embedded(config.shared), config.queue * config.length
-        self.prompt = QueuedPrompt(self.draw(), S, rows, len(config.tasks), model.call)
+        self.prompt = QueuedPrompt(self.draw(), S, rows, config.tasks, model.call)
         model.column(TASK)
         model.prompt(self.prompt)
         if config.eta:
             layers = nn.Linear(2 * model.hidden_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)
             self.critic = model.keep("critic", nn.Sequential(*layers), full_precision=True)
-        named = type(self).sources
-        self.sources = {span.name: named.get(span.name, ()) for span in self.phases()[:-1]}  # type: ignore[misc]
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData, stack: Stack) -> None:
+        """Find out the task of the rows; the newest, where they do not say.
+
+        Raises:
+            DataError: they are of several tasks, or of one that is not this one's turn.
+        """
+        assert data.train is not None
+        at = self.state.get("task", -1)
+        found = set(data.train[TASK]) if TASK in data.train.column_names else {max(at, 0)}
+        if len(found) > 1 or not found <= {at, at + 1} & {*range(self.config.tasks)}:
+            said = (
+                f"q-tuning: rows of tasks {sorted(found)}, and {at + 1} of {self.config.tasks} were learned"
+            )
+            raise DataError(
+                said, hint="a run is one task: its place in the column `task`, from 0, none left out"
+            )
+        (self.task,) = found
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         """The term `retention` is L_MR; of a text that is alone in its batch there is none.
 
         Raises:
-            DataError: a source gives one text at a time; a row says another task.
+            DataError: a row says another task than the run's.
         """
-        prompt, span, tasks = self.prompt, step.phase(self), self.config.tasks
-        now = tasks.index(span.name)
-        over: Over = "rows"
-        if step.begins(self) and now > self.state["task"]:
-            prompt.next_task(self.draw())
-            self.state["task"] = now
-        if step.index == span.first:
-            own = [*prompt.parameters(), *(self.critic.parameters() if self.config.eta else ())]
-            step.before_update(lambda optimizer: forget(optimizer, own))
-        if now < len(tasks) - 1:
-            step.batch = step.batch_of(span.name)
-            if self.config.eta and len(step.batch["attention_mask"]) < 2:
-                said = (
-                    f"q-tuning: retention tells texts of a batch apart, and {span.name!r} gives one at a time"
-                )
-                raise DataError(said, hint="batch_size: 2 or more and as many rows, or eta: 0")
-            over = "step"  # the shares of a step's micro-batches are those of the run's own rows
-            step.replace_task_loss(partial(task_loss, step), over="step")
-        if not bool((step.batch.get(TASK, torch.tensor(now)) == now).all()):
-            raise DataError(f"q-tuning: rows of {span.name!r} say another task than {now}", hint="its place")
-        if self.config.eta and now and len(step.batch["attention_mask"]) > 1:
-            step.add_loss("retention", lambda _: self.retention(step), self.config.eta, over=over)
+        if self.task > self.prompt.newest:
+            self.prompt.next_task(self.draw())
+        self.state["task"] = self.task
+        if not bool((step.batch.get(TASK, torch.tensor(self.task)) == self.task).all()):
+            raise DataError(f"q-tuning: rows of another task than {self.task}", hint="a run is one task")
+        if self.config.eta and self.task and len(step.batch["attention_mask"]) > 1:
+            step.add_loss("retention", lambda _: self.retention(step), self.config.eta, over="rows")
         return (yield)
 
     def retention(self, step: TrainStep) -> Tensor:
@@ -265,9 +242,3 @@ class QTuning(Plugin):
             return retained(self.critic, state(step.forward(output_hidden_states=True), mask), before)
         finally:
             prompt.under = "task"
-
-
-def task_loss(step: TrainStep) -> tuple[Tensor, Any]:
-    """The model's own loss."""
-    outputs = step.forward()
-    return outputs.loss, outputs

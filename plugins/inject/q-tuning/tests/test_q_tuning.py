@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,14 @@ from peftx_q_tuning import QTuning, QueuedPrompt, de_queue, retained, state
 test_conformance = conformance("q-tuning")
 
 D, L, S = 32, 2, 3
-TEN = tuple(f"t{i}" for i in range(10))
 RUN: dict[str, Any] = {"batch_size": 4, "learning_rate": 0.05}
 
 
-def rows_of(i: int) -> list[dict[str, str]]:
-    return [{"prompt": f"{n} and {i} =", "completion": f" {n + i}"} for n in range(6)]
+def rows_of(i: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{n} and {i} =", "completion": f" {n + i}", "task": i} for n in range(6)]
 
 
-def sources(tasks: tuple[str, ...]) -> dict[str, Any]:
-    return {name: rows_of(i) for i, name in enumerate(tasks[:-1])}
-
-
-def stack_of(
-    tasks: tuple[str, ...] = TEN, *beside: Plugin, arch: str = "llama", **options: Any
-) -> tuple[Stack, QTuning]:
+def stack_of(tasks: int = 10, *beside: Plugin, arch: str = "llama", **options: Any) -> tuple[Stack, QTuning]:
     plugin = QTuning(**{"tasks": tasks, "length": L, "queue": 3, "shared": S, **options})
     return Stack(tiny(arch), [plugin, *beside], tokenizer=tiny_tokenizer()), plugin
 
@@ -215,12 +207,12 @@ def test_retention_by_hand() -> None:
 @pytest.mark.parametrize("arch", ["llama", "t5", "bert"])
 def test_the_step_by_hand(arch: str) -> None:
     """L + eta L_MR, with states under S, and under what S was, alone."""
-    stack, plugin = stack_of(("a", "b"), arch=arch, eta=0.7, steps=1)
+    stack, plugin = stack_of(2, arch=arch, eta=0.7)
     learn(plugin, 2)
     prompt, batch = plugin.prompt, example_inputs(stack.model, padding="left")
     batch.pop("decoder_input_ids", None)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
-    plugin.state["task"] = 1
+    plugin.task = 1
     total = float(stack.train_step(batch))
     found = prompt.S.grad.clone()
     hidden, leaves = [], []
@@ -252,67 +244,42 @@ def test_a_state_is_the_mean_over_real_tokens() -> None:
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_a_stream_of_ten_tasks(arch: str, tmp_path: Path) -> None:
     stack, plugin = stack_of(arch=arch)
-    seen: list[str] = []
-    told: list[set[str]] = []
-
-    def note(done: int, total: int, values: dict[str, Any]) -> None:
-        seen.append(values["q-tuning"])
-        told.append({"task", "retention"} & set(values))
-
-    stack.train(rows_of(9), steps=20, sources=sources(TEN), progress=note, **RUN)
-    assert seen == [name for name in TEN for _ in range(2)]
-    assert told == [{"task"}] * 2 + [{"task", "retention"}] * 18
+    ended = []
+    for i in range(10):
+        report = stack.train(rows_of(i), steps=2, **RUN)
+        assert set(report.terms) == ({"task", "retention"} if i else {"task"})
+        ended.append(logits(stack))
     assert plugin.state == {"task": 9}
     assert plugin.prompt.counts.tolist() == [5, 7, *[9] * 8]
     assert len({tuple(x.flatten().tolist()) for x in plugin.prompt.stored}) == 9
     stack.save(tmp_path / "b")
     again = peftx.load(tmp_path / "b", model=tiny(arch), tokenizer=tiny_tokenizer())
     for i in range(10):
-        column = torch.full((len(logits(stack)),), i)
-        assert torch.equal(logits(again, task=column), logits(stack, task=column))
-    before = logits(again, task=torch.zeros(len(column), dtype=torch.int64))
-    again.train(rows_of(9), steps=2, **RUN)  # the last task goes on, and needs no source
-    assert torch.equal(logits(again, task=torch.zeros(len(column), dtype=torch.int64)), before)
-    assert not torch.equal(logits(again), logits(stack))
+        column = torch.full((len(ended[0]),), i)
+        assert torch.equal(logits(again, task=column), ended[i])
+    again.train(rows_of(9), steps=2, **RUN)  # the last task goes on
+    assert torch.equal(logits(again, task=column * 0), ended[0])
+    assert not torch.equal(logits(again), ended[9])
 
 
-def test_each_task_trains_on_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    stack, plugin = stack_of(("a", "b", "c"), steps=2, eta=0)
+def test_rows_without_a_task_are_of_the_newest() -> None:
+    stack, plugin = stack_of(eta=0)
     assert not hasattr(plugin, "critic")
-    texts, forward = [], QueuedPrompt.rows
-
-    def note(self: QueuedPrompt) -> Tensor:
-        texts.append(stack.tokenizer.batch_decode(self.call.ids))
-        return forward(self)
-
-    monkeypatch.setattr(QueuedPrompt, "rows", note)
-    report = stack.train(rows_of(2), steps=5, sources=sources(("a", "b", "c")), **RUN)
-    assert set(report.terms) == {"task"}
-    for step, i in enumerate((0, 0, 1, 1, 2)):
-        assert all(f"and {i} =" in text for text in texts[step])
-
-
-def test_the_optimizer_begins_anew_with_each_task() -> None:
-    """Adam's first step is the rate, whatever the gradient is."""
-    stack, plugin = stack_of(("a", "b"), steps=3, eta=0)
-    seen = [plugin.prompt.S.detach().clone()]
-    stack.train(
-        rows_of(1), steps=6, sources=sources(("a", "b")), batch_size=4, learning_rate=0.01, schedule="constant",
-        weight_decay=0, max_grad_norm=0, progress=lambda *_: seen.append(plugin.prompt.S.detach().clone()),
-    )  # fmt: skip
-    moved = [(b - a).abs().flatten() for a, b in pairwise(seen)]
-    assert [bool((x > 0.0099).float().mean() > 0.95) for x in moved] == [True, False, False] * 2
+    plain_rows = [{key: row[key] for key in ("prompt", "completion")} for row in rows_of(0)]
+    for rows, task in ((plain_rows, 0), (rows_of(1), 1), (plain_rows, 1)):
+        stack.train(rows, steps=1, **RUN)
+        assert plugin.state == {"task": task}
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    tasks = ("a", "b", "c")
-    whole, _ = stack_of(tasks)
-    options = {**RUN, "sources": sources(tasks), "checkpoint_every": 3}
-    whole.train(rows_of(2), steps=6, output=tmp_path / "r", **options)
-    again, plugin = stack_of(tasks)
-    again.train(rows_of(2), steps=6, output=tmp_path / "s", resume=tmp_path / "r" / "checkpoint-3", **options)
-    assert plugin.state == whole.plugins["q-tuning"].state
-    assert torch.equal(logits(again), logits(whole))
+    found = []
+    for resume in (False, tmp_path / "checkpoint-3"):
+        stack, plugin = stack_of(3)
+        stack.train(rows_of(0), steps=2, **RUN)
+        stack.train(rows_of(1), steps=6, output=tmp_path, resume=resume, checkpoint_every=3, **RUN)
+        found.append((plugin.state, logits(stack)))
+    assert found[0][0] == found[1][0] == {"task": 1}
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_what_is_asked_of_it_comes_by_task() -> None:
@@ -338,24 +305,10 @@ def test_what_is_asked_of_it_comes_by_task() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"tasks": ("one",)}, "a stream has two tasks or more"),
-        ({"tasks": ()}, "a stream has two tasks or more"),
-        ({"tasks": ("a", "a")}, "a name of its own"),
-        ({"tasks": ("train", "a")}, "none but the last"),
-        ({"queue": 1}, "queue"),
-        ({"length": 0}, "length"),
-        ({"shared": 0}, "shared"),
-        ({"eta": -1}, "eta"),
-        ({"steps": 0}, "steps"),
-    ],
-)
-def test_options_that_make_no_stream_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(PeftxError, match=said):
-        QTuning(**{"tasks": ("a", "b"), **options})
-    QTuning(tasks=("a", "train"))
+@pytest.mark.parametrize("option", [{"tasks": 1}, {"queue": 1}, {"length": 0}, {"shared": 0}, {"eta": -1}])
+def test_options_that_make_no_stream_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(PeftxError, match=next(iter(option))):
+        QTuning(**{"tasks": 2, **option})
 
 
 def test_a_prompt_longer_than_the_context_is_refused() -> None:
@@ -364,54 +317,69 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
         stack_of(length=1, queue=room - S)
 
 
-def test_tasks_that_were_not_learned_are_refused() -> None:
-    stack, plugin = stack_of()
+def test_a_task_to_come_is_answered_as_the_newest_and_one_that_is_none_is_refused() -> None:
+    stack, plugin = stack_of(4)
     learn(plugin, 2)
-    for task in (2, -1):
-        with pytest.raises(DataError, match=rf"tasks \[{task}\], and 0 to 1 have been learned"):
+    newest = logits(stack)
+    for task in (1, 3):
+        assert torch.equal(logits(stack, task=torch.full((len(newest),), task)), newest)
+    for task in (4, -1):
+        with pytest.raises(DataError, match=rf"tasks \[{task}\], and the stream has 4"):
             logits(stack, task=torch.tensor([task]))
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
-    stack, _ = stack_of(("a", "b"))
-    with pytest.raises(DataError, match="q-tuning: there is no source 'a'"):
-        stack.train(rows_of(0), steps=2, **RUN)
-    wrong = [{**row, "task": 1} for row in rows_of(0)]
-    with pytest.raises(DataError, match="rows of 'a' say another task than 0"):
-        stack.train(rows_of(1), steps=2, sources={"a": wrong}, **RUN)
-    right = [{**row, "task": 0} for row in rows_of(0)]
-    with pytest.raises(DataError, match="'a' gives one at a time"):
-        stack.train(rows_of(1), steps=2, sources={"a": right}, batch_size=1)
+@pytest.mark.parametrize(
+    ("learned", "rows", "said"),
+    [
+        ([], rows_of(1), r"tasks \[1\], and 0 of 3 were learned"),
+        ([0], rows_of(2), r"tasks \[2\], and 1 of 3"),
+        ([0, 1], rows_of(0), r"tasks \[0\], and 2 of 3"),
+        ([0, 1, 2], rows_of(3), r"tasks \[3\], and 3 of 3"),
+        ([], rows_of(0) + rows_of(1), r"tasks \[0, 1\]"),
+    ],
+)
+def test_rows_out_of_turn_are_refused(learned: list[int], rows: list[dict[str, Any]], said: str) -> None:
+    stack, plugin = stack_of(3)
+    for task in learned:
+        stack.train(rows_of(task), steps=1, **RUN)
+    before = dict(plugin.state)
+    with pytest.raises(DataError, match=said):
+        stack.train(rows, steps=1, **RUN)
+    assert plugin.state == before
+
+
+def test_a_batch_of_another_task_is_refused() -> None:
+    stack, _ = stack_of(2)
+    with pytest.raises(DataError, match="rows of another task than 0"):
+        stack.train_step({**example_inputs(stack.model), "task": torch.tensor([1])})
 
 
 def test_a_text_that_is_left_over_trains_alone() -> None:
-    stack, _ = stack_of(("a", "b"), steps=1)
+    stack, plugin = stack_of(2)
+    learn(plugin, 2)
+    plugin.state["task"] = 1
     told: list[set[str]] = []
-    rows = rows_of(1)[:5]
-    stack.train(rows, steps=4, sources=sources(("a", "b")), progress=lambda *x: told.append(set(x[2])), **RUN)
-    assert ["retention" in values for values in told] == [False, False, True, False]
+    stack.train(rows_of(1)[:5], steps=2, progress=lambda *x: told.append(set(x[2])), **RUN)
+    assert ["retention" in values for values in told] == [True, False]
 
 
-def test_micro_batches_weigh_as_their_rows_and_those_of_a_source_alike() -> None:
-    stack, plugin = stack_of(("a", "b", "c"), steps=1, eta=0.7)
-    learn(plugin, 1)
+def test_micro_batches_weigh_as_their_rows() -> None:
+    stack, plugin = stack_of(3, eta=0.7)
+    learn(plugin, 3)
+    plugin.task = 2
     ids = torch.arange(5, 25).view(5, 4)
     whole = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     parts = [{key: x[part] for key, x in whole.items()} for part in (slice(3), slice(3, 5))]
-    for task, expected in ((1, [1.0, 1.0]), (2, [6 / 5, 4 / 5])):
-        plugin.prompt.next_task(torch.randn(L, D))
-        plugin.state["task"] = task
-        for i, share in enumerate(stack.shares(parts)):
-            step = peftx.TrainStep(stack, parts[i], micro=i, accumulation=2, share=share)
-            step.batch_of = lambda name: dict(parts[0])  # type: ignore[method-assign]
-            total, found = float(stack.run_train_step(step)), step.losses
-            weighed = expected[i] * (found["task"] + 0.7 * found["retention"])
-            assert total == pytest.approx(weighed, rel=1e-4)
+    for i, (share, expected) in enumerate(zip(stack.shares(parts), (6 / 5, 4 / 5), strict=True)):
+        step = peftx.TrainStep(stack, parts[i], micro=i, accumulation=2, share=share)
+        total, found = float(stack.run_train_step(step)), step.losses
+        assert total == pytest.approx(expected * (found["task"] + 0.7 * found["retention"]), rel=1e-4)
 
 
 def test_adapters_beside_it_train_in_all_tasks() -> None:
-    stack, _ = stack_of(("a", "b"), Lora(rank=2))
-    before = [p.detach().clone() for p in stack.ledger.parameters("lora")]
-    stack.train(rows_of(1), steps=4, sources=sources(("a", "b")), **RUN)
-    after = stack.ledger.parameters("lora")
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    stack, _ = stack_of(2, Lora(rank=2))
+    for i in range(2):
+        before = [p.detach().clone() for p in stack.ledger.parameters("lora")]
+        stack.train(rows_of(i), steps=2, **RUN)
+        after = stack.ledger.parameters("lora")
+        assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -340,7 +340,7 @@ def test_a_loss_on_rows_of_its_own_is_refused() -> None:
 
 def test_what_trains_on_rows_of_further_sources_is_refused() -> None:
     """Its step puts them in the place of those whose labels were read."""
-    qtuning = pytest.importorskip("peftx_q_tuning").QTuning
-    members = [PromptTuning(length=2), Panda(source=OWN), qtuning(**qtuning.example)]
-    with pytest.raises(ConflictError, match="'q-tuning' runs rows of its own"):
+    mpt = pytest.importorskip("peftx_mpt").Mpt
+    members = [PromptTuning(length=2), Panda(source=OWN), mpt(**mpt.example)]
+    with pytest.raises(ConflictError, match="'mpt' runs rows of its own"):
         Stack(tiny("llama"), members, tokenizer=tiny_tokenizer())
