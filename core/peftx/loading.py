@@ -22,7 +22,7 @@ from peftx.engines.bundle.manifest import (
     read_history,
     read_manifest,
 )
-from peftx.engines.bundle.sparse import AT, TO, unpack
+from peftx.engines.bundle.sparse import AT, TO, unpack, widened
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     cast_buffers,
@@ -260,7 +260,14 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
 
 
 def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:
-    """Put whole tensors in the place of what changed in them."""
+    """Put whole tensors in the place of what changed in them, or of their shorter forms."""
+    for name, (dtype, shape) in entry.shorter.items():
+        if name not in tensors:
+            continue  # `_fill` says that it is missing
+        try:
+            tensors[name] = widened(tensors[name], dtype, shape)
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
     parts = stack.ledger.of(entry.id, BasePart)
     originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
     for name in entry.sparse:
