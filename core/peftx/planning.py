@@ -167,8 +167,8 @@ class Compression:
     replaced: list[tuple[Site, int]]
     """Layers, and the bytes that they take then."""
     seconds: tuple[float, float]
-    cuts: bool
-    """Does it cut the base's numbers out of its matrices, and leave those that stay as they are."""
+    cut: frozenset[str]
+    """Paths of the layers that lose rows or columns and keep the other numbers as the base has them."""
 
 
 def _carry_out(
@@ -188,9 +188,10 @@ def _carry_out(
         folds = member.claims(Claim.FOLDS_PREVIOUS)
         earlier = stack.members[: stack.members.index(member)] if folds else ()
         folded = [m for m in earlier if m.claims(Claim.MERGEABLE) and stack.ledger.of(m.id)]
-        cuts = member.claims(Claim.NARROWS) and not (folded or compresses_own(member.plugin))
+        replaced = list(member.plugin.planned(view))
+        cut = {site.path for site, _ in replaced} - _trained(stack) if member.claims(Claim.NARROWS) else ()
         found = promised[member.id] = Compression(
-            list(member.plugin.planned(view)), member.plugin.seconds(view, tokens), cuts
+            replaced, member.plugin.seconds(view, tokens), frozenset(cut)
         )
         for other in folded:
             _into_weights(stack, other)
@@ -201,6 +202,12 @@ def _carry_out(
                 _stand_in(view.bound(site), narrow=member.claims(Claim.NARROWS))
             stack.anatomy = Anatomy(stack.model)
             stack.standing[member.id].compressed = True
+
+
+def _trained(stack: Stack) -> set[str]:
+    """Paths of layers whose numbers a run changes: something on them trains, or they do."""
+    deltas = (p for p in stack.ledger.all(DeltaPart) if next(p.module.parameters(), None) is not None)
+    return {part.path for part in deltas} | {part.key for part in stack.ledger.all(BasePart)}
 
 
 def _into_weights(stack: Stack, member: Member) -> None:
@@ -313,7 +320,7 @@ def _base_in_bundle(
         for name, p in stack.model.named_parameters()
         if builtins.id(p) not in mine and not name.startswith(replaced) and not is_ours(name)
     }
-    cut = sum(row.bytes for row in packed if promised[row.plugin].cuts)
+    cut = sum(row.bytes for row in packed if row.path in promised[row.plugin].cut)
     share = min(1.0, bytes_on_disk(id, stack.model) / in_memory)
     return sum(row.bytes for row in packed) - cut + round(share * (sum(rest.values()) + cut))
 

@@ -165,6 +165,7 @@ PLAIN = ["[lora]", "[{use: spp, with: {pattern: '2:4'}}]"]
 COMPRESS = [
     "[nf4]", "[lora, nf4]", "[nf4, lora]", "[{use: cfsp, with: {multiple: 16}}]",
     "[{use: apt, with: {density: 1.0}}, nf4]",
+    "[{use: apt, with: {density: 1.0}}]", "[{use: pat-pruning, with: {width: 1.0}}]",  # half of the layers are only cut
 ]  # fmt: skip
 
 
