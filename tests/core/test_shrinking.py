@@ -165,14 +165,21 @@ PLAIN = ["[lora]", "[{use: spp, with: {pattern: '2:4'}}]"]
 COMPRESS = [
     "[nf4]", "[lora, nf4]", "[nf4, lora]", "[{use: cfsp, with: {multiple: 16}}]",
     "[{use: apt, with: {density: 1.0}}, nf4]",
-    "[{use: apt, with: {density: 1.0}}]", "[{use: pat-pruning, with: {width: 1.0}}]",  # half of the layers are only cut
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stack", PLAIN + COMPRESS)
+TRAIN = [
+    "[{use: apt, with: {density: 1.0, tune: 1, prune: 1, fade: 1}}]",
+    "[{use: pat-pruning, with: {width: 1.0, prune: 1}}]",
+]
+"""Some of their layers train and are float32 then, the others are only cut."""
+
+
+@pytest.mark.parametrize("stack", PLAIN + COMPRESS + TRAIN)
 def test_the_plan_knows_the_bytes_of_the_bundle(tmp_path: Path, stack: str) -> None:
-    data = TEXT if stack in COMPRESS else "{}"
-    run = load_run(SPEC.format(data=data, stack=stack, output=tmp_path / "out"))
+    data = TEXT if stack in COMPRESS else ROWS if stack in TRAIN else "{}"
+    train = "train: {steps: 3, batch_size: 1}\n" if stack in TRAIN else ""
+    run = load_run(SPEC.format(data=data, stack=stack, output=tmp_path / "out") + train)
     planned = plan(run.pipeline)
     assert planned.runnable, planned.conflicts
     run.run()
