@@ -98,6 +98,9 @@ def plan(
     narrowed: set[str] = set()
     trainable, details = 0, dict[int, str]()
     runs = {index: pipeline.train_settings(s) for index, s in enumerate(stages) if s.train is not None}
+    for member in members[:1] if last < 0 else ():  # nothing injects, and that asks whether all go together
+        with _noting(conflicts, member), torch.device("meta"):
+            stack.inject([member.id])
     for index, stage in enumerate(stages):
         for member in members if stage.kind in ("inject", "compress", "merge") else ():
             if member.id in stage.ids:

@@ -205,6 +205,14 @@ def test_who_compresses_what_it_injected() -> None:
     assert not compresses_own(Lora)
 
 
+def test_a_plan_of_compressors_alone_says_which_order_works() -> None:
+    found = plan(load_run(SPEC.format(data=TEXT, stack="[nf4, cfsp]", output="/tmp/nowhere")).pipeline)
+    assert [conflict.remedy for conflict in found.conflicts] == ["put 'cfsp' before 'nf4'"]
+    assert plan(
+        load_run(SPEC.format(data=TEXT, stack="[cfsp, nf4]", output="/tmp/nowhere")).pipeline
+    ).runnable
+
+
 def test_a_plan_follows_the_run() -> None:
     """An adapter that comes after a compression stands on what it left, and phases that are over are not told again."""
     text = (
