@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from compare import RESULTS, FullTuning
+from measure import prompts_and_tokens
 from run import machine
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -105,27 +106,6 @@ def on_disk(stack: Stack, folder: Path) -> tuple[int, int]:
     return sum(packed.values()), sum(sizes.values())
 
 
-@torch.no_grad()
-def timed(models: Mapping[str, PreTrainedModel], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a prompt and of a token behind it, of each model: the least of interleaved rounds."""
-    ids = torch.arange(5, 5 + PROMPT)[None]
-    best = {name: {"prompt": float("inf"), "token": float("inf")} for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            start = time.process_time()
-            cache = model(input_ids=ids, use_cache=True).past_key_values
-            read = time.process_time()
-            for token in range(WRITTEN):
-                cache = model(
-                    ids[:, token : token + 1], use_cache=True, past_key_values=cache
-                ).past_key_values
-            end = time.process_time()
-            if turn:  # the first one warms up
-                best[name]["prompt"] = min(best[name]["prompt"], read - start)
-                best[name]["token"] = min(best[name]["token"], (end - read) / WRITTEN)
-    return best
-
-
 def times(dense: PreTrainedModel, packed: Mapping[str, Stack], rounds: int) -> dict[str, dict[str, float]]:
     """Over those of the dense model in float32."""
     half = type(dense)(dense.config).to(torch.bfloat16).eval()
@@ -133,7 +113,8 @@ def times(dense: PreTrainedModel, packed: Mapping[str, Stack], rounds: int) -> d
     models = {"float32": dense, "bfloat16": half} | {
         name: stack.model.eval() for name, stack in packed.items()
     }
-    found = timed(models, rounds)
+    each_round = prompts_and_tokens(models, rounds=rounds, prompt=PROMPT, written=WRITTEN)
+    found = {name: {what: min(seconds) for what, seconds in of.items()} for name, of in each_round.items()}
     return {
         name: {what: seconds / found["float32"][what] for what, seconds in each.items()}
         | {"ms": 1e3 * each["token"]}

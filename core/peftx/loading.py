@@ -22,7 +22,7 @@ from peftx.engines.bundle.manifest import (
     read_history,
     read_manifest,
 )
-from peftx.engines.bundle.sparse import AT, TO, unpack
+from peftx.engines.bundle.sparse import AT, TO, unpack, widened
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     cast_buffers,
@@ -92,10 +92,8 @@ def _load(
 ) -> Stack:
     model_given, tokenizer_given = model, tokenizer
     members = [_member(entry, registry) for entry in manifest.plugins]
-    base = manifest.base
-    contained = base.contained
-    tokenizer = tokenizer or _own_tokenizer(folder)
-    came_with = None
+    base, contained = manifest.base, manifest.base.contained
+    tokenizer, came_with = tokenizer or _own_tokenizer(folder), None
     if contained is not None:
         if model is not None:
             raise BundleError(f"'{folder}' holds its base itself, compressed", hint="leave the model out")
@@ -260,7 +258,14 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
 
 
 def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:
-    """Put whole tensors in the place of what changed in them."""
+    """Put whole tensors in the place of what changed in them, or of their shorter forms."""
+    for name, (dtype, shape) in entry.shorter.items():
+        if name not in tensors:
+            continue  # `_fill` says that it is missing
+        try:
+            tensors[name] = widened(tensors[name], dtype, shape)
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
     parts = stack.ledger.of(entry.id, BasePart)
     originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
     for name in entry.sparse:

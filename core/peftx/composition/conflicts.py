@@ -8,7 +8,7 @@ from itertools import combinations
 
 from peftx.errors import ConflictError
 from peftx.kernel.members import Member
-from peftx.kernel.plugin import Claim, Plugin, hooks_of
+from peftx.kernel.plugin import Claim, Plugin, compresses_own, hooks_of
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,10 @@ def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | No
 def _compressing_late(members: Sequence[Member]) -> list[Member]:
     """Those that compress a model on which plugins stand already; `stages_of` of a spec decides in the same way."""
     first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
-    late = [i > first if m.phase is None else m.phase == "after-training" for i, m in enumerate(members)]
+    late = [
+        i > first or compresses_own(m.plugin) if m.phase is None else m.phase == "after-training"
+        for i, m in enumerate(members)
+    ]
     return [m for m, is_late in zip(members, late, strict=True) if is_late and m.implements("compress")]
 
 

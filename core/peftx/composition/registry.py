@@ -239,6 +239,11 @@ class Registry:
 
         return hooks_of(self.outline(name))
 
+    def compresses_own(self, name: str) -> bool:
+        from peftx.kernel.plugin import compresses_own
+
+        return compresses_own(self.outline(name))
+
     def name_of(self, plugin: type[Plugin]) -> str | None:
         """The entry-point name of a plugin class; None for a class that no distribution publishes."""
         return next((n for n, points in self._by_name.items() if any(_is(p, plugin) for p in points)), None)

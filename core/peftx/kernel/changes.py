@@ -167,7 +167,9 @@ def replace_module(ledger: Ledger, owner: Owner, site: Site, module: nn.Module) 
     holder = ledger.model.get_submodule(parent)
     setattr(holder, name, module)
     site.module = module
-    inside = [part for part in ledger.all(BasePart) if part.module is old]
+    inside: list[Part] = [
+        part for part in ledger.parts if isinstance(part, BasePart | ReplacedPart) and part.module is old
+    ]
     ledger.parts = [part for part in ledger.parts if part not in inside]
     ledger.parts.append(ReplacedPart(owner.id, site.path, module, module.geometry(), holder, old, inside))
 

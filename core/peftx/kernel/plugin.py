@@ -266,3 +266,9 @@ def hooks_of(plugin: type | object) -> frozenset[str]:
     cls = plugin if isinstance(plugin, type) else type(plugin)
     marker = f"{PROJECT}_impl"  # what `hookimpl` leaves on a function
     return frozenset(name for name in HOOKS if getattr(getattr(cls, name, None), marker, None) is not None)
+
+
+def compresses_own(plugin: type[Plugin] | Plugin) -> bool:
+    """Does `compress` make smaller layers of what its own `inject` attached and a run trained: it comes behind the
+    training then, wherever the plugin stands, unless a spec says otherwise."""
+    return Claim.NARROWS in plugin.claims and {"inject", "compress"} <= hooks_of(plugin)

@@ -462,6 +462,11 @@ class Atp(Plugin):
         for site, module in new:
             site.replace(module)
 
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        """Once masks have come to p; of a run that is too short for them more is left."""
+        for site in (site for layer in self.layers(model) for each in layer for site in each.sites):
+            yield site, int(site.weight.nbytes * self.config.density)
+
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `left`, P."""
