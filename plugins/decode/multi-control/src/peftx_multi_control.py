@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import AttentionEdit, CallEdit, Claim, Generation, ModelView, Plugin, PluginConfig, hookimpl
+from peftx import AttentionEdit, CallEdit, Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.copies import Reader
 from peftx.engines.training import TrainStep
-from peftx.errors import ArchitectureError, DataError, StackError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, DataError, StackError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.modes import eval_mode
 
@@ -257,6 +257,15 @@ class MultiControl(Plugin):
         "accumulation_makes_the_same_step": "L_gap is of means over a batch, and those of its parts are others"
     }
     config: MultiControlConfig
+
+    def check(self, stack: Stack) -> None:
+        id, members = stack.id_of(self), stack.members
+        behind = members[[m.id for m in members].index(id) + 1 :]
+        own = (m for m in behind if m.claims(Claim.REPLACES_LOSS))
+        rows = (m.id for m in own if m.plugin.sources or "preference" in m.plugin.takes)
+        if (other := next(rows, None)) is not None:
+            said = f"'{id}' reads the aspect of each row of a batch, and '{other}' behind it runs rows of its own"
+            raise ConflictError(said, hint=f"this order works: {other}, {id}")
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
