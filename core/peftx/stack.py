@@ -296,17 +296,18 @@ class Stack(Kernel):
         return named[0] if isinstance(texts, str) else named
 
     def embed(self, texts: str | Sequence[str], *, pool: Pool | None = None, size: int = 32) -> Tensor:
-        """Texts as vectors of length 1, from the last hidden states.
+        """Texts as vectors of length 1: those of the plugin that has its own, or from the last hidden states.
 
         Args:
-            pool: of `peftx.kernel.heads`; if left out the last token of a decoder, the mean of other models.
+            pool: of `peftx.kernel.heads`, of the last hidden states. If left out the way of the plugin that has one
+                (`Plugin.embed`), and without such a plugin the last token of a decoder, the mean of other models.
             size: texts in a forward pass.
 
         Returns:
             [d] float32, or [N, d] for a list of texts. Cosine similarity is their product.
 
         Raises:
-            DataError: no text, or one without tokens.
+            DataError: no text, or one without tokens. ConflictError: two plugins have vectors of their own.
         """
         from peftx.toolkits.evaluation.embedding import embed
 

@@ -16,6 +16,7 @@ from peftx import Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.data import IGNORE, Collator
 from peftx.engines.training import TrainStep
+from peftx.engines.training.order import Shuffled
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import PAD
@@ -270,3 +271,31 @@ def test_another_model_is_refused_at_once(tmp_path: Path) -> None:
     stack = stack_of(plugin("lora"))
     with pytest.raises(PeftxError, match="trains another model"):
         plain(stack_of(plugin("lora")), stack.trainer(Trainer), tmp_path)
+
+
+def test_dpo_with_a_shared_prefix_trains_what_dpo_of_trl_trains(tmp_path: Path) -> None:
+    """Two libraries, two rows or one, and the same numbers after as many steps of the same rows."""
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+            return Shuffled(len(self.train_dataset), self.args.seed, drawn=False)
+
+    theirs, ours = stack_of(plugin("lora")), stack_of(plugin("lora"), plugin("dpo-prefix-sharing"))
+    start = {name: x.clone() for name, x in theirs.ledger.tensors("lora").items()}
+    # Adam would take a gradient that is rounding alone for one.
+    dpo(theirs, theirs.trainer(InOrder), tmp_path, optim="sgd", seed=3, learning_rate=1.0, bf16=False).train()
+    ours.train(
+        PAIRS,
+        steps=2,
+        batch_size=2,
+        gradient_accumulation=2,
+        learning_rate=1.0,
+        seed=3,
+        max_length=32,
+        optimizer="sgd",
+    )
+    found, expected = (stack.ledger.tensors("lora") for stack in (ours, theirs))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6)
+    moved = [name for name, x in found.items() if not torch.allclose(x, start[name], rtol=1e-2, atol=1e-4)]
+    assert len(moved) > len(found) / 2

@@ -240,6 +240,18 @@ class Plugin:
         """
         raise NotImplementedError(f"{type(self).__name__} does not classify")
 
+    def embed(self, stack: Any, texts: Sequence[str], *, size: int = 32) -> Tensor:
+        """Texts as vectors of length 1, in the plugin's own way: where a class defines it, `stack.embed` without a
+        `pool` and `/v1/embeddings` give these.
+
+        Args:
+            size: texts in a forward pass.
+
+        Returns:
+            [N, d] float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no vectors of its own")
+
     def __repr__(self) -> str:
         changed = {
             name: getattr(self.config, name)
