@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from compare import RESULTS, FullTuning
+from compare import RESULTS
 from run import machine
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -41,6 +41,7 @@ from peftx_bitdelta import BitDelta
 from peftx_bitmod import BitMoD
 from peftx_cfsp import CFSP
 from peftx_delta_come import DeltaCome
+from peftx_full_finetuning import FullFinetuning
 from peftx_nf4 import NF4Storage
 from peftx_prefixquant import PrefixQuant
 from peftx_signround import SignRound
@@ -163,7 +164,7 @@ def changed(model: PreTrainedModel, folder: Path) -> None:
 
 def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
     learned, tuned = text_of(arguments.train), str(scratch / "tuned")
-    first = Stack(BASE, [FullTuning()])
+    first = Stack(BASE, [FullFinetuning()])
     rows = [{"text": piece} for piece in pieces(learned)]
     first.train(rows, steps=arguments.steps, batch_size=8, learning_rate=1e-4, max_length=128)
     first.export(tuned)
