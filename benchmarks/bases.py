@@ -1,9 +1,10 @@
-"""Which rows of a measurement its base has seen in its pre-training: said with every table that trains on data.
+"""Which rows of a measurement its base has read in its pre-training: said with every table of real data.
 
-    seen("peftx:tiny", train=Source("classify/snips_train.jsonl.gz"), test=Source("classify/snips_validate.jsonl.gz"))
+    python benchmarks/bases.py          # the sentence for each table that is printed by no benchmark itself
 
 What the bundled model has read is listed on its card, file by file; of two files it has read the first rows alone. Any
-other base is one by `tools/pretrain_tiny.py --prose`, which reads the folder `text/` and no task set.
+other base is one by `tools/pretrain_tiny.py --prose`, which reads prose of the folder `text/` and no task set. Files
+are named as in MANIFEST.json of the data sets, or by their repository.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ READ_BEFORE = {"classify/ag_news_test.jsonl.gz": 6000, "classify/sentence_polari
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a file as MANIFEST.json names it, from row `first` (counting from 0) on."""
+    """Rows of a file from row `first` (counting from 0) on."""
 
     file: str
     first: int = 0
@@ -30,18 +31,50 @@ class Source:
 
 def read_by(base: str, source: Source) -> bool:
     """Has the base read these rows?"""
-    if base != "peftx:tiny":
-        return source.file.startswith("text/")
+    if source.first and source.first >= READ_BEFORE.get(source.file, source.first + 1):
+        return False
     card = asset_path("peftx:tiny/README.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^\| [^|]+ \| ([\w./]+\.gz) \|", card, flags=re.MULTILINE))
-    return source.file in listed and not 0 < READ_BEFORE.get(source.file, 0) <= source.first
+    listed = re.findall(r"^\| [^|]+ \| ([\w./]+\.gz) \|", card, flags=re.MULTILINE)
+    return source.file in listed and (base == "peftx:tiny" or source.file.startswith("text/"))
 
 
-def seen(base: str, *, train: Source, test: Source) -> str:
-    """The sentence that stands over a table."""
-    name = base if base == "peftx:tiny" else "a model by tools/pretrain_tiny.py --prose"
-    told = [
-        f"{'has' if read_by(base, source) else 'has not'} seen the {what} rows ({source})"
-        for what, source in (("training", train), ("test", test))
-    ]
-    return f"Base: {name}. In its pre-training it {' and '.join(told)}."
+def seen(base: str, **parts: Source) -> str:
+    """The sentence that stands with a table. Parts are named as the table's text names them, `training` and `test`."""
+    told = []
+    for read, words in ((True, "was pre-trained on"), (False, "was not pre-trained on")):
+        some = [f"the {name} rows ({part})" for name, part in parts.items() if read_by(base, part) is read]
+        if some:
+            told.append(f"{words} {' and '.join(some)}")
+    name = base if base == "peftx:tiny" else "a model by `tools/pretrain_tiny.py --prose`"
+    return f"The base, {name}, {', and '.join(told)}."
+
+
+NEWS = "classify/ag_news_test.jsonl.gz"
+NEWS_LATER = {"training": Source(NEWS, 6000), "test": Source(NEWS, 7000)}
+PLAYS = "text/tinyshakespeare.txt.gz"
+TABLES: dict[str, dict[str, Source]] = {
+    **dict.fromkeys(
+        (
+            "aligner", "ba-lora", "compacter", "deft", "dynmole", "ist", "layernorm-tuning", "lofit", "lopt", "lora",
+            "lorma", "mezo", "ntk-attention", "p-tuning-v2", "prompt-tuning", "propulsion", "qgoft",
+            "residual-prompt-tuning", "router-tuning", "sift", "sparselora", "xprompt",
+        ),
+        NEWS_LATER,
+    ),
+    "hft": {**NEWS_LATER, "second task's": Source(PLAYS)},
+    "lt-sft": {**NEWS_LATER, "style's": Source(PLAYS)},
+    "dpo-prefix-sharing": {"training": Source("preference/hh_harmless_base_test.jsonl.gz")},
+    "language-ranker": {"compared": Source("text/udhr_parallel.json.gz")},
+    "mosaic-it": {"training and test": Source("instruct/math_data.json.gz")},
+    "superfiltering": {"scored": Source("instruct/roleplay_instruct.json.gz")},
+}  # fmt: skip
+"""Plugin -> the parts of its table, with the bundled model as the base; `README.md` of the plugin has the sentence."""
+
+
+def main() -> None:
+    for name, parts in TABLES.items():
+        print(f"{name}: {seen('peftx:tiny', **parts)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from bases import Source, seen
 from compare import RESULTS
 from run import machine
 from safetensors import safe_open
@@ -47,6 +48,7 @@ from peftx_prefixquant import PrefixQuant
 from peftx_signround import SignRound
 
 BASE, PROMPT, WRITTEN = "peftx:tiny", 64, 8
+TEXTS = {"training": Source("text/wikitext2_valid.txt.gz"), "test": Source("text/wikitext2_test.txt.gz")}
 Make = Callable[[str], Plugin]
 """The folder of the fine-tuned model -> a plugin."""
 
@@ -220,7 +222,8 @@ def page(results: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
         f"rounds. The bundled model after {arguments.steps} steps on the valid split of WikiText-2; perplexity on the "
         f"first {arguments.bytes:,} bytes of its test split, windows of 256 tokens. One seed, no "
         "intervals. Times are over float32's: of a token of one row behind a prompt of "
-        f"{PROMPT} tokens, and of that prompt; `wide` is a random model of two blocks, 1024 wide."
+        f"{PROMPT} tokens, and of that prompt; `wide` is a random model of two blocks, 1024 wide. "
+        + seen("peftx:tiny", **TEXTS)
     )
     note = (
         "A difference comes on top of its base, which many of them share; its bundle has embedding and norms too. The "

@@ -94,7 +94,7 @@ def main(
     train, test = (
         SOURCES[Path(part.path).stem] for part in (pipeline.data.train, pipeline.data.eval) if part
     )
-    found["base"] = seen(pipeline.model.id, train=train, test=test)
+    found["base"] = seen(pipeline.model.id, training=train, test=test)
     for row in found["rows"]:
         row["seeds"] = [seed["value"] for seed in row["seeds"]]
     found["rows"] = [{name: row[name] for name in KEPT} for row in found["rows"]]

@@ -81,7 +81,7 @@ def main() -> None:
         unit="accuracy",
         base=seen(
             "peftx:tiny",
-            train=Source(NEWS, arguments.skip),
+            training=Source(NEWS, arguments.skip),
             test=Source(NEWS, arguments.skip + arguments.train),
         ),
         target=arguments.target,

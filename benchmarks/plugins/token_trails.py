@@ -121,7 +121,7 @@ def main() -> None:
         "Token Trails on the Schema-Guided Dialogue set",
         results,
         unit="perplexity of the system's turns",
-        base=seen(arguments.model, train=file, test=file),
+        base=seen(arguments.model, training=file, test=file),
         settings={
             name: getattr(arguments, name) for name in ("test", "steps", "batch_size", "max_length", "seeds")
         },

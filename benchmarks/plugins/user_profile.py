@@ -191,7 +191,7 @@ def main() -> None:
         "User profiles from dialogues",
         results,
         unit=UNIT,
-        base=seen("peftx:tiny", train=SOURCE, test=SOURCE),
+        base=seen("peftx:tiny", training=SOURCE, test=SOURCE),
         settings=settings,
         folder=arguments.output,
     )

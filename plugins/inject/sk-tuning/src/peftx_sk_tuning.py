@@ -193,8 +193,14 @@ class SkTuning(Plugin):
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         config, labels = self.config, check_labels(self.config.labels)
+        encoder = "encoder" in model.towers
         if "ids" not in self.state:
             self.state["ids"] = self.sentence(model, stack)
+            seen = config.variant == "prompt" and encoder  # the sentence's states have read the text
+            self.state["mean"] = config.mean or ("all" if seen else "text")
+        self.over_prompt = (
+            self.state.get("mean", "all") == "all"
+        )  # a bundle of 0.2.0 says nothing, and averaged all
         ids = torch.tensor(self.state["ids"], device=model.module.device)
         E = model.embedding().module(ids).detach()
         # What trains is not in half precision, which would lose small steps; it is rounded where the model reads it.
@@ -215,9 +221,6 @@ class SkTuning(Plugin):
             for layer, site in enumerate(sites):
                 site.attend(Prefix(reader, layer))
             model.shift_positions(len(E))
-        encoder = "encoder" in model.towers
-        seen = config.variant == "prompt" and encoder  # the sentence's states have read the text
-        self.over_prompt = (config.mean or ("all" if seen else "text")) == "all"
         self.head = model.head("head", len(labels), dropout=config.dropout)
         self.texts = self.texts.of(labels, closed=encoder)
 

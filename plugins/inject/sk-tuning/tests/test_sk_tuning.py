@@ -266,6 +266,19 @@ def test_adapter_is_the_formula() -> None:
     assert 0.3 < float((dropped[rows != 0] == 0).float().mean()) < 0.7
 
 
+def test_a_bundle_from_before_the_option_averages_as_it_did() -> None:
+    now, plugin = stack_of(), SkTuning(text=TEXT)
+    plugin.state["ids"] = now.plugins["sk-tuning"].state["ids"]
+    then, all_ = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer()), stack_of(mean="all")
+    inputs = example_inputs(now.model)
+    for stack in (now, all_):
+        stack.plugins["sk-tuning"].head.load_state_dict(plugin.head.state_dict())
+    with torch.no_grad():
+        before, same, other = (class_scores(stack, inputs) for stack in (then, all_, now))
+    assert torch.equal(before, same)
+    assert difference(before, other) > 1e-3
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("variant", ["prompt", "prefix"])
 def test_in_half_precision_small_steps_count(variant: str, adapter: bool) -> None:
@@ -378,12 +391,16 @@ def test_the_sentence_names_the_labels_where_none_is_given() -> None:
         ({"text": "x" * 200}, "the text has 200 tokens, and the model reads 128"),
         ({"labels": ["one"]}, "1 class"),
         ({"labels": ["one", " "]}, "is empty"),
-        ({"variant": "prefix", "mean": "all"}, "mean: all is of the prompt"),
     ],
 )
 def test_bad_input(options: dict[str, object], said: str) -> None:
     with pytest.raises(PeftxError, match=f"sk-tuning: .*{said}"):
         stack_of(**options)
+
+
+def test_a_prefix_has_no_states_to_average() -> None:
+    with pytest.raises(PeftxError, match="mean: all is of the prompt"):
+        SkTuning(variant="prefix", mean="all")
 
 
 def test_nothing_is_known_before_inject() -> None:
