@@ -42,9 +42,7 @@ def test_no_table_of_a_data_set_is_without_one() -> None:
     assert not silent
 
 
-@pytest.mark.parametrize(
-    "file", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda file: file.name
-)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda file: file.name)
 def test_a_page_of_results_says_what_its_json_says(file: Path) -> None:
     """And a README that shows it does."""
     base = json.loads(file.read_text("utf-8")).get("base")
