@@ -51,6 +51,7 @@ def seen(base: str, **parts: Source) -> str:
 
 NEWS = "classify/ag_news_test.jsonl.gz"
 NEWS_LATER = {"training": Source(NEWS, 6000), "test": Source(NEWS, 7000)}
+DIALOGUES = Source("dstc8-schema-guided-dialogue/dev, the files given")
 PLAYS = "text/tinyshakespeare.txt.gz"
 TABLES: dict[str, dict[str, Source]] = {
     **dict.fromkeys(
@@ -61,6 +62,8 @@ TABLES: dict[str, dict[str, Source]] = {
         ),
         NEWS_LATER,
     ),
+    "predgen": {"training": Source(NEWS, 6000), "test": Source(NEWS, 7200)},
+    "user-profile": {"training": DIALOGUES, "test": DIALOGUES},
     "hft": {**NEWS_LATER, "second task's": Source(PLAYS)},
     "lt-sft": {**NEWS_LATER, "style's": Source(PLAYS)},
     "dpo-prefix-sharing": {"training": Source("preference/hh_harmless_base_test.jsonl.gz")},

@@ -34,12 +34,11 @@ from peftx_lora import Lora
 from peftx_user_profile import UserProfile, matched, read_task, serialise
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bases import Source, seen
+from bases import TABLES, seen
 from compare import RESULTS, Method, Parts, Result, compare, write
 
 Row = dict[str, Any]
 RATES = (3e-4, 1e-3, 3e-3)
-SOURCE = Source("dstc8-schema-guided-dialogue/dev, the files given")
 UNIT = "F1 of exact key-value pairs, mean of both tasks"
 
 
@@ -191,7 +190,7 @@ def main() -> None:
         "User profiles from dialogues",
         results,
         unit=UNIT,
-        base=seen("peftx:tiny", training=SOURCE, test=SOURCE),
+        base=seen("peftx:tiny", **TABLES["user-profile"]),
         settings=settings,
         folder=arguments.output,
     )
