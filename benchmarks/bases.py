@@ -52,6 +52,7 @@ def seen(base: str, **parts: Source) -> str:
 NEWS = "classify/ag_news_test.jsonl.gz"
 NEWS_LATER = {"training": Source(NEWS, 6000), "test": Source(NEWS, 7000)}
 DIALOGUES = Source("dstc8-schema-guided-dialogue/dev, the files given")
+SAMPLE = Source("dialogue/sgd_dev_sample.jsonl.gz")
 PLAYS = "text/tinyshakespeare.txt.gz"
 TABLES: dict[str, dict[str, Source]] = {
     **dict.fromkeys(
@@ -63,6 +64,7 @@ TABLES: dict[str, dict[str, Source]] = {
         NEWS_LATER,
     ),
     "predgen": {"training": Source(NEWS, 6000), "test": Source(NEWS, 7200)},
+    "token-trails": {"training": SAMPLE, "test": SAMPLE},
     "user-profile": {"training": DIALOGUES, "test": DIALOGUES},
     "hft": {**NEWS_LATER, "second task's": Source(PLAYS)},
     "lt-sft": {**NEWS_LATER, "style's": Source(PLAYS)},

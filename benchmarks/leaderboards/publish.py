@@ -95,6 +95,7 @@ def main(
         SOURCES[Path(part.path).stem] for part in (pipeline.data.train, pipeline.data.eval) if part
     )
     found["base"] = seen(pipeline.model.id, training=train, test=test)
+    found["model"] = Path(found["model"]).name  # where a folder lies is this machine's
     for row in found["rows"]:
         row["seeds"] = [seed["value"] for seed in row["seeds"]]
     found["rows"] = [{name: row[name] for name in KEPT} for row in found["rows"]]

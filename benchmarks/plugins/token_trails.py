@@ -31,7 +31,7 @@ from peftx_lora import Lora
 from peftx_token_trails import TokenTrails
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bases import Source, seen
+from bases import TABLES, seen
 from compare import RESULTS, Method, Parts, Result, compare, write
 
 Row = dict[str, Any]
@@ -115,13 +115,12 @@ def main() -> None:
             rates=RATES, seeds=range(arguments.seeds), steps=arguments.steps, every=arguments.every,
             batch_size=arguments.batch_size, max_length=size, higher_is_better=False, model=arguments.model,
         )  # fmt: skip
-    file = Source("dialogue/sgd_dev_sample.jsonl.gz")
     write(
         "token_trails",
         "Token Trails on the Schema-Guided Dialogue set",
         results,
         unit="perplexity of the system's turns",
-        base=seen(arguments.model, training=file, test=file),
+        base=seen(arguments.model, **TABLES["token-trails"]),
         settings={
             name: getattr(arguments, name) for name in ("test", "steps", "batch_size", "max_length", "seeds")
         },

@@ -470,7 +470,7 @@ def test_rows_without_profiles() -> None:
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(PluginError, match=f"UserProfile: {next(iter(options))}") as caught:
         UserProfile(**options)
-    assert "updates, fuzzy, max_new_tokens" in str(caught.value.hint)
+    assert "updates, edits, fuzzy, max_new_tokens" in str(caught.value.hint)
 
 
 def test_the_bounds_of_options_belong_to_them() -> None:
