@@ -28,7 +28,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from compare import RESULTS, FullTuning
+from bases import Source, seen
+from compare import RESULTS
 from measure import prompts_and_tokens
 from run import machine
 from safetensors import safe_open
@@ -42,11 +43,13 @@ from peftx_bitdelta import BitDelta
 from peftx_bitmod import BitMoD
 from peftx_cfsp import CFSP
 from peftx_delta_come import DeltaCome
+from peftx_full_finetuning import FullFinetuning
 from peftx_nf4 import NF4Storage
 from peftx_prefixquant import PrefixQuant
 from peftx_signround import SignRound
 
 BASE, PROMPT, WRITTEN = "peftx:tiny", 64, 8
+TEXTS = {"training": Source("text/wikitext2_valid.txt.gz"), "test": Source("text/wikitext2_test.txt.gz")}
 Make = Callable[[str], Plugin]
 """The folder of the fine-tuned model -> a plugin."""
 
@@ -144,7 +147,7 @@ def changed(model: PreTrainedModel, folder: Path) -> None:
 
 def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
     learned, tuned = text_of(arguments.train), str(scratch / "tuned")
-    first = Stack(BASE, [FullTuning()])
+    first = Stack(BASE, [FullFinetuning()])
     rows = [{"text": piece} for piece in pieces(learned)]
     first.train(rows, steps=arguments.steps, batch_size=8, learning_rate=1e-4, max_length=128)
     first.export(tuned)
@@ -200,7 +203,8 @@ def page(results: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
         f"rounds. The bundled model after {arguments.steps} steps on the valid split of WikiText-2; perplexity on the "
         f"first {arguments.bytes:,} bytes of its test split, windows of 256 tokens. One seed, no "
         "intervals. Times are over float32's: of a token of one row behind a prompt of "
-        f"{PROMPT} tokens, and of that prompt; `wide` is a random model of two blocks, 1024 wide."
+        f"{PROMPT} tokens, and of that prompt; `wide` is a random model of two blocks, 1024 wide. "
+        + seen("peftx:tiny", **TEXTS)
     )
     note = (
         "A difference comes on top of its base, which many of them share; its bundle has embedding and norms too. The "

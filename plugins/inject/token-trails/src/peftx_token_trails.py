@@ -1,6 +1,7 @@
 """Token Trails: each token is told who speaks it, by a trained vector added to its embedding.
 
-"Token Trails: Navigating Contextual Depths in Conversational AI" (arXiv:2404.02402). The first layer's input becomes
+"Token Trails: Navigating Contextual Depths in Conversational AI with ChatLLM" (arXiv:2404.02402). The first
+layer's input becomes
 
     h_t = E[x_t] + R[s_t]          E: [vocabulary, d], frozen; R: [S, d], trained, starts at 0
 
