@@ -103,6 +103,7 @@ def test_yaml_of_the_measuring_page_is_valid(tmp_path: Path) -> None:
     assert find_tasks(["mine"], tmp_path)[0].file == tmp_path / "mine.yaml"
 
 
+@pytest.mark.slow
 def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
