@@ -40,7 +40,7 @@ TYPES = {"user": 1, "system": 2}
 """Places in TokenTrails's `speakers`."""
 FASTER = {"token-trails": 10.0}
 """R has 512 numbers, which start at 0: it learns at ten times LoRA's rate."""
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 LORA = ("LoRA", lambda: [Lora(rank=8)])

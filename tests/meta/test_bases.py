@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -52,6 +53,24 @@ def test_a_page_of_results_says_what_its_json_says(file: Path) -> None:
     shown = [r for r in ROOT.glob("plugins/*/*/README.md") if f"{file.stem}.png" in r.read_text("utf-8")]
     assert shown
     assert all(base in measured(readme) for readme in shown)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("benchmarks/leaderboards/*.yaml")), ids=lambda file: file.name
+)
+def test_results_are_those_of_the_committed_file(file: Path) -> None:
+    """Its methods, grid, steps and seeds; a file that `publish.py` has published nothing of has nothing to say."""
+    results = ROOT / "benchmarks" / "results" / f"{file.stem}.json"
+    found = json.loads(results.read_text("utf-8")) if results.is_file() else {}
+    if "rows" not in found:
+        return
+    spec = yaml.safe_load(file.read_text("utf-8"))["compare"]
+    assert [row["row"] for row in found["rows"]] == list(spec["methods"])
+    assert found["seeds"] == spec["seeds"]
+    for row in found["rows"]:
+        if row["learning_rate"] is not None:
+            assert row["steps"] == spec["budget"]["steps"]
+            assert [tried["rate"] for tried in row["rates"]] == sorted(map(float, spec["learning_rate"]))
 
 
 def test_what_the_bundled_model_has_read() -> None:
