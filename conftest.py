@@ -17,6 +17,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["PEFTX_CACHE"] = ""  # no test reads what an earlier one left
 
 # No deadline: the first example pays for imports. In CI the examples are the same in every run.
 hypothesis.settings.register_profile("dev", deadline=None)

@@ -1,12 +1,14 @@
 """Methods side by side: every method under several seeds, a curve of its score against CPU seconds, a table, a plot.
 
-A benchmark of a plugin names its methods and how a stack is scored; this file trains, measures and draws:
+`peftx compare` does this for what a YAML file can say (`leaderboards/`). This file is for the rest: rows or scores that
+need Python. A benchmark names its methods and how a stack is scored; this file chooses rates, trains, measures, draws:
 
-    methods = [Method("LoRA, rank 8", lambda: [Lora(rank=8)], rate=1e-3), ...]
-    results = compare(methods, train, score, seeds=(0, 1, 2), steps=200, every=50, target=0.8)
-    write("sk_tuning", "SK-Tuning on sentence polarity", results, unit="accuracy")
+    methods = [Method("LoRA, rank 8", lambda: [Lora(rank=8)]), ...]
+    results = compare(methods, parts, score, rates=(3e-4, 1e-3, 3e-3), steps=200, every=50, target=0.8)
+    write("token_trails", "Token Trails on dialogues", results, unit="perplexity", base=seen(...))
 
-`write` leaves benchmarks/results/<name>.json, .md and .png. One thread; seconds are CPU time of training alone.
+A method's rate is chosen on validation rows, and the rows that it is measured on play no part in that. `write` leaves
+benchmarks/results/<name>.json, .md and .png. One thread; seconds are CPU time of training alone.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
-from peftx import ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
+from peftx import Plugin, Stack
 from peftx.engines.data import Collator, tokenize_dataset
 from peftx.engines.training.run import as_training_data
 
@@ -41,14 +42,29 @@ class Method:
 
     Args:
         name: as the table says it. plugins: makes fresh plugins (none: the base, not trained).
-        rate: learning rate. rates: of single plugins, by id. train: rows of its own, where they differ.
+        rates: that are tried in place of those of all; one alone is fixed, and part of what the row is about.
+        times: what the rate of single plugins is multiplied by, by id.
     """
 
     name: str
     plugins: Callable[[], list[Plugin | tuple[str, Plugin]]]
-    rate: float = 0.0
-    rates: Mapping[str, float] = field(default_factory=dict)
-    train: Rows | None = None
+    rates: Sequence[float] = ()
+    times: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows to train on, to choose rates on, and to measure on; no row is in two of them."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+
+    @classmethod
+    def of(cls, rows: Rows, *, test: Rows, validation: float = 0.2) -> Parts:
+        """The last share of `rows` to choose on."""
+        cut = round(len(rows) * (1 - validation))
+        return cls(rows[:cut], rows[cut:], test)
 
 
 @dataclass
@@ -71,6 +87,8 @@ class Result:
     rate: float
     trained_parameters: int
     curves: list[Curve]
+    tried: list[tuple[float, float]]
+    """Each rate, and its score on the validation rows; empty where there was nothing to choose."""
 
     @property
     def finals(self) -> list[float]:
@@ -86,32 +104,15 @@ class Result:
         return statistics.stdev(self.finals) if len(self.finals) > 1 else 0.0
 
 
-class FullTuningConfig(PluginConfig):
-    """What trains."""
-
-    targets: Targets = Field(Targets("all embedding norm"), description="everything that has parameters")
-
-
-class FullTuning(Plugin):
-    """Full fine-tuning: every parameter of the base trains."""
-
-    Config = FullTuningConfig
-    config: FullTuningConfig
-
-    @hookimpl
-    def inject(self, model: ModelView) -> None:
-        seen: set[str] = set()
-        for site in model.sites(self.config.targets):
-            if site.path not in seen:
-                seen.add(site.path)
-                site.train()
+Score = Callable[[Stack, Rows], float]
 
 
 def compare(
     methods: Sequence[Method],
-    train: Rows,
-    score: Callable[[Stack], float],
+    parts: Parts,
+    score: Score,
     *,
+    rates: Sequence[float],
     seeds: Sequence[int] = (0, 1, 2),
     steps: int,
     every: int,
@@ -121,92 +122,104 @@ def compare(
     higher_is_better: bool = True,
     model: str = "peftx:tiny",
 ) -> list[Result]:
-    """Train every method under every seed on the same batches; score at the start and after every `every` steps.
+    """Choose every method's rate with the first seed, then train it under every seed on the same batches; score at the
+    start and after every `every` steps.
 
     Args:
-        train: rows. score: of a stack, as higher (or lower) is better.
+        score: of a stack on rows, as higher (or lower) is better. rates: tried for all methods without their own.
         target: the score whose first crossing is timed.
     """
     torch.set_num_threads(1)
+    sign = 1 if higher_is_better else -1
+    budget = Budget(steps=steps, batch_size=batch_size, max_length=max_length)
     results = []
     for method in methods:
-        curves, trained = [], 0
-        for seed in seeds:
-            stack = Stack(model, method.plugins(), seed=seed)
-            trained = stack.trainable_parameters()
-            curve = Curve(seed)
-            _train(
-                stack, method, curve, method.train or train, score,
-                steps=steps if trained else 0, every=every, batch_size=batch_size, max_length=max_length,
-            )  # fmt: skip
+        trains = bool(Stack(model, method.plugins()).trainable_parameters())
+        grid = sorted(method.rates or rates) if trains else [0.0]
+        tried = []
+        for rate in grid if len(grid) > 1 else ():
+            stack = Stack(model, method.plugins(), seed=seeds[0])
+            _train(stack, method, rate, seeds[0], parts.train, budget)
+            tried.append((rate, round(float(score(stack, parts.validation)), 5)))
+            print(f"{method.name:40} rate {rate:g}  {tried[-1][1]:.4f} on validation rows", flush=True)
+        rate = max(tried, key=lambda pair: sign * pair[1])[0] if tried else grid[0]
+        curves = []
+        for seed in seeds if trains else seeds[:1]:  # without training nothing depends on the seed
+            stack, curve = Stack(model, method.plugins(), seed=seed), Curve(seed)
+
+            def look(step: int, seconds: float, stack: Stack = stack, curve: Curve = curve) -> None:
+                if step % every == 0 or step == steps:
+                    curve.steps.append(step)
+                    curve.seconds.append(round(seconds, 2))
+                    curve.scores.append(round(float(score(stack, parts.test)), 5))
+
+            look(0, 0.0)
+            if trains:
+                _train(stack, method, rate, seed, parts.train, budget, look)
             if target is not None:
-                reached = [(s >= target) if higher_is_better else (s <= target) for s in curve.scores]
+                reached = [sign * s >= sign * target for s in curve.scores]
                 if any(reached):
                     curve.seconds_to_target = curve.seconds[reached.index(True)]
             curves.append(curve)
             print(
                 f"{method.name:40} seed {seed}  {curve.scores[-1]:.4f}  {curve.seconds[-1]:.1f} s", flush=True
             )
-            if not trained:
-                break  # nothing depends on the seed
-        results.append(Result(method.name, method.rate, trained, curves))
+        trained = Stack(model, method.plugins()).trainable_parameters()
+        results.append(Result(method.name, rate, trained, curves, tried))
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How every method trains; `max_length` in tokens."""
+
+    steps: int
+    batch_size: int
+    max_length: int
 
 
 def _train(
     stack: Stack,
     method: Method,
-    curve: Curve,
+    rate: float,
+    seed: int,
     rows: Rows,
-    score: Callable[[Stack], float],
-    *,
-    steps: int,
-    every: int,
-    batch_size: int,
-    max_length: int,
+    budget: Budget,
+    look: Callable[[int, float], None] = lambda step, seconds: None,
 ) -> None:
-    def look(step: int, seconds: float) -> None:
-        curve.steps.append(step)
-        curve.seconds.append(round(seconds, 2))
-        curve.scores.append(round(float(score(stack)), 5))
-
-    look(0, 0.0)
-    if not steps:
-        return
-    torch.manual_seed(curve.seed)
-    data = stack.prepare(as_training_data(stack, list(rows), seed=curve.seed, max_length=max_length))
+    """`look` is told each step and the CPU seconds until then, the model in evaluation mode."""
+    torch.manual_seed(seed)
+    data = stack.prepare(as_training_data(stack, list(rows), seed=seed, max_length=budget.max_length))
     tokenized = list(
         tokenize_dataset(data.train, stack.tokenizer, format=data.format, max_length=data.max_length)
     )
     collate = Collator(stack.tokenizer.pad_token_id)
-    order = torch.Generator().manual_seed(curve.seed)
-    groups = _groups(stack, method)
-    optimizer = torch.optim.AdamW(groups)
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(_groups(stack, method, rate))
     queue: list[int] = []
     spent = 0.0
-    for step in range(1, steps + 1):
-        if len(queue) < batch_size:
+    for step in range(1, budget.steps + 1):
+        if len(queue) < budget.batch_size:
             queue += torch.randperm(len(tokenized), generator=order).tolist()
-        batch = collate([tokenized[queue.pop(0)] for _ in range(batch_size)])
+        batch = collate([tokenized[queue.pop(0)] for _ in range(budget.batch_size)])
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * (1 - (step - 1) / steps)  # linear to zero
+            group["lr"] = group["rate"] * (1 - (step - 1) / budget.steps)  # linear to zero
         stack.model.train()
         started = time.process_time()
         stack.train_step(batch, optimizer=optimizer)
         spent += time.process_time() - started
         stack.model.eval()
-        if step % every == 0 or step == steps:
-            look(step, spent)
+        look(step, spent)
 
 
-def _groups(stack: Stack, method: Method) -> list[dict[str, Any]]:
+def _groups(stack: Stack, method: Method, rate: float) -> list[dict[str, Any]]:
     """Parameters that train, by learning rate."""
-    own = {id(p): rate for owner, rate in method.rates.items() for p in stack.ledger.parameters(owner)}
+    own = {id(p): rate * k for owner, k in method.times.items() for p in stack.ledger.parameters(owner)}
     by_rate: dict[float, list[torch.nn.Parameter]] = {}
     for parameter in stack.model.parameters():
         if parameter.requires_grad:
-            by_rate.setdefault(own.get(id(parameter), method.rate), []).append(parameter)
-    return [{"params": found, "lr": rate, "rate": rate} for rate, found in by_rate.items()]
+            by_rate.setdefault(own.get(id(parameter), rate), []).append(parameter)
+    return [{"params": found, "lr": each, "rate": each} for each, found in by_rate.items()]
 
 
 def table(results: Sequence[Result], *, unit: str, target: float | None = None) -> str:
@@ -242,25 +255,33 @@ def write(
     results: Sequence[Result],
     *,
     unit: str,
+    base: str,
     target: float | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: Path = RESULTS,
 ) -> None:
-    """Leave <name>.json, <name>.md and <name>.png in `folder`, and print the table."""
+    """Leave <name>.json, <name>.md and <name>.png in `folder`, and print the table.
+
+    Args:
+        base: which rows the base has seen, as `bases.seen` says it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "title": title,
         "unit": unit,
+        "base": base,
         "settings": dict(settings or {}),
         "results": [asdict(r) for r in results],
     }
     (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     lines = table(results, unit=unit, target=target)
     said = ", ".join(f"{key} {value}" for key, value in (settings or {}).items())
-    page = f"# {title}\n\n{said}\n\n{lines}\n\n![{unit} against CPU seconds of training]({name}.png)\n"
+    page = (
+        f"# {title}\n\n{base}\n\n{said}\n\n{lines}\n\n![{unit} against CPU seconds of training]({name}.png)\n"
+    )
     (folder / f"{name}.md").write_text(page, encoding="utf-8")
     plot(results, title, unit, folder / f"{name}.png", target=target)
-    print(lines)
+    print(f"{base}\n\n{lines}")
 
 
 def plot(

@@ -28,7 +28,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from compare import RESULTS, FullTuning
+from bases import Source, seen
+from compare import RESULTS
+from measure import prompts_and_tokens
 from run import machine
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -41,11 +43,13 @@ from peftx_bitdelta import BitDelta
 from peftx_bitmod import BitMoD
 from peftx_cfsp import CFSP
 from peftx_delta_come import DeltaCome
+from peftx_full_finetuning import FullFinetuning
 from peftx_nf4 import NF4Storage
 from peftx_prefixquant import PrefixQuant
 from peftx_signround import SignRound
 
 BASE, PROMPT, WRITTEN = "peftx:tiny", 64, 8
+TEXTS = {"training": Source("text/wikitext2_valid.txt.gz"), "test": Source("text/wikitext2_test.txt.gz")}
 Make = Callable[[str], Plugin]
 """The folder of the fine-tuned model -> a plugin."""
 
@@ -105,27 +109,6 @@ def on_disk(stack: Stack, folder: Path) -> tuple[int, int]:
     return sum(packed.values()), sum(sizes.values())
 
 
-@torch.no_grad()
-def timed(models: Mapping[str, PreTrainedModel], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a prompt and of a token behind it, of each model: the least of interleaved rounds."""
-    ids = torch.arange(5, 5 + PROMPT)[None]
-    best = {name: {"prompt": float("inf"), "token": float("inf")} for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            start = time.process_time()
-            cache = model(input_ids=ids, use_cache=True).past_key_values
-            read = time.process_time()
-            for token in range(WRITTEN):
-                cache = model(
-                    ids[:, token : token + 1], use_cache=True, past_key_values=cache
-                ).past_key_values
-            end = time.process_time()
-            if turn:  # the first one warms up
-                best[name]["prompt"] = min(best[name]["prompt"], read - start)
-                best[name]["token"] = min(best[name]["token"], (end - read) / WRITTEN)
-    return best
-
-
 def times(dense: PreTrainedModel, packed: Mapping[str, Stack], rounds: int) -> dict[str, dict[str, float]]:
     """Over those of the dense model in float32."""
     half = type(dense)(dense.config).to(torch.bfloat16).eval()
@@ -133,7 +116,8 @@ def times(dense: PreTrainedModel, packed: Mapping[str, Stack], rounds: int) -> d
     models = {"float32": dense, "bfloat16": half} | {
         name: stack.model.eval() for name, stack in packed.items()
     }
-    found = timed(models, rounds)
+    each_round = prompts_and_tokens(models, rounds=rounds, prompt=PROMPT, written=WRITTEN)
+    found = {name: {what: min(seconds) for what, seconds in of.items()} for name, of in each_round.items()}
     return {
         name: {what: seconds / found["float32"][what] for what, seconds in each.items()}
         | {"ms": 1e3 * each["token"]}
@@ -163,7 +147,7 @@ def changed(model: PreTrainedModel, folder: Path) -> None:
 
 def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
     learned, tuned = text_of(arguments.train), str(scratch / "tuned")
-    first = Stack(BASE, [FullTuning()])
+    first = Stack(BASE, [FullFinetuning()])
     rows = [{"text": piece} for piece in pieces(learned)]
     first.train(rows, steps=arguments.steps, batch_size=8, learning_rate=1e-4, max_length=128)
     first.export(tuned)
@@ -219,7 +203,8 @@ def page(results: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
         f"rounds. The bundled model after {arguments.steps} steps on the valid split of WikiText-2; perplexity on the "
         f"first {arguments.bytes:,} bytes of its test split, windows of 256 tokens. One seed, no "
         "intervals. Times are over float32's: of a token of one row behind a prompt of "
-        f"{PROMPT} tokens, and of that prompt; `wide` is a random model of two blocks, 1024 wide."
+        f"{PROMPT} tokens, and of that prompt; `wide` is a random model of two blocks, 1024 wide. "
+        + seen("peftx:tiny", **TEXTS)
     )
     note = (
         "A difference comes on top of its base, which many of them share; its bundle has embedding and norms too. The "

@@ -6,6 +6,9 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
 
 
 def interleaved(
@@ -30,6 +33,34 @@ def interleaved(
             best[name] = min(best[name], (time.process_time() - started) / inner)
             gc.enable()
     return best
+
+
+@torch.no_grad()
+def prompts_and_tokens(
+    models: Mapping[str, Any], *, rounds: int, prompt: int, written: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of CPU time of a prompt, and of a token behind it, of each model: all in turn, one entry a round; the
+    first round warms up and is not told.
+
+    Args:
+        prompt: tokens of the prompt. written: tokens behind it that are timed together.
+    """
+    ids = torch.arange(5, 5 + prompt)[None]
+    found: dict[str, dict[str, list[float]]] = {name: {"prompt": [], "token": []} for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            start = time.process_time()
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            read = time.process_time()
+            for token in range(written):
+                cache = model(
+                    ids[:, token : token + 1], use_cache=True, past_key_values=cache
+                ).past_key_values
+            end = time.process_time()
+            if turn:
+                found[name]["prompt"].append(read - start)
+                found[name]["token"].append((end - read) / written)
+    return found
 
 
 def peak_megabytes() -> float:

@@ -148,8 +148,8 @@ def adapters(rounds: Annotated[int, typer.Option(help="the least of so many coun
     import torch
 
     from peftx import Stack
+    from peftx.copies import sharing
     from peftx.engines.models import load_model
-    from peftx.kernel.copies import sharing
     from peftx.toolkits.serving import Server
     from peftx.toolkits.serving.job import Job, Request
     from peftx.toolkits.serving.models import Models

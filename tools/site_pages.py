@@ -1,13 +1,20 @@
-"""MkDocs hook: what the pages of `docs/` link to elsewhere in the repository becomes part of the site, under its path.
+"""MkDocs hook: the site from `docs/`, from what else of the repository is shown, and from the code (`tools/pages`).
 
-So the catalogue leads to the plugins' READMEs and these to their plots, and `mkdocs build --strict` checks the links.
+What the pages of `docs/` link to elsewhere in the repository becomes part of the site, under its path: the catalogue
+leads to the plugins' READMEs and these to their plots. A link that leads nowhere ends the build, with file and line.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mkdocs.exceptions import PluginError
+from pages import UnknownPart, filled
+from pages.gallery import listed
+from pages.links import dead
+from pages.shown import as_in_site, from_elsewhere, shown
+from pages.together import goes_with, script
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -15,43 +22,72 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/*", "plugins/*/*/README.md")
+MATRIX = "choose/matrix.js"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The plugins in the navigation, by hook."""
-    hooks: dict[str, list[Any]] = {}
-    for path in sorted(ROOT.glob("plugins/*/*/README.md")):
-        uri = path.relative_to(ROOT).as_posix()
-        hooks.setdefault(path.parts[-3], []).append({path.parts[-2]: uri})
-    config.nav = [
-        *(config.nav or []),
-        {"Plugins": [{hook: pages} for hook, pages in hooks.items()]},
-        {"Writing a plugin": "CONTRIBUTING.md"},
-        {"Benchmarks": "benchmarks/README.md"},
-    ]
+    """Dead links, before anything is built; then folders of the navigation as their pages, and the plugins by hook."""
+    pages = [*sorted((ROOT / "docs").rglob("*.md")), *shown(".md")]
+    if found := dead(pages, ROOT, _filled):
+        raise PluginError("links that lead nowhere:\n" + "\n".join(found))
+    config.nav = _expanded(config.nav or [])
     return config
+
+
+def _expanded(nav: list[Any]) -> list[Any]:
+    """`- Plugins: plugins/` is a section of what is shown of that folder; without pages there is none."""
+    found = []
+    for entry in nav:
+        title, value = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
+        if isinstance(value, list):
+            found.append({title: _expanded(value)})
+        elif value.endswith("/"):
+            if pages := _folder(value):
+                found.append({title: pages})
+        else:
+            found.append(entry)
+    return found
+
+
+def _folder(place: str) -> list[Any]:
+    """Pages by their file's name; READMEs by the folders that they lie in, `plugins/HOOK/NAME/README.md`."""
+    uris = [path.relative_to(ROOT).as_posix() for path in shown(".md")]
+    groups: dict[str, list[Any]] = {}
+    for uri in (uri for uri in uris if uri.startswith(place)):
+        *folders, name = uri.removeprefix(place).removesuffix(".md").split("/")
+        groups.setdefault("/".join(folders[:-1]), []).append({folders[-1] if folders else name: uri})
+    return groups.pop("", []) + [{group: pages} for group, pages in groups.items()]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
-    for pattern in SHOWN:
-        for path in sorted(ROOT.glob(pattern)):
-            uri = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, uri, abs_src_path=str(path)))
+    for path in shown():
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    files.append(File.generated(config, MATRIX, content=script()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """In the site `docs/` is the root: links out of it lose a step, links into it lose its name."""
-    markdown = without_reasons(markdown)
-    if page.file.generated_by is None:
-        up = "../" * (page.file.src_uri.count("/") + 1)
-        return markdown.replace(f"]({up}", f"]({up[3:]}")
-    return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
+    """What is made in its place, and links as they are in the site."""
+    uri = page.file.src_uri
+    try:
+        markdown = filled(markdown)
+    except UnknownPart as error:
+        raise PluginError(f"docs/{uri}: {error}") from error
+    markdown = as_in_site(markdown, uri, is_shown=page.file.generated_by is not None)
+    own = {each.link.removeprefix("../../"): each.name for each in listed()}
+    if uri in own and uri.startswith("plugins/"):
+        markdown = f"{markdown}\n{goes_with(own[uri], '../' * uri.count('/'))}"
+    return markdown
 
 
-def without_reasons(markdown: str) -> str:
-    """Fences without `norun="..."`, why a block does not run in the tests: superfences knows no such option."""
-    return re.sub(r'^(```\w+) norun="[^"\n]*"$', r"\1", markdown, flags=re.MULTILINE)
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Raises where a page would ask another host for something as it opens."""
+    if asked := from_elsewhere(output):
+        raise PluginError(f"{page.file.src_uri}: the page asks other hosts for {', '.join(asked)}")
+    return output
+
+
+def _filled(page: Path) -> str:
+    return filled(page.read_text("utf-8"))

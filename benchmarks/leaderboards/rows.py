@@ -1,9 +1,10 @@
 """Rows of the leaderboards, from the data sets that they are about.
 
-    python benchmarks/leaderboards/rows.py --data FOLDER -o rows
+    python benchmarks/leaderboards/rows.py --data FOLDER -o benchmarks/leaderboards/rows
 
-The folder holds `classify/snips_train.jsonl.gz`, `classify/snips_validate.jsonl.gz` (sonos/nlu-benchmark) and
-`classify/sentence_polarity.jsonl.gz` (Pang and Lee 2005). Rows are drawn with a seed, so that everybody has the same.
+The folder holds `classify/snips_train.jsonl.gz`, `classify/snips_validate.jsonl.gz` (sonos/nlu-benchmark),
+`classify/sentence_polarity.jsonl.gz` (Pang and Lee 2005) and `classify/ag_news_test.jsonl.gz` (the test split of
+mhjabreel/CharCnn_Keras). Rows are drawn with a seed, so that everybody has the same.
 """
 
 from __future__ import annotations
@@ -11,12 +12,37 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bases import READ_BEFORE, Source
+
 TRAIN, TEST = 4000, 500
+NEWS_TRAIN = 1200
+"""Rows of AG News to train on; all that are left behind them are to test on."""
+SEARCHES = ("SearchCreativeWork", "SearchScreeningEvent")
+"""The two intents of SNIPS that are most alike."""
+
+SNIPS_TRAIN, SNIPS_TEST, POLARITY, NEWS = (
+    f"classify/{name}.jsonl.gz"
+    for name in ("snips_train", "snips_validate", "sentence_polarity", "ag_news_test")
+)
+UNREAD = READ_BEFORE[NEWS]
+SOURCES = {
+    "snips.train": Source(SNIPS_TRAIN),
+    "snips.test": Source(SNIPS_TEST),
+    "searches.train": Source(SNIPS_TRAIN),
+    "searches.test": Source(SNIPS_TEST),
+    "polarity.train": Source(POLARITY),
+    "polarity.test": Source(POLARITY, READ_BEFORE[POLARITY]),
+    "news.train": Source(NEWS, UNREAD),
+    "news.test": Source(NEWS, UNREAD + NEWS_TRAIN),
+}
+"""File of rows -> what they are of."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -32,18 +58,20 @@ def write(path: Path, rows: list[dict[str, str]], count: int) -> None:
 def main(
     data: Annotated[Path, typer.Option()], output: Annotated[Path, typer.Option("--output", "-o")]
 ) -> None:
-    """Write train and test rows of both sets."""
+    """Write train and test rows of all sets."""
     output.mkdir(parents=True, exist_ok=True)
-    for part, name, count in (("train", "snips_train", TRAIN), ("test", "snips_validate", TEST)):
-        rows = read(data / "classify" / f"{name}.jsonl.gz")
-        labelled = [{"text": row["text"], "label": row["intent"]} for row in rows]
+    for part, file, count in (("train", SNIPS_TRAIN, TRAIN), ("test", SNIPS_TEST, TEST)):
+        labelled = [{"text": row["text"], "label": row["intent"]} for row in read(data / file)]
         write(output / f"snips.{part}.jsonl", labelled, count)
-    rows = [
-        {"text": r["text"], "label": r["label"]}
-        for r in read(data / "classify" / "sentence_polarity.jsonl.gz")
-    ]
-    write(output / "polarity.train.jsonl", rows[:9000], TRAIN)
-    write(output / "polarity.test.jsonl", rows[9000:], TEST)
+        searches = [row for row in labelled if row["label"] in SEARCHES]
+        write(output / f"searches.{part}.jsonl", searches, min(count, len(searches)))
+    rows = [{"text": r["text"], "label": r["label"]} for r in read(data / POLARITY)]
+    first = READ_BEFORE[POLARITY]
+    write(output / "polarity.train.jsonl", rows[:first], TRAIN)
+    write(output / "polarity.test.jsonl", rows[first:], TEST)
+    rows = [{"text": f"{r['text']}\nSection:", "label": r["label"]} for r in read(data / NEWS)[UNREAD:]]
+    write(output / "news.train.jsonl", rows[:NEWS_TRAIN], NEWS_TRAIN)
+    write(output / "news.test.jsonl", rows[NEWS_TRAIN:], len(rows) - NEWS_TRAIN)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Perplexity on the system's turns of real dialogues: speaker embeddings beside LoRA, full fine-tuning and prompts.
+"""Perplexity on the system's turns of real dialogues: speaker embeddings beside LoRA, with the speakers' names in the
+text and without them.
 
     python benchmarks/plugins/token_trails.py sgd_dev_sample.jsonl.gz
 
-The data: rows with `turns` of `speaker` (user or system) and `text`, as in the Schema-Guided Dialogue set. The system's
-turns become the assistant's. Every method sees the same batches; the last `--test` dialogues are held out from all of
-them, though the bundled model has read the whole set in its pre-training, the system under the name `System:`.
+The data: rows with `turns` of `speaker` (user or system) and `text`, as in the Schema-Guided Dialogue set. Where
+`User:` and `Assistant:` open the turns, a model can read who speaks, and vectors that say it again have nothing to add.
+So the turns also stand without names, one a line, and who speaks is told to Token Trails alone, as `token_type_ids`: a
+column that no YAML file can give. Every method sees the same batches; the last `--test` dialogues are held out, and
+rates are chosen on the fifth before them.
 """
 
 from __future__ import annotations
@@ -14,59 +17,68 @@ import gzip
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftx import Stack
-from peftx.engines.data import Collator, tokenize_dataset
+from peftx.engines.data import IGNORE, Collator, text_ids, tokenize_dataset
+from peftx.engines.models import load_model
 from peftx.engines.training.run import as_training_data
 from peftx_lora import Lora
-from peftx_p_tuning_v2 import PTuningV2
-from peftx_prompt_tuning import PromptTuning
 from peftx_token_trails import TokenTrails
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from compare import RESULTS, FullTuning, Method, compare, write
+from bases import TABLES, seen
+from compare import RESULTS, Method, Parts, Result, compare, write
 
+Row = dict[str, Any]
 ROLES = {"user": "user", "system": "assistant"}
-METHODS = (
-    Method(name="no training", plugins=list),
-    Method(name="Token Trails alone", plugins=lambda: [TokenTrails()], rate=1e-2),
-    Method(name="LoRA, rank 8", plugins=lambda: [Lora(rank=8)], rate=1e-3),
-    Method(
-        name="LoRA, rank 8, and Token Trails",
-        plugins=lambda: [Lora(rank=8), TokenTrails()],
-        rate=1e-3,
-        rates={"token-trails": 1e-2},
-    ),
-    Method(name="prompt tuning, 20 tokens", plugins=lambda: [PromptTuning(length=20)], rate=1e-2),
-    Method(name="P-tuning v2, 20 rows", plugins=lambda: [PTuningV2(length=20)], rate=1e-2),
-    Method(name="full fine-tuning", plugins=lambda: [FullTuning()], rate=1e-4),
-)
+TYPES = {"user": 1, "system": 2}
+"""Places in TokenTrails's `speakers`."""
+FASTER = {"token-trails": 10.0}
+"""R has 512 numbers, which start at 0: it learns at ten times LoRA's rate."""
+RATES = (1e-3, 3e-3, 1e-2)
 
 
-def dialogues(path: Path) -> list[dict[str, Any]]:
-    """Rows of messages; what follows the system's last turn is left out."""
+LORA = ("LoRA", lambda: [Lora(rank=8)])
+BOTH = ("LoRA and Token Trails", lambda: [Lora(rank=8), TokenTrails()])
+
+
+def dialogues(path: Path) -> list[list[dict[str, str]]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        found = [json.loads(line)["turns"] for line in lines]
-    return [
-        {"messages": [{"role": ROLES[t["speaker"]], "content": t["text"]} for t in turns]} for turns in found
-    ]
+        return [json.loads(line)["turns"] for line in lines]
+
+
+def named(turns: list[dict[str, str]]) -> Row:
+    return {"messages": [{"role": ROLES[t["speaker"]], "content": t["text"]} for t in turns]}
+
+
+def nameless(tokenizer: Any, turns: list[dict[str, str]], max_length: int, *, types: bool) -> Row:
+    """Ids of the turns, a line each, of which the system's are learned; with `types` who speaks stands beside them."""
+    ids, labels, speakers = [tokenizer.bos_token_id], [IGNORE], [0]
+    for turn in turns:
+        own = text_ids(tokenizer, f"{turn['text']}\n")
+        ids += own
+        labels += own if turn["speaker"] == "system" else [IGNORE] * len(own)
+        speakers += [TYPES[turn["speaker"]]] * len(own)
+    row = {"input_ids": ids, "labels": labels} | ({"token_type_ids": speakers} if types else {})
+    return {name: column[:max_length] for name, column in row.items()}
 
 
 @torch.no_grad()
-def perplexity(stack: Stack, rows: list[dict[str, Any]], max_length: int) -> float:
-    """exp of the mean over all tokens of the assistant's turns, their ends included."""
+def perplexity(stack: Stack, rows: list[Row], max_length: int) -> float:
+    """exp of the mean over all tokens of the system's turns, their ends included."""
     data = as_training_data(stack, rows, seed=0, max_length=max_length)
-    tokenized = list(tokenize_dataset(data.train, stack.tokenizer, format="messages", max_length=max_length))
+    tokenized = list(tokenize_dataset(data.train, stack.tokenizer, format=data.format, max_length=max_length))
     tokenized.sort(key=lambda row: len(row["input_ids"]))
     collate = Collator(stack.tokenizer.pad_token_id)
     nats, count = 0.0, 0
     for start in range(0, len(tokenized), 8):
         batch = collate(tokenized[start : start + 8])
-        learned = int((batch["labels"][:, 1:] != -100).sum())
+        learned = int((batch["labels"][:, 1:] != IGNORE).sum())
         nats += float(stack.model(**batch).loss) * learned
         count += learned
     return math.exp(nats / count)
@@ -75,40 +87,43 @@ def perplexity(stack: Stack, rows: list[dict[str, Any]], max_length: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="peftx:tiny")
     parser.add_argument("--test", type=int, default=84, help="dialogues to measure on")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--target", type=float, default=14.0, help="perplexity whose first reaching is timed")
-    parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
-    rows = dialogues(arguments.data)
-    train, test = rows[: -arguments.test], rows[-arguments.test :]
-    results = compare(
-        [method for method in METHODS if arguments.only in method.name],
-        train,
-        lambda stack: perplexity(stack, test, arguments.max_length),
-        seeds=range(arguments.seeds),
-        steps=arguments.steps,
-        every=arguments.every,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        target=arguments.target,
-        higher_is_better=False,
+    turns, size = dialogues(arguments.data), arguments.max_length
+    tokenizer = load_model(arguments.model)[1]
+    cases = (
+        (LORA, "names in the text", named),
+        (BOTH, "names in the text", named),
+        (LORA, "no names", partial(nameless, tokenizer, max_length=size, types=False)),
+        (BOTH, "no names", partial(nameless, tokenizer, max_length=size, types=True)),
     )
-    names = ("steps", "batch_size", "max_length", "seeds")
+    results: list[Result] = []
+    for (name, plugins), told, form in cases:
+        rows = [form(some) for some in turns]
+        results += compare(
+            [Method(name=f"{name}, {told}", plugins=plugins, times=FASTER if plugins is BOTH[1] else {})],
+            Parts.of(rows[: -arguments.test], test=rows[-arguments.test :]),
+            lambda stack, some: perplexity(stack, list(some), size),
+            rates=RATES, seeds=range(arguments.seeds), steps=arguments.steps, every=arguments.every,
+            batch_size=arguments.batch_size, max_length=size, higher_is_better=False, model=arguments.model,
+        )  # fmt: skip
     write(
         "token_trails",
         "Token Trails on the Schema-Guided Dialogue set",
         results,
         unit="perplexity of the system's turns",
-        target=arguments.target,
-        settings={"train": len(train), "test": len(test)}
-        | {name: getattr(arguments, name) for name in names},
+        base=seen(arguments.model, **TABLES["token-trails"]),
+        settings={
+            name: getattr(arguments, name) for name in ("test", "steps", "batch_size", "max_length", "seeds")
+        },
         folder=arguments.output,
     )
 

@@ -13,7 +13,8 @@ from typing import TextIO
 
 import typer
 
-from peftx_spec.errors import PeftxError, visible
+from peftx_cli import explained
+from peftx_spec.errors import FileError, PeftxError, visible
 from peftx_spec.problems import Problem, SpecError
 
 PLACES = frozenset(
@@ -69,7 +70,7 @@ def _of_a_place(error: OSError) -> PeftxError | None:
     """The system's error as one that the user can mend; None where it is not about a file or folder that is named."""
     if error.errno not in PLACES or error.filename is None:
         return None
-    return PeftxError(
+    return FileError(
         f"{error.filename}: {error.strerror}", hint="give another place, or make room or way there"
     )
 
@@ -80,18 +81,21 @@ def show(error: PeftxError) -> None:
         for problem in error.problems:
             _print_problem(problem)  # its text is fit to be shown
         count = len(error.problems)
-        print(f"{count} problem{'s' if count > 1 else ''} in the spec; nothing was run", file=sys.stderr)
+        message, hint = f"{count} problem{'s' if count > 1 else ''} in the spec; nothing was run", None
     else:
-        say(error.message, hint=error.hint)
+        message, hint = error.message, error.hint
+    say(message, hint=hint, title=f"error[{error.code}]", more=explained.more(error.code))
 
 
-def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
-    """A message on stderr: a panel on a terminal, plain lines elsewhere, so that logs stay readable."""
-    message, hint = visible(message, lines=True), visible(hint or "", lines=True)
+def say(message: str, *, hint: str | None = None, title: str = "error", more: str = "") -> None:
+    """A message on stderr: a panel on a terminal, plain lines elsewhere, so that logs stay readable.
+
+    `more`: the command that tells more.
+    """
+    title, message, hint = visible(title), visible(message, lines=True), visible(hint or "", lines=True)
     if not sys.stderr.isatty():
-        print(f"{title}: {message}", file=sys.stderr)
-        if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+        lines = (f"{title}: {message}", f"hint: {hint}" if hint else "", f"more: {more}" if more else "")
+        print("\n".join(filter(None, lines)), file=sys.stderr)
         return
     from rich.panel import Panel
     from rich.text import Text
@@ -101,8 +105,12 @@ def say(message: str, *, hint: str | None = None, title: str = "error") -> None:
     body = Text(message)
     if hint:
         body.append(f"\n{hint}", style="cyan")
-    style = "red" if title == "error" else "yellow"
-    console(stderr=True).print(Panel(body, title=title, title_align="left", border_style=style, expand=False))
+    if more:
+        body.append(f"\n{more}", style="dim")
+    style = "yellow" if title == "warning" else "red"
+    console(stderr=True).print(
+        Panel(body, title=Text(title), title_align="left", border_style=style, expand=False)
+    )
 
 
 def warn(message: str) -> None:

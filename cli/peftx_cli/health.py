@@ -14,9 +14,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftx_spec.places import cache_folder
+
 if TYPE_CHECKING:
     from peftx.composition.registry import Entry, Registry
 
+BROKEN = "broken.json"
+"""Where `doctor` notes which plugins fail."""
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -106,10 +110,10 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def cache_file() -> Path:
-    """Where `doctor` notes which plugins fail: `$XDG_CACHE_HOME/peftx/broken.json`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "peftx" / "broken.json"
+def cache_file(name: str) -> Path | None:
+    """A file of what can be made again; None where nothing is to be kept."""
+    folder = cache_folder()
+    return folder and folder / name
 
 
 class Verdicts:
@@ -120,8 +124,9 @@ class Verdicts:
 
     @classmethod
     def read(cls) -> Verdicts:
+        file = cache_file(BROKEN)
         try:
-            notes = json.loads(cache_file().read_text(encoding="utf-8"))
+            notes = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
         except (OSError, ValueError):
             return cls({})  # no doctor was here, or its note is damaged: nothing is known
         return cls(notes if isinstance(notes, dict) else {})
@@ -134,8 +139,8 @@ class Verdicts:
     def write(cls, broken: dict[str, tuple[Entry, str]]) -> None:
         """Raises OSError where the cache cannot be written."""
         notes = {name: {"file": _stamp(entry), "reason": reason} for name, (entry, reason) in broken.items()}
-        file = cache_file()
-        if not notes and not file.exists():
+        file = cache_file(BROKEN)
+        if file is None or (not notes and not file.exists()):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(notes, indent=1), encoding="utf-8")

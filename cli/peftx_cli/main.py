@@ -13,6 +13,7 @@ from peftx_cli.commands import (
     catalogue,
     compare,
     exchange,
+    explain,
     health,
     hub,
     inspect,
@@ -70,7 +71,8 @@ def root(
 
 
 for group in (
-    run, compare, search, use, merging, exchange, hub, inspect, rows, report, catalogue, health, scaffold,
+    run, compare, search, use, merging, exchange, hub, inspect, rows, report, catalogue, explain, health,
+    scaffold,
 ):  # fmt: skip
     group.register(app)
 

@@ -15,11 +15,11 @@ def known_device(name: str) -> str:
     """
     import re
 
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
     from peftx_spec.models import DEVICE
 
     if not re.match(DEVICE, name):
-        raise PeftxError(
+        raise UsageError(
             f"--device {name}: there is no such device", hint="one of auto, cpu, cuda, cuda:0, mps"
         )
     return name
@@ -33,7 +33,7 @@ def plugin_names(incomplete: str) -> list[str]:
 
 
 Spec = Annotated[
-    str | None, typer.Argument(metavar="[SPEC]", help="pipeline as YAML; or name plugins instead")
+    str | None, typer.Argument(metavar="[SPEC]", help="spec, a YAML file; or name plugins instead")
 ]
 Plugins = Annotated[
     list[str] | None,

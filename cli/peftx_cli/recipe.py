@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftx_spec.errors import PeftxError
+from peftx.errors import TrainingError, UsageError
+from peftx_spec.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,7 @@ def read(asked: Asked, registry: Registry) -> Recipe:
             if asked.spec
             else "nothing to do: neither a spec nor a plugin"
         )
-        raise PeftxError(
+        raise UsageError(
             problem, hint="peftx apply pipeline.yaml, or peftx apply --plugin lora --plugin prefixquant"
         )
     flags: dict[str, str] = {}
@@ -138,7 +139,9 @@ def without_compression(recipe: Recipe, registry: Registry) -> Recipe:
         value = stage.train.model_copy(update={"plugins": ids}) if stage.train is not None else ids
         kept.append(stage.model_copy(update={stage.kind: value}))
     if not any(stage.train is not None for stage in kept):
-        raise PeftxError("nothing trains in this pipeline", hint="add a 'train:' section, or use peftx apply")
+        raise TrainingError(
+            "nothing trains in this pipeline", hint="add a 'train:' section, or use peftx apply"
+        )
     metrics = tuple(metric for metric in recipe.pipeline.evaluate if metric.metric not in idle)
     pipeline = recipe.pipeline.model_copy(update={"run": tuple(kept), "stack": stack, "evaluate": metrics})
     return replace(recipe, pipeline=pipeline, text=dump(pipeline))
@@ -167,7 +170,7 @@ def text_for(asked: Asked, registry: Registry) -> tuple[str, Sequence[PlannedCon
     if not trains:
         document["data"] = _data(asked, hooks, trains=False, measures=measures)
         if asked.steps is not None:
-            raise PeftxError(
+            raise UsageError(
                 "--steps has no effect: no plugin of this stack trains", hint="peftx list --hook inject"
             )
     else:
@@ -207,13 +210,13 @@ def _columns(asked: Asked) -> dict[str, str]:
     for pair in (asked.columns or "").split(",") if asked.columns is not None else ():
         ours, equals, theirs = (word.strip() for word in pair.partition("="))
         if not (ours and equals and theirs) or ours in found:
-            raise PeftxError(
+            raise UsageError(
                 f"--columns {asked.columns}: '{pair}' is no pair of names, or names one twice",
                 hint="OURS=THEIRS, as in --columns prompt=ask,completion=reply",
             )
         found[ours] = theirs
     if found and asked.data is None and asked.eval is None:
-        raise PeftxError(
+        raise UsageError(
             "--columns names columns of --data and --eval, and there is neither", hint="--data FILE"
         )
     return found
@@ -226,7 +229,7 @@ def format_of(option: str, file: str, columns: dict[str, str] | None = None) -> 
     try:
         return look(_from_here(file), columns=columns or {})
     except Unfit as error:
-        raise PeftxError(f"{option}: {error.message}", hint=error.hint or None) from error
+        raise DataError(f"{option}: {error.message}", hint=error.hint or None) from error
 
 
 def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) -> dict[str, Any]:
@@ -250,21 +253,21 @@ def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) 
     elif asked.eval is None:
         data = {"eval": _source(asked, asked.data)}  # nothing learns from it
     else:
-        raise PeftxError("--data has no effect: nothing in this stack reads it", hint="leave it out")
+        raise UsageError("--data has no effect: nothing in this stack reads it", hint="leave it out")
     if asked.split is not None and "holdout" not in data:
-        raise PeftxError(
+        raise UsageError(
             "--split has no effect: no rows of --data are both trained on and measured", hint="leave it out"
         )
     if asked.eval is not None:
         if asked.split is not None:
-            raise PeftxError("--split and --eval exclude each other: both say what is measured on")
+            raise UsageError("--split and --eval exclude each other: both say what is measured on")
         data = {name: source for name, source in data.items() if name != "holdout"}
         data["eval"] = _source(asked, asked.eval)
     if asked.calibration is not None:
         data["calibration"] = _from_here(asked.calibration)
     if not compresses:
         if asked.calibration is not None:
-            raise PeftxError(
+            raise UsageError(
                 "--calibration has no effect: no plugin of this stack compresses",
                 hint="peftx list --hook compress",
             )

@@ -19,6 +19,18 @@ def out(text: str = "") -> None:
     print(visible(text, lines=True))
 
 
+def out_markdown(text: str) -> None:
+    """Laid out on a terminal, as it is written elsewhere."""
+    if not sys.stdout.isatty():
+        out(text)
+        return
+    from rich.markdown import Markdown
+
+    from peftx_cli.progress import console
+
+    console().print(Markdown(visible(text, lines=True)))
+
+
 def out_exactly(text: str, *, end: str = "\n") -> None:
     """Text that a program may read as it is: a model's own; on a terminal as `out`."""
     print(visible(text, lines=True) if sys.stdout.isatty() else text, end=end, flush=True)

@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from peftx_spec.errors import PeftxError, nearest
+from peftx.errors import UsageError
+from peftx_spec.errors import FileError, nearest
 
 HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
 RESERVED = ("spec", "cli", "all", "peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
@@ -33,7 +34,7 @@ def write(
     """
     values = _values(slug=slug, hook=hook, arxiv=arxiv, title=title, family=family)
     if folder.exists():
-        raise PeftxError(f"'{folder}' exists already", hint="choose another --dir, or remove it first")
+        raise FileError(f"'{folder}' exists already", hint="choose another --dir, or remove it first")
     module = values["module"]
     templates = {
         "pyproject.toml": "pyproject.toml",
@@ -59,28 +60,28 @@ def _values(
 ) -> dict[str, str]:
     """What the templates are filled with."""
     if hook not in HOOKS:
-        raise PeftxError(
+        raise UsageError(
             f"there is no hook '{hook}'", hint=nearest(hook, HOOKS) or f"there are: {', '.join(HOOKS)}"
         )
     if not _SLUG.fullmatch(slug):
         better = "-".join(re.findall(r"[a-z0-9]+", slug.lower())) or "two-words"
-        raise PeftxError(
+        raise UsageError(
             f"'{slug}' is no name for a plugin: lower-case words joined by hyphens", hint=f"try '{better}'"
         )
     if slug in RESERVED or slug[0].isdigit():
-        raise PeftxError(
+        raise UsageError(
             f"'{slug}' cannot be a plugin's name", hint="a letter first, and no word of the spec"
         )
     if arxiv is not None and not _ARXIV.fullmatch(arxiv := arxiv.removeprefix("arXiv:")):
-        raise PeftxError(f"'{arxiv}' is no arXiv id", hint="as in 2106.09685")
+        raise UsageError(f"'{arxiv}' is no arXiv id", hint="as in 2106.09685")
     if family is not None and not _FAMILY.fullmatch(family):
-        raise PeftxError(
+        raise UsageError(
             f"'{family}' is no family: lower-case words joined by hyphens", hint="as in low-rank"
         )
     words = " ".join(slug.split("-"))
     title = f"{words.capitalize()}, a plugin for peftx" if title is None else " ".join(title.split())
     if not SHORTEST <= len(title) <= LONGEST or title.endswith(".") or set(title) & set('"\\'):
-        raise PeftxError(
+        raise UsageError(
             f"the title has {len(title)} characters; it is one line of {SHORTEST} to {LONGEST}, without a full stop, "
             "quotation marks and backslashes"
         )

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftx_spec.errors import PeftxError, nearest
+from peftx.errors import BundleError, UsageError
+from peftx_spec.errors import nearest
 
 if TYPE_CHECKING:
     from peftx.stack import Stack
@@ -77,7 +78,7 @@ def _is_bundle(target: str, model: str | None) -> bool:
     if (folder / "manifest.json").exists() or (folder.is_dir() and not (folder / "config.json").exists()):
         return True
     if model is not None:
-        raise PeftxError(
+        raise UsageError(
             f"--model names the base of a bundle, and '{target}' is none", hint="leave --model out"
         )
     looks_local = target.startswith((".", "/", "~")) or target.count("/") > 1 or "/" not in target
@@ -87,5 +88,5 @@ def _is_bundle(target: str, model: str | None) -> bool:
         hint = nearest(folder.name, names) or (
             f"bundles there: {', '.join(names)}" if names else f"or {TINY}"
         )
-        raise PeftxError(f"there is no bundle or model '{target}'", hint=hint)
+        raise BundleError(f"there is no bundle or model '{target}'", hint=hint)
     return False

@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from peftx.kernel.calls import CallEdit
     from peftx.kernel.phases import Phase
     from peftx.kernel.plugin import Claim, Plugin, PluginConfig, hookimpl
-    from peftx.kernel.slots import Delta, LowRank, SparseDelta, add_low_rank, dropout_linear
+    from peftx.kernel.slots import Delta, LowRank, add_low_rank, dropout_linear
     from peftx.kernel.targets import Targets
     from peftx.kernel.view import BoundSite, ModelView
     from peftx.kernel.virtual_tokens import VirtualTokens
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from peftx.peft_format import PeftFormat
     from peftx.pipeline import run
     from peftx.sharing import pull, push
+    from peftx.sparse import SparseDelta
     from peftx.stack import Stack
     from peftx.together import load_together
     from peftx.toolkits.decoding import Generation

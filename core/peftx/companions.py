@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from peftx.engines.bundle.manifest import MANIFEST
 from peftx.engines.hub import is_hub
 from peftx.engines.models import load_model
-from peftx.errors import PeftxError
+from peftx.errors import ModelError
 from peftx.kernel.stack import Stack
 from peftx.loading import load
 
@@ -49,7 +49,7 @@ def companion(
         found, tokenizer = load_model(str(source), device=str(stack.model.device))
     own = stack.given_tokenizer
     if tokenizer is not None and own is not None and tokenizer.get_vocab() != own.get_vocab():
-        raise PeftxError(
+        raise ModelError(
             f"'{source}' has another vocabulary than the stack's model, so their tokens cannot be compared",
             hint="a model of the same family; or compare texts (peftx.toolkits.working)",
         )

@@ -13,7 +13,7 @@ WHERE = {
     "Targets": "peftx.kernel.targets",
     "Delta": "peftx.kernel.slots",
     "LowRank": "peftx.kernel.slots",
-    "SparseDelta": "peftx.kernel.slots",
+    "SparseDelta": "peftx.sparse",
     "add_low_rank": "peftx.kernel.slots",
     "dropout_linear": "peftx.kernel.slots",
     "AttentionEdit": "peftx.kernel.attention",

@@ -39,7 +39,7 @@ class HookSpecs:
 
     @hookspec
     def inject(self, model: ModelView, stack: Stack) -> None:
-        """Attach deltas to slots, edits to attention, virtual tokens to the input; declare what trains.
+        """Attach deltas to slots, edits to attention, soft tokens to the input; declare what trains.
 
         Called once when the stack is built, and again when a bundle is loaded (`model.restoring` is then true and
         tensors are filled in afterwards, so data-dependent initialisation is to be left out). Every plugin in order.

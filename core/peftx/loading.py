@@ -22,7 +22,7 @@ from peftx.engines.bundle.manifest import (
     read_history,
     read_manifest,
 )
-from peftx.engines.bundle.sparse import AT, TO, unpack
+from peftx.engines.bundle.sparse import AT, TO, unpack, widened
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     cast_buffers,
@@ -30,11 +30,10 @@ from peftx.engines.bundle.surroundings import (
     compute_buffers,
     computed_buffers,
     generation_of,
-    tokenizer_digest,
 )
 from peftx.engines.checkpoints import read_config
 from peftx.engines.files import naming, read_tensors
-from peftx.engines.models import load_model, read_tokenizer, usable_device
+from peftx.engines.models import load_model, read_tokenizer, tokenizer_digest, usable_device
 from peftx.errors import BundleError
 from peftx.interop.importing import import_peft
 from peftx.kernel.anatomy import Anatomy
@@ -91,12 +90,10 @@ def _load(
     registry: Registry,
     trust_remote_code: bool,
 ) -> Stack:
-    model_given = model
+    model_given, tokenizer_given = model, tokenizer
     members = [_member(entry, registry) for entry in manifest.plugins]
-    base = manifest.base
-    contained = base.contained
-    tokenizer = tokenizer or _own_tokenizer(folder)
-    came_with = None
+    base, contained = manifest.base, manifest.base.contained
+    tokenizer, came_with = tokenizer or _own_tokenizer(folder), None
     if contained is not None:
         if model is not None:
             raise BundleError(f"'{folder}' holds its base itself, compressed", hint="leave the model out")
@@ -112,6 +109,7 @@ def _load(
     stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
     model = stack.model
     stack.tokenizer_of_base = None if came_with is None else tokenizer_digest(came_with)
+    stack.tokenizer_before = came_with or tokenizer_given
     stack.base_id = base.id
     if contained is None:
         _check_base(stack, base, folder)
@@ -153,8 +151,8 @@ def _check_base(stack: Stack, base: BaseEntry, folder: Path) -> None:
     """Raises BundleError where the base is another one, or configured otherwise."""
     if base.fingerprint is not None and base.settings is None:  # of a bundle of version 0.1
         found: str | None = fingerprint(stack.model)
-    else:
-        found = stack.base_fingerprint
+    else:  # in the dtype that it was just read in: nothing has cast it since
+        found = stack.identity.digest() if stack.identity is not None else None
     if found != base.fingerprint:
         raise BundleError(
             f"'{folder}' was made for another base model than '{stack.base_id}': "
@@ -260,7 +258,14 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
 
 
 def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: Path | None) -> None:
-    """Put whole tensors in the place of what changed in them."""
+    """Put whole tensors in the place of what changed in them, or of their shorter forms."""
+    for name, (dtype, shape) in entry.shorter.items():
+        if name not in tensors:
+            continue  # `_fill` says that it is missing
+        try:
+            tensors[name] = widened(tensors[name], dtype, shape)
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
     parts = stack.ledger.of(entry.id, BasePart)
     originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
     for name in entry.sparse:
@@ -327,8 +332,9 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
             _check_shape(name, old, value)
             trains = value.is_floating_point() and (old is None or old.requires_grad)
             new = nn.Parameter(value, requires_grad=trains)
-            if old is not None and torch.equal(shared.setdefault(id(old), (old, new))[1], new):
-                new = shared[id(old)][1]
+            if old is not None:
+                first = shared.setdefault(id(old), (old, new))[1]
+                new = first if first is new or torch.equal(first, new) else new
             module._parameters[leaf] = new
             if of_base and old is not None:  # it may be tied to another name
                 for other in stack.model.modules():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError
 
 NEUTRAL: Mapping[str, Any] = {
     "inference_mode": ..., "task_type": ..., "base_model_name_or_path": ..., "revision": ..., "peft_version": ...,
@@ -159,7 +159,7 @@ def most_common(values: Mapping[str, Any]) -> Any:
         PeftxError: there is none.
     """
     if not values:
-        raise PeftxError("the adapter's file has no tensor of the method that its settings name")
+        raise AdapterError("the adapter's file has no tensor of the method that its settings name")
     counts: dict[Any, int] = {}
     for value in values.values():
         counts[value] = counts.get(value, 0) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +13,21 @@ import torch
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
 from peftx.engines.data.sources import check_rows_serve, training_rows
+from peftx.engines.models import base_bytes as bytes_on_disk
 from peftx.engines.models import load_model
 from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy import Anatomy, Site
+from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.phases import spans
+from peftx.kernel.plugin import Claim, compresses_own
+from peftx.kernel.view import BoundSite
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
-from peftx.toolkits.compression import QuantLinear
+from peftx.toolkits.compression import NarrowLinear, QuantLinear
+from peftx.toolkits.compression.names import dtype_name
 from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
 from peftx_spec.models import Pipeline
 from peftx_spec.stages import stages_of
@@ -55,16 +61,14 @@ def plan(
     try:
         check_rows_serve(model, pipeline, members, stages)
     except UnsupportedError as error:
-        conflicts.append(
-            PlannedConflict(plugins=("data.train",), reason=error.message, remedy=error.hint or "")
-        )
+        conflicts.append(_refused(("data.train",), error))
     held_out = training_rows(pipeline.data)[1] if pipeline.data.holdout is not None else None
     planned = tuple(
         PlannedStage(
             name=stage.kind,
             plugins=() if stage.kind in ("evaluate", "save") else stage.ids,
             reads=_reads(pipeline, stage.kind),
-            writes=(pipeline.output,) if stage.kind == "save" and pipeline.output else (),
+            writes=() if stage.save is None else tuple(filter(None, [stage.save.path or pipeline.output])),
             detail=str(held_out) if stage.kind == "evaluate" and held_out is not None else stage.round,
         )
         for stage in stages
@@ -78,35 +82,39 @@ def plan(
         stack = Stack(model, members, tokenizer=tokenizer, inject=False)
     except ArchitectureError as error:
         blamed = tuple(m.id for m in members if error.message.startswith((f"{m.id}:", f"'{m.id}'")))
-        refused = PlannedConflict(
-            plugins=blamed or tuple(m.id for m in members), reason=error.message, remedy=error.hint or ""
-        )
+        refused = _refused(blamed or tuple(m.id for m in members), error)
         totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
         return Plan(model=pipeline.model.id, stages=planned, conflicts=(refused,), totals=totals)
-    injecting = [index for index, stage in enumerate(stages) if stage.kind == "inject"]
-    before = [stage.ids for stage in stages[: min(injecting, default=0)] if stage.kind == "compress"]
-    early = {id for ids in before for id in ids}
     source = pipeline.data.calibration or pipeline.data.train
     length = CALIBRATION_LENGTH if source is None or source.max_length is None else source.max_length
     tokens = CALIBRATION_SAMPLES * length
+    last = max((index for index, stage in enumerate(stages) if stage.kind == "inject"), default=-1)
     promised: dict[str, Compression] = {}
-    for ahead in (True, False):  # what compresses first leaves packed layers to the others
-        for member in members:
-            with _noting(conflicts, member), torch.device("meta"):
-                if member.implements("compress") and (member.id in early) is ahead:
-                    promised[member.id] = _compression(stack, member, tokens, stand_in=ahead)
-        if ahead:
-            for member in members:
-                with _noting(conflicts, member), torch.device("meta"):
-                    stack.inject([member.id])
-    stack.ledger.parts = [
-        p for p in stack.ledger.parts if p.owner not in early or not isinstance(p, ReplacedPart)
-    ]
-    modules, saved = _touched(stack, promised)
-    reach = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
+    touched: dict[tuple[str, str], TouchedModule] = {}
+    narrowed: set[str] = set()
+    trainable, details = 0, dict[int, str]()
     runs = {index: pipeline.train_settings(s) for index, s in enumerate(stages) if s.train is not None}
-    steps = {index: spec.steps for index, spec in runs.items() if spec.num_train_epochs is None}
-    phases = {index: _phases(stack, total, conflicts) for index, total in steps.items()}
+    for member in members[:1] if last < 0 else ():  # nothing injects, and that asks whether all go together
+        with _noting(conflicts, member), torch.device("meta"):
+            stack.inject([member.id])
+    for index, stage in enumerate(stages):
+        for member in members if stage.kind in ("inject", "compress", "merge") else ():
+            if member.id in stage.ids:
+                with _noting(conflicts, member), torch.device("meta"):
+                    _carry_out(stack, member, stage.kind, promised, tokens, stand_in=index < last)
+        if stage.kind == "inject":
+            touched |= _touched(stack)
+            trainable = max(trainable, stack.trainable_parameters())
+            details[index] = f"stands on {_reach(stack):.1%} of the numbers in the layers' matrices"
+        elif stage.kind == "compress":
+            narrowed |= {m.id for m in members if m.id in stage.ids and compresses_own(m.plugin)}
+            details[index] = _duration([promised[id] for id in stage.ids if id in promised], tokens)
+        elif stage.kind == "train" and runs[index].num_train_epochs is None:
+            training = [m for m in members if m.id not in narrowed]
+            details[index] = _phases(training, runs[index].steps, conflicts)
+    stack.ledger.parts = [p for p in stack.ledger.parts if not isinstance(p, ReplacedPart)]
+    packed = _packed(promised)
+    modules = [*touched.values(), *packed]
     for member in members if any(spec.packing for spec in runs.values()) else ():
         with _noting(conflicts, member):
             check_member(member)
@@ -115,29 +123,22 @@ def plan(
             with _noting(conflicts, member):
                 check_source(pipeline.data.sources, name, owner=member.id)
     planned = tuple(
-        s.model_copy(update={"detail": "; ".join(filter(None, (s.detail, phases[index])))})
-        if index in phases
-        else s
+        s.model_copy(update={"detail": "; ".join(filter(None, (s.detail, details.get(index, ""))))})
         for index, s in enumerate(planned)
     )
-    details = {
-        "inject": lambda stage: reach,
-        "compress": lambda stage: _duration([promised[id] for id in stage.plugins if id in promised], tokens),
-    }
-    planned = tuple(
-        s.model_copy(update={"detail": "; ".join(filter(None, (s.detail, details[s.name](s))))})
-        if s.name in details
-        else s
-        for s in planned
-    )
-    trainable = stack.trainable_parameters()
-    added = sum(m.params for m in modules)
+    own = [tensor for member in members for tensor in stack.ledger.tensors(member.id).values()]
+    before = {site.path: _bytes_of(site) for found in promised.values() for site, _ in found.replaced}
     totals = Totals(
         base_params=base,
         base_bytes=base_bytes,
-        added_params=added,
+        added_params=sum(m.params for m in modules),
         trainable_params=trainable,
-        final_bytes=base_bytes + sum(t.nbytes for m in members for t in _own(stack, m)) - saved,
+        final_bytes=base_bytes
+        + sum(t.nbytes for t in own)
+        + sum(m.bytes for m in packed)
+        - sum(before.values()),
+        bundle_bytes=sum(map(_stored, own))
+        + _base_in_bundle(stack, pipeline.model.id, base_bytes, packed, promised),
     )
     return Plan(
         model=pipeline.model.id,
@@ -148,10 +149,10 @@ def plan(
     )
 
 
-def _phases(stack: Stack, steps: int, conflicts: list[PlannedConflict]) -> str:
+def _phases(members: Sequence[Member], steps: int, conflicts: list[PlannedConflict]) -> str:
     """What the phases of a stretch of training are; a plugin whose phases do not fit is a conflict."""
     told = []
-    for member in stack.members:
+    for member in members:
         with _noting(conflicts, member):
             found = spans(member.plugin.phases(), steps, owner=member.id)
             told += [f"{member.id}: {', '.join(map(str, found))} steps"] if found else []
@@ -165,25 +166,66 @@ class Compression:
     replaced: list[tuple[Site, int]]
     """Layers, and the bytes that they take then."""
     seconds: tuple[float, float]
+    cut: frozenset[str]
+    """Paths of the layers that lose rows or columns and keep the other numbers as the base has them."""
 
 
-def _compression(stack: Stack, member: Member, tokens: int, *, stand_in: bool) -> Compression:
-    """`stand_in`: put packed layers there, on the meta device, as those find them who come after."""
+def _carry_out(
+    stack: Stack, member: Member, kind: str, promised: dict[str, Compression], tokens: int, *, stand_in: bool
+) -> None:
+    """One stage of one plugin. What is in the weights then is taken from the model: no number of its own is left.
+
+    Args:
+        stand_in: put layers there, on the meta device, as those find them who come after.
+    """
     view = stack.view(member.id)
-    found = Compression(list(member.plugin.planned(view)), member.plugin.seconds(view, tokens))
-    if stand_in:
-        for site, _ in found.replaced:
-            view.bound(site).replace(
-                QuantLinear(
-                    in_features=site.in_features,
-                    out_features=site.out_features,
-                    bits=8,
-                    bias=site.bias is not None,
-                )
-            )
-        stack.anatomy = Anatomy(stack.model)
-        stack.standing[member.id].compressed = True
-    return found
+    if kind == "inject":
+        stack.inject([member.id])
+    elif kind == "merge":
+        _into_weights(stack, member)
+    else:
+        folds = member.claims(Claim.FOLDS_PREVIOUS)
+        earlier = stack.members[: stack.members.index(member)] if folds else ()
+        folded = [m for m in earlier if m.claims(Claim.MERGEABLE) and stack.ledger.of(m.id)]
+        replaced = list(member.plugin.planned(view))
+        cut = {site.path for site, _ in replaced} - _trained(stack) if member.claims(Claim.NARROWS) else ()
+        found = promised[member.id] = Compression(
+            replaced, member.plugin.seconds(view, tokens), frozenset(cut)
+        )
+        for other in folded:
+            _into_weights(stack, other)
+        if compresses_own(member.plugin):
+            _into_weights(stack, member)
+        if stand_in:
+            for site, _ in found.replaced:
+                _stand_in(view.bound(site), narrow=member.claims(Claim.NARROWS))
+            stack.anatomy = Anatomy(stack.model)
+            stack.standing[member.id].compressed = True
+
+
+def _trained(stack: Stack) -> set[str]:
+    """Paths of layers whose numbers a run changes: something on them trains, or they do."""
+    deltas = (p for p in stack.ledger.all(DeltaPart) if next(p.module.parameters(), None) is not None)
+    return {part.path for part in deltas} | {part.key for part in stack.ledger.all(BasePart)}
+
+
+def _into_weights(stack: Stack, member: Member) -> None:
+    for part in reversed(stack.ledger.of(member.id)):
+        if not isinstance(part, BasePart):
+            part.undo()
+            stack.ledger.parts.remove(part)
+
+
+def _stand_in(site: BoundSite, *, narrow: bool) -> None:
+    i, o, bias = site.in_features, site.out_features, site.bias is not None
+    if not narrow:
+        site.replace(QuantLinear(in_features=i, out_features=o, bits=8, bias=bias))
+    elif site.kind == "linear":  # of the full size: by how much it is narrower, only the training tells
+        site.replace(NarrowLinear(in_features=i, out_features=o, bias=bias, dtype=dtype_name(site.dtype)))
+
+
+def _refused(plugins: tuple[str, ...], error: PeftxError) -> PlannedConflict:
+    return PlannedConflict(plugins=plugins, reason=error.message, remedy=error.hint or "", code=error.code)
 
 
 @contextmanager
@@ -192,7 +234,7 @@ def _noting(conflicts: list[PlannedConflict], member: Member) -> Iterator[None]:
     try:
         yield
     except PeftxError as error:
-        refused = PlannedConflict(plugins=(member.id,), reason=error.message, remedy=error.hint or "")
+        refused = _refused((member.id,), error)
         if refused not in conflicts:  # some ask the same twice
             conflicts.append(refused)
 
@@ -217,38 +259,73 @@ def _reach(stack: Stack) -> float:
     return min(1.0, inside / total) if total else 0.0
 
 
-def _own(stack: Stack, member: Member) -> list[torch.Tensor]:
-    return list(stack.ledger.tensors(member.id).values())
-
-
-def _touched(stack: Stack, promised: Mapping[str, Compression]) -> tuple[list[TouchedModule], int]:
-    """Rows of the table, and the bytes that compression would save."""
+def _touched(stack: Stack) -> dict[tuple[str, str], TouchedModule]:
+    """Rows of the table, by plugin and place: what stands on the model now."""
     roles = {site.key: site for site in stack.anatomy.sites} | {
         site.path: site for site in stack.anatomy.sites if site.rows is None
     }
-    rows = []
+    rows = {}
     for part in stack.ledger.parts:
+        if isinstance(part, ReplacedPart):
+            continue
         tensors = part.tensors().values()
         site = roles.get(part.key)
-        rows.append(
-            TouchedModule(
-                path=part.key,
-                role=site.role if site is not None else part.what,
-                shape=tuple(site.shape) if site is not None else (),
-                plugin=part.owner,
-                params=0 if isinstance(part, BasePart) else sum(t.numel() for t in tensors),
-                bytes=sum(t.nbytes for t in tensors),
-            )
+        rows[part.owner, part.key] = TouchedModule(
+            path=part.key,
+            role=site.role if site is not None else part.what,
+            shape=tuple(site.shape) if site is not None else (),
+            plugin=part.owner,
+            params=0 if isinstance(part, BasePart) else sum(t.numel() for t in tensors),
+            bytes=sum(t.nbytes for t in tensors),
         )
-    saved = 0
+    return rows
+
+
+def _packed(promised: Mapping[str, Compression]) -> list[TouchedModule]:
+    """Rows of the layers that are replaced; what one plugin leaves smaller, the next one finds so."""
+    rows: dict[str, TouchedModule] = {}
     for id, found in promised.items():
         for site, size in found.replaced:
-            parameter = site.module._parameters.get(site.parameter)
-            saved += (0 if parameter is None else parameter.nbytes) - size
-            rows.append(
-                TouchedModule(path=site.path, role=site.role, shape=site.shape, plugin=id, bytes=size)
+            whole = _bytes_of(site)
+            if site.path in rows and whole:
+                size = size * rows[site.path].bytes // whole
+            rows[site.path] = TouchedModule(
+                path=site.path, role=site.role, shape=site.shape, plugin=id, bytes=size
             )
-    return rows, saved
+    return list(rows.values())
+
+
+def _bytes_of(site: Site) -> int:
+    parameter = site.module._parameters.get(site.parameter)
+    return 0 if parameter is None else parameter.nbytes
+
+
+def _stored(tensor: torch.Tensor) -> int:
+    """Bytes of a plugin's tensor in a bundle, which holds masks as bits."""
+    return -(-tensor.numel() // 8) if tensor.dtype == torch.bool else tensor.nbytes
+
+
+def _base_in_bundle(
+    stack: Stack,
+    id: str,
+    in_memory: int,
+    packed: Sequence[TouchedModule],
+    promised: Mapping[str, Compression],
+) -> int:
+    """Bytes of the base in a bundle, which holds it where layers are replaced: these at their size; the rest, and what
+    was only cut, at that of the base's file, whose half precision is half precision still."""
+    if not packed:
+        return 0
+    mine = {builtins.id(t) for member in stack.members for t in stack.ledger.tensors(member.id).values()}
+    replaced = tuple(f"{row.path}." for row in packed)
+    rest = {
+        builtins.id(p): p.nbytes
+        for name, p in stack.model.named_parameters()
+        if builtins.id(p) not in mine and not name.startswith(replaced) and not is_ours(name)
+    }
+    cut = sum(row.bytes for row in packed if row.path in promised[row.plugin].cut)
+    share = min(1.0, bytes_on_disk(id, stack.model) / in_memory)
+    return sum(row.bytes for row in packed) - cut + round(share * (sum(rest.values()) + cut))
 
 
 def _reads(pipeline: Pipeline, kind: str) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from peftx.composition.conflicts import check
 from peftx.composition.members import members_of
-from peftx.engines.bundle.surroundings import tokenizer_digest
-from peftx.engines.models import load_model
+from peftx.engines.models import load_model, tokenizer_digest
 from peftx.engines.training.updates import watch
-from peftx.errors import PeftxError
+from peftx.errors import StackError
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
 from peftx.kernel.plugin import Plugin, hookimpl
@@ -291,23 +290,24 @@ class Stack(Kernel):
 
         head = head_of(self)
         if head is None:
-            raise PeftxError("no plugin of this stack classifies", hint="add one, for example sk-tuning")
+            raise StackError("no plugin of this stack classifies", hint="add one, for example sk-tuning")
         labels, scores = classify(self, head, [texts] if isinstance(texts, str) else list(texts))
         named = [labels[index] for index in scores.argmax(-1).tolist()]
         return named[0] if isinstance(texts, str) else named
 
     def embed(self, texts: str | Sequence[str], *, pool: Pool | None = None, size: int = 32) -> Tensor:
-        """Texts as vectors of length 1, from the last hidden states.
+        """Texts as vectors of length 1: those of the plugin that has its own, or from the last hidden states.
 
         Args:
-            pool: of `peftx.kernel.heads`; if left out the last token of a decoder, the mean of other models.
+            pool: of `peftx.kernel.heads`, of the last hidden states. If left out the way of the plugin that has one
+                (`Plugin.embed`), and without such a plugin the last token of a decoder, the mean of other models.
             size: texts in a forward pass.
 
         Returns:
             [d] float32, or [N, d] for a list of texts. Cosine similarity is their product.
 
         Raises:
-            DataError: no text, or one without tokens.
+            DataError: no text, or one without tokens. ConflictError: two plugins have vectors of their own.
         """
         from peftx.toolkits.evaluation.embedding import embed
 

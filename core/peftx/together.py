@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from peftx.composition.adapters import is_adapter, read_adapter
 from peftx.composition.registry import Registry
+from peftx.copies import sharing
 from peftx.engines.bundle.manifest import MANIFEST, read_manifest
 from peftx.engines.bundle.surroundings import TOKENIZER_FOLDER, cast_buffers, computed_buffers
 from peftx.engines.models import load_model, usable_device
-from peftx.errors import PeftxError
-from peftx.kernel.copies import sharing
+from peftx.errors import UsageError
 from peftx.loading import check_tokenizer, load
 from peftx.sharing import located
 from peftx.stack import Stack
@@ -89,7 +89,7 @@ class Bases:
         if is_adapter(folder):
             known = self.model or read_adapter(folder).base
             if known is None:
-                raise PeftxError(f"'{target}' does not say which model it is for", hint="name it: --model ID")
+                raise UsageError(f"'{target}' does not say which model it is for", hint="name it: --model ID")
             return Place(known)
         return Place(str(target))
 

@@ -19,6 +19,10 @@ class Catalogue(Protocol):
         """The hooks that the plugin implements: `prepare_data`, `inject`, `train_step`, `compress`, ..."""
         ...
 
+    def compresses_own(self, name: str) -> bool:
+        """Does the plugin compress what it injected and trained itself, and so behind the training."""
+        ...
+
     def config(self, name: str) -> type[BaseModel]:
         """The model of the plugin's options. May import the plugin; raises `PeftxError` where that fails."""
         ...

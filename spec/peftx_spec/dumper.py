@@ -1,4 +1,4 @@
-"""A pipeline as YAML text that reads back as the same pipeline."""
+"""A spec as YAML text that reads back as the same pipeline."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -16,7 +17,13 @@ class PeftxError(Exception):
     """Something the user can mend: the message names the cause and the place, `hint` the way out.
 
     The CLI prints it without a traceback and exits with code 2.
+
+    Attributes:
+        code: short and stable; `peftx explain CODE` prints a page on it. A class without one of its own has that of
+            the class that it is derived from, so errors of other authors have `general` or what they refine.
     """
+
+    code: ClassVar[str] = "general"
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         message = _printable(message)
@@ -27,6 +34,18 @@ class PeftxError(Exception):
     def __str__(self) -> str:
         text = self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
         return visible(text, lines=True)
+
+
+class DataError(PeftxError):
+    """A data file or rows that are missing, empty, undecodable or malformed; names file and line."""
+
+    code = "data"
+
+
+class FileError(PeftxError):
+    """A file or folder that is not there, stands in the way, or cannot be read or written."""
+
+    code = "file"
 
 
 def visible(text: str, *, lines: bool = False) -> str:

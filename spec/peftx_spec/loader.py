@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from peftx_spec.errors import PeftxError
+from peftx_spec.errors import FileError
 from peftx_spec.problems import Path, Position, Problem, SpecError, describe, path_text
 from peftx_spec.scalars import ScalarError, interpolate
 
@@ -117,16 +117,16 @@ def read_tolerantly(path: str | os.PathLike[str]) -> tuple[Document, list[Fault]
         with open(place, "rb", opener=_at_once) as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise PeftxError(f"there is no file {place}", hint=_beside(place)) from error
+        raise FileError(f"there is no file {place}", hint=_beside(place)) from error
     except IsADirectoryError as error:
         hint = _beside(place / "spec") or "give a file of YAML"
-        raise PeftxError(f"cannot read {place}: it is a folder", hint=hint) from error
+        raise FileError(f"cannot read {place}: it is a folder", hint=hint) from error
     except ValueError as error:
-        raise PeftxError(f"{str(place)!r} cannot be the name of a file: {error}") from error
+        raise FileError(f"{str(place)!r} cannot be the name of a file: {error}") from error
     except OSError as error:
-        raise PeftxError(f"cannot read {place}: {error.strerror}", hint="give a file of YAML") from error
+        raise FileError(f"cannot read {place}: {error.strerror}", hint="give a file of YAML") from error
     if len(raw) > MAX_BYTES:
-        raise PeftxError(f"{place} is too large: a spec has at most {MAX_BYTES} bytes", hint="is it a spec?")
+        raise FileError(f"{place} is too large: a spec has at most {MAX_BYTES} bytes", hint="is it a spec?")
     text = _decode(raw, str(place))
     return parse_tolerantly(text, file=str(place), folder=place.absolute().parent)
 

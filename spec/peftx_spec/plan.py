@@ -34,6 +34,7 @@ class PlannedConflict(SpecModel):
     plugins: tuple[str, ...] = Field(description="ids of the plugins that collide")
     reason: Text = Field(description="why they do")
     remedy: str = Field("", description="what would work; empty where nothing does")
+    code: str = Field("conflict", description="of the error that a run would end with: peftx explain CODE")
 
 
 class Totals(SpecModel):
@@ -43,7 +44,11 @@ class Totals(SpecModel):
     base_bytes: NonNegative = Field(0, description="bytes of the base model")
     added_params: NonNegative = Field(0, description="parameters that the plugins add")
     trainable_params: NonNegative = Field(0, description="parameters that train")
-    final_bytes: NonNegative = Field(0, description="bytes of the model at the end of the run")
+    final_bytes: NonNegative = Field(0, description="bytes of the model in memory at the end of the run")
+    bundle_bytes: NonNegative = Field(
+        0,
+        description="bytes of the tensors in the bundle, at most: of trained weights of the base it holds what changed",
+    )
 
 
 class Plan(SpecModel):

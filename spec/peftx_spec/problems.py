@@ -63,7 +63,12 @@ class Problem:
 
 
 class SpecError(PeftxError):
-    """Everything that is wrong with a spec, in the order of the text; `problems` is never empty."""
+    """Everything that is wrong with a spec, in the order of the text.
+
+    `problems` is never empty.
+    """
+
+    code = "spec"
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         if not problems:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from peftx_spec.errors import PeftxError
+from peftx_spec.errors import DataError
 from peftx_spec.models import FORMATS
 
 Row = Mapping[str, Any]
@@ -78,7 +78,7 @@ def _sharegpt(row: Row) -> dict[str, Any]:
     rest = {name: value for name, value in row.items() if name != "conversations"}
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise PeftxError("'conversations' must be an array of {from, value}")
+        raise DataError("'conversations' must be an array of {from, value}")
     return {"messages": [_turn(turn, index) for index, turn in enumerate(turns)], **rest}
 
 
@@ -86,9 +86,7 @@ def _turn(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
     if turn.keys() >= {"role", "content"}:
         return dict(turn)
     if not turn.keys() >= {"from", "value"}:
-        raise PeftxError(
-            f"conversations[{index}] must have the keys 'from' and 'value'; found {sorted(turn)}"
-        )
+        raise DataError(f"conversations[{index}] must have the keys 'from' and 'value'; found {sorted(turn)}")
     speaker = turn["from"]
     return {
         "role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker,
@@ -105,7 +103,7 @@ def _preference(row: Row) -> dict[str, Any]:
         )
         end = shared.rfind(TURN) + len(TURN) if TURN in shared else shared.rfind(" ") + 1
         if not shared[:end].strip():
-            raise PeftxError(
+            raise DataError(
                 "'chosen' and 'rejected' begin with nothing in common that could be the prompt",
                 hint="give the prompt a column of its own",
             )
@@ -120,14 +118,14 @@ def _asked(chosen: Any, rejected: Any) -> dict[str, Any]:
     """Of two conversations of one question and one answer each."""
     for messages in (chosen, rejected):
         if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
-            raise PeftxError("'chosen' and 'rejected' must be texts, or arrays of {role, content}")
+            raise DataError("'chosen' and 'rejected' must be texts, or arrays of {role, content}")
         if [m.get("role") for m in messages] != ["user", "assistant"]:
-            raise PeftxError(
+            raise DataError(
                 "'chosen' and 'rejected' are read as one turn of the user and one of the assistant",
                 hint="longer conversations: columns prompt, chosen and rejected, as text",
             )
     if chosen[0]["content"] != rejected[0]["content"]:
-        raise PeftxError("'chosen' and 'rejected' answer different questions")
+        raise DataError("'chosen' and 'rejected' answer different questions")
     return {
         "prompt": chosen[0]["content"], "chosen": chosen[1]["content"], "rejected": rejected[1]["content"]
     }  # fmt: skip

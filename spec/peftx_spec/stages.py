@@ -277,7 +277,8 @@ def _compression(
     """The ids that compress before and after training.
 
     `phase` decides; without it the order of the stack does, because that is the order of effect: what stands
-    before the first plugin that injects compresses the plain model.
+    before the first plugin that injects compresses the plain model. Who compresses what it injected itself does so
+    behind the training.
     """
     early: list[str] = []
     late: list[str] = []
@@ -285,7 +286,8 @@ def _compression(
     for entry in stack:
         hooks = catalogue.hooks(entry.use)
         if "compress" in hooks:
-            before = entry.phase == "before-training" or (entry.phase is None and not injected)
+            first = entry.phase is None and not injected and not catalogue.compresses_own(entry.use)
+            before = entry.phase == "before-training" or first
             (early if before else late).append(entry.id)
         injected = injected or "inject" in hooks
     return tuple(early), tuple(late)

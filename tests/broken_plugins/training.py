@@ -304,6 +304,19 @@ class LosesColumns(Plugin):
         data.train = Dataset.from_list([{name: row[name] for name in names} for row in data.train])
 
 
+class ReadsAColumn(Plugin):
+    """Works by a column of its rows, and does not say so."""
+
+    caught_by = "columns_that_are_read_are_claimed"
+    example_rows = [{"text": f"One, two, {n}.", "kind": "count"} for n in range(4)]
+
+    @hookimpl
+    def prepare_data(self, data: TrainingData) -> None:
+        if not data.train or "kind" not in data.train.column_names:
+            raise DataError("reads-a-column: rows with a column 'kind' are needed")
+        data.train = data.train.filter(lambda row: row["kind"] == "count")
+
+
 class WorksOnNothing(Plugin):
     """Says that it works on what stands before it, and brings its own."""
 

@@ -95,7 +95,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insta
     world.work.mkdir()
     monkeypatch.syspath_prepend(str(world.site))
     monkeypatch.chdir(world.work)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path / "cache"))
     roots = [str(world.site), *(str(ROOT / name) for name in ("core", "spec", "cli"))]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("PEFTX_DISABLE_PLUGINS", raising=False)

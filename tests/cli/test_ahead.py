@@ -276,7 +276,7 @@ def test_files_of_the_command_line(world: Any, refused: Callable[..., str]) -> N
     words = ["apply", "-p", "fake-gain"]
     for option in ("--data", "--eval"):
         message = refused(*words, option, "pair.jsonl")
-        assert f"error: {option}: data file" in message
+        assert f"error[data]: {option}: data file" in message
         assert "did you mean 'pairs.jsonl'" in message
     assert "fit no format" in refused(*words, "--data", "questions.jsonl")
     assert refused("apply", spec(world), "--eval", "pair.jsonl").startswith("--eval:1:16: data file")

@@ -617,6 +617,6 @@ def test_traceback_on_request(installed: Any, spawn: Callable[..., Any]) -> None
 
 def test_no_words_of_ours_are_colored_in_a_log(installed: Any, spawn: Callable[..., Any]) -> None:
     done = spawn("info", "nowhere")
-    assert done.stderr.startswith("error: no plugin named 'nowhere'")
+    assert done.stderr.startswith("error[registry]: no plugin named 'nowhere'")
     assert "\x1b" not in done.stderr
     assert os.linesep.join(["", "hint: "]) in done.stderr

@@ -330,7 +330,7 @@ def test_a_host_that_does_not_answer(
             told = refused(*words)
             assert f"{endpoint} does not answer" in told
             assert "HF_ENDPOINT" in told
-            assert len(told.splitlines()) == 2  # the error and the hint
+            assert len(told.splitlines()) == 3  # the error, the hint and where more is
 
 
 @pytest.mark.parametrize(

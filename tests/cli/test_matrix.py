@@ -13,7 +13,7 @@ from peftx_cli.main import app
 
 
 def test_the_page_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path / "cache"))
     page = tmp_path / "pairs.html"
     result = CliRunner().invoke(app, ["matrix", "mezo", "mosaic-it", "-j", "1", "-o", str(page)])
     assert result.exit_code == 0, result.output

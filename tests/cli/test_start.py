@@ -45,6 +45,8 @@ print(loaded, plugins, code, round(time.process_time() - began, 3), file=sys.std
         ["info", "fake-gain"],
         ["info", "lora", "--json"],
         ["schema"],
+        ["explain"],
+        ["explain", "conflict"],
     ],
     ids=" ".join,
 )
@@ -117,7 +119,7 @@ def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
         "info",
     }
     expected |= {"import", "export", "check", "new", "merge", "doctor", "matrix", "data", "report", "compare"}
-    expected |= {"push", "pull", "search"}
+    expected |= {"push", "pull", "search", "explain"}
     assert expected == set(names)
     for name in names:
         text = ok(name, "--help")

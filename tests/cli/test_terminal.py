@@ -22,6 +22,28 @@ def test_an_error_is_a_panel_on_a_terminal(installed: Any, on_a_terminal: Callab
     assert "no plugin named 'nowhere' is installed" in shown
 
 
+def test_the_panel_has_the_code_and_where_to_read_on(
+    installed: Any, on_a_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich does not take the code for markup, with colors and without."""
+    for colors in (True, False):
+        if not colors:
+            monkeypatch.setenv("NO_COLOR", "1")
+        shown = on_a_terminal("-m", "peftx_cli", "info", "nowhere")
+        assert ("\x1b[" in shown) == colors
+        plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
+        assert re.search(r"^╭─ error\[registry\] ─+╮\s*$", plain, re.MULTILINE)
+        assert re.search(r"^│ peftx explain registry +│\s*╰─+╯\s*$", plain, re.MULTILINE), (
+            "it is the last line"
+        )
+
+
+def test_a_page_is_laid_out_on_a_terminal(on_a_terminal: Callable[..., str]) -> None:
+    shown = on_a_terminal("-m", "peftx_cli", "explain", "conflict")
+    assert "\x1b[" in shown
+    assert "```" not in shown
+
+
 def test_a_list_is_a_table_on_a_terminal(installed: Any, on_a_terminal: Callable[..., str]) -> None:
     installed.scaffold("fake-gain", "inject")
     shown = on_a_terminal("-m", "peftx_cli", "info", "fake-gain")
@@ -30,7 +52,8 @@ def test_a_list_is_a_table_on_a_terminal(installed: Any, on_a_terminal: Callable
 
 
 SHOWING = [["--help"], ["apply", "--help"], ["list"], ["info", "fake-gain"], ["info", "fake-gain", "--readme"],
-           ["info", "nowhere"], ["validate", "wrong.yaml"], ["data", "rows.yaml"]]  # fmt: skip
+           ["info", "nowhere"], ["validate", "wrong.yaml"], ["data", "rows.yaml"], ["explain"],
+           ["explain", "conflict"]]  # fmt: skip
 
 
 @pytest.fixture
@@ -88,7 +111,7 @@ def test_quiet_leaves_out_progress_and_warnings() -> None:
     loud = told("list")
     assert loud.startswith("train        0.45 s  3 steps\nwarning: mind the gap\n")
     assert "UserWarning: theirs" in loud
-    assert told("--quiet", "list") == "error: it broke\n"
+    assert told("--quiet", "list") == "error[general]: it broke\nmore: peftx explain general\n"
 
 
 def test_the_shell_completes_commands_and_plugins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import peftx
 from peftx import Claim, ModelView, Plugin, Stack, VirtualTokens, hookimpl
+from peftx.copies import Reader, copy_of
 from peftx.errors import ConflictError, PeftxError
-from peftx.kernel.copies import Reader, copy_of
 from peftx.kernel.parts import DeltaPart
 from peftx.testing.models import ARCHITECTURES, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank

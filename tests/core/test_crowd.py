@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.copies import sharing
 from peftx.errors import PeftxError, UnsupportedError
-from peftx.kernel.copies import sharing
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.toolkits.serving import Engine, Request, Scheduler, Server
 from peftx.toolkits.serving import engine as engine_module

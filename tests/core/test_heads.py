@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import peftx
 from peftx import Claim, ModelView, Plugin, Stack, TrainingData, TrainStep, VirtualTokens, hookimpl
 from peftx.engines.data import ClassTexts, class_rows, take_classes, tokenize_classes
 from peftx.engines.training.run import as_training_data
-from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.kernel.heads import Head, Pool, each_of, first_of, last_of, mean_of
 from peftx.pipeline import load_run
 from peftx.testing.models import BOS, EOS, example_inputs, tiny, tiny_tokenizer
@@ -292,3 +292,30 @@ def test_a_decoder_is_read_at_its_last_token() -> None:
     torch.testing.assert_close(stack.embed(TEXTS[1]), F.normalize(state, dim=0))
     with pytest.raises(DataError, match="no text"):
         stack.embed([])
+
+
+class Ends(Plugin):
+    """Vectors that say how long a text is."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        pass
+
+    def embed(self, stack: Stack, texts: Sequence[str], *, size: int = 32) -> Tensor:
+        return F.one_hot(torch.tensor([len(text) for text in texts]), 32).float()
+
+
+def test_a_plugin_that_has_vectors_of_its_own_gives_them() -> None:
+    stack = Stack(tiny("llama"), [("ends", Ends())], tokenizer=tiny_tokenizer())
+    plain = Stack(tiny("llama"), tokenizer=tiny_tokenizer())
+    assert stack.embed(TEXTS).argmax(1).tolist() == [len(text) for text in TEXTS]
+    assert int(stack.embed(TEXTS[0]).argmax()) == 4
+    assert torch.equal(stack.embed(TEXTS, pool=last_of), plain.embed(TEXTS))  # a pool is of the states
+    with stack.disabled("ends"):
+        assert torch.equal(stack.embed(TEXTS), plain.embed(TEXTS))
+    with pytest.raises(DataError, match="no text"):
+        stack.embed([])
+    two = Stack(tiny("llama"), [("ends", Ends()), ("more", Ends())], tokenizer=tiny_tokenizer())
+    with pytest.raises(ConflictError, match="'ends' and 'more' both have vectors"):
+        two.embed(TEXTS)
+    assert torch.equal(two.embed(TEXTS, pool=last_of), plain.embed(TEXTS))

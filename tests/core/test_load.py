@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from peftx import Stack
-from peftx.kernel.copies import sharing
+from peftx.copies import sharing
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Engine, Job, Scheduler, Server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -27,6 +28,19 @@ class Ran:
     """What the processes of one start wrote."""
 
     def __init__(self, folder: Path, processes: int) -> None:
+        with (folder / f"{processes}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes later reads what is there
+            if not (folder / f"{processes}.done").exists():
+                self.start(folder, processes)
+                (folder / f"{processes}.done").touch()
+        names = [f"{processes}-{index}" for index in range(processes)]
+        self.said: list[dict[str, Any]] = [
+            json.loads((folder / f"{name}.json").read_text()) for name in names
+        ]
+        self.tensors = [load_file(folder / f"{name}.safetensors") for name in names]
+
+    @staticmethod
+    def start(folder: Path, processes: int) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         done = subprocess.run(
             [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(folder), str(processes)],
@@ -34,16 +48,15 @@ class Ran:
             capture_output=True, text=True, timeout=LIMIT, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
-        names = [f"{processes}-{index}" for index in range(processes)]
-        self.said: list[dict[str, Any]] = [
-            json.loads((folder / f"{name}.json").read_text()) for name in names
-        ]
-        self.tensors = [load_file(folder / f"{name}.safetensors") for name in names]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """One for all workers of a run of the tests: the processes are started once."""
+    base = tmp_path_factory.getbasetemp()
+    found = (base if worker_id == "master" else base.parent) / "processes"
+    found.mkdir(exist_ok=True)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.copies import sharing
 from peftx.errors import UnsupportedError
-from peftx.kernel.copies import sharing
 from peftx.kernel.slots import slot_of
 from peftx.testing import ARCHITECTURES, tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY

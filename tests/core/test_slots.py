@@ -24,7 +24,6 @@ from peftx.kernel.ledger import Ledger
 from peftx.kernel.slots import (
     Delta,
     Rows,
-    SparseDelta,
     attach,
     base_class,
     detach,
@@ -38,6 +37,7 @@ from peftx.kernel.slots.delta import LowRank as factors
 from peftx.kernel.slots.delta import dropout_mask
 from peftx.kernel.slots.fused import linear_with_low_rank
 from peftx.kernel.view import ModelView
+from peftx.sparse import SparseDelta
 from peftx.testing.models import example_inputs, output_of, tiny
 
 STEPS = ("attach", "merge", "unmerge", "disable", "enable", "remove")

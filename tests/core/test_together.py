@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Plugin, Stack, hookimpl
+from peftx.copies import sharing
 from peftx.errors import BundleError, ConflictError, PeftxError
-from peftx.kernel.copies import sharing
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.together import Bases, load_together
 from peftx.toolkits.serving import Request, Scheduler, Server

@@ -16,6 +16,7 @@ from peftx import Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.data import IGNORE, Collator
 from peftx.engines.training import TrainStep
+from peftx.engines.training.order import Shuffled
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import PAD
@@ -79,12 +80,14 @@ def sft(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer
     return kind(model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer)
 
 
-def dpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
-    arguments = DPOConfig(**settings(folder), max_length=32)
+def dpo(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer:
+    arguments = DPOConfig(**settings(folder, **more), max_length=32)
+    rows, more = Dataset.from_list(PAIRS), {}
+    if kind is DPOTrainer:  # which would look for the base's folder
+        more["ref_model"] = tiny("llama", seed=0)
     return kind(
-        model=stack.model, ref_model=tiny("llama", seed=0), args=arguments, train_dataset=Dataset.from_list(PAIRS),
-        processing_class=stack.tokenizer,
-    )  # fmt: skip
+        model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer, **more
+    )
 
 
 def grpo(stack: Stack, kind: type[Trainer], folder: Path) -> Trainer:
@@ -111,6 +114,40 @@ MADE = {
     "DPO": (DPOTrainer, dpo),
     "GRPO": (GRPOTrainer, grpo),
 }
+
+
+def test_the_reference_of_dpo_is_the_stack_as_it_was(tmp_path: Path) -> None:
+    """Trained, and on a base that was changed in memory; what nobody trains is not there twice."""
+    stack = stack_of(plugin("lora"), plugin("prompt-tuning", length=3))
+    stack.model.lm_head.weight.data *= 2
+    stack.train(ROWS, steps=3, batch_size=2, learning_rate=1e-1)
+    ids = torch.arange(3, 12)[None]
+    stack.model.eval()
+    with torch.no_grad():
+        before = stack.model(input_ids=ids).logits
+    trainer = dpo(stack, stack.trainer(DPOTrainer), tmp_path, learning_rate=1e-1)
+    trainer.train()
+    stack.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.ref_model(input_ids=ids).logits, before, rtol=0, atol=0)
+        assert not torch.allclose(stack.model(input_ids=ids).logits, before, atol=1e-3)
+    own = {p.data_ptr() for p in trainer.ref_model.parameters()} - {
+        p.data_ptr() for p in stack.model.parameters()
+    }
+    assert len(own) == len(stack.ledger.trained())
+
+
+def test_another_reference_is_taken_as_it_is_given(tmp_path: Path) -> None:
+    stack, other = stack_of(plugin("lora")), tiny("llama", seed=0)
+    arguments = DPOConfig(**settings(tmp_path), max_length=32)
+    trainer = stack.trainer(DPOTrainer)(
+        stack.model,
+        other,
+        arguments,
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=stack.tokenizer,
+    )
+    assert trainer.ref_model is other
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -234,3 +271,31 @@ def test_another_model_is_refused_at_once(tmp_path: Path) -> None:
     stack = stack_of(plugin("lora"))
     with pytest.raises(PeftxError, match="trains another model"):
         plain(stack_of(plugin("lora")), stack.trainer(Trainer), tmp_path)
+
+
+def test_dpo_with_a_shared_prefix_trains_what_dpo_of_trl_trains(tmp_path: Path) -> None:
+    """Two libraries, two rows or one, and the same numbers after as many steps of the same rows."""
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+            return Shuffled(len(self.train_dataset), self.args.seed, drawn=False)
+
+    theirs, ours = stack_of(plugin("lora")), stack_of(plugin("lora"), plugin("dpo-prefix-sharing"))
+    start = {name: x.clone() for name, x in theirs.ledger.tensors("lora").items()}
+    # Adam would take a gradient that is rounding alone for one.
+    dpo(theirs, theirs.trainer(InOrder), tmp_path, optim="sgd", seed=3, learning_rate=1.0, bf16=False).train()
+    ours.train(
+        PAIRS,
+        steps=2,
+        batch_size=2,
+        gradient_accumulation=2,
+        learning_rate=1.0,
+        seed=3,
+        max_length=32,
+        optimizer="sgd",
+    )
+    found, expected = (stack.ledger.tensors("lora") for stack in (ours, theirs))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6)
+    moved = [name for name, x in found.items() if not torch.allclose(x, start[name], rtol=1e-2, atol=1e-4)]
+    assert len(moved) > len(found) / 2

@@ -6,26 +6,33 @@ import ast
 import inspect
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages.blocks import Block, commands
+from pages.blocks import blocks as blocks_of
 
 from peftx.hooks import HookSpecs
 from peftx.kernel.names import HOOKS
 
 ROOT = Path(__file__).parent.parent.parent
-BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(document: str, language: str) -> list[str]:
+def blocks(document: str, language: str) -> list[Block]:
     """Those that do not say in their fence why they cannot run: ```` ```yaml norun="the reason" ````."""
-    found = BLOCK.findall((ROOT / document).read_text("utf-8"))
-    return [body for kind, fence, body in found if kind == language and "norun" not in fence]
+    return [block for block in blocks_of(ROOT / document, ROOT) if block.language == language and block.runs]
 
 
-PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+def bodies(document: str, language: str) -> list[str]:
+    return [block.body for block in blocks(document, language)]
+
+
+PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
+FOLLOWED = re.compile("docs/(start|how-to|concepts|reference)/")
+"""Pages that tests/docs/test_guides.py follows from top to bottom, with their Python."""
 STEPS = 4
 """Of the README's run, which tests/docs/test_front_page.py compares with the other ways to say it."""
 
@@ -34,7 +41,7 @@ def with_blocks(language: str) -> list[str]:
     return [document for document in DOCUMENTS if blocks(document, language)]
 
 
-@pytest.mark.parametrize("document", with_blocks("python"))
+@pytest.mark.parametrize("document", [page for page in with_blocks("python") if not FOLLOWED.match(page)])
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for source in (ROOT / document).parent.glob("src"):  # of a distribution in docs/examples
@@ -42,10 +49,10 @@ def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, object] = {"__name__": "document"}
     code = blocks(document, "python")
     assert code
-    for body in code:
+    for block in code:
         if document == "README.md":
-            body = re.sub(r"\bsteps=\d+", f"steps={STEPS}", body)
-        exec(compile(body, document, "exec", dont_inherit=True), names)
+            block = replace(block, body=re.sub(r"\bsteps=\d+", f"steps={STEPS}", block.body))
+        block.execute(names)
 
 
 ELSEWHERE = ("docs/write-a-plugin.md", "docs/examples/peftx-lora-xs/README.md")
@@ -59,10 +66,11 @@ def test_yaml_blocks_are_valid(document: str) -> None:
     from peftx_spec import load_pipeline
 
     around = {"peftx: 1": "peftx: 1\n", "model:": "model: peftx:tiny\n", "stack:": "stack: [lora, nf4]\n",
-              "train:": "train: {steps: 1}\n"}  # fmt: skip
-    for body in blocks(document, "yaml"):
-        if re.search("^(compare|search|task):", body, re.MULTILINE):
-            continue  # no pipelines: run, and read, in tests of their own
+              "train:": "train: {steps: 1}\n", "data:": "data: {train: 'peftx:sample/train.jsonl'}\n"}  # fmt: skip
+    for block in blocks(document, "yaml"):
+        body = block.body
+        if block.title or re.search("^(compare|search|task):", body, re.MULTILINE):
+            continue  # files, which guides run, and no pipelines: run, and read, in tests of their own
         missing = [text for key, text in around.items() if not re.search(f"^{key}", body, re.MULTILINE)]
         load_pipeline("".join(missing) + body, catalogue=Registry())
 
@@ -70,7 +78,7 @@ def test_yaml_blocks_are_valid(document: str) -> None:
 def test_yaml_in_the_readme_is_valid() -> None:
     from peftx.pipeline import load_run
 
-    (text,) = blocks("README.md", "yaml")
+    (text,) = bodies("README.md", "yaml")
     run = load_run(text)
     assert [stage.kind for stage in run.stages] == ["inject", "train", "compress", "evaluate", "save"]
 
@@ -78,7 +86,7 @@ def test_yaml_in_the_readme_is_valid() -> None:
 def test_yaml_of_the_training_page_is_valid() -> None:
     from peftx.pipeline import load_run
 
-    text, _ = blocks("docs/training.md", "yaml")  # the other is of rows that are not there
+    text, _ = bodies("docs/training.md", "yaml")  # the other is of rows that are not there
     settings = load_run(text).pipeline.train
     assert settings is not None
     assert settings.model_fields_set >= {"num_train_epochs", "eval_steps", "bf16", "report_to"}
@@ -88,19 +96,20 @@ def test_yaml_of_the_measuring_page_is_valid(tmp_path: Path) -> None:
     from peftx.engines.tasks import find_tasks
     from peftx.pipeline import load_run
 
-    spec, task = blocks("docs/measuring.md", "yaml")
+    spec, task = bodies("docs/measuring.md", "yaml")
     assert load_run(spec).pipeline.evaluate[0].options.tasks == ("peftx-log", "peftx-opposites")
     (tmp_path / "mine.yaml").write_text(task, "utf-8")
     (tmp_path / "mine.jsonl").write_text("{}", "utf-8")
     assert find_tasks(["mine"], tmp_path)[0].file == tmp_path / "mine.yaml"
 
 
+@pytest.mark.slow
 def test_the_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from peftx_cli.main import app
 
-    (text,) = blocks("docs/compare.md", "yaml")
+    (text,) = bodies("docs/compare.md", "yaml")
     for long, short in (("steps: 12", "steps: 1"), ("[0, 1, 2]", "[0]"), ("[2, 8]", "[2]"), ("limit: 12", "limit: 2"),
                         ("[1e-3, 1e-2]", "[1e-2]"), ("[1e-2, 1e-1]", "[1e-1]")):  # fmt: skip
         assert long in text
@@ -119,7 +128,7 @@ def test_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     from peftx_cli.main import app
 
-    (text,) = blocks("docs/search.md", "yaml")
+    (text,) = bodies("docs/search.md", "yaml")
     for long, short in (("[10, 60]", "[1, 2]"), ("[2, 64]", "[1, 2]"), ("limit: 64", "limit: 10"),
                         ("limit: 12", "limit: 2"), ("trials: 30", "trials: 1\n  seeds: [0]"),
                         ("token_seconds: 0.1", "token_seconds: 100"),
@@ -140,12 +149,15 @@ def test_commands_and_their_options_exist(document: str) -> None:
     from peftx_cli.main import app
 
     known: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    for body in blocks(document, "console"):
-        for line in re.findall(r"^\$ peftx (.*)$", body.replace("\\\n", " "), re.MULTILINE):
-            name, *words = shlex.split(line, comments=True)
-            assert name in known, line
+    for block in blocks(document, "console"):
+        for at, line, _ in commands(block):
+            program, *words = shlex.split(line, comments=True)
+            if program != "peftx":
+                continue
+            where, name = f"{document}:{at}: {line}", words[0]
+            assert name in known, where
             options = {option for parameter in known[name].params for option in parameter.opts}
-            assert {word for word in words if re.match("--?[a-z]", word)} <= options | {"-h", "--help"}, line
+            assert {word for word in words if re.match("--?[a-z]", word)} <= options | {"-h", "--help"}, where
 
 
 @pytest.mark.parametrize("hook", HOOKS)

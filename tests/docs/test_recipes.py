@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 import peftx
 from peftx.errors import PeftxError
 from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.toolkits.evaluation.streams import AccuracyMatrix
 from peftx.toolkits.serving import Engine, Request, Server
 from peftx_cli.main import app
 
 RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
 SERVED = next(path for path in RECIPES if path.stem == "rows-to-served")
+SHRINKS = next(path for path in RECIPES if path.stem == "shrink")
 
 
 def test_there_are_recipes() -> None:
@@ -26,6 +28,7 @@ def test_there_are_recipes() -> None:
         "prompt-lora-mezo",
         "rows-to-served",
         "stream",
+        "shrink",
     }
 
 
@@ -35,6 +38,8 @@ def test_a_recipe_runs_from_end_to_end(path: Path, tmp_path: Path) -> None:
     shorter = ["train.steps=3", "train.batch_size=2", f"output={tmp_path / 'out'}"]
     if path == SERVED:
         shorter.append("signround.steps=1")
+    if path == SHRINKS:
+        shorter += ["apt.fade=1", "apt.tune=1", "apt.prune=1"]
     run = load_run(path, overrides=shorter)
     for metric in run.pipeline.evaluate:
         assert metric.metric in {"perplexity", "signround", "task-accuracy"}
@@ -45,6 +50,21 @@ def test_a_recipe_runs_from_end_to_end(path: Path, tmp_path: Path) -> None:
     assert list(again.plugins) == [entry.id for entry in run.pipeline.stack]
     prompt = "Office to Grey Island. Who is on duty?"
     assert again.generate(prompt, max_new_tokens=5) == result.stack.generate(prompt, max_new_tokens=5)
+
+
+@pytest.mark.slow
+def test_a_model_shrinks_at_each_stage_and_the_plan_knows(tmp_path: Path) -> None:
+    """Half of the numbers in heads and neurons go, and 4 bits are left of the rest; nothing else is in the bundle."""
+    shorter = ["train.steps=4", "train.batch_size=1", "apt.fade=1", "apt.tune=1", "apt.prune=2"]
+    run = load_run(SHRINKS, overrides=[*shorter, f"output={tmp_path / 'out'}"])
+    planned = plan(run.pipeline)
+    assert planned.runnable, planned.conflicts
+    result = run.run()
+    assert list(result.scores) == ["base", "pruned", "recovered", "packed"]
+    held = {file.stem: file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")}
+    assert set(held) == {"base", "prefixquant"}
+    assert sum(held.values()) < 0.35 * result.bytes_before
+    assert sum(held.values()) == pytest.approx(planned.totals.bundle_bytes, rel=0.05)
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ print(json.dumps(ends))
 """
 
 
+@pytest.mark.slow
 def test_what_becomes_of_a_plugins_mutants(tmp_path: Path) -> None:
     """At 0 this plugin is not tested, so it does not matter there whether it refuses."""
     module = "def twice(x):\n    if x < 0:\n        raise ValueError\n    return 2 * x\n"

@@ -83,6 +83,9 @@ class FakeCatalogue:
     def hooks(self, name: str) -> frozenset[str]:
         return self.plugins[name][0]
 
+    def compresses_own(self, name: str) -> bool:
+        return False
+
     def config(self, name: str) -> type[BaseModel]:
         config = self.plugins[name][1]
         if config is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from peftx_spec import Catalogue, Pipeline, RunStage, dump, load_pipeline, stages_of
 from peftx_spec.dumper import plain
 from peftx_spec.models import SourceSpec
@@ -75,6 +77,21 @@ def test_phase_overrules_the_order(catalogue: Catalogue) -> None:
     early = {"use": "prefixquant", "phase": "before-training"}
     assert [kind for kind, _ in stages(catalogue, stack=[late, "lora"])] == ["inject", "compress"]
     assert [kind for kind, _ in stages(catalogue, stack=["lora", early])] == ["compress", "inject"]
+
+
+def test_who_compresses_what_it_injected_does_so_behind_the_training(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(catalogue), "compresses_own", lambda self, name: name == "qlora")
+    late = [
+        ("inject", ("qlora",)),
+        ("prepare", ("mosaic-it",)),
+        ("train", ("qlora", "mosaic-it")),
+        ("compress", ("qlora",)),
+    ]
+    assert stages(catalogue, stack=["qlora", MOSAIC], train={})[:4] == late
+    early = {"use": "qlora", "phase": "before-training"}
+    assert [kind for kind, _ in stages(catalogue, stack=[early, "lora"])] == ["compress", "inject"]
 
 
 def test_all_stands_for_the_plugins_with_the_hook(catalogue: Catalogue) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -130,10 +129,11 @@ def _filtered(
 
 
 def _known(what: str, name: str | None, names: tuple[str, ...] | list[str]) -> None:
-    from peftx_spec.errors import PeftxError, nearest
+    from peftx.errors import UsageError
+    from peftx_spec.errors import nearest
 
     if name is not None and name not in names:
-        raise PeftxError(
+        raise UsageError(
             f"there is no {what} '{name}'",
             hint=nearest(name, names) or f"there are: {', '.join(names) or 'none'}",
         )
@@ -261,20 +261,12 @@ def _print_readme(entry: Entry) -> None:
     text = entry.readme
     if not text:
         from peftx.composition.origins import metadata_file
-        from peftx_spec.errors import PeftxError
+        from peftx_spec.errors import FileError
 
-        raise PeftxError(
+        raise FileError(
             f"{entry.distribution} brings no README: {metadata_file(entry.point)} ends with its headers",
             hint='readme = "README.md" in the [project] of its pyproject.toml',
         )
-    from peftx_cli.render import out
+    from peftx_cli.render import out_markdown
 
-    if not sys.stdout.isatty():
-        out(text)
-        return
-    from rich.markdown import Markdown
-
-    from peftx_cli.progress import console
-    from peftx_spec.errors import visible
-
-    console().print(Markdown(visible(text, lines=True)))
+    out_markdown(text)

@@ -98,7 +98,7 @@ def export(
     from transformers.utils import logging
 
     from peftx.engines.files import folder_bytes, make_place
-    from peftx.errors import PeftxError
+    from peftx.errors import UsageError
     from peftx.interop import to_compressed_tensors, to_gguf, to_peft
     from peftx_cli.render import out, print_json, size
     from peftx_cli.stacks import open_stack
@@ -111,16 +111,16 @@ def export(
         "gguf": lambda stack: to_gguf(stack, output, type=type or "f16"),
     }
     if format not in writers:
-        raise PeftxError(
+        raise UsageError(
             f"--format {format}: there is no such format",
             hint=nearest(format, writers) or f"one of {', '.join(writers)}",
         )
     if id is not None and format != "peft":
-        raise PeftxError(
+        raise UsageError(
             f"--id names one adapter of several, and {format} holds all of them", hint="leave it out"
         )
     if type is not None and format != "gguf":
-        raise PeftxError(f"--type is of gguf, and {format} keeps the model's own", hint="leave it out")
+        raise UsageError(f"--type is of gguf, and {format} keeps the model's own", hint="leave it out")
     make_place(output)
     logging.disable_progress_bar()
     stack = open_stack(bundle, model=model, device="cpu", trust_remote_code=trust_remote_code)

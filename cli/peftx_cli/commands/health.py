@@ -25,6 +25,11 @@ Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="processes; 0: on
 Page = Annotated[
     str | None, typer.Option("--output", "-o", metavar="FILE", help="an HTML page; the JSON goes beside it")
 ]
+Threes = Annotated[
+    int,
+    typer.Option("--threes", min=0, metavar="N", help="N further stacks, around threes that none has shown"),
+]
+Seed = Annotated[int, typer.Option("--seed", help="which stacks there are")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="try everything, whatever former runs showed")]
 
 Option = Annotated[
@@ -247,6 +252,8 @@ def matrix(
     names: Names = None,
     output: Page = None,
     jobs: Jobs = 0,
+    threes: Threes = 0,
+    seed: Seed = 0,
     fresh: Fresh = False,
     as_json: options.Json = False,
 ) -> None:
@@ -256,12 +263,14 @@ def matrix(
     its plugins changes, so that a second run tries what is new. Exits with 1 when a pair fails.
 
     Example: peftx matrix lora prefixquant mezo
+
+    Example: peftx matrix --threes 200 --seed 1
     """
     import os
     from pathlib import Path
 
     from peftx.engines.files import make_place, write_text
-    from peftx.errors import PeftxError
+    from peftx.errors import FileError, UsageError
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
     from peftx_cli.health import cache_file
@@ -269,9 +278,9 @@ def matrix(
     from peftx_cli.render import out, out_json
 
     if output is not None and Path(output).suffix != ".html":
-        raise PeftxError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
+        raise UsageError(f"--output {output}: the page is an .html file", hint="--output matrix.html")
     if output is not None and not Path(output).absolute().parent.is_dir():
-        raise PeftxError(
+        raise FileError(
             f"--output {output}: there is no folder {Path(output).parent}",
             hint="make it, or name another file",
         )
@@ -282,7 +291,9 @@ def matrix(
         found = run_matrix(
             names or (),
             jobs=jobs or len(os.sched_getaffinity(0)),
-            kept=None if fresh else cache_file().with_name("matrix.jsonl"),
+            kept=None if fresh else cache_file("matrix.jsonl"),
+            seed=seed,
+            threes=threes,
             progress=lambda done, total, _: told.progress(done, total, {}),
         )
     failed = [cell for cell in found.cells if cell.outcome == "failed"]
@@ -316,11 +327,14 @@ def _show_matrix(found: Any, *, whole: bool) -> None:
     words = ("works", "refused", "other-model", "failed")
     counts = ", ".join(f"{found.count(word)} {word}" for word in words)
     out(f"{len(found.cells)} pairs: {counts}; {found.stacks} stacks were tried")
+    shown, of = found.threes
+    if of:
+        out(f"{shown:,} of {of:,} ordered threes stood in one of them ({shown / of:.1%})")
 
 
 def _options(texts: list[str]) -> dict[str, Any]:
     """`rank=4` as an option of the plugin, read like a value of a spec."""
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
     from peftx_spec.loader import parse_value
     from peftx_spec.overrides import VALUES
     from peftx_spec.scalars import ScalarError
@@ -329,9 +343,9 @@ def _options(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise PeftxError(f"--set {text}: an option is 'name=value'", hint="peftx check lora --set rank=4")
+            raise UsageError(f"--set {text}: an option is 'name=value'", hint="peftx check lora --set rank=4")
         try:
             found[key] = parse_value(value)
         except ScalarError as error:
-            raise PeftxError(f"--set {text}: {error}", hint=VALUES) from error
+            raise UsageError(f"--set {text}: {error}", hint=VALUES) from error
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftx_cli import options
+from peftx_cli import explained, options
 from peftx_cli.recipe import Asked
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ All = Annotated[bool, typer.Option("--all", help=f"every touched module, not {MO
 SchemaFile = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="write it here; else stdout")
 ]
-SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="pipeline as YAML")]
+SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="spec, a YAML file")]
 
 
 def register(app: typer.Typer) -> None:
@@ -105,12 +105,15 @@ def _show(found: Plan, *, show_all: bool) -> None:
             ("added", f"{totals.added_params:,}", ""),
             ("trainable", f"{totals.trainable_params:,}", ""),
             ("at the end", "", size(totals.final_bytes)),
+            ("in the bundle, at most", "", size(totals.bundle_bytes)),
         ],
     )
     for conflict in found.conflicts:
         out(f"\nconflict: {conflict.reason}")
         if conflict.remedy:
             out(f"  what would work: {conflict.remedy}")
+        if more := explained.more(conflict.code):
+            out(f"  more: {more}")
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
@@ -168,8 +171,9 @@ def schema(output: SchemaFile = None) -> None:
     import json
 
     from peftx.composition.registry import Registry
+    from peftx.errors import FileError
     from peftx_cli.render import out, out_json
-    from peftx_spec import PeftxError, json_schema
+    from peftx_spec import json_schema
 
     text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
     if output is None:
@@ -178,7 +182,7 @@ def schema(output: SchemaFile = None) -> None:
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise PeftxError(f"cannot write {output}: {error.strerror}") from error
+        raise FileError(f"cannot write {output}: {error.strerror}") from error
     out(str(output))
 
 

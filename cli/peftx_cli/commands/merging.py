@@ -108,14 +108,14 @@ def merge(
 
 def _pair(folders: Sequence[str], given: Sequence[str]) -> tuple[str, Path]:
     """Raises PeftxError where it is not clear what goes where."""
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
 
     if given:
-        raise PeftxError(
+        raise UsageError(
             f"{given[0]} goes with --method, which says how adapters are combined", hint="--method linear"
         )
     if len(folders) != 2:
-        raise PeftxError(
+        raise UsageError(
             f"one bundle is folded into one folder, and {len(folders)} are named",
             hint="peftx merge BUNDLE OUT; several adapters into one: peftx merge A B --method linear -o OUT",
         )
@@ -138,19 +138,20 @@ def _fold(bundle: str, output: Path, model: str | None, device: str, trust: bool
 
 
 def _numbers(text: str | None) -> list[float] | None:
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
 
     try:
         return None if text is None else [float(word) for word in text.split(",")]
     except ValueError as error:
-        raise PeftxError(f"--weights {text}: these are no numbers", hint="--weights 0.7,0.3") from error
+        raise UsageError(f"--weights {text}: these are no numbers", hint="--weights 0.7,0.3") from error
 
 
 def _known(format: str | None) -> str:
-    from peftx_spec.errors import PeftxError, nearest
+    from peftx.errors import UsageError
+    from peftx_spec.errors import nearest
 
     if format is not None and format not in FORMATS:
-        raise PeftxError(
+        raise UsageError(
             f"--format {format}: there is no such format",
             hint=nearest(format, FORMATS) or f"one of {', '.join(FORMATS)}",
         )
@@ -158,10 +159,10 @@ def _known(format: str | None) -> str:
 
 
 def _placed(output: Path | None) -> Path:
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
 
     if output is None:
-        raise PeftxError(
+        raise UsageError(
             "it is not said where the result goes", hint="-o OUT; all folders before it are adapters"
         )
     return output

@@ -66,13 +66,13 @@ def report(
 
 def _check_place(output: Path) -> None:
     """Raises PeftxError where the page would be a strange file in a bundle, which then would not load."""
-    from peftx_spec.errors import PeftxError
+    from peftx_spec.errors import FileError
 
     if output.is_dir():
-        raise PeftxError(f"--output: {output} is a folder", hint="name a file, such as report.html")
+        raise FileError(f"--output: {output} is a folder", hint="name a file, such as report.html")
     inside = [parent for parent in output.absolute().parents if (parent / "manifest.json").exists()]
     if inside:
-        raise PeftxError(
+        raise FileError(
             f"--output: {output} would stand in the bundle {inside[0]}, which holds no strange file",
             hint="-o ../report.html",
         )

@@ -50,11 +50,11 @@ def data(
     Tokens that count in the loss are green on a terminal, and in [brackets] elsewhere.
     """
     from peftx.composition.registry import Registry
+    from peftx.errors import UsageError
     from peftx_cli.recipe import read
-    from peftx_spec.errors import PeftxError
 
     if eval and source is not None:
-        raise PeftxError("--eval and --source exclude each other", hint="--source names rows of data.sources")
+        raise UsageError("--eval and --source exclude each other", hint="--source names rows of data.sources")
     registry = Registry()
     asked = Asked(
         spec, plugin or (), model, data, overrides=override or (), trust_remote_code=trust_remote_code
@@ -82,7 +82,7 @@ def data(
 def _check_place(output: Path, pipeline: Pipeline) -> None:
     """Raises PeftxError where rows would take the place of what is read, or nothing can be written."""
     from peftx.engines.files import make_place
-    from peftx_spec.errors import PeftxError
+    from peftx_spec.errors import FileError
 
     specs = (
         pipeline.data.train,
@@ -93,7 +93,7 @@ def _check_place(output: Path, pipeline: Pipeline) -> None:
     read = [Path(spec.path) for spec in specs if spec and not spec.path.startswith(("peftx:", "hub:"))]
     if output.is_dir() or (output.exists() and any(p.exists() and output.samefile(p) for p in read)):
         kind = "is a folder" if output.is_dir() else "holds rows that the pipeline reads"
-        raise PeftxError(f"--output: {output} {kind}", hint="name another file")
+        raise FileError(f"--output: {output} {kind}", hint="name another file")
     make_place(output)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Resume = Annotated[
     bool, typer.Option("--resume", help="go on from the last checkpoint of an interrupted run")
 ]
-ShowSpec = Annotated[bool, typer.Option("--show-spec", help="print the pipeline as YAML and run nothing")]
+ShowSpec = Annotated[bool, typer.Option("--show-spec", help="print the spec and run nothing")]
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +49,7 @@ def apply(
     """Run a whole pipeline: prepare, inject, train, compress, evaluate, save.
 
     Without SPEC the plugins named by --plugin run on the bundled model and its sample data; --show-spec prints that
-    pipeline as YAML, to start your own from.
+    spec, to start your own from.
     """
     asked = Asked(spec, plugin or (), model, data, eval, calibration, steps, output, override or (),
                   metric or (), trust_remote_code, columns, split, adapter)  # fmt: skip
@@ -82,7 +82,7 @@ def train(
 
 def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, compress: bool) -> None:
     from peftx.composition.registry import Registry
-    from peftx.errors import PeftxError
+    from peftx.errors import PeftxError, with_code
     from peftx_cli.recipe import read, without_compression
     from peftx_cli.render import out_yaml
 
@@ -109,7 +109,7 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
         )
         # What lies between two plugins Run has named by now; this is between a plugin and the model.
         for conflict in recipe.conflicts:
-            raise PeftxError(conflict.reason, hint=conflict.remedy or None)
+            raise with_code(conflict.code)(conflict.reason, hint=conflict.remedy or None)
         _warn(run, resume=resume)
         try:
             result = run.run()

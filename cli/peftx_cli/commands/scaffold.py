@@ -38,12 +38,12 @@ def new(
 ) -> None:
     """Write a complete plugin folder that works, passes its own tests, and is yours to change."""
     from peftx.composition.registry import Registry
+    from peftx.errors import RegistryError
     from peftx_cli.render import out
     from peftx_cli.scaffold import write
-    from peftx_spec.errors import PeftxError
 
     if slug in Registry().names():
-        raise PeftxError(
+        raise RegistryError(
             f"a plugin '{slug}' is installed already", hint="two of one name clash: choose another one"
         )
     folder = directory if directory is not None else Path("plugins") / hook / slug

@@ -48,8 +48,8 @@ def search(
     from pathlib import Path
 
     from peftx.composition.registry import Registry
+    from peftx.errors import MissingExtraError
     from peftx.searching.samplers import Samplers
-    from peftx_spec.errors import PeftxError
     from peftx_spec.search_load import load_search
 
     registry = Registry()
@@ -58,7 +58,7 @@ def search(
     try:
         import optuna  # noqa: F401  what an installation without the extra lacks
     except ModuleNotFoundError as error:
-        raise PeftxError(
+        raise MissingExtraError(
             f"searching needs {error.name}, which is not installed", hint="pip install 'peftx[search]'"
         ) from error
     from peftx.comparing.writing import to_json

@@ -141,14 +141,14 @@ def _tasks(names: Sequence[str], tasks: Sequence[str], include: str | None) -> d
     import os
 
     from peftx.engines.tasks import find_tasks
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
 
     if ("lm-eval" in names) != bool(tasks):
-        raise PeftxError(
+        raise UsageError(
             "lm-eval runs tasks, and --task names them", hint="peftx evaluate BUNDLE --task peftx-opposites"
         )
     if include is not None and not tasks:
-        raise PeftxError("--include is a folder of tasks, and --task names none of them", hint="--task NAME")
+        raise UsageError("--include is a folder of tasks, and --task names none of them", hint="--task NAME")
     folder = None if include is None else Path(os.path.expanduser(include))
     if tasks:
         find_tasks(tasks, folder)
@@ -157,14 +157,14 @@ def _tasks(names: Sequence[str], tasks: Sequence[str], include: str | None) -> d
 
 def _check_metrics(names: Sequence[str], format: str | None) -> None:
     """Raises PeftxError for a metric that cannot read rows of this format, before a model is loaded."""
+    from peftx.errors import OptionError
     from peftx_spec.checks import metric_for
-    from peftx_spec.errors import PeftxError
     from peftx_spec.models import METRIC_FORMATS
 
     for name in names:
         fitting = METRIC_FORMATS.get(name)
         if format is not None and fitting and format not in fitting:
-            raise PeftxError(
+            raise OptionError(
                 f"{name} reads rows of {' or '.join(fitting)}, and these are {format}",
                 hint=metric_for(format),
             )
@@ -184,13 +184,13 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, through the decode hooks of the bundle's plugins."""
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import GenerationError, UsageError
 
     if stream and as_json:
-        raise PeftxError("--stream and --json exclude each other", hint="peftx serve streams JSON")
+        raise UsageError("--stream and --json exclude each other", hint="peftx serve streams JSON")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
-        raise PeftxError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
+        raise GenerationError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
     from peftx_cli.render import out_exactly, print_json
     from peftx_cli.stacks import open_stack
 
@@ -245,14 +245,14 @@ def serve(
 
     Bundles of one base share its weights. Clients name the one that they ask; the first answers where they name none.
     """
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import MissingExtraError
 
     try:
         import fastapi  # noqa: F401  what an installation without the extra lacks
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise PeftxError(
+        raise MissingExtraError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'peftx[serve]'"
         ) from error
     from peftx.toolkits.serving import Scheduler, Server
@@ -287,7 +287,7 @@ def _named(targets: Sequence[str]) -> dict[str, str]:
     Raises:
         PeftxError: two of one name.
     """
-    from peftx_spec.errors import PeftxError
+    from peftx.errors import UsageError
 
     found: dict[str, str] = {}
     for text in targets:
@@ -295,7 +295,7 @@ def _named(targets: Sequence[str]) -> dict[str, str]:
         if not named or Path(text).expanduser().exists():  # a folder may have = in its name
             name, target = Path(text).name, text
         if name in found:
-            raise PeftxError(
+            raise UsageError(
                 f"two models are named '{name}': {found[name]} and {target}",
                 hint=f"give one another name: other={target}",
             )
@@ -309,12 +309,10 @@ def _inside(folder: Path, path: str) -> Path:
     Raises:
         PeftxError: it leads out of the folder, or there is no bundle.
     """
-    from peftx_spec.errors import PeftxError
+    from peftx_spec.errors import FileError
 
     root = folder.expanduser().resolve()
     found = (root / path).resolve()
     if not found.is_relative_to(root) or not found.is_dir():
-        raise PeftxError(
-            f"there is no bundle '{path}' in the folder of adapters", hint="a path from there on"
-        )
+        raise FileError(f"there is no bundle '{path}' in the folder of adapters", hint="a path from there on")
     return found

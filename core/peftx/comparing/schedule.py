@@ -9,7 +9,7 @@ from pathlib import Path
 from peftx.comparing.jobs import Job, JobResult, identity_of
 from peftx.comparing.pipelines import on_validation, split, trained, untrained
 from peftx.composition.registry import Registry
-from peftx.errors import PeftxError
+from peftx.errors import PeftxError, TrialError
 from peftx.pipeline import Run
 from peftx.planning import plan
 from peftx_spec import dump
@@ -59,7 +59,7 @@ class Schedule:
         self.rows = [self._planned(row) for row in loaded.rows]
         if not any(row.pipeline for row in self.rows):
             reasons = dict.fromkeys(row.reason for row in self.rows)
-            raise PeftxError("no row of the comparison can be built:\n" + "\n".join(reasons))
+            raise TrialError("no row of the comparison can be built:\n" + "\n".join(reasons))
 
     # -- before anything runs ----------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch
 
 from peftx.comparing.jobs import Check, Job, JobResult, checks_file, write_result
 from peftx.composition.registry import Registry
-from peftx.errors import PeftxError
+from peftx.errors import PeftxError, TrainingError, TrialError
 from peftx.pipeline import Run, RunResult
 from peftx.stack import Stack
 from peftx.toolkits.decoding.text import request_for
@@ -124,7 +124,7 @@ def _measure(job: Job, blank: JobResult, scratch: Path, trust_remote_code: bool)
     result = run.run()
     scores = {name: _plain(score) for name, score in list(result.scores.values())[-1].items()}
     if job.metric not in scores:
-        raise PeftxError(f"the run gave no '{job.metric}', but {', '.join(scores) or 'nothing'}")
+        raise TrialError(f"the run gave no '{job.metric}', but {', '.join(scores) or 'nothing'}")
     measured = replace(blank, scores=scores, trained=result.trainable, bundle_bytes=_bundle(result),
                        base_parameters=result.stack.base_parameters(), steps=sum(r.steps for r in result.training),
                        seconds=sum(r.seconds - r.measuring for r in result.training), losses=_losses(result),
@@ -231,6 +231,6 @@ def _pace(job: Job, blank: JobResult, trust_remote_code: bool) -> JobResult:
     with suppress(_EnoughError):
         Run(pipeline, reporter=watch, trust_remote_code=trust_remote_code).run()
     if len(watch.ends) < 2:
-        raise PeftxError("no step could be timed: nothing trains")
+        raise TrainingError("no step could be timed: nothing trains")
     step = (watch.ends[-1] - watch.ends[0]) / (len(watch.ends) - 1)
     return replace(blank, steps=max(1, int(job.seconds / step)), seconds=step)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftx.composition.registry import Registry, keyword_values
-from peftx.errors import BundleError, PeftxError, RegistryError
+from peftx.errors import AdapterError, BundleError, PeftxError, RegistryError
 from peftx.kernel.plugin import Plugin
 from peftx.peft_format import INNER, PeftFormat, Settings, targets_of
 
@@ -147,7 +147,7 @@ def _entries(adapter: Adapter, registry: Registry) -> list[Entry]:
     left = settings.left()
     if left:
         what = ", ".join(f"{name}={value!r:.80}" for name, value in list(left.items())[:3])
-        raise PeftxError(
+        raise AdapterError(
             f"'{adapter.folder}' has settings that '{use}' does not know: {what}",
             hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
         )

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from peftx.errors import ConflictError
 from peftx.kernel.members import Member
-from peftx.kernel.plugin import Claim, Plugin, hooks_of
+from peftx.kernel.plugin import Claim, Plugin, compresses_own, hooks_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ EXCLUSIVE = {
     Claim.REPLACES_LOSS: "both put a loss of their own in the task's place, and a step has one",
     Claim.CLASSIFIES: "both bring the head that names a text's class",
     Claim.QUANTIZES: "both replace the weights by integers",
+    Claim.EVICTS: "both leave tokens out of the cache, and a cache has one rule of which stay",
 }
 """One in a stack."""
 
@@ -99,6 +100,11 @@ RULES = (
         _claiming(Claim.VIRTUAL_TOKENS),
         "{one} lays its rows out with positions and a mask of its own, and the soft tokens of {two} would stand in "
         "front of the first text alone",
+    ),
+    Rule(
+        _claiming(Claim.EVICTS),
+        _claiming(Claim.REPLACES_DECODING),
+        "{one} leaves tokens out of the cache, and the loop of {two} may share or take back rows of it",
     ),
     Rule(
         _claiming(Claim.FINAL),
@@ -208,7 +214,10 @@ def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | No
 def _compressing_late(members: Sequence[Member]) -> list[Member]:
     """Those that compress a model on which plugins stand already; `stages_of` of a spec decides in the same way."""
     first = next((i for i, m in enumerate(members) if m.implements("inject")), len(members))
-    late = [i > first if m.phase is None else m.phase == "after-training" for i, m in enumerate(members)]
+    late = [
+        i > first or compresses_own(m.plugin) if m.phase is None else m.phase == "after-training"
+        for i, m in enumerate(members)
+    ]
     return [m for m, is_late in zip(members, late, strict=True) if is_late and m.implements("compress")]
 
 

@@ -93,19 +93,13 @@ class Registry:
     def __init__(
         self, points: Iterable[EntryPoint] | None = None, *, disabled: Iterable[str] | None = None
     ) -> None:
-        self._points = list(installed(GROUP) if points is None else points)
+        self._found = _scan(GROUP, _state()) if points is None else _Points(tuple(points))
         names = os.environ.get(DISABLE_VARIABLE, "").split(",") if disabled is None else disabled
         self.disabled = frozenset(name.strip() for name in names if name.strip())
-        self._fitting: set[str] = set()
 
-    @cached_property
+    @property
     def _by_name(self) -> dict[str, list[EntryPoint]]:
-        found: dict[str, list[EntryPoint]] = {}
-        for point in self._points:
-            others = found.setdefault(point.name, [])
-            if all((o.value, _distribution(o)) != (point.value, _distribution(point)) for o in others):
-                others.append(point)
-        return dict(sorted(found.items()))
+        return self._found.by_name
 
     def names(self) -> list[str]:
         """All installed names, sorted; disabled ones left out."""
@@ -200,14 +194,14 @@ class Registry:
     def _fitting_point(self, name: str) -> EntryPoint:
         """As `point`, of a plugin that is for this version of peftx."""
         point = self.point(name)
-        if name not in self._fitting and point.dist is not None:
+        if name not in self._found.fitting and point.dist is not None:
             if asked := misfit(point.dist.requires or ()):
                 raise RegistryError(
                     f"plugin '{name}' ({_distribution(point)} {point.dist.version}) needs {asked}, and this is peftx "
                     f"{__version__}: {requirement_place(point, asked)}",
                     hint=f"pip install --upgrade {_distribution(point)}, or pip install '{asked}'",
                 )
-            self._fitting.add(name)
+            self._found.fitting.add(name)
         return point
 
     def outline(self, name: str) -> type[Plugin]:
@@ -245,6 +239,11 @@ class Registry:
 
         return hooks_of(self.outline(name))
 
+    def compresses_own(self, name: str) -> bool:
+        from peftx.kernel.plugin import compresses_own
+
+        return compresses_own(self.outline(name))
+
     def name_of(self, plugin: type[Plugin]) -> str | None:
         """The entry-point name of a plugin class; None for a class that no distribution publishes."""
         return next((n for n, points in self._by_name.items() if any(_is(p, plugin) for p in points)), None)
@@ -266,12 +265,35 @@ def _keywords(lines: Iterable[str] | None) -> list[str]:
 
 def installed(group: str) -> tuple[EntryPoint, ...]:
     """The entry points of a group. They are looked for anew when the path, or what lies on it, has changed."""
-    return _scan(group, tuple((place, _changed(place)) for place in sys.path))
+    return _scan(group, _state()).points
+
+
+class _Points:
+    """Entry points, and what was found out about them: both hold as long as nothing on the path changes, so every
+    registry of a process reads one of these."""
+
+    def __init__(self, points: tuple[EntryPoint, ...]) -> None:
+        self.points = points
+        self.fitting: set[str] = set()
+        """Names of plugins that are for this version of peftx."""
+
+    @cached_property
+    def by_name(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in self.points:
+            others = found.setdefault(point.name, [])
+            if all((o.value, _distribution(o)) != (point.value, _distribution(point)) for o in others):
+                others.append(point)
+        return dict(sorted(found.items()))
 
 
 @lru_cache(maxsize=8)
-def _scan(group: str, state: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=group))
+def _scan(group: str, state: tuple[tuple[str, int], ...]) -> _Points:
+    return _Points(tuple(entry_points(group=group)))
+
+
+def _state() -> tuple[tuple[str, int], ...]:
+    return tuple((place, _changed(place)) for place in sys.path)
 
 
 def _changed(place: str) -> int:

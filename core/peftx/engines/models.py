@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from peftx.engines.checkpoints import check_weights, first_line, read_config
 from peftx.engines.files import require_plain
 from peftx.engines.hub import is_hub, rows_path
-from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.errors import BundleError, DataError, OptionError, nearest
 from peftx.kernel.chain import is_ours
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def load_model(
 
     device = usable_device(device)
     if dtype not in (*DTYPES, "auto"):
-        raise PeftxError(
+        raise OptionError(
             f"unknown dtype '{dtype}'", hint=nearest(dtype, DTYPES) or f"one of {', '.join(DTYPES)}, auto"
         )
     path = model_path(model_id)
@@ -140,7 +142,7 @@ def usable_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise PeftxError(
+        raise OptionError(
             f"device '{device}' cannot be used: {first_line(error)}", hint="device: cpu, or auto"
         ) from error
     return device
@@ -283,6 +285,17 @@ def read_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokeniz
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what makes a tokenizer's ids and chats: its algorithm and vocabulary, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    algorithm = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
+    about = json.dumps([special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(f"{algorithm}\n{about}".encode()).hexdigest()
 
 
 def base_bytes(model_id: str, model: PreTrainedModel) -> int:

@@ -20,7 +20,7 @@ from peftx.composition.adapters import (
 )
 from peftx.composition.registry import Registry
 from peftx.engines.files import naming, read_tensors
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError
 from peftx.kernel.parts import FREE, BasePart, DeltaPart, Part
 from peftx.kernel.slots import Entry as Slotted
 from peftx.kernel.slots import slot_of
@@ -56,7 +56,7 @@ def import_peft(
         found = entries(adapter, registry)
         base = model if model is not None else adapter.base
         if base is None:
-            raise PeftxError(f"'{folder}' does not say which model it is for", hint="name it: --model ID")
+            raise AdapterError(f"'{folder}' does not say which model it is for", hint="name it: --model ID")
         members = {_id(entry, index, found): entry for index, entry in enumerate(found)}
         plugins = [(id, plugin_of(entry, registry)) for id, entry in members.items()]
         stack = Stack(base, plugins, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
@@ -104,7 +104,7 @@ def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
         for place, key, value in own:
             if place.shape != value.shape:
                 size = _size(saved.get(key, value))
-                raise PeftxError(
+                raise AdapterError(
                     f"{id}: {key} of '{adapter.folder}' is {size}, which does not go with the model's {_size(place)}",
                     hint="it is an adapter of another model",
                 )
@@ -112,7 +112,7 @@ def fill(stack: Stack, adapter: Adapter, members: Mapping[str, Entry]) -> None:
             copies.append((place, value))
     extra = [key for key in left if not _same_as_base(stack, adapter, key, saved[key])]
     if extra:
-        raise PeftxError(
+        raise AdapterError(
             f"'{adapter.folder}': {len(extra)} tensors have no place in the model, e.g. {extra[0]} "
             f"({_size(saved[extra[0]])})",
             hint="it is an adapter of another model, or more than its method: merge it with PEFT",
@@ -132,7 +132,7 @@ def _of_method(
     places = adapter.places([*format.tensors.values(), *format.kept.values()])
     for delta in stack.ledger.of(stack.member(id).id, DeltaPart):
         if not format.fused and entry_of(delta).rows is not None:
-            raise PeftxError(
+            raise AdapterError(
                 f"{id}: {delta.path} is several matrices in one, of which '{adapter.folder}' has one update, and "
                 f"{id} one for each",
                 hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
@@ -154,14 +154,14 @@ def _of_method(
                     keys[name], values[name] = key, _for_part(part, name, saved[key], place, format)
                 elif name not in format.own:
                     missing = format.tensors.get(name, name)
-                    raise PeftxError(f"{id}: '{adapter.folder}' has no {missing} for {part.path}")
+                    raise AdapterError(f"{id}: '{adapter.folder}' has no {missing} for {part.path}")
             for name, value in format.read(part.module, values).items():
                 yield own[name], keys.get(name, ""), _shaped(value, own[name])
         elif own := own_tensors(part.module):
             keys = {name: format.kept.get(f"{kept_as(part)}.{name}", name) for name in own}
             absent = [key for key in keys.values() if key not in saved]
             if absent:
-                raise PeftxError(f"{id}: '{adapter.folder}' has no {absent[0]}")
+                raise AdapterError(f"{id}: '{adapter.folder}' has no {absent[0]}")
             for name, value in format.read(part.module, {n: saved[key] for n, key in keys.items()}).items():
                 yield own[name], keys[name], _shaped(value, own[name])
 
@@ -247,7 +247,7 @@ def _of_base(
                 continue
             full = adapter.full.get(f"{part.key}.{name}")
             if full is None:
-                raise PeftxError(f"{id}: '{adapter.folder}' has no {part.key}.{name}")
+                raise AdapterError(f"{id}: '{adapter.folder}' has no {part.key}.{name}")
             for key in _shared(stack, adapter, id, f"{part.key}.{name}", saved):
                 yield parameter, key, saved[full]
             yield parameter, full, saved[full]
@@ -270,7 +270,7 @@ def _shared(stack: Stack, adapter: Adapter, id: str, name: str, saved: Mapping[s
         if held is not None and same:
             found.append(held)
         elif held is not None or not tied:
-            raise PeftxError(
+            raise AdapterError(
                 f"{id}: '{adapter.folder}' has a {name} of its own, which {other} of this model shares, and does not "
                 "change that",
                 hint="load it with PEFT; adapters with ensure_weight_tying come in",

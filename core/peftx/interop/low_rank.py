@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftx.composition.adapters import CONFIG, HEADS, PREFIX, WEIGHTS
 from peftx.engines.files import naming, read_json, read_tensors
-from peftx.errors import BundleError, PeftxError
+from peftx.errors import AdapterError, BundleError
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.slots import LowRank
 from peftx.stack import Stack
@@ -48,7 +48,7 @@ def _fill(stack: Stack, folder: Path, id: str) -> None:
     tensors = _tensors(deltas)
     differ = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in saved.keys() ^ tensors.keys()}
     if differ:
-        raise PeftxError(
+        raise AdapterError(
             f"{id}: {len(differ)} modules differ from the adapter's, e.g. {min(differ)}", hint="set `targets`"
         )
     for path, delta in deltas.items():
@@ -60,7 +60,7 @@ def _fill(stack: Stack, folder: Path, id: str) -> None:
         scale = next(given, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         same = (A.shape, B.shape) == (delta.A.shape, delta.B.shape)
         if not same or not math.isclose(scale, delta.scale, rel_tol=1e-6):
-            raise PeftxError(
+            raise AdapterError(
                 f"{id}: {path} ({delta.B.shape[0]}x{delta.A.shape[1]}) has rank {delta.A.shape[0]} and scale "
                 f"{delta.scale:g}, the adapter ({B.shape[0]}x{A.shape[1]}) {rank} and {scale:g}",
                 hint="set `rank`, `ranks`, `alpha` and `rank_stabilized` as the adapter has them, on the same base",
@@ -109,7 +109,7 @@ def _plain(
             found[name] = tuple(saved[name].shape)
     if found:
         what = ", ".join(f"{name}={value!r:.80}" for name, value in list(found.items())[:3])
-        raise PeftxError(
+        raise AdapterError(
             f"{id}: the adapter is more than A and B of LoRA, it has {what}",
             hint="load it with PEFT and merge it into the base",
         )
@@ -124,12 +124,12 @@ def _deltas(stack: Stack, id: str) -> dict[str, LowRank]:
             continue  # goes beside the adapter
         found = part.module.low_rank() if isinstance(part, DeltaPart) else None  # type: ignore[operator]
         if not isinstance(part, DeltaPart) or found is None:
-            raise PeftxError(
+            raise AdapterError(
                 f"{id}: {part.key} is no low-rank update alone, which is all that PEFT's format of LoRA can say",
                 hint="stack.model.eval() first, if it has dropout",
             )
         if part.key != part.path:
-            raise PeftxError(
+            raise AdapterError(
                 f"{id}: {part.key} is a part of a fused or stacked matrix, which PEFT's format cannot name"
             )
         deltas[part.path] = found

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 
 from peftx.engines.bundle.exporting import unfolded
-from peftx.errors import MergeError, PeftxError
+from peftx.errors import MergeError, MissingExtraError
 from peftx.kernel.members import Member
-from peftx.kernel.parts import DeltaPart, FreePart, Part, Storage
+from peftx.kernel.parts import DeltaPart, FreePart, Part, takes_no_fold
 from peftx.kernel.plugin import Claim
 from peftx.stack import Stack
 
@@ -19,7 +19,7 @@ def require_package(module: str, *, extra: str, format: str) -> None:
     try:
         import_module(module)
     except ModuleNotFoundError as error:
-        raise PeftxError(
+        raise MissingExtraError(
             f"--format {format} needs {error.name}, which is not installed",
             hint=f"pip install 'peftx[{extra}]'",
         ) from error
@@ -43,7 +43,7 @@ def _reason(stack: Stack, member: Member) -> str:
     """Why weights do not hold all of the plugin; empty where they do."""
     if member.implements("decode"):
         return "takes part in decoding"
-    packed = next((p for p in stack.ledger.of(member.id, DeltaPart) if isinstance(p.place, Storage)), None)
+    packed = next((p for p in stack.ledger.of(member.id, DeltaPart) if takes_no_fold(p.place)), None)
     if packed is not None:
         return f"stands on {packed.path}, a quantized layer, into whose integers no delta folds"
     part = unfolded(stack, member) or _shared(stack, member)

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftx.composition.adapters import BARE, CONFIG, FULL, HEADS, PREFIX, TOKENS, WEIGHTS
 from peftx.composition.members import default_id
 from peftx.engines.files import replacing
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError
 from peftx.interop.importing import entry_of, experts_of, kept_as, own_tensors
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, Part
@@ -78,7 +78,7 @@ def _only(stack: Stack) -> Member:
     found = [m for m in stack.members if any(stack.ledger.of(m.id)) and default_id(type(m.plugin)) != FULL]
     if len(found) != 1:
         names = ", ".join(f"'{m.id}'" for m in found) or "none"
-        raise PeftxError(
+        raise AdapterError(
             f"PEFT's format holds one adapter, and the stack has {names}", hint="name it by its id"
         )
     return found[0]
@@ -95,7 +95,7 @@ def _format(stack: Stack, member: Member) -> PeftFormat:
     other = next(
         (p.key for p in deltas if not isinstance(p, DeltaPart) or p.module.low_rank() is None), "nothing"
     )  # type: ignore[operator]
-    raise PeftxError(
+    raise AdapterError(
         f"{member.id}: PEFT has no format for it: {other} is no low-rank update alone",
         hint="stack.model.eval() first, if it has dropout; else peftx merge, or a bundle",
     )
@@ -143,14 +143,14 @@ def _read(
             a, b, scale = part.module.low_rank()  # type: ignore[operator, misc]
             tensors, divided = {A: a, B: b}, {B: 0}
         elif experts_of(part) and not format.experts:
-            raise PeftxError(
+            raise AdapterError(
                 f"{member.id}: {part.path} is stacked experts, which PEFT does not adapt by {format.type}",
                 hint="save it as a bundle, or merge it",
             )
         else:
             own = {n: t.detach() for n, t in own_tensors(part.module).items() if n not in format.own}
             if not format.fused and entry.rows is not None:
-                raise PeftxError(
+                raise AdapterError(
                     f"{member.id}: {part.path} is several matrices in one, and PEFT's format of {format.type} has one "
                     "update for all of it",
                     hint="save it as a bundle, or merge it",
@@ -167,7 +167,7 @@ def _read(
 
 def _check(member: Member, part: Part, format: PeftFormat, unknown: Sequence[str]) -> None:
     if unknown:
-        raise PeftxError(
+        raise AdapterError(
             f"{member.id}: PEFT's format of {format.type} has no place for {part.key}.{unknown[0]}",
             hint="save it as a bundle, or merge it",
         )
@@ -189,7 +189,7 @@ def _joined(
     together = all(same.values()) and len({piece.scale for piece in pieces}) == 1
     if not together and not {A, B} <= first.tensors.keys():
         name = next((name for name, equal in same.items() if not equal), A)
-        raise PeftxError(
+        raise AdapterError(
             f"{member.id}: the roles of the fused matrix {place[0]} have each a {name} of their own, and PEFT's format "
             "has one for all",
             hint="save it as a bundle, or merge it",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import StaticLayer
 
-from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.errors import BatchError, ConflictError, UnsupportedError
 from peftx.kernel.carried import carried_in, carry_on, has_rows, layers_of, pass_over, rows_of
 from peftx.kernel.positions import place_of, prompt_length
 from peftx.kernel.soft_rows import insert
@@ -156,7 +156,7 @@ class Call:
             column = column[:, self.past :][:, :new]
             return nn.functional.pad(column, (0, new - column.shape[1]), value=fill)
         if column.ndim != 2 or column.shape[1] != new:
-            raise PeftxError(
+            raise BatchError(
                 f"the column '{name}' has a value for {column.shape[-1]} tokens, and the call {new}"
             )
         return column
@@ -326,7 +326,7 @@ class Call:
     def giving(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, calls that bring no column of these names have these, [B, ...]."""
         if unknown := sorted(set(values) - set(self._columns)):
-            raise PeftxError(
+            raise BatchError(
                 f"no plugin reads a column '{unknown[0]}'",
                 hint=f"columns: {', '.join(self.columns) or 'none'}",
             )
@@ -385,5 +385,5 @@ def _repeated(values: Tensor, rows: int | None, name: str) -> Tensor:
     if rows is None or len(values) == rows:
         return values
     if len(values) == 0 or rows % len(values):
-        raise PeftxError(f"the column '{name}' has {len(values)} rows, and the batch {rows}")
+        raise BatchError(f"the column '{name}' has {len(values)} rows, and the batch {rows}")
     return values.repeat_interleave(rows // len(values), 0)

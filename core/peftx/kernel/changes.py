@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError, UnsupportedError
 from peftx.kernel import attention, calls, positions, virtual_tokens
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.attention import AttentionEdit
@@ -30,6 +31,7 @@ from peftx.kernel.parts import (
     ReplacedPart,
     ShiftPart,
     Storage,
+    TokenizerPart,
     VocabularyPart,
     configure_for,
     swap,
@@ -165,7 +167,9 @@ def replace_module(ledger: Ledger, owner: Owner, site: Site, module: nn.Module) 
     holder = ledger.model.get_submodule(parent)
     setattr(holder, name, module)
     site.module = module
-    inside = [part for part in ledger.all(BasePart) if part.module is old]
+    inside: list[Part] = [
+        part for part in ledger.parts if isinstance(part, BasePart | ReplacedPart) and part.module is old
+    ]
     ledger.parts = [part for part in ledger.parts if part not in inside]
     ledger.parts.append(ReplacedPart(owner.id, site.path, module, module.geometry(), holder, old, inside))
 
@@ -234,14 +238,14 @@ def add_tokens(
     """New tokens in the tokenizer, with rows of their own in embedding and head; see `ModelView.vocabulary`."""
     model, before = ledger.model, holder.given_tokenizer
     if before is None:
-        raise PeftxError(
+        raise StackError(
             f"{owner.id}: new tokens need a tokenizer", hint="Stack(model, plugins, tokenizer=...)"
         )
     known = int(model.config.get_text_config().vocab_size)
     tokenizer = copy.deepcopy(before)
     there = [token for token in tokens if token in before.get_vocab()]
     if there and not owner.restoring:
-        raise PeftxError(f"{owner.id}: {there[0]!r} is a token already", hint="add only what is new")
+        raise OptionError(f"{owner.id}: {there[0]!r} is a token already", hint="add only what is new")
     pieces = [before(token, add_special_tokens=False)["input_ids"] for token in tokens]
     tokenizer.add_tokens(list(tokens))
     ids = tuple(int(id) for id in tokenizer.convert_tokens_to_ids(list(tokens)))
@@ -265,11 +269,24 @@ def add_tokens(
     holder.given_tokenizer = tokenizer
     plain = without(before, tokens) if there else before  # a bundle's tokenizer knows them
     part = VocabularyPart(
-        owner.id, "vocabulary", nn.Module(), model, holder, tuple(tokens), ids, plain, known
+        owner.id, "vocabulary", nn.Module(), holder, plain, model, tuple(tokens), ids, known
     )
     configure_for(model, max(known, max(ids) + 1))
     _note(ledger, part)
     return rows
+
+
+def other_tokenizer(ledger: Ledger, owner: Owner, holder: HasTokenizer, make: Callable[[Any], Any]) -> Any:
+    """Another tokenizer in the place of the stack's; see `ModelView.tokenizer`."""
+    now, final = holder.given_tokenizer, ""
+    if now is None:
+        raise StackError(f"{owner.id}: a tokenizer is needed", hint="Stack(model, plugins, tokenizer=...)")
+    before = now
+    if owner.restoring and (before := holder.tokenizer_before) is None:
+        final = "its bundle holds the tokenizer that it made, and nobody gave the base's"
+    holder.given_tokenizer = make(now)
+    _note(ledger, TokenizerPart(owner.id, "tokenizer", nn.Module(), holder, before, final=final))
+    return holder.given_tokenizer
 
 
 def _note(ledger: Ledger, part: Part) -> None:

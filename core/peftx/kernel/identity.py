@@ -46,9 +46,8 @@ class Identity:
         }
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Identity | None:
-        """Of a model that carries no plugin; None where a tensor has no values."""
-        tensors = dict(model.named_parameters())
+    def of(cls, tensors: Mapping[str, Tensor]) -> Identity | None:
+        """Of the parameters of a model that carries no plugin; None where one has no values."""
         return None if any(t.is_meta for t in tensors.values()) else cls(tensors)
 
     def digest(self, dtypes: Mapping[str, torch.dtype] | None = None) -> str:

@@ -23,8 +23,8 @@ from peftx.kernel.parts import (
     FreePart,
     Part,
     ReplacedPart,
-    Storage,
     VocabularyPart,
+    takes_no_fold,
 )
 from peftx.kernel.slots import bake, slot_of, snapshot
 
@@ -117,7 +117,7 @@ class Ledger:
     def check_fold(self, owner: str) -> None:
         """Raises MergeError where a delta of the plugin does not fold."""
         for part in self.of(owner, DeltaPart):
-            if isinstance(part.place, Storage):
+            if takes_no_fold(part.place):
                 raise MergeError(
                     f"{owner}: {part.path} is quantized, and a delta does not fold into integers exactly"
                 )
@@ -139,7 +139,9 @@ class Ledger:
         for place, path in places.values():
             changed = bake(place, owner)
             if changed:
-                self.parts.append(BasePart(owner, path, place, self.model, changed, final=reason))
+                folded = BasePart(owner, path, place, self.model, changed, final=reason)
+                narrow = next((p for p in self.all(ReplacedPart) if p.module is place), None)
+                (self.parts if narrow is None else narrow.inside).append(folded)
         self.parts = [part for part in self.parts if part not in deltas]
         for part in self.of(owner, FreePart):  # what the deltas shared: it is in the weights now
             part.undo()
@@ -156,6 +158,7 @@ class Ledger:
     def snapshot(self) -> Callable[[], None]:
         """Note what every plugin did so far, before weights are folded and replaced. Returns the way back."""
         parts = list(self.parts)
+        inside = {part: list(part.inside) for part in self.all(ReplacedPart)}
         slots = [snapshot(place) for place in self.carriers({part.owner for part in parts})]
         free = self.model._modules.get(FREE)
         kept = (
@@ -175,13 +178,16 @@ class Ledger:
                     group._modules = modules
                     free._modules[name] = group
             self.parts = parts
+            for part, before in inside.items():
+                part.inside[:] = before
 
         return restore
 
     def release(self, owner: str) -> None:
         """Let go of the layers that the plugin replaced: their memory is free, and it stays for good."""
         for part in self.of(owner, ReplacedPart):
-            part.old = None
+            part.old, part.lost = None, part.covers
+            part.inside.clear()
             part.final = f"the layers that {owner} replaced were not kept"
 
     def check_removable(self, owner: str) -> None:
@@ -240,7 +246,7 @@ class Ledger:
     def _take_back(self, part: Part) -> None:
         part.undo()
         if isinstance(part, ReplacedPart):
-            self.parts = part.inside + self.parts
+            self.parts = [each for each in part.inside if each.module is part.old] + self.parts
 
     def switch(self, owner: str, on: bool) -> None:
         """Switch the plugin's parts on or off.

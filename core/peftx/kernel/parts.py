@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from peftx.errors import MergeError, UnsupportedError
 from peftx.kernel import attention, calls, virtual_tokens
 from peftx.kernel.chain import CHILD
-from peftx.kernel.slots import detach, enable, follow, slot_of
+from peftx.kernel.slots import detach, enable, follow, kind_of, slot_of
 
 FREE = "peftx_parts"
 """Name of the model's child that holds modules which stand nowhere in particular."""
@@ -29,6 +29,12 @@ class Storage(Protocol):
 
     def geometry(self) -> dict[str, Any]:
         """JSON-able keyword arguments of the constructor, which then gives the same module with empty tensors."""
+
+
+def takes_no_fold(module: nn.Module) -> bool:
+    """Is it storage whose numbers are packed, so that no delta folds into them; a linear layer that is only narrower
+    is none."""
+    return isinstance(module, Storage) and kind_of(module) != "plain"
 
 
 @dataclass(eq=False)
@@ -151,33 +157,46 @@ class CallPart(EditPart):
 
 
 class HasTokenizer(Protocol):
-    """A stack, as far as new tokens concern it."""
+    """A stack, as far as tokens concern it."""
 
     given_tokenizer: Any
+    tokenizer_before: Any
+    """The base's, where a bundle that has another one was loaded; None elsewhere."""
 
 
 @dataclass(eq=False)
-class VocabularyPart(Part):
+class TokenizerPart(Part):
+    """Another tokenizer in the place of the stack's."""
+
+    what: ClassVar[str] = "tokenizer"
+    trains: ClassVar[bool] = False
+
+    holder: HasTokenizer
+    before: Any
+
+    def undo(self) -> None:
+        self.holder.given_tokenizer = self.before
+
+    def switch(self, on: bool) -> None:
+        """Whoever has written a text down needs its ids to stay."""
+
+
+@dataclass(eq=False)
+class VocabularyPart(TokenizerPart):
     """Tokens that a plugin added: to the tokenizer, and to the number that the model is configured for. Their rows are
-    deltas of embedding and head."""
+    deltas of embedding and head, and these are what is switched."""
 
     what: ClassVar[str] = "vocabulary"
 
     model: PreTrainedModel
-    holder: HasTokenizer
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
-    before: Any
-    """The tokenizer without them."""
     known: int
     """Tokens that the model was configured for."""
 
     def undo(self) -> None:
-        self.holder.given_tokenizer = self.before
+        super().undo()
         configure_for(self.model, self.known)
-
-    def switch(self, on: bool) -> None:
-        """Whoever has written a new token down needs its id to stay; its rows are switched."""
 
 
 def configure_for(model: PreTrainedModel, tokens: int) -> None:
@@ -294,13 +313,17 @@ class ReplacedPart(Part):
     holder: nn.Module
     old: nn.Module | None
     """The one that stood there; None once it was let go."""
-    inside: list[BasePart]
-    """What was trained in the old one, or folded into it: it is part of the new module's tensors now."""
+    inside: list[Part]
+    """What was trained in the old one, or folded into it, and the old one itself where a plugin had put it there: they
+    are part of the new module's tensors now. Also what was folded into the new one since."""
+    lost: frozenset[str] = frozenset()
+    """Owners of what was inside, once that was let go."""
 
     @property
     def covers(self) -> frozenset[str]:
         """Plugins whose values are part of the new module's tensors."""
-        return frozenset(part.owner for part in self.inside)
+        deeper = (part.covers for part in self.inside if isinstance(part, ReplacedPart))
+        return self.lost.union((part.owner for part in self.inside), *deeper)
 
     def undo(self) -> None:
         if self.old is not None:

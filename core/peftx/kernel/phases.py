@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ def spans(phases: Sequence[Phase], total: int | None, *, owner: str) -> list[Spa
         last = index == len(phases) - 1
         if phase.share is None:
             if not last:
-                raise PeftxError(
+                raise OptionError(
                     f"{owner}: only the last phase takes the steps that are left, and '{phase.name}' is none"
                 )
             end = total
         elif phase.share >= 1:
             end = first + int(phase.share)
         elif total is None:
-            raise PeftxError(
+            raise OptionError(
                 f"{owner}: the phase '{phase.name}' is {phase.share:g} of a run whose length is not known",
                 hint="give it as a number of steps, or train with stack.train",
             )
@@ -59,7 +59,7 @@ def spans(phases: Sequence[Phase], total: int | None, *, owner: str) -> list[Spa
         )
         if not left:
             rest = [other.name for other in phases[index + 1 :]]
-            raise PeftxError(
+            raise OptionError(
                 f"{owner}: '{phase.name}' takes the run's {total} steps up to {end}"
                 + (f", and none is left for '{rest[0]}'" if rest else ""),
                 hint=f"{f'more than {end}' if (phase.share or 0) >= 1 else 'more'} steps, or a shorter phase",

@@ -104,6 +104,9 @@ class Claim(StrEnum):
     """Lays several texts out in one row, with positions and a 4-D mask of its own."""
     PREFIX_CACHE = "prefix-cache"
     """Puts keys and values in front of the cache."""
+    EVICTS = "evicts"
+    """Leaves tokens out of the cache while a text is written: a prompt's rows are not all there to be shared or taken
+    back."""
     CHANGES_VOCABULARY = "changes-vocabulary"
     """Adds rows to the embedding or the head."""
     TRAINS_BASE = "trains-base"
@@ -237,6 +240,18 @@ class Plugin:
         """
         raise NotImplementedError(f"{type(self).__name__} does not classify")
 
+    def embed(self, stack: Any, texts: Sequence[str], *, size: int = 32) -> Tensor:
+        """Texts as vectors of length 1, in the plugin's own way: where a class defines it, `stack.embed` without a
+        `pool` and `/v1/embeddings` give these.
+
+        Args:
+            size: texts in a forward pass.
+
+        Returns:
+            [N, d] float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no vectors of its own")
+
     def __repr__(self) -> str:
         changed = {
             name: getattr(self.config, name)
@@ -263,3 +278,9 @@ def hooks_of(plugin: type | object) -> frozenset[str]:
     cls = plugin if isinstance(plugin, type) else type(plugin)
     marker = f"{PROJECT}_impl"  # what `hookimpl` leaves on a function
     return frozenset(name for name in HOOKS if getattr(getattr(cls, name, None), marker, None) is not None)
+
+
+def compresses_own(plugin: type[Plugin] | Plugin) -> bool:
+    """Does `compress` make smaller layers of what its own `inject` attached and a run trained: it comes behind the
+    training then, wherever the plugin stands, unless a spec says otherwise."""
+    return Claim.NARROWS in plugin.claims and {"inject", "compress"} <= hooks_of(plugin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.kernel.virtual_tokens import prompt_of
 
 
@@ -30,7 +30,7 @@ def check_room(model: PreTrainedModel, length: int, *, owner: str) -> None:
     """Raises PeftxError where `length` more rows leave the text no position."""
     room = free_positions(model)
     if room is not None and length >= room:
-        raise PeftxError(
+        raise OptionError(
             f"{owner}: {length} soft tokens leave no room in the {room} positions that the model has for them "
             f"and the text",
             hint="fewer soft tokens, or a model with a longer context",

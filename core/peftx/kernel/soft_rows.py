@@ -94,7 +94,7 @@ def flat_mask(mask: Any, past: int, new: int, cache: Any) -> Tensor | None:
             "the soft tokens have no place in the mask that `generate` prepared for this static cache",
             hint="leave cache_implementation out: the dynamic cache takes every mask, window and chunk",
         )
-    raise ArchitectureError("virtual tokens need a 2-D attention mask", hint="[rows, tokens], 1 for a token")
+    raise ArchitectureError("soft tokens need a 2-D attention mask", hint="[rows, tokens], 1 for a token")
 
 
 def make_room(cache: Any, length: int, window: int | None) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from peftx.errors import ConflictError, MergeError, PeftxError, PluginError, nearest
+from peftx.errors import ConflictError, MergeError, ModelError, PluginError, StackError, nearest
 from peftx.history import History
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.calling import register
@@ -67,7 +67,7 @@ class Stack:
         tokenizer_of_base: str | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
-            raise PeftxError(
+            raise ModelError(
                 f"a {type(model).__name__} is no transformers model",
                 hint="Stack(AutoModelForCausalLM.from_pretrained(...), ...), or the name of a model",
             )
@@ -76,7 +76,7 @@ class Stack:
                 f"the model carries {', '.join(others)} of another stack, which alone can train and save them",
                 hint="one Stack with all plugins; or that stack.remove(id) first, or load the model anew",
             )
-        self.members = list(members)
+        self.members, base = list(members), dict(model.named_parameters())
         self.plugins: dict[str, Plugin] = {member.id: member.plugin for member in members}
         self.standing: dict[str, Standing] = {member.id: Standing() for member in members}
         """How far each plugin is, by id."""
@@ -85,11 +85,11 @@ class Stack:
         self.base_id = base_id or model.config.name_or_path or type(model).__name__
         self.tokenizer_of_base = tokenizer_of_base
         self.model = model
-        self.given_tokenizer = tokenizer
-        """None where there is none; see `tokenizer`."""
+        self.given_tokenizer, self.tokenizer_before = tokenizer, None
+        """None where there is none; see `tokenizer`, and `HasTokenizer`."""
         self.anatomy = Anatomy(model)
         self.ledger = Ledger(model)
-        self.identity = Identity.of(model)
+        self.identity = Identity.of(base)
         """Of the base as it was before any plugin changed it; None where it is on the meta device."""
         self.given_fingerprint: str | None = None
         """What a bundle that holds its base, compressed, tells of it."""
@@ -110,7 +110,7 @@ class Stack:
         self._check_suits()
         if members:
             guard(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in base.values() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         if inject:
@@ -130,7 +130,7 @@ class Stack:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises PeftxError if the model came without one."""
         if self.given_tokenizer is None:
-            raise PeftxError("this stack has no tokenizer", hint="Stack(model, plugins, tokenizer=...)")
+            raise StackError("this stack has no tokenizer", hint="Stack(model, plugins, tokenizer=...)")
         return self.given_tokenizer
 
     @property
@@ -145,7 +145,7 @@ class Stack:
         for member in self.members:
             if member.id == id:
                 return member
-        raise PeftxError(
+        raise StackError(
             f"no plugin '{id}' in this stack",
             hint=nearest(id, self.plugins) or f"its plugins: {', '.join(self.plugins)}",
         )
@@ -155,7 +155,7 @@ class Stack:
         for id, other in self.plugins.items():
             if other is plugin:
                 return id
-        raise PeftxError(f"this {type(plugin).__name__} does not stand in the stack")
+        raise StackError(f"this {type(plugin).__name__} does not stand in the stack")
 
     def view(self, id: str, *, restoring: bool = False) -> ModelView:
         """The model as plugin `id` may change it."""
@@ -393,7 +393,7 @@ class Stack:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         """Its parts know the model that they stand on, so a copy would change the original."""
-        raise PeftxError("a stack cannot be copied", hint="save it and load it, or copy stack.model alone")
+        raise StackError("a stack cannot be copied", hint="save it and load it, or copy stack.model alone")
 
     def __repr__(self) -> str:
         names = ", ".join(f"{id}={plugin!r}" for id, plugin in self.plugins.items())

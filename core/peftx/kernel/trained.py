@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftx.errors import PeftxError
+from peftx.errors import StackError
 from peftx.kernel.parts import BasePart
 
 
@@ -61,7 +61,7 @@ class Trained:
 
     def _check_known(self) -> None:
         if self.start.is_meta:
-            raise PeftxError(
+            raise StackError(
                 f"{self.part.owner}: this stack is from a bundle that holds its base compressed, and so without the "
                 f"base's own {self.part.key}.{self.name}",
                 hint="use the stack as it was before it was compressed",

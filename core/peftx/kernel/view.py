@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from peftx.errors import ArchitectureError, PeftxError, PluginError, TargetError
+from peftx.errors import ArchitectureError, OptionError, PluginError, TargetError
 from peftx.kernel.anatomy.anatomy import Anatomy, Heads, TowerFacts
 from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.attention import AttentionEdit
@@ -26,6 +26,7 @@ from peftx.kernel.changes import (
     edit_attention,
     edit_calls,
     keep_module,
+    other_tokenizer,
     put_before,
     replace_module,
     train_base,
@@ -77,7 +78,7 @@ class BoundSite(Site):
     def check_rank(self, rank: int) -> None:
         """Raises PeftxError where the matrix has no such rank."""
         if rank > min(self.in_features, self.out_features):
-            raise PeftxError(
+            raise OptionError(
                 f"{self.owner.id}: rank {rank} exceeds the {self.out_features}x{self.in_features} matrix {self.path}",
                 hint=f"rank at most {min(self.in_features, self.out_features)}, or leave it out of targets: "
                 f"'!{self.role}'",
@@ -360,11 +361,17 @@ class ModelView:
             PeftxError: no tokenizer, or a token that is there already.
         """
         if not add or len(set(add)) < len(add):
-            raise PeftxError(f"{self.owner}: {len(add)} new tokens, each once", hint="add=['<new>', ...]")
+            raise OptionError(f"{self.owner}: {len(add)} new tokens, each once", hint="add=['<new>', ...]")
         head = next((site for site in self.anatomy.sites if site.role == "head"), None)
         holder = self._holder
         assert holder is not None
         return add_tokens(self._ledger, self._by, holder, (self.embedding(), head), add, init)
+
+    def tokenizer(self, make: Callable[[Any], Any]) -> Any:
+        """Put another tokenizer in the place of the stack's: rows, prompts, answers and the bundle go by it. `make`
+        gives it for the old one, and the same for one that it made. Raises PeftxError where the stack has none."""
+        assert self._holder is not None
+        return other_tokenizer(self._ledger, self._by, self._holder, make)
 
     @property
     def call(self) -> Call:

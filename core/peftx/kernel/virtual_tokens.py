@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PluginError
 from peftx.kernel.anatomy.lookup import table_for
 from peftx.kernel.chain import Chain
 from peftx.kernel.soft_rows import (
@@ -191,7 +191,7 @@ class _BaseModelSlot:
         for edit in tokens:
             rows, needed = edit.rows(), (edit.length, like.shape[-1])
             if tuple(rows.shape[-2:]) != needed or rows.ndim > 3:
-                raise PeftxError(
+                raise PluginError(
                     f"{type(edit).__name__}: rows() gave {tuple(rows.shape)}, and {needed} is needed: as many as "
                     "its length, as wide as the embedding; with a row of the batch to each, if they differ"
                 )
@@ -216,7 +216,7 @@ def _for_batch(rows: Tensor, batch: int, edit: VirtualTokens) -> Tensor:
     if rows.ndim == 2 and rows.dtype != torch.bool:
         return rows.expand(batch, -1, -1)
     if len(rows) == 0 or batch % len(rows):
-        raise PeftxError(
+        raise PluginError(
             f"{type(edit).__name__}: soft tokens for {len(rows)} rows, and the batch has {batch}"
         )
     return rows if len(rows) == batch else rows.repeat_interleave(batch // len(rows), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from peftx.errors import PeftxError, nearest
+from peftx.errors import OptionError, UsageError, nearest
 from peftx.merging.methods import METHODS
 
 
@@ -20,34 +20,34 @@ def check_options(
 ) -> None:
     """Raises PeftxError, before anything is read, for options that do not go together."""
     if method not in METHODS:
-        raise PeftxError(
+        raise OptionError(
             f"no method '{method}'", hint=nearest(method, METHODS) or f"one of {', '.join(METHODS)}"
         )
     how = METHODS[method]
     if not adapters:
-        raise PeftxError("there is no adapter to merge", hint="peftx merge A B --method linear -o OUT")
+        raise UsageError("there is no adapter to merge", hint="peftx merge A B --method linear -o OUT")
     if len(weights) != adapters:
-        raise PeftxError(
+        raise OptionError(
             f"{len(weights)} weights for {adapters} adapters", hint="one for each, as in 0.7,0.3"
         )
     if not all(map(math.isfinite, weights)) or not any(weights):
-        raise PeftxError(
+        raise OptionError(
             f"weights {', '.join(map(str, weights))}: nothing is left of that", hint="as in 0.7,0.3"
         )
     if density is not None and how.density is None:
-        raise PeftxError(
+        raise OptionError(
             f"{method} keeps all entries, so it has no density", hint="ties, dare and dare-ties have one"
         )
     if density is not None and not 0 < density <= 1:
-        raise PeftxError(f"density {density} is no share of entries", hint="above 0, at most 1")
+        raise OptionError(f"density {density} is no share of entries", hint="above 0, at most 1")
     if seed is not None and not how.drops:
-        raise PeftxError(f"{method} draws nothing, so it has no seed", hint="dare and dare-ties have one")
+        raise OptionError(f"{method} draws nothing, so it has no seed", hint="dare and dare-ties have one")
     if rank is not None and rank < 1:
-        raise PeftxError(f"rank {rank}: there is no such matrix", hint="1 at least")
+        raise OptionError(f"rank {rank}: there is no such matrix", hint="1 at least")
     if rank is not None and method == "cat":
-        raise PeftxError("cat is exact, of the ranks' sum", hint=f"method svd with rank {rank} cuts it")
+        raise OptionError("cat is exact, of the ranks' sum", hint=f"method svd with rank {rank} cuts it")
     if rank is None and (method == "svd" or (into == "lora" and not how.sums)):
-        raise PeftxError(
+        raise OptionError(
             f"{method} needs the rank of its result",
             hint="--rank 8; ties and dare make a plain checkpoint without one: --format hf",
         )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from peftx.composition.adapters import is_adapter, read_adapter
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import MANIFEST, Manifest, read_manifest
-from peftx.engines.bundle.surroundings import cast_buffers, generation_of, tokenizer_digest
+from peftx.engines.bundle.surroundings import cast_buffers, generation_of
 from peftx.engines.files import sha256
-from peftx.engines.models import load_model
-from peftx.errors import MergeError, PeftxError
+from peftx.engines.models import load_model, tokenizer_digest
+from peftx.errors import BundleError, MergeError, UsageError
 from peftx.kernel.anatomy import Site
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, ContextPart, DeltaPart, FreePart
@@ -181,7 +181,7 @@ def _check_bases(manifests: dict[str, Manifest | None], model: PreTrainedModel |
         old = manifest.base.settings is None  # of version 0.1, which told bases in another way
         other, known = prints.setdefault(old, (name, manifest.base.fingerprint))
         if known != manifest.base.fingerprint:
-            raise PeftxError(
+            raise BundleError(
                 f"'{name}' was made for another base than '{other}': fingerprint "
                 f"{str(manifest.base.fingerprint)[:12]}, not {str(known)[:12]}",
                 hint="only adapters of one base can be merged",
@@ -189,7 +189,7 @@ def _check_bases(manifests: dict[str, Manifest | None], model: PreTrainedModel |
     told = {base: name for name, base in names.items() if base}
     if model is None and len(told) != 1 and None in manifests.values():
         which = ", ".join(f"'{name}' {base}" for base, name in told.items()) or "none"
-        raise PeftxError(
+        raise UsageError(
             f"an adapter of HF PEFT names its base alone, and they name: {which}", hint="--model ID"
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data.sources import rows_of, training_rows
-from peftx.errors import PeftxError
+from peftx.errors import ArchitectureError, PeftxError
 from peftx.loading import load
 from peftx.stack import Stack
 
@@ -95,7 +95,7 @@ def _tried(make: Callable[[], list[Any] | None], what: str, notes: list[str]) ->
 def _written(stack: Stack, prompts: Sequence[str]) -> list[str]:
     """What a stack writes. Raises PeftxError where its model writes nothing."""
     if not stack.model.can_generate():
-        raise PeftxError(f"a {type(stack.model).__name__} writes no text")
+        raise ArchitectureError(f"a {type(stack.model).__name__} writes no text")
     return [stack.generate(text, max_new_tokens=SAMPLE_TOKENS, do_sample=False) for text in prompts]
 
 

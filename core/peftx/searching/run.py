@@ -15,7 +15,7 @@ from peftx.comparing.processes import Pool, processes
 from peftx.comparing.writing import write
 from peftx.composition.registry import Registry
 from peftx.engines.files import make_place
-from peftx.errors import PeftxError
+from peftx.errors import OptionError, PeftxError, TrialError
 from peftx.searching.page import page
 from peftx.searching.samplers import Samplers
 from peftx.searching.space import Space
@@ -126,7 +126,7 @@ class Search:
         sampler = Samplers().load(use)(**self.spec.sampler.options)
         if sampler.whole and self.spec.checks:
             message = f"the sampler '{use}' learns from what a trial cost to its end, so none may end early"
-            raise PeftxError(message, hint="leave 'checks' out")
+            raise OptionError(message, hint="leave 'checks' out")
         self.checks = self.spec.checks if self.spec.checks is not None else 0 if sampler.whole else CHECKS
         self.trials = Trials(folder / STUDY, self._name(), self.goal, self.space, sampler, self.spec.seed)
         self.running: dict[str, list[_Running]] = {}
@@ -171,7 +171,7 @@ class Search:
                 self._tell(result)
         if not self.trials.all():
             reasons = self.trials.refused()
-            raise PeftxError(
+            raise TrialError(
                 f"no point of the space can be tried: of {len(reasons)} that were drawn, all were refused; the last, "
                 f"{reasons[-1]}",
                 hint="widen the space, or the limits",

@@ -7,7 +7,7 @@ from pathlib import Path
 from peftx.comparing.jobs import Job, identity_of
 from peftx.comparing.pipelines import on_validation, split, trained, untrained
 from peftx.composition.registry import Registry
-from peftx.errors import PeftxError
+from peftx.errors import PeftxError, TrialError
 from peftx.pipeline import Run
 from peftx.planning import plan
 from peftx_spec import dump
@@ -32,7 +32,7 @@ class Stacks:
         self.candidates = {each.name: each for each in loaded.candidates if self._can_be_built(each)}
         if not self.candidates:
             told = "\n".join(f"{name}: {reason}" for name, reason in self.dropped.items())
-            raise PeftxError(f"no stack of the search can be built:\n{told}")
+            raise TrialError(f"no stack of the search can be built:\n{told}")
 
     def _can_be_built(self, candidate: Candidate) -> bool:
         """Is there a point of the stack that nothing stands in the way of."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import combinations
+from random import Random
+from typing import TypeAlias
 
 import numpy
 from numpy.typing import NDArray
 
+from peftx.testing.shown import Group
+
 Pair = tuple[str, str]
+Left: TypeAlias = NDArray[numpy.bool_]
+"""What no stack has yet, by numbers of plugins in their order: pairs [N, N], or triples [N, N, N]."""
+TRIES = 50
+"""Triples that are drawn for a stack before there is none."""
 
 
 class Cover:
@@ -24,7 +32,7 @@ class Cover:
         self, pairs: Collection[Pair], fits: Callable[[Sequence[str]], bool], *, size: int, seed: int = 0
     ) -> None:
         self.names = sorted({name for pair in pairs for name in pair})
-        random.Random(seed).shuffle(self.names)
+        Random(seed).shuffle(self.names)
         self.at = {name: i for i, name in enumerate(self.names)}
         self.fits, self.size = fits, size
         self.allowed = self._matrix(pairs)
@@ -49,12 +57,11 @@ class Cover:
             scores = numpy.where(left, degrees[:, None] + degrees[None, :], -1)
             first, second = divmod(int(scores.argmax()), len(self.names))
             stack = self._grown([first, second], left)
-            for i, one in enumerate(stack):
-                for other in stack[i + 1 :]:
-                    left[one, other] = False
-            yield tuple(self.names[i] for i in stack)
+            names = tuple(self.names[i] for i in stack)
+            self.take(names, left)
+            yield names
 
-    def _grown(self, stack: list[int], left: NDArray[numpy.bool_]) -> list[int]:
+    def _grown(self, stack: list[int], left: Left) -> list[int]:
         while len(stack) < self.size:
             for longer in self._longer(stack, left):
                 if not self._avoids(longer) and self.fits([self.names[i] for i in longer]):
@@ -64,12 +71,12 @@ class Cover:
                 return stack
         return stack
 
-    def _longer(self, stack: list[int], left: NDArray[numpy.bool_]) -> list[list[int]]:
-        """The stack with one plugin more, at the place where it brings most pairs; the best few."""
+    def _longer(self, stack: list[int], left: Left) -> list[list[int]]:
+        """The stack with one plugin more, at the place where it brings most of what is left; the best few."""
         found: list[tuple[int, int, int]] = []  # gain, place, plugin
         for place in range(len(stack) + 1):
             ahead, behind = stack[:place], stack[place:]
-            gain = left[ahead].sum(0) + left[:, behind].sum(1)
+            gain = _gain(left, ahead, behind)
             may = self.allowed[ahead].all(0) & self.allowed[:, behind].all(1)
             may[stack] = False
             gain = numpy.where(may, gain, 0)
@@ -79,12 +86,70 @@ class Cover:
         found.sort(key=lambda one: -one[0])
         return [[*stack[:place], i, *stack[place:]] for _, place, i in found[:6]]
 
+    def threes(self) -> Left:
+        """All ordered triples of plugins that may stand together two by two."""
+        may = self.allowed & ~numpy.eye(len(self.names), dtype=bool)
+        return may[:, :, None] & may[:, None, :] & may[None, :, :]
+
+    def take(self, stack: Sequence[str], left: Left) -> None:
+        """What a stack shows is no longer left."""
+        for some in combinations([self.at[name] for name in stack if name in self.at], left.ndim):
+            left[some] = False
+
+    def drawn(self, left: Left, random: Random) -> tuple[str, ...]:
+        """A stack around a triple that is drawn of those that are left, and that brings many others; empty where none
+        that is drawn goes together."""
+        places = numpy.argwhere(left)
+        for row in random.sample(range(len(places)), min(TRIES, len(places))):
+            stack = [int(i) for i in places[row]]
+            if not self._avoids(stack) and self.fits([self.names[i] for i in stack]):
+                return tuple(self.names[i] for i in self._grown(stack, left))
+            left[tuple(stack)] = False
+        return ()
+
     def _avoids(self, stack: list[int]) -> bool:
         """Does it hold plugins that fail together, in whatever order."""
         return any(len(group) > 2 and group <= set(stack) for group in self.avoided)
 
-    def _matrix(self, pairs: Collection[Pair]) -> NDArray[numpy.bool_]:
-        found: NDArray[numpy.bool_] = numpy.zeros((len(self.names), len(self.names)), dtype=bool)
+    def _matrix(self, pairs: Collection[Pair]) -> Left:
+        found: Left = numpy.zeros((len(self.names), len(self.names)), dtype=bool)
         for first, second in pairs:
             found[self.at[first], self.at[second]] = True
         return found
+
+
+def around_threes(cover: Cover, shown: Iterable[Group], *, count: int, seed: int) -> list[tuple[str, ...]]:
+    """At most `count` stacks, each around a triple that no stack has."""
+    left, random = cover.threes(), Random(seed)
+    for group in shown:
+        cover.take(group.names, left)
+    stacks: list[tuple[str, ...]] = []
+    while len(stacks) < count and (names := cover.drawn(left, random)):
+        stacks.append(names)
+        cover.take(names, left)
+    return stacks
+
+
+def count_threes(cover: Cover, shown: Iterable[Group]) -> tuple[int, int]:
+    """Ordered triples that stood in a stack which works, and all that may."""
+    left = cover.threes()
+    whole = int(left.sum())
+    for group in shown:
+        if not group.fault:
+            cover.take(group.names, left)
+    return whole - int(left.sum()), whole
+
+
+def _gain(left: Left, ahead: list[int], behind: list[int]) -> NDArray[numpy.int64]:
+    """How much of what is left each plugin would bring between these [N]."""
+    if left.ndim == 2:
+        return left[ahead].sum(0) + left[:, behind].sum(1)
+    found: NDArray[numpy.int64] = numpy.zeros(len(left), dtype=numpy.int64)
+    for one, two in combinations(ahead, 2):
+        found += left[one, two]
+    for one in ahead:
+        for two in behind:
+            found += left[one, :, two]
+    for one, two in combinations(behind, 2):
+        found += left[:, one, two]
+    return found

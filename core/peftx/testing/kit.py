@@ -30,7 +30,7 @@ import torch
 
 from peftx.composition.members import default_id
 from peftx.composition.registry import Registry
-from peftx.errors import PeftxError, nearest
+from peftx.errors import OptionError, PeftxError, nearest
 from peftx.kernel.plugin import Plugin
 from peftx.testing.case import Case
 from peftx.testing.checks import CHECKS, Check
@@ -153,7 +153,7 @@ def drawn(planned: Sequence[Planned]) -> list[Planned]:
     """
     asked = os.environ.get(DRAW, "all")
     if asked not in ("all", "draw"):
-        raise PeftxError(f"{DRAW} is '{asked}'", hint="all, or draw")
+        raise OptionError(f"{DRAW} is '{asked}'", hint="all, or draw")
     if asked == "all" or not planned:
         return list(planned)
     subject = planned[0].subject
@@ -262,7 +262,7 @@ def plan_checks(
     chosen = [arch for arch in (default_models(cls) if models is None else models) if arch not in refused]
     for arch in (*chosen, *refused):
         if arch not in ARCHITECTURES:
-            raise PeftxError(
+            raise OptionError(
                 f"no tiny model of '{arch}'",
                 hint=nearest(arch, ARCHITECTURES) or f"there are: {', '.join(ARCHITECTURES)}",
             )
@@ -320,7 +320,7 @@ def _check_names(names: Sequence[str] | Mapping[str, str], planned: Sequence[Pla
     known = dict.fromkeys([item.check.name for item in planned] + [item.id for item in planned])
     for name in names:
         if name not in known:
-            raise PeftxError(
+            raise OptionError(
                 f"no check '{name}' is generated for this plugin",
                 hint=nearest(name, known)
                 or f"there are: {', '.join(dict.fromkeys(i.check.name for i in planned))}",

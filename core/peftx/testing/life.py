@@ -83,7 +83,8 @@ def early_ids(members: Sequence[Member]) -> list[str]:
     return [
         m.id
         for i, m in enumerate(members)
-        if m.implements("compress") and (m.phase == "before-training" or i < first < len(members))
+        if m.implements("compress")
+        and (i < first < len(members) if m.phase is None else m.phase == "before-training")
     ]
 
 

@@ -36,11 +36,11 @@ from peftx.kernel.calls import call_of
 from peftx.kernel.members import Member
 from peftx.kernel.names import HOOKS
 from peftx.kernel.parts import BasePart, DeltaPart
-from peftx.kernel.plugin import Plugin
+from peftx.kernel.plugin import Claim, Plugin
 from peftx.kernel.positions import prompt_length
 from peftx.stack import Stack
 from peftx.testing.case import inputs_for, output
-from peftx.testing.covering import Cover
+from peftx.testing.covering import Cover, around_threes, count_threes
 from peftx.testing.kit import settle
 from peftx.testing.life import built, early_ids, live
 from peftx.testing.models import tiny, tiny_tokenizer
@@ -85,6 +85,8 @@ class Matrix:
     """Three or more plugins of which every two work, and that fail together."""
     stacks: int = 0
     """Stacks that were lived through for it, those of former runs left out."""
+    threes: tuple[int, int] = (0, 0)
+    """Ordered triples of plugins that stood in a stack that works, and those of which every two do, on one model."""
 
     def count(self, outcome: Outcome) -> int:
         return sum(cell.outcome == outcome for cell in self.cells)
@@ -96,13 +98,16 @@ def run_matrix(
     jobs: int = 1,
     kept: Path | None = None,
     seed: int = 0,
+    threes: int = 0,
     progress: Callable[[int, int, Cell], None] | None = None,
 ) -> Matrix:
     """Every ordered pair of these plugins (of all that are installed), a plugin with itself included.
 
     Args:
         jobs: processes. kept: a file of what former runs showed; written as soon as a stack is through.
-        seed: which stacks cover the pairs. progress: called with (cells done, cells in all, the last one).
+        seed: which stacks cover the pairs. threes: further stacks, each around a triple that is drawn of those that no
+            stack has shown, on the model that most pairs stand on.
+        progress: called with (cells done, cells in all, the last one).
 
     Raises:
         RegistryError: a name that is not installed, or a plugin that does not import.
@@ -123,9 +128,22 @@ def run_matrix(
 
     found = Matrix(chosen, hooks, families={name: facts[name].family for name in chosen})
     with _workers(jobs) as submit:
-        rest = _told_ahead(chosen, note)
+        rest, shown = _told_ahead(chosen, note), Shown(kept)
+        tried = {arch: frozenset(pairs) for arch, pairs in rest.items()}
         for arch, pairs in rest.items():
-            found.stacks += _lived(arch, pairs, found, note, submit, Shown(kept), seed)
+            found.stacks += _lived(arch, pairs, found, note, submit, shown, seed)
+        if tried:
+            arch = max(tried, key=lambda one: len(tried[one]))
+            working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
+            cover = Cover(working, fits, size=SIZE, seed=seed)
+            for group in found.together:
+                cover.avoid(group.fault)
+            more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
+            for group in submit(arch, more):
+                found.stacks += 1
+                shown.keep(group)
+                found.together += [group] if group.fault else []
+            found.threes = count_threes(cover, shown.of(arch))
     found.cells = [cells[a, b] for a in chosen for b in chosen]
     return found
 
@@ -300,9 +318,15 @@ def try_group(arch: str, names: tuple[str, ...]) -> Group:
     fault = names if reason else ()
     for name in names if reason else ():
         less = tuple(other for other in fault if other != name)
-        if less and fits(less) and (why := trouble(less, arch)):
+        if less and fits(less) and not _stands_first(less[0]) and (why := trouble(less, arch)):
             fault, reason = less, why
     return Group(arch, names, fault, reason)
+
+
+def _stands_first(name: str) -> bool:
+    """Would a plugin that works on what stands before it stand before all others, which is a fault of its own."""
+    (member,) = _plain((name,))
+    return member.claims(Claim.WORKS_ON_PREVIOUS)
 
 
 def trouble(names: Sequence[str], arch: str) -> str:

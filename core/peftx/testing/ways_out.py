@@ -176,7 +176,9 @@ _FORMS: list[tuple[str, Follow]] = [
     (r"such as lora|a plugin with parameters|add one that injects", lambda r, _: [r.recipe.with_lora()]),
     (r"merge them for good first: stack.merge\(keep=False\)", lambda r, _: [replace(r.recipe, merges=True)]),
     (r"merge or detach what is attached first", lambda r, _: [replace(r.recipe, merges=True)]),
-    (r"\| keep one$", _drop),
+    (r"\| keep one$|\| keep one of (?:them|the two plugins)$", _drop),
+    (r"\| put '?(?P<id>[\w-]+)'? (?:first|before '[\w-]+')$", lambda r, m: [r.recipe.first(m["id"])]),
+    (r"with (?P<id>[\w-]+) before what quantizes it", lambda r, m: [r.recipe.first(m["id"])]),
     (r"put (?P<id>[\w-]+) before the plugin that quantizes", lambda r, m: [r.recipe.first(m["id"])]),
     (r"put (?P<id>[\w-]+) behind the plugin", lambda r, m: [r.recipe.last(m["id"])]),
     (

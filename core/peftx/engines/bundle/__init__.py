@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from peftx.engines.bundle.exporting import export
 from peftx.engines.bundle.manifest import holds_base, own_digest, read_manifest
-from peftx.engines.bundle.saving import save, smallest_exact
+from peftx.engines.bundle.saving import save
+from peftx.engines.bundle.sparse import smallest_exact
 
 __all__ = ["export", "holds_base", "own_digest", "read_manifest", "save", "smallest_exact"]

@@ -15,7 +15,7 @@ from peftx.errors import BundleError, nearest
 from peftx.history import History
 from peftx.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PIPELINE = "pipeline.yaml"
 CARD = "README.md"
@@ -73,11 +73,13 @@ class PluginEntry(_Loose):
     replaced: dict[str, tuple[str, dict[str, Any]]]
     sparse: list[str] = []
     """Tensors that are stored as what changed in them."""
+    shorter: dict[str, tuple[Literal["bool", "float32"], list[int]]] = {}
+    """dtype and shape of tensors that are stored in fewer bits: masks, and packed numbers that half precision holds."""
     file: str | None = None
     version: str | None = None
     """Of the distribution that publishes it; None of an unpublished one, and of bundles that do not tell."""
 
-    @field_validator("replaced", mode="before")
+    @field_validator("replaced", "shorter", mode="before")
     @classmethod
     def _pairs(cls, value: object) -> object:
         """JSON has no tuples."""

@@ -25,15 +25,15 @@ from peftx.engines.bundle.manifest import (
     own_digest,
     versions,
 )
-from peftx.engines.bundle.sparse import AT, TO, pack
+from peftx.engines.bundle.sparse import AT, TO, as_bits, pack, smallest_exact
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     computed_buffers,
     generation_of,
     settings_of,
-    tokenizer_digest,
 )
 from peftx.engines.files import plain_files, replacing, sha256
+from peftx.engines.models import tokenizer_digest
 from peftx.errors import BundleError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart, VocabularyPart
@@ -137,6 +137,7 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     at, parts = stack.standing[member.id], stack.ledger.of(member.id)
     tensors = stack.ledger.tensors(member.id)
     packed = _packed(stack.ledger.of(member.id, BasePart)) if sparse else {}
+    shorter = _shorter(stack, member.id)
     folded = {p.key: list(p.parameters) for p in parts if isinstance(p, BasePart)}
     entry: dict[str, Any] = {
         "id": member.id,
@@ -155,9 +156,15 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     }  # fmt: skip
     if packed:
         entry["sparse"] = sorted(packed)
+    if shorter:
+        told = {
+            name: (str(tensors[name].dtype).removeprefix("torch."), list(tensors[name].shape))
+            for name in shorter
+        }
+        entry["shorter"] = told
     if tensors:
         name = f"{member.id}.safetensors"
-        rest = {k: t for k, t in tensors.items() if k not in packed}
+        rest = {k: shorter.get(k, t) for k, t in tensors.items() if k not in packed}
         changes = {k + end: t for k, pair in packed.items() for end, t in zip((AT, TO), pair, strict=True)}
         save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | changes)}, folder / name)
         entry["file"] = name
@@ -192,15 +199,16 @@ def _unshared(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         seen.add(pointer)
 
 
-def smallest_exact(tensor: Tensor) -> Tensor:
-    """`tensor` in float16 or bfloat16 if every value survives the round trip, else as it is."""
-    if tensor.dtype != torch.float32:
-        return tensor
-    for dtype in (torch.float16, torch.bfloat16):
-        small = tensor.to(dtype)
-        if torch.equal(small.to(torch.float32), tensor):
-            return small
-    return tensor
+def _shorter(stack: Stack, owner: str) -> dict[str, Tensor]:
+    """A plugin's masks as bits; of its frozen layers, those that half precision holds in it."""
+    layers = {name for part in stack.ledger.of(owner, ReplacedPart) for name in part.tensors()}
+    found = {}
+    for name, tensor in stack.ledger.tensors(owner).items():
+        if tensor.dtype == torch.bool and tensor.numel() > 1:
+            found[name] = as_bits(tensor)
+        elif name in layers and (small := smallest_exact(tensor.detach())).dtype != tensor.dtype:
+            found[name] = small
+    return found
 
 
 def _write_base(stack: Stack, folder: Path) -> list[str]:

@@ -1,6 +1,10 @@
-"""Trained base parameters as what changed in them: a mask of 1 % makes a file of 2 %, bit for bit."""
+"""Tensors in fewer bytes, bit for bit: trained base parameters as what changed in them (a mask of 1 % makes a file of
+2 %), masks as bits, float32 as half precision where that holds every value."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +12,37 @@ from torch import Tensor
 AT = "//at"
 TO = "//to"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def smallest_exact(tensor: Tensor) -> Tensor:
+    """`tensor` in float16 or bfloat16 if every value survives the round trip, else as it is."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    for dtype in (torch.float16, torch.bfloat16):
+        small = tensor.to(dtype)
+        if torch.equal(small.to(torch.float32), tensor):
+            return small
+    return tensor
+
+
+def as_bits(mask: Tensor) -> Tensor:
+    """A mask, bool, as uint8 [n / 8]; the first entry is the lowest bit of the first byte."""
+    flat = mask.detach().reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+
+
+def widened(stored: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
+    """What was stored in fewer bits. Raises ValueError where it is not of this shape."""
+    if dtype == "bool":
+        count = math.prod(shape)
+        if stored.dtype != torch.uint8 or stored.shape != (-(-count // 8),):
+            raise ValueError(f"{list(stored.shape)} of {stored.dtype} for {count} bits")
+        bits = stored[:, None] >> torch.arange(8, dtype=torch.uint8, device=stored.device) & 1
+        return bits.reshape(-1)[:count].bool().view(*shape)
+    if list(stored.shape) != list(shape) or not stored.is_floating_point():
+        raise ValueError(f"{list(stored.shape)} of {stored.dtype} for {list(shape)} of {dtype}")
+    return stored.to(getattr(torch, dtype))
 
 
 def pack(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:

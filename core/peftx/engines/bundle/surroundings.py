@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from peftx.errors import BundleError
 from peftx.kernel.chain import is_ours
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENIZER_FOLDER = "tokenizer"
 _SILENT = frozenset({
@@ -28,17 +27,6 @@ _SILENT = frozenset({
     "return_dict", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 """Entries of configurations that say nothing about what is computed, or are told elsewhere."""
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what makes a tokenizer's ids and chats: its algorithm and vocabulary, special tokens, template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    algorithm = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = {
-        name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
-    }
-    about = json.dumps([special, tokenizer.chat_template], sort_keys=True)
-    return hashlib.sha256(f"{algorithm}\n{about}".encode()).hexdigest()
 
 
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:

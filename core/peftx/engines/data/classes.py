@@ -20,7 +20,7 @@ from peftx.engines.data.encoding import (
     text_ids,
     without_prefix,
 )
-from peftx.errors import DataError, PeftxError, nearest
+from peftx.errors import DataError, StackError, nearest
 from peftx.kernel.objective import pad_of
 from peftx.kernel.positions import free_positions
 
@@ -262,7 +262,7 @@ class ClassTexts:
     def check(self) -> None:
         """Raises PeftxError where `inject` has not run; everything else below does so too."""
         if not self.names:
-            raise PeftxError(f"{self.owner}: {self.missing}", hint="inject it before prepare and evaluate")
+            raise StackError(f"{self.owner}: {self.missing}", hint="inject it before prepare and evaluate")
 
     @property
     def labels(self) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from peftx.engines.data.collate import IGNORE, pads_right
-from peftx.errors import PeftxError
+from peftx.errors import BatchError
 
 IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
 
@@ -34,10 +34,10 @@ def together(
     asked = {MASK, *(ids for ids, _ in texts), *(labels for _, labels in texts if labels is not None)}
     if missing := ", ".join(sorted(asked - batch.keys())):
         hint = "train on preference rows; in a loop of your own, on those that stack.prepare returns"
-        raise PeftxError(f"{owner}: the batch has no {missing}", hint=hint)
+        raise BatchError(f"{owner}: the batch has no {missing}", hint=hint)
     mask, given = batch[MASK], {n: x for n, x in batch.items() if n not in asked | {LABELS}}
     if wrong := next((name for name, x in given.items() if x.shape[1:] == mask.shape[1:]), None):
-        raise PeftxError(f"{owner}: column '{wrong}' has a value a token of one text", hint="leave it out")
+        raise BatchError(f"{owner}: column '{wrong}' has a value a token of one text", hint="leave it out")
     ids = [batch[name].masked_fill(mask == 0, -1) if name == IDS else batch[name] for name, _ in texts]
     labels = [mask[:, :0] if name is None else batch[name] for _, name in texts]
     width = max(x.shape[1] for x in ids)

@@ -24,8 +24,10 @@ from peftx.engines.data.encoding import (
     text_ids,
     without_prefix,
 )
-from peftx.engines.data.gate import FORMATS, check_rows
+from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
+from peftx.engines.data.kept import kept
 from peftx.engines.data.messages import messages_encoder
+from peftx.engines.models import tokenizer_digest
 from peftx.errors import DataError, UnsupportedError, nearest
 
 if TYPE_CHECKING:
@@ -98,27 +100,38 @@ def tokenize_dataset(
             "preference rows have two completions and no single label",
             hint="a plugin that trains on preferences calls encode_pair for 'chosen' and for 'rejected'",
         )
-    check_rows(dataset, format)
-    if format == "text":
-        if keep:
-            raise DataError("text is repacked into blocks, so no column of its rows can be kept")
-        return _columns(_pack(_counted(dataset, progress), tokenizer, max_length=max_length))
-    if only is not None:
-        dataset = dataset.select(only)
-    numbers = range(len(dataset)) if only is None else only
-    rows = ((f"row {numbers[i]} (counting from 0)", row) for i, row in _counted(dataset, progress))
-    examples: Iterator[Example]
-    if format == "messages":
-        encode = messages_encoder(tokenizer, max_length)
-        examples = (encode(row, where) for where, row in rows)
-    else:
-        pairs = ((where, *_pair(row, format, classification_prompt)) for where, row in rows)
-        encoded = _two_towers if encoder_decoder else _one_row
-        examples = encoded(pairs, tokenizer, max_length)
-    tokenized = _columns(examples)
-    for name in keep:
-        tokenized = tokenized.add_column(name, dataset[name][:])
-    return tokenized
+    if format == "text" and keep:
+        raise DataError("text is repacked into blocks, so no column of its rows can be kept")
+    columns = [name for name in dataset.column_names if name in {*COLUMNS[format], *keep}]
+
+    def about() -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer_digest(tokenizer), "format": format, "max_length": max_length,
+            "prompt": classification_prompt, "encoder_decoder": encoder_decoder, "keep": list(keep),
+            "only": None if only is None else [int(index) for index in only],
+        }  # fmt: skip
+
+    def examples() -> Dataset:
+        check_rows(dataset, format)
+        if format == "text":
+            return _columns(_pack(_counted(dataset, progress), tokenizer, max_length=max_length))
+        chosen = dataset if only is None else dataset.select(only)
+        numbers = range(len(dataset)) if only is None else only
+        rows = ((f"row {numbers[i]} (counting from 0)", row) for i, row in _counted(chosen, progress))
+        found: Iterator[Example]
+        if format == "messages":
+            encode = messages_encoder(tokenizer, max_length)
+            found = (encode(row, where) for where, row in rows)
+        else:
+            pairs = ((where, *_pair(row, format, classification_prompt)) for where, row in rows)
+            encoded = _two_towers if encoder_decoder else _one_row
+            found = encoded(pairs, tokenizer, max_length)
+        tokenized = _columns(found)
+        for name in keep:
+            tokenized = tokenized.add_column(name, chosen[name][:])
+        return tokenized
+
+    return kept(dataset.select_columns(columns), about, examples)
 
 
 def _pair(row: Mapping[str, Any], format: str, template: str) -> tuple[str, str]:

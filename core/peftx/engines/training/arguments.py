@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from peftx.errors import PeftxError
+from peftx.errors import MissingExtraError, OptionError
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -54,8 +54,10 @@ def check_reports(spec: TrainSpec, output: object) -> None:
     if spec.report_to == "none":
         return
     if importlib.util.find_spec(spec.report_to) is None:
-        raise PeftxError(
+        raise MissingExtraError(
             f"report_to: {spec.report_to} is not installed", hint=f"pip install {spec.report_to}"
         )
     if spec.report_to == "tensorboard" and output is None:
-        raise PeftxError("report_to: tensorboard writes beside the checkpoints", hint="give an output folder")
+        raise OptionError(
+            "report_to: tensorboard writes beside the checkpoints", hint="give an output folder"
+        )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from peftx.engines.training.state_io import flatten
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, TrainingError
 from peftx.kernel.plugin import Claim
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def launched() -> int:
 def check_alone() -> None:
     """Raises PeftxError where others were launched beside this process."""
     if launched() > 1:
-        raise PeftxError(
+        raise TrainingError(
             f"a pipeline runs in one process, and {launched()} were launched",
             hint="a script of your own that calls stack.train: docs/training.md",
         )
@@ -105,7 +105,7 @@ def begin_alike(stack: Stack, processes: Processes) -> None:
     for other in processes.gather((shapes, states)):
         if other != (shapes, states):
             differ = [id for id in stack.plugins if other[1].get(id) != states[id]]
-            raise PeftxError(
+            raise TrainingError(
                 f"the processes do not have the same stack: {', '.join(differ) or 'tensors'} differ",
                 hint="build it alike in each, of one seed",
             )
@@ -130,7 +130,7 @@ def check_alike(stack: Stack, processes: Processes, step: int) -> None:
     for other in processes.gather(own):
         if other != own:
             apart = next(id for id in stack.plugins if other.get(id) != own.get(id))
-            raise PeftxError(
+            raise TrainingError(
                 f"after {step} steps the processes have different numbers in '{apart}': something of the stack decides "
                 "by the rows of its own process",
                 hint="train it in one process, with gradient_accumulation in the place of processes",

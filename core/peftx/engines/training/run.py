@@ -34,7 +34,7 @@ from peftx.engines.training.order import order_of
 from peftx.engines.training.packing import packing_of, prove
 from peftx.engines.training.processes import check_claims, launched
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
-from peftx.errors import BundleError, DataError, PeftxError, nearest
+from peftx.errors import BundleError, CheckpointError, DataError, OptionError, TrainingError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import spans
@@ -96,7 +96,7 @@ def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
             name = ".".join(map(str, problem["loc"]))
             near = nearest(name, TrainSpec.model_fields) if problem["type"] == "extra_forbidden" else ""
             lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
-        raise PeftxError(
+        raise OptionError(
             "train: " + "; ".join(lines), hint=f"options: {', '.join(TrainSpec.model_fields)}"
         ) from error
 
@@ -168,7 +168,7 @@ def train(
     best = _best(stack, spec, measure)
     check_reports(spec, output)
     if stack.trainable_parameters() == 0:
-        raise PeftxError(
+        raise TrainingError(
             "nothing trains: no plugin of the stack has trainable parameters",
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
         )
@@ -277,7 +277,7 @@ def _best(stack: Stack, spec: TrainSpec, measure: Measure | None) -> Best | None
         if (
             spec.load_best_model_at_end or spec.early_stopping_patience is not None
         ):  # of a stage and of `train`
-            raise PeftxError("the best state is known by measurements: set eval_steps")
+            raise OptionError("the best state is known by measurements: set eval_steps")
         return None
     if measure is None:
         raise DataError(
@@ -309,12 +309,12 @@ def _check_that_it_acts(stack: Stack) -> None:
     training = [id for id in stack.plugins if any(p.requires_grad for p in stack.ledger.parameters(id))]
     merged = [id for id in stack.ledger.merged() if id in training]
     if merged:
-        raise PeftxError(
+        raise TrainingError(
             f"'{merged[0]}' is merged, so nothing of it trains",
             hint="stack.unmerge() first, or stack.freeze it",
         )
     if training and all(stack.standing[id].disabled for id in training):
-        raise PeftxError(
+        raise TrainingError(
             f"nothing trains: {', '.join(training)} is switched off", hint="train outside of stack.disabled()"
         )
 
@@ -338,7 +338,7 @@ def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any]) -> Path | None:
-    """Where to go on from. Raises BundleError if there is nothing, or only checkpoints of another run."""
+    """Where to go on from. Raises CheckpointError if there is nothing, or only checkpoints of another run."""
     if resume is False:
         return None
     if resume is not True:
@@ -357,18 +357,18 @@ def _checkpoint(folder: Path, resume: bool | str | Path, identity: dict[str, Any
             return found
         others.append(found)
     if not others:
-        raise BundleError(
+        raise CheckpointError(
             f"nothing to resume: no whole checkpoint in '{folder}'" + (f": {broken[0]}" if broken else ""),
             hint="train with checkpoint_every",
         )
     found, theirs = others[0], read_json(others[0] / IDENTITY)
     if not isinstance(theirs, dict):
-        raise BundleError(f"'{found / IDENTITY}' is corrupted")
+        raise CheckpointError(f"'{found / IDENTITY}' is corrupted")
     differ = sorted(n for n in identity.keys() | theirs.keys() if identity.get(n) != theirs.get(n))
     name, was = differ[0], ""
     if not name.startswith("the "):
         was = f": {theirs.get(name)!r}, now {identity.get(name)!r}"
-    raise BundleError(
+    raise CheckpointError(
         f"'{found}' is of another run: it differs in {name}{was}"
         + (f", and in {', '.join(differ[1:4])}" if differ[1:] else ""),
         hint="resume with the options that it was started with, or start anew in another folder",

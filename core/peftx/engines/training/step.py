@@ -13,7 +13,7 @@ from peftx.engines.training.feeders import Feeder, feeder_of
 from peftx.engines.training.processes import ALONE, Processes
 from peftx.engines.training.shares import Over, Share
 from peftx.engines.training.updates import Action, around_next_update
-from peftx.errors import PeftxError
+from peftx.errors import BatchError, TrainingError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart
 from peftx.kernel.phases import Span, spans
@@ -168,7 +168,7 @@ class TrainStep:
 
     def _start(self) -> list[tuple[nn.Parameter, Tensor]]:
         if self.total is not None and self.index > 0 and "start" not in self.memory:
-            raise PeftxError(
+            raise TrainingError(
                 f"step {self.index} does not remember how the run started",
                 hint="ask for the reference from the first step on; give all steps of a loop of your own one `memory`",
             )
@@ -232,7 +232,7 @@ class TrainStep:
         # The mean over this micro-batch, as every model gives it; not all of them know the tokens of a whole step.
         outputs = self.forward()
         if outputs.loss is None:
-            raise PeftxError("the model returned no loss", hint="the batch needs 'labels'")
+            raise BatchError("the model returned no loss", hint="the batch needs 'labels'")
         return outputs.loss, outputs
 
     def total_loss(self) -> Tensor:
@@ -323,7 +323,7 @@ def run_train_step(step: TrainStep) -> Tensor:
 def default_step(step: TrainStep) -> Tensor:
     """What runs unless a plugin replaces it: one forward, one backward."""
     if not any(True for _ in _trainable(step)):
-        raise PeftxError(
+        raise TrainingError(
             "nothing trains: no plugin of the stack has trainable parameters", hint="add one, e.g. lora"
         )
     loss = step.total_loss()

@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 from peftx.engines.training.processes import Processes, begin_alike, check_alike, check_claims
 from peftx.engines.training.shares import Share, counts, shares
 from peftx.engines.training.step import TrainStep
-from peftx.errors import PeftxError
+from peftx.errors import TrainingError
 
 if TYPE_CHECKING:
     from peftx.engines.training.feeders import Feeder
@@ -35,7 +35,7 @@ class Stepping(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise PeftxError(
+            raise TrainingError(
                 "a stack trains whole in each process, and the weights are to be sharded",
                 hint="leave FSDP and DeepSpeed out: of a frozen base nothing but the adapters has gradients",
             )

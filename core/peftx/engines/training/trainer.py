@@ -37,7 +37,7 @@ from peftx.engines.training.processes import check_alike
 from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
-from peftx.errors import BundleError, PeftxError
+from peftx.errors import BundleError, CheckpointError, TrainingError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,7 +116,7 @@ class StackTrainer(Stepping):
         self.phases = {m.id: step.phase(m.plugin).name for m in self.stack.members if m.plugin.phases()}
         for name, value in step.losses.items():
             if not math.isfinite(value):
-                raise PeftxError(
+                raise TrainingError(
                     f"training: the loss '{name}' of step {step.index + 1} is {value}",
                     hint="a smaller learning_rate"
                     + (", or dtype: bfloat16" if self.stack.model.dtype == torch.float16 else ""),
@@ -251,14 +251,14 @@ class StackTrainer(Stepping):
         saved, current = read_tensors(folder / WEIGHTS), self._trained()
         if saved.keys() != current.keys():
             differ = sorted(saved.keys() ^ current.keys())
-            raise BundleError(
+            raise CheckpointError(
                 f"{folder} was written by another stack: {len(differ)} tensors differ, e.g. {differ[0]}",
                 hint="resume with the same plugins and options",
             )
         with torch.no_grad():
             for name, tensor in current.items():
                 if tensor.shape != saved[name].shape:
-                    raise BundleError(
+                    raise CheckpointError(
                         f"{folder}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
                     )
                 tensor.copy_(saved[name])
@@ -309,23 +309,23 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raises BundleError unless every file of a checkpoint is there as it was written."""
+    """Raises CheckpointError unless every file of a checkpoint is there as it was written."""
     if not checkpoint.is_dir():
-        raise BundleError(f"no checkpoint at '{checkpoint}'")
+        raise CheckpointError(f"no checkpoint at '{checkpoint}'")
     if not os.path.lexists(checkpoint / SUMS):
-        raise BundleError(f"'{checkpoint}' is no whole checkpoint: {SUMS} is missing")
+        raise CheckpointError(f"'{checkpoint}' is no whole checkpoint: {SUMS} is missing")
     sums = read_json(checkpoint / SUMS)
     present = {str(f.relative_to(checkpoint)) for f in plain_files(checkpoint)} - {SUMS}
     needed = {"trainer_state.json", WEIGHTS, IDENTITY}
     if not isinstance(sums, dict) or not needed <= sums.keys():
-        raise BundleError(f"'{checkpoint / SUMS}' is corrupted")
+        raise CheckpointError(f"'{checkpoint / SUMS}' is corrupted")
     for name in sorted(sums.keys() - present):
-        raise BundleError(f"'{checkpoint}' is no whole checkpoint: {name} is missing")
+        raise CheckpointError(f"'{checkpoint}' is no whole checkpoint: {name} is missing")
     for name in sorted(present - sums.keys()):
-        raise BundleError(f"'{checkpoint}' holds {name}, which is not of it")
+        raise CheckpointError(f"'{checkpoint}' holds {name}, which is not of it")
     for name, expected in sums.items():
         if differs(checkpoint / name, expected):
-            raise BundleError(f"'{checkpoint / name}' is corrupted (sha256 differs)")
+            raise CheckpointError(f"'{checkpoint / name}' is corrupted (sha256 differs)")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

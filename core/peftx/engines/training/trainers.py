@@ -8,16 +8,18 @@ loss.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
+from peftx.copies import frozen
 from peftx.engines.bundle import save
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import CheckpointError, ConflictError, TrainingError
 from peftx.kernel.plugin import Claim
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 BUNDLE = "bundle"
 """In a checkpoint's folder, beside what the trainer keeps there."""
+REFERENCE = "ref_model"
+"""How TRL names it."""
 
 
 class StackStep(Stepping):
@@ -37,12 +41,12 @@ class StackStep(Stepping):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model is not self.stack.model:
-            raise PeftxError(
+            raise TrainingError(
                 f"{type(self).__name__} trains another model than the stack's",
                 hint="model=stack.model, without peft_config",
             )
         if self.args.load_best_model_at_end:
-            raise PeftxError(
+            raise TrainingError(
                 f"{type(self).__name__} cannot go back to its best checkpoint, which is a bundle",
                 hint="load_best_model_at_end=False, or stack.train(..., load_best_model_at_end=True)",
             )
@@ -70,7 +74,7 @@ class StackStep(Stepping):
         try:
             return self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
         except ValueError as error:  # GRPO's refuses so
-            raise PeftxError(
+            raise TrainingError(
                 f"{type(self).__name__}, asked for what the model returned: {error}",
                 hint="a plugin's loss term reads it: leave that plugin out, or take a trainer that gives it, as SFT's",
             ) from error
@@ -95,10 +99,26 @@ class StackStep(Stepping):
         save(self.stack, folder / BUNDLE if _internal_call else folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        raise PeftxError(
+        raise CheckpointError(
             f"{resume_from_checkpoint}: a trainer of another library does not go on from a bundle",
             hint=f"peftx.load('{resume_from_checkpoint}/{BUNDLE}') and train on; stack.train(..., resume=True) resumes",
         )
+
+
+class Referring:
+    """In front of a trainer that compares with a reference model, as DPO's: unless another one is given, that is the
+    stack as it is when the trainer is made. The trainer would read a base from the disk, without plugins, and without
+    whatever was changed in memory."""
+
+    stack: Stack
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        # Log-probabilities that are computed before the first step are those of the stack as it is, too.
+        ahead = getattr(given.arguments.get("args"), "precompute_ref_log_probs", False)
+        if given.arguments.get(REFERENCE) is None and not ahead:
+            given.arguments[REFERENCE] = frozen(self.stack)
+        super().__init__(*given.args, **given.kwargs)
 
 
 def trainer_of(stack: Stack, kind: type[Trainer]) -> type[Trainer]:
@@ -114,5 +134,7 @@ def trainer_of(stack: Stack, kind: type[Trainer]) -> type[Trainer]:
             f"'{with_loss[0]}' has a loss of its own, and so has {kind.__name__}",
             hint="stack.train(rows), or stack.trainer(Trainer)",
         )
-    bases = (StackStep,) if kind is Trainer else (kind, StackStep)
+    bases: tuple[type, ...] = (StackStep,) if kind is Trainer else (kind, StackStep)
+    if REFERENCE in inspect.signature(kind).parameters:
+        bases = (Referring, *bases)
     return type(f"Stack{kind.__name__}", bases, {"stack": stack})

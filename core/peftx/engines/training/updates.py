@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from peftx.errors import PeftxError
+from peftx.errors import TrainingError
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -94,7 +94,7 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         missed = [m.id for m in stack.implementers("train_step") if m.id not in asleep]
         # Hooks that fit something of their own, as compression does, do so in evaluation mode.
         if missed and stack.model.training and not stack.update_is_due:
-            raise PeftxError(
+            raise TrainingError(
                 f"an optimizer steps, and the train_step of {', '.join(missed)} did not run",
                 hint="make the trainer by stack.trainer(Trainer)(model=stack.model, ...), with its class; in a loop of "
                 "your own call stack.train_step(batch)",

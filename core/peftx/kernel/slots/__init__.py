@@ -7,7 +7,6 @@ from peftx.kernel.slots.carrier import base_class, is_map, kind_of, open_slot, p
 from peftx.kernel.slots.delta import Delta, LowRank, add_low_rank, dropout_linear
 from peftx.kernel.slots.folding import check_folds, fold_into, follow, merge, snapshot, unmerge
 from peftx.kernel.slots.rows import Rows
-from peftx.kernel.slots.sparse import SparseDelta
 from peftx.kernel.slots.state import Entry
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "Entry",
     "LowRank",
     "Rows",
-    "SparseDelta",
     "add_low_rank",
     "attach",
     "bake",

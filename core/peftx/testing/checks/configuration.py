@@ -35,6 +35,7 @@ _NEEDS = {
     Claim.REPLACES_DECODING: {"decode"},
     Claim.LOSSLESS_DECODING: {"decode"},
     Claim.EXACT_CACHE: {"inject", "decode", "compress", "serve"},
+    Claim.EVICTS: {"decode"},
     Claim.TRAINS_BASE: {"inject"},
     Claim.CHANGES_VOCABULARY: {"inject"},
     Claim.DATA_ONLY: {"prepare_data"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 
 from peftx.engines.data import FORMATS, TrainingData, tokenize_dataset
+from peftx.engines.data.gate import COLUMNS
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PeftxError
 from peftx.kernel.plugin import Claim
@@ -107,9 +109,37 @@ def check_further_columns_stay(case: Case) -> None:
     )
 
 
+def _reads_columns(subject: Subject) -> bool:
+    return _prepares(subject) and _further(subject.rows) != set()
+
+
+def _further(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Columns beyond those that make the rows' format."""
+    columns = {name for row in rows for name in row}
+    return min(
+        (columns - {*names} for names in COLUMNS.values() if columns >= {*names}), key=len, default=set()
+    )
+
+
+@check(on="first", when=_reads_columns)
+def check_columns_that_are_read_are_claimed(case: Case) -> None:
+    """Rows without the further columns of the plugin's examples go through, or it claims that it works by them."""
+    gone = _further(case.subject.rows)
+    rows = [{name: value for name, value in row.items() if name not in gone} for row in case.subject.rows]
+    stack = case.stack()
+    error = error_of(PeftxError, lambda: stack.prepare(_data(case, stack, rows)))
+    if error is None or crashed(error):
+        return
+    assert case.subject.claims(Claim.READS_COLUMNS), (
+        f"rows without {', '.join(sorted(gone))} are refused, so claim {Claim.READS_COLUMNS}: a plugin in front may "
+        f"train on rows of its own ({error})"
+    )
+
+
 CHECKS = (
     check_data_repeats_under_a_seed,
     check_rows_fit_their_format,
     check_empty_data_is_refused,
     check_further_columns_stay,
+    check_columns_that_are_read_are_claimed,
 )

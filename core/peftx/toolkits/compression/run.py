@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, StackError, UsageError
 from peftx.kernel.anatomy import Anatomy
 from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart
@@ -34,11 +34,11 @@ def compress(
     """
     todo = [m for m in stack.implementers("compress", ids) if not stack.standing[m.id].compressed]
     if not todo:
-        raise PeftxError("no plugin of this stack compresses", hint="add one, for example prefixquant")
+        raise StackError("no plugin of this stack compresses", hint="add one, for example prefixquant")
     batches = calibration()
     for member in todo:
         if member.claims(Claim.NEEDS_CALIBRATION) and not batches.batches:
-            raise PeftxError(
+            raise UsageError(
                 f"'{member.id}' needs calibration data", hint='stack.compress("calibration.txt")'
             )
         if member.claims(Claim.QUANTIZES):

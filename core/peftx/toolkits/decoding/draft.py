@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 
-from peftx.errors import PeftxError
+from peftx.errors import GenerationError
 
 if TYPE_CHECKING:
     from peftx.toolkits.decoding.generation import Generation
@@ -45,29 +45,31 @@ class DraftTree:
     def __post_init__(self) -> None:
         for name, value in (("tokens", self.tokens), ("parents", self.parents)):
             if value.dim() != 1 or value.dtype != torch.int64 or value.device.type != "cpu":
-                raise PeftxError(
+                raise GenerationError(
                     f"draft {name}: expected a 1-D int64 tensor on the CPU, got {tuple(value.shape)} {value.dtype} "
                     f"on {value.device}"
                 )
         if len(self.tokens) != len(self.parents):
-            raise PeftxError(f"draft: {len(self.tokens)} tokens but {len(self.parents)} parents")
+            raise GenerationError(f"draft: {len(self.tokens)} tokens but {len(self.parents)} parents")
         if len(self.tokens) > MAX_NODES:
-            raise PeftxError(f"draft: {len(self.tokens)} nodes, at most {MAX_NODES} are verified at once")
+            raise GenerationError(
+                f"draft: {len(self.tokens)} nodes, at most {MAX_NODES} are verified at once"
+            )
         seen: set[tuple[int, int]] = set()
         for node, (parent, token) in enumerate(zip(self.parents.tolist(), self.tokens.tolist(), strict=True)):
             if not -1 <= parent < node:
-                raise PeftxError(f"draft node {node}: parent {parent} does not precede it")
+                raise GenerationError(f"draft node {node}: parent {parent} does not precede it")
             if (parent, token) in seen:
-                raise PeftxError(
+                raise GenerationError(
                     f"draft node {node}: token {token} is already a child of node {parent}",
                     hint="DraftTree.from_sequences merges common prefixes",
                 )
             seen.add((parent, token))
         if self.probs is not None:
             if not self.is_linear:
-                raise PeftxError("draft: `probs` needs a linear draft; this one branches")
+                raise GenerationError("draft: `probs` needs a linear draft; this one branches")
             if self.probs.dim() != 2 or len(self.probs) != len(self.tokens):
-                raise PeftxError(
+                raise GenerationError(
                     f"draft probs: expected [{len(self.tokens)}, V], got {tuple(self.probs.shape)}"
                 )
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import GenerationError, UnsupportedError
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.stopping import StopStrings
 
@@ -101,7 +101,7 @@ class Generation:
         chosen = self.model.generation_config if self.generation_config is None else self.generation_config
         self.generation_config = copy.deepcopy(chosen)
         if self.input_ids.dim() != 2 or self.input_ids.dtype != torch.int64 or self.input_ids.shape[1] == 0:
-            raise PeftxError(
+            raise GenerationError(
                 f"input_ids: expected [B, T] int64 with T >= 1, got {tuple(self.input_ids.shape)} "
                 f"{self.input_ids.dtype}"
             )
@@ -224,7 +224,7 @@ class Generation:
         if config.stop_strings is not None:
             # `generate` drops the tokenizer when it is given a loop, so the criterion is built here for both ways.
             if self.tokenizer is None:
-                raise PeftxError("stop_strings need a tokenizer, and this request has none")
+                raise GenerationError("stop_strings need a tokenizer, and this request has none")
             stop = StopStrings(self.tokenizer, config.stop_strings, self._start_length())
             criteria = StoppingCriteriaList([stop, *criteria])
             config = copy.deepcopy(config)
@@ -251,7 +251,7 @@ class Generation:
         rows = 0 if self.past_key_values is None else int(self.past_key_values.get_seq_length())
         if self.attention_mask is None:
             if rows:
-                raise PeftxError(
+                raise GenerationError(
                     f"a cache of {rows} rows needs an attention mask",
                     hint=f"[{batch}, {length}] if it holds the prompt's first {rows} tokens, "
                     f"[{batch}, {rows + length}] if its rows come before the prompt",
@@ -259,11 +259,11 @@ class Generation:
             return length
         allowed = {rows + length} | ({length} if rows < length else set())
         if self.attention_mask.dim() != 2 or len(self.attention_mask) != batch:
-            raise PeftxError(
+            raise GenerationError(
                 f"attention_mask: expected 2-D with {batch} rows, got {tuple(self.attention_mask.shape)}"
             )
         if self.attention_mask.shape[1] not in allowed:
-            raise PeftxError(
+            raise GenerationError(
                 f"attention_mask: expected {' or '.join(map(str, sorted(allowed)))} columns for {length} prompt tokens "
                 f"and {rows} cached rows, got {self.attention_mask.shape[1]}",
                 hint="a run consumes its cache; give each run a `fork_cache` of it" if rows else None,

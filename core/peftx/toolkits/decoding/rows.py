@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import GenerationError, UnsupportedError
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.decoding.generation import Generation
 
@@ -48,7 +48,7 @@ def per_row(generation: Generation, decode: Callable[[Generation], torch.Tensor]
         if row_mask is not None and cache is None:  # beside a cache rows stay aligned, zeros are kept
             start = length - int(row_mask.sum())
             if start == length or not bool(row_mask[0, start:].all()):
-                raise PeftxError(f"row {row}: padding must be on the left and leave a token")
+                raise GenerationError(f"row {row}: padding must be on the left and leave a token")
             row_mask = row_mask[:, start:]
         result = decode(
             Generation(
@@ -92,4 +92,6 @@ def _pad_token(generation: Generation) -> int:
         if config.eos_token_id is not None:
             eos = config.eos_token_id
             return int(eos[0] if isinstance(eos, list) else eos)
-    raise PeftxError("rows ended at different lengths and there is no pad token", hint="set `pad_token_id`")
+    raise GenerationError(
+        "rows ended at different lengths and there is no pad token", hint="set `pad_token_id`"
+    )

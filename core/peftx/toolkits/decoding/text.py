@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from peftx.engines.data import Collator, encoder_ids, prompt_ids
 from peftx.engines.data.gate import require_text
-from peftx.errors import ArchitectureError, DataError, PeftxError, nearest
+from peftx.errors import ArchitectureError, DataError, GenerationError, nearest
 from peftx.kernel.objective import pad_of, vocabulary_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import Generation, decode
@@ -69,7 +69,7 @@ def check_length(stack: Stack, prompt: int, new: int) -> None:
     apart = bool(stack.model.config.is_encoder_decoder)  # the one in the encoder, the other in the decoder
     room = limit if apart else limit - prompt
     if prompt > limit or new > room:
-        raise PeftxError(
+        raise GenerationError(
             f"the prompt has {prompt} tokens and {new} new ones are asked for; "
             f"{'each' if apart else 'together'} at most {limit} fit this model",
             hint=f"ask for {room} at most" if prompt <= limit and room > 0 else "a shorter prompt",
@@ -89,21 +89,21 @@ def request_of_ids(
     if not stack.model.can_generate():
         raise ArchitectureError(f"{type(stack.model).__name__} writes no text", hint="take a decoder")
     if max_new_tokens < 1:
-        raise PeftxError(f"max_new_tokens is {max_new_tokens}, and one is the least")
+        raise GenerationError(f"max_new_tokens is {max_new_tokens}, and one is the least")
     lengths = [len(row) for row in rows]
     if min(lengths) == 0:
         raise DataError("the prompt has no tokens")
     check_length(stack, max(lengths), max_new_tokens)
     check_ids(stack, [max(row) for row in rows])
     if options.get("num_return_sequences", 1) != 1:
-        raise PeftxError(
+        raise GenerationError(
             "num_return_sequences: one text comes of a prompt", hint="give the prompt several times"
         )
     config = copy.deepcopy(stack.model.generation_config)
     known = GenerationConfig().to_dict()
     for name in options:
         if name not in known:
-            raise PeftxError(f"generate: unknown option '{name}'", hint=nearest(name, known) or None)
+            raise GenerationError(f"generate: unknown option '{name}'", hint=nearest(name, known) or None)
     if options.get("do_sample") and 0 < options.get("temperature", 1.0) < COLDEST:
         options = options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     config.update(**options)

@@ -23,7 +23,7 @@ import torch
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import GenerationError, UnsupportedError
 from peftx.toolkits.decoding.cache import Undo, keep_rows, undo_kind
 from peftx.toolkits.decoding.draft import Drafter, DraftTree, VerifiedStep
 from peftx.toolkits.decoding.generation import Generation, Prepared, require_single
@@ -184,7 +184,7 @@ class _Verification:
         p = torch.softmax(scores, dim=-1)  # [1, V]
         q = tree.probs[node + 1].to(p)  # [V]
         if q.shape != p.shape[1:] or not bool(q[guess] > 0):
-            raise PeftxError(
+            raise GenerationError(
                 f"draft probs: row {node + 1} must be [{p.shape[1]}] and positive at its token {guess}, got "
                 f"{tuple(q.shape)}" + (f" with {float(q[guess])}" if q.shape == p.shape[1:] else "")
             )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from peftx.engines.data import special_frame
-from peftx.errors import DataError, PeftxError, UnsupportedError
+from peftx.errors import DataError, ModelError, UnsupportedError
 from peftx.kernel.modes import evaluating
 from peftx.kernel.positions import free_positions
 
@@ -205,7 +205,7 @@ def _logits(model: PreTrainedModel, batch: list[Request], pad: int, device: torc
         # The decoder is causal and the padding stands right, so it needs no mask of its own.
         logits = model(input_ids=encoder_ids, attention_mask=encoder_mask, decoder_input_ids=ids).logits
     if logits.shape[:2] != ids.shape:
-        raise PeftxError(
+        raise ModelError(
             f"the model read {tuple(ids.shape)} tokens and returned logits for {tuple(logits.shape[:2])}"
         )
     return logits
@@ -219,5 +219,5 @@ def _gather(logits: Tensor, first: int, target: list[int]) -> Tensor:
     logs = logs.cpu().double()
     if logs.isnan().any():
         at = int(logs.isnan().nonzero()[0])
-        raise PeftxError(f"the model's prediction of token {target[at]} at position {first + at} is NaN")
+        raise ModelError(f"the model's prediction of token {target[at]} at position {first + at} is NaN")
     return logs

@@ -13,7 +13,7 @@ from peftx.engines.data.gate import check_item
 from peftx.engines.data.sources import TASK, format_of, rows_of
 from peftx.engines.models import asset_path
 from peftx.engines.tasks import find_tasks
-from peftx.errors import DataError, PeftxError, nearest
+from peftx.errors import ConflictError, DataError, OptionError, UsageError, nearest
 from peftx.kernel.modes import evaluating
 from peftx.toolkits.decoding.text import generate
 from peftx.toolkits.evaluation.answers import exact_match
@@ -39,7 +39,7 @@ def check_known(metric: str, plugins: Sequence[str]) -> None:
     """Raises PeftxError for a name that is neither a metric nor one of these plugins, with the nearest right one."""
     names = [*METRICS, *plugins]
     if metric not in names:
-        raise PeftxError(
+        raise OptionError(
             f"unknown metric '{metric}'", hint=nearest(metric, names) or f"there are: {', '.join(names)}"
         )
 
@@ -49,7 +49,7 @@ def check_metric(metric: str, format: str) -> None:
     formats = METRICS.get(metric, (format,))
     if formats and format not in formats:
         other = next((name for name, known in METRICS.items() if format in known), None)
-        raise PeftxError(
+        raise OptionError(
             f"{metric} reads rows of {' or '.join(formats)}, and these are {format}",
             hint=f"evaluate: [{other}]" if other else "give it other data: path",
         )
@@ -114,7 +114,7 @@ def evaluate(
         PeftxError: an unknown metric or option.
     """
     for name in sorted(options.keys() - OPTIONS):
-        raise PeftxError(f"evaluate: unknown option '{name}'", hint=nearest(name, OPTIONS) or None)
+        raise OptionError(f"evaluate: unknown option '{name}'", hint=nearest(name, OPTIONS) or None)
     limit, max_length = options.get("limit"), options.get("max_length")
     rows = _rows(data, options.get("format", "auto"), limit)
     plugins = [m for m in stack.members if m.implements("evaluate")]
@@ -188,7 +188,7 @@ def _answer(stack: Stack, new: int, prompt: str) -> str:
 def _refuse_overlap(plugin: str, known: Mapping[str, Score], new: Mapping[str, Score]) -> None:
     both = sorted(known.keys() & new.keys())
     if both:
-        raise PeftxError(
+        raise ConflictError(
             f"'{plugin}' reports a score named '{both[0]}', which another metric has given already"
         )
 
@@ -208,5 +208,5 @@ def _rows(data: Any, format: str, limit: int | None) -> list[Any] | None:
 
 def _needed(rows: list[Any] | None, metric: str) -> list[Any]:
     if not rows:
-        raise PeftxError(f"{metric} needs data", hint="give a file, texts or rows")
+        raise UsageError(f"{metric} needs data", hint="give a file, texts or rows")
     return rows

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftx.copies import base_of, sharing
 from peftx.errors import UnsupportedError
 from peftx.kernel.chain import is_ours
-from peftx.kernel.copies import base_of, sharing
 from peftx.kernel.parts import BasePart, DeltaPart, FreePart, PromptPart
 from peftx.kernel.slots import LowRank, kind_of, open_slot, slot_of
 from peftx.toolkits.serving.packed import Packed, pack

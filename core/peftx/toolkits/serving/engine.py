@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data.gate import require_text
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import GenerationError, PeftxError, ServerError, UnsupportedError
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
 from peftx.toolkits.serving.answers import Answers
@@ -147,7 +147,9 @@ class Engine:
         job = Job(request, ids, self.room_of(request, ids), model=self.server.name)
         with self._changed:
             if self._retiring:
-                raise PeftxError(f"'{self.server.name}' is closing", hint="ask another model: GET /v1/models")
+                raise ServerError(
+                    f"'{self.server.name}' is closing", hint="ask another model: GET /v1/models"
+                )
             self._unanswered += 1
         job.future.add_done_callback(self._answered)
         try:
@@ -175,7 +177,7 @@ class Engine:
             else:
                 ids = ids_for(self.server.stack, request.prompt)
         if not ids:
-            raise PeftxError("the prompt has no tokens")
+            raise GenerationError("the prompt has no tokens")
         return list(ids)
 
     def text_of(self, ids: list[int]) -> str:

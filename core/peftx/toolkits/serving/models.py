@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from peftx.errors import PeftxError, nearest
-from peftx.kernel.copies import base_of
+from peftx.copies import base_of
+from peftx.errors import ServerError, nearest
 from peftx.toolkits.serving.engine import Engine, Together
 from peftx.toolkits.serving.server import Server
 
@@ -18,8 +18,10 @@ Loader = Callable[[str, str], Server]
 """(name, path as a client says it) -> what is served from then on."""
 
 
-class UnknownModel(PeftxError):
+class UnknownModel(ServerError):
     """No model of that name is served."""
+
+    code = "unknown-model"
 
 
 class Models:
@@ -38,7 +40,7 @@ class Models:
         self._many = len(servers) > 1 or loader is not None
         for server in servers:
             if server.name in self._engines:
-                raise PeftxError(
+                raise ServerError(
                     f"two models are named '{server.name}'", hint="NAME=BUNDLE gives another name"
                 )
             self._engines[server.name] = self._engine(server)
@@ -52,7 +54,7 @@ class Models:
         server.prepare()  # its plugins have their say in the policy
         store = server.scheduler.prefixes
         if (other := next((e for e in self if store is not None and e.prefixes is store), None)) is not None:
-            raise PeftxError(
+            raise ServerError(
                 f"'{server.name}' and '{other.server.name}' have one store of prefixes, which are one model's",
                 hint="give each its own",
             )
@@ -82,16 +84,16 @@ class Models:
             PeftxError: the server loads none, the name is taken, or the bundle is not to be had.
         """
         if self._loader is None:
-            raise PeftxError("this server loads no adapters", hint="peftx serve --adapters FOLDER")
+            raise ServerError("this server loads no adapters", hint="peftx serve --adapters FOLDER")
         with self._loading:
             if name in self._engines:
-                raise PeftxError(f"'{name}' is served already", hint="unload it first, or take another name")
+                raise ServerError(f"'{name}' is served already", hint="unload it first, or take another name")
             if name in self._leaving:
-                raise PeftxError(f"'{name}' is still answering what was asked of it", hint="try again later")
+                raise ServerError(f"'{name}' is still answering what was asked of it", hint="try again later")
             server = self._loader(name, path)
             server.prepare()
             if server.routes:
-                raise PeftxError(
+                raise ServerError(
                     f"'{path}' brings routes of its own, which are set up when a server starts",
                     hint="name it on the command line",
                 )
@@ -107,7 +109,7 @@ class Models:
         with self._loading:
             engine = self.engine(name)
             if name == self._first:
-                raise PeftxError(
+                raise ServerError(
                     f"'{name}' answers where no model is named, and stays",
                     hint="start the server with another one first",
                 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from peftx.errors import PeftxError
+from peftx.errors import ServerError
 from peftx.kernel.carried import has_rows
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
@@ -52,7 +52,7 @@ class Scheduler:
             value = {"max_batch": self.max_batch, "max_wait_ms": self.max_wait_ms,
                      "prefix_entries": self.prefix_entries, "max_queue": self.max_queue}[name]  # fmt: skip
             if value < least:
-                raise PeftxError(f"scheduler: {name} is {value}", hint=f"at least {least}")
+                raise ServerError(f"scheduler: {name} is {value}", hint=f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class Server:
             PeftxError: another method than GET and POST, a path that is taken, or one that does not begin with `/`.
         """
         if method not in METHODS or not path.startswith("/"):
-            raise PeftxError(f"route {method} {path}: a method is GET or POST, and a path begins with /")
+            raise ServerError(f"route {method} {path}: a method is GET or POST, and a path begins with /")
         taken = [*OWN_ROUTES, *((route.method, route.path) for route in self.routes)]
         if (method, path) in taken:
-            raise PeftxError(f"route {method} {path} is taken", hint="two plugins cannot answer one route")
+            raise ServerError(f"route {method} {path} is taken", hint="two plugins cannot answer one route")
         self.routes.append(Route(method, path, endpoint))
 
     def prepare(self) -> None:
@@ -116,15 +116,16 @@ class Server:
             stack.call(member, "serve", server=self)
         self.scheduler.check()
         if (self.scheduler.prefix_cache or self.scheduler.prefixes) and (reason := self._no_prefix_cache()):
-            raise PeftxError(f"prefix_cache: {reason}", hint="leave it off")
+            raise ServerError(f"prefix_cache: {reason}", hint="leave it off")
 
     def _no_prefix_cache(self) -> str:
         """Why rows of the cache are not the prompt's tokens, or not to be had; empty where they are."""
         if reason := other_rows(self.stack):
             return reason
         for member in self.stack.members:
-            if member.claims(Claim.REPLACES_DECODING):
-                return f"'{member.id}' claims {Claim.REPLACES_DECODING}"
+            for claim in (Claim.REPLACES_DECODING, Claim.EVICTS):
+                if member.claims(claim):
+                    return f"'{member.id}' claims {claim}"
         if self.stack.model.config.is_encoder_decoder:
             return "an encoder-decoder model keeps no cache of its prompt"
         if not has_rows(DynamicCache(config=self.stack.model.config)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import MissingExtraError, ServerError, UnsupportedError
 from peftx.kernel.objective import vocabulary_of
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ def check_schema(schema: object, place: str = "schema", depth: int = 0) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict) or depth > DEEPEST:
-        raise PeftxError(f"{place} is no JSON schema: an object, true or false, {DEEPEST} deep at most")
+        raise ServerError(f"{place} is no JSON schema: an object, true or false, {DEEPEST} deep at most")
     for word in ("$defs", "definitions", "properties"):
         if not isinstance(schema.get(word, {}), dict):
-            raise PeftxError(f"{place}: '{word}' is no object")
+            raise ServerError(f"{place}: '{word}' is no object")
         for name, part in schema.get(word, {}).items():
             check_schema(part, f"{place}.{name}", depth + 1)
     for word in ("items", "additionalProperties"):
@@ -75,7 +75,7 @@ def check_schema(schema: object, place: str = "schema", depth: int = 0) -> None:
             check_schema(part, f"{place}.{word}[{index}]", depth + 1)
     kinds = [schema["type"]] if isinstance(schema.get("type"), str) else _list(schema, "type", place)
     if unknown := [kind for kind in kinds if kind not in list(HELD)]:
-        raise PeftxError(f"{place}: no type {unknown[0]!r} in JSON schema")
+        raise ServerError(f"{place}: no type {unknown[0]!r} in JSON schema")
     _check_words(schema, kinds, place)
     properties = schema.get("properties", {})
     if lost := [name for name in _list(schema, "required", place) if name not in list(properties)]:
@@ -106,7 +106,7 @@ def _check_words(schema: dict[str, Any], kinds: list[str], place: str) -> None:
 def _list(schema: dict[str, Any], word: str, place: str) -> list[Any]:
     found = schema.get(word, [])
     if not isinstance(found, list):
-        raise PeftxError(f"{place}: '{word}' is no list")
+        raise ServerError(f"{place}: '{word}' is no list")
     return found
 
 
@@ -131,7 +131,7 @@ class Grammars:
         try:
             import xgrammar
         except ModuleNotFoundError as error:
-            raise PeftxError(
+            raise MissingExtraError(
                 f"response_format needs {error.name}, which is not installed",
                 hint="pip install 'peftx[structured]'",
             ) from error
@@ -152,7 +152,7 @@ class Grammars:
                 return self._compiler.compile_json_schema(schema, any_whitespace=False)
         except RuntimeError as error:
             said = re.sub(r"^\[[\d:]+\] \S+: ", "", str(error)).strip()
-            raise PeftxError(f"response_format: {said}") from error
+            raise ServerError(f"response_format: {said}") from error
 
 
 class Structure(LogitsProcessor):  # type: ignore[misc]
@@ -184,7 +184,7 @@ class Structure(LogitsProcessor):  # type: ignore[misc]
             allowed[index, :size] = bits.flatten()[:size].bool() & ~self.grammars.blank
         scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         if bool((scores.amax(-1) == -torch.inf).any()):
-            raise PeftxError("response_format: the model may write nothing that fits", hint="ask for less")
+            raise ServerError("response_format: the model may write nothing that fits", hint="ask for less")
         return scores
 
     def _follow(self, index: int, row: list[int]) -> GrammarMatcher:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peftx.errors import PeftxError
+from peftx.errors import ServerError
 from peftx.toolkits.serving.batches import Batches
 from peftx.toolkits.serving.job import Job
 from peftx.toolkits.serving.rows import Rows
@@ -18,8 +18,10 @@ PATIENCE = 1.0
 """Seconds that rows wait for those who want the model for something else."""
 
 
-class QueueFull(PeftxError):
+class QueueFull(ServerError):
     """More requests wait than the scheduler allows."""
+
+    code = "queue-full"
 
 
 class Worker:
@@ -55,7 +57,7 @@ class Worker:
         """
         with self._changed:
             if self._closed:
-                raise PeftxError(f"'{job.model}' is closing", hint="ask another model: GET /v1/models")
+                raise ServerError(f"'{job.model}' is closing", hint="ask another model: GET /v1/models")
             already = sum(other.model == job.model for other in self._waiting)
             if already >= self.scheduler.max_queue:
                 raise QueueFull(f"{already} requests wait already", hint="try again later")
@@ -88,7 +90,7 @@ class Worker:
             waiting, self._waiting = self._waiting, []
             self._changed.notify_all()
         for job in waiting:
-            job.finish(None, PeftxError("the server is closing"))
+            job.finish(None, ServerError("the server is closing"))
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -142,5 +144,5 @@ class Worker:
         """Nobody waits for these any more."""
         for job in self._waiting:
             if job.cancelled:
-                job.finish(None, PeftxError("the request was cancelled"))
+                job.finish(None, ServerError("the request was cancelled"))
         self._waiting = [job for job in self._waiting if not job.cancelled]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from peftx.errors import PeftxError
+from peftx.errors import MissingExtraError, WorkerError
 from peftx.toolkits.working.answers import Answer
 
 
@@ -35,7 +35,7 @@ class Remote:
         try:
             import openai
         except ImportError as error:
-            raise PeftxError(
+            raise MissingExtraError(
                 "a remote worker needs OpenAI's client", hint='pip install "peftx[worker]"'
             ) from error
         self.model, self.chat, self.parallel = model, chat, parallel
@@ -65,7 +65,7 @@ class Remote:
                 found = self._client.completions.create(prompt=prompt, **options)
                 text, why = found.choices[0].text, found.choices[0].finish_reason
         except self._failed as error:
-            raise PeftxError(f"{self.name}: {type(error).__name__}: {str(error)[:200]}") from error
+            raise WorkerError(f"{self.name}: {type(error).__name__}: {str(error)[:200]}") from error
         tokens = found.usage.total_tokens if found.usage is not None else 0
         refused = not (text or "").strip() or why == "content_filter"
         return Answer(text or "", tokens, refused)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftx.engines.data.gate import require_text
-from peftx.errors import BundleError, DataError, PeftxError, UnsupportedError
+from peftx.errors import BundleError, DataError, UnsupportedError, WorkerError
 from peftx.toolkits.working.answers import Answer, Answerer, Scores
 
 Progress = Callable[[int, int], None]
@@ -37,12 +37,12 @@ class Budget:
 
     def allow(self, calls: int) -> None:
         if self.calls is not None and self.spent_calls + calls > self.calls:
-            raise PeftxError(
+            raise WorkerError(
                 f"the worker was asked {self.spent_calls} times, and {calls} more are over its budget of {self.calls}",
                 hint="a larger budget goes on where this one ended: answers are kept",
             )
         if self.tokens is not None and self.spent_tokens >= self.tokens:
-            raise PeftxError(
+            raise WorkerError(
                 f"the worker has used {self.spent_tokens} of {self.tokens} tokens",
                 hint="a larger budget goes on where this one ended: answers are kept",
             )

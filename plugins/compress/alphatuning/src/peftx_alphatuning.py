@@ -40,7 +40,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ModelError
 from peftx.kernel.parts import DeltaPart, ReplacedPart
 from peftx.toolkits.compression import Quantized, QuantLinear
 from peftx.toolkits.compression.kernels import Kernel
@@ -209,7 +209,7 @@ class AlphaTuning(Plugin):
         sites = self.linears(model)
         if bad := next((site for site in sites if not bool(site.weight.isfinite().all())), None):
             said = f"{model.owner}: {bad.path} holds numbers that are not finite"
-            raise PeftxError(said, hint="repair the model, or leave the layer out of targets")
+            raise ModelError(said, hint="repair the model, or leave the layer out of targets")
         for site in sites:
             layer = self.layer(site, site.weight.device)
             site.replace(layer.take(site.weight, site.bias, self.config.rounds))

@@ -54,8 +54,8 @@ from peftx import (
     dropout_linear,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
-from peftx.kernel.copies import Reader
+from peftx.copies import Reader
+from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.slots import kind_of, packed
@@ -335,7 +335,7 @@ class Atp(Plugin):
         if self.config.density < least:
             said = f"density {self.config.density} leaves no dimension of a head and no channel in some layer"
             hint = f"one of each in all layers are {least:.2%} of the weights: a larger density"
-            raise PeftxError(f"{model.owner}: {said}", hint=hint)
+            raise OptionError(f"{model.owner}: {said}", hint=hint)
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
@@ -446,10 +446,10 @@ class Atp(Plugin):
     def compress(self, model: ModelView, stack: Stack) -> None:
         if self.generator is None:
             hint = "train it, then stack.compress(); in a pipeline `phase: after-training` beside `use`"
-            raise PeftxError(f"{model.owner}: there are no masks yet to narrow by", hint=hint)
+            raise StackError(f"{model.owner}: there are no masks yet to narrow by", hint=hint)
         if model.owner in stack.ledger.merged():
             hint = "stack.unmerge() first: it adds what LoRA made by itself"
-            raise PeftxError(f"{model.owner}: it is merged, and masks in weights narrow nothing", hint=hint)
+            raise StackError(f"{model.owner}: it is merged, and masks in weights narrow nothing", hint=hint)
         parts, new = self.generator.d.split(self.generator.sizes), list[tuple[BoundSite, Narrow]]()
         for each, d in zip(self.structures, parts, strict=True):
             for site in each.sites:
@@ -461,6 +461,11 @@ class Atp(Plugin):
         self.generator, self.structures, self.deltas, self.sources = None, [], {}, {}  # type: ignore[misc]
         for site, module in new:
             site.replace(module)
+
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        """Once masks have come to p; of a run that is too short for them more is left."""
+        for site in (site for layer in self.layers(model) for each in layer for site in each.sites):
+            yield site, int(site.weight.nbytes * self.config.density)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

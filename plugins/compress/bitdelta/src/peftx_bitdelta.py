@@ -37,7 +37,7 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, ModelError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.trained import Trained
@@ -139,7 +139,7 @@ class BitDelta(Plugin):
             both = name in own and name in theirs
             if not both or not torch.equal(own[name], theirs[name].to(own[name])):
                 said = f"'{self.config.finetuned}' is no fine-tune of this base: {name} does not fit"
-                raise PeftxError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
+                raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
 
     @hookimpl
     def compress(self, model: ModelView, calibration: Calibration, stack: Stack) -> None:

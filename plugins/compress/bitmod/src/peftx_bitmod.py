@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ModelError
 from peftx.kernel.parts import ReplacedPart
 from peftx.toolkits.compression import Quantized, QuantLinear, pack_bits, unpack_bits
 from peftx.toolkits.compression.kernels import Kernel
@@ -164,7 +164,7 @@ class BitMoD(Plugin):
         sites = self.linears(model)
         if bad := next((site for site in sites if not bool(site.weight.isfinite().all())), None):
             said = f"{model.owner}: {bad.path} holds numbers that are not finite"
-            raise PeftxError(said, hint="repair the model, or leave the layer out of targets")
+            raise ModelError(said, hint="repair the model, or leave the layer out of targets")
         for site in sites:
             site.replace(self.layer(site, site.weight.device).take(site.weight, site.bias))
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from peftx import BoundSite, Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.engines.data import IGNORE, Collator, continuation, following_ids, prompt_ids
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, OptionError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import DeltaPart
 from peftx.toolkits.compression import Calibration
@@ -162,7 +162,7 @@ class CRome(Plugin):
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         if not self.config.edits:
-            raise PeftxError(f"{model.owner}: no edits", hint='edits=[["{} lives in", "Ann", "Rome"]]')
+            raise OptionError(f"{model.owner}: no edits", hint='edits=[["{} lives in", "Ann", "Rome"]]')
         standing, site = stack.ledger.of(model.owner, DeltaPart), self.site(model)
         new = RankOnes(site.shape, len(self.config.edits))
         self.delta = standing[0].module if standing else site.attach(new)  # compressed before it was injected

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, DataError, ModelError
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.toolkits.compression import BlockInputs, Calibration, NarrowLinear
 
@@ -136,7 +136,7 @@ class CFSP(Plugin):
             said = (
                 f"{calibration.tokens} tokens of calibration text tell nothing of {model.num_layers} blocks"
             )
-            raise PeftxError(
+            raise DataError(
                 f"{model.owner}: {said}", hint=f"{LEAST_TOKENS} at least; the paper takes 262,144"
             )
         groups, G, norms = self.groups(model), [], []
@@ -158,7 +158,7 @@ class CFSP(Plugin):
 
         calibration.walk(model.module, [site.module for site in model.blocks("layer")], on_block)
         if not all(bool(x.isfinite().all()) for x in (*G, *norms)):
-            raise PeftxError(f"{model.owner}: the model computes numbers that are not finite on this text")
+            raise ModelError(f"{model.owner}: the model computes numbers that are not finite on this text")
         shares = budget(torch.stack(G).cpu(), self.config.ratio, self.config.a).tolist()
         widths = self.widths(model, shares)
         self.state["importance"] = [float(g) for g in G]

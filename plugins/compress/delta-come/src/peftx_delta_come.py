@@ -36,7 +36,7 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, ModelError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.trained import Trained
@@ -220,7 +220,7 @@ class DeltaCome(Plugin):
         for name in sorted(own.keys() | theirs.keys()):
             if not (name in own and name in theirs and torch.equal(own[name], theirs[name].to(own[name]))):
                 said = f"'{self.config.finetuned}' is no fine-tune of this base: {name} does not fit"
-                raise PeftxError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
+                raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
 
     @hookimpl
     def compress(self, model: ModelView, calibration: Calibration) -> None:

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, ModelError
 from peftx.kernel.parts import ReplacedPart
 from peftx.toolkits.compression import Quantized, QuantLinear, pack_bits, unpack_bits
 from peftx.toolkits.compression.kernels import Kernel
@@ -161,7 +161,7 @@ class NF4Storage(Plugin):
     def compress(self, model: ModelView) -> None:
         for site in self.linears(model):
             if not bool(site.weight.isfinite().all()):
-                raise PeftxError(f"{model.owner}: {site.path} holds numbers that are not finite")
+                raise ModelError(f"{model.owner}: {site.path} holds numbers that are not finite")
             site.replace(self.layer(site, site.weight.device).take(site.weight, site.bias))
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:

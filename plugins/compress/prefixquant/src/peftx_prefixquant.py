@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import peftx.toolkits.compression as packing
 from peftx import AttentionEdit, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.parts import AttentionPart, FreePart, ReplacedPart, ShiftPart
 from peftx.toolkits.compression.batches import calibration as sequences
 from peftx.toolkits.evaluation import context_window, perplexity
@@ -329,7 +329,7 @@ class PrefixQuant(Plugin):
             unseen = [site.path for site in blocks[layer] if not rows[site.module]]
             if unseen or len(set(map(len, seen))) > 1:  # keys and values of some texts alone
                 place = unseen[0] if unseen else f"the attention of layer {layer} in some calls"
-                raise PeftxError(
+                raise DataError(
                     f"prefixquant: no calibration text comes to {place}, so its input has no scale",
                     hint="more of it, or another plugin in the place of one that lets texts skip layers",
                 )

@@ -44,7 +44,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, pads_right, tokenize_dataset
-from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.errors import ArchitectureError, BatchError, DataError
 from peftx.kernel.call import Call
 from peftx.toolkits.decoding import Drafter, DraftTree, VerifiedStep, per_row, speculative_generate
 from peftx.toolkits.decoding.text import request_of_ids
@@ -295,7 +295,7 @@ class Bita(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         if missing := ", ".join(sorted({"labels", "attention_mask"} - step.batch.keys())):
-            raise PeftxError(
+            raise BatchError(
                 f"{step.stack.id_of(self)}: the batch has no {missing}",
                 hint="train on rows of prompts; in a loop of your own, on those that stack.prepare returns",
             )

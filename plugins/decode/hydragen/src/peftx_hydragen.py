@@ -30,7 +30,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from peftx import AttentionEdit, Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, GenerationError, UnsupportedError
 from peftx.kernel.attention import Attend
 
 
@@ -207,7 +207,7 @@ class Hydragen(Plugin):
             mask = request.prepare().model_kwargs.get("attention_mask")  # as `generate` decides it
         real = torch.ones_like(request.input_ids) if mask is None else mask.long()
         if not bool((real.diff(dim=1) >= 0).all() and real[:, -1].all()):
-            raise PeftxError("hydragen: padding must be on the left and leave a token")
+            raise GenerationError("hydragen: padding must be on the left and leave a token")
         try:
             self.prefill(request, real)
             ids = request.run_default()

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import AttentionEdit, CallEdit, Claim, Generation, ModelView, Plugin, PluginConfig, hookimpl
+from peftx import AttentionEdit, CallEdit, Claim, Generation, ModelView, Plugin, PluginConfig, Stack, hookimpl
+from peftx.copies import Reader
 from peftx.engines.training import TrainStep
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, DataError, StackError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Heads
-from peftx.kernel.copies import Reader
 from peftx.kernel.modes import eval_mode
 
 ASPECT, VALUE, LATENT = "aspect", "value", "latent"
@@ -258,6 +258,15 @@ class MultiControl(Plugin):
     }
     config: MultiControlConfig
 
+    def check(self, stack: Stack) -> None:
+        id, members = stack.id_of(self), stack.members
+        behind = members[[m.id for m in members].index(id) + 1 :]
+        own = (m for m in behind if m.claims(Claim.REPLACES_LOSS))
+        rows = (m.id for m in own if m.plugin.sources or "preference" in m.plugin.takes)
+        if (other := next(rows, None)) is not None:
+            said = f"'{id}' reads the aspect of each row of a batch, and '{other}' behind it runs rows of its own"
+            raise ConflictError(said, hint=f"this order works: {other}, {id}")
+
     @hookimpl
     def inject(self, model: ModelView) -> None:
         if not model.module.can_generate() or model.config.is_encoder_decoder:
@@ -343,7 +352,7 @@ class MultiControl(Plugin):
         for (t, a, _), X in zip(chosen, found, strict=True):
             if not len(X):
                 said = f"{self.owner}: no text with attribute {a} of aspect {t} is stored"
-                raise PeftxError(said, hint="train on some with stack.train, or give them to `store`")
+                raise StackError(said, hint="train on some with stack.train, or give them to `store`")
         return intersection(
             found, [w for *_, w in chosen], K=config.neighbours, iterations=config.iterations,
             starts=config.starts, keep=config.centers,

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftx import Claim, Generation, ModelView, Plugin, PluginConfig, Stack, companion, hookimpl
 from peftx.engines.data import Collator
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, UnsupportedError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import ids_for
@@ -157,7 +157,7 @@ class ProxyTuning(Plugin):
         self.stack, self.owner, own = stack, model.owner, model.module
         if not {"expert", "antiexpert"} & self.config.model_fields_set:
             said = f"{model.owner}: neither expert nor antiexpert is named, so that nothing would change"
-            raise PeftxError(said, hint="expert='a small tuned model', antiexpert='the same before'")
+            raise OptionError(said, hint="expert='a small tuned model', antiexpert='the same before'")
         sources, shape_only = (self.config.expert, self.config.antiexpert), own.device.type == "meta"
         self.companions = [own if shape_only or s == OWN else companion(stack, s) for s in sources]
         for found in (own, *self.companions):

@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from peftx import Evaluation, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.engines.data import Collator, prompt_ids, read_dataset
-from peftx.errors import ArchitectureError, DataError, PeftxError, nearest
+from peftx.errors import ArchitectureError, DataError, OptionError, nearest
 from peftx.toolkits.evaluation import bootstrap_ratio, context_window, evaluating
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class LanguageRanker(Plugin):
             raise DataError(f"the rows have no column beside '{self.config.english}'")
         for name in chosen:
             if name not in columns:
-                raise PeftxError(
+                raise OptionError(
                     f"language-ranker: languages: no column '{name}' in the rows",
                     hint=nearest(name, columns) or f"columns: {', '.join(columns)}",
                 )
@@ -244,7 +244,7 @@ class LanguageRanker(Plugin):
         """Indices (from 0) of the chosen layers of `count`."""
         for k in self.config.layers:
             if k == 0 or abs(k) > count:
-                raise PeftxError(
+                raise OptionError(
                     f"language-ranker: layers: there is no block {k}",
                     hint=f"1 to {count}, or -1 to -{count} from the end",
                 )
@@ -254,12 +254,12 @@ class LanguageRanker(Plugin):
         shares = self.config.shares
         for name in shares:
             if name not in scores:
-                raise PeftxError(
+                raise OptionError(
                     f"language-ranker: shares: '{name}' is not ranked",
                     hint=nearest(name, scores) or f"ranked are {', '.join(scores)}",
                 )
         if len(shares) < 3 or len(set(shares.values())) == 1:
-            raise PeftxError(
+            raise OptionError(
                 f"language-ranker: shares: {shares} cannot be correlated",
                 hint="give three languages or more, not all alike",
             )

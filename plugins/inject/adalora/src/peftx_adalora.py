@@ -45,7 +45,7 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError
 from peftx.kernel.phases import Span
 from peftx.peft_format import Settings, targets_of
 
@@ -138,7 +138,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
     rank, alpha = settings.get("init_r", 12), settings.get("lora_alpha", 8)
     shapes = settings.adapted("lora_A")
     if settings["rank_pattern"] is None and any(shape[0] != rank for shape in shapes.values()):
-        raise PeftxError(
+        raise AdapterError(
             f"adalora: the adapter's ranks are not its init_r, {rank}, and it has no rank_pattern"
         )
     return {

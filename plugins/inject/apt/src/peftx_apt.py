@@ -56,7 +56,7 @@ from peftx import (
 from peftx.engines.bundle.exporting import blank
 from peftx.engines.training.processes import launched
 from peftx.engines.training.step import swapped
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, StackError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import AttentionPart, BasePart, DeltaPart, ReplacedPart
@@ -401,12 +401,14 @@ class Apt(Plugin):
             return (yield)
         if launched() > 1:
             said = f"each of {launched()} processes would choose blocks by its own rows"
-            raise PeftxError(f"{id}: {said}", hint="one process, with gradient_accumulation in their place")
+            raise TrainingError(
+                f"{id}: {said}", hint="one process, with gradient_accumulation in their place"
+            )
         last = spans(self.phases(), step.total, owner=id)[-1]
         left = math.inf if last.end is None else last.end - last.first
         if c.density < 1 and left + 1 < c.fade:
             said = f"masks take {c.fade} steps to fall, and {left} are left behind the pruning"
-            raise PeftxError(f"{id}: {said}", hint="more steps, or a smaller `tune`, `prune` or `fade`")
+            raise TrainingError(f"{id}: {said}", hint="more steps, or a smaller `tune`, `prune` or `fade`")
         if span.name == "tune":
             return (yield)
         assert span.end is not None
@@ -507,7 +509,7 @@ class Apt(Plugin):
             raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
         if steps := max(int((mask.level * ~mask.kept).max()) for _, mask in self.masks):
             said = "masks of blocks that are to go have not fallen to 0 yet"
-            raise PeftxError(f"{id}: {said}", hint=f"train {steps} steps more")
+            raise StackError(f"{id}: {said}", hint=f"train {steps} steps more")
         new = []
         for b, mask in self.masks:
             for site, rows, columns in b.left(mask.kept):

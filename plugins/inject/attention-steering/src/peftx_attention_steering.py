@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, GenerationError, ModelError, OptionError
 from peftx.kernel.call import Call
 from peftx.toolkits.decoding.text import ids_for
 
@@ -92,7 +92,7 @@ class AttentionSteering(Plugin):
         sites = {site.layer: site for site in model.attention_sites()}
         every = [(layer, head) for layer in sites for head in range(model.main.by_layer[layer].heads)]
         if strange := set(self.config.heads) - set(every):
-            raise PeftxError(
+            raise OptionError(
                 f"attention-steering: there is no head {list(min(strange))}",
                 hint=f"[layer, head], from {list(every[0])} to {list(every[-1])}",
             )
@@ -111,7 +111,7 @@ def marks(stack: Stack, prompts: Sequence[str], spans: Sequence[Sequence[str]]) 
         PeftxError: a span that its prompt does not hold.
     """
     if not stack.tokenizer.is_fast:
-        raise PeftxError(
+        raise ModelError(
             "attention-steering: a slow tokenizer does not tell where in a text its tokens stand"
         )
     rows = []
@@ -121,7 +121,7 @@ def marks(stack: Stack, prompts: Sequence[str], spans: Sequence[Sequence[str]]) 
         row = torch.zeros_like(begin)
         for text in texts:
             if (first := prompt.find(text)) < 0:
-                raise PeftxError(f"attention-steering: {text!r} is not in the prompt {prompt!r}")
+                raise GenerationError(f"attention-steering: {text!r} is not in the prompt {prompt!r}")
             row |= (begin < first + len(text)) & (end > first)
         rows.append(F.pad(row, (len(ids_for(stack, prompt)) - len(row), 0)))  # BOS
     return pad_sequence(rows, batch_first=True, padding_side="left").to(stack.model.device)
@@ -153,5 +153,5 @@ def profile(
     best = torch.tensor(scores).argsort(dim=0, descending=True, stable=True)[:k]  # [k, tasks]
     common = set.intersection(*map(set, best.T.tolist()))
     if not common:
-        raise PeftxError(f"{id}: no head is among the {k} best of every task", hint="a larger k")
+        raise OptionError(f"{id}: no head is among the {k} best of every task", hint="a larger k")
     return [(places[i][0].layer, places[i][1]) for i in sorted(common)]

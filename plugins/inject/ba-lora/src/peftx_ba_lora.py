@@ -30,7 +30,7 @@ from torch.nn.functional import linear, log_softmax, mse_loss, normalize
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.engines.training.shares import Over
-from peftx.errors import PeftxError
+from peftx.errors import BatchError, ModelError, TrainingError
 from peftx.kernel.modes import eval_mode
 
 
@@ -138,7 +138,7 @@ def diversity(step: TrainStep, Z: Tensor) -> Tensor:
     if Z.ndim == 2:
         b, c = Z.shape
         if b == 1 and step.index == 0:
-            raise PeftxError(
+            raise TrainingError(
                 "ba-lora: diversity: the covariance of a batch of 1 row is not defined",
                 hint="batch_size of 2 or more, or diversity: 0",
             )
@@ -155,7 +155,7 @@ def singular(step: TrainStep, Z: Tensor, k: int) -> Tensor:
         Z, mask = predictions(step, Z)
         Z = (Z * mask.unsqueeze(-1)).flatten(1)  # [b, T V], other positions at 0
     if min(Z.shape) <= k and step.index == 0:
-        raise PeftxError(
+        raise TrainingError(
             f"ba-lora: singular: the logits, {Z.shape[0]}x{Z.shape[1]}, have no singular values beside the top {k}, so "
             "that the term is constant",
             hint=f"a batch_size (and number of classes) above {k}, a smaller top, or singular: 0",
@@ -167,14 +167,14 @@ def singular(step: TrainStep, Z: Tensor, k: int) -> Tensor:
 def logits_of(outputs: Any) -> Tensor:
     if "logits" not in outputs:
         name = type(outputs).__name__
-        raise PeftxError(f"ba-lora: {name} has no logits to regularise", hint="a model with one head")
+        raise ModelError(f"ba-lora: {name} has no logits to regularise", hint="a model with one head")
     return outputs["logits"]
 
 
 def predictions(step: TrainStep, Z: Tensor) -> tuple[Tensor, Tensor]:
     """(logits [b, T, V], whether each has a label [b, T]); a decoder's position predicts the token after it."""
     if "labels" not in step.batch:
-        raise PeftxError("ba-lora: the batch has no 'labels', which say what positions count")
+        raise BatchError("ba-lora: the batch has no 'labels', which say what positions count")
     labels, anatomy = step.batch["labels"], step.stack.anatomy
     if anatomy.is_decoder and not anatomy.is_encoder_decoder:
         Z, labels = Z[:, :-1], labels[:, 1:]

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 
 
 class CompacterConfig(PluginConfig):
@@ -116,11 +116,11 @@ class Compacter(Plugin):
         n, rank, k = self.config.n, self.config.rank, self.config.bottleneck
         for name, size in (("the bottleneck", k), (f"the width of {site.path},", d)):
             if size % n:
-                raise PeftxError(
+                raise OptionError(
                     f"compacter: n = {n} does not divide {name} {size}", hint="take a divisor of both for n"
                 )
         if rank > min(k, d) // n:
-            raise PeftxError(
+            raise OptionError(
                 f"compacter: rank {rank} exceeds the {k // n}x{d // n} matrices s t^T",
                 hint=f"rank at most {min(k, d) // n}, a smaller n or a larger bottleneck",
             )

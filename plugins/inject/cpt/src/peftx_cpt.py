@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainStep, VirtualTokens, hookimpl
 from peftx.engines.data.encoding import continuation, following_ids, special_frame, text_ids
 from peftx.engines.training.shares import counts
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, OptionError
 from peftx.kernel.objective import objective_of
 
 FORMAT_BEFORE, INPUT, FORMAT, LABEL = 1, 2, 3, 4
@@ -141,7 +141,7 @@ class Cpt(Plugin):
                 ids += found
                 kinds += [4 * j + kind] * len(found)
         if not kinds or not {4 * j + LABEL for j in range(len(self.config.examples))} <= {*kinds}:
-            raise PeftxError("cpt: no examples, or one without a label", hint="examples: [[input, label]]")
+            raise OptionError("cpt: no examples, or one without a label", hint="examples: [[input, label]]")
         return {"ids": ids, "kinds": kinds}
 
     @hookimpl(wrapper=True)

@@ -40,7 +40,7 @@ from peftx import (
     dropout_linear,
     hookimpl,
 )
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError
 from peftx.kernel.slots import Entry, slot_of
 from peftx.peft_format import Settings, most_common, targets_of
 
@@ -162,7 +162,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
         found = settings.pattern("alpha_pattern", path)
         alpha = usual if found is None else found
         if (own, alpha) != (rank, usual):
-            raise PeftxError(
+            raise AdapterError(
                 f"dora: the adapter has rank {own} and alpha {alpha} on {path}, {rank} and {usual} elsewhere, and the "
                 "plugin one of each",
                 hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",

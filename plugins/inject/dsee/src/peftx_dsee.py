@@ -44,7 +44,7 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, OptionError
 from peftx.kernel.parts import DeltaPart
 
 ROUNDS = 20
@@ -175,7 +175,7 @@ class Dsee(Plugin):
         """Omega of a matrix; with `known`, or on the meta device, any N places."""
         N, size, count = self.config.entries, prod(site.shape[-2:]), prod(site.batch)
         if size < N:
-            raise PeftxError(f"dsee: {N} entries of {site.path}, which has {size}", hint=f"at most {size}")
+            raise OptionError(f"dsee: {N} entries of {site.path}, which has {size}", hint=f"at most {size}")
         found = torch.arange(N).expand(count, N)
         if not (known or site.weight.is_meta):
             worst = residual(site.weight.detach(), self.config.background).reshape(count, size)

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import OptionError, TrainingError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 
@@ -152,7 +152,9 @@ class Dynmole(Plugin):
     def inject(self, model: ModelView) -> None:
         c = self.config
         if c.k_min > c.experts:
-            raise PeftxError(f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts")
+            raise OptionError(
+                f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts"
+            )
         for site in model.linears(c.targets):
             site.check_rank(c.rank)
             site.attach(Mixture(site.in_features, site.out_features, c, model.call, side_of(model, site)))
@@ -174,7 +176,7 @@ class Dynmole(Plugin):
         """c_aux N sum_i F_i P_i + c_dyn mean(S) over the real tokens of all layers that ran, 0-d."""
         ran = [(mixture, mixture.routing) for mixture in mixtures if mixture.routing is not None]
         if not ran:
-            raise PeftxError("dynmole: no layer with experts ran in this step", hint="set `targets`")
+            raise TrainingError("dynmole: no layer with experts ran in this step", hint="set `targets`")
         hidden = any(mixture.W_g.requires_grad and not routing.w.requires_grad for mixture, routing in ran)
         if hidden and torch.is_grad_enabled():
             raise UnsupportedError(

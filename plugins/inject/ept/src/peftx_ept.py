@@ -42,7 +42,7 @@ from peftx import (
     VirtualTokens,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, OptionError
 from peftx.kernel.call import Call
 
 
@@ -184,7 +184,7 @@ class Ept(Plugin):
         d = site.out_features
         rank = (config.budget - config.length) * d // (config.longest + d)
         if rank < 1:
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: what {config.length} rows leave of a budget of {config.budget} is less than a rank of "
                 f"1 for {config.longest} tokens at width {d}",
                 hint=f"budget: {config.length + -(-(config.longest + d) // d)} or more, or a smaller longest",

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, OptionError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart
@@ -151,7 +151,7 @@ class FactorLlm(Plugin):
         count = self.config.experts
         for block, (gate, up, down) in self.blocks(model):
             if gate.out_features % count:
-                raise PeftxError(
+                raise OptionError(
                     f"{model.owner}: {count} experts do not divide the {gate.out_features} hidden units of "
                     f"{block.path}",
                     hint="`experts` that do",

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.kernel.trained import Trained
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -49,7 +49,7 @@ class FullFinetuning(Plugin):
     def inject(self, model: ModelView) -> None:
         trained = model.train(self.config.targets, named=self.wanted)
         if not trained:
-            raise PeftxError(
+            raise OptionError(
                 f"full-finetuning: no module of '{self.config.targets}' has a parameter to train"
                 + (f" among {self.config.parameters}" if self.config.parameters != "all" else ""),
                 hint="other targets; a quantized layer has integers, which do not train",
@@ -65,7 +65,7 @@ class FullFinetuning(Plugin):
         """The entries of the tokens' rows, bool, as large as theta [vocab, d] (a head's bias: [vocab])."""
         highest, size = max(self.config.tokens), len(theta.theta)
         if highest >= size:
-            raise PeftxError(
+            raise OptionError(
                 f"full-finetuning: token {highest}, and {name} has {size} rows",
                 hint="tokens of an embedding or a head: targets 'embedding', 'head'",
             )

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Site, hookimpl
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, OptionError
 from peftx.kernel.anatomy.site import LINEAR_KINDS
 
 Unit = tuple[Site, ...]
@@ -59,7 +59,7 @@ class Hft(Plugin):
             self.state["trained"] = [_name(site) for site in chosen]
         named = {_name(site): site for site in inside + outside}
         if not self.state["trained"]:
-            raise PeftxError(
+            raise OptionError(
                 f"hft: fraction {self.config.fraction:g} of {len(inside)} matrices, and outside: "
                 f"{str(self.config.outside).lower()}, train nothing",
                 hint="a larger fraction",

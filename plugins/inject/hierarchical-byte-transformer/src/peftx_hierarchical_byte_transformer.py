@@ -27,11 +27,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
-from peftx.kernel.parts import DeltaPart, VocabularyPart
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl, units
+from peftx.errors import ArchitectureError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,14 +46,6 @@ RULE = "|".join(
     )
 )
 """Words: one blank in front belongs to a word, and one mark behind it; a capital in it begins another one."""
-CHARS = [bytes_to_unicode()[byte] for byte in range(256)]
-"""How tokenizers of bytes write them."""
-PAD, SOFT, STRANGE = -1, -2, -3
-"""What is no unit: a pad, a soft token, and a token of several bytes."""
-NEVER = -1e4
-"""Logit of a token that is no unit."""
-WINDOWS = ("sliding_window", "attention_chunk_size")
-FITS = "a causal language model with attention to all of a text in every layer, and a tokenizer of bytes"
 
 
 class HierarchicalConfig(PluginConfig):
@@ -83,26 +73,20 @@ def in_words(tokenizer: PreTrainedTokenizerBase, id: int) -> PreTrainedTokenizer
     return found
 
 
-class Hierarchy(CallEdit):
+class Hierarchy(units.Units):
     """Vectors of words in, logits of bytes and [W] out.
 
     Args:
         model: which is called. ids: of the units' tokens: bytes, [W], special ones. config: the options.
     """
 
-    unit_of: Tensor
-    ids: Tensor
     said: tuple[Tensor, Tensor, Tensor, int, bool] | None = None
     """Of a call: units [B, S'] from the first word on that it needs, where words begin, which rows of the cache are
     units, how many of these stand before the S', and does the backbone read vectors of words alone."""
 
     def __init__(self, model: ModelView, ids: Sequence[int], config: HierarchicalConfig) -> None:
-        super().__init__()
-        self.call, self.owner = model.call, model.owner
+        super().__init__(model, ids)
         c, d = config.width, model.hidden_size
-        unit_of = dict.fromkeys(range(max(ids) + 2), STRANGE) | {id: unit for unit, id in enumerate(ids)}
-        self.register_buffer("unit_of", torch.tensor([*unit_of.values()]), persistent=False)
-        self.register_buffer("ids", torch.tensor(ids), persistent=False)
         llama = LlamaConfig(
             vocab_size=len(ids), hidden_size=c, intermediate_size=4 * c, num_hidden_layers=config.layers,
             num_attention_heads=config.heads, attn_implementation="sdpa", use_cache=False,
@@ -114,31 +98,21 @@ class Hierarchy(CallEdit):
         self.start = nn.Parameter(torch.randn(d) * size)
 
     def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        ids, real = self.call.ids, self.call.real
-        if ids is None or real is None:
-            said = f"{self.owner}: words are made of bytes, and the call brings embeddings"
-            raise UnsupportedError(said, hint="model(input_ids=...)")
-        units = self.unit_of[ids.clamp(max=len(self.unit_of) - 1)].masked_fill(~real, PAD)
-        if bool((units == STRANGE).any()):
-            said = f"{self.owner}: token {int(ids[units == STRANGE][0])} is no single byte, and the model reads bytes"
-            raise UnsupportedError(said, hint="ids of the stack's tokenizer")
-        rows = self.call.carry(self.owner, units, fill=SOFT)
-        text = rows[rows != SOFT].view(len(ids), -1)  # [B, S]
-        S, T = text.shape[1], ids.shape[1]
-        begins = (text >= 256) | ((text != PAD).cumsum(1) == 1) & (text != PAD)
+        text, rows = self.read()
+        S, T = text.shape[1], call["input_ids"].shape[1]
+        begins = (text >= 256) | ((text != units.PAD).cumsum(1) == 1) & (text != units.PAD)
         n = begins.cumsum(1) - 1
-        place = torch.arange(S, device=ids.device)
+        place = torch.arange(S, device=text.device)
         before = F.pad((place * begins).cummax(1).values[:, :-1], (1, 0))  # where the word before begins
         cut = int(before[:, S - T].min())
         packed = self.training and S == T and not call.get("use_cache")
-        self.said = text[:, cut:], begins[:, cut:], rows != SOFT, cut, packed
+        self.said = text[:, cut:], begins[:, cut:], rows, cut, packed
         b, t = begins[:, S - T :].nonzero(as_tuple=True)
-        units = text[:, cut:].clamp(min=0)
-        states = self.encoder(units, attention_mask=self.words()).last_hidden_state
+        states = self.encoder(text[:, cut:].clamp(min=0), attention_mask=self.words()).last_hidden_state
         e = states[b, before[b, t + S - T] - cut] @ self.W_e.T
         first = (n[b, t + S - T] == 0)[:, None]
         e = torch.where(first, self.start, e)
-        count = torch.arange(int(n.max()) + 1 if packed else T, device=ids.device).expand(len(ids), -1)
+        count = torch.arange(int(n.max()) + 1 if packed else T, device=text.device).expand(len(text), -1)
         at = (b, n[b, t] if packed else t)
         given = {
             "inputs_embeds": e.new_zeros(*count.shape, e.shape[1]).index_put(at, e),
@@ -156,36 +130,27 @@ class Hierarchy(CallEdit):
         """Which units are of one word, [B, 1, S', S']; pads are of one."""
         assert self.said is not None
         text, begins, *_ = self.said
-        word = begins.cumsum(1).masked_fill(text == PAD, -1)
+        word = begins.cumsum(1).masked_fill(text == units.PAD, -1)
         return (word[:, :, None] == word[:, None])[:, None]
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logits of the next unit [B, T, V], by the backbone's states x, [B, T, d], or [B, N, d] of words alone."""
+    def reads(self) -> bool:
+        return self.said is not None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """By the backbone's states x, [B, T, d], or [B, N, d] of words alone."""
         assert self.said is not None
-        text, begins, units, cut, packed = self.said
+        text, begins, rows, cut, packed = self.said
         if packed:
             T, o = text.shape[1], x[torch.arange(len(x))[:, None], (begins.cumsum(1) - 1).clamp(min=0)]
         else:
             T, o = (
                 x.shape[1],
-                self.call.carry(f"{self.owner}.o", x)[units].view(len(x), -1, x.shape[2])[:, cut:],
+                self.call.carry(f"{self.owner}.o", x)[rows].view(len(x), -1, x.shape[2])[:, cut:],
             )
         u = torch.where(begins[..., None], self.W_d(o), self.decoder.embed_tokens(text.clamp(min=0)))
         z = self.decoder(inputs_embeds=u, attention_mask=self.words().tril()).last_hidden_state
-        logits = self.A(z[:, -T:]).to(y)
-        return y.new_full((*logits.shape[:2], y.shape[-1]), NEVER).index_copy(2, self.ids, logits)
-
-
-class ToBytes(Delta):
-    """Logits of bytes and [W] in the place of those of tokens."""
-
-    def __init__(self, hierarchy: Hierarchy) -> None:
-        super().__init__()
-        self.hierarchy = (hierarchy,)  # in a tuple: it is no child of this one
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        (hierarchy,) = self.hierarchy
-        return y if hierarchy.said is None else hierarchy(x, y)
+        found: Tensor = self.A(z[:, -T:])
+        return found
 
 
 class HierarchicalByteTransformer(Plugin):
@@ -208,39 +173,20 @@ class HierarchicalByteTransformer(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
-        width, heads, kind = self.config.width, self.config.heads, model.config
-        before, rows = stack.tokenizer, len(model.embedding().weight)
-        known, added = before.get_vocab(), {*before.all_special_ids, *before.get_added_vocab().values()}
-        bytes_, special = [*map(known.get, CHARS)], sorted(id for id in added if id < rows)
-        free = [
-            id for id in range(rows) if id not in {*bytes_, *added}
-        ]  # of tokens of several bytes, or of none
-        for wrong, why in (
-            (kind.is_encoder_decoder or not model.module.can_generate(), "is no decoder"),
-            (len(model.attention_sites()) < model.num_layers, "has layers without attention"),
-            (any(getattr(kind, name, None) for name in WINDOWS), "has windows, which would count bytes"),
-            (hasattr(kind, "vocab_size_per_layer_input"), "looks tokens up in every layer"),
-            (width % (2 * heads), f"gets a width of {width}, of which {heads} heads have no even number"),
-            (None in bytes_, "has a tokenizer without a token for each byte"),
-            (not free, "has no row that is free for [W]"),
-        ):
-            if wrong:
-                raise ArchitectureError(f"{model.owner}: {kind.model_type} {why}", hint=FITS)
-        word = known.get(WORD, free[0])  # a bundle's tokenizer knows it
-        stack.given_tokenizer = in_words(before, word)
-        size, nothing = int(kind.get_text_config().vocab_size), nn.Module()
-        back = VocabularyPart(model.owner, "tokenizer", nothing, model.module, stack, (), (), before, size)
-        stack.ledger.parts.append(back)  # which puts the tokenizer back on removal
-        hierarchy = Hierarchy(model, [*bytes_, word, *special], self.config)
-        model.around(hierarchy)
-        model.site("head").attach(ToBytes(hierarchy))
+        width, heads, rows = self.config.width, self.config.heads, len(model.embedding().weight)
+        bytes_, special = units.alphabet(model, stack.tokenizer)
+        added = stack.tokenizer.get_added_vocab().values()
+        # A bundle's tokenizer knows [W] already. Else it gets the row of a token of several bytes, or of none.
+        free = sorted({*range(rows)} - {*bytes_, *special, *added})
+        word = stack.tokenizer.get_vocab().get(WORD, free[0] if free else None)
+        if word is None:
+            said = f"{model.owner}: no row of the embedding is free for [W]"
+            raise ArchitectureError(said, hint="a tokenizer that has a token of several bytes")
+        if width % (2 * heads):
+            said = f"{model.owner}: a width of {width}, of which {heads} heads have no even number"
+            raise ArchitectureError(said, hint=f"width: {-(-width // (2 * heads)) * 2 * heads}")
+        model.tokenizer(lambda tokenizer: in_words(tokenizer, word))
+        units.put(model, Hierarchy(model, [*bytes_, word, *special], self.config))
 
     def check(self, stack: Stack) -> None:
-        id = stack.id_of(self)
-        (head,) = (part.path for part in stack.ledger.of(id, DeltaPart))
-        for part in stack.ledger.all(DeltaPart):
-            if part.path == head and part.owner != id:
-                raise ConflictError(
-                    f"{id} puts logits of bytes in the place of the head's, and {part.owner} stands on the head",
-                    hint=f"leave {head} out of {part.owner}",
-                )
+        units.check_head(stack, stack.id_of(self))

@@ -15,7 +15,8 @@ from peftx import Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, DataError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import BOS, EOS, FIRST_BYTE, PAD, tiny, tiny_tokenizer
-from peftx_hierarchical_byte_transformer import NEVER, HierarchicalByteTransformer, Hierarchy, in_words
+from peftx.units import NEVER
+from peftx_hierarchical_byte_transformer import HierarchicalByteTransformer, Hierarchy, in_words
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
@@ -291,7 +292,7 @@ def test_added_tokens_are_words_and_w_is_another_one() -> None:
     assert hierarchy.ids.tolist()[256:] == [319, 0, 1, 2, *range(259, 319)]
     assert stack.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[259] > 0
     tokenizer.add_tokens(["<last>"])
-    with pytest.raises(ArchitectureError, match="no row that is free"):
+    with pytest.raises(ArchitectureError, match="no row of the embedding is free"):
         Stack(tiny("llama"), [HierarchicalByteTransformer(**OPTIONS)], tokenizer=tokenizer)
 
 

@@ -35,9 +35,9 @@ from peftx import (
     TrainingData,
     hookimpl,
 )
+from peftx.copies import Reader
 from peftx.engines.data.encoding import continuation, eos_id, prompt_ids
 from peftx.errors import ArchitectureError
-from peftx.kernel.copies import Reader
 from peftx.kernel.parts import CallPart
 
 COLUMN = "examples"

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, PeftFormat, Plugin, PluginConfig, Targets, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError, OptionError
 from peftx.peft_format import Settings, targets_of
 
 
@@ -90,7 +90,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
     outputs = [path for path, shape in shapes.items() if shape[-1] == 1]
     inputs = [path for path in shapes if path not in outputs]
     if not outputs:
-        raise PeftxError(
+        raise AdapterError(
             "ia3: the adapter scales inputs alone, and the plugin keys and values at least",
             hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
         )
@@ -132,7 +132,7 @@ class Ia3(Plugin):
         inputs = model.linears(self.config.inputs) if self.config.inputs is not None else []
         both = {site.key for site in outputs} & {site.key for site in inputs}
         if both:
-            raise PeftxError(
+            raise OptionError(
                 f"ia3: {min(both)} is in targets and in inputs, and a layer is scaled on one side",
                 hint="leave it out of one of them",
             )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainStep, hookimpl, load_model
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, ModelError, OptionError, StackError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart
 from peftx.kernel.trained import Trained
@@ -94,7 +94,9 @@ class InstructionResidual(Plugin):
             self.claims = type(self).claims - {Claim.IDENTITY_AT_START}  # type: ignore[misc]  # of this one
         elif self.config.base is not None:
             said = "base without instruct is no pair, and has no residual"
-            raise PeftxError(f"instruction-residual: {said}", hint="instruct: the model tuned from that base")
+            raise OptionError(
+                f"instruction-residual: {said}", hint="instruct: the model tuned from that base"
+            )
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
@@ -149,12 +151,12 @@ class InstructionResidual(Plugin):
                 named = f"'{source}'" if isinstance(source, str) else "the model"
                 said = f"{named} is no relative of this one: {wrong[0]} does not fit"
                 hint = "same architecture, tied alike, no adapters"
-                raise PeftxError(f"{owner}: {said}", hint=hint)
+                raise ModelError(f"{owner}: {said}", hint=hint)
         sizes = [len(p) for n in rows for p in (self.places[n].start, *(other[n] for other in theirs))]
         words = [stack.given_tokenizer, *(tokenizer for _, tokenizer in pair)]
         ids = shared_ids(min(sizes, default=0), words)
         if rows and not len(ids):
-            raise PeftxError(f"{owner}: no id is the same token in all models", hint="one family's tokenizer")
+            raise ModelError(f"{owner}: no id is the same token in all models", hint="one family's tokenizer")
         known = {} if words[1] is None or not rows else words[1].get_vocab()
         there = set(ids.tolist())
         if lost := sorted(known.keys() - {word for word, i in known.items() if i in there}):
@@ -163,7 +165,7 @@ class InstructionResidual(Plugin):
         for place in self.places.values():
             place.part.check_unmerged()
             if not place.part.on:
-                raise PeftxError(f"{owner} is switched off", hint="put outside of stack.disabled()")
+                raise StackError(f"{owner} is switched off", hint="put outside of stack.disabled()")
         for name, place in self.places.items():
             start, wide = place.start, torch.float64 if place.start.dtype == torch.float32 else torch.float32
             tuned, plain = theirs[0][name], theirs[1][name] if base is not None else start

@@ -30,7 +30,7 @@ from peftx import Claim, Evaluation, ModelView, Phase, Plugin, PluginConfig, Tra
 from peftx.engines.data import IGNORE, tokenize_dataset
 from peftx.engines.data.formats import dataset_of
 from peftx.engines.training.updates import forget
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, TrainingError
 from peftx.kernel.objective import objective_of
 from peftx.kernel.trained import Trained
 from peftx.toolkits.evaluation import context_window
@@ -128,7 +128,7 @@ class KsLottery(Plugin):
         phase = step.phase(self)
         if phase.name == "tune" and not self.chosen:
             if not step.begins(self):
-                raise PeftxError(
+                raise TrainingError(
                     "ks-lottery: tuning without tickets", hint="start at step 0, or at the rewind"
                 )
             self.choose()
@@ -153,7 +153,7 @@ class KsLottery(Plugin):
         if not (p <= self.config.alpha).any():
             said = f"no row of the embedding moved enough: the smallest p is {float(p.min()):.3g}"
             hint = "a longer probe, a higher learning rate, or a higher alpha"
-            raise PeftxError(f"ks-lottery: {said}, and alpha {self.config.alpha:g}", hint=hint)
+            raise TrainingError(f"ks-lottery: {said}, and alpha {self.config.alpha:g}", hint=hint)
         self.tickets.distance.copy_(h / d)
         self.tickets.chosen.copy_(p <= self.config.alpha)
         self.state["chosen"] = True

@@ -13,6 +13,9 @@ trained projection makes of that, and a head says whether the label holds:
              h = M(x | K' = [K_c ; K], V' = [V_c ; V]), positions of x go on after the n of l_c
     log p(c holds | x) = log softmax(U h + u)_1    U: [2, d]; h at the last token (an encoder's first)
 
+With `centred`, which is not the paper's, H_c is read as (H_c - mean_c H_c) / rms, so that what all labels share does
+not drown what tells them apart; mean and rms are of the classes at the start, and a class that is added moves neither.
+
 In training half of a batch's texts stand behind their own label and the others behind a wrong one, as in entailment.
 A text is of the class with the highest log p. A class that was never trained needs its label text only (`add_label`).
 """
@@ -42,7 +45,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes, text_ids
-from peftx.errors import PeftxError
+from peftx.errors import OptionError, StackError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.positions import first_position
 from peftx.kernel.soft_rows import without
@@ -59,6 +62,9 @@ class LTuningConfig(PluginConfig):
     )
     length: int | None = Field(None, ge=1, description="n, tokens of a label text; none: of the longest")
     pool: bool = Field(True, description="prefix: one number a position is all that is projected (a_c)")
+    centred: bool = Field(
+        False, description="take from label states their mean over the classes, and scale to a rms of 1"
+    )
     dropout: float = Field(
         0.1, ge=0, lt=1, description="of keys and values, and before the head, while training"
     )
@@ -70,30 +76,44 @@ class LTuningConfig(PluginConfig):
         return self
 
 
-class LabelPrompts(nn.Module):
-    """P_c of every class, [C, n, d], out of H, [C, n, d]."""
+def centred(H: Tensor, first: int) -> Tensor:
+    """H, [C, n, d], without the mean of its first classes, at each position, over the rms of what these leave; H where
+    there are none of them."""
+    if not first:
+        return H
+    away = H - H[:first].mean(0)
+    return away / away[:first].square().mean().sqrt()
 
-    def __init__(self, H: Tensor) -> None:
+
+class LabelPrompts(nn.Module):
+    """P_c of every class, [C, n, d], out of H, [C, n, d].
+
+    Args:
+        first: classes that H is centred by; 0: it is not.
+    """
+
+    def __init__(self, H: Tensor, *, first: int) -> None:
         super().__init__()
-        self.project = nn.Linear(H.shape[-1], H.shape[-1])
+        self.project, self.first = nn.Linear(H.shape[-1], H.shape[-1]), first
         self.register_buffer("H", H)
 
     def forward(self) -> Tensor:
-        return self.project(self.H)
+        return self.project(centred(self.H, self.first))
 
 
 class LabelPrefixes(nn.Module):
     """K_c and V_c of every class by layer, [C, heads, n, size] each, out of H, [C, n, d].
 
     Args:
-        sizes: of each layer: heads, numbers in a key, and in a value. pool: through a_c. dropout: p.
+        sizes: of each layer: heads, numbers in a key, and in a value. pool: through a_c. dropout: p. first: classes
+            that H is centred by; 0: it is not.
     """
 
     def __init__(
-        self, H: Tensor, *, sizes: Sequence[tuple[int, int, int]], pool: bool, dropout: float
+        self, H: Tensor, *, sizes: Sequence[tuple[int, int, int]], pool: bool, dropout: float, first: int
     ) -> None:
         super().__init__()
-        (_, n, d), self.dropout = H.shape, dropout
+        (_, n, d), self.dropout, self.first = H.shape, dropout, first
         self.heads = [heads for heads, _, _ in sizes]
         self.widths = [[heads * key for heads, key, _ in sizes], [heads * value for heads, _, value in sizes]]
         self.w = nn.Linear(d, 1) if pool else None
@@ -103,7 +123,8 @@ class LabelPrefixes(nn.Module):
         self.register_buffer("H", H)
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        read = self.H if self.w is None else self.w(self.H).squeeze(-1)  # a_c: [C, n]
+        H = centred(self.H, self.first)
+        read = H if self.w is None else self.w(H).squeeze(-1)  # a_c: [C, n]
         keys, values = (
             self.by_layer(F.dropout(A(read), self.dropout, self.training), widths)
             for A, widths in zip((self.A_k, self.A_v), self.widths, strict=True)
@@ -173,13 +194,14 @@ class LTuning(Plugin):
         self.texts = self.texts.of(names, closed=encoder, beside=len(rows[0]))
         H = torch.empty(len(rows), len(rows[0]), model.hidden_size)
         self.edits: list[Prefix] = []
+        first = len(config.labels) if config.centred else 0
         if config.variant == "prompt":
-            labels: nn.Module = LabelPrompts(H)
+            labels: nn.Module = LabelPrompts(H, first=first)
         else:
             sites = model.attention_sites()
             facts = [model.main.by_layer[site.layer] for site in sites]
             sizes = [(each.kv_heads, each.head_dim, each.value_dim) for each in facts]
-            labels = LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout)
+            labels = LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout, first=first)
             for site in sites:
                 self.edits.append(Prefix())
                 site.attend(self.edits[-1])
@@ -193,11 +215,11 @@ class LTuning(Plugin):
         config, names = self.config, check_labels(self.config.labels)
         strange = [name for name in config.texts if name not in names]
         if strange:
-            raise PeftxError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
+            raise OptionError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
         found = [label_ids(stack, config.texts.get(name, name), encoder) for name in names]
         n, window = config.length or max(map(len, found)), context_window(model.module, stack.tokenizer)
         if n >= window:
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: label texts of {n} tokens, and the model reads {window} in all",
                 hint="shorter `texts`",
             )
@@ -283,14 +305,14 @@ def label_ids(stack: Stack, text: str, encoder: bool) -> list[int]:
     """Tokens of a label text; an encoder's ends belong to them."""
     bare = text_ids(stack.tokenizer, text)
     if not bare:
-        raise PeftxError(f"l-tuning: the label text {text!r} has no tokens", hint="other words in `texts`")
+        raise OptionError(f"l-tuning: the label text {text!r} has no tokens", hint="other words in `texts`")
     return list(stack.tokenizer(text)["input_ids"]) if encoder else bare
 
 
 def filled(stack: Stack, label: str, ids: list[int], n: int) -> list[int]:
     """Label tokens up to n, with full stops."""
     if len(ids) > n:
-        raise PeftxError(
+        raise OptionError(
             f"l-tuning: the text of label {label!r} has {len(ids)} tokens, and n is {n}",
             hint="shorter words for it in `texts`, or a larger `length` from the start",
         )
@@ -301,7 +323,7 @@ def check_distinct(rows: Sequence[tuple[str, list[int]]]) -> None:
     """Raises PeftxError where two labels are read as one: they would always tie."""
     for (twin, ids), (label, other) in combinations(rows, 2):
         if ids == other:
-            raise PeftxError(
+            raise OptionError(
                 f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart",
                 hint=f"other words for {label!r} in `texts`",
             )
@@ -318,7 +340,7 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
     """
     plugin = stack.member(id).plugin
     if not isinstance(plugin, LTuning):
-        raise PeftxError(f"'{id}' is no L-Tuning, so it has no label texts")
+        raise StackError(f"'{id}' is no L-Tuning, so it has no label texts")
     names = check_labels([*plugin.texts.labels, label])
     ids = label_ids(stack, label if text is None else text, plugin.texts.closed)
     rows = [*plugin.state["labels"], (label, filled(stack, label, ids, plugin.texts.beside))]

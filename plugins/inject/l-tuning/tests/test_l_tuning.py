@@ -46,6 +46,7 @@ OFFICIAL = {
     ),
 }
 VARIANTS = ({"variant": "prompt"}, {"variant": "prefix"}, {"variant": "prefix", "pool": False})
+CENTRED = tuple(options | {"centred": True} for options in VARIANTS)
 
 
 def stack_of(arch: str = "llama", **options: object) -> Stack:
@@ -169,7 +170,7 @@ def test_the_prompt_is_a_soft_prompt_of_the_label(arch: str) -> None:
 @pytest.mark.parametrize("pool", [True, False])
 def test_layers_may_differ_and_values_be_narrower_than_keys(pool: bool) -> None:
     H = torch.randn(2, 5, 4)
-    labels = LabelPrefixes(H, sizes=[(2, 3, 1), (1, 4, 6)], pool=pool, dropout=0.0)
+    labels = LabelPrefixes(H, sizes=[(2, 3, 1), (1, 4, 6)], pool=pool, dropout=0.0, first=0)
     one, two = labels()
     assert [tuple(part.shape) for part in (*one, *two)] == [
         (2, 2, 5, 3),
@@ -388,7 +389,21 @@ def test_short_labels_end_in_full_stops() -> None:
     assert said == ["xy.", "bcd"]
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("options", CENTRED)
+def test_centred_states_are_what_tells_labels_apart(options: dict[str, object]) -> None:
+    """The projections read label states, so what they give for centred ones is what a plugin gives for states that were
+    centred by hand."""
+    own, plain = (plugin_of(stack_of(**{**options, "centred": on})) for on in (True, False))
+    H = own.labels.H
+    away = H - H.mean(0)
+    plain.labels.load_state_dict(own.labels.state_dict() | {"H": away / away.square().mean() ** 0.5})
+    found = numbers(own.labels.eval())
+    assert difference(numbers(plain.labels.eval()), found) < 1e-6
+    plain.labels.H = H
+    assert difference(numbers(plain.labels), found) > 1e-3
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, CENTRED[0], CENTRED[1]])
 def test_a_new_label_by_its_text(options: dict[str, object], tmp_path: Path) -> None:
     stack, texts = trained(stack_of(**options, length=6)), [row["text"] for row in ROWS]
     before = scores_of(stack, texts)
@@ -440,7 +455,7 @@ def test_while_training_states_are_dropped_out_before_the_head() -> None:
 
 
 def test_dropout_acts_while_training() -> None:
-    labels = LabelPrefixes(torch.randn(2, 5, 4), sizes=2 * [(3, 50, 50)], pool=True, dropout=0.5)
+    labels = LabelPrefixes(torch.randn(2, 5, 4), sizes=2 * [(3, 50, 50)], pool=True, dropout=0.5, first=0)
     assert 0.4 < float((numbers(labels) == 0).float().mean()) < 0.6
     assert not bool((numbers(labels.eval()) == 0).any())
 

@@ -42,7 +42,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation import perplexity
@@ -157,7 +157,7 @@ class LocalistDial(Plugin):
     @dial.setter
     def dial(self, value: float) -> None:
         if not 0 <= value < math.inf:
-            raise PeftxError(f"localist-dial: a dial of {value}", hint="0, the plain model, or more")
+            raise OptionError(f"localist-dial: a dial of {value}", hint="0, the plain model, or more")
         self.state["dial"] = self.blocks.dial = float(value)
 
     @hookimpl
@@ -276,9 +276,9 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, words: Mapping[str, Sequence[str]
         own = {ids[0] for ids in forms if len(ids) == 1}
         if not own:
             said = f"localist-dial: {word!r} of block {name!r} is no single token"
-            raise PeftxError(said, hint="words that the tokenizer leaves whole")
+            raise OptionError(said, hint="words that the tokenizer leaves whole")
         if other := next((of[id] for id in own if of.get(id, name) != name), None):
             said = f"localist-dial: {word!r} of block {name!r} is of block {other!r} too"
-            raise PeftxError(said, hint="a token is of one block")
+            raise OptionError(said, hint="a token is of one block")
         of |= dict.fromkeys(own, name)
     return {name: [id for id in of if of[id] == name] for name in words}

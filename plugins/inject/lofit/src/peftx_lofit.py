@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError, TrainingError
 
 INIT_STD = 1e-3
 SHARE = 0.03
@@ -198,7 +198,7 @@ class Lofit(Plugin):
         share = self.config.selection
         steps = round(share * total)
         if share < 1 and not 0 < steps < total:
-            raise PeftxError(
+            raise TrainingError(
                 f"lofit: selection={share} of {total} training steps leaves {min(steps, total - steps)} for one of "
                 "the two steps of the method",
                 hint="train for more steps, or give the heads",
@@ -209,7 +209,7 @@ class Lofit(Plugin):
         """K."""
         count = self.config.heads or max(1, round(SHARE * total))
         if count > total:
-            raise PeftxError(f"lofit: heads={count}, and the model has {total}", hint=f"at most {total}")
+            raise OptionError(f"lofit: heads={count}, and the model has {total}", hint=f"at most {total}")
         return count
 
     def _pairs(self, heads: dict[int, int]) -> list[list[int]] | None:
@@ -219,17 +219,17 @@ class Lofit(Plugin):
         pairs = [list(pair) for pair in self.config.heads]
         for layer, head in pairs:
             if not 0 <= head < heads.get(layer, 0):
-                raise PeftxError(
+                raise OptionError(
                     f"lofit: there is no head {head} in layer {layer}",
                     hint=f"layer {layer} has heads 0 to {heads[layer] - 1}"
                     if layer in heads
                     else f"layers with heads: {', '.join(map(str, heads))}",
                 )
         if not pairs or len(set(self.config.heads)) < len(pairs):
-            raise PeftxError(f"lofit: heads={pairs} names none, or one twice", hint="each pair once")
+            raise OptionError(f"lofit: heads={pairs} names none, or one twice", hint="each pair once")
         defaults = LofitConfig()
         if (self.config.selection, self.config.l1) != (defaults.selection, defaults.l1):
-            raise PeftxError(
+            raise OptionError(
                 "lofit: selection and l1 are for choosing heads, and they are given", hint="drop them"
             )
         return pairs

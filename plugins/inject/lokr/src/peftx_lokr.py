@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, PeftFormat, Plugin, PluginConfig, Targets, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError, OptionError
 from peftx.peft_format import Settings, targets_of
 
 
@@ -187,7 +187,7 @@ def _options(settings: Settings, shapes: dict[str, tuple[int, ...]]) -> dict[str
         for path in shapes:
             found = settings.pattern(name, path)
             if found not in (None, usual):
-                raise PeftxError(
+                raise AdapterError(
                     f"lokr: the adapter has {found} by {name} for {path}, and {usual} elsewhere; the plugin "
                     "has one for all",
                     hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
@@ -238,7 +238,7 @@ class Lokr(Plugin):
     def inject(self, model: ModelView) -> None:
         hadamard = self.config.form == "hadamard"
         if hadamard and (self.config.factor is not None or self.config.decompose_both):
-            raise PeftxError(
+            raise OptionError(
                 "lokr: form hadamard has no Kronecker product, which factor and decompose_both are of",
                 hint="leave them out, or form: kronecker",
             )

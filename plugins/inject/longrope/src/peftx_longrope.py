@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 from peftx.toolkits.compression import Calibration
@@ -135,7 +135,7 @@ class LongRope(Plugin):
         config, own = self.config, stack.ledger.of(model.owner, DeltaPart)
         if config.parents > config.population:
             said = f"{model.owner}: {config.parents} parents of a population of {config.population}"
-            raise PeftxError(said, hint="parents at most population")
+            raise OptionError(said, hint="parents at most population")
         if own:  # it compressed before it was injected
             return
         path, rotary = next((n, m) for n, m in model.module.named_modules() if hasattr(m, "rope_type"))
@@ -177,7 +177,7 @@ class LongRope(Plugin):
         count = min(len(stream) // length, self.config.texts)
         if not count:
             said = f"{owner}: {len(stream)} tokens of calibration text are no text of {length}"
-            raise PeftxError(said, hint=f"samples and length of at least {length} tokens together")
+            raise DataError(said, hint=f"samples and length of at least {length} tokens together")
         return stream[: count * length].view(count, length)
 
     def starts(self, model: ModelView) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ def rope_parameters(stack: Stack) -> dict[str, Any]:
     same = len({(d.limit, d.factor) for d in found}) == 1
     if len(long) != 1 or not same or any(d.n for d in found):
         said = "transformers has one length from which factors change, one factor of cos and sin, and no tokens apart"
-        raise PeftxError(f"longrope: {said}", hint="one plugin of part long, and first_tokens: [0]")
+        raise UnsupportedError(f"longrope: {said}", hint="one plugin of part long, and first_tokens: [0]")
     unit = torch.ones_like(long[0].f)
     factors = {"long_factor": long, "short_factor": short}
     return {

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, VirtualTokens, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 
 SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -103,7 +103,7 @@ class Lopt(Plugin):
         n, r, site = self.config.length, self.config.rank, model.embedding()
         d = site.out_features
         if r > min(n, d):
-            raise PeftxError(
+            raise OptionError(
                 f"lopt: rank {r}, and a prompt of {n} rows of width {d} has at most {min(n, d)}",
                 hint=f"rank: {min(n, d)} or less; a few are enough",
             )

@@ -33,7 +33,7 @@ from peftx import (
     dropout_linear,
     hookimpl,
 )
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError, OptionError
 from peftx.kernel.anatomy.site import LINEAR_KINDS
 from peftx.peft_format import Settings, by_value, most_common, targets_of
 
@@ -131,7 +131,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
     """What `adapter_config.json` says."""
     settings["r"], settings["rank_pattern"]  # the tensors say it
     if str(settings.get("init_lora_weights", True)).startswith(MOVED):
-        raise PeftxError(
+        raise AdapterError(
             f"lora: the adapter began with init_lora_weights={settings['init_lora_weights']!r}, which takes something "
             "off W, so that A and B alone do not go with the base",
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it there",
@@ -211,7 +211,7 @@ class Lora(Plugin):
         for target, value in getattr(self.config, option).items():
             keys = sites.keys() & {site.key for site in model.sites(target)}
             if not keys:
-                raise PeftxError(
+                raise OptionError(
                     f"lora: {option}: '{target}' matches nothing inside targets '{self.config.targets}'",
                     hint=f"add it to targets, or take it out of {option}",
                 )

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 
 
 class LormaConfig(PluginConfig):
@@ -175,7 +175,7 @@ class Lorma(Plugin):
             for site in model.linears(self.config.targets, whole=True):
                 left_out = [role for role in site.fused if (site.path, role) not in chosen]
                 if left_out:
-                    raise PeftxError(
+                    raise OptionError(
                         f"lorma: mode post multiplies the input of {site.path}, which {', '.join(left_out)} shares",
                         hint="add it to targets, or mode: pre",
                     )
@@ -185,7 +185,7 @@ class Lorma(Plugin):
         """M for one layer; `features` is its d."""
         rank, alpha = self.config.rank, self.config.alpha
         if rank > features:
-            raise PeftxError(
+            raise OptionError(
                 f"lorma: rank {rank} exceeds the {features}x{features} matrix M of {site.path}",
                 hint=f"rank at most {features}, or leave it out of targets: '!{site.role}'",
             )

@@ -35,7 +35,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, StackError, UnsupportedError
 from peftx.kernel.heads import each_of, last_of, mean_of
 from peftx.toolkits.evaluation import evaluating, head_answers
 
@@ -168,5 +168,5 @@ class LsLlama(Plugin):
         """The texts, if the head has this task."""
         if task != self.config.task:
             hint = "sequences are classified, tokens tagged: plugin.tag(stack, texts)"
-            raise PeftxError(f"{self.texts.owner}: its task is '{self.config.task}', not '{task}'", hint=hint)
+            raise StackError(f"{self.texts.owner}: its task is '{self.config.task}', not '{task}'", hint=hint)
         return self.texts

@@ -41,7 +41,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, Collator, tokenize_dataset
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, StackError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.reading import check_output
@@ -219,7 +219,7 @@ class Mend(Plugin):
             loss = nll(model, model(**batch).logits, batch["labels"]).sum()
         if silent := tapes.count([]):
             said = f"{stack.id_of(self)}: {silent} layers that it is to edit are merged or switched off"
-            raise PeftxError(said, hint="stack.unmerge(), or write before the merge")
+            raise StackError(said, hint="stack.unmerge(), or write before the merge")
         # The graph is kept for plugins that read what the model gave here (DEFT), and goes with the last who holds it.
         ds, found = torch.autograd.grad(loss, [zeros for _, zeros in tapes], retain_graph=True), []
         for (x, _), gradient in zip(tapes, ds, strict=True):
@@ -294,7 +294,7 @@ class Mend(Plugin):
         if not (self.deltas and self.config.edits):
             missing = "edits" if self.deltas else "editors yet, before `inject`"
             hint = 'edits=[["Who wrote it?", "Ann"]], and `phase: after-training` in a spec'
-            raise PeftxError(f"{model.owner}: there are no {missing}", hint=hint)
+            raise StackError(f"{model.owner}: there are no {missing}", hint=hint)
         self.write(stack, self.config.edits)
 
     @torch.no_grad()

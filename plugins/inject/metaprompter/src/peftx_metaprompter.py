@@ -40,7 +40,7 @@ from peftx.engines.data import (
     take_classes,
     text_ids,
 )
-from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, DataError, OptionError, StackError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import objective_of, pad_of
 from peftx.kernel.soft_rows import insert
@@ -192,7 +192,9 @@ class Metaprompter(Plugin):
         found = [[id for word in own for id in text_ids(stack.tokenizer, word)] for own in words]
         if [] in found:
             name = names[found.index([])]
-            raise PeftxError(f"metaprompter: the class {name!r} has no words", hint="give it some in `words`")
+            raise OptionError(
+                f"metaprompter: the class {name!r} has no words", hint="give it some in `words`"
+            )
         return found
 
     @hookimpl(wrapper=True)
@@ -216,7 +218,7 @@ class Metaprompter(Plugin):
     def episode(self) -> tuple[list[str], list[tuple[list[int], int]], list[tuple[list[int], int]]]:
         """Classes drawn at random, and texts with the number of their class among these: support, and queries."""
         if not self.rows:
-            raise PeftxError("metaprompter: no rows to draw an episode of", hint="stack.prepare(rows) first")
+            raise StackError("metaprompter: no rows to draw an episode of", hint="stack.prepare(rows) first")
         shots, names = self.config.shots, list(self.rows)
         chosen = [names[i] for i in torch.randperm(len(names))[: self.config.ways].tolist()]
         support, queries = [], []
@@ -294,7 +296,7 @@ def template_of(stack: Stack, config: MetaprompterConfig) -> dict[str, Any]:
     tokenizer, mask = stack.tokenizer, config.mask or stack.tokenizer.mask_token
     own = text_ids(tokenizer, mask or "")
     if len(own) != 1:
-        raise PeftxError(
+        raise OptionError(
             f"metaprompter: {mask!r} is no token that masks", hint="set tokenizer.mask_token, or `mask`"
         )
     before, after = (text_ids(tokenizer, part) for part in config.template.split(MASK))

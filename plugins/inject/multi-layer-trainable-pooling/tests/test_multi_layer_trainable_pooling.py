@@ -374,6 +374,7 @@ def test_trained_vectors_find_their_documents_out_of_a_bundle(both: bool, tmp_pa
     assert (q @ torch.cat((d, n)).T).argmax(1).tolist() == [0, 1, 2, 3]
     again = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert torch.equal(embed(again), embed(stack))
+    assert torch.equal(again.embed(TEXTS), embed(stack)), "the server gives these too"
 
 
 def test_columns_of_other_plugins_stand_for_all_three_texts() -> None:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, OptionError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.attention import Attend
 
@@ -164,7 +164,7 @@ def set_prefix(
     """
     edits = [part.module for part in stack.ledger.of(id)]
     if len(prefix) != len(edits):
-        raise PeftxError(
+        raise OptionError(
             f"{id}: the prefix has {len(prefix)} layers, the stack {len(edits)}", hint="one pair each"
         )
     found = []
@@ -172,7 +172,7 @@ def set_prefix(
         heads, *sizes = edit.Z.shape
         fits = key.shape[:-1] == value.shape[:-1] and [key.shape[-1], value.shape[-1]] == sizes
         if not fits or key.dim() != 3 or heads % key.shape[0]:
-            raise PeftxError(
+            raise OptionError(
                 f"{id}: prefix of layer {layer} has shapes {tuple(key.shape)} and {tuple(value.shape)}, and Z "
                 f"{tuple(edit.Z.shape)}",
                 hint="key and value: [key-value heads, length, d], and d_v for the value",

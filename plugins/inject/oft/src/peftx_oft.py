@@ -46,7 +46,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError, OptionError
 from peftx.kernel.parts import DeltaPart
 from peftx.peft_format import Settings, most_common, targets_of
 
@@ -186,7 +186,7 @@ def oft_options(settings: Settings) -> dict[str, Any]:
     terms = settings.get("num_cayley_neumann_terms", 5)
     neumann = terms if settings.get("use_cayley_neumann", False) else None
     if neumann is not None and neumann < 4:
-        raise PeftxError(
+        raise AdapterError(
             f"oft: the adapter has num_cayley_neumann_terms={neumann}, and the plugin 4 or more",
             hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
         )
@@ -210,7 +210,7 @@ def boft_options(settings: Settings) -> dict[str, Any]:
     ):
         settings[name]
     if settings.get("bias", "none") != "none":
-        raise PeftxError(
+        raise AdapterError(
             "oft: the adapter trained biases as well, which the scale of BOFT leaves alone as they were at its start",
             hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
         )
@@ -231,7 +231,7 @@ def _sizes(sizes: dict[str, int], blocks: dict[str, int], shared: int | None) ->
     if len(set(blocks.values())) == 1:
         return {"blocks": shared or most_common(blocks)}
     named = ", ".join(map(str, sorted(set(sizes.values()))))
-    raise PeftxError(
+    raise AdapterError(
         f"oft: the adapter has blocks of {named}, and the plugin one size, or one number of blocks",
         hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
     )
@@ -295,7 +295,7 @@ class Oft(Plugin):
         for site in model.linears(self.config.targets, whole=True):
             left_out = [role for role in site.fused if (site.path, role) not in chosen]
             if left_out:
-                raise PeftxError(
+                raise OptionError(
                     f"oft: R turns the input of {site.path}, which {', '.join(left_out)} shares",
                     hint="add it to targets",
                 )
@@ -308,7 +308,7 @@ class Oft(Plugin):
         b = (self.config.block_size or BLOCK) if r is None else d // r
         fitting = [n for n in range(2, d + 1) if d % (n * apart) == 0 and (apart == 1 or n % 2 == 0)]
         if b not in fitting or r not in (None, d // b):
-            raise PeftxError(
+            raise OptionError(
                 f"oft: {f'{r} blocks' if r else f'blocks of {b}'} and {self.config.butterfly or 1} factors do not fit "
                 f"the {d} inputs of {site.path}",
                 hint=f"a block_size of {fitting}, or leave it out of targets: '!{site.role}'",

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import AttentionEdit, Claim, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import StackError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.call import Call
 from peftx.kernel.parts import AttentionPart, BasePart
@@ -174,7 +174,7 @@ def copy_projected(source: Stack, target: Stack, *, id: str = "p-tuning-v2") -> 
         written |= head.tensors()
     tensors = target.ledger.tensors(id)
     if {name: t.shape for name, t in written.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise PeftxError(
+        raise StackError(
             f"{id}: the prompts of the two stacks do not match",
             hint="the same model, length, targets and head, and no projection in the second",
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError, nearest
+from peftx.errors import ArchitectureError, OptionError, UnsupportedError, nearest
 from peftx.kernel.call import Call
 
 
@@ -113,11 +113,11 @@ class Pasta(Plugin):
         known, tokens = tokenizer.get_vocab(), self.config.tokens
         if strange := [token for token in tokens if token not in known]:
             hint = nearest(strange[0], known) or None
-            raise PeftxError(f"pasta: the tokenizer has no token {strange[0]!r}", hint=hint)
+            raise OptionError(f"pasta: the tokenizer has no token {strange[0]!r}", hint=hint)
         ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
         if ends == [None, None]:
             ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
         found = [known[token] for token in tokens] or [id for id in ends if id is not None]
         if not found:
-            raise PeftxError("pasta: the tokenizer names no special tokens", hint="tokens: ['<s>', '</s>']")
+            raise OptionError("pasta: the tokenizer names no special tokens", hint="tokens: ['<s>', '</s>']")
         return found

@@ -47,7 +47,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.bundle.exporting import blank
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart, ContextPart, DeltaPart, ReplacedPart
 from peftx.kernel.slots import base_class, kind_of
@@ -260,7 +260,7 @@ class PatPruning(Plugin):
             said = f"width {self.config.width:g} of {d} channels leaves none"
             raise ArchitectureError(f"{model.owner}: {said}", hint=f"{1 / d:.3g} at least")
         if self.config.rank > d:
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: rank {self.config.rank} exceeds the {d} channels", hint=f"at most {d}"
             )
         trial = blank(model.module).eval()  # with one channel less
@@ -373,7 +373,7 @@ class PatPruning(Plugin):
             raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`")
         if self.state.get("settled") is False:
             said = "the mask has not settled yet, so that no channel is 0"
-            raise PeftxError(f"{id}: {said}", hint="train to the end of `prune`")
+            raise StackError(f"{id}: {said}", hint="train to the end of `prune`")
         self.mask.settled.fill_(True)  # also before any training, with all channels
         self.state["tied"], kept, new = tied(model), self.mask.kept, []
         for site, how in self.places(model):

@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, TrainingError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.slots import kind_of
@@ -149,7 +149,7 @@ class Pesc(Plugin):
         """lambda E sum_e f_e P_e, a mean over the layers that ran, 0-d."""
         ran = [(layer, layer.routing) for layer in layers if layer.routing is not None]
         if not ran:
-            raise PeftxError(
+            raise TrainingError(
                 "pesc: no layer with experts ran in this step", hint="call the model in the step"
             )
         hidden = any(layer.R.requires_grad and not routing.p.requires_grad for layer, routing in ran)

@@ -39,7 +39,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.errors import PeftxError
+from peftx.errors import AdapterError
 from peftx.kernel.call import Call
 from peftx.peft_format import SOFT, Settings
 
@@ -133,7 +133,7 @@ EVERY = "attention"
 def options_of(settings: Settings) -> dict[str, Any]:
     """What `adapter_config.json` says; the network is not in the file, its prefix is."""
     if settings["task_type"] == "SEQ_2_SEQ_LM" or settings["num_transformer_submodules"] == 2:
-        raise PeftxError(
+        raise AdapterError(
             "prefix-tuning: the adapter is of an encoder-decoder, where PEFT's stands in the decoder and its cross "
             "attention, the plugin's in both towers",
             hint="use it with PEFT",

@@ -44,7 +44,7 @@ from peftx import (
 )
 from peftx.engines.data import IGNORE, tokenize_dataset
 from peftx.engines.data.formats import dataset_of
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
 from peftx.toolkits.evaluation import context_window
@@ -123,7 +123,7 @@ def experiment(config: PrefixlmVsCausalIclConfig) -> tuple[dict[str, Tensor], di
         depth[f"query/{name}"] = (y[:, n:] + r[..., n:]).square().mean((1, 2))
         depth[f"pairs/{name}"] = r[..., :n].square().mean((1, 2))
     if not torch.stack([*depth.values()]).isfinite().all():
-        raise PeftxError(
+        raise OptionError(
             f"prefixlm-vs-causal-icl: steps of rate {config.rate} diverge", hint="a smaller rate"
         )
     w = torch.linalg.lstsq(x[:, :n], y[:, :n, None], driver="gelsd").solution

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, VirtualTokens, hookimpl
 from peftx.engines.files import read_tensors
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, FileError
 from peftx.kernel.call import Call
 from peftx.kernel.positions import place_of
 from peftx.kernel.virtual_tokens import prompt_of
@@ -185,7 +185,7 @@ class PromptGating(Plugin):
         """
         found = read_tensors(Path(file))
         if {name: x.shape for name, x in found.items()} != {name: x.shape for name, x in own.items()}:
-            raise PeftxError(
+            raise FileError(
                 f"prompt-gating: '{file}' holds no aspect of these sizes",
                 hint="the length, inner and hidden that it was trained with, on the same model",
             )

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, PeftFormat, Plugin, PluginConfig, Site, Stack, VirtualTokens, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.kernel.positions import free_positions
 from peftx.peft_format import SOFT, Settings
 
@@ -106,19 +106,19 @@ class PromptTuning(Plugin):
     def _check(self, model: ModelView) -> None:
         for name, value in (("text", self.config.text), ("labels", self.config.labels)):
             if (self.config.init == name) != bool(value):
-                raise PeftxError(
+                raise OptionError(
                     f"prompt-tuning: init is '{self.config.init}', but {name} is {'given' if value else 'empty'}",
                     hint=f"init: {name} goes with {name}, and {name} with nothing else",
                 )
         # Not `model_fields_set`: the pipeline in a bundle names every option, and must stay good.
         if self.config.init == "uniform" and self.config.frequent != FREQUENT:
-            raise PeftxError(
+            raise OptionError(
                 f"prompt-tuning: frequent {self.config.frequent}, but init is 'uniform', which draws no tokens",
                 hint="leave frequent out, or another init",
             )
         room = free_positions(model.module)
         if room is not None and self.config.length >= room:
-            raise PeftxError(
+            raise OptionError(
                 f"prompt-tuning: length {self.config.length} leaves no room in the model's {room} free positions",
                 hint="a shorter prompt; the paper gains little beyond 20 rows",
             )
@@ -149,11 +149,11 @@ class PromptTuning(Plugin):
         tokens = [stack.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         for word, ids in zip(words, tokens, strict=True):
             if not ids:
-                raise PeftxError(f"prompt-tuning: {init}: {word!r} has no tokens", hint="leave it out")
+                raise OptionError(f"prompt-tuning: {init}: {word!r} has no tokens", hint="leave it out")
         rows = tokens if init == "labels" else [[id] for id in tokens[0]]
         if len(rows) > length:
             what = "labels" if init == "labels" else "tokens of text"
-            raise PeftxError(
+            raise OptionError(
                 f"prompt-tuning: {len(rows)} {what} in length {length}", hint=f"length: {len(rows)} or more"
             )
         return rows

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, Targets, hookimpl
 from peftx.composition.conflicts import check
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 
 SCALED_KINDS = ("linear", "quantized", "experts", "router", "embedding", "norm")
 
@@ -122,7 +122,7 @@ class Propulsion(Plugin):
             biased += bias
             site.attach(Push(site.out_features, degree=degree, bias=bias, batch=site.batch))
         if self.config.train_bias and not biased:
-            raise PeftxError(
+            raise OptionError(
                 f"propulsion: train_bias, but no layer of targets '{self.config.targets}' has a bias",
                 hint="leave train_bias out",
             )

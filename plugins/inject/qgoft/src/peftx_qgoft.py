@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.kernel.parts import DeltaPart
 
 PENALTY = 0.01
@@ -111,12 +111,12 @@ class Qgoft(Plugin):
     def inject(self, model: ModelView) -> None:
         strict = self.config.form == "strict"
         if strict and self.config.penalty is not None:
-            raise PeftxError(
+            raise OptionError(
                 f"qgoft: penalty {self.config.penalty:g}, but strict rotations have nothing to penalise",
                 hint="leave penalty out, or form: quasi",
             )
         if self.config.scale and not strict:
-            raise PeftxError(
+            raise OptionError(
                 "qgoft: scale, but the blocks of the quasi form scale already",
                 hint="leave scale out, or form: strict",
             )
@@ -124,7 +124,7 @@ class Qgoft(Plugin):
         for site in model.linears(self.config.targets, whole=True):
             left_out = [role for role in site.fused if (site.path, role) not in chosen]
             if left_out:
-                raise PeftxError(
+                raise OptionError(
                     f"qgoft: R turns the input of {site.path}, which {', '.join(left_out)} shares",
                     hint="add it to targets",
                 )

@@ -44,7 +44,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, take_classes
-from peftx.errors import ConflictError, DataError, PeftxError
+from peftx.errors import ConflictError, DataError, StackError, TrainingError
 from peftx.kernel.heads import Head, Pool, first_of, last_of
 from peftx.kernel.positions import place_of
 from peftx.toolkits.evaluation import eval_mode, head_answers
@@ -212,7 +212,7 @@ class SclMgsm(Plugin):
         P = guided(torch.cat(X), torch.cat(Y), self.config)
         if not len(P):
             said = "scl-mgsm: no candidate fits, so there would be no features"
-            raise PeftxError(said, hint="more candidates, other scales, or a last rho nearer to 1")
+            raise TrainingError(said, hint="more candidates, other scales, or a last rho nearer to 1")
         self.head.P[: len(P)] = P
 
     def one_hot(self, target: Tensor) -> Tensor:
@@ -226,6 +226,6 @@ class SclMgsm(Plugin):
         """
         rows = self.texts.rows(stack, texts)
         if not self.head.seen.any():
-            raise PeftxError("scl-mgsm: it has seen no rows, so it knows no class", hint="stack.train first")
+            raise StackError("scl-mgsm: it has seen no rows, so it knows no class", hint="stack.train first")
         x = torch.cat([*head_answers(stack, self.head, rows)])
         return self.texts.labels, self.head.scores(x).float()

@@ -29,7 +29,7 @@ from torch.optim import SGD, Optimizer
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, SparseDelta, Targets, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import OptionError, UnsupportedError
 
 
 class SiftConfig(PluginConfig):
@@ -119,7 +119,7 @@ class Sift(Plugin):
     def sm3(self, memory: dict[str, dict[str, Tensor]], optimizer: Optimizer) -> None:
         """g / sqrt(nu) in the gradient's place, and the new r and c."""
         if not isinstance(optimizer, SGD):
-            raise PeftxError("sift: SM3 stands in the optimizer's place", hint="train: {optimizer: sgd}")
+            raise OptionError("sift: SM3 stands in the optimizer's place", hint="train: {optimizer: sgd}")
         for name, delta in self.deltas.items():
             if (g := delta.values.grad) is not None:
                 i, j = delta.at.long() // delta.shape[-1], delta.at.long() % delta.shape[-1]

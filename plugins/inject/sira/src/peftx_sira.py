@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import TrainingError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 
@@ -178,7 +178,7 @@ class Sira(Plugin):
         """lambda E sum_e f_e P_e, a mean over the layers that ran, 0-d."""
         ran = [(layer, layer.routing) for layer in layers if layer.routing is not None]
         if not ran:
-            raise PeftxError("sira: no layer with experts ran in this step", hint="set `targets`")
+            raise TrainingError("sira: no layer with experts ran in this step", hint="set `targets`")
         hidden = any(layer.theta.requires_grad and not routing.p.requires_grad for layer, routing in ran)
         if hidden and torch.is_grad_enabled():
             raise UnsupportedError(

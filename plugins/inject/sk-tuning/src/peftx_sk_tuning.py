@@ -11,7 +11,8 @@ A sentence s of n tokens says the task; its word embeddings are where training s
     scores = mean over positions of (A dropout(h) + b),    A: [C, d], b: [C]
 
 The gradient reaches E_s through both passes of the prefix variant. Positions of x go on after the n of s; the mean is
-over [P ; x] in the prompt variant, over x in the other. Trained, K_s and V_s are constants (`cached`).
+over x, and in an encoder's prompt variant over [P ; x]: there P sees the text, in a decoder it cannot. The paper's is
+over [P ; x] in both (`mean`). Trained, K_s and V_s are constants (`cached`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import (
@@ -39,7 +40,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, take_classes, text_ids
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, OptionError, StackError
 from peftx.kernel.soft_rows import beside_soft_tokens
 from peftx.toolkits.evaluation import context_window
 
@@ -55,6 +56,18 @@ class SkTuningConfig(PluginConfig):
     )
     adapter: bool = Field(False, description="map the prompt, or the prefix's keys and values, by a matrix W")
     dropout: float = Field(0.1, ge=0, lt=1, description="before the head and behind W, while training")
+    mean: Literal["text", "all"] | None = Field(
+        None,
+        description="prompt: the head averages the text, or the prompt too (all, the paper); none: all if an encoder",
+    )
+
+    @model_validator(mode="after")
+    def _fit(self) -> SkTuningConfig:
+        if self.variant == "prefix" and self.mean == "all":
+            raise ValueError(
+                "mean: all is of the prompt, and a prefix has no states to average: leave it out"
+            )
+        return self
 
 
 class Prompt(VirtualTokens):
@@ -180,8 +193,14 @@ class SkTuning(Plugin):
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         config, labels = self.config, check_labels(self.config.labels)
+        encoder = "encoder" in model.towers
         if "ids" not in self.state:
             self.state["ids"] = self.sentence(model, stack)
+            seen = config.variant == "prompt" and encoder  # the sentence's states have read the text
+            self.state["mean"] = config.mean or ("all" if seen else "text")
+        self.over_prompt = (
+            self.state.get("mean", "all") == "all"
+        )  # a bundle of 0.2.0 says nothing, and averaged all
         ids = torch.tensor(self.state["ids"], device=model.module.device)
         E = model.embedding().module(ids).detach()
         # What trains is not in half precision, which would lose small steps; it is rounded where the model reads it.
@@ -203,7 +222,7 @@ class SkTuning(Plugin):
                 site.attend(Prefix(reader, layer))
             model.shift_positions(len(E))
         self.head = model.head("head", len(labels), dropout=config.dropout)
-        self.texts = self.texts.of(labels, closed="encoder" in model.towers)
+        self.texts = self.texts.of(labels, closed=encoder)
 
     @staticmethod
     def size(model: ModelView) -> int:
@@ -222,10 +241,12 @@ class SkTuning(Plugin):
         tokenizer, text = stack.tokenizer, self.config.text
         text = f"Classify the text as {' or '.join(self.config.labels)}" if text is None else text
         if not text_ids(tokenizer, text):
-            raise PeftxError(f"{model.owner}: the text {text!r} has no tokens", hint="say the task in `text`")
+            raise OptionError(
+                f"{model.owner}: the text {text!r} has no tokens", hint="say the task in `text`"
+            )
         ids, window = list(tokenizer(text)["input_ids"]), context_window(model.module, tokenizer)
         if len(ids) >= window:
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: the text has {len(ids)} tokens, and the model reads {window} in all",
                 hint="a shorter `text`",
             )
@@ -248,9 +269,11 @@ class SkTuning(Plugin):
 
     def scores(self, forward: Callable[[], Any], mask: Tensor) -> tuple[Tensor, Any]:
         """Scores [B, C] of a forward pass over texts with this mask, and what the model returned."""
+        if not self.over_prompt:
+            return self.head.read(forward, mask)
         with self.head.reading() as seen:
             outputs = forward()
-        h = seen[-1]  # [B, n + T, d] behind a prompt, else [B, T, d]; a prefix was read before
+        h = seen[-1]  # [B, n + T, d]
         return self.head(h, beside_soft_tokens(mask, mask, h.shape[1] - mask.shape[1])), outputs
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -269,6 +292,6 @@ def cached(stack: Stack, *, id: str = "sk-tuning") -> Iterator[None]:
     """
     plugin = stack.member(id).plugin
     if not isinstance(plugin, SkTuning) or plugin.reader is None:
-        raise PeftxError(f"{id}: there are no keys and values to cache", hint="SkTuning(variant='prefix')")
+        raise StackError(f"{id}: there are no keys and values to cache", hint="SkTuning(variant='prefix')")
     with plugin.reader.cached():
         yield

@@ -68,7 +68,8 @@ def difference(one: Tensor, two: Tensor) -> float:
 
 @pytest.mark.parametrize(("variant", "adapter"), OFFICIAL)
 def test_equals_the_official_code(variant: str, adapter: bool) -> None:
-    plugin = SkTuning(text=TEXT, variant=variant, adapter=adapter, dropout=0.0)
+    mean = "all" if variant == "prompt" else None
+    plugin = SkTuning(text=TEXT, variant=variant, adapter=adapter, dropout=0.0, mean=mean)
     stack = Stack(tiny("llama", num_key_value_heads=4), [plugin], tokenizer=tiny_tokenizer())
     with torch.no_grad():
         plugin.head.linear.weight.copy_(torch.linspace(-0.3, 0.4, 64).view(2, 32))
@@ -86,8 +87,9 @@ def test_equals_the_official_code(variant: str, adapter: bool) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "mistral", "bert"])
-def test_untrained_the_prompt_is_the_sentence_read(arch: str) -> None:
-    stack = stack_of(arch)
+@pytest.mark.parametrize("mean", [None, "text", "all"])
+def test_untrained_the_prompt_is_the_sentence_read(arch: str, mean: str | None) -> None:
+    stack = stack_of(arch, mean=mean)
     inputs = example_inputs(stack.model)
     s = torch.tensor(stack.plugins["sk-tuning"].state["ids"]).expand(2, -1)
     ids, at = inputs["input_ids"], int(arch == "bert")  # an encoder's first token stays first
@@ -98,9 +100,11 @@ def test_untrained_the_prompt_is_the_sentence_read(arch: str) -> None:
             plain = stack.model(input_ids=joined, output_hidden_states=True)
     real = [*range(at), *range(at + s.shape[1], joined.shape[1])]
     assert difference(found, plain.logits[:, real]) < 1e-5
-    # Every position counts, those of the sentence too.
+    # What the head averages: where nothing is said, the sentence counts where it has seen the text.
+    whole = mean == "all" or (mean is None and arch == "bert")
+    averaged = plain.hidden_states[-1] if whole else plain.hidden_states[-1][:, real]
     linear = stack.plugins["sk-tuning"].head.linear
-    assert difference(scores, linear(plain.hidden_states[-1]).mean(1)) < 1e-6
+    assert difference(scores, linear(averaged).mean(1)) < 1e-6
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -145,12 +149,14 @@ def test_an_encoder_reads_the_sentence_by_itself() -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "deepseek_v3", "gemma3n", "gemma4"])
 def test_in_a_decoder_both_variants_are_one_function_of_the_text(arch: str) -> None:
-    """A causal model's sentence does not see the text; so only the head's mean and the adapter tell the two apart. Soft
+    """A causal model's sentence does not see the text; so only the adapter tells the two apart, and `mean`: all. Soft
     tokens are none of the vocabulary, and have nothing in Gemma's further embeddings, one for each layer."""
     one, two = stack_of(arch, variant="prompt"), stack_of(arch, variant="prefix")
-    inputs = example_inputs(one.model)
+    inputs, heads = example_inputs(one.model), [s.plugins["sk-tuning"].head for s in (one, two)]
+    heads[1].load_state_dict(heads[0].state_dict())
     with torch.no_grad():
         assert difference(one.model(**inputs).logits, two.model(**inputs).logits) < 1e-5
+        assert difference(class_scores(one, inputs), class_scores(two, inputs)) < 1e-5
 
 
 def test_a_hybrid_reads_the_sentence_in_its_layers_of_attention() -> None:
@@ -260,6 +266,19 @@ def test_adapter_is_the_formula() -> None:
     assert 0.3 < float((dropped[rows != 0] == 0).float().mean()) < 0.7
 
 
+def test_a_bundle_from_before_the_option_averages_as_it_did() -> None:
+    now, plugin = stack_of(), SkTuning(text=TEXT)
+    plugin.state["ids"] = now.plugins["sk-tuning"].state["ids"]
+    then, all_ = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer()), stack_of(mean="all")
+    inputs = example_inputs(now.model)
+    for stack in (now, all_):
+        stack.plugins["sk-tuning"].head.load_state_dict(plugin.head.state_dict())
+    with torch.no_grad():
+        before, same, other = (class_scores(stack, inputs) for stack in (then, all_, now))
+    assert torch.equal(before, same)
+    assert difference(before, other) > 1e-3
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("variant", ["prompt", "prefix"])
 def test_in_half_precision_small_steps_count(variant: str, adapter: bool) -> None:
@@ -298,7 +317,7 @@ def test_while_training_states_are_dropped_out_before_the_head(variant: str) -> 
         losses.append(float(stack.train_step(batch)))
     with torch.no_grad(), head.reading() as seen:
         stack.model.eval()(**example_inputs(stack.model))
-        h = seen[-1]  # a prefix was read before
+        h = seen[-1][:, -batch["input_ids"].shape[1] :]  # of the text; a prefix was read before
         torch.manual_seed(0)
         scores = [head.linear(states).mean(1) for states in (nn.functional.dropout(h, 0.5), h)]
     expected = [float(nn.functional.cross_entropy(o, torch.tensor([0, 1]))) for o in scores]
@@ -377,6 +396,11 @@ def test_the_sentence_names_the_labels_where_none_is_given() -> None:
 def test_bad_input(options: dict[str, object], said: str) -> None:
     with pytest.raises(PeftxError, match=f"sk-tuning: .*{said}"):
         stack_of(**options)
+
+
+def test_a_prefix_has_no_states_to_average() -> None:
+    with pytest.raises(PeftxError, match="mean: all is of the prompt"):
+        SkTuning(variant="prefix", mean="all")
 
 
 def test_nothing_is_known_before_inject() -> None:

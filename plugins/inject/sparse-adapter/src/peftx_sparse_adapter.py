@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ConflictError, OptionError, StackError, TrainingError, UnsupportedError
 from peftx.kernel.heads import Head
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart, ReplacedPart, VocabularyPart
@@ -110,7 +110,7 @@ class SparseAdapter(Plugin):
         owner = step.stack.id_of(self)
         ws = matrices(step.stack, owner)
         if [w.numel() for w in ws] != self.sizes:
-            raise PeftxError(f"{owner}: other adapters stand before it than did at first", hint="a new stack")
+            raise StackError(f"{owner}: other adapters stand before it than did at first", hint="a new stack")
         if not self.state.get("chosen"):
             self.choose(owner, ws, self.scores(step, owner, ws))
         step.on_gradients(lambda _: self.hold(w.grad for w in ws))
@@ -140,7 +140,7 @@ class SparseAdapter(Plugin):
         flat, s = [each.flatten().to(self.mask.m.device, torch.float32) for each in z], self.config.sparsity
         tied = next((i for i, each in enumerate(flat) if not each.isfinite().all() or not each.any()), None)
         if tied is not None and s:
-            raise PeftxError(
+            raise TrainingError(
                 f"{owner}: matrix {tied} of the adapters, {tuple(ws[tied].shape)}, has {self.config.score} scores that "
                 "are all 0, or no numbers: nothing tells its entries apart",
                 hint="init above 0, rows that reach it, or score: random",
@@ -149,7 +149,7 @@ class SparseAdapter(Plugin):
         m = torch.cat([largest(each, kept(len(each), s)) for each in groups])
         gone = sum(not each.any() for each in m.split(self.sizes))
         if gone == len(ws):
-            raise PeftxError(f"{owner}: sparsity {s} leaves nothing", hint="a lower one")
+            raise OptionError(f"{owner}: sparsity {s} leaves nothing", hint="a lower one")
         if 2 * gone >= len(ws):  # as all of LoRA's B
             told = f"{owner}: nothing is left of {gone} of {len(ws)} matrices; scope: local?"
             warnings.warn(told, stacklevel=2)
@@ -200,7 +200,9 @@ def derivatives(step: TrainStep, owner: str, ws: list[nn.Parameter], *, twice: b
         raise UnsupportedError(f"{owner}: every process would score by other rows", hint=hint)
     if not all(w.requires_grad for w in ws):
         hint = f"stack.unfreeze(); what freezes layers in its step, as ist, goes behind {owner}"
-        raise PeftxError(f"{owner}: scores by gradients, and some adapters before it are frozen", hint=hint)
+        raise TrainingError(
+            f"{owner}: scores by gradients, and some adapters before it are frozen", hint=hint
+        )
     with eval_mode(step.module), sdpa_kernel(SDPBackend.MATH):
         g = torch.autograd.grad(step.total_loss(), ws, create_graph=twice, materialize_grads=True)
         if twice:

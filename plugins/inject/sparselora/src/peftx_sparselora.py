@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, BatchError, OptionError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.chain import is_ours
 from peftx.kernel.view import BoundSite
@@ -107,7 +107,7 @@ class Tokens:
         shape = self.call.shape
         if labels.ndim > 1 and labels.shape != shape:
             of_call, of_labels = ("x".join(map(str, sizes)) for sizes in (shape, labels.shape))
-            raise PeftxError(
+            raise TrainingError(
                 f"sparselora: the model runs on {of_call} tokens, the batch has labels for {of_labels}",
                 hint="put sparselora behind the plugin that changes the batch",
             )
@@ -305,16 +305,16 @@ class Sparselora(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if not step.parameters():
-            raise PeftxError("sparselora: nothing trains beside it", hint="add an adapter, such as lora")
+            raise TrainingError("sparselora: nothing trains beside it", hint="add an adapter, such as lora")
         if not step.model.training:
-            raise PeftxError(
+            raise TrainingError(
                 "sparselora: the model is in evaluation mode, in which every layer runs dense",
                 hint="stack.model.train() before a loop of your own",
             )
         if step.index >= round(self.config.start * (step.total or 0)):
             ids, labels = step.batch["input_ids"], step.batch["labels"]
             if not self.tokens.context_of(labels, ids.shape).any():
-                raise PeftxError(
+                raise BatchError(
                     f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
                     hint="data with prompts, or dense_answers = false",
                 )
@@ -332,12 +332,12 @@ class Sparselora(Plugin):
         given = getattr(self.config, f"{block}_layers")
         layers = list(rule) if given is None else given
         if len(set(layers) & set(range(total))) < len(layers):
-            raise PeftxError(
+            raise OptionError(
                 f"sparselora: {block}_layers {layers} of a model with {total} layers",
                 hint=f"each once, 0 to {total - 1}",
             )
         if not layers:
-            raise PeftxError(
+            raise OptionError(
                 f"sparselora: of {total} layers none is left for {block} between the first and the last",
                 hint=f"name them in {block}_layers, or {block} = 0",
             )
@@ -356,7 +356,7 @@ class Sparselora(Plugin):
     def _estimate(self, model: ModelView, site: Site) -> Estimate:
         rank, full = self.config.rank, min(site.in_features, site.out_features)
         if rank > full:
-            raise PeftxError(
+            raise OptionError(
                 f"sparselora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
                 hint=f"rank at most {full}",
             )

@@ -28,7 +28,7 @@ from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, OptionError
 from peftx.kernel.parts import BasePart, DeltaPart
 
 
@@ -128,7 +128,7 @@ class Spp(Plugin):
         sites = model.linears(self.config.targets)
         looked_at = not (model.restoring or sites[0].weight.is_meta)
         if looked_at and not self.pruned and all(bool(site.weight.all()) for site in sites):
-            raise PeftxError(
+            raise OptionError(
                 f"spp: no matrix of targets '{self.config.targets}' has a zero, so there is no pattern to preserve",
                 hint="a pruned model; or sparsity: 0.5, or pattern: '2:4', to prune it by size first",
             )
@@ -146,7 +146,7 @@ class Spp(Plugin):
         if self.config.pattern is not None:
             left, size = map(int, self.config.pattern.split(":"))
         if site.in_features % size and self.config.pattern is not None:
-            raise PeftxError(
+            raise OptionError(
                 f"spp: pattern {self.config.pattern}, and rows of {site.path} have {site.in_features} entries",
                 hint=f"another pattern, or sparsity; or leave it out of targets: '!{site.role}'",
             )

@@ -18,7 +18,10 @@ from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_hft import Hft
 from peftx_lora import Lora
+from peftx_nf4 import NF4Storage
+from peftx_prefixquant import PrefixQuant
 from peftx_prompt_tuning import PromptTuning
+from peftx_signround import SignRound
 from peftx_spp import Spp, SppDelta, largest
 
 test_conformance = conformance("spp")
@@ -163,6 +166,27 @@ def test_zeros_stay_zeros_and_merging_changes_no_output(arch: str) -> None:
         assert ((W != 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
         moved += not torch.equal(W, base[key])
     assert moved == len(base)
+
+
+@pytest.mark.parametrize(
+    ("packs", "zeros"),
+    [
+        (NF4Storage(), True), (SignRound(steps=2, batch_size=2), True), (PrefixQuant(rotate=False), True),
+        (PrefixQuant(), False),
+    ],
+)  # fmt: skip
+def test_what_packs_it_keeps_the_zeros_unless_it_rotates(packs: Plugin, zeros: bool) -> None:
+    stack = Stack(tiny("llama"), [Spp(rank=4, pattern="2:4"), packs], tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        for delta in spp_of(stack):
+            delta.B.fill_(0.1)
+    left = {part.path: part.module.left for part in stack.ledger.of("spp", DeltaPart)}
+    stack.compress(
+        ["All is well on the island, and the lamp was lit at six in the evening."] * 4, samples=4, length=24
+    )
+    assert logits(stack).isfinite().all()
+    filled = [stack.model.get_submodule(path).weight[~kept].any() for path, kept in left.items()]
+    assert not any(filled) if zeros else all(filled)
 
 
 @pytest.mark.parametrize(

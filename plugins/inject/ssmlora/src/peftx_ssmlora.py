@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, hookimpl
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import OptionError, UnsupportedError
 from peftx.kernel.call import Call
 
 EPSILON = 1e-8
@@ -111,7 +111,7 @@ class Ssmlora(Plugin):
             for site in model.linears(targets):
                 site.check_rank(self.config.rank)
                 if site.layer is None:
-                    raise PeftxError(
+                    raise OptionError(
                         f"ssmlora: {site.path} is in no layer", hint=f"targets without '{site.role}'"
                     )
                 if site.layer % 2 == rest:

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, hookimpl
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, OptionError, UnsupportedError
 
 ROLES = ("ssm.in", "ssm.x", "ssm.dt", "ssm.out", "block.ssm")
 
@@ -174,12 +174,12 @@ class StateOffsetTuning(Plugin):
     def _check(self, d: int, n: int) -> None:
         rank = self.config.rank
         if rank is not None and self.config.variant == "y":
-            raise PeftxError(
+            raise OptionError(
                 f"state-offset-tuning: rank {rank} with variant y, whose offset is a vector",
                 hint="variant: h",
             )
         if rank is not None and rank > min(d, n):
-            raise PeftxError(
+            raise OptionError(
                 f"state-offset-tuning: rank {rank} exceeds the {d}x{n} state",
                 hint=f"rank at most {min(d, n)}",
             )

@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, OptionError
 from peftx.kernel.phases import Phase
 from peftx.kernel.slots import kind_of
 
@@ -249,7 +249,7 @@ class StructuredFfn(Plugin):
             site.check_rank(rank)
             divides, middle, grid = {"inputs": i, "rank": rank}, rank // b, (1, b)
         if said := next((f"the {n} {name}" for name, n in divides.items() if n % b), None):
-            raise PeftxError(
+            raise OptionError(
                 f"{site.owner.id}: {b} blocks do not divide {said} of {site.path} ({o}x{i})",
                 hint=f"`blocks` that do, or leave it out of targets: '!{site.role}'",
             )

@@ -1,6 +1,7 @@
 """Token Trails: each token is told who speaks it, by a trained vector added to its embedding.
 
-"Token Trails: Navigating Contextual Depths in Conversational AI" (arXiv:2404.02402). The first layer's input becomes
+"Token Trails: Navigating Contextual Depths in Conversational AI with ChatLLM" (arXiv:2404.02402). The first
+layer's input becomes
 
     h_t = E[x_t] + R[s_t]          E: [vocabulary, d], frozen; R: [S, d], trained, starts at 0
 
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
 from peftx.engines.data import text_ids
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Trail(Delta):
             return torch.full_like(x, UNTOLD)
         low, high = (int(end) for end in self.call.batch[TYPES].aminmax())
         if low < NOBODY or high > len(self.R):
-            raise PeftxError(
+            raise BatchError(
                 f"{self.owner}: {TYPES} go from {low} to {high}, and R has {len(self.R)} rows",
                 hint="0 for nobody, i for the i-th of `speakers`",
             )
@@ -211,7 +212,7 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase, config: TokenTrailsConfig) ->
                 continue  # the marker melts into the text before it, which the others cover
             own = tuple(ids[len(start) :])
             if not own or known.setdefault(own, speaker) != speaker:
-                raise PeftxError(
+                raise OptionError(
                     f"token-trails: the marker {text!r} of '{role}' is empty or that of another speaker",
                     hint="name the texts that open turns: markers={'user': 'User:', ...}",
                 )
@@ -233,7 +234,7 @@ def marker_text(tokenizer: PreTrainedTokenizerBase, role: str, given: dict[str, 
     between, found, _ = text.rpartition(before)[2].partition(own)
     rest = between.removeprefix(shorter.rpartition(before)[2]).strip() or between.strip()
     if not (found and rest):
-        raise PeftxError(
+        raise OptionError(
             f"token-trails: the chat template writes nothing before a turn of '{role}'",
             hint=f"markers={{'{role}': ...}}",
         )

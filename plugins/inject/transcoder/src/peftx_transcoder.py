@@ -41,7 +41,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.training.updates import forget
-from peftx.errors import ArchitectureError, PeftxError
+from peftx.errors import ArchitectureError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
 
@@ -179,7 +179,9 @@ class Transcoder(Plugin):
             step.memory[owner] = start
         if owner not in step.memory:
             said = f"{owner}: step {step.index} does not remember what the model was at first"
-            raise PeftxError(said, hint="begin at step 0; give all steps of a loop of your own one `memory`")
+            raise TrainingError(
+                said, hint="begin at step 0; give all steps of a loop of your own one `memory`"
+            )
         step.batch = step.batch_of(span.name.rpartition(" ")[0])
         # The shares of a step's micro-batches are those of the target's rows, which these are not.
         step.replace_task_loss(partial(task_loss, step), over="step")

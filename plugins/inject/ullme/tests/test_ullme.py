@@ -146,13 +146,14 @@ def test_vectors_are_those_of_texts_by_themselves(pool: Any) -> None:
         hidden = states(stack, torch.tensor([prompt_ids(TOKENIZER, text)]), [1])[0]
         pooled = hidden.mean(0) if pool == "mean" else hidden[-1]
         torch.testing.assert_close(row, pooled / pooled.norm(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(stack.embed(TEXTS, size=3), e), "the server gives these too"
     assert not torch.allclose(e, stack.embed(TEXTS, pool=mean_of if pool == "mean" else last_of), atol=1e-3)
 
 
 def test_with_the_mask_vectors_are_those_of_the_stack() -> None:
     for arch in ("llama", "mamba"):
         stack = shift(build(arch=arch, bidirectional=False, pool="last"))
-        assert torch.equal(plugin_of(stack).embed(stack, TEXTS), stack.embed(TEXTS))
+        assert torch.equal(plugin_of(stack).embed(stack, TEXTS), stack.embed(TEXTS, pool=last_of))
         assert math.isfinite(stack.train_step(batch_of(stack)))
 
 

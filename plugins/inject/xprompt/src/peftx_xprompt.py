@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainStep, VirtualTokens, hookimpl
 from peftx.engines.training.updates import forget
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.kernel.call import Call
 
 
@@ -111,7 +111,7 @@ class Xprompt(Plugin):
     def inject(self, model: ModelView) -> None:
         m, k, site = self.config.length, self.config.pieces, model.embedding()
         if (d := site.out_features) % k:
-            raise PeftxError(f"xprompt: {d} numbers make no {k} pieces", hint=f"pieces: {math.gcd(d, k)}")
+            raise OptionError(f"xprompt: {d} numbers make no {k} pieces", hint=f"pieces: {math.gcd(d, k)}")
         self.ticket = Ticket(model.embedded(m, among=self.config.frequent), k, model.call)
         model.prompt(self.ticket)
         self.ticket.length = self.state.get("length", m)

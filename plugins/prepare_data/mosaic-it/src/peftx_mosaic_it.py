@@ -25,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, hookimpl
 from peftx.engines.data import continuation, render_messages, special_frame
-from peftx.errors import DataError, PeftxError, UnsupportedError
+from peftx.errors import DataError, OptionError, UnsupportedError
 from peftx.kernel.positions import free_positions
 
 Pair = tuple[str, str]  # prompt, completion
@@ -237,7 +237,7 @@ class MosaicIt(Plugin):
         room = data.max_length if free is None else min(data.max_length, free)
         limit = min(self.config.max_len or data.max_length, room)
         if (self.config.max_len or 0) > data.max_length:
-            raise PeftxError(
+            raise OptionError(
                 f"mosaic-it: max_len {self.config.max_len} exceeds the run's max_length {data.max_length}, which "
                 "cuts samples",
                 hint="raise train.max_length, or lower max_len",

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
+from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
 from peftx.engines.data import pair_of
 from peftx.errors import DataError, UnsupportedError, nearest
 from peftx.kernel.heads import mean_of
@@ -61,6 +61,7 @@ class Smart(Plugin):
     """See the module. Rows of any format but `tokenized`, with a column for the task (text or a whole number)."""
 
     Config = SmartConfig
+    claims = {Claim.READS_COLUMNS}
     takes = ("prompt-completion", "messages", "text", "classification", "preference")
     example = {"encoder": "peftx:tiny", "budget": 4, "task": "kind"}
     example_rows = [

@@ -8,6 +8,7 @@ value would not survive that), so parse(serialise(P)) = P.
     updating       p(P' | P, T')       T': a new text; fields that it leaves alone stay, others change, new ones come
     loss         = - sum_t log p(w_t | w_<t, prompt)        w: the tokens of the serialised target alone, and EOS
 
+With `edits` the model writes what changes alone, P' - P, and code merges it: merge(P, P' - P) = P'. That is ours.
 Updating pairs can be made of construction rows: P is the gold profile of T with fields left out or given the value of
 another row, P' the gold profile, so the edit is known. Generated profiles are compared with the gold ones:
 
@@ -55,6 +56,9 @@ class UserProfileConfig(PluginConfig):
     updates: float = Field(
         0.0, ge=0, le=1, description="share of construction rows that give an updating row too"
     )
+    edits: bool = Field(
+        False, description="in updating the model writes the fields that change alone, and they are merged"
+    )
     fuzzy: float = Field(
         0.8, gt=0, le=1, description="least similarity at which the fuzzy scores match two values"
     )
@@ -100,6 +104,17 @@ def _unquoted(text: str, *, until: str | None) -> tuple[str | None, str]:
     return value.strip() or None, found + rest
 
 
+def difference(old: Profile, new: Profile) -> Profile:
+    """What turns `old` into `new`: fields that change or are new, and those that go, with an empty value, which no
+    field of a profile has."""
+    return {key: new.get(key, "") for key in old | new if old.get(key) != new.get(key)}
+
+
+def merge(old: Profile, changes: Profile) -> Profile:
+    """The inverse: `merge(old, difference(old, new)) == new`."""
+    return {key: value for key, value in (old | changes).items() if value}
+
+
 def normalise(text: str) -> str:
     """Case folded, letters and digits only (if there are any), one space between words: `Home_City` is `home city`."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold())) or text
@@ -137,11 +152,12 @@ def edits(old: Profile, gold: Profile, predicted: Profile) -> Counter[str]:
 # ----------------------------------------------------------------------------------------------------------- rows
 @dataclass(frozen=True)
 class Task:
-    """One example: construction where `old` is None, else updating."""
+    """One example: construction where `old` is None, else updating, with `edits` by what changes alone."""
 
     text: str
     gold: Profile
     old: Profile | None = None
+    edits: bool = False
 
     @property
     def name(self) -> str:
@@ -151,10 +167,20 @@ class Task:
     def prompt(self) -> str:
         if self.old is None:
             return f"Text: {self.text}\n\nProfile:\n"
-        return f"Old profile:\n{serialise(self.old)}\n\nText: {self.text}\n\nNew profile:\n"
+        asked = "Changes" if self.edits else "New profile"
+        return f"Old profile:\n{serialise(self.old)}\n\nText: {self.text}\n\n{asked}:\n"
+
+    @property
+    def target(self) -> Profile:
+        """What the model is to write."""
+        return self.gold if self.old is None or not self.edits else difference(self.old, self.gold)
+
+    def merged(self, written: Profile) -> Profile:
+        """The profile that was meant by what was written."""
+        return written if self.old is None or not self.edits else merge(self.old, written)
 
 
-def read_task(row: Mapping[str, Any], where: str) -> Task:
+def read_task(row: Mapping[str, Any], where: str, *, edits: bool = False) -> Task:
     """A row with `text`, `profile`, and for updating `old_profile`; DataError for one that cannot be learned."""
     text, gold, before = (row.get(name) for name in ("text", "profile", "old_profile"))
     if not isinstance(text, str) or gold is None:
@@ -164,7 +190,7 @@ def read_task(row: Mapping[str, Any], where: str) -> Task:
     if not text.strip() and old != new:
         why = "a profile is made of one" if old is None else "yet the profile changes"
         raise DataError(f"user-profile: {where} has an empty text, and {why}")
-    return Task(text.strip(), new, old)
+    return Task(text.strip(), new, old, edits)
 
 
 def read_profile(value: Any, where: str) -> Profile:
@@ -254,7 +280,7 @@ class UserProfile(Plugin):
 
     Config = UserProfileConfig
     config: UserProfileConfig
-    claims = {Claim.NEW_ROWS}
+    claims = {Claim.NEW_ROWS, Claim.READS_COLUMNS}
     takes = ("text",)  # with `profile` beside it
     gives = {"text": "prompt-completion"}
     refuses = {
@@ -284,11 +310,20 @@ class UserProfile(Plugin):
     def prepare_data(self, data: TrainingData) -> None:
         """Rows with `text`, `profile` and perhaps `old_profile` become prompts and completions."""
         if data.train is not None:
-            tasks = _tasks(data.train)
+            tasks = self._tasks(data.train)
             data.train = self._rows(tasks + self._made(tasks, data.rng("user-profile")), data)
         if data.eval is not None:
-            data.eval = self._rows(_tasks(data.eval), data)
+            data.eval = self._rows(self._tasks(data.eval), data)
         data.format = "prompt-completion"
+
+    def _tasks(self, rows: Sequence[Mapping[str, Any]]) -> list[Task]:
+        edits = self.config.edits
+        tasks = [
+            read_task(row, f"row {index} (counting from 0)", edits=edits) for index, row in enumerate(rows)
+        ]
+        if not tasks:
+            raise DataError("user-profile: there are no rows")
+        return tasks
 
     def _made(self, tasks: list[Task], rng: Random) -> list[Task]:
         built = [task for task in tasks if task.old is None and task.gold]
@@ -302,7 +337,8 @@ class UserProfile(Plugin):
         for task in tasks:
             for key, value in task.gold.items():
                 others.setdefault(key, []).append(value)
-        return [Task(task.text, task.gold, perturb(task.gold, others, rng)) for task in chosen]
+        edits = self.config.edits
+        return [Task(task.text, task.gold, perturb(task.gold, others, rng), edits) for task in chosen]
 
     @staticmethod
     def _rows(tasks: list[Task], data: TrainingData) -> Dataset:
@@ -315,23 +351,23 @@ class UserProfile(Plugin):
                     hint="raise max_length, or leave out long rows",
                 )
         return Dataset.from_list(
-            [{"prompt": t.prompt, "completion": serialise(t.gold), "task": t.name} for t in tasks]
+            [{"prompt": t.prompt, "completion": serialise(t.target), "task": t.name} for t in tasks]
         )
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add the scores of the module for each task that has rows: see the README."""
-        stack, size, tasks = evaluation.stack, self.config.batch_size, _tasks(evaluation.rows("eval"))
+        stack, size, tasks = evaluation.stack, self.config.batch_size, self._tasks(evaluation.rows("eval"))
         self._check_room(tasks, stack.model, stack.tokenizer)
-        answers: list[Profile] = []
+        written: list[Profile] = []
         for begin in range(0, len(tasks), size):
             prompts = [task.prompt for task in tasks[begin : begin + size]]
             texts = stack.generate(prompts, max_new_tokens=self.config.max_new_tokens, do_sample=False)
-            answers += map(parse, texts)
+            written += map(parse, texts)
         for name in ("construction", "updating"):
-            pairs = [pair for pair in zip(tasks, answers, strict=True) if pair[0].name == name]
+            pairs = [pair for pair in zip(tasks, written, strict=True) if pair[0].name == name]
             if pairs:
-                self._score(evaluation, name, pairs)
+                self._score(evaluation, name, [(task, task.merged(own)) for task, own in pairs])
                 if self.config.probabilities:
                     self._believe(evaluation, name, pairs)
 
@@ -343,7 +379,7 @@ class UserProfile(Plugin):
         for index, task in enumerate(tasks):
             prompt, target = _lengths(task, tokenizer)
             behind = [(self.config.max_new_tokens, "max_new_tokens")]
-            behind += [(target, "the gold profile and EOS")] * self.config.probabilities
+            behind += [(target, "what is to be written and EOS")] * self.config.probabilities
             for count, name in behind:
                 if (max(prompt, count) if apart else prompt + count) > window:
                     raise DataError(
@@ -374,11 +410,11 @@ class UserProfile(Plugin):
 
     def _believe(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
         stack, size = evaluation.stack, self.config.batch_size
-        given = [(task.prompt, task.gold) for task, _ in pairs], [(task.prompt, own) for task, own in pairs]
+        given = [(task.prompt, task.target) for task, _ in pairs], [(task.prompt, own) for task, own in pairs]
         gold, own = (field_probabilities(stack.model, stack.tokenizer, some, size) for some in given)
         judged = [
-            (p, answer[key] == task.gold.get(key))
-            for (task, answer), fields in zip(pairs, own, strict=True)
+            (p, written[key] == task.target.get(key))
+            for (task, written), fields in zip(pairs, own, strict=True)
             for key, p in fields.items()
         ]
         groups = {
@@ -391,16 +427,9 @@ class UserProfile(Plugin):
                 evaluation.add(f"{name}/{label}", sum(values) / len(values), count=len(values))
 
 
-def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Task]:
-    tasks = [read_task(row, f"row {index} (counting from 0)") for index, row in enumerate(rows)]
-    if not tasks:
-        raise DataError("user-profile: there are no rows")
-    return tasks
-
-
 def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Tokens of the prompt, and of the gold profile with EOS."""
-    return len(prompt_ids(tokenizer, task.prompt)), len(text_ids(tokenizer, serialise(task.gold))) + 1
+    """Tokens of the prompt, and of what is to be written with EOS."""
+    return len(prompt_ids(tokenizer, task.prompt)), len(text_ids(tokenizer, serialise(task.target))) + 1
 
 
 def _ratio(evaluation: Evaluation, name: str, top: list[int], bottom: list[int], *, none: float) -> None:

@@ -23,9 +23,11 @@ from peftx.testing.shapes import EOS
 from peftx.toolkits.evaluation import Evaluation
 from peftx_user_profile import (
     UserProfile,
+    difference,
     edits,
     field_probabilities,
     matched,
+    merge,
     normalise,
     parse,
     perturb,
@@ -123,6 +125,48 @@ def test_prompts_and_completions() -> None:
     third = f"Old profile:\ncity: Rome\n\n{third}"
     assert rows[2] == {"prompt": third, "completion": "city: Oslo", "task": "updating"}
     assert rows[3]["completion"] == "job: cook"
+
+
+full = st.dictionaries(texts, texts.filter(str.strip), max_size=5)  # as `read_profile` lets them in
+
+
+@given(full, full)
+def test_what_changes_is_written_and_merged(old: dict[str, str], new: dict[str, str]) -> None:
+    changes = difference(old, new)
+    assert merge(old, parse(serialise(changes))) == new
+    assert not {key for key in changes if old.get(key) == new.get(key)}
+    assert merge(old, {}) == old
+
+
+def test_edits_are_asked_for_and_learned_in_updating_alone() -> None:
+    moved = {"text": "No job.", "old_profile": {"city": "Rome", "job": "cook"}, "profile": {"city": "Rome"}}
+    rows = prepared([*ROWS, moved], edits=True).train.to_list()
+    assert rows[0]["completion"] == "name: Ann\ncity: Rome"
+    assert rows[2]["prompt"] == "Old profile:\ncity: Rome\n\nText: Moved to Oslo.\n\nChanges:\n"
+    assert [row["completion"] for row in rows[2:]] == ["city: Oslo", "none", 'job: ""']
+    made = prepared(ROWS[:2], edits=True, updates=1.0).train.to_list()[2:]
+    assert [row["prompt"].endswith("Changes:\n") for row in made] == [True, True]
+
+
+def test_edits_are_scored_as_the_profile_that_they_make() -> None:
+    row = {
+        "text": "Moved.",
+        "old_profile": {"name": "Ann", "city": "Rome"},
+        "profile": {"name": "Ann", "city": "Oslo"},
+    }
+    found = scores([row, row, row], ["city: Oslo", "none", 'city: Oslo\nname: ""'], edits=True)
+    assert found["updating/recall"] == pytest.approx((2 + 1 + 1) / 6)
+    assert found["updating/precision"] == pytest.approx((2 + 1 + 1) / 5)
+    assert found["updating/changed"] == pytest.approx(2 / 3)
+
+
+def test_with_edits_a_probability_is_of_what_changes() -> None:
+    stack = Stack(tiny("llama"), [UserProfile(edits=True, max_new_tokens=4)], tokenizer=TOKENIZER)
+    row = {"text": "Moved.", "old_profile": {"n": "Ann", "c": "Rome"}, "profile": {"n": "Ann", "c": "Oslo"}}
+    prompt = "Old profile:\nn: Ann\nc: Rome\n\nText: Moved.\n\nChanges:\n"
+    (expected,) = field_probabilities(stack.model, TOKENIZER, [(prompt, {"c": "Oslo"})])
+    found = stack.evaluate([row], metrics=["user-profile"])["updating/probability"]
+    assert (found.count, found.value) == (1, pytest.approx(expected["c"], rel=1e-4))
 
 
 def test_the_loss_is_on_the_target_alone() -> None:
@@ -386,7 +430,7 @@ def test_bad_rows(row: dict[str, Any], match: str) -> None:
     ("options", "what"),
     [
         ({"max_new_tokens": 100}, "100 for max_new_tokens"),
-        ({"max_new_tokens": 24, "probabilities": True}, "51 for the gold profile and EOS"),
+        ({"max_new_tokens": 24, "probabilities": True}, "51 for what is to be written and EOS"),
     ],
 )
 def test_prompts_that_leave_no_room_are_refused(options: dict[str, Any], what: str) -> None:
@@ -426,7 +470,7 @@ def test_rows_without_profiles() -> None:
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(PluginError, match=f"UserProfile: {next(iter(options))}") as caught:
         UserProfile(**options)
-    assert "updates, fuzzy, max_new_tokens" in str(caught.value.hint)
+    assert "updates, edits, fuzzy, max_new_tokens" in str(caught.value.hint)
 
 
 def test_the_bounds_of_options_belong_to_them() -> None:

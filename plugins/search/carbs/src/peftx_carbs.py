@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftx import PluginConfig
-from peftx.errors import PeftxError
+from peftx.errors import OptionError
 from peftx.searching.samplers import SearchSampler, Setting
 
 NOISE = 1e-2
@@ -63,7 +63,7 @@ class Carbs(SearchSampler):
 
     def check(self, setting: Setting) -> None:
         if len(setting.objectives) != 2:
-            raise PeftxError(
+            raise OptionError(
                 f"carbs weighs quality against one cost, and the objectives are {', '.join(setting.objectives)}",
                 hint="objectives: [quality, train_seconds]",
             )
@@ -71,7 +71,7 @@ class Carbs(SearchSampler):
             key for key, each in setting.distributions.items() if isinstance(each, CategoricalDistribution)
         ]
         if named:
-            raise PeftxError(
+            raise OptionError(
                 f"carbs searches numbers, and '{named[0]}' is a choice", hint="a span, or sampler: tpe"
             )
         for key, value in self.config.center.items():
@@ -79,7 +79,7 @@ class Carbs(SearchSampler):
             if span is None or not span.low <= value <= span.high:
                 where = "is not varied" if span is None else "lies outside of its span"
                 keys = f"keys: {', '.join(setting.distributions)}"
-                raise PeftxError(f"carbs: the center of '{key}' {where}", hint=keys)
+                raise OptionError(f"carbs: the center of '{key}' {where}", hint=keys)
 
     def sampler(self, setting: Setting) -> BaseSampler:
         return CarbsSampler(self.config, setting)

@@ -26,7 +26,14 @@ from pydantic import Field
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import (
+    ArchitectureError,
+    ConflictError,
+    PeftxError,
+    ServerError,
+    StackError,
+    UnsupportedError,
+)
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.serving import Engine, Job, Request, Server
 from peftx.toolkits.serving.prefix import PrefixCache, alike, other_rows, read
@@ -162,7 +169,7 @@ class Groups(PrefixCache):
         said = (
             f"batchllm: prompt and answer take {_size(job)} tokens, and kv_tokens is {self.config.kv_tokens}"
         )
-        job.finish(None, PeftxError(said, hint="ask for a shorter answer, or serve with more kv_tokens"))
+        job.finish(None, ServerError(said, hint="ask for a shorter answer, or serve with more kv_tokens"))
         job.cancel()
         return True
 
@@ -255,7 +262,7 @@ def complete(stack: Stack, prompts: Sequence[str], **wishes: Any) -> Completed:
     engine = Engine(server)
     groups = server.scheduler.prefixes
     if not isinstance(groups, Groups):
-        raise PeftxError("batchllm: it is not in the stack", hint="Stack(model, [..., BatchLLM()])")
+        raise StackError("batchllm: it is not in the stack", hint="Stack(model, [..., BatchLLM()])")
     server.scheduler.max_queue = max(1, len(prompts))
     jobs, refused = dict[int, Job](), dict[int, PeftxError]()
     for i, prompt in enumerate(prompts):
@@ -307,7 +314,7 @@ class BatchLLM(Plugin):
             said = (
                 f"batchllm: the server has a store of prefixes already, {type(scheduler.prefixes).__name__}"
             )
-            raise PeftxError(said, hint="keep one of the two plugins")
+            raise ServerError(said, hint="keep one of the two plugins")
         groups = Groups(server.stack.model, self.config)
         scheduler.prefixes, scheduler.order, scheduler.max_batch = groups, groups.order, self.config.rows
         server.add_route("GET", "/v1/batchllm", groups.figures)

@@ -31,7 +31,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, ServerError, UnsupportedError
 from peftx.kernel.stack import Stack
 from peftx.toolkits.serving import Server
 from peftx.toolkits.serving.prefix import PrefixCache, alike, other_rows, read
@@ -259,7 +259,7 @@ class RadixCache(PrefixCache):
         capacity = config.capacity_mb * 2**20
         if self.costs.bytes(1) > capacity:
             said = f"marconi: capacity_mb is {config.capacity_mb}, and one token takes {self.costs.bytes(1)} bytes"
-            raise PeftxError(said, hint="more capacity_mb")
+            raise ServerError(said, hint="more capacity_mb")
         self.tree = Tree(
             self.costs, capacity, config.alpha or 0.0, self.watch if config.alpha is None else None
         )
@@ -425,7 +425,7 @@ class Marconi(Plugin):
         scheduler = server.scheduler
         if scheduler.prefixes is not None:
             said = f"marconi: the server has a store of prefixes already, {type(scheduler.prefixes).__name__}"
-            raise PeftxError(said, hint="keep one of the two plugins")
+            raise ServerError(said, hint="keep one of the two plugins")
         scheduler.prefixes = store = RadixCache(server.stack, self.config)
         if store.costs.state:
             scheduler.max_batch = (

@@ -46,7 +46,7 @@ from peftx import (
 )
 from peftx.engines.data import IGNORE, Collator, encode_pair, together
 from peftx.engines.training.updates import forget
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, TrainingError, UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
@@ -226,7 +226,7 @@ class AlignDistil(Plugin):
                     x.copy_(known["start"][name])
         if "start" not in known:
             hint = "begin at step 0; give all steps of a loop of your own one `memory`"
-            raise PeftxError(
+            raise TrainingError(
                 f"{self.owner}: step {step.index} does not remember how the run started", hint=hint
             )
         if 0 < phase.first == step.index and step.last_micro:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from peftx import BoundSite, Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, TrainingError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.seeds import seeded
 
@@ -195,7 +195,7 @@ class Cofitune(Plugin):
                 continue
             own = importance[key]
             if not own.isfinite().all():
-                raise PeftxError(
+                raise TrainingError(
                     f"cofitune: the importance of {site.path} cannot be compared among its {len(own)} gates",
                     hint="more texts, a larger dropout, or a model whose outputs are finite",
                 )

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, Collator, special_frame, text_ids
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, UnsupportedError
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.decoding.text import DRAWN, written
 
@@ -64,7 +64,7 @@ def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def pairs_of(batch: dict[str, Tensor]) -> tuple[list[tuple[list[int], list[int]]], dict[str, Tensor]]:
     """(x, y_l) of each row, and what the batch has beside tokens, mask and labels."""
     if missing := ", ".join(sorted(OURS - batch.keys())):
-        raise PeftxError(f"d2o: the batch has no {missing}", hint="rows of prompts and answers have them")
+        raise BatchError(f"d2o: the batch has no {missing}", hint="rows of prompts and answers have them")
     ids, real, answer = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"] != IGNORE
     rows = zip(ids, real & ~answer, answer, strict=True)
     others = {name: x for name, x in batch.items() if name not in OURS}

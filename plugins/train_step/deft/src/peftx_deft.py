@@ -36,7 +36,7 @@ from peftx import (
 )
 from peftx.engines.data import Collator, tokenize_dataset
 from peftx.engines.data.formats import dataset_of
-from peftx.errors import PeftxError
+from peftx.errors import BatchError, OptionError, TrainingError
 from peftx.kernel import calls
 from peftx.kernel.call import Call
 from peftx.kernel.objective import pad_of
@@ -126,7 +126,7 @@ class Observer(Delta):
         found = [row_means(*seen) for grad, *seen in self.seen if grad == torch.is_grad_enabled()]
         self.seen.clear()
         if not found:
-            raise PeftxError(
+            raise TrainingError(
                 f"deft: the MLP of layer {self.layer} was not observed: it did not run, or its observer is merged "
                 "or switched off, or reentrant gradient checkpointing hides it",
                 hint="stack.unmerge(), or use_reentrant=False",
@@ -162,7 +162,7 @@ def listening(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -
 def row_means(tokens: Tensor, weights: Tensor) -> Tensor:
     """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
     if weights.ndim != 2 or weights.numel() != tokens.numel():
-        raise PeftxError(
+        raise BatchError(
             f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(weights.shape)}",
             hint="a batch needs a 2-D attention_mask of the rows that the model reads",
         )
@@ -190,7 +190,7 @@ class Deft(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.linears(self.config.targets):
             if site.kind not in ("linear", "quantized"):
-                raise PeftxError(
+                raise OptionError(
                     f"deft: {site.path} ({site.kind}) uses its matrix without a call that shows its input",
                     hint=f"leave it out of targets: '!{site.role}'",
                 )

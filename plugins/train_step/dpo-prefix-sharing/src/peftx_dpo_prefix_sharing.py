@@ -40,7 +40,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, DataError, UnsupportedError
 from peftx.toolkits.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
@@ -168,7 +168,7 @@ class DpoPrefixSharing(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         batch = dict(step.batch)
         if missing := ", ".join(sorted({"labels", "token_type_ids"} - batch.keys())):
-            raise PeftxError(
+            raise BatchError(
                 f"dpo-prefix-sharing: the batch has {', '.join(batch)}, and no {missing}",
                 hint="train on preference rows; in a loop of your own, on those that stack.prepare returns",
             )

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, DataError, TrainingError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.slots import base_class
@@ -130,7 +130,7 @@ class Esft(Plugin):
                 step.model(**batch)
         for path, found in sums.items():
             if not found.sum() > 0:  # not a number too
-                raise PeftxError(
+                raise TrainingError(
                     f"esft: the relevance of the experts in {path} is {float(found.sum())} on the sample",
                     hint="more rows; no plugin that leaves the layer out; a model whose outputs are finite",
                 )

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ConflictError, TrainingError, UnsupportedError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import DeltaPart, Part
 from peftx.kernel.slots.carrier import ReadCarrier, WeightCarrier
@@ -103,7 +103,7 @@ class Ist(Plugin):
                 with suppressed([part for i in chosen for part in layers[i]], self.config.factor):
                     losses.append(float(step.total_loss().detach()))
         if not all(map(math.isfinite, losses)):
-            raise PeftxError(
+            raise TrainingError(
                 f"ist: the losses with suppressed layers are {losses} in step {step.index}",
                 hint="a smaller learning rate",
             )

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import PeftxError
+from peftx.errors import BatchError, OptionError, TrainingError
 from peftx.kernel.modes import eval_mode
 
 
@@ -67,7 +67,7 @@ class Subset(nn.Module):
     def choose(self, count: int) -> None:
         """Fix the mask: the `count` entries of largest F; of equal ones the first."""
         if not (self.fisher.isfinite().all() and self.fisher.any()):
-            raise PeftxError(
+            raise TrainingError(
                 f"layernorm-tuning: the Fisher information of {int(self.rows)} rows is zero or not finite",
                 hint="the loss must depend on the norms, and be finite",
             )
@@ -87,7 +87,7 @@ class LayernormTuning(Plugin):
         # Not `model_fields_set`: the pipeline in a bundle names every option, and must stay good.
         default = LayernormTuningConfig.model_fields["fisher_rows"].default
         if self.config.fraction == 1 and self.config.fisher_rows != default:
-            raise PeftxError(
+            raise OptionError(
                 f"layernorm-tuning: fisher_rows {self.config.fisher_rows}, but all entries train, and none is chosen",
                 hint="leave fisher_rows out, or a fraction below 1",
             )
@@ -131,7 +131,7 @@ class LayernormTuning(Plugin):
     def check_length(self, step: TrainStep, rows: int) -> None:
         """Refuse a run that ends after `rows` rows with no mask, and so trains nothing."""
         if rows < self.config.fisher_rows:
-            raise PeftxError(
+            raise OptionError(
                 f"layernorm-tuning: fisher_rows is {self.config.fisher_rows}, and the training ends after {rows} rows "
                 f"(steps: {step.total}), before any norm trains",
                 hint=f"fisher_rows below {rows}, or more steps",
@@ -164,6 +164,6 @@ def squared_gradients(step: TrainStep, row: dict[str, Any], parameters: Sequence
     """(d L_i / d theta)**2 of one row, [n] float32."""
     loss = step.model(**row).loss
     if loss is None:
-        raise PeftxError("layernorm-tuning: the model returned no loss", hint="the batch needs 'labels'")
+        raise BatchError("layernorm-tuning: the model returned no loss", hint="the batch needs 'labels'")
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return torch.cat([g.float().flatten() for g in gradients]).square()

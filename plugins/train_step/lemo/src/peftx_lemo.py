@@ -55,7 +55,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import tokenize_dataset
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import AttentionPart, DeltaPart
 from peftx.kernel.view import BoundSite
@@ -289,7 +289,7 @@ class Lemo(Plugin):
         L, given = model.num_layers, self.config.layers
         found = list(range(L // 2, L - 1)) if given is None else given
         if not found or len(set(found) & set(range(L))) < len(found):
-            raise PeftxError(
+            raise OptionError(
                 f"{model.owner}: layers {found} of a model with {L}",
                 hint=f"name some, each once: 0 to {L - 1}",
             )
@@ -351,9 +351,11 @@ class Lemo(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         id = step.stack.id_of(self)
         if not self.state.get("fitted"):
-            raise PeftxError(f"{id}: its predictors are not fitted yet", hint="stack.prepare the rows first")
+            raise TrainingError(
+                f"{id}: its predictors are not fitted yet", hint="stack.prepare the rows first"
+            )
         if not step.model.training:
-            raise PeftxError(
+            raise TrainingError(
                 f"{id}: the model is in evaluation mode, in which every token attends",
                 hint="stack.model.train() before a loop of your own",
             )

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, UnsupportedError
 
 
 class LinUpperConfig(PluginConfig):
@@ -92,7 +92,7 @@ class Part(NamedTuple):
         labels, outputs = self.batch.get("labels"), self.module(**self.batch)
         if labels is None or labels.is_floating_point() or outputs.loss is None:
             said = "the batch has no labels of tokens or classes, whose losses it would weigh"
-            raise PeftxError(f"linupper: {said}", hint="rows with a completion, a text or a class")
+            raise BatchError(f"linupper: {said}", hint="rows with a completion, a text or a class")
         logits, sample = outputs.logits, torch.arange(len(labels), device=labels.device)
         if labels.ndim == 1:  # a class each
             logits, labels = logits[:, None], labels[:, None]

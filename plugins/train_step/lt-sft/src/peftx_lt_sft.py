@@ -30,8 +30,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftx import Claim, ModelView, PeftxError, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
+from peftx.errors import FileError, ModelError, OptionError, StackError, TrainingError
 from peftx.kernel.phases import Phase
 from peftx.kernel.trained import Trained
 
@@ -104,7 +105,7 @@ class LtSft(Plugin):
         number = sum(self.sizes())
         kept = int(self.config.density * number)
         if kept == 0:
-            raise PeftxError(
+            raise OptionError(
                 f"lt-sft: density {self.config.density:g} of {number} numbers is less than one",
                 hint=f"density at least {1 / number:.2g}",
             )
@@ -115,7 +116,9 @@ class LtSft(Plugin):
         phase = step.phase(self)
         if phase.name == "tune" and not self.chosen:
             if not step.begins(self):
-                raise PeftxError("lt-sft: phase 2 without a mask", hint="start at step 0, or at the rewind")
+                raise TrainingError(
+                    "lt-sft: phase 2 without a mask", hint="start at step 0, or at the rewind"
+                )
             self.rewind(step.stack.seed)
         if self.config.l1:
             step.add_loss("l1", lambda _: self.distance(), weight=self.config.l1, over="step")
@@ -187,7 +190,7 @@ class Skill:
     def load(cls, path: str | Path) -> Skill:
         with safe_open(path, framework="pt") as file:
             if "lt-sft" not in (file.metadata() or {}):
-                raise PeftxError(f"lt-sft: {path} holds no skill", hint="a file that `Skill.save` wrote")
+                raise FileError(f"lt-sft: {path} holds no skill", hint="a file that `Skill.save` wrote")
             found = {tuple(key.rsplit(":", 1)): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         sparse = {n: (found[n, "indices"], value) for (n, kind), value in found.items() if kind == "values"}
         return cls(sparse, {name: value for (name, kind), value in found.items() if kind == "dense"})
@@ -202,9 +205,9 @@ def take(stack: Stack, *, id: str = "lt-sft") -> Skill:
     """
     plugin = stack.plugins.get(id)
     if not isinstance(plugin, LtSft):
-        raise PeftxError(f"lt-sft: no LT-SFT has the id '{id}'", hint=f"ids: {', '.join(stack.plugins)}")
+        raise StackError(f"lt-sft: no LT-SFT has the id '{id}'", hint=f"ids: {', '.join(stack.plugins)}")
     if not plugin.chosen:
-        raise PeftxError("lt-sft: the mask is not chosen, so phi is dense", hint="train through phase 2")
+        raise StackError("lt-sft: the mask is not chosen, so phi is dense", hint="train through phase 2")
     sparse = {}
     for name, place in plugin.sparse.items():
         difference = (place.theta.double() - place.theta_0.double()).flatten().cpu()
@@ -232,26 +235,26 @@ class Skills:
             PeftxError: the name is taken, the model lacks a parameter, or two skills bring one head; nothing changes.
         """
         if name in self.active:
-            raise PeftxError(f"lt-sft: a skill '{name}' is there already", hint="subtract it first")
+            raise StackError(f"lt-sft: a skill '{name}' is there already", hint="subtract it first")
         sizes = {key: p.numel() for key, p in self.model.named_parameters(remove_duplicate=False)}
         last = {key: int(indices[-1]) for key, (indices, _) in skill.sparse.items()}
         for key, place in (last | {key: p.numel() - 1 for key, p in skill.dense.items()}).items():
             size = sizes.get(key, 0)
             if place >= size or (key in skill.dense and place != size - 1):
-                raise PeftxError(
+                raise ModelError(
                     f"lt-sft: skill '{name}' changes number {place} of {key}, which has {size} in this model",
                     hint="add it to the architecture that it was trained on",
                 )
         for other, known in self.active.items():
             for key in known.dense.keys() & skill.dense.keys():
-                raise PeftxError(f"lt-sft: '{other}' and '{name}' both bring {key}", hint="keep one head")
+                raise StackError(f"lt-sft: '{other}' and '{name}' both bring {key}", hint="keep one head")
         self.active[name] = skill
         self._sum(skill)
 
     def subtract(self, name: str) -> None:
         """theta - phi: what theta_0 and the other skills give, to the bit."""
         if name not in self.active:
-            raise PeftxError(f"lt-sft: no skill '{name}'", hint=f"known: {', '.join(self.active) or 'none'}")
+            raise StackError(f"lt-sft: no skill '{name}'", hint=f"known: {', '.join(self.active) or 'none'}")
         self._sum(self.active.pop(name))
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
-from peftx.errors import PeftxError, UnsupportedError
+from peftx.errors import BatchError, StackError, TrainingError, UnsupportedError
 from peftx.toolkits.evaluation import eval_mode
 
 MEMORY = "mezo"
@@ -62,7 +62,7 @@ class Mezo(Plugin):
             raise UnsupportedError("mezo trains in one process", hint="start without torchrun")
         parameters = step.parameters()
         if not parameters:
-            raise PeftxError("mezo: nothing trains", hint="add a plugin with parameters, such as lora")
+            raise TrainingError("mezo: nothing trains", hint="add a plugin with parameters, such as lora")
         if self.config.objective == "accuracy":
             check_labels_of_tokens(step)
             step.replace_task_loss(lambda: wrong_share(step))
@@ -80,11 +80,11 @@ class Mezo(Plugin):
                 )
                 if not math.isfinite(slope):
                     if nothing_labelled(step):
-                        raise PeftxError(
+                        raise BatchError(
                             f"mezo: no token of the batch has a label in step {step.index}, so there is no loss",
                             hint="every row needs a completion that max_length leaves room for",
                         )
-                    raise PeftxError(
+                    raise TrainingError(
                         f"mezo: the loss is {loss} in step {step.index}",
                         hint="a smaller learning rate or eps",
                     )
@@ -108,7 +108,7 @@ class Mezo(Plugin):
         if "start" not in self.state:
             self.state["start"] = {"shapes": shapes(step.stack), "sha256": digest(step.parameters())}
         elif self.state["start"]["shapes"] != shapes(step.stack):
-            raise PeftxError(
+            raise TrainingError(
                 f"mezo: other parameters train in step {step.index} than when the record began",
                 hint="freeze and unfreeze before the first step, or take a new Mezo(record=True)",
             )
@@ -180,17 +180,17 @@ def replay(stack: Stack, mezo: Mezo) -> None:
         PeftxError: nothing was recorded, or the stack trains other parameters, or starts from other values.
     """
     if "updates" not in mezo.state:
-        raise PeftxError("mezo: no steps were recorded", hint="train with record: true")
+        raise StackError("mezo: no steps were recorded", hint="train with record: true")
     start, parameters = mezo.state["start"], [p for p in stack.model.parameters() if p.requires_grad]
     here = shapes(stack)
     if start["shapes"] != here:
         differ = sorted(n for n in start["shapes"].keys() | here if start["shapes"].get(n) != here.get(n))
-        raise PeftxError(
+        raise StackError(
             f"mezo: the steps were recorded on other parameters: {len(differ)} differ, first {differ[0]}",
             hint="replay on the same model, with the same plugins, options and ids",
         )
     if start["sha256"] != digest(parameters):
-        raise PeftxError(
+        raise StackError(
             "mezo: the parameters start from other values than those of the record",
             hint="a stack that has not been trained, with the same seed and dtype",
         )
@@ -231,7 +231,7 @@ def check_labels_of_tokens(step: TrainStep) -> None:
                 hint="objective: loss",
             )
     if "labels" not in step.batch:
-        raise PeftxError(
+        raise BatchError(
             f"mezo: objective 'accuracy' needs labels; the batch has {', '.join(step.batch)}",
             hint="give labels, or take objective: loss",
         )

@@ -21,6 +21,7 @@ on the target's texts, so a source needs no data.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ from transformers import PreTrainedModel
 
 from peftx import Claim, Evaluation, Plugin, PluginConfig, TrainStep, companion, hookimpl
 from peftx.engines.data import IGNORE, batches_of, class_rows
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ConflictError, ModelError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import mean_of
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import objective_of, pad_of
+from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation import context_window
 
@@ -84,8 +86,11 @@ def state(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def task_embeddings(
     stack: Stack, models: Sequence[PreTrainedModel], batches: Sequence[dict[str, Tensor]]
 ) -> list[Tensor]:
-    """e(P) of each model, float32 [d]; `stack` without its plugins is the one that they change."""
-    with stack.disabled():
+    """e(P) of each model, float32 [d]; `stack` without its plugins is the one that they change. Weights that a plugin
+    replaced by packed ones are of both."""
+    packed = {part.owner for part in stack.ledger.all(ReplacedPart)}
+    rest = [id for id in stack.plugins if id not in packed]
+    with stack.disabled(*rest) if rest else nullcontext():
         base = [state(stack.model, batch) for batch in batches]
     return [
         torch.cat([state(model, batch) - h for batch, h in zip(batches, base, strict=True)]).mean(0)
@@ -136,7 +141,7 @@ class Panda(Plugin):
         def distillation(outputs: Any) -> Tensor:
             z_S = answers(step.model, outputs.logits, labels)
             if z_S.shape != z_T.shape:
-                raise PeftxError(
+                raise ModelError(
                     f"panda: '{source}' gives {tuple(z_T.shape)} logits, and this model {tuple(z_S.shape)}",
                     hint="a source task with the target's labels, or one whose labels are words that the model writes",
                 )

@@ -45,7 +45,7 @@ from peftx.engines.data import (
     text_ids,
     tokenize_classes,
 )
-from peftx.errors import ArchitectureError, DataError, PeftxError
+from peftx.errors import ArchitectureError, DataError, ModelError, StackError
 from peftx.toolkits.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
@@ -167,7 +167,7 @@ class Predgen(Plugin):
                 f"{who}: {model.config.model_type} does not write behind its prompt", hint="take a decoder"
             )
         if stack.tokenizer.eos_token_id is None:
-            raise PeftxError(f"{who}: the tokenizer has no EOS, which ends an answer", hint="set eos_token")
+            raise ModelError(f"{who}: the tokenizer has no EOS, which ends an answer", hint="set eos_token")
         if config.labels is None:
             return
         labels, V = check_labels(config.labels), model.site("head").out_features
@@ -282,7 +282,7 @@ class Predgen(Plugin):
         if not numbers:
             self.texts.check()
         elif "G" not in self.state:
-            raise PeftxError("predgen: how long the numbers are is not known yet", hint="train first")
+            raise StackError("predgen: how long the numbers are is not known yet", hint="train first")
         G, eos = self.state["G"], int(tokenizer.eos_token_id)
         rows = class_rows(tokenizer, texts, max_length=context_window(model, tokenizer) - G, owner="predgen")
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -299,13 +299,13 @@ class Predgen(Plugin):
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         if self.config.labels is None:
-            raise PeftxError("predgen: numbers are no classes", hint="`numbers`, or the metric predgen")
+            raise StackError("predgen: numbers are no classes", hint="`numbers`, or the metric predgen")
         return self.texts.labels, self.predict(stack, texts)[1]
 
     def numbers(self, stack: Stack, texts: Sequence[str]) -> list[float | None]:
         """The number that the model writes behind each text; None where it writes none."""
         if self.config.labels is not None:
-            raise PeftxError("predgen: classes are no numbers", hint="`stack.classify`, or labels=None")
+            raise StackError("predgen: classes are no numbers", hint="`stack.classify`, or labels=None")
         found = []
         for row in self.predict(stack, texts)[0].tolist():
             eos = stack.tokenizer.eos_token_id

@@ -51,7 +51,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, DataError, UnsupportedError
 from peftx.kernel.attention import Attend
 from peftx.toolkits.evaluation import evaluating
 
@@ -273,7 +273,7 @@ class PrefixGrouper(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         batch = dict(step.batch)
         if missing := ", ".join(sorted({"labels", "token_type_ids", "advantages"} - batch.keys())):
-            raise PeftxError(
+            raise BatchError(
                 f"prefix-grouper: the batch has {', '.join(batch)}, and no {missing}",
                 hint="train on rows with rewards; in a loop of your own, on those that stack.prepare returns",
             )

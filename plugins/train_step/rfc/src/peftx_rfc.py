@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import ClassTexts, check_labels, take_classes
 from peftx.engines.training.updates import forget
-from peftx.errors import PeftxError
+from peftx.errors import TrainingError
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.modes import as_it_was
 from peftx.kernel.stack import Stack
@@ -139,7 +139,9 @@ class Rfc(Plugin):
         known = step.memory.setdefault(owner, {})
         if step.index > 0 and phase.name != "task" and not known:
             hint = "begin at step 0; give all steps of a loop of your own one `memory`"
-            raise PeftxError(f"{owner}: step {step.index} does not remember how the run started", hint=hint)
+            raise TrainingError(
+                f"{owner}: step {step.index} does not remember how the run started", hint=hint
+            )
         if step.begins(self):
             now = step.stack.ledger.trained()
             values = {name: x.clone() for name, x in now.items()}

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ConflictError, DataError, PeftxError, UnsupportedError
+from peftx.errors import ConflictError, DataError, OptionError, TrainingError, UnsupportedError
 from peftx.kernel.modes import eval_mode
 
 
@@ -68,7 +68,7 @@ class SurgicalFim(Plugin):
                 hint="put surgical-fim before the plugin that quantizes",
             )
         if self.config.layers > len(paths):
-            raise PeftxError(
+            raise OptionError(
                 f"surgical-fim: layers is {self.config.layers}, and the model has {len(paths)}",
                 hint=f"at most {len(paths)}, all of which is full fine-tuning",
             )
@@ -127,7 +127,7 @@ class SurgicalFim(Plugin):
                 loss = step.model(**row).loss
                 if loss is None or not loss.isfinite():
                     shown = loss if loss is None else float(loss.detach())
-                    raise PeftxError(
+                    raise TrainingError(
                         f"surgical-fim: row {count} of the sample has the loss {shown}",
                         hint="rows with labels, and a model whose outputs are finite",
                     )

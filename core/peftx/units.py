@@ -1,0 +1,131 @@
+"""Models that read and write units: single bytes and special tokens, in the rows of a language model.
+
+The tokens that a byte-level tokenizer has for single bytes are the alphabet. What a plugin makes of the units (words,
+patches) goes into the model in the place of embeddings, and logits of units come out in the place of tokens'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
+from peftx.kernel.calls import CallEdit
+from peftx.kernel.parts import DeltaPart
+from peftx.kernel.slots import Delta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftx.kernel.stack import Stack
+    from peftx.kernel.view import ModelView
+
+CHARS = [bytes_to_unicode()[byte] for byte in range(256)]
+"""How tokenizers of bytes write them."""
+PAD, SOFT, STRANGE = -1, -2, -3
+"""What is no unit: a pad, a soft token, and a token of several bytes."""
+NEVER = -1e4
+"""Logit of a token that is no unit: a probability of 0."""
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+class Units(CallEdit):
+    """An edit of the call that reads ids as units, and is asked for logits where the head stands.
+
+    Args:
+        model: which is called. ids: of the units' tokens: 256 bytes, then others, numbered as they stand here.
+    """
+
+    unit_of: Tensor
+    ids: Tensor
+
+    def __init__(self, model: ModelView, ids: Sequence[int]) -> None:
+        super().__init__()
+        self.call, self.owner = model.call, model.owner
+        unit_of = dict.fromkeys(range(max(ids) + 2), STRANGE) | {id: unit for unit, id in enumerate(ids)}
+        self.register_buffer("unit_of", torch.tensor([*unit_of.values()]), persistent=False)
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The units of the texts, those of the cache first [B, S], -1 at pads; and which rows of cache and call they
+        are [B, rows], beside soft tokens.
+
+        Raises:
+            UnsupportedError: a call without ids, or with a token that is no unit.
+        """
+        ids, real = self.call.ids, self.call.real
+        if ids is None or real is None:
+            said = f"{self.owner}: units are read off ids, and the call brings embeddings"
+            raise UnsupportedError(said, hint="model(input_ids=...)")
+        units = self.unit_of[ids.clamp(max=len(self.unit_of) - 1)].masked_fill(~real, PAD)
+        if bool((units == STRANGE).any()):
+            said = f"{self.owner}: token {int(ids[units == STRANGE][0])} is no single byte, and the model reads bytes"
+            raise UnsupportedError(said, hint="ids of the stack's tokenizer: stack.tokenizer(text)")
+        rows = self.call.carry(self.owner, units, fill=SOFT)
+        return rows[rows != SOFT].view(len(ids), -1), rows != SOFT
+
+    def reads(self) -> bool:
+        """Is there a call whose logits are the units'."""
+        raise NotImplementedError
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the next unit [B, T, units], by the states x in front of the head."""
+        raise NotImplementedError
+
+
+class _ToUnits(Delta):
+    """Logits of units in the place of those of tokens."""
+
+    def __init__(self, units: Units) -> None:
+        super().__init__()
+        self.units = (units,)  # in a tuple: it is no child of this one
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        (units,) = self.units
+        if not units.reads():
+            return y
+        found = units.logits(x).to(y)
+        return y.new_full((*found.shape[:2], y.shape[-1]), NEVER).index_copy(2, units.ids, found)
+
+
+def put(model: ModelView, units: Units) -> None:
+    """Put the edit around the model, and its logits in the place of the head's."""
+    model.around(units)
+    model.site("head").attach(_ToUnits(units))
+
+
+def alphabet(model: ModelView, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of the 256 single bytes, and of the special and added tokens that the model has rows for.
+
+    Raises:
+        ArchitectureError: no causal language model with attention to all of a text in every layer, or no tokenizer of
+            bytes.
+    """
+    known, kind, size = tokenizer.get_vocab(), model.config, len(model.embedding().weight)
+    for wrong, why in (
+        (kind.is_encoder_decoder or not model.module.can_generate(), "is no decoder"),
+        (len(model.attention_sites()) < model.num_layers, "has layers without attention"),
+        (any(getattr(kind, name, None) for name in _WINDOWS), "has windows, which would count units"),
+        (hasattr(kind, "vocab_size_per_layer_input"), "looks tokens up in every layer"),
+        (not {*CHARS} <= known.keys(), "has a tokenizer without a token for each byte"),
+    ):
+        if wrong:
+            hint = "a causal language model with attention to all of a text in every layer, and a tokenizer of bytes"
+            raise ArchitectureError(f"{model.owner}: {kind.model_type} {why}", hint=hint)
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return [known[char] for char in CHARS], sorted(id for id in added if id < size)
+
+
+def check_head(stack: Stack, id: str) -> None:
+    """Raises ConflictError where another plugin stands on the head, whose logits nobody reads."""
+    (head,) = (part.path for part in stack.ledger.of(id, DeltaPart))
+    for part in stack.ledger.all(DeltaPart):
+        if part.path == head and part.owner != id:
+            raise ConflictError(
+                f"{id} puts logits of bytes in the place of the head's, and {part.owner} stands on the head",
+                hint=f"leave {head} out of {part.owner}",
+            )

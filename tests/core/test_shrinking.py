@@ -1,0 +1,251 @@
+"""Layers that several plugins make smaller one after another: what stands, what a bundle holds, what the plan says."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import peftx
+from peftx import Claim, Plugin, Stack, hookimpl
+from peftx.engines.bundle.sparse import as_bits, widened
+from peftx.errors import MergeError
+from peftx.kernel.parts import ReplacedPart
+from peftx.kernel.plugin import compresses_own
+from peftx.pipeline import load_run
+from peftx.planning import plan
+from peftx.testing import tiny, tiny_tokenizer
+from peftx.toolkits.compression import NarrowLinear, QuantLinear
+from peftx_lora import Lora
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+class Halves(Plugin):
+    """Leaves the first half of the channels of each feed-forward part."""
+
+    claims = {Claim.NARROWS}
+
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        for site in model.linears("mlp"):
+            half = site.weight.shape[1 if site.role == "mlp.down" else 0] // 2
+            cut = site.weight[:, :half] if site.role == "mlp.down" else site.weight[:half]
+            site.replace(NarrowLinear.of(cut, None))
+
+
+class Packs(Plugin):
+    claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS}
+
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        for site in model.linears("mlp"):
+            site.replace(QuantLinear.from_linear(site.module, bits=8))
+
+
+@torch.no_grad()
+def logits(stack: Stack) -> Tensor:
+    return stack.model.eval()(input_ids=IDS).logits
+
+
+def shrunk(*, adapter: bool, pack: bool, keep: bool = True) -> Stack:
+    """Narrowed, with an adapter on the narrow layers, packed."""
+    plugins = [Halves(), *([Lora(rank=2, targets="mlp")] if adapter else []), *([Packs()] if pack else [])]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(ids=["halves"], keep=keep)
+    stack.inject()
+    with torch.no_grad():
+        for p in stack.ledger.parameters("lora") if adapter else ():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))) * 0.1)
+    if pack:
+        stack.compress(ids=["packs"], keep=keep)
+    return stack
+
+
+def test_an_adapter_folds_into_a_layer_that_is_only_narrower(tmp_path: Path) -> None:
+    stack = shrunk(adapter=True, pack=False)
+    before = logits(stack)
+    stack.merge(keep=False)
+    assert torch.allclose(logits(stack), before, atol=1e-5)
+    stack.save(tmp_path / "out")
+    files = {file.stem for file in (tmp_path / "out").glob("*.safetensors")}
+    assert files == {"base", "halves"}, "the folded weights stand in the layers' own file alone"
+    assert torch.equal(logits(peftx.load(tmp_path / "out")), logits(stack))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_layer_that_is_packed_after_it_was_narrowed_is_saved_once(tmp_path: Path, adapter: bool) -> None:
+    stack = shrunk(adapter=adapter, pack=True)
+    stack.save(tmp_path / "out")
+    files = {file.stem: load_file(file) for file in (tmp_path / "out").glob("*.safetensors")}
+    assert set(files) == {"base", "packs"}
+    again = peftx.load(tmp_path / "out")
+    assert torch.equal(logits(again), logits(stack))
+    assert (
+        again.base_parameters()
+        == stack.base_parameters()
+        == shrunk(adapter=False, pack=False).base_parameters()
+    )
+
+
+def test_who_replaced_a_layer_first_goes_last() -> None:
+    fresh = Stack(tiny("llama"), [])
+    stack = shrunk(adapter=False, pack=True)
+    with pytest.raises(MergeError, match=r"'halves' is in the weights that packs replaced"):
+        stack.remove("halves")
+    stack.remove("packs")
+    assert isinstance(stack.model.model.layers[0].mlp.up_proj, NarrowLinear)
+    stack.remove("halves")
+    assert torch.equal(logits(stack), logits(fresh))
+
+
+def test_what_was_folded_into_a_narrow_layer_goes_with_it() -> None:
+    fresh = Stack(tiny("llama"), [])
+    stack = shrunk(adapter=True, pack=False)
+    stack.merge(keep=False)
+    with pytest.raises(MergeError):
+        stack.remove("lora")
+    stack.remove("halves")
+    assert torch.equal(logits(stack), logits(fresh))
+
+
+def test_layers_that_nobody_keeps_are_free() -> None:
+    stack = Stack(tiny("llama"), [Halves(), Packs()], tokenizer=tiny_tokenizer())
+    dense = weakref.ref(stack.model.model.layers[0].mlp.up_proj)
+    stack.compress(ids=["halves"], keep=False)
+    narrow = weakref.ref(stack.model.model.layers[0].mlp.up_proj)
+    stack.compress(ids=["packs"], keep=False)
+    gc.collect()
+    assert dense() is None
+    assert narrow() is None
+    with pytest.raises(MergeError):
+        stack.remove("halves")
+    assert next(part.covers for part in stack.ledger.all(ReplacedPart)) == {"halves"}
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (2, 3, 11)])
+def test_masks_take_a_bit(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    bits = as_bits(mask)
+    assert bits.nbytes == -(-mask.numel() // 8)
+    assert torch.equal(widened(bits, "bool", shape), mask)
+    with pytest.raises(ValueError, match="bits"):
+        widened(bits, "bool", (mask.numel() + 8,))
+
+
+def test_narrow_layers_of_a_half_precision_base_stay_half(tmp_path: Path) -> None:
+    """As float32 a pruned model would be larger on disk than it was."""
+    stack = Stack("peftx:tiny", [Halves()])
+    stack.compress()
+    file = stack.save(tmp_path / "out") / "halves.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    again = peftx.load(tmp_path / "out")
+    assert again.model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert torch.equal(logits(again), logits(stack))
+
+
+ROWS = "{train: 'peftx:sample/train.jsonl'}"
+TEXT = "{calibration: 'peftx:sample/calibration.txt'}"
+SPEC = """
+peftx: 1
+model: peftx:tiny
+data: {data}
+stack: {stack}
+output: {output}
+"""
+
+
+PLAIN = ["[lora]", "[{use: spp, with: {pattern: '2:4'}}]"]
+COMPRESS = [
+    "[nf4]", "[lora, nf4]", "[nf4, lora]", "[{use: cfsp, with: {multiple: 16}}]",
+    "[{use: apt, with: {density: 1.0}}, nf4]",
+]  # fmt: skip
+
+
+TRAIN = [
+    "[{use: apt, with: {density: 1.0, tune: 1, prune: 1, fade: 1}}]",
+    "[{use: pat-pruning, with: {width: 1.0, prune: 1}}]",
+]
+"""Some of their layers train and are float32 then, the others are only cut."""
+
+
+@pytest.mark.parametrize("stack", PLAIN + COMPRESS + TRAIN)
+def test_the_plan_knows_the_bytes_of_the_bundle(tmp_path: Path, stack: str) -> None:
+    data = TEXT if stack in COMPRESS else ROWS if stack in TRAIN else "{}"
+    train = "train: {steps: 3, batch_size: 1}\n" if stack in TRAIN else ""
+    run = load_run(SPEC.format(data=data, stack=stack, output=tmp_path / "out") + train)
+    planned = plan(run.pipeline)
+    assert planned.runnable, planned.conflicts
+    run.run()
+    held = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
+    assert planned.totals.bundle_bytes == pytest.approx(held, rel=0.02)
+
+
+class Fades(Plugin):
+    """Injects what it compresses."""
+
+    claims = {Claim.NARROWS, Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: Any) -> None: ...
+
+    @hookimpl
+    def compress(self, model: Any) -> None: ...
+
+
+def test_who_compresses_what_it_injected() -> None:
+    assert compresses_own(Fades)
+    assert not compresses_own(Halves)
+    assert not compresses_own(Lora)
+
+
+def test_a_plan_of_compressors_alone_says_which_order_works() -> None:
+    found = plan(load_run(SPEC.format(data=TEXT, stack="[nf4, cfsp]", output="/tmp/nowhere")).pipeline)
+    assert [conflict.remedy for conflict in found.conflicts] == ["put 'cfsp' before 'nf4'"]
+    assert plan(
+        load_run(SPEC.format(data=TEXT, stack="[cfsp, nf4]", output="/tmp/nowhere")).pipeline
+    ).runnable
+
+
+def test_a_plan_follows_the_run() -> None:
+    """An adapter that comes after a compression stands on what it left, and phases that are over are not told again."""
+    text = (
+        SPEC.format(data=ROWS, stack="[{use: apt, with: {fade: 2}}, lora, nf4]", output="/tmp/nowhere")
+        + """
+train: {steps: 8}
+run:
+  - inject: apt
+  - train: {plugins: apt}
+  - compress: apt
+  - save: {path: /tmp/between}
+  - inject: lora
+  - train: {plugins: lora}
+  - compress: nf4
+  - save
+"""
+    )
+    found = plan(load_run(text).pipeline)
+    assert found.runnable, found.conflicts
+    assert [stage.writes for stage in found.stages if stage.name == "save"] == [
+        ("/tmp/between",),
+        ("/tmp/nowhere",),
+    ]
+    first, second = (stage.detail for stage in found.stages if stage.name == "train")
+    assert "apt: prune" in first or "apt: tune" in first
+    assert not second
+    alone = (
+        SPEC.format(data=ROWS, stack="[{use: apt, with: {fade: 2}}]", output="/tmp/nowhere")
+        + "train: {steps: 8}\n"
+    )
+    assert [stage.name for stage in plan(load_run(alone).pipeline).stages] == [
+        "inject",
+        "train",
+        "compress",
+        "save",
+    ]

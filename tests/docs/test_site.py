@@ -1,0 +1,206 @@
+"""What the site is made of: links that lead somewhere, parts that are made from the code, and no other host."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import MADE, UnknownPart, filled, gallery, made, spec, together
+from pages.links import dead, links_of
+from pages.shown import as_in_site, from_elsewhere, shown, without_reasons
+
+import peftx
+from peftx import Claim, Registry
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *shown(".md")]
+
+
+def read(page: Path) -> str:
+    return filled(page.read_text("utf-8"))
+
+
+def test_no_link_of_the_documents_is_dead() -> None:
+    assert not dead(PAGES, ROOT, read)
+    assert sum(len(links_of(page)) for page in PAGES) > 500
+
+
+def test_links_of_what_is_made_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("# Page\n", "utf-8")
+    (found,) = dead([tmp_path / "page.md"], tmp_path, lambda page: "# Page\n\n[x](no.md)\n")
+    assert found == "page.md, in what is made: the link 'no.md' leads nowhere: there is no no.md"
+
+
+@pytest.mark.parametrize(
+    ("link", "why"),
+    [
+        (
+            "[x](nowhere.md)",
+            "docs/page.md:3: the link 'nowhere.md' leads nowhere: there is no docs/nowhere.md",
+        ),
+        (
+            "[x](other.md#nothing)",
+            "docs/page.md:3: the link 'other.md#nothing' leads nowhere: docs/other.md has no heading",
+        ),
+        ("[x](#nothing)", "docs/page.md:3: the link '#nothing' leads nowhere"),
+        ("![x](no.png)", "docs/page.md:3: the link 'no.png' leads nowhere"),
+        ("[`x`](../../out.md)", "docs/page.md:3: the link '../../out.md' leads nowhere"),
+        (
+            "[x](https://github.com/peftx/peftx/blob/main/NO.md)",
+            "docs/page.md:3: the link 'https://github.com/peftx",
+        ),
+    ],
+)
+def test_a_dead_link_is_named_by_file_and_line(link: str, why: str, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "other.md").write_text("# Other\n\n## A `heading(of, code)`\n", "utf-8")
+    (docs / "page.md").write_text(
+        f"# Page\n\n{link}\n[a](other.md#a-headingof-code) [b](#page) `[c](d.md)`\n", "utf-8"
+    )
+    (found,) = dead([docs / "page.md"], tmp_path)
+    assert found.startswith(why)
+
+
+def test_a_link_in_a_fence_is_none(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("````text\n```\n[a](nowhere.md)\n```\n````\n", "utf-8")
+    assert links_of(page) == []
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_every_part_is_made_and_stands_in_a_page(name: str) -> None:
+    assert made(name).strip()
+    assert any(f"<!-- made: {name} -->" in page.read_text("utf-8") for page in PAGES)
+
+
+def test_an_unknown_part_is_named_by_line() -> None:
+    with pytest.raises(UnknownPart, match=r"^line 3: nothing makes 'nothing'; there are: "):
+        filled("# Page\n\n<!-- made: nothing -->\n")
+
+
+def test_the_spec_page_has_every_key_and_a_heading_for_each_link() -> None:
+    text = (ROOT / "docs/reference/spec.md").read_text("utf-8")
+    for name, model in spec.SECTIONS.items():
+        fields = {field.alias or key for key, field in model.model_fields.items()}
+        assert set(re.findall(r"^\| `([\w-]+)` ", made(f"spec-{name}"), re.MULTILINE)) == fields
+        assert f"<!-- made: spec-{name} -->" in text
+
+
+def test_the_gallery_has_every_plugin() -> None:
+    names = {each.name for each in gallery.listed()}
+    assert names >= set(Registry(disabled=()).names())
+    assert "lora-xs" in names, "the example of a distribution of its own"
+
+
+def test_every_goal_has_plugins_and_every_plugin_a_goal() -> None:
+    *rows, rest = made("goals").splitlines()[2:]
+    assert all("](" in row for row in rows)
+    assert rest.count("](") < len(gallery.listed()) / 6
+    assert all(f"[{each.name}](" in made("goals") for each in gallery.listed())
+
+
+def test_a_plugin_from_elsewhere_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs" / "listed").mkdir(parents=True)
+    (tmp_path / "docs/listed/far.toml").write_text(
+        '[project]\nname = "far"\ndescription = "Far: from elsewhere"\n'
+        'keywords = ["decode", "family:decoding", "arXiv:2501.00001"]\n'
+        '[project.urls]\nSource = "https://example.org/far"\n'
+        '[project.entry-points."peftx.plugins"]\nfar = "far:Far"\n',
+        "utf-8",
+    )
+    monkeypatch.setattr(gallery, "ROOT", tmp_path)
+    gallery.listed.cache_clear()
+    try:
+        row = gallery.table().splitlines()[-1]
+    finally:
+        gallery.listed.cache_clear()
+    assert row == (
+        "| [far](https://example.org/far) | Far: from elsewhere | decode | decoding |  |  |  "
+        "| [2501.00001](https://arxiv.org/abs/2501.00001) |"
+    )
+
+
+def test_what_goes_together_is_that_of_the_matrix() -> None:
+    found = together.outcomes("lora")
+    assert len(found) == len(together.matrix()["plugins"]) - 1
+    rows = {line.split("|")[1].strip(): line for line in together.table().splitlines()[2:]}
+    numbers = [
+        int(number)
+        for number in re.findall(r"\| (\d+) ", rows["[lora](../../plugins/inject/lora/README.md)"])
+    ]
+    assert sum(numbers) == len(found)
+    assert "not after a plugin that claims quantizes" in together.goes_with("lora", "../../../")
+
+
+def test_every_claim_has_its_meaning() -> None:
+    assert set(re.findall(r'id="([\w-]+)"', made("claims"))) == set(Claim)
+
+
+def test_the_python_page_has_all_that_peftx_gives() -> None:
+    text = (ROOT / "docs/reference/python.md").read_text("utf-8")
+    missing = [
+        name for name in peftx.__all__ if not re.search(rf"\b{name}\b", text) and name != "__version__"
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("html", "asked"),
+    [
+        ('<script src="https://cdn.example.org/x.js"></script>', ["https://cdn.example.org/x.js"]),
+        ('<link rel="stylesheet" href="//fonts.example.org/x.css">', ["//fonts.example.org/x.css"]),
+        ('<img alt="a" src="https://example.org/x.png">', ["https://example.org/x.png"]),
+        ('<link rel="canonical" href="https://example.org/"><a href="https://example.org/">x</a>', []),
+        ('<script src="../assets/x.js"></script>', []),
+    ],
+)
+def test_what_a_page_asks_of_other_hosts_is_seen(html: str, asked: list[str]) -> None:
+    assert from_elsewhere(html) == asked
+
+
+def test_our_scripts_ask_nobody() -> None:
+    for script in (ROOT / "docs/assets").glob("*.js"):
+        assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", script.read_text("utf-8")), (
+            script.name
+        )
+
+
+def test_links_as_they_are_in_the_site() -> None:
+    inside = as_in_site(
+        "[a](../../plugins/x/README.md) [b](../other.md)", "choose/gallery.md", is_shown=False
+    )
+    assert inside == "[a](../plugins/x/README.md) [b](../other.md)"
+    assert as_in_site("[a](docs/data.md)", "CONTRIBUTING.md", is_shown=True) == "[a](data.md)"
+
+
+def test_the_site_shows_a_block_that_does_not_run_as_any_other() -> None:
+    text = '```yaml norun="the base is of the Hub"\na: 1\n```\n'
+    assert without_reasons(text) == "```yaml\na: 1\n```\n"
+    for page in shown(".md"):
+        assert not re.search("^```.* norun=", without_reasons(page.read_text("utf-8")), re.MULTILINE), page
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Where MkDocs is installed: `make docs` does that."""
+    pytest.importorskip("mkdocstrings")
+    words = (
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    )
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("index.html"))
+    assert len(pages) > 150
+    for page in pages:
+        assert not from_elsewhere(page.read_text("utf-8")), page

@@ -1,0 +1,77 @@
+"""Every table of real data says which of its rows the base has read in its pre-training, and says it rightly."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from bases import READ_BEFORE, TABLES, Source, read_by, seen  # noqa: E402
+
+DATA = re.compile(r"AG News|SNIPS|polarity|Schema-Guided|HH-RLHF|_train\.json|_instruct\.json|math_data|udhr")
+PROSE = "unseen"
+
+
+def measured(readme: Path) -> str:
+    """The section, as one line."""
+    section = readme.read_text("utf-8").partition("\n## What we measured\n")[2].partition("\n## ")[0]
+    return " ".join(section.split())
+
+
+def readme_of(plugin: str) -> Path:
+    (found,) = ROOT.glob(f"plugins/*/{plugin}/README.md")
+    return found
+
+
+@pytest.mark.parametrize("plugin", TABLES)
+def test_a_readme_has_the_sentence_of_its_table(plugin: str) -> None:
+    assert seen("peftx:tiny", **TABLES[plugin]) in measured(readme_of(plugin))
+
+
+def test_no_table_of_a_data_set_is_without_one() -> None:
+    silent = [
+        readme.parent.name
+        for readme in ROOT.glob("plugins/*/*/README.md")
+        if DATA.search(text := measured(readme)) and "|" in text and "The base, " not in text
+    ]
+    assert not silent
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda file: file.name)
+def test_a_page_of_results_says_what_its_json_says(file: Path) -> None:
+    """And a README that shows it does."""
+    base = json.loads(file.read_text("utf-8")).get("base")
+    if not isinstance(base, str):
+        return
+    assert base in file.with_suffix(".md").read_text("utf-8")
+    shown = [r for r in ROOT.glob("plugins/*/*/README.md") if f"{file.stem}.png" in r.read_text("utf-8")]
+    assert shown
+    assert all(base in measured(readme) for readme in shown)
+
+
+def test_what_the_bundled_model_has_read() -> None:
+    news, polarity = READ_BEFORE
+    read = [Source("classify/snips_train.jsonl.gz"), Source(news), Source(news, 5999), Source(polarity, 8999)]
+    unread = [Source("classify/snips_validate.jsonl.gz"), Source(news, 6000), Source(polarity, 9000)]
+    unread.append(Source("preference/hh_harmless_base_test.jsonl.gz"))
+    assert [read_by("peftx:tiny", source) for source in (*read, *unread)] == [True] * 4 + [False] * 4
+    prose = Source("text/abc.txt.gz")
+    assert [read_by(PROSE, source) for source in (prose, *read)] == [True] + [False] * 4
+    said = seen("peftx:tiny", training=read[0], test=unread[0])
+    assert said == (
+        "The base, peftx:tiny, was pre-trained on the training rows (classify/snips_train.jsonl.gz), and was not "
+        "pre-trained on the test rows (classify/snips_validate.jsonl.gz)."
+    )
+
+
+def test_it_stopped_where_its_training_says() -> None:
+    tool = (ROOT / "tools" / "pretrain_tiny.py").read_text("utf-8")
+    names = ("AG_NEWS_TRAIN_ROWS", "POLARITY_TRAIN_ROWS")
+    assert list(READ_BEFORE.values()) == [
+        int(re.findall(rf"^{name} = (\d+)$", tool, re.M)[0]) for name in names
+    ]

@@ -1,0 +1,57 @@
+"""What the pages of the site say that follows from the code.
+
+A line `<!-- made: NAME -->` in a page stands for Markdown that is made from the code whenever the site is built, or a
+test asks. The prose around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+
+from pages import architectures, claims, commands, excerpts, gallery, spec, together
+
+LINE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
+
+MADE: dict[str, Callable[[], str]] = {
+    **spec.MADE,
+    "demo": excerpts.demo,
+    "beside": excerpts.beside,
+    "versions": excerpts.versions,
+    "citation": excerpts.citation,
+    "architectures": architectures.table,
+    "claims": claims.table,
+    "claims-rules": claims.rules_table,
+    "commands": commands.all_commands,
+    "goals": gallery.goals,
+    "gallery": gallery.table,
+    "matrix": together.table,
+}
+
+
+class UnknownPart(ValueError):
+    """A page asks for what nobody makes; names the line."""
+
+
+@cache
+def made(name: str) -> str:
+    return MADE[name]()
+
+
+def filled(markdown: str) -> str:
+    """A page with what is made in its place.
+
+    Raises:
+        UnknownPart: `<!-- made: NAME -->` with a name that is not in `MADE`.
+    """
+
+    def part(found: re.Match[str]) -> str:
+        if found[1] not in MADE:
+            line = markdown.count("\n", 0, found.start()) + 1
+            raise UnknownPart(
+                f"line {line}: nothing makes '{found[1]}'; there are: {', '.join(sorted(MADE))}"
+            )
+        return made(found[1])
+
+    return LINE.sub(part, markdown)

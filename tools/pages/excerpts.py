@@ -1,0 +1,47 @@
+"""Parts of other files of the repository, which a test holds true there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def section(file: str, heading: str) -> str:
+    """What stands below a heading of the second degree."""
+    found = re.search(rf"^## {re.escape(heading)}\n\n(.*?)(?=^## |\Z)", _text(file), re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise LookupError(f"{file} has no '## {heading}'")
+    return found[1].rstrip()
+
+
+def first(kind: str, text: str) -> str:
+    """The first fenced block of a language."""
+    found = re.search(rf"^```{kind}\n.*?^```$", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise LookupError(f"no block of {kind}")
+    return found[0]
+
+
+def _text(file: str) -> str:
+    return (ROOT / file).read_text("utf-8")
+
+
+def demo() -> str:
+    """The README's one command, with its output."""
+    return first("console", _text("README.md"))
+
+
+def beside() -> str:
+    """Its table of measured figures."""
+    (table,) = re.findall(r"(?:^\|.*\n)+", section("README.md", "Beside other libraries"), re.MULTILINE)
+    return table.replace("](benchmarks/", "](../../benchmarks/").rstrip()
+
+
+def versions() -> str:
+    return section("CHANGELOG.md", "Versions and deprecation").replace("](docs/", "](")
+
+
+def citation() -> str:
+    return first("bibtex", section("README.md", "Cite"))
