@@ -11,6 +11,7 @@ is not run again. Leaves continual.json, .md and .png in benchmarks/results.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import statistics
@@ -99,9 +100,11 @@ class Setting:
     def run(self, method: Method, rate: float, seed: int, *, choose: bool) -> dict[str, Any]:
         """A job: matrices of both kinds, or of `joint` the accuracy of each task at the end."""
         name = f"{method.name}-{rate:g}-{seed}{'-choose' * choose}".replace(" ", "_")
-        file = self.jobs / f"{name}.json"
+        pipeline = self.built(method, rate, seed, choose=choose)
+        digest = hashlib.sha256(pipeline.model_dump_json().encode()).hexdigest()[:12]
+        file = self.jobs / f"{name}-{digest}.json"
         if not file.exists():
-            result = Run(self.built(method, rate, seed, choose=choose)).run()
+            result = Run(pipeline).run()
             scores = {key: score.value for key, score in [*result.scores.values()][-1].items()}
             told = {}
             for kind, summary in ((AMONG_ALL, SUMMARY), (WITHIN, f"{SUMMARY}-within")):
@@ -185,7 +188,7 @@ def plot(found: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: Path) -
 
     rows = [row for row in found if not row["joint"]]
     figure, grid = pyplot.subplots(
-        2, len(rows), figsize=(2.6 * len(rows), 5.6), layout="constrained", squeeze=False
+        2, len(rows), figsize=(2.6 * len(rows), 7.2), layout="constrained", squeeze=False
     )
     for column, row in enumerate(rows):
         for axes, (known, kind) in zip(grid[:, column], KINDS.items(), strict=True):
@@ -196,7 +199,7 @@ def plot(found: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: Path) -
             axes.set_yticks(range(len(tasks)), tasks if column == 0 else [""] * len(tasks), fontsize=6)
     grid[0, 0].set_ylabel("after task", fontsize=8)
     figure.colorbar(image, ax=grid, shrink=0.6, label="accuracy")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
