@@ -11,6 +11,9 @@ order and with a constant rate. With r(y) = log pi(y|x) - log pi_0(y|x), a sum o
     chosen, rejected      the mean of r
     KL           KL(pi || pi_0) a token, at the states of answers that pi itself draws to held-out prompts
 
+D2O reads no chosen answer, so its `chosen` says what became of answers that it never saw, and `wins` that the rejected
+ones fell further than these: not that it learned what is preferred.
+
 A rate is chosen by - log(1 + exp(- beta margin)), the mean over validation pairs.
 """
 
