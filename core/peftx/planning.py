@@ -250,12 +250,14 @@ def _duration(compressions: Sequence[Compression], tokens: int) -> str:
 
 
 def _reach(stack: Stack) -> float:
-    """The share of the numbers in the layers' matrices that plugins stand on, or train."""
+    """The share of the numbers in the layers' matrices that plugins stand on, or train; packed ones count too."""
     places = [part.place for part in stack.ledger.all(DeltaPart)]
     places += [part.module for part in stack.ledger.all(BasePart)]
     touched = {id(t): t for m in places for t in m._parameters.values() if t is not None and t.ndim > 1}
-    inside = sum(t.numel() for t in touched.values())
-    _, total, _ = stack.anatomy.uncovered()
+    sites = (site for site in stack.anatomy.sites if site.kind == "quantized" and site.layer is not None)
+    packed = {id(site.module): site.in_features * site.out_features for site in sites}
+    inside = sum(t.numel() for t in touched.values()) + sum(packed.get(n, 0) for n in {id(m) for m in places})
+    total = stack.anatomy.uncovered()[1] + sum(packed.values())
     return min(1.0, inside / total) if total else 0.0
 
 

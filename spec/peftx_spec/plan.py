@@ -47,7 +47,8 @@ class Totals(SpecModel):
     final_bytes: NonNegative = Field(0, description="bytes of the model in memory at the end of the run")
     bundle_bytes: NonNegative = Field(
         0,
-        description="bytes of the tensors in the bundle, at most: of trained weights of the base it holds what changed",
+        description="bytes of the tensors in the bundle, about: how many of the base's weights change, or how much is "
+        "pruned, only the training tells; tokenizer, history and card are beside them",
     )
 
 

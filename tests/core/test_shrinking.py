@@ -199,33 +199,41 @@ class Fades(Plugin):
     def compress(self, model: Any) -> None: ...
 
 
+@pytest.mark.parametrize("stack", ["[lora]", "[lora, nf4]", "[nf4, lora]"])
+def test_a_plan_counts_packed_layers_among_those_that_are_reached(stack: str, tmp_path: Path) -> None:
+    text = SPEC.format(data=ROWS, stack=stack, output=tmp_path / "out") + "train: {steps: 1}\n"
+    found = plan(load_run(text).pipeline)
+    (detail,) = (stage.detail for stage in found.stages if stage.name == "inject")
+    assert detail == "stands on 100.0% of the numbers in the layers' matrices"
+
+
 def test_who_compresses_what_it_injected() -> None:
     assert compresses_own(Fades)
     assert not compresses_own(Halves)
     assert not compresses_own(Lora)
 
 
-def test_a_plan_of_compressors_alone_says_which_order_works() -> None:
-    found = plan(load_run(SPEC.format(data=TEXT, stack="[nf4, cfsp]", output="/tmp/nowhere")).pipeline)
+def test_a_plan_of_compressors_alone_says_which_order_works(tmp_path: Path) -> None:
+    found = plan(load_run(SPEC.format(data=TEXT, stack="[nf4, cfsp]", output=tmp_path / "out")).pipeline)
     assert [conflict.remedy for conflict in found.conflicts] == ["put 'cfsp' before 'nf4'"]
     assert plan(
-        load_run(SPEC.format(data=TEXT, stack="[cfsp, nf4]", output="/tmp/nowhere")).pipeline
+        load_run(SPEC.format(data=TEXT, stack="[cfsp, nf4]", output=tmp_path / "out")).pipeline
     ).runnable
 
 
-def test_a_plan_follows_the_run() -> None:
+def test_a_plan_follows_the_run(tmp_path: Path) -> None:
     """An adapter that comes after a compression stands on what it left, and phases that are over are not told again."""
     text = (
-        SPEC.format(data=ROWS, stack="[{use: apt, with: {fade: 2}}, lora, nf4]", output="/tmp/nowhere")
-        + """
-train: {steps: 8}
+        SPEC.format(data=ROWS, stack="[{use: apt, with: {fade: 2}}, lora, nf4]", output=tmp_path / "out")
+        + f"""
+train: {{steps: 8}}
 run:
   - inject: apt
-  - train: {plugins: apt}
+  - train: {{plugins: apt}}
   - compress: apt
-  - save: {path: /tmp/between}
+  - save: {{path: {tmp_path}/between}}
   - inject: lora
-  - train: {plugins: lora}
+  - train: {{plugins: lora}}
   - compress: nf4
   - save
 """
@@ -233,14 +241,14 @@ run:
     found = plan(load_run(text).pipeline)
     assert found.runnable, found.conflicts
     assert [stage.writes for stage in found.stages if stage.name == "save"] == [
-        ("/tmp/between",),
-        ("/tmp/nowhere",),
+        (f"{tmp_path}/between",),
+        (f"{tmp_path}/out",),
     ]
     first, second = (stage.detail for stage in found.stages if stage.name == "train")
     assert "apt: prune" in first or "apt: tune" in first
     assert not second
     alone = (
-        SPEC.format(data=ROWS, stack="[{use: apt, with: {fade: 2}}]", output="/tmp/nowhere")
+        SPEC.format(data=ROWS, stack="[{use: apt, with: {fade: 2}}]", output=tmp_path / "out")
         + "train: {steps: 8}\n"
     )
     assert [stage.name for stage in plan(load_run(alone).pipeline).stages] == [

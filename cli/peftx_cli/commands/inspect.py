@@ -105,7 +105,7 @@ def _show(found: Plan, *, show_all: bool) -> None:
             ("added", f"{totals.added_params:,}", ""),
             ("trainable", f"{totals.trainable_params:,}", ""),
             ("at the end", "", size(totals.final_bytes)),
-            ("in the bundle, at most", "", size(totals.bundle_bytes)),
+            ("tensors in the bundle", "", f"about {size(totals.bundle_bytes)}"),
         ],
     )
     for conflict in found.conflicts:

@@ -264,7 +264,7 @@ def _plan(told: Told) -> str:
         ("added", f"{totals.added_params:,}", ""),
         ("trainable", f"{totals.trainable_params:,}", ""),
         ("at the end", "", size(totals.final_bytes)),
-        ("in the bundle, at most", "", size(totals.bundle_bytes)),
+        ("tensors in the bundle", "", f"about {size(totals.bundle_bytes)}"),
     ]
     return table(("stage", "plugins", "reads", ""), stages) + table(
         ("", "parameters", "bytes"), numbers, numbers=(1, 2)
