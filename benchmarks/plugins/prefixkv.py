@@ -1,13 +1,13 @@
 """PrefixKV against the full cache and against one size for all layers, on the bundled model; JSON to stdout.
 
-    python benchmarks/plugins/prefixkv.py --text /work/shared/data/text/wikitext2_test.txt.gz
+    python benchmarks/plugins/prefixkv.py --text FILE
 
-Text of WikiText-2's test split, which the model was not trained on. A seed is other texts: 8 of 448 tokens to read
-and 64 that follow. `ratio` is the perplexity of those 64, one call a token, over that of the full cache on the same
-texts; `same`, of 32 greedy tokens, those before the text is another than that of the full cache; `bytes`, of keys and
-values at last, over those of all. `uniform` keeps tokens by the same importance, round(r n) in each layer; `last` are
-the same two with the importance that the prompt's last 32 queries give, and not all. Mean and standard deviation over
-seeds.
+`FILE` is the text of WikiText-2's test part, which the model was not trained on. A seed is other texts: 8 of 448
+tokens to read and 64 that follow. `ratio` is the perplexity of those 64, one call a token, over that of the full
+cache on the same texts; `same`, of 32 greedy tokens, those before the text is another than that of the full cache;
+`bytes`, of keys and values at last, over those of all. `uniform` keeps tokens by the same importance, round(r n) in
+each layer; `last` are the same two with the importance that the prompt's last 32 queries give, and not all. Mean and
+standard deviation over seeds.
 """
 
 from __future__ import annotations
