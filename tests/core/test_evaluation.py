@@ -43,6 +43,7 @@ from peftx.toolkits.evaluation import (
     wilson_interval,
     windows,
 )
+from peftx.toolkits.evaluation.classification import label_logs as all_label_logs
 
 VOCAB = 259  # three special ids and the bytes
 
@@ -468,6 +469,39 @@ def test_the_likeliest_label_wins(
         llama, tokenizer, rows, labels=labels, prompt="<{text}>", normalise=normalise, batch_size=3
     )
     assert list(result.predictions) == expected
+
+
+@pytest.mark.parametrize("normalise", ["none", "tokens", "bytes"])
+def test_what_is_not_read_could_not_have_won(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, normalise: Any
+) -> None:
+    """Labels that begin alike, begin one another, or differ in their last token alone."""
+    labels = ["a", "ab", "abc", "abd", "abcde", "b", "ba", "bab", "c a b", "c a c", "ddddddd"]
+    rows = [{"text": f"{place} of them", "label": "a"} for place in range(40)]
+    found = accuracy(llama, tokenizer, rows, labels=labels, normalise=normalise, batch_size=7)
+    logs = all_label_logs(llama, tokenizer, [row["text"] for row in rows], labels)
+    sizes = {"none": lambda _: 1, "tokens": lambda label: len(ids(" " + label)), "bytes": len}[normalise]
+    expected = [max(range(len(labels)), key=lambda i: row[i] / sizes(labels[i])) for row in logs]
+    assert list(found.predictions) == [labels[place] for place in expected]
+    assert len(set(found.predictions)) > 1 or normalise == "none"
+
+
+def test_a_sure_model_reads_few_labels(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Eight labels of three tokens: a pass over the first shows which may win, one over that one that it does."""
+    labels = [f"{first}xy" for first in "abcdefgh"]
+    table = torch.full((VOCAB, VOCAB), -20.0)
+    for before, after in [("t", " "), (" ", "c"), *((first, "x") for first in "abcdefgh"), ("x", "y")]:
+        table[ids(before)[0], ids(after)[0]] = 0.0
+    model = Bigram(table)
+    seen: list[tuple[int, int]] = []
+    result = accuracy(
+        model, tokenizer, [{"text": "t", "label": "axy"}] * 5, labels=labels, batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert result.predictions == ("cxy",) * 5
+    assert sum(rows for rows, _ in model.shapes) == 10
+    assert seen[-1] == (5, 5)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_accuracy_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -117,20 +118,18 @@ def accuracy(
     for index, row in enumerate(examples):
         class_index(row["label"], names, f"row {index} (counting from 0)")
 
-    texts = [row["text"] for row in examples]
-    sums, lengths = label_logs(
-        model, tokenizer, texts, names, prompt=prompt, max_length=max_length, batch_size=batch_size, device=device,
-        progress=progress,
-    )  # fmt: skip
-    predictions: list[str] = []
-    for log_probs, tokens in zip(sums, lengths, strict=True):
-        size_of = {
-            "none": [1] * len(names),
-            "tokens": tokens,
-            "bytes": [len(name.encode()) for name in names],
+    searches = []
+    size = context_window(model, tokenizer) if max_length is None else max_length
+    for row in examples:
+        answer = _answer(model, tokenizer, fill_template(prompt, row["text"]), names, size)
+        sizes = {
+            "none": None,
+            "tokens": [len(t) for t in answer.targets],
+            "bytes": [len(n.encode()) for n in names],
         }
-        ranked = [log / length for log, length in zip(log_probs, size_of[normalise], strict=True)]
-        predictions.append(names[ranked.index(max(ranked))])
+        searches.append(_Search(answer, sizes[normalise]))
+    _run_searches(model, searches, batch_size, device, progress)
+    predictions = [names[search.best] for search in searches]
     return _tally(examples, names, predictions)
 
 
@@ -145,17 +144,14 @@ def label_logs(
     batch_size: int = 8,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-) -> tuple[list[list[float]], list[list[int]]]:
-    """log p(label | prompt) and the label's tokens, [text][label]; arguments as those of `accuracy`."""
+) -> list[list[float]]:
+    """log p(label | prompt), [text][label]; arguments as those of `accuracy`."""
     size = context_window(model, tokenizer) if max_length is None else max_length
     requests: list[Request] = []
     owners: list[tuple[int, list[int]]] = []  # text, and the label of each alternative
-    lengths: list[list[int]] = []
     for index, text in enumerate(texts):
-        filled = fill_template(prompt, text)
-        targets = _label_ids(model, tokenizer, filled, names)
-        lengths.append([len(target) for target in targets])
-        for request, of in _label_requests(model, tokenizer, filled, targets, size):
+        answer = _answer(model, tokenizer, fill_template(prompt, text), names, size)
+        for request, of in answer.requests():
             requests.append(request)
             owners.append((index, of))
     scored = score_requests(model, requests, batch_size=batch_size, device=device, progress=progress)
@@ -163,7 +159,7 @@ def label_logs(
     for (index, of), logs in zip(owners, scored, strict=True):
         for label, log in zip(of, logs, strict=True):
             sums[index][label] = float(log.sum())
-    return sums, lengths
+    return sums
 
 
 def head_of(stack: Stack) -> Plugin | ModelHead | None:
@@ -255,14 +251,33 @@ def _label_ids(
     return targets
 
 
-def _label_requests(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    targets: list[list[int]],
-    size: int,
-) -> Iterator[tuple[Request, list[int]]]:
-    """Passes over one row with the labels each scores: labels that differ only in their last token share one."""
+@dataclass(frozen=True)
+class _Answer:
+    """What a model reads of one row, and the labels' tokens, which follow it."""
+
+    context: list[int]
+    encoder: list[int] | None
+    targets: list[list[int]]
+
+    def reading(self, start: Sequence[int], targets: list[list[int]]) -> Request:
+        """A pass over the row and `start`, the tokens of a label without its last."""
+        return Request(
+            inputs=[*self.context, *start], first=len(self.context) - 1, targets=targets, encoder=self.encoder
+        )
+
+    def requests(self) -> Iterator[tuple[Request, list[int]]]:
+        """Passes with the labels each scores: labels that differ only in their last token share one."""
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for label, target in enumerate(self.targets):
+            shared.setdefault(tuple(target[:-1]), []).append(label)
+        for start, of in shared.items():
+            yield self.reading(start, [self.targets[i] for i in of]), of
+
+
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, names: Sequence[str], size: int
+) -> _Answer:
+    targets = _label_ids(model, tokenizer, prompt, names)
     longest = max(map(len, targets))
     if model.config.is_encoder_decoder:
         context, encoder = [decoder_start(model)], encoder_ids(tokenizer, prompt, max_length=size)
@@ -274,19 +289,69 @@ def _label_requests(
         context, encoder = prefix + body[max(0, len(body) - max(0, room)) :] or opening_ids(tokenizer), None
     if len(context) + longest - 1 > size:
         raise DataError(f"a label of {longest} tokens does not fit in max_length {size}")
-    shared: dict[tuple[int, ...], list[int]] = {}
-    for label, target in enumerate(targets):
-        shared.setdefault(tuple(target[:-1]), []).append(label)
-    for start, of in shared.items():
-        yield (
-            Request(
-                inputs=[*context, *start],
-                first=len(context) - 1,
-                targets=[targets[i] for i in of],
-                encoder=encoder,
-            ),
-            of,
+    return _Answer(context, encoder, targets)
+
+
+class _Search:
+    """The likeliest label of a row, by as few passes as show that it is.
+
+    A pass over one label tells the first tokens of all, and no further token can add to a sum of logs: what is known of
+    a label bounds it from above. So the label of the highest bound is read next, until that one is known wholly.
+    """
+
+    def __init__(self, answer: _Answer, sizes: Sequence[int] | None) -> None:
+        self.answer = answer
+        self.sizes = sizes or [1] * len(answer.targets)
+        self.bounds = [0.0] * len(answer.targets)
+        self.known = [0] * len(answer.targets)  # tokens
+
+    @property
+    def best(self) -> int:
+        """Of the highest bound; the first of equals."""
+        values = [bound / size for bound, size in zip(self.bounds, self.sizes, strict=True)]
+        return values.index(max(values))
+
+    @property
+    def done(self) -> bool:
+        return self.known[self.best] == len(self.answer.targets[self.best])
+
+    def request(self) -> tuple[Request, list[int]]:
+        """A pass over the best label, and the labels that it tells more of: as many tokens as they have in common with
+        it, and one more."""
+        start, told = self.answer.targets[self.best][:-1], {}
+        for label, target in enumerate(self.answer.targets):
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(start, target[:-1], strict=False))
+            length = len(list(alike)) + 1
+            if length > self.known[label]:
+                told[label] = target[:length]
+        return self.answer.reading(start, list(told.values())), list(told)
+
+    def learn(self, labels: Sequence[int], logs: Sequence[Tensor]) -> None:
+        for label, log in zip(labels, logs, strict=True):
+            self.bounds[label], self.known[label] = float(log.sum()), len(log)
+
+
+def _run_searches(
+    model: PreTrainedModel,
+    searches: Sequence[_Search],
+    batch_size: int,
+    device: torch.device | str | None,
+    progress: Progress | None,
+) -> None:
+    waiting = sorted(
+        searches, key=lambda search: -len(search.answer.context) - len(search.answer.encoder or ())
+    )
+    while waiting:
+        batch, waiting = waiting[:batch_size], waiting[batch_size:]
+        asked = [search.request() for search in batch]
+        scored = score_requests(
+            model, [request for request, _ in asked], batch_size=batch_size, device=device
         )
+        for search, (_, labels), logs in zip(batch, asked, scored, strict=True):
+            search.learn(labels, logs)
+        waiting = [search for search in batch if not search.done] + waiting  # beside rows of their own length
+        if progress is not None:
+            progress(len(searches) - len(waiting), len(searches))
 
 
 def _tally(examples: list[Mapping[str, Any]], names: list[str], predictions: list[str]) -> AccuracyResult:

@@ -34,7 +34,7 @@ class Request:
     Attributes:
         inputs: ids that the model reads (an encoder-decoder's decoder reads).
         first: position whose logits score the first target.
-        targets: alternatives, each a list of ids of one length, at most len(inputs) - first.
+        targets: alternatives, each a list of at most len(inputs) - first ids.
         encoder: what the encoder reads; None for a causal model.
     """
 

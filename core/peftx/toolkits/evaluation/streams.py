@@ -105,7 +105,7 @@ def _scores(
     """[N, C] of these classes, and of those that a head knows beside them; -inf of those that it does not know."""
     head = head_of(stack)
     if head is None:
-        sums, _ = label_logs(
+        sums = label_logs(
             stack.model, stack.tokenizer, texts, names, max_length=max_length, progress=progress
         )
         return torch.tensor(sums)
