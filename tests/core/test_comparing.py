@@ -246,3 +246,17 @@ def test_rows_held_out_to_measure_on_are_parted_from_those_that_rates_are_chosen
     job = schedule.wanted({})[0]
     assert pipeline.data.train.path in job.pipeline
     assert pipeline.data.eval.path not in job.pipeline
+
+
+@pytest.mark.parametrize(("jobs", "allowed", "found"), [
+    (1, "", (1, 8)), (2, "", (2, 4)), (1, "3", (1, 3)), (4, "3", (4, 2)), (0, "", (8, 1)), (1, "many", (1, 8)),
+])  # fmt: skip
+def test_processes_and_their_threads(
+    jobs: int, allowed: str, found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftx.comparing import place
+
+    monkeypatch.setattr(place, "cores", lambda: 8)
+    monkeypatch.setattr(place, "has_accelerator", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    assert place.side_by_side(jobs) == found

@@ -12,9 +12,11 @@ from peftx.errors import BundleError
 
 
 def side_by_side(jobs: int) -> tuple[int, int]:
-    """Processes at once, and threads of each. `jobs` 0: one a core, or one alone on an accelerator."""
+    """Processes at once, and threads of each, no more than `OMP_NUM_THREADS` allows. `jobs` 0: one a core, or one alone
+    on an accelerator."""
     at_once = jobs or (1 if has_accelerator() else cores())
-    return at_once, max(1, cores() // at_once)
+    threads, allowed = max(1, cores() // at_once), os.environ.get("OMP_NUM_THREADS", "")
+    return at_once, min(threads, int(allowed)) if allowed.isdecimal() and int(allowed) else threads
 
 
 def check_place(folder: Path, ours: frozenset[str], noun: str) -> None:
