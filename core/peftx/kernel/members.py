@@ -28,6 +28,12 @@ class Member:
     def implements(self, hook: str) -> bool:
         return hook in hooks_of(self.plugin)
 
+    @property
+    def trains_own_rows(self) -> bool:
+        """Does it put a loss on rows of its own in the place of the task's: on further sources, or on pairs."""
+        own = self.plugin.sources or "preference" in self.plugin.takes
+        return self.claims(Claim.REPLACES_LOSS) and bool(own)
+
 
 @dataclass
 class Standing:

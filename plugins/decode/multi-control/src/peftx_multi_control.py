@@ -261,9 +261,7 @@ class MultiControl(Plugin):
     def check(self, stack: Stack) -> None:
         id, members = stack.id_of(self), stack.members
         behind = members[[m.id for m in members].index(id) + 1 :]
-        own = (m for m in behind if m.claims(Claim.REPLACES_LOSS))
-        rows = (m.id for m in own if m.plugin.sources or "preference" in m.plugin.takes)
-        if (other := next(rows, None)) is not None:
+        if (other := next((m.id for m in behind if m.trains_own_rows), None)) is not None:
             said = f"'{id}' reads the aspect of each row of a batch, and '{other}' behind it runs rows of its own"
             raise ConflictError(said, hint=f"this order works: {other}, {id}")
 

@@ -111,9 +111,7 @@ class Panda(Plugin):
     config: PandaConfig
 
     def check(self, stack: Stack) -> None:
-        own = (m for m in stack.members if m.claims(Claim.REPLACES_LOSS))
-        rows = (m.id for m in own if m.plugin.sources or "preference" in m.plugin.takes)
-        if (other := next(rows, None)) is not None:
+        if (other := next((m.id for m in stack.members if m.trains_own_rows), None)) is not None:
             raise ConflictError(
                 f"'{stack.id_of(self)}' compares logits at the labels of a batch, and '{other}' runs rows of its own",
                 hint="keep one of them",
