@@ -128,6 +128,11 @@ def write_stamp(stamp: dict[str, Any]) -> None:
 
 
 def create_venv() -> None:
+    if Path(sys.prefix).resolve() == VENV:
+        base = sys._base_executable  # type: ignore[attr-defined]
+        sys.exit(
+            f"[setup] {VENV} is to be made anew, and this is its own Python; deactivate, or: PYTHON={base} make setup"
+        )
     say(f"creating {VENV.relative_to(ROOT)} with Python {sys.version.split()[0]}")
     if VENV.exists():
         shutil.rmtree(VENV)

@@ -170,7 +170,12 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
-    files = derived()
+    from peftx.errors import RegistryError
+
+    try:
+        files = derived()
+    except RegistryError as error:
+        sys.exit(f"{error}\n  of a folder that is not installed yet: make setup")
     stale = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     if check and stale:
         print(

@@ -59,7 +59,8 @@ def training_rows(data: DataSpec) -> tuple[Dataset | None, HeldOut | None]:
     if not held:
         raise DataError(
             f"{data.train.path}: none of its {len(rows)} rows can be held out: there are no two that differ",
-            hint="give data to evaluate on: data: {eval: file} (--eval FILE), or evaluate nothing (--metric none)",
+            hint="give data to evaluate on: data: {eval: file} (--eval FILE), or evaluate nothing: --metric none of "
+            "peftx apply",
         )
     rest = [index for index in range(len(rows)) if index not in held]
     return rows.select(rest), HeldOut(rows.select(sorted(held)), len(rows), data.holdout.seed)

@@ -60,7 +60,8 @@ class Worker:
                 raise ServerError(f"'{job.model}' is closing", hint="ask another model: GET /v1/models")
             already = sum(other.model == job.model for other in self._waiting)
             if already >= self.scheduler.max_queue:
-                raise QueueFull(f"{already} requests wait already", hint="try again later")
+                waiting = "1 request waits" if already == 1 else f"{already} requests wait"
+                raise QueueFull(f"{waiting} already", hint="try again later")
             self._waiting.append(job)
             self._changed.notify_all()
 
