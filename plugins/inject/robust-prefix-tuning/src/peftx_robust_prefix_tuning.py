@@ -49,7 +49,14 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes, text_ids
+from peftx.engines.data import (
+    ClassTexts,
+    check_labels,
+    continuation,
+    following_ids,
+    pads_right,
+    take_classes,
+)
 from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.heads import last_of
@@ -299,12 +306,13 @@ class RobustPrefixTuning(Plugin):
 
 
 def first_tokens(stack: Stack, labels: Sequence[str]) -> list[int]:
-    """Of each label, as it is written by itself.
+    """Of each label as it follows a text; a space that is a token of its own is none.
 
     Raises:
         DataError: two labels begin with one token.
     """
-    found = [text_ids(stack.tokenizer, label)[0] for label in labels]
+    rows = [following_ids(stack.tokenizer, continuation("?", label)) for label in labels]
+    found = [next(id for id in ids if stack.tokenizer.decode([id]).strip()) for ids in rows]
     if len({*found}) < len(found):
         raise DataError(
             f"robust-prefix-tuning: the first tokens of {', '.join(labels)} are {found}, and two classes have one",

@@ -16,7 +16,14 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.evaluation import evaluating
 from peftx_lora import Lora
 from peftx_prefix_tuning import PrefixTuning
-from peftx_robust_prefix_tuning import Manifolds, RobustPrefixTuning, attack, misspelled, projection
+from peftx_robust_prefix_tuning import (
+    Manifolds,
+    RobustPrefixTuning,
+    attack,
+    first_tokens,
+    misspelled,
+    projection,
+)
 
 test_conformance = conformance("robust-prefix-tuning")
 
@@ -250,6 +257,16 @@ def test_bundles_hold_the_manifolds(tmp_path: Path) -> None:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+def test_classes_are_words_as_they_follow_a_text() -> None:
+    """The bundled tokenizer has " film" as one token, and "film" as four."""
+    bundled = Stack("peftx:tiny")
+    pieces = [bundled.tokenizer.tokenize(f" {label}") for label in ("film", "food")]
+    assert [len(piece) for piece in pieces] == [1, 1]
+    assert first_tokens(bundled, ["film", "food"]) == bundled.tokenizer.convert_tokens_to_ids(
+        [p for (p,) in pieces]
+    )
+
+
 def test_the_loss_is_that_of_the_class_token_behind_the_text() -> None:
     stack, plugin = stack_of()
     one, two = (
@@ -308,7 +325,7 @@ def test_accuracy_on_clean_and_on_attacked_texts() -> None:
     torch.manual_seed(0)
     plugin = RobustPrefixTuning(length=5, rate=0.02, synonyms={"fine": ["dull"], "dull": ["fine"]}, edits=2)
     stack = Stack("peftx:tiny", [plugin])
-    stack.train(ROWS, steps=40, batch_size=6, learning_rate=0.1)
+    stack.train(ROWS, steps=60, batch_size=6, learning_rate=0.2)
     found = stack.evaluate(ROWS, metrics=[ID])
     kinds = ("clean", "characters", "words")
     assert set(found) == {f"accuracy/{kind}/{name}" for kind in kinds for name in ("prefix", "robust")}
