@@ -34,6 +34,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from bases import Source, seen
 from compare import RESULTS
 from rated import Make, measured, table
 from scipy.stats import spearmanr
@@ -48,6 +49,11 @@ from peftx_ullme import Ullme
 
 UNREAD = 6000
 """Rows of AG News from here on are in peftx:tiny neither."""
+ROWS = {
+    "news": Source("classify/ag_news_test.jsonl.gz", UNREAD),
+    "utterances' training": Source("classify/snips_train.jsonl.gz"),
+    "utterances' test": Source("classify/snips_validate.jsonl.gz"),
+}
 WORDS, CHARACTERS = 16, 110
 """Of a passage: so many of the first, which makes a longer text than this no passage."""
 NEWS, UTTERANCES = (200, 500), (200, 300)
@@ -199,10 +205,10 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def page(results: dict[str, dict[str, Any]], base: str) -> str:
     setting = (
-        f"{base}. Retrieval among {NEWS[1]} passages of AG News, similarity of {UTTERANCES[1]} utterances of SNIPS. "
+        f"Retrieval among {NEWS[1]} passages of AG News, similarity of {UTTERANCES[1]} utterances of SNIPS. "
         f"LoRA of rank 8 under each plugin, {STEPS} steps of {BATCH} rows, constant rates from "
         f"{', '.join(f'{rate:g}' for rate in RATES)}, chosen on {NEWS[0]} and {UTTERANCES[0]} other rows; three seeds, "
-        "± the standard deviation. One thread, CPU seconds of training."
+        f"± the standard deviation. One thread, CPU seconds of training. {seen(base, **ROWS)}"
     )
     lines = ["# Texts as vectors", "", setting, "", *table(results, MEASURES), ""]
     return "\n".join([*lines, "![Each measure of each method](embeddings.png)", ""])
@@ -262,6 +268,7 @@ def main() -> None:
             "news": NEWS,
             "utterances": UTTERANCES,
         },
+        base=seen(base, **ROWS),
         file=RESULTS / "embeddings.json",
         only=arguments.only,
     )

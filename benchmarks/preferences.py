@@ -30,6 +30,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from bases import Source, seen
 from compare import RESULTS
 from datasets import Dataset
 from plugins.dpo_prefix_sharing import read_pairs
@@ -52,6 +53,7 @@ from peftx_lora import Lora
 LONGEST, VALIDATION, TEST = 96, 80, 208
 STEPS, BATCH, BETA = 20, 8, 0.1
 DRAWN_TOKENS, DRAWN_PROMPTS = 16, 64
+ROWS = {"training and test": Source("preference/hh_harmless_base_test.jsonl.gz")}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 MEASURES = {"wins": 3, "margin": 2, "chosen": 2, "rejected": 2, "KL": 4}
 Pair = dict[str, str]
@@ -186,10 +188,10 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def page(results: dict[str, dict[str, Any]], counts: Sequence[int], base: str) -> str:
     setting = (
-        f"{base}, LoRA of rank 8, HH-RLHF (harmless, test) dialogues of at most {LONGEST} tokens: {counts[0]} pairs to "
+        f"LoRA of rank 8, HH-RLHF (harmless, test) dialogues of at most {LONGEST} tokens: {counts[0]} pairs to "
         f"train on, {counts[1]} to choose rates on, {counts[2]} to measure on. {STEPS} steps of {BATCH} pairs, "
         f"constant rates from {', '.join(f'{rate:g}' for rate in RATES)}, three seeds, ± the standard deviation. One "
-        "thread, CPU seconds of training."
+        f"thread, CPU seconds of training. {seen(base, **ROWS)}"
     )
     lines = ["# Preference learning", "", setting, "", *table(results, MEASURES), ""]
     return "\n".join([*lines, "![What is won against the divergence](preferences.png)", ""])
@@ -230,6 +232,7 @@ def main() -> None:
         choose=lambda stack: judge.choose(stack, held),
         test=lambda stack: judge.test(stack, test),
         settings=settings,
+        base=seen(base, **ROWS),
         file=RESULTS / "preferences.json",
         only=arguments.only,
     )

@@ -35,6 +35,7 @@ def measured(
     choose: Callable[[Stack], float],
     test: Callable[[Stack], dict[str, float]],
     settings: Mapping[str, Any],
+    base: str,
     file: Path,
     only: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
@@ -42,8 +43,8 @@ def measured(
 
     Args:
         trained, untrained: by what the table says. choose: of a stack, on validation rows. test: of a stack, by
-            measure. settings: all that decides about the results. only: names to run here, so that several processes
-            may share the work; all if left out.
+            measure. settings: all that decides about the results. base: which of the rows it has read (`bases.seen`).
+            only: names to run here, so that several processes may share the work; all if left out.
 
     Returns:
         What the file has then, in the order of the methods.
@@ -59,6 +60,7 @@ def measured(
             whole = {
                 "machine": machine(),
                 "settings": told,
+                "base": base,
                 "results": _known(file, told) | {name: found},
             }
             write_text(file, json.dumps(whole, indent=1) + "\n")

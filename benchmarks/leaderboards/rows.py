@@ -37,8 +37,7 @@ NEWS_WORDS = {"World": "world", "Sports": "game", "Business": "business", "Sci/T
 """Labels as common words: what a frozen model is to answer with must be something that it says."""
 
 SNIPS_TRAIN, SNIPS_TEST, NEWS = (
-    f"classify/{name}.jsonl.gz"
-    for name in ("snips_train", "snips_validate", "ag_news_test")
+    f"classify/{name}.jsonl.gz" for name in ("snips_train", "snips_validate", "ag_news_test")
 )
 UNREAD = READ_BEFORE[NEWS]
 SOURCES = {

@@ -50,7 +50,7 @@ def test_a_page_of_results_says_what_its_json_says(file: Path) -> None:
     if not isinstance(base, str):
         return
     assert base in file.with_suffix(".md").read_text("utf-8")
-    shown = [r for r in ROOT.glob("plugins/*/*/README.md") if f"{file.stem}.png" in r.read_text("utf-8")]
+    shown = [r for r in ROOT.glob("plugins/*/*/README.md") if f"results/{file.stem}." in r.read_text("utf-8")]
     assert shown
     assert all(base in measured(readme) for readme in shown)
 
