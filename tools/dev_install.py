@@ -36,7 +36,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".peftx-stamp"
 LOG = VENV / "dev-install.log"
-DEFAULT_EXTRAS = ("serve", "worker", "compressed", "eval", "gguf", "search", "test")
+DEFAULT_EXTRAS = ("serve", "worker", "compressed", "eval", "gguf", "ray", "search", "test")
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from peftx.engines.data.sources import (
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
-from peftx.engines.training.processes import check_alone
+from peftx.engines.training.on_ray import require_ray, together
+from peftx.engines.training.processes import check_claims, launched, leads
 from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
 from peftx.interop.importing import begin_with
@@ -82,13 +84,13 @@ class Run:
         resume: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        check_alone()
         self.pipeline = pipeline = pinned(pipeline)
         self.trust_remote_code = trust_remote_code
         self.registry = registry or Registry()
-        self.reporter = reporter or Silent()
+        self.leads = leads()
+        self.reporter = (reporter if self.leads else None) or Silent()
         self.resume = resume
-        places = where or {}
+        self.where = places = where or {}
         self.members = [
             Member(
                 entry.id,
@@ -100,6 +102,7 @@ class Run:
         ]
         check(self.members)
         self.stages = stages_of(pipeline, self.registry)
+        self._check_runtime()
         self._rows, self.held_out = training_rows(pipeline.data)
         self._check_data()
         self._check_output()
@@ -110,6 +113,16 @@ class Run:
         self._trained_on = False
         """Was anything trained on the rows since they were prepared."""
         self.result: RunResult | None = None
+
+    def _check_runtime(self) -> None:
+        runtime = self.pipeline.runtime
+        check_claims(self.members, max(runtime.workers, launched()))
+        if runtime.engine == "ray":
+            require_ray()
+            if not any(stage.save is not None for stage in self.stages):
+                raise BundleError(
+                    "processes of Ray leave what they save, and no stage saves", hint="run: [..., save]"
+                )
 
     def _check_data(self) -> None:
         data = self.pipeline.data
@@ -139,8 +152,31 @@ class Run:
                 )
 
     def run(self) -> RunResult:
-        """Carry out all stages."""
+        """Carry out all stages, here or in the processes that `runtime` asks for."""
+        return self._on_ray() if self.pipeline.runtime.engine == "ray" else self.here()
+
+    def _on_ray(self) -> RunResult:
+        from peftx.loading import load
+
+        output = Path(str(self.pipeline.output))
+        make_place(output)
+        if not self.resume:  # whoever begins again goes on from what is there
+            shutil.rmtree(checkpoints(output), ignore_errors=True)
+        found = together(
+            partial(_work, self.pipeline, self.registry, self.where, self.trust_remote_code),
+            self.pipeline.runtime,
+            place=output.parent / f".{output.name}.ray",
+            reporter=self.reporter,
+        )
+        stack = load(found["output"], trust_remote_code=self.trust_remote_code)
+        self.result = RunResult(stack, held_out=self.held_out, **found)
+        return self.result
+
+    def here(self) -> RunResult:
+        """Carry out all stages in this process. Of several that train together each goes as far as the last training,
+        and the first does what is behind it."""
         model = self.pipeline.model
+        last = max((index for index, stage in enumerate(self.stages) if stage.train is not None), default=-1)
         for target in self._targets():
             make_place(target)
         self.reporter.stage("load", [])
@@ -163,7 +199,7 @@ class Run:
         self.reporter.finished(
             "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
         )
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages if self.leads else self.stages[: last + 1]):
             name = stage.kind
             self.reporter.stage(f"{name} ({stage.round})" if stage.round else name, stage.ids)
             started = time.perf_counter()
@@ -208,7 +244,7 @@ class Run:
         before = len(data.train or ())
         self._stack.prepare(data, stage.ids)
         done = f"{before} rows became {len(data.train or ())}"
-        output = self.pipeline.output
+        output = self.pipeline.output if self.leads else None
         return done if output is None else done + data.write_dropped(dropped_rows(Path(output)))
 
     def _inject(self, stage: RunStage, index: int) -> str:
@@ -336,7 +372,7 @@ class Run:
 
     def _figures(self) -> Path | None:
         """Where `evaluate` plugins put figures: beside the bundle, which holds no strange file."""
-        if self.pipeline.output is None:
+        if self.pipeline.output is None or not self.leads:
             return None
         output = Path(self.pipeline.output)
         return output.parent / f"{output.name}.figures"
@@ -347,10 +383,25 @@ class Run:
         target = stage.save.path or self.pipeline.output
         if target is None:
             raise BundleError("nowhere to save", hint="output: out/")
+        if not self.leads:
+            return ""
         self.result.output = self._stack.save(target)
         self.result.bytes_after = folder_bytes(self.result.output)
         shutil.rmtree(checkpoints(Path(target)), ignore_errors=True)  # the run is complete
         return f"{self.result.output} ({self.result.bytes_after:,} bytes)"
+
+
+def _work(
+    pipeline: Pipeline, registry: Registry, where: dict[str, str], trust_remote_code: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """What a process of Ray does: the pipeline, from its last checkpoint if there is one. Returns what is told of a
+    `RunResult` beside its stack."""
+    run = Run(
+        pipeline, registry=registry, where=where, reporter=reporter, resume=True,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    result = run.here()
+    return {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("stack", "held_out")}
 
 
 def load_run(

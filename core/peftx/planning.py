@@ -17,7 +17,8 @@ from peftx.engines.models import base_bytes as bytes_on_disk
 from peftx.engines.models import load_model
 from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
-from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
+from peftx.engines.training.processes import check_claims
+from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy import Anatomy, Site
 from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
@@ -50,6 +51,10 @@ def plan(
         PlannedConflict(plugins=(c.first, c.second), reason=c.reason, remedy=", ".join(c.working_order))
         for c in find_conflicts(members)
     ]
+    try:
+        check_claims(members, pipeline.runtime.workers)
+    except ConflictError as error:
+        conflicts.append(_refused(tuple(m.id for m in members if m.claims(Claim.REPLACES_STEP)), error))
     model, tokenizer = load_model(
         pipeline.model.id,
         dtype=pipeline.model.dtype,

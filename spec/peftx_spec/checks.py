@@ -40,6 +40,7 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
         *_holdout(data),
         *_metrics(data, hooks),
         *_metric_formats(data),
+        *_runtime(data),
         *run_findings(data, hooks),
         *need_findings(data, hooks),
     ]
@@ -83,6 +84,17 @@ def _remote_code(data: Data) -> Iterator[Finding]:
         message = "'trust_remote_code' is not a spec's to set: it would let the file run code of its author's choice"
         remedy = "leave it out; if you trust the model, run with --trust-remote-code (Python: trust_remote_code=True)"
         yield Finding(("model", "trust_remote_code"), message, at_key=True, suggestion=remedy)
+
+
+def _runtime(data: Data) -> Iterator[Finding]:
+    """Of processes elsewhere nothing is left but what they save."""
+    given = data.get("runtime")
+    engine = mapping_of(data, "runtime").get("engine") if isinstance(given, dict) else given
+    if engine == "ray" and data.get("output") is None:
+        remedy = "output: out/, on a disk that all machines see"
+        yield Finding(
+            ("runtime",), "processes of Ray leave a bundle, and 'output' says no place", suggestion=remedy
+        )
 
 
 def _places(data: Data) -> Iterator[Finding]:

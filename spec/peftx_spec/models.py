@@ -289,6 +289,32 @@ class EvaluateSpec(RootModel[dict[str, MetricOptions]]):
         return self.root[self.metric]
 
 
+class RuntimeSpec(SpecModel):
+    """Where a pipeline runs; a plain string in its place is its engine."""
+
+    engine: Literal["local", "ray"] = Field(
+        "local", description="local: in this process; ray: in processes that Ray Train starts"
+    )
+    workers: Positive = Field(
+        1, description="of ray: processes that train together, each on batches of its own"
+    )
+    restarts: NonNegative = Field(
+        3, description="of ray: how often all begin again, from the last checkpoint, when one has died"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: object) -> object:
+        return {"engine": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _fit(self) -> RuntimeSpec:
+        own = [n for n in ("workers", "restarts") if getattr(self, n) != type(self).model_fields[n].default]
+        if self.engine == "local" and own:
+            raise ValueError(f"{own[0]} is of engine ray, and a local run has one process: set engine: ray")
+        return self
+
+
 class Pipeline(SpecModel):
     """The declaration of a stack with its data, its training and its evaluation."""
 
@@ -306,6 +332,7 @@ class Pipeline(SpecModel):
     output: Text | None = Field(
         None, description="folder of the bundle, from the spec's folder; not saved if absent"
     )
+    runtime: RuntimeSpec = Field(default_factory=RuntimeSpec, description="where it runs")
 
     def entry(self, id: str) -> StackEntry:
         """The entry of the stack with this id. Raises `KeyError`."""

@@ -11,8 +11,8 @@ from peftx_spec.loader import MAX_DEPTH, parse_value
 from peftx_spec.problems import Path, Problem, describe, path_text
 from peftx_spec.scalars import ScalarError
 
-SECTIONS = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
-SETTABLE = ("model", "data", "train", "evaluate", "output")
+SECTIONS = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output", "runtime")
+SETTABLE = ("model", "data", "train", "evaluate", "output", "runtime")
 RESERVED_IDS = frozenset({*SECTIONS, "all"})
 
 VALUES = "a value as in YAML: 16, 1e-4, [1, 2], {a: 1}, 'text with [brackets'"
@@ -22,6 +22,7 @@ _SHORTHAND: dict[Path, str] = {
     ("data", "train"): "path",
     ("data", "eval"): "path",
     ("data", "calibration"): "path",
+    ("runtime",): "engine",
 }
 """Where a plain string stands for a mapping with one key."""
 

@@ -239,13 +239,19 @@ def test_bad_input_is_found_before_the_model_is_loaded(files: dict[str, Path], t
         make(files)
 
 
-def test_a_pipeline_among_several_processes_is_refused(
+def test_the_first_of_several_processes_writes_and_tells(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each would write the same folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PeftxError, match="a pipeline runs in one process, and 2 were launched"):
-        make(files)
+    """The others go as far as the last training, and leave nothing."""
+    monkeypatch.setenv("RANK", "1")
+    told = Recorder()
+    run = make(files, reporter=told)
+    result = run.run()
+    assert result.training
+    assert list(result.seconds)[-1].endswith("train")
+    assert not told.stages
+    assert not files["output"].exists()
+    assert not list(files["output"].parent.glob("*dropped*"))
 
 
 def test_conflicts_name_both_places(files: dict[str, Path]) -> None:

@@ -110,7 +110,8 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
         # What lies between two plugins Run has named by now; this is between a plugin and the model.
         for conflict in recipe.conflicts:
             raise with_code(conflict.code)(conflict.reason, hint=conflict.remedy or None)
-        _warn(run, resume=resume)
+        if run.leads:
+            _warn(run, resume=resume)
         try:
             result = run.run()
         except KeyboardInterrupt as error:
@@ -120,8 +121,9 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             if run.result is not None and run.result.training and _checkpoints(run):
                 failures.warn(f"the training is not lost: {_how_to_resume(run)}")
             raise
-        texts = samples(run, result)
-    report(run, result, texts, as_json=as_json)
+        texts = samples(run, result) if run.leads else []
+    if run.leads:
+        report(run, result, texts, as_json=as_json)
 
 
 def _warn(run: Run, *, resume: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from peftx.engines.training.processes import ALONE, Processes
 from peftx.engines.training.state_io import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -46,11 +47,12 @@ class Best:
         patience = self.spec.early_stopping_patience
         return patience is not None and self.state["waited"] >= patience
 
-    def look(self, step: int, snapshot: Callable[[], Any]) -> None:
-        """Measure, with the random streams left as they are. snapshot: what the trained state is made of."""
+    def look(self, step: int, snapshot: Callable[[], Any], processes: Processes = ALONE) -> None:
+        """Measure, with the random streams left as they are. snapshot: what the trained state is made of. processes:
+        all go by what the first one measured."""
         started = time.perf_counter()
         streams = random_state()
-        scores = self.measure(self.spec.metric_for_best_model, self.spec.max_length)
+        scores = processes.gather(self.measure(self.spec.metric_for_best_model, self.spec.max_length))[0]
         set_random_state(streams)
         self.told(step, scores)
         value, best = scores[self.spec.metric_for_best_model].value, self.state["value"]
@@ -71,6 +73,6 @@ class Looking(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self.best.spec.eval_steps
         if every is not None and state.global_step % every == 0:
-            self.best.look(state.global_step, self.trainer().snapshot)
+            self.best.look(state.global_step, self.trainer().snapshot, self.trainer().processes)
             if self.best.enough:
                 control.should_training_stop = True

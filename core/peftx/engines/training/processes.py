@@ -1,4 +1,4 @@
-"""A run on several processes (torchrun), which make the same updates.
+"""A run on several processes (of torchrun, or of Ray Train), which make the same updates.
 
 Each process computes its own micro-batches of a step. Their gradients are averaged once, behind the last of them and
 before any plugin reads them. `DistributedDataParallel` does so inside of the backward pass, and knows the parameters
@@ -23,6 +23,7 @@ from peftx.errors import ConflictError, TrainingError
 from peftx.kernel.plugin import Claim
 
 if TYPE_CHECKING:
+    from peftx.kernel.members import Member
     from peftx.kernel.stack import Stack
 
 
@@ -71,18 +72,14 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_alone() -> None:
-    """Raises PeftxError where others were launched beside this process."""
-    if launched() > 1:
-        raise TrainingError(
-            f"a pipeline runs in one process, and {launched()} were launched",
-            hint="a script of your own that calls stack.train: docs/training.md",
-        )
+def leads() -> bool:
+    """Is this the first of the processes, which writes and tells for all."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
-def check_claims(stack: Stack, count: int) -> None:
+def check_claims(members: Sequence[Member], count: int) -> None:
     """Raises ConflictError where a plugin's step makes nothing that processes could average."""
-    found = [member.id for member in stack.members if member.claims(Claim.REPLACES_STEP)]
+    found = [member.id for member in members if member.claims(Claim.REPLACES_STEP)]
     if found and count > 1:
         raise ConflictError(
             f"'{found[0]}' makes no gradients, so {count} processes would each train a model of their own",

@@ -173,7 +173,7 @@ def train(
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
         )
     _check_that_it_acts(stack)
-    check_claims(stack, launched())
+    check_claims(stack.members, launched())
     if output is not None:
         make_place(Path(output) / "checkpoint")
     training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)

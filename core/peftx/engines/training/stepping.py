@@ -43,7 +43,7 @@ class Stepping(Trainer):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        check_claims(self.stack, self.processes.count)
+        check_claims(self.stack.members, self.processes.count)
         begin_alike(self.stack, self.processes)
         done = super().train(*args, **kwargs)
         check_alike(self.stack, self.processes, self.state.global_step)
