@@ -18,6 +18,7 @@ from peftx.errors import StackError
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
 from peftx.kernel.plugin import Plugin, hookimpl
+from peftx.kernel.sharded import refuse_shards, whole
 from peftx.kernel.stack import Stack as Kernel
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ class Stack(Kernel):
             MergeError: a plugin starts from merged weights, and another one does not fold.
             PluginError: a hook failed. Its plugin has changed nothing then, nor is anything folded for it.
         """
+        refuse_shards(self.model, "compressing")
         from peftx.toolkits.compression.batches import calibration
         from peftx.toolkits.compression.run import compress
 
@@ -330,10 +332,14 @@ class Stack(Kernel):
     # -- saving --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write a bundle: everything that `peftx.load` needs to rebuild this stack bit for bit."""
+        """Write a bundle: everything that `peftx.load` needs to rebuild this stack bit for bit.
+
+        Under `fully_shard` every process calls it; the weights are gathered, and the first process writes.
+        """
         from peftx.engines.bundle import save
 
-        return save(self, Path(path))
+        with whole(self.model) as writes:
+            return save(self, Path(path)) if writes else Path(path)
 
     def export(self, path: str | Path) -> Path:
         """Write a plain `transformers` checkpoint of the merged model, for vLLM, lm-eval and `from_pretrained`.
@@ -341,6 +347,7 @@ class Stack(Kernel):
         Raises:
             MergeError: a plugin whose effect does not fold into the weights.
         """
+        refuse_shards(self.model, "an export")
         from peftx.engines.bundle import export
 
         return export(self, Path(path))

@@ -81,6 +81,26 @@ def test_two_processes_train_what_one_does(one: Ran, two: Ran, name: str) -> Non
         torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sharded-lora", "sharded-prompt"])
+def test_sharded_weights_train_and_are_saved_as_whole_ones(
+    one: Ran, two: Ran, folder: Path, name: str
+) -> None:
+    """FSDP2: the first process writes the bundle of all, from gathered weights."""
+    again, expected = (
+        peftx.load(folder / f"{name}-{count}", model=tiny("llama"), tokenizer=tiny_tokenizer())
+        for count in (2, 1)
+    )
+    (id,) = expected.plugins
+    for key, tensor in expected.ledger.tensors(id).items():
+        torch.testing.assert_close(again.ledger.tensors(id)[key], tensor, atol=1e-5, rtol=1e-5, msg=key)
+    losses = torch.tensor([process["losses"][name] for process in two.said]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(one.said[0]["losses"][name]), atol=1e-5, rtol=1e-5)
+    for doing in ("merging", "compressing", "an export"):
+        assert all(
+            f"the weights are sharded, and {doing} needs" in process["errors"][name] for process in two.said
+        )
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_run_goes_on_bit_for_bit(one: Ran, two: Ran, number: int) -> None:
     """Dropout and all: each process has its random state back."""

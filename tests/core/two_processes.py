@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments, set_seed
 
 from peftx import BoundSite, Claim, Delta, ModelView, Plugin, Stack, TrainStep, hookimpl
@@ -113,6 +114,29 @@ def main(folder: Path) -> None:
             for key, value in stack.ledger.tensors(id).items():
                 tensors[f"{name}/{id}/{key}"] = value.detach().clone()
 
+    def sharded(name: str, stack: Stack) -> None:
+        """A loop of one's own, over weights that `fully_shard` has spread."""
+        model, rank = stack.model, int(os.environ.get("RANK", "0"))
+        if processes > 1:
+            for module in (*model.model.layers, model):
+                fully_shard(module)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        batch = torch.randint(5, 30, (8, 10), generator=torch.Generator().manual_seed(0))
+        own = batch.chunk(processes)[rank]
+        losses[name] = []
+        for _ in range(4):
+            loss = model(input_ids=own, labels=own).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+        stack.save(folder / f"{name}-{processes}")
+        for doing in (stack.merge, stack.compress, lambda: stack.export(folder / "exported")):
+            try:
+                doing()
+            except PeftxError as error:
+                errors[name] = errors.get(name, "") + str(error)
+
     run("lora", stack_of(Lora(rank=2)))
     run("lt-sft", stack_of(LtSft()))
     run("prompt-tuning", stack_of(PromptTuning(length=3)))
@@ -128,6 +152,8 @@ def main(folder: Path) -> None:
     if processes > 1:
         for name, plugin in (("drawn", Lora(rank=2)), ("states", Remembers())):
             run(name, Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer(), seed=dist.get_rank()))
+    sharded("sharded-lora", stack_of(Lora(rank=2)))
+    sharded("sharded-prompt", stack_of(PromptTuning(length=3)))
     stack = stack_of(Lora(rank=2))
     data = as_training_data(stack, ROWS, seed=0, max_length=64)
     arguments = TrainingArguments(
