@@ -37,8 +37,8 @@ class Stepping(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise TrainingError(
                 "a stack trains whole in each process, and the weights are to be sharded",
-                hint="leave FSDP and DeepSpeed out: of a frozen base nothing but the adapters has gradients; or a loop of "
-                "your own over fully_shard",
+                hint="leave FSDP and DeepSpeed out: of a frozen base nothing but the adapters has gradients; or "
+                "write a loop of your own over fully_shard",
             )
         # Without DistributedDataParallel: see `peftx.engines.training.processes`.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
