@@ -3,7 +3,8 @@
     peftx compare benchmarks/leaderboards/predgen.yaml -o out
     python benchmarks/leaderboards/publish.py benchmarks/leaderboards/predgen.yaml out
 
-leaves benchmarks/results/predgen.json, .md and .png. Seconds are left out: they are of whatever else the machine did.
+leaves benchmarks/results/predgen.json, .md and .png; with `--page` .html too, the page that the comparison wrote. Its
+seconds are those of processes side by side, and of whatever else the machine did.
 """
 
 from __future__ import annotations
@@ -34,48 +35,84 @@ KEPT = (
     "edge",
     "steps",
     "trained",
+    "bundle_bytes",
+    "memory_bytes",
+    "train_seconds",
     "rates",
     "seeds",
 )
-"""What is kept of a row; losses and logs are long, and costs are the machine's."""
+"""What is kept of a row; losses and logs are long."""
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a row a method, in the order of the file."""
+    """Markdown: a row a method, the best first."""
     lines = [
-        f"| method | rate | trained | {found['metric']} | 95 % interval | |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| method | {found['metric']} | 95 % interval | rate | trained | bundle | peak memory | training | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in found["rows"]:
+    for row in by_value(found):
         spread = "" if row["std"] is None else f" ± {row['std']:.3f}"
         interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}" + ", edge" * row["edge"]
         cells = (
             row["row"],
-            rate,
-            f"{row['trained']:,}",
             f"{row['value']:.3f}{spread}",
             interval,
+            rate,
+            f"{row['trained']:,}",
+            f"{row['bundle_bytes'] / 1e3:,.1f} kB",
+            f"{row['memory_bytes'] / 1e6:,.0f} MB",
+            f"{row['train_seconds']:.1f} s",
             row["note"],
         )
         lines.append("| " + " | ".join(cells).rstrip() + " |")
     return "\n".join(lines)
 
 
+def by_value(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(found["rows"], key=lambda row: row["value"], reverse=found["higher_is_better"])
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Mean and standard deviation, a line a method."""
+    """Mean and standard deviation, a line a method; and beside it against numbers trained, where the best of each size
+    are joined."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = found["rows"][::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.4 * len(rows)), layout="constrained")
+    rows = by_value(found)[::-1]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(13, 1.2 + 0.32 * len(rows)), layout="constrained", sharex=False
+    )
     for place, row in enumerate(rows):
-        axes.errorbar(row["value"], place, xerr=row["std"] or 0, color=f"C{place}", marker="o", capsize=3)
-    axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
-    axes.set_xlabel(f"{found['metric']}, {len(found['seeds'])} seeds")
-    axes.spines[["top", "right"]].set_visible(False)
+        left.errorbar(row["value"], place, xerr=row["std"] or 0, color="#2f6db3", marker="o", capsize=3)
+    left.set_yticks(range(len(rows)), [row["row"] for row in rows])
+    left.set_xlabel(f"{found['metric']}, {len(found['seeds'])} seeds, ± standard deviation")
+    left.grid(axis="x", alpha=0.3)
+    sign = 1 if found["higher_is_better"] else -1
+    front, best = [], None
+    for row in sorted(rows, key=lambda row: (row["trained"], -sign * row["value"])):
+        if best is None or sign * row["value"] > best:
+            front.append(row)
+            best = sign * row["value"]
+    right.scatter([row["trained"] for row in rows], [row["value"] for row in rows], color="#9aa7b4", s=22)
+    right.plot(
+        [row["trained"] for row in front], [row["value"] for row in front], color="#2f6db3", marker="o"
+    )
+    for row in front:
+        right.annotate(
+            row["row"],
+            (row["trained"], row["value"]),
+            xytext=(4, -12),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    right.set_xscale("log")
+    right.set_xlabel("numbers trained")
+    right.set_ylabel(found["metric"])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -84,6 +121,7 @@ def main(
     spec: Annotated[Path, typer.Argument(help="the comparison")],
     folder: Annotated[Path, typer.Argument(help="what it left")],
     output: Annotated[Path, typer.Option("--output", "-o")] = RESULTS,
+    page: Annotated[bool, typer.Option("--page", help="keep the page too")] = False,
 ) -> None:
     """Write NAME.json, NAME.md and NAME.png for NAME.yaml."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -105,10 +143,14 @@ def main(
         f"`{spec.name}`: {found['budget']} a row; mean ± standard deviation over {len(found['seeds'])} seeds; each "
         f"rate the best of its grid on validation rows, {found['validation']}."
     )
-    page = f"# {name}\n\n{said}\n\n{found['base']}\n\n{table(found)}\n\n![{found['metric']}]({name}.png)\n"
-    (output / f"{name}.md").write_text(page, encoding="utf-8")
+    text = f"# {name}\n\n{said}\n\n{found['base']}\n\n{table(found)}\n\n![{found['metric']}]({name}.png)\n"
+    (output / f"{name}.md").write_text(text, encoding="utf-8")
     draw(found, output / f"{name}.png")
-    print(page)
+    if page:
+        here = f"{Path(spec).resolve().parent}/"  # of this machine
+        shown = (folder / "index.html").read_text(encoding="utf-8").replace(here, "")
+        (output / f"{name}.html").write_text(shown, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
