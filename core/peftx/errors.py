@@ -101,6 +101,12 @@ class TrainingError(PeftxError):
     code = "training"
 
 
+class ClusterError(PeftxError):
+    """A cluster of Ray that does not answer, or has not what is asked of it."""
+
+    code = "cluster"
+
+
 class BatchError(PeftxError):
     """A batch that lacks a column, or whose columns do not go with each other or with the call."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
+from peftx.engines.clusters import require_ray
 from peftx.engines.data import TrainingData
 from peftx.engines.data.sources import (
     HeldOut,
@@ -26,7 +27,7 @@ from peftx.engines.data.sources import (
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
 from peftx.engines.reporting import Reporter, Silent
-from peftx.engines.training.on_ray import require_ray, together
+from peftx.engines.training.on_ray import together
 from peftx.engines.training.processes import check_claims, launched, leads
 from peftx.engines.training.run import TrainingReport, as_training_data, train
 from peftx.errors import BundleError, DataError
@@ -118,7 +119,7 @@ class Run:
         runtime = self.pipeline.runtime
         check_claims(self.members, max(runtime.workers, launched()))
         if runtime.engine == "ray":
-            require_ray()
+            require_ray("runtime: ray")
             if not any(stage.save is not None for stage in self.stages):
                 raise BundleError(
                     "processes of Ray leave what they save, and no stage saves", hint="run: [..., save]"

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from peftx.comparing.jobs import Job, JobResult, read_result, result_file, write_result
+from peftx.comparing.on_ray import room
 from peftx.comparing.page import page
 from peftx.comparing.plots import Axis, _front
-from peftx.comparing.processes import _lost, _Running
+from peftx.comparing.processes import Processes, _Running
 from peftx.comparing.schedule import Schedule
 from peftx.comparing.statistics import Spread, spread, t95
 from peftx.comparing.table import Table, slugs_of, table_of
@@ -204,9 +205,9 @@ def test_names_of_files() -> None:
 def test_a_process_that_was_killed_left_a_reason(tmp_path: Path, schedule: Schedule) -> None:
     job = schedule.wanted({})[0]
     dead: Any = SimpleNamespace(exitcode=-9)
-    assert (
-        "SIGKILL, as the system does where memory runs out" in _lost(_Running(job, dead, tmp_path), 1).reason
-    )
+    pool = Processes(tmp_path, tmp_path, 1, 1, trust_remote_code=False)
+    left = pool.lost(_Running(job, tmp_path, dead))
+    assert "SIGKILL, as the system does where memory runs out" in left.reason
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path, schedule: Schedule) -> None:
@@ -260,3 +261,10 @@ def test_processes_and_their_threads(
     monkeypatch.setattr(place, "has_accelerator", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", allowed)
     assert place.side_by_side(jobs) == found
+    assert place.side_by_side(jobs, ray=True) == (jobs, int(allowed) if allowed.isdecimal() else 1)
+
+
+def test_a_cluster_is_filled() -> None:
+    assert room({"CPU": 10.0}, 4) == 2
+    assert room({"CPU": 1.0}, 4) == 1
+    assert room({"CPU": 10.0, "GPU": 3.0}, 4) == 3

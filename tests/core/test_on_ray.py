@@ -8,15 +8,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftx.engines.training.on_ray import PAUSE, Told, _in_worker, _share
-from peftx.errors import ConflictError, MissingExtraError, TrainingError
+from peftx.comparing.jobs import Job
+from peftx.comparing.on_ray import tasks
+from peftx.engines.training.on_ray import PAUSE, Told, _gets_gpus, _in_worker
+from peftx.errors import ClusterError, ConflictError, MissingExtraError, TrainingError
 from peftx.pipeline import Run, load_run
 from peftx_spec import SpecError
 
@@ -144,19 +145,16 @@ def test_a_refusal_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_more_processes_than_the_cluster_holds_are_refused() -> None:
-    def cluster(**there: float) -> Any:
-        return SimpleNamespace(cluster_resources=lambda: there)
-
-    assert not _share(cluster(CPU=2.0, GPU=1.0), 2)
-    assert _share(cluster(CPU=2.0, GPU=2.0), 2)
-    with pytest.raises(TrainingError, match="3 workers on a cluster of 2 CPUs") as caught:
-        _share(cluster(CPU=2.0, GPU=8.0), 3)
+    assert not _gets_gpus({"CPU": 2.0, "GPU": 1.0}, 2)
+    assert _gets_gpus({"CPU": 2.0, "GPU": 2.0}, 2)
+    with pytest.raises(ClusterError, match="3 workers on a cluster of 2 CPUs") as caught:
+        _gets_gpus({"CPU": 2.0, "GPU": 8.0}, 3)
     assert caught.value.hint == "runtime: {engine: ray, workers: 2}"
 
 
 def test_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(TrainingError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1"):
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1"):
         a_run(tmp_path / "out").run()
 
 
@@ -181,3 +179,37 @@ def test_progress_is_told_now_and_then() -> None:
         told.progress(done, 1000, {})
     assert events.put_in[-1] == ("progress", (1000, 1000, {}))
     assert len(events.put_in) < 2 + 10 / PAUSE
+
+
+@pytest.mark.slow
+def test_jobs_as_tasks_leave_what_processes_leave(tmp_path: Path) -> None:
+    """One is done, one is killed, one is ended before its time."""
+    import ray
+
+    spec = SPEC.format(plugin="lora", steps=1, accumulation=1, rate=1e-3, runtime="local", output="out")
+    steps = {"done": 1, "killed": 5000, "early": 5000}
+    jobs = {
+        name: Job(name, "seed", spec.replace("steps: 1,", f"steps: {count},"), "perplexity", 0, name)
+        for name, count in steps.items()
+    }
+    (tmp_path / "jobs").mkdir()
+    with tasks(tmp_path, jobs=1, threads=1, trust_remote_code=False) as pool:
+        found = {}
+        for name, job in jobs.items():
+            assert pool.has_room()
+            pool.start(job)
+            assert not pool.has_room()
+            assert pool.wait(0.01) == []
+            if name == "killed":
+                ray.cancel(pool.running[job.id].task, force=True)
+            if name == "early":
+                found[name] = pool.end(job.id, "enough seen")
+            while pool.running:
+                for result in pool.wait(1):
+                    found[name] = result
+        assert not list(Path(pool.scratch).iterdir())
+    assert found["done"].reason == ""
+    assert found["done"].value("perplexity") > 1
+    assert found["killed"].reason
+    assert (found["early"].reason, found["early"].ended_early) == ("enough seen", True)
+    assert {path.stem for path in (tmp_path / "jobs").iterdir()} == {job.id for job in jobs.values()}

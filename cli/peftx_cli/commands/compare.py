@@ -37,6 +37,7 @@ def compare(
     output: Output = None,
     jobs: Jobs = 0,
     retry: Retry = False,
+    ray: options.OnRay = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -63,7 +64,7 @@ def compare(
         told.stage("compare", [])
         try:
             table = carry_out(
-                loaded, folder, jobs=jobs, retry=retry, trust_remote_code=trust_remote_code, registry=registry,
+                loaded, folder, jobs=jobs, retry=retry, ray=ray, trust_remote_code=trust_remote_code, registry=registry,
                 progress=lambda state: _tell(state, told, interrupts),
             )  # fmt: skip
         except KeyboardInterrupt as error:

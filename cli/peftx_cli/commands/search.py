@@ -37,6 +37,7 @@ def search(
     file: File,
     output: Output = None,
     jobs: Jobs = None,
+    ray: options.OnRay = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -70,7 +71,7 @@ def search(
         told.stage("search", [])
         try:
             table = carry_out(
-                loaded, folder, jobs=jobs, trust_remote_code=trust_remote_code, registry=registry,
+                loaded, folder, jobs=jobs, ray=ray, trust_remote_code=trust_remote_code, registry=registry,
                 progress=lambda state: _tell(state, told, interrupts),
             )  # fmt: skip
         except KeyboardInterrupt as error:

@@ -11,12 +11,16 @@ from pathlib import Path
 from peftx.errors import BundleError
 
 
-def side_by_side(jobs: int) -> tuple[int, int]:
+def side_by_side(jobs: int, *, ray: bool = False) -> tuple[int, int]:
     """Processes at once, and threads of each, no more than `OMP_NUM_THREADS` allows. `jobs` 0: one a core, or one alone
-    on an accelerator."""
+    on an accelerator. ray: threads are what `OMP_NUM_THREADS` says, or one; `jobs` stays, for the cluster to fill."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    allowed = int(said) if said.isdecimal() else 0
+    if ray:
+        return jobs, allowed or 1
     at_once = jobs or (1 if has_accelerator() else cores())
-    threads, allowed = max(1, cores() // at_once), os.environ.get("OMP_NUM_THREADS", "")
-    return at_once, min(threads, int(allowed)) if allowed.isdecimal() and int(allowed) else threads
+    threads = max(1, cores() // at_once)
+    return at_once, min(threads, allowed or threads)
 
 
 def check_place(folder: Path, ours: frozenset[str], noun: str) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftx.comparing.jobs import Job, JobResult, read_result, result_file
+from peftx.comparing.on_ray import tasks
 from peftx.comparing.page import page
 from peftx.comparing.place import alone, check_place, side_by_side
-from peftx.comparing.processes import processes
+from peftx.comparing.processes import Pool, processes
 from peftx.comparing.schedule import Schedule
 from peftx.comparing.table import Table, table_of
 from peftx.comparing.writing import write
 from peftx.composition.registry import Registry
+from peftx.engines.clusters import require_ray
 from peftx.engines.files import make_place
 from peftx_spec.compare_load import LoadedCompare
 
@@ -39,6 +42,7 @@ def compare(
     *,
     jobs: int = 0,
     retry: bool = False,
+    ray: bool = False,
     trust_remote_code: bool = False,
     registry: Registry | None = None,
     progress: Callable[[State], None] | None = None,
@@ -47,41 +51,44 @@ def compare(
 
     Args:
         jobs: processes side by side; 0: one a core, or one alone on an accelerator.
-        retry: run again what has failed. progress: called twice a second, and when a job ends.
+        retry: run again what has failed. ray: as tasks of Ray, on a cluster or here.
+        progress: called twice a second, and when a job ends.
 
     Raises:
         PeftxError: no row can be built. BundleError: `folder` holds something else, or another process is at it.
     """
+    if ray:
+        require_ray("--ray")
     check_place(folder, OURS, "comparison")
     make_place(folder / "any")
     with alone(folder):
         schedule = Schedule(
             loaded, folder, registry=registry or Registry(), trust_remote_code=trust_remote_code
         )
-        at_once, threads = side_by_side(jobs)
+        at_once, threads = side_by_side(jobs, ray=ray)
         make_place(folder / "jobs" / "any")
-        found = _run(schedule, folder, at_once, threads, retry, trust_remote_code, progress)
+        start = tasks if ray else processes
+        with start(folder, jobs=at_once, threads=threads, trust_remote_code=trust_remote_code) as pool:
+            found = _run(schedule, folder, pool, retry, progress)
         table = table_of(schedule, found, threads=threads)
         write(table, page(table), folder)
     return table
 
 
 def _run(
-    schedule: Schedule, folder: Path, at_once: int, threads: int, retry: bool, trust_remote_code: bool,
-    progress: Callable[[State], None] | None,
-) -> dict[str, JobResult]:  # fmt: skip
+    schedule: Schedule, folder: Path, pool: Pool[Any], retry: bool, progress: Callable[[State], None] | None
+) -> dict[str, JobResult]:
     found: dict[str, JobResult] = {}
-    with processes(folder, jobs=at_once, threads=threads, trust_remote_code=trust_remote_code) as pool:
-        while True:
-            waiting = [job for job in _unknown(schedule, found, folder, retry) if job.id not in pool.running]
-            while waiting and pool.has_room():
-                pool.start(waiting.pop(0))
-            if progress is not None:
-                progress(_state(schedule, found, len(pool.running)))
-            if not pool.running:
-                return found
-            for result in pool.wait(TICK):
-                found[result.id] = result
+    while True:
+        waiting = [job for job in _unknown(schedule, found, folder, retry) if job.id not in pool.running]
+        while waiting and pool.has_room():
+            pool.start(waiting.pop(0))
+        if progress is not None:
+            progress(_state(schedule, found, len(pool.running)))
+        if not pool.running:
+            return found
+        for result in pool.wait(TICK):
+            found[result.id] = result
 
 
 def _unknown(schedule: Schedule, found: dict[str, JobResult], folder: Path, retry: bool) -> list[Job]:

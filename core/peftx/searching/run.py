@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftx.comparing.jobs import Check, Job, JobResult, read_result
+from peftx.comparing.on_ray import tasks
 from peftx.comparing.place import alone, check_place, side_by_side
 from peftx.comparing.processes import Pool, processes
 from peftx.comparing.writing import write
 from peftx.composition.registry import Registry
+from peftx.engines.clusters import require_ray
 from peftx.engines.files import make_place
 from peftx.errors import OptionError, PeftxError, TrialError
 from peftx.searching.page import page
@@ -71,6 +73,7 @@ def search(
     folder: Path,
     *,
     jobs: int | None = None,
+    ray: bool = False,
     trust_remote_code: bool = False,
     registry: Registry | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -78,21 +81,25 @@ def search(
     """Try points of a space until there are as many trials as the file says, and write the table to `folder`.
 
     Args:
-        jobs: processes side by side, in place of the file's. progress: called twice a second, and when a job ends.
+        jobs: processes side by side, in place of the file's. ray: as tasks of Ray, on a cluster or here.
+        progress: called twice a second, and when a job ends.
 
     Raises:
         PeftxError: no stack can be built; no point keeps what limits can be known ahead. BundleError: `folder` holds
             something else, or another process is at it.
     """
+    if ray:
+        require_ray("--ray")
     check_place(folder, OURS, "search")
     stacks = Stacks(loaded, folder, registry or Registry(), trust_remote_code)
     make_place(folder / "any")
     with alone(folder):
-        at_once, threads = side_by_side(loaded.spec.jobs if jobs is None else jobs)
+        at_once, threads = side_by_side(loaded.spec.jobs if jobs is None else jobs, ray=ray)
         for name in ("jobs", STUDY):
             make_place(folder / name / "any")
         going = Search(loaded, folder, stacks)
-        with processes(folder, jobs=at_once, threads=threads, trust_remote_code=trust_remote_code) as pool:
+        start = tasks if ray else processes
+        with start(folder, jobs=at_once, threads=threads, trust_remote_code=trust_remote_code) as pool:
             going.try_points(pool, progress)
             tested = going.test(pool, progress)
         refused = going.trials.refused()
@@ -150,7 +157,7 @@ class Search:
 
     # -- trials ------------------------------------------------------------------------------------------------------
 
-    def try_points(self, pool: Pool, progress: Callable[[Progress], None] | None) -> None:
+    def try_points(self, pool: Pool[Any], progress: Callable[[Progress], None] | None) -> None:
         """Run trials until there are enough.
 
         Raises:
@@ -177,7 +184,7 @@ class Search:
                 hint="widen the space, or the limits",
             )
 
-    def _propose(self, pool: Pool) -> None:
+    def _propose(self, pool: Pool[Any]) -> None:
         trial = self.trials.ask()
         candidate, point = self.space.point(trial.params)
         try:
@@ -217,7 +224,7 @@ class Search:
         if not self.goal.flaw(result):
             self.done.append(_Done(candidate, sizing, result))
 
-    def _look(self, pool: Pool, id: str) -> None:
+    def _look(self, pool: Pool[Any], id: str) -> None:
         """End a trial that is beaten by now."""
         checks = pool.checks(id)
         if not checks:
@@ -244,7 +251,7 @@ class Search:
         had = f"{self.goal.metric} {now.value:.4g}, where a trial of this stack that costs no more had"
         return f"ended early, after {now.share:.0%} of its steps: {had} {before[-1].value:.4g}"
 
-    def _progress(self, pool: Pool) -> Progress:
+    def _progress(self, pool: Pool[Any]) -> Progress:
         failed = sum(bool(result.reason) and not result.ended_early for result in self.found.values())
         left = sum(map(len, self.running.values()))
         return Progress(len(self.trials.all()) - left, self.spec.trials, len(pool.running), failed)
@@ -254,7 +261,7 @@ class Search:
     def points(self) -> list[TriedPoint]:
         return points_of(self.trials.all(), self.found, self.space, self.goal)
 
-    def test(self, pool: Pool, progress: Callable[[Progress], None] | None) -> dict[int, Tested]:
+    def test(self, pool: Pool[Any], progress: Callable[[Progress], None] | None) -> dict[int, Tested]:
         """The points that none beats, measured on the test rows, by their places in `points`."""
         jobs = {
             number: self.stacks.test_jobs(point.candidate, point.point)

@@ -1,19 +1,16 @@
 """The processes of a run, started by Ray Train: together, and all again when one of them dies.
 
-Ray brings the processes, on this machine or on those of a cluster (`RAY_ADDRESS`), their group, and the restart. What
-each does is `peftx.engines.training.processes`; what they go on from is the run's own checkpoints, which every machine
-must see. This file is read without Ray, which the extra `peftx[ray]` brings.
+Ray brings the processes, their group, and the restart. What each does is `peftx.engines.training.processes`; what they
+go on from is the run's own checkpoints, which every machine must see. This file is read without Ray.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from peftx.engines.clusters import cluster, last_line
 from peftx.engines.reporting import Reporter
-from peftx.errors import MissingExtraError, PeftxError, TrainingError, with_code
+from peftx.errors import ClusterError, PeftxError, TrainingError, with_code
 
 if TYPE_CHECKING:
     from peftx_spec.models import RuntimeSpec
@@ -30,18 +28,6 @@ if TYPE_CHECKING:
 _Outcome = TypeVar("_Outcome")
 PAUSE = 0.25
 """Seconds between two reports of progress, and between two looks for them."""
-ANSWER = 5.0
-"""Seconds that a cluster has to answer. Ray itself waits for minutes."""
-
-
-def require_ray() -> None:
-    """Raises MissingExtraError where Ray is not installed."""
-    try:
-        import ray.train.torch  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"runtime: ray needs {error.name}, which is not installed", hint="pip install 'peftx[ray]'"
-        ) from error
 
 
 @dataclass
@@ -79,14 +65,13 @@ def together(
         PeftxError: what `work` raised in one of them, which ends the run; or processes died more often than
             `runtime.restarts` allows.
     """
-    import ray
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
-    with _cluster(ray):
-        gpus = _share(ray, runtime.workers)
+    with cluster() as there:
+        gpus = _gets_gpus(there, runtime.workers)
         events = Queue(actor_options={"num_cpus": 0})
         refused: list[PeftxError] = []
         try:
@@ -107,7 +92,7 @@ def together(
             if refused:
                 raise refused[0] from error
             raise TrainingError(
-                f"the processes failed {runtime.restarts + 1} times: {_last_line(error)}",
+                f"the processes failed {runtime.restarts + 1} times: {last_line(error)}",
                 hint="its cause is in the logs of Ray; checkpoints that were written are still there: --resume",
             ) from error
         finally:
@@ -135,31 +120,6 @@ def _in_worker(config: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _cluster(ray: Any) -> Iterator[None]:
-    """The cluster that `RAY_ADDRESS` names or that this process is joined to; else one on this machine, for so long."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
-    try:
-        if host and "/" not in host and port.isdecimal():
-            socket.create_connection((host, int(port)), timeout=ANSWER).close()
-        ray.init(
-            log_to_driver=False, logging_level="error", **({} if address else {"include_dashboard": False})
-        )
-    except OSError as error:
-        raise TrainingError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {_last_line(error)}",
-            hint="start it, or unset RAY_ADDRESS for processes on this machine",
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
 def _signals() -> Iterator[None]:
     """Ray takes the handler of Ctrl-C and keeps it."""
     before = signal.getsignal(signal.SIGINT)
@@ -170,19 +130,19 @@ def _signals() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _share(ray: Any, workers: int) -> bool:
-    """Does each process get a GPU?
+def _gets_gpus(there: Mapping[str, float], workers: int) -> bool:
+    """Does each process get a GPU.
 
     Raises:
-        TrainingError: the cluster has fewer CPUs than processes, for which Ray would wait for ever.
+        ClusterError: the cluster has fewer CPUs than processes, for which Ray would wait for ever.
     """
-    there = ray.cluster_resources()
-    if there.get("CPU", 0) < workers:
-        raise TrainingError(
-            f"runtime: {workers} workers on a cluster of {there.get('CPU', 0):.0f} CPUs, and each needs one",
-            hint=f"runtime: {{engine: ray, workers: {max(1, int(there.get('CPU', 0)))}}}",
+    cpus = int(there.get("CPU", 0))
+    if cpus < workers:
+        raise ClusterError(
+            f"runtime: {workers} workers on a cluster of {cpus} CPUs, and each needs one",
+            hint=f"runtime: {{engine: ray, workers: {max(1, cpus)}}}",
         )
-    return bool(there.get("GPU", 0) >= workers)
+    return there.get("GPU", 0) >= workers
 
 
 @contextmanager
@@ -214,8 +174,3 @@ def _listening(events: Any, reporter: Reporter, refused: list[PeftxError]) -> It
     finally:
         ended.set()
         thread.join()
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
