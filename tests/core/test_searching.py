@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from peftx.comparing.jobs import Check, Job, JobResult, read_checks, read_result, write_result
-from peftx.comparing.processes import Pool
+from peftx.comparing.processes import Processes
 from peftx.comparing.writing import to_csv, to_json
 from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
@@ -485,7 +485,7 @@ def test_a_pool_ends_a_trial_and_keeps_what_was_seen_of_it(tmp_path: Path) -> No
     (scratch / "checks").write_text(f'{line}\n{{"share": 0.75, "va')
     assert read_checks(scratch) == [Check(0.5, 3.0, 1.0)]
     process = SimpleNamespace(terminate=lambda: None, join=lambda seconds=None: None, is_alive=lambda: False)
-    pool = Pool(tmp_path, tmp_path, 1, 1, False)
+    pool = Processes(tmp_path, tmp_path, 1, 1, False)
     job = Job("lora", "trial", "peftx: 1", "perplexity", 0, "")
     pool.running[job.id] = SimpleNamespace(job=job, process=process, scratch=scratch)  # type: ignore[assignment]
     result = pool.end(job.id, "beaten")
