@@ -109,6 +109,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             fontsize=8,
         )
     right.set_xscale("log")
+    right.margins(x=0.15)
     right.set_xlabel("numbers trained")
     right.set_ylabel(found["metric"])
     for axes in (left, right):

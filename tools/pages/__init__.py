@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable
 from functools import cache
 
-from pages import architectures, claims, commands, excerpts, gallery, spec, together
+from pages import architectures, claims, commands, excerpts, gallery, leaderboards, spec, together
 
 LINE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
 
 MADE: dict[str, Callable[[], str]] = {
     **spec.MADE,
+    **leaderboards.MADE,
     "demo": excerpts.demo,
     "beside": excerpts.beside,
     "versions": excerpts.versions,
