@@ -97,6 +97,19 @@ def flat_mask(mask: Any, past: int, new: int, cache: Any) -> Tensor | None:
     raise ArchitectureError("soft tokens need a 2-D attention mask", hint="[rows, tokens], 1 for a token")
 
 
+def is_tree(mask: Any, columns: int, cache: Any) -> bool:
+    """Is it a mask of the caller's own, [B, 1, new, columns], which says of each new token what it sees: of drafts.
+    With a static cache it is `generate`'s, see `flat_mask`."""
+    fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[3] == columns
+    return fits and not any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
+
+
+def columns_seen(mask: Tensor) -> Tensor:
+    """int64 [B, columns], of [B, 1, new, columns]: 1 where a new token sees the column, which a pad's is for none."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return seen[:, 0].any(1).long()
+
+
 def make_room(cache: Any, length: int, window: int | None) -> None:
     """A static cache is as long as the caller's text; before its first use it can still grow by the soft tokens.
 

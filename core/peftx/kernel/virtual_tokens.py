@@ -21,8 +21,10 @@ from peftx.kernel.anatomy.lookup import table_for
 from peftx.kernel.chain import Chain
 from peftx.kernel.soft_rows import (
     check_past,
+    columns_seen,
     flat_mask,
     insert,
+    is_tree,
     make_room,
     pads_before,
     with_soft_tokens,
@@ -103,10 +105,18 @@ class _BaseModelSlot:
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         given = inputs_embeds if inputs_embeds is not None else input_ids
         new = given.shape[1]
+        whole: Tensor | None = None
+        tree: Tensor | None = None
         seen_before = max(past - length, 0)  # tokens of the caller's in the cache
         if length:
             if past_key_values is not None and not past:
                 make_room(past_key_values, length, getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
+            if past and is_tree(
+                attention_mask, past + new, past_key_values
+            ):  # made for the cache, these rows included
+                whole, attention_mask = attention_mask, None
+            elif past and is_tree(attention_mask, seen_before + new, past_key_values):
+                tree, attention_mask = attention_mask, columns_seen(attention_mask)
             attention_mask = flat_mask(attention_mask, seen_before, new, past_key_values)
             if attention_mask is None and any(edit.real() is not None for edit in tokens):
                 attention_mask = given.new_ones((len(given), seen_before + new), dtype=torch.int64)
@@ -114,7 +124,9 @@ class _BaseModelSlot:
         if not length or past:
             if length:
                 check_past(attention_mask, position_ids, seen_before, new)
-                attention_mask = _masked(tokens, attention_mask, self._peftx_place(tokens, attention_mask))
+                at = self._peftx_place(tokens, attention_mask)
+                own = attention_mask if tree is None else tree
+                attention_mask = _masked(tokens, own, at) if whole is None else whole
             if positions is not None:
                 positions = positions + (length + prompt.shift)
             call |= _given(attention_mask=attention_mask, position_ids=positions)
@@ -200,9 +212,24 @@ class _BaseModelSlot:
 
 
 def _masked(tokens: list[VirtualTokens], mask: Tensor | None, at: int | Tensor) -> Tensor | None:
-    """A mask of the caller's tokens as one of these and the soft tokens."""
+    """A mask of the caller's tokens, [B, T] or [B, 1, new, T], as one of these and the soft tokens."""
     if mask is None:
         return None
+    if mask.ndim == 4:
+        flat = columns_seen(mask)
+        rows = _masked(tokens, flat, at)
+        assert rows is not None
+        added = insert(
+            torch.zeros_like(flat), torch.ones_like(rows[:, flat.shape[1] :]), at
+        ).bool()  # [B, T + P]
+        wide = insert(
+            mask.movedim(-1, 1),
+            mask.new_zeros(len(mask), added.shape[1] - flat.shape[1], *mask.shape[1:3]),
+            at,
+        )
+        shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        soft = torch.where(rows.bool(), shown, hidden).to(mask.dtype)[:, :, None, None]
+        return torch.where(added[:, :, None, None], soft, wide).movedim(1, -1)
     known = [edit.real() for edit in tokens]
     rows = [
         mask.new_ones(len(mask), edit.length) if real is None else _for_batch(real, len(mask), edit).to(mask)

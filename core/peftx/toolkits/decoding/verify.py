@@ -250,8 +250,12 @@ class _Verification:
         return self.model(**inputs, output_hidden_states=self.drafter.needs_hidden, return_dict=True)
 
     def _visible(self, ancestors: torch.Tensor) -> torch.Tensor:
-        """[1 + N, cached + 1 + N] bool: the last token's row, then the nodes' rows, from `ancestors` [N, N]."""
-        nodes, cached = len(ancestors), int(self.cache.get_seq_length())
+        """[1 + N, cached + 1 + N] bool: the last token's row, then the nodes' rows, from `ancestors` [N, N].
+
+        Soft tokens stand in the cache too, and have no columns here: whoever put them there adds theirs.
+        """
+        nodes = len(ancestors)
+        cached = int(self.cache.get_seq_length()) if self.mask is None else self.mask.shape[1] - 1
         visible = torch.zeros(nodes + 1, cached + 1 + nodes, dtype=torch.bool)
         visible[:, : cached + 1] = True
         if self.mask is not None:
