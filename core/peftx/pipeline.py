@@ -338,9 +338,7 @@ class Run:
         named = {spec.metric for spec in specs}
         for member in stack.members:
             at = stack.standing[member.id]
-            ready = (at.compressed or not member.implements("compress")) and (
-                at.injected or at.folded or not member.implements("inject")
-            )
+            ready = (at.compressed or not member.implements("compress")) and stack.stands(member.id)
             if member.implements("evaluate") and member.id not in named and ready:
                 specs.append(EvaluateSpec.model_validate({member.id: {}}))
         for spec in specs:

@@ -214,6 +214,32 @@ def test_disabled_plugins_neither_decode_nor_step() -> None:
     assert calls == ["decode"]
 
 
+def test_what_is_not_on_the_model_yet_does_not_decode() -> None:
+    """A base is measured before anything is injected, by metrics that write text too."""
+    calls: list[str] = []
+
+    @hookimpl
+    def inject(self: Any, model: Any) -> None:
+        self.table = {}
+
+    @hookimpl(wrapper=True)
+    def decode(self: Any, request: Any) -> Any:
+        calls.append(str(self.table))
+        return (yield)
+
+    stack = Stack(
+        tiny("llama"),
+        [("table", _plugin(inject=inject, decode=decode))],
+        tokenizer=tiny_tokenizer(),
+        inject=False,
+    )
+    stack.generate("a", max_new_tokens=1)
+    assert calls == []
+    stack.inject()
+    stack.generate("a", max_new_tokens=1)
+    assert calls == ["{}"]
+
+
 def test_freeze_and_unfreeze() -> None:
     stack = stack_of(Shifts(), Scales())
     total = stack.trainable_parameters()

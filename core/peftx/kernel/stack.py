@@ -176,8 +176,8 @@ class Stack:
             return function(**taken)
 
     def call_nested(self, hook: str, **arguments: Any) -> Any:
-        """Run a hook whose implementations wrap each other, without the plugins that are switched off, and a step
-        without those that are in the weights.
+        """Run a hook whose implementations wrap each other, without the plugins that are switched off or not yet on the
+        model, and a step without those that are in the weights.
 
         Raises:
             PluginError: one failed, or gave nothing.
@@ -185,13 +185,18 @@ class Stack:
         left_out = [
             self.plugins[id]
             for id, at in self.standing.items()
-            if at.disabled or (at.folded and hook == "train_step")
+            if at.disabled or (at.folded and hook == "train_step") or not self.stands(id)
         ]
         every = getattr(self._manager.hook, hook)
         found = (self._manager.subset_hook_caller(hook, left_out) if left_out else every)(**arguments)
         if found is None:
             raise PluginError(f"{hook}: a wrapper returned nothing", hint="return what its `yield` gave")
         return found
+
+    def stands(self, id: str) -> bool:
+        """Is a plugin that injects on the model; a base is measured before it is."""
+        at = self.standing[id]
+        return at.injected or at.folded or not self.member(id).implements("inject")
 
     # -- building ------------------------------------------------------------------------------------------------
 

@@ -167,10 +167,9 @@ def head_of(stack: Stack) -> Plugin | ModelHead | None:
     model's own head, if it has one."""
     from peftx.kernel.plugin import Claim
 
-    standing = {m: stack.standing[m.id] for m in stack.members if m.claims(Claim.CLASSIFIES)}
+    heads = [m for m in stack.members if m.claims(Claim.CLASSIFIES)]
     # Before `inject` there is no head: the base answers by likelihood.
-    ready = (at.injected or not m.implements("inject") for m, at in standing.items())
-    found = [m for m, is_ready in zip(standing, ready, strict=True) if is_ready and not standing[m].disabled]
+    found = [m for m in heads if stack.stands(m.id) and not stack.standing[m.id].disabled]
     own = ModelHead() if objective_of(stack.model) == "class" else None
     return found[0].plugin if found else own
 
