@@ -283,6 +283,14 @@ class Stack:
             self.standing[member.id].frozen = False
         self.settle()
 
+    def rebuild(self, id: str, state: dict[str, Any]) -> None:
+        """Put a plugin on the model anew, as one of this state stands there; its tensors are the caller's to fill."""
+        self.ledger.remove(id)
+        self.standing[id].injected = False
+        self.plugins[id].state = state
+        self.anatomy = Anatomy(self.model)
+        self.inject([id], restoring=True)
+
     def remove(self, id: str) -> None:
         """Take a plugin away; the base's own tensors come back, bit for bit.
 

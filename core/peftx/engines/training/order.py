@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 
 def order_of(rows: int, seed: int, epoch: int) -> list[int]:
@@ -28,5 +30,16 @@ class Shuffled(Sampler[int]):
         return iter(range(self.rows) if self.drawn else order_of(self.rows, self.seed, self.epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer."""
+        """Called by the Trainer, where it knows the sampler; see `Epochs`."""
         self.epoch = epoch
+
+
+class Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins. The Trainer does not where a run of several processes goes on in the middle
+    of one: accelerate has wrapped the sampler three times by then, and hands the epoch through two."""
+
+    def __init__(self, sampler: Shuffled) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))

@@ -32,7 +32,7 @@ from peftx.engines.files import (
 from peftx.engines.training.best import Best, Looking
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
-from peftx.engines.training.order import Shuffled
+from peftx.engines.training.order import Epochs, Shuffled
 from peftx.engines.training.processes import check_alike
 from peftx.engines.training.state_io import load_state, random_state, save_state, set_random_state
 from peftx.engines.training.step import run_train_step
@@ -126,7 +126,9 @@ class StackTrainer(Stepping):
     def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
         rows = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(rows), seed, drawn=self.drawn)
+        sampler = Shuffled(len(rows), seed, drawn=self.drawn)
+        self.add_callback(Epochs(sampler))
+        return sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -177,9 +179,21 @@ class StackTrainer(Stepping):
         self._load_best(checkpoint)
         if state.global_step < self.args.max_steps and not (self.best is not None and self.best.enough):
             return False
+        self._rebuild(checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         return True
+
+    def _rebuild(self, checkpoint: Path) -> None:
+        """Build plugins as they were when the run ended, where that is another form: without the network that wrote a
+        prompt, or with fewer ranks. They do so from their state, as when a bundle is loaded."""
+        saved, current = read_tensors(checkpoint / WEIGHTS), self._trained()
+        was, now = ({name: tuple(t.shape) for name, t in those.items()} for those in (saved, current))
+        differ = {name.partition("/")[0] for name, _ in was.items() ^ now.items()}
+        states = load_state(checkpoint / "plugins")["state"]
+        for owner in self.stack.plugins:
+            if owner in differ and owner in states:
+                self.stack.rebuild(owner, states[owner])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write beside and rename, so that a checkpoint is there whole or not at all; the first process does."""
