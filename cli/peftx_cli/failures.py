@@ -45,12 +45,13 @@ def quiet() -> bool:
 @contextmanager
 def reported(*, traceback: bool = False, quiet: bool = False) -> Iterator[None]:
     """Print `PeftxError`s, and what the system says against a place on the disk, on stderr and exit with 2; Ctrl-C
-    exits with 130. Everything else is a bug and stays one. `quiet`: while it lasts, no progress and no warnings."""
+    exits with 130. What comes out of a plugin's code names it; everything else is a bug of ours and stays one. `quiet`:
+    while it lasts, no progress and no warnings."""
     before = _quiet.set(quiet)
     try:
         yield
-    except (PeftxError, OSError) as error:
-        told = error if isinstance(error, PeftxError) else _of_a_place(error)
+    except Exception as error:
+        told = error if isinstance(error, PeftxError) else _of_a_place(error) or _of_a_plugin(error)
         if told is None:
             raise
         if traceback:
@@ -66,9 +67,25 @@ def reported(*, traceback: bool = False, quiet: bool = False) -> Iterator[None]:
         _quiet.reset(before)
 
 
-def _of_a_place(error: OSError) -> PeftxError | None:
+def _of_a_plugin(error: Exception) -> PeftxError | None:
+    """An error that a plugin's code raised outside of its hooks, in a module of its own or in a term of the loss; None
+    of one that came through no plugin's."""
+    if "torch" not in sys.modules:
+        return None  # and no plugin
+    from peftx.composition.registry import Registry
+    from peftx.errors import PluginError
+    from peftx.kernel.members import line_in
+
+    for name, module in Registry().modules():
+        if module in sys.modules and (line := line_in(error, module)):
+            said = f"plugin '{name}' failed at {line}: {type(error).__name__}: {error}"
+            return PluginError(said, hint="'peftx --traceback ...' shows the way there")
+    return None
+
+
+def _of_a_place(error: Exception) -> PeftxError | None:
     """The system's error as one that the user can mend; None where it is not about a file or folder that is named."""
-    if error.errno not in PLACES or error.filename is None:
+    if not isinstance(error, OSError) or error.errno not in PLACES or error.filename is None:
         return None
     return FileError(
         f"{error.filename}: {error.strerror}", hint="give another place, or make room or way there"

@@ -155,9 +155,9 @@ def _check_base(stack: Stack, base: BaseEntry, folder: Path) -> None:
         found = stack.identity.digest() if stack.identity is not None else None
     if found != base.fingerprint:
         raise BundleError(
-            f"'{folder}' was made for another base model than '{stack.base_id}': "
-            f"fingerprint {str(base.fingerprint)[:12]}, this one has {str(found)[:12]}",
-            hint="give the right one: peftx.load(path, model=...)",
+            f"'{folder}' was made for '{base.id}', and '{stack.base_id}' is another base model: fingerprint "
+            f"{str(base.fingerprint)[:12]}, this one has {str(found)[:12]}",
+            hint=f"give the right one: --model {base.id}, or peftx.load(path, model=...)",
         )
     if base.settings is not None:
         check_settings(base.settings, stack.model, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -124,6 +125,26 @@ def test_a_stream_says_what_the_whole_answer_says(client: TestClient) -> None:
         assert pieces[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
         assert pieces[-1]["usage"] == whole["usage"]
         assert len(pieces) > 3, "it came in one piece"
+
+
+def test_streams_that_were_read_to_their_end_count_as_finished(client: TestClient) -> None:
+    before = client.get("/metrics").text
+    assert 'reason="cancelled"' not in before or before.count('reason="cancelled"} 0')
+    for _ in range(6):
+        with client.stream(
+            "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 3, "stream": True}
+        ) as got:
+            assert list(got.iter_lines())[-2:][0] == "data: [DONE]"
+    after = client.get("/metrics").text
+    assert 'reason="cancelled"' not in after
+    assert re.search(r"peftx_request_seconds_count\{[^}]*\} ([6-9]|\d\d)", after)
+
+
+def test_the_first_model_answers_where_none_is_named(client: TestClient) -> None:
+    for body in ({"prompt": "a", "max_tokens": 1}, {"prompt": "a", "max_tokens": 1, "model": None}):
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == client.get("/v1/models").json()["data"][0]["id"]
 
 
 def test_a_stream_shows_nothing_of_its_stop_string(client: TestClient) -> None:

@@ -47,7 +47,7 @@ def data(
 ) -> None:
     """Show what rows become: tokens, which of them count in the loss, what was cut, dropped or packed. Trains nothing.
 
-    Tokens that count in the loss are green on a terminal, and in [brackets] elsewhere.
+    Tokens that count in the loss are green on a terminal, and in brackets elsewhere.
     """
     from peftx.composition.registry import Registry
     from peftx.errors import UsageError

@@ -274,11 +274,28 @@ def serve(
         return server(name, str(_inside(adapters, path)))
 
     named = _named(targets)
+    _check_port(host, port)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
     run_http(
         *(server(name, target) for name, target in named.items()),
         host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else asked,
     )  # fmt: skip
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises ServerError where nothing can listen; before any model is loaded."""
+    import socket
+
+    from peftx.errors import ServerError
+
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return
+    except OSError as error:
+        raise ServerError(
+            f"nothing can listen at {host}:{port}: {error.strerror or error}",
+            hint="another --port, or --port 0 for a free one",
+        ) from error
 
 
 def _named(targets: Sequence[str]) -> dict[str, str]:

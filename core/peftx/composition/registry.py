@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -105,6 +105,11 @@ class Registry:
         """All installed names, sorted; disabled ones left out."""
         return [name for name in self._by_name if name not in self.disabled]
 
+    def modules(self) -> Iterator[tuple[str, str]]:
+        """Name of a plugin and of the module that it is in, of all."""
+        for name, points in self._by_name.items():
+            yield from ((name, point.value.partition(":")[0]) for point in points)
+
     def install_hint(self, name: str) -> str:
         return f"pip install peftx-{name}"
 
@@ -121,17 +126,17 @@ class Registry:
             )
         points = self._by_name.get(name)
         if not points:
-            near = nearest(name, self.names())
-            hint = f"{near} " if near else ""
+            # A misspelt name is not one to install: whoever likes may have a package of that name.
+            listed = f"peftx list has those that are installed; another one: {self.install_hint(name)}"
             raise RegistryError(
-                f"no plugin named '{name}' is installed",
-                hint=f"{hint}(installed: {', '.join(self.names()) or 'none'}); else: {self.install_hint(name)}",
+                f"no plugin named '{name}' is installed", hint=nearest(name, self.names()) or listed
             )
         if len(points) > 1:
             owners = " and ".join(f"'{_distribution(p)}' ({name_place(p)})" for p in points)
             raise RegistryError(
                 f"the name '{name}' is claimed by two distributions: {owners}",
-                hint=f"pip uninstall {_distribution(points[1])}",
+                hint="uninstall one of them: "
+                + " or ".join(f"pip uninstall {_distribution(p)}" for p in points),
             )
         return points[0]
 

@@ -251,7 +251,9 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staging(path) as new:
             yield new
+            mode = new.stat().st_mode & 0o666  # safetensors writes for the owner alone, whatever the umask
             for file in plain_files(new):
+                file.chmod(mode)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
             _put(new, path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from peftx.errors import PeftxError, PluginError
 from peftx.kernel.plugin import Claim, Plugin, hooks_of
@@ -56,9 +58,22 @@ def blame(error: Exception, member: Member, hook: str) -> None:
         place = f" ({member.where})" if member.where else ""
         raise type(error)(f"{member.id}: {hook}{place}: {error.message}", hint=error.hint) from error
     place = f" at {member.where}" if member.where else ""
+    line = line_in(error, type(member.plugin).__module__)
     raise PluginError(
         f"plugin '{member.id}'{place} failed in {hook}: {type(error).__name__}: {error}"
+        + (f" ({line})" if line else "")
     ) from error
+
+
+def line_in(error: BaseException, module: str) -> str:
+    """`peftx_lora.py:47`: the last line of a module, or of its package, that an error came through; empty where it came
+    through none."""
+    found = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        if name == module or name.startswith(f"{module}."):
+            found = f"{Path(frame.f_code.co_filename).name}:{number}"
+    return found
 
 
 @contextmanager

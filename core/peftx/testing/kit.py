@@ -31,6 +31,7 @@ import torch
 from peftx.composition.members import default_id
 from peftx.composition.registry import Registry
 from peftx.errors import OptionError, PeftxError, nearest
+from peftx.kernel.members import line_in
 from peftx.kernel.plugin import Plugin
 from peftx.testing.case import Case
 from peftx.testing.checks import CHECKS, Check
@@ -242,7 +243,8 @@ def _result(item: Planned) -> CheckResult:
     except AssertionError as error:
         outcome, message = "failed", str(error) or "assertion failed"
     except Exception as error:  # noqa: BLE001  a plugin may raise anything; that is what the report shows
-        outcome, message = "failed", f"{type(error).__name__}: {error}"
+        line = line_in(error, item.subject.plugin.__module__)
+        outcome, message = "failed", f"{type(error).__name__}: {error}" + (f" ({line})" if line else "")
     return CheckResult(item.check.name, item.arch, outcome, time.perf_counter() - started, message)
 
 

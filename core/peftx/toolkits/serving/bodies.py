@@ -46,7 +46,8 @@ class Body(BaseModel):
     """A request."""
 
     model_config = STRICT
-    model: str
+    model: str | None = None
+    """The first one where none is named."""
 
     @model_validator(mode="before")
     @classmethod

@@ -107,8 +107,9 @@ class Job:
         return len(self.ids)
 
     def cancel(self) -> None:
-        """The client is gone: stop at the next token."""
-        self.cancelled = True
+        """The client is gone: stop at the next token. What is finished stays so: its client leaves too."""
+        if not self.future.done():
+            self.cancelled = True
 
     def send(self, piece: str | None) -> None:
         with self._sending:
