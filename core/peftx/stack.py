@@ -59,8 +59,11 @@ class Stack(Kernel):
         model: `peftx:tiny`, a local folder, a hub id, or a `transformers` model that you made yourself.
         plugins: in the order of effect; `("name", plugin)` gives one an id of its own (needed when a class stands
             twice). Ids are the plugins' entry-point names.
-        tokenizer: for a model of your own. seed: of the plugins' first values.
-        dtype, device, trust_remote_code: for a model that is loaded here.
+        tokenizer: for a model of your own.
+        seed: of the plugins' first values.
+        dtype: of a model that is loaded here.
+        device: where it is loaded to.
+        trust_remote_code: run Python code that it brings along.
 
     Raises:
         ConflictError: two plugins that cannot stand together, or not in this order; a model with another stack's
@@ -224,7 +227,8 @@ class Stack(Kernel):
 
         Args:
             data: calibration text: a file, or texts; needed where a plugin claims `needs-calibration`.
-            samples, length: at most so many sequences of so many tokens.
+            samples: sequences at most.
+            length: tokens of each at most.
             keep: keep the layers that are replaced, so that `remove` brings them back; with False their memory is free.
             progress: called by plugins that go through the model block by block, with (blocks done, blocks).
 

@@ -5,6 +5,7 @@ One from elsewhere is listed by a copy of its `pyproject.toml`, as `docs/listed/
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from peftx.kernel.plugin import Claim, Plugin
 from peftx.testing.models import CORE_ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
+CHOOSE = ROOT / "docs" / "choose"
 PLACES = ("plugins/*/*/pyproject.toml", "docs/examples/*/pyproject.toml", "docs/listed/*.toml")
 
 
@@ -60,7 +62,7 @@ def _listed(path: Path) -> Listed | None:
     return Listed(
         name=name,
         what=project["description"],
-        link=f"../../{path.parent.relative_to(ROOT).as_posix()}/README.md"
+        link=Path(os.path.relpath(path.parent / "README.md", CHOOSE)).as_posix()
         if here
         else project["urls"]["Source"],
         group=group,
