@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import MADE, UnknownPart, filled, gallery, made, spec, together
+from pages import MADE, NOTE, UnknownPart, filled, gallery, made, spec, together
 from pages.links import dead, links_of
 from pages.shown import as_in_site, from_elsewhere, shown, without_reasons
 
@@ -175,6 +175,15 @@ def test_links_as_they_are_in_the_site() -> None:
     )
     assert inside == "[a](../plugins/x/README.md) [b](../other.md)"
     assert as_in_site("[a](docs/data.md)", "CONTRIBUTING.md", is_shown=True) == "[a](data.md)"
+
+
+def test_whoever_reads_the_file_is_told_where_its_tables_are() -> None:
+    pages = [*(ROOT / "docs" / "reference").glob("*.md"), *(ROOT / "docs" / "choose").glob("*.md")]
+    made = [page for page in pages if re.search("^(<!-- made|:::)", page.read_text("utf-8"), re.MULTILINE)]
+    assert len(made) > 7
+    for page in made:
+        assert page.read_text("utf-8").count(NOTE) == 1, page
+        assert NOTE not in filled(page.read_text("utf-8"))
 
 
 def test_the_site_shows_a_block_that_does_not_run_as_any_other() -> None:

@@ -12,6 +12,8 @@ from functools import cache
 
 from pages import architectures, claims, commands, excerpts, gallery, leaderboards, spec, together
 
+NOTE = "*What is made from the code stands here in the site alone: `make docs`.*\n\n"
+"""For those who read the file itself."""
 LINE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
 
 MADE: dict[str, Callable[[], str]] = {
@@ -55,4 +57,4 @@ def filled(markdown: str) -> str:
             )
         return made(found[1])
 
-    return LINE.sub(part, markdown)
+    return LINE.sub(part, markdown.replace(NOTE, ""))

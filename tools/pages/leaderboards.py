@@ -31,18 +31,19 @@ def table(name: str) -> str:
     ]
     rows = sorted(found["rows"], key=lambda row: row["value"], reverse=found["higher_is_better"])
     for row in rows:
-        spread = "" if row["std"] is None else f" ± {row['std']:.3f}"
+        spread = "" if row["std"] is None else f"\u00a0±\u00a0{row['std']:.3f}"
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}" + ", edge" * row["edge"]
         cells = (
             row["row"],
             f"{row['value']:.3f}{spread}",
             rate,
             f"{row['trained']:,}",
-            f"{row['bundle_bytes'] / 1e3:,.1f} kB",
+            f"{row['bundle_bytes'] / 1e3:,.1f}\u00a0kB",
             f"{row['memory_bytes'] / 1e6:,.0f} MB",
             f"{row['train_seconds']:.1f} s",
         )
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"![{found['metric']}, and against numbers trained](../../benchmarks/results/{name}.png)"]
     return "\n".join(lines)
 
 
