@@ -48,7 +48,7 @@ def plan(
         Member(e.id, registry.load(e.use)(**e.options), places.get(e.id, ""), e.phase) for e in pipeline.stack
     ]
     conflicts = [
-        PlannedConflict(plugins=(c.first, c.second), reason=c.reason, remedy=", ".join(c.working_order))
+        PlannedConflict(plugins=(c.first, c.second), reason=c.reason, remedy=c.remedy)
         for c in find_conflicts(members)
     ]
     try:

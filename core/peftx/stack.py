@@ -122,6 +122,7 @@ class Stack(Kernel):
         optimizer: torch.optim.Optimizer | None = None,
         micro: int = 0,
         accumulation: int = 1,
+        total: int | None = None,
         share: Share | None = None,
         sources: Mapping[str, Feeder] | None = None,
     ) -> Tensor:
@@ -135,6 +136,7 @@ class Stack(Kernel):
             batch: the model's keyword arguments, with labels.
             micro: which of the `accumulation` batches of one optimizer step this is, from 0; the optimizer steps after
                 the last one.
+            total: optimizer steps of the loop, for phases that are a share of it.
             share: what part of the optimizer step this batch is, of `shares`; equal parts if left out, which is right
                 where all batches have as many labels.
             sources: see `peftx.engines.training.feeders.Feeder`; for plugins that train on several sources.
@@ -146,8 +148,8 @@ class Stack(Kernel):
 
         rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
         step = TrainStep(
-            self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, learning_rate=rate,
-            share=share, sources=sources,
+            self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, total=total,
+            learning_rate=rate, share=share, sources=sources,
         )  # fmt: skip
         loss = self.run_train_step(step)
         if optimizer is not None and step.last_micro:
@@ -169,6 +171,7 @@ class Stack(Kernel):
         output: str | Path | None = None,
         resume: bool | str | Path = False,
         progress: Progress | None = None,
+        columns: Mapping[str, str] | None = None,
         sources: Mapping[str, Any] | None = None,
         measured: Any = None,
         **options: Any,
@@ -177,6 +180,7 @@ class Stack(Kernel):
 
         Args:
             data: a file, rows, or prepared `TrainingData`.
+            columns: the data's own name of a column for a name of the format: `{"prompt": "question"}`.
             output: folder for checkpoints. resume: from the last checkpoint in `output`, or from this one.
             progress: called with (steps done, steps planned, loss terms and phases).
             sources: further rows by name, files or rows, for plugins that train on several (`step.batch_of`).
@@ -189,8 +193,8 @@ class Stack(Kernel):
         from peftx.engines.training.run import train
 
         return train(
-            self, data, output=output, resume=resume, progress=progress, options=options, sources=sources,
-            measure=None if measured is None else self.measuring(measured),
+            self, data, output=output, resume=resume, progress=progress, options=options, columns=columns,
+            sources=sources, measure=None if measured is None else self.measuring(measured),
         )  # fmt: skip
 
     def trainer(self, kind: type[Trainer]) -> type[Trainer]:
@@ -215,7 +219,7 @@ class Stack(Kernel):
 
     def compress(
         self,
-        data: str | Path | Sequence[str] | None = None,
+        data: str | Path | Sequence[str | Mapping[str, Any]] | None = None,
         ids: Iterable[str] | None = None,
         *,
         samples: int = CALIBRATION_SAMPLES,
@@ -226,7 +230,7 @@ class Stack(Kernel):
         """Run the `compress` hooks (all, or of these ids) that have not run yet.
 
         Args:
-            data: calibration text: a file, or texts; needed where a plugin claims `needs-calibration`.
+            data: calibration text: a file, texts, or rows; needed where a plugin claims `needs-calibration`.
             samples: sequences at most.
             length: tokens of each at most.
             keep: keep the layers that are replaced, so that `remove` brings them back; with False their memory is free.

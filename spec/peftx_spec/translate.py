@@ -148,6 +148,8 @@ def _finding(model: type[BaseModel], data: object, error: ErrorDetails, noun: st
     owner = next((part for part in reversed(path) if isinstance(part, str)), "")
     what = f"'{owner}'" if owner == name else f"an item of '{owner}'" if owner else "this"
     expected = _expected(kind, context)
+    if error["loc"][-1:] == ("[key]",):
+        return Finding(path, f"'{name}' cannot be a name here", at_key=True, expected=expected)
     suggestion = ""
     if kind in ("literal_error", "enum") and isinstance(value, str):
         suggestion = nearest(

@@ -29,6 +29,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.errors import PeftxError
+from peftx.kernel.phases import Phase
 from peftx.testing import conformance, example_inputs, plan_checks, run_checks, tiny, tiny_tokenizer
 from peftx.testing.checks import CHECKS
 from peftx.testing.kit import CheckResult
@@ -285,8 +286,26 @@ class Pair(Plugin):
         return (yield)
 
 
+class Halves(Plugin):
+    """Has a phase that is a share of the run."""
+
+    claims = Healthy.claims
+    inject = Healthy.inject
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("held", 0.5), Phase("free"))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        if step.phase(self).name == "held":
+            step.add_loss(
+                "size", lambda _: sum(p.square().sum() for p in step.parameters()), weight=0.01, over="step"
+            )
+        return (yield)
+
+
 @pytest.mark.parametrize(
-    "plugin", [Quantizer, Reverser, Signs, Counter, Pair], ids=lambda plugin: plugin.__name__
+    "plugin", [Quantizer, Reverser, Signs, Counter, Pair, Halves], ids=lambda plugin: plugin.__name__
 )
 def test_other_healthy_plugins(plugin: type[Plugin]) -> None:
     names = {item.check.name for item in plan_checks(plugin, models=["llama"])} - OTHER_PROCESS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ from peftx.engines.training.state_io import load_state, save_state
 from peftx.errors import ArchitectureError, BundleError, ConflictError, DataError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import PAD
+from peftx.toolkits.compression.batches import calibration
 from peftx.toolkits.evaluation.scores import Score
+from peftx_lora import Lora
 
 ROWS = [{"prompt": f"count {i}", "completion": f"{i + 1} {i + 2}"} for i in range(24)]
 
@@ -733,3 +736,30 @@ def test_a_window_that_a_text_is_longer_than_is_found() -> None:
         stack.train([short, short, long], **options)
     assert "a max_length within the model's window" in str(caught.value.hint)
     stack.train([short, short, long], **options | {"max_length": 60})  # the way out
+
+
+def test_columns_of_ones_own(tmp_path: Path) -> None:
+    """In Python as in a spec: of rows and of a file, to train, to measure and to calibrate."""
+    rows = [{"ask": f"{n} + 1 =", "reply": f" {n + 1}"} for n in range(6)]
+    ours = [{"prompt": row["ask"], "completion": row["reply"]} for row in rows]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "ask", "completion": "reply"}
+    found = []
+    for data, own in ((ours, None), (rows, columns), (file, columns)):
+        stack = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=tiny_tokenizer(), seed=0)
+        stack.train(data, columns=own, steps=2, batch_size=2)
+        told = {} if own is None else {"columns": own}
+        found.append(stack.evaluate(data, **told)["perplexity"].value)
+    assert found[0] == found[1] == found[2]
+    batches = [
+        list(calibration(stack, each, samples=2, length=16).batches)
+        for each in (ours, file_of(ours, tmp_path))
+    ]
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(*batches, strict=True))
+
+
+def file_of(rows: list[dict[str, str]], folder: Path) -> Path:
+    file = folder / "ours.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

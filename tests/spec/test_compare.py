@@ -206,3 +206,10 @@ def test_several_values_point_to_a_comparison_that_is_right(tmp_path: Path, cata
     assert loaded.spec.budget.steps == 7
     assert loaded.rows[0].pipeline is not None
     assert loaded.rows[0].pipeline.stack[0].options == {"alpha": 4, "rank": 4}
+
+
+def test_a_name_that_none_can_be_is_at_fault_and_not_its_value(wrong: Callable[..., list[Problem]]) -> None:
+    (problem,) = wrong(("    quantized: {", "    lora+quant: {"))
+    assert problem.message == "'lora+quant' cannot be a name here"
+    assert "A-Za-z0-9" in problem.expected
+    assert problem.column == 5

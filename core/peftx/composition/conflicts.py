@@ -23,9 +23,12 @@ class Conflict:
     way_out: str = "keep one of them"
     """Where no order works."""
 
+    @property
+    def remedy(self) -> str:
+        return f"this order works: {', '.join(self.working_order)}" if self.working_order else self.way_out
+
     def __str__(self) -> str:
-        way = f"this order works: {', '.join(self.working_order)}" if self.working_order else self.way_out
-        return f"{self.reason}; {way}"
+        return f"{self.reason}; {self.remedy}"
 
 
 EXCLUSIVE = {

@@ -50,7 +50,7 @@ def spans(phases: Sequence[Phase], total: int | None, *, owner: str) -> list[Spa
         elif total is None:
             raise OptionError(
                 f"{owner}: the phase '{phase.name}' is {phase.share:g} of a run whose length is not known",
-                hint="give it as a number of steps, or train with stack.train",
+                hint="say it: stack.train_step(..., total=steps); stack.train does",
             )
         else:
             end = first + max(1, round(phase.share * total))

@@ -22,7 +22,7 @@ from peftx.stack import Stack
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceLowRank
 from peftx.testing.shapes import Padding
-from peftx.testing.subject import DECODERS, ENCODER_DECODERS, ROWS, TEXT, TEXTS, Subject
+from peftx.testing.subject import DECODERS, ENCODER_DECODERS, ROWS, TEXT, TEXTS, Subject, steps_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -200,13 +200,21 @@ class Case:
             pad_values=dict.fromkeys(columns_of(stack.model), 0), own_lengths=own_lengths_of(stack.model),
         )  # fmt: skip
 
+    @property
+    def total(self) -> int | None:
+        """Steps that a loop says it has, where a phase is a share of them: so many that each phase has one."""
+        plugin = self.subject.make()
+        shares = any(phase.share is not None and phase.share < 1 for phase in plugin.phases())
+        return steps_for(plugin) if shares else None
+
     def train(self, stack: Stack, steps: int, *, rate: float = 1e-2) -> list[float]:
         """A plain loop on one batch; returns the losses."""
         batch, sources = self.batch(stack), self.sources(stack)
         trained = [p for p in stack.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate)
         stack.model.train()
-        losses = [float(stack.train_step(batch, optimizer=optimizer, sources=sources)) for _ in range(steps)]
+        given = {"optimizer": optimizer, "sources": sources, "total": self.total and max(steps, self.total)}
+        losses = [float(stack.train_step(batch, **given)) for _ in range(steps)]
         stack.model.eval()
         return losses
 
@@ -214,7 +222,7 @@ class Case:
         """One step without an optimizer, seeded: the loss, and the gradient of everything that trains, by name."""
         torch.manual_seed(0)
         stack.model.train()
-        loss = float(stack.train_step(self.batch(stack), sources=self.sources(stack)))
+        loss = float(stack.train_step(self.batch(stack), sources=self.sources(stack), total=self.total))
         stack.model.eval()
         return loss, {name: p.grad for name, p in stack.model.named_parameters() if p.requires_grad}
 

@@ -160,6 +160,7 @@ def train(
     progress: Progress | None,
     options: dict[str, Any] | TrainSpec,
     prepare: bool = True,
+    columns: Mapping[str, str] | None = None,
     sources: Mapping[str, Rows] | None = None,
     measure: Measure | None = None,
 ) -> TrainingReport:
@@ -176,7 +177,8 @@ def train(
     check_claims(stack.members, launched())
     if output is not None:
         make_place(Path(output) / "checkpoint")
-    training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length)
+    given = None if columns is None else dict(columns)
+    training_data = as_training_data(stack, data, seed=spec.seed, max_length=spec.max_length, columns=given)
     if prepare:
         prepare_data(stack, training_data)
     if training_data.train is None or len(training_data.train) == 0:

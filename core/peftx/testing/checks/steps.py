@@ -36,6 +36,7 @@ def check_step_makes_no_gradients(case: Case) -> None:
             case.batch(stack),
             learning_rate=optimizer.param_groups[0]["lr"],
             sources=case.sources(stack),
+            total=case.total,
         )
         stack.model.train()
         stack.run_train_step(step)
@@ -53,7 +54,7 @@ def check_gradient_transforms_are_claimed(case: Case) -> None:
     """A plugin that edits gradients says so, so that a step without gradients can refuse it."""
     stack = case.training_stack()
     stack.model.train()
-    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack), total=case.total)
     stack.run_train_step(step)
     count = len(step._gradients)
     assert count == 0, f"registers {count} gradient transforms, and does not claim {Claim.NEEDS_GRADIENTS}"
@@ -71,7 +72,7 @@ def check_embeddings_of_a_step_are_claimed(case: Case) -> None:
             not arguments and named.get("input_ids") is None and named.get("inputs_embeds") is not None
         )
 
-    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack), total=case.total)
     handle = stack.model.register_forward_pre_hook(watch, with_kwargs=True)
     stack.run_train_step(step)
     handle.remove()
@@ -91,7 +92,7 @@ def check_labels_of_a_step_are_claimed(case: Case) -> None:
     """A step whose rows have no labels of tokens says so, so that what reads labels can refuse to stand beside it."""
     stack = case.training_stack()
     stack.model.train()
-    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack), total=case.total)
     stack.run_train_step(step)
     labels = step.batch.get("labels")
     has = labels is not None and bool((labels != IGNORE).any())
@@ -105,7 +106,7 @@ def check_a_loss_of_its_own_is_claimed(case: Case) -> None:
     """A step that puts a loss in the place of the task's says so, so that another one's is not lost."""
     stack = case.training_stack()
     stack.model.train()
-    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack))
+    step = TrainStep(stack, case.batch(stack), sources=case.sources(stack), total=case.total)
     replaced: list[object] = []
     put = step.replace_task_loss
 
@@ -180,7 +181,9 @@ def check_masks_hold(case: Case) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     stack.model.train()
     for _ in range(2):
-        stack.train_step(case.batch(stack), optimizer=optimizer, sources=case.sources(stack))
+        stack.train_step(
+            case.batch(stack), optimizer=optimizer, sources=case.sources(stack), total=case.total
+        )
     for part in stack.ledger.all(BasePart):
         for name, mask in part.masks.items():
             now, before = part.module._parameters[name], part.original[name]

@@ -52,7 +52,7 @@ def check_step_returns_the_loss(case: Case) -> None:
     optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
     stack.model.train()
     for _ in range(2):
-        loss = stack.train_step(batch, optimizer=optimizer, sources=sources)
+        loss = stack.train_step(batch, optimizer=optimizer, sources=sources, total=case.total)
         assert loss.ndim == 0, f"the loss has shape {tuple(loss.shape)}"
         assert not loss.requires_grad, "the loss is not detached, so it would keep the whole graph alive"
         assert math.isfinite(float(loss)), f"the loss is {float(loss)}"
@@ -189,7 +189,14 @@ def check_accumulation_makes_the_same_step(case: Case) -> None:
         stack.model.zero_grad()
         torch.manual_seed(0)
         for micro, (part, share) in enumerate(zip(batches, stack.shares(batches), strict=True)):
-            stack.train_step(dict(part), micro=micro, accumulation=len(batches), share=share, sources=sources)
+            stack.train_step(
+                dict(part),
+                micro=micro,
+                accumulation=len(batches),
+                share=share,
+                sources=sources,
+                total=case.total,
+            )
         found.append({n: p.grad.clone() for n, p in stack.model.named_parameters() if p.grad is not None})
     whole, cut = found
     assert whole.keys() == cut.keys(), (

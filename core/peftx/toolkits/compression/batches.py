@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def calibration(
     stack: Stack,
-    data: str | Path | Sequence[str] | None,
+    data: str | Path | Sequence[str | Mapping[str, Any]] | None,
     *,
     samples: int,
     length: int,
@@ -33,7 +33,7 @@ def calibration(
     order of the text; short text gives fewer.
 
     Args:
-        data: a text file, texts, or None for no batches. progress: see `Calibration`.
+        data: a text file, texts, rows of any format, or None for no batches. progress: see `Calibration`.
 
     Raises:
         DataError: the text gives no sequence.
@@ -45,7 +45,11 @@ def calibration(
     else:
         if isinstance(data, Mapping):
             raise DataError("one row is no list of texts", hint="[row]")
-        texts = [require_text(text, f"text {index} (counting from 0)") for index, text in enumerate(data)]
+        texts = [
+            _text_of(one, stack.tokenizer) if isinstance(one, Mapping)
+            else require_text(one, f"text {index} (counting from 0)")
+            for index, one in enumerate(data)
+        ]  # fmt: skip
     tokenizer = stack.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = [i for text in texts for i in text_ids(tokenizer, text)]

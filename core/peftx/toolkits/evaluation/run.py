@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data import read_dataset
-from peftx.engines.data.formats import detect_format
+from peftx.engines.data.formats import dataset_of, detect_format
 from peftx.engines.data.gate import check_item
 from peftx.engines.data.sources import TASK, format_of, rows_of
 from peftx.engines.models import asset_path
@@ -31,7 +31,7 @@ METRICS = METRIC_FORMATS
 """Metric -> the formats of rows that it reads."""
 
 OPTIONS = frozenset({
-    "limit", "max_length", "max_new_tokens", "format", "progress", "output_dir", "tasks", "include", "num_fewshot",
+    "limit", "max_length", "max_new_tokens", "columns", "format", "progress", "output_dir", "tasks", "include", "num_fewshot",
 })  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def evaluate(
 
     Args:
         data: a file, texts or rows. options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer),
-            `format`, `progress`, `output_dir`; of `task-accuracy` `tasks`, in their order; of `lm-eval`, which has rows
+            `columns` (the data's own name for a name of the format), `format`, `progress`, `output_dir`; of `task-accuracy` `tasks`, in their order; of `lm-eval`, which has rows
             of its own, `tasks`, `include` and `num_fewshot`.
 
     Returns:
@@ -116,7 +116,7 @@ def evaluate(
     for name in sorted(options.keys() - OPTIONS):
         raise OptionError(f"evaluate: unknown option '{name}'", hint=nearest(name, OPTIONS) or None)
     limit, max_length = options.get("limit"), options.get("max_length")
-    rows = _rows(data, options.get("format", "auto"), limit)
+    rows = _rows(data, options.get("format", "auto"), limit, options.get("columns"))
     plugins = [m for m in stack.members if m.implements("evaluate")]
     scores: dict[str, Score] = {}
     for metric in metrics:
@@ -193,13 +193,19 @@ def _refuse_overlap(plugin: str, known: Mapping[str, Score], new: Mapping[str, S
         )
 
 
-def _rows(data: Any, format: str, limit: int | None) -> list[Any] | None:
+def _rows(
+    data: Any, format: str, limit: int | None, columns: Mapping[str, str] | None = None
+) -> list[Any] | None:
     if data is None:
         return None
     if isinstance(data, str | Path):
-        return list(read_dataset(asset_path(data), format=format, limit=limit))
+        return list(
+            read_dataset(asset_path(data), format=format, columns=dict(columns or {}) or None, limit=limit)
+        )
     if isinstance(data, Mapping):
         raise DataError("one row is no list of rows", hint="[row]")
+    if columns:
+        return list(dataset_of(list(data)[:limit], format=format, columns=dict(columns))[0])
     rows = list(data)[:limit]
     for index, item in enumerate(rows):
         check_item(item, f"row {index} (counting from 0)")
