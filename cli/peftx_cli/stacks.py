@@ -28,11 +28,13 @@ def open_stack(
     """
     from peftx.sharing import located
 
-    target = str(located(target))  # a Hub that does not answer is told of before torch is imported
+    # A Hub that does not answer, and a folder that is not there, are told of before torch is imported.
+    target = str(located(target))
+    is_bundle = _is_bundle(target, model)
     from peftx.loading import load
     from peftx.stack import Stack
 
-    if _is_bundle(target, model):
+    if is_bundle:
         folder = os.path.expanduser(target)
         return load(folder, model=model, device=_device(device), trust_remote_code=trust_remote_code)
     return Stack(target, device=device, trust_remote_code=trust_remote_code)
