@@ -374,7 +374,9 @@ def rules(plugin: AnyPlugin) -> list[str]:
         if rule.one.is_it(plugin):
             found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
         if rule.two.is_it(plugin):
-            found.append(f"not {'after' if rule.ordered else 'beside'} {rule.one.told}")
+            first = ", unless that one compresses first (phase: before-training)"
+            more = first if rule.late and "unless" not in rule.one.told else ""
+            found.append(f"not {'after' if rule.ordered else 'beside'} {rule.one.told}{more}")
     if Claim.NEEDS_ADAPTERS in plugin.claims:
         found.append("with an adapter, whose deltas add to the output of layers")
     if Claim.WORKS_ON_PREVIOUS in plugin.claims:

@@ -31,7 +31,8 @@ METRICS = METRIC_FORMATS
 """Metric -> the formats of rows that it reads."""
 
 OPTIONS = frozenset({
-    "limit", "max_length", "max_new_tokens", "columns", "format", "progress", "output_dir", "tasks", "include", "num_fewshot",
+    "limit", "max_length", "max_new_tokens", "columns", "format", "progress", "output_dir", "tasks", "include",
+    "num_fewshot",
 })  # fmt: skip
 
 
@@ -103,9 +104,10 @@ def evaluate(
     """Run metrics (built-in names, or ids of plugins with an `evaluate` hook) on one data set.
 
     Args:
-        data: a file, texts or rows. options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer),
-            `columns` (the data's own name for a name of the format), `format`, `progress`, `output_dir`; of `task-accuracy` `tasks`, in their order; of `lm-eval`, which has rows
-            of its own, `tasks`, `include` and `num_fewshot`.
+        data: a file, texts or rows.
+        options: `limit`, `max_length`, `max_new_tokens` (of an exact match's answer), `columns` (the data's own name
+            for a name of the format), `format`, `progress`, `output_dir`; of `task-accuracy` `tasks`, in their order;
+            of `lm-eval`, which has rows of its own, `tasks`, `include` and `num_fewshot`.
 
     Returns:
         name -> Score; `stack.scores` gets them too.
