@@ -11,7 +11,7 @@ import pytest
 
 import peftx
 from peftx import Plugin, Stack
-from peftx.composition.conflicts import RULES, find_conflicts, rules
+from peftx.composition.conflicts import FIRST, RULES, find_conflicts, rules
 from peftx.composition.members import default_id
 from peftx.engines.bundle import read_manifest
 from peftx.errors import PeftxError, PluginError
@@ -121,7 +121,13 @@ def test_what_is_told_of_a_plugin_is_what_is_checked(rule: object) -> None:
             word = "before" if rule.ordered else "beside"  # type: ignore[attr-defined]
             assert f"not {word} {rule.two.told}" in rules(one.plugin)  # type: ignore[attr-defined]
             back = "after" if rule.ordered else "beside"  # type: ignore[attr-defined]
-            assert f"not {back} {rule.one.told}" in rules(two.plugin)  # type: ignore[attr-defined]
+            told = f"not {back} {rule.one.told}"  # type: ignore[attr-defined]
+            assert {told, told + FIRST} & {*rules(two.plugin)}
+            if late and "unless" not in told:
+                assert told not in rules(two.plugin)
+                first = _with(*ones, hook="compress", phase="before-training")
+                said = rule.reason.format(one=first, two=two)  # type: ignore[attr-defined]
+                assert said not in [c.reason for c in find_conflicts([first, two])]
     assert hits
 
 

@@ -42,6 +42,8 @@ EXCLUSIVE = {
 }
 """One in a stack."""
 
+FIRST = ", unless that one compresses first (phase: before-training)"
+"""When a rule of what compresses a trained model does not hold."""
 NO_ADAPTERS = (Claim.BESIDE_WEIGHTS, Claim.EDITS_INPUTS, Claim.TRAINS_BASE)
 """Claims of plugins that train something else than deltas on the output of layers."""
 
@@ -374,8 +376,7 @@ def rules(plugin: AnyPlugin) -> list[str]:
         if rule.one.is_it(plugin):
             found.append(f"not {'before' if rule.ordered else 'beside'} {rule.two.told}")
         if rule.two.is_it(plugin):
-            first = ", unless that one compresses first (phase: before-training)"
-            more = first if rule.late and "unless" not in rule.one.told else ""
+            more = FIRST if rule.late and "unless" not in rule.one.told else ""
             found.append(f"not {'after' if rule.ordered else 'beside'} {rule.one.told}{more}")
     if Claim.NEEDS_ADAPTERS in plugin.claims:
         found.append("with an adapter, whose deltas add to the output of layers")
