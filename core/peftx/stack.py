@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from peftx.composition.conflicts import check
 from peftx.composition.members import members_of
 from peftx.engines.models import load_model, tokenizer_digest
+from peftx.engines.sharded import refuse_shards, whole
 from peftx.engines.training.updates import watch
 from peftx.errors import StackError
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
 from peftx.kernel.plugin import Plugin, hookimpl
-from peftx.kernel.sharded import refuse_shards, whole
 from peftx.kernel.stack import Stack as Kernel
 
 if TYPE_CHECKING:
@@ -336,6 +336,22 @@ class Stack(Kernel):
         from peftx.toolkits.evaluation.run import evaluate
 
         return evaluate(self, data, metrics=metrics, options=options)
+
+    # -- what needs whole matrices -------------------------------------------------------------------------------
+
+    def merge(self, *ids: str, keep: bool = True) -> None:
+        """Fold deltas into the weights (of all mergeable plugins without arguments).
+
+        Args:
+            keep: keep the untouched weights too, so that `unmerge` is bit-exact in every dtype; with False the plugin
+                is folded for good.
+
+        Raises:
+            MergeError: a plugin whose effect does not fold, or a quantized base; nothing is changed then.
+            UnsupportedError: the weights are sharded.
+        """
+        refuse_shards(self.model, "merging")
+        super().merge(*ids, keep=keep)
 
     # -- saving --------------------------------------------------------------------------------------------------
 

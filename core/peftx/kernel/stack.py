@@ -27,7 +27,6 @@ from peftx.kernel.objective import objective_of
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.kernel.seeds import seeded
-from peftx.kernel.sharded import refuse_shards
 from peftx.kernel.slots import base_class, merge, snapshot, unmerge
 from peftx.kernel.view import ModelView
 
@@ -350,7 +349,6 @@ class Stack:
         Raises:
             MergeError: a plugin whose effect does not fold, or a quantized base; nothing is changed then.
         """
-        refuse_shards(self.model, "merging")
         wanted = {self.member(id).id for id in ids}
         chosen = [
             m.id for m in self.members if (m.id in wanted if ids else Claim.MERGEABLE in m.plugin.claims)
