@@ -51,7 +51,7 @@ def table(found: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in by_value(found):
-        spread = "" if row["std"] is None else f" ± {row['std']:.3f}"
+        spread = "" if row["std"] is None else f"\u00a0±\u00a0{row['std']:.3f}"
         interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}" + ", edge" * row["edge"]
         cells = (
@@ -60,7 +60,7 @@ def table(found: dict[str, Any]) -> str:
             interval,
             rate,
             f"{row['trained']:,}",
-            f"{row['bundle_bytes'] / 1e3:,.1f} kB",
+            f"{row['bundle_bytes'] / 1e3:,.1f}\u00a0kB",
             f"{row['memory_bytes'] / 1e6:,.0f} MB",
             f"{row['train_seconds']:.1f} s",
             row["note"],
@@ -144,6 +144,8 @@ def main(
         f"`{spec.name}`: {found['budget']} a row; mean ± standard deviation over {len(found['seeds'])} seeds; each "
         f"rate the best of its grid on validation rows, {found['validation']}."
     )
+    if page:
+        said += f" [Page with all plots]({name}.html)."
     text = f"# {name}\n\n{said}\n\n{found['base']}\n\n{table(found)}\n\n![{found['metric']}]({name}.png)\n"
     (output / f"{name}.md").write_text(text, encoding="utf-8")
     draw(found, output / f"{name}.png")

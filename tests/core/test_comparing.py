@@ -15,7 +15,7 @@ from peftx.comparing.jobs import Job, JobResult, read_result, result_file, write
 from peftx.comparing.on_ray import room
 from peftx.comparing.page import page
 from peftx.comparing.plots import Axis, _front
-from peftx.comparing.processes import Processes, _Running
+from peftx.comparing.processes import InProcess, Processes
 from peftx.comparing.schedule import Schedule
 from peftx.comparing.statistics import Spread, spread, t95
 from peftx.comparing.table import Table, slugs_of, table_of
@@ -206,7 +206,7 @@ def test_a_process_that_was_killed_left_a_reason(tmp_path: Path, schedule: Sched
     job = schedule.wanted({})[0]
     dead: Any = SimpleNamespace(exitcode=-9)
     pool = Processes(tmp_path, tmp_path, 1, 1, trust_remote_code=False)
-    left = pool.lost(_Running(job, tmp_path, dead))
+    left = pool.lost(InProcess(job, tmp_path, dead))
     assert "SIGKILL, as the system does where memory runs out" in left.reason
 
 

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from peftx.comparing.jobs import Job, JobResult
-from peftx.comparing.processes import Pool, lost, pool_in
+from peftx.comparing.processes import Pool, Running, lost, scratch_in
 from peftx.comparing.work import work
 from peftx.engines.clusters import cluster, last_line
 
 
 @dataclass
-class _Running:
-    job: Job
-    scratch: Path
+class _Task(Running):
     task: Any
 
 
@@ -28,7 +26,7 @@ def tasks(folder: Path, *, jobs: int, threads: int, trust_remote_code: bool) -> 
     Raises:
         ClusterError: no cluster answers.
     """
-    with cluster() as there, pool_in(folder) as scratch:
+    with cluster() as there, scratch_in(folder) as scratch:
         pool = OnRay(folder, scratch, jobs or room(there, threads), threads, trust_remote_code, there)
         try:
             yield pool
@@ -41,7 +39,7 @@ def room(there: Mapping[str, float], threads: int) -> int:
     return max(1, int(there.get("GPU", 0)) or int(there.get("CPU", 0)) // threads)
 
 
-class OnRay(Pool[_Running]):
+class OnRay(Pool[_Task]):
     """At most `jobs` tasks at a time, each in a process of its own."""
 
     def __init__(
@@ -61,24 +59,24 @@ class OnRay(Pool[_Running]):
         # A process that takes one job alone; what it leaves is a file, and a second try is the user's to ask for.
         self.work = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1, max_retries=0)(work)
 
-    def begin(self, job: Job, scratch: Path) -> _Running:
+    def begin(self, job: Job, scratch: Path) -> _Task:
         task = self.work.remote(
             job, self.folder.absolute(), scratch.absolute(), self.threads, self.trust_remote_code
         )
-        return _Running(job, scratch, task)
+        return _Task(job, scratch, task)
 
-    def ended(self, seconds: float) -> list[_Running]:
+    def ended(self, seconds: float) -> list[_Task]:
         by_task = {each.task: each for each in self.running.values()}
         done, _ = self.ray.wait(list(by_task), num_returns=1, timeout=seconds)
         return [by_task[task] for task in done]
 
-    def terminate(self, those: list[_Running]) -> None:
+    def terminate(self, those: list[_Task]) -> None:
         for each in those:
             self.ray.cancel(each.task, force=True)
         for each in those:
             self.ray.wait([each.task])
 
-    def lost(self, each: _Running) -> JobResult:
+    def lost(self, each: _Task) -> JobResult:
         try:
             self.ray.get(each.task)
         except Exception as error:  # noqa: BLE001  the process died, in one of the ways that Ray tells apart

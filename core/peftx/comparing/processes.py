@@ -15,7 +15,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from peftx.comparing.jobs import Check, Job, JobResult, read_checks, read_result, write_result
 from peftx.comparing.work import work
@@ -24,17 +24,15 @@ _OWN_TURN = 5.0
 """Seconds that a process has to end when it is asked to."""
 
 
-class HasJob(Protocol):
-    """A job that runs."""
+@dataclass
+class Running:
+    """A job that runs; a kind of pool adds what it runs in."""
 
-    @property
-    def job(self) -> Job: ...
-
-    @property
-    def scratch(self) -> Path: ...
+    job: Job
+    scratch: Path
 
 
-_Each = TypeVar("_Each", bound=HasJob)
+_Each = TypeVar("_Each", bound=Running)
 
 
 class Pool(ABC, Generic[_Each]):
@@ -107,7 +105,7 @@ class Pool(ABC, Generic[_Each]):
 
 
 @contextmanager
-def pool_in(folder: Path) -> Iterator[Path]:
+def scratch_in(folder: Path) -> Iterator[Path]:
     """A scratch folder for jobs, gone at the end with what it holds."""
     for stale in folder.glob(".work-*"):  # of a comparison that was killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -123,16 +121,14 @@ def lost(job: Job, scratch: Path, threads: int, reason: str) -> JobResult:
 
 
 @dataclass
-class _Running:
-    job: Job
-    scratch: Path
+class InProcess(Running):
     process: BaseProcess
 
 
 @contextmanager
 def processes(folder: Path, *, jobs: int, threads: int, trust_remote_code: bool) -> Iterator[Processes]:
     """A pool whose processes are gone at the end, whatever happened, and their scratch folders with them."""
-    with pool_in(folder) as scratch:
+    with scratch_in(folder) as scratch:
         pool = Processes(folder, scratch, jobs, threads, trust_remote_code)
         try:
             yield pool
@@ -140,22 +136,22 @@ def processes(folder: Path, *, jobs: int, threads: int, trust_remote_code: bool)
             pool.stop()
 
 
-class Processes(Pool[_Running]):
+class Processes(Pool[InProcess]):
     """On this machine."""
 
     def __init__(self, folder: Path, scratch: Path, jobs: int, threads: int, trust_remote_code: bool) -> None:
         super().__init__(folder, scratch, jobs, threads, trust_remote_code)
         self.context = _context()
 
-    def begin(self, job: Job, scratch: Path) -> _Running:
+    def begin(self, job: Job, scratch: Path) -> InProcess:
         arguments = (job, self.folder, scratch, self.threads, self.trust_remote_code)
         process: BaseProcess = self.context.Process(  # type: ignore[attr-defined]
             target=_begin, args=(work, *arguments)
         )
         process.start()
-        return _Running(job, scratch, process)
+        return InProcess(job, scratch, process)
 
-    def ended(self, seconds: float) -> list[_Running]:
+    def ended(self, seconds: float) -> list[InProcess]:
         by_sentinel = {each.process.sentinel: each for each in self.running.values()}
         sentinels = connection.wait(list(by_sentinel), timeout=seconds)
         found = [by_sentinel[sentinel] for sentinel in sentinels]  # type: ignore[index]
@@ -163,7 +159,7 @@ class Processes(Pool[_Running]):
             each.process.join()
         return found
 
-    def terminate(self, those: list[_Running]) -> None:
+    def terminate(self, those: list[InProcess]) -> None:
         for each in those:
             each.process.terminate()
         for each in those:
@@ -172,7 +168,7 @@ class Processes(Pool[_Running]):
                 each.process.kill()
                 each.process.join()
 
-    def lost(self, each: _Running) -> JobResult:
+    def lost(self, each: InProcess) -> JobResult:
         code = each.process.exitcode or 0
         reason = f"the process ended with status {code} and left no result"
         if code < 0:

@@ -340,15 +340,7 @@ class Stack:
     # -- weights -------------------------------------------------------------------------------------------------
 
     def merge(self, *ids: str, keep: bool = True) -> None:
-        """Fold deltas into the weights (of all mergeable plugins without arguments).
-
-        Args:
-            keep: keep the untouched weights too, so that `unmerge` is bit-exact in every dtype; with False the plugin
-                is folded for good.
-
-        Raises:
-            MergeError: a plugin whose effect does not fold, or a quantized base; nothing is changed then.
-        """
+        """See `peftx.Stack.merge`."""
         wanted = {self.member(id).id for id in ids}
         chosen = [
             m.id for m in self.members if (m.id in wanted if ids else Claim.MERGEABLE in m.plugin.claims)
