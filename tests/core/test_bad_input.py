@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
+from peftx.composition.adapters import read_adapter
 from peftx.engines.bundle import read_manifest
+from peftx.engines.checkpoints import check_weights
 from peftx.engines.models import load_model
 from peftx.errors import BundleError, MergeError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
@@ -392,3 +394,16 @@ def test_a_folder_of_pickles(tmp_path: Path) -> None:
     assert load_model(str(folder), meta=True)[0].device.type == "meta"  # a shape needs none
     with pytest.raises(PeftxError, match="does not exist"):
         Stack(str(tmp_path / "nowhere"))
+
+
+def test_a_bundle_in_the_place_of_a_model_or_an_adapter(tmp_path: Path) -> None:
+    """Whoever trained one and wants to go on with it is told how."""
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match="holds no model") as model:
+        check_weights(tmp_path)
+    assert model.value.hint == (
+        f"it is a bundle: peftx export {tmp_path} merged --format hf writes a model, where its plugins fold"
+    )
+    with pytest.raises(BundleError, match="is no adapter of PEFT") as adapter:
+        read_adapter(tmp_path)
+    assert adapter.value.hint == f"it is a bundle: peftx export {tmp_path} adapter --format peft writes one"

@@ -207,7 +207,11 @@ def _fields(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_bytes())
     except FileNotFoundError as error:
-        raise BundleError(f"'{file.parent}' is no adapter of PEFT: it has no {file.name}") from error
+        out = f"it is a bundle: peftx export {file.parent} adapter --format peft writes one"
+        bundle = (file.parent / "manifest.json").exists()
+        raise BundleError(
+            f"'{file.parent}' is no adapter of PEFT: it has no {file.name}", hint=out if bundle else None
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"'{file}' is corrupted: {error}") from error
     if not isinstance(fields, dict):

@@ -30,7 +30,9 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
     if not path.is_dir():
         raise BundleError(f"model folder '{path}' does not exist", hint=near_folder(path))
     if not (path / "config.json").exists():
-        raise BundleError(f"'{path}' holds no model: config.json is missing")
+        out = f"it is a bundle: peftx export {path} merged --format hf writes a model, where its plugins fold"
+        bundle = (path / "manifest.json").exists()
+        raise BundleError(f"'{path}' holds no model: config.json is missing", hint=out if bundle else None)
     for file in path.glob("*.json"):
         require_plain(file, most=MOST_JSON, links=True)
     _check_index(path)
