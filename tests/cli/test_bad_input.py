@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -643,3 +644,11 @@ def test_an_error_in_a_plugin_s_module_names_the_line(installed: Any, refused: C
     assert "error[plugin]: plugin 'fake-forward' failed at " in message
     assert ".py:7: AttributeError: module 'torch' has no attribute 'cta'" in message
     assert len(message.splitlines()) < 8
+
+
+def test_a_port_that_is_taken_is_found_before_a_model_is_loaded(refused: Callable[..., str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = refused("serve", "no-such-bundle", "--port", str(port))
+    assert message.startswith(f"error[server]: nothing can listen at 127.0.0.1:{port}: ")
+    assert "hint: another --port, or --port 0 for a free one" in message

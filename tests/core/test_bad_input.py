@@ -26,6 +26,7 @@ from peftx.engines.checkpoints import check_weights
 from peftx.engines.models import load_model
 from peftx.errors import BundleError, MergeError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
+from peftx_lora import Lora
 
 ROWS = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(8)]
 
@@ -407,3 +408,13 @@ def test_a_bundle_in_the_place_of_a_model_or_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is no adapter of PEFT") as adapter:
         read_adapter(tmp_path)
     assert adapter.value.hint == f"it is a bundle: peftx export {tmp_path} adapter --format peft writes one"
+
+
+def test_what_others_may_read_of_a_folder_they_may_read_of_its_files(tmp_path: Path) -> None:
+    """safetensors writes for the owner alone, and a server runs as another user."""
+    before = os.umask(0o022)
+    try:
+        saved = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=tiny_tokenizer()).save(tmp_path / "b")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in saved.rglob("*") if path.is_file()} == {0o644}
