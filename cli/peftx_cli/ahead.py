@@ -37,6 +37,7 @@ class Source:
     file: str
     format: str
     columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
 
 
 def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
@@ -49,7 +50,9 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
     findings: list[Finding] = []
     for source in _sources(pipeline):
         try:
-            formats[source.place] = look(source.file, format=source.format, columns=source.columns)
+            formats[source.place] = look(
+                source.file, format=source.format, columns=source.columns, limit=source.limit
+            )
         except Unfit as error:
             blamed = _blamed(loaded.overridden.data, source.place, error.part)
             findings.append(Finding(blamed, error.message, suggestion=error.hint))
@@ -89,7 +92,8 @@ def files(data: Mapping[str, Any], folder: FilePath) -> Iterator[Finding]:
         except ValidationError:  # which is a problem of its own
             continue
         try:
-            look(absolute(spec.path, folder.absolute()), format=spec.format, columns=spec.columns)
+            path = absolute(spec.path, folder.absolute())
+            look(path, format=spec.format, columns=spec.columns, limit=spec.limit)
         except Unfit as error:
             yield Finding(_blamed(data, place, error.part), error.message, suggestion=error.hint)
 
@@ -127,12 +131,13 @@ def _sources(pipeline: Pipeline) -> Iterator[Source]:
     data = pipeline.data
     for name, spec in (("train", data.train), ("eval", data.eval), ("calibration", data.calibration)):
         if spec is not None:
-            yield Source(("data", name), spec.path, spec.format, spec.columns)
+            yield Source(("data", name), spec.path, spec.format, spec.columns, spec.limit)
     for name, spec in data.sources.items():
-        yield Source(("data", "sources", name), spec.path, spec.format, spec.columns)
+        yield Source(("data", "sources", name), spec.path, spec.format, spec.columns, spec.limit)
     for index, metric in enumerate(pipeline.evaluate):
-        if metric.options.path is not None:
-            yield Source(("evaluate", index, metric.metric), metric.options.path, metric.options.format)
+        own = metric.options
+        if own.path is not None:
+            yield Source(("evaluate", index, metric.metric), own.path, own.format, limit=own.limit)
 
 
 def _blamed(data: Mapping[str, Any], place: Path, part: str) -> Path:

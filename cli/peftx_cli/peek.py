@@ -1,7 +1,7 @@
 """The first rows of a data file, in milliseconds: enough to see that a pipeline and its data do not go together.
 
 `peftx.engines.data` reads files for a run, to their last row, and explains every fault; it imports a second's worth of
-libraries, and this module none. Of a row that it cannot read it says nothing: the run will.
+libraries, and this module none. Where a file cannot be read it says nothing: the run will.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from itertools import chain, islice, pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, count, islice, pairwise, takewhile
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
-from peftx_spec.errors import PeftxError, nearest
+from peftx_spec.errors import DataError, PeftxError, nearest
 from peftx_spec.models import FORMATS
+from peftx_spec.rows import check_row, with_further
 from peftx_spec.shapes import delimiter_of, shape_of
 
 TEXT = (".txt", ".md")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+CELLS = (".csv", ".tsv")
+TABLES = (".jsonl", ".ndjson", ".json", *CELLS, ".parquet")
 MOST = 1 << 20  # bytes that are looked at
 _BETWEEN = re.compile(r"[\s,]*")
 MAP = "map our names to the file's: columns: {prompt: question}"
+
+
+class Row(NamedTuple):
+    """One row of a file, and where it stands: `train.jsonl:12`."""
+
+    place: str
+    values: dict[str, object]
 
 
 class Unfit(Exception):
@@ -38,25 +47,39 @@ class Unfit(Exception):
         self.part = part
 
 
-def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None = None) -> str | None:
+def look(
+    file: str, *, format: str = "auto", columns: Mapping[str, str] | None = None, limit: int | None = None
+) -> str | None:
     """The format of a file's rows; None where the first row alone does not tell.
 
     Args:
-        file: a path, `peftx:sample/...`, or `hub:owner/name/...`, which is fetched. format, columns: what the pipeline
-            says of it.
+        file: a path, `peftx:sample/...`, or `hub:owner/name/...`, which is fetched. format, columns, limit: what the
+            pipeline says of it.
 
     Raises:
-        Unfit: no such file, nothing in it, or a first row that is not what the pipeline says.
+        Unfit: no such file, nothing in it, or rows that are not what the pipeline says.
     """
     path = _located(file)
     suffix = _suffix(path)
     if suffix not in TABLES:
         return _document(path, suffix, format, columns or {})
-    row = next(_rows(path, suffix), None)
-    if row is None:
+    rows = islice(_rows(path, suffix), limit)
+    first = next(rows, None)
+    if first is None:
         return None if format == "auto" else format
-    row = _renamed(path, row, columns or {})
-    row, known = _arranged(path, row, None if format == "auto" else format)
+    format = _format(path, first, format, columns or {})
+    # A row of a table that is cut short is a fault of the file, which the run explains.
+    whole = takewhile(
+        lambda row: suffix not in CELLS or None not in row.values.values(), chain([first], rows)
+    )
+    _check_values(whole, format, columns or {})
+    return format
+
+
+def _format(path: Path, first: Row, format: str, columns: Mapping[str, str]) -> str:
+    """The format of the first row."""
+    row = _renamed(str(path), first.values, columns)
+    row, known = _arranged(first.place, row, None if format == "auto" else format)
     if known is not None:
         return known
     if format == "auto":
@@ -68,12 +91,28 @@ def look(file: str, *, format: str = "auto", columns: Mapping[str, str] | None =
     return format
 
 
+def _check_values(rows: Iterable[Row], format: str, columns: Mapping[str, str]) -> None:
+    """Raises Unfit, which names all of them, where rows do not hold what their format needs."""
+    refused: list[tuple[str, DataError]] = []
+    for place, values in rows:
+        try:
+            row, _ = _arranged(place, _renamed(place, values, columns), format)
+            check_row(row, place, format, columns=columns)
+        except DataError as error:
+            refused.append((place, error))
+        except Unfit as error:
+            refused.append((place, DataError(error.message, hint=error.hint)))
+    if refused:
+        told = with_further(refused[0][1], [place for place, _ in refused[1:]])
+        raise Unfit(told.message, hint=told.hint or "")
+
+
 def labels(file: str, *, columns: Mapping[str, str]) -> dict[str, int]:
     """The labels of the rows that are looked at, each with the number of its first row, from 0."""
     path, found = _located(file), dict[str, int]()
     name = columns.get("label", "label")
     for number, row in enumerate(_rows(path, _suffix(path))):
-        label = row.get(name)
+        label = row.values.get(name)
         if isinstance(label, str):
             found.setdefault(label, number)
     return found
@@ -152,67 +191,74 @@ def _start(path: Path) -> tuple[str, bool]:
     return text, len(start) > MOST
 
 
-def _rows(path: Path, suffix: str) -> Iterator[dict[str, object]]:
+def _rows(path: Path, suffix: str) -> Iterator[Row]:
     """The rows of what is looked at, up to the first that cannot be read."""
     if suffix == ".parquet":
         yield from _parquet(path)
         return
     text, more = _start(path)
     try:
-        values = _cells(text, suffix, more) if suffix in (".csv", ".tsv") else _objects(text, suffix)
-        for value in values:
+        found = _cells(text, suffix, more) if suffix in CELLS else _objects(text, suffix)
+        for place, value in found:
             if not isinstance(value, dict):
                 return
-            yield value
+            yield Row(f"{path}:{place}", value)
     except (csv.Error, ValueError, RecursionError):
         return
 
 
-def _parquet(path: Path) -> Iterator[dict[str, object]]:
+def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in islice(file.iter_batches(batch_size=256), 4):
-                yield from batch.to_pylist()
+            batches = (batch.to_pylist() for batch in islice(file.iter_batches(batch_size=256), 4))
+            for index, row in enumerate(chain.from_iterable(batches)):
+                yield Row(f"{path}: row {index} (counting from 0)", row)
     except (pa.ArrowException, OSError) as error:
         raise Unfit(f"{path}: not Parquet that can be read: {error}") from error
 
 
-def _cells(text: str, suffix: str, more: bool) -> Iterator[dict[str, object]]:
+def _cells(text: str, suffix: str, more: bool) -> Iterator[tuple[str, dict[str, object]]]:
     """The rows of a table. Where the file goes on, the last one may be cut anywhere, and is left out, unless it is the
     first, which has its columns in any case."""
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else delimiter_of(text)
     )
-    rows = ({name: row[name] for name in reader.fieldnames or ()} for row in reader)
+    names = reader.fieldnames or ()
+    cells = ({name: row[name] for name in names} for row in reader)
+    rows = ((str(reader.line_num - "".join(filter(None, row.values())).count("\n")), row) for row in cells)
     yield from islice(rows, 1)
-    yield from (row for row, _ in pairwise(chain(rows, () if more else ({},))))
+    yield from (row for row, _ in pairwise(chain(rows, () if more else (("", {}),))))
 
 
-def _objects(text: str, suffix: str) -> Iterator[object]:
+def _objects(text: str, suffix: str) -> Iterator[tuple[str, object]]:
     """The values of lines, or of an array."""
     if suffix != ".json":
-        yield from (json.loads(line) for line in text.split("\n") if line.strip())
+        lines = enumerate(text.split("\n"), start=1)
+        yield from ((str(number), json.loads(line)) for number, line in lines if line.strip())
         return
     body, decoder, at = text.lstrip().removeprefix("["), json.JSONDecoder(), 0
-    while (at := _BETWEEN.match(body, at).end()) < len(body):  # type: ignore[union-attr]  # it matches anywhere
+    for index in count():
+        at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # it matches anywhere
+        if at == len(body):
+            return
         value, at = decoder.raw_decode(body, at)
-        yield value
+        yield f" row {index} (counting from 0)", value
 
 
-def _renamed(path: Path, row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+def _renamed(place: str, row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
     """The row under our names."""
     for source in columns.values():
         if source not in row:
             hint = nearest(source, row) or f"there are {_names(row)}"
-            raise Unfit(f"{path}: there is no column '{source}'", hint=hint, part="columns")
+            raise Unfit(f"{place}: there is no column '{source}'", hint=hint, part="columns")
     rest = {name: value for name, value in row.items() if name not in columns.values()}
     return {**{ours: row[source] for ours, source in columns.items()}, **rest}
 
 
-def _arranged(path: Path, row: dict[str, object], format: str | None) -> tuple[dict[str, object], str | None]:
+def _arranged(place: str, row: dict[str, object], format: str | None) -> tuple[dict[str, object], str | None]:
     """The row in our columns, and its format, if it is laid out in another way that is well known."""
     shape = shape_of(set(row), format)
     if shape is None:
@@ -220,7 +266,7 @@ def _arranged(path: Path, row: dict[str, object], format: str | None) -> tuple[d
     try:
         return shape.convert(row), shape.format
     except PeftxError as error:
-        raise Unfit(f"{path}: row 0 (counting from 0): {error.message}", hint=error.hint or MAP) from error
+        raise Unfit(f"{place}: {error.message}", hint=error.hint or MAP) from error
 
 
 def _detected(path: Path, row: Mapping[str, object]) -> str:

@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
+from peftx.engines.data import read_dataset
+from peftx.errors import DataError
 from peftx_cli.peek import MOST, Unfit, labels, look
 
 SPEC = """\
@@ -32,6 +36,12 @@ FILES = {
     "preferences.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
     "notes.txt": b"Once upon a time.",
     "empty.jsonl": b"",
+    "bad.jsonl": PAIRS + b'{"prompt": "a", "completion": null}\n\n{"prompt": 5, "completion": "b"}\n'
+    b'{"completion": "b"}\n{"prompt": "a", "completion": NaN}\n' + PAIRS,
+    "bad_questions.jsonl": b'{"ask": "a", "reply": null}\n',
+    "bad.json": b'[{"text": "a", "label": "1"}, {"text": "b", "label": 3}]',
+    "bad.csv": b'text,label\n"two\nlines",good\nshort\n',
+    "turns.jsonl": b'{"messages": [{"role": "user", "content": null}]}\n',
 }
 
 
@@ -40,6 +50,7 @@ def world(installed: Any) -> Any:
     installed.scaffold("fake-gain", "inject")
     for name, raw in FILES.items():
         (installed.work / name).write_bytes(raw)
+    parquet.write_table(pa.table({"text": ["a", None]}), installed.work / "bad.parquet")
     return installed
 
 
@@ -75,6 +86,23 @@ CASES: list[tuple[dict[str, str], str, list[str]]] = [
         "4:39",
         ["there is no column 'question'", "there are 'prompt', 'completion'"],
     ),
+    (
+        {"train": "bad.jsonl"},
+        "4:10",
+        ["bad.jsonl:2: 'completion' must be a string, got null; 3 further rows are refused too: 4, 5, 6"],
+    ),
+    (
+        {"train": "{path: bad_questions.jsonl, columns: {prompt: ask, completion: reply}}"},
+        "4:17",
+        ["bad_questions.jsonl:1: 'reply' (our 'completion') must be a string, got null"],
+    ),
+    ({"train": "bad.json"}, "4:10", ["bad.json: row 1 (counting from 0): 'label' must be", 'write "3"']),
+    (
+        {"train": "bad.parquet"},
+        "4:10",
+        ["bad.parquet: row 1 (counting from 0): 'text' must be a string, got null"],
+    ),
+    ({"train": "turns.jsonl"}, "4:10", ["turns.jsonl:1: messages[0]: 'content' must be a string, got null"]),
     ({"train": "{path: pairs.jsonl, format: messages}"}, "4:38", ["messages needs the column 'messages'"]),
     ({"train": "{path: notes.txt, format: messages}"}, "4:36", ["messages needs rows"]),
     ({"train": "{path: notes.txt, columns: {a: b}}"}, "4:37", ["has no columns"]),
@@ -113,6 +141,19 @@ def test_data_that_does_not_fit(
     assert refused("apply", file) == message
     problem = json.loads(run("validate", file, "--json").stdout)["problems"][0]
     assert f"{problem['line']}:{problem['column']}" == place
+
+
+def test_rows_behind_a_limit_are_nobodys(world: Any, run: Callable[..., Any]) -> None:
+    assert run("validate", spec(world, train="{path: bad.jsonl, limit: 1}")).exit_code == 0
+
+
+def test_what_is_seen_of_rows_is_what_a_run_refuses(world: Any) -> None:
+    for name in ("bad.jsonl", "bad.json", "bad.parquet", "turns.jsonl"):
+        with pytest.raises(Unfit) as seen:
+            look(str(world.work / name))
+        with pytest.raises(DataError) as refused:
+            read_dataset(world.work / name)
+        assert seen.value.message == refused.value.message
 
 
 def test_all_files_at_once(world: Any, refused: Callable[..., str]) -> None:
@@ -179,7 +220,7 @@ def test_rows_of_classes_that_a_plugin_does_not_name(
     text = SPEC.replace("[fake-gain]", "[fake-gain, {{use: fake-names, with: {{classes: {classes}}}}}]")
     files = {
         "good.jsonl": '{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n',
-        "typo.jsonl": '{"text": "a", "label": "good"}\n\n{"text": "b", "label": "goood"}\n{"text": ""}\n',
+        "typo.jsonl": '{"text": "a", "label": "good"}\n\n{"text": "b", "label": "goood"}\n{"text": ""',
         "other.json": '[{"text": "a", "label": "good"},\n {"text": "b", "label": "5"}]',
         "other.csv": "mood,text,label\nhappy,a,1\n",
     }
@@ -325,7 +366,7 @@ ROWS: list[tuple[str, bytes, str | None]] = [
     ("a.json", b"[" + PAIRS.strip() + b", 3]", "prompt-completion"),
     ("a.csv", b'text,label,more\n"a, b",c,d\n', "classification"),
     ("a.tsv", b"text\tother\na\tb\n", "text"),
-    ("a.jsonl", b'{"messages": []}\n', "messages"),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": ""}]}\n', "messages"),
     ("a.txt", b"words", "text"),
     ("a.md", b"# words", "text"),
     ("a.jsonl", b"{torn", None),
@@ -388,7 +429,11 @@ def test_look_and_the_core_see_the_same_formats(tmp_path: Path) -> None:
     names = sorted({name for columns in FORMATS.values() for name in columns} | {"other"})
     file = tmp_path / "a.jsonl"
     for bits in range(1, 2 ** len(names)):
-        row = {name: f"say {name}" for index, name in enumerate(names) if bits >> index & 1}
+        row: dict[str, object] = {
+            name: f"say {name}" for index, name in enumerate(names) if bits >> index & 1
+        }
+        if "messages" in row:
+            row["messages"] = [{"role": "user", "content": "say messages"}]
         file.write_text(json.dumps(row) + "\n", "utf-8")
         try:
             expected: str | None = detect_format(file)

@@ -125,9 +125,11 @@ def test_the_one_liner_measures_on_rows_that_it_did_not_train_on(
     run: Callable[..., Any],
     ok: Callable[..., str],
     ok_json: Callable[..., Any],
+    refused: Callable[..., str],
     monkeypatch: Any,
 ) -> None:
     import peftx.pipeline
+    from peftx.engines.models import asset_path
     from peftx.stack import Stack
 
     installed.scaffold("fake-gain", "inject")
@@ -148,7 +150,7 @@ def test_the_one_liner_measures_on_rows_that_it_did_not_train_on(
         return train(stack, data, **options)
 
     def evaluates(self: Stack, data: Any, **options: Any) -> Any:
-        measured.append(texts(data))
+        measured.append({str(data)} if isinstance(data, Path) else texts(data))
         return evaluate(self, data, **options)
 
     monkeypatch.setattr(peftx.pipeline, "train", trains)
@@ -167,6 +169,17 @@ def test_the_one_liner_measures_on_rows_that_it_did_not_train_on(
     assert "holdout:" in (installed.work / "peftx-out" / "pipeline.yaml").read_text("utf-8")
     found = ok_json("apply", *words, *FAST, "--set", "data.holdout.seed=3", "--json")
     assert found["held_out"] == {"rows": 12, "of": 120, "seed": 3}
+    measured.clear()
+    again = ok_json("evaluate", "peftx-out", "--json")
+    (one, *_), last = measured, list(found["scores"].values())[-1]
+    assert len(one) == 6, "each stands twice"
+    assert again["perplexity"]["value"] == last["perplexity"]["value"], (
+        "the bundle's own rows, and their limits"
+    )
+    ok_json("evaluate", "peftx-out", "--data", "peftx:sample/held_out.jsonl", "--limit", "2", "--json")
+    assert measured[-1] == {str(asset_path("peftx:sample/held_out.jsonl"))}
+    (installed.work / "rows.jsonl").unlink()
+    assert "give others: --data FILE" in refused("evaluate", "peftx-out")
 
 
 def test_data_to_measure_on_that_is_given_is_taken(

@@ -630,6 +630,19 @@ def test_padding_changes_no_loss(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ in blocks
+def test_all_rows_that_are_refused_are_told_at_once(tmp_path: Path) -> None:
+    good, bad = {"ask": "a", "reply": "b"}, {"ask": "a", "reply": None}
+    columns = {"prompt": "ask", "completion": "reply"}
+    file = write(tmp_path / "a.jsonl", [good, bad, good, {"ask": "a"}, *[bad] * 5, good])
+    with pytest.raises(DataError) as refused:
+        read_dataset(file, columns=columns)
+    assert refused.value.message == (
+        f"{file}:2: 'reply' (our 'completion') must be a string, got null; "
+        "6 further rows are refused too: 4, 5, 6, 7, 8 and 1 more"
+    )
+    assert len(read_dataset(file, columns=columns, limit=1)) == 1
+
+
 @pytest.mark.parametrize(
     "rows",
     [

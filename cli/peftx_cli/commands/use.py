@@ -17,7 +17,12 @@ Target = Annotated[
 Base = Annotated[
     str | None, typer.Option("--model", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere")
 ]
-DataFile = Annotated[str, typer.Option("--data", metavar="FILE", help="what to measure on")]
+DataFile = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="FILE", help="what to measure on; else what the bundle was measured on, or a sample"
+    ),
+]
 Metrics = Annotated[
     list[str] | None,
     typer.Option("--metric", metavar="NAME", help="perplexity, accuracy, exact-match, lm-eval, or a plugin"),
@@ -87,7 +92,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     target: Target,
-    data: DataFile = "peftx:sample/held_out.jsonl",
+    data: DataFile = None,
     metric: Metrics = None,
     task: Tasks = None,
     include: Include = None,
@@ -98,23 +103,23 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a bundle or a model on a data file, or by tasks of lm-eval."""
-    from peftx.engines.models import asset_path
+    from peftx_cli.measured import Measured
     from peftx_cli.progress import reporter
-    from peftx_cli.recipe import format_of
     from peftx_cli.render import print_json, print_table
     from peftx_cli.stacks import open_stack
     from peftx_cli.summary import score_dict
 
-    names = metric or ["lm-eval" if task else "perplexity"]
+    of_tasks = set(metric or ["lm-eval"]) == {"lm-eval"} and bool(task)
+    measured = Measured(None, "its tasks", None, ("lm-eval",)) if of_tasks else Measured.of(target, data)
+    names = metric or list(measured.metrics)
     tasks = _tasks(names, task or [], include)
-    _check_metrics(names, format_of("--data", data))
-    path = asset_path(data)
+    _check_metrics(names, measured.format)
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     with reporter() as told:
         told.stage("evaluate", names)
         scores = stack.evaluate(
-            path, metrics=names, limit=limit, progress=lambda done, total: told.progress(done, total, {}),
-            **tasks,
+            measured.rows, metrics=names, limit=limit, max_length=measured.max_length,
+            progress=lambda done, total: told.progress(done, total, {}), **tasks,
         )  # fmt: skip
     if as_json:
         print_json(score_dict(scores))
@@ -129,7 +134,7 @@ def evaluate(
         )
         for score in scores.values()
     ]
-    print_table(f"{target} on {data}", ("measure", "value", "95 % interval", "count", "unit"), rows)
+    print_table(f"{target} on {measured.named}", ("measure", "value", "95 % interval", "count", "unit"), rows)
 
 
 def _tasks(names: Sequence[str], tasks: Sequence[str], include: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peftx.engines.data.sources import rows_of, training_rows
+from peftx.engines.data.sources import measured_rows, training_rows
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.loading import load
 from peftx.stack import Stack
@@ -107,11 +107,9 @@ def prompts(pipeline: Pipeline | None, count: int) -> list[tuple[str, str]]:
     """
     if pipeline is None:
         return []
-    if pipeline.data.eval is not None:
-        rows: Any = rows_of(pipeline.data.eval, limit=count)
-    else:
-        train, held = training_rows(pipeline.data)
-        rows = held.rows if held is not None else train
+    rows, _ = measured_rows(pipeline.data, limit=count)
+    if rows is None:
+        rows, _ = training_rows(pipeline.data)
     found = [prompt_of(row) for row in (rows.take(min(count, len(rows))) if rows is not None else ())]
     return [(prompt, reference) for prompt, reference in found if prompt]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from peftx.errors import DataError, nearest
+from peftx_spec.rows import json_type
 from peftx_spec.shapes import delimiter_of
 
 TEXT_SUFFIXES = frozenset({".txt", ".md"})
@@ -215,21 +216,3 @@ def _read_csv(path: Path, *, delimiter: str | None) -> Iterator[Record]:
             )
         else:
             yield Record(f"{path}:{first_line}", dict(zip(header, cells, strict=True)))
-
-
-def json_type(value: object) -> str:
-    """A value's type in the words of JSON: `an object`, `a string`, `null`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    words: dict[type, str] = {
-        str: "a string",
-        int: "a number",
-        float: "a number",
-        tuple: "an array",
-        list: "an array",
-        dict: "an object",
-    }
-    found = words.get(type(value))
-    return found if found is not None else f"a {type(value).__name__}"

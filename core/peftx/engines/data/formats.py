@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -28,13 +29,13 @@ from peftx.engines.data.files import (
     TEXT_SUFFIXES,
     Record,
     file_suffix,
-    json_type,
     read_records,
     read_text,
     require_file,
 )
-from peftx.engines.data.gate import COLUMNS, FORMATS, check_row, check_rows, names_of
+from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
 from peftx.errors import DataError, PeftxError, nearest
+from peftx_spec.rows import check_row, json_type, names_of, with_further
 from peftx_spec.shapes import Shape, shape_of, with_tools
 
 BLOCK = 10_000
@@ -100,12 +101,14 @@ def read_dataset(
 
     def checked() -> Iterator[tuple[dict[str, object], str]]:
         shape: Shape | None = None
-        for index, record in enumerate(islice(read_records(file), limit)):
-            row = _rename(record, columns)
-            shape = _shape(row, format) if index == 0 else shape
-            row = _arranged(row, shape, record.place)
-            check_row(row, record.place, format)
-            yield row, record.place
+        records = islice(read_records(file), limit)
+        for index, record in enumerate(records):
+            try:
+                row = _rename(record, columns)
+                shape = _shape(row, format) if index == 0 else shape
+                yield _fitting(row, record.place, shape, format, columns), record.place
+            except DataError as error:
+                raise with_further(error, list(_refused(records, shape, format, columns))) from error
 
     try:
         found = _in_blocks((row for row, _ in checked()), first=COLUMNS[format])
@@ -146,9 +149,9 @@ def dataset_of(
         raise DataError(f"unknown format {format!r}", hint=nearest(format, FORMATS) or None)
     if format != "tokenized":
         shape = _shape(renamed[0], format)
-        renamed = [_arranged(row, shape, place) for row, place in zip(renamed, places, strict=True)]
-        for place, row in zip(places, renamed, strict=True):
-            check_row(row, place, format)
+        renamed = [
+            _fitting(row, place, shape, format, columns) for row, place in zip(renamed, places, strict=True)
+        ]
     return _to_dataset(renamed, places, first=COLUMNS.get(format, ())), format
 
 
@@ -218,6 +221,29 @@ def format_of_keys(keys: set[str], *, where: str) -> str:
         if best
         else "set `columns:` to map our names to the file's, such as {prompt: question}",
     )
+
+
+def _fitting(
+    row: dict[str, object], place: str, shape: Shape | None, format: str, columns: Mapping[str, str] | None
+) -> dict[str, object]:
+    """The row in the format's columns. Raises DataError, which names `place`, where it does not hold what it should."""
+    row = _arranged(row, shape, place)
+    check_row(row, place, format, columns=columns)
+    return row
+
+
+def _refused(
+    records: Iterable[Record], shape: Shape | None, format: str, columns: Mapping[str, str] | None
+) -> Iterator[str]:
+    """The places of the rows that are refused, up to one behind which the file cannot be read."""
+    records = iter(records)
+    with suppress(DataError):  # it is told once these rows are mended
+        for record in records:
+            try:
+                row = _rename(record, columns)
+                _fitting(row, record.place, shape or _shape(row, format), format, columns)
+            except DataError:
+                yield record.place
 
 
 def _shape(row: Mapping[str, object], format: str) -> Shape | None:

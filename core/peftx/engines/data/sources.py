@@ -111,6 +111,21 @@ def rows_of(source: SourceSpec, *, limit: int | None) -> Dataset:
     return read_dataset(path, format=format_of(source), columns=source.columns or None, limit=limit)
 
 
+def measured_rows(data: DataSpec, *, limit: int | None = None) -> tuple[Dataset | None, str]:
+    """The rows that a spec measures on, and what they are in words: those of `data.eval`, else those held out.
+
+    Args:
+        limit: read no more of `data.eval`.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if data.eval is not None:
+        return rows_of(data.eval, limit=limit or data.eval.limit), data.eval.path
+    held = training_rows(data)[1]
+    return (None, "") if held is None else (held.rows, str(held))
+
+
 def task_rows(source: SourceSpec, place: int) -> Dataset:
     """Rows of one task of a stream, with its place in the stream, from 0, in the column `task` unless they have one."""
     rows = rows_of(source, limit=source.limit)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftx.engines.data import read_dataset, render_messages, text_ids
-from peftx.engines.data.gate import require_text
 from peftx.engines.models import asset_path
 from peftx.errors import DataError
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.compression.calibration import Calibration
+from peftx_spec.rows import require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ import torch
 from transformers import GenerationConfig
 
 from peftx.engines.data import Collator, encoder_ids, prompt_ids
-from peftx.engines.data.gate import require_text
 from peftx.errors import ArchitectureError, DataError, GenerationError, nearest
 from peftx.kernel.objective import pad_of, vocabulary_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import Generation, decode
+from peftx_spec.rows import require_text
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack

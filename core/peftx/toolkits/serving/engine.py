@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from peftx.engines.data.gate import require_text
 from peftx.errors import GenerationError, PeftxError, ServerError, UnsupportedError
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
@@ -24,6 +23,7 @@ from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.rows import Rows, prove
 from peftx.toolkits.serving.server import Scheduler, Server
 from peftx.toolkits.serving.worker import Worker
+from peftx_spec.rows import require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

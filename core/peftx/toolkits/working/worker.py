@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftx.engines.data.gate import require_text
 from peftx.errors import BundleError, DataError, UnsupportedError, WorkerError
 from peftx.toolkits.working.answers import Answer, Answerer, Scores
+from peftx_spec.rows import require_text
 
 Progress = Callable[[int, int], None]
 AT_ONCE = 32

@@ -1,0 +1,77 @@
+"""What `peftx evaluate` measures on, found before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftx.errors import DataError
+
+if TYPE_CHECKING:
+    from peftx_spec.models import Pipeline
+
+SAMPLE = "peftx:sample/held_out.jsonl"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows to measure on.
+
+    Attributes:
+        rows: a file, or a `datasets.Dataset`. named: them, in words. format: theirs; None where they do not tell.
+        metrics: what is measured unless others are named. max_length: tokens of a row; None without a limit.
+    """
+
+    rows: Any
+    named: str
+    format: str | None
+    metrics: tuple[str, ...] = ("perplexity",)
+    max_length: int | None = None
+
+    @classmethod
+    def of(cls, target: str, data: str | None) -> Measured:
+        """The rows of `data`; without it those that the bundle `target` was measured on, else a sample.
+
+        Raises:
+            PeftxError: a file that is not there, or holds no rows.
+        """
+        from peftx.engines.models import asset_path
+        from peftx_cli.recipe import format_of
+
+        pipeline = _made_by(target) if data is None else None
+        own = None if pipeline is None else cls._own(target, pipeline)
+        if own is not None:
+            return own
+        file = data or SAMPLE
+        return cls(asset_path(file), file, format_of("--data", file))
+
+    @classmethod
+    def _own(cls, bundle: str, pipeline: Pipeline) -> Measured | None:
+        from peftx.engines.data.formats import format_of_keys
+        from peftx.engines.data.sources import measured_rows
+
+        try:
+            rows, named = measured_rows(pipeline.data)
+        except DataError as error:
+            raise DataError(
+                f"the rows that '{bundle}' was measured on: {error.message}", hint="give others: --data FILE"
+            ) from error
+        if rows is None:
+            return None
+        asked = tuple(m.metric for m in pipeline.evaluate if m.options.path is None and not m.options.tasks)
+        return cls(
+            rows, named, format_of_keys(set(rows.column_names), where=named), asked or ("perplexity",),
+            None if pipeline.train is None else pipeline.train.max_length,
+        )  # fmt: skip
+
+
+def _made_by(target: str) -> Pipeline | None:
+    """The pipeline that a bundle was made by; None of a plain model."""
+    from peftx.composition.registry import Registry
+    from peftx.sharing import located
+    from peftx_spec import load_spec
+
+    file = Path(os.path.expanduser(located(target))) / "pipeline.yaml"
+    return load_spec(file, catalogue=Registry()).pipeline if file.is_file() else None
