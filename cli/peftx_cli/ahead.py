@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from peftx.engines.reporting import check_reports
 from peftx_cli import failures
 from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
 from peftx_spec.errors import PeftxError, nearest
-from peftx_spec.models import METRIC_FORMATS, SourceSpec
+from peftx_spec.models import METRIC_FORMATS, SourceSpec, TrainSpec
 from peftx_spec.problems import Path, SpecError
 from peftx_spec.resolve import absolute
 from peftx_spec.stages import stages_of
@@ -58,6 +59,7 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
             findings.append(Finding(blamed, error.message, suggestion=error.hint))
     findings += _metrics(pipeline, formats)
     findings += _tasks(pipeline)
+    findings += _reports(pipeline)
     if pipeline.stack:
         members = members_of(loaded, pipeline, registry)
         training = trained(pipeline, registry)
@@ -96,6 +98,22 @@ def files(data: Mapping[str, Any], folder: FilePath) -> Iterator[Finding]:
             look(path, format=spec.format, columns=spec.columns, limit=spec.limit)
         except Unfit as error:
             yield Finding(_blamed(data, place, error.part), error.message, suggestion=error.hint)
+
+
+def _reports(pipeline: Pipeline) -> Iterator[Finding]:
+    """Trackers that are not installed, where the spec names them."""
+    settings: dict[Path, TrainSpec | None] = {("train",): pipeline.train}
+    settings |= {
+        ("run", index, "train"): pipeline.train_settings(stage)
+        for index, stage in enumerate(pipeline.run or ())
+        if stage.train is not None and stage.train.report_to is not None
+    }
+    for place, spec in settings.items():
+        try:
+            if spec is not None:
+                check_reports(spec, pipeline.output)
+        except PeftxError as error:
+            yield Finding((*place, "report_to"), error.message, suggestion=error.hint or "")
 
 
 def trained(pipeline: Pipeline, registry: Registry) -> list[Path]:

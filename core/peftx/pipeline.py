@@ -26,7 +26,7 @@ from peftx.engines.data.sources import (
 )
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
-from peftx.engines.reporting import Reporter, Silent
+from peftx.engines.reporting import Reporter, Silent, check_reports
 from peftx.engines.training.on_ray import together
 from peftx.engines.training.processes import check_claims, launched, leads
 from peftx.engines.training.run import TrainingReport, as_training_data, train
@@ -118,6 +118,9 @@ class Run:
     def _check_runtime(self) -> None:
         runtime = self.pipeline.runtime
         check_claims(self.members, max(runtime.workers, launched()))
+        for stage in self.stages:
+            if stage.train is not None:
+                check_reports(self.pipeline.train_settings(stage), self.pipeline.output)
         if runtime.engine == "ray":
             require_ray("runtime: ray")
             if not any(stage.save is not None for stage in self.stages):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peftx.composition.conflicts import check
 from peftx.composition.members import members_of
-from peftx.engines.models import load_model, tokenizer_digest
+from peftx.engines.models import lasting, load_model, tokenizer_digest
 from peftx.engines.sharded import refuse_shards, whole
 from peftx.engines.training.updates import watch
 from peftx.errors import StackError
@@ -89,14 +89,15 @@ class Stack(Kernel):
         members = members_of(plugins)
         check(members)  # before anything is read
         if not isinstance(model, str):
-            super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject)
+            named = lasting(model.config.name_or_path)
+            super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject, base_id=named)
         else:
             loaded, beside = load_model(
                 model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
             digest = None if beside is None else tokenizer_digest(beside)  # before anybody changes it
             super().__init__(
-                loaded, members, tokenizer=tokenizer or beside, seed=seed, inject=inject, base_id=model,
+                loaded, members, tokenizer=tokenizer or beside, seed=seed, inject=inject, base_id=lasting(model),
                 tokenizer_of_base=digest,
             )  # fmt: skip
         watch(self)

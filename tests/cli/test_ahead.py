@@ -143,6 +143,21 @@ def test_data_that_does_not_fit(
     assert f"{problem['line']}:{problem['column']}" == place
 
 
+@pytest.mark.parametrize(
+    ("train", "place"),
+    [
+        ("train: {{steps: 1, report_to: trackio}}", "7:30"),
+        ("train: {{steps: 1}}\nrun: [inject, train: {{report_to: trackio}}, evaluate]", "8:34"),
+    ],
+)
+def test_a_tracker_that_is_not_installed(
+    world: Any, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, train: str, place: str
+) -> None:
+    file = spec(world, SPEC.replace("train: {{steps: 1}}", train))
+    assert f"spec.yaml:{place}: report_to: trackio is not installed" in refused("validate", file)
+    assert "pip install trackio" in refused("apply", file)
+
+
 def test_rows_behind_a_limit_are_nobodys(world: Any, run: Callable[..., Any]) -> None:
     assert run("validate", spec(world, train="{path: bad.jsonl, limit: 1}")).exit_code == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import peftx
 from peftx import Claim, Delta, Plugin, PluginConfig, Stack, hookimpl
@@ -452,6 +454,18 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     stack_of(Shifts()).save(tmp_path / "b")
     with pytest.raises(BundleError, match="is another base model"):
         peftx.load(tmp_path / "b", model=tiny("llama", seed=1))
+
+
+@pytest.mark.parametrize("read", [str, LlamaForCausalLM.from_pretrained])
+def test_a_base_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], Any]
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "here" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Stack(read("base"), [Shifts()]).save("bundle")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert peftx.load(tmp_path / "here" / "bundle").base_id == str(tmp_path / "here" / "base")
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -76,6 +76,12 @@ def asset_path(path: str | Path) -> Path:
     return file
 
 
+def lasting(model_id: str) -> str:
+    """The name of a model that a program in another folder finds it by: of a local folder its whole path."""
+    path = Path(os.path.expanduser(model_id)) if model_id else None
+    return str(path.absolute()) if path is not None and path.is_dir() else model_id
+
+
 def load_model(
     model_id: str,
     *,

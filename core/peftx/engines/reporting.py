@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from peftx.errors import MissingExtraError, OptionError
+
+if TYPE_CHECKING:
+    from peftx_spec.models import TrainSpec
 
 
 class Reporter(Protocol):
@@ -27,3 +33,17 @@ class Silent:
     def progress(self, done: int, total: int, values: dict[str, float | str]) -> None: ...
 
     def finished(self, name: str, seconds: float, detail: str) -> None: ...
+
+
+def check_reports(spec: TrainSpec, output: object) -> None:
+    """Raises PeftxError where the Trainer could not report, or nobody would find what it did."""
+    if spec.report_to == "none":
+        return
+    if importlib.util.find_spec(spec.report_to) is None:
+        raise MissingExtraError(
+            f"report_to: {spec.report_to} is not installed", hint=f"pip install {spec.report_to}"
+        )
+    if spec.report_to == "tensorboard" and output is None:
+        raise OptionError(
+            "report_to: tensorboard writes beside the checkpoints", hint="give an output folder"
+        )

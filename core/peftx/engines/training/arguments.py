@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
-
-from peftx.errors import MissingExtraError, OptionError
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -47,17 +44,3 @@ def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> Tra
     )
     arguments.optim = "sgd" if spec.optimizer == "sgd" else arguments.optim
     return arguments
-
-
-def check_reports(spec: TrainSpec, output: object) -> None:
-    """Raises PeftxError where the Trainer could not report, or nobody would find what it did."""
-    if spec.report_to == "none":
-        return
-    if importlib.util.find_spec(spec.report_to) is None:
-        raise MissingExtraError(
-            f"report_to: {spec.report_to} is not installed", hint=f"pip install {spec.report_to}"
-        )
-    if spec.report_to == "tensorboard" and output is None:
-        raise OptionError(
-            "report_to: tensorboard writes beside the checkpoints", hint="give an output folder"
-        )

@@ -26,7 +26,8 @@ from peftx.engines.data.packing import Packing
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
-from peftx.engines.training.arguments import arguments_of, check_reports
+from peftx.engines.reporting import check_reports
+from peftx.engines.training.arguments import arguments_of
 from peftx.engines.training.best import Best, Measure
 from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
