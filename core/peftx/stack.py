@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftx.composition.conflicts import check
@@ -151,6 +151,7 @@ class Stack(Kernel):
         step = TrainStep(
             self, batch, index=self.trained_steps, micro=micro, accumulation=accumulation, total=total,
             learning_rate=rate, share=share, sources=sources,
+            groups=optimizer.param_groups if optimizer is not None else (),
         )  # fmt: skip
         loss = self.run_train_step(step)
         if optimizer is not None and step.last_micro:
@@ -158,6 +159,17 @@ class Stack(Kernel):
             optimizer.zero_grad()
             self.trained_steps += 1
         return loss
+
+    def parameters(self, *ids: str) -> list[nn.Parameter]:
+        """What trains: of all plugins, or of these, for an optimizer of your own with a rate for each:
+
+        soft, rest = stack.parameters("prompt-tuning"), stack.parameters("lora")
+        optimizer = AdamW([{"params": soft, "lr": 0.1}, {"params": rest, "lr": 1e-4}])
+        """
+        if not ids:
+            return [p for p in self.model.parameters() if p.requires_grad]
+        found = {p: None for id in ids for p in self.ledger.parameters(self.member(id).id)}
+        return [p for p in found if p.requires_grad]
 
     def shares(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
         """What part of one optimizer step each of its micro-batches is, for `train_step`."""

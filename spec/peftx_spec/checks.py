@@ -15,7 +15,7 @@ from peftx_spec.models import FORMATS, LM_EVAL, METRIC_FORMATS, METRICS
 from peftx_spec.overrides import RESERVED_IDS, entry_ids
 from peftx_spec.problems import Path, describe, path_text
 from peftx_spec.raw import Data, list_of, mapping_of
-from peftx_spec.run_checks import need_findings, run_findings
+from peftx_spec.run_checks import need_findings, rate_findings, run_findings
 from peftx_spec.translate import Finding, examine_options, known_keys
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
@@ -42,6 +42,7 @@ def check(data: Data, catalogue: Catalogue) -> list[Finding]:
         *_metric_formats(data),
         *_runtime(data),
         *run_findings(data, hooks),
+        *rate_findings(data, hooks),
         *need_findings(data, hooks),
     ]
 

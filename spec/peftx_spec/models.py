@@ -174,6 +174,10 @@ class TrainSpec(SpecModel):
     batch_size: Positive = Field(8, description="examples in one forward pass")
     gradient_accumulation: Positive = Field(1, description="forward passes to one optimizer step")
     learning_rate: Rate = Field(1e-3, description="peak of the schedule")
+    learning_rates: dict[Slug, Rate] = Field(
+        default_factory=dict,
+        description="id of a plugin -> its own peak of the schedule, where one rate does not serve all",
+    )
     weight_decay: Amount = Field(0.0, description="decoupled weight decay")
     warmup_steps: NonNegative = Field(0, description="steps over which the learning rate rises from 0")
     schedule: Schedule = Field(

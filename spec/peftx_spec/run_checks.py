@@ -123,6 +123,27 @@ def run_findings(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Findi
             yield Finding(("stack", entry), message, suggestion=f"add '- {able[0]}: {id}' to 'run'")
 
 
+def rate_findings(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
+    """Learning rates of plugins that are not there, or inject nothing."""
+    ids = entry_ids(data)
+    trains: list[tuple[Path, Data]] = [(("train",), mapping_of(data, "train"))]
+    trains += [
+        ((*at, "train"), mapping_of(item, "train")) for at, item, _ in _stages(data) if isinstance(item, dict)
+    ]
+    for at, train in trains:
+        for id in mapping_of(train, "learning_rates"):
+            path = (*at, "learning_rates", id)
+            if id not in ids:
+                known = ", ".join(ids) or "none: the stack is empty"
+                message = f"'learning_rates' names '{id}', which is not in the stack"
+                expected, near = f"an id of the stack ({known})", nearest(id, ids)
+                yield Finding(path, message, at_key=True, expected=expected, suggestion=near)
+            elif "inject" not in hooks.get(ids[id], frozenset({"inject"})):
+                yield Finding(
+                    path, f"'{id}' injects nothing that could train", at_key=True, suggestion="leave it out"
+                )
+
+
 def need_findings(data: Data, hooks: dict[int, frozenset[str]]) -> Iterator[Finding]:
     """Training needs data and something that trains, evaluation something to compute; and what is given has a use."""
     stages = list(_stages(data))

@@ -63,6 +63,9 @@ class TrainStage(SpecModel):
     learning_rate: Rate | None = Field(
         None, description="instead of train.learning_rate: peak of the schedule"
     )
+    learning_rates: dict[Slug, Rate] | None = Field(
+        None, description="instead of train.learning_rates: id of a plugin -> its own peak"
+    )
     weight_decay: Amount | None = Field(
         None, description="instead of train.weight_decay: decoupled weight decay"
     )

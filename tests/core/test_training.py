@@ -221,9 +221,16 @@ def test_two_terms_of_one_name_are_told_apart() -> None:
     assert total == pytest.approx(step.losses["task"] + 1.5 * step.losses["gains"])
 
 
-@pytest.mark.parametrize("kill_at", [2, 4])
-def test_resume_is_exact(tmp_path: Path, kill_at: int) -> None:
-    options = {"steps": 6, "batch_size": 3, "learning_rate": 0.02, "checkpoint_every": 2, "warmup_steps": 2}
+@pytest.mark.parametrize(("kill_at", "rates"), [(2, {}), (4, {}), (2, {"gains": 0.1})])
+def test_resume_is_exact(tmp_path: Path, kill_at: int, rates: dict[str, float]) -> None:
+    options: dict[str, Any] = {
+        "learning_rates": rates,
+        "steps": 6,
+        "batch_size": 3,
+        "learning_rate": 0.02,
+        "checkpoint_every": 2,
+        "warmup_steps": 2,
+    }
     whole = stack_of(Extra(0.1))
     report = whole.train(ROWS, output=tmp_path / "whole", **options)
 
@@ -392,6 +399,69 @@ def test_a_loop_of_ones_own() -> None:
     assert losses[-1] < losses[0]
     assert stack.trained_steps == 8
     assert all(p.grad is None for p in stack.model.parameters())
+
+
+class Rates(Plugin):
+    """Writes down the rates that it and another plugin have."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.other, self.seen = other, list[tuple[float, float, float]]()
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Any:
+        other = step.stack.member(self.other).plugin
+        self.seen.append((step.learning_rate, step.rate(self), step.rate(other)))
+        return (yield)
+
+
+def moved(stack: Stack, id: str, **options: Any) -> float:
+    """The largest change of a number of a plugin in a run: of AdamW's first step it is the learning rate."""
+    before = [p.detach().clone() for p in stack.parameters(id)]
+    stack.train(ROWS, batch_size=2, weight_decay=0.0, max_grad_norm=0.0, **options)
+    return max(
+        float((p.detach() - old).abs().max()) for p, old in zip(stack.parameters(id), before, strict=True)
+    )
+
+
+def test_a_rate_for_each_plugin() -> None:
+    def both(*more: Plugin | tuple[str, Plugin]) -> Stack:
+        return stack_of(Lora(rank=2), *more)
+
+    options: dict[str, Any] = {"steps": 1, "learning_rate": 0.02, "learning_rates": {"lora": 0.003}}
+    assert moved(both(), "gains", **options) == pytest.approx(0.02, rel=1e-3)
+    assert moved(both(), "lora", **options) == pytest.approx(0.003, rel=1e-3)
+    watch = Rates("lora")
+    both(watch).train(ROWS, **{**options, "steps": 4, "schedule": "linear"})
+    assert watch.seen == [
+        pytest.approx((0.02 * left, 0.02 * left, 0.003 * left)) for left in (1, 0.75, 0.5, 0.25)
+    ]
+
+    one, two = both(), both()
+    one.train(ROWS, steps=3, learning_rate=0.02)
+    two.train(ROWS, steps=3, learning_rate=0.5, learning_rates={"lora": 0.02, "gains": 0.02})
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    for wrong, said in (
+        ({"lroa": 0.1}, "did you mean 'lora'"),
+        ({"rates": 0.1}, "'rates' has nothing that trains"),
+    ):
+        with pytest.raises(PeftxError, match=said):
+            both(("rates", Rates("lora"))).train(ROWS, learning_rates=wrong)
+
+
+def test_parameters_of_plugins_for_an_optimizer_of_ones_own() -> None:
+    stack = stack_of(Lora(rank=2))
+    gains, lora = (stack.parameters(id) for id in stack.plugins)
+    assert {*gains, *lora} == set(stack.parameters())
+    assert not {*gains} & {*lora}
+    optimizer = torch.optim.SGD([{"params": gains, "lr": 0.0}, {"params": lora, "lr": 0.1}])
+    before = [p.detach().clone() for p in gains]
+    stack.train_step(batch(), optimizer=optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(gains, before, strict=True))
+    stack.freeze("lora")
+    assert stack.parameters("lora") == []
+    with pytest.raises(PeftxError, match="did you mean 'lora'"):
+        stack.parameters("lroa")
 
 
 def test_gradient_checkpointing_gives_the_same_weights() -> None:

@@ -86,7 +86,8 @@ def test_yaml_in_the_readme_is_valid() -> None:
 def test_yaml_of_the_training_page_is_valid() -> None:
     from peftx.pipeline import load_run
 
-    text, _ = bodies("docs/training.md", "yaml")  # the other is of rows that are not there
+    text, rates, _ = bodies("docs/training.md", "yaml")  # the last is of rows that are not there
+    assert load_run(rates).pipeline.train.learning_rates == {"prompt-tuning": 0.1}  # type: ignore[union-attr]
     settings = load_run(text).pipeline.train
     assert settings is not None
     assert settings.model_fields_set >= {"num_train_epochs", "eval_steps", "bf16", "report_to"}

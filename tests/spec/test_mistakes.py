@@ -39,6 +39,26 @@ CASES: list[tuple[str, str, list[str]]] = [
         "run[1].repeat.over[1]",
         ["'over' names 'new', which is not in data.sources", "a source (news)", "did you mean 'news'?"],
     ),
+    (
+        HEAD + TRAINED + "train: {learning_rates: {▸lroa: 0.1}}\n",
+        "train.learning_rates.lroa",
+        ["'learning_rates' names 'lroa', which is not in the stack", "did you mean 'lora'?"],
+    ),
+    (
+        HEAD
+        + TRAINED
+        + "train: {}\nrun: [inject, {repeat: {times: 2, run: [{train: {learning_rates: {▸a: 1}}}]}}]\n",
+        "run[1].repeat.run[0].train.learning_rates.a",
+        ["'learning_rates' names 'a', which is not in the stack"],
+    ),
+    (
+        HEAD
+        + "stack: [lora, {use: mosaic-it, with: {keep: 0.5}}]\n"
+        + DATA
+        + "train: {learning_rates: {▸mosaic-it: 0.1}}\n",
+        "train.learning_rates.mosaic-it",
+        ["'mosaic-it' injects nothing that could train"],
+    ),
     ("▸model: m\n", "peftx", ["missing key: 'peftx'"]),
     ("▸peftx: 1\n", "model", ["missing key: 'model'", "the base model"]),
     ("peftx: ▸2\nmodel: m\n", "peftx", ["reads specs of format 1", "got: the number 2"]),

@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,21 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def optimizer_for(
-    parameters: list[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float
+    parameters: list[nn.Parameter],
+    name: str,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    own: Mapping[nn.Parameter, float] | None = None,
 ) -> Optimizer:
-    """AdamW, or SGD if `name` is `sgd`."""
+    """AdamW, or SGD if `name` is `sgd`. `own`: learning rates of single parameters; the first group has all others."""
     narrow = any(p.dtype in NARROW for p in parameters)
     kinds: tuple[type[Optimizer], type[Optimizer]] = (SGD, WideSGD) if name == "sgd" else (AdamW, WideAdamW)
-    return kinds[narrow](parameters, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[call-arg]
+    groups: dict[float | None, list[nn.Parameter]] = {None: []}
+    for p in parameters:
+        groups.setdefault((own or {}).get(p), []).append(p)
+    given = [{"params": those, "lr": rate or learning_rate} for rate, those in groups.items()]
+    return kinds[narrow](given, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[call-arg]
 
 
 class _Wide:
@@ -33,7 +43,7 @@ class _Wide:
     wide: dict[nn.Parameter, Tensor]
     """Parameter -> its float32 values."""
 
-    def __init__(self, parameters: list[nn.Parameter], **options: Any) -> None:
+    def __init__(self, parameters: Sequence[Any], **options: Any) -> None:
         self.wide = {}
         super().__init__(parameters, **options)  # type: ignore[call-arg]
 

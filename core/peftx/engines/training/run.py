@@ -169,6 +169,9 @@ def train(
     spec = parse_options(options)
     best = _best(stack, spec, measure)
     check_reports(spec, output)
+    for id in spec.learning_rates:
+        if next(stack.ledger.parameters(stack.member(id).id), None) is None:
+            raise OptionError(f"learning_rates: '{id}' has nothing that trains", hint="leave it out")
     if stack.trainable_parameters() == 0:
         raise TrainingError(
             "nothing trains: no plugin of the stack has trainable parameters",
@@ -220,7 +223,7 @@ def train(
         trainer = StackTrainer(
             stack, arguments_of(spec, folder, stack, output is not None), rows, layout, identity=identity,
             masks=mask_of(stack, training_data, spec.seed), sources=feeders, drawn=drawn,
-            best=best, bf16=spec.bf16,
+            best=best, bf16=spec.bf16, rates=spec.learning_rates,
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
@@ -327,6 +330,8 @@ def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
     settings = spec.model_dump(
         mode="json", exclude={"steps", "num_train_epochs", "checkpoint_every", "report_to"}
     )
+    if not spec.learning_rates:  # as in checkpoints of versions that had none
+        del settings["learning_rates"]
     plugins = {id: plugin.config.model_dump(mode="json") for id, plugin in stack.plugins.items()}
     digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
     for index in range(0, len(rows), max(1, len(rows) // 64)):

@@ -42,6 +42,7 @@ class TrainStep:
             the stack's own, of a loop of your own, if left out.
         backward: called with the scaled loss; `Tensor.backward` if left out.
         sources: batches of further sources of rows, for `batch_of` and `batches_of`.
+        groups: the optimizer's groups of parameters, for `rate`.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class TrainStep:
         backward: Callable[[Tensor], None] | None = None,
         sources: Mapping[str, Feeder] | None = None,
         processes: Processes = ALONE,
+        groups: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.stack = stack
+        self._groups = groups
         self.module = model if model is not None else stack.model
         self.batch = batch
         self.index = index
@@ -100,6 +103,12 @@ class TrainStep:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains, in a fixed order, each once."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def rate(self, plugin: Plugin) -> float:
+        """The learning rate of a plugin now: its own where the optimizer has one for it, else `learning_rate`."""
+        own = {id(p) for p in self.stack.ledger.parameters(self.stack.id_of(plugin))}
+        groups = (group for group in self._groups if any(id(p) in own for p in group["params"]))
+        return next((float(group["lr"]) for group in groups), self.learning_rate)
 
     def phase(self, plugin: Plugin) -> Span:
         """Which of its `phases` a plugin is in; `begins(plugin)` says whether this is its first micro-batch.

@@ -84,6 +84,7 @@ class Stepping(Trainer):
             backward=self.accelerator.backward,
             sources=sources,
             processes=self.processes,
+            groups=self.optimizer.param_groups if self.optimizer is not None else (),
         )
         self._micro = (self._micro + 1) % accumulation
         return step

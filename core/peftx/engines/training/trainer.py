@@ -63,7 +63,7 @@ class StackTrainer(Stepping):
         callbacks: further callbacks (progress bars). identity: what a run must have in common with a checkpoint that it
             goes on from; JSON. masks: hides tokens of each batch, for a masked language model.
         drawn: the rows are those that the run comes to, in their order. best: measures while it trains.
-        bf16: forward passes in bfloat16 where that is safe.
+        bf16: forward passes in bfloat16 where that is safe. rates: learning rates of single plugins, by id.
     """
 
     def __init__(
@@ -79,8 +79,10 @@ class StackTrainer(Stepping):
         drawn: bool = False,
         best: Best | None = None,
         bf16: bool = False,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.stack = stack
+        self.rates = rates or {}
         self.drawn, self.best, self.bf16 = drawn, best, bf16
         self.masks = masks
         self.sources = sources or {}
@@ -163,6 +165,7 @@ class StackTrainer(Stepping):
             str(self.args.optim),
             learning_rate=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
+            own={p: rate for id, rate in self.rates.items() for p in self.stack.ledger.parameters(id)},
         )
         return self.optimizer
 

@@ -436,7 +436,7 @@ class Atp(Plugin):
     @torch.no_grad()
     def project(self, gone: Tensor, step: TrainStep) -> None:
         t = step.index / step.total if step.total else 1.0
-        eta = self.config.beta * step.learning_rate * math.expm1(t) / math.expm1(1)
+        eta = self.config.beta * step.rate(self) * math.expm1(t) / math.expm1(1)
         for each, here in zip(self.structures, gone.split([s.size for s in self.structures]), strict=True):
             B = [self.deltas[site.path].B.unflatten(0, (-1, each.size)).movedim(1, 0) for site in each.into]
             A = [self.deltas[site.path].A.unflatten(1, (-1, each.size)).movedim(2, 0) for site in each.out]

@@ -188,7 +188,8 @@ class LocalistDial(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        step.after_update(lambda _: self.shrink(step.learning_rate * self.dial * self.config.penalty))
+        rate = step.rate(self)
+        step.after_update(lambda _: self.shrink(rate * self.dial * self.config.penalty))
         return (yield)
 
     def shrink(self, by: float) -> None:

@@ -94,7 +94,7 @@ class Mezo(Plugin):
                 update = {
                     "seeds": seeds,
                     "g": g,
-                    "rate": step.learning_rate,
+                    "rate": step.rate(self),
                     "micro_batches": step.accumulation,
                 }
                 move(parameters, update, self.config.weight_decay)
