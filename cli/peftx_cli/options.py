@@ -94,6 +94,6 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along")
 ]
 OnRay = Annotated[
-    bool, typer.Option("--ray", help="as tasks of Ray: on the cluster of RAY_ADDRESS, or one started here")
+    bool, typer.Option("--ray", help="by Ray, on the cluster of RAY_ADDRESS, or one started here")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps", callback=known_device)]

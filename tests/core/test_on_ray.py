@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -213,3 +214,47 @@ def test_jobs_as_tasks_leave_what_processes_leave(tmp_path: Path) -> None:
     assert found["killed"].reason
     assert (found["early"].reason, found["early"].ended_early) == ("enough seen", True)
     assert {path.stem for path in (tmp_path / "jobs").iterdir()} == {job.id for job in jobs.values()}
+
+
+SEARCH = """
+peftx: 1
+search:
+  base:
+    model: peftx:tiny
+    data:
+      train: {path: "peftx:sample/train.jsonl", limit: 30}
+      eval: {path: "peftx:sample/held_out.jsonl", limit: 4}
+    train: {steps: 4, batch_size: 2}
+    evaluate: [perplexity]
+  stack: [lora]
+  space:
+    lora.rank: [1, 2]
+    train.learning_rate: {log: [1e-5, 1e-2]}
+  objectives: [quality, trained]
+  trials: 3
+  seeds: [0]
+"""
+
+
+@pytest.mark.slow
+def test_a_search_by_ray_tune_is_the_search(tmp_path: Path) -> None:
+    """The same points, and the same values to the bit; nothing of Tune's is left."""
+    from peftx.composition.registry import Registry
+    from peftx.searching.run import search
+    from peftx.searching.samplers import Samplers
+    from peftx_spec.search_load import load_search
+
+    (tmp_path / "search.yaml").write_text(SEARCH, "utf-8")
+    tables = []
+    for ray in (False, True):
+        loaded = load_search(tmp_path / "search.yaml", catalogue=Registry(), samplers=Samplers())
+        told: list[Any] = []
+        tables.append(search(loaded, tmp_path / str(ray), jobs=1, ray=ray, progress=told.append))
+        assert told[-1].total == len(tables[-1].front)
+    names = [sorted(path.name for path in (tmp_path / str(ray)).iterdir()) for ray in (False, True)]
+    assert names[0] == names[1]
+    files = [{path.stem: json.loads(path.read_text()) for path in (tmp_path / str(ray) / "jobs").iterdir()}
+             for ray in (False, True)]  # fmt: skip
+    assert files[0].keys() == files[1].keys()
+    for id, job in files[0].items():
+        assert job["scores"] == files[1][id]["scores"]

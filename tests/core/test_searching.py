@@ -22,9 +22,9 @@ from peftx.comparing.writing import to_csv, to_json
 from peftx.composition.registry import Registry
 from peftx.errors import PeftxError
 from peftx.searching import samplers
+from peftx.searching.going import Search, _Running
 from peftx.searching.objectives import beats, coarse, excess, front
 from peftx.searching.page import page
-from peftx.searching.run import Search, _Running
 from peftx.searching.samplers import Samplers, SearchSampler, Setting
 from peftx.searching.stacks import Stacks
 from peftx.searching.table import COLUMNS, SearchTable, table_of
@@ -91,6 +91,13 @@ class FakePool:
     def end(self, id: str, reason: str) -> JobResult:
         job = self.running.pop(id)
         return self.left(JobResult(id, job.kind, job.seed, job.rate, reason, ended_early=True))
+
+
+def propose(search: Search, pool: FakePool) -> None:
+    """Start one more job, if there is one."""
+    job = search.next(pool.running)
+    if job is not None:
+        pool.start(job)
 
 
 def load(folder: Path, *changes: tuple[str, str]) -> LoadedSearch:
@@ -225,9 +232,9 @@ def test_another_space_begins_anew_and_runs_no_job_again(tmp_path: Path) -> None
 def test_a_trial_that_ran_when_the_search_was_killed_runs_again_as_it_was(tmp_path: Path) -> None:
     search = begun(tmp_path)
     pool = FakePool(tmp_path, by_steps, jobs=2)
-    search._propose(pool)  # type: ignore[arg-type]
-    search._propose(pool)  # type: ignore[arg-type]
-    search._tell(pool.wait(0)[0])
+    propose(search, pool)
+    propose(search, pool)
+    search.tell(pool.wait(0)[0])
     search.trials.ask()  # drawn, and not begun
     with (tmp_path / STUDY / FILE).open("ab") as file:
         file.write(b'{"op_code": 5, "half')
@@ -246,7 +253,7 @@ def test_a_trial_that_ran_when_the_search_was_killed_runs_again_as_it_was(tmp_pa
 def test_a_job_that_ended_before_its_trial_was_told_is_not_run_again(tmp_path: Path) -> None:
     search = begun(tmp_path)
     pool = FakePool(tmp_path, by_steps)
-    search._propose(pool)  # type: ignore[arg-type]
+    propose(search, pool)
     pool.wait(0)  # its file is there, and the search is killed
     first = search.trials.all()[0].params
     search = begun(tmp_path)
@@ -260,7 +267,7 @@ def test_a_job_that_ended_before_its_trial_was_told_is_not_run_again(tmp_path: P
 def test_a_trial_whose_failure_was_noted_and_not_told_has_failed(tmp_path: Path) -> None:
     search = begun(tmp_path)
     pool = FakePool(tmp_path, by_steps)
-    search._propose(pool)  # type: ignore[arg-type]
+    propose(search, pool)
     (running,) = search.running.values()
     running[0].trial.set_user_attr(REASON, "no memory")
     again = begun(tmp_path)
@@ -334,7 +341,7 @@ def test_limits_that_no_point_can_keep_are_an_error_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = begun(tmp_path, ("trials: 6", "trials: 6\n  limits: {trained: 100}"))
-    monkeypatch.setattr("peftx.searching.run.MOST_REFUSED", 3)
+    monkeypatch.setattr("peftx.searching.going.MOST_REFUSED", 3)
     with pytest.raises(PeftxError, match=r"of 3 that were drawn, all were refused; .* the limit is 100"):
         tried(search, by_steps)
     assert len(search.trials.refused()) == 3
@@ -403,18 +410,22 @@ def watched(tmp_path: Path) -> Callable[..., bool]:
             search.trials.study.enqueue_trial({"lora.rank": str(each)})
         numbers = {}
         pool = FakePool(tmp_path, by_steps)
-        search._propose(pool)  # type: ignore[arg-type]
+        propose(search, pool)
         (first,) = search.running.values()
         numbers[4] = first[0].numbers
         done = finished(
             pool.started[0], 9.0, trained=numbers[4], checks=[Check(0.5, 10.0, 2.0), Check(1.0, 9.0, 4.0)]
         )
-        search._tell(pool.left(done))
+        search.tell(pool.left(done))
         pool.running.clear()
-        search._propose(pool)  # type: ignore[arg-type]
+        propose(search, pool)
         pool.looks[pool.started[1].id] = [check]
-        search._look(pool, pool.started[1].id)  # type: ignore[arg-type]
-        ended = read_result(tmp_path, pool.started[1].id)
+        id = pool.started[1].id
+        reason = search.beaten(id, pool.checks(id))
+        assert search.beaten(id, []) == "", "nothing is known of it yet"
+        if reason:
+            search.tell(pool.end(id, reason))
+        ended = read_result(tmp_path, id)
         if ended is not None:
             assert re.match(r"ended early, after \d+% of its steps: perplexity", ended.reason)
             assert search.trials.all()[1].state is TrialState.PRUNED
@@ -443,6 +454,56 @@ def test_a_trial_that_may_come_to_the_front_goes_on(
     watched: Callable[..., bool], rank: int, check: Check
 ) -> None:
     assert not watched(rank, check)
+
+
+def test_trials_of_ray_tune_are_those_of_the_search(tmp_path: Path) -> None:
+    """Without a cluster: what Tune would ask and tell."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    from ray.tune.search import Searcher
+
+    from peftx.searching.on_tune import Trials as OnTune
+
+    here, there = begun(tmp_path / "here"), begun(tmp_path / "there")
+    tried(here, by_steps)
+    trials = OnTune(there, SimpleNamespace(folder=tmp_path / "there", scratch=tmp_path, threads=1))  # type: ignore[arg-type]
+    for number in range(6):
+        asked = trials.suggest(str(number))
+        write_result(tmp_path / "there", by_steps(Job(**asked["job"])))
+        trials.on_trial_complete(str(number))
+    assert trials.suggest("7") == Searcher.FINISHED
+    drawn = [[(trial.params, trial.values) for trial in each.trials.all()] for each in (here, there)]
+    assert drawn[0] == drawn[1]
+
+
+def test_what_ray_tune_lost_or_ended_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    from ray.tune.schedulers import TrialScheduler
+
+    from peftx.searching.on_tune import Early
+    from peftx.searching.on_tune import Trials as OnTune
+
+    search = begun(tmp_path)
+    trials = OnTune(search, SimpleNamespace(folder=tmp_path, scratch=tmp_path, threads=1))  # type: ignore[arg-type]
+    early, check = Early(trials), {"share": 0.5, "value": 10.0, "seconds": 2.0}
+    lost, ended = (Job(**trials.suggest(name)["job"]) for name in ("lost", "ended"))
+    search.beaten = lambda id, checks: "worse" if id == ended.id and checks == [Check(**check)] else ""  # type: ignore[method-assign]
+    ends = {
+        name: early.on_trial_result(None, SimpleNamespace(trial_id=name), {**check, "pid": 1})
+        for name in trials.jobs
+    }
+    assert ends == {"lost": TrialScheduler.CONTINUE, "ended": TrialScheduler.STOP}
+    assert (
+        early.on_trial_result(None, SimpleNamespace(trial_id="ended"), {"done": True})
+        == TrialScheduler.CONTINUE
+    )
+    for name in ("lost", "ended"):
+        trials.on_trial_complete(name, error=name == "lost")
+    reasons = {job.id: read_result(tmp_path, job.id) for job in (lost, ended)}
+    assert "left no result" in reasons[lost.id].reason  # type: ignore[union-attr]
+    assert (reasons[ended.id].reason, reasons[ended.id].ended_early) == ("worse", True)  # type: ignore[union-attr]
+    assert [trial.state for trial in search.trials.all()] == [TrialState.FAIL, TrialState.PRUNED]
+    search.checks = 0
+    assert early.on_trial_result(None, SimpleNamespace(trial_id="x"), check) == TrialScheduler.CONTINUE
 
 
 def test_what_compresses_otherwise_is_not_compared(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 from peftx_cli import failures, options
 
 if TYPE_CHECKING:
-    from peftx.searching.run import Progress
+    from peftx.searching.going import Progress
     from peftx.searching.table import SearchTable
     from peftx_cli.progress import ClosingReporter, Interrupts
 

@@ -54,10 +54,10 @@ class OnRay(Pool[_Task]):
         import ray
 
         super().__init__(folder, scratch, jobs, threads, trust_remote_code)
-        gpus = 1 if there.get("GPU") else 0
+        self.gpus = 1 if there.get("GPU") else 0
         self.ray = ray
         # A process that takes one job alone; what it leaves is a file, and a second try is the user's to ask for.
-        self.work = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1, max_retries=0)(work)
+        self.work = ray.remote(num_cpus=threads, num_gpus=self.gpus, max_calls=1, max_retries=0)(work)
 
     def begin(self, job: Job, scratch: Path) -> _Task:
         task = self.work.remote(

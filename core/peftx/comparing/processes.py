@@ -81,9 +81,7 @@ class Pool(ABC, Generic[_Each]):
         self.terminate([each])
         result = read_result(self.folder, id)  # it may have come to its end in the meantime
         if result is None:
-            job = each.job
-            result = JobResult(job.id, job.kind, job.seed, job.rate, reason, threads=self.threads,
-                               checks=self.checks(id), ended_early=True)  # fmt: skip
+            result = ended_early(each.job, each.scratch, self.threads, reason)
             write_result(self.folder, result)
         self._forget(each)
         return result
@@ -111,6 +109,12 @@ def scratch_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stale, ignore_errors=True)
     with TemporaryDirectory(dir=folder, prefix=".work-", ignore_cleanup_errors=True) as scratch:
         yield Path(scratch)
+
+
+def ended_early(job: Job, scratch: Path, threads: int, reason: str) -> JobResult:
+    """The result of a trial that was ended before its time."""
+    return JobResult(job.id, job.kind, job.seed, job.rate, reason, threads=threads, checks=read_checks(scratch),
+                     ended_early=True)  # fmt: skip
 
 
 def lost(job: Job, scratch: Path, threads: int, reason: str) -> JobResult:

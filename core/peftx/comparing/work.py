@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,9 +38,20 @@ LAST_CHARACTERS = 4000
 """Of what a failed job printed."""
 
 
-def work(job: Job, folder: Path, scratch: Path, threads: int, trust_remote_code: bool) -> None:
+def work(
+    job: Job,
+    folder: Path,
+    scratch: Path,
+    threads: int,
+    trust_remote_code: bool,
+    told: Callable[[Check], None] | None = None,
+) -> None:
     """Run a job and write its result; a failure is one too. Called in a process of its own, and nowhere else: it turns
-    stdout and stderr to a file, and reads the peak of the process's memory."""
+    stdout and stderr to a file, and reads the peak of the process's memory.
+
+    Args:
+        told: is called with each check of a trial, once it is written.
+    """
     log = scratch / "log"
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -51,7 +62,7 @@ def work(job: Job, folder: Path, scratch: Path, threads: int, trust_remote_code:
         found = (
             _pace(job, blank, trust_remote_code)
             if job.kind == "pace"
-            else _measure(job, blank, scratch, trust_remote_code)
+            else _measure(job, blank, scratch, trust_remote_code, told)
         )
     except PeftxError as error:
         found = replace(blank, reason=error.message + (f" ({error.hint})" if error.hint else ""))
@@ -85,9 +96,9 @@ class Watch:
 class Checks(Watch):
     """Writes down how a trial stands whenever it was measured, for the process that started it."""
 
-    def __init__(self, file: Path, metric: str) -> None:
+    def __init__(self, file: Path, metric: str, told: Callable[[Check], None] | None) -> None:
         super().__init__()
-        self.file, self.metric = file, metric
+        self.file, self.metric, self.told = file, metric, told
         self.run: Run | None = None
         self.training = False
         self.seen = 0
@@ -110,13 +121,21 @@ class Checks(Watch):
             self.found.append(Check(done / total, value, time.perf_counter() - self.started))
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(self.found[-1])) + "\n")
+            if self.told is not None:
+                self.told(self.found[-1])
 
 
-def _measure(job: Job, blank: JobResult, scratch: Path, trust_remote_code: bool) -> JobResult:
+def _measure(
+    job: Job,
+    blank: JobResult,
+    scratch: Path,
+    trust_remote_code: bool,
+    told: Callable[[Check], None] | None,
+) -> JobResult:
     pipeline = load_pipeline(job.pipeline, catalogue=Registry())
     if job.kind != "rate" and pipeline.stack:
         pipeline = pipeline.model_copy(update={"output": str(scratch / "bundle")})
-    checks = Checks(checks_file(scratch), job.metric)
+    checks = Checks(checks_file(scratch), job.metric, told)
     run = Run(
         pipeline, reporter=checks if job.kind == "trial" else Watch(), trust_remote_code=trust_remote_code
     )
