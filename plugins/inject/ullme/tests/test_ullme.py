@@ -130,7 +130,7 @@ def test_no_cache_in_a_call_with_the_flag() -> None:
     stack = build()
     with (
         stack.columns(both_ways=torch.tensor([1])),
-        pytest.raises(UnsupportedError, match="ullme: with both_ways"),
+        pytest.raises(UnsupportedError, match="ullme: both_ways, the states of a text"),
     ):
         stack.generate("Say it.", max_new_tokens=2)
     plain = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=TOKENIZER).generate("Say it.", max_new_tokens=4)
