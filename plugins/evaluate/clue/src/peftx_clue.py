@@ -43,7 +43,6 @@ from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import generate
 from peftx.toolkits.evaluation import (
-    bootstrap_ratio,
     context_window,
     evaluating,
     last_number,
@@ -324,8 +323,7 @@ def _add(evaluation: Evaluation, name: str, groups: Sequence[Sequence[float]]) -
     filled = [group for group in groups if group]
     if filled:
         sums, counts = [sum(group) for group in filled], [len(group) for group in filled]
-        low, high = bootstrap_ratio(sums, counts) or (None, None)
-        evaluation.add(f"clue/{name}", sum(sums) / sum(counts), low, high, sum(counts), "accuracy")
+        evaluation.add_ratio(f"clue/{name}", sums, counts, "accuracy")
 
 
 def _write(folder: Path, problems: Sequence[Problem], far: Sequence[Tensor]) -> None:

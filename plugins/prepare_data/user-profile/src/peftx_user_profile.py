@@ -36,10 +36,8 @@ from peftx.engines.data import prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.toolkits.evaluation import (
     Request,
-    bootstrap_ratio,
     context_window,
     score_requests,
-    wilson_interval,
 )
 
 if TYPE_CHECKING:
@@ -399,14 +397,17 @@ class UserProfile(Plugin):
                 ("recall", hits, gold),
                 ("f1", twice, both),
             ):
-                _ratio(evaluation, f"{name}/{label}{score}", top, bottom, none=float(not any(both)))
+                filled = [pair for pair in zip(top, bottom, strict=True) if pair[1]]
+                if filled:
+                    evaluation.add_ratio(f"{name}/{label}{score}", *zip(*filled, strict=True))
+                else:
+                    evaluation.add(f"{name}/{label}{score}", not any(both), count=0)
         if name == "updating":
             found = sum((edits(task.old or {}, task.gold, answer) for task, answer in pairs), Counter())
             shares = [(kind, found[f"{kind} right"], found[kind]) for kind in KINDS]
             for kind, part, whole in (*shares, ("spurious", found["spurious"], found["edits"])):
                 if whole:
-                    ends = wilson_interval(part, whole)
-                    evaluation.add(f"updating/{kind}", part / whole, *ends, whole)
+                    evaluation.add_share(f"updating/{kind}", part, whole)
 
     def _believe(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
         stack, size = evaluation.stack, self.config.batch_size
@@ -430,14 +431,3 @@ class UserProfile(Plugin):
 def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Tokens of the prompt, and of what is to be written with EOS."""
     return len(prompt_ids(tokenizer, task.prompt)), len(text_ids(tokenizer, serialise(task.target))) + 1
-
-
-def _ratio(evaluation: Evaluation, name: str, top: list[int], bottom: list[int], *, none: float) -> None:
-    """sum(top) / sum(bottom), rows drawn again for its interval; `none` where there is nothing below."""
-    used = [(a, b) for a, b in zip(top, bottom, strict=True) if b]
-    if not used:
-        evaluation.add(name, none, count=0)
-        return
-    tops, bottoms = zip(*used, strict=True)
-    ends = bootstrap_ratio(tops, bottoms) or (None, None)
-    evaluation.add(name, sum(tops) / sum(bottoms), *ends, count=sum(bottoms))

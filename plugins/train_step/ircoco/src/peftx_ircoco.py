@@ -34,7 +34,6 @@ from peftx.errors import ArchitectureError, ConflictError, DataError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, written
-from peftx.toolkits.evaluation import wilson_interval
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
@@ -235,7 +234,7 @@ class Ircoco(Plugin):
         pairs = [(y.text.strip(), truth.strip()) for y, truth in zip(found, truths, strict=True)]
         exact, count = sum(y == truth for y, truth in pairs), len(pairs)
         evaluation.add("completion/edit", sum(edit(*pair) for pair in pairs) / count, count=count)
-        evaluation.add("completion/exact", exact / count, *wilson_interval(exact, count), count, "share")
+        evaluation.add_share("completion/exact", exact, count, "share")
 
 
 def reinforced(logits: Tensor, labels: Tensor, r: Tensor) -> Tensor:

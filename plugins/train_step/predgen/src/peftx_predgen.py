@@ -46,7 +46,7 @@ from peftx.engines.data import (
     tokenize_classes,
 )
 from peftx.errors import ArchitectureError, DataError, ModelError, StackError
-from peftx.toolkits.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
+from peftx.toolkits.evaluation import Evaluation, context_window, evaluating
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
@@ -322,15 +322,14 @@ class Predgen(Plugin):
         stack, labels, rows = evaluation.stack, self.config.labels, evaluation.rows("eval")
         if not all({"text", "label"} <= set(row) for row in rows):
             raise DataError("predgen: every row needs 'text' and 'label'", hint="data: {eval: {path: ...}}")
-        texts, count = [row["text"] for row in rows], len(rows)
+        texts = [row["text"] for row in rows]
         named = [(row["label"], f"row {index} (counting from 0)") for index, row in enumerate(rows)]
         if labels is None:
             truth = [as_number(*label) for label in named]
             found = self.numbers(stack, texts)
             guess = self.state["mean"]  # where nothing is written
             errors = [abs((guess if x is None else x) - y) for x, y in zip(found, truth, strict=True)]
-            ends = bootstrap_ratio(errors, [1.0] * count) or (None, None)
-            evaluation.add("mae", sum(errors) / count, *ends, count)
+            evaluation.add_ratio("mae", errors)
             right = {"numbers_written": [x is not None for x in found]}
         else:
             classes = [class_index(label, labels, where) for label, where in named]
@@ -344,4 +343,4 @@ class Predgen(Plugin):
                 ],
             }
         for name, hits in right.items():
-            evaluation.add(name, sum(hits) / count, *wilson_interval(sum(hits), count), count)
+            evaluation.add_share(name, sum(hits), len(rows))

@@ -36,7 +36,6 @@ from peftx.kernel.heads import each_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import DRAWN, written
-from peftx.toolkits.evaluation import wilson_interval
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
@@ -221,8 +220,7 @@ class SentinelPrefix(Plugin):
         stack, prompts = evaluation.stack, [pair_of(row)[0] for row in evaluation.rows("eval")]
         for name, texts in (("before", prompts), ("after", self.guard(stack, prompts))):
             bad = sum(score > 0.5 for score in self.R(self.answers(stack, texts)))
-            low, high = wilson_interval(bad, len(texts))
-            evaluation.add(f"unsafe/{name}", bad / len(texts), low, high, len(texts), "share")
+            evaluation.add_share(f"unsafe/{name}", bad, len(texts), "share")
 
 
 def joined(s: str, prompt: str) -> str:
