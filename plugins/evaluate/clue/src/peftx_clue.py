@@ -41,7 +41,7 @@ from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import generate
+from peftx.toolkits.decoding.text import check_writes, generate
 from peftx.toolkits.evaluation import (
     context_window,
     evaluating,
@@ -183,9 +183,7 @@ class Clue(Plugin):
     """V_succ and V_fail, float64 [L, D], of `learn`."""
 
     def suits(self, model: ModelView) -> None:
-        if not model.module.can_generate() or model.config.is_encoder_decoder:
-            said = f"{model.owner}: {type(model.module).__name__} is no decoder that goes on from a problem"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         if getattr(model.config.get_text_config(), "altup_num_inputs", 1) > 1:
             said = f"{model.owner}: {type(model.module).__name__} has several hidden states for each token"
             raise ArchitectureError(said, hint="take a model that has one: Llama, Qwen, GPT-2")

@@ -40,11 +40,12 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, class_rows, encode_pair, together
-from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.errors import DataError, UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.both_ways import see_both_ways
+from peftx.toolkits.decoding.text import check_writes
 
 
 class UllmeConfig(PluginConfig):
@@ -144,9 +145,7 @@ class Ullme(Plugin):
             self.claims = type(self).claims - {Claim.REPLACES_ATTENTION}  # type: ignore[misc]
 
     def suits(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            name = type(model.module).__name__
-            raise ArchitectureError(f"{model.owner}: {name} goes on with no text", hint="take a decoder")
+        check_writes(model)
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -27,7 +27,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import (
-    ArchitectureError,
     ConflictError,
     PeftxError,
     ServerError,
@@ -35,6 +34,7 @@ from peftx.errors import (
     UnsupportedError,
 )
 from peftx.toolkits.decoding.cache import fork_cache
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Engine, Job, Request, Server
 from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
 from peftx.toolkits.serving.radix import Node, RadixTree
@@ -265,9 +265,7 @@ class BatchLLM(Plugin):
     config: BatchLLMConfig
 
     def suits(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            said = f"{model.owner}: {type(model.module).__name__} is no decoder that writes text"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
 
     def check(self, stack: Stack) -> None:
         if reason := other_rows(stack):

@@ -33,6 +33,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 from peftx import Claim, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, ServerError, UnsupportedError
 from peftx.kernel.stack import Stack
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Server
 from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
 from peftx.toolkits.serving.radix import Node, RadixTree
@@ -383,10 +384,7 @@ class Marconi(Plugin):
 
     def suits(self, model: ModelView) -> None:
         who = f"{model.owner}: {type(model.module).__name__}"
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            raise ArchitectureError(
-                f"{who} is no decoder that writes text", hint="take a causal language model"
-            )
+        check_writes(model)
         check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
 
     def check(self, stack: Stack) -> None:

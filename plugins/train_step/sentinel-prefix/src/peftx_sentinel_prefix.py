@@ -31,11 +31,11 @@ from torch.nn.functional import cross_entropy
 import peftx
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainStep, Worker, hookimpl
 from peftx.engines.data import IGNORE, Collator, continuation, pair_of
-from peftx.errors import ArchitectureError, DataError
+from peftx.errors import DataError
 from peftx.kernel.heads import each_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import DRAWN, written
+from peftx.toolkits.decoding.text import DRAWN, check_writes, written
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
@@ -121,9 +121,7 @@ class SentinelPrefix(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            said = f"{model.owner}: {type(model.module).__name__} does not go on from a prompt"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         self.V = model.head("value", 1, pool=each_of)
         if not model.restoring:
             with torch.no_grad():
