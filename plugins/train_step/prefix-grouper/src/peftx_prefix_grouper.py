@@ -101,9 +101,8 @@ def groups_of(segments: Tensor, dtype: torch.dtype) -> Groups:
         """Causal, aligned to the end, and no pads."""
         causal = torch.ones(queries, keys.shape[1], dtype=torch.bool, device=row.device)
         visible = causal.tril(keys.shape[1] - queries) & (keys >= 0)[:, None]
-        visible = visible | ~visible.any(
-            -1, keepdim=True
-        )  # a pad that saw nothing would be no number, and its gradient
+        # A pad that saw nothing would be no number, and its gradient.
+        visible |= ~visible.any(-1, keepdim=True)
         hidden = torch.finfo(dtype).min * torch.ones((), dtype=dtype, device=row.device)
         return torch.where(visible, 0.0, hidden)[:, None]
 
@@ -302,13 +301,9 @@ class PrefixGrouper(Plugin):
         groups = groups_of(segments, model.dtype)
         with evaluating(model):
             with self.grouped(groups):
-                shared = answer_log_probs(
-                    model(
-                        input_ids=ids, position_ids=positions(groups, ids.shape[1]), use_cache=False
-                    ).logits,
-                    ids,
-                    groups,
-                )
+                places = positions(groups, ids.shape[1])
+                logits = model(input_ids=ids, position_ids=places, use_cache=False).logits
+            shared = answer_log_probs(logits, ids, groups)
             for i, found in enumerate(shared):
                 own = ids[(segments == 1) | (segments == 2 + i)][None]  # [1, |x| + n]
                 n = int((segments == 2 + i).sum())
