@@ -21,10 +21,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -263,9 +264,7 @@ def field_probabilities(
             spans[key] = [i for i, (a, b) in enumerate(offsets) if b > value and a < end]
             at = end
         places.append(spans)
-    scores = score_requests(
-        model, requests, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id or 0, device=model.device
-    )
+    scores = score_requests(model, requests, batch_size=batch_size)
     return [
         {key: math.exp(float(logs[0][tokens].sum())) for key, tokens in spans.items()}
         for logs, spans in zip(scores, places, strict=True)
@@ -331,10 +330,9 @@ class UserProfile(Plugin):
                 f"user-profile: updates is {self.config.updates}, and no row is a construction with fields",
                 hint="leave updates out; the rows are updates already",
             )
-        others: dict[str, list[str]] = {}
-        for task in tasks:
-            for key, value in task.gold.items():
-                others.setdefault(key, []).append(value)
+        others = defaultdict[str, list[str]](list)
+        for key, value in chain.from_iterable(task.gold.items() for task in tasks):
+            others[key].append(value)
         edits = self.config.edits
         return [Task(task.text, task.gold, perturb(task.gold, others, rng), edits) for task in chosen]
 
