@@ -53,8 +53,9 @@ class BothWays(AttentionEdit):
         if self.column is not None and flag is None:
             return attend(query, key, value, mask)
         Q, K = query.shape[2], key.shape[2]
-        if mask is None:  # causal; where a text is one token, it sees what other plugins put in front
-            mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)[None, None]
+        if mask is None:
+            mask = query.new_ones(Q, K, dtype=torch.bool)[None, None]
+            mask = mask.tril() if Q > 1 else mask  # one token sees all that other plugins put in front
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         whole = seen.any(-2, keepdim=True)  # [B or 1, 1 or H, 1, K]
         if flag is not None:
