@@ -169,6 +169,21 @@ def test_bootstrap_is_seeded_and_covers_a_known_mean() -> None:
     assert bootstrap_ratio([2], [1]) is None
 
 
+def test_shares_and_ratios_are_recorded_with_their_intervals() -> None:
+    evaluation = Evaluation(stack=None)  # type: ignore[arg-type]
+    share = evaluation.add_share("right", 3, 4, "share")
+    assert (share.value, share.count, share.unit) == (0.75, 4, "share")
+    assert (share.low, share.high) == wilson_interval(3, 4)
+    ratio = evaluation.add_ratio("of pairs", [1, 2, 0], [2, 2, 4])
+    assert (ratio.value, ratio.count) == (3 / 8, 8)
+    assert (ratio.low, ratio.high) == bootstrap_ratio([1, 2, 0], [2, 2, 4])
+    mean = evaluation.add_ratio("mean", [0.5, 1.0])
+    assert (mean.value, mean.count, mean.low, mean.high) == (0.75, 2, *bootstrap_ratio([0.5, 1.0], [1, 1]))
+    assert evaluation.add_ratio("one", [0.5]).low is None
+    with pytest.raises(DataError, match="0 of 0 is no proportion"):
+        evaluation.add_share("none", 0, 0)
+
+
 def test_scores_refuse_what_is_no_measurement() -> None:
     with pytest.raises(DataError, match="not a number"):
         Score(name="x", value=math.nan)

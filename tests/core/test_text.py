@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from peftx import Stack
-from peftx.errors import PeftxError
+from peftx import ModelView, Plugin, Stack, hookimpl
+from peftx.errors import ArchitectureError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.toolkits.decoding.text import check_writes
 
 
 @pytest.mark.parametrize("arch", ["llama", "bart", "t5"])
@@ -25,3 +26,18 @@ def test_what_does_not_fit_is_refused(prompt: str, new: int, message: str) -> No
     stack = Stack(tiny("gpt2"), [], tokenizer=tiny_tokenizer())
     with pytest.raises(PeftxError, match=message):
         stack.generate(prompt, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("arch", ["bert", "t5", "vit"])
+def test_what_does_not_go_on_with_a_text_is_refused_by_name(arch: str) -> None:
+    class Writes(Plugin):
+        def suits(self, model: ModelView) -> None:
+            check_writes(model)
+
+        @hookimpl
+        def inject(self, model: ModelView) -> None: ...
+
+    Stack(tiny("llama"), [Writes()], tokenizer=tiny_tokenizer())
+    name = type(tiny(arch)).__name__
+    with pytest.raises(ArchitectureError, match=f"writes: {name} is no decoder that writes text"):
+        Stack(tiny(arch), [Writes()], tokenizer=tiny_tokenizer())

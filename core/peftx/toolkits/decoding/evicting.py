@@ -24,6 +24,7 @@ from peftx.errors import ArchitectureError, ConflictError, GenerationError, Unsu
 from peftx.kernel.attention import PREFIX, Attend, AttentionEdit
 from peftx.kernel.calls import CallEdit
 from peftx.kernel.carried import layers_of
+from peftx.toolkits.decoding.text import check_writes
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
@@ -171,9 +172,7 @@ class Evictor(CallEdit):
     def __init__(self, model: ModelView, policy: Policy) -> None:
         super().__init__()
         config, module = model.config.get_text_config(decoder=True), model.module
-        if model.config.is_encoder_decoder or not module.can_generate():
-            said = f"{model.owner}: {type(module).__name__} is no decoder that writes text"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         sites = model.attention_sites()
         kinds = {type(layer) for layer in DynamicCache(config=config).layers}
         attention = (model.config._attn_implementation or "eager").removeprefix(PREFIX)

@@ -19,6 +19,7 @@ from peftx_spec.rows import require_text
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
+    from peftx.kernel.view import ModelView
 
 
 COLDEST = 1e-5
@@ -48,6 +49,15 @@ def ids_for(stack: Stack, prompt: str) -> list[int]:
     if stack.model.config.is_encoder_decoder:
         return encoder_ids(stack.tokenizer, prompt, max_length=sys.maxsize)
     return prompt_ids(stack.tokenizer, prompt)
+
+
+def check_writes(model: ModelView) -> None:
+    """Raises ArchitectureError unless the model is a decoder that goes on with a text: for `suits` and `inject`."""
+    if model.config.is_encoder_decoder or not model.module.can_generate():
+        raise ArchitectureError(
+            f"{model.owner}: {type(model.module).__name__} is no decoder that writes text",
+            hint="take a causal language model",
+        )
 
 
 def check_ids(stack: Stack, ids: Sequence[int]) -> None:

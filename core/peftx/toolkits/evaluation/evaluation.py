@@ -11,7 +11,7 @@ from typing import Any
 from peftx.charts import STYLE, Curve, Point, chart
 from peftx.errors import DataError, nearest
 from peftx.kernel.stack import Stack
-from peftx.toolkits.evaluation.scores import Score
+from peftx.toolkits.evaluation.scores import Score, bootstrap_ratio, wilson_interval
 
 
 class Evaluation:
@@ -66,6 +66,20 @@ class Evaluation:
                 unit=unit,
             )
         )
+
+    def add_share(self, name: str, part: int, whole: int, unit: str = "") -> Score:
+        """Record how many of so many things are right, or refused, or of a kind, with Wilson's interval."""
+        low, high = wilson_interval(part, whole)  # refuses a share of nothing
+        return self.add(name, part / whole, low, high, whole, unit)
+
+    def add_ratio(
+        self, name: str, tops: Sequence[float], bottoms: Sequence[int] | None = None, unit: str = ""
+    ) -> Score:
+        """Record sum(tops) / sum(bottoms), of pairs that are drawn again for the interval: what was counted in each row
+        of what was in it. The mean of `tops` where there are no `bottoms`."""
+        bottoms = [1] * len(tops) if bottoms is None else bottoms
+        low, high = bootstrap_ratio(tops, bottoms) or (None, None)
+        return self.add(name, sum(tops) / sum(bottoms), low, high, sum(bottoms), unit)
 
     def figure(self, name: str, curves: Mapping[str, Iterable[Point]], *, x: str, y: str) -> None:
         """Draw curves on the page `<name>.html` in `output_dir`, below what was drawn there before; nothing where the

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class PrefixCache:
     """The last few token sequences with their caches; the least recently used one goes first.
 
-    A plugin may put one of its own on `server.scheduler.prefixes`: `take` is asked before a prompt is read, `keep` and
-    `keep_row` are told of what was read and written.
+    A plugin may give the server one of its own by `server.scheduler.begin_from`: `take` is asked before a prompt is
+    read, `keep` and `keep_row` are told of what was read and written.
 
     Args:
         model: a causal language model. entries: sequences that are kept.

@@ -46,6 +46,19 @@ class Scheduler:
     max_queue: int = 256
     order: Callable[[Sequence[Job]], list[Job]] = list
 
+    def begin_from(self, prefixes: PrefixCache, *, owner: str) -> None:
+        """Have requests begin from a store of the plugin `owner`.
+
+        Raises:
+            ServerError: another plugin's is there.
+        """
+        if self.prefixes is not None:
+            raise ServerError(
+                f"{owner}: the server has a store of prefixes already, {type(self.prefixes).__name__}",
+                hint="keep one of the two plugins",
+            )
+        self.prefixes = prefixes
+
     def check(self) -> None:
         """Raise PeftxError where a field makes no sense."""
         for name, least in (("max_batch", 1), ("max_wait_ms", 0), ("prefix_entries", 1), ("max_queue", 1)):

@@ -30,6 +30,7 @@ from peftx import AttentionEdit, Claim, Generation, ModelView, Plugin, PluginCon
 from peftx.engines.training import TrainStep
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.call import Call
+from peftx.toolkits.decoding.text import check_writes
 
 COLUMN = "attribute"
 INIT_STD = 0.02
@@ -195,9 +196,7 @@ class AirDecoding(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if not model.module.can_generate() or model.config.is_encoder_decoder:
-            said = f"{model.owner}: {type(model.module).__name__} is no decoder that writes text"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         model.column(COLUMN)
         self.owner, config = model.owner, self.config
         self.steer: int | None = config.steer

@@ -36,6 +36,7 @@ from peftx.engines.training import TrainStep
 from peftx.errors import ArchitectureError, ConflictError, DataError, StackError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.modes import eval_mode
+from peftx.toolkits.decoding.text import check_writes
 
 ASPECT, VALUE, LATENT = "aspect", "value", "latent"
 AMPLIFICATION = 10
@@ -267,9 +268,7 @@ class MultiControl(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if not model.module.can_generate() or model.config.is_encoder_decoder:
-            said = f"{model.owner}: {type(model.module).__name__} is no decoder that writes text"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         if model.module.base_model is model.module or getattr(
             model.config.get_text_config(), "hidden_size_per_layer_input", False
         ):

@@ -35,7 +35,6 @@ from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import generate as write
-from peftx.toolkits.evaluation import wilson_interval
 
 Task = Literal["unique-characters", "frequency", "first-index", "last-index"]
 GOLD: dict[Task, tuple[Callable[[str, str], int], str]] = {
@@ -213,11 +212,11 @@ class CharBench(Plugin):
         right = [
             read_answer(text, config.answer) == item.answer for text, item in zip(texts, items, strict=True)
         ]
-        _share(evaluation, "charbench", right)
+        evaluation.add_share("charbench", sum(right), len(right), "accuracy")
         for task in config.tasks:
             places = [i for i, item in enumerate(items) if item.task == task]
             of_task = [right[i] for i in places]
-            _share(evaluation, f"charbench/{task}", of_task)
+            evaluation.add_share(f"charbench/{task}", sum(of_task), len(of_task), "accuracy")
             for name in known[places[0]]:
                 values = [known[i][name] for i in places]
                 found = correlation(values, of_task)
@@ -226,7 +225,9 @@ class CharBench(Plugin):
                 if config.strata and name in ("length", "answer", "tokens", "target"):
                     for value in sorted(set(values)):
                         part = [one for one, other in zip(of_task, values, strict=True) if other == value]
-                        _share(evaluation, f"charbench/{task}/{name}/{value}", part)
+                        evaluation.add_share(
+                            f"charbench/{task}/{name}/{value}", sum(part), len(part), "accuracy"
+                        )
         if evaluation.output_dir is not None:
             evaluation.output_dir.mkdir(parents=True, exist_ok=True)
             lines = [
@@ -269,9 +270,3 @@ def _strings(value: Any) -> list[str]:
         value = [part for name, part in value.items() if name != "role"]  # of a conversation
     parts = value if isinstance(value, list) else ()
     return [text for part in parts for text in _strings(part)]
-
-
-def _share(evaluation: Evaluation, name: str, right: Sequence[bool]) -> None:
-    evaluation.add(
-        name, sum(right) / len(right), *wilson_interval(sum(right), len(right)), len(right), "accuracy"
-    )

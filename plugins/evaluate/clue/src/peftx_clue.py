@@ -41,9 +41,8 @@ from peftx.engines.models import asset_path
 from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import generate
+from peftx.toolkits.decoding.text import check_writes, generate
 from peftx.toolkits.evaluation import (
-    bootstrap_ratio,
     context_window,
     evaluating,
     last_number,
@@ -184,9 +183,7 @@ class Clue(Plugin):
     """V_succ and V_fail, float64 [L, D], of `learn`."""
 
     def suits(self, model: ModelView) -> None:
-        if not model.module.can_generate() or model.config.is_encoder_decoder:
-            said = f"{model.owner}: {type(model.module).__name__} is no decoder that goes on from a problem"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         if getattr(model.config.get_text_config(), "altup_num_inputs", 1) > 1:
             said = f"{model.owner}: {type(model.module).__name__} has several hidden states for each token"
             raise ArchitectureError(said, hint="take a model that has one: Llama, Qwen, GPT-2")
@@ -324,8 +321,7 @@ def _add(evaluation: Evaluation, name: str, groups: Sequence[Sequence[float]]) -
     filled = [group for group in groups if group]
     if filled:
         sums, counts = [sum(group) for group in filled], [len(group) for group in filled]
-        low, high = bootstrap_ratio(sums, counts) or (None, None)
-        evaluation.add(f"clue/{name}", sum(sums) / sum(counts), low, high, sum(counts), "accuracy")
+        evaluation.add_ratio(f"clue/{name}", sums, counts, "accuracy")
 
 
 def _write(folder: Path, problems: Sequence[Problem], far: Sequence[Tensor]) -> None:

@@ -163,7 +163,9 @@ class PrefixMask(AttentionEdit):
                 hint="give the model the whole context in one call",
             )
         if mask is None:
-            mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+            Q, K = query.shape[2], key.shape[2]
+            mask = query.new_ones(Q, K, dtype=torch.bool)[None, None]
+            mask = mask.tril() if Q > 1 else mask  # one token sees all that other plugins put in front
         queries, keys = self.call.rows(marks, query[:, 0]).bool(), self.call.keys(marks, mask).bool()
         both = queries[:, None, :, None] & keys[:, None, None]  # [B, 1, Q, K]
         return attend(query, key, value, mask | both if mask.dtype == torch.bool else mask.where(~both, 0.0))  # type: ignore[no-any-return]

@@ -343,6 +343,10 @@ def test_soft_tokens_are_of_no_context_and_prefixes_are_seen_by_all() -> None:
     torch.testing.assert_close(
         stack.model(TEXT, context=last_of_context).logits, stack.model(TEXT).logits, rtol=1e-4, atol=1e-5
     )
+    one = TEXT[:, :1]  # a text of one token sees all that stands in front of it
+    torch.testing.assert_close(
+        stack.model(one, context=torch.ones_like(one)).logits, stack.model(one).logits, rtol=1e-4, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -304,8 +304,6 @@ class Sparselora(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        if not step.parameters():
-            raise TrainingError("sparselora: nothing trains beside it", hint="add an adapter, such as lora")
         if not step.model.training:
             raise TrainingError(
                 "sparselora: the model is in evaluation mode, in which every layer runs dense",

@@ -130,7 +130,7 @@ def test_no_cache_in_a_call_with_the_flag() -> None:
     stack = build()
     with (
         stack.columns(both_ways=torch.tensor([1])),
-        pytest.raises(UnsupportedError, match="ullme: with both_ways"),
+        pytest.raises(UnsupportedError, match="ullme: both_ways, the states of a text"),
     ):
         stack.generate("Say it.", max_new_tokens=2)
     plain = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=TOKENIZER).generate("Say it.", max_new_tokens=4)
@@ -465,7 +465,9 @@ def test_rows_and_batches_of_another_kind_are_refused() -> None:
 
 @pytest.mark.parametrize("arch", ["bert", "t5", "vit"])
 def test_models_that_do_not_go_on_with_a_text(arch: str) -> None:
-    with pytest.raises(ArchitectureError, match=f"ullme: {type(tiny(arch)).__name__} goes on with no text"):
+    with pytest.raises(
+        ArchitectureError, match=f"ullme: {type(tiny(arch)).__name__} is no decoder that writes text"
+    ):
         build(arch=arch)
 
 

@@ -21,10 +21,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,8 @@ from peftx.engines.data import prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.toolkits.evaluation import (
     Request,
-    bootstrap_ratio,
     context_window,
     score_requests,
-    wilson_interval,
 )
 
 if TYPE_CHECKING:
@@ -265,9 +264,7 @@ def field_probabilities(
             spans[key] = [i for i, (a, b) in enumerate(offsets) if b > value and a < end]
             at = end
         places.append(spans)
-    scores = score_requests(
-        model, requests, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id or 0, device=model.device
-    )
+    scores = score_requests(model, requests, batch_size=batch_size)
     return [
         {key: math.exp(float(logs[0][tokens].sum())) for key, tokens in spans.items()}
         for logs, spans in zip(scores, places, strict=True)
@@ -333,10 +330,9 @@ class UserProfile(Plugin):
                 f"user-profile: updates is {self.config.updates}, and no row is a construction with fields",
                 hint="leave updates out; the rows are updates already",
             )
-        others: dict[str, list[str]] = {}
-        for task in tasks:
-            for key, value in task.gold.items():
-                others.setdefault(key, []).append(value)
+        others = defaultdict[str, list[str]](list)
+        for key, value in chain.from_iterable(task.gold.items() for task in tasks):
+            others[key].append(value)
         edits = self.config.edits
         return [Task(task.text, task.gold, perturb(task.gold, others, rng), edits) for task in chosen]
 
@@ -399,14 +395,17 @@ class UserProfile(Plugin):
                 ("recall", hits, gold),
                 ("f1", twice, both),
             ):
-                _ratio(evaluation, f"{name}/{label}{score}", top, bottom, none=float(not any(both)))
+                filled = [pair for pair in zip(top, bottom, strict=True) if pair[1]]
+                if filled:
+                    evaluation.add_ratio(f"{name}/{label}{score}", *zip(*filled, strict=True))
+                else:
+                    evaluation.add(f"{name}/{label}{score}", not any(both), count=0)
         if name == "updating":
             found = sum((edits(task.old or {}, task.gold, answer) for task, answer in pairs), Counter())
             shares = [(kind, found[f"{kind} right"], found[kind]) for kind in KINDS]
             for kind, part, whole in (*shares, ("spurious", found["spurious"], found["edits"])):
                 if whole:
-                    ends = wilson_interval(part, whole)
-                    evaluation.add(f"updating/{kind}", part / whole, *ends, whole)
+                    evaluation.add_share(f"updating/{kind}", part, whole)
 
     def _believe(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
         stack, size = evaluation.stack, self.config.batch_size
@@ -430,14 +429,3 @@ class UserProfile(Plugin):
 def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Tokens of the prompt, and of what is to be written with EOS."""
     return len(prompt_ids(tokenizer, task.prompt)), len(text_ids(tokenizer, serialise(task.target))) + 1
-
-
-def _ratio(evaluation: Evaluation, name: str, top: list[int], bottom: list[int], *, none: float) -> None:
-    """sum(top) / sum(bottom), rows drawn again for its interval; `none` where there is nothing below."""
-    used = [(a, b) for a, b in zip(top, bottom, strict=True) if b]
-    if not used:
-        evaluation.add(name, none, count=0)
-        return
-    tops, bottoms = zip(*used, strict=True)
-    ends = bootstrap_ratio(tops, bottoms) or (None, None)
-    evaluation.add(name, sum(tops) / sum(bottoms), *ends, count=sum(bottoms))

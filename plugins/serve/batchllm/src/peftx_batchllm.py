@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import (
-    ArchitectureError,
     ConflictError,
     PeftxError,
     ServerError,
@@ -35,11 +34,14 @@ from peftx.errors import (
     UnsupportedError,
 )
 from peftx.toolkits.decoding.cache import fork_cache
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Engine, Job, Request, Server
-from peftx.toolkits.serving.prefix import PrefixCache, alike, other_rows, read
+from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
+from peftx.toolkits.serving.radix import Node, RadixTree
 from peftx.toolkits.serving.rows import PIECE, refuse_whole_batches
 
 Tokens = Sequence[int]
+Place = Node[list[int]]
 
 
 class BatchLLMConfig(PluginConfig):
@@ -61,65 +63,36 @@ class Group(NamedTuple):
     members: list[int]
 
 
-@dataclass
-class Node:
-    """A node of a tree: `depth` tokens from the root, by way of the node `above`; `ends`: prompts that end here."""
-
-    depth: int
-    above: int
-    ends: list[int] = field(default_factory=list)
-
-
-def tree_of(keys: Sequence[list[int]]) -> list[Node]:
-    """The compact radix tree of token sequences, the root first."""
-    nodes, path, before = [Node(0, -1)], [0], list[int]()
-    for i in sorted(range(len(keys)), key=lambda i: keys[i]):
-        common, last = alike(before, keys[i]), 0
-        while nodes[path[-1]].depth > common:
-            last = path.pop()
-        if nodes[path[-1]].depth < common:  # the edge to `last` is split
-            nodes.append(Node(common, path[-1]))
-            path.append(len(nodes) - 1)
-            nodes[last].above = path[-1]
-        if nodes[path[-1]].depth < len(keys[i]):
-            nodes.append(Node(len(keys[i]), path[-1]))
-            path.append(len(nodes) - 1)
-        nodes[path[-1]].ends.append(i)
-        before = keys[i]
-    return nodes
-
-
 def groups_of(prompts: Sequence[list[int]], *, least: int = 1) -> list[Group]:
     """The groups of one level with the most tokens saved; each prompt keeps its last token to itself.
 
     Args:
         least: tokens of a prefix at least.
     """
-    nodes = tree_of([prompt[:-1] for prompt in prompts])
-    down = sorted(range(len(nodes)), key=lambda u: nodes[u].depth)  # from the root
-    chains: dict[int, list[int]] = {-1: []}  # depths of a node and of those above it
-    best, place, found = dict[int, list[int]](), dict[int, tuple[int, int]](), dict[int, list[int]]()
+    tree = RadixTree[list[int]](list)  # at a node the prompts that end there
+    keys = [prompt[:-1] for prompt in prompts]
+    for i in sorted(range(len(keys)), key=lambda i: keys[i]):
+        tree.insert(keys[i]).data.append(i)
+    down = sorted([tree.root, *tree.nodes()], key=lambda u: u.depth)  # from the root
+    chains: dict[Place | None, list[int]] = {None: []}  # depths of a node and of those above it
+    best: dict[Place, list[int]] = {}  # by who is chosen: one above, or u itself
     for u in down:
-        chains[u] = [*chains[nodes[u].above], nodes[u].depth]
-        best[u] = [
-            len(nodes[u].ends) * depth for depth in chains[u]
-        ]  # by who is chosen: one above, or u itself
+        chains[u] = [*chains[u.above], u.depth]
+        best[u] = [len(u.data) * depth for depth in chains[u]]
     for u in reversed(down[1:]):
-        best[u][-1] = best[u][-1] - nodes[u].depth if nodes[u].depth >= least else -1
+        assert u.above is not None
+        best[u][-1] = best[u][-1] - u.depth if u.depth >= least else -1
         more = [max(other, best[u][-1]) for other in best[u][:-1]]
-        best[nodes[u].above] = [sum(pair) for pair in zip(best[nodes[u].above], more, strict=True)]
-    place[0], groups = (
-        (0, 0),
-        list[Group](),
-    )  # whose group a node is in, and where that one stands in its chain
+        best[u.above] = [sum(pair) for pair in zip(best[u.above], more, strict=True)]
+    place = {tree.root: (tree.root, 0)}  # whose group a node is in, and where that one stands in its chain
+    found: dict[Place, list[int]] = {}
     for u in down:
-        if u:
-            place[u] = place[nodes[u].above]
-            if best[u][-1] > best[u][place[u][1]]:
-                place[u] = (u, len(chains[u]) - 1)
-        found.setdefault(place[u][0], []).extend(nodes[u].ends)
-    groups = [Group(0, [i]) for i in found.pop(0)]
-    return groups + [Group(nodes[u].depth, sorted(members)) for u, members in found.items()]
+        if u.above is not None:
+            chosen, at = place[u.above]
+            place[u] = (u, len(chains[u]) - 1) if best[u][-1] > best[u][at] else (chosen, at)
+        found.setdefault(place[u][0], []).extend(u.data)
+    groups = [Group(0, [i]) for i in found.pop(tree.root)]
+    return groups + [Group(u.depth, sorted(members)) for u, members in found.items()]
 
 
 class Groups(PrefixCache):
@@ -292,9 +265,7 @@ class BatchLLM(Plugin):
     config: BatchLLMConfig
 
     def suits(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            said = f"{model.owner}: {type(model.module).__name__} is no decoder that writes text"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
 
     def check(self, stack: Stack) -> None:
         if reason := other_rows(stack):
@@ -309,12 +280,7 @@ class BatchLLM(Plugin):
 
     @hookimpl
     def serve(self, server: Server) -> None:
-        scheduler = server.scheduler
-        if scheduler.prefixes is not None:
-            said = (
-                f"batchllm: the server has a store of prefixes already, {type(scheduler.prefixes).__name__}"
-            )
-            raise ServerError(said, hint="keep one of the two plugins")
-        groups = Groups(server.stack.model, self.config)
-        scheduler.prefixes, scheduler.order, scheduler.max_batch = groups, groups.order, self.config.rows
+        groups, scheduler = Groups(server.stack.model, self.config), server.scheduler
+        scheduler.begin_from(groups, owner="batchllm")
+        scheduler.order, scheduler.max_batch = groups.order, self.config.rows
         server.add_route("GET", "/v1/batchllm", groups.figures)

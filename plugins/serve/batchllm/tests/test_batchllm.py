@@ -19,7 +19,7 @@ from peftx.toolkits.serving import Engine, Request, Server
 from peftx.toolkits.serving.job import Job
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.slots import Slots
-from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, prefix_of, tree_of
+from peftx_batchllm import BatchLLM, BatchLLMConfig, Group, Groups, complete, groups_of, prefix_of
 from peftx_token_trails import TokenTrails
 
 test_conformance = conformance("batchllm")
@@ -98,19 +98,6 @@ def test_a_fork_by_hand() -> None:
     assert groups_of([[9, 9, 1, 2], [9, 9, 1, 3], [9, 9, 4], [9, 9, 5]]) == [Group(2, [0, 1, 2, 3])]
     assert groups_of([[1, 2, 3]] * 3) == [Group(2, [0, 1, 2])]  # the last token stays each one's own
     assert groups_of([[5], [5]]) == [Group(0, [0]), Group(0, [1])]
-
-
-def test_the_tree_is_compact() -> None:
-    nodes = tree_of([[1, 2, 3], [1, 2, 4], [1, 2], [5]])
-    depths = {(node.depth, nodes[node.above].depth if node.above >= 0 else -1) for node in nodes}
-    assert (len(nodes), depths) == (5, {(0, -1), (2, 0), (3, 2), (1, 0)})
-    assert sorted((node.depth, node.ends) for node in nodes) == [
-        (0, []),
-        (1, [3]),
-        (2, [2]),
-        (3, [0]),
-        (3, [1]),
-    ]
 
 
 def test_prompts_that_continue_one_another() -> None:

@@ -20,7 +20,7 @@ Without recurrent states every token's end is a place to go on from, and alpha =
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,8 +33,10 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 from peftx import Claim, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, ServerError, UnsupportedError
 from peftx.kernel.stack import Stack
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Server
-from peftx.toolkits.serving.prefix import PrefixCache, alike, other_rows, read
+from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
+from peftx.toolkits.serving.radix import Node, RadixTree
 
 GRID = tuple(tenths / 10 for tenths in range(21))
 """The values of alpha that are tried."""
@@ -85,19 +87,33 @@ class Costs:
 
 
 @dataclass(eq=False)
-class Node:
-    """Tokens behind those of the node `above`, which is None at the root; `state`: what recurrent layers keep behind
-    them, None if it is not known; `used`: when it was last gone on from."""
+class Held:
+    """At a node: keys and values of its edge, what recurrent layers keep behind it, None if that is not known, and when
+    it was last gone on from."""
 
-    edge: tuple[int, ...] = ()
-    above: Node | None = None
     kept: KeysValues = field(default_factory=list)
     state: Sequence[LinearAttentionLayer] | None = None
     used: int = 0
-    children: dict[int, Node] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.depth: int = len(self.edge) + (self.above.depth if self.above is not None else 0)
+    def split(self, tokens: int) -> Held:
+        """Without the first tokens of the edge, which are given back, as old as they were."""
+        first = Held(_cut(self.kept, 0, tokens), used=self.used)
+        self.kept = _cut(self.kept, tokens, None)
+        return first
+
+    def join(self, child: Held) -> None:
+        """Give keys and values on to the only child."""
+        child.kept = [
+            (torch.cat([k, key], 2), torch.cat([v, value], 2))
+            for (k, v), (key, value) in zip(self.kept, child.kept, strict=True)
+        ]
+
+    def bare(self) -> Held:
+        """The same without tensors."""
+        return Held(state=None if self.state is None else (), used=self.used)
+
+
+Place = Node[Held]
 
 
 class Found(NamedTuple):
@@ -105,7 +121,7 @@ class Found(NamedTuple):
 
     reach: int
     matched: int
-    node: Node
+    node: Place
 
 
 class Tree:
@@ -119,34 +135,22 @@ class Tree:
         self, costs: Costs, capacity: float, alpha: float, full: Callable[[], None] | None = None
     ) -> None:
         self.costs, self.capacity, self.alpha, self.full = costs, capacity, alpha, full
-        self.root, self.bytes, self.now, self.evicted = Node(), 0, 0, 0
-
-    def nodes(self) -> Iterator[Node]:
-        """All but the root."""
-        left = [self.root]
-        while left:
-            node = left.pop()
-            left += node.children.values()
-            if node is not self.root:
-                yield node
+        self.radix = RadixTree(Held, split=Held.split, join=Held.join)
+        self.bytes = self.now = self.evicted = 0
 
     def find(self, ids: Sequence[int]) -> Found:
         """How far a text is known."""
-        node = last = hit = self.root
-        matched = 0
-        while matched < len(ids) and (child := node.children.get(ids[matched])) is not None:
-            common, last = alike(child.edge, ids[matched:]), child
-            matched += common
-            if common < len(child.edge):
-                break
-            node = child
-            hit = node if node.state is not None else hit
-        return Found(hit.depth, matched, hit) if self.costs.state else Found(matched, matched, last)
+        way, matched = self.radix.walk(ids)
+        if not self.costs.state:
+            return Found(matched, matched, way[-1])
+        states = (node for node in reversed(way) if node.data.state is not None and node.depth <= matched)
+        hit = next(states, self.radix.root)
+        return Found(hit.depth, matched, hit)
 
-    def touch(self, node: Node) -> None:
+    def touch(self, node: Place) -> None:
         """It is gone on from; the nodes above it stay as old as they are."""
         self.now += 1
-        node.used = self.now
+        node.data.used = self.now
 
     def insert(self, ids: Sequence[int], kept: KeysValues, state: Sequence[LinearAttentionLayer]) -> None:
         """Remember a text with the state behind it; one that would fill more than all is left."""
@@ -155,16 +159,10 @@ class Tree:
         while self.bytes + self.needed(ids) > self.capacity:
             self.evict()
         self.bytes += self.needed(ids)
-        node = self.root
-        while node.depth < len(ids):
-            child, begin = node.children.get(ids[node.depth]), node.depth
-            if child is None:
-                child = Node(tuple(ids[begin:]), node, _cut(kept, begin, len(ids)))
-                node.children[ids[begin]] = child
-            elif (common := alike(child.edge, ids[begin:])) < len(child.edge):
-                child = self.split(child, common)
-            node = child
-        node.state = state if node.state is None else node.state
+        node = self.radix.insert(ids)
+        held = node.data
+        held.kept = held.kept or _cut(kept, node.depth - len(node.edge), node.depth)
+        held.state = state if held.state is None else held.state
         self.touch(node)
 
     def needed(self, ids: Sequence[int]) -> int:
@@ -172,65 +170,44 @@ class Tree:
         reach, matched, _ = self.find(ids)
         return (len(ids) - matched) * self.costs.token + (self.costs.state if reach < len(ids) else 0)
 
-    def split(self, node: Node, tokens: int) -> Node:
-        """A node behind the first tokens of an edge, as old as the edge."""
-        assert node.above is not None
-        upper = Node(node.edge[:tokens], node.above, _cut(node.kept, 0, tokens), used=node.used)
-        node.above.children[node.edge[0]] = upper
-        upper.children[node.edge[tokens]] = node
-        node.kept, node.edge, node.above = _cut(node.kept, tokens, len(node.edge)), node.edge[tokens:], upper
-        return upper
-
     def evict(self) -> None:
         """A leaf goes with all it holds; of a node with one child the state, and its edge becomes the child's."""
         if self.full is not None:
             self.full()
             self.full = None
         node = self.worst()
-        assert node.above is not None
         self.evicted += 1
-        self.bytes -= self.costs.state if node.state is not None else 0
-        if not node.children:
-            del node.above.children[node.edge[0]]
-            self.bytes -= len(node.edge) * self.costs.token
-        for child in node.children.values():
-            child.kept = [
-                (torch.cat([k, key], 2), torch.cat([v, value], 2))
-                for (k, v), (key, value) in zip(node.kept, child.kept, strict=True)
-            ]
-            child.edge, child.above = node.edge + child.edge, node.above
-            node.above.children[child.edge[0]] = child
+        passed_on = len(node.edge) * self.costs.token if node.children else 0
+        self.bytes -= self.held(node) - passed_on
+        self.radix.remove(node)
 
-    def worst(self) -> Node:
+    def worst(self) -> Place:
         """The node of least utility among those with one child at most."""
-        nodes = [node for node in self.nodes() if len(node.children) <= 1]
-        ages = _normed([1 / (self.now + 1 - node.used) for node in nodes])
+        nodes = [node for node in self.radix.nodes() if len(node.children) <= 1]
+        ages = _normed([1 / (self.now + 1 - node.data.used) for node in nodes])
         gains = _normed([self.efficiency(node) for node in nodes])
         return min(
             zip(ages, gains, nodes, strict=True),
-            key=lambda each: (each[0] + self.alpha * each[1], each[2].used),
+            key=lambda each: (each[0] + self.alpha * each[1], each[2].data.used),
         )[2]
 
-    def efficiency(self, node: Node) -> float:
+    def efficiency(self, node: Place) -> float:
         """FLOPs that a node saves beyond the one above it, for a byte."""
-        held = len(node.edge) * self.costs.token + (self.costs.state if node.state is not None else 0)
-        return (self.costs.flops(node.depth) - self.costs.flops(node.depth - len(node.edge))) / held
+        above = node.depth - len(node.edge)
+        return (self.costs.flops(node.depth) - self.costs.flops(above)) / self.held(node)
+
+    def held(self, node: Place) -> int:
+        """Bytes of its edge and state."""
+        return len(node.edge) * self.costs.token + (self.costs.state if node.data.state is not None else 0)
 
     def bare(self, alpha: float) -> Tree:
         """The same tree, with nothing at its nodes."""
         twin = Tree(self.costs, self.capacity, alpha)
-        twin.bytes, twin.now = self.bytes, self.now
-        pairs = [(self.root, twin.root)]
-        while pairs:
-            node, above = pairs.pop()
-            for token, child in node.children.items():
-                state = None if child.state is None else ()
-                above.children[token] = Node(child.edge, above, state=state, used=child.used)
-                pairs.append((child, above.children[token]))
+        twin.radix, twin.bytes, twin.now = self.radix.copied(Held.bare), self.bytes, self.now
         return twin
 
 
-def _cut(kept: KeysValues, begin: int, end: int) -> KeysValues:
+def _cut(kept: KeysValues, begin: int, end: int | None) -> KeysValues:
     """Of tokens begin to end, and memory of their own: a view would hold all of them."""
     return [(keys[:, :, begin:end].clone(), values[:, :, begin:end].clone()) for keys, values in kept]
 
@@ -300,12 +277,12 @@ class RadixCache(PrefixCache):
         own = [(k[row : row + 1, :, -len(ids) :], v[row : row + 1, :, -len(ids) :]) for k, v in kept]
         self.tree.insert(ids, own, ())
 
-    def cache_of(self, reach: int, node: Node) -> DynamicCache:
+    def cache_of(self, reach: int, node: Place) -> DynamicCache:
         """Keys and values on the way to a node, what plugins note beside them, and its state."""
-        found, states = DynamicCache(config=self.model.config), iter(node.state or ())
+        found, states = DynamicCache(config=self.model.config), iter(node.data.state or ())
         way: list[KeysValues] = []
         while node.above is not None:
-            way.insert(0, node.kept)
+            way.insert(0, node.data.kept)
             node = node.above
         if not reach:
             return found
@@ -342,12 +319,12 @@ class RadixCache(PrefixCache):
 
     def figures(self) -> dict[str, float]:
         """What an operator wants to know."""
-        nodes = list(self.tree.nodes())
+        nodes = list(self.tree.radix.nodes())
         return {
             "requests": self.requests, "hits": self.hits, "prompt_tokens": self.tokens,
             "reused_tokens": self.reused_tokens, "token_hit_rate": self.reused_tokens / max(1, self.tokens),
             "bytes": self.tree.bytes, "capacity": self.tree.capacity, "nodes": len(nodes),
-            "states": sum(bool(node.state) for node in nodes), "evicted": self.tree.evicted,
+            "states": sum(bool(node.data.state) for node in nodes), "evicted": self.tree.evicted,
             "alpha": self.tree.alpha,
         }  # fmt: skip
 
@@ -407,10 +384,7 @@ class Marconi(Plugin):
 
     def suits(self, model: ModelView) -> None:
         who = f"{model.owner}: {type(model.module).__name__}"
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            raise ArchitectureError(
-                f"{who} is no decoder that writes text", hint="take a causal language model"
-            )
+        check_writes(model)
         check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
 
     def check(self, stack: Stack) -> None:
@@ -422,13 +396,10 @@ class Marconi(Plugin):
 
     @hookimpl
     def serve(self, server: Server) -> None:
-        scheduler = server.scheduler
-        if scheduler.prefixes is not None:
-            said = f"marconi: the server has a store of prefixes already, {type(scheduler.prefixes).__name__}"
-            raise ServerError(said, hint="keep one of the two plugins")
-        scheduler.prefixes = store = RadixCache(server.stack, self.config)
-        if store.costs.state:
-            scheduler.max_batch = (
-                1  # batches that run whole begin from a cache, and give one back, for one row alone
-            )
+        store = RadixCache(server.stack, self.config)
+        server.scheduler.begin_from(store, owner="marconi")
+        if (
+            store.costs.state
+        ):  # batches that run whole begin from a cache, and give one back, for one row alone
+            server.scheduler.max_batch = 1
         server.add_route("GET", "/v1/marconi", store.figures)

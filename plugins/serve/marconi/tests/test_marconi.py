@@ -18,7 +18,7 @@ from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
 from peftx.toolkits.serving import Engine, Request, Server
 from peftx.toolkits.serving.app import build_app
 from peftx.toolkits.serving.prefix import PrefixCache
-from peftx_marconi import GRID, Costs, Marconi, MarconiConfig, Node, RadixCache, Tree, read
+from peftx_marconi import GRID, Costs, Marconi, MarconiConfig, Place, RadixCache, Tree, read
 from peftx_token_trails import TokenTrails
 
 test_conformance = conformance("marconi")
@@ -72,16 +72,18 @@ def put(into: Tree, *texts: list[int]) -> None:
         into.insert(text, [], ())
 
 
-def shape(node: Node) -> dict[tuple[int, ...], Any]:
+def shape(node: Place) -> dict[tuple[int, ...], Any]:
     """Edges and what is below them; with None in it where there is no state."""
     return {
-        child.edge: shape(child) | ({} if child.state is not None else {None: None})
+        child.edge: shape(child) | ({} if child.data.state is not None else {None: None})
         for child in node.children.values()
     }
 
 
 def held(of: Tree) -> int:
-    return sum(len(n.edge) * of.costs.token + (n.state is not None) * of.costs.state for n in of.nodes())
+    return sum(
+        len(n.edge) * of.costs.token + (n.data.state is not None) * of.costs.state for n in of.radix.nodes()
+    )
 
 
 def test_flops_by_hand() -> None:
@@ -99,7 +101,7 @@ def test_a_hit_needs_a_state_where_it_ends() -> None:
     assert known.find([1, 2, 9])[:2] == (2, 2)
     assert known.find([1, 2, 3, 9])[:2] == (2, 3)
     assert known.find([7])[:2] == (0, 0)
-    assert shape(known.root) == {(1, 2): {(3, 4): {}}}
+    assert shape(known.radix.root) == {(1, 2): {(3, 4): {}}}
 
 
 def test_without_states_every_token_is_a_place_to_go_on_from() -> None:
@@ -112,7 +114,7 @@ def test_without_states_every_token_is_a_place_to_go_on_from() -> None:
 def test_bytes_are_those_that_are_held() -> None:
     known = tree()
     put(known, [1, 2, 3, 4], [1, 2, 5], [1, 2], [1, 2])
-    assert shape(known.root) == {(1, 2): {(3, 4): {}, (5,): {}}}
+    assert shape(known.radix.root) == {(1, 2): {(3, 4): {}, (5,): {}}}
     assert known.bytes == held(known) == 5 * 2 + 3 * 10
 
 
@@ -126,7 +128,7 @@ def test_the_capacity_is_never_exceeded(costs: Costs, alpha: float) -> None:
         put(known, text)
         assert known.bytes == held(known) <= 60
         assert (known.find(text).reach == len(text)) == (costs.bytes(len(text)) <= 60)
-        for node in known.nodes():
+        for node in known.radix.nodes():
             assert node.above is not None
             assert node.above.children[node.edge[0]] is node
             assert node.depth == node.above.depth + len(node.edge)
@@ -136,7 +138,7 @@ def test_the_capacity_is_never_exceeded(costs: Costs, alpha: float) -> None:
 def test_what_fills_more_than_all_evicts_nothing() -> None:
     known = tree(capacity=30)
     put(known, [1, 2, 3], list(range(20, 31)))
-    assert shape(known.root) == {(1, 2, 3): {}}
+    assert shape(known.radix.root) == {(1, 2, 3): {}}
 
 
 def test_the_oldest_goes_first_and_branches_stay() -> None:
@@ -145,12 +147,12 @@ def test_the_oldest_goes_first_and_branches_stay() -> None:
     put(known, [1, 2], [1, 2, 3], [1, 2, 4], [5])
     known.touch(known.find([1, 2, 3]).node)
     known.evict()
-    assert shape(known.root) == {(1, 2): {(3,): {}}, (5,): {}}
+    assert shape(known.radix.root) == {(1, 2): {(3,): {}}, (5,): {}}
     known.evict()  # now it is one: its state goes, its edge is the child's
-    assert shape(known.root) == {(1, 2, 3): {}, (5,): {}}
+    assert shape(known.radix.root) == {(1, 2, 3): {}, (5,): {}}
     assert known.bytes == held(known) == 4 * 2 + 2 * 10
     known.evict()
-    assert shape(known.root) == {(1, 2, 3): {}}
+    assert shape(known.radix.root) == {(1, 2, 3): {}}
 
 
 def test_lru_of_a_plain_model() -> None:
@@ -158,10 +160,10 @@ def test_lru_of_a_plain_model() -> None:
     put(known, [1, 1], [2, 2], [3, 3])
     known.touch(known.find([1, 1]).node)
     order = []
-    while known.root.children:
-        before = set(known.root.children)
+    while known.radix.root.children:
+        before = set(known.radix.root.children)
         known.evict()
-        order += before - set(known.root.children)
+        order += before - set(known.radix.root.children)
     assert order == [2, 3, 1]
 
 
@@ -169,7 +171,7 @@ def test_the_least_useful_goes_first() -> None:
     """Ages 3, 2, 1: 1/3, 1/2, 1 -> 0, 1/4, 1. A token of a long text saves more for its bytes than one of a short."""
     known = tree()
     put(known, [1] * 20, [2], [3] * 5)
-    long, short, middle = sorted(known.nodes(), key=lambda node: node.used)
+    long, short, middle = sorted(known.radix.nodes(), key=lambda node: node.data.used)
     gains = [(HYBRID.flops(n) / (2 * n + 10)) for n in (20, 1, 5)]
     assert [known.efficiency(node) for node in (long, short, middle)] == gains
     assert known.worst() is long
@@ -194,15 +196,15 @@ def test_a_bare_tree_goes_on_by_itself() -> None:
     known = tree(capacity=60)
     put(known, [1, 2, 3], [1, 2, 4])
     twin = known.bare(0.7)
-    assert (shape(twin.root), twin.bytes, twin.now, twin.alpha) == (
-        shape(known.root),
+    assert (shape(twin.radix.root), twin.bytes, twin.now, twin.alpha) == (
+        shape(known.radix.root),
         known.bytes,
         known.now,
         0.7,
     )
-    assert [node.used for node in twin.nodes()] == [node.used for node in known.nodes()]
+    assert [node.data.used for node in twin.radix.nodes()] == [node.data.used for node in known.radix.nodes()]
     put(twin, [9] * 20)
-    assert shape(known.root) == {(1, 2): {(3,): {}, (4,): {}, None: None}}
+    assert shape(known.radix.root) == {(1, 2): {(3,): {}, (4,): {}, None: None}}
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness
@@ -231,8 +233,8 @@ def test_texts_are_those_of_each_alone(arch: str, capacity_mb: float) -> None:
     cache = cache_of(server)
     assert cache.reused_tokens > 30
     assert (cache.tree.evicted > 0) == (capacity_mb < 1)
-    real = [part for node in cache.tree.nodes() for pair in node.kept for part in pair]
-    real += [part for node in cache.tree.nodes() for layer in node.state or ()
+    real = [part for node in cache.tree.radix.nodes() for pair in node.data.kept for part in pair]
+    real += [part for node in cache.tree.radix.nodes() for layer in node.data.state or ()
              for states in (layer.conv_states, layer.recurrent_states) for part in states.values()]  # fmt: skip
     assert sum(part.untyped_storage().nbytes() for part in real) == cache.tree.bytes <= capacity_mb * 2**20
 
@@ -246,7 +248,7 @@ def test_together_on_a_model_of_attention() -> None:
         found = [job.result(60).text for job in jobs]
     assert found == [stack.generate(prompt, max_new_tokens=6, do_sample=False) for prompt in TURNS] * 2
     assert server.scheduler.max_batch == 32
-    assert shape(cache_of(server).tree.root)
+    assert shape(cache_of(server).tree.radix.root)
 
 
 def test_a_chat_goes_on_from_its_last_turn() -> None:
@@ -270,7 +272,7 @@ def test_two_states_a_request_at_most() -> None:
         found = cache.take(ids)
         read(cache.model, ids[int(found.get_seq_length()) :], found)
         cache.keep(ids, found)
-        assert sum(bool(node.state) for node in cache.tree.nodes()) <= 2 * (i + 1)
+        assert sum(bool(node.data.state) for node in cache.tree.radix.nodes()) <= 2 * (i + 1)
     assert cache.figures()["states"] == 12 + 3  # one for each text; behind 5 6 7 8, behind 5 6, behind 5 6 9
 
 
@@ -280,12 +282,12 @@ def test_a_state_is_not_written_on_by_who_goes_on_from_it() -> None:
     cache.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.shape[1]))
     read(cache.model, ids, begun)
     cache.keep(ids, begun)
-    (node,) = cache.tree.nodes()
-    before = [layer.recurrent_states[0].clone() for layer in node.state or ()]
+    (node,) = cache.tree.radix.nodes()
+    before = [layer.recurrent_states[0].clone() for layer in node.data.state or ()]
     read(cache.model, [9, 9], begun)
     read(cache.model, [9, 9], cache.take([*ids, 9]))
     assert seen == [1, 1, 1]
-    for layer, state in zip(node.state or (), before, strict=True):
+    for layer, state in zip(node.data.state or (), before, strict=True):
         assert torch.equal(layer.recurrent_states[0], state)
 
 
@@ -340,7 +342,7 @@ def test_a_replay_counts_what_the_requests_would_have_had() -> None:
     cache.noted = [(False, [5, 6, 7, 8]), (True, [5, 6, 9]), (True, [5, 6, 9, 9]), (False, [5, 6, 9, 9]),
                    (True, [5, 6, 9, 9])]  # fmt: skip
     assert cache.replayed(0.0) == 0 + 2 + 4
-    assert not cache.tree.root.children
+    assert not cache.tree.radix.root.children
 
 
 def test_a_given_alpha_stays() -> None:

@@ -46,12 +46,12 @@ from peftx import (
 )
 from peftx.engines.data import IGNORE, Collator, encode_pair, together
 from peftx.engines.training.updates import forget
-from peftx.errors import ArchitectureError, DataError, TrainingError, UnsupportedError
+from peftx.errors import DataError, TrainingError, UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import Phase
-from peftx.toolkits.decoding.text import DRAWN, written
+from peftx.toolkits.decoding.text import DRAWN, check_writes, written
 
 
 class AlignDistilConfig(PluginConfig):
@@ -156,9 +156,7 @@ class AlignDistil(Plugin):
     config: AlignDistilConfig
 
     def suits(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            name = type(model.module).__name__
-            raise ArchitectureError(f"{model.owner}: {name} goes on with no text", hint="take a decoder")
+        check_writes(model)
 
     def phases(self) -> Sequence[Phase]:
         wanted = ("dpo", "reverse") if self.config.contrast else ("dpo",)

@@ -603,7 +603,7 @@ def test_rows_and_batches_of_another_kind_are_refused() -> None:
 @pytest.mark.parametrize("arch", ["bert", "t5", "vit"])
 def test_models_that_do_not_go_on_with_a_text(arch: str) -> None:
     with pytest.raises(
-        ArchitectureError, match=f"aligndistil: {type(tiny(arch)).__name__} goes on with no text"
+        ArchitectureError, match=f"aligndistil: {type(tiny(arch)).__name__} is no decoder that writes text"
     ):
         build(arch=arch)
 

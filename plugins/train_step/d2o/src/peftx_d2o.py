@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, Collator, special_frame, text_ids
-from peftx.errors import ArchitectureError, BatchError, UnsupportedError
+from peftx.errors import BatchError, UnsupportedError
 from peftx.kernel.objective import pad_of
-from peftx.toolkits.decoding.text import DRAWN, written
+from peftx.toolkits.decoding.text import DRAWN, check_writes, written
 
 
 class D2oConfig(PluginConfig):
@@ -89,9 +89,7 @@ class D2o(Plugin):
     config: D2oConfig
 
     def suits(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            name = type(model.module).__name__
-            raise ArchitectureError(f"{model.owner}: {name} goes on with no text", hint="take a decoder")
+        check_writes(model)
 
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None:

@@ -414,7 +414,9 @@ def test_forward_passes_alone_train_on_it_too() -> None:
 
 @pytest.mark.parametrize("arch", ["bert", "t5", "vit", "whisper"])
 def test_models_that_do_not_go_on_with_a_text(arch: str) -> None:
-    with pytest.raises(ArchitectureError, match=f"d2o: {type(tiny(arch)).__name__} goes on with no text"):
+    with pytest.raises(
+        ArchitectureError, match=f"d2o: {type(tiny(arch)).__name__} is no decoder that writes text"
+    ):
         Stack(tiny(arch), [D2o()], tokenizer=TOKENIZER)
 
 

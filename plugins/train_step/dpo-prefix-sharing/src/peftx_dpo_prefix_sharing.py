@@ -27,7 +27,6 @@ whose rows hold many: how many those of the others hold is not known while one i
 from __future__ import annotations
 
 import heapq
-import inspect
 from collections.abc import Generator, Sequence
 from itertools import chain
 from typing import Literal
@@ -39,9 +38,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, BatchError, DataError, UnsupportedError
+from peftx.engines.data import IGNORE, encode_pair
+from peftx.errors import BatchError, UnsupportedError
 from peftx.toolkits.evaluation import evaluating
+from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
 
@@ -135,14 +135,7 @@ class DpoPrefixSharing(Plugin):
     config: DpoPrefixSharingConfig
 
     def suits(self, model: ModelView) -> None:
-        """What `prove` cannot tell in a sentence; it looks at the rest (windows, recurrent layers) with the rows."""
-        name, attention = type(model.module).__name__, str(model.config._attn_implementation)
-        takes = "position_ids" in inspect.signature(model.module.forward).parameters
-        if list(model.towers) != ["decoder"] or not takes or not attention.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"dpo-prefix-sharing: {name} (attention '{attention}') is no decoder that takes positions and a mask",
-                hint="Llama, Mistral, Qwen or GPT-2 with attn_implementation='sdpa' is one",
-            )
+        check_layout(model)  # `prove` looks at windows and recurrent layers, with the rows
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
@@ -189,23 +182,14 @@ class DpoPrefixSharing(Plugin):
 
 
 def triple_of(row: dict[str, str], where: str, data: TrainingData) -> Triple:
-    """The prompt is tokenized alone and cut once, at its left behind BOS, so both branches have the same."""
-    tokenizer, most = data.tokenizer, data.max_length
-    prompt, frame = prompt_ids(tokenizer, row["prompt"]), prompt_ids(tokenizer, "")
-    if not prompt:
-        raise DataError(f"{where} has no prompt, and the tokenizer no BOS that an answer could follow")
+    """The prompt is tokenized alone and cut once, so both branches have the same."""
     answers = []
     for name in ("chosen", "rejected"):
-        pair = encode_pair(tokenizer, row["prompt"], row[name], max_length=most, where=f"{where}, {name}")
-        answers.append([label for label in pair.labels if label != IGNORE])
-    room = most - sum(map(len, answers)) - 1
-    if room < len(frame) + 1:
-        raise DataError(
-            f"{where}: the answers have {len(answers[0])} and {len(answers[1])} tokens with EOS, which leaves no "
-            f"room for the prompt in max_length {most}",
-            hint="a row holds both answers: raise max_length, or leave out long answers",
+        pair = encode_pair(
+            data.tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
         )
-    return join(frame + prompt[len(frame) + max(0, len(prompt) - room) :], *answers)
+        answers.append([label for label in pair.labels if label != IGNORE])
+    return join(prompt_beside(data, row["prompt"], [*map(len, answers)], where, more=1), *answers)
 
 
 def prove(stack: Stack, triple: Triple) -> None:
@@ -225,10 +209,4 @@ def prove(stack: Stack, triple: Triple) -> None:
     with evaluating(model):
         apart = [scores((parts == 0) | (parts == part)) for part in (1, 2)]
         shared = scores(parts >= 0, attention_mask=mask, position_ids=positions)
-        wrong = float((shared - torch.cat(apart)).abs().max())
-    if not wrong <= (1e-3 if model.dtype == torch.float32 else 1.0):
-        raise ArchitectureError(
-            f"dpo-prefix-sharing: {type(model).__name__} does not keep to the mask: a token of the longest row, of "
-            f"{ids.shape[1]}, has another log-probability than in a row of its own, by {wrong:.3g}",
-            hint="sliding windows that are shorter than the row, ALiBi and recurrent layers do that",
-        )
+    check_alike(model, shared, torch.cat(apart), tokens=ids.shape[1])

@@ -30,11 +30,10 @@ from transformers import GPT2Config, GPT2Model
 from peftx import Claim, Evaluation, ModelView, Phase, Plugin, PluginConfig, TrainStep, Worker, hookimpl
 from peftx.engines.data import IGNORE, Collator, pair_of
 from peftx.engines.training.updates import forget
-from peftx.errors import ArchitectureError, ConflictError, DataError
+from peftx.errors import ConflictError, DataError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, written
-from peftx.toolkits.evaluation import wilson_interval
+from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, check_writes, written
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
@@ -139,9 +138,7 @@ class Ircoco(Plugin):
     config: IrcocoConfig
 
     def suits(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            name = type(model.module).__name__
-            raise ArchitectureError(f"{model.owner}: {name} goes on with no text", hint="take a decoder")
+        check_writes(model)
 
     def check(self, stack: Stack) -> None:
         if len(stack.tokenizer) > self.V.body.config.vocab_size:
@@ -235,7 +232,7 @@ class Ircoco(Plugin):
         pairs = [(y.text.strip(), truth.strip()) for y, truth in zip(found, truths, strict=True)]
         exact, count = sum(y == truth for y, truth in pairs), len(pairs)
         evaluation.add("completion/edit", sum(edit(*pair) for pair in pairs) / count, count=count)
-        evaluation.add("completion/exact", exact / count, *wilson_interval(exact, count), count, "share")
+        evaluation.add_share("completion/exact", exact, count, "share")
 
 
 def reinforced(logits: Tensor, labels: Tensor, r: Tensor) -> Tensor:

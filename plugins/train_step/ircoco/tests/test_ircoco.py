@@ -457,7 +457,7 @@ def test_tokens_of_a_later_plugin_are_refused() -> None:
 
 @pytest.mark.parametrize("arch", ["bert", "t5", "vit"])
 def test_models_that_do_not_go_on_are_refused(arch: str) -> None:
-    with pytest.raises(ArchitectureError, match="goes on with no text"):
+    with pytest.raises(ArchitectureError, match="is no decoder that writes text"):
         stack_of(arch=arch)
 
 

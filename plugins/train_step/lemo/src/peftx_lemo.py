@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peftx import (
-    AttentionEdit,
     CallEdit,
     Claim,
     Delta,
@@ -307,7 +306,7 @@ class Lemo(Plugin):
                     hint=f"put {own} before {other.id}",
                 )
             edits = (part.module for part in stack.ledger.of(other.id, AttentionPart))
-            if any(type(edit).probabilities is not AttentionEdit.probabilities for edit in edits):
+            if any(edit.edits_probabilities() for edit in edits):
                 raise ConflictError(
                     f"'{other.id}' tells in an attention which token is which, and '{own}' leaves some out",
                     hint="keep one of them",

@@ -28,14 +28,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import (
     CLASS_INDEX,
     IGNORE,
     ClassTexts,
-    Collator,
     batches_of,
     check_labels,
     class_index,
@@ -46,7 +45,8 @@ from peftx.engines.data import (
     tokenize_classes,
 )
 from peftx.errors import ArchitectureError, DataError, ModelError, StackError
-from peftx.toolkits.evaluation import Evaluation, bootstrap_ratio, context_window, evaluating, wilson_interval
+from peftx.toolkits.decoding.text import AS_IT_IS, written
+from peftx.toolkits.evaluation import Evaluation, context_window, evaluating
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
@@ -113,18 +113,14 @@ def logits_at(logits: Tensor, at: Tensor) -> Tensor:
     return logits[torch.arange(len(at), device=at.device)[:, None], at]  # [B, 1 + G, V]
 
 
-def write(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, G: int, eos: int) -> Tensor:
+def write(stack: Stack, ids: Tensor, mask: Tensor, *, G: int) -> Tensor:
     """The rows with the model's own greedy tokens in their last G places, what stands there unread; [B, T]."""
-    ends = (mask.sum(1) - G).tolist()
-    texts = [{"input_ids": row[:end]} for row, end in zip(ids.tolist(), ends, strict=True)]
-    prompts = {name: x.to(ids.device) for name, x in Collator(eos, padding_side="left")(texts).items()}
-    with evaluating(model):
-        found = model.generate(
-            **prompts, max_new_tokens=G, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
-            eos_token_id=eos, pad_token_id=eos,
-        )[:, max(ends) :]  # fmt: skip
-    own = F.pad(found, (0, G - found.shape[1]), value=eos)  # all rows may have ended early
-    return ids.scatter(1, places(mask, G)[:, 1:], own)
+    eos, ends = int(stack.tokenizer.eos_token_id), (mask.sum(1) - G).tolist()
+    prompts = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
+    with evaluating(stack.model):
+        found = written(stack, prompts, G, AS_IT_IS | {"eos_token_id": eos})
+    own = [row + [eos] * (G - len(row)) for row in found]
+    return ids.scatter(1, places(mask, G)[:, 1:], torch.tensor(own, device=ids.device))
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, label: str, *, digits: bool) -> list[int]:
@@ -250,7 +246,7 @@ class Predgen(Plugin):
         ids, mask = step.batch["input_ids"], step.batch["attention_mask"]
         p = self.probability(step.index + 1)
         if p > 0 and float(torch.rand(())) < p:
-            ids = write(step.model, ids, mask, G=G, eos=int(step.stack.tokenizer.eos_token_id))
+            ids = write(step.stack, ids, mask, G=G)
 
         def loss() -> tuple[Tensor, Any]:
             outputs = step.forward(input_ids=ids)
@@ -289,7 +285,7 @@ class Predgen(Plugin):
         written, scores = [], []
         for batch in batches_of([[*rows[index], *[eos] * G] for index in order], eos, model.device):
             mask = batch["attention_mask"]
-            ids, at = write(model, batch["input_ids"], mask, G=G, eos=eos), places(mask, G)[:, 1:]
+            ids, at = write(stack, batch["input_ids"], mask, G=G), places(mask, G)[:, 1:]
             written.append(ids.gather(1, at))
             if not numbers:
                 Z = logits_at(model(input_ids=ids, attention_mask=mask).logits, at)  # [B, G, V]
@@ -322,15 +318,14 @@ class Predgen(Plugin):
         stack, labels, rows = evaluation.stack, self.config.labels, evaluation.rows("eval")
         if not all({"text", "label"} <= set(row) for row in rows):
             raise DataError("predgen: every row needs 'text' and 'label'", hint="data: {eval: {path: ...}}")
-        texts, count = [row["text"] for row in rows], len(rows)
+        texts = [row["text"] for row in rows]
         named = [(row["label"], f"row {index} (counting from 0)") for index, row in enumerate(rows)]
         if labels is None:
             truth = [as_number(*label) for label in named]
             found = self.numbers(stack, texts)
             guess = self.state["mean"]  # where nothing is written
             errors = [abs((guess if x is None else x) - y) for x, y in zip(found, truth, strict=True)]
-            ends = bootstrap_ratio(errors, [1.0] * count) or (None, None)
-            evaluation.add("mae", sum(errors) / count, *ends, count)
+            evaluation.add_ratio("mae", errors)
             right = {"numbers_written": [x is not None for x in found]}
         else:
             classes = [class_index(label, labels, where) for label, where in named]
@@ -344,4 +339,4 @@ class Predgen(Plugin):
                 ],
             }
         for name, hits in right.items():
-            evaluation.add(name, sum(hits) / count, *wilson_interval(sum(hits), count), count)
+            evaluation.add_share(name, sum(hits), len(rows))

@@ -158,7 +158,7 @@ def test_the_step_is_the_formula(labels: list[str] | None, p: float) -> None:
     assert bool(short.any()) == (rows is not ROWS)
     fed, mask, G = batch["input_ids"], batch["attention_mask"], plugin_of(stack).state["G"]
     if p:
-        fed = write(stack.model, fed, mask, G=G, eos=EOS)
+        fed = write(stack, fed, mask, G=G)
         assert not torch.equal(fed, batch["input_ids"])
     expected = by_hand(stack, batch, fed)
     expected.backward()
@@ -270,7 +270,7 @@ def test_own_tokens_do_not_depend_on_the_gold_ones() -> None:
 def test_own_tokens_are_what_the_model_writes_behind_the_text() -> None:
     stack = stack_of()
     batch, G = batch_of(stack), plugin_of(stack).state["G"]
-    ids = write(stack.model, batch["input_ids"], batch["attention_mask"], G=G, eos=EOS)
+    ids = write(stack, batch["input_ids"], batch["attention_mask"], G=G)
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         so_far = batch["input_ids"][row, : length - G].tolist()
         for _ in range(G):  # without a cache, alone, no padding

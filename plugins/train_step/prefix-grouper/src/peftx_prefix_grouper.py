@@ -26,7 +26,6 @@ The loss of a micro-batch is the mean over its groups.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -50,10 +49,11 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, BatchError, DataError, UnsupportedError
+from peftx.engines.data import IGNORE, encode_pair
+from peftx.errors import BatchError, DataError, UnsupportedError
 from peftx.kernel.attention import Attend
 from peftx.toolkits.evaluation import evaluating
+from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
 
 
 class PrefixGrouperConfig(PluginConfig):
@@ -101,9 +101,8 @@ def groups_of(segments: Tensor, dtype: torch.dtype) -> Groups:
         """Causal, aligned to the end, and no pads."""
         causal = torch.ones(queries, keys.shape[1], dtype=torch.bool, device=row.device)
         visible = causal.tril(keys.shape[1] - queries) & (keys >= 0)[:, None]
-        visible = visible | ~visible.any(
-            -1, keepdim=True
-        )  # a pad that saw nothing would be no number, and its gradient
+        # A pad that saw nothing would be no number, and its gradient.
+        visible |= ~visible.any(-1, keepdim=True)
         hidden = torch.finfo(dtype).min * torch.ones((), dtype=dtype, device=row.device)
         return torch.where(visible, 0.0, hidden)[:, None]
 
@@ -200,16 +199,7 @@ class PrefixGrouper(Plugin):
     config: PrefixGrouperConfig
 
     def suits(self, model: ModelView) -> None:
-        """What `prove` cannot tell in a sentence; it looks at the rest (windows) with the rows."""
-        name, attention = type(model.module).__name__, str(model.config._attn_implementation)
-        positions = "position_ids" in inspect.signature(model.module.forward).parameters
-        decoder = list(model.towers) == ["decoder"] and all(model.main.attention or [""])
-        if not decoder or not positions or not attention.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"prefix-grouper: {name} (attention '{attention}') is no decoder that takes positions and has an "
-                "attention with masks in each layer",
-                hint="Llama, Mistral, Qwen or GPT-2 with attn_implementation='sdpa' is one",
-            )
+        check_layout(model, each_layer=True)  # `prove` looks at windows, with the rows
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
@@ -255,7 +245,7 @@ class PrefixGrouper(Plugin):
         groups = []
         for prompt, answers in found.items():
             suffixes, rewards = map(list, zip(*answers, strict=True))
-            prefix = cut(prompt, sum(map(len, suffixes)), data)
+            prefix = prompt_beside(data, prompt, [*map(len, suffixes)], f"the prompt {prompt[:40]!r}")
             texts = [prefix, *suffixes]
             groups.append(
                 {
@@ -302,25 +292,16 @@ class PrefixGrouper(Plugin):
         groups = groups_of(segments, model.dtype)
         with evaluating(model):
             with self.grouped(groups):
-                shared = answer_log_probs(
-                    model(
-                        input_ids=ids, position_ids=positions(groups, ids.shape[1]), use_cache=False
-                    ).logits,
-                    ids,
-                    groups,
-                )
-            for i, found in enumerate(shared):
+                places = positions(groups, ids.shape[1])
+                logits = model(input_ids=ids, position_ids=places, use_cache=False).logits
+            shared = answer_log_probs(logits, ids, groups)
+            apart = torch.zeros_like(shared)
+            for i in range(len(shared)):
                 own = ids[(segments == 1) | (segments == 2 + i)][None]  # [1, |x| + n]
                 n = int((segments == 2 + i).sum())
                 logits = model(input_ids=own, use_cache=False).logits[0, -n - 1 : -1]
-                found[:n] += cross_entropy(logits.float(), own[0, -n:], reduction="none")
-            wrong = float(shared.abs().max())
-        if not wrong <= (1e-3 if model.dtype == torch.float32 else 1.0):
-            raise ArchitectureError(
-                f"prefix-grouper: {type(model).__name__} does not read the longest row, of {ids.shape[1]} tokens, as "
-                f"rows of their own: a token has another log-probability, by {wrong:.3g}",
-                hint="sliding windows that are shorter than the row do that",
-            )
+                apart[i, :n] = -cross_entropy(logits.float(), own[0, -n:], reduction="none")
+        check_alike(model, shared, apart, tokens=ids.shape[1])
 
 
 def positions(groups: Groups, length: int) -> Tensor:
@@ -333,16 +314,3 @@ def advantages(rewards: Sequence[float]) -> list[float]:
     """A of a group."""
     spread = stdev(rewards) if len(rewards) > 1 else 0.0
     return [(r - mean(rewards)) / spread if spread else 0.0 for r in rewards]
-
-
-def cut(prompt: str, answers: int, data: TrainingData) -> list[int]:
-    """The prompt's ids, cut at their left behind BOS, so that the row has room for all answers."""
-    ids, frame = prompt_ids(data.tokenizer, prompt), prompt_ids(data.tokenizer, "")
-    room = data.max_length - answers
-    if not ids or room < len(frame) + 1:
-        raise DataError(
-            f"prefix-grouper: the answers to {prompt[:40]!r} have {answers} tokens with EOS, and leave no room for a "
-            f"token of the prompt in max_length {data.max_length}",
-            hint="a row holds a prompt and all of its answers: raise max_length, or make groups smaller",
-        )
-    return frame + ids[len(frame) + max(0, len(ids) - room) :]

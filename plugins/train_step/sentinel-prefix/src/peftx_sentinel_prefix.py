@@ -31,12 +31,11 @@ from torch.nn.functional import cross_entropy
 import peftx
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainStep, Worker, hookimpl
 from peftx.engines.data import IGNORE, Collator, continuation, pair_of
-from peftx.errors import ArchitectureError, DataError
+from peftx.errors import DataError
 from peftx.kernel.heads import each_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.decoding.text import DRAWN, written
-from peftx.toolkits.evaluation import wilson_interval
+from peftx.toolkits.decoding.text import DRAWN, check_writes, written
 from peftx.toolkits.evaluation.likelihood import opening_ids
 from peftx.toolkits.working import OfStack
 
@@ -122,9 +121,7 @@ class SentinelPrefix(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            said = f"{model.owner}: {type(model.module).__name__} does not go on from a prompt"
-            raise ArchitectureError(said, hint="take a causal language model")
+        check_writes(model)
         self.V = model.head("value", 1, pool=each_of)
         if not model.restoring:
             with torch.no_grad():
@@ -221,8 +218,7 @@ class SentinelPrefix(Plugin):
         stack, prompts = evaluation.stack, [pair_of(row)[0] for row in evaluation.rows("eval")]
         for name, texts in (("before", prompts), ("after", self.guard(stack, prompts))):
             bad = sum(score > 0.5 for score in self.R(self.answers(stack, texts)))
-            low, high = wilson_interval(bad, len(texts))
-            evaluation.add(f"unsafe/{name}", bad / len(texts), low, high, len(texts), "share")
+            evaluation.add_share(f"unsafe/{name}", bad, len(texts), "share")
 
 
 def joined(s: str, prompt: str) -> str:

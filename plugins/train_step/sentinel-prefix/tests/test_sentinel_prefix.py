@@ -355,7 +355,7 @@ def test_an_empty_prompt_begins_a_text() -> None:
 
 @pytest.mark.parametrize("arch", ["t5", "bert"])
 def test_models_that_do_not_go_on(arch: str) -> None:
-    with pytest.raises(ArchitectureError, match=r"sentinel-prefix: .* does not go on from a prompt"):
+    with pytest.raises(ArchitectureError, match=r"sentinel-prefix: .* is no decoder that writes text"):
         Stack(tiny(arch), [SentinelPrefix(unsafe=("x",))], tokenizer=tiny_tokenizer())
 
 
