@@ -27,7 +27,7 @@ CELLS = (".csv", ".tsv")
 TABLES = (".jsonl", ".ndjson", ".json", *CELLS, ".parquet")
 MOST = 1 << 20  # bytes that are looked at
 _BETWEEN = re.compile(r"[\s,]*")
-MAP = "map our names to the file's: columns: {prompt: question}"
+MAP = "map our names to the file's: {path: ..., columns: {prompt: question}}"
 
 
 class Row(NamedTuple):

@@ -183,3 +183,19 @@ def test_hook_is_implemented_by_a_plugin(hook: str) -> None:
 
 def _is_hookimpl(node: ast.FunctionDef) -> bool:
     return any("hookimpl" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def test_the_install_page_names_the_extras_and_those_that_a_checkout_lacks() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    default = re.search(r"DEFAULT_EXTRAS = \((.*?)\)", (ROOT / "tools/dev_install.py").read_text("utf-8"))
+    assert default is not None
+    page = (ROOT / "docs/start/install.md").read_text("utf-8").split("## Extras")[1].split("\n## ")[0]
+    said, table = page.split("| extra | for |")
+    named = set(
+        re.findall(r"`([a-z]+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    )
+    assert named == extras.keys() - {"test", "bench", "docs"}
+    lacking = said.split("A wheel")[0].split("all but")[1].split(":")[0]
+    assert set(re.findall(r"`([a-z]+)`", lacking)) == extras.keys() - set(re.findall(r'"(\w+)"', default[1]))
