@@ -231,7 +231,7 @@ search:
     lora.rank: [1, 2]
     train.learning_rate: {log: [1e-5, 1e-2]}
   objectives: [quality, trained]
-  trials: 3
+  trials: 2
   seeds: [0]
 """
 
