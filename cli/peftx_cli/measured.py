@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftx.errors import DataError
+from peftx.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from peftx_spec.models import Pipeline
@@ -22,6 +23,7 @@ class Measured:
     Attributes:
         rows: a file, or a `datasets.Dataset`. named: them, in words. format: theirs; None where they do not tell.
         metrics: what is measured unless others are named. max_length: tokens of a row; None without a limit.
+        columns: our name -> the file's.
     """
 
     rows: Any
@@ -29,23 +31,27 @@ class Measured:
     format: str | None
     metrics: tuple[str, ...] = ("perplexity",)
     max_length: int | None = None
+    columns: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, target: str, data: str | None) -> Measured:
+    def of(cls, target: str, data: str | None, columns: str | None = None) -> Measured:
         """The rows of `data`; without it those that the bundle `target` was measured on, else a sample.
 
         Raises:
-            PeftxError: a file that is not there, or holds no rows.
+            PeftxError: a file that is not there, or holds no rows; columns of no file.
         """
         from peftx.engines.models import asset_path
-        from peftx_cli.recipe import format_of
+        from peftx_cli.recipe import format_of, pairs_of
 
+        names = pairs_of(columns)
+        if names and data is None:
+            raise UsageError("--columns names columns of --data, and there is none", hint="--data FILE")
         pipeline = _made_by(target) if data is None else None
         own = None if pipeline is None else cls._own(target, pipeline)
         if own is not None:
             return own
         file = data or SAMPLE
-        return cls(asset_path(file), file, format_of("--data", file))
+        return cls(asset_path(file), file, format_of("--data", file, names), columns=names or None)
 
     @classmethod
     def _own(cls, bundle: str, pipeline: Pipeline) -> Measured | None:

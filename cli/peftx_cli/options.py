@@ -63,7 +63,7 @@ Columns = Annotated[
     typer.Option(
         "--columns",
         metavar="OURS=THEIRS,...",
-        help="names in --data and --eval, as in prompt=ask,completion=reply",
+        help="what the files' columns are called, as in prompt=ask,completion=reply",
     ),
 ]
 Split = Annotated[

@@ -200,21 +200,27 @@ def _formats(asked: Asked) -> dict[str, str | None]:
     }
 
 
-def _columns(asked: Asked) -> dict[str, str]:
+def pairs_of(text: str | None) -> dict[str, str]:
     """`prompt=ask,completion=reply` as a mapping.
 
     Raises:
         PeftxError: not such pairs.
     """
     found: dict[str, str] = {}
-    for pair in (asked.columns or "").split(",") if asked.columns is not None else ():
+    for pair in text.split(",") if text is not None else ():
         ours, equals, theirs = (word.strip() for word in pair.partition("="))
         if not (ours and equals and theirs) or ours in found:
             raise UsageError(
-                f"--columns {asked.columns}: '{pair}' is no pair of names, or names one twice",
+                f"--columns {text}: '{pair}' is no pair of names, or names one twice",
                 hint="OURS=THEIRS, as in --columns prompt=ask,completion=reply",
             )
         found[ours] = theirs
+    return found
+
+
+def _columns(asked: Asked) -> dict[str, str]:
+    """The names of columns in the files of the command line."""
+    found = pairs_of(asked.columns)
     if found and asked.data is None and asked.eval is None:
         raise UsageError(
             "--columns names columns of --data and --eval, and there is neither", hint="--data FILE"
@@ -224,12 +230,13 @@ def _columns(asked: Asked) -> dict[str, str]:
 
 def format_of(option: str, file: str, columns: dict[str, str] | None = None) -> str | None:
     """The format of a file's rows, if the first one tells. Raises `PeftxError`, as `_formats`."""
-    from peftx_cli.peek import Unfit, look
+    from peftx_cli.peek import MAP, Unfit, look
 
     try:
         return look(_from_here(file), columns=columns or {})
     except Unfit as error:
-        raise DataError(f"{option}: {error.message}", hint=error.hint or None) from error
+        hint = "--columns OURS=THEIRS, as in prompt=ask,completion=reply" if error.hint == MAP else error.hint
+        raise DataError(f"{option}: {error.message}", hint=hint or None) from error
 
 
 def _data(asked: Asked, hooks: frozenset[str], *, trains: bool, measures: bool) -> dict[str, Any]:

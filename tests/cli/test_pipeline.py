@@ -204,6 +204,20 @@ def test_evaluate_a_bundle_and_a_model(
     assert "did you mean 'perplexity'" in refused("evaluate", str(bundle), "--metric", "perplexty")
 
 
+def test_evaluate_rows_whose_columns_have_other_names(
+    installed: Any, ok_json: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    for name, columns in (("ours", ("prompt", "completion")), ("theirs", ("ask", "reply"))):
+        row = json.dumps(dict(zip(columns, ("Tea?", " Yes."), strict=True)))
+        (installed.work / f"{name}.jsonl").write_text(row + "\n", "utf-8")
+    named = ("--columns", "prompt=ask,completion=reply")
+    theirs = ok_json("evaluate", "peftx:tiny", "--data", "theirs.jsonl", *named, "--json")
+    assert theirs == ok_json("evaluate", "peftx:tiny", "--data", "ours.jsonl", "--json")
+    assert "hint: --columns OURS=THEIRS" in refused("evaluate", "peftx:tiny", "--data", "theirs.jsonl")
+    assert "there is no column 'ask'" in refused("evaluate", "peftx:tiny", "--data", "ours.jsonl", *named)
+    assert "and there is none" in refused("evaluate", "peftx:tiny", *named)
+
+
 def test_merge_writes_a_plain_checkpoint(bundle: Path, installed: Any, ok_json: Callable[..., Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -93,6 +93,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     target: Target,
     data: DataFile = None,
+    columns: options.Columns = None,
     metric: Metrics = None,
     task: Tasks = None,
     include: Include = None,
@@ -110,7 +111,9 @@ def evaluate(
     from peftx_cli.summary import score_dict
 
     of_tasks = set(metric or ["lm-eval"]) == {"lm-eval"} and bool(task)
-    measured = Measured(None, "its tasks", None, ("lm-eval",)) if of_tasks else Measured.of(target, data)
+    measured = (
+        Measured(None, "its tasks", None, ("lm-eval",)) if of_tasks else Measured.of(target, data, columns)
+    )
     names = metric or list(measured.metrics)
     tasks = _tasks(names, task or [], include)
     _check_metrics(names, measured.format)
@@ -119,6 +122,7 @@ def evaluate(
         told.stage("evaluate", names)
         scores = stack.evaluate(
             measured.rows, metrics=names, limit=limit, max_length=measured.max_length,
+            columns=measured.columns,
             progress=lambda done, total: told.progress(done, total, {}), **tasks,
         )  # fmt: skip
     if as_json:
