@@ -162,6 +162,117 @@ def test_a_plugin_that_does_not_import_is_listed_as_broken(
     assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok", "the note is of an older file"
 
 
+SOUND = '''from __future__ import annotations
+import os, json as text
+from peftx import Plugin, hookimpl
+try:
+    import a_module_that_may_be_nowhere
+except ImportError:
+    a_module_that_may_be_nowhere = None
+if os.name == "none":
+    import a_module_of_another_system
+class Fake(Plugin):
+    """
+import in_a_docstring
+from prose import nothing
+    """
+    @hookimpl
+    def inject(self, model):
+        import a_module_for_later
+'''
+TORN = {
+    "does not compile": (SOUND + "def broken(:\n", "SyntaxError: invalid syntax"),
+    "no place for a return": (SOUND + "return\n", "SyntaxError: 'return' outside function"),
+    "not installed": (SOUND + "from a_module.that_is import nowhere\n", "No module named 'a_module'"),
+    "one of two": (SOUND + "import sys, nowhere_at_all.inner as x\n", "No module named 'nowhere_at_all'"),
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_what_the_source_shows_is_told_without_an_import(
+    installed: Any,
+    ok_json: Callable[..., Any],
+    ok: Callable[..., str],
+    refused: Callable[..., str],
+    kind: str,
+) -> None:
+    (source, cause), line = TORN[kind], SOUND.count("\n") + 1
+    file = installed.site / f"{installed.publish('fake-torn', source)}.py"
+    listed = named(ok_json("list", "--json"), "fake-torn")
+    assert (listed["status"], listed["reason"].split(": ", 1)[0]) == ("broken", f"{file}:{line}")
+    assert cause in listed["reason"]
+    *lines, above, last = ok("list").splitlines()
+    assert any(text.startswith("fake-torn  ") and " broken: " in text for text in lines)
+    assert above == f"broken: fake-torn: {listed['reason']}", "whole, in a terminal of 80 columns too"
+    assert ", 1 of them unusable" in last
+    (installed.work / "spec.yaml").write_text("peftx: 1\nmodel: peftx:tiny\nstack: [fake-torn]\n", "utf-8")
+    for words in (["validate", "spec.yaml"], ["info", "fake-torn"]):
+        told = " ".join(refused(*words).split())
+        assert (
+            f"plugin 'fake-torn' (peftx-fake-torn, {file.stem}:Fake) does not import: {file}:{line}: " in told
+        )
+        assert cause in told
+        assert "PEFTX_DISABLE_PLUGINS=fake-torn" in told
+    assert file.stem not in sys.modules
+    file.write_text(SOUND, "utf-8")
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok", "the note is of an older file"
+    assert "1 problem" not in ok("validate", "spec.yaml")
+
+
+@pytest.mark.parametrize("where", ["__init__.py", "inner/__init__.py", "inner/method.py"])
+def test_a_fault_on_the_way_to_a_module_in_a_package(
+    installed: Any, ok_json: Callable[..., Any], refused: Callable[..., str], where: str
+) -> None:
+    module = installed.publish("fake-torn", "", module="{}.inner.method")
+    package = installed.site / module
+    (package / "inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/__init__.py"):
+        (package / name).write_text("", "utf-8")
+    (package / "inner/method.py").write_text(SOUND, "utf-8")
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok"
+    (package / where).write_text("import a_module_that_is_nowhere\n", "utf-8")
+    assert (
+        f"{package / where}:1: ModuleNotFoundError" in named(ok_json("list", "--json"), "fake-torn")["reason"]
+    )
+    assert f"{package / where}:1: ModuleNotFoundError" in refused("info", "fake-torn")
+
+
+def test_a_module_that_changes_where_imports_look_is_not_judged(
+    installed: Any, ok: Callable[..., str]
+) -> None:
+    (installed.work / "beside").mkdir()
+    (installed.work / "beside" / "peftx_test_beside.py").write_text("", "utf-8")
+    source = f"import sys\nsys.path.append({str(installed.work / 'beside')!r})\nimport peftx_test_beside\n"
+    installed.publish("fake-own", source + SOUND.partition("\n")[2])
+    assert "broken" not in ok("list")
+    assert "inject" in ok("info", "fake-own")
+
+
+def test_a_note_that_cannot_be_kept_or_is_damaged_changes_nothing(
+    installed: Any, ok_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.publish("fake-torn", "def broken(:\n")
+    ok_json("list", "--json")
+    note = installed.site.parent / "cache" / "sources.json"
+    assert "fake_torn" in note.read_text("utf-8")
+    note.write_text("[", "utf-8")
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "broken"
+    for place in ("", str(note)):  # none, and a file where the folder should be
+        monkeypatch.setenv("PEFTX_CACHE", place)
+        assert named(ok_json("list", "--json"), "fake-torn")["status"] == "broken"
+
+
+def test_a_source_is_compiled_once(
+    installed: Any, ok: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftx.composition import importable
+
+    installed.publish("fake-gain", SOUND)
+    ok("list")
+    monkeypatch.setattr(importable, "glance", lambda file: pytest.fail(f"{file} was looked at again"))
+    ok("list")
+
+
 def test_what_is_missing_shows_without_an_import(installed: Any, ok_json: Callable[..., Any]) -> None:
     module = installed.publish("fake-gone", "")
     (installed.site / f"{module}.py").unlink()

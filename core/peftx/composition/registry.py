@@ -185,11 +185,9 @@ class Registry:
         except (
             Exception
         ) as error:  # whatever a stranger's module raises: reported with its reason, never skipped
-            raise RegistryError(
-                f"plugin '{name}' ({_distribution(point)}, {point.value}) does not import: "
-                f"{error_place(point, error)}: {type(error).__name__}: {error}",
-                hint=f"pip install --upgrade {_distribution(point)}, or disable it: {DISABLE_VARIABLE}={name}",
-            ) from error
+            missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+            said = f"{error_place(point, error)}: {type(error).__name__}: {error}"
+            raise _broken(point, said, missing) from error
         if not (isinstance(found, type) and issubclass(found, Plugin)):
             raise RegistryError(
                 f"plugin '{name}': {point.value} is no subclass of peftx.Plugin: {name_place(point)}"
@@ -214,13 +212,17 @@ class Registry:
         what its methods use, wherever that can be.
 
         Raises:
-            RegistryError: as `load`.
+            RegistryError: as `load`; what the source shows to be wrong without an import, as `importable` has it, too.
         """
+        from peftx.composition.importable import fault, top_file
         from peftx.composition.outline import outline
 
         point = self._fitting_point(name)
         if point.module in sys.modules:
             return self.load(name)
+        file = top_file(point.module)
+        if file is not None and (seen := fault(point.module, file)):
+            raise _broken(point, str(seen), seen.missing)
         found = None
         with suppress(Exception):  # the import fails as well then, and says why
             found = outline(point.module, point.attr)
@@ -319,3 +321,14 @@ def _is(point: EntryPoint, plugin: type[Plugin]) -> bool:
 
 def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "unknown"
+
+
+def _broken(point: EntryPoint, said: str, missing: str) -> RegistryError:
+    """Of a plugin that does not import. `said`: file, line and cause; `missing`: a module that is not there, or ""."""
+    way = f"pip install --upgrade {_distribution(point)}"
+    if missing and missing.partition(".")[0] != point.module.partition(".")[0]:
+        way = f"install the package that has the module '{missing}'"
+    return RegistryError(
+        f"plugin '{point.name}' ({_distribution(point)}, {point.value}) does not import: {said}",
+        hint=f"{way}, or disable the plugin: {DISABLE_VARIABLE}={point.name}",
+    )
