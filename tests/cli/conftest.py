@@ -57,6 +57,25 @@ class Installed:
         self._info(distribution, "\n".join([*metadata, "", readme]), {name: f"{module.format(top)}:{target}"})
         return top
 
+    def publish_several(
+        self,
+        distribution: str,
+        points: dict[str, str],
+        sources: dict[str, str],
+        *,
+        keywords: Sequence[str] = (),
+    ) -> None:
+        """Install a distribution of several plugins. `points`: name -> module:class. `sources`: module -> text."""
+        for module, source in sources.items():
+            (self.site / f"{module}.py").write_text(source, encoding="utf-8")
+        lines = [
+            "Metadata-Version: 2.4",
+            f"Name: {distribution}",
+            "Version: 0.1.0",
+            "Summary: A fake of several",
+        ]
+        self._info(distribution, "\n".join([*lines, f"Keywords: {','.join(keywords)}", ""]), points)
+
     def scaffold(self, slug: str, hook: str) -> Path:
         """Install what `peftx new` writes; returns the folder."""
         folder = self.site.parent / "plugins" / hook / slug

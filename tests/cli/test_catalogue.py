@@ -284,6 +284,101 @@ def test_what_is_missing_shows_without_an_import(installed: Any, ok_json: Callab
     assert named(lines, "fake-poor")["reason"] == "needs a-package-that-is-nowhere, which is not installed"
 
 
+PAIR = '''{doc}from __future__ import annotations
+from peftx import Plugin, hookimpl
+class Base(Plugin):
+    @hookimpl
+    def inject(self, model): ...
+class First(Base):
+    """The first: adds something.
+
+    Of arXiv:2101.00001.
+    """
+    @hookimpl(wrapper=True)
+    def train_step(self, step):
+        return (yield)
+    def serve(self, server): ...  # no hook: it is not marked
+class Second(Plugin):
+    """The second: writes something."""
+    @hookimpl
+    def decode(self, request): ...
+'''
+DOC = '"""The {}: in a module of its own (arXiv:2101.0000{})."""\n'
+
+
+def test_plugins_of_one_distribution_have_titles_hooks_and_papers_of_their_own(
+    installed: Any, ok_json: Callable[..., Any], ok: Callable[..., str], run: Callable[..., Any]
+) -> None:
+    made = PAIR.format(doc=DOC.format("third", 3)) + "made = Second\n"
+    installed.publish_several(
+        "peftx-fake-pair",
+        {
+            "fake-first": "peftx_fake_pair:First",
+            "fake-second": "peftx_fake_pair:Second",
+            "fake-third": "peftx_fake_made:Second",
+            "fake-made": "peftx_fake_made:made",
+        },
+        {"peftx_fake_pair": PAIR.format(doc=""), "peftx_fake_made": made},
+        keywords=["inject", "family:fake", "evidence:shown", "fidelity:equal", "fidelity:equations"],
+    )
+    expected = {
+        "fake-first": ("The first: adds something", ["inject", "train_step"], "arXiv:2101.00001"),
+        "fake-second": ("The second: writes something", ["decode"], ""),
+        "fake-third": (
+            "The second: writes something",
+            ["decode"],
+            "",
+        ),  # its module's docstring is of two plugins
+        "fake-made": (
+            "A fake of several",
+            ["inject"],
+            "",
+        ),  # what the source does not show is the distribution's
+    }
+    lines = ok_json("list", "--json")
+    for name, (title, hooks, paper) in expected.items():
+        line = named(lines, name)
+        assert (line["summary"], line["hooks"], line["paper"]) == (title, hooks, paper)
+        assert (line["family"], line["evidence"], line["fidelity"]) == ("fake", "shown", ""), (
+            "two are none of it"
+        )
+        assert f"{name} 0.1.0: {title}" in ok("info", name, "--metadata")
+    for name in ("fake-first", "fake-second"):
+        about = ok_json("info", name, "--json")
+        assert (about["summary"], about["hooks"]) == expected[name][:2], "list says what the class has"
+    decoders = {one["name"] for one in ok_json("list", "--hook", "decode", "--json")}
+    assert decoders & set(expected) == {"fake-second", "fake-third"}
+    assert "fake-first: its metadata names other hooks" not in run("doctor").stdout
+
+
+def test_the_docstring_of_a_module_is_the_title_of_its_one_plugin(
+    installed: Any, ok_json: Callable[..., Any]
+) -> None:
+    installed.publish_several(
+        "peftx-fake-pair",
+        {"fake-one": "peftx_fake_one:Second", "fake-two": "peftx_fake_two:Second"},
+        {
+            "peftx_fake_one": PAIR.format(doc=DOC.format("one", 1)),
+            "peftx_fake_two": PAIR.format(doc=DOC.format("two", 2)),
+        },
+        keywords=["decode", "arXiv:2101.00001", "arXiv:2101.00002"],
+    )
+    lines = ok_json("list", "--json")
+    for number, name in enumerate(("one", "two"), 1):
+        line = named(lines, f"fake-{name}")
+        assert line["summary"] == f"The {name}: in a module of its own (arXiv:2101.0000{number})"
+        assert line["paper"] == f"arXiv:2101.0000{number}"
+
+
+def test_of_a_distribution_of_one_plugin_the_metadata_is_shown(
+    installed: Any, ok_json: Callable[..., Any]
+) -> None:
+    source = DOC.format("other", 9) + "class Fake: ...\n"
+    installed.publish("fake-lone", source, keywords=["serve"])
+    line = named(ok_json("list", "--json"), "fake-lone")
+    assert (line["summary"], line["hooks"], line["paper"]) == ("A fake fake-lone", ["serve"], "")
+
+
 def test_a_name_claimed_twice_and_a_disabled_one(
     installed: Any, ok_json: Callable[..., Any], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,12 @@ def top_file(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin is not None else None
 
 
+def source_file(module: str) -> Path | None:
+    """The Python file of a module, which is not imported; None where there is none."""
+    top = top_file(module)
+    return None if top is None else next(reversed([*sources(module, top)]), None)
+
+
 def _first(file: Path, names: set[str]) -> tuple[str, int] | None:
     """The first of these that a statement of the module itself imports, and its line."""
     for statement in ast.parse(file.read_bytes(), file).body:

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ class Registry:
             return Entry(name, "", "", "", (), "", "", "", "", point)
         metadata = point.dist.metadata  # parsed anew at each access
         words = _keywords(metadata.get_all("Keywords"))
-        return Entry(
+        entry = Entry(
             name=name,
             distribution=metadata["Name"],
             version=metadata["Version"],
@@ -161,6 +161,8 @@ class Registry:
             keywords=tuple(words),
             requires=tuple(metadata.get_all("Requires-Dist") or ()),
         )
+        beside = self._found.by_distribution[point.dist]
+        return entry if len(beside) == 1 else _own(entry, beside)
 
     def entries(self) -> list[Entry]:
         """Metadata of all plugins whose name is claimed once."""
@@ -293,6 +295,13 @@ class _Points:
                 others.append(point)
         return dict(sorted(found.items()))
 
+    @cached_property
+    def by_distribution(self) -> dict[object, list[EntryPoint]]:
+        found: dict[object, list[EntryPoint]] = {}
+        for point in self.points:
+            found.setdefault(point.dist, []).append(point)
+        return found
+
 
 @lru_cache(maxsize=8)
 def _scan(group: str, state: tuple[tuple[str, int], ...]) -> _Points:
@@ -331,4 +340,30 @@ def _broken(point: EntryPoint, said: str, missing: str) -> RegistryError:
     return RegistryError(
         f"plugin '{point.name}' ({_distribution(point)}, {point.value}) does not import: {said}",
         hint=f"{way}, or disable the plugin: {DISABLE_VARIABLE}={point.name}",
+    )
+
+
+def _own(entry: Entry, beside: list[EntryPoint]) -> Entry:
+    """The entry of a plugin whose distribution brings others: title, hooks and paper are what its source says. A mark,
+    a family or a paper of the distribution holds for all where it is the only one."""
+    from peftx.composition.importable import source_file
+    from peftx.composition.own_words import OwnWords, own_words
+
+    def only(kind: str) -> str:
+        values = keyword_values(entry.keywords, kind)
+        return values[0] if len(values) == 1 else ""
+
+    file, words = source_file(entry.point.module), OwnWords("", (), "")
+    if file is not None:
+        alone = sum(point.module == entry.point.module for point in beside) == 1
+        with suppress(SyntaxError, OSError):  # `importable` says what is wrong with the file
+            words = own_words(file, entry.point.attr, alone=alone)
+    return replace(
+        entry,
+        summary=words.title or entry.summary,
+        hooks=words.hooks or entry.hooks,
+        paper=words.paper or (f"arXiv:{only('arXiv')}" if only("arXiv") else ""),
+        family=only("family"),
+        fidelity=only("fidelity"),
+        evidence=only("evidence"),
     )
