@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -515,6 +516,10 @@ def test_a_new_folder_is_complete(installed: Any, ok: Callable[..., str], hook: 
     text = (folder / "README.md").read_text("utf-8")
     assert "$" not in text, "a placeholder is left"
     assert ("2106.09685" in text) == bool(paper)
+    words = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]["keywords"]
+    assert ("Fidelity" in text, "fidelity:equations" in words) == (bool(paper), bool(paper)), (
+        "true to which paper"
+    )
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -529,6 +534,7 @@ def test_a_new_plugin_keeps_its_promises(installed: Any, hook: str) -> None:
         item for item in planned if item.arch in ("", "llama") and not any(word in item.id for word in slow)
     ]
     assert len(ran) >= 6
+    assert "readme_has_the_options" in {item.check.name for item in ran}
     for item in ran:
         item.run()
 
@@ -541,7 +547,7 @@ def test_the_bad_option_of_a_new_plugin_is_refused(installed: Any) -> None:
     for hook in HOOKS:
         name = f"fake-{hook.replace('_', '-')}"
         installed.scaffold(name, hook)
-        option, bad, good, _ = OPTIONS[hook]
+        option, bad, good = OPTIONS[hook]
         plugin = Registry().load(name)
         with pytest.raises(PeftxError, match=option):
             plugin(**{option: float(bad)})

@@ -208,7 +208,7 @@ def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
 
 def option_rows(plugin: type[Plugin]) -> list[dict[str, str]]:
     """Name, type, default and meaning of each option."""
-    from peftx_cli.kinds import kind_and_limits
+    from peftx.composition.options import kind_and_limits
 
     schemas = plugin.Config.model_json_schema().get("properties", {})
     return [
