@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -471,15 +472,64 @@ def test_check(
     )
 
 
+def weaken(installed: Any, name: str, exempt: str = "") -> None:
+    """A new plugin whose gains do not begin at 1."""
+    installed.scaffold(name, "inject")
+    file = installed.site / f"peftx_{name.replace('-', '_')}.py"
+    text = file.read_text().replace("torch.ones(*batch", "2 * torch.ones(*batch")
+    file.write_text(text.replace("    config: ", f"    exempt = {exempt}\n    config: ") if exempt else text)
+
+
+TWO = ("-m", "llama", "--only", "identity_at_start", "--only", "config_is_frozen")
+
+
 def test_check_fails_a_plugin_that_breaks_its_word(installed: Any, run: Callable[..., Any]) -> None:
-    folder = installed.scaffold("fake-word", "inject")
-    file = installed.site / "peftx_fake_word.py"
-    file.write_text(file.read_text().replace("torch.ones(*batch", "2 * torch.ones(*batch"))
-    assert folder.is_dir()
-    result = run("check", "fake-word", "--model", "llama", "--only", "identity_at_start")
+    weaken(installed, "fake-word")
+    for words in ((), ("--quiet",)):
+        result = run(*words, "check", "fake-word", *TWO)
+        assert result.exit_code == 1
+        first, cause, *_, last = result.stdout.splitlines()
+        assert re.fullmatch(r"llama-identity_at_start  failed  \d+\.\d\d s", first)
+        assert re.match(r"  .*largest difference", cause)
+        assert re.fullmatch(r"1 of 2 checks hold; \d+\.\d s", last)
+        assert "config_is_frozen" not in result.stdout, "what holds is no news"
+    result = run("check", "fake-word", "--verbose", *TWO)
     assert result.exit_code == 1
-    assert "failed" in result.stdout
-    assert "0 of 1 checks hold" in result.stdout
+    assert re.search(r"^llama +identity_at_start +failed", result.stdout, re.MULTILINE)
+    assert re.search(r"^- +config_is_frozen +passed", result.stdout, re.MULTILINE)
+
+
+def test_check_says_what_holds_by_failing(installed: Any, ok: Callable[..., str]) -> None:
+    weaken(installed, "fake-frank", exempt='{"identity_at_start": "the gains begin at 2"}')
+    assert re.fullmatch(
+        r"2 of 2 checks hold, 1 of them by failing, as the plugin's 'exempt' says; \d+\.\d s\n",
+        ok("check", "fake-frank", *TWO),
+    )
+
+
+LOUD = """import warnings
+from transformers.utils import logging
+def say():
+    warnings.warn("a library has an opinion", stacklevel=1)
+    logging.get_logger("transformers.some").warning("a library has another one")
+    for _ in logging.tqdm(range(1), desc="a library counts"): ...
+"""
+
+
+def test_other_libraries_do_not_drown_a_check(installed: Any, spawn: Callable[..., Any]) -> None:
+    installed.scaffold("fake-gain", "inject")
+    (installed.site / "loud_library.py").write_text(LOUD, "utf-8")
+    file = installed.site / "peftx_fake_gain.py"
+    text = file.read_text().replace("import torch\n", "import loud_library\nimport torch\n")
+    text = text.replace("        for site in model", "        loud_library.say()\n        for site in model")
+    file.write_text(text)
+    for words in ((), ("--quiet",)):
+        done = spawn(*words, "check", "fake-gain", *TWO)
+        assert done.returncode == 0
+        assert re.fullmatch(r"2 of 2 checks hold; \d+\.\d s\n", done.stdout)
+        assert "a library" not in done.stderr
+    told = spawn("check", "fake-gain", "--verbose", *TWO).stderr
+    assert all(words in told for words in ("has an opinion", "has another one", "a library counts"))
 
 
 # --------------------------------------------------------------------------------------------------------------- new
