@@ -8,7 +8,6 @@ python tools/generate.py --check    # exit 1 if something differs from what is c
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tomllib
@@ -20,33 +19,6 @@ ROOT = Path(__file__).parent.parent
 
 def plugin_folders() -> list[Path]:
     return sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))
-
-
-def default_text(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict | list | tuple):
-        return json.dumps(value)
-    return str(value).replace("\n", "\\n")
-
-
-def options_table(config: Any) -> str:
-    """The option table of one plugin."""
-    from peftx_cli.kinds import kind
-
-    properties = config.model_json_schema().get("properties", {})
-    if not properties:
-        return "None."
-    required = {name: None for name, f in config.model_fields.items() if f.is_required()}
-    values = config.model_construct(**required).model_dump(mode="json", exclude=set(required), warnings=False)
-    lines = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, schema in properties.items():
-        default = default_text(values[name]) if name in values else "required"
-        meaning = schema.get("description", "").replace("|", "\\|")
-        lines.append(f"| {name} | {kind(schema)} | {default} | {meaning} |")
-    return "\n".join(lines)
 
 
 def project_of(folder: Path) -> dict[str, Any]:
@@ -63,6 +35,7 @@ def mark(project: dict[str, Any], kind: str) -> str:
 
 def readme(folder: Path, registry: Any) -> tuple[Path, str]:
     """A plugin's README with its option table and the words of its marks renewed."""
+    from peftx.composition.options import options_table
     from peftx.composition.registry import MARKS
 
     path = folder / "README.md"

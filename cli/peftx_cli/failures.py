@@ -35,6 +35,7 @@ PLACES = frozenset(
 BAD_INPUT = 2
 INTERRUPTED = 130
 _quiet = ContextVar("quiet", default=False)
+_ours_alone = ContextVar("ours_alone", default=False)
 
 
 def quiet() -> bool:
@@ -148,10 +149,31 @@ def tell_warnings() -> None:
         ours = "peftx" in place.parts or place.name.startswith("peftx_")
         if ours and issubclass(category, UserWarning):
             warn(str(message))
-        elif not quiet():
+        elif not (quiet() or _ours_alone.get()):
             others(message, category, filename, lineno, file, line)
 
     warnings.showwarning = shown
+
+
+@contextmanager
+def ours_alone() -> Iterator[None]:
+    """While it lasts, other libraries show neither warnings nor bars: for many short runs, of which each repeats them.
+
+    Imports transformers.
+    """
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = _ours_alone.set(True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        _ours_alone.reset(before)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _print_problem(problem: Problem) -> None:

@@ -6,21 +6,25 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache, partial
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftx_spec.places import cache_folder
 
 if TYPE_CHECKING:
+    from peftx.composition.importable import Fault, Glance
     from peftx.composition.registry import Entry, Registry
 
 BROKEN = "broken.json"
 """Where `doctor` notes which plugins fail."""
+GLANCES = "sources.json"
+"""Where `list` notes what a look at the plugins' sources showed."""
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -45,28 +49,31 @@ def listed(registry: Registry) -> list[Listed]:
         if name not in registry.disabled
     ]
     verdicts = Verdicts.read()
+    glances = Glances.read()
+    look = glances.faults()
     installed: dict[str, bool] = {}
     for entry in registry.entries():
-        reason = _trouble(entry, installed) or verdicts.reason(entry)
+        reason = _trouble(entry, installed, look) or verdicts.reason(entry)
         found.append(Listed(entry.name, "broken" if reason else "ok", reason, entry))
+    glances.write()
     return sorted(found, key=lambda one: one.name)
 
 
 def module_file(entry: Entry) -> Path | None:
     """The file of the plugin's module; None where there is none. Nothing is imported."""
     name = entry.point.module.partition(".")[0]
-    if name in _modules():
-        return _modules()[name]
+    if known := _modules(tuple(sys.path)).get(name):
+        return known
     found = PathFinder.find_spec(name)  # as on paths that are no folders
     return Path(found.origin) if found is not None and found.origin is not None else None
 
 
-@cache
-def _modules() -> dict[str, Path]:
+@lru_cache(maxsize=1)
+def _modules(folders: tuple[str, ...]) -> dict[str, Path]:
     """Top-level modules and packages in the folders of the path: each folder is read once, where looking for every
     plugin in every other one's folder grows with the square."""
     found: dict[str, Path] = {}
-    for folder in sys.path:
+    for folder in folders:
         with suppress(OSError), os.scandir(folder or ".") as files:
             for file in files:
                 if file.name.startswith("peftx") or file.name.endswith(".py"):
@@ -79,21 +86,21 @@ def _modules() -> dict[str, Path]:
     return found
 
 
-def _trouble(entry: Entry, installed: dict[str, bool]) -> str:
+def _trouble(entry: Entry, installed: dict[str, bool], look: Callable[[str, Path], Fault | None]) -> str:
     """Why the plugin cannot import, as far as that shows from outside; empty where nothing does."""
     from peftx.composition.origins import misfit
     from peftx.version import __version__
 
     if asked := misfit(entry.requires):
         return f"needs {asked}, and this is peftx {__version__}"
-    if module_file(entry) is None:
+    if (file := module_file(entry)) is None:
         return f"its module {entry.point.module} is not there"
     for name in _requirements(entry):
         if name not in installed:
             installed[name] = _is_installed(name)
         if not installed[name]:
             return f"needs {name}, which is not installed"
-    return ""
+    return str(look(entry.point.module, file) or "")
 
 
 def _requirements(entry: Entry) -> list[str]:
@@ -116,6 +123,58 @@ def cache_file(name: str) -> Path | None:
     return folder and folder / name
 
 
+def _noted(name: str) -> dict[str, Any]:
+    """What a file of the cache holds; nothing where it is not there or damaged."""
+    file = cache_file(name)
+    try:
+        notes = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+class Glances:
+    """What `glance` said of each source, kept for as long as the file is the same: a source is compiled for it, and
+    hundreds of them in every `peftx list` would be felt."""
+
+    def __init__(self, known: dict[str, dict[str, Any]]) -> None:
+        self.known = known
+        self.used: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def read(cls) -> Glances:
+        return cls(_noted(GLANCES))
+
+    def faults(self) -> Callable[[str, Path], Fault | None]:
+        """`importable.fault` of a module and its file, with what is known already."""
+        from peftx.composition.importable import fault, is_there
+
+        return partial(fault, look=self.look, there=cache(is_there))
+
+    def look(self, file: Path) -> Glance:
+        from peftx import __version__
+        from peftx.composition.importable import Glance, glance
+
+        state = f"{__version__} {sys.hexversion:x} {_state(file)}"  # another Python may compile what this one does not
+        note = self.known.get(str(file))
+        if note is None or note["state"] != state:
+            note = {"state": state, "seen": asdict(glance(file))}
+        self.used[str(file)] = note
+        return Glance(**note["seen"])
+
+    def write(self) -> None:
+        """What was looked at; nothing is kept where the cache cannot be written, and the next look is as long."""
+        file = cache_file(GLANCES)
+        if file is None or self.used.items() <= self.known.items():
+            return
+        others = {
+            name: note for name, note in self.known.items() if os.path.exists(name)
+        }  # of other environments
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(others | self.used), encoding="utf-8")
+
+
 class Verdicts:
     """What failed to import when `doctor` last looked; a note counts only while the module's file is the same."""
 
@@ -124,12 +183,7 @@ class Verdicts:
 
     @classmethod
     def read(cls) -> Verdicts:
-        file = cache_file(BROKEN)
-        try:
-            notes = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-        except (OSError, ValueError):
-            return cls({})  # no doctor was here, or its note is damaged: nothing is known
-        return cls(notes if isinstance(notes, dict) else {})
+        return cls(_noted(BROKEN))
 
     def reason(self, entry: Entry) -> str:
         note = self.notes.get(entry.name)
@@ -147,9 +201,11 @@ class Verdicts:
 
 
 def _stamp(entry: Entry) -> str:
-    """A file in the state that it has now."""
+    """A plugin's file in the state that it has now."""
     file = module_file(entry)
-    if file is None:
-        return ""
+    return "" if file is None else f"{file}:{_state(file)}"
+
+
+def _state(file: Path) -> str:
     state = file.stat()
-    return f"{file}:{state.st_size}:{state.st_mtime_ns}"
+    return f"{state.st_size}:{state.st_mtime_ns}"

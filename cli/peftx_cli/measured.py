@@ -40,7 +40,6 @@ class Measured:
         Raises:
             PeftxError: a file that is not there, or holds no rows; columns of no file.
         """
-        from peftx.engines.models import asset_path
         from peftx_cli.recipe import format_of, pairs_of
 
         names = pairs_of(columns)
@@ -51,7 +50,10 @@ class Measured:
         if own is not None:
             return own
         file = data or SAMPLE
-        return cls(asset_path(file), file, format_of("--data", file, names), columns=names or None)
+        format = format_of("--data", file, names)
+        from peftx.engines.models import asset_path  # only now: it brings torch
+
+        return cls(asset_path(file), file, format, columns=names or None)
 
     @classmethod
     def _own(cls, bundle: str, pipeline: Pipeline) -> Measured | None:

@@ -35,24 +35,33 @@ def write(
     values = _values(slug=slug, hook=hook, arxiv=arxiv, title=title, family=family)
     if folder.exists():
         raise FileError(f"'{folder}' exists already", hint="choose another --dir, or remove it first")
-    module = values["module"]
-    templates = {
+    module = folder / "src" / f"{values['module']}.py"
+    _write(module, f"{hook}.py", values)
+    values["options"] = _options(module, values["name"])
+    others = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",
-        f"src/{module}.py": f"{hook}.py",
         f"tests/test_{slug.replace('-', '_')}.py": "test.py",
     }
-    texts = {folder / name: _fill(template, values) for name, template in templates.items()}
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return list(texts)
+    for name, template in others.items():
+        _write(folder / name, template, values)
+    return [*(folder / name for name in others), module]
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
-    return Template((files("peftx_cli") / "templates" / f"{template}.tmpl").read_text("utf-8")).substitute(
-        values
-    )
+def _write(path: Path, template: str, values: dict[str, str]) -> None:
+    text = Template((files("peftx_cli") / "templates" / f"{template}.tmpl").read_text("utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.substitute(values), encoding="utf-8")
+
+
+def _options(module: Path, name: str) -> str:
+    """The README's option table, from the `Config` that was written."""
+    from peftx.composition.options import options_table
+    from peftx.composition.outline import outline_of
+
+    plugin = outline_of(str(module), module.stem, name)
+    assert plugin is not None, f"{module} has no outline"
+    return options_table(plugin.Config)
 
 
 def _values(
@@ -85,64 +94,52 @@ def _values(
             f"the title has {len(title)} characters; it is one line of {SHORTEST} to {LONGEST}, without a full stop, "
             "quotation marks and backslashes"
         )
-    name = "".join(word.capitalize() for word in slug.split("-"))
+    name, module = "".join(word.capitalize() for word in slug.split("-")), f"peftx_{slug.replace('-', '_')}"
     keywords = [
         hook,
         *([f"family:{family}"] if family else []),
-        "fidelity:equations",
+        *(["fidelity:equations"] if arxiv else []),  # to what, where there is no paper
         "evidence:not-measured",
+        f"arXiv:{arxiv}" if arxiv else "paper:none",
     ]
-    keywords.append(f"arXiv:{arxiv}" if arxiv else "paper:none")
     return {
         "slug": slug,
-        "module": f"peftx_{slug.replace('-', '_')}",
+        "module": module,
         "name": name,
         "title": title,
         "hook": hook,
         "paper": f"arXiv:{arxiv}" if arxiv else "No paper",
         "keywords": ", ".join(f'"{word}"' for word in keywords),
         "urls": f'\n[project.urls]\nPaper = "https://arxiv.org/abs/{arxiv}"\n' if arxiv else "",
+        "fidelity": FIDELITY.format(module) if arxiv else "",
+        "departures": "None known." if arxiv else NO_PAPER,
         "cite": _cite(slug, title, arxiv),
         "option": OPTIONS[hook][0],
         "bad": OPTIONS[hook][1],
         "good": OPTIONS[hook][2],
-        "options": OPTIONS[hook][3],
     }
 
 
+NO_PAPER = "There is no paper."
+FIDELITY = """\
+**Fidelity: equations.** `src/{}.py` follows the paper's text; it was compared with no other code.
+
+"""
 OPTIONS = {
-    "prepare_data": ("longest", "0", "64", "| `longest` | int (>= 2) | 256 | tokens that a row may have |"),
-    "inject": (
-        "power",
-        "0",
-        "2",
-        (
-            "| `power` | int (>= 1) | 1 | p, the exponent of the gains |\n"
-            "| `targets` | Targets | all | linear layers to scale |"
-        ),
-    ),
-    "train_step": ("weight", "-1", "0.1", "| `weight` | float (>= 0) | 0.01 | of the penalty in the loss |"),
-    "compress": (
-        "bits",
-        "1",
-        "4",
-        "| `bits` | int (>= 2, <= 8) | 8 | of a weight |\n| `targets` | Targets | all | linear layers to quantize |",
-    ),
-    "decode": (
-        "penalty",
-        "-1",
-        "0.5",
-        "| `penalty` | float (>= 0) | 1.0 | taken from the logit of the last token |",
-    ),
-    "serve": ("max_batch", "0", "4", "| `max_batch` | int (>= 1) | 4 | requests that run together at most |"),
-    "evaluate": ("limit", "0", "8", "| `limit` | int (>= 1) | 64 | rows to measure on |"),
+    "prepare_data": ("longest", "0", "64"),
+    "inject": ("power", "0", "2"),
+    "train_step": ("weight", "-1", "0.1"),
+    "compress": ("bits", "1", "4"),
+    "decode": ("penalty", "-1", "0.5"),
+    "serve": ("max_batch", "0", "4"),
+    "evaluate": ("limit", "0", "8"),
 }
-"""Hook -> an option, a value that it refuses, one that it takes, and the README's rows."""
+"""Hook -> an option, a value that it refuses, and one that it takes."""
 
 
 def _cite(slug: str, title: str, arxiv: str | None) -> str:
     if arxiv is None:
-        return "There is no paper."
+        return NO_PAPER
     entry = (
         f"@misc{{{slug},",
         f"  title = {{{title}}},",

@@ -40,6 +40,27 @@ def open_stack(
     return Stack(target, device=device, trust_remote_code=trust_remote_code)
 
 
+def check_there(target: str, *, model: str | None = None) -> None:
+    """Look for a bundle or model on this machine before what reads it is imported; the Hub is not asked.
+
+    Raises:
+        PeftxError: as `open_stack`, of a target that is not there.
+    """
+    from peftx.engines.hub import is_hub
+
+    if not is_hub(target):
+        _is_bundle(target, model)
+
+
+def check_bundle(target: str) -> None:
+    """The same where it must be a bundle."""
+    from peftx.engines.files import check_there
+    from peftx.engines.hub import is_hub
+
+    if not is_hub(target):
+        check_there(Path(os.path.expanduser(target)), "manifest.json")
+
+
 class Opener:
     """Opens several, over bases that they share; arguments as of `open_stack`."""
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from peftx.engines.files import MOST_JSON, folder_bytes, make_place, plain_files, read_json, replacing
+from peftx.engines.files import (
+    MOST_JSON,
+    check_there,
+    folder_bytes,
+    make_place,
+    plain_files,
+    read_json,
+    replacing,
+)
 from peftx.engines.hub import PATIENCE, HubId, ask, bundle_id, fetch, is_hub, telling
 from peftx.errors import BundleError, HubError
 
@@ -73,8 +81,7 @@ def push(bundle: str | Path, repo: str, *, message: str | None = None, public: b
             hint="hf auth login, or HF_TOKEN=...; https://huggingface.co/settings/tokens makes one that may write",
         )
     folder = Path(bundle)
-    if not (folder / MANIFEST).exists():
-        _own_files(folder)  # raises, and the Hub need not be asked
+    check_there(folder, MANIFEST)  # the Hub need not be asked
     known = ask(lambda api: _known(api, id), str(id))
     old = _files_of(id, known) if known is not None else set()
     names = _own_files(folder)

@@ -39,11 +39,14 @@ class Installed:
         keywords: Sequence[str] = ("inject",),
         requires: Sequence[str] = (),
         readme: str = "",
+        module: str = "{}",
     ) -> str:
-        """Install a plugin of one module; returns the module's name."""
+        """Install a plugin of one module, or of a package that is still to be written, as of `{}.inner`; returns the
+        name of the top-level module."""
         distribution = distribution or f"peftx-{name}"
-        module = distribution.replace("-", "_")
-        (self.site / f"{module}.py").write_text(source, encoding="utf-8")
+        top = distribution.replace("-", "_")
+        if module == "{}":
+            (self.site / f"{top}.py").write_text(source, encoding="utf-8")
         metadata = [
             "Metadata-Version: 2.4",
             f"Name: {distribution}",
@@ -51,8 +54,27 @@ class Installed:
             f"Summary: A fake {name}",
         ]
         metadata += [f"Keywords: {','.join(keywords)}", *(f"Requires-Dist: {line}" for line in requires)]
-        self._info(distribution, "\n".join([*metadata, "", readme]), {name: f"{module}:{target}"})
-        return module
+        self._info(distribution, "\n".join([*metadata, "", readme]), {name: f"{module.format(top)}:{target}"})
+        return top
+
+    def publish_several(
+        self,
+        distribution: str,
+        points: dict[str, str],
+        sources: dict[str, str],
+        *,
+        keywords: Sequence[str] = (),
+    ) -> None:
+        """Install a distribution of several plugins. `points`: name -> module:class. `sources`: module -> text."""
+        for module, source in sources.items():
+            (self.site / f"{module}.py").write_text(source, encoding="utf-8")
+        lines = [
+            "Metadata-Version: 2.4",
+            f"Name: {distribution}",
+            "Version: 0.1.0",
+            "Summary: A fake of several",
+        ]
+        self._info(distribution, "\n".join([*lines, f"Keywords: {','.join(keywords)}", ""]), points)
 
     def scaffold(self, slug: str, hook: str) -> Path:
         """Install what `peftx new` writes; returns the folder."""

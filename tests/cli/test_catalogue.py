@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -162,6 +164,117 @@ def test_a_plugin_that_does_not_import_is_listed_as_broken(
     assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok", "the note is of an older file"
 
 
+SOUND = '''from __future__ import annotations
+import os, json as text
+from peftx import Plugin, hookimpl
+try:
+    import a_module_that_may_be_nowhere
+except ImportError:
+    a_module_that_may_be_nowhere = None
+if os.name == "none":
+    import a_module_of_another_system
+class Fake(Plugin):
+    """
+import in_a_docstring
+from prose import nothing
+    """
+    @hookimpl
+    def inject(self, model):
+        import a_module_for_later
+'''
+TORN = {
+    "does not compile": (SOUND + "def broken(:\n", "SyntaxError: invalid syntax"),
+    "no place for a return": (SOUND + "return\n", "SyntaxError: 'return' outside function"),
+    "not installed": (SOUND + "from a_module.that_is import nowhere\n", "No module named 'a_module'"),
+    "one of two": (SOUND + "import sys, nowhere_at_all.inner as x\n", "No module named 'nowhere_at_all'"),
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_what_the_source_shows_is_told_without_an_import(
+    installed: Any,
+    ok_json: Callable[..., Any],
+    ok: Callable[..., str],
+    refused: Callable[..., str],
+    kind: str,
+) -> None:
+    (source, cause), line = TORN[kind], SOUND.count("\n") + 1
+    file = installed.site / f"{installed.publish('fake-torn', source)}.py"
+    listed = named(ok_json("list", "--json"), "fake-torn")
+    assert (listed["status"], listed["reason"].split(": ", 1)[0]) == ("broken", f"{file}:{line}")
+    assert cause in listed["reason"]
+    *lines, above, last = ok("list").splitlines()
+    assert any(text.startswith("fake-torn  ") and " broken: " in text for text in lines)
+    assert above == f"broken: fake-torn: {listed['reason']}", "whole, in a terminal of 80 columns too"
+    assert ", 1 of them unusable" in last
+    (installed.work / "spec.yaml").write_text("peftx: 1\nmodel: peftx:tiny\nstack: [fake-torn]\n", "utf-8")
+    for words in (["validate", "spec.yaml"], ["info", "fake-torn"]):
+        told = " ".join(refused(*words).split())
+        assert (
+            f"plugin 'fake-torn' (peftx-fake-torn, {file.stem}:Fake) does not import: {file}:{line}: " in told
+        )
+        assert cause in told
+        assert "PEFTX_DISABLE_PLUGINS=fake-torn" in told
+    assert file.stem not in sys.modules
+    file.write_text(SOUND, "utf-8")
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok", "the note is of an older file"
+    assert "1 problem" not in ok("validate", "spec.yaml")
+
+
+@pytest.mark.parametrize("where", ["__init__.py", "inner/__init__.py", "inner/method.py"])
+def test_a_fault_on_the_way_to_a_module_in_a_package(
+    installed: Any, ok_json: Callable[..., Any], refused: Callable[..., str], where: str
+) -> None:
+    module = installed.publish("fake-torn", "", module="{}.inner.method")
+    package = installed.site / module
+    (package / "inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/__init__.py"):
+        (package / name).write_text("", "utf-8")
+    (package / "inner/method.py").write_text(SOUND, "utf-8")
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "ok"
+    (package / where).write_text("import a_module_that_is_nowhere\n", "utf-8")
+    assert (
+        f"{package / where}:1: ModuleNotFoundError" in named(ok_json("list", "--json"), "fake-torn")["reason"]
+    )
+    assert f"{package / where}:1: ModuleNotFoundError" in refused("info", "fake-torn")
+
+
+def test_a_module_that_changes_where_imports_look_is_not_judged(
+    installed: Any, ok: Callable[..., str]
+) -> None:
+    (installed.work / "beside").mkdir()
+    (installed.work / "beside" / "peftx_test_beside.py").write_text("", "utf-8")
+    source = f"import sys\nsys.path.append({str(installed.work / 'beside')!r})\nimport peftx_test_beside\n"
+    installed.publish("fake-own", source + SOUND.partition("\n")[2])
+    assert "broken" not in ok("list")
+    assert "inject" in ok("info", "fake-own")
+
+
+def test_a_note_that_cannot_be_kept_or_is_damaged_changes_nothing(
+    installed: Any, ok_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.publish("fake-torn", "def broken(:\n")
+    ok_json("list", "--json")
+    note = installed.site.parent / "cache" / "sources.json"
+    assert "fake_torn" in note.read_text("utf-8")
+    note.write_text("[", "utf-8")
+    assert named(ok_json("list", "--json"), "fake-torn")["status"] == "broken"
+    for place in ("", str(note)):  # none, and a file where the folder should be
+        monkeypatch.setenv("PEFTX_CACHE", place)
+        assert named(ok_json("list", "--json"), "fake-torn")["status"] == "broken"
+
+
+def test_a_source_is_compiled_once(
+    installed: Any, ok: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftx.composition import importable
+
+    installed.publish("fake-gain", SOUND)
+    ok("list")
+    monkeypatch.setattr(importable, "glance", lambda file: pytest.fail(f"{file} was looked at again"))
+    ok("list")
+
+
 def test_what_is_missing_shows_without_an_import(installed: Any, ok_json: Callable[..., Any]) -> None:
     module = installed.publish("fake-gone", "")
     (installed.site / f"{module}.py").unlink()
@@ -171,6 +284,101 @@ def test_what_is_missing_shows_without_an_import(installed: Any, ok_json: Callab
     lines = ok_json("list", "--json")
     assert f"its module {module} is not there" in named(lines, "fake-gone")["reason"]
     assert named(lines, "fake-poor")["reason"] == "needs a-package-that-is-nowhere, which is not installed"
+
+
+PAIR = '''{doc}from __future__ import annotations
+from peftx import Plugin, hookimpl
+class Base(Plugin):
+    @hookimpl
+    def inject(self, model): ...
+class First(Base):
+    """The first: adds something.
+
+    Of arXiv:2101.00001.
+    """
+    @hookimpl(wrapper=True)
+    def train_step(self, step):
+        return (yield)
+    def serve(self, server): ...  # no hook: it is not marked
+class Second(Plugin):
+    """The second: writes something."""
+    @hookimpl
+    def decode(self, request): ...
+'''
+DOC = '"""The {}: in a module of its own (arXiv:2101.0000{})."""\n'
+
+
+def test_plugins_of_one_distribution_have_titles_hooks_and_papers_of_their_own(
+    installed: Any, ok_json: Callable[..., Any], ok: Callable[..., str], run: Callable[..., Any]
+) -> None:
+    made = PAIR.format(doc=DOC.format("third", 3)) + "made = Second\n"
+    installed.publish_several(
+        "peftx-fake-pair",
+        {
+            "fake-first": "peftx_fake_pair:First",
+            "fake-second": "peftx_fake_pair:Second",
+            "fake-third": "peftx_fake_made:Second",
+            "fake-made": "peftx_fake_made:made",
+        },
+        {"peftx_fake_pair": PAIR.format(doc=""), "peftx_fake_made": made},
+        keywords=["inject", "family:fake", "evidence:shown", "fidelity:equal", "fidelity:equations"],
+    )
+    expected = {
+        "fake-first": ("The first: adds something", ["inject", "train_step"], "arXiv:2101.00001"),
+        "fake-second": ("The second: writes something", ["decode"], ""),
+        "fake-third": (
+            "The second: writes something",
+            ["decode"],
+            "",
+        ),  # its module's docstring is of two plugins
+        "fake-made": (
+            "A fake of several",
+            ["inject"],
+            "",
+        ),  # what the source does not show is the distribution's
+    }
+    lines = ok_json("list", "--json")
+    for name, (title, hooks, paper) in expected.items():
+        line = named(lines, name)
+        assert (line["summary"], line["hooks"], line["paper"]) == (title, hooks, paper)
+        assert (line["family"], line["evidence"], line["fidelity"]) == ("fake", "shown", ""), (
+            "two are none of it"
+        )
+        assert f"{name} 0.1.0: {title}" in ok("info", name, "--metadata")
+    for name in ("fake-first", "fake-second"):
+        about = ok_json("info", name, "--json")
+        assert (about["summary"], about["hooks"]) == expected[name][:2], "list says what the class has"
+    decoders = {one["name"] for one in ok_json("list", "--hook", "decode", "--json")}
+    assert decoders & set(expected) == {"fake-second", "fake-third"}
+    assert "fake-first: its metadata names other hooks" not in run("doctor").stdout
+
+
+def test_the_docstring_of_a_module_is_the_title_of_its_one_plugin(
+    installed: Any, ok_json: Callable[..., Any]
+) -> None:
+    installed.publish_several(
+        "peftx-fake-pair",
+        {"fake-one": "peftx_fake_one:Second", "fake-two": "peftx_fake_two:Second"},
+        {
+            "peftx_fake_one": PAIR.format(doc=DOC.format("one", 1)),
+            "peftx_fake_two": PAIR.format(doc=DOC.format("two", 2)),
+        },
+        keywords=["decode", "arXiv:2101.00001", "arXiv:2101.00002"],
+    )
+    lines = ok_json("list", "--json")
+    for number, name in enumerate(("one", "two"), 1):
+        line = named(lines, f"fake-{name}")
+        assert line["summary"] == f"The {name}: in a module of its own (arXiv:2101.0000{number})"
+        assert line["paper"] == f"arXiv:2101.0000{number}"
+
+
+def test_of_a_distribution_of_one_plugin_the_metadata_is_shown(
+    installed: Any, ok_json: Callable[..., Any]
+) -> None:
+    source = DOC.format("other", 9) + "class Fake: ...\n"
+    installed.publish("fake-lone", source, keywords=["serve"])
+    line = named(ok_json("list", "--json"), "fake-lone")
+    assert (line["summary"], line["hooks"], line["paper"]) == ("A fake fake-lone", ["serve"], "")
 
 
 def test_a_name_claimed_twice_and_a_disabled_one(
@@ -264,15 +472,64 @@ def test_check(
     )
 
 
+def weaken(installed: Any, name: str, exempt: str = "") -> None:
+    """A new plugin whose gains do not begin at 1."""
+    installed.scaffold(name, "inject")
+    file = installed.site / f"peftx_{name.replace('-', '_')}.py"
+    text = file.read_text().replace("torch.ones(*batch", "2 * torch.ones(*batch")
+    file.write_text(text.replace("    config: ", f"    exempt = {exempt}\n    config: ") if exempt else text)
+
+
+TWO = ("-m", "llama", "--only", "identity_at_start", "--only", "config_is_frozen")
+
+
 def test_check_fails_a_plugin_that_breaks_its_word(installed: Any, run: Callable[..., Any]) -> None:
-    folder = installed.scaffold("fake-word", "inject")
-    file = installed.site / "peftx_fake_word.py"
-    file.write_text(file.read_text().replace("torch.ones(*batch", "2 * torch.ones(*batch"))
-    assert folder.is_dir()
-    result = run("check", "fake-word", "--model", "llama", "--only", "identity_at_start")
+    weaken(installed, "fake-word")
+    for words in ((), ("--quiet",)):
+        result = run(*words, "check", "fake-word", *TWO)
+        assert result.exit_code == 1
+        first, cause, *_, last = result.stdout.splitlines()
+        assert re.fullmatch(r"llama-identity_at_start  failed  \d+\.\d\d s", first)
+        assert re.match(r"  .*largest difference", cause)
+        assert re.fullmatch(r"1 of 2 checks hold; \d+\.\d s", last)
+        assert "config_is_frozen" not in result.stdout, "what holds is no news"
+    result = run("check", "fake-word", "--verbose", *TWO)
     assert result.exit_code == 1
-    assert "failed" in result.stdout
-    assert "0 of 1 checks hold" in result.stdout
+    assert re.search(r"^llama +identity_at_start +failed", result.stdout, re.MULTILINE)
+    assert re.search(r"^- +config_is_frozen +passed", result.stdout, re.MULTILINE)
+
+
+def test_check_says_what_holds_by_failing(installed: Any, ok: Callable[..., str]) -> None:
+    weaken(installed, "fake-frank", exempt='{"identity_at_start": "the gains begin at 2"}')
+    assert re.fullmatch(
+        r"2 of 2 checks hold, 1 of them by failing, as the plugin's 'exempt' says; \d+\.\d s\n",
+        ok("check", "fake-frank", *TWO),
+    )
+
+
+LOUD = """import warnings
+from transformers.utils import logging
+def say():
+    warnings.warn("a library has an opinion", stacklevel=1)
+    logging.get_logger("transformers.some").warning("a library has another one")
+    for _ in logging.tqdm(range(1), desc="a library counts"): ...
+"""
+
+
+def test_other_libraries_do_not_drown_a_check(installed: Any, spawn: Callable[..., Any]) -> None:
+    installed.scaffold("fake-gain", "inject")
+    (installed.site / "loud_library.py").write_text(LOUD, "utf-8")
+    file = installed.site / "peftx_fake_gain.py"
+    text = file.read_text().replace("import torch\n", "import loud_library\nimport torch\n")
+    text = text.replace("        for site in model", "        loud_library.say()\n        for site in model")
+    file.write_text(text)
+    for words in ((), ("--quiet",)):
+        done = spawn(*words, "check", "fake-gain", *TWO)
+        assert done.returncode == 0
+        assert re.fullmatch(r"2 of 2 checks hold; \d+\.\d s\n", done.stdout)
+        assert "a library" not in done.stderr
+    told = spawn("check", "fake-gain", "--verbose", *TWO).stderr
+    assert all(words in told for words in ("has an opinion", "has another one", "a library counts"))
 
 
 # --------------------------------------------------------------------------------------------------------------- new
@@ -309,6 +566,10 @@ def test_a_new_folder_is_complete(installed: Any, ok: Callable[..., str], hook: 
     text = (folder / "README.md").read_text("utf-8")
     assert "$" not in text, "a placeholder is left"
     assert ("2106.09685" in text) == bool(paper)
+    words = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]["keywords"]
+    assert ("Fidelity" in text, "fidelity:equations" in words) == (bool(paper), bool(paper)), (
+        "true to which paper"
+    )
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -323,6 +584,7 @@ def test_a_new_plugin_keeps_its_promises(installed: Any, hook: str) -> None:
         item for item in planned if item.arch in ("", "llama") and not any(word in item.id for word in slow)
     ]
     assert len(ran) >= 6
+    assert "readme_has_the_options" in {item.check.name for item in ran}
     for item in ran:
         item.run()
 
@@ -335,7 +597,7 @@ def test_the_bad_option_of_a_new_plugin_is_refused(installed: Any) -> None:
     for hook in HOOKS:
         name = f"fake-{hook.replace('_', '-')}"
         installed.scaffold(name, hook)
-        option, bad, good, _ = OPTIONS[hook]
+        option, bad, good = OPTIONS[hook]
         plugin = Registry().load(name)
         with pytest.raises(PeftxError, match=option):
             plugin(**{option: float(bad)})

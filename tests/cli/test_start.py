@@ -82,6 +82,32 @@ def test_a_wrong_search_is_refused_without_heavy_imports(installed: Any) -> None
     assert "wrong.yaml:2:" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "gone"],
+        ["report", "gone", "--samples", "2"],
+        ["evaluate", "gone"],
+        ["evaluate", "./gone/deeper", "--metric", "perplexity"],
+        ["evaluate", "peftx:tiny", "--data", "gone.jsonl"],
+        ["evaluate", "gone", "--task", "peftx-opposites"],
+        ["generate", "gone", "a prompt"],
+        ["serve", "here=gone", "--port", "0"],
+        ["merge", "gone", "out"],
+        ["merge", "gone", "gone-too", "--method", "linear", "--output", "out"],
+        ["export", "gone", "out", "--format", "gguf"],
+        ["import", "gone", "--output", "out"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_there_is_told_before_torch_is_imported(installed: Any, words: list[str]) -> None:
+    code = PROBE.format(words=words, heavy=("torch",))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("[] [] 2 "), done.stderr
+    assert "gone" in done.stderr.splitlines()[0]
+    assert installed.files() == {}
+
+
 def test_the_probe_sees_a_heavy_import(installed: Any) -> None:
     installed.scaffold("fake-gain", "inject")
     (installed.work / "gain.yaml").write_text("peftx: 1\nmodel: peftx:tiny\nstack: [fake-gain]\n", "utf-8")

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import (
@@ -23,6 +24,7 @@ from peftx import (
     Generation,
     ModelView,
     Plugin,
+    PluginConfig,
     Stack,
     TrainingData,
     TrainStep,
@@ -38,7 +40,7 @@ from peftx.toolkits.serving import Server
 
 FOLDER = Path(__file__).parents[1] / "broken_plugins"
 OTHER_PROCESS = {"imports_quickly", "save_load_in_a_fresh_process"}
-PROVED_HERE = {"marks_are_known", "package_is_whole", "refuses"}
+PROVED_HERE = {"marks_are_known", "package_is_whole", "readme_has_the_options", "refuses"}
 """Their broken plugins are made below, since they need files or arguments."""
 
 
@@ -137,6 +139,25 @@ def thing(tmp_path: Path) -> Iterator[type[Plugin]]:
     del sys.modules["peftx_thing"]
 
 
+def install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, keywords: Sequence[str] = (), readme: str = ""
+) -> None:
+    """Move `thing` out of its source tree, into a folder on the path where it is as pip would leave it."""
+    file, site = folder / "src" / "peftx_thing.py", folder / "site"
+    info = site / "peftx_thing-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    lines = [
+        "Metadata-Version: 2.4",
+        "Name: peftx-thing",
+        "Version: 0.1.0",
+        f"Keywords: {','.join(keywords)}",
+    ]
+    (info / "METADATA").write_text("\n".join([*lines, "", readme]), encoding="utf-8")
+    (info / "entry_points.txt").write_text("[peftx.plugins]\nthing = peftx_thing:Thing\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules["peftx_thing"], "__file__", str(file.rename(site / file.name)))
+    monkeypatch.syspath_prepend(str(site))
+
+
 POINT = '[project.entry-points."peftx.plugins"]\nthing = "peftx_thing:Thing"\n'
 
 
@@ -187,23 +208,56 @@ def test_marks_are_known(
 ) -> None:
     """In a source tree as pyproject.toml says them, elsewhere as the distribution does."""
     if installed:
-        file = tmp_path / "src" / "peftx_thing.py"
-        site = tmp_path / "site"
-        info = site / "peftx_thing-0.1.0.dist-info"
-        info.mkdir(parents=True)
-        metadata = f"Metadata-Version: 2.4\nName: peftx-thing\nVersion: 0.1.0\nKeywords: {','.join(words)}\n"
-        (info / "METADATA").write_text(metadata, encoding="utf-8")
-        (info / "entry_points.txt").write_text(
-            "[peftx.plugins]\nthing = peftx_thing:Thing\n", encoding="utf-8"
-        )
-        monkeypatch.setattr(sys.modules["peftx_thing"], "__file__", str(file.rename(site / file.name)))
-        monkeypatch.syspath_prepend(str(site))
+        install(tmp_path, monkeypatch, keywords=words)
     else:
         project = f'[project]\nname = "peftx-thing"\nkeywords = {json.dumps(words)}\n{POINT}'
         (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
     found = failures(run_checks(thing, only=["marks_are_known"]))
     assert set(found) == ({"marks_are_known"} if said else set())
     assert said in "".join(found.values())
+
+
+TABLE = (
+    "| option | type | default | meaning |\n| --- | --- | --- | --- |\n| size | integer | 3 | how much |\n"
+)
+READMES = [
+    (f"# Thing\n\n## Options\n\n{TABLE}\n## Cite\n", True),
+    (f"# Thing\n\n{TABLE}", True),
+    (f"# Thing\n\n{TABLE.replace('3', '4')}\n## Cite\n", False),
+    (f"# Thing\n\n{TABLE.replace('integer', 'number')}\n", False),
+    (f"# Thing\n\n{TABLE.replace('much', 'many')}\n", False),
+    (f"# Thing\n\n{TABLE}| old | integer | 3 | gone |\n", False),
+    (f"# Thing\n\n{TABLE.replace('| size | integer | 3 | how much |', '')}", False),
+    ("# Thing\n\n| name | meaning |\n| --- | --- |\n| size | in the author's own words |\n", None),
+    ("", None),
+]
+"""A README; does its option table hold; None: it has none that is judged."""
+
+
+@pytest.mark.parametrize(("readme", "holds"), READMES)
+@pytest.mark.parametrize("installed", [False, True], ids=["source", "installed"])
+def test_readme_has_the_options(
+    tmp_path: Path,
+    thing: type[Plugin],
+    monkeypatch: pytest.MonkeyPatch,
+    readme: str,
+    holds: bool,
+    installed: bool,
+) -> None:
+    class ThingConfig(PluginConfig):
+        size: int = Field(3, description="how much")
+
+    monkeypatch.setattr(thing, "Config", ThingConfig)
+    if installed:
+        install(tmp_path, monkeypatch, readme=readme)
+    else:
+        (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    planned = {item.check.name for item in plan_checks(thing)}
+    assert ("readme_has_the_options" in planned) == (holds is not None)
+    if holds is not None:
+        found = failures(run_checks(thing, only=["readme_has_the_options"]))
+        assert set(found) == (set() if holds else {"readme_has_the_options"})
+        assert holds or TABLE.strip() in found["readme_has_the_options"], "what to put in is told"
 
 
 def test_refusal_must_happen() -> None:

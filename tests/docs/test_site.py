@@ -124,6 +124,26 @@ def test_a_plugin_from_elsewhere_is_listed(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_two_plugins_of_one_package_are_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, each says its own; of the others is known what the package says."""
+    (tmp_path / "docs" / "listed").mkdir(parents=True)
+    (tmp_path / "docs/listed/far.toml").write_text(
+        '[project]\nname = "far"\ndescription = "Far: several"\nkeywords = ["decode", "arXiv:2501.00001"]\n'
+        '[project.urls]\nSource = "https://example.org/far"\n'
+        '[project.entry-points."peftx.plugins"]\nlora = "far:Lora"\nfar = "far:Far"\n',
+        "utf-8",
+    )
+    monkeypatch.setattr(gallery, "ROOT", tmp_path)
+    gallery.listed.cache_clear()
+    try:
+        far, lora = gallery.listed()
+    finally:
+        gallery.listed.cache_clear()
+    known = gallery.REGISTRY.describe("lora")
+    assert (far.what, far.hooks, far.paper) == ("Far: several", ("decode",), "arXiv:2501.00001")
+    assert (lora.what, lora.hooks, lora.paper) == (known.summary, known.hooks, known.paper)
+
+
 def test_what_goes_together_is_that_of_the_matrix() -> None:
     found = together.outcomes("lora")
     assert len(found) == len(together.matrix()["plugins"]) - 1

@@ -142,8 +142,10 @@ def metadata_problems(metadata: dict[str, Any], hook: str, slug: str, names: set
     found += [
         f"project.keywords needs one {mark}:..., of {', '.join(values)}"
         for mark, values in MARKS.items()
-        if len(keyword_values(keywords, mark)) != 1
+        if (papers or mark != "fidelity") and len(keyword_values(keywords, mark)) != 1
     ]
+    if not papers and keyword_values(keywords, "fidelity"):
+        found.append("project.keywords names a fidelity, and no paper to which the plugin could be true")
     if papers:
         urls = [f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" for paper in papers]
         if project.get("urls", {}).get("Paper") not in urls:
@@ -289,6 +291,7 @@ def test_a_complete_folder_has_no_problems(complete: Path) -> None:
         (', "arXiv:2101.00001"', "", "arXiv:<id>"),
         (', "arXiv:2101.00001"', ', "arXiv:2101.1"', "are none of"),
         ('"family:example"', '"paper:none"', "not both"),
+        (', "arXiv:2101.00001"', ', "paper:none"', "no paper to which"),
         ("abs/2101.00001", "abs/2101.00002", "project.urls.Paper"),
         (">=0.2,<0.3", ">=0.2", "both bounds"),
         (">=0.2,<0.3", "==0.2", "pins a sibling"),

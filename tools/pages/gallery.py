@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from peftx.composition.registry import MARKS, Registry, keyword_values
 from peftx.kernel.names import GROUP, HOOKS
@@ -47,21 +48,31 @@ class Listed:
 @cache
 def listed() -> tuple[Listed, ...]:
     """All, by name."""
-    found = [_listed(path) for place in PLACES for path in sorted(ROOT.glob(place))]
-    return tuple(sorted((each for each in found if each is not None), key=lambda each: each.name))
+    found = [each for place in PLACES for path in sorted(ROOT.glob(place)) for each in _listed(path)]
+    return tuple(sorted(found, key=lambda each: each.name))
 
 
-def _listed(path: Path) -> Listed | None:
+def _listed(path: Path) -> list[Listed]:
+    """The plugins of a project file, mostly one."""
     project = tomllib.loads(path.read_text("utf-8"))["project"]
-    (name,) = next(iter(project["entry-points"].values()))
+    names = next(iter(project["entry-points"].values()))
+    return [_one(path, project, name, several=len(names) > 1) for name in names]
+
+
+def _one(path: Path, project: dict[str, Any], name: str, *, several: bool) -> Listed:
+    """A plugin of a project; where it is one of several, and installed, its source says what, which hooks and paper."""
     words = project["keywords"]
-    hooks = tuple(word for word in words if word in HOOKS)
     known = _class(name) if GROUP in project["entry-points"] else None
+    what, hooks = project["description"], tuple(word for word in words if word in HOOKS)
+    paper = next((word for word in words if word.startswith("arXiv:")), "")
+    if several and known is not None:
+        own = REGISTRY.describe(name)
+        what, hooks, paper = own.summary, own.hooks, own.paper
     group = path.relative_to(ROOT).parts[1] if path.is_relative_to(ROOT / "plugins") else "".join(hooks[:1])
     here = (path.parent / "README.md").exists()
     return Listed(
         name=name,
-        what=project["description"],
+        what=what,
         link=Path(os.path.relpath(path.parent / "README.md", CHOOSE)).as_posix()
         if here
         else project["urls"]["Source"],
@@ -69,7 +80,7 @@ def _listed(path: Path) -> Listed | None:
         hooks=hooks or (group,),
         family="".join(keyword_values(words, "family")),
         marks=tuple("".join(keyword_values(words, kind)) for kind in MARKS),
-        paper=next((word for word in words if word.startswith("arXiv:")), ""),
+        paper=paper,
         claims=known.claims if known is not None else frozenset(),
         backbones=_backbones(known) if known is not None and set(hooks) - {"prepare_data", "serve"} else (),
     )

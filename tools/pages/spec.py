@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from peftx_cli.kinds import kind_and_limits
+from peftx.composition.options import kind_and_limits
 from peftx_spec.compare import BudgetSpec, CompareSpec, MethodSpec
 from peftx_spec.models import (
     DataSpec,

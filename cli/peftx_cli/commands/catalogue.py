@@ -1,4 +1,4 @@
-"""`list` and `info`: the installed plugins. `list` reads metadata alone and imports no plugin."""
+"""`list` and `info`: the installed plugins. `list` reads metadata, looks at the sources, and imports no plugin."""
 
 from __future__ import annotations
 
@@ -69,8 +69,12 @@ def list_plugins(
         out(plain_table("", columns, [_row(one) for one in found]))
     else:
         out("\n".join(_short(found)))
-    bad = sum(one.status in ("broken", "clash") for one in found)
-    plugins = f"{len(found)} plugins" + (f", {bad} of them unusable: peftx doctor says why" if bad else "")
+    bad = [one for one in found if one.status in ("broken", "clash")]
+    for one in bad:
+        out(f"{one.status}: {one.name}: {one.reason}")  # whole, as the lines above may be cut
+    plugins = f"{len(found)} plugins" + (
+        f", {len(bad)} of them unusable: peftx doctor says more" if bad else ""
+    )
     out(plugins if long else f"{plugins}; --long shows marks, hooks, family and paper")
 
 
@@ -204,7 +208,7 @@ def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
 
 def option_rows(plugin: type[Plugin]) -> list[dict[str, str]]:
     """Name, type, default and meaning of each option."""
-    from peftx_cli.kinds import kind_and_limits
+    from peftx.composition.options import kind_and_limits
 
     schemas = plugin.Config.model_json_schema().get("properties", {})
     return [

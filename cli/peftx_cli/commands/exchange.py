@@ -60,7 +60,11 @@ def import_(
     as_json: options.Json = False,
 ) -> None:
     """Make a bundle of an adapter of HF PEFT: its method, options and numbers are read from the folder."""
-    from peftx.engines.files import folder_bytes, make_place
+    from peftx.composition.adapters import read_adapter
+    from peftx.engines.files import folder_bytes, make_place, naming
+
+    with naming(folder):
+        read_adapter(folder)  # what is no adapter is refused before torch is imported
     from peftx.interop import import_peft
     from peftx_cli.render import out, print_json, size
 
@@ -95,13 +99,15 @@ def export(
     layers, for transformers, vLLM and SGLang; gguf folds as hf does, into one file for llama.cpp. What a format cannot
     say is refused.
     """
+    from peftx_cli.stacks import check_there, open_stack
+
+    check_there(bundle, model=model)
     from transformers.utils import logging
 
     from peftx.engines.files import folder_bytes, make_place
     from peftx.errors import UsageError
     from peftx.interop import to_compressed_tensors, to_gguf, to_peft
     from peftx_cli.render import out, print_json, size
-    from peftx_cli.stacks import open_stack
     from peftx_spec.errors import nearest
 
     writers: dict[str, Callable[[Stack], Path]] = {

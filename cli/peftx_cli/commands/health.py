@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftx_cli import options
+
+if TYPE_CHECKING:
+    from peftx.testing.kit import CheckResult
 
 PACKAGES = (
     "peftx", "torch", "transformers", "accelerate", "datasets", "safetensors", "pydantic", "pluggy", "typer", "fastapi"
@@ -32,6 +35,9 @@ Threes = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="which stacks there are")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="try everything, whatever former runs showed")]
 
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="a line a check, and warnings of other libraries")
+]
 Option = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="an option of the plugin")
 ]
@@ -209,43 +215,69 @@ def _show(facts: dict[str, Any], notes: list[str], *, healthy: bool) -> None:
 
 
 def check(
-    name: Name, model: Models = None, only: Only = None, option: Option = None, as_json: options.Json = False
+    name: Name,
+    model: Models = None,
+    only: Only = None,
+    option: Option = None,
+    verbose: Verbose = False,
+    as_json: options.Json = False,
 ) -> None:
     """Run the conformance kit on a plugin: what its hooks and claims promise, on tiny random models.
 
-    Exits with 1 when a check fails.
+    Shows which checks fail, and why. Exits with 1 when one does.
     """
+    import time
+    from contextlib import nullcontext
     from dataclasses import asdict
 
     from peftx.composition.registry import Registry
     from peftx.testing.kit import run_checks
+    from peftx_cli.failures import ours_alone
     from peftx_cli.progress import reporter
-    from peftx_cli.render import out, print_json, print_table
+    from peftx_cli.render import print_json
 
     plugin = Registry().load(name)
     chosen = {**plugin.example, **_options(option or [])}
     plugin(**chosen)  # a wrong option is the user's mistake, not the plugin's
-    with reporter() as told:
+    began = time.perf_counter()
+    with reporter() as told, nullcontext() if verbose else ours_alone():
         told.stage("check", [name])
         results = run_checks(
             name,
             models=model or None,
             only=only or None,
             options=chosen,
-            progress=lambda done, total, _: told.progress(done, total, {}),
+            progress=lambda done, total, last: told.progress(done, total, {"after": last.id}),
         )
-    failed = [result for result in results if result.outcome in ("failed", "not-run")]
     if as_json:
         print_json([asdict(result) for result in results])
     else:
+        _show_results(name, results, time.perf_counter() - began, every=verbose)
+    if any(result.outcome in BAD for result in results):
+        raise typer.Exit(1)
+
+
+BAD = ("failed", "not-run")
+
+
+def _show_results(name: str, results: list[CheckResult], seconds: float, *, every: bool) -> None:
+    """What does not hold, with its cause, and a line on all. `every`: the others too."""
+    from textwrap import indent
+
+    from peftx_cli.render import out, print_table
+
+    failed = [result for result in results if result.outcome in BAD]
+    if every:
         rows = [
             (result.arch or "-", result.name, result.outcome, f"{result.seconds:.2f}", result.message)
             for result in results
         ]
         print_table(name, ("model", "check", "outcome", "seconds", ""), rows)
-        out(f"{len(results) - len(failed)} of {len(results)} checks hold")
-    if failed:
-        raise typer.Exit(1)
+    for result in () if every else failed:
+        out(f"{result.id}  {result.outcome}  {result.seconds:.2f} s\n{indent(result.message, '  ')}\n")
+    exempt = sum(result.outcome == "expected" for result in results)
+    said = f", {exempt} of them by failing, as the plugin's 'exempt' says" if exempt else ""
+    out(f"{len(results) - len(failed)} of {len(results)} checks hold{said}; {seconds:.1f} s")
 
 
 def matrix(

@@ -182,6 +182,11 @@ def _combine(
     trust: bool,
     as_json: bool,
 ) -> None:
+    from peftx_cli.stacks import check_bundle
+
+    for folder in adapters:
+        if not Path(folder).is_dir():  # an adapter of HF PEFT is one, too
+            check_bundle(folder)
     from peftx.engines.files import folder_bytes, make_place
     from peftx.interop import to_peft
     from peftx.merging import merge_adapters

@@ -40,6 +40,10 @@ def report(
     """Write one HTML page of a run: spec, plan, curves, metrics, sizes, samples, versions. It needs nothing else."""
     import os
 
+    from peftx_cli.stacks import check_bundle
+
+    _check_place(output)
+    check_bundle(bundle)
     from peftx.engines.files import make_place, write_text
     from peftx.pages import page, told
     from peftx.pages import samples as written
@@ -47,7 +51,6 @@ def report(
     from peftx_cli.progress import reporter
     from peftx_cli.render import out
 
-    _check_place(output)
     folder = located(os.path.expanduser(bundle))
     found = told(folder, trust_remote_code=trust_remote_code)
     make_place(output)

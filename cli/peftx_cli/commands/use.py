@@ -105,11 +105,9 @@ def evaluate(
 ) -> None:
     """Measure a bundle or a model on a data file, or by tasks of lm-eval."""
     from peftx_cli.measured import Measured
-    from peftx_cli.progress import reporter
-    from peftx_cli.render import print_json, print_table
-    from peftx_cli.stacks import open_stack
-    from peftx_cli.summary import score_dict
+    from peftx_cli.stacks import check_there, open_stack
 
+    check_there(target, model=model)
     of_tasks = set(metric or ["lm-eval"]) == {"lm-eval"} and bool(task)
     measured = (
         Measured(None, "its tasks", None, ("lm-eval",)) if of_tasks else Measured.of(target, data, columns)
@@ -117,6 +115,10 @@ def evaluate(
     names = metric or list(measured.metrics)
     tasks = _tasks(names, task or [], include)
     _check_metrics(names, measured.format)
+    from peftx_cli.progress import reporter
+    from peftx_cli.render import print_json, print_table
+    from peftx_cli.summary import score_dict
+
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     with reporter() as told:
         told.stage("evaluate", names)
@@ -264,9 +266,14 @@ def serve(
         raise MissingExtraError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'peftx[serve]'"
         ) from error
+    from peftx_cli.stacks import Opener, check_there
+
+    named = _named(targets)
+    _check_port(host, port)
+    for target in named.values():
+        check_there(target, model=model)
     from peftx.toolkits.serving import Scheduler, Server
     from peftx.toolkits.serving.http import run_http
-    from peftx_cli.stacks import Opener
 
     if host not in LOOPBACK and api_key is None:
         failures.warn(f"{host} is open to the network, and this server asks for no key")
@@ -282,8 +289,6 @@ def serve(
         assert adapters is not None
         return server(name, str(_inside(adapters, path)))
 
-    named = _named(targets)
-    _check_port(host, port)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
     run_http(
         *(server(name, target) for name, target in named.items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,17 +17,20 @@ from peftx.version import __version__
 
 def misfit(requires: Iterable[str]) -> str:
     """The requirement of peftx, among those of a distribution, that this version does not meet; or nothing."""
-    return next((line for line in requires if line.lower().startswith("peftx") and not _fits(line)), "")
+    return next(
+        (line for line in requires if line.lower().startswith("peftx") and not _fits(line, __version__)), ""
+    )
 
 
-def _fits(line: str) -> bool:
+@lru_cache
+def _fits(line: str, version: str) -> bool:
     try:
         asked = Requirement(line)
     except InvalidRequirement:
         return False
     if asked.name.lower() != "peftx" or (asked.marker is not None and not asked.marker.evaluate()):
         return True
-    return asked.specifier.contains(__version__, prereleases=True)  # packaging 24 leaves them out by itself
+    return asked.specifier.contains(version, prereleases=True)  # packaging 24 leaves them out by itself
 
 
 def requirement_place(point: EntryPoint, line: str) -> str:

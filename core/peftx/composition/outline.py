@@ -50,8 +50,13 @@ def outline(module: str, name: str) -> type[Plugin] | None:
     spec = find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    told = os.stat(spec.origin)
-    return _outline(module, name, spec.origin, (told.st_mtime_ns, told.st_size))
+    return outline_of(spec.origin, module, name)
+
+
+def outline_of(file: str, module: str, name: str) -> type[Plugin] | None:
+    """The same of a module that nothing finds by its name."""
+    told = os.stat(file)
+    return _outline(module, name, file, (told.st_mtime_ns, told.st_size))
 
 
 @lru_cache

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ class Registry:
             return Entry(name, "", "", "", (), "", "", "", "", point)
         metadata = point.dist.metadata  # parsed anew at each access
         words = _keywords(metadata.get_all("Keywords"))
-        return Entry(
+        entry = Entry(
             name=name,
             distribution=metadata["Name"],
             version=metadata["Version"],
@@ -161,6 +161,8 @@ class Registry:
             keywords=tuple(words),
             requires=tuple(metadata.get_all("Requires-Dist") or ()),
         )
+        beside = self._found.by_distribution[point.dist]
+        return entry if len(beside) == 1 else _own(entry, beside)
 
     def entries(self) -> list[Entry]:
         """Metadata of all plugins whose name is claimed once."""
@@ -185,11 +187,9 @@ class Registry:
         except (
             Exception
         ) as error:  # whatever a stranger's module raises: reported with its reason, never skipped
-            raise RegistryError(
-                f"plugin '{name}' ({_distribution(point)}, {point.value}) does not import: "
-                f"{error_place(point, error)}: {type(error).__name__}: {error}",
-                hint=f"pip install --upgrade {_distribution(point)}, or disable it: {DISABLE_VARIABLE}={name}",
-            ) from error
+            missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+            said = f"{error_place(point, error)}: {type(error).__name__}: {error}"
+            raise _broken(point, said, missing) from error
         if not (isinstance(found, type) and issubclass(found, Plugin)):
             raise RegistryError(
                 f"plugin '{name}': {point.value} is no subclass of peftx.Plugin: {name_place(point)}"
@@ -214,13 +214,17 @@ class Registry:
         what its methods use, wherever that can be.
 
         Raises:
-            RegistryError: as `load`.
+            RegistryError: as `load`; what the source shows to be wrong without an import, as `importable` has it, too.
         """
+        from peftx.composition.importable import fault, top_file
         from peftx.composition.outline import outline
 
         point = self._fitting_point(name)
         if point.module in sys.modules:
             return self.load(name)
+        file = top_file(point.module)
+        if file is not None and (seen := fault(point.module, file)):
+            raise _broken(point, str(seen), seen.missing)
         found = None
         with suppress(Exception):  # the import fails as well then, and says why
             found = outline(point.module, point.attr)
@@ -291,6 +295,13 @@ class _Points:
                 others.append(point)
         return dict(sorted(found.items()))
 
+    @cached_property
+    def by_distribution(self) -> dict[object, list[EntryPoint]]:
+        found: dict[object, list[EntryPoint]] = {}
+        for point in self.points:
+            found.setdefault(point.dist, []).append(point)
+        return found
+
 
 @lru_cache(maxsize=8)
 def _scan(group: str, state: tuple[tuple[str, int], ...]) -> _Points:
@@ -319,3 +330,40 @@ def _is(point: EntryPoint, plugin: type[Plugin]) -> bool:
 
 def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "unknown"
+
+
+def _broken(point: EntryPoint, said: str, missing: str) -> RegistryError:
+    """Of a plugin that does not import. `said`: file, line and cause; `missing`: a module that is not there, or ""."""
+    way = f"pip install --upgrade {_distribution(point)}"
+    if missing and missing.partition(".")[0] != point.module.partition(".")[0]:
+        way = f"install the package that has the module '{missing}'"
+    return RegistryError(
+        f"plugin '{point.name}' ({_distribution(point)}, {point.value}) does not import: {said}",
+        hint=f"{way}, or disable the plugin: {DISABLE_VARIABLE}={point.name}",
+    )
+
+
+def _own(entry: Entry, beside: list[EntryPoint]) -> Entry:
+    """The entry of a plugin whose distribution brings others: title, hooks and paper are what its source says. A mark,
+    a family or a paper of the distribution holds for all where it is the only one."""
+    from peftx.composition.importable import source_file
+    from peftx.composition.own_words import OwnWords, own_words
+
+    def only(kind: str) -> str:
+        values = keyword_values(entry.keywords, kind)
+        return values[0] if len(values) == 1 else ""
+
+    file, words = source_file(entry.point.module), OwnWords("", (), "")
+    if file is not None:
+        alone = sum(point.module == entry.point.module for point in beside) == 1
+        with suppress(SyntaxError, OSError):  # `importable` says what is wrong with the file
+            words = own_words(file, entry.point.attr, alone=alone)
+    return replace(
+        entry,
+        summary=words.title or entry.summary,
+        hooks=words.hooks or entry.hooks,
+        paper=words.paper or (f"arXiv:{only('arXiv')}" if only("arXiv") else ""),
+        family=only("family"),
+        fidelity=only("fidelity"),
+        evidence=only("evidence"),
+    )

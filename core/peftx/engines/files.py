@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from peftx.errors import BundleError, PeftxError
+from peftx.errors import BundleError, PeftxError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -335,6 +335,22 @@ def write_parts(path: Path, parts: Iterable[str]) -> None:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_there(folder: Path, marker: str) -> None:
+    """That a bundle lies in a folder, by the file that marks one; nothing heavy is imported for it. What a save that
+    was killed between its two renames left aside is put back.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if not folder.exists() and aside(folder.absolute()).exists():
+        aside(folder.absolute()).rename(folder)
+    if not folder.is_dir():
+        near = [p.name for p in folder.absolute().parent.glob("*") if (p / marker).exists()]
+        raise BundleError(f"no bundle at '{folder}'", hint=nearest(folder.name, near) or None)
+    if not (folder / marker).exists():
+        raise BundleError(f"'{folder}' is no bundle: {marker} is missing", hint="stack.save(path) writes one")
 
 
 def checkpoints(output: Path) -> Path:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from peftx.engines.files import aside, differs, plain_files, read_json
-from peftx.errors import BundleError, nearest
+from peftx.engines.files import check_there, differs, plain_files, read_json
+from peftx.errors import BundleError
 from peftx.history import History
 from peftx.version import __version__
 
@@ -129,16 +129,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _own_part(folder: Path) -> Manifest:
     """The manifest, checked in itself; the other files are not looked at."""
-    if not folder.exists() and aside(folder.absolute()).exists():
-        aside(folder.absolute()).rename(folder)  # a save was killed between its two renames
+    check_there(folder, MANIFEST)
     file = folder / MANIFEST
-    if not folder.is_dir():
-        near = [p.name for p in folder.absolute().parent.glob("*") if (p / MANIFEST).exists()]
-        raise BundleError(f"no bundle at '{folder}'", hint=nearest(folder.name, near) or None)
-    if not file.exists():
-        raise BundleError(
-            f"'{folder}' is no bundle: {MANIFEST} is missing", hint="stack.save(path) writes one"
-        )
     found = read_json(file)
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise BundleError(f"'{file}' is corrupted: it has no format")

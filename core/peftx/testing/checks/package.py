@@ -6,6 +6,7 @@ import inspect
 import tomllib
 from pathlib import Path
 
+from peftx.composition.options import COLUMNS, options_table
 from peftx.composition.outline import outline
 from peftx.composition.registry import MARKS, Registry, keyword_values, keywords
 from peftx.kernel.plugin import hooks_of
@@ -75,6 +76,25 @@ def _words(subject: Subject) -> list[str]:
     return [] if name is None else keywords(registry.point(name))
 
 
+def _readme(subject: Subject) -> str:
+    """The package's README: of its source tree, or of the installation; empty where it brings none."""
+    root = _source_tree(subject)
+    if root is not None and (root / "README.md").exists():
+        return (root / "README.md").read_text(encoding="utf-8")
+    registry = Registry(disabled=())
+    name = registry.name_of(subject.plugin)
+    return "" if name is None else registry.describe(name).readme
+
+
+@check(on="package", when=lambda subject: COLUMNS in _readme(subject))
+def check_readme_has_the_options(case: Case) -> None:
+    """The option table of the README, where it has one with the columns of `peftx new`, is that of `Config`."""
+    table = options_table(case.subject.plugin.Config)
+    assert f"\n{table}\n\n" in f"{_readme(case.subject)}\n\n", (
+        f"the options of the README are not those of Config, which are\n\n{table}"
+    )
+
+
 READ = (
     "architectures",
     "example",
@@ -106,4 +126,10 @@ def check_outline_says_the_same(case: Case) -> None:
         assert getattr(read, name) == getattr(plugin, name), f"{name} differs; set it in the class"
 
 
-CHECKS = (check_imports_quickly, check_package_is_whole, check_marks_are_known, check_outline_says_the_same)
+CHECKS = (
+    check_imports_quickly,
+    check_package_is_whole,
+    check_marks_are_known,
+    check_readme_has_the_options,
+    check_outline_says_the_same,
+)
