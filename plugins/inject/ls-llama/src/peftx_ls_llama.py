@@ -23,8 +23,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftx import (
-    AttentionEdit,
-    CallEdit,
     Claim,
     ModelView,
     Plugin,
@@ -35,9 +33,10 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes
-from peftx.errors import ArchitectureError, StackError, UnsupportedError
+from peftx.errors import StackError
 from peftx.kernel.heads import each_of, last_of, mean_of
 from peftx.toolkits.evaluation import evaluating, head_answers
+from peftx.toolkits.injecting import both_ways
 
 
 class LsLlamaConfig(PluginConfig):
@@ -72,32 +71,6 @@ def max_of(hidden: Tensor, mask: Tensor) -> Tensor:
 POOLS = {"last": last_of, "mean": mean_of, "max": max_of}
 
 
-class Unmasked(AttentionEdit):
-    """Every query sees every key but pads: those are the keys that no query sees, not even its own."""
-
-    def replace(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Any
-    ) -> Tensor:
-        sees = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-        if mask is not None:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            pads = ~seen.any(-2, keepdim=True)  # [B, 1 or H, 1, K]
-            sees = sees.masked_fill(pads, torch.finfo(query.dtype).min)
-        return attend(query, key, value, sees)
-
-
-class NoCache(CallEdit):
-    """What came before is other once more follows, so no call may go on from a cache."""
-
-    def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        if call.get("past_key_values") is not None:
-            raise UnsupportedError(
-                "ls-llama: unmasked, the states of a text depend on what follows, and a cache holds them as they were",
-                hint="call the model without past_key_values (generate: use_cache=False), or unmasked=False",
-            )
-        return call
-
-
 class LsLlama(Plugin):
     """See the module."""
 
@@ -123,18 +96,8 @@ class LsLlama(Plugin):
         pool = each_of if words else POOLS[config.pool or ("mean" if config.unmasked else "last")]
         classes = len(self.texts.names)
         self.head = model.head("head", classes, pool=pool, dropout=words * config.dropout, bias=words)  # W, b
-        if not config.unmasked:
-            return
-        sites, kind = model.attention_sites(), str(model.config._attn_implementation)
-        if len(sites) < model.num_layers or not kind.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"{model.owner}: unmasked needs attention with a mask of pairs of tokens in each layer, and "
-                f"{model.config.model_type} has '{kind}' in {len(sites)} of {model.num_layers}",
-                hint="unmasked=False, or a decoder of attention alone with attn_implementation='sdpa'",
-            )
-        for site in sites:
-            site.attend(Unmasked())
-        model.around(NoCache())
+        if config.unmasked:
+            both_ways(model, "unmasked")
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:

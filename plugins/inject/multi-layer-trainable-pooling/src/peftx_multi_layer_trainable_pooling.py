@@ -31,8 +31,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import (
-    AttentionEdit,
-    CallEdit,
     Claim,
     ModelView,
     Plugin,
@@ -48,6 +46,7 @@ from peftx.errors import ArchitectureError, UnsupportedError
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.evaluation import context_window, evaluating
+from peftx.toolkits.injecting import both_ways
 
 COLUMNS = ("positive_ids", "negative_ids")
 TEXTS = dict(zip(("prompt", "chosen", "rejected"), ("input_ids", *COLUMNS), strict=True))
@@ -104,32 +103,6 @@ class LayerPool(nn.Module):
         return F.normalize((X + self.W_out(a * F.gelu(b))).mean(1), dim=-1)
 
 
-class BothWays(AttentionEdit):
-    """Every query sees every key but pads, which are the keys that no query sees under the model's own mask."""
-
-    def replace(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Any
-    ) -> Tensor:
-        sees = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-        if mask is not None:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            sees = sees.masked_fill(~seen.any(-2, keepdim=True), torch.finfo(query.dtype).min)
-        return attend(query, key, value, sees)
-
-
-class NoCache(CallEdit):
-    """Tokens of a cache have not seen those that follow, so no call may go on from one."""
-
-    def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        if call.get("past_key_values") is not None:
-            reason = "bidirectional, states depend on what follows, and a cache holds them as they were"
-            hint = (
-                "call the model without past_key_values (generate: use_cache=False), or bidirectional=False"
-            )
-            raise UnsupportedError(f"multi-layer-trainable-pooling: {reason}", hint=hint)
-        return call
-
-
 class MultiLayerTrainablePooling(Plugin):
     """See the module."""
 
@@ -170,20 +143,7 @@ class MultiLayerTrainablePooling(Plugin):
         pool = LayerPool(model.num_layers, width, latents=config.latents, heads=config.heads, head_size=size)
         self.pool = model.keep("pool", pool, full_precision=True)
         if both and not self.encoder:
-            self.unmask(model)
-
-    def unmask(self, model: ModelView) -> None:
-        """Let every token of a decoder see the whole text."""
-        sites, kind = model.attention_sites(), str(model.config._attn_implementation)
-        if len(sites) < model.num_layers or not kind.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"{model.owner}: bidirectional needs attention with a mask of pairs of tokens in each layer, and "
-                f"{model.config.model_type} has '{kind}' in {len(sites)} of {model.num_layers}",
-                hint="bidirectional=False, or a decoder of attention alone with attn_implementation='sdpa'",
-            )
-        for site in sites:
-            site.attend(BothWays())
-        model.around(NoCache())
+            both_ways(model, "bidirectional")
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:

@@ -30,8 +30,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peftx import (
-    AttentionEdit,
-    CallEdit,
     Claim,
     ModelView,
     Plugin,
@@ -43,10 +41,10 @@ from peftx import (
 )
 from peftx.engines.data import IGNORE, class_rows, encode_pair, together
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
-from peftx.kernel.call import Call
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
+from peftx.toolkits.injecting import both_ways
 
 
 class UllmeConfig(PluginConfig):
@@ -103,49 +101,6 @@ def log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return total, total / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
 
 
-class BothWays(AttentionEdit):
-    """In rows with the flag every query sees every key but pads, which are the keys that no query sees otherwise."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-    def replace(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Any
-    ) -> Tensor:
-        flag = self.call.batch.get(FLAG)  # [B]
-        if flag is None:
-            return attend(query, key, value, mask)  # type: ignore[no-any-return]
-        if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[
-                None, None
-            ]
-        seen = (
-            mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        )  # [B or 1, 1 or H, Q, K]
-        seen = torch.where(
-            flag.to(query.device).bool()[:, None, None, None], seen.any(-2, keepdim=True), seen
-        )
-        sees = query.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(query.dtype).min)
-        return attend(query, key, value, sees)  # type: ignore[no-any-return]
-
-
-class NoCache(CallEdit):
-    """What came before is other once more follows, so no call with the flag may go on from a cache."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-    def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        if FLAG in self.call.batch and call.get("past_key_values") is not None:
-            raise UnsupportedError(
-                f"ullme: with {FLAG} the states of a text depend on what follows, and a cache holds them as they were",
-                hint=f"write without {FLAG}; embed without past_key_values",
-            )
-        return call
-
-
 class NoOutputs:
     """In the place of what the model returned, where no pass was over all rows."""
 
@@ -200,18 +155,8 @@ class Ullme(Plugin):
         model.column(FLAG)
         for name in (*WRITTEN, *TEXTS):
             model.column(name, own_length=True)
-        if not self.config.bidirectional:
-            return
-        sites, kind = model.attention_sites(), str(model.config._attn_implementation)
-        if len(sites) < model.num_layers or not kind.endswith(("eager", "sdpa")):
-            raise ArchitectureError(
-                f"{model.owner}: bidirectional needs attention with a mask of pairs of tokens in each layer, and "
-                f"{model.config.model_type} has '{kind}' in {len(sites)} of {model.num_layers}",
-                hint="bidirectional=False, or a decoder of attention alone with attn_implementation='sdpa'",
-            )
-        for site in sites:
-            site.attend(BothWays(model.call))
-        model.around(NoCache(model.call))
+        if self.config.bidirectional:
+            both_ways(model, "bidirectional", column=FLAG)
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
