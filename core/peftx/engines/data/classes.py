@@ -101,8 +101,7 @@ def _rewrite(data: TrainingData, make: Callable[[Dataset], Dataset]) -> None:
             f"the rows are of format '{data.format}', and a head needs rows with 'text' and 'label'",
             hint="data: {train: {path: ..., columns: {text: ..., label: ...}}}",
         )
-    data.train, data.eval = (None if rows is None else make(rows) for rows in (data.train, data.eval))
-    data.format = "tokenized"
+    data.rewrite(make)
 
 
 def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed: bool) -> Dataset:

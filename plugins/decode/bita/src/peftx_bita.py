@@ -265,11 +265,7 @@ class Bita(Plugin):
                 f"{stack.id_of(self)}: answers of {self.config.answer_tokens} tokens leave no room for a prompt",
                 hint="raise max_length, or lower answer_tokens",
             )
-        both = (data.train, data.eval)
-        data.train, data.eval = (
-            None if rows is None else self.answered(rows, room, data, stack) for rows in both
-        )
-        data.format = "tokenized"
+        data.rewrite(lambda rows: self.answered(rows, room, data, stack))
 
     def answered(self, rows: Dataset, room: int, data: TrainingData, stack: Stack) -> Dataset:
         """The last `room` tokens of each prompt, and what the model writes behind them, with its EOS."""

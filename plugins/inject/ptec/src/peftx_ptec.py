@@ -178,16 +178,9 @@ class Ptec(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """Rows get `multi_hot`; w is of those to train on."""
-        if data.format != "classification":
-            raise DataError(
-                f"ptec: the rows are of format '{data.format}', and a head needs rows with 'text' and 'label'",
-                hint=f"data: {{train: {{path: ..., columns: {{text: ..., label: ...}}}}}}, labels as in 'a{BETWEEN} b'",
-            )
+        data.require(self.takes, by="ptec", hint=f"rows with text and label, labels as in 'a{BETWEEN} b'")
         data.max_length = min(data.max_length, self.texts.room(stack))
-        data.train, data.eval = (
-            None if rows is None else self.encoded(rows, data) for rows in (data.train, data.eval)
-        )
-        data.format = "tokenized"
+        data.rewrite(lambda rows: self.encoded(rows, data))
         if data.train is not None:
             self.w = weights_of(torch.tensor(data.train[LABELS][:]), self.config.weights)
 

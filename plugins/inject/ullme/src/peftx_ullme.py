@@ -160,18 +160,14 @@ class Ullme(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if data.format != "preference":
-            raise UnsupportedError(
-                f"{self.owner}: the rows are of format '{data.format}', and it trains on queries and passages",
-                hint="rows with prompt (the query), chosen (its passage) and rejected (a hard negative)",
-            )
-        for split in ("train", "eval"):
-            if (rows := getattr(data, split)) is not None:
-                others = set(columns_of(stack.model)) & set(rows.column_names)
-                setattr(
-                    data, split, Dataset.from_dict(self.texts(rows, data) | {n: rows[n][:] for n in others})
-                )
-        data.format = "tokenized"
+        hint = "rows with prompt (the query), chosen (its passage) and rejected (a hard negative)"
+        data.require(self.takes, by=self.owner, hint=hint)
+
+        def texts(rows: Dataset) -> Dataset:
+            others = set(columns_of(stack.model)) & set(rows.column_names)
+            return Dataset.from_dict(self.texts(rows, data) | {n: rows[n][:] for n in others})
+
+        data.rewrite(texts)
 
     def texts(self, rows: Dataset, data: TrainingData) -> dict[str, list[list[int]]]:
         """Columns of the tokens of rows: what is written, and what is embedded."""

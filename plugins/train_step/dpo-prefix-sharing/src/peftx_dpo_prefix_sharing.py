@@ -40,7 +40,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, BatchError, DataError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, DataError
 from peftx.toolkits.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
@@ -147,14 +147,8 @@ class DpoPrefixSharing(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """`preference` rows -> `tokenized` ones."""
-        if data.format != "preference":
-            raise UnsupportedError(
-                f"dpo-prefix-sharing: the rows are of format '{data.format}', and it trains on preferences",
-                hint="give rows with prompt, chosen and rejected",
-            )
-        both = (data.train, data.eval)
-        data.train, data.eval = (None if rows is None else self._rows(rows, data, stack) for rows in both)
-        data.format = "tokenized"
+        data.require(self.takes, by=stack.id_of(self))
+        data.rewrite(lambda rows: self._rows(rows, data, stack))
 
     def _rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         triples = [triple_of(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]

@@ -51,7 +51,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, BatchError, DataError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError, DataError
 from peftx.kernel.attention import Attend
 from peftx.toolkits.evaluation import evaluating
 
@@ -229,14 +229,9 @@ class PrefixGrouper(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """Rows of prompt, completion and reward -> `tokenized` ones, a group each."""
-        if data.format not in self.takes:
-            raise UnsupportedError(
-                f"prefix-grouper: the rows are of format '{data.format}', and it trains on answers with rewards",
-                hint="give rows with prompt, completion and reward; those of one prompt are a group",
-            )
-        both = (data.train, data.eval)
-        data.train, data.eval = (None if rows is None else self.rows(rows, data, stack) for rows in both)
-        data.format = "tokenized"
+        hint = "rows with prompt, completion and reward; those of one prompt are a group"
+        data.require(self.takes, by=stack.id_of(self), hint=hint)
+        data.rewrite(lambda rows: self.rows(rows, data, stack))
 
     def rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         found: dict[str, list[tuple[list[int], float]]] = {}
