@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from peftx.toolkits.injecting.both_ways import both_ways
+from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, routings, side_of, watching
 
-__all__ = ["Router", "Side", "both_ways", "routings", "side_of", "watching"]
+__all__ = [
+    "NetworkPrefix",
+    "Router",
+    "Side",
+    "both_ways",
+    "columns",
+    "once_written",
+    "routings",
+    "side_of",
+    "watching",
+]
