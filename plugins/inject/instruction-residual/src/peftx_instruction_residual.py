@@ -21,12 +21,12 @@ from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainStep, hookimpl, load_model
-from peftx.errors import ArchitectureError, ConflictError, ModelError, OptionError, StackError
+from peftx.errors import ArchitectureError, ConflictError, ModelError, StackError
 from peftx.kernel.parts import BasePart
 from peftx.kernel.trained import Trained
 from peftx.toolkits.compression import base_parameters
@@ -55,6 +55,12 @@ class InstructionResidualConfig(PluginConfig):
     train_on: Literal["base", "instruct"] = Field(
         "base", description="which model training steps see: without R, or with it"
     )
+
+    @model_validator(mode="after")
+    def _is_a_pair(self) -> InstructionResidualConfig:
+        if self.base is not None and self.instruct is None:
+            raise ValueError("base without instruct is no pair: name the model that was tuned from that base")
+        return self
 
 
 def ties(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -86,11 +92,6 @@ class InstructionResidual(Plugin):
         super().__init__(config, **options)
         if self.config.instruct is not None:
             self.claims = type(self).claims - {Claim.IDENTITY_AT_START}  # type: ignore[misc]  # of this one
-        elif self.config.base is not None:
-            said = "base without instruct is no pair, and has no residual"
-            raise OptionError(
-                f"instruction-residual: {said}", hint="instruct: the model tuned from that base"
-            )
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
