@@ -281,13 +281,14 @@ class ClassTexts:
         tokenize = tokenize_tags if words else tokenize_classes
         tokenize(data, self.labels, closed=self.closed)
 
-    def rows(self, stack: Stack, texts: Sequence[str]) -> list[list[int]]:
-        """The texts as token ids, cut as those of training are.
+    def rows(self, stack: Stack, texts: Sequence[str], *, most: int | None = None) -> list[list[int]]:
+        """The texts as token ids, cut as those of training are, to `most` tokens if the model can read more.
 
         Raises:
             DataError: no text, or one without tokens.
         """
         room, tokenizer = self.room(stack), stack.tokenizer
+        room = room if most is None else min(room, most)
         return class_rows(tokenizer, texts, max_length=room, closed=self.closed, owner=self.owner)
 
     def words(self, stack: Stack, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:

@@ -44,7 +44,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, pads_right, tokenize_dataset
-from peftx.errors import ArchitectureError, BatchError, DataError
+from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.call import Call
 from peftx.toolkits.decoding import Drafter, DraftTree, VerifiedStep, per_row, speculative_generate
 from peftx.toolkits.decoding.text import request_of_ids
@@ -290,11 +290,7 @@ class Bita(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        if missing := ", ".join(sorted({"labels", "attention_mask"} - step.batch.keys())):
-            raise BatchError(
-                f"{step.stack.id_of(self)}: the batch has no {missing}",
-                hint="train on rows of prompts; in a loop of your own, on those that stack.prepare returns",
-            )
+        step.require("labels", "attention_mask", by=step.stack.id_of(self))
         batch = pads_right(step.batch)
         first = torch.rand(len(batch["labels"])).to(batch["labels"].device)
         changes, learned = layout(batch, self.config.masks, self.config.groups, step.model.dtype, first)

@@ -40,7 +40,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, BatchError, DataError
+from peftx.errors import ArchitectureError, DataError
 from peftx.toolkits.evaluation import evaluating
 
 Triple = tuple[list[int], list[int], list[int]]  # input_ids, labels, part of each token
@@ -160,12 +160,8 @@ class DpoPrefixSharing(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        step.require("labels", "token_type_ids", by=step.stack.id_of(self))
         batch = dict(step.batch)
-        if missing := ", ".join(sorted({"labels", "token_type_ids"} - batch.keys())):
-            raise BatchError(
-                f"dpo-prefix-sharing: the batch has {', '.join(batch)}, and no {missing}",
-                hint="train on preference rows; in a loop of your own, on those that stack.prepare returns",
-            )
         segments, labels = batch.pop("token_type_ids"), batch.pop("labels")
         mask, positions = layout(segments, step.model.dtype)
         step.batch = {**batch, "attention_mask": mask, "position_ids": positions, "use_cache": False}

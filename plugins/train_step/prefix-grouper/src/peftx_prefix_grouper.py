@@ -51,7 +51,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, encode_pair, prompt_ids
-from peftx.errors import ArchitectureError, BatchError, DataError
+from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.attention import Attend
 from peftx.toolkits.evaluation import evaluating
 
@@ -266,12 +266,8 @@ class PrefixGrouper(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        step.require("labels", "token_type_ids", "advantages", by=step.stack.id_of(self))
         batch = dict(step.batch)
-        if missing := ", ".join(sorted({"labels", "token_type_ids", "advantages"} - batch.keys())):
-            raise BatchError(
-                f"prefix-grouper: the batch has {', '.join(batch)}, and no {missing}",
-                hint="train on rows with rewards; in a loop of your own, on those that stack.prepare returns",
-            )
         groups = groups_of(batch.pop("token_type_ids"), step.model.dtype)
         A = batch.pop("advantages")[groups.row, groups.number]
         del batch["labels"]
