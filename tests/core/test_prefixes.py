@@ -20,7 +20,7 @@ class Writer(nn.Module):
 
     def forward(self, part: slice) -> Tensor:
         self.parts.append(part)
-        return self.P[:, part]
+        return self.P[:, part].tanh()
 
 
 class Written(Plugin):
@@ -47,7 +47,7 @@ def test_each_attention_has_columns_of_its_own_keys_first() -> None:
         K, V = edit.keys_values(key, value)
     assert torch.equal(K[:, :, 3:], key)
     assert torch.equal(V[:, :, 3:], value)
-    own = plugin.writer.P[:, plugin.parts[1]]
+    own = plugin.writer.P[:, plugin.parts[1]].tanh()
     keys = n.kv_heads * n.head_dim
     for head in range(n.kv_heads):
         at, behind = n.head_dim * head, keys + n.value_dim * head
