@@ -7,7 +7,7 @@ patches) goes into the model in the place of embeddings, and logits of units com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Units(CallEdit):
 
     unit_of: Tensor
     ids: Tensor
+    said: Any = None
+    """What `before` knows of the call that runs, for `logits`."""
 
     def __init__(self, model: ModelView, ids: Sequence[int]) -> None:
         super().__init__()
@@ -68,9 +70,45 @@ class Units(CallEdit):
         rows = self.call.carry(self.owner, units, fill=SOFT)
         return rows[rows != SOFT].view(len(ids), -1), rows != SOFT
 
-    def reads(self) -> bool:
-        """Is there a call whose logits are the units'."""
-        raise NotImplementedError
+    def after(self, output: Any) -> None:
+        self.said = None
+
+    def packs(self, call: dict[str, Any], text: Tensor) -> bool:
+        """Whether the model need read vectors of words alone: in training, of whole texts, where no cache is made."""
+        return self.training and text.shape[1] == call["input_ids"].shape[1] and not call.get("use_cache")
+
+    def with_words(
+        self, call: dict[str, Any], e: Tensor, marks: Tensor, n: Tensor, *, packed: bool
+    ) -> dict[str, Any]:
+        """The call with vectors of words in the place of ids. A cache must have a row for every unit; those that are
+        not marked are hidden then, and positions count words.
+
+        Args:
+            e: of the words that are marked in this call, [W, d]. marks: one unit of each word, [B, S]. n: the word of
+                each unit, from 0, [B, S]. packed: rows of words alone.
+        """
+        T = call["input_ids"].shape[1]
+        b, t = marks[:, -T:].nonzero(as_tuple=True)
+        n = n[:, -T:].clamp(min=0)
+        words = marks.sum(1, keepdim=True)  # [B, 1]
+        count = torch.arange(int(words.max()) if packed else T, device=e.device).expand(len(n), -1)
+        at = (b, n[b, t] if packed else t)
+        given = {
+            "inputs_embeds": e.new_zeros(*count.shape, e.shape[1]).index_put(at, e),
+            "attention_mask": (count < words if packed else marks).long(),
+            "position_ids": count if packed else n,
+            "use_cache": False if packed else call.get("use_cache"),
+            "logits_to_keep": 0,  # those of a word go by what stands before it
+        }
+        return {name: value for name, value in call.items() if name != "input_ids"} | given
+
+    def states(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Of all units of the texts, the cache's too, [B, S, d].
+
+        Args:
+            x: of this call, [B, T, d]. rows: as `read` gives them.
+        """
+        return self.call.carry(f"{self.owner}.states", x)[rows].view(len(x), -1, x.shape[-1])
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the next unit [B, T, units], by the states x in front of the head."""
@@ -86,7 +124,7 @@ class _ToUnits(Delta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         (units,) = self.units
-        if not units.reads():
+        if units.said is None:
             return y
         found = units.logits(x).to(y)
         return y.new_full((*found.shape[:2], y.shape[-1]), NEVER).index_copy(2, units.ids, found)

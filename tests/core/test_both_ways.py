@@ -8,7 +8,7 @@ import torch
 from peftx import ModelView, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, UnsupportedError
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.toolkits.both_ways import see_both_ways
+from peftx.toolkits.injecting import see_both_ways
 from peftx_prefix_tuning import PrefixTuning
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])

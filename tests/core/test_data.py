@@ -298,6 +298,28 @@ def test_others_are_of_the_same_kind_and_not_the_row_itself(tokenizer: PreTraine
     assert [sorted(others) for others in everyone] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
+def test_a_plugin_rewrites_both_splits_of_a_format_that_it_takes(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_list([{"text": "one"}, {"text": "two"}])
+    data = TrainingData(train=rows, eval=None, tokenizer=tokenizer, seed=0, format="text", max_length=8)
+    data.require(("preference", "text"), by="mine")
+    with pytest.raises(
+        UnsupportedError, match="mine: the rows are of format 'text', and it trains on pref"
+    ) as caught:
+        data.require(("preference", "messages", "tokenized"), by="mine")
+    assert caught.value.hint == "rows with prompt and chosen and rejected, or messages"
+    with pytest.raises(UnsupportedError) as caught:
+        data.require(("preference",), by="mine", hint="a good one and a bad one")
+    assert caught.value.hint == "a good one and a bad one"
+    data.rewrite(lambda rows: rows.map(lambda row: {"seen": f"{data.format} {row['text']}"}))
+    assert data.train is not None
+    assert data.train["seen"][:] == ["text one", "text two"]
+    assert data.eval is None
+    assert data.format == "tokenized"
+    data = TrainingData(train=None, eval=rows, tokenizer=tokenizer, seed=0, format="text", max_length=8)
+    data.rewrite(lambda rows: rows.select([1]))
+    assert (data.train, data.eval["text"][:]) == (None, ["two"])  # type: ignore[index]
+
+
 def test_what_is_not_kept_is_not_lost(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     rows = [{"text": text, "n": n} for n, text in enumerate("abcdef")]
     data = TrainingData(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
-from peftx.errors import DataError, PeftxError
+from peftx.errors import BatchError, DataError, PeftxError
 from peftx.kernel.names import GROUP
 from peftx.kernel.phases import Phase, Span, spans
 from peftx.planning import plan
@@ -33,6 +33,18 @@ BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS
 
 def stack_of(*plugins: Plugin) -> Stack:
     return Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+
+
+def test_a_batch_without_what_a_plugin_trains_on_is_refused() -> None:
+    step = TrainStep(stack_of(Lora()), dict(BATCH))
+    step.require("labels", "input_ids", by="mine")
+    with pytest.raises(
+        BatchError, match="mine: the batch has no aside, reward, but attention_mask, input_ids, lab"
+    ):
+        step.require("reward", "labels", "aside", by="mine")
+    step.batch = {}
+    with pytest.raises(BatchError, match="mine: the batch has no labels, but nothing"):
+        step.require("labels", by="mine")
 
 
 # -- phases ----------------------------------------------------------------------------------------------------------

@@ -101,8 +101,7 @@ def _rewrite(data: TrainingData, make: Callable[[Dataset], Dataset]) -> None:
             f"the rows are of format '{data.format}', and a head needs rows with 'text' and 'label'",
             hint="data: {train: {path: ..., columns: {text: ..., label: ...}}}",
         )
-    data.train, data.eval = (None if rows is None else make(rows) for rows in (data.train, data.eval))
-    data.format = "tokenized"
+    data.rewrite(make)
 
 
 def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed: bool) -> Dataset:
@@ -282,13 +281,14 @@ class ClassTexts:
         tokenize = tokenize_tags if words else tokenize_classes
         tokenize(data, self.labels, closed=self.closed)
 
-    def rows(self, stack: Stack, texts: Sequence[str]) -> list[list[int]]:
-        """The texts as token ids, cut as those of training are.
+    def rows(self, stack: Stack, texts: Sequence[str], *, most: int | None = None) -> list[list[int]]:
+        """The texts as token ids, cut as those of training are, to `most` tokens if the model can read more.
 
         Raises:
             DataError: no text, or one without tokens.
         """
         room, tokenizer = self.room(stack), stack.tokenizer
+        room = room if most is None else min(room, most)
         return class_rows(tokenizer, texts, max_length=room, closed=self.closed, owner=self.owner)
 
     def words(self, stack: Stack, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftx.engines.data.gate import COLUMNS
 from peftx.engines.files import write_text
-from peftx.errors import DataError
+from peftx.errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +65,24 @@ class TrainingData:
             raise DataError(
                 f"max_length is {self.max_length}; an example needs at least 2 tokens to have a loss"
             )
+
+    def require(self, formats: Sequence[str], *, by: str, hint: str | None = None) -> None:
+        """Raises UnsupportedError unless the rows are of one of these formats.
+
+        Args:
+            formats: the plugin's `takes`. by: its id. hint: what rows it wants, where the columns do not say it.
+        """
+        if self.format not in formats:
+            columns = ", or ".join(" and ".join(COLUMNS[one]) for one in formats if one in COLUMNS)
+            raise UnsupportedError(
+                f"{by}: the rows are of format '{self.format}', and it trains on {' or '.join(formats)}",
+                hint=hint or f"rows with {columns}",
+            )
+
+    def rewrite(self, make: Callable[[Dataset], Dataset]) -> None:
+        """Put what `make` gives in the place of the rows of either split; they are `tokenized` then."""
+        self.train, self.eval = (None if rows is None else make(rows) for rows in (self.train, self.eval))
+        self.format = "tokenized"
 
     def rng(self, name: str) -> random.Random:
         """A fresh generator seeded by the run's seed and `name` (the plugin's id).

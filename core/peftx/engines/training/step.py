@@ -127,6 +127,14 @@ class TrainStep:
         """Is this the first micro-batch of a phase of the plugin's."""
         return self.first_micro and self.phase(plugin).first == self.index
 
+    def require(self, *columns: str, by: str) -> None:
+        """Raises BatchError, which names the plugin `by`, unless the batch has these columns."""
+        if missing := ", ".join(sorted({*columns} - self.batch.keys())):
+            raise BatchError(
+                f"{by}: the batch has no {missing}, but {', '.join(sorted(self.batch)) or 'nothing'}",
+                hint="stack.train does it by itself; in a loop of your own take the rows that stack.prepare returns",
+            )
+
     def batch_of(self, name: str) -> dict[str, Tensor]:
         """The batch of another source of rows for this micro-batch, on the model's device.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftx.toolkits.compression.activations import fake_quantize, straight_through, token_scale
 from peftx.toolkits.compression.calibration import BlockInputs, Calibration, walk_blocks
+from peftx.toolkits.compression.finetuned import adopt, base_parameters, differences, text_blocks
 from peftx.toolkits.compression.linear import QuantLinear
 from peftx.toolkits.compression.narrow import NarrowLinear
 from peftx.toolkits.compression.observe import Stats, mse_clip_scale, observe, observing
@@ -17,7 +18,10 @@ __all__ = [
     "QuantLinear",
     "Quantized",
     "Stats",
+    "adopt",
+    "base_parameters",
     "dequantize",
+    "differences",
     "fake_quantize",
     "fwht",
     "hadamard",
@@ -29,6 +33,7 @@ __all__ = [
     "pack_bits",
     "quantize",
     "straight_through",
+    "text_blocks",
     "token_scale",
     "unpack_bits",
     "walk_blocks",

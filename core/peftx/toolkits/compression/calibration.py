@@ -64,9 +64,13 @@ class BlockInputs:
             raise UnsupportedError(f"the inputs of batch {index} are gone: the block was advanced")
         return self._store.load(index)
 
+    def filled(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block is called with in batch `index`, with other hidden states [B, T, H]."""
+        return self._calls[index].filled(hidden)
+
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        for index, call in enumerate(self._calls):
-            yield call.filled(self.hidden(index))
+        for index in range(len(self)):
+            yield self.filled(index, self.hidden(index))
 
     def replay(self, block: nn.Module) -> Iterator[Tensor]:
         """The block's output hidden states [B, T, H], batch by batch."""

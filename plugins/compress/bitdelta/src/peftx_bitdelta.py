@@ -37,11 +37,10 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, ConflictError, ModelError
-from peftx.kernel.chain import is_ours
+from peftx.errors import ArchitectureError, ConflictError
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.trained import Trained
-from peftx.toolkits.compression import Calibration
+from peftx.toolkits.compression import Calibration, adopt, differences
 
 
 class BitDeltaConfig(PluginConfig):
@@ -120,26 +119,10 @@ class BitDelta(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
-        self.places = model.train("re:.")  # all there are
-        if packed := [s.path for s in self.matrices(model) if f"{s.path}.{s.parameter}" not in self.places]:
-            said = f"{packed[0]} is packed already, so that no difference from it can be trained"
-            raise ConflictError(f"{model.owner}: {said}", hint="pack it behind this plugin")
+        self.places = differences(model, self.matrices(model))
         if (source := self.config.finetuned) and not model.restoring and model.module.device.type != "meta":
-            self.take(model, dict(companion(stack, source).named_parameters(remove_duplicate=False)))
+            adopt(model, self.places, companion(stack, source), source)
             del stack.companions[source]
-
-    @torch.no_grad()
-    def take(self, model: ModelView, theirs: dict[str, nn.Parameter]) -> None:
-        """The fine-tuned values, of every parameter; those that are tied stand there under each name."""
-        own = {n: p for n, p in model.module.named_parameters(remove_duplicate=False) if not is_ours(n)}
-        for name in self.places.keys() & theirs.keys():
-            if own[name].shape == theirs[name].shape:
-                own[name].copy_(theirs[name])
-        for name in sorted(own.keys() | theirs.keys()):
-            both = name in own and name in theirs
-            if not both or not torch.equal(own[name], theirs[name].to(own[name])):
-                said = f"'{self.config.finetuned}' is no fine-tune of this base: {name} does not fit"
-                raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
 
     @hookimpl
     def compress(self, model: ModelView, calibration: Calibration, stack: Stack) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, DataError, ModelError
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
-from peftx.toolkits.compression import BlockInputs, Calibration, NarrowLinear
+from peftx.toolkits.compression import BlockInputs, Calibration, NarrowLinear, text_blocks
 
 INTO, OUT = ("mlp.gate", "mlp.up"), "mlp.down"
 LEAST_TOKENS = 64
@@ -91,10 +91,7 @@ class CFSP(Plugin):
     config: CfspConfig
 
     def suits(self, model: ModelView) -> None:
-        kind = f"{model.owner}: {model.config.model_type}"
-        if len(model.towers) > 1 or model.module.main_input_name != "input_ids":
-            said = f"{kind} has {' and '.join(model.towers)}, and text goes through one tower of text"
-            raise ArchitectureError(said, hint="a decoder, or an encoder, of text")
+        text_blocks(model)
         self.widths(model, [1 - self.config.ratio] * model.num_layers)
 
     def groups(self, model: ModelView) -> list[dict[str, BoundSite]]:

@@ -36,17 +36,19 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, ConflictError, ModelError
-from peftx.kernel.chain import is_ours
+from peftx.errors import ArchitectureError, ConflictError
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.trained import Trained
 from peftx.toolkits.compression import (
     BlockInputs,
     Calibration,
     Quantized,
+    adopt,
     dequantize,
+    differences,
     pack_bits,
     quantize,
+    text_blocks,
     unpack_bits,
 )
 
@@ -185,42 +187,19 @@ class DeltaCome(Plugin):
     places: Mapping[str, Trained] = {}
 
     def suits(self, model: ModelView) -> None:
-        kind = f"{model.owner}: {model.config.model_type}"
-        if len(model.towers) > 1 or model.module.main_input_name != "input_ids":
-            said = f"{kind} has {' and '.join(model.towers)}, and text goes through one tower of text"
-            raise ArchitectureError(said, hint="a decoder, or an encoder, of text")
+        text_blocks(model, self.matrices(model))
         for site in self.matrices(model):
-            if len(site.shape) != 2 or site.layer is None:
-                said = f"{kind} has {site.role} ({site.kind}) in {site.path}, and linear layers in blocks are packed"
-                raise ArchitectureError(said, hint=f"targets: 'all !{site.role}'")
             if not any(n for n, _ in self.groups(site.shape)):
                 said = f"{site.path} ({'x'.join(map(str, site.shape))}) has no room for a vector in alpha"
-                raise ArchitectureError(
-                    f"{kind}: {said} = {self.config.alpha}", hint="a larger alpha, or fewer bits"
-                )
+                said = f"{model.owner}: {model.config.model_type}: {said} = {self.config.alpha}"
+                raise ArchitectureError(said, hint="a larger alpha, or fewer bits")
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
-        self.places = model.train("re:.")  # all there are
-        for site in self.matrices(model):
-            if f"{site.path}.{site.parameter}" not in self.places:
-                said = f"{site.path} is packed already, so that no difference from it can be trained"
-                raise ConflictError(f"{model.owner}: {said}", hint="pack it behind this plugin")
+        self.places = differences(model, self.matrices(model))
         if (source := self.config.finetuned) and not model.restoring and model.module.device.type != "meta":
-            self.adopt(model, dict(companion(stack, source).named_parameters(remove_duplicate=False)))
+            adopt(model, self.places, companion(stack, source), source)
             del stack.companions[source]
-
-    @torch.no_grad()
-    def adopt(self, model: ModelView, theirs: dict[str, nn.Parameter]) -> None:
-        """Take the fine-tuned values over; a parameter that is tied has them under each of its names."""
-        own = {n: p for n, p in model.module.named_parameters(remove_duplicate=False) if not is_ours(n)}
-        for name in self.places.keys() & theirs.keys():
-            if own[name].shape == theirs[name].shape:
-                own[name].copy_(theirs[name])
-        for name in sorted(own.keys() | theirs.keys()):
-            if not (name in own and name in theirs and torch.equal(own[name], theirs[name].to(own[name]))):
-                said = f"'{self.config.finetuned}' is no fine-tune of this base: {name} does not fit"
-                raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
 
     @hookimpl
     def compress(self, model: ModelView, calibration: Calibration) -> None:

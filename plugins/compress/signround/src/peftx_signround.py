@@ -25,10 +25,7 @@ from torch import Tensor, nn
 
 import peftx.toolkits.compression as packing
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
-from peftx.errors import ArchitectureError
 from peftx.kernel.parts import ReplacedPart
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class SignRoundConfig(PluginConfig):
@@ -81,12 +78,9 @@ def nearest(x: Tensor) -> Tensor:
     return packing.straight_through(x, torch.round(x.detach()))
 
 
-def called(block: nn.Module, call: Call, weights: dict[str, Tensor], x: Tensor | None = None) -> Tensor:
-    """The block's output [B, T, H] with these weights, on the hidden states of the call or on others."""
-    args, options = call
-    if x is not None:
-        args, options = ((x, *args[1:]), options) if args else ((), options | {"hidden_states": x})
-    output = torch.func.functional_call(block, weights, args, options)
+def called(block: nn.Module, call: tuple[Any, Any], weights: dict[str, Tensor]) -> Tensor:
+    """The block's output [B, T, H] with these weights."""
+    output = torch.func.functional_call(block, weights, *call)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -104,32 +98,20 @@ class SignRound(Plugin):
         return model.linears(self.config.targets, whole=True)
 
     def suits(self, model: ModelView) -> None:
-        kind = f"{model.owner}: {model.config.model_type}"
-        if len(model.towers) > 1 or model.module.main_input_name != "input_ids":
-            said = f"{kind} has {' and '.join(model.towers)}, and text goes through one tower of text"
-            raise ArchitectureError(said, hint="a decoder, or an encoder, of text")
-        for site in self.linears(model):
-            if site.kind not in ("linear", "quantized") or site.layer is None:
-                said = f"{kind} has {site.role} ({site.kind}) in {site.path}, and linear layers in blocks are packed"
-                raise ArchitectureError(said, hint=f"targets: 'all !{site.role}'")
+        packing.text_blocks(model, self.linears(model))
 
     @hookimpl
     def compress(self, model: ModelView, calibration: packing.Calibration) -> None:
-        self.suits(model)
-        blocks, sites = model.blocks("layer"), self.linears(model)
-        exact: list[Tensor] = []
+        config, blocks, sites = self.config, model.blocks("layer"), self.linears(model)
+        exact: list[Tensor] = []  # what the exact blocks give; what enters the first block is exact
         self.state["errors"] = []  # of each block: rounded to the nearest, and as trained
 
         def on_block(layer: int, block: nn.Module, inputs: packing.BlockInputs) -> None:
             nonlocal exact
-            calls = list(inputs)
-            before = exact or [None] * len(calls)  # what enters the first block is exact
-            exact = [called(block, call, {}, x) for call, x in zip(calls, before, strict=True)]
-            roundings = {
-                site: Rounding(site.weight, self.config.bits, self.config.group_size)
-                for site in sites
-                if site.layer == layer
-            }
+            calls, before = list(inputs), exact or [inputs.hidden(i) for i in range(len(inputs))]
+            exact = [called(block, inputs.filled(i, x), {}) for i, x in enumerate(before)]
+            own = [site for site in sites if site.layer == layer]
+            roundings = {site: Rounding(site.weight, config.bits, config.group_size) for site in own}
 
             def loss(some: Iterable[int]) -> Tensor:
                 weights = {}
@@ -175,7 +157,6 @@ class SignRound(Plugin):
         return [before, after]
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        self.suits(model)
         for site in self.linears(model):
             n, bias = site.in_features, 0 if site.bias is None else site.bias.nbytes
             row = -(-n * self.config.bits // 8) + 5 * -(-n // self.config.group_size)

@@ -31,6 +31,7 @@ from peftx.engines.training import TrainStep
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.toolkits.decoding.text import check_writes
+from peftx.toolkits.injecting import once_written
 
 COLUMN = "attribute"
 INIT_STD = 0.02
@@ -83,9 +84,7 @@ class Prefix(AttentionEdit):
         which = self.call.batch.get(COLUMN)
         if which is None:
             return key, value
-        # With gradients each time, since a layer that is recomputed computes it again.
-        rows = self.rows() if torch.is_grad_enabled() else self.call.once(self.name, self.rows)
-        P_K, P_V = rows[which].to(key).unbind(1)
+        P_K, P_V = once_written(self.call, self.name, self.rows)[which].to(key).unbind(1)
         return torch.cat((P_K, key), 2), torch.cat((P_V, value), 2)
 
 

@@ -44,7 +44,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, pads_right, tokenize_dataset
-from peftx.errors import ArchitectureError, BatchError, DataError
+from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.call import Call
 from peftx.toolkits.decoding import Drafter, DraftTree, VerifiedStep, per_row, speculative_generate
 from peftx.toolkits.decoding.text import request_of_ids
@@ -265,11 +265,7 @@ class Bita(Plugin):
                 f"{stack.id_of(self)}: answers of {self.config.answer_tokens} tokens leave no room for a prompt",
                 hint="raise max_length, or lower answer_tokens",
             )
-        both = (data.train, data.eval)
-        data.train, data.eval = (
-            None if rows is None else self.answered(rows, room, data, stack) for rows in both
-        )
-        data.format = "tokenized"
+        data.rewrite(lambda rows: self.answered(rows, room, data, stack))
 
     def answered(self, rows: Dataset, room: int, data: TrainingData, stack: Stack) -> Dataset:
         """The last `room` tokens of each prompt, and what the model writes behind them, with its EOS."""
@@ -294,11 +290,7 @@ class Bita(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        if missing := ", ".join(sorted({"labels", "attention_mask"} - step.batch.keys())):
-            raise BatchError(
-                f"{step.stack.id_of(self)}: the batch has no {missing}",
-                hint="train on rows of prompts; in a loop of your own, on those that stack.prepare returns",
-            )
+        step.require("labels", "attention_mask", by=step.stack.id_of(self))
         batch = pads_right(step.batch)
         first = torch.rand(len(batch["labels"])).to(batch["labels"].device)
         changes, learned = layout(batch, self.config.masks, self.config.groups, step.model.dtype, first)

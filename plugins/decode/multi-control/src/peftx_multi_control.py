@@ -37,6 +37,7 @@ from peftx.errors import ArchitectureError, ConflictError, DataError, StackError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.modes import eval_mode
 from peftx.toolkits.decoding.text import check_writes
+from peftx.toolkits.injecting import once_written
 
 ASPECT, VALUE, LATENT = "aspect", "value", "latent"
 AMPLIFICATION = 10
@@ -183,9 +184,7 @@ class Prefix(AttentionEdit):
         return None if z is None else self.W_2(z.to(self.W_2.weight)).unflatten(1, self.shape)
 
     def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        once = self.autoencoder[0].call.once
-        # With gradients each time: a layer that is recomputed must compute what it computed before.
-        P = self.rows() if torch.is_grad_enabled() else once(self.name, self.rows)
+        P = once_written(self.autoencoder[0].call, self.name, self.rows)
         if P is None:
             return key, value
         P_K, P_V = P.to(key).split(self.sizes, -1)

@@ -20,25 +20,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
-from peftx.errors import OptionError, TrainingError, UnsupportedError
+from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.kernel.call import Call
-from peftx.kernel.parts import DeltaPart
+from peftx.toolkits.injecting import Router, Side, routings, side_of, watching
 
 LEAST = 1e-12
 """Smallest p in the entropy: no logarithm or slope of zero."""
 ROUNDING = 1e-6
 """Of a sum of probabilities; with rho = 1 all experts are on."""
-
-Side = Literal["source", "target"] | None
-"""Whose tokens a layer sees: the text's, those of a decoder behind an encoder, or none (images)."""
 
 
 class DynmoleConfig(PluginConfig):
@@ -69,6 +65,12 @@ class DynmoleConfig(PluginConfig):
     )
     targets: Targets = Field(Targets("mlp"), description="linear layers to adapt")
 
+    @model_validator(mode="after")
+    def _fit(self) -> DynmoleConfig:
+        if self.k_min > self.experts:
+            raise ValueError(f"k_min {self.k_min} of {self.experts} experts: at most all of them")
+        return self
+
 
 class Routing(NamedTuple):
     """What a router decided, one row a token."""
@@ -78,7 +80,7 @@ class Routing(NamedTuple):
     S: Tensor  # [...]
 
 
-class Mixture(Delta):
+class Mixture(Router):
     """y + s sum_i w_i B_i A_i x.
 
     Args:
@@ -86,31 +88,22 @@ class Mixture(Delta):
         call, side: what the model is called on, and which of its tokens the layer sees.
     """
 
-    full_precision = True  # routing is decided by differences of probabilities
-
     def __init__(
         self, in_features: int, out_features: int, config: DynmoleConfig, call: Call, side: Side
     ) -> None:
-        super().__init__()
-        self.config, self.call, self.side = config, call, side
+        super().__init__(call, side)
+        self.config = config
         self.scale = 2.0 if config.alpha is None else config.alpha / config.rank
         N, r, bound = config.experts, config.rank, 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
         self.W_g = nn.Parameter(torch.empty(N, in_features).uniform_(-bound, bound))
         self.A = nn.Parameter(torch.empty(N, r, in_features).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(out_features, N, r))
-        self.watched = False
-        self.routing: Routing | None = None
-        """Of the last call while `watched`."""
-        self.real: Tensor | None = None
-        """1 for each of its tokens, 0 for each pad: [tokens]."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         full = torch.promote_types(self.W_g.dtype, torch.float32)  # where the whole stack was cast
         p = F.linear(x.to(full), self.W_g.to(full)).softmax(-1)  # [..., N]
         routing = route(p, self.config)
-        reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.w.requires_grad
-        if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business
-            self.routing, self.real = routing, real_tokens(self.call, self.side, routing.S)
+        self.tell(lambda: (routing, self.real(x).flatten()), routing.w, self.W_g)
         x = F.dropout(x, self.config.dropout, self.training).to(y.dtype)
         down = F.linear(x, self.A.flatten(0, 1).to(y.dtype))  # [..., N r]
         down = down.unflatten(-1, self.A.shape[:2]) * routing.w.to(y.dtype).unsqueeze(-1)  # [..., N, r]
@@ -151,10 +144,6 @@ class Dynmole(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         c = self.config
-        if c.k_min > c.experts:
-            raise OptionError(
-                f"dynmole: k_min {c.k_min} of {c.experts} experts", hint="k_min at most experts"
-            )
         for site in model.linears(c.targets):
             site.check_rank(c.rank)
             site.attach(Mixture(site.in_features, site.out_features, c, model.call, side_of(model, site)))
@@ -162,47 +151,17 @@ class Dynmole(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         id = step.stack.id_of(self)
-        mixtures: list[Any] = [part.module for part in step.stack.ledger.of(id, DeltaPart)]
-        for mixture in mixtures:
-            mixture.watched = True
-        step.add_loss(id, lambda _: self.loss(mixtures), over="inputs")
-        try:
+        with watching(step, self) as mixtures:
+            step.add_loss(id, lambda _: self.loss(mixtures), over="inputs")
             return (yield)
-        finally:  # only now: a checkpointed layer runs again in the backward pass
-            for mixture in mixtures:
-                mixture.watched, mixture.routing, mixture.real = False, None, None
 
     def loss(self, mixtures: Sequence[Mixture]) -> Tensor:
         """c_aux N sum_i F_i P_i + c_dyn mean(S) over the real tokens of all layers that ran, 0-d."""
-        ran = [(mixture, mixture.routing) for mixture in mixtures if mixture.routing is not None]
-        if not ran:
-            raise TrainingError("dynmole: no layer with experts ran in this step", hint="set `targets`")
-        hidden = any(mixture.W_g.requires_grad and not routing.w.requires_grad for mixture, routing in ran)
-        if hidden and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "dynmole: reentrant checkpointing hides the routers from the loss",
-                hint="gradient checkpointing with use_reentrant=False",
-            )
-        real = torch.cat([mixture.real for mixture in mixtures if mixture.real is not None])  # [tokens]
+        ran, real = zip(*routings("dynmole", mixtures), strict=True)
+        w = torch.cat([routing.w.flatten(0, -2) for routing in ran])  # [tokens, N]
+        on = torch.cat([routing.on.flatten(0, -2) for routing in ran])
+        S = torch.cat([routing.S.flatten() for routing in ran])
+        real = torch.cat(real).to(S)
         real = real / real.sum()
-        routings = [routing for _, routing in ran]
-        w = torch.cat([routing.w.flatten(0, -2) for routing in routings])  # [tokens, N]
-        on = torch.cat([routing.on.flatten(0, -2) for routing in routings])
-        S = torch.cat([routing.S.flatten() for routing in routings])
         share, mean = real @ on.to(real), real @ w  # F, P
         return self.config.balance * len(mean) * share @ mean + self.config.certainty * real @ S
-
-
-def side_of(model: ModelView, site: Site) -> Side:
-    if not model.config.is_encoder_decoder:
-        return "source" if site.tower in (model.main.name, "") else None
-    source = site.tower == "encoder" or site.role in ("cross_attention.k", "cross_attention.v")
-    return "source" if source else "target"
-
-
-def real_tokens(call: Call, side: Side, S: Tensor) -> Tensor:
-    """1 for each real token of which S says the entropy, 0 for each pad: [tokens], as S."""
-    real = {"source": call.real, "target": call.decoder_real, None: None}[side]
-    if real is None or S.numel() < real.numel() or S.numel() % len(real):
-        return torch.ones_like(S).flatten()  # of no tokens: one vector for each text, as in a pooler
-    return call.rows(real, S.reshape(len(real), -1), fill=True).flatten().to(S)  # soft tokens are real

@@ -19,7 +19,6 @@ from peftx_dynmole import (
     Routing,
     entropy,
     entropy_of_uniform,
-    real_tokens,
     route,
 )
 from peftx_mezo import Mezo
@@ -138,9 +137,9 @@ def test_equals_the_official_layer() -> None:
     layer = mixture()
     layer.watched = True
     out = layer(x, y)
-    assert close(layer.routing.w[0], OFFICIAL_W)
+    assert close(layer.routing[0].w[0], OFFICIAL_W)
     p = (x @ layer.W_g.t()).softmax(-1)[0]
-    assert close(layer.routing.S[0], OFFICIAL_S, 5e-4)
+    assert close(layer.routing[0].S[0], OFFICIAL_S, 5e-4)
     assert close(entropy(p + 1e-5, 1.1) / entropy_of_uniform(4, 1.1), OFFICIAL_S)  # the released code's p
     assert close(out[0], OFFICIAL_Y)
     (out * slope).sum().backward(retain_graph=True)
@@ -213,7 +212,7 @@ def test_routers_are_float32_in_a_bfloat16_model() -> None:
     layer, x = mixture(), wave(1, 5, 3, f=0.7).bfloat16()
     layer.watched = True
     layer(x, wave(1, 5, 2, f=0.3).bfloat16())
-    assert close(layer.routing.w, route((x.float() @ layer.W_g.t()).softmax(-1), layer.config).w, 1e-6)
+    assert close(layer.routing[0].w, route((x.float() @ layer.W_g.t()).softmax(-1), layer.config).w, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -222,9 +221,11 @@ def test_a_stack_that_is_cast_routes_as_its_router_says(dtype: torch.dtype) -> N
     layer, x = mixture().to(dtype), wave(1, 5, 3, f=0.7).to(dtype)
     layer.watched = True
     layer(x, wave(1, 5, 2, f=0.3).to(dtype))
-    assert layer.routing.w.dtype == torch.promote_types(dtype, torch.float32)
+    assert layer.routing[0].w.dtype == torch.promote_types(dtype, torch.float32)
     expected = route((x.double() @ layer.W_g.double().t()).softmax(-1), layer.config).w
-    assert torch.allclose(layer.routing.w.double(), expected, atol=1e-6 if dtype == torch.bfloat16 else 1e-12)
+    assert torch.allclose(
+        layer.routing[0].w.double(), expected, atol=1e-6 if dtype == torch.bfloat16 else 1e-12
+    )
     stack = Stack(tiny("llama"), [Dynmole(rank=2)])
     stack.model.to(dtype)
     batch = example_inputs(stack.model)
@@ -253,7 +254,7 @@ def test_loss_by_hand() -> None:
     w = torch.tensor([[[0.5, 0.25, 0.0, 0.0], [0.0, 0.75, 0.0, 0.0], [9.0, 9.0, 9.0, 9.0]]])
     S = torch.tensor([[0.5, 0.25, 9.0]])
     layer.call.begin({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
-    layer.routing, layer.real = Routing(w, w > 0, S), real_tokens(layer.call, layer.side, S)
+    layer.routing = Routing(w, w > 0, S), layer.real(w).flatten()
     plugin = Dynmole(balance=0.1, certainty=0.01)
     with torch.no_grad():
         loss = plugin.loss([layer])
@@ -292,7 +293,7 @@ def test_an_encoder_and_its_decoder_have_pads_of_their_own() -> None:
         for part in stack.ledger.of("dynmole", DeltaPart):
             decoder = part.key.startswith("decoder")
             keys = "EncDecAttention" in part.key and part.key.endswith((".k", ".v"))
-            real = int(part.module.real.sum())
+            real = int(part.module.routing[1].sum())
             seen["target" if decoder and not keys else "source"].add(real)
         return torch.zeros(())
 
@@ -309,7 +310,7 @@ def counted(stack: Stack, batch: dict[str, Tensor]) -> dict[str, tuple[int, int]
     with torch.no_grad():
         stack.model(**batch)
     parts = stack.ledger.of("dynmole", DeltaPart)
-    return {part.path: (int(part.module.real.sum()), part.module.real.numel()) for part in parts}
+    return {part.path: (int(part.module.routing[1].sum()), part.module.routing[1].numel()) for part in parts}
 
 
 def test_soft_tokens_are_real() -> None:
@@ -412,7 +413,7 @@ def test_no_loss_in_evaluation() -> None:
     step = TrainStep(stack, {**inputs, "labels": inputs["input_ids"]})
     stack.run_train_step(step)
     assert step.losses["task"] == pytest.approx(float(loss.detach()), rel=1e-6)
-    assert all(m.routing is None and m.real is None for m in mixtures(stack))
+    assert all(m.routing is None for m in mixtures(stack))
 
 
 def test_a_step_without_gradients_sees_the_loss() -> None:
@@ -441,17 +442,18 @@ def test_trained_parameters() -> None:
         ({"dropout": 1.0}, "dropout"),
         ({"balance": -1.0}, "balance"),
         *(({name: math.inf}, name) for name in ("alpha", "threshold", "balance", "certainty")),
+        ({"k_min": 7}, ": Value error, k_min 7 of 6 experts: at most all of them"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=f"Dynmole: {match}"):
         Dynmole(**options)
+    assert Dynmole(k_min=6).config.k_min == 6
 
 
 @pytest.mark.parametrize(
     ("arch", "options", "match"),
     [
-        ("llama", {"k_min": 7}, "k_min 7 of 6 experts"),
         ("llama", {"rank": 33}, "rank 33 exceeds the 48x32 matrix"),
         ("mixtral", {"rank": 2}, "Mixture does not fold"),
     ],

@@ -105,48 +105,27 @@ class Hierarchy(units.Units):
         place = torch.arange(S, device=text.device)
         before = F.pad((place * begins).cummax(1).values[:, :-1], (1, 0))  # where the word before begins
         cut = int(before[:, S - T].min())
-        packed = self.training and S == T and not call.get("use_cache")
+        packed = self.packs(call, text)
         self.said = text[:, cut:], begins[:, cut:], rows, cut, packed
         b, t = begins[:, S - T :].nonzero(as_tuple=True)
         states = self.encoder(text[:, cut:].clamp(min=0), attention_mask=self.words()).last_hidden_state
         e = states[b, before[b, t + S - T] - cut] @ self.W_e.T
         first = (n[b, t + S - T] == 0)[:, None]
-        e = torch.where(first, self.start, e)
-        count = torch.arange(int(n.max()) + 1 if packed else T, device=text.device).expand(len(text), -1)
-        at = (b, n[b, t] if packed else t)
-        given = {
-            "inputs_embeds": e.new_zeros(*count.shape, e.shape[1]).index_put(at, e),
-            "attention_mask": (count <= n[:, -1:] if packed else begins).long(),
-            "position_ids": count if packed else n[:, S - T :].clamp(min=0),
-            "use_cache": False if packed else call.get("use_cache"),
-            "logits_to_keep": 0,  # those of a word go by what stands before it
-        }
-        return {name: value for name, value in call.items() if name != "input_ids"} | given
-
-    def after(self, output: Any) -> None:
-        self.said = None
+        return self.with_words(call, torch.where(first, self.start, e), begins, n, packed=packed)
 
     def words(self) -> Tensor:
         """Which units are of one word, [B, 1, S', S']; pads are of one."""
-        assert self.said is not None
         text, begins, *_ = self.said
         word = begins.cumsum(1).masked_fill(text == units.PAD, -1)
         return (word[:, :, None] == word[:, None])[:, None]
 
-    def reads(self) -> bool:
-        return self.said is not None
-
     def logits(self, x: Tensor) -> Tensor:
         """By the backbone's states x, [B, T, d], or [B, N, d] of words alone."""
-        assert self.said is not None
         text, begins, rows, cut, packed = self.said
         if packed:
             T, o = text.shape[1], x[torch.arange(len(x))[:, None], (begins.cumsum(1) - 1).clamp(min=0)]
         else:
-            T, o = (
-                x.shape[1],
-                self.call.carry(f"{self.owner}.o", x)[rows].view(len(x), -1, x.shape[2])[:, cut:],
-            )
+            T, o = x.shape[1], self.states(x, rows)[:, cut:]
         u = torch.where(begins[..., None], self.W_d(o), self.decoder.embed_tokens(text.clamp(min=0)))
         z = self.decoder(inputs_embeds=u, attention_mask=self.words().tril()).last_hidden_state
         found: Tensor = self.A(z[:, -T:])

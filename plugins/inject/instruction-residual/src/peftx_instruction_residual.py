@@ -21,15 +21,15 @@ from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainStep, hookimpl, load_model
-from peftx.errors import ArchitectureError, ConflictError, ModelError, OptionError, StackError
-from peftx.kernel.chain import is_ours
+from peftx.errors import ArchitectureError, ConflictError, ModelError, StackError
 from peftx.kernel.parts import BasePart
 from peftx.kernel.trained import Trained
+from peftx.toolkits.compression import base_parameters
 
 Pair: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 Source: TypeAlias = str | PreTrainedModel | Pair
@@ -56,11 +56,11 @@ class InstructionResidualConfig(PluginConfig):
         "base", description="which model training steps see: without R, or with it"
     )
 
-
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own, under each of their names."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in named if not is_ours(name)}
+    @model_validator(mode="after")
+    def _is_a_pair(self) -> InstructionResidualConfig:
+        if self.base is not None and self.instruct is None:
+            raise ValueError("base without instruct is no pair: name the model that was tuned from that base")
+        return self
 
 
 def ties(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -92,17 +92,12 @@ class InstructionResidual(Plugin):
         super().__init__(config, **options)
         if self.config.instruct is not None:
             self.claims = type(self).claims - {Claim.IDENTITY_AT_START}  # type: ignore[misc]  # of this one
-        elif self.config.base is not None:
-            said = "base without instruct is no pair, and has no residual"
-            raise OptionError(
-                f"instruction-residual: {said}", hint="instruct: the model tuned from that base"
-            )
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         self.places = model.train("re:.")  # all there are
         reached = {id(place.theta) for place in self.places.values()}
-        missing = [name for name, p in parameters_of(model.module).items() if id(p) not in reached]
+        missing = [name for name, p in base_parameters(model.module).items() if id(p) not in reached]
         packed = [site.path for site in model.anatomy.sites if site.kind == "quantized"]
         if packed:
             said = f"{packed[0]} is quantized, and R cannot be added to integers"
@@ -145,9 +140,9 @@ class InstructionResidual(Plugin):
         """
         owner, sources = stack.id_of(self), [instruct, *([] if base is None else [base])]
         pair = [loaded(source) for source in sources]
-        theirs, rows = [parameters_of(model) for model, _ in pair], self.over_vocabulary(stack)
+        theirs, rows = [base_parameters(model) for model, _ in pair], self.over_vocabulary(stack)
         for source, other in zip(sources, theirs, strict=True):
-            if wrong := self.unlike(other, parameters_of(stack.model), rows):
+            if wrong := self.unlike(other, base_parameters(stack.model), rows):
                 named = f"'{source}'" if isinstance(source, str) else "the model"
                 said = f"{named} is no relative of this one: {wrong[0]} does not fit"
                 hint = "same architecture, tied alike, no adapters"

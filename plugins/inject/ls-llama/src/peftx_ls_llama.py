@@ -35,8 +35,8 @@ from peftx import (
 from peftx.engines.data import ClassTexts, check_labels, pads_right, take_classes
 from peftx.errors import StackError
 from peftx.kernel.heads import each_of, last_of, mean_of
-from peftx.toolkits.both_ways import see_both_ways
 from peftx.toolkits.evaluation import evaluating, head_answers
+from peftx.toolkits.injecting import see_both_ways
 
 
 class LsLlamaConfig(PluginConfig):

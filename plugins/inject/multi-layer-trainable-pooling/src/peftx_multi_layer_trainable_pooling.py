@@ -42,11 +42,11 @@ from peftx import (
 )
 from peftx.engines.data import IGNORE, batches_of, class_rows, together
 from peftx.engines.data.encoding import eos_id
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.errors import ArchitectureError
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
-from peftx.toolkits.both_ways import see_both_ways
 from peftx.toolkits.evaluation import context_window, evaluating
+from peftx.toolkits.injecting import see_both_ways
 
 COLUMNS = ("positive_ids", "negative_ids")
 TEXTS = dict(zip(("prompt", "chosen", "rejected"), ("input_ids", *COLUMNS), strict=True))
@@ -147,17 +147,14 @@ class MultiLayerTrainablePooling(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if data.format != "preference":
-            raise UnsupportedError(
-                f"{self.owner}: the rows are of format '{data.format}', and it trains on queries and documents",
-                hint="rows with prompt (the query), chosen (its document) and rejected (a hard negative)",
-            )
-        for split in ("train", "eval"):
-            if (rows := getattr(data, split)) is not None:
-                ids = {to: self.rows(stack, rows[of][:], data.max_length) for of, to in TEXTS.items()}
-                labels = [[IGNORE] * len(query) for query in ids["input_ids"]]
-                setattr(data, split, Dataset.from_dict(ids | {"labels": labels}))
-        data.format = "tokenized"
+        hint = "rows with prompt (the query), chosen (its document) and rejected (a hard negative)"
+        data.require(self.takes, by=self.owner, hint=hint)
+
+        def texts(rows: Dataset) -> Dataset:
+            ids = {to: self.rows(stack, rows[of][:], data.max_length) for of, to in TEXTS.items()}
+            return Dataset.from_dict(ids | {"labels": [[IGNORE] * len(query) for query in ids["input_ids"]]})
+
+        data.rewrite(texts)
 
     def rows(self, stack: Stack, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
         """Texts as token ids, cut at their left; in a decoder EOS stands behind them."""

@@ -27,6 +27,7 @@ from peftx.errors import StackError
 from peftx.kernel.anatomy.anatomy import Heads
 from peftx.kernel.call import Call
 from peftx.kernel.parts import AttentionPart, BasePart
+from peftx.toolkits.injecting import once_written
 
 INIT_STD = 0.02
 """Standard deviation of first values: what BERT and RoBERTa give new weights."""
@@ -98,8 +99,7 @@ class ProjectedRows(nn.Module):
     def forward(self) -> Tensor:
         """In decoding the network runs once for each cache, and not for each token: what a cache holds was computed
         with these rows, so whoever changes the network starts another one."""
-        # With gradients each time: a checkpointed layer that runs again must compute what it computed before.
-        return self.compute() if torch.is_grad_enabled() else self.call.once(self.name, self.compute)
+        return once_written(self.call, self.name, self.compute)
 
     def compute(self) -> Tensor:
         flat = self.up(self.trunk[0]())  # [l, keys and values of all heads]

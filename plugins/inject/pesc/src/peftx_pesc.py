@@ -20,18 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import BoundSite, Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, TrainingError, UnsupportedError
+from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx.errors import ArchitectureError
 from peftx.kernel.call import Call
-from peftx.kernel.parts import DeltaPart
 from peftx.kernel.slots import kind_of
+from peftx.toolkits.injecting import Router, Side, routings, side_of, watching
 
 
 class PescConfig(PluginConfig):
@@ -65,46 +65,34 @@ class Routing(NamedTuple):
     real: Tensor  # [...], bool: which tokens are no pads
 
 
-class Experts(Delta):
+class Experts(Router):
     """y + sum_e w_e A_e on what a feed-forward block gives, [..., d]; parameters and routing in float32.
 
     Args:
         d: width of the model. config: E, K, a, c and the dropout. call: what the model is called on.
-        side: the name of what says, in `call`, which tokens are real; None where the layer sees none (images).
+        side: whose tokens the block sees.
     """
 
-    full_precision = True  # routing is decided by differences of logits
-
-    def __init__(self, d: int, config: PescConfig, call: Call, side: str | None = "real") -> None:
-        super().__init__()
-        self.config, self.call, self.side = config, call, side
+    def __init__(self, d: int, config: PescConfig, call: Call, side: Side = "source") -> None:
+        super().__init__(call, side)
+        self.config = config
         E, a, bound = config.experts, config.bottleneck, 1 / math.sqrt(d)  # Kaiming with a slope of sqrt(5)
         self.R = nn.Parameter(torch.empty(E, d).uniform_(-bound, bound))
         self.D = nn.Parameter(torch.empty(E, a, d).uniform_(-bound, bound))
         self.U = nn.Parameter(torch.zeros(d, E, a))
-        self.watched = False
-        self.routing: Routing | None = None
-        """Of the last call while `watched`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         full = torch.promote_types(self.R.dtype, torch.float32)  # where the whole stack was cast
         logits = F.linear(x.to(full), self.R.to(full))  # [..., E]
         best = logits.topk(self.config.top_k)
         w = torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
-        reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.p.requires_grad
-        if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business
-            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best.indices, True)
-            self.routing = Routing(logits.softmax(-1), chosen, self.real(x))
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best.indices, True)
+        self.tell(lambda: Routing(logits.softmax(-1), chosen, self.real(x)), logits, self.R)
         down = F.linear(F.dropout(y, self.config.dropout, self.training), self.D.flatten(0, 1).to(y.dtype))
         down = F.gelu(down).unflatten(-1, self.D.shape[:2]) * w.unsqueeze(-1).to(y.dtype)  # [..., E, a]
         return torch.add(
             y, F.linear(down.flatten(-2), self.U.flatten(1).to(y.dtype)), alpha=self.config.scale
         )
-
-    def real(self, x: Tensor) -> Tensor:
-        """Which tokens of x, [B, T + P, d], are no pads: bool [B, T + P]; soft tokens are real."""
-        known: Tensor | None = getattr(self.call, self.side) if self.side else None
-        return torch.ones_like(x[..., 0]).bool() if known is None else self.call.rows(known, x, fill=True)
 
 
 class Pesc(Plugin):
@@ -135,40 +123,17 @@ class Pesc(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         id = step.stack.id_of(self)
-        layers: list[Any] = [part.module for part in step.stack.ledger.of(id, DeltaPart)]
-        for layer in layers:
-            layer.watched = True
-        step.add_loss(id, lambda _: self.loss(layers), over="inputs")
-        try:
+        with watching(step, self) as layers:
+            step.add_loss(id, lambda _: self.loss(layers), over="inputs")
             return (yield)
-        finally:  # only now: a checkpointed layer runs again in the backward pass
-            for layer in layers:
-                layer.watched, layer.routing = False, None
 
     def loss(self, layers: Sequence[Experts]) -> Tensor:
         """lambda E sum_e f_e P_e, a mean over the layers that ran, 0-d."""
-        ran = [(layer, layer.routing) for layer in layers if layer.routing is not None]
-        if not ran:
-            raise TrainingError(
-                "pesc: no layer with experts ran in this step", hint="call the model in the step"
-            )
-        hidden = any(layer.R.requires_grad and not routing.p.requires_grad for layer, routing in ran)
-        if hidden and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "pesc: reentrant checkpointing hides the routers from the loss",
-                hint="gradient checkpointing with use_reentrant=False",
-            )
-        return self.config.balance * torch.stack([balance_of(routing) for _, routing in ran]).mean()
+        ran = routings("pesc", layers)
+        return self.config.balance * torch.stack([balance_of(routing) for routing in ran]).mean()
 
 
 def balance_of(routing: Routing) -> Tensor:
     """E sum_e f_e P_e over the real tokens of one layer, 0-d."""
     p, chosen = routing.p[routing.real], routing.chosen[routing.real].to(routing.p)  # [n, E]
     return p.shape[-1] * chosen.mean(0) @ p.mean(0)
-
-
-def side_of(model: ModelView, site: BoundSite) -> str | None:
-    """What says in the call which tokens of the site's tower are real."""
-    if model.config.is_encoder_decoder:
-        return "decoder_real" if site.tower == "decoder" else "real"
-    return "real" if site.tower == model.main.name else None

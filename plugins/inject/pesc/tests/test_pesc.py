@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused() -> None:
             Stack(tiny(arch), [Pesc()])
     with pytest.raises(PeftxError, match=r"pesc: .*'block\.mlp' matches nothing"):
         Stack(tiny("mamba"), [Pesc()])
-    with pytest.raises(PeftxError, match="pesc: no layer with experts ran"):
+    with pytest.raises(PeftxError, match="pesc: no layer with a router ran"):
         Pesc().loss([experts()])
 
 

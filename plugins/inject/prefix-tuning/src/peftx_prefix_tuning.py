@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from copy import deepcopy
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import (
-    AttentionEdit,
     BoundSite,
     Claim,
     ModelView,
@@ -40,8 +38,8 @@ from peftx import (
     hookimpl,
 )
 from peftx.errors import AdapterError
-from peftx.kernel.call import Call
 from peftx.peft_format import SOFT, Settings
+from peftx.toolkits.injecting import NetworkPrefix, columns
 
 
 class PrefixTuningConfig(PluginConfig):
@@ -95,36 +93,6 @@ class PrefixEncoder(nn.Module):
         P = torch.cat([own(part) for part in parts], 1)
         self.embedding.weight = nn.Parameter(P, requires_grad=self.embedding.weight.requires_grad)
         self.transform = nn.Sequential()
-
-
-class Prefix(AttentionEdit):
-    """K' = [P_K ; K], V' = [P_V ; V] in one attention.
-
-    Args:
-        encoder: of its tower. part: its columns of P. call: of the model. name: of the rows in a cache.
-    """
-
-    def __init__(self, encoder: PrefixEncoder, part: slice, call: Call, name: str) -> None:
-        super().__init__()
-        self.encoder, self.part = (encoder,), part  # in a tuple: the plugin owns it, not this layer
-        self.call, self.name = call, name
-
-    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        # In decoding once for a cache; with gradients each time: a checkpointed layer that runs again must compute
-        # what it computed before.
-        P = self.compute() if torch.is_grad_enabled() else self.call.once(self.name, self.compute)
-        heads, sizes = key.shape[1], (key.shape[-1], value.shape[-1])
-        flat = P.to(key).split([heads * size for size in sizes], -1)
-        P_K, P_V = (
-            rows.unflatten(-1, (heads, size))
-            .transpose(0, 1)
-            .expand(len(key), -1, -1, -1)  # [B, heads, l, size]
-            for rows, size in zip(flat, sizes, strict=True)
-        )
-        return torch.cat((P_K, key), 2), torch.cat((P_V, value), 2)
-
-    def compute(self) -> Tensor:
-        return self.encoder[0](self.part)
 
 
 EVERY = "attention"
@@ -189,13 +157,11 @@ class PrefixTuning(Plugin):
         for site in self.config.targets.select(model.attentions(), layers=depth):
             towers.setdefault(f"{site.tower}_{site.role}", []).append(site)
         for name, sites in towers.items():
-            sizes = [model.heads_of(site) for site in sites]
-            ends = list(accumulate((n.kv_heads * (n.head_dim + n.value_dim) for n in sizes), initial=0))
-            parts = [slice(*pair) for pair in pairwise(ends)]
-            encoder = PrefixEncoder(length, sizes[0].kv_heads * sizes[0].head_dim, hidden, ends[-1])
+            parts, n = columns(model, sites), model.heads_of(sites[0])
+            encoder = PrefixEncoder(length, n.kv_heads * n.head_dim, hidden, parts[-1].stop)
             self.encoders.append((model.keep(name, encoder), parts))
             for site, part in zip(sites, parts, strict=True):
-                site.attend(Prefix(encoder, part, model.call, f"{model.owner}.{site.path}"))
+                site.attend(NetworkPrefix(encoder, part, model.call, f"{model.owner}.{site.path}"))
         if model.main.name == "decoder" and not model.config.is_encoder_decoder:
             model.shift_positions(length)
 

@@ -15,9 +15,10 @@ from peftx.errors import ArchitectureError, PeftxError
 from peftx.kernel.parts import AttentionPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.injecting import NetworkPrefix
 from peftx_lora import Lora
 from peftx_mezo import Mezo
-from peftx_prefix_tuning import Prefix, PrefixEncoder, PrefixTuning
+from peftx_prefix_tuning import PrefixEncoder, PrefixTuning
 
 test_conformance = conformance("prefix-tuning")
 
@@ -35,7 +36,7 @@ def encoder(plugin: PrefixTuning) -> PrefixEncoder:
     return plugin.encoders[0][0]
 
 
-def edits(stack: Stack) -> list[Prefix]:
+def edits(stack: Stack) -> list[NetworkPrefix]:
     return [part.module for part in stack.ledger.of(ID, AttentionPart)]
 
 
@@ -124,7 +125,7 @@ def test_columns_are_all_keys_then_all_values() -> None:
     stack, _ = stack_of()
     found = PrefixEncoder(2, 1, None, 9)
     found.embedding.weight.data = torch.arange(18.0).view(2, 9)
-    edit = Prefix(found, slice(3, 9), edits(stack)[0].call, "rows")
+    edit = NetworkPrefix(found, slice(3, 9), edits(stack)[0].call, "rows")
     key, value = edit.keys_values(torch.full((2, 2, 1, 2), 70.0), torch.full((2, 2, 1, 1), 80.0))
     rows = [[[3.0, 4.0], [12.0, 13.0], [70.0, 70.0]], [[5.0, 6.0], [14.0, 15.0], [70.0, 70.0]]]
     assert key.tolist() == 2 * [rows]

@@ -39,7 +39,7 @@ from peftx import (
     VirtualTokens,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, ClassTexts, check_labels, class_index, class_rows, pads_right, text_ids
+from peftx.engines.data import IGNORE, ClassTexts, check_labels, class_index, pads_right, text_ids
 from peftx.errors import DataError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.stack import Stack
@@ -178,36 +178,22 @@ class Ptec(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """Rows get `multi_hot`; w is of those to train on."""
-        if data.format != "classification":
-            raise DataError(
-                f"ptec: the rows are of format '{data.format}', and a head needs rows with 'text' and 'label'",
-                hint=f"data: {{train: {{path: ..., columns: {{text: ..., label: ...}}}}}}, labels as in 'a{BETWEEN} b'",
-            )
-        data.max_length = min(data.max_length, self.texts.room(stack))
-        data.train, data.eval = (
-            None if rows is None else self.encoded(rows, data) for rows in (data.train, data.eval)
-        )
-        data.format = "tokenized"
+        data.require(self.takes, by="ptec", hint=f"rows with text and label, labels as in 'a{BETWEEN} b'")
+        data.rewrite(lambda rows: self.encoded(rows, stack, data.max_length))
         if data.train is not None:
             self.w = weights_of(torch.tensor(data.train[LABELS][:]), self.config.weights)
 
-    def encoded(self, rows: Dataset, data: TrainingData) -> Dataset:
-        names, closed = self.texts.labels, self.texts.closed
-        ids = class_rows(
-            data.tokenizer, rows["text"][:], max_length=data.max_length, closed=closed, owner="ptec"
-        )
+    def encoded(self, rows: Dataset, stack: Stack, most: int) -> Dataset:
+        """Texts of `most` tokens at most, and y."""
+        ids, names = self.texts.rows(stack, rows["text"][:], most=most), self.texts.labels
         y = [multi_hot(label, names, f"row {i} (counting from 0)") for i, label in enumerate(rows["label"])]
-        return Dataset.from_dict(
-            {"input_ids": ids, "labels": [[IGNORE] * len(row) for row in ids], LABELS: y}
-        )
+        labels = [[IGNORE] * len(row) for row in ids]
+        return Dataset.from_dict({"input_ids": ids, "labels": labels, LABELS: y})
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        if (y := step.batch.get(LABELS)) is None:
-            raise DataError(
-                f"ptec: the batch has no {LABELS}, but {', '.join(sorted(step.batch))}",
-                hint="stack.train does it by itself; in a loop of your own take the rows that stack.prepare returns",
-            )
+        step.require(LABELS, by="ptec")
+        y = step.batch[LABELS]
         step.batch = pads_right({k: x for k, x in step.batch.items() if k not in (LABELS, "labels")})
 
         def loss() -> tuple[Tensor, Any]:

@@ -15,7 +15,7 @@ import peftx
 from peftx import Stack, TrainStep
 from peftx.engines.data import Collator
 from peftx.engines.training.run import as_training_data
-from peftx.errors import ConflictError, DataError, PeftxError
+from peftx.errors import BatchError, ConflictError, DataError, PeftxError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
 from peftx_mezo import Mezo
@@ -317,9 +317,9 @@ def test_rows_of_other_labels_and_of_no_labels() -> None:
     with pytest.raises(DataError, match=r"row 1 \(counting from 0\): label 'fod' is not among") as error:
         batch_of(stack, [ROWS[0], {"text": "bread", "label": "industry; fod"}])
     assert "food" in str(error.value.hint)
-    with pytest.raises(DataError, match="the rows are of format 'prompt-completion'"):
+    with pytest.raises(UnsupportedError, match="ptec: the rows are of format 'prompt-completion'"):
         batch_of(stack, [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match=f"the batch has no {LABELS}"):
+    with pytest.raises(BatchError, match=f"ptec: the batch has no {LABELS}, but input_ids"):
         step_on(stack, {"input_ids": torch.ones(1, 2, dtype=torch.long)})
 
 

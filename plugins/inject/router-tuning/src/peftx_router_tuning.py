@@ -28,10 +28,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.errors import ArchitectureError
 from peftx.kernel.call import Call
-from peftx.kernel.parts import DeltaPart
+from peftx.toolkits.injecting import Router, routings, watching
 
 
 class RouterTuningConfig(PluginConfig):
@@ -53,29 +53,22 @@ class RouterTuningConfig(PluginConfig):
     )
 
 
-class Router(Delta):
+class TextRouter(Router):
     """h -> G Attn(h), one G a text.
 
     Args:
         width: d. layer: the block's. tau: tau. call: of the model. name: of G in the cache.
     """
 
-    full_precision = True
-
     def __init__(self, width: int, *, layer: int, tau: float, straight: bool, call: Call, name: str) -> None:
-        super().__init__()
+        super().__init__(call)
         self.w = nn.Parameter(torch.zeros(width))
-        self.layer, self.tau, self.straight, self.call, self.name = layer, tau, straight, call, name
-        self.watched = False
-        self.G: Tensor | None = None
-        """Of the last call while `watched`, [B]."""
+        self.layer, self.tau, self.straight, self.name = layer, tau, straight, name
 
     def around(self, inner: Callable[..., Any], h: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         s = self.score(h)
         G = self.of_prompt((s >= self.tau).to(s)) + (s - s.detach())
-        reference = not torch.is_grad_enabled() and self.G is not None and self.G.requires_grad
-        if self.watched and not reference:  # a pass of another plugin's is none of the loss's business
-            self.G = G
+        self.tell(lambda: G, G, self.w)
         through = (G > 0) | (self.straight and G.requires_grad)
         out, *rest = self.call.on_rows(through, self.layer, inner, h, *args, **kwargs)
         return out * G.to(out.dtype)[:, None, None], *rest
@@ -133,18 +126,14 @@ class RouterTuning(Plugin):
         for site in sites[-1 - count : -1]:
             name = f"{model.owner}.{site.layer}"
             options = {"tau": self.config.tau, "straight": self.config.straight}
-            site.attach(Router(model.hidden_size, layer=site.layer, call=model.call, name=name, **options))
+            site.attach(
+                TextRouter(model.hidden_size, layer=site.layer, call=model.call, name=name, **options)
+            )
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         id = step.stack.id_of(self)
-        routers: list[Any] = [part.module for part in step.stack.ledger.of(id, DeltaPart)]
-        for router in routers:
-            router.watched = True
-        attending = lambda _: torch.stack([router.G.mean() for router in routers]).mean()  # noqa: E731
-        step.add_loss(id, attending, weight=self.config.c, over="rows")
-        try:
+        with watching(step, self) as routers:
+            attending = lambda _: torch.stack([G.mean() for G in routings(id, routers)]).mean()  # noqa: E731
+            step.add_loss(id, attending, weight=self.config.c, over="rows")
             return (yield)
-        finally:  # only now: a checkpointed layer runs again in the backward pass
-            for router in routers:
-                router.watched, router.G = False, None

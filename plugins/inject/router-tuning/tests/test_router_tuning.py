@@ -16,7 +16,7 @@ from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
-from peftx_router_tuning import Router, RouterTuning
+from peftx_router_tuning import RouterTuning, TextRouter
 
 test_conformance = conformance("router-tuning")
 
@@ -30,7 +30,7 @@ def stack_of(*before: Plugin, arch: str = "llama", layers: int = 2, **options: A
     return Stack(tiny(arch, **sizes), [*before, RouterTuning(**options)], tokenizer=tiny_tokenizer())
 
 
-def routers(stack: Stack) -> list[Router]:
+def routers(stack: Stack) -> list[TextRouter]:
     return [part.module for part in stack.ledger.of("router-tuning", DeltaPart)]
 
 
@@ -54,7 +54,7 @@ def norm_outputs(stack: Stack, **inputs: Tensor) -> Tensor:
     return seen[0]
 
 
-def disagreeing(stack: Stack, **inputs: Tensor) -> Router:
+def disagreeing(stack: Stack, **inputs: Tensor) -> TextRouter:
     """The only router, so set that the first of two texts attends and the second does not."""
     (router,) = routers(stack)
     means = norm_outputs(stack, **inputs).mean(1)
@@ -111,7 +111,7 @@ def test_the_score_is_of_the_mean_over_real_tokens() -> None:
     router.score = lambda h, own=router.score: scores.append(own(h)) or scores[-1]  # type: ignore[method-assign]
     stack.model(**inputs)
     torch.testing.assert_close(scores[0], torch.stack(expected))
-    assert router.G.tolist() == [float(s >= 0.5) for s in expected]
+    assert router.routing.tolist() == [float(s >= 0.5) for s in expected]
 
 
 @torch.no_grad()
@@ -154,11 +154,11 @@ def test_soft_tokens_do_not_decide(use_cache: bool) -> None:
     router.w.copy_(h[:, 3:].mean((0, 1)) - h[0, 0])  # what the text says, against what the soft tokens say
     router.watched = True
     out = stack.model(**inputs, use_cache=use_cache)
-    assert router.G.tolist() == [1, 1]
+    assert router.routing.tolist() == [1, 1]
     router.tau = NEVER  # but the prompt has decided
     if use_cache:
         stack.model(inputs["input_ids"][:, :1], past_key_values=out.past_key_values)
-        assert router.G.tolist() == [1, 1]
+        assert router.routing.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_texts_that_disagree_compute_what_they_compute_alone(use_cache: bool) ->
     router = disagreeing(stack, **inputs)
     router.watched = True
     together = stack.model(**inputs, use_cache=use_cache).logits
-    assert router.G.tolist() == [1, 0]
+    assert router.routing.tolist() == [1, 0]
     for row, model in enumerate((tiny("llama"), without_attention("llama", 0))):
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         torch.testing.assert_close(together[row], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
@@ -236,7 +236,7 @@ def test_gradients_by_hand(c: float, straight: bool) -> None:
     torch.testing.assert_close(loss, (task + c * 0.5).detach())
     of_task = G.grad if straight else G.grad * G.detach()
     torch.testing.assert_close(found, of_task @ slope + c * slope.mean(0), rtol=1e-3, atol=1e-6)
-    assert router.G is None
+    assert router.routing is None
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_nothing_is_watched_behind_a_step() -> None:
     inputs, (router,) = example_inputs(stack.model), routers(stack)
     stack.train_step(inputs | {"labels": inputs["input_ids"]})
     stack.model(**inputs)
-    assert router.G is None, "the graph of a pass of one's own would be kept"
+    assert router.routing is None, "the graph of a pass of one's own would be kept"
 
 
 def test_the_term_weighs_layers_and_texts_alike() -> None:
@@ -331,12 +331,12 @@ def test_the_prompt_decides_for_what_follows(prompt: int, tau: float) -> None:
     ids = example_inputs(stack.model)["input_ids"]
     router.tau, router.watched = tau, True
     out = stack.model(ids[:, :prompt], use_cache=True)
-    first = router.G.tolist()
+    first = router.routing.tolist()
     assert first == [float(tau == ALWAYS)] * 2
     router.tau = ALWAYS + NEVER - tau
     for at in range(prompt, 8):
         out = stack.model(ids[:, at : at + 1], past_key_values=out.past_key_values)
-        assert router.G.tolist() == first
+        assert router.routing.tolist() == first
         lengths = {layer.get_seq_length() for layer in out.past_key_values.layers}
         assert lengths == {at + 1}, "of all layers, the skipped one too"
     kept = out.past_key_values.layers[0]

@@ -22,20 +22,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Targets, TrainStep, hookimpl
-from peftx.errors import TrainingError, UnsupportedError
+from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.kernel.call import Call
-from peftx.kernel.parts import DeltaPart
-
-Side = Literal["source", "target"] | None
-"""Whose tokens a layer sees: the text's, those of a decoder behind an encoder, or none (images)."""
+from peftx.toolkits.injecting import Router, Side, routings, side_of, watching
 
 
 class SiraConfig(PluginConfig):
@@ -77,7 +73,7 @@ class Routing(NamedTuple):
     real: Tensor  # [G, T], bool
 
 
-class Experts(Delta):
+class Experts(Router):
     """y + s sum_{e on} G_e B_e A_e x.
 
     Args:
@@ -85,21 +81,16 @@ class Experts(Delta):
         call, side: what the model is called on, and which of its tokens the layer sees.
     """
 
-    full_precision = True  # routing is decided by differences of probabilities
-
     def __init__(
         self, in_features: int, out_features: int, config: SiraConfig, call: Call, side: Side
     ) -> None:
-        super().__init__()
-        self.config, self.call, self.side = config, call, side
+        super().__init__(call, side)
+        self.config = config
         self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
         E, r, bound = config.experts, config.rank, 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
         self.theta = nn.Parameter(torch.empty(E, in_features).uniform_(-bound, bound))
         self.A = nn.Parameter(torch.empty(E, r, in_features).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(out_features, E, r))
-        self.watched = False
-        self.routing: Routing | None = None
-        """Of the last call while `watched`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         full = torch.promote_types(self.theta.dtype, torch.float32)  # where the whole stack was cast
@@ -110,9 +101,7 @@ class Experts(Delta):
         on = chosen
         if self.training and self.config.capacity is not None:
             on = within(chosen & real.unsqueeze(-1), self.limit(real, self.config.capacity))
-        reference = not torch.is_grad_enabled() and self.routing is not None and self.routing.p.requires_grad
-        if self.watched and not reference:  # a pass of another plugin's, which is none of the loss's business
-            self.routing = Routing(p, chosen, on, real)
+        self.tell(lambda: Routing(p, chosen, on, real), p, self.theta)
         weights = (G * on).view(*x.shape[:-1], -1, 1).to(y.dtype)  # [..., E, 1]
         down = F.linear(x.to(y.dtype), self.A.flatten(0, 1).to(y.dtype)).unflatten(-1, self.A.shape[:2])
         down = (down * weights).flatten(-2)  # [..., E r]
@@ -121,15 +110,6 @@ class Experts(Delta):
     def limit(self, real: Tensor, c: float) -> Tensor:
         """C of each text, [G]."""
         return (c * real.sum(-1) * self.config.top_k / self.config.experts).ceil()
-
-    def real(self, x: Tensor) -> Tensor:
-        """Which rows of x are no pads, by text: bool [G, T]; soft tokens are real."""
-        known = {"source": self.call.real, "target": self.call.decoder_real, None: None}[self.side]
-        tokens = x[..., 0].numel()
-        if known is None or tokens < known.numel() or tokens % len(known):
-            shape = (len(x), -1) if x.ndim > 1 else (1, 1)  # no tokens: images, or one vector for each text
-            return torch.ones_like(x[..., 0], dtype=torch.bool).reshape(shape)
-        return self.call.rows(known, x.reshape(len(known), -1, x.shape[-1]), fill=True).bool()
 
 
 def top(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -163,29 +143,17 @@ class Sira(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         id = step.stack.id_of(self)
-        layers: list[Any] = [part.module for part in step.stack.ledger.of(id, DeltaPart)]
-        for layer in layers:
-            layer.watched = True
-        step.add_loss(id, lambda _: self.loss(layers), over="inputs")
-        step.add_loss(f"{id}-dropped", lambda _: dropped(layers), weight=0.0, over="inputs")  # for the log
-        try:
+        with watching(step, self) as layers:
+            step.add_loss(id, lambda _: self.loss(layers), over="inputs")
+            step.add_loss(
+                f"{id}-dropped", lambda _: dropped(layers), weight=0.0, over="inputs"
+            )  # for the log
             return (yield)
-        finally:  # only now: a checkpointed layer runs again in the backward pass
-            for layer in layers:
-                layer.watched, layer.routing = False, None
 
     def loss(self, layers: Sequence[Experts]) -> Tensor:
         """lambda E sum_e f_e P_e, a mean over the layers that ran, 0-d."""
-        ran = [(layer, layer.routing) for layer in layers if layer.routing is not None]
-        if not ran:
-            raise TrainingError("sira: no layer with experts ran in this step", hint="set `targets`")
-        hidden = any(layer.theta.requires_grad and not routing.p.requires_grad for layer, routing in ran)
-        if hidden and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "sira: reentrant checkpointing hides the routers from the loss",
-                hint="gradient checkpointing with use_reentrant=False",
-            )
-        return self.config.balance * torch.stack([balance_of(routing) for _, routing in ran]).mean()
+        ran = routings("sira", layers)
+        return self.config.balance * torch.stack([balance_of(routing) for routing in ran]).mean()
 
 
 def balance_of(routing: Routing) -> Tensor:
@@ -197,14 +165,7 @@ def balance_of(routing: Routing) -> Tensor:
 @torch.no_grad()
 def dropped(layers: Sequence[Experts]) -> Tensor:
     """Share of the choices of real tokens that were over the capacity, 0-d."""
-    ran = [layer.routing for layer in layers if layer.routing is not None]
+    ran = routings("sira", layers)
     chosen = torch.stack([routing.chosen[routing.real].sum() for routing in ran]).sum()
     taken = torch.stack([routing.on[routing.real].sum() for routing in ran]).sum()
     return 1 - taken / chosen.clamp(min=1)
-
-
-def side_of(model: ModelView, site: Site) -> Side:
-    if not model.config.is_encoder_decoder:
-        return "source" if site.tower in (model.main.name, "") else None
-    source = site.tower == "encoder" or site.role in ("cross_attention.k", "cross_attention.v")
-    return "source" if source else "target"

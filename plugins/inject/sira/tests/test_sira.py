@@ -344,5 +344,5 @@ def test_reentrant_checkpointing_is_refused() -> None:
 
 
 def test_a_step_in_which_none_ran_is_refused() -> None:
-    with pytest.raises(PeftxError, match="sira: no layer with experts ran"):
+    with pytest.raises(PeftxError, match="sira: no layer with a router ran"):
         Sira().loss([experts()])

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from peftx import (
-    AttentionEdit,
     BoundSite,
     Claim,
     ModelView,
@@ -42,8 +40,8 @@ from peftx import (
 )
 from peftx.engines.training.updates import forget
 from peftx.errors import ArchitectureError, TrainingError
-from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
+from peftx.toolkits.injecting import NetworkPrefix, columns
 
 TARGET = "target"
 
@@ -91,34 +89,6 @@ class Knowledge(nn.Module):
         return F.linear(self.down(self.E).tanh(), self.up.weight[part], self.up.bias[part])
 
 
-class Prefix(AttentionEdit):
-    """K' = [P_K ; K], V' = [P_V ; V] in one attention.
-
-    Args:
-        knowledge: of its kind. part: its columns of P. call: of the model. name: of the rows in a cache.
-    """
-
-    def __init__(self, knowledge: Knowledge, part: slice, call: Call, name: str) -> None:
-        super().__init__()
-        self.knowledge, self.part = (knowledge,), part  # in a tuple: it is no child of this one
-        self.call, self.name = call, name
-
-    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        # With gradients each time: a checkpointed layer that runs again must compute what it computed before.
-        P = self.compute() if torch.is_grad_enabled() else self.call.once(self.name, self.compute)
-        heads, sizes = key.shape[1], (key.shape[-1], value.shape[-1])
-        P_K, P_V = (
-            rows.unflatten(-1, (heads, -1))
-            .transpose(0, 1)
-            .expand(len(key), -1, -1, -1)  # [B, heads, l, size]
-            for rows in P.to(key).split([heads * size for size in sizes], -1)
-        )
-        return torch.cat((P_K, key), 2), torch.cat((P_V, value), 2)
-
-    def compute(self) -> Tensor:
-        return self.knowledge[0](self.part)
-
-
 class Transcoder(Plugin):
     """See the module."""
 
@@ -161,11 +131,10 @@ class Transcoder(Plugin):
         for site in model.attentions():
             kinds.setdefault(f"{site.tower}_{site.role}", []).append(site)
         for name, sites in kinds.items():
-            sizes = [model.heads_of(site) for site in sites]
-            ends = list(accumulate((n.kv_heads * (n.head_dim + n.value_dim) for n in sizes), initial=0))
-            knowledge = model.keep(name, Knowledge(E.clone(), config.hidden, ends[-1]))
-            for site, part in zip(sites, pairwise(ends), strict=True):
-                site.attend(Prefix(knowledge, slice(*part), model.call, f"{model.owner}.{site.path}"))
+            parts = columns(model, sites)
+            knowledge = model.keep(name, Knowledge(E.clone(), config.hidden, parts[-1].stop))
+            for site, part in zip(sites, parts, strict=True):
+                site.attend(NetworkPrefix(knowledge, part, model.call, f"{model.owner}.{site.path}"))
         known, asked = type(self).sources, () if self.state.get("sourced") else config.tasks
         self.sources = {task: known.get(task, ()) for task in asked}  # type: ignore[misc]
 

@@ -14,6 +14,7 @@ from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.injecting import NetworkPrefix
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 from peftx_ls_llama import LsLlama
@@ -21,7 +22,7 @@ from peftx_nf4 import NF4Storage
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
 from peftx_sift import Sift
-from peftx_transcoder import Knowledge, Prefix, Transcoder
+from peftx_transcoder import Knowledge, Transcoder
 
 test_conformance = conformance("transcoder")
 
@@ -93,7 +94,9 @@ def test_it_is_the_prefix_that_the_networks_compute(arch: str) -> None:
         tokenizer=tiny_tokenizer(),
     )
     parts = {
-        part.key: part.module for part in stack.ledger.of("transcoder") if isinstance(part.module, Prefix)
+        part.key: part.module
+        for part in stack.ledger.of("transcoder")
+        if isinstance(part.module, NetworkPrefix)
     }
     written = {part.key: part.module for part in plain.ledger.of("p-tuning-v2")}
     assert parts.keys() == written.keys()

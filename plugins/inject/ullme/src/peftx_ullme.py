@@ -44,8 +44,8 @@ from peftx.errors import DataError, UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
-from peftx.toolkits.both_ways import see_both_ways
 from peftx.toolkits.decoding.text import check_writes
+from peftx.toolkits.injecting import see_both_ways
 
 
 class UllmeConfig(PluginConfig):
@@ -159,18 +159,14 @@ class Ullme(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if data.format != "preference":
-            raise UnsupportedError(
-                f"{self.owner}: the rows are of format '{data.format}', and it trains on queries and passages",
-                hint="rows with prompt (the query), chosen (its passage) and rejected (a hard negative)",
-            )
-        for split in ("train", "eval"):
-            if (rows := getattr(data, split)) is not None:
-                others = set(columns_of(stack.model)) & set(rows.column_names)
-                setattr(
-                    data, split, Dataset.from_dict(self.texts(rows, data) | {n: rows[n][:] for n in others})
-                )
-        data.format = "tokenized"
+        hint = "rows with prompt (the query), chosen (its passage) and rejected (a hard negative)"
+        data.require(self.takes, by=self.owner, hint=hint)
+
+        def texts(rows: Dataset) -> Dataset:
+            others = set(columns_of(stack.model)) & set(rows.column_names)
+            return Dataset.from_dict(self.texts(rows, data) | {n: rows[n][:] for n in others})
+
+        data.rewrite(texts)
 
     def texts(self, rows: Dataset, data: TrainingData) -> dict[str, list[list[int]]]:
         """Columns of the tokens of rows: what is written, and what is embedded."""

@@ -80,25 +80,8 @@ class Pooling(units.Units):
         ends, S, T = self.ends(text), text.shape[1], call["input_ids"].shape[1]
         n = ends.cumsum(1) - ends.long()  # words before each unit's own
         b, t = ends[:, S - T :].nonzero(as_tuple=True)
-        packed = self.training and S == T and not call.get("use_cache")
-        count = torch.arange(int(ends.sum(1).max()) if packed else T, device=text.device).expand(
-            len(text), -1
-        )
-        e = self.encode(text, ends, b, t + S - T)
-        self.said = text, ends, rows, packed
-        given = {
-            "inputs_embeds": e.new_zeros(*count.shape, e.shape[1]).index_put(
-                (b, n[b, t] if packed else t), e
-            ),
-            "attention_mask": (count < ends.sum(1, keepdim=True) if packed else ends).long(),
-            "position_ids": count if packed else n[:, S - T :],
-            "use_cache": False if packed else call.get("use_cache"),
-            "logits_to_keep": 0,  # those of a word go by what stands before it
-        }
-        return {name: value for name, value in call.items() if name != "input_ids"} | given
-
-    def after(self, output: Any) -> None:
-        self.said = None
+        self.said = text, ends, rows, (packed := self.packs(call, text))
+        return self.with_words(call, self.encode(text, ends, b, t + S - T), ends, n, packed=packed)
 
     def ends(self, text: Tensor) -> Tensor:
         """Which units end a word, [B, S]. The first of a text does: BOS, in most."""
@@ -118,15 +101,11 @@ class Pooling(units.Units):
         e: Tensor = self.encoder(u, src_key_padding_mask=hidden)[:, : self.k].flatten(1)
         return e
 
-    def reads(self) -> bool:
-        return self.said is not None
-
     def logits(self, x: Tensor) -> Tensor:
         """By the last states x, [B, T, d k], or [B, N, d k] of words alone."""
-        assert self.said is not None
         text, ends, rows, packed = self.said
         S, T = text.shape[1], text.shape[1] if packed else x.shape[1]
-        h = x if packed else self.call.carry(f"{self.owner}.h", x)[rows].view(len(x), S, -1)
+        h = x if packed else self.states(x, rows)
         place = torch.arange(S, device=x.device)
         e = (place * ends).cummax(1).values[:, S - T :]  # where the last word ended
         new = ends[:, S - T :].clone()

@@ -92,11 +92,7 @@ class SelectIt(Plugin):
             DataError: a share of less than a row, pairs that are all alike, a rater that cannot read a rating prompt.
         """
         config, id = self.config, stack.id_of(self)
-        if data.format not in self.takes:
-            raise UnsupportedError(
-                f"{id}: the rows are of format '{data.format}', and prompts are rated with their answers",
-                hint="rows of prompt and completion, or of messages",
-            )
+        data.require(self.takes, by=id)
         if not data.train:  # the core says so
             return
         pairs = [pair_of(row) for row in data.train]

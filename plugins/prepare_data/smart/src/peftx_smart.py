@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
 from peftx.engines.data import pair_of
-from peftx.errors import DataError, UnsupportedError, nearest
+from peftx.errors import DataError, nearest
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import Answer, OfStack
 
@@ -81,11 +81,7 @@ class Smart(Plugin):
             DataError: a row that names no task, more rows or tasks wanted than there are, prompts that are all alike.
         """
         config, id = self.config, stack.id_of(self)
-        if data.format not in self.takes:
-            raise UnsupportedError(
-                f"{id}: the rows are of format '{data.format}', which has no prompt",
-                hint="stand before plugins that tokenize",
-            )
+        data.require(self.takes, by=id, hint="stand before plugins that tokenize")
         if not data.train:  # the core says so
             return
         groups, prompts = grouped(data, config, id)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
 from peftx.engines.data import pair_of
-from peftx.errors import DataError, UnsupportedError
+from peftx.errors import DataError
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import OfStack
 
@@ -64,11 +64,7 @@ class Superfiltering(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if data.format not in self.takes:
-            raise UnsupportedError(
-                f"superfiltering: the rows are of format '{data.format}', and it scores prompts with their answers",
-                hint="rows of prompt and completion, or of messages",
-            )
+        data.require(self.takes, by="superfiltering")
         if not data.train:  # the core says so
             return
         config, pairs = self.config, [pair_of(row) for row in data.train]

@@ -46,7 +46,7 @@ from peftx import (
 )
 from peftx.engines.data import IGNORE, Collator, encode_pair, together
 from peftx.engines.training.updates import forget
-from peftx.errors import DataError, TrainingError, UnsupportedError
+from peftx.errors import DataError, TrainingError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
@@ -171,18 +171,15 @@ class AlignDistil(Plugin):
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
-        if data.format != "preference":
-            raise UnsupportedError(
-                f"{self.owner}: the rows are of format '{data.format}', and it trains on preferences",
-                hint="give rows with prompt, chosen and rejected",
-            )
-        for split in ("train", "eval"):
-            if (rows := getattr(data, split)) is not None:
-                pairs = [self.pair(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
-                found = {name: [pair[name] for pair in pairs] for name in ("input_ids", "labels", *COLUMNS)}
-                others = set(columns_of(stack.model)) & set(rows.column_names)
-                setattr(data, split, Dataset.from_dict(found | {name: rows[name][:] for name in others}))
-        data.format = "tokenized"
+        data.require(self.takes, by=self.owner)
+
+        def texts(rows: Dataset) -> Dataset:
+            pairs = [self.pair(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
+            found = {name: [pair[name] for pair in pairs] for name in ("input_ids", "labels", *COLUMNS)}
+            others = set(columns_of(stack.model)) & set(rows.column_names)
+            return Dataset.from_dict(found | {name: rows[name][:] for name in others})
+
+        data.rewrite(texts)
 
     def pair(self, row: dict[str, str], where: str, data: TrainingData) -> dict[str, list[int]]:
         """Both texts of a row, and their labels."""

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, Collator, special_frame, text_ids
-from peftx.errors import BatchError, UnsupportedError
+from peftx.errors import BatchError
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.decoding.text import DRAWN, check_writes, written
 
@@ -94,11 +94,8 @@ class D2o(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None:
         """Of preferences the rejected answer is kept; the chosen one is dropped."""
-        if data.format not in self.takes:
-            raise UnsupportedError(
-                f"d2o: the rows are of format '{data.format}', and it trains on answers that are bad",
-                hint="rows with prompt and rejected (and chosen), or with prompt and completion, the bad answer",
-            )
+        hint = "rows with prompt and rejected (and chosen), or with prompt and completion, the bad answer"
+        data.require(self.takes, by="d2o", hint=hint)
         if data.format == "preference":
             for name, rows in (("train", data.train), ("eval", data.eval)):
                 if rows is not None:

@@ -39,7 +39,6 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import IGNORE, encode_pair
-from peftx.errors import BatchError, UnsupportedError
 from peftx.toolkits.evaluation import evaluating
 from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
 
@@ -140,14 +139,8 @@ class DpoPrefixSharing(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """`preference` rows -> `tokenized` ones."""
-        if data.format != "preference":
-            raise UnsupportedError(
-                f"dpo-prefix-sharing: the rows are of format '{data.format}', and it trains on preferences",
-                hint="give rows with prompt, chosen and rejected",
-            )
-        both = (data.train, data.eval)
-        data.train, data.eval = (None if rows is None else self._rows(rows, data, stack) for rows in both)
-        data.format = "tokenized"
+        data.require(self.takes, by=stack.id_of(self))
+        data.rewrite(lambda rows: self._rows(rows, data, stack))
 
     def _rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         triples = [triple_of(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
@@ -159,12 +152,8 @@ class DpoPrefixSharing(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        step.require("labels", "token_type_ids", by=step.stack.id_of(self))
         batch = dict(step.batch)
-        if missing := ", ".join(sorted({"labels", "token_type_ids"} - batch.keys())):
-            raise BatchError(
-                f"dpo-prefix-sharing: the batch has {', '.join(batch)}, and no {missing}",
-                hint="train on preference rows; in a loop of your own, on those that stack.prepare returns",
-            )
         segments, labels = batch.pop("token_type_ids"), batch.pop("labels")
         mask, positions = layout(segments, step.model.dtype)
         step.batch = {**batch, "attention_mask": mask, "position_ids": positions, "use_cache": False}

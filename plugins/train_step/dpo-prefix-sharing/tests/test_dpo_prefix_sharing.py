@@ -400,10 +400,10 @@ def test_other_rows_are_refused() -> None:
     rows = [{"prompt": "Q:", "completion": "yes"}]
     with pytest.raises(UnsupportedError, match="format 'prompt-completion'") as caught:
         stack.train(rows, steps=1)
-    assert caught.value.hint == "give rows with prompt, chosen and rejected"
+    assert caught.value.hint == "rows with prompt and chosen and rejected"
     ids = torch.tensor([[3, 4]])
     with pytest.raises(
-        PeftxError, match="dpo-prefix-sharing: the batch has input_ids, labels, and no token_type_ids"
+        PeftxError, match="dpo-prefix-sharing: the batch has no token_type_ids, but input_ids, labels"
     ):
         stack.train_step({"input_ids": ids, "labels": ids})
 

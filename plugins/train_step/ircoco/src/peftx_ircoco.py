@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2Model
 from peftx import Claim, Evaluation, ModelView, Phase, Plugin, PluginConfig, TrainStep, Worker, hookimpl
 from peftx.engines.data import IGNORE, Collator, pair_of
 from peftx.engines.training.updates import forget
-from peftx.errors import ConflictError, DataError
+from peftx.errors import ConflictError
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, check_writes, written
@@ -245,12 +245,9 @@ def parts(step: TrainStep) -> tuple[list[list[int]], list[list[int]], dict[str, 
     """Of each row all tokens, and those of x; and what the batch has beside tokens, mask and labels.
 
     Raises:
-        DataError: the batch has no labels, or no mask.
+        BatchError: the batch has no labels, or no mask.
     """
-    if missing := ", ".join(sorted({*OURS} - step.batch.keys())):
-        raise DataError(
-            f"ircoco: the batch has no {missing}", hint="rows of prompts and completions have them"
-        )
+    step.require(*OURS, by="ircoco")
     ids, mask, labels = (step.batch[name] for name in OURS)
     real = mask.bool()
     codes = [row[own].tolist() for row, own in zip(ids, real, strict=True)]

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import peftx
 from peftx import Plugin, Stack, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
+from peftx.errors import ArchitectureError, BatchError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.decoding.text import AS_IT_IS, DRAWN, written
@@ -346,7 +346,7 @@ def test_parts_of_a_batch() -> None:
     step.batch["labels"] = step.batch["input_ids"].clone()
     assert parts(step)[1] == [[stack.tokenizer.bos_token_id]] * 3, "without a prompt"
     del step.batch["labels"]
-    with pytest.raises(DataError, match="ircoco: the batch has no labels"):
+    with pytest.raises(BatchError, match="ircoco: the batch has no labels"):
         parts(step)
 
 

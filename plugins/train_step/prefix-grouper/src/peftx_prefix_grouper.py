@@ -50,7 +50,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, encode_pair
-from peftx.errors import BatchError, DataError, UnsupportedError
+from peftx.errors import DataError
 from peftx.kernel.attention import Attend
 from peftx.toolkits.evaluation import evaluating
 from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
@@ -219,14 +219,9 @@ class PrefixGrouper(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """Rows of prompt, completion and reward -> `tokenized` ones, a group each."""
-        if data.format not in self.takes:
-            raise UnsupportedError(
-                f"prefix-grouper: the rows are of format '{data.format}', and it trains on answers with rewards",
-                hint="give rows with prompt, completion and reward; those of one prompt are a group",
-            )
-        both = (data.train, data.eval)
-        data.train, data.eval = (None if rows is None else self.rows(rows, data, stack) for rows in both)
-        data.format = "tokenized"
+        hint = "rows with prompt, completion and reward; those of one prompt are a group"
+        data.require(self.takes, by=stack.id_of(self), hint=hint)
+        data.rewrite(lambda rows: self.rows(rows, data, stack))
 
     def rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         found: dict[str, list[tuple[list[int], float]]] = {}
@@ -261,12 +256,8 @@ class PrefixGrouper(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        step.require("labels", "token_type_ids", "advantages", by=step.stack.id_of(self))
         batch = dict(step.batch)
-        if missing := ", ".join(sorted({"labels", "token_type_ids", "advantages"} - batch.keys())):
-            raise BatchError(
-                f"prefix-grouper: the batch has {', '.join(batch)}, and no {missing}",
-                hint="train on rows with rewards; in a loop of your own, on those that stack.prepare returns",
-            )
         groups = groups_of(batch.pop("token_type_ids"), step.model.dtype)
         A = batch.pop("advantages")[groups.row, groups.number]
         del batch["labels"]

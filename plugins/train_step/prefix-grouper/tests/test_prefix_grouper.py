@@ -400,7 +400,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="prefix-grouper: the rows are of format 'text'"):
         stack.prepare(text)
     with pytest.raises(
-        PeftxError, match="prefix-grouper: the batch has input_ids, and no advantages, labels, token_"
+        PeftxError, match="prefix-grouper: the batch has no advantages, labels, token_type_ids, but input_ids"
     ):
         stack.train_step({"input_ids": torch.ones(1, 3, dtype=torch.long)})
 

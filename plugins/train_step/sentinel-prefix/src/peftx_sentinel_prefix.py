@@ -31,7 +31,6 @@ from torch.nn.functional import cross_entropy
 import peftx
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainStep, Worker, hookimpl
 from peftx.engines.data import IGNORE, Collator, continuation, pair_of
-from peftx.errors import DataError
 from peftx.kernel.heads import each_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
@@ -151,13 +150,10 @@ class SentinelPrefix(Plugin):
         """The batch of p and s with the labels of s, and of each token log pi_old, A and A + V, [B, T - 1].
 
         Raises:
-            DataError: the batch has no prompts.
+            BatchError: the batch has no prompts.
         """
         stack, device = step.stack, step.model.device
-        if missing := ", ".join(sorted({*OURS} - step.batch.keys())):
-            raise DataError(
-                f"{stack.id_of(self)}: the batch has no {missing}", hint="rows of prompts have them"
-            )
+        step.require(*OURS, by=stack.id_of(self))
         ids, asked = (
             step.batch["input_ids"],
             step.batch["attention_mask"].bool() & (step.batch["labels"] == IGNORE),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack, TrainStep, Worker
-from peftx.errors import ArchitectureError, DataError, PluginError
+from peftx.errors import ArchitectureError, BatchError, PluginError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import OfStack, Scripted
@@ -337,7 +337,7 @@ def test_a_batch_without_prompts() -> None:
     stack = built()
     data = batch(stack)
     del data["labels"]
-    with pytest.raises(DataError, match="sentinel-prefix: the batch has no labels"):
+    with pytest.raises(BatchError, match="sentinel-prefix: the batch has no labels"):
         stack.train_step(data)
 
 

@@ -1,0 +1,19 @@
+"""What plugins share that put experts, prefixes and masks into a model."""
+
+from __future__ import annotations
+
+from peftx.toolkits.injecting.both_ways import see_both_ways
+from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
+from peftx.toolkits.injecting.routing import Router, Side, routings, side_of, watching
+
+__all__ = [
+    "NetworkPrefix",
+    "Router",
+    "Side",
+    "columns",
+    "once_written",
+    "routings",
+    "see_both_ways",
+    "side_of",
+    "watching",
+]

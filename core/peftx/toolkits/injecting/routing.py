@@ -1,0 +1,102 @@
+"""What routers decide in a training step, for the losses that balance them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftx.errors import TrainingError, UnsupportedError
+from peftx.kernel.parts import DeltaPart
+from peftx.kernel.slots import Delta
+
+if TYPE_CHECKING:
+    from peftx.engines.training import TrainStep
+    from peftx.kernel.anatomy import Site
+    from peftx.kernel.call import Call
+    from peftx.kernel.plugin import Plugin
+    from peftx.kernel.view import ModelView
+
+Side = Literal["source", "target"] | None
+"""Whose tokens a layer sees: the text's, those of a decoder behind an encoder, or none (images)."""
+
+
+def side_of(model: ModelView, site: Site) -> Side:
+    if not model.config.is_encoder_decoder:
+        return "source" if site.tower in (model.main.name, "") else None
+    source = site.tower == "encoder" or site.role in ("cross_attention.k", "cross_attention.v")
+    return "source" if source else "target"
+
+
+class Router(Delta):
+    """A delta that decides something for each token, and tells it to the loss of a step.
+
+    Args:
+        call, side: what the model is called on, and which of its tokens the layer sees.
+
+    Attributes:
+        routing: what `tell` was given in the last call inside of `watching`, else None.
+    """
+
+    full_precision = True  # what is decided hangs on small differences
+
+    def __init__(self, call: Call, side: Side = "source") -> None:
+        super().__init__()
+        self.call, self.side = call, side
+        self.watched = self.recorded = self.hidden = False
+        self.routing: Any = None
+
+    def tell(self, make: Callable[[], object], p: Tensor, weight: nn.Parameter) -> None:
+        """Of a pass without gradients behind one with them nothing is kept: it is another plugin's, as of a reference.
+
+        Args:
+            make: gives what was decided, where it is kept. p: what carries its gradient. weight: the router's own.
+        """
+        if self.watched and (torch.is_grad_enabled() or not self.recorded):
+            self.routing, self.recorded = make(), p.requires_grad
+            self.hidden = weight.requires_grad and not p.requires_grad
+
+    def real(self, x: Tensor) -> Tensor:
+        """Which rows of x [..., d] are no pads, by text: bool [G, T]; soft tokens are real."""
+        known = {"source": self.call.real, "target": self.call.decoder_real, None: None}[self.side]
+        tokens = x[..., 0].numel()
+        if known is None or tokens < known.numel() or tokens % len(known):
+            shape = (len(x), -1) if x.ndim > 1 else (1, 1)  # no tokens: images, or one vector for each text
+            return torch.ones_like(x[..., 0], dtype=torch.bool).reshape(shape)
+        return self.call.rows(known, x.reshape(len(known), -1, x.shape[-1]), fill=True).bool()
+
+
+@contextmanager
+def watching(step: TrainStep, plugin: Plugin) -> Iterator[list[Any]]:
+    """Inside, the plugin's routers keep what they tell. For all of a step: a checkpointed layer runs again in the
+    backward pass."""
+    layers: list[Any] = [p.module for p in step.stack.ledger.of(step.stack.id_of(plugin), DeltaPart)]
+    try:
+        for layer in layers:
+            layer.watched = True
+        yield layers
+    finally:
+        for layer in layers:
+            layer.watched = layer.recorded = layer.hidden = False
+            layer.routing = None
+
+
+def routings(id: str, layers: Sequence[Router]) -> list[Any]:
+    """What each layer that ran has told.
+
+    Raises:
+        TrainingError: none ran. UnsupportedError: what they told has no gradient to the routers.
+    """
+    ran = [layer for layer in layers if layer.routing is not None]
+    if not ran:
+        said = f"{id}: no layer with a router ran in this step"
+        raise TrainingError(said, hint="call the model in the step, and route layers that it runs")
+    if torch.is_grad_enabled() and any(layer.hidden for layer in ran):
+        raise UnsupportedError(
+            f"{id}: reentrant checkpointing hides the routers from the loss",
+            hint="gradient checkpointing with use_reentrant=False",
+        )
+    return [layer.routing for layer in ran]
