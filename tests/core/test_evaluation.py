@@ -184,6 +184,35 @@ def test_shares_and_ratios_are_recorded_with_their_intervals() -> None:
         evaluation.add_share("none", 0, 0)
 
 
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_rows_to_measure_on_as_they_are_read_in_training(arch: str) -> None:
+    """The model's own loss over the batches, in any size, is the one that a training of these rows begins with."""
+    from peftx import Evaluation, Stack
+    from peftx.testing import tiny, tiny_tokenizer
+
+    rows = [{"prompt": f"{n} is", "completion": f" {n}" * n} for n in range(1, 6)]
+    stack = Stack(tiny(arch), tokenizer=tiny_tokenizer())
+    evaluation = Evaluation(stack=stack, data={"eval": rows})
+    found = []
+    for size in (1, 2, 9):
+        batches = list(evaluation.batches(size))
+        assert [len(batch["labels"]) for batch in batches] == [
+            len(rows[i : i + size]) for i in range(0, 5, size)
+        ]
+        counts = [int((batch["labels"] != -100).sum()) for batch in batches]
+        with torch.no_grad():
+            losses = [float(stack.model(**batch).loss) for batch in batches]
+        if arch == "llama":  # it predicts no first token
+            counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        found.append(sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+    texts = Evaluation(stack=stack, data={"eval": ["once", "upon"]})
+    if arch == "llama":
+        assert [list(batch["input_ids"].shape[:1]) for batch in texts.batches()] == [[1]], (
+            "documents follow each other"
+        )
+
+
 def test_scores_refuse_what_is_no_measurement() -> None:
     with pytest.raises(DataError, match="not a number"):
         Score(name="x", value=math.nan)

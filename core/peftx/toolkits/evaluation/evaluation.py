@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from peftx.charts import STYLE, Curve, Point, chart
+from peftx.engines.data import Collator, tokenize_dataset
+from peftx.engines.data.formats import dataset_of
 from peftx.errors import DataError, nearest
+from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
+from peftx.toolkits.evaluation.likelihood import context_window
 from peftx.toolkits.evaluation.scores import Score, bootstrap_ratio, wilson_interval
 
 
@@ -45,6 +51,22 @@ class Evaluation:
                 f"no evaluation data {name!r}; there is: {held}", hint=nearest(name, self.data) or None
             )
         return self.data[name]
+
+    def batches(self, size: int = 1) -> Iterator[dict[str, Tensor]]:
+        """The rows of `eval` as the model reads them in training, in order, on its device: so many in a batch, cut at
+        what the model can read."""
+        model, tokenizer = self.stack.model, self.stack.tokenizer
+        data, format = dataset_of(
+            [{"text": row} if isinstance(row, str) else row for row in self.rows("eval")]
+        )
+        pairs = bool(model.config.is_encoder_decoder)
+        rows = tokenize_dataset(
+            data, tokenizer, format=format, max_length=context_window(model, tokenizer), encoder_decoder=pairs
+        )
+        collate = Collator(pad_of(model, tokenizer), encoder_decoder=pairs)
+        for start in range(0, len(rows), size):
+            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+            yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
     def add(
         self,

@@ -27,13 +27,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from peftx import Claim, Evaluation, ModelView, Phase, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.engines.data import IGNORE, tokenize_dataset
-from peftx.engines.data.formats import dataset_of
+from peftx.engines.data import IGNORE
 from peftx.engines.training.updates import forget
 from peftx.errors import ConflictError, TrainingError
 from peftx.kernel.objective import objective_of
 from peftx.kernel.trained import Trained
-from peftx.toolkits.evaluation import context_window
 
 
 class KsLotteryConfig(PluginConfig):
@@ -173,19 +171,16 @@ class KsLottery(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `tickets`, their number, and of decoders whose head is not the embedding `certified`: the share of
         predictions of labelled tokens that the rows which are no tickets cannot change."""
-        stack, model = evaluation.stack, evaluation.stack.model
+        model, found = evaluation.stack.model, list[Tensor]()
         evaluation.add("tickets", int(self.tickets.chosen.sum()), unit="tokens")
         head = model.get_output_embeddings()
         tied = head is None or head.weight is self.place.theta
         if not self.chosen or tied or model.config.is_encoder_decoder or objective_of(model) != "next-token":
             return
-        texts = [{"text": row} if isinstance(row, str) else row for row in evaluation.rows("eval")]
-        data, format = dataset_of(texts)
-        room, found = context_window(model, stack.tokenizer), []
-        for row in tokenize_dataset(data, stack.tokenizer, format=format, max_length=room):
-            ids, labels = (torch.tensor(row[name], device=model.device) for name in ("input_ids", "labels"))
-            logits = model(input_ids=ids[None]).logits[0]
-            found.append(self.certified(ids, logits)[:-1][labels[1:] != IGNORE])
+        for batch in evaluation.batches():
+            logits = model(input_ids=batch["input_ids"]).logits[0]
+            known = batch["labels"][0, 1:] != IGNORE
+            found.append(self.certified(batch["input_ids"][0], logits)[:-1][known])
         share = torch.cat(found).float()
         evaluation.add("certified", share.mean().item(), count=len(share), unit="share")
 

@@ -298,7 +298,7 @@ def test_soft_tokens_and_prefixes_are_seen_like_the_rest() -> None:
 def test_nothing_is_read_from_a_cache() -> None:
     stack = stack_of(unmasked=True)
     with pytest.raises(
-        UnsupportedError, match="ls-llama: with unmasked the states of a text depend on what follows"
+        UnsupportedError, match="ls-llama: unmasked, the states of a text depend on what follows"
     ):
         stack.generate("Once", max_new_tokens=2)
     assert isinstance(stack.generate("Once", max_new_tokens=2, use_cache=False), str)

@@ -42,12 +42,10 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, tokenize_dataset
-from peftx.engines.data.formats import dataset_of
+from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, ConflictError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
-from peftx.toolkits.evaluation import context_window
 
 
 class PrefixlmVsCausalIclConfig(PluginConfig):
@@ -241,12 +239,9 @@ class PrefixlmVsCausalIcl(Plugin):
             evaluation.figure("prefixlm-vs-causal-icl", drawn, x=x, y=y)
         if "eval" not in evaluation.data:
             return
-        stack, model = evaluation.stack, evaluation.stack.model
-        texts = [{"text": row} if isinstance(row, str) else row for row in evaluation.rows("eval")]
-        data, format = dataset_of(texts)
-        room, sums, count = context_window(model, stack.tokenizer), {"prefix": 0.0, "causal": 0.0}, 0
-        for row in tokenize_dataset(data, stack.tokenizer, format=format, max_length=room):
-            ids, labels = (torch.tensor([row[name]], device=model.device) for name in ("input_ids", "labels"))
+        model, sums, count = evaluation.stack.model, {"prefix": 0.0, "causal": 0.0}, 0
+        for batch in evaluation.batches():
+            ids, labels = batch["input_ids"], batch["labels"]
             for name, marks in (("prefix", before(labels)), ("causal", torch.zeros_like(ids))):
                 logits = model(input_ids=ids, **{COLUMN: marks}).logits[0, :-1]
                 sums[name] += float(F.cross_entropy(logits.float(), labels[0, 1:], reduction="sum"))

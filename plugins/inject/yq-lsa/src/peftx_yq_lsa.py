@@ -41,12 +41,10 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, tokenize_dataset
-from peftx.engines.data.formats import dataset_of
+from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
-from peftx.toolkits.evaluation import context_window
 
 
 class YqLsaConfig(PluginConfig):
@@ -220,12 +218,9 @@ class YqLsa(Plugin):
         evaluation.figure("yq-lsa", drawn, x="norm of mu", y="risk")
         if "eval" not in evaluation.data:
             return
-        stack, model = evaluation.stack, evaluation.stack.model
-        texts = [{"text": row} if isinstance(row, str) else row for row in evaluation.rows("eval")]
-        data, format = dataset_of(texts)
-        room, sums, count = context_window(model, stack.tokenizer), {"guess": 0.0, "none": 0.0}, 0
-        for row in tokenize_dataset(data, stack.tokenizer, format=format, max_length=room):
-            ids, labels = (torch.tensor([row[name]], device=model.device) for name in ("input_ids", "labels"))
+        model, sums, count = evaluation.stack.model, {"guess": 0.0, "none": 0.0}, 0
+        for batch in evaluation.batches():
+            ids, labels = batch["input_ids"], batch["labels"]
             for name, marks in (("guess", query_of(labels)), ("none", torch.zeros_like(ids))):
                 logits = model(input_ids=ids, **{COLUMN: marks}).logits[0, :-1]
                 sums[name] += float(F.cross_entropy(logits.float(), labels[0, 1:], reduction="sum"))

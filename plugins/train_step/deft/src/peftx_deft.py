@@ -34,14 +34,11 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import Collator, tokenize_dataset
-from peftx.engines.data.formats import dataset_of
-from peftx.errors import BatchError, OptionError, TrainingError
+from peftx.errors import BatchError, TrainingError
 from peftx.kernel import calls
 from peftx.kernel.call import Call
-from peftx.kernel.objective import pad_of
 from peftx.kernel.parts import DeltaPart
-from peftx.toolkits.evaluation import bootstrap_ratio, context_window
+from peftx.kernel.reading import check_output
 
 Measure = Callable[[Tensor], Tensor]
 """Activations [B, T, d_ff] -> one number a token, [B, T]."""
@@ -189,11 +186,7 @@ class Deft(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         for site in model.linears(self.config.targets):
-            if site.kind not in ("linear", "quantized"):
-                raise OptionError(
-                    f"deft: {site.path} ({site.kind}) uses its matrix without a call that shows its input",
-                    hint=f"leave it out of targets: '!{site.role}'",
-                )
+            check_output(site, owner=model.owner)
             site.attach(Observer(site, model.call, two_towers=model.anatomy.is_encoder_decoder))
 
     @hookimpl(wrapper=True)
@@ -211,7 +204,7 @@ class Deft(Plugin):
         sites = stack.view(stack.id_of(self)).linears(self.config.targets)
         found: dict[str, list[Tensor]] = {}  # score -> densities of rows
         with listening(model, sites, partial(count, threshold=self.config.threshold)) as observers:
-            for batch in batches(evaluation):
+            for batch in evaluation.batches(8):
                 model(**batch)
                 for observer in observers:
                     name = f"density/{observer.tower}" if model.config.is_encoder_decoder else "density"
@@ -219,21 +212,6 @@ class Deft(Plugin):
         layers = {name: torch.cat(parts) for name, parts in found.items()}  # [N] each
         for name in dict.fromkeys(name.rpartition("/")[0] for name in layers):
             rows = torch.stack([v for k, v in layers.items() if k.rpartition("/")[0] == name]).mean(0)
-            value, ends = float(rows.mean()), bootstrap_ratio(rows.tolist(), [1.0] * len(rows))
-            low, high = (min(ends[0], value), max(ends[1], value)) if ends else (None, None)
-            evaluation.add(name, value, low, high, len(rows), "share")
+            evaluation.add_ratio(name, rows.tolist(), unit="share")
         for name, rows in layers.items():
             evaluation.add(name, rows.mean().item(), count=len(rows), unit="share")
-
-
-def batches(evaluation: Evaluation, size: int = 8) -> Iterator[dict[str, Tensor]]:
-    """The evaluation rows as the model reads them in training."""
-    model, tokenizer = evaluation.stack.model, evaluation.stack.tokenizer
-    texts = [{"text": row} if isinstance(row, str) else row for row in evaluation.rows("eval")]
-    data, format = dataset_of(texts)
-    room, pairs = context_window(model, tokenizer), bool(model.config.is_encoder_decoder)
-    rows = list(tokenize_dataset(data, tokenizer, format=format, max_length=room, encoder_decoder=pairs))
-    collate = Collator(pad_of(model, tokenizer), encoder_decoder=pairs)
-    for start in range(0, len(rows), size):
-        batch = collate(rows[start : start + size])
-        yield {name: tensor.to(model.device) for name, tensor in batch.items()}

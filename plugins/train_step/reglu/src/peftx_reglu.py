@@ -146,9 +146,8 @@ class Reglu(Plugin):
                 mask = batch["attention_mask"][..., None]  # [B, T, 1]
                 for key, rows in found.items():
                     h = given[key].reshape(len(mask), -1, given[key].shape[-1])  # OPT's has no row of texts
-                    rows.append(
-                        (h[:, -mask.shape[1] :] * mask).sum(1, dtype=torch.float64)
-                    )  # behind soft tokens
+                    own = h[:, -mask.shape[1] :] * mask  # behind soft tokens
+                    rows.append(own.sum(1, dtype=torch.float64))
         return {key: torch.cat(rows) for key, rows in found.items()}
 
     def forget(self, step: TrainStep) -> Tensor:
