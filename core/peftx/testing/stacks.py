@@ -49,6 +49,9 @@ from peftx.testing.recipes import (
 from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows, steps_for
 from peftx_spec.models import Pipeline
 
+WRITTEN = 12
+"""Tokens of a text: so many that what drafts by what was written has something to go by."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -231,11 +234,11 @@ class Life:
         """A few tokens; what claims to change none of them is tried without."""
         if self.recipe.arch not in GENERATIVE:
             return None
-        text: str = stack.generate(PROMPT, max_new_tokens=4)
+        text: str = stack.generate(PROMPT, max_new_tokens=WRITTEN)
         for member in stack.members:
             if member.claims(Claim.LOSSLESS_DECODING):
                 with stack.disabled(member.id):
-                    plain = stack.generate(PROMPT, max_new_tokens=4)
+                    plain = stack.generate(PROMPT, max_new_tokens=WRITTEN)
                 assert plain == text, f"{member.id}: generates {text!r}, and {plain!r} switched off"
         return text
 
