@@ -59,6 +59,7 @@ class TrainingReport:
     """(optimizer step, loss of its micro-batches, mean)."""
     seconds: float
     trainable: int
+    """Numbers that can still train at its end; the history has those of its beginning."""
     examples: int
     """Rows, tokenized; those that the run came to, where these are not all."""
     terms: dict[str, float] = field(default_factory=dict)
@@ -168,7 +169,8 @@ def train(
     spec = parse_options(options)
     best = _best(stack, spec, measure)
     check_reports(spec, output)
-    if stack.trainable_parameters() == 0:
+    trained = stack.trainable_parameters()  # now: a plugin may end in another form, with fewer
+    if trained == 0:
         raise TrainingError(
             "nothing trains: no plugin of the stack has trainable parameters",
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
@@ -243,13 +245,12 @@ def train(
     stack.trained_steps += steps
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
-    trainable = stack.trainable_parameters()
-    stack.history.trained(logged, steps=spec.steps, trainable=trainable, examples=len(rows))
+    stack.history.trained(logged, steps=spec.steps, trainable=trained, examples=len(rows))
     return TrainingReport(
         steps,
         losses,
         time.perf_counter() - started,
-        trainable,
+        stack.trainable_parameters(),
         len(rows),
         trainer.loss_terms,
         _full(rows, training_data),
