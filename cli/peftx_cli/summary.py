@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from peftx.kernel.parts import ReplacedPart
-from peftx_cli.render import out, print_json, print_table, size
+from peftx.quantities import size
+from peftx_cli.render import out, print_json, print_table
 
 if TYPE_CHECKING:
     from peftx.pipeline import Run, RunResult

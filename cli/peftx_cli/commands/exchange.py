@@ -62,7 +62,8 @@ def import_(
     """Make a bundle of an adapter of HF PEFT: its method, options and numbers are read from the folder."""
     from peftx.engines.files import folder_bytes, make_place
     from peftx.interop import import_peft
-    from peftx_cli.render import out, print_json, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_json
 
     make_place(output)
     stack = import_peft(folder, model=model, trust_remote_code=trust_remote_code)
@@ -100,7 +101,8 @@ def export(
     from peftx.engines.files import folder_bytes, make_place
     from peftx.errors import UsageError
     from peftx.interop import to_compressed_tensors, to_gguf, to_peft
-    from peftx_cli.render import out, print_json, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_json
     from peftx_cli.stacks import open_stack
     from peftx_spec.errors import nearest
 

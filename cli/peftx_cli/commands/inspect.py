@@ -76,7 +76,8 @@ def plan(
 
 
 def _show(found: Plan, *, show_all: bool) -> None:
-    from peftx_cli.render import out, print_table, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_table
 
     stages = [
         (s.name, ", ".join(s.plugins), ", ".join(s.reads), ", ".join(s.writes), s.detail)

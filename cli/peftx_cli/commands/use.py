@@ -99,6 +99,7 @@ def evaluate(
 ) -> None:
     """Measure a bundle or a model on a data file, or by tasks of lm-eval."""
     from peftx.engines.models import asset_path
+    from peftx.quantities import between, plain
     from peftx_cli.progress import reporter
     from peftx_cli.recipe import format_of
     from peftx_cli.render import print_json, print_table
@@ -122,8 +123,8 @@ def evaluate(
     rows = [
         (
             score.name,
-            f"{score.value:.6g}",
-            "" if score.low is None or score.high is None else f"{score.low:.5g} to {score.high:.5g}",
+            plain(score.value, 6),
+            between(score.low, score.high, 5),
             "" if score.count is None else f"{score.count:,}",
             score.unit,
         )

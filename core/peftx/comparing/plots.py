@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peftx.comparing.table import Table, TableRow
+from peftx.quantities import plain
 
 COLOURS = (
     "#2f6db3",
@@ -151,7 +152,7 @@ def _stairs(front: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
 
 def _point(number: int, row: TableRow, px: float, y: Axis, told: str, metric: str) -> str:
     py = y.at(float(row.value or 0))
-    title = html.escape(f"{row.row}: {metric} {row.value:.4g}, {told}")
+    title = html.escape(f"{row.row}: {metric} {plain(row.value or 0, 4)}, {told}")
     whisker = ""
     if row.low is not None and row.high is not None:
         low, high = y.clipped(row.low), y.clipped(row.high)
@@ -204,7 +205,7 @@ def _mean_losses(row: TableRow) -> list[tuple[int, float]]:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}"
+    return plain(value, 4)
 
 
 def _frame(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peftx.comparing.plots import colour
 from peftx.comparing.table import COSTS, TableRow
+from peftx.quantities import count, measure, size, time
 
 _STYLE = """
 * { box-sizing: border-box; }
@@ -57,26 +58,6 @@ heads.forEach(head => { head.addEventListener('click', () => sort(head));
   head.addEventListener('keydown', e => {
     if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); sort(head); } }); });
 """
-
-
-def count(value: float) -> str:
-    """`1.2 M` numbers."""
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def size(value: float) -> str:
-    """Bytes, 1 kB = 1000 B."""
-    return f"{count(value).replace(' k', ' kB').replace(' M', ' MB').replace(' G', ' GB')}" + (
-        "" if value >= 1e3 else " B"
-    )
-
-
-def time(value: float) -> str:
-    """Seconds, or thousandths."""
-    return f"{value:.3g} s" if value >= 1 or value == 0 else f"{value * 1e3:.3g} ms"
 
 
 UNITS: dict[str, Callable[[float], str]] = {
@@ -153,7 +134,7 @@ def score(score: dict[str, object] | None) -> str:
     if score is None:
         return ""
     value = score["value"]
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return measure(value, str(score["unit"])) if isinstance(value, int | float) else str(value)
 
 
 def small(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -18,6 +18,7 @@ from peftx.composition.registry import Registry
 from peftx.engines.clusters import require_ray
 from peftx.engines.files import make_place
 from peftx.errors import OptionError, PeftxError, TrialError
+from peftx.quantities import plain
 from peftx.searching.page import page
 from peftx.searching.samplers import Samplers
 from peftx.searching.space import Space
@@ -248,8 +249,8 @@ class Search:
         ahead = before[-1].value > now.value if self.goal.higher else before[-1].value < now.value
         if not ahead or ("train_seconds" in costs and after[0].seconds > now.seconds):
             return ""
-        had = f"{self.goal.metric} {now.value:.4g}, where a trial of this stack that costs no more had"
-        return f"ended early, after {now.share:.0%} of its steps: {had} {before[-1].value:.4g}"
+        had = f"{self.goal.metric} {plain(now.value, 4)}, where a trial of this stack that costs no more had"
+        return f"ended early, after {now.share:.0%} of its steps: {had} {plain(before[-1].value, 4)}"
 
     def _progress(self, pool: Pool[Any]) -> Progress:
         failed = sum(bool(result.reason) and not result.ended_early for result in self.found.values())

@@ -11,6 +11,7 @@ from typing import Any
 from peftx.charts import STYLE, Curve, Point, chart
 from peftx.errors import DataError, nearest
 from peftx.kernel.stack import Stack
+from peftx.quantities import between, plain
 from peftx.toolkits.evaluation.scores import Score
 
 
@@ -97,8 +98,8 @@ class Evaluation:
         return [
             (
                 score.name,
-                f"{score.value:.5g}",
-                "" if score.low is None else f"{score.low:.5g} to {score.high:.5g}",
+                plain(score.value),
+                between(score.low, score.high, 5),
                 score.unit,
                 "" if score.count is None else f"{score.count:,}",
             )
