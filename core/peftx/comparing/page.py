@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftx.comparing.plots import curves, pareto
-from peftx.comparing.sheet import UNITS, Column, cost, dot, said, score, small, sortable, whole_page
+from peftx.comparing.sheet import UNITS, WITHIN, Column, cost, dot, said, score, small, sortable, whole_page
 from peftx.comparing.table import COSTS, Table, TableRow
 from peftx.quantities import between, plain
 
@@ -100,6 +100,8 @@ def _key(table: Table) -> str:
     ]
     if len(table.seeds) == 1:
         parts.append("With one seed there is no interval.")
+    if any(row.base_within for row in table.rows):
+        parts.append(WITHIN)
     if failed:
         parts.append(f"{failed} of {len(table.rows)} rows failed; each says why.")
     return f'<p class="sub">{" ".join(parts)}</p>'

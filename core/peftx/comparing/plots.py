@@ -95,6 +95,8 @@ def pareto(
         return ""
     costs = [float(getattr(row, cost)) for _, row in rows]
     x = _cost_axis(costs)
+    within = cost == "bundle_bytes" and any(row.base_within for _, row in rows)
+    words += ", with the base where compressed" if within else ""
     y = _value_axis([row for _, row in rows])
     parts = [_frame(x, y, unit, words, table.metric)]
     front = _front(
@@ -102,7 +104,7 @@ def pareto(
     )
     parts.append(_stairs(front, x, y))
     for (number, row), at in zip(rows, costs, strict=True):
-        parts.append(_point(number, row, x.at(at), y, f"{unit(at)} {words}", table.metric))
+        parts.append(_point(number, row, x.at(at), y, f"{words} {unit(at)}", table.metric))
     return _svg(parts, f"{table.metric} against {words}")
 
 
