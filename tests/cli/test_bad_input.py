@@ -560,7 +560,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert "warning: an interrupted run into this folder can be resumed" in warning, "before the run starts"
     assert "checkpoint-4" in warning
     assert "--resume" in warning
-    ok(*words, "--output", "stopped", "--resume")
+    resumed = run(*words, "--output", "stopped", "--resume")
+    assert resumed.exit_code == 0
+    (line,) = [line for line in resumed.stderr.splitlines() if line.startswith("resume")]
+    assert "goes on behind step 4 of 6: " in line
+    assert line.endswith("/checkpoint-4")
     name = "fake-gain.safetensors"
     assert (installed.work / "stopped" / name).read_bytes() == (
         installed.work / "straight" / name

@@ -33,7 +33,7 @@ from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.order import order_of
 from peftx.engines.training.packing import packing_of, prove
 from peftx.engines.training.processes import check_claims, launched
-from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
+from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of, place_of
 from peftx.errors import BundleError, CheckpointError, DataError, OptionError, TrainingError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
@@ -164,8 +164,10 @@ def train(
     columns: Mapping[str, str] | None = None,
     sources: Mapping[str, Rows] | None = None,
     measure: Measure | None = None,
+    resumed: Callable[[str], None] = LOG.info,
 ) -> TrainingReport:
-    """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already)."""
+    """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already). `resumed` hears from
+    where a run goes on."""
     spec = parse_options(options)
     best = _best(stack, spec, measure)
     check_reports(spec, output)
@@ -225,6 +227,8 @@ def train(
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
+        if start is not None:
+            resumed(f"goes on {place_of(start, spec.steps)}")
         for member in stack.members if start is None else ():  # a checkpoint brings the phases of its run
             spans(member.plugin.phases(), spec.steps, owner=member.id)
         if start is None or not trainer.finished(start):
