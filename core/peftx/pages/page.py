@@ -267,8 +267,12 @@ def _plan(told: Told) -> str:
         ("the model in memory at the end", "", size(totals.final_bytes)),
         ("tensors in the bundle", "", f"about {size(totals.bundle_bytes)}"),
     ]
-    return table(("stage", "plugins", "reads", ""), stages) + table(
-        ("", "numbers", "size"), numbers, numbers=(1, 2)
+    plugins = [(p.id, f"{p.modules:,}", f"{p.params:,}", size(p.bytes), p.detail) for p in told.plan.plugins]
+    each = table(("plugin", "modules", ADDED, "size afterwards", ""), plugins, numbers=(1, 2, 3))
+    return (
+        table(("stage", "plugins", "reads", ""), stages)
+        + each
+        + table(("", "numbers", "size"), numbers, numbers=(1, 2))
     )
 
 
