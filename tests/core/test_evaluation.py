@@ -187,7 +187,7 @@ def test_scores_refuse_what_is_no_measurement() -> None:
             Score(name="perplexity", value=8.96821, low=8.7012, high=9.24, count=1204),
             "perplexity 8.9682 (95 %: 8.701 to 9.24, 1,204 counted)",
         ),
-        (Score(name="size", value=12000.0, unit="bytes"), "size 12 kB"),
+        (Score(name="size", value=12000.0, unit="bytes"), "size 12,000 bytes"),
         (Score(name="accuracy", value=0.5, count=2), "accuracy 0.5 (2 counted)"),
         (Score(name="perplexity", value=math.inf), "perplexity inf"),
     ],

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from peftx.errors import DataError
-from peftx.quantities import between, measure
+from peftx.quantities import between, plain
 
 _Z95: Final = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
@@ -52,8 +52,8 @@ class Score:
 
     @property
     def number(self) -> str:
-        """The value and its unit."""
-        return measure(self.value, self.unit)
+        """The value and its unit; bytes are told one by one here, and as a size on pages."""
+        return f"{plain(self.value)} {self.unit}".rstrip()
 
     @property
     def detail(self) -> str:
