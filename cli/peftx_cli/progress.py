@@ -87,6 +87,10 @@ class Interrupts:
         self._seen = True
         raise KeyboardInterrupt
 
+    @property
+    def seen(self) -> bool:
+        return self._seen
+
     def check(self) -> None:
         if self._seen:
             raise KeyboardInterrupt

@@ -101,13 +101,3 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def _is_number(text: str) -> bool:
     return text[:1].isdigit()
-
-
-def size(count: int) -> str:
-    """Bytes as people read them, 1 kB = 1000 B."""
-    number = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{number:.2f} {unit}"
-        number /= 1000
-    raise AssertionError("unreachable")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from peftx.kernel.parts import ReplacedPart
-from peftx_cli.render import out, print_json, print_table, size
+from peftx.quantities import size
+from peftx_cli.render import out, print_json, print_table
 
 if TYPE_CHECKING:
     from peftx.pipeline import Run, RunResult
@@ -119,7 +119,7 @@ def rows(result: RunResult) -> list[tuple[str, str, str]]:
 
 
 def _what_was_saved(result: RunResult) -> str:
-    if result.stack.ledger.all(ReplacedPart):
+    if result.stack.holds_base:
         smaller = result.bytes_before / result.bytes_after
         return f"{size(result.bytes_after)}, the whole model, {smaller:.1f} times smaller"
     return f"{size(result.bytes_after)}, the plugins alone; the base stays as it is"

@@ -26,9 +26,9 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--l
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
-th { font-weight: 600; white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+  overflow-wrap: break-word; }
+th { font-weight: 600; vertical-align: bottom; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: pre; }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
 td.text { white-space: pre-wrap; min-width: 12rem; }
 p.quiet, small, td small { color: var(--quiet); }

@@ -22,7 +22,8 @@ class TrainingHistory(_Kept):
     """One training, a column a quantity and a row an optimizer step that was logged; all of one length.
 
     Attributes:
-        steps: that were planned. trainable: numbers that trained. examples: rows, tokenized.
+        steps: that were planned. trainable: numbers of all plugins that it could move, as it began.
+        examples: rows, tokenized.
         step: from 1. loss: mean over the step's micro-batches. learning_rate: that the step was made with.
         grad_norm: before clipping. seconds: since the training began, without what lies between an interruption and
             its resumption.

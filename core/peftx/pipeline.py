@@ -205,12 +205,15 @@ class Run:
         )
         for index, stage in enumerate(self.stages if self.leads else self.stages[: last + 1]):
             name = stage.kind
-            self.reporter.stage(f"{name} ({stage.round})" if stage.round else name, stage.ids)
+            self._begin(stage)
             started = time.perf_counter()
             detail = getattr(self, f"_{name}")(stage, index)
             seconds = self.result.seconds[f"{index}-{name}"] = time.perf_counter() - started
             self.reporter.finished(name, seconds, detail)
         return self.result
+
+    def _begin(self, stage: RunStage) -> None:
+        self.reporter.stage(f"{stage.kind} ({stage.round})" if stage.round else stage.kind, stage.ids)
 
     # -- stages: each returns a line on what it did ----------------------------------------------------------------
 
@@ -274,6 +277,12 @@ class Run:
         folder = None if output is None else checkpoints(Path(output)) / f"stage-{index}"
         resume = self.resume and folder is not None and any(folder.glob("checkpoint-*"))
         rows = self._measured() if settings.eval_steps is not None else None
+        started = time.perf_counter()
+
+        def resumed(where: str) -> None:
+            self.reporter.finished("resume", time.perf_counter() - started, where)
+            self._begin(stage)
+
         report = train(
             stack,
             self._training_data(settings, stage),
@@ -284,6 +293,7 @@ class Run:
             prepare=False,
             sources=further_rows(self.pipeline.data, self.stages),
             measure=None if rows is None else stack.measuring(rows),
+            resumed=resumed,
         )
         self._trained_on = True
         if resting:

@@ -29,7 +29,7 @@ from peftx.kernel.view import BoundSite
 from peftx.stack import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, Stack
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
 from peftx.toolkits.compression.names import dtype_name
-from peftx_spec import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
+from peftx_spec import Plan, PlannedConflict, PlannedPlugin, PlannedStage, Totals, TouchedModule
 from peftx_spec.models import Pipeline
 from peftx_spec.stages import stages_of
 
@@ -80,16 +80,20 @@ def plan(
     )
     base = sum(p.numel() for p in model.parameters())
     base_bytes = sum(p.nbytes for p in model.parameters())
-    if conflicts:
-        totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
-        return Plan(model=pipeline.model.id, stages=planned, conflicts=tuple(conflicts), totals=totals)
     try:
-        stack = Stack(model, members, tokenizer=tokenizer, inject=False)
+        stack = None if conflicts else Stack(model, members, tokenizer=tokenizer, inject=False)
     except ArchitectureError as error:
         blamed = tuple(m.id for m in members if error.message.startswith((f"{m.id}:", f"'{m.id}'")))
-        refused = _refused(blamed or tuple(m.id for m in members), error)
-        totals = Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes)
-        return Plan(model=pipeline.model.id, stages=planned, conflicts=(refused,), totals=totals)
+        conflicts.append(_refused(blamed or tuple(m.id for m in members), error))
+        stack = None
+    if stack is None:
+        return Plan(
+            model=pipeline.model.id,
+            stages=planned,
+            plugins=_told(members, (), conflicts, otherwise="not looked at, since the stack is refused"),
+            conflicts=tuple(conflicts),
+            totals=Totals(base_params=base, base_bytes=base_bytes, final_bytes=base_bytes),
+        )
     source = pipeline.data.calibration or pipeline.data.train
     length = CALIBRATION_LENGTH if source is None or source.max_length is None else source.max_length
     tokens = CALIBRATION_SAMPLES * length
@@ -119,6 +123,7 @@ def plan(
             details[index] = _phases(training, runs[index].steps, conflicts)
     stack.ledger.parts = [p for p in stack.ledger.parts if not isinstance(p, ReplacedPart)]
     packed = _packed(promised)
+    left = [*_left(packed).values()]
     modules = [*touched.values(), *packed]
     for member in members if any(spec.packing for spec in runs.values()) else ():
         with _noting(conflicts, member):
@@ -140,14 +145,15 @@ def plan(
         trainable_params=trainable,
         final_bytes=base_bytes
         + sum(t.nbytes for t in own)
-        + sum(m.bytes for m in packed)
+        + sum(m.bytes for m in left)
         - sum(before.values()),
         bundle_bytes=sum(map(_stored, own))
-        + _base_in_bundle(stack, pipeline.model.id, base_bytes, packed, promised),
+        + _base_in_bundle(stack, pipeline.model.id, base_bytes, left, promised),
     )
     return Plan(
         model=pipeline.model.id,
         stages=planned,
+        plugins=_told(members, modules, conflicts, otherwise="changes no module"),
         modules=tuple(modules),
         conflicts=tuple(conflicts),
         totals=totals,
@@ -162,6 +168,24 @@ def _phases(members: Sequence[Member], steps: int, conflicts: list[PlannedConfli
             found = spans(member.plugin.phases(), steps, owner=member.id)
             told += [f"{member.id}: {', '.join(map(str, found))} steps"] if found else []
     return "; ".join(told)
+
+
+def _told(
+    members: Sequence[Member],
+    modules: Sequence[TouchedModule],
+    conflicts: Sequence[PlannedConflict],
+    *,
+    otherwise: str,
+) -> tuple[PlannedPlugin, ...]:
+    """A line a plugin, whatever became of it; `otherwise`: what is said of one without a module."""
+    refused = {id for conflict in conflicts for id in conflict.plugins}
+    found = []
+    for member in members:
+        own = [module for module in modules if module.plugin == member.id]
+        detail = "refused" if member.id in refused else "" if own else otherwise
+        params, size = sum(module.params for module in own), sum(module.bytes for module in own)
+        found.append(PlannedPlugin(id=member.id, modules=len(own), params=params, bytes=size, detail=detail))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -290,16 +314,22 @@ def _touched(stack: Stack) -> dict[tuple[str, str], TouchedModule]:
 
 def _packed(promised: Mapping[str, Compression]) -> list[TouchedModule]:
     """Rows of the layers that are replaced; what one plugin leaves smaller, the next one finds so."""
-    rows: dict[str, TouchedModule] = {}
+    rows: list[TouchedModule] = []
     for id, found in promised.items():
+        before = _left(rows)
         for site, size in found.replaced:
             whole = _bytes_of(site)
-            if site.path in rows and whole:
-                size = size * rows[site.path].bytes // whole
-            rows[site.path] = TouchedModule(
-                path=site.path, role=site.role, shape=site.shape, plugin=id, bytes=size
+            if site.path in before and whole:
+                size = size * before[site.path].bytes // whole
+            rows.append(
+                TouchedModule(path=site.path, role=site.role, shape=site.shape, plugin=id, bytes=size)
             )
-    return list(rows.values())
+    return rows
+
+
+def _left(packed: Sequence[TouchedModule]) -> dict[str, TouchedModule]:
+    """Of the layers that are replaced, by path, what is there at the end."""
+    return {row.path: row for row in packed}
 
 
 def _bytes_of(site: Site) -> int:

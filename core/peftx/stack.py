@@ -18,6 +18,7 @@ from peftx.engines.training.updates import watch
 from peftx.errors import StackError
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
+from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.plugin import Plugin, hookimpl
 from peftx.kernel.stack import Stack as Kernel
 
@@ -367,6 +368,11 @@ class Stack(Kernel):
         super().merge(*ids, keep=keep)
 
     # -- saving --------------------------------------------------------------------------------------------------
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether a bundle of it holds the base, compressed; else that must be there beside it."""
+        return bool(self.ledger.all(ReplacedPart))
 
     def save(self, path: str | Path) -> Path:
         """Write a bundle: everything that `peftx.load` needs to rebuild this stack bit for bit.

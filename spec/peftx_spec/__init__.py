@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         StackEntry,
         TrainSpec,
     )
-    from peftx_spec.plan import Plan, PlannedConflict, PlannedStage, Totals, TouchedModule
+    from peftx_spec.plan import Plan, PlannedConflict, PlannedPlugin, PlannedStage, Totals, TouchedModule
     from peftx_spec.problems import Position, Problem, SpecError
     from peftx_spec.resolve import resolved
     from peftx_spec.schema import json_schema
@@ -48,6 +48,7 @@ _HOME = {
     "Pipeline": "models",
     "Plan": "plan",
     "PlannedConflict": "plan",
+    "PlannedPlugin": "plan",
     "PlannedStage": "plan",
     "Position": "problems",
     "Problem": "problems",
@@ -85,6 +86,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "PlannedConflict",
+    "PlannedPlugin",
     "PlannedStage",
     "Position",
     "Problem",

@@ -17,6 +17,16 @@ class PlannedStage(SpecModel):
     detail: str = Field("", description="what else there is to say, in one line")
 
 
+class PlannedPlugin(SpecModel):
+    """One plugin of the stack, whatever it does."""
+
+    id: Text = Field(description="in the stack")
+    modules: NonNegative = Field(0, description="how many modules it changes")
+    params: NonNegative = Field(0, description="parameters that it adds")
+    bytes: NonNegative = Field(0, description="bytes of these modules and of what it adds, afterwards")
+    detail: str = Field("", description="why there is none, or that it is refused")
+
+
 class TouchedModule(SpecModel):
     """One module that one plugin changes."""
 
@@ -57,6 +67,7 @@ class Plan(SpecModel):
 
     model: Text = Field(description="id of the base model")
     stages: tuple[PlannedStage, ...] = Field((), description="the stages in order")
+    plugins: tuple[PlannedPlugin, ...] = Field((), description="every plugin, in the stack's order")
     modules: tuple[TouchedModule, ...] = Field(
         (), description="every module that changes, in the model's order"
     )

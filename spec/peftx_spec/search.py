@@ -15,8 +15,8 @@ QUALITY = "quality"
 CHECKS = 3
 """How often a trial is looked at while it trains, unless the file says otherwise."""
 
-Cost = Literal["trained", "bundle_bytes", "memory_bytes", "train_seconds", "token_seconds"]
-Objective = Literal["quality", "trained", "bundle_bytes", "memory_bytes", "train_seconds", "token_seconds"]
+Cost = Literal["trained", "bundle_bytes", "shipped_bytes", "memory_bytes", "train_seconds", "token_seconds"]
+Objective = Literal["quality", Cost]
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMG])")
 _TIMES = {"k": 1e3, "M": 1e6, "G": 1e9}

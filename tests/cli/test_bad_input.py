@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -560,12 +561,63 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert "warning: an interrupted run into this folder can be resumed" in warning, "before the run starts"
     assert "checkpoint-4" in warning
     assert "--resume" in warning
-    ok(*words, "--output", "stopped", "--resume")
+    resumed = run(*words, "--output", "stopped", "--resume")
+    assert resumed.exit_code == 0
+    (line,) = [line for line in resumed.stderr.splitlines() if line.startswith("resume")]
+    assert "goes on behind step 4 of 6: " in line
+    assert line.endswith("/checkpoint-4")
     name = "fake-gain.safetensors"
     assert (installed.work / "stopped" / name).read_bytes() == (
         installed.work / "straight" / name
     ).read_bytes()
     assert not (installed.work / "stopped.checkpoints").exists()
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_whom_another_process_left_alone_was_interrupted(
+    installed: Any, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, leads: bool
+) -> None:
+    """Ctrl-C reaches all processes: one that waits for the rest hears first that its connection is gone."""
+    from peftx.pipeline import Run
+
+    installed.scaffold("fake-gain", "inject")
+
+    def alone(self: Run) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        self.leads = leads
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Run, "here", alone)
+    result = run("apply", spec(installed), "--steps", "2")
+    assert result.exit_code == 130
+    assert "Connection closed" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert lines[0] == "error: interrupted"
+    assert (len(lines) > 1) == leads, "the first process says how to go on"
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_torchrun(installed: Any) -> None:
+    """It has a traceback of its own; its processes have none."""
+    installed.scaffold("fake-gain", "inject")
+    spec(installed)
+    words = ["apply", "spec.yaml", "--steps", "100000", "--set", "train.checkpoint_every=1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peftx"]
+    process = subprocess.Popen(
+        [sys.executable, *launch, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not list(installed.work.glob("out.checkpoints/stage-*/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no checkpoint was written in time"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert errors.count("error: interrupted") == 2, errors
+    assert errors.count("Traceback") == 1, errors
+    assert "SignalException" in errors
+    assert errors.count("to go on: torchrun --nproc-per-node 2 -m peftx apply spec.yaml") == 1
 
 
 def test_ctrl_c_of_a_real_process(installed: Any) -> None:

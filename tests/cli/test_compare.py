@@ -116,6 +116,7 @@ def test_a_row_has_an_interval_and_its_costs(done: Any) -> None:
     assert row["edge"]
     assert row["trained"] > 0 == base["trained"]
     assert row["bundle_bytes"] > 0 == base["bundle_bytes"]
+    assert row["shipped_bytes"] - row["bundle_bytes"] == base["shipped_bytes"] > 10**7
     assert row["memory_bytes"] > 10**8
     assert row["train_seconds"] > 0
     assert row["token_seconds"] > 0

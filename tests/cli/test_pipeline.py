@@ -147,6 +147,27 @@ def test_plan(installed: Any, ok: Callable[..., str], ok_json: Callable[..., Any
     assert installed.files() == before
 
 
+def test_the_table_of_a_plan_has_rows_of_every_plugin(installed: Any, ok: Callable[..., str]) -> None:
+    """Two plugins of more modules than are shown: the later one's are there too."""
+    from peftx_cli.commands.inspect import MODULES_SHOWN
+
+    stack = ["--plugin", "lora", "--plugin", "prompt-tuning", "--plugin", "nf4"]
+    blocks = ok("plan", *stack).split("\n\n")
+    (plugins,) = (block.splitlines() for block in blocks if block.startswith("plugins"))
+    assert [line.split()[:2] for line in plugins[3:]] == [
+        ["lora", "42"],
+        ["prompt-tuning", "1"],
+        ["nf4", "42"],
+    ]
+    (modules,) = (block.splitlines()[3:] for block in blocks if block.startswith("touched modules"))
+    *rows, more = modules
+    assert [sum(f" {id} " in row for row in rows) for id in ("lora", "prompt-tuning", "nf4")] == [13, 1, 13]
+    assert len(rows) <= MODULES_SHOWN
+    assert more == f"... and {85 - len(rows)} more; --all shows them"
+    every = ok("plan", *stack, "--all").partition("touched modules")[2].partition("totals")[0]
+    assert len(every.strip().splitlines()) == 2 + 85
+
+
 def test_plan_shows_a_conflict_and_says_what_would_work(installed: Any, run: Callable[..., Any]) -> None:
     installed.scaffold("fake-gain", "inject")
     installed.scaffold("fake-bits", "compress")

@@ -15,12 +15,14 @@ from xml.etree import ElementTree
 import pytest
 
 import peftx
-from peftx.charts import MOST_POINTS, Band, Curve, chart, running_mean, thinned, ticks
+from peftx.charts import MOST_POINTS, STYLE, Band, Curve, chart, running_mean, thinned, ticks
 from peftx.engines.bundle.manifest import own_digest
 from peftx.engines.files import sha256
 from peftx.history import TrainingHistory
 from peftx.pages.page import bands, table
 from peftx.pages.samples import prompt_of
+from peftx.pages.told import numbers_in
+from peftx.quantities import size
 from peftx.testing import tiny, tiny_tokenizer
 from peftx_lora import Lora
 
@@ -120,6 +122,50 @@ def test_the_page_tells_the_run(bundle: Path, installed: Any, ok: Callable[..., 
     score = history.evaluations[0].scores["perplexity"].value
     assert any(f"{score:.5g}" in cell for cell in found.texts["td"])
     assert [p.name for p in Path.cwd().iterdir()] == ["report.html"], "nothing half-written lies beside it"
+
+
+def test_one_name_for_one_count(tmp_path: Path, installed: Any, ok: Callable[..., str]) -> None:
+    """A prompt's network trains and is not stored: the page says what each number counts, and the plan, the training
+    and `apply` agree on what is trained."""
+    from peftx.pipeline import load_run
+
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"prompt": "Say {n}.", "completion": "So."}}\n' for n in range(8)), "utf-8"
+    )
+    result = load_run(f"""
+peftx: 1
+model: peftx:tiny
+data: {{train: {tmp_path / "rows.jsonl"}, holdout: 0.5}}
+stack: [p-tuning, {{use: lora, with: {{rank: 2}}}}, nf4]
+train: {{steps: 2, batch_size: 2}}
+evaluate: [perplexity]
+output: {tmp_path / "out"}
+""").run()
+    ok("report", str(tmp_path / "out"))
+    text = Path("report.html").read_text("utf-8")
+    found = checked(text)
+    packed = next(
+        scores["packed_bytes"].value for scores in result.scores.values() if "packed_bytes" in scores
+    )
+    stored = sum(numbers_in(tmp_path / "out" / f"{id}.safetensors") for id in ("p-tuning", "nf4"))
+    trained = f"{result.trainable:,}"
+    assert result.trainable > 900_000
+    assert found.texts["th"].count("numbers stored") == 1
+    assert found.texts["th"].count("numbers trained") == 1
+    assert f"{stored:,}" in found.texts["td"]
+    assert found.texts["td"].count(trained) == 3, (
+        "the training, and of the plan what is added and what is trained"
+    )
+    assert "parameters" not in found.texts["th"]
+    for name in ("Numbers stored", "Numbers trained", "Numbers added"):
+        assert text.count(f"{name} are ") == 1
+    assert f'<td class="number">{size(packed)}</td>' in text
+    assert not re.search(r"\de\+\d", text)
+
+
+def test_no_word_is_broken_in_a_table() -> None:
+    """`anywhere` lets a narrow table break every word."""
+    assert "anywhere" not in re.sub(r"h1 {[^}]*}", "", STYLE)
 
 
 def test_samples_of_hostile_rows_are_text(bundle: Path, installed: Any, ok: Callable[..., str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from peftx_cli.progress import LineReporter
-from peftx_cli.render import plain_table, size
+from peftx_cli.render import plain_table
 
 
 def test_an_error_is_a_panel_on_a_terminal(installed: Any, on_a_terminal: Callable[..., str]) -> None:
@@ -185,14 +185,6 @@ def test_a_plain_table() -> None:
     text = plain_table("title", ("name", "empty", ""), [("a", "", ""), ("long one", "", "")])
     assert text.splitlines() == ["title", "name      empty", "--------  -----", "a", "long one"]
     assert plain_table("", ("a",), [("two\nlines",)]).splitlines() == ["a", "---------", "two lines"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (21_600_000, "21.60 MB"), (7 * 10**12, "7000.00 GB")],
-)
-def test_sizes(count: int, text: str) -> None:
-    assert size(count) == text
 
 
 def test_a_warning_of_ours_is_a_message_and_names_no_line_of_code() -> None:

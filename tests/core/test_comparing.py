@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -19,8 +21,11 @@ from peftx.comparing.processes import InProcess, Processes
 from peftx.comparing.schedule import Schedule
 from peftx.comparing.statistics import Spread, spread, t95
 from peftx.comparing.table import Table, slugs_of, table_of
+from peftx.comparing.work import _measure
 from peftx.comparing.writing import to_csv
 from peftx.composition.registry import Registry
+from peftx.engines.files import folder_bytes
+from peftx.engines.models import base_bytes, load_model
 from peftx.errors import PeftxError
 from peftx_spec.compare_load import load_compare
 
@@ -53,7 +58,7 @@ def finished(job: Job, value: float, reason: str = "") -> JobResult:
         {} if reason else {"perplexity": {"value": value, "low": None, "high": None, "count": 4, "unit": ""}}
     )
     return JobResult(job.id, job.kind, job.seed, job.rate, reason, scores=scores, trained=10, base_parameters=1000,
-                     bundle_bytes=2000, memory=5 * 10**8, seconds=3.0, token_seconds=0.01,
+                     bundle_bytes=2000, base_bytes=4000, memory=5 * 10**8, seconds=3.0, token_seconds=0.01,
                      losses=[] if reason else [(1, 4.0), (2, 3.0)], steps=3)  # fmt: skip
 
 
@@ -149,10 +154,60 @@ def test_the_page_has_every_row_and_nothing_from_elsewhere(schedule: Schedule) -
         values = re.findall(r'<td[^>]* data-value="([^"]*)"', line)
         assert len(values) == text[: text.index("<tbody>")].count("<th ") + 1  # the number has no words
         assert values[2] == ("" if row.value is None else str(row.value))
-    assert text.count("<svg") == 6  # five costs, and losses
+    assert text.count("<svg") == 7  # six costs, and losses
     assert text.count("<details") == len(table.rows)
     assert all(
         table.yaml[row.row].splitlines()[0][2:] in text.replace("&#x27;", "'") for row in table.rows[:2]
+    )
+
+
+def compressing(job: Job) -> JobResult:
+    """The rows of lora compress: their bundles hold a base of 5 MB in 2 MB; the others lie beside it."""
+    within = job.row.startswith("lora")
+    sizes = {"bundle_bytes": 2_000_000 if within else 300_000, "base_bytes": 0 if within else 5_000_000}
+    return dataclasses.replace(finished(job, 8.0), **sizes)
+
+
+def test_a_bundle_with_its_base_is_not_taken_for_one_without(schedule: Schedule) -> None:
+    table = carried_out(schedule, compressing)
+    told = {
+        row["row"]: (row["bundle_bytes"], row["base_within"], row["shipped_bytes"])
+        for row in table.to_dict()["rows"]
+    }
+    assert told["lora rank=2"] == (2_000_000, True, 2_000_000)
+    assert told["base"] == (300_000, False, 5_300_000)
+    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [(line["base_within"], line["shipped_bytes"]) for line in lines] == [
+        ("true", "2000000"), ("true", "2000000"), ("", ""), ("false", "5300000"),
+    ]  # fmt: skip
+    text = page(table)
+    assert text.count(">2 MB with the base</td>") == 2
+    assert text.count(">5.3 MB</td>") == 1
+    assert "size of the bundle, with the base where compressed</text>" in text
+    assert "size of bundle and base</text>" in text
+    assert "<b>with the base</b>: " in text
+    without = page(carried_out(schedule, best_in_the_middle))
+    assert "where compressed" not in without
+    assert "with the base" not in without
+
+
+@pytest.mark.parametrize(("stack", "within"), [("[lora]", False), ("[nf4]", True)])
+def test_what_must_be_there_to_run_is_measured(tmp_path: Path, stack: str, within: bool) -> None:
+    pipeline = f"""
+peftx: 1
+model: peftx:tiny
+data: {{train: {{path: "peftx:sample/train.jsonl", limit: 4}}, eval: {{path: "peftx:sample/held_out.jsonl", limit: 2}}}}
+stack: {stack}
+train: {{steps: 1, batch_size: 2}}
+evaluate: [perplexity]
+"""
+    if within:
+        pipeline = pipeline.replace("train: {steps: 1, batch_size: 2}\n", "")
+    job = Job("row", "seed", pipeline, "perplexity", 0, "")
+    result = _measure(job, JobResult(job.id, job.kind, job.seed, job.rate), tmp_path, False)
+    assert result.bundle_bytes == folder_bytes(tmp_path / "bundle")
+    assert result.base_bytes == (
+        0 if within else base_bytes("peftx:tiny", load_model("peftx:tiny", meta=True)[0])
     )
 
 

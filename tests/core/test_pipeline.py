@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ class Recorder:
     def __init__(self) -> None:
         self.stages: list[str] = []
         self.details: dict[str, str] = {}
+        self.said: dict[str, list[str]] = {}
         self.steps: list[int] = []
 
     def stage(self, name: str, ids: Any) -> None:
@@ -162,6 +164,7 @@ class Recorder:
 
     def finished(self, name: str, seconds: float, detail: str) -> None:
         self.details[name] = detail
+        self.said.setdefault(name, []).append(detail)
 
 
 def make(files: dict[str, Path], **changes: Any) -> Run:
@@ -224,6 +227,12 @@ def test_resume_goes_on_from_the_checkpoint(files: dict[str, Path]) -> None:
     recorder = Recorder()
     make(files, reporter=recorder, resume=True).run()
     assert recorder.steps == [3]
+    (where,) = recorder.said["resume"]
+    assert re.fullmatch(r"goes on behind step 2 of 3: .*/out\.checkpoints/stage-\d/checkpoint-2", where)
+    assert recorder.stages.count("train") == 2, "the training's own line goes on below"
+    whole = Recorder()
+    make(files, reporter=whole).run()
+    assert "resume" not in whole.said
 
 
 def test_bad_input_is_found_before_the_model_is_loaded(files: dict[str, Path], tmp_path: Path) -> None:

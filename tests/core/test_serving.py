@@ -13,7 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 from torch import Tensor
 
-from peftx import Claim, Generation, ModelView, Plugin, Stack, hookimpl
+from peftx import Claim, Delta, Generation, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import PeftxError, ServerError, UnsupportedError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
@@ -24,6 +24,7 @@ from peftx.toolkits.serving.job import Completion
 from peftx.toolkits.serving.metrics import Metrics
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop, settled
 from peftx.toolkits.serving.worker import QueueFull
+from peftx_nf4 import NF4Storage
 
 PROMPTS = ["Once upon a time", "The river took the bridge, the camera and the car", "A"]
 
@@ -86,8 +87,81 @@ def test_models_and_health(client: TestClient) -> None:
     assert client.get("/healthz").json() == {
         "status": "ok",
         **counts,
-        "models": {"small": counts | {"batching": "continuous"}},
+        "models": {
+            "small": counts | {"batching": "continuous", "why_whole": None, "plugins": [], "why_apart": None}
+        },
     }
+
+
+class Averages(Delta):
+    """Takes the mean of the batch from each row, so that no row is what it is alone."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y - 0.5 * y.mean(0, keepdim=True)
+
+
+class Scaled(Plugin):
+    """What rows may do side by side."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention.q"):
+            site.attach(Halves())
+
+
+class Halves(Delta):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * y
+
+
+class Company(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention.v"):
+            site.attach(Averages())
+
+
+class Whole(Plugin):
+    @hookimpl(wrapper=True)
+    def decode(self, request: Generation) -> Iterator[None]:
+        return (yield)
+
+
+class Also(Whole):
+    """A second one."""
+
+
+@pytest.mark.parametrize(
+    ("plugins", "cause", "named"),
+    [
+        ((Scaled, Whole), "'whole' has a say in how a whole text is written, by its decode hook", ["whole"]),
+        ((Scaled, Company), "tried, rows that come and go compute something else than each alone", ["company"]),
+        ((Whole, Company, Also), "'whole' has a say", ["whole", "also"]),
+    ],
+)  # fmt: skip
+def test_health_says_why_rows_do_not_come_and_go(
+    plugins: Sequence[type[Plugin]], cause: str, named: list[str]
+) -> None:
+    with TestClient(build_app(Server(built(*(kind() for kind in plugins)), name="small"))) as client:
+        told = client.get("/health").json()["models"]["small"]
+    assert told["why_whole"].startswith(cause)
+    assert told["batching"] == f"whole: {told['why_whole']}"
+    assert told["plugins"] == named
+    assert told["why_apart"] is None
+
+
+def test_what_cannot_be_switched_off_is_not_blamed() -> None:
+    stack = Stack(tiny("llama"), [NF4Storage(), Company()], tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(ids=["nf4"])
+    stack.inject()
+    assert Engine(Server(stack, name="small")).stopping == ["company"]
+
+
+def test_a_model_that_takes_no_rows_in_blames_no_plugin() -> None:
+    with TestClient(build_app(Server(built(Scaled(), arch="t5"), name="small"))) as client:
+        told = client.get("/health").json()["models"]["small"]
+    assert told["why_whole"].startswith("an encoder reads a prompt at once")
+    assert told["plugins"] == []
 
 
 def test_several_prompts_come_back_in_order(client: TestClient, stack: Stack) -> None:

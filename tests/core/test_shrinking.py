@@ -14,6 +14,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Claim, Plugin, Stack, hookimpl
+from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import as_bits, widened
 from peftx.errors import MergeError
 from peftx.kernel.parts import ReplacedPart
@@ -23,6 +24,7 @@ from peftx.planning import plan
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
 from peftx_lora import Lora
+from peftx_spec import load_spec
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -211,6 +213,51 @@ def test_who_compresses_what_it_injected() -> None:
     assert compresses_own(Fades)
     assert not compresses_own(Halves)
     assert not compresses_own(Lora)
+
+
+MIXED = [
+    "[selectit, lora, nf4]",
+    "[lora, prompt-tuning, nf4]",
+    "[{use: cfsp, with: {multiple: 16}}, selectit, nf4]",
+]
+
+
+@pytest.mark.parametrize("stack", MIXED)
+def test_a_plan_has_every_plugin_and_the_rows_of_each(stack: str, tmp_path: Path) -> None:
+    """A layer that one plugin makes smaller and the next one packs is a row of both, and counts once."""
+    data = "{train: 'peftx:sample/train.jsonl', calibration: 'peftx:sample/calibration.txt'}"
+    text = SPEC.format(data=data, stack=stack, output=tmp_path / "out") + "train: {steps: 1}\n" * (
+        "lora" in stack
+    )
+    pipeline = load_run(text).pipeline
+    found = plan(pipeline)
+    assert [plugin.id for plugin in found.plugins] == [entry.id for entry in pipeline.stack]
+    for plugin in found.plugins:
+        rows = [module for module in found.modules if module.plugin == plugin.id]
+        assert (plugin.modules, plugin.params, plugin.bytes) == (
+            len(rows), sum(row.params for row in rows), sum(row.bytes for row in rows),
+        )  # fmt: skip
+        assert bool(rows) == (plugin.id != "selectit")
+        assert plugin.detail == ("" if rows else "changes no module")
+
+
+UNSEEN = "not looked at, since the stack is refused"
+
+
+@pytest.mark.parametrize(
+    ("stack", "details"),
+    [
+        ("[lora, nf4, signround]", [UNSEEN, "refused", "refused"]),
+        ("[lora, bitfit, nf4]", ["", "refused", ""]),
+        ("[lora, metaprompter, nf4]", [UNSEEN, "refused", UNSEEN]),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_became_of_each_plugin_where_one_is_refused(
+    stack: str, details: list[str], tmp_path: Path
+) -> None:
+    text = SPEC.format(data=ROWS, stack=stack, output=tmp_path / "out") + "train: {steps: 1}\n"
+    run = load_spec(text, catalogue=Registry(), name="spec.yaml").pipeline
+    assert [plugin.detail for plugin in plan(run).plugins] == details
 
 
 def test_a_plan_of_compressors_alone_says_which_order_works(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
+from peftx.engines.training.trainer import place_of
 from peftx.engines.training.updates import forget
 from peftx.errors import BatchError, DataError, PeftxError
 from peftx.kernel.names import GROUP
-from peftx.kernel.phases import Phase, Span, spans
+from peftx.kernel.phases import Phase, Span, at, spans
 from peftx.planning import plan
 from peftx.testing import run_checks
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -105,6 +106,11 @@ def test_a_run_goes_through_its_phases_and_says_so() -> None:
 def test_a_resumed_run_goes_on_in_its_phase_though_it_was_lengthened(tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 3, "output": tmp_path}
     stack_of(TwoPhases()).train(ROWS, steps=4, **options)
+    told = place_of(tmp_path / "checkpoint-3", 10)
+    assert told == f"behind step 3 of 10, two-phases in 'tune': {tmp_path / 'checkpoint-3'}"
+    assert [at(spans(TwoPhases().phases(), 4, owner="x"), index).name for index in (0, 1, 2, 3, 4)] == [
+        "find", "find", "tune", "tune", "tune",
+    ]  # fmt: skip
     again = TwoPhases()
     stack_of(again).train(ROWS, steps=10, resume=tmp_path / "checkpoint-3", **options)
     assert {name for _, name, _ in again.seen} == {"tune"}, "half of 10 steps is not asked for again"

@@ -99,7 +99,7 @@ def _show(table: Table) -> None:
 
 def _line(row: TableRow) -> tuple[str, ...]:
     from peftx.comparing.page import interval, quality, rate
-    from peftx.comparing.sheet import UNITS
+    from peftx.comparing.sheet import UNITS, paid
 
-    costs = ("" if (value := getattr(row, name)) is None else unit(value) for name, unit in UNITS.items())
+    costs = (paid(row, name) for name in UNITS)
     return (row.row, quality(row), interval(row), row.note, rate(row), *costs)

@@ -66,7 +66,8 @@ def import_(
     with naming(folder):
         read_adapter(folder)  # what is no adapter is refused before torch is imported
     from peftx.interop import import_peft
-    from peftx_cli.render import out, print_json, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_json
 
     make_place(output)
     stack = import_peft(folder, model=model, trust_remote_code=trust_remote_code)
@@ -107,7 +108,8 @@ def export(
     from peftx.engines.files import folder_bytes, make_place
     from peftx.errors import UsageError
     from peftx.interop import to_compressed_tensors, to_gguf, to_peft
-    from peftx_cli.render import out, print_json, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_json
     from peftx_spec.errors import nearest
 
     writers: dict[str, Callable[[Stack], Path]] = {

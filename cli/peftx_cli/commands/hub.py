@@ -73,7 +73,8 @@ def _quiet() -> None:
 
 
 def _tell(found: Shared, what: str, *, as_json: bool) -> None:
-    from peftx_cli.render import out, print_json, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_json
 
     if as_json:
         print_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peftx.composition.registry import Registry
-    from peftx_spec import Pipeline, Plan
+    from peftx_spec import Pipeline, Plan, TouchedModule
 
 MODULES_SHOWN = 40
 All = Annotated[bool, typer.Option("--all", help=f"every touched module, not {MODULES_SHOWN} of them")]
@@ -76,14 +77,21 @@ def plan(
 
 
 def _show(found: Plan, *, show_all: bool) -> None:
-    from peftx_cli.render import out, print_table, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_table
 
     stages = [
         (s.name, ", ".join(s.plugins), ", ".join(s.reads), ", ".join(s.writes), s.detail)
         for s in found.stages
     ]
     print_table(f"stages on {found.model}", ("stage", "plugins", "reads", "writes", ""), stages)
-    modules = found.modules if show_all else found.modules[:MODULES_SHOWN]
+    out()
+    plugins = [
+        (p.id, f"{p.modules:,}", f"{p.params:,}", size(p.bytes) if p.modules else "", p.detail)
+        for p in found.plugins
+    ]
+    print_table("plugins", ("plugin", "modules", "parameters", "bytes", ""), plugins)
+    modules = found.modules if show_all else _some(found)
     lines = [
         (m.path, m.role, "x".join(map(str, m.shape)), m.plugin, f"{m.params:,}", f"{m.bytes:,}")
         for m in modules
@@ -114,6 +122,17 @@ def _show(found: Plan, *, show_all: bool) -> None:
             out(f"  what would work: {conflict.remedy}")
         if more := explained.more(conflict.code):
             out(f"  more: {more}")
+
+
+def _some(found: Plan) -> list[TouchedModule]:
+    """As many modules as are shown, of every plugin the same share: the later ones' too."""
+    share = MODULES_SHOWN // max(1, sum(plugin.modules > 0 for plugin in found.plugins)) or 1
+    shown, seen = [], Counter[str]()
+    for module in found.modules:
+        seen[module.plugin] += 1
+        if seen[module.plugin] <= share:
+            shown.append(module)
+    return shown
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:

@@ -124,7 +124,8 @@ def _pair(folders: Sequence[str], given: Sequence[str]) -> tuple[str, Path]:
 
 def _fold(bundle: str, output: Path, model: str | None, device: str, trust: bool, as_json: bool) -> None:
     from peftx.engines.files import folder_bytes, make_place
-    from peftx_cli.render import out, print_json, size
+    from peftx.quantities import size
+    from peftx_cli.render import out, print_json
     from peftx_cli.stacks import open_stack
 
     make_place(output)
@@ -190,8 +191,9 @@ def _combine(
     from peftx.engines.files import folder_bytes, make_place
     from peftx.interop import to_peft
     from peftx.merging import merge_adapters
+    from peftx.quantities import size
     from peftx_cli.progress import reporter
-    from peftx_cli.render import out, print_json, print_table, size
+    from peftx_cli.render import out, print_json, print_table
 
     make_place(output)
     with reporter() as told:

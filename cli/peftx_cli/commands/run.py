@@ -114,11 +114,13 @@ def _carry_out(asked: Asked, *, resume: bool, show_spec: bool, as_json: bool, co
             _warn(run, resume=resume)
         try:
             result = run.run()
-        except KeyboardInterrupt as error:
-            failures.say("interrupted", hint=_how_to_resume(run))
-            raise typer.Exit(failures.INTERRUPTED) from error
-        except PeftxError:
-            if run.result is not None and run.result.training and _checkpoints(run):
+        except (Exception, KeyboardInterrupt) as error:
+            # Of several processes one may hear that another has ended before it hears of Ctrl-C itself.
+            if interrupts.seen or isinstance(error, KeyboardInterrupt):
+                failures.say("interrupted", hint=_how_to_resume(run) if run.leads else None)
+                raise typer.Exit(failures.INTERRUPTED) from error
+            trained = run.result is not None and run.result.training
+            if isinstance(error, PeftxError) and trained and _checkpoints(run):
                 failures.warn(f"the training is not lost: {_how_to_resume(run)}")
             raise
         texts = samples(run, result) if run.leads else []
@@ -155,6 +157,8 @@ def _checkpoints(run: Run) -> list[Path]:
 
 def _how_to_resume(run: Run) -> str:
     """What the user types to go on; honest where there is nothing to go on from."""
+    from peftx.engines.training.processes import launched
+
     found = _checkpoints(run)
     if not found:
         every = run.pipeline.train.checkpoint_every if run.pipeline.train is not None else None
@@ -163,4 +167,5 @@ def _how_to_resume(run: Run) -> str:
         )
         return f"no checkpoint was written yet, so the run starts over; {more}"
     words = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
-    return f"the last checkpoint is {found[-1]}\nto go on: peftx {shlex.join(words)}"
+    start = f"torchrun --nproc-per-node {launched()} -m peftx" if launched() > 1 else "peftx"
+    return f"the last checkpoint is {found[-1]}\nto go on: {start} {shlex.join(words)}"

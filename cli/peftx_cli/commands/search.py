@@ -97,7 +97,7 @@ def _tell(state: Progress, told: ClosingReporter, interrupts: Interrupts) -> Non
 def _show(table: SearchTable) -> None:
     """The front, the best first; reasons of failed trials below, where they have room."""
     from peftx.comparing.page import quality
-    from peftx.comparing.sheet import UNITS
+    from peftx.comparing.sheet import UNITS, paid
     from peftx.comparing.table import COSTS
     from peftx.searching.page import test_interval, tested
     from peftx_cli.render import out, print_table
@@ -106,7 +106,7 @@ def _show(table: SearchTable) -> None:
     rows = [
         (
             row.row, quality(row), tested(row), test_interval(row),
-            *("" if (value := getattr(row, name)) is None else unit(value) for name, unit in UNITS.items()),
+            *(paid(row, name) for name in UNITS),
         )
         for row in table.front
     ]  # fmt: skip
@@ -118,9 +118,13 @@ def _show(table: SearchTable) -> None:
 
 def _nearest(table: SearchTable) -> str:
     """What came closest to each limit."""
+    from peftx.comparing.sheet import UNITS
+
     told = []
     for name, limit in table.limits.items():
         values = [value for row in table.rows if (value := getattr(row, name)) is not None]
         if values:
-            told.append(f"{name}: the least was {min(values):.4g}, the limit is {limit:.4g}")
+            told.append(
+                f"{name}: the least was {UNITS[name](min(values))}, the limit is {UNITS[name](limit)}"
+            )
     return "; ".join(told) or "the reasons stand in the table"

@@ -115,6 +115,7 @@ def evaluate(
     names = metric or list(measured.metrics)
     tasks = _tasks(names, task or [], include)
     _check_metrics(names, measured.format)
+    from peftx.quantities import between, plain
     from peftx_cli.progress import reporter
     from peftx_cli.render import print_json, print_table
     from peftx_cli.summary import score_dict
@@ -133,8 +134,8 @@ def evaluate(
     rows = [
         (
             score.name,
-            f"{score.value:.6g}",
-            "" if score.low is None or score.high is None else f"{score.low:.5g} to {score.high:.5g}",
+            plain(score.value, 6),
+            between(score.low, score.high, 5),
             "" if score.count is None else f"{score.count:,}",
             score.unit,
         )

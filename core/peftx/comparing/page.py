@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from peftx.comparing.plots import curves, pareto
-from peftx.comparing.sheet import UNITS, Column, cost, dot, said, score, small, sortable, whole_page
+from peftx.comparing.sheet import UNITS, WITHIN, Column, cost, dot, said, score, small, sortable, whole_page
 from peftx.comparing.table import COSTS, Table, TableRow
+from peftx.quantities import between, plain
 
 LONGEST_REASON = 160
 """Characters in the table; all of it stands below."""
@@ -24,11 +25,11 @@ def columns(table: Table) -> list[Column]:
 def quality(row: TableRow) -> str:
     if row.value is None:
         return ""
-    return f"{row.value:.4g}" + ("" if row.std is None else f" ± {row.std:.2g}")
+    return plain(row.value, 4) + ("" if row.std is None else f" ± {plain(row.std, 2)}")
 
 
 def interval(row: TableRow) -> str:
-    return "" if row.low is None or row.high is None else f"{row.low:.4g} to {row.high:.4g}"
+    return between(row.low, row.high)
 
 
 def rate(row: TableRow) -> str:
@@ -99,6 +100,8 @@ def _key(table: Table) -> str:
     ]
     if len(table.seeds) == 1:
         parts.append("With one seed there is no interval.")
+    if any(row.base_within for row in table.rows):
+        parts.append(WITHIN)
     if failed:
         parts.append(f"{failed} of {len(table.rows)} rows failed; each says why.")
     return f'<p class="sub">{" ".join(parts)}</p>'
@@ -111,8 +114,13 @@ def _details(table: Table, row: TableRow, number: int) -> str:
     if row.log:
         parts.append(f"<pre>{said(row.log)}</pre>")
     if row.rates:
-        cells = [(f"{tried.rate:g}" + (" (chosen)" if tried.rate == row.learning_rate else ""),
-                  tried.reason or f"{tried.value:.5g}") for tried in row.rates]  # fmt: skip
+        cells = [
+            (
+                f"{tried.rate:g}{' (chosen)' * (tried.rate == row.learning_rate)}",
+                tried.reason or plain(tried.value or 0),
+            )
+            for tried in row.rates
+        ]
         parts.append(small(("learning rate", f"{table.metric} on validation rows"), cells))
     if row.seeds:
         names = list(dict.fromkeys(name for seed in row.seeds for name in seed.scores))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peftx.comparing.table import Table, TableRow
+from peftx.quantities import plain
 
 COLOURS = (
     "#2f6db3",
@@ -94,6 +95,8 @@ def pareto(
         return ""
     costs = [float(getattr(row, cost)) for _, row in rows]
     x = _cost_axis(costs)
+    within = cost == "bundle_bytes" and any(row.base_within for _, row in rows)
+    words += ", with the base where compressed" if within else ""
     y = _value_axis([row for _, row in rows])
     parts = [_frame(x, y, unit, words, table.metric)]
     front = _front(
@@ -101,7 +104,7 @@ def pareto(
     )
     parts.append(_stairs(front, x, y))
     for (number, row), at in zip(rows, costs, strict=True):
-        parts.append(_point(number, row, x.at(at), y, f"{unit(at)} {words}", table.metric))
+        parts.append(_point(number, row, x.at(at), y, f"{words} {unit(at)}", table.metric))
     return _svg(parts, f"{table.metric} against {words}")
 
 
@@ -151,7 +154,7 @@ def _stairs(front: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
 
 def _point(number: int, row: TableRow, px: float, y: Axis, told: str, metric: str) -> str:
     py = y.at(float(row.value or 0))
-    title = html.escape(f"{row.row}: {metric} {row.value:.4g}, {told}")
+    title = html.escape(f"{row.row}: {metric} {plain(row.value or 0, 4)}, {told}")
     whisker = ""
     if row.low is not None and row.high is not None:
         low, high = y.clipped(row.low), y.clipped(row.high)
@@ -204,7 +207,7 @@ def _mean_losses(row: TableRow) -> list[tuple[int, float]]:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}"
+    return plain(value, 4)
 
 
 def _frame(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peftx.comparing.plots import colour
 from peftx.comparing.table import COSTS, TableRow
+from peftx.quantities import count, measure, size, time
 
 _STYLE = """
 * { box-sizing: border-box; }
@@ -15,7 +16,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2228; background: #fff; m
   padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
 .sub { color: #56626e; margin: 0 0 1rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: .6rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 #rows { width: 100%; }
 th, td { text-align: right; padding: .32rem .5rem; white-space: nowrap; }
@@ -59,29 +60,10 @@ heads.forEach(head => { head.addEventListener('click', () => sort(head));
 """
 
 
-def count(value: float) -> str:
-    """`1.2 M` numbers."""
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def size(value: float) -> str:
-    """Bytes, 1 kB = 1000 B."""
-    return f"{count(value).replace(' k', ' kB').replace(' M', ' MB').replace(' G', ' GB')}" + (
-        "" if value >= 1e3 else " B"
-    )
-
-
-def time(value: float) -> str:
-    """Seconds, or thousandths."""
-    return f"{value:.3g} s" if value >= 1 or value == 0 else f"{value * 1e3:.3g} ms"
-
-
 UNITS: dict[str, Callable[[float], str]] = {
     "trained": count,
     "bundle_bytes": size,
+    "shipped_bytes": size,
     "memory_bytes": size,
     "train_seconds": time,
     "token_seconds": time,
@@ -98,12 +80,31 @@ class Column:
     shown: Callable[[TableRow], str]
 
 
-def cost(name: str) -> Column:
-    def shown(row: TableRow) -> str:
-        value = getattr(row, name)
-        return "" if value is None else UNITS[name](value)
+MEANT = {
+    "bundle_bytes": "on disk",
+    "shipped_bytes": "on disk, of all that must be there to run: the weights of a base that is not in the bundle too",
+}
+"""What the name of a cost leaves open."""
 
-    return Column(COSTS[name], "", lambda row: getattr(row, name), shown)
+
+def cost(name: str) -> Column:
+    return Column(
+        COSTS[name], MEANT.get(name, ""), lambda row: getattr(row, name), lambda row: paid(row, name)
+    )
+
+
+def paid(row: TableRow, name: str) -> str:
+    """A cost of a row; of a bundle's size, whether the base is in it."""
+    value = getattr(row, name)
+    if value is None:
+        return ""
+    return UNITS[name](value) + (" with the base" if name == "bundle_bytes" and row.base_within else "")
+
+
+WITHIN = (
+    "<b>with the base</b>: the stack compresses, so its bundle holds the whole model. One without is loaded on its "
+    f"base, which <i>{COSTS['shipped_bytes']}</i> counts too."
+)
 
 
 def said(text: object) -> str:
@@ -153,7 +154,7 @@ def score(score: dict[str, object] | None) -> str:
     if score is None:
         return ""
     value = score["value"]
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return measure(value, str(score["unit"])) if isinstance(value, int | float) else str(value)
 
 
 def small(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

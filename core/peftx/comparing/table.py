@@ -46,8 +46,10 @@ class TableRow:
         note: best; inside the noise of the best; failed.
         learning_rate: the chosen one. edge: it is the smallest or the largest that was tried, so a better one may lie
             beyond. steps: of the optimizer.
-        trained: numbers. trained_percent: of the base's. bundle_bytes: on disk. memory_bytes: at most, of the process,
-            or of the tensors on an accelerator. train_seconds: mean. token_seconds: of one generated token.
+        trained: numbers. trained_percent: of the base's. bundle_bytes: on disk. base_within: the bundle holds the base,
+            compressed. shipped_bytes: of all that must be there to run: the bundle, and the base's weights where it is
+            without them. memory_bytes: at most, of the process, or of the tensors on an accelerator.
+        train_seconds: mean. token_seconds: of one generated token.
         repeat: the file that repeats the row's first seed.
     """
 
@@ -67,6 +69,8 @@ class TableRow:
     trained: int | None = None
     trained_percent: float | None = None
     bundle_bytes: int | None = None
+    base_within: bool | None = None
+    shipped_bytes: int | None = None
     memory_bytes: int | None = None
     train_seconds: float | None = None
     token_seconds: float | None = None
@@ -89,7 +93,8 @@ COLUMNS = tuple(
 
 COSTS = {
     "trained": "numbers trained",
-    "bundle_bytes": "bytes of the bundle",
+    "bundle_bytes": "size of the bundle",
+    "shipped_bytes": "size of bundle and base",
     "memory_bytes": "peak memory",
     "train_seconds": "seconds of training",
     "token_seconds": "seconds a token",
@@ -243,6 +248,8 @@ def costs_of(results: Sequence[JobResult]) -> dict[str, Any]:
         "trained": first.trained,
         "trained_percent": 100 * first.trained / max(1, first.base_parameters),
         "bundle_bytes": first.bundle_bytes,
+        "base_within": not first.base_bytes,
+        "shipped_bytes": first.bundle_bytes + first.base_bytes,
         "memory_bytes": max(r.memory if r.device_memory is None else r.device_memory for r in results),
         "train_seconds": statistics.fmean(result.seconds for result in results),
         "token_seconds": statistics.median(times) if times else None,

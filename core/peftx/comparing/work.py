@@ -145,6 +145,7 @@ def _measure(
     if job.metric not in scores:
         raise TrialError(f"the run gave no '{job.metric}', but {', '.join(scores) or 'nothing'}")
     measured = replace(blank, scores=scores, trained=result.trainable, bundle_bytes=_bundle(result),
+                       base_bytes=0 if result.stack.holds_base else result.bytes_before,
                        base_parameters=result.stack.base_parameters(), steps=sum(r.steps for r in result.training),
                        seconds=sum(r.seconds - r.measuring for r in result.training), losses=_losses(result),
                        memory=_peak(), device_memory=_device_peak(), checks=checks.found)  # fmt: skip

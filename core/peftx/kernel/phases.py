@@ -29,6 +29,11 @@ class Span:
         return f"{self.name} {'' if self.end is None else self.end - self.first}".rstrip()
 
 
+def at(lying: Sequence[Span], index: int) -> Span:
+    """The one of a run's spans that its optimizer step `index`, from 0, is in; the last one behind its end."""
+    return next((span for span in lying if span.end is None or index < span.end), lying[-1])
+
+
 def spans(phases: Sequence[Phase], total: int | None, *, owner: str) -> list[Span]:
     """Where the phases of a run of `total` steps lie (None: nobody knows).
 

@@ -10,7 +10,16 @@ from peftx.charts import STYLE, Band, Curve, Point, chart
 from peftx.history import Measured, TrainingHistory
 from peftx.pages.samples import Samples
 from peftx.pages.told import Told
+from peftx.quantities import between, measure, plain, size
 from peftx.toolkits.evaluation.streams import TITLES, AccuracyMatrix, in_brief
+
+STORED, TRAINED, ADDED = "numbers stored", "numbers trained", "numbers added"
+_WHAT_IS_COUNTED = (
+    f"{STORED.capitalize()} are those in a plugin's file here; several that are packed into one count as one. "
+    f"{TRAINED.capitalize()} are those of all plugins that a training can move, as it begins. {ADDED.capitalize()} are "
+    "those that plugins put on the model, trained or not, before it. A plugin may keep less than it trains, such as a "
+    "prompt without the network that made it, or store what it never trained."
+)
 
 
 def page(told: Told, samples: Samples | None = None) -> str:
@@ -60,14 +69,6 @@ def quiet(text: str) -> str:
     return f'<p class="quiet">{escape(text)}</p>'
 
 
-def size(count: int) -> str:
-    """Bytes as people read them, 1 kB = 1000 B."""
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if count >= 10**power:
-            return f"{count / 10**power:.2f} {unit}"
-    return f"{count} B"
-
-
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
@@ -101,8 +102,12 @@ def _stack(told: Told) -> str:
                 size(told.sizes[entry.file]) if entry.file is not None else "",
             )
         )
-    columns = ("plugin", "paper", "options", "state", "numbers", "bytes")
-    return table(columns, rows, numbers=(4, 5))
+    files = [entry.file for entry in told.manifest.plugins if entry.file is not None]
+    if len(files) > 1:
+        stored = f"{sum(told.numbers.values()):,}"
+        rows.append(("together", "", "", "", stored, size(sum(told.sizes[file] for file in files))))
+    columns = ("plugin", "paper", "options", "state", STORED, "size of its file")
+    return table(columns, rows, numbers=(4, 5)) + quiet(_WHAT_IS_COUNTED)
 
 
 def _metrics(told: Told) -> str:
@@ -111,13 +116,15 @@ def _metrics(told: Told) -> str:
         scores = told.manifest.scores
         if not scores:
             return quiet("Nothing was measured.")
-        last = [(name, _number(s[0]), _interval(s[1], s[2]), str(s[4] or "")) for name, s in scores.items()]
-        return table(("measure", "last value", "95 %", "unit"), last, numbers=(1,))
+        last = [
+            (name, _score(value, low, high, unit)) for name, (value, low, high, _, unit) in scores.items()
+        ]
+        return table(("measure", "last value"), last, numbers=(1,))
     streams = _streams(told)
     names = list(dict.fromkeys(name for e in evaluations for name in e.scores))
     columns = ["measure", *(_moment(e.name, e.trainings) for e in evaluations)]
     shown = in_brief(names) if streams else names
-    rows = [[name, *(_score(e.scores.get(name)) for e in evaluations)] for name in shown]
+    rows = [[name, *(_measured(e.scores.get(name)) for e in evaluations)] for name in shown]
     return table(columns, rows, numbers=range(1, len(columns))) + streams
 
 
@@ -129,7 +136,7 @@ def _streams(told: Told) -> str:
         if matrix is not None:
             numbers = range(1, len(matrix.tasks) + 1)
             summary = ", ".join(
-                f"{name} {_number(value)}" for name, value in matrix.told().items() if value is not None
+                f"{name} {plain(value)}" for name, value in matrix.told().items() if value is not None
             )
             parts.append(f"<p>{escape(title)}: {escape(summary)}</p>")
             parts.append(table(("after", *matrix.tasks), matrix.rows(), numbers=numbers))
@@ -140,22 +147,16 @@ def _moment(name: str, trainings: int) -> str:
     return f"{name} (before training)" if not trainings else name
 
 
-def _score(found: Measured | None) -> str:
-    if found is None:
-        return ""
-    interval = _interval(found.low, found.high)
-    told = f"{_number(found.value)} {found.unit}".rstrip()
-    return told + (f" ({interval})" if interval else "")
+def _measured(found: Measured | None) -> str:
+    return "" if found is None else _score(found.value, found.low, found.high, found.unit)
 
 
-def _number(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, int | float) else "not finite" if value is None else str(value)
-
-
-def _interval(low: object, high: object) -> str:
-    return (
-        f"{low:.4g} to {high:.4g}" if isinstance(low, int | float) and isinstance(high, int | float) else ""
-    )
+def _score(value: object, low: object, high: object, unit: object) -> str:
+    """The value, and its interval in a line below."""
+    shown = measure(value, str(unit)) if isinstance(value, int | float) else str(value or "not finite")
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        shown += f"\n{between(low, high)}"
+    return shown
 
 
 # -- training ----------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def _trainings(told: Told) -> str:
         why = f"It was trained for {steps:,} steps, and this" if steps else "This"
         return quiet(f"{why} bundle holds no history: there is no curve to draw.")
     rows = [_summary(number, training) for number, training in enumerate(trainings, start=1)]
-    columns = ("training", "steps", "rows", "parameters", "first loss", "last loss", "seconds")
+    columns = ("training", "steps", "rows", TRAINED, "first loss", "last loss", "seconds")
     return (
         table(columns, rows, numbers=range(1, 7))
         + chart(_loss_curves(trainings), x="step", y="loss", title="Loss of each step", bands=bands(trainings))
@@ -179,15 +180,15 @@ def _trainings(told: Told) -> str:
     )  # fmt: skip
 
 
-def _summary(number: int, training: TrainingHistory) -> tuple[str, ...]:
+def _summary(place: int, training: TrainingHistory) -> tuple[str, ...]:
     losses, seconds = training.losses, training.seconds[-1]
     return (
-        str(number),
+        str(place),
         f"{training.step[-1]:,}",
         f"{training.examples:,}" if training.examples is not None else "",
         f"{training.trainable:,}" if training.trainable is not None else "",
-        f"{losses[0][1]:.4g}" if losses else "",
-        f"{losses[-1][1]:.4g}" if losses else "",
+        plain(losses[0][1], 4) if losses else "",
+        plain(losses[-1][1], 4) if losses else "",
         f"{seconds:,.1f}" if seconds is not None else "",
     )
 
@@ -260,21 +261,25 @@ def _plan(told: Told) -> str:
     totals = told.plan.totals
     stages = [(s.name, ", ".join(s.plugins), ", ".join(s.reads), s.detail) for s in told.plan.stages]
     numbers = [
-        ("base", f"{totals.base_params:,}", size(totals.base_bytes)),
-        ("added", f"{totals.added_params:,}", ""),
-        ("trainable", f"{totals.trainable_params:,}", ""),
-        ("at the end", "", size(totals.final_bytes)),
+        ("numbers of the base, and in memory", f"{totals.base_params:,}", size(totals.base_bytes)),
+        (ADDED, f"{totals.added_params:,}", ""),
+        (TRAINED, f"{totals.trainable_params:,}", ""),
+        ("the model in memory at the end", "", size(totals.final_bytes)),
         ("tensors in the bundle", "", f"about {size(totals.bundle_bytes)}"),
     ]
-    return table(("stage", "plugins", "reads", ""), stages) + table(
-        ("", "parameters", "bytes"), numbers, numbers=(1, 2)
+    plugins = [(p.id, f"{p.modules:,}", f"{p.params:,}", size(p.bytes), p.detail) for p in told.plan.plugins]
+    each = table(("plugin", "modules", ADDED, "size afterwards", ""), plugins, numbers=(1, 2, 3))
+    return (
+        table(("stage", "plugins", "reads", ""), stages)
+        + each
+        + table(("", "numbers", "size"), numbers, numbers=(1, 2))
     )
 
 
 def _files(told: Told) -> str:
-    rows = [(name, f"{count:,}") for name, count in told.sizes.items()]
-    rows.append(("together", f"{sum(told.sizes.values()):,}"))
-    return table(("file", "bytes"), rows, numbers=(1,))
+    rows = [(name, size(count)) for name, count in told.sizes.items()]
+    rows.append(("together", size(sum(told.sizes.values()))))
+    return table(("file", "size"), rows, numbers=(1,))
 
 
 def _loading(told: Told) -> str:

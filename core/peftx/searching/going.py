@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftx.comparing.jobs import Check, Job, JobResult, read_result
 from peftx.comparing.processes import Pool
 from peftx.errors import OptionError, PeftxError, TrialError
+from peftx.quantities import plain
 from peftx.searching.samplers import Samplers
 from peftx.searching.space import Space
 from peftx.searching.stacks import Stacks
@@ -202,8 +203,8 @@ class Search:
         ahead = before[-1].value > now.value if self.goal.higher else before[-1].value < now.value
         if not ahead or ("train_seconds" in costs and after[0].seconds > now.seconds):
             return ""
-        had = f"{self.goal.metric} {now.value:.4g}, where a trial of this stack that costs no more had"
-        return f"ended early, after {now.share:.0%} of its steps: {had} {before[-1].value:.4g}"
+        had = f"{self.goal.metric} {plain(now.value, 4)}, where a trial of this stack that costs no more had"
+        return f"ended early, after {now.share:.0%} of its steps: {had} {plain(before[-1].value, 4)}"
 
     def progress(self, running: int) -> Progress:
         """How far the trials are, while so many jobs run."""

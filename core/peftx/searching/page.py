@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftx.comparing.page import interval, quality, remark
 from peftx.comparing.plots import pareto
-from peftx.comparing.sheet import UNITS, Column, cost, dot, said, score, small, sortable, whole_page
+from peftx.comparing.sheet import UNITS, WITHIN, Column, cost, dot, said, score, small, sortable, whole_page
 from peftx.comparing.table import COSTS, TableRow
 from peftx.searching.table import PointRow, SearchTable
 
@@ -89,6 +89,8 @@ def _key(table: SearchTable) -> str:
         f"<b>front</b>: no other point is better in one of what is searched by and worse in none. {noise}",
         f"Test figures are those of the front alone, trained {trained}; nothing was chosen by them.",
     ]
+    if any(row.base_within for row in table.rows):
+        parts.append(WITHIN)
     if not table.front:
         parts.append("<b>No point keeps the limits.</b>")
     return " ".join(parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peftx.comparing.on_ray import OnRay, tasks
 from peftx.comparing.place import alone, check_place, side_by_side
@@ -19,9 +18,6 @@ from peftx.searching.stacks import Stacks
 from peftx.searching.table import COLUMNS, SearchTable, table_of
 from peftx.searching.trials import STUDY
 from peftx_spec.search_load import LoadedSearch
-
-if TYPE_CHECKING:
-    pass
 
 OURS = frozenset({"jobs", "data", "repeat", "results.json", "results.csv", "index.html", ".lock", STUDY})
 """What a search's folder holds; scratch folders beside."""

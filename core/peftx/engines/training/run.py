@@ -34,7 +34,7 @@ from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.order import order_of
 from peftx.engines.training.packing import packing_of, prove
 from peftx.engines.training.processes import check_claims, launched
-from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of
+from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of, place_of
 from peftx.errors import BundleError, CheckpointError, DataError, OptionError, TrainingError, nearest
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
@@ -60,6 +60,7 @@ class TrainingReport:
     """(optimizer step, loss of its micro-batches, mean)."""
     seconds: float
     trainable: int
+    """Numbers that can still train at its end; the history has those of its beginning."""
     examples: int
     """Rows, tokenized; those that the run came to, where these are not all."""
     terms: dict[str, float] = field(default_factory=dict)
@@ -164,15 +165,18 @@ def train(
     columns: Mapping[str, str] | None = None,
     sources: Mapping[str, Rows] | None = None,
     measure: Measure | None = None,
+    resumed: Callable[[str], None] = LOG.info,
 ) -> TrainingReport:
-    """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already)."""
+    """See `Stack.train`. `prepare=False` leaves the `prepare_data` hooks out (they ran already). `resumed` hears from
+    where a run goes on."""
     spec = parse_options(options)
     best = _best(stack, spec, measure)
     check_reports(spec, output)
     for id in spec.learning_rates:
         if next(stack.ledger.parameters(stack.member(id).id), None) is None:
             raise OptionError(f"learning_rates: '{id}' has nothing that trains", hint="leave it out")
-    if stack.trainable_parameters() == 0:
+    trained = stack.trainable_parameters()  # now: a plugin may end in another form, with fewer
+    if trained == 0:
         raise TrainingError(
             "nothing trains: no plugin of the stack has trainable parameters",
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
@@ -227,6 +231,8 @@ def train(
         )  # fmt: skip
         trainer.add_callback(_Watcher(lambda: trainer, progress))
         start = _checkpoint(folder, resume, identity)
+        if start is not None:
+            resumed(f"goes on {place_of(start, spec.steps)}")
         for member in stack.members if start is None else ():  # a checkpoint brings the phases of its run
             spans(member.plugin.phases(), spec.steps, owner=member.id)
         if start is None or not trainer.finished(start):
@@ -247,13 +253,12 @@ def train(
     stack.trained_steps += steps
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
-    trainable = stack.trainable_parameters()
-    stack.history.trained(logged, steps=spec.steps, trainable=trainable, examples=len(rows))
+    stack.history.trained(logged, steps=spec.steps, trainable=trained, examples=len(rows))
     return TrainingReport(
         steps,
         losses,
         time.perf_counter() - started,
-        trainable,
+        stack.trainable_parameters(),
         len(rows),
         trainer.loss_terms,
         _full(rows, training_data),

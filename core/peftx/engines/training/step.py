@@ -16,7 +16,7 @@ from peftx.engines.training.updates import Action, around_next_update
 from peftx.errors import BatchError, TrainingError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart
-from peftx.kernel.phases import Span, spans
+from peftx.kernel.phases import Span, at, spans
 from peftx.kernel.plugin import Plugin
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ class TrainStep:
         known = self.memory.setdefault("phases", {})
         if id not in known or (self.index == 0 and self.first_micro):
             known[id] = [[s.name, s.first, s.end] for s in spans(plugin.phases(), self.total, owner=id)]
-        lying = [Span(*found) for found in known[id]]
-        return next((span for span in lying if span.end is None or self.index < span.end), lying[-1])
+        return at([Span(*found) for found in known[id]], self.index)
 
     def begins(self, plugin: Plugin) -> bool:
         """Is this the first micro-batch of a phase of the plugin's."""

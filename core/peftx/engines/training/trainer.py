@@ -38,6 +38,7 @@ from peftx.engines.training.state_io import load_state, random_state, save_state
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
 from peftx.errors import BundleError, CheckpointError, TrainingError
+from peftx.kernel.phases import Span, at
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -343,6 +344,16 @@ def check_whole(checkpoint: Path) -> None:
     for name, expected in sums.items():
         if differs(checkpoint / name, expected):
             raise CheckpointError(f"'{checkpoint / name}' is corrupted (sha256 differs)")
+
+
+def place_of(checkpoint: Path, steps: int) -> str:
+    """Where a run of so many steps stands that goes on from a checkpoint, in words: step, phases and folder."""
+    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    lying = load_state(checkpoint / "plugins")["memory"].get("phases", {})
+    phases = (
+        f", {id} in '{at([Span(*found) for found in known], done).name}'" for id, known in lying.items()
+    )
+    return f"behind step {done} of {steps}{''.join(phases)}: {checkpoint}"
 
 
 def last_checkpoint(folder: Path) -> Path | None:

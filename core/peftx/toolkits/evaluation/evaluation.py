@@ -16,6 +16,7 @@ from peftx.engines.data.formats import dataset_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
+from peftx.quantities import between, plain
 from peftx.toolkits.evaluation.likelihood import context_window
 from peftx.toolkits.evaluation.scores import Score, bootstrap_ratio, wilson_interval
 
@@ -133,8 +134,8 @@ class Evaluation:
         return [
             (
                 score.name,
-                f"{score.value:.5g}",
-                "" if score.low is None else f"{score.low:.5g} to {score.high:.5g}",
+                plain(score.value),
+                between(score.low, score.high, 5),
                 score.unit,
                 "" if score.count is None else f"{score.count:,}",
             )

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from peftx.errors import DataError
+from peftx.quantities import between, plain
 
 _Z95: Final = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
@@ -51,14 +52,14 @@ class Score:
 
     @property
     def number(self) -> str:
-        """The value and its unit: whole numbers in full, everything else with five digits."""
-        value = f"{int(self.value):,}" if self.value.is_integer() else f"{self.value:.5g}"
-        return f"{value} {self.unit}".rstrip()
+        """The value and its unit; bytes are told one by one here, and as a size on pages."""
+        return f"{plain(self.value)} {self.unit}".rstrip()
 
     @property
     def detail(self) -> str:
         """Interval and count, as far as there are such."""
-        interval = "" if self.low is None else f"95 %: {self.low:.4g} to {self.high:.4g}"
+        interval = between(self.low, self.high)
+        interval = interval and f"95 %: {interval}"
         return ", ".join(filter(None, (interval, "" if self.count is None else f"{self.count:,} counted")))
 
 

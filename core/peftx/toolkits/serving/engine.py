@@ -7,8 +7,8 @@ tried when an engine is made; batches run whole (`batches.py`) elsewhere. Stacks
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from peftx.errors import GenerationError, PeftxError, ServerError, UnsupportedError
@@ -29,6 +29,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftx.kernel.stack import Stack
+
+
+def who_stops_rows(answers: Answers) -> list[str]:
+    """The plugins of a stack that let no rows come and go: those with a decode hook, else each that does not when all
+    others that can be are switched off; none where the model itself does not, or only several together."""
+    stack = answers.stack
+    if looping := stack.implementers("decode"):
+        return [member.id for member in looping]
+    able = [id for id in stack.plugins if _can_be_off(stack, id)]
+    if _stopped(answers, able):
+        return []
+    return [id for id in able if _stopped(answers, [other for other in able if other != id])]
+
+
+def _can_be_off(stack: Stack, id: str) -> bool:
+    try:
+        with stack.disabled(id):
+            return True
+    except PeftxError:  # it replaced weights, or others are merged over it
+        return False
+
+
+def _stopped(answers: Answers, off: Sequence[str]) -> bool:
+    """Do no rows come and go while these plugins are switched off."""
+    try:
+        with answers.stack.disabled(*off) if off else nullcontext():
+            prove({"": answers})
+    except UnsupportedError:
+        return True
+    return False
 
 
 class Together:
@@ -78,6 +108,7 @@ class Engine:
     Attributes:
         whole: why batches run whole; empty where rows come and go.
         apart: why the stack has a batch of its own; empty where it shares one, or none was to be shared.
+        stopping: the plugins that `whole` is about; none where it is the model, or only several together.
 
     Raises:
         PeftxError: the model generates no text, or a plugin's `serve` hook failed.
@@ -91,6 +122,7 @@ class Engine:
         scheduler = server.scheduler
         stack.model.eval()
         self.server, self.whole, self.apart = server, "", ""
+        self.stopping: list[str] = []
         self.prefixes = scheduler.prefixes
         if self.prefixes is None and scheduler.prefix_cache:
             self.prefixes = PrefixCache(stack.model, entries=scheduler.prefix_entries)
@@ -111,12 +143,12 @@ class Engine:
                 together.join(self.server, answers)
                 return together, together.worker
             except UnsupportedError as reason:
-                self.apart = str(reason)
+                self.apart = reason.message
         try:
             prove({name: answers})
             return None, Worker(Rows({name: answers}, most=scheduler.max_batch), scheduler)
         except UnsupportedError as reason:
-            self.whole = str(reason)
+            self.whole, self.stopping = reason.message, who_stops_rows(answers)
         return None, Worker(Batches(answers, most=scheduler.max_batch), scheduler)
 
     @property
@@ -131,7 +163,7 @@ class Engine:
         way = "shared" if self._together is not None else f"{way}; apart: {self.apart}" if self.apart else way
         return {
             "queued": worker.waiting(name), "served": worker.served[name], "batches": worker.batches[name],
-            "batching": way,
+            "batching": way, "why_whole": self.whole or None, "plugins": self.stopping, "why_apart": self.apart or None,
         }  # fmt: skip
 
     def submit(self, request: Request) -> Job:

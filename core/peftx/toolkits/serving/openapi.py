@@ -158,6 +158,9 @@ class EngineHealth(Told):
     served: int
     batches: int
     batching: str
+    why_whole: str | None
+    plugins: list[str]
+    why_apart: str | None
 
 
 class Health(Told):

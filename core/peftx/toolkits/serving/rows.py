@@ -292,7 +292,9 @@ def refuse_whole_batches(stack: Stack) -> None:
     if model.config.is_encoder_decoder:
         raise UnsupportedError("an encoder reads a prompt at once, into a cache of another kind")
     if looping := stack.implementers("decode"):
-        raise UnsupportedError(f"'{looping[0].id}' has a say in how a whole text is written")
+        raise UnsupportedError(
+            f"'{looping[0].id}' has a say in how a whole text is written, by its decode hook"
+        )
     config = model.generation_config
     if (config.num_beams or 1) > 1 or config.use_cache is False or config.cache_implementation is not None:
         raise UnsupportedError("the model's generation settings ask for beams, another cache, or none")
