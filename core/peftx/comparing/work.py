@@ -130,7 +130,7 @@ def _measure(
     blank: JobResult,
     scratch: Path,
     trust_remote_code: bool,
-    told: Callable[[Check], None] | None,
+    told: Callable[[Check], None] | None = None,
 ) -> JobResult:
     pipeline = load_pipeline(job.pipeline, catalogue=Registry())
     if job.kind != "rate" and pipeline.stack:

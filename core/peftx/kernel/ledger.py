@@ -97,6 +97,14 @@ class Ledger:
                     seen.add(id(parameter))
                     yield parameter
 
+    def base_parameters(self) -> int:
+        """See `Stack.base_parameters`."""
+        added = [part for part in self.parts if not isinstance(part, BasePart)]
+        own = {id(tensor) for part in added for tensor in part.tensors().values()}
+        count = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        replaced = (part.geometry for part in self.all(ReplacedPart))
+        return count + sum(int(g["in_features"]) * int(g["out_features"]) for g in replaced)
+
     def free_key(self, owner: str, key: str) -> str:
         """`key`, numbered where the plugin did the same in the same place before."""
         return own_name({part.key: part for part in self.of(owner)}, key)

@@ -24,7 +24,7 @@ from peftx.kernel.identity import Identity
 from peftx.kernel.ledger import Ledger, carried
 from peftx.kernel.members import Member, Standing, blaming
 from peftx.kernel.objective import objective_of
-from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
+from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.kernel.seeds import seeded
 from peftx.kernel.slots import base_class, merge, snapshot, unmerge
@@ -224,8 +224,7 @@ class Stack:
         if restoring:
             return
         self.settle()  # of a bundle, after its tensors are in place
-        standing = [self.standing[member.id] for member in self.implementers("inject")]
-        if all(at.injected or at.folded for at in standing):
+        if all(self.stands(member.id) for member in self.implementers("inject")):
             self._check_members()
 
     def _check_members(self) -> None:
@@ -390,11 +389,7 @@ class Stack:
 
     def base_parameters(self) -> int:
         """Numbers in the base model, each tied tensor once, quantized ones at their full count."""
-        added = [part for part in self.ledger.parts if not isinstance(part, BasePart)]
-        own = {id(tensor) for part in added for tensor in part.tensors().values()}
-        count = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
-        replaced = (part.geometry for part in self.ledger.all(ReplacedPart))
-        return count + sum(int(g["in_features"]) * int(g["out_features"]) for g in replaced)
+        return self.ledger.base_parameters()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         """Its parts know the model that they stand on, so a copy would change the original."""
