@@ -15,6 +15,8 @@ from peftx.engines.data import Collator, tokenize_dataset
 from peftx.engines.data.formats import dataset_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.objective import pad_of
+from peftx.kernel.parts import ReplacedPart
+from peftx.kernel.plugin import Plugin
 from peftx.kernel.stack import Stack
 from peftx.quantities import between, plain
 from peftx.toolkits.evaluation.likelihood import context_window
@@ -103,6 +105,22 @@ class Evaluation:
         bottoms = [1] * len(tops) if bottoms is None else bottoms
         low, high = bootstrap_ratio(tops, bottoms) or (None, None)
         return self.add(name, sum(tops) / sum(bottoms), low, high, sum(bottoms), unit)
+
+    def add_packed(self, plugin: Plugin) -> list[Any]:
+        """Record `packed_bytes` of the layers that a plugin packed, as a bundle holds them, and `bits_per_weight`,
+        without biases; 0 before there are any.
+
+        Returns:
+            The layers, which have `nbytes_packed`, as those of `peftx.toolkits.compression` do.
+        """
+        parts = self.stack.ledger.of(self.stack.id_of(plugin), ReplacedPart)
+        layers: list[Any] = [part.module for part in parts]
+        size = sum(layer.nbytes_packed for layer in layers)
+        biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        self.add("packed_bytes", size, unit="bytes")
+        self.add("bits_per_weight", 8 * (size - biases) / max(weights, 1))
+        return layers
 
     def figure(self, name: str, curves: Mapping[str, Iterable[Point]], *, x: str, y: str) -> None:
         """Draw curves on the page `<name>.html` in `output_dir`, below what was drawn there before; nothing where the

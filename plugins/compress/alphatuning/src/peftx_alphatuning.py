@@ -238,13 +238,6 @@ class AlphaTuning(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Bytes of the packed layers, which all tasks share, bits of a weight (without biases), and bytes of the task;
         0 before there are any."""
-        id, ledger = evaluation.stack.id_of(self), evaluation.stack.ledger
-        layers = [part.module for part in ledger.of(id, ReplacedPart)]
-        size = sum(layer.nbytes_packed for layer in layers)
-        biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
-        weights = sum(layer.in_features * layer.out_features for layer in layers)
-        evaluation.add("packed_bytes", size, unit="bytes")
-        evaluation.add("bits_per_weight", 8 * (size - biases) / max(weights, 1))
-        evaluation.add(
-            "task_bytes", sum(part.module.d.nbytes for part in ledger.of(id, DeltaPart)), unit="bytes"
-        )
+        evaluation.add_packed(self)
+        scales = evaluation.stack.ledger.of(evaluation.stack.id_of(self), DeltaPart)
+        evaluation.add("task_bytes", sum(part.module.d.nbytes for part in scales), unit="bytes")

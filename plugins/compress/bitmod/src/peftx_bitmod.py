@@ -27,7 +27,6 @@ from torch import Tensor
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
 from peftx.errors import ArchitectureError, ModelError
-from peftx.kernel.parts import ReplacedPart
 from peftx.toolkits.compression import Quantized, QuantLinear, pack_bits, unpack_bits
 from peftx.toolkits.compression.kernels import Kernel
 from peftx.toolkits.compression.names import dtype_name
@@ -175,11 +174,6 @@ class BitMoD(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Bytes of the packed layers, bits of a weight (without biases), and the share of groups with extra asymmetry;
         0 before there are any."""
-        layers = [p.module for p in evaluation.stack.ledger.of(evaluation.stack.id_of(self), ReplacedPart)]
-        size = sum(layer.nbytes_packed for layer in layers)
-        biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
-        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        layers = evaluation.add_packed(self)
         kinds = [float(k) for layer in layers for k in (layer.kinds() > 1).flatten()]
-        evaluation.add("packed_bytes", size, unit="bytes")
-        evaluation.add("bits_per_weight", 8 * (size - biases) / max(weights, 1))
         evaluation.add("asymmetric", sum(kinds) / max(len(kinds), 1))

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
 from peftx.errors import ArchitectureError, ModelError
-from peftx.kernel.parts import ReplacedPart
 from peftx.toolkits.compression import Quantized, QuantLinear, pack_bits, unpack_bits
 from peftx.toolkits.compression.kernels import Kernel
 from peftx.toolkits.compression.names import dtype_name
@@ -170,9 +169,4 @@ class NF4Storage(Plugin):
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Bytes of the packed layers, as a bundle holds them, and bits of a weight (without biases); 0 before."""
-        layers = [p.module for p in evaluation.stack.ledger.of(evaluation.stack.id_of(self), ReplacedPart)]
-        size = sum(layer.nbytes_packed for layer in layers)
-        biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
-        weights = sum(layer.in_features * layer.out_features for layer in layers)
-        evaluation.add("packed_bytes", size, unit="bytes")
-        evaluation.add("bits_per_weight", 8 * (size - biases) / max(weights, 1))
+        evaluation.add_packed(self)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import peftx.toolkits.compression as packing
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Targets, hookimpl
-from peftx.kernel.parts import ReplacedPart
 
 
 class SignRoundConfig(PluginConfig):
@@ -164,9 +163,8 @@ class SignRound(Plugin):
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
-        """Bytes of the packed layers, and how much of the error of rounding to the nearest is left in a block, on the
-        mean; 0 before there are any."""
-        layers = [p.module for p in evaluation.stack.ledger.of(evaluation.stack.id_of(self), ReplacedPart)]
+        """Bytes of the packed layers, bits of a weight (without biases), and how much of the error of rounding to the
+        nearest is left in a block, on the mean; 0 before there are any."""
+        evaluation.add_packed(self)
         left = [after / before for before, after in self.state.get("errors", []) if before]
-        evaluation.add("packed_bytes", sum(layer.nbytes_packed for layer in layers), unit="bytes")
         evaluation.add("error_left", sum(left) / max(len(left), 1))
