@@ -40,7 +40,8 @@ class Measured:
         Raises:
             PeftxError: a file that is not there, or holds no rows; columns of no file.
         """
-        from peftx_cli.recipe import format_of, pairs_of
+        from peftx_cli.columns import pairs_of
+        from peftx_cli.recipe import format_of
 
         names = pairs_of(columns)
         if names and data is None:

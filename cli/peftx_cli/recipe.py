@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.errors import TrainingError, UsageError
+from peftx_cli.columns import pairs_of
 from peftx_spec.errors import DataError
 
 if TYPE_CHECKING:
@@ -198,24 +199,6 @@ def _formats(asked: Asked) -> dict[str, str | None]:
         for option, file in named.items()
         if file is not None
     }
-
-
-def pairs_of(text: str | None) -> dict[str, str]:
-    """`prompt=ask,completion=reply` as a mapping.
-
-    Raises:
-        PeftxError: not such pairs.
-    """
-    found: dict[str, str] = {}
-    for pair in text.split(",") if text is not None else ():
-        ours, equals, theirs = (word.strip() for word in pair.partition("="))
-        if not (ours and equals and theirs) or ours in found:
-            raise UsageError(
-                f"--columns {text}: '{pair}' is no pair of names, or names one twice",
-                hint="OURS=THEIRS, as in --columns prompt=ask,completion=reply",
-            )
-        found[ours] = theirs
-    return found
 
 
 def _columns(asked: Asked) -> dict[str, str]:

@@ -10,7 +10,8 @@ from peftx.quantities import size
 from peftx_cli.render import out, print_json, print_table
 
 if TYPE_CHECKING:
-    from peftx.pipeline import Run, RunResult
+    from peftx.pipeline import Run
+    from peftx.run_result import RunResult
     from peftx.toolkits.evaluation import Score
     from peftx.toolkits.evaluation.streams import AccuracyMatrix
     from peftx_spec import DataSpec

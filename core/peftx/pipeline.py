@@ -5,17 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.composition.conflicts import check
 from peftx.composition.registry import Registry
-from peftx.engines.clusters import require_ray
 from peftx.engines.data import TrainingData
 from peftx.engines.data.sources import (
-    HeldOut,
     check_rows_serve,
     format_of,
     further_rows,
@@ -26,16 +24,17 @@ from peftx.engines.data.sources import (
 )
 from peftx.engines.files import checkpoints, dropped_rows, folder_bytes, make_place
 from peftx.engines.models import asset_path, base_bytes
-from peftx.engines.reporting import Reporter, Silent, check_reports
+from peftx.engines.reporting import Reporter, Silent
 from peftx.engines.training.on_ray import together
-from peftx.engines.training.processes import check_claims, launched, leads
-from peftx.engines.training.run import TrainingReport, as_training_data, train
-from peftx.errors import BundleError, DataError
+from peftx.engines.training.processes import leads
+from peftx.engines.training.run import as_training_data, train
+from peftx.errors import BundleError
 from peftx.interop.importing import begin_with
 from peftx.kernel.members import Member
+from peftx.run_checks import check_data, check_outputs, check_runtime, outputs
+from peftx.run_result import RunResult
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
-from peftx.toolkits.evaluation.run import check_metrics
 from peftx.toolkits.evaluation.streams import SUMMARY, in_brief
 from peftx_spec import load_spec, resolved, stages_of
 from peftx_spec.models import LM_EVAL, EvaluateSpec, Pipeline, TrainSpec
@@ -46,23 +45,6 @@ if TYPE_CHECKING:
     from peftx_spec.validate import LoadedSpec
 
 
-@dataclass
-class RunResult:
-    """What a run left."""
-
-    stack: Stack
-    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
-    """By name of the evaluation stage."""
-    training: list[TrainingReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    trainable: int = 0
-    output: Path | None = None
-    bytes_before: int = 0
-    bytes_after: int = 0
-    held_out: HeldOut | None = None
-    """What was evaluated on, where it was taken from the training data."""
-
-
 class Run:
     """One run of one pipeline.
 
@@ -71,8 +53,7 @@ class Run:
         registry: the plugins. reporter: who is told. resume: train from the last checkpoint.
         trust_remote_code: run Python code that the checkpoint brings along; no spec can ask for it.
 
-    Everything that can be checked without the model is checked in the constructor: plugins, conflicts, data files and
-    the place of the output, so that bad input changes nothing.
+    What can be checked without the model is checked in the constructor (`run_checks`), so bad input changes nothing.
     """
 
     def __init__(
@@ -103,10 +84,10 @@ class Run:
         ]
         check(self.members)
         self.stages = stages_of(pipeline, self.registry)
-        self._check_runtime()
+        check_runtime(pipeline, self.members, self.stages)
         self._rows, self.held_out = training_rows(pipeline.data)
-        self._check_data()
-        self._check_output()
+        check_data(pipeline, self.members, self.stages)
+        check_outputs(pipeline, self.stages)
         self.data: TrainingData | None = None
         self._max_length = 0
         self._source = ""
@@ -114,46 +95,6 @@ class Run:
         self._trained_on = False
         """Was anything trained on the rows since they were prepared."""
         self.result: RunResult | None = None
-
-    def _check_runtime(self) -> None:
-        runtime = self.pipeline.runtime
-        check_claims(self.members, max(runtime.workers, launched()))
-        for stage in self.stages:
-            if stage.train is not None:
-                check_reports(self.pipeline.train_settings(stage), self.pipeline.output)
-        if runtime.engine == "ray":
-            require_ray("runtime: ray")
-            if not any(stage.save is not None for stage in self.stages):
-                raise BundleError(
-                    "processes of Ray leave what they save, and no stage saves", hint="run: [..., save]"
-                )
-
-    def _check_data(self) -> None:
-        data = self.pipeline.data
-        for source in (data.eval, data.calibration, *data.sources.values()):
-            if source is not None:
-                rows_of(source, limit=1)
-        own = [member.id for member in self.members if member.implements("evaluate")]
-        measured = any(s.evaluate is not None for s in self.stages)
-        check_metrics(self.pipeline, own, measured=measured, stream=stream_of(self.stages))
-        if any(s.train is not None and data.trained_in(s) is None for s in self.stages):
-            raise DataError(
-                "the pipeline trains, but names no training data", hint="data: {train: train.jsonl}"
-            )
-
-    def _targets(self) -> list[Path]:
-        """The folders that bundles will stand in."""
-        saved = [stage.save.path for stage in self.stages if stage.save is not None]
-        return [Path(path) for path in dict.fromkeys([self.pipeline.output, *saved]) if path is not None]
-
-    def _check_output(self) -> None:
-        for path in self._targets():
-            if path.is_file() or (
-                path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
-            ):
-                raise BundleError(
-                    f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
-                )
 
     def run(self) -> RunResult:
         """Carry out all stages, here or in the processes that `runtime` asks for."""
@@ -181,7 +122,7 @@ class Run:
         and the first does what is behind it."""
         model = self.pipeline.model
         last = max((index for index, stage in enumerate(self.stages) if stage.train is not None), default=-1)
-        for target in self._targets():
+        for target in outputs(self.pipeline, self.stages):
             make_place(target)
         self.reporter.stage("load", [])
         started = time.perf_counter()
@@ -224,7 +165,7 @@ class Run:
 
     def _training_data(self, settings: TrainSpec, stage: RunStage) -> TrainingData:
         source = self.pipeline.data.trained_in(stage)
-        assert source is not None  # `_check_data` saw to it
+        assert source is not None  # `check_data` saw to it
         if self.data is None or stage.source != self._source:
             self._source = stage.source
             rows = task_rows(source, stage.place) if stage.source else self._rows
@@ -453,10 +394,7 @@ def run(
     trust_remote_code: bool = False,
 ) -> RunResult:
     """Read a spec and carry it out."""
-    given = {
-        "registry": registry,
-        "reporter": reporter,
-        "resume": resume,
-        "trust_remote_code": trust_remote_code,
-    }
-    return load_run(spec, overrides=overrides, **given).run()  # type: ignore[arg-type]
+    return load_run(
+        spec, overrides=overrides, registry=registry, reporter=reporter, resume=resume,
+        trust_remote_code=trust_remote_code,
+    ).run()  # fmt: skip

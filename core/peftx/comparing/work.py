@@ -20,7 +20,8 @@ import torch
 from peftx.comparing.jobs import Check, Job, JobResult, checks_file, write_result
 from peftx.composition.registry import Registry
 from peftx.errors import PeftxError, TrainingError, TrialError
-from peftx.pipeline import Run, RunResult
+from peftx.pipeline import Run
+from peftx.run_result import RunResult
 from peftx.stack import Stack
 from peftx.toolkits.decoding.text import request_for
 from peftx.toolkits.evaluation.scores import Score

@@ -21,8 +21,9 @@ from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PluginError, nearest
 from peftx.kernel.objective import objective_of
 from peftx.kernel.plugin import Claim
-from peftx.pipeline import Run, RunResult
+from peftx.pipeline import Run
 from peftx.previewing.found import Prepared, Preview, classes_of, sizes_of
+from peftx.run_result import RunResult
 from peftx.stack import Stack
 from peftx_spec import load_spec, resolved, stages_of
 from peftx_spec.models import Pipeline, TrainSpec

@@ -1,0 +1,59 @@
+"""What a spec and its files tell of a run before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peftx.engines.clusters import require_ray
+from peftx.engines.data.sources import rows_of
+from peftx.engines.reporting import check_reports
+from peftx.engines.training.processes import check_claims, launched
+from peftx.errors import BundleError, DataError
+from peftx.kernel.members import Member
+from peftx.toolkits.evaluation.run import check_metrics
+from peftx_spec.models import Pipeline
+from peftx_spec.stages import RunStage, stream_of
+
+
+def check_runtime(pipeline: Pipeline, members: Sequence[Member], stages: Sequence[RunStage]) -> None:
+    """Raises PeftxError where the processes or the tracker that are asked for cannot be, or nothing would be left."""
+    check_claims(members, max(pipeline.runtime.workers, launched()))
+    for stage in stages:
+        if stage.train is not None:
+            check_reports(pipeline.train_settings(stage), pipeline.output)
+    if pipeline.runtime.engine == "ray":
+        require_ray("runtime: ray")
+        if not any(stage.save is not None for stage in stages):
+            raise BundleError(
+                "processes of Ray leave what they save, and no stage saves", hint="run: [..., save]"
+            )
+
+
+def check_data(pipeline: Pipeline, members: Sequence[Member], stages: Sequence[RunStage]) -> None:
+    """Raises PeftxError where rows cannot be read, are not those that a metric reads, or are not there to train on."""
+    data = pipeline.data
+    for source in (data.eval, data.calibration, *data.sources.values()):
+        if source is not None:
+            rows_of(source, limit=1)
+    own = [member.id for member in members if member.implements("evaluate")]
+    measured = any(stage.evaluate is not None for stage in stages)
+    check_metrics(pipeline, own, measured=measured, stream=stream_of(stages))
+    if any(stage.train is not None and data.trained_in(stage) is None for stage in stages):
+        raise DataError("the pipeline trains, but names no training data", hint="data: {train: train.jsonl}")
+
+
+def outputs(pipeline: Pipeline, stages: Sequence[RunStage]) -> list[Path]:
+    """The folders that bundles will stand in."""
+    saved = [stage.save.path for stage in stages if stage.save is not None]
+    return [Path(path) for path in dict.fromkeys([pipeline.output, *saved]) if path is not None]
+
+
+def check_outputs(pipeline: Pipeline, stages: Sequence[RunStage]) -> None:
+    """Raises BundleError for a place that holds something else."""
+    for path in outputs(pipeline, stages):
+        holds = path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
+        if path.is_file() or holds:
+            raise BundleError(
+                f"output '{path}' exists and is no bundle", hint="choose another folder, or empty it"
+            )
