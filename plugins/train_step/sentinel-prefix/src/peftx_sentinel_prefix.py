@@ -187,14 +187,15 @@ class SentinelPrefix(Plugin):
         return written(stack, p, self.config.length, DRAWN)
 
     def answers(self, stack: Stack, texts: Sequence[str]) -> list[str]:
-        """y, what T says."""
+        """y, what T says; nothing where nothing is asked: to an empty prompt behind a prefix of white space."""
         own = self.worker is None and self.config.target is None
         if self.worker is None and not own:
             self.worker = Worker(OfStack(peftx.Stack(self.config.target)))
         with stack.disabled() if own else nullcontext():
             worker = Worker(OfStack(stack)) if self.worker is None else self.worker
-            found = worker.write(texts, max_new_tokens=self.config.max_new_tokens)
-        return [answer.text for answer in found]
+            asked = [text for text in texts if text]
+            found = iter(worker.write(asked, max_new_tokens=self.config.max_new_tokens))
+        return [next(found).text if text else "" for text in texts]
 
     def R(self, answers: Sequence[str]) -> list[float]:
         """How unsafe answers are, 0 to 1."""

@@ -353,6 +353,14 @@ def test_an_empty_prompt_begins_a_text() -> None:
     assert (drawn["labels"][:, 1] != IGNORE).all()
 
 
+def test_nothing_is_answered_where_nothing_is_asked() -> None:
+    """An empty prompt behind a prefix of white space leaves no text to ask."""
+    stack = built(answer=None)
+    answers = plugin(stack).answers(stack, ["", PROMPTS[0], ""])
+    assert answers == ["", *plugin(stack).answers(stack, PROMPTS[:1]), ""]
+    assert plugin(stack).answers(stack, [""]) == [""]
+
+
 @pytest.mark.parametrize("arch", ["t5", "bert"])
 def test_models_that_do_not_go_on(arch: str) -> None:
     with pytest.raises(ArchitectureError, match=r"sentinel-prefix: .* is no decoder that writes text"):
