@@ -15,7 +15,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.calls import CallEdit
+from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart
+from peftx.kernel.plugin import Claim
 from peftx.kernel.slots import Delta
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ class Units(CallEdit):
     ids: Tensor
     said: Any = None
     """What `before` knows of the call that runs, for `logits`."""
+    alone = False
+    """Does nobody else in the stack look at rows of the model, of which there may be fewer than units then."""
 
     def __init__(self, model: ModelView, ids: Sequence[int]) -> None:
         super().__init__()
@@ -75,7 +79,8 @@ class Units(CallEdit):
 
     def packs(self, call: dict[str, Any], text: Tensor) -> bool:
         """Whether the model need read vectors of words alone: in training, of whole texts, where no cache is made."""
-        return self.training and text.shape[1] == call["input_ids"].shape[1] and not call.get("use_cache")
+        whole = text.shape[1] == call["input_ids"].shape[1] and not call.get("use_cache")
+        return self.training and self.alone and whole
 
     def with_words(
         self, call: dict[str, Any], e: Tensor, marks: Tensor, n: Tensor, *, packed: bool
@@ -158,12 +163,34 @@ def alphabet(model: ModelView, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     return [known[char] for char in CHARS], sorted(id for id in added if id < size)
 
 
-def check_head(stack: Stack, id: str) -> None:
-    """Raises ConflictError where another plugin stands on the head, whose logits nobody reads."""
+def settle(stack: Stack, id: str, units: Units) -> None:
+    """For `check`: what else stands on the model. Beside plugins that may ask which row of a layer is which token of
+    the batch, the model has a row for every unit: the same computation, in as many rows as units.
+
+    Raises:
+        ConflictError: another plugin stands on the head, or the embedding: nobody reads what these give.
+    """
     (head,) = (part.path for part in stack.ledger.of(id, DeltaPart))
+    ends = {
+        head: ("logits of bytes", "head"),
+        stack.view(id).embedding().path: ("vectors of words", "embedding"),
+    }
     for part in stack.ledger.all(DeltaPart):
-        if part.path == head and part.owner != id:
+        if part.path in ends and part.owner != id:
+            own, end = ends[part.path]
             raise ConflictError(
-                f"{id} puts logits of bytes in the place of the head's, and {part.owner} stands on the head",
-                hint=f"leave {head} out of {part.owner}",
+                f"{id} puts {own} in the place of what the {end} gives, and {part.owner} stands on the {end}",
+                hint=f"leave {part.path} out of {part.owner}",
             )
+    units.alone = all(_asks_nothing(member) for member in stack.members if member.id != id)
+
+
+_WEIGHTS = (Claim.MERGEABLE, Claim.TRAINS_BASE, Claim.QUANTIZES)
+_ASKS = (Claim.EDITS_INPUTS, Claim.COMPUTES_LAYERS, Claim.NEEDS_LABELS, Claim.NEEDS_MASK, Claim.CLASSIFIES)
+
+
+def _asks_nothing(member: Member) -> bool:
+    """Does it change weights and nothing else."""
+    return any(member.claims(claim) for claim in _WEIGHTS) and not any(
+        member.claims(claim) for claim in _ASKS
+    )

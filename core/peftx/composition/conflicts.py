@@ -107,6 +107,11 @@ RULES = (
         "front of the first text alone",
     ),
     Rule(
+        _claiming(Claim.OWN_LAYOUT),
+        _claiming(Claim.GIVES_EMBEDDINGS),
+        "{one} lays several texts out in one row, and {two} makes embeddings of whole texts",
+    ),
+    Rule(
         _claiming(Claim.EVICTS),
         _claiming(Claim.REPLACES_DECODING),
         "{one} leaves tokens out of the cache, and the loop of {two} may share or take back rows of it",

@@ -12,7 +12,8 @@ is a word by itself. Encoder and Decoder are small Llamas. A text's words lie in
 another; of their rotary positions only differences count. The loss is the cross-entropy of all bytes and [W].
 
 The stack's tokenizer writes a text as [W] and bytes. In training the backbone reads as many vectors as there are words;
-elsewhere it has a row for every byte, since a cache must, and rows of bytes are hidden. It is the same computation.
+elsewhere, and beside plugins that look for a row of each token (heads, masks), it has a row for every byte, as a cache
+must, and rows of bytes are hidden. It is the same computation.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ class HierarchicalByteTransformer(Plugin):
             said = f"{model.owner}: a width of {width}, of which {heads} heads have no even number"
             raise ArchitectureError(said, hint=f"width: {-(-width // (2 * heads)) * 2 * heads}")
         model.tokenizer(lambda tokenizer: in_words(tokenizer, word))
-        units.put(model, Hierarchy(model, [*bytes_, word, *special], self.config))
+        self.units = Hierarchy(model, [*bytes_, word, *special], self.config)
+        units.put(model, self.units)
 
     def check(self, stack: Stack) -> None:
-        units.check_head(stack, stack.id_of(self))
+        units.settle(stack, stack.id_of(self), self.units)

@@ -313,10 +313,17 @@ class Marks(Plugin):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("other", [Marks(), Lora(rank=2, targets="head")])
-def test_nothing_else_stands_on_the_head(other: Any, first: bool) -> None:
+@pytest.mark.parametrize(
+    ("other", "end"),
+    [
+        (Marks(), "embedding"),
+        (Lora(rank=2, targets="head"), "head"),
+        (Lora(rank=2, targets="embedding"), "embedding"),
+    ],
+)
+def test_nothing_else_stands_on_the_ends(other: Any, end: str, first: bool) -> None:
     plugins = [other, HierarchicalByteTransformer(**OPTIONS)]
-    with pytest.raises(ConflictError, match=r"hierarchical-byte-transformer .* stands on the head"):
+    with pytest.raises(ConflictError, match=rf"hierarchical-byte-transformer .* stands on the {end}"):
         Stack(tiny("gpt_neox"), plugins if first else plugins[::-1], tokenizer=tiny_tokenizer())
 
 

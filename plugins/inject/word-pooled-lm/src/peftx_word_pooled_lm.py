@@ -12,8 +12,8 @@ with the c learned, and Encoder and Decoder small Transformers of width d / k. T
 units. In training all words are encoded and decoded at once, and the LM reads as many vectors as there are words. A
 word of more than m units is cut there.
 
-Elsewhere the LM has a row for every unit, since a cache must: those of units that end no word are hidden, and positions
-count words. It is the same computation.
+Elsewhere, and beside plugins that look for a row of each token (heads, masks), the LM has a row for every unit, as a
+cache must: those of units that end no word are hidden, and positions count words. It is the same computation.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ class WordPooled(Plugin):
             said = f"{model.owner}: the model is {d} wide, which {k} vectors of {heads} heads do not divide"
             raise ArchitectureError(said, hint=f"vectors times heads that divide {d}")
         model.tokenizer(in_bytes)
-        units.put(model, Pooling(model, [*bytes_, *special], self.config))
+        self.units = Pooling(model, [*bytes_, *special], self.config)
+        units.put(model, self.units)
 
     def check(self, stack: Stack) -> None:
-        units.check_head(stack, stack.id_of(self))
+        units.settle(stack, stack.id_of(self), self.units)

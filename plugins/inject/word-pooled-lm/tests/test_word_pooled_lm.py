@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from torch import Tensor
 
 import peftx
-from peftx import Plugin, Stack, hookimpl
+from peftx import Claim, Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, DataError, MergeError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import BOS, EOS, FIRST_BYTE, PAD, tiny, tiny_tokenizer
@@ -140,6 +140,28 @@ def test_reads_as_many_vectors_as_words_in_training() -> None:
 
 
 @torch.no_grad()
+def test_beside_what_asks_for_tokens_it_has_a_row_for_every_unit() -> None:
+    """The same logits, in as many rows as the batch has tokens."""
+
+    class Asks(Plugin):
+        claims = {Claim.MERGEABLE, Claim.NEEDS_MASK}
+
+        @hookimpl
+        def inject(self, model: Any) -> None:
+            """It only claims."""
+
+    ids, found, sizes = ids_of(TEXT), [], list[int]()
+    for other in (Lora(rank=2), Asks()):
+        stack = Stack(tiny("llama"), [WordPooled(**OPTIONS), other], tokenizer=tiny_tokenizer())
+        stack.model.model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(args[0].shape[1]), with_kwargs=True
+        )
+        found.append(stack.model.train()(ids).logits)
+    assert sizes == [5, len(TEXT)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
 def test_units_share_all_of_the_probability() -> None:
     logits = stack_of().model(ids_of(TEXT)).logits[0].double()
     torch.testing.assert_close(units(logits.softmax(-1)).sum(-1), torch.ones(len(TEXT)).double())
@@ -264,10 +286,17 @@ class Marks(Plugin):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("other", [Marks(), Lora(rank=2, targets="head")])
-def test_nothing_else_stands_on_the_head(other: Any, first: bool) -> None:
+@pytest.mark.parametrize(
+    ("other", "end"),
+    [
+        (Marks(), "embedding"),
+        (Lora(rank=2, targets="head"), "head"),
+        (Lora(rank=2, targets="embedding"), "embedding"),
+    ],
+)
+def test_nothing_else_stands_on_the_ends(other: Any, end: str, first: bool) -> None:
     plugins = [other, WordPooled(**OPTIONS)]
-    with pytest.raises(ConflictError, match=r"word-pooled-lm .* stands on the head"):
+    with pytest.raises(ConflictError, match=rf"word-pooled-lm .* stands on the {end}"):
         Stack(tiny("gpt_neox"), plugins if first else plugins[::-1], tokenizer=tiny_tokenizer())
 
 
