@@ -94,7 +94,9 @@ class SparseAdapter(Plugin):
     def inject(self, model: ModelView, stack: Stack) -> None:
         self.sizes = [w.numel() for w in matrices(stack, model.owner)]
         # Adapters that were folded into the weights are no longer there when a bundle is loaded, and the mask is.
-        if N := self.state.setdefault("entries", sum(self.sizes)):
+        if not model.restoring:
+            self.state = {"entries": sum(self.sizes)}
+        if N := self.state["entries"]:
             self.mask = model.keep("mask", Mask(N))
 
     def check(self, stack: Stack) -> None:

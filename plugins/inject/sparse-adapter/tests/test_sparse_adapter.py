@@ -243,6 +243,16 @@ def test_scores_that_say_nothing_are_an_error(score: str) -> None:
     assert "init above 0" in str(caught.value.hint)
 
 
+def test_a_plugin_stands_in_a_second_stack() -> None:
+    """What it counted in the first one, nothing, says nothing of the second; and its mask is chosen anew."""
+    plugin = SparseAdapter()
+    Stack(tiny("llama"), [plugin])
+    for rank in (2, 4):
+        stack = Stack(tiny("llama"), [Lora(rank=rank), plugin])
+        stack.train_step(batch_for(stack))
+        assert sum(int(m.sum()) for m in mask_of(stack)) == kept(sum(plugin.sizes), 0.4)
+
+
 def test_an_adapter_that_can_learn_nothing_is_told_of() -> None:
     """All of LoRA's B is smaller than A, and goes first."""
     stack = stack_of(score="magnitude", sparsity=0.6)
