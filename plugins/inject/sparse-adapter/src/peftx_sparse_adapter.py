@@ -14,15 +14,20 @@ scores z,
 
 in all matrices together, or in each. Biases and gains are not pruned, and the base stays frozen. Matrices that start at
 zero (LoRA's B) would give themselves and their partners scores of zero; they start from N(0, init**2) where the score
-looks at weights. Large-Sparse is an adapter of k times the rank at s = 1 - 1 / k: as many numbers, of more directions.
+looks at weights. Vectors that start at zero (Aligner's gates) hide matrices too; the gradients of these are taken with
+such numbers in the vectors, which are zero again before anything trains. A matrix that has none even so is not in the
+loss of the first step: it is left whole, and not among the N. Large-Sparse is an adapter of k times the rank at
+s = 1 - 1 / k: as many numbers, of more directions.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Literal
 
@@ -37,6 +42,9 @@ from peftx.kernel.heads import Head
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart, ReplacedPart, VocabularyPart
 from peftx.kernel.stack import Stack
+
+LOG = logging.getLogger("peftx")
+BY_GRADIENTS = ("snip", "grasp")
 
 
 class SparseAdapterConfig(PluginConfig):
@@ -94,16 +102,29 @@ class SparseAdapter(Plugin):
     def inject(self, model: ModelView, stack: Stack) -> None:
         self.sizes = [w.numel() for w in matrices(stack, model.owner)]
         # Adapters that were folded into the weights are no longer there when a bundle is loaded, and the mask is.
-        if N := self.state.setdefault("entries", sum(self.sizes)):
+        if not model.restoring:
+            self.state = {"entries": sum(self.sizes)}
+        if N := self.state["entries"]:
             self.mask = model.keep("mask", Mask(N))
 
     def check(self, stack: Stack) -> None:
+        owner = stack.id_of(self)
         if stack.ledger.parts and not self.state["entries"]:
-            owner, others = stack.id_of(self), ", ".join(stack.plugins)
+            others = ", ".join(stack.plugins)
             raise ConflictError(
                 f"{owner} prunes matrices of adapters that stand before it, and in the order {others} there are none",
                 hint=f"put an adapter such as lora before '{owner}'",
             )
+        if self.config.score not in BY_GRADIENTS:
+            return
+        for other in before(stack, owner):
+            why = stack.plugins[other].exempt.get("every_parameter_gets_a_gradient")
+            if why and any(w.ndim > 1 for w in tensors(stack, other)):
+                raise ConflictError(
+                    f"{owner} scores all matrices of '{other}' by gradients of the first step, and some have none "
+                    f"then: {why}",
+                    hint="score: magnitude, er or random",
+                )
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -116,8 +137,8 @@ class SparseAdapter(Plugin):
         step.on_gradients(lambda _: self.hold(w.grad for w in ws))
         return (yield)
 
-    def scores(self, step: TrainStep, owner: str, ws: list[nn.Parameter]) -> list[Tensor]:
-        """z of each matrix."""
+    def scores(self, step: TrainStep, owner: str, ws: list[nn.Parameter]) -> list[Tensor | None]:
+        """z of each matrix; None of one that the step's loss does not reach."""
         if self.config.score == "random":
             return [torch.rand(w.shape, generator=random_of(step, i)) for i, w in enumerate(ws)]
         if (
@@ -126,33 +147,54 @@ class SparseAdapter(Plugin):
             sides = [sum(w.shape[-2:]) * math.prod(w.shape[:-2]) for w in ws]
             orders = [torch.randperm(w.numel(), generator=random_of(step, i)) for i, w in enumerate(ws)]
             return [-(order + 0.5) / side for order, side in zip(orders, sides, strict=True)]
-        for i, w in enumerate(ws):
-            if not w.any():
-                w.data.copy_(torch.randn(w.shape, generator=random_of(step, i)) * self.config.init)
+        start(step, ws, self.config.init)
         if self.config.score == "magnitude":
             return [w.detach().abs() for w in ws]
-        by = derivatives(step, owner, ws, twice=self.config.score == "grasp")
-        z = [(w * each).detach() for w, each in zip(ws, by, strict=True)]
-        return z if self.config.score == "grasp" else [each.abs() for each in z]
+        twice = self.config.score == "grasp"
+        by = derivatives(step, owner, ws, twice=twice)
+        z: list[Tensor | None] = [(w * each).detach() for w, each in zip(ws, by, strict=True)]
+        blind = [i for i, each in enumerate(by) if not each.any()]
+        if blind and self.config.init:
+            gates = [
+                p for other in before(step.stack, owner) for p in tensors(step.stack, other) if p.ndim < 2
+            ]
+            with started(step, [*ws, *gates], self.config.init):
+                again = derivatives(step, owner, ws, twice=twice)
+            for i in blind:
+                z[i] = (ws[i] * again[i]).detach() if again[i].any() else None
+        return z if twice else [None if each is None else each.abs() for each in z]
 
-    def choose(self, owner: str, ws: list[nn.Parameter], z: list[Tensor]) -> None:
-        """m, and w <- w m."""
-        flat, s = [each.flatten().to(self.mask.m.device, torch.float32) for each in z], self.config.sparsity
-        tied = next((i for i, each in enumerate(flat) if not each.isfinite().all() or not each.any()), None)
+    def choose(self, owner: str, ws: list[nn.Parameter], z: list[Tensor | None]) -> None:
+        """m, and w <- w m. All of a matrix without scores is kept."""
+        device, s = self.mask.m.device, self.config.sparsity
+        flat = {i: each.flatten().to(device, torch.float32) for i, each in enumerate(z) if each is not None}
+        tied = next((i for i, each in flat.items() if not each.isfinite().all() or not each.any()), None)
+        if not flat:
+            said = f"{owner}: the first step's loss reaches none of the matrices that '{self.config.score}' is to score"
+            raise TrainingError(said, hint="score: magnitude, er or random")
         if tied is not None and s:
             raise TrainingError(
                 f"{owner}: matrix {tied} of the adapters, {tuple(ws[tied].shape)}, has {self.config.score} scores that "
                 "are all 0, or no numbers: nothing tells its entries apart",
                 hint="init above 0, rows that reach it, or score: random",
             )
-        groups = [torch.cat(flat)] if self.config.scope == "global" else flat
-        m = torch.cat([largest(each, kept(len(each), s)) for each in groups])
-        gone = sum(not each.any() for each in m.split(self.sizes))
-        if gone == len(ws):
+        groups = [torch.cat([*flat.values()])] if self.config.scope == "global" else [*flat.values()]
+        scored = torch.cat([largest(each, kept(len(each), s)) for each in groups])
+        chosen = dict(zip(flat, scored.split([len(each) for each in flat.values()]), strict=True))
+        gone = sum(not each.any() for each in chosen.values())
+        if gone == len(flat):
             raise OptionError(f"{owner}: sparsity {s} leaves nothing", hint="a lower one")
-        if 2 * gone >= len(ws):  # as all of LoRA's B
-            told = f"{owner}: nothing is left of {gone} of {len(ws)} matrices; scope: local?"
+        if 2 * gone >= len(flat):  # as all of LoRA's B
+            told = f"{owner}: nothing is left of {gone} of {len(flat)} matrices; scope: local?"
             warnings.warn(told, stacklevel=2)
+        if whole := [i for i in range(len(ws)) if i not in flat]:
+            LOG.warning(
+                "%s: left whole are %d of %d matrices, first %s: the first step's loss does not reach them",
+                owner, len(whole), len(ws), tuple(ws[whole[0]].shape),
+            )  # fmt: skip
+        m = torch.cat(
+            [chosen.get(i, w.new_ones(w.numel(), dtype=torch.bool)).to(device) for i, w in enumerate(ws)]
+        )
         self.mask.m.copy_(m)
         self.state["chosen"] = True
         self.hold(ws)
@@ -165,17 +207,45 @@ class SparseAdapter(Plugin):
                 x.masked_fill_(~m.view(x.shape), 0)
 
 
+def before(stack: Stack, owner: str) -> list[str]:
+    """Ids of the plugins that stand before `owner`."""
+    order = list(stack.plugins)
+    return order[: order.index(owner)]
+
+
+def tensors(stack: Stack, id: str) -> Iterator[nn.Parameter]:
+    """Floating-point parameters of the adapters that a plugin attached."""
+    for part in stack.ledger.of(id):
+        base = isinstance(part, BasePart | ReplacedPart | VocabularyPart) or isinstance(part.module, Head)
+        for _, module, leaf in () if base else part.places():
+            w = module._parameters.get(leaf)
+            if w is not None and w.is_floating_point():
+                yield w
+
+
 def matrices(stack: Stack, owner: str) -> list[nn.Parameter]:
     """Matrices that the plugins before `owner` attached, each once."""
-    found: dict[int, nn.Parameter] = {}
-    for other in list(stack.plugins)[: list(stack.plugins).index(owner)]:
-        for part in stack.ledger.of(other):
-            base = isinstance(part, BasePart | ReplacedPart | VocabularyPart) or isinstance(part.module, Head)
-            for _, module, leaf in () if base else part.places():
-                w = module._parameters.get(leaf)
-                if w is not None and w.ndim > 1 and w.is_floating_point():
-                    found.setdefault(id(w), w)
-    return list(found.values())
+    found = (w for other in before(stack, owner) for w in tensors(stack, other) if w.ndim > 1)
+    return list({id(w): w for w in found}.values())
+
+
+def start(step: TrainStep, ws: Iterable[nn.Parameter], init: float) -> list[nn.Parameter]:
+    """N(0, init**2) for those that are zero; which these were."""
+    zeros = {i: w for i, w in enumerate(ws) if not w.any()}
+    for i, w in zeros.items():
+        w.data.copy_(torch.randn(w.shape, generator=random_of(step, i)) * init)
+    return list(zeros.values())
+
+
+@contextmanager
+def started(step: TrainStep, ws: Iterable[nn.Parameter], init: float) -> Iterator[None]:
+    """The same for a while."""
+    zeros = start(step, ws, init)
+    try:
+        yield
+    finally:
+        for w in zeros:
+            w.data.zero_()
 
 
 def kept(N: int, s: float) -> int:

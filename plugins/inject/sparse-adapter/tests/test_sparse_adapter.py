@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, TrainStep, hookimpl
-from peftx.errors import ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ConflictError, PeftxError, TrainingError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_compacter import Compacter
 from peftx_ist import Ist
+from peftx_lofit import Lofit
 from peftx_lora import Lora
 from peftx_ls_llama import LsLlama
 from peftx_mezo import Mezo
@@ -241,6 +242,104 @@ def test_scores_that_say_nothing_are_an_error(score: str) -> None:
     ) as caught:
         stack.train_step(batch_for(stack))
     assert "init above 0" in str(caught.value.hint)
+
+
+class GatedDelta(Delta):
+    """y + g W x with g: [1], zero: as long as it is, W has no gradient."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.W, self.g = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.g * (x @ self.W.T)
+
+
+class Gated(Plugin):
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.site("attention.o", layer=0).attach(GatedDelta(model.hidden_size))
+
+
+def test_a_matrix_behind_a_gate_of_zero_is_scored_with_the_gate_ajar() -> None:
+    """By |w dL/dw| at a small gate, which is zero again when what is left begins to train."""
+    stack = stack_of(Gated(), score="snip", sparsity=0.5, init=1e-3)
+    (w,), (gate,) = weights(stack), [p for p in stack.ledger.parameters("gated") if p.ndim == 1]
+    before, batch = [w.detach().clone()], batch_for(stack)
+    gate.data.fill_(1e-3)
+    stack.model.eval()
+    (g,) = torch.autograd.grad(stack.model(**batch).loss, [w])
+    gate.data.zero_()
+    stack.train_step(batch)
+    wrong = int((mask_of(stack)[0] != expected_of([(before[0] * g).abs()], 0.5)[0]).sum())
+    assert wrong <= w.numel() // 50, "another small gate changes next to nothing"
+    assert torch.equal(w.detach(), before[0] * mask_of(stack)[0])
+    assert not gate.any()
+    with pytest.raises(TrainingError, match="has snip scores that are all 0") as caught:
+        stack_of(Gated(), score="snip", init=0.0).train_step(batch)
+    assert "init above 0" in str(caught.value.hint)
+
+
+class Idle(Plugin):
+    """A matrix that no loss reads, as a critic of later steps."""
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        model.keep("critic", nn.Linear(5, 3, bias=False))
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("score", ["snip", "grasp"])
+def test_what_the_loss_does_not_reach_is_left_whole_and_told_of(
+    score: str, scope: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes no part in the share: the others are those of a stack without it."""
+    masks = []
+    for adapters in ([Idle(), Lora(rank=4)], [Lora(rank=4)]):
+        stack = stack_of(*adapters, score=score, scope=scope, sparsity=0.6)
+        for w in stack.ledger.parameters("lora"):
+            w.data.copy_(torch.randn(w.shape, generator=torch.Generator().manual_seed(w.numel())) * 0.1)
+        old = weights(stack)[0].detach().clone()
+        stack.train_step(batch_for(stack))
+        masks.append(mask_of(stack))
+        if len(adapters) == 2:
+            assert masks[0][0].all()
+            assert torch.equal(weights(stack)[0], old)
+    assert all(torch.equal(a, b) for a, b in zip(masks[0][1:], masks[1], strict=True))
+    assert caplog.messages == [
+        "sparse-adapter: left whole are 1 of 29 matrices, first (3, 5): the first step's loss does not reach them"
+    ]
+
+
+def test_where_the_loss_reaches_no_matrix_there_is_nothing_to_score() -> None:
+    stack = stack_of(Idle(), Propulsion(), score="snip")
+    with pytest.raises(TrainingError, match="loss reaches none of the matrices that 'snip' is to score"):
+        stack.train_step(batch_for(stack))
+
+
+def test_matrices_that_train_later_are_refused_for_scores_by_gradients() -> None:
+    """When the stack is built, since the plugin itself says that the first step does not reach all of them."""
+    for score in ("snip", "grasp"):
+        with pytest.raises(
+            ConflictError, match=r"'lofit' by gradients .* v has its turn in the second"
+        ) as caught:
+            stack_of(Lofit(), score=score)
+        assert "score: magnitude, er or random" in str(caught.value.hint)
+    for score in ("magnitude", "er", "random"):
+        stack = stack_of(Lofit(), score=score)
+        stack.train_step(batch_for(stack))
+        assert not all(m.all() for m in mask_of(stack))
+    Stack(tiny("llama"), [Lora(rank=2), SparseAdapter(), Lofit()])  # behind it nothing is scored
+
+
+def test_a_plugin_stands_in_a_second_stack() -> None:
+    """What it counted in the first one, nothing, says nothing of the second; and its mask is chosen anew."""
+    plugin = SparseAdapter()
+    Stack(tiny("llama"), [plugin])
+    for rank in (2, 4):
+        stack = Stack(tiny("llama"), [Lora(rank=rank), plugin])
+        stack.train_step(batch_for(stack))
+        assert sum(int(m.sum()) for m in mask_of(stack)) == kept(sum(plugin.sizes), 0.4)
 
 
 def test_an_adapter_that_can_learn_nothing_is_told_of() -> None:
