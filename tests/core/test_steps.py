@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
+from peftx.engines.training.base import base_alone
 from peftx.engines.training.trainer import place_of
 from peftx.engines.training.updates import forget
 from peftx.errors import BatchError, DataError, PeftxError
@@ -23,6 +24,7 @@ from peftx.testing import run_checks
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import steps_for
 from peftx.toolkits.compression import QuantLinear
+from peftx_alphatuning import AlphaTuning
 from peftx_lora import Lora
 from peftx_spec import load_spec
 
@@ -292,6 +294,33 @@ def test_a_reference_is_the_model_as_it_was() -> None:
     late = TrainStep(stack, BATCH, index=2, total=3, memory={})
     with pytest.raises(PeftxError, match="step 2 does not remember how the run started"), late.reference():
         pass
+
+
+def test_replaced_weights_are_the_base() -> None:
+    """What they were is not there to run; all else that their plugin did is off, and back afterwards."""
+    plugins = [AlphaTuning(bits=2), Lora(rank=2)]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(None, ["alphatuning"])
+    with torch.no_grad():
+        packed = stack.model(IDS).logits  # its own deltas start at 0
+        stack.inject()
+        for id in stack.plugins:
+            for p in stack.ledger.parameters(id):
+                p.add_(0.1)
+        before = stack.model(IDS).logits
+        with pytest.raises(PeftxError, match="'alphatuning' replaced weights of the model"), stack.disabled():
+            pass
+        with base_alone(stack):
+            assert torch.equal(stack.model(IDS).logits, packed)
+            with base_alone(stack), stack.disabled():  # what is off already stays off
+                pass
+            assert torch.equal(stack.model(IDS).logits, packed)
+        assert torch.equal(stack.model(IDS).logits, before)
+        with TrainStep(stack, BATCH).reference("base") as model:
+            assert torch.equal(model(IDS).logits, packed)
+        assert torch.equal(stack.model(IDS).logits, before)
+        with stack.disabled("lora"):
+            assert not torch.equal(stack.model(IDS).logits, packed)
 
 
 def test_a_trial_leaves_no_trace() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftx.engines.training.base import base_alone
 from peftx.engines.training.feeders import Feeder, feeder_of
 from peftx.engines.training.processes import ALONE, Processes
 from peftx.engines.training.shares import Over, Share
@@ -169,7 +170,8 @@ class TrainStep:
 
         Args:
             of: `start`, this model with all that trains as it was at the run's first step (copied there, and kept in
-                checkpoints); `base`, this model without its plugins; or a model of its own, of `peftx.companion`.
+                checkpoints); `base`, this model without its plugins, in `base_alone`; or a model of its own, of
+                `peftx.companion`.
 
         Raises:
             PeftxError: the start is not remembered.
@@ -178,7 +180,7 @@ class TrainStep:
             with eval_mode(of), torch.no_grad():
                 yield of
             return
-        instead = swapped(self._start()) if of == "start" else self.stack.disabled()
+        instead = swapped(self._start()) if of == "start" else base_alone(self.stack)
         with instead, eval_mode(self.model), torch.no_grad():
             yield self.model
 

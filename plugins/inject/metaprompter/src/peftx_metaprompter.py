@@ -40,6 +40,7 @@ from peftx.engines.data import (
     take_classes,
     text_ids,
 )
+from peftx.engines.training.base import base_alone
 from peftx.errors import ArchitectureError, ConflictError, DataError, OptionError, StackError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import objective_of, pad_of
@@ -236,7 +237,7 @@ class Metaprompter(Plugin):
         at = batch["attention_mask"].sum(1) - self.state["closing"]
         t = torch.tensor(template, device=at.device).expand(len(at), -1)
         ids, real = (insert(batch[k], v, at) for k, v in (("input_ids", t), ("attention_mask", t * 0 + 1)))
-        with stack.disabled(), eval_mode(model), torch.no_grad():
+        with base_alone(stack), eval_mode(model), torch.no_grad():
             states = model(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states[-1]
         q = states[torch.arange(len(at), device=at.device), at + mask].to(self.pool.K)
         return {"input_ids": ids, "attention_mask": real, "at": at}, q

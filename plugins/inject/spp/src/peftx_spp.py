@@ -90,12 +90,13 @@ class SppDelta(Delta):
         return (added, None) if self.left is None else (added * self.left, W * ~self.left)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + checkpoint(self.product, x, use_reentrant=False).to(y.dtype)
+        p = self.p if self.training else 0.0  # as it is now: the backward pass may come in another mode
+        return y + checkpoint(self.product, x, p, use_reentrant=False).to(y.dtype)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, p: float) -> Tensor:
         W = self.site.weight
         added, taken = self.parts(W)
-        z = linear(dropout(x.to(W.dtype), self.p, self.training), added)
+        z = linear(dropout(x.to(W.dtype), p), added)
         return z if taken is None else z - linear(x.to(W.dtype), taken)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -248,6 +248,17 @@ def test_dropout_is_of_the_trained_part_while_training() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_the_product_of_the_backward_pass_is_that_of_the_forward_pass() -> None:
+    """A plugin may run the model in evaluation mode, and go backward when it trains again (MEND)."""
+    stack = perturbed(Stack(pruned(), [Spp(rank=2, dropout=0.5)]))
+    found = []
+    for training in (False, True):
+        loss = stack.model.eval()(**batch_of(stack)).loss
+        stack.model.train(training)
+        found.append(torch.autograd.grad(loss, [delta.B for delta in spp_of(stack)]))
+    assert all(map(torch.equal, *found))
+
+
 def test_which_entries_are_left_is_in_the_bundle(tmp_path: Any) -> None:
     stack = perturbed(Stack(tiny("llama"), [Spp(rank=4, sparsity=0.5)], tokenizer=tiny_tokenizer()))
     stack.save(tmp_path)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from peftx import BoundSite, Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx.engines.training.base import base_alone
 from peftx.errors import ArchitectureError, ConflictError, TrainingError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.seeds import seeded
@@ -209,7 +210,7 @@ class Cofitune(Plugin):
         stack, device, p = step.stack, step.model.device, self.config.dropout
         gates: dict[Key, Tensor] = {}
         best: dict[Key, Tensor] = {}
-        with stack.disabled(), eval_mode(step.model), torch.enable_grad(), ExitStack() as exits:
+        with base_alone(stack), eval_mode(step.model), torch.enable_grad(), ExitStack() as exits:
             for site in self.ends:
                 count = self.heads_of(site).heads if site.role == "attention.o" else site.in_features
                 m, n = (torch.ones(k, device=device, requires_grad=True) for k in (count, site.out_features))

@@ -68,7 +68,8 @@ class DeftConfig(PluginConfig):
 def density(o: Tensor, eps: float) -> Tensor:
     """Mean over features of o**2 / (o**2 + eps): [..., d_ff] -> [...], float32."""
     squares = o.float().square()
-    return (squares / (squares + eps)).mean(-1)
+    # Not a quotient, whose slope is 1 / 0 where a plugin stored nothing of a feature (LeMo); of a product it is 0.
+    return (squares * (squares + eps).reciprocal()).mean(-1)
 
 
 def count(o: Tensor, threshold: float) -> Tensor:

@@ -79,6 +79,15 @@ def test_gradient_is_the_official_one_and_the_formula() -> None:
     assert torch.allclose(o[0].grad.double(), formula, rtol=1e-4, atol=1e-6)
 
 
+def test_features_that_were_not_stored_have_no_gradient() -> None:
+    """LeMo hands the backward pass zeros in their place."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, torch.zeros_like):
+        o = torch.tensor([[0.3, -0.7]], requires_grad=True)
+        found = density(o, 1e-3).sum()
+    found.backward()
+    assert o.grad.tolist() == [[0, 0]]
+
+
 def test_count_is_the_official_one() -> None:
     ours = torch.stack([count(o, 0.0).mean(1) for o in BLOCKS], 1)
     assert torch.allclose(ours, torch.tensor(OFFICIAL_COUNT))

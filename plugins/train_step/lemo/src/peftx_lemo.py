@@ -296,7 +296,10 @@ class Lemo(Plugin):
 
     def check(self, stack: Stack) -> None:
         own, layout = stack.id_of(self), {Claim.OWN_LAYOUT, Claim.REPLACES_ATTENTION}
-        blocks = {p.place for p in stack.ledger.of(own, DeltaPart) if isinstance(p.module, Eliminate)}
+        blocks, thin = (
+            {p.place for p in stack.ledger.of(own, DeltaPart) if isinstance(p.module, kind)}
+            for kind in (Eliminate, Thin)
+        )
         for i, other in enumerate(stack.members):
             parts = stack.ledger.of(other.id, DeltaPart)
             around = {p.place for p in parts if isinstance(p.module, Delta) and p.module.has_around()}
@@ -304,6 +307,11 @@ class Lemo(Plugin):
                 raise ConflictError(
                     f"'{other.id}' stands around an attention that '{own}' calls on some of the tokens alone",
                     hint=f"put {own} before {other.id}",
+                )
+            if other.claims(Claim.PASSES_LAYERS) and thin & around:
+                raise ConflictError(
+                    f"'{other.id}' computes an MLP past its layers, of which '{own}' measures the neurons",
+                    hint=f"mlp_keep=1 for {own}",
                 )
             edits = (part.module for part in stack.ledger.of(other.id, AttentionPart))
             if any(edit.edits_probabilities() for edit in edits):

@@ -17,6 +17,7 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_bita import Bita
+from peftx_factorllm import FactorLlm
 from peftx_lemo import Eliminate, Lemo, Predictor, block_scores, informative, narrowed, observe
 from peftx_lora import Lora
 from peftx_router_tuning import RouterTuning
@@ -445,6 +446,16 @@ def test_plugins_that_look_at_tokens_inside_attention() -> None:
     for order in ([Bita(), lemo], [lemo, Bita()]):
         with pytest.raises(ConflictError, match="'bita' computes attention by its own layout of tokens"):
             Stack(tiny("llama"), order)
+
+
+def test_an_mlp_that_is_computed_past_its_layers() -> None:
+    with pytest.raises(ConflictError, match="'factorllm' computes an MLP past its layers") as error:
+        Stack(tiny("llama"), [FactorLlm(), Lemo(layers=[0], **SMALL)])
+    assert error.value.hint == "mlp_keep=1 for lemo"
+    whole = {**SMALL, "layers": [0], "mlp_keep": 1}
+    for order in ((FactorLlm(), Lemo(**whole)), (Lemo(**whole), FactorLlm())):
+        stack = Stack(tiny("llama"), order, tokenizer=tiny_tokenizer())
+        assert math.isfinite(stack.train(ROWS, steps=1, batch_size=2).losses[0][1])
 
 
 def test_a_step_keeps_no_cache() -> None:

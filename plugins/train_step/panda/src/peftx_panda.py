@@ -21,7 +21,6 @@ on the target's texts, so a source needs no data.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,12 +31,12 @@ from transformers import PreTrainedModel
 
 from peftx import Claim, Evaluation, Plugin, PluginConfig, TrainStep, companion, hookimpl
 from peftx.engines.data import IGNORE, batches_of, class_rows
+from peftx.engines.training.base import base_alone
 from peftx.errors import ConflictError, ModelError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import mean_of
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import objective_of, pad_of
-from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation import context_window
 
@@ -86,11 +85,8 @@ def state(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def task_embeddings(
     stack: Stack, models: Sequence[PreTrainedModel], batches: Sequence[dict[str, Tensor]]
 ) -> list[Tensor]:
-    """e(P) of each model, float32 [d]; `stack` without its plugins is the one that they change. Weights that a plugin
-    replaced by packed ones are of both."""
-    packed = {part.owner for part in stack.ledger.all(ReplacedPart)}
-    rest = [id for id in stack.plugins if id not in packed]
-    with stack.disabled(*rest) if rest else nullcontext():
+    """e(P) of each model, float32 [d]; `stack` without its plugins is the one that they change."""
+    with base_alone(stack):
         base = [state(stack.model, batch) for batch in batches]
     return [
         torch.cat([state(model, batch) - h for batch, h in zip(batches, base, strict=True)]).mean(0)
@@ -127,17 +123,18 @@ class Panda(Plugin):
         Raises:
             PeftxError: the teacher's logits are of other classes.
         """
-        weight, labels, source = self.weight(step), step.batch["labels"], self.config.source
+        weight, source = self.weight(step), self.config.source
         if not weight:
             return (yield)
-        with step.reference("start" if source == OWN else self.model(step.stack, source)) as teacher:
-            others = set(columns_of(step.model)) - set(columns_of(teacher))
-            batch = {name: value for name, value in step.batch.items() if name not in others}
-            z_T = answers(teacher, teacher(**batch).logits, labels)
-        N = len(labels) / step.share["rows"] if step.share else len(labels) * step.accumulation
 
         def distillation(outputs: Any) -> Tensor:
+            labels = step.batch["labels"]  # by now a plugin behind this one may have drawn the texts anew
+            with step.reference("start" if source == OWN else self.model(step.stack, source)) as teacher:
+                others = set(columns_of(step.model)) - set(columns_of(teacher))
+                batch = {name: value for name, value in step.batch.items() if name not in others}
+                z_T = answers(teacher, teacher(**batch).logits, labels)
             z_S = answers(step.model, outputs.logits, labels)
+            N = len(labels) / step.share["rows"] if step.share else len(labels) * step.accumulation
             if z_S.shape != z_T.shape:
                 raise ModelError(
                     f"panda: '{source}' gives {tuple(z_T.shape)} logits, and this model {tuple(z_S.shape)}",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 import peftx
-from peftx import Stack, companion
+from peftx import Claim, Plugin, Stack, TrainStep, companion, hookimpl
 from peftx.errors import ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -83,6 +84,55 @@ def test_the_loss_by_hand(teachers: dict[str, PreTrainedModel], by_rows: bool) -
     loss.backward()
     assert total == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(found, p.grad, rtol=1e-4, atol=1e-6)
+
+
+class Anew(Plugin):
+    """Trains on other texts than the batch's."""
+
+    claims = {Claim.REPLACES_LOSS}
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        step.batch = batch_of(step.stack, seed=7) | {"labels": step.batch["labels"]}
+        step.batch = {name: x[:, :5] for name, x in step.batch.items()}
+
+        def loss() -> tuple[Tensor, Any]:
+            outputs = step.forward()
+            return outputs.loss, outputs
+
+        step.replace_task_loss(loss, over="rows")
+        return (yield)
+
+
+def test_the_teacher_reads_what_a_later_plugin_drew(teachers: dict[str, PreTrainedModel]) -> None:
+    teachers["s"] = prompt_stack(seed=1).model
+    first, behind = (prompt_stack(*order()) for order in (
+        lambda: (Panda(source="s", weight=3.0), Anew()), lambda: (Anew(), Panda(source="s", weight=3.0))
+    ))  # fmt: skip
+    batch = batch_of(first)
+    assert torch.equal(gradient(first, batch), gradient(behind, batch))
+
+
+def test_the_model_as_it_was_teaches_between_the_passes() -> None:
+    """Its prompt stands in the new one's place while the new one's graph waits for the backward pass."""
+    stack = prompt_stack(Panda(weight=3.0))
+    batch, (p,) = batch_of(stack), stack.ledger.parameters("prompt-tuning")
+    with torch.no_grad():
+        z_T = stack.model.eval()(**batch).logits
+    stack.model.train()
+    memory: dict[str, Any] = {}
+    for index in range(2):
+        p.grad = None
+        stack.run_train_step(TrainStep(stack, batch, index=index, total=2, memory=memory))
+        found = p.grad.clone()
+        p.grad = None
+        out = stack.model(**batch)
+        kept = batch["labels"][:, 1:] != IGNORE
+        term = (out.logits[:, :-1] - z_T[:, :-1])[kept].square().mean() / len(kept)
+        (out.loss + 3.0 * term).backward()
+        torch.testing.assert_close(found, p.grad, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            p.add_(0.5)
 
 
 def test_without_weight_it_is_prompt_tuning(teachers: dict[str, PreTrainedModel]) -> None:

@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 import peftx
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainStep, Worker, hookimpl
 from peftx.engines.data import IGNORE, Collator, continuation, pair_of
+from peftx.engines.training.base import base_alone
 from peftx.kernel.heads import each_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.stack import Stack
@@ -191,7 +192,7 @@ class SentinelPrefix(Plugin):
         own = self.worker is None and self.config.target is None
         if self.worker is None and not own:
             self.worker = Worker(OfStack(peftx.Stack(self.config.target)))
-        with stack.disabled() if own else nullcontext():
+        with base_alone(stack) if own else nullcontext():
             worker = Worker(OfStack(stack)) if self.worker is None else self.worker
             asked = [text for text in texts if text]
             found = iter(worker.write(asked, max_new_tokens=self.config.max_new_tokens))

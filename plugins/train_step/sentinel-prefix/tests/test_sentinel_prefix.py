@@ -14,6 +14,7 @@ from peftx.errors import ArchitectureError, BatchError, PluginError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import OfStack, Scripted
+from peftx_alphatuning import AlphaTuning
 from peftx_lora import Lora
 from peftx_sentinel_prefix import IGNORE, SentinelPrefix, advantages, joined, log_p, mean, ppo
 
@@ -278,6 +279,17 @@ def test_a_model_that_is_the_box_is_never_trained() -> None:
     for n, p in box.model.named_parameters():
         assert p.grad is None
         assert torch.equal(p, before[n])
+
+
+def test_of_a_packed_model_the_box_is_the_packed_base() -> None:
+    """AlphaTuning's codes are what there is to run; what it trains on them is off."""
+    sentinel = SentinelPrefix(unsafe=("bad",), max_new_tokens=3)
+    stack = Stack(tiny("llama"), [AlphaTuning(bits=2), sentinel], tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(None, ["alphatuning"])
+    stack.inject()
+    before = stack.generate(PROMPTS, max_new_tokens=3)
+    move(stack, 1.0)
+    assert sentinel.answers(stack, PROMPTS) == before != stack.generate(PROMPTS, max_new_tokens=3)
 
 
 def test_a_target_of_a_folder(tmp_path: Any) -> None:

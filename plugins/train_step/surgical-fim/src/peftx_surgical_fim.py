@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx.engines.training.base import base_alone
 from peftx.errors import ConflictError, DataError, OptionError, TrainingError, UnsupportedError
 from peftx.kernel.modes import eval_mode
 
@@ -114,7 +115,7 @@ class SurgicalFim(Plugin):
                 ) from error
             batches = iter([step.batch])
         # Of the base: what others attached may watch every pass with gradients, for a loss of this step.
-        with step.stack.disabled(), eval_mode(step.model), torch.enable_grad(), ExitStack() as exits:
+        with base_alone(step.stack), eval_mode(step.model), torch.enable_grad(), ExitStack() as exits:
             tensors = {path: self.parameters(path) for path in self.layers}
             every = list(chain.from_iterable(tensors.values()))
             for p in every:
