@@ -128,6 +128,17 @@ def test_a_fault_is_found_wherever_it_stands(
     assert len(found.cells) == 16
 
 
+def test_no_plugin_is_left_in_a_fault_that_it_has_no_part_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that others in the stack need, which have no part in it either."""
+
+    def trouble(names: Sequence[str], arch: str) -> str:
+        return "they clash" if {"marconi", "beam-patience"} <= set(names) else ""
+
+    monkeypatch.setattr(matrix, "trouble", trouble)
+    found = matrix.try_group("llama", ("sira", "sparse-adapter", "marconi", "beam-patience"))
+    assert found.fault == ("marconi", "beam-patience")
+
+
 def test_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing of the stack does, a companion."""
     seen: list[list[str]] = []
