@@ -14,8 +14,8 @@ from peftx.kernel.modes import as_it_was
 from peftx.kernel.positions import prompt_length
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
-from peftx_lora import Lora
 from peftx_aligndistil import AlignDistil
+from peftx_lora import Lora
 from peftx_xprompt import Ticket, Xprompt, without_lowest
 
 test_conformance = conformance("xprompt")
