@@ -128,6 +128,32 @@ def test_a_fault_is_found_wherever_it_stands(
     assert len(found.cells) == 16
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("token-trails", "ullme"), ("smart", "robust-prefix-tuning"), ("superfiltering", "charbench")],
+    ids=" ".join,
+)
+def test_the_rows_of_one_do_for_the_other(names: tuple[str, str]) -> None:
+    """Turns for who tells speakers apart, rows that are left where some are chosen and others only measured on."""
+    assert matrix.trouble(names, "llama") == ""
+
+
+@pytest.mark.parametrize("names", [("state-offset-tuning", "batchllm"), ("batchllm", "state-offset-tuning")])
+def test_a_model_that_one_has_no_place_on_is_no_fault_of_the_pair(names: tuple[str, str]) -> None:
+    assert try_pair(*names).outcome == "other-model"
+
+
+def test_no_plugin_is_left_in_a_fault_that_it_has_no_part_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that others in the stack need, which have no part in it either."""
+
+    def trouble(names: Sequence[str], arch: str) -> str:
+        return "they clash" if {"marconi", "beam-patience"} <= set(names) else ""
+
+    monkeypatch.setattr(matrix, "trouble", trouble)
+    found = matrix.try_group("llama", ("sira", "sparse-adapter", "marconi", "beam-patience"))
+    assert found.fault == ("marconi", "beam-patience")
+
+
 def test_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing of the stack does, a companion."""
     seen: list[list[str]] = []

@@ -313,10 +313,11 @@ def try_pair(first: str, second: str) -> Cell:
 
 
 def try_group(arch: str, names: tuple[str, ...]) -> Group:
-    """Live through a stack, and take it apart where it fails until no plugin is too many."""
+    """Live through a stack, and take it apart where it fails until no plugin is too many. The last one goes first: what
+    works on others is gone then before these are."""
     reason = trouble(names, arch)
     fault = names if reason else ()
-    for name in names if reason else ():
+    for name in reversed(fault):
         less = tuple(other for other in fault if other != name)
         if less and fits(less) and not _stands_first(less[0]) and (why := trouble(less, arch)):
             fault, reason = less, why

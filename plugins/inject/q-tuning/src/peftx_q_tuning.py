@@ -176,7 +176,13 @@ class QTuning(Plugin):
     """See the module."""
 
     Config = QTuningConfig
-    claims = {Claim.BESIDE_WEIGHTS, Claim.VIRTUAL_TOKENS, Claim.NEEDS_GRADIENTS, Claim.NEEDS_MASK}
+    claims = {
+        Claim.BESIDE_WEIGHTS,
+        Claim.VIRTUAL_TOKENS,
+        Claim.NEEDS_GRADIENTS,
+        Claim.NEEDS_MASK,
+        Claim.READS_COLUMNS,
+    }
     architectures = ("gemma",)
     exempt = {"every_parameter_gets_a_gradient": "the critic trains from the second task on"}
     example = {"tasks": 2, "length": 2, "queue": 2, "shared": 2}

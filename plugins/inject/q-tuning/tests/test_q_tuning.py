@@ -10,7 +10,7 @@ from torch import Tensor
 import peftx
 from peftx import Plugin, Stack
 from peftx.engines.data import IGNORE
-from peftx.errors import DataError, PeftxError
+from peftx.errors import ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -346,6 +346,15 @@ def test_rows_out_of_turn_are_refused(learned: list[int], rows: list[dict[str, A
     with pytest.raises(DataError, match=said):
         stack.train(rows, steps=1, **RUN)
     assert plugin.state == before
+
+
+@pytest.mark.parametrize("name", ["user-profile", "mosaic-it"])
+def test_rows_of_another_make_say_no_task(name: str) -> None:
+    """They would be learned as the newest one, or name tasks in another sense: refused by claims, in both orders."""
+    cls = peftx.Registry().load(name)
+    for stack in ([cls(**cls.example), QTuning(tasks=2)], [QTuning(tasks=2), cls(**cls.example)]):
+        with pytest.raises(ConflictError, match=f"'{name}' trains on rows of its own"):
+            Stack(tiny("llama"), stack, tokenizer=tiny_tokenizer())
 
 
 def test_a_batch_of_another_task_is_refused() -> None:

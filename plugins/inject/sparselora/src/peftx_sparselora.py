@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Stack, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
-from peftx.errors import ArchitectureError, BatchError, OptionError, TrainingError
+from peftx.errors import ArchitectureError, BatchError, ConflictError, OptionError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.chain import is_ours
 from peftx.kernel.view import BoundSite
@@ -84,6 +84,12 @@ class Tokens:
         self.labels = labels
         self._known: dict[torch.Size, tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
 
+    def check(self) -> None:
+        """Raises TrainingError where the step called the model on other rows than the batch's alone."""
+        if self._known and all(found is None for _, found in self._known.values()):
+            said = "sparselora: the step ran the model on other rows than the batch's alone: none ran sparse"
+            raise TrainingError(said, hint="leave sparselora out")
+
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Of a layer's input, [B, T + P, in] with P soft tokens: which rows of [B (T + P), in] to score, and which run
         dense; None: all do. Found once for a call: layers that are recomputed choose as before, whatever ran since."""
@@ -106,13 +112,9 @@ class Tokens:
     def _find(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
         shape = self.call.shape
         if labels.ndim > 1 and labels.shape != shape:
-            of_call, of_labels = ("x".join(map(str, sizes)) for sizes in (shape, labels.shape))
-            raise TrainingError(
-                f"sparselora: the model runs on {of_call} tokens, the batch has labels for {of_labels}",
-                hint="put sparselora behind the plugin that changes the batch",
-            )
+            return None  # a text beside the batch, without labels of its own (CPT's context)
         if x.ndim < 3 or len(x) != shape[0] or x.shape[1] < shape[1]:
-            return None  # no text of the batch: rows that another plugin sends through one layer (Aligner's tokens)
+            return None  # no text at all: rows that another plugin sends through one layer (Aligner's tokens)
         context = self.context_of(labels, shape)
         context, real = (self.call.rows(t, x, fill=True).flatten() for t in (context, self.call.real))
         return (context & real).nonzero().flatten(), (~context).nonzero().flatten()
@@ -302,6 +304,12 @@ class Sparselora(Plugin):
                 for role, site in sites.items():
                     site.attach(Sliced(shared, role=role))
 
+    def check(self, stack: Stack) -> None:
+        for member in stack.members:
+            if member.claims(Claim.NEEDS_TOKENS) and member.claims(Claim.GIVES_EMBEDDINGS):
+                said = f"sparselora: '{member.id}' runs the model on units of its own in the place of labelled tokens"
+                raise ConflictError(said, hint="keep one of them")
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if not step.model.training:
@@ -318,7 +326,9 @@ class Sparselora(Plugin):
                 )
             self.tokens.set(lambda: step.batch["labels"])
         try:
-            return (yield)
+            loss = yield
+            self.tokens.check()
+            return loss
         finally:
             self.tokens.set(None)
 

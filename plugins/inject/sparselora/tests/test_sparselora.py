@@ -21,6 +21,7 @@ from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferencePrompt
 from peftx.toolkits.compression import QuantLinear
+from peftx_cpt import Cpt
 from peftx_ist import Ist
 from peftx_lora import Lora
 from peftx_prefixquant import PrefixQuant
@@ -618,12 +619,13 @@ def test_batches_without_context_are_refused() -> None:
         stack.run_train_step(TrainStep(stack, batch_for(stack, answers=12)))
 
 
-def test_other_batches_inside_the_step_are_refused() -> None:
+def test_steps_on_other_rows_alone_are_refused() -> None:
     stack = stack_of(Sparselora(**ALL))
     stack.model.train()
     step = TrainStep(stack, batch_for(stack))
-    step.replace_task_loss(lambda: (step.forward(input_ids=step.batch["input_ids"][:1]).loss, None))
-    with pytest.raises(PeftxError, match="the model runs on 1x12 tokens, the batch has labels for 2x12"):
+    half = {name: step.batch[name][:1] for name in ("input_ids", "attention_mask")}
+    step.replace_task_loss(lambda: (step.forward(**half, labels=None).logits.mean(), None))
+    with pytest.raises(PeftxError, match="the step ran the model on other rows than the batch's"):
         stack.run_train_step(step)
 
 
@@ -671,6 +673,31 @@ def test_rows_that_another_plugin_sends_through_a_layer_run_dense() -> None:
     assert any(
         p.abs().max() > 0 for name, p in stack.ledger.tensors("aligner").items() if name.endswith(".g")
     )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_text_beside_the_batch_runs_dense(first: bool) -> None:
+    """The context of CPT, which its loss reads alone: its label's loss is what it is without SparseLoRA."""
+    terms = []
+    for sparse in ([], [Sparselora(**ALL)]):
+        cpt = Cpt(**Cpt.example)
+        stack = stack_of(*([cpt, *sparse] if first else [*sparse, cpt]))
+        stack.model.train()
+        step = TrainStep(stack, batch_for(stack), total=4)
+        stack.run_train_step(step)
+        terms.append(step.losses["context"])
+        assert all(len(chosen) for chosen in (all_chosen(stack) if sparse else []))
+    assert terms[0] == pytest.approx(terms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hierarchical-byte-transformer", "word-pooled-lm"])
+def test_units_in_the_place_of_tokens_are_refused(name: str) -> None:
+    """Before anything trains, in both orders."""
+    cls = peftx.Registry().load(name)
+    for swap in (False, True):
+        members = [cls(**cls.example), Sparselora(**ALL)]
+        with pytest.raises(ConflictError, match=f"sparselora: '{name}' runs the model on units"):
+            Stack(tiny("llama"), members[::-1] if swap else members, tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("block", ["mlp", "attention"])

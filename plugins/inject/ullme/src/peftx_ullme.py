@@ -134,7 +134,11 @@ class Ullme(Plugin):
         "accumulation_makes_the_same_step": "passages of a micro-batch are the negatives of its queries"
     }
     example_rows = tuple(
-        {"prompt": f"what is {word}?", "chosen": f"about {word}", "rejected": f"no {word}" + "!" * i}
+        {
+            "prompt": f"User: what is {word}?\nAssistant:",
+            "chosen": f"about {word}",
+            "rejected": f"no {word}" + "!" * i,
+        }
         for i, word in enumerate(("tea", "rain", "sleep", "noise", "bread", "snow"))
     )
     config: UllmeConfig

@@ -65,6 +65,16 @@ class Ticket(VirtualTokens):
         self.masks: list[Tensor] | None = None
         """While scores are taken: the masks of the texts of each forward pass, [B, m, k], all 1."""
 
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """Tokens that are left, as zeta is now: a plugin may set back what trains for a while. All of them where it has
+        no values, on the meta device."""
+        return self.most if self.zeta.is_meta else int(self.zeta.any(1).sum())
+
+    @length.setter
+    def length(self, rows: int) -> None:
+        self.most = rows
+
     def rows(self) -> Tensor:
         p = self.pieces(self.P)
         if self.masks is not None:
@@ -114,15 +124,15 @@ class Xprompt(Plugin):
             raise OptionError(f"xprompt: {d} numbers make no {k} pieces", hint=f"pieces: {math.gcd(d, k)}")
         self.ticket = Ticket(model.embedded(m, among=self.config.frequent), k, model.call)
         model.prompt(self.ticket)
-        self.ticket.length = self.state.get("length", m)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         ticket, span = self.ticket, step.phase(self)
         memory = step.memory.setdefault(step.stack.id_of(self), {})
+        if "zeta" in memory:  # a plugin that sets back what trains does not bring back what went
+            ticket.zeta.copy_(memory["zeta"])
         if step.begins(self):
             self.begin(span.name, memory)
-        ticket.length = self.state["length"] = int(ticket.zeta.any(1).sum())
         if span.name == "retune" and step.index == span.first:
             step.before_update(lambda optimizer: forget(optimizer, [ticket.P]))
         if span.name not in ("tokens", "pieces"):
@@ -151,3 +161,4 @@ class Xprompt(Plugin):
             P = memory["P_0"].to(ticket.P) if self.config.rewind == "start" else ticket.P
             ticket.keep(without_lowest(scores, zeta, self.config.pieces_off), P)
             self.state["found"] = True
+        memory["zeta"] = zeta.clone()

@@ -10,9 +10,11 @@ from torch import Tensor
 import peftx
 from peftx import Plugin, Stack
 from peftx.errors import PeftxError
+from peftx.kernel.modes import as_it_was
 from peftx.kernel.positions import prompt_length
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx_aligndistil import AlignDistil
 from peftx_lora import Lora
 from peftx_xprompt import Ticket, Xprompt, without_lowest
 
@@ -250,6 +252,36 @@ def test_a_run_that_was_cut_anywhere_ends_in_the_same_bits(at: int, tmp_path: Pa
     assert plugin.state == whole.plugins["xprompt"].state
 
 
+@torch.no_grad()
+def test_a_reference_of_the_start_has_all_tokens() -> None:
+    """What an earlier state of what trains computes: the prompt is as long as it was then."""
+    stack, _, ticket = stack_of()
+    start = {name: x.clone() for name, x in stack.ledger.trained().items()}
+    inputs = example_inputs(stack.model)
+    before = output_of(stack.model, inputs)
+    zeta = torch.ones(6, 4, dtype=torch.bool)
+    zeta[2] = False
+    ticket.keep(zeta, ticket.P)
+    with as_it_was(stack.ledger, start):
+        assert prompt_length(stack.model) == 6
+        assert torch.equal(output_of(stack.model, inputs), before)
+    assert prompt_length(stack.model) == 5
+
+
+def test_what_went_stays_away_where_what_trains_is_set_back() -> None:
+    """AlignDistil begins each of its phases from the start; the worst of the prompt do not come back with it."""
+    rows = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": " ?"} for n in range(8)]
+    found = []
+    for teacher_steps in (1, 5):  # before the first score, and behind the last one
+        stack, _, ticket = stack_of(AlignDistil(teacher_steps=teacher_steps), tokens_off=0.5)
+        lengths: list[int] = []
+        stack.train(rows, steps=12, batch_size=2, progress=lambda *_: lengths.append(ticket.length))  # noqa: B023
+        assert lengths[3:] == [min(lengths)] * (len(lengths) - 3)
+        assert int(ticket.zeta.sum()) < 6 * 4 * 0.5
+        found.append(lengths)
+    assert found[0][-1] == found[1][-1] == 3
+
+
 # -- what is left of it in the model -----------------------------------------------------------------------------------
 
 
@@ -261,7 +293,6 @@ def test_a_token_without_pieces_is_not_there(arch: str) -> None:
     zeta = torch.ones(6, 4, dtype=torch.bool)
     zeta[1], zeta[4, :2], zeta[5] = False, False, False
     ticket.keep(zeta, ticket.P)
-    ticket.length = 4
     short, _, other = stack_of(arch=arch, length=4)
     other.P.copy_(ticket.P[[0, 2, 3, 4]])
     assert not other.P[3, :16].any()

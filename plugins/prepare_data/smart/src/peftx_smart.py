@@ -63,7 +63,7 @@ class Smart(Plugin):
     Config = SmartConfig
     claims = {Claim.READS_COLUMNS}
     takes = ("prompt-completion", "messages", "text", "classification", "preference")
-    example = {"encoder": "peftx:tiny", "budget": 4, "task": "kind"}
+    example = {"encoder": "peftx:tiny", "budget": 6, "task": "kind"}
     example_rows = [
         {"prompt": f"{ask} {n}", "completion": f"{n + 1}", "kind": ask}
         for ask in ("Add to", "After")

@@ -60,6 +60,10 @@ class Superfiltering(Plugin):
     Config = SuperfilteringConfig
     takes = ("prompt-completion", "messages")
     example = {"scorer": "peftx:tiny", "share": 0.5}
+    example_rows = tuple(
+        {"prompt": f"Say {word} again:", "completion": word}
+        for word in ("tea", "rain", "sleep", "noise", "bread", "snow", "a cat", "the river")
+    )
     config: SuperfilteringConfig
 
     @hookimpl

@@ -27,6 +27,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import (
+    ArchitectureError,
     ConflictError,
     PeftxError,
     ServerError,
@@ -39,6 +40,7 @@ from peftx.toolkits.serving import Engine, Job, Request, Server
 from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 from peftx.toolkits.serving.rows import PIECE, refuse_whole_batches
+from peftx.toolkits.serving.slots import check_layers
 
 Tokens = Sequence[int]
 Place = Node[list[int]]
@@ -266,6 +268,11 @@ class BatchLLM(Plugin):
 
     def suits(self, model: ModelView) -> None:
         check_writes(model)
+        try:
+            check_layers(DynamicCache(config=model.config))
+        except UnsupportedError as error:
+            said = f"{model.owner}: {type(model.module).__name__}: {error.message}"
+            raise ArchitectureError(said, hint="take a model of attention alone") from error
 
     def check(self, stack: Stack) -> None:
         if reason := other_rows(stack):
@@ -275,7 +282,8 @@ class BatchLLM(Plugin):
         except UnsupportedError as error:
             said = f"batchllm needs requests that come and go on their own: {error.message}"
             raise ConflictError(
-                said, hint="take a model of attention alone, and no plugin of decoding"
+                said,
+                hint="leave out plugins of decoding, and beams, caches and stop strings of generation settings",
             ) from error
 
     @hookimpl
