@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Stack, TrainStep, hookimpl
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
-from peftx.errors import ArchitectureError, BatchError, ConflictError, OptionError, TrainingError
+from peftx.errors import ArchitectureError, BatchError, OptionError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.chain import is_ours
 from peftx.kernel.view import BoundSite
@@ -303,12 +303,6 @@ class Sparselora(Plugin):
                 shared = Block(self.tokens, model.keep(f"{block}_{layer}", channels))
                 for role, site in sites.items():
                     site.attach(Sliced(shared, role=role))
-
-    def check(self, stack: Stack) -> None:
-        for member in stack.members:
-            if member.claims(Claim.NEEDS_TOKENS) and member.claims(Claim.GIVES_EMBEDDINGS):
-                said = f"sparselora: '{member.id}' runs the model on units of its own in the place of labelled tokens"
-                raise ConflictError(said, hint="keep one of them")
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:

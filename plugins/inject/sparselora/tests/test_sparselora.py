@@ -691,13 +691,17 @@ def test_a_text_beside_the_batch_runs_dense(first: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["hierarchical-byte-transformer", "word-pooled-lm"])
-def test_units_in_the_place_of_tokens_are_refused(name: str) -> None:
-    """Before anything trains, in both orders."""
+def test_units_in_the_place_of_tokens_run_sparse(name: str) -> None:
+    """In both orders: the model has a row for every unit then."""
     cls = peftx.Registry().load(name)
     for swap in (False, True):
         members = [cls(**cls.example), Sparselora(**ALL)]
-        with pytest.raises(ConflictError, match=f"sparselora: '{name}' runs the model on units"):
-            Stack(tiny("llama"), members[::-1] if swap else members, tokenizer=tiny_tokenizer())
+        stack = Stack(tiny("llama"), members[::-1] if swap else members, tokenizer=tiny_tokenizer())
+        stack.model.train()
+        ids = torch.tensor([stack.tokenizer("a text of words").input_ids] * 2)
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 3, -100)
+        stack.train_step({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        assert any(len(chosen) for chosen in all_chosen(stack))
 
 
 @pytest.mark.parametrize("block", ["mlp", "attention"])
