@@ -142,7 +142,7 @@ RULES = (
     Rule(
         _claiming(Claim.NEEDS_MASK),
         _claiming(Claim.OWN_LAYOUT),
-        "{one} tells text from pads by a mask of one number a token, and {two} lays several texts out in one row",
+        "{one} reads a row as one text, by a mask of one number a token, and {two} lays several texts out in one row",
     ),
     Rule(
         _claiming(Claim.NEEDS_TOKENS),
@@ -303,6 +303,9 @@ def _stays_known(members: Sequence[Member], order: Sequence[Member]) -> bool:
         if member.claims(Claim.TAKES_WEIGHTS) and any(
             m.claims(Claim.QUANTIZES) and m not in before for m in now
         ):
+            return False
+        moved = member in _compressing_late(members) and member not in _compressing_late(order)
+        if moved and member.claims(Claim.TRAINS_BASE):  # what it packs is trained first, wherever it stands
             return False
         if member.claims(Claim.NARROWS) and any(m in before for m in order[order.index(member) + 1 :]):
             return False

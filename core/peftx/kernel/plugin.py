@@ -86,7 +86,7 @@ class Claim(StrEnum):
     NO_LABELS = "no-labels"
     """The rows of its step have no labels of tokens: it trains on something else."""
     NEEDS_MASK = "needs-mask"
-    """Its step tells real tokens from pads by the batch's mask, [rows, tokens]."""
+    """Tells real tokens from pads by the mask of a call or a batch, [rows, tokens]: a row is one text."""
     NEEDS_TOKENS = "needs-tokens"
     """Tells tokens by their ids, and refuses a call on embeddings."""
     GIVES_EMBEDDINGS = "gives-embeddings"

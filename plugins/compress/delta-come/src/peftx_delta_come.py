@@ -194,6 +194,15 @@ class DeltaCome(Plugin):
                 said = f"{model.owner}: {model.config.model_type}: {said} = {self.config.alpha}"
                 raise ArchitectureError(said, hint="a larger alpha, or fewer bits")
 
+    def check(self, stack: Stack) -> None:
+        own = stack.id_of(self)
+        for other in () if stack.standing[own].compressed else stack.members:
+            if other.claims(Claim.WHOLE_CALLS):
+                raise ConflictError(
+                    f"'{own}' runs layers one by one to calibrate, and '{other.id}' works in calls of the whole model",
+                    hint=f"inject '{own}', train and compress it, and inject '{other.id}' then",
+                )
+
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         self.places = differences(model, self.matrices(model))

@@ -12,12 +12,15 @@ from transformers import PreTrainedModel
 
 import peftx
 from peftx import Stack
+from peftx.composition.conflicts import find_conflicts
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import TEXTS
 from peftx.toolkits.compression import dequantize, quantize
+from peftx_connected_adapters import ConnectedAdapters
 from peftx_delta_come import DeltaCome, VectorDelta, Vectors, gptq, hessians
 from peftx_lora import Lora
 from peftx_prefixquant import PrefixQuant
@@ -357,6 +360,28 @@ def test_what_goes_behind_it() -> None:
         else:
             stack.compress(TEXTS, ["prefixquant"], **TWO)
         torch.testing.assert_close(logits(stack.model), before, atol=0.1, rtol=0.1)
+
+
+def test_calls_of_the_whole_model_come_behind_it() -> None:
+    """Refused when the stack is built, before anything is trained; the way out that the error names works."""
+    plugins = [
+        DeltaCome(alpha=0.5, bits=(8,), vectors=(), group_size=32),
+        ConnectedAdapters(inside=2, aside=2),
+    ]
+    with pytest.raises(ConflictError, match=r"runs layers one by one .* calls of the whole model") as error:
+        Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    assert "inject 'delta-come', train and compress it, and inject 'connected-adapters' then" in str(
+        error.value
+    )
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.inject(["delta-come"])
+    stack.train([{"prompt": "a", "completion": "b"}] * 4, steps=1, batch_size=2, learning_rate=1e-3)
+    stack.compress(TEXTS, ["delta-come"], samples=2, length=16)
+    before = logits(stack.model)
+    stack.inject(["connected-adapters"])
+    torch.testing.assert_close(logits(stack.model), before)
+    (known,) = find_conflicts([Member("connected-adapters", plugins[1]), Member("delta-come", plugins[0])])
+    assert known.working_order == ()  # in the other order it calibrates with them all the same
 
 
 def test_refused() -> None:

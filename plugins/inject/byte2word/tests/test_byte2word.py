@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from peftx import Plugin, Stack, hookimpl
+from peftx.composition.conflicts import find_conflicts
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.kernel.members import Member
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
 from peftx_byte2word import Byte2Word, Words, symbols_of
+from peftx_dpo_prefix_sharing import DpoPrefixSharing
 from peftx_lora import Lora
 from peftx_p_tuning_v2 import PTuningV2
+from peftx_prefix_grouper import PrefixGrouper
 from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("byte2word")
@@ -266,6 +270,17 @@ def test_text_as_an_embedding_and_lookups_of_others() -> None:
 def test_refused(arch: str, why: str) -> None:
     with pytest.raises(ArchitectureError, match=why):
         stack_of(arch=arch)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [DpoPrefixSharing(), PrefixGrouper()])
+def test_rows_of_several_texts_are_refused(other: Plugin, first: bool) -> None:
+    """By claims: `peftx validate` says so without a model."""
+    plugins = [Byte2Word(), other] if first else [other, Byte2Word()]
+    members = [Member(type(plugin).__name__, plugin) for plugin in plugins]
+    (known,) = find_conflicts(members)
+    assert "'Byte2Word' reads a row as one text" in known.reason
+    assert known.claims == ("needs-mask", "own-layout")
 
 
 def test_heads_and_tokenizers_that_do_not_fit() -> None:

@@ -177,11 +177,11 @@ def task_loss(step: TrainStep) -> tuple[Tensor, Any]:
 
 def encoded(model: ModelView, length: int) -> Tensor:
     """E; zeros where a bundle brings it, or there are no weights, or no rows. Soft tokens of plugins before are left
-    out."""
+    out. The whole model runs, since what stands on it may ask for the call; of two towers the encoder is one."""
     like = model.embedding().weight
     if model.restoring or like.is_meta or not length:
         return like.new_zeros(length, model.hidden_size)
-    reader = model.module.get_encoder() if model.config.is_encoder_decoder else model.module.base_model
+    reader = model.module.get_encoder() if model.config.is_encoder_decoder else model.module
     ids = torch.arange(length, device=like.device)[None]
     with eval_mode(model.module), torch.no_grad():
-        return reader(input_ids=ids).last_hidden_state[0, -length:].to(like)
+        return reader(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -length:].to(like)

@@ -15,12 +15,16 @@ from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.toolkits.injecting import NetworkPrefix
+from peftx_byte2word import Byte2Word
+from peftx_connected_adapters import ConnectedAdapters
 from peftx_full_finetuning import FullFinetuning
+from peftx_localist_dial import LocalistDial
 from peftx_lora import Lora
 from peftx_ls_llama import LsLlama
 from peftx_nf4 import NF4Storage
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
+from peftx_q_tuning import QTuning
 from peftx_sift import Sift
 from peftx_transcoder import Knowledge, Transcoder
 
@@ -136,6 +140,25 @@ def test_E_is_what_the_model_makes_of_the_first_ids(arch: str, prompted: bool) -
     assert len(found) == (3 if arch == "t5" else 1)
     for E in found:
         torch.testing.assert_close(E, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        Byte2Word(width=6, heads=2, longest=4),
+        ConnectedAdapters(inside=4, aside=2),
+        LocalistDial(blocks={"vowels": ("a", "e")}),
+        QTuning(tasks=2, length=2, queue=2, shared=2),
+    ],
+)
+def test_E_is_read_by_plugins_that_ask_for_the_call(beside: Plugin) -> None:
+    """Token ids, and the whole model."""
+    stack, _ = stack_of(beside)
+    (E,) = (x for name, x in knowledge(stack).items() if name.endswith(".E"))
+    ids = torch.tensor([[0, 1, 2]])
+    with torch.no_grad(), stack.disabled("transcoder"):
+        expected = stack.model.eval()(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(E, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_stands_on_a_packed_model() -> None:

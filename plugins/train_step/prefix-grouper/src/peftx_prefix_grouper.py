@@ -26,8 +26,7 @@ The loss of a micro-batch is the mean over its groups.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from itertools import chain
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ from torch.nn.functional import cross_entropy, one_hot, pad
 
 from peftx import (
     AttentionEdit,
+    CallEdit,
     Claim,
     ModelView,
     Plugin,
@@ -50,10 +50,14 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, encode_pair
-from peftx.errors import DataError
+from peftx.errors import ConflictError, DataError
 from peftx.kernel.attention import Attend
+from peftx.kernel.parts import AttentionPart
 from peftx.toolkits.evaluation import evaluating
 from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
+
+SEGMENTS = "segments"
+"""The column of rows that are groups: 1 on the prompt, 2, 3, ... on its answers behind it, 0 on pads."""
 
 
 class PrefixGrouperConfig(PluginConfig):
@@ -88,7 +92,7 @@ class Groups(NamedTuple):
 
 
 def groups_of(segments: Tensor, dtype: torch.dtype) -> Groups:
-    """segments: [B, T] int64, 1 of a prompt, 2, 3, ... of its answers behind it, 0 of pads at the row's end."""
+    """segments: [B, T] int64, as the column has them, pads at the row's end."""
     counts = one_hot(segments).sum(1)[:, 1:]  # [B, 1 + G]
     row, number = counts[:, 1:].nonzero(as_tuple=True)
     start, length = (x[row, number + i][:, None] for i, x in enumerate((counts.cumsum(1), counts)))
@@ -128,23 +132,38 @@ def group(head: Tensor, tail: Tensor, groups: Groups, length: int) -> Tensor:
     return out
 
 
-class Shared:
-    """The groups of the call that runs; None: its rows are ordinary ones."""
+class GroupedRows(CallEdit):
+    """Calls whose rows are groups: those with the column `segments`, whoever makes them."""
 
-    groups: Groups | None = None
+    def __init__(self, model: ModelView) -> None:
+        super().__init__()
+        self.call, self.owner, self.model = model.call, model.owner, (model.module,)  # in a tuple: no child
+
+    def groups(self) -> Groups | None:
+        """Of the call that runs; None: its rows are ordinary ones."""
+        (model,), segments = self.model, self.call.batch.get(SEGMENTS)
+        if segments is None:
+            return None
+        return self.call.once(self.owner, lambda: groups_of(segments, model.dtype))
+
+    def before(self, call: dict[str, Any]) -> dict[str, Any]:
+        groups = self.groups()
+        if groups is None:
+            return call
+        return call | {"position_ids": positions(groups, call["input_ids"].shape[1]), "use_cache": False}
 
 
 class GroupedAttention(AttentionEdit):
     """The two calls. Rows that other plugins put in front of keys and values are seen by all tokens."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, rows: GroupedRows) -> None:
         super().__init__()
-        self.shared = shared
+        self.rows = (rows,)  # in a tuple: no child of this one
 
     def replace(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Attend
     ) -> Tensor:
-        groups, length = self.shared.groups, query.shape[2]
+        groups, length = self.rows[0].groups(), query.shape[2]
         if groups is None:
             return attend(query, key, value, mask)
         front = key.shape[2] - length
@@ -203,24 +222,26 @@ class PrefixGrouper(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        self.shared = Shared()
+        model.column(SEGMENTS)
+        rows = model.around(GroupedRows(model))
         for site in model.attention_sites():
-            site.attend(GroupedAttention(self.shared))
+            site.attend(GroupedAttention(rows))
 
-    @contextmanager
-    def grouped(self, groups: Groups) -> Iterator[None]:
-        """Inside, the model's rows are groups."""
-        self.shared.groups = groups
-        try:
-            yield
-        finally:
-            self.shared.groups = None
+    def check(self, stack: Stack) -> None:
+        for other in stack.members:
+            edits = (part.module for part in stack.ledger.of(other.id, AttentionPart))
+            if any(edit.edits_probabilities() and edit.opens() for edit in edits):
+                said = f"'{other.id}' tells in an attention which token of a row is which"
+                raise ConflictError(
+                    f"{said}, and '{stack.id_of(self)}' computes it in parts of rows", hint="keep one of them"
+                )
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         """Rows of prompt, completion and reward -> `tokenized` ones, a group each."""
         hint = "rows with prompt, completion and reward; those of one prompt are a group"
         data.require(self.takes, by=stack.id_of(self), hint=hint)
+        self.check(stack)  # what others edit may open later, and between steps
         data.rewrite(lambda rows: self.rows(rows, data, stack))
 
     def rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
@@ -246,7 +267,7 @@ class PrefixGrouper(Plugin):
                 {
                     "input_ids": list(chain.from_iterable(texts)),
                     "labels": [IGNORE] * len(prefix) + list(chain.from_iterable(suffixes)),
-                    "token_type_ids": [1 + n for n, text in enumerate(texts) for _ in text],
+                    SEGMENTS: [1 + n for n, text in enumerate(texts) for _ in text],
                     "advantages": [*advantages(rewards), *[0.0] * (size - len(rewards))],
                 }
             )
@@ -256,36 +277,32 @@ class PrefixGrouper(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        step.require("labels", "token_type_ids", "advantages", by=step.stack.id_of(self))
+        step.require("labels", SEGMENTS, "advantages", by=step.stack.id_of(self))
+        self.check(step.stack)
         batch = dict(step.batch)
-        groups = groups_of(batch.pop("token_type_ids"), step.model.dtype)
+        groups = groups_of(batch[SEGMENTS], step.model.dtype)
         A = batch.pop("advantages")[groups.row, groups.number]
         del batch["labels"]
-        ids, real = batch["input_ids"], groups.suffix >= 0
-        step.batch = batch | {"position_ids": positions(groups, ids.shape[1]), "use_cache": False}
-        with self.grouped(groups):
-            with step.reference("start"):
-                old = answer_log_probs(step.forward().logits, ids, groups)
+        ids, real, step.batch = batch["input_ids"], groups.suffix >= 0, batch
+        with step.reference("start"):
+            old = answer_log_probs(step.forward().logits, ids, groups)
 
-            def task() -> tuple[Tensor, object]:
-                outputs = step.forward()
-                now = answer_log_probs(outputs.logits, ids, groups)
-                each = grpo_loss(now, old, A, real, clip=self.config.clip, beta=self.config.beta)
-                return (each / groups.row.bincount()[groups.row]).sum() / len(ids), outputs
+        def task() -> tuple[Tensor, object]:
+            outputs = step.forward()
+            now = answer_log_probs(outputs.logits, ids, groups)
+            each = grpo_loss(now, old, A, real, clip=self.config.clip, beta=self.config.beta)
+            return (each / groups.row.bincount()[groups.row]).sum() / len(ids), outputs
 
-            step.replace_task_loss(task, over="rows")
-            return (yield)
+        step.replace_task_loss(task, over="rows")
+        return (yield)
 
     def prove(self, stack: Stack, row: dict[str, Any]) -> None:
         """Raise unless the model gives the answers the same probabilities in one row and in rows of their own."""
         model = stack.model
-        ids, segments = (torch.tensor([row[n]], device=model.device) for n in ("input_ids", "token_type_ids"))
+        ids, segments = (torch.tensor([row[n]], device=model.device) for n in ("input_ids", SEGMENTS))
         groups = groups_of(segments, model.dtype)
         with evaluating(model):
-            with self.grouped(groups):
-                places = positions(groups, ids.shape[1])
-                logits = model(input_ids=ids, position_ids=places, use_cache=False).logits
-            shared = answer_log_probs(logits, ids, groups)
+            shared = answer_log_probs(model(input_ids=ids, segments=segments).logits, ids, groups)
             apart = torch.zeros_like(shared)
             for i in range(len(shared)):
                 own = ids[(segments == 1) | (segments == 2 + i)][None]  # [1, |x| + n]

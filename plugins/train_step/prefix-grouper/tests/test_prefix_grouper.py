@@ -20,11 +20,14 @@ from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.shapes import PAD
+from peftx_esft import Esft
+from peftx_localist_dial import LocalistDial
 from peftx_lora import Lora
 from peftx_prefix_grouper import (
     GroupedAttention,
+    GroupedRows,
+    Groups,
     PrefixGrouper,
-    Shared,
     advantages,
     answer_log_probs,
     group,
@@ -84,7 +87,7 @@ def prepared(stack: Stack, rows: list[dict[str, Any]] = ROWS, max_length: int = 
 def batch_of(stack: Stack, rows: list[dict[str, Any]] = ROWS) -> dict[str, Any]:
     data = prepared(stack, rows)
     assert data.train is not None
-    return Collator(PAD)(list(data.train))
+    return Collator(PAD, pad_values={"segments": 0})(list(data.train))
 
 
 def build(arch: str, *others: Any, model: dict[str, Any] | None = None, **options: Any) -> Stack:
@@ -116,14 +119,9 @@ def apart(model: torch.nn.Module, rows: list[dict[str, Any]] = ROWS) -> list[Ten
 
 
 def together(stack: Stack, batch: dict[str, Any]) -> list[Tensor]:
-    plugin, ids = stack.plugins["prefix-grouper"], batch["input_ids"]
-    assert isinstance(plugin, PrefixGrouper)
-    groups = groups_of(batch["token_type_ids"], stack.model.dtype)
-    with plugin.grouped(groups):
-        logits = stack.model(
-            input_ids=ids, position_ids=positions(groups, ids.shape[1]), use_cache=False
-        ).logits
-    found = answer_log_probs(logits, ids, groups)
+    ids, segments = batch["input_ids"], batch["segments"]
+    groups = groups_of(segments, stack.model.dtype)
+    found = answer_log_probs(stack.model(input_ids=ids, segments=segments).logits, ids, groups)
     return [row[real] for row, real in zip(found, groups.suffix >= 0, strict=True)]
 
 
@@ -154,14 +152,24 @@ def by_hand(
     return torch.stack([torch.stack(each).mean() for each in losses.values()]).mean()
 
 
+class Given(GroupedRows):
+    """Groups without a model."""
+
+    def __init__(self, groups: Groups) -> None:
+        torch.nn.Module.__init__(self)
+        self.given = groups
+
+    def groups(self) -> Groups:
+        return self.given
+
+
 def test_equals_the_official_code() -> None:
     segments = segments_of(GROUPS)
     q, k, v = (
         torch.arange(3 * 2 * 8 * 2.0).mul(c).sin().view(3, 2, 8, 2).requires_grad_() for c in (1.0, 0.7, 0.3)
     )
-    shared = Shared()
-    shared.groups = groups_of(segments, torch.float32)
-    out = GroupedAttention(shared).replace(q, k, v, None, 1.0, attend)
+    rows = Given(groups_of(segments, torch.float32))
+    out = GroupedAttention(rows).replace(q, k, v, None, 1.0, attend)
     torch.testing.assert_close(out[:, :, 0, 0], torch.tensor(OFFICIAL_OUT), atol=1e-5, rtol=0)
     weights = torch.arange(out.numel() * 1.0).cos().view_as(out)
     (found,) = torch.autograd.grad((out * weights * (segments > 0)[:, :, None, None]).sum(), k)
@@ -215,11 +223,9 @@ def test_log_probabilities_and_gradients_are_those_of_rows(arch: str, implementa
 
 def test_one_answer_is_an_ordinary_row() -> None:
     stack, ids = build("llama"), torch.arange(5, 12)[None]
-    groups = groups_of(segments_of([[3, 4]]), torch.float64)
     with torch.no_grad():
         expected = stack.model(ids, use_cache=False).logits
-        with stack.plugins["prefix-grouper"].grouped(groups):
-            found = stack.model(ids, position_ids=positions(groups, 7), use_cache=False).logits
+        found = stack.model(ids, segments=segments_of([[3, 4]])).logits
     torch.testing.assert_close(found, expected)
 
 
@@ -288,9 +294,9 @@ def test_rows_of_one_prompt_are_a_group_wherever_they_stand() -> None:
     first = data[0]
     assert len(data) == 3
     assert TOKENIZER.decode(
-        [i for i, s in zip(first["input_ids"], first["token_type_ids"], strict=True) if s == 3]
+        [i for i, s in zip(first["input_ids"], first["segments"], strict=True) if s == 3]
     ) == (" no, never" + TOKENIZER.eos_token)
-    assert [label >= 0 for label in first["labels"]] == [s > 1 for s in first["token_type_ids"]]
+    assert [label >= 0 for label in first["labels"]] == [s > 1 for s in first["segments"]]
     assert [len(row["advantages"]) for row in data] == [3, 3, 3]
     assert data[1]["advantages"] == pytest.approx([0.5**0.5, -(0.5**0.5), 0.0])
     assert data[2]["advantages"] == [0.0, 0.0, 0.0]
@@ -341,7 +347,44 @@ def test_the_model_is_an_ordinary_one_outside_of_a_step() -> None:
     del batch["input_ids"]
     with pytest.raises(PeftxError, match="input_ids"):
         stack.train_step(batch)
-    assert stack.plugins["prefix-grouper"].shared.groups is None
+
+
+def test_a_row_is_its_group_wherever_it_is_read() -> None:
+    """By a plugin behind this one that reads rows of its own before the step, and of some rows of a batch."""
+    stack = build("llama")
+    batch = batch_of(stack)
+    stack.train_step(batch)
+    whole = together(stack, batch)
+    counts = (batch["segments"].amax(1) - 1).tolist()
+    for i, own in enumerate(torch.tensor(range(len(whole))).split(counts)):
+        (row,) = ({name: values[i : i + 1] for name, values in batch.items()},)
+        for one, n in zip(together(stack, row), own.tolist(), strict=True):
+            torch.testing.assert_close(one, whole[n])
+    mixture = Stack(
+        tiny("mixtral"),
+        [PrefixGrouper(), Esft(rows=2)],
+        tokenizer=TOKENIZER,
+    )
+    other = Stack(tiny("mixtral"), [Esft(rows=2), PrefixGrouper()], tokenizer=TOKENIZER)
+    found = [one.train(ROWS, steps=2, batch_size=2, learning_rate=1e-3).losses for one in (mixture, other)]
+    assert list(found[0]) == list(found[1])
+    assert mixture.plugins["esft"].state == other.plugins["esft"].state
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_edits_that_tell_tokens_in_an_attention_are_refused(first: bool) -> None:
+    """In either order, when the stack is built; one that is opened later, in the step."""
+    dial = LocalistDial(blocks={"vowels": ["a", "e"]}, dial=1.0)
+    plugins = [dial, PrefixGrouper()] if first else [PrefixGrouper(), dial]
+    with pytest.raises(ConflictError, match="'localist-dial' tells in an attention which token of a row"):
+        Stack(tiny("llama"), plugins, tokenizer=TOKENIZER)
+    closed = LocalistDial(blocks={"vowels": ["a", "e"]}, dial=0.0)
+    plugins = [closed, PrefixGrouper()] if first else [PrefixGrouper(), closed]
+    stack = Stack(tiny("llama"), plugins, tokenizer=TOKENIZER)
+    assert stack.train(ROWS, steps=1, batch_size=2, learning_rate=1e-3).losses
+    closed.dial = 1.0
+    with pytest.raises(ConflictError, match="computes it in parts of rows"):
+        stack.train(ROWS, steps=1, batch_size=2, learning_rate=1e-3)
 
 
 def test_learned_keys_and_values_stand_before_each_text() -> None:
@@ -400,7 +443,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="prefix-grouper: the rows are of format 'text'"):
         stack.prepare(text)
     with pytest.raises(
-        PeftxError, match="prefix-grouper: the batch has no advantages, labels, token_type_ids, but input_ids"
+        PeftxError, match="prefix-grouper: the batch has no advantages, labels, segments, but input_ids"
     ):
         stack.train_step({"input_ids": torch.ones(1, 3, dtype=torch.long)})
 
