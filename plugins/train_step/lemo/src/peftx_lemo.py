@@ -374,12 +374,13 @@ class Lemo(Plugin):
 
 
 def observe(stack: Stack, ids: Tensor, seen: dict[str, Seen]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """What goes into layers' attention, [B, T, d], and their queries and keys before rotation, [B, T, heads, D]."""
-    found: dict[str, list[Tensor]] = {layer: [] for layer in seen}
+    """What goes into layers' attention, [B, T, d], and their queries and keys before rotation, [B, T, heads, D]. Of
+    several calls of a layer the first one's, which the model makes: those that follow are of plugins (Aligner's)."""
+    found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {layer: {} for layer in seen}
 
     def note(layer: str, site: BoundSite, D: int, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         y = y if site.rows is None else site.rows.take(y, -1)
-        found[layer] += [args[0], y.unflatten(-1, (-1, D)).float()]
+        found[layer].setdefault(site.role, (args[0], y.unflatten(-1, (-1, D)).float()))
 
     with ExitStack() as hooks, evaluating(stack.model):
         for layer, (q, k, D) in seen.items():
@@ -387,7 +388,8 @@ def observe(stack: Stack, ids: Tensor, seen: dict[str, Seen]) -> dict[str, tuple
                 handle = site.module.register_forward_hook(partial(note, layer, site, D))
                 hooks.callback(handle.remove)
         stack.model(input_ids=ids, use_cache=False)
-    return {layer: (x, q, k) for layer, (x, q, _, k) in found.items()}
+    own = {layer: (sites[0].role, sites[1].role) for layer, sites in seen.items()}
+    return {layer: (*found[layer][q], found[layer][k][1]) for layer, (q, k) in own.items()}
 
 
 def neurons_of(model: ModelView, layer: int) -> tuple[list[tuple[BoundSite, nn.Module]], int]:

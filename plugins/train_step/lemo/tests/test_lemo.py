@@ -123,6 +123,18 @@ def test_what_predictors_are_fitted_to(arch: str) -> None:
     assert not stack.anatomy.site("attention.q", layer=1).module._forward_hooks  # nothing stays behind
 
 
+def test_rows_that_a_plugin_sends_through_a_layer_afterwards_are_not_the_models() -> None:
+    """As Aligner sends its tokens through the keys' projection, where that is packed."""
+    stack, ids = built(), batch()["input_ids"]
+    seen = stack.plugins["lemo"].seen
+    expected = observe(stack, ids, seen)
+    for layer in stack.model.model.layers:
+        attention = layer.self_attn
+        attention.register_forward_hook(lambda module, *_: (module.k_proj(torch.zeros(1, 32)), None)[1])
+    for layer, found in observe(stack, ids, seen).items():
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[layer], strict=True))
+
+
 def test_a_half_precision_model_is_scored_in_full() -> None:
     stack, ids = built(), batch()["input_ids"]
     stack.model.to(torch.bfloat16)
