@@ -90,7 +90,8 @@ class Stack(Kernel):
         members = members_of(plugins)
         check(members)  # before anything is read
         if not isinstance(model, str):
-            named = lasting(model.config.name_or_path)
+            config = getattr(model, "config", None)  # of what is no model, which is refused
+            named = None if config is None else lasting(config.name_or_path)
             super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject, base_id=named)
         else:
             loaded, beside = load_model(

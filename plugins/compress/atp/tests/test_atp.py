@@ -66,7 +66,7 @@ def filled(stack: Stack, *, gone: float = 0.4, seed: int = 0) -> list[Tensor]:
 
 def project(plugin: Atp, rate: float, *, index: int = 0, total: int | None = None) -> None:
     """As behind an update; without a `total` t is T."""
-    step = SimpleNamespace(index=index, total=total, learning_rate=rate)
+    step = SimpleNamespace(index=index, total=total, rate=lambda plugin: rate)
     plugin.project(plugin.generator.d == 0, step)  # type: ignore[arg-type, union-attr]
 
 

@@ -292,7 +292,7 @@ def test_what_calibrates_layer_by_layer_has_to_come_first() -> None:
             match=r"'delta-come' runs layers one by one.*'ssmlora' works in calls of the whole model",
         ):
             stack(*members)
-    stack(early, Ssmlora(rank=4))
+    Stack(tiny("llama"), [early, Ssmlora(rank=4)], inject=False)  # compressed, and then injected into
     stack(NF4Storage(), Ssmlora(rank=4))
 
 

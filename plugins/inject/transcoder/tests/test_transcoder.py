@@ -24,7 +24,6 @@ from peftx_ls_llama import LsLlama
 from peftx_nf4 import NF4Storage
 from peftx_p_tuning_v2 import PTuningV2
 from peftx_prompt_tuning import PromptTuning
-from peftx_q_tuning import QTuning
 from peftx_sift import Sift
 from peftx_transcoder import Knowledge, Transcoder
 
@@ -148,7 +147,6 @@ def test_E_is_what_the_model_makes_of_the_first_ids(arch: str, prompted: bool) -
         Byte2Word(width=6, heads=2, longest=4),
         ConnectedAdapters(inside=4, aside=2),
         LocalistDial(blocks={"vowels": ("a", "e")}),
-        QTuning(tasks=2, length=2, queue=2, shared=2),
     ],
 )
 def test_E_is_read_by_plugins_that_ask_for_the_call(beside: Plugin) -> None:

@@ -48,6 +48,7 @@ from peftx import (
     ModelView,
     Plugin,
     PluginConfig,
+    Site,
     Stack,
     TrainingData,
     TrainStep,
@@ -198,9 +199,7 @@ class Thin(Delta):
         neurons: I. keep: share of these in J.
     """
 
-    def __init__(
-        self, step: Running, sites: list[tuple[BoundSite, nn.Module]], neurons: int, keep: float
-    ) -> None:
+    def __init__(self, step: Running, sites: list[tuple[Site, nn.Module]], neurons: int, keep: float) -> None:
         super().__init__()
         self.step, self.sites, self.neurons = (step,), sites, neurons
         self.count = math.ceil(keep * neurons)
@@ -218,7 +217,7 @@ class Thin(Delta):
             stored.append(Wide(t))
             return stored[-1]
 
-        def note(site: BoundSite, act: nn.Module, _: nn.Module, __: Any, y: Tensor) -> None:
+        def note(site: Site, act: nn.Module, _: nn.Module, __: Any, y: Tensor) -> None:
             y = act(y.detach() if site.rows is None else site.rows.take(y.detach(), -1))
             norms.append(y.float().flatten(0, -2).norm(dim=0))
 
@@ -392,14 +391,15 @@ def observe(stack: Stack, ids: Tensor, seen: dict[str, Seen]) -> dict[str, tuple
     return {layer: (*found[layer][q], found[layer][k][1]) for layer, (q, k) in own.items()}
 
 
-def neurons_of(model: ModelView, layer: int) -> tuple[list[tuple[BoundSite, nn.Module]], int]:
+def neurons_of(model: ModelView, layer: int) -> tuple[list[tuple[Site, nn.Module]], int]:
     """What gives g and u of a layer's MLP, with what is applied to it (of one without a gate g alone), and I.
 
     Raises:
         ArchitectureError: its MLP is not one of linear layers, as that of experts.
     """
     here = (s for s in model.anatomy.sites if s.layer == layer and s.kind in ("linear", "quantized"))
-    sites = {s.role: model.bound(s) for s in here}
+    # Not bound ones, which a copy of the model would follow to the stack.
+    sites = {s.role: s for s in here}
     if "mlp.up" not in sites or "mlp.down" not in sites:
         raise ArchitectureError(
             f"{model.owner}: layer {layer} of {model.config.model_type} has no MLP with one set of neurons",
