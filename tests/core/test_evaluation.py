@@ -213,6 +213,15 @@ def test_rows_to_measure_on_as_they_are_read_in_training(arch: str) -> None:
         )
 
 
+@given(tops=st.lists(st.floats(0, 1), min_size=1, max_size=40), copies=st.integers(1, 9))
+def test_a_ratio_lies_in_its_interval(tops: list[float], copies: int) -> None:
+    """Also where all rows are alike, and sums round in one order as they do not in another."""
+    for rows in (tops, tops[:1] * copies):
+        score = Evaluation(stack=None).add_ratio("share", rows)  # type: ignore[arg-type]
+        assert score.value == pytest.approx(sum(rows) / len(rows))
+        assert score.low is None or score.low <= score.value <= score.high  # type: ignore[operator]
+
+
 def test_scores_refuse_what_is_no_measurement() -> None:
     with pytest.raises(DataError, match="not a number"):
         Score(name="x", value=math.nan)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from peftx.charts import STYLE, Curve, Point, chart
@@ -104,7 +105,9 @@ class Evaluation:
         of what was in it. The mean of `tops` where there are no `bottoms`."""
         bottoms = [1] * len(tops) if bottoms is None else bottoms
         low, high = bootstrap_ratio(tops, bottoms) or (None, None)
-        return self.add(name, sum(tops) / sum(bottoms), low, high, sum(bottoms), unit)
+        # Summed as the interval is, so that it lies within.
+        value = float(np.sum(tops, dtype=np.float64) / np.sum(bottoms, dtype=np.float64))
+        return self.add(name, value, low, high, sum(bottoms), unit)
 
     def add_packed(self, plugin: Plugin) -> list[Any]:
         """Record `packed_bytes` of the layers that a plugin packed, as a bundle holds them, and `bits_per_weight`,
