@@ -168,6 +168,13 @@ def compressing(job: Job) -> JobResult:
     return dataclasses.replace(finished(job, 8.0), **sizes)
 
 
+def test_of_a_job_that_did_not_look_for_its_base_nothing_is_said(schedule: Schedule) -> None:
+    """Its file is of an earlier version, and has no `base_bytes`."""
+    table = carried_out(schedule, lambda job: dataclasses.replace(finished(job, 8.0), base_bytes=None))
+    assert {(row.base_within, row.shipped_bytes) for row in table.rows} == {(None, None)}
+    assert "with the base" not in page(table)
+
+
 def test_a_bundle_with_its_base_is_not_taken_for_one_without(schedule: Schedule) -> None:
     table = carried_out(schedule, compressing)
     told = {

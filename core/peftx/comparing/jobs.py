@@ -63,7 +63,8 @@ class JobResult:
         scores: name -> value, low, high, count, unit; an infinite value is text, which JSON can hold.
         steps: optimizer steps; of a `pace` job, those that the seconds are enough for.
         trained, base_parameters: numbers. bundle_bytes: on disk. memory: bytes at most, of the process.
-        base_bytes: of the base's weights on disk, which must be there beside the bundle; 0 where it holds the base.
+        base_bytes: of the base's weights on disk, which must be there beside the bundle; 0 where it holds the base,
+            None of a job of a version that did not look.
         device_memory: bytes at most that tensors took on the accelerator; None without one.
         seconds: of training. token_seconds: of one generated token; None where the model writes no text.
         losses: (step, loss). threads: of torch.
@@ -81,7 +82,7 @@ class JobResult:
     trained: int = 0
     base_parameters: int = 0
     bundle_bytes: int = 0
-    base_bytes: int = 0
+    base_bytes: int | None = None
     memory: int = 0
     device_memory: int | None = None
     seconds: float = 0.0

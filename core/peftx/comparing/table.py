@@ -243,13 +243,14 @@ def _measured(result: JobResult, metric: str) -> Measured:
 def costs_of(results: Sequence[JobResult]) -> dict[str, Any]:
     """Of all seeds: the most memory, means of the rest."""
     first = results[0]
+    base = first.base_bytes
     times = [result.token_seconds for result in results if result.token_seconds is not None]
     return {
         "trained": first.trained,
         "trained_percent": 100 * first.trained / max(1, first.base_parameters),
         "bundle_bytes": first.bundle_bytes,
-        "base_within": not first.base_bytes,
-        "shipped_bytes": first.bundle_bytes + first.base_bytes,
+        "base_within": None if base is None else base == 0,
+        "shipped_bytes": None if base is None else first.bundle_bytes + base,
         "memory_bytes": max(r.memory if r.device_memory is None else r.device_memory for r in results),
         "train_seconds": statistics.fmean(result.seconds for result in results),
         "token_seconds": statistics.median(times) if times else None,

@@ -27,6 +27,7 @@ STUDY, FILE = "study", "trials.log"
 """The folder of Optuna's file, which locks it by others beside."""
 REASON, REFUSED, JOB = "reason", "refused", "job"
 """What is noted of a trial: why it failed or ended early; why it was never run; the job that ran for it."""
+UNKNOWN = "its job is of a version that did not measure that; another --output measures anew"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Goal:
         missing = [
             name for name in {**dict.fromkeys(self.objectives), **self.limits} if costs.get(name, 0) is None
         ]
-        return f"it has no {missing[0]}: the model writes no text" if missing else ""
+        why = "the model writes no text" if missing[:1] == ["token_seconds"] else UNKNOWN
+        return f"it has no {missing[0]}: {why}" if missing else ""
 
 
 class Trials:
