@@ -382,6 +382,15 @@ def test_what_writes_no_text_has_no_seconds_a_token(tmp_path: Path) -> None:
     assert search.trials.all()[0].user_attrs[REASON] == "it has no token_seconds: the model writes no text"
 
 
+def test_a_job_of_a_version_that_did_not_measure_a_cost_says_so(tmp_path: Path) -> None:
+    search = begun(
+        tmp_path, ("[bundle_bytes, quality]", "[quality, shipped_bytes]"), ("trials: 6", "trials: 1")
+    )
+    tried(search, lambda job: finished(job, 5.0, base_bytes=None))
+    reason = search.trials.all()[0].user_attrs[REASON]
+    assert reason.startswith("it has no shipped_bytes: its job is of a version that did not measure that")
+
+
 def test_a_point_beyond_a_limit_is_not_on_the_front_and_the_sampler_hears_by_how_much(tmp_path: Path) -> None:
     search = begun(tmp_path, ("trials: 6", "trials: 6\n  limits: {bundle_bytes: 3k}"))
     pool = tried(search, by_steps)
@@ -461,11 +470,11 @@ def test_trials_of_ray_tune_are_those_of_the_search(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     from ray.tune.search import Searcher
 
-    from peftx.searching.on_tune import Trials as OnTune
+    from peftx.searching.on_tune import Proposals
 
     here, there = begun(tmp_path / "here"), begun(tmp_path / "there")
     tried(here, by_steps)
-    trials = OnTune(there, SimpleNamespace(folder=tmp_path / "there", scratch=tmp_path, threads=1))  # type: ignore[arg-type]
+    trials = Proposals(there, SimpleNamespace(folder=tmp_path / "there", scratch=tmp_path, threads=1))  # type: ignore[arg-type]
     for number in range(6):
         asked = trials.suggest(str(number))
         write_result(tmp_path / "there", by_steps(Job(**asked["job"])))
@@ -479,11 +488,10 @@ def test_what_ray_tune_lost_or_ended_is_told(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     from ray.tune.schedulers import TrialScheduler
 
-    from peftx.searching.on_tune import Early
-    from peftx.searching.on_tune import Trials as OnTune
+    from peftx.searching.on_tune import Early, Proposals
 
     search = begun(tmp_path)
-    trials = OnTune(search, SimpleNamespace(folder=tmp_path, scratch=tmp_path, threads=1))  # type: ignore[arg-type]
+    trials = Proposals(search, SimpleNamespace(folder=tmp_path, scratch=tmp_path, threads=1))  # type: ignore[arg-type]
     early, check = Early(trials), {"share": 0.5, "value": 10.0, "seconds": 2.0}
     lost, ended = (Job(**trials.suggest(name)["job"]) for name in ("lost", "ended"))
     search.beaten = lambda id, checks: "worse" if id == ended.id and checks == [Check(**check)] else ""  # type: ignore[method-assign]

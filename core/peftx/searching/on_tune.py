@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -22,12 +22,8 @@ from peftx.comparing.jobs import Check, Job, JobResult, read_result, write_resul
 from peftx.comparing.on_ray import OnRay
 from peftx.comparing.processes import ended_early, lost
 from peftx.comparing.work import work
+from peftx.searching.going import TICK, Progress, Search
 
-if TYPE_CHECKING:
-    from peftx.searching.going import Progress, Search
-
-TICK = 0.5
-"""Seconds between two tellings of how far it is."""
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -45,15 +41,15 @@ def try_points(search: Search, pool: OnRay, progress: Callable[[Progress], None]
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    trials = Trials(search, pool)
+    proposals = Proposals(search, pool)
     place = pool.folder.absolute(), pool.scratch.absolute(), pool.threads, pool.trust_remote_code
     tune.Tuner(
         tune.with_resources(partial(_trial, place), {"cpu": pool.threads, "gpu": pool.gpus}),
         tune_config=tune.TuneConfig(
-            search_alg=trials, scheduler=Early(trials), num_samples=-1, max_concurrent_trials=pool.jobs
+            search_alg=proposals, scheduler=Early(proposals), num_samples=-1, max_concurrent_trials=pool.jobs
         ),
         run_config=tune.RunConfig(
-            storage_path=str(pool.scratch.absolute()), verbose=0, callbacks=[Telling(trials, progress)]
+            storage_path=str(pool.scratch.absolute()), verbose=0, callbacks=[Telling(proposals, progress)]
         ),
     ).fit()
     search.check_tried()
@@ -68,7 +64,7 @@ def _trial(place: tuple[Path, Path, int, bool], config: Mapping[str, Any]) -> No
     work(job, folder, own, threads, trust_remote_code, lambda check: tune.report(asdict(check)))
 
 
-class Trials(Searcher):
+class Proposals(Searcher):
     """What Tune asks for the next trial, and tells of the end of one."""
 
     def __init__(self, search: Search, pool: OnRay) -> None:
@@ -111,29 +107,29 @@ class Trials(Searcher):
 class Early(FIFOScheduler):
     """Ends a trial that is beaten while it trains."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, proposals: Proposals) -> None:
         super().__init__()
-        self.trials = trials
+        self.proposals = proposals
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        if "share" not in result or not self.trials.search.checks:
+        if "share" not in result or not self.proposals.search.checks:
             return str(TrialScheduler.CONTINUE)
         check = Check(**{name: result[name] for name in Check.__dataclass_fields__})
-        reason = self.trials.search.beaten(self.trials.jobs[trial.trial_id].id, [check])
+        reason = self.proposals.search.beaten(self.proposals.jobs[trial.trial_id].id, [check])
         if not reason:
             return str(TrialScheduler.CONTINUE)
-        self.trials.reasons[trial.trial_id] = reason
+        self.proposals.reasons[trial.trial_id] = reason
         return str(TrialScheduler.STOP)
 
 
 class Telling(tune.Callback):
     """Says how far the search is."""
 
-    def __init__(self, trials: Trials, progress: Callable[[Progress], None] | None) -> None:
-        self.trials, self.progress = trials, progress
+    def __init__(self, proposals: Proposals, progress: Callable[[Progress], None] | None) -> None:
+        self.proposals, self.progress = proposals, progress
         self.last = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.progress is not None and time.monotonic() - self.last >= TICK:
             self.last = time.monotonic()
-            self.progress(self.trials.search.progress(len(self.trials.jobs)))
+            self.progress(self.proposals.search.progress(len(self.proposals.jobs)))
