@@ -25,7 +25,11 @@ def check_deepcopy_is_independent(case: Case) -> None:
     stack = case.finished()
     inputs = inputs_for(stack.model)
     before = case.output(stack)
-    twin, third = copy.deepcopy(stack.model), copy.deepcopy(stack.model)
+    followed: dict[int, object] = {}
+    twin, third = copy.deepcopy(stack.model, followed), copy.deepcopy(stack.model)
+    assert id(stack.ledger) not in followed, (
+        "a copy of the model takes the stack's ledger along: hold a site's module, not the bound site"
+    )
     assert_equal(output(twin, inputs), before, "logits of the copy and of the original")
     _shift(twin)
     assert_equal(case.output(stack), before, "logits of the original after its copy changed")
