@@ -32,7 +32,7 @@ from peftx.engines.bundle.surroundings import (
     generation_of,
 )
 from peftx.engines.checkpoints import read_config
-from peftx.engines.files import naming, read_tensors
+from peftx.engines.files import CACHE_LINE, naming, read_tensors
 from peftx.engines.models import load_model, read_tokenizer, tokenizer_digest, usable_device
 from peftx.errors import BundleError
 from peftx.interop.importing import import_peft
@@ -349,7 +349,7 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor where torch would have put it: files pack tensors, and products of one that starts in the middle of a
     cache line may round otherwise than before it was saved."""
-    return tensor.clone() if tensor.data_ptr() % 64 else tensor
+    return tensor.clone() if tensor.data_ptr() % CACHE_LINE else tensor
 
 
 def _check_shape(name: str, old: Tensor | None, value: Tensor) -> None:

@@ -85,10 +85,10 @@ class LoraDelta(Delta):
         self.scale = scale
         self.dropout = dropout
         self.A = nn.Parameter(torch.empty(*batch, rank, in_features))
-        self.B = nn.Parameter(torch.zeros(*batch, out_features, rank))
-        nn.init.uniform_(
-            self.A, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features)
-        )  # Kaiming with a = sqrt(5)
+        self.B = nn.Parameter(torch.empty(*batch, out_features, rank))
+        bound = 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
+        nn.init.uniform_(self.A, -bound, bound)
+        nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout and self.training:
