@@ -17,8 +17,8 @@ def tensors_of_all_kinds() -> dict[str, Tensor]:
     found = {
         f"{dtype}".removeprefix("torch."): torch.randint(0, 2, (3, 5), generator=generator).to(dtype)
         for dtype in (
-            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-            torch.uint8, torch.bool,
+            torch.float64, torch.float32, torch.float16, torch.bfloat16,
+            torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
         )
     }  # fmt: skip
     return found | {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
