@@ -75,7 +75,7 @@ class Bases:
             return Stack(sharing(base), [], tokenizer=tokenizer)
         own = (folder / TOKENIZER_FOLDER).exists()
         if not own and (folder / MANIFEST).exists():
-            check_tokenizer(tokenizer, read_manifest(folder).base, folder)
+            check_tokenizer(tokenizer, read_manifest(folder).base, folder, of=place.id)
         return load(folder, model=sharing(base), tokenizer=None if own else tokenizer, **more)  # type: ignore[arg-type]
 
     def _place(self, target: str | Path) -> Place | None:

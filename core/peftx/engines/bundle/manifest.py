@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from peftx.engines.files import check_there, differs, plain_files, read_json
+from peftx.engines.files import check_there, plain_files, read_json
+from peftx.engines.tensor_files import differs
 from peftx.errors import BundleError
 from peftx.history import History
 from peftx.version import __version__

@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from peftx.engines.files import (
-    differs,
-    plain_files,
-    read_json,
-    read_tensors,
-    sha256,
-    staging,
-    telling_what_was_not_written,
-)
+from peftx.engines.files import plain_files, read_json, sha256, staging, telling_what_was_not_written
+from peftx.engines.tensor_files import differs, read_tensors
 from peftx.engines.training.best import Best, Looking
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
