@@ -130,7 +130,9 @@ def main(
     if failed:
         sys.exit(f"rows that failed: {', '.join(failed)}; see {folder / 'index.html'}")
     pipelines = [row.pipeline for row in load_compare(spec, catalogue=Registry()).rows if row.pipeline]
-    pipeline = next(one for one in pipelines if one.data.train)  # a method that does not train has no such rows
+    pipeline = next(
+        one for one in pipelines if one.data.train
+    )  # a method that does not train has no such rows
     train, test = (
         SOURCES[Path(part.path).stem] for part in (pipeline.data.train, pipeline.data.eval) if part
     )

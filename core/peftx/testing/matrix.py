@@ -82,11 +82,15 @@ class Matrix:
     cells: list[Cell] = field(default_factory=list)
     families: dict[str, str] = field(default_factory=dict)
     together: list[Group] = field(default_factory=list)
-    """Three or more plugins of which every two work, and that fail together."""
+    """Three or more plugins of which every two work, and that fail together, or are refused."""
     stacks: int = 0
     """Stacks that were lived through for it, those of former runs left out."""
     threes: tuple[int, int] = (0, 0)
     """Ordered triples of plugins that stood in a stack that works, and those of which every two do, on one model."""
+
+    @property
+    def failing(self) -> list[Group]:
+        return [group for group in self.together if not group.refused]
 
     def count(self, outcome: Outcome) -> int:
         return sum(cell.outcome == outcome for cell in self.cells)
@@ -321,7 +325,18 @@ def try_group(arch: str, names: tuple[str, ...]) -> Group:
         less = tuple(other for other in fault if other != name)
         if less and fits(less) and not _stands_first(less[0]) and (why := trouble(less, arch)):
             fault, reason = less, why
-    return Group(arch, names, fault, reason)
+    return Group(arch, names, fault, reason, refused=bool(fault) and _refused(fault, arch))
+
+
+def _refused(names: Sequence[str], arch: str) -> bool:
+    """Is the stack refused when it is built."""
+    try:
+        built(_members(*names), tiny(arch))
+    except ConflictError:
+        return True
+    except Exception:  # noqa: BLE001  which is the failure that was seen
+        return False
+    return False
 
 
 def _stands_first(name: str) -> bool:
