@@ -16,6 +16,7 @@ from peftx.engines.models import lasting, load_model, tokenizer_digest
 from peftx.engines.sharded import refuse_shards, whole
 from peftx.engines.training.updates import watch
 from peftx.errors import StackError
+from peftx.foreign import refuse_foreign
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
 from peftx.kernel.parts import ReplacedPart
@@ -90,6 +91,7 @@ class Stack(Kernel):
         members = members_of(plugins)
         check(members)  # before anything is read
         if not isinstance(model, str):
+            refuse_foreign(model)
             config = getattr(model, "config", None)  # of what is no model, which is refused
             named = None if config is None else lasting(config.name_or_path)
             super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject, base_id=named)

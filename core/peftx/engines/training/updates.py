@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from peftx.engines.training.outside import watch_calls
 from peftx.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ _WATCHED: weakref.WeakSet[Stack] = weakref.WeakSet()
 
 
 def watch(stack: Stack) -> None:
-    """Let no optimizer move this stack's parameters past its `train_step` hooks: what a plugin does there would be left
-    out without a word, by a trainer that knows nothing of them."""
+    """Let no trainer that knows nothing of plugins pass them by without a word: no call of the model, and no optimizer
+    that moves this stack's parameters past its `train_step` hooks."""
+    watch_calls(stack.model)
     if stack.implementers("train_step"):
         _listen()
         _WATCHED.add(stack)
