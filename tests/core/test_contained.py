@@ -74,3 +74,18 @@ def test_another_base_is_called_by_its_own_name(tmp_path: Path) -> None:
         BundleError, match=f"was made for 'peftx:tiny', and '{tmp_path}/other' is another base model"
     ):
         peftx.load(bundle, model=str(tmp_path / "other"))
+
+
+def test_a_packed_layer_is_in_the_mode_of_the_model(tmp_path: Path) -> None:
+    """Dropout of what stands on it acted in answers, and each was another one."""
+    nf4, lora = (Registry().load(name) for name in ("nf4", "lora"))
+    stack = Stack("peftx:tiny", [nf4(), lora(rank=2, dropout=0.5)], inject=False)
+    stack.compress(None, ["nf4"])
+    stack.inject()
+    with torch.no_grad():
+        for parameter in stack.ledger.parameters("lora"):
+            parameter.normal_(std=0.1)
+    again = peftx.load(stack.save(tmp_path / "bundle"))
+    for model in (stack.model, again.model):
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(*(model(input_ids=torch.arange(5, 15)[None]).logits for _ in range(2)))
