@@ -286,11 +286,10 @@ class Stack(Kernel):
         Returns:
             The new text, or a list of texts for a list of prompts.
         """
+        from peftx.engines.data.gate import texts_of
         from peftx.toolkits.decoding.text import generate
 
-        texts, _ = generate(
-            self, [prompt] if isinstance(prompt, str) else list(prompt), max_new_tokens, seed, options
-        )
+        texts, _ = generate(self, texts_of(prompt, "prompt"), max_new_tokens, seed, options)
         return texts[0] if isinstance(prompt, str) else texts
 
     def decode(self, request: Generation) -> Tensor:
@@ -336,9 +335,10 @@ class Stack(Kernel):
         Raises:
             DataError: no text, or one without tokens. ConflictError: two plugins have vectors of their own.
         """
+        from peftx.engines.data.gate import texts_of
         from peftx.toolkits.evaluation.embedding import embed
 
-        found = embed(self, [texts] if isinstance(texts, str) else list(texts), pool=pool, size=size)
+        found = embed(self, texts_of(texts, "text"), pool=pool, size=size)
         return found[0] if isinstance(texts, str) else found
 
     def evaluate(

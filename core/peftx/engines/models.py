@@ -200,6 +200,11 @@ def _read_weights(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
                 output_loading_info=True,
             )  # fmt: skip
+        except ImportError as error:  # of what packed them: bitsandbytes, gptq, awq
+            raise BundleError(
+                f"'{source}': the weights are packed: {first_line(error)}",
+                hint="the plain model, which nf4 packs in four bits; or install what is named",
+            ) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise BundleError(
                 f"'{source}': the weights cannot be read: {first_line(error)}",

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, set_seed
 
 from peftx.engines.data import Collator, TrainingData, read_dataset
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
+from peftx.engines.data.gate import listed
 from peftx.engines.data.packing import Packing
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.files import make_place, read_json
@@ -121,6 +122,7 @@ def as_training_data(
         kind = detect_format(data, columns=columns) if format == "auto" else format
         rows = read_dataset(data, format=kind, columns=columns, limit=limit)
     else:
+        data = listed(data)
         if not len(data):
             raise DataError("no rows to train on")
         gate = checked_dataset if isinstance(data, Dataset) else dataset_of
