@@ -309,6 +309,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{algorithm}\n{about}".encode()).hexdigest()
 
 
+def reads_alike(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> bool:
+    """Do two tokenizers make the same tokens of every text, as far as their files tell."""
+    if one.get_vocab() != two.get_vocab():
+        return False
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, two)]
+    if None in backends:
+        return True  # of Python's own code nothing more is to be seen
+    first, second = (json.loads(backend.to_str()) for backend in backends)  # type: ignore[union-attr]
+    return all(first[part] == second[part] for part in ("normalizer", "pre_tokenizer", "model"))
+
+
 def base_bytes(model_id: str, model: PreTrainedModel) -> int:
     """Bytes of a base's weights on disk; in memory if it lies nowhere as a file."""
     folder = Path(model_path(model_id))

@@ -25,6 +25,7 @@ from peftx.engines.data.formats import checked_dataset, dataset_of, detect_forma
 from peftx.engines.data.gate import listed
 from peftx.engines.data.packing import Packing
 from peftx.engines.data.preparing import prepare as prepare_data
+from peftx.engines.data.training_data import Dropped
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
 from peftx.engines.reporting import check_reports
@@ -73,6 +74,8 @@ class TrainingReport:
     """Step and value of the best measurement, where `eval_steps` asked for some."""
     measuring: float = 0.0
     """Of `seconds`, those that these measurements took."""
+    dropped: list[Dropped] = field(default_factory=list)
+    """Rows that plugins took from those given, each with its reason."""
 
     @property
     def first_loss(self) -> float:
@@ -266,6 +269,7 @@ def train(
         _full(rows, training_data),
         None if best is None or best.state["value"] is None else (best.state["step"], best.state["value"]),
         0.0 if best is None else best.seconds,
+        training_data.dropped,
     )
 
 

@@ -21,6 +21,7 @@ from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import OfStack
+from peftx_lora import Lora
 from peftx_superfiltering import Superfiltering, facility_location, ifd
 
 test_conformance = conformance("superfiltering")
@@ -239,3 +240,11 @@ def test_in_a_pipeline_what_was_dropped_stands_beside_the_bundle(tmp_path: Path)
     assert kept + len(lines) == 20
     assert kept <= 10
     assert (40, 40) in Recorder.seen, "a score of each answer behind its prompt, and alone"
+
+
+def test_a_run_tells_of_the_rows_that_it_dropped() -> None:
+    """In Python too, where no file beside the output has them."""
+    stack = Stack("peftx:tiny", [Superfiltering(share=0.5), Lora(rank=2)])
+    report = stack.train(ROWS, steps=1, batch_size=2, learning_rate=1e-3)
+    assert len(report.dropped) == len(ROWS) - len(ROWS) // 2
+    assert all(one.by == "superfiltering" and one.reason and one.row in ROWS for one in report.dropped)
