@@ -245,7 +245,7 @@ def test_in_a_pipeline_what_was_dropped_stands_beside_the_bundle(tmp_path: Path)
 def test_a_run_tells_of_the_rows_that_it_dropped() -> None:
     """In Python too, where no file beside the output has them."""
     plugins = [Superfiltering(scorer=TINY, share=0.5), Lora(rank=2)]
-    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+    stack = Stack(TINY, plugins)
     report = stack.train(ROWS, steps=1, batch_size=2, learning_rate=1e-3)
     assert len(report.dropped) == len(ROWS) - len(ROWS) // 2
     assert all(one.by == "superfiltering" and one.reason and one.row in ROWS for one in report.dropped)
