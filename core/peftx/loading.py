@@ -30,7 +30,7 @@ from peftx.engines.bundle.manifest import (
     read_history,
     read_manifest,
 )
-from peftx.engines.bundle.sparse import AT, TO, unpack, widened
+from peftx.engines.bundle.sparse import AT, TO, unpack, widened, with_zeros
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     cast_buffers,
@@ -284,6 +284,14 @@ def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: 
             continue  # `_fill` says that it is missing
         try:
             tensors[name] = widened(tensors[name], dtype, shape)
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
+    for name, whole in entry.zeros.items():
+        halves = [tensors.pop(name + end, None) for end in (AT, TO)]
+        if halves[0] is None or halves[1] is None:
+            raise BundleError(f"{file}: {name} is to be made of what is not 0 in it, and that is not there")
+        try:
+            tensors[name] = with_zeros(halves[0], halves[1], whole)
         except ValueError as error:
             raise BundleError(f"{file}: {name}: {error}") from error
     parts = stack.ledger.of(entry.id, BasePart)

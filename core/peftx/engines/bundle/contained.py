@@ -75,7 +75,7 @@ def lend(stack: Stack, manifest: Manifest, folder: Path) -> list[nn.Parameter]:
     """Those weights of an empty base that plugins bring, as zeros that take no memory until they come: a plugin before
     them may stand where the base does, and compute first values, in whose place its own tensors are put."""
     files = [folder / entry.file for entry in manifest.plugins if entry.file is not None]
-    brought = {name for file in files for name in tensor_names(file)}
+    brought = {name.partition("//")[0] for file in files for name in tensor_names(file)}  # a pair's too
     lent = []
     for name, parameter in list(stack.model.named_parameters()):
         if parameter.is_meta and name in brought:

@@ -1,5 +1,5 @@
 """Tensors in fewer bytes, bit for bit: trained base parameters as what changed in them (a mask of 1 % makes a file of
-2 %), masks as bits, float32 as half precision where that holds every value."""
+2 %), pruned ones as a mask and what is left, masks as bits, float32 as half precision where that holds every value."""
 
 from __future__ import annotations
 
@@ -39,10 +39,36 @@ def widened(stored: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
         if stored.dtype != torch.uint8 or stored.shape != (-(-count // 8),):
             raise ValueError(f"{list(stored.shape)} of {stored.dtype} for {count} bits")
         bits = stored[:, None] >> torch.arange(8, dtype=torch.uint8, device=stored.device) & 1
-        return bits.reshape(-1)[:count].bool().view(*shape)
+        return bits.reshape(-1)[:count].bool().view(list(shape))
     if list(stored.shape) != list(shape) or not stored.is_floating_point():
         raise ValueError(f"{list(stored.shape)} of {stored.dtype} for {list(shape)} of {dtype}")
     return stored.to(getattr(torch, dtype))
+
+
+def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(mask, values) of what is not 0, where that is the shorter way to say it. -0.0 counts as a value.
+
+    Returns:
+        mask: as `as_bits` gives it. values: [n], in the tensor's dtype, in its order.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return None
+    flat = tensor.detach().reshape(-1)
+    there = (flat != 0) | flat.signbit()
+    left = int(there.sum())
+    if left * flat.element_size() + -(-len(flat) // 8) >= flat.nbytes:
+        return None
+    return as_bits(there), flat[there]
+
+
+def with_zeros(mask: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse. Raises ValueError where the three do not go together."""
+    there = widened(mask, "bool", [math.prod(shape)])
+    if values.ndim != 1 or int(there.sum()) != len(values):
+        raise ValueError(f"{list(values.shape)} values for {int(there.sum())} places")
+    whole = values.new_zeros(there.shape)
+    whole[there] = values
+    return whole.view(list(shape))
 
 
 def pack(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
