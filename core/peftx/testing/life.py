@@ -62,7 +62,7 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
     assert bool(logits.isfinite().all()), "some logits are not finite"
     for member in stack.implementers("evaluate"):
-        scores = stack.evaluate(rows_of(members), metrics=[member.id], max_length=length_of(stack))
+        scores = stack.evaluate(rows_of([member]), metrics=[member.id], max_length=length_of(stack))
         assert all(math.isfinite(score.value) for score in scores.values()), f"{member.id}: {scores}"
     if stack.implementers("serve"):
         with Engine(Server(stack)) as engine:
