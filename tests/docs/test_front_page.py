@@ -89,6 +89,7 @@ def test_how_many_architectures_have_a_table() -> None:
 def test_command_yaml_and_python_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tensors, byte for byte, and the same perplexity; shortened alike."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftx_cli.summary.SAMPLE_TOKENS", 4)
     Path("stack.yaml").write_text(block("yaml", "use: nf4"), "utf-8")
     short = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "evaluate.perplexity.limit=2"]
     for words, output in ((COMMAND.split()[1:], "line"), (["apply", "stack.yaml"], "file")):

@@ -23,12 +23,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from peftx.comparing.processes import fresh
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
@@ -230,8 +230,8 @@ def _workers(jobs: int) -> Iterator[Submit]:
     if jobs <= 1:
         yield lambda arch, stacks: (try_group(arch, names) for names in stacks)
         return
-    # A fresh interpreter for each: threads of torch do not survive a fork.
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin)
+    # Not a fork of this process: threads of torch do not survive one.
+    pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin)
 
     def run(arch: str, stacks: Sequence[tuple[str, ...]]) -> Iterator[Group]:
         for done in as_completed([pool.submit(try_group, arch, names) for names in stacks]):
