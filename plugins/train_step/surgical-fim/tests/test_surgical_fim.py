@@ -160,6 +160,33 @@ def test_the_sample_is_of_the_training_rows() -> None:
     assert scores[0] != pytest.approx(scores[2], rel=1e-2)
 
 
+def test_the_sample_is_drawn_by_the_seed_of_the_run() -> None:
+    """From all rows, so that rows in the order of their answers give a mixed one; the stack's seed has no part in it."""
+    rows = [{"prompt": "one" if n < 32 else "two", "completion": f" {n}"} for n in range(64)]
+    samples: list[set[tuple[int, ...]]] = []
+    for seed, of_stack in ((0, 0), (0, 1), (1, 0)):
+        stack = stack_of(samples=16, seed=of_stack)
+        seen: list[tuple[int, ...]] = []
+        stack.model.register_forward_pre_hook(
+            lambda m, args, kw, seen=seen: seen.append(tuple(kw["input_ids"][0].tolist())), with_kwargs=True
+        )
+        stack.train(rows, steps=1, batch_size=1, learning_rate=1e-3, seed=seed)
+        samples.append(set(seen[:16]))
+        assert 3 < sum(ids[0] == seen[0][0] for ids in samples[-1]) < 13, "of both halves of the file"
+    assert samples[0] == samples[1] != samples[2]
+
+
+def test_evaluation_reports_scores_and_choice() -> None:
+    stack = stack_of(layers=2)
+    assert not stack.evaluate(ROWS, metrics=["surgical-fim"])
+    own_steps(stack)
+    told = stack.evaluate(ROWS, metrics=["surgical-fim"])
+    for path, score in state_of(stack)["scores"].items():
+        assert told[f"fisher/{path}"].value == score
+        assert told[f"fisher/{path}"].unit == ("trains" if path in state_of(stack)["layers"] else "frozen")
+    assert sum(score.unit == "trains" for score in told.values()) == 2
+
+
 def test_dropout_and_gradients_of_others_are_left_alone() -> None:
     stacks = [Stack(tiny("bert", hidden_dropout_prob=p), [SurgicalFim(layers=1)]) for p in (0.0, 0.5)]
     for stack in stacks:
