@@ -1,12 +1,12 @@
 """How far surgical fine-tuning chooses the same layers by other samples, of several sizes.
 
     python benchmarks/plugins/surgical_fim.py ag_news_test.jsonl.gz --skip 6000 --field text --answer label
-    python benchmarks/plugins/surgical_fim.py gsm8k_train.jsonl.gz --field question --answer answer
+    python benchmarks/plugins/surgical_fim.py gsm8k_test.jsonl.gz --field question --answer answer
 
-The bundled model (6 layers). Each of `--seeds` runs draws its sample of N rows by its seed and scores all layers, before
+The bundled model (6 layers). Each of `--seeds` runs draws its sample of N rows by its seed and scores all layers before
 its one step. Of all pairs of runs: Spearman's correlation of the scores, and the share of the k chosen layers that both
-choose (by chance k / 6), means and the worst pair. Samples of one size come from the same rows, so large ones overlap:
-`rows` is how many there are. Prints JSON.
+choose (by chance k / 6): the mean, and the worst pair. Samples of one size come from the same `rows`, and large ones
+overlap. Prints JSON.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = gzip.decompress(arguments.data.read_bytes()).decode().splitlines()[arguments.skip :]
     rows = [
-        {"prompt": row[arguments.field], "completion": f" {row[arguments.answer]}"} for row in map(json.loads, lines)
+        {"prompt": row[arguments.field], "completion": f" {row[arguments.answer]}"}
+        for row in map(json.loads, lines)
     ]
     results: dict[str, Any] = {"rows": len(rows)}
     for samples in arguments.samples:

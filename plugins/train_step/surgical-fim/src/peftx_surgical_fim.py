@@ -1,7 +1,7 @@
 """Surgical fine-tuning: the few layers with the most Fisher information train.
 
-"On Surgical Fine-tuning for Language Encoders" (arXiv:2310.17041). Before the first step, on N rows (x, y) that the run's
-seed draws from the training data and one row at a time, the base without dropout and other plugins:
+"On Surgical Fine-tuning for Language Encoders" (arXiv:2310.17041). Before the first step, on N rows (x, y) that the
+run's seed draws from the training data, one row at a time, the base without dropout and other plugins:
 
     F_t = 1/N sum over rows of (d log p(y | x) / dt)**2       of each parameter t of a layer, entry by entry
     s_l = sum over t in layer l of ||F_t||_F                  of tensors, not of all entries at once
@@ -103,7 +103,9 @@ class SurgicalFim(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `fisher/<layer>`, s_l of each layer once they are chosen, with what became of the layer as its unit."""
         for path, score in self.state.get("scores", {}).items():
-            evaluation.add(f"fisher/{path}", score, unit="trains" if path in self.state["layers"] else "frozen")
+            evaluation.add(
+                f"fisher/{path}", score, unit="trains" if path in self.state["layers"] else "frozen"
+            )
 
     def scores(self, step: TrainStep) -> dict[str, float]:
         """s_l of each layer; in a loop that gives no `train` rows those of its first batch are the sample.

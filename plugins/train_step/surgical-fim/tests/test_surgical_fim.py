@@ -161,7 +161,7 @@ def test_the_sample_is_of_the_training_rows() -> None:
 
 
 def test_the_sample_is_drawn_by_the_seed_of_the_run() -> None:
-    """From all rows, so that rows in the order of their answers give a mixed one; the stack's seed has no part in it."""
+    """From all rows, so that a file sorted by its answers gives a mixed one; the stack's seed has no part in it."""
     rows = [{"prompt": "one" if n < 32 else "two", "completion": f" {n}"} for n in range(64)]
     samples: list[set[tuple[int, ...]]] = []
     for seed, of_stack in ((0, 0), (0, 1), (1, 0)):
