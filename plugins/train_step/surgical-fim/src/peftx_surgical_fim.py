@@ -74,12 +74,18 @@ class SurgicalFim(Plugin):
                 hint=f"at most {len(paths)}, all of which is full fine-tuning",
             )
         self.layers = {path: model.train(f"re:^{re.escape(path)}[.]") for path in paths}
-        if self.config.outside:
-            model.train(f"re:^(?!({'|'.join(map(re.escape, paths))})[.])")
+        others = f"re:^(?!({'|'.join(map(re.escape, paths))})[.])"
+        self.outside = model.train(others) if self.config.outside else {}
 
     def parameters(self, path: str) -> list[nn.Parameter]:
         """Of a layer; read anew, since a bundle that is loaded puts others in their places."""
         return [place.theta for place in self.layers[path].values()]
+
+    def changed_bytes(self) -> int:
+        """Of the largest layers, since it is not known which ones are chosen, and of what trains outside."""
+        sizes = [sum(p.nbytes for p in self.parameters(path)) for path in self.layers]
+        outside = sum(place.theta.nbytes for place in self.outside.values())
+        return sum(sorted(sizes)[-self.config.layers :]) + outside
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:

@@ -10,12 +10,14 @@ from torch import Tensor
 import peftx
 from peftx import Plugin, Stack
 from peftx.errors import ConflictError, PeftxError
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_deft import Deft
 from peftx_hft import Hft
 from peftx_lora import Lora
 from peftx_mezo import Mezo
+from peftx_spec.models import Pipeline
 from peftx_surgical_fim import SurgicalFim
 
 test_conformance = conformance("surgical-fim")
@@ -251,6 +253,23 @@ def test_scores_are_of_the_base_whatever_stands_beside(first: bool) -> None:
     stack.remove("surgical-fim")
     base = dict(tiny("llama", num_hidden_layers=4).named_parameters())
     assert not any(p.requires_grad for n, p in stack.model.named_parameters() if n in base)
+
+
+def test_the_plan_says_the_bytes_of_the_layers_that_will_train(tmp_path: Path) -> None:
+    """Whichever these are: all of the model's are as large. Embedding rows that do not move make the bundle smaller."""
+    told, stored = {}, {}
+    for outside in (True, False):
+        spec = {
+            "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
+            "stack": [{"use": "surgical-fim", "with": {"layers": 2, "outside": outside}}],
+        }  # fmt: skip
+        told[outside] = plan(Pipeline.model_validate(spec)).totals.bundle_bytes
+        stack = Stack("peftx:tiny", [SurgicalFim(layers=2, samples=1, outside=outside)])
+        stack.train(ROWS, steps=1, batch_size=1, learning_rate=1e-3)
+        folder = stack.save(tmp_path / str(outside))
+        stored[outside] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert stored[False] == pytest.approx(told[False], rel=0.01)
+    assert 0.5 * told[True] < stored[True] <= 1.01 * told[True]
 
 
 def test_while_frozen_nothing_is_chosen() -> None:
