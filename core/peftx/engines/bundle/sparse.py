@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -87,6 +88,21 @@ def pack(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
     if places.nbytes + places.numel() * flat.element_size() >= flat.nbytes:
         return None
     return places, flat[places.long()]
+
+
+def packed_at_most(tensors: Sequence[Tensor], changed: int) -> int:
+    """Bytes of trained tensors of one dtype in a bundle if at most so many of their numbers change, wherever."""
+    place = torch.int32 if all(t.numel() < 2**31 for t in tensors) else torch.int64
+    return min(sum(t.nbytes for t in tensors), changed * (place.itemsize + tensors[0].element_size()))
+
+
+@runtime_checkable
+class KnowsChanges(Protocol):
+    """A plugin that trains parameters of the base, and knows ahead that a bundle holds few of their numbers."""
+
+    def changed_bytes(self) -> int:
+        """Bytes at most of the base's numbers that it trains, in a bundle that does not hold its base; for
+        `peftx plan`, on the meta device, after `inject`."""
 
 
 def unpack(old: Tensor, places: Tensor, values: Tensor) -> Tensor:

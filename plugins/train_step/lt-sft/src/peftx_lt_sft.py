@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
+from peftx.engines.bundle.sparse import packed_at_most
 from peftx.engines.training.updates import forget
 from peftx.errors import FileError, ModelError, OptionError, StackError, TrainingError
 from peftx.kernel.phases import Phase
@@ -130,6 +131,11 @@ class LtSft(Plugin):
 
     def places(self) -> list[Trained]:
         return [*self.sparse.values(), *self.dense.values()]
+
+    def changed_bytes(self) -> int:
+        """The mask's numbers with their places; what trains without a mask is stored whole."""
+        sparse = packed_at_most([place.theta for place in self.sparse.values()], len(self.mask.chosen))
+        return sparse + sum(place.theta.nbytes for place in self.dense.values())
 
     def sizes(self) -> list[int]:
         """Numbers in each maskable parameter; N together."""

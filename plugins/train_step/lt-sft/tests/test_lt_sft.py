@@ -20,6 +20,7 @@ from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_lt_sft import LtSft, Mask, Skill, Skills, take
+from peftx_spec.models import Pipeline
 
 test_conformance = conformance("lt-sft")
 
@@ -573,6 +574,28 @@ def test_a_random_mask_is_chosen_once() -> None:
     assert torch.equal(plugin_of(stack).mask.chosen, plugin_of(once).mask.chosen)
     one, three = (sum(float(v.abs().sum()) for _, v in take(s).sparse.values()) for s in (once, stack))
     assert three > 1.5 * one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.01},
+        {"density": 0.02, "targets": "attention.q", "dense": "mlp.down layers=0"},
+        {"density": 1.0},
+    ],
+)
+def test_the_plan_says_the_bytes_of_the_bundle(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A number of the mask takes its value and two places: in the mask, and beside what changed."""
+    spec = {
+        "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
+        "stack": [{"use": "lt-sft", "with": {"targets": "attention", **options}}],
+    }  # fmt: skip
+    told = plan(Pipeline.model_validate(spec)).totals.bundle_bytes
+    stack = Stack("peftx:tiny", [LtSft(**{"targets": "attention", "phase1": 1, **options})])
+    stack.train(ROWS, steps=2, batch_size=1, learning_rate=1e-2)
+    folder = stack.save(tmp_path)
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert stored == pytest.approx(told, rel=0.03)
 
 
 def test_dense_parameters_are_rewound() -> None:
