@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.engines.bundle.sparse import packed_at_most
 from peftx.engines.training.updates import forget
-from peftx.errors import FileError, ModelError, OptionError, StackError, TrainingError
+from peftx.errors import FileError, ModelError, StackError, TrainingError
 from peftx.kernel.phases import Phase
 from peftx.kernel.trained import Trained
+from peftx.toolkits.injecting import check_share
 
 
 class LtSftConfig(PluginConfig):
@@ -104,13 +105,8 @@ class LtSft(Plugin):
         self.sparse = model.train(self.config.targets)
         self.dense = {} if self.config.dense is None else model.train(self.config.dense)
         number = sum(self.sizes())
-        kept = int(self.config.density * number)
-        if kept == 0:
-            raise OptionError(
-                f"lt-sft: density {self.config.density:g} of {number} numbers is less than one",
-                hint=f"density at least {1 / number:.2g}",
-            )
-        self.mask = model.keep("mask", Mask(kept))
+        check_share(f"{model.owner}: density", self.config.density, number, "the layers to mask")
+        self.mask = model.keep("mask", Mask(int(self.config.density * number)))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
