@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 
+from peftx import Stack
 from peftx.engines.data import pair_of, read_dataset, tokenize_dataset
 from peftx.engines.data.collate import IGNORE
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
-from peftx.errors import DataError
+from peftx.errors import DataError, UnsupportedError
+from peftx.pages.samples import prompt_of
 from peftx.testing.models import tiny_tokenizer
+from peftx.toolkits.evaluation import perplexity
 from peftx_cli.peek import Unfit, look
 
 PAIR = {"prompt": "2 + 2", "completion": "4"}
@@ -134,7 +138,7 @@ MARKED = (
 )
 
 
-def learned(row: dict[str, Any], template: str) -> tuple[str, str]:
+def learned(row: dict[str, Any], template: str | None) -> tuple[str, str]:
     """The text of a conversation, and of the tokens with a label."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -164,6 +168,54 @@ def test_calls_of_tools_reach_the_template_as_they_are() -> None:
     assert '<tools>[{"type": "function", "function": {"name": "f"}}]<user>Hi</s>' in texts[0]
     assert '{"city": "Rome"}</s><tool>sunny</s><assistant>Sunny.</s>' in texts[0]
     assert texts[1].endswith('<assistant>{"number": 3}</s>')
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"number": 3}'  # as OpenAI has it
+    assert learned(rows[1], TEMPLATE)[1].startswith('{"number": 3}</s>')
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = "3,"
+    with pytest.raises(DataError, match=r"row 0.*the arguments are no JSON"):
+        learned(rows[1], TEMPLATE)
+
+
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, MARKED + "{{ messages[1].tool_calls[0].function.arguments | tojson }}"]
+)
+def test_a_template_that_wants_more_of_a_call_refuses_it(template: str) -> None:
+    call = CALL | {"tool_calls": [{"type": "function", "function": {"name": "f"}}], "content": "Wait."}
+    with pytest.raises(DataError, match=r"row 0.*refuses the conversation: Object of type Undefined"):
+        learned({"messages": [MESSAGES[1], call]}, template)
+
+
+def test_without_a_template_there_are_no_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for row in (
+        {"messages": [MESSAGES[1], CALL]},
+        {"messages": [MESSAGES[1], CALL | {"content": "Wait."}]},
+        {"messages": MESSAGES, "tools": tools},
+    ):
+        with pytest.raises(UnsupportedError, match=r"row 0.*tools go through the tokenizer's chat template"):
+            learned(row, None)
+    assert learned({"messages": MESSAGES, "tools": []}, None)[1] == " Hello<|eos|>"
+
+
+def test_a_turn_that_only_calls_a_tool_is_measured() -> None:
+    """Its bytes are those of the call as JSON."""
+    stack = Stack("peftx:tiny", [])
+    stack.tokenizer.chat_template = TEMPLATE
+    rows, _ = dataset_of([{"messages": [MESSAGES[1], CALL]}])
+    found = perplexity(stack.model, stack.tokenizer, rows)
+    size = len(json.dumps(CALL["tool_calls"]).encode())
+    nats = found["nll"].value * found["nll"].count
+    assert found["bits_per_byte"].value == pytest.approx(nats / (math.log(2) * size))
+
+
+def test_a_page_shows_what_a_turn_says() -> None:
+    assert prompt_of({"messages": [MESSAGES[1], CALL]}) == ("Hi", json.dumps(CALL["tool_calls"]))
 
 
 def test_a_templates_own_marks_say_what_is_learned() -> None:

@@ -39,7 +39,7 @@ from peftx.engines.data.encoding import (
 )
 from peftx.engines.data.formats import detect_format, format_of_keys, read_dataset
 from peftx.engines.data.gate import FORMATS
-from peftx.engines.data.messages import pair_of, render_messages, turns
+from peftx.engines.data.messages import pair_of, render_messages, said, turns
 from peftx.engines.data.together import together
 from peftx.engines.data.tokenize import tokenize_dataset
 from peftx.engines.data.training_data import TrainingData
@@ -69,6 +69,7 @@ __all__ = [
     "prompt_ids",
     "read_dataset",
     "render_messages",
+    "said",
     "special_frame",
     "tag_rows",
     "take_classes",

@@ -26,6 +26,9 @@ from peftx.errors import DataError, UnsupportedError
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says."""
 
+REFUSALS = (TemplateError, TypeError)
+"""What a template raises itself, what is wrong with it, and what its filters say of a thing that they cannot write."""
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -41,13 +44,16 @@ def render_messages(
 
     With a chat template: its rendering with the generation prompt, BOS included (encode it with
     `add_special_tokens=False`). Without: `User: hi`, a line break, `Assistant:`; BOS not included.
+
+    Raises:
+        DataError: the chat template refuses the conversation. UnsupportedError: there is none, and it has tools.
     """
     while not ask and messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if tokenizer.chat_template is not None:
         return _render(tokenizer, messages, ask=ask, tools=tools)
     ended = "" if tokenizer.eos_token is None else str(tokenizer.eos_token)
-    segments = _plain_segments(messages, ask=ask)
+    segments = _plain_segments(messages, ask=ask, tools=tools)
     return "".join(text + ended if learned else text for text, learned in segments)
 
 
@@ -62,11 +68,14 @@ def messages_encoder(
         messages: Sequence[Mapping[str, Any]] = row["messages"]  # type: ignore[assignment]
         if marked:
             return _by_marks(tokenizer, messages, tools_of(row), max_length, prefix, where)
-        segments = list(
-            _plain_segments(messages, ask=False)
-            if plain
-            else _template_segments(tokenizer, messages, where, tools_of(row))
-        )
+        try:
+            segments = list(
+                _plain_segments(messages, ask=False, tools=tools_of(row))
+                if plain
+                else _template_segments(tokenizer, messages, tools_of(row))
+            )
+        except (DataError, UnsupportedError) as error:
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
         if not segments:
             raise DataError(
                 f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
@@ -111,7 +120,7 @@ def _by_marks(
         found = tokenizer.apply_chat_template(
             [_unpacked(m) for m in messages], tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
-    except TemplateError as error:
+    except REFUSALS as error:
         raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
     if not any(mask):
@@ -187,15 +196,28 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
         return row.get("prompt", row.get("text", "")), row.get("completion", row.get("chosen", ""))
     turns = row["messages"]
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-    said = [str(turn["content"] or "") for turn in turns]
-    return "\n".join(said[:last]), "".join(said[last : last + 1])
+    texts = [said(turn) for turn in turns]
+    return "\n".join(texts[:last]), "".join(texts[last : last + 1])
 
 
-def _plain_segments(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> Iterator[tuple[str, bool]]:
+def said(turn: Mapping[str, Any]) -> str:
+    """The words of a turn, and its calls of tools as JSON."""
+    calls = _unpacked(turn).get("tool_calls")
+    return str(turn["content"] or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _plain_segments(
+    messages: Sequence[Mapping[str, Any]], *, ask: bool, tools: list[Any] | None
+) -> Iterator[tuple[str, bool]]:
     """(text, learned?): `User: hi`, line break, `Assistant:` | ` hello` (EOS) | line break, `User: ...`
 
     With `ask` a last `Assistant:` waits for its turn; without, what follows the last answer is left out.
     """
+    if tools or any(_unpacked(message).get("tool_calls") for message in messages):
+        raise UnsupportedError(
+            "tools go through the tokenizer's chat template, and this model has none",
+            hint="take a model with a chat template",
+        )
     asked = ""
     for message in messages:
         if message["role"] == "assistant":
@@ -211,7 +233,6 @@ def _plain_segments(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> Iter
 def _template_segments(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
-    where: str,
     tools: list[Any] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """(text, learned?): what the template adds to ask for a turn, and what it adds for the turn itself."""
@@ -219,15 +240,12 @@ def _template_segments(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        try:
-            asked = _render(tokenizer, messages[:index], ask=True, tools=tools)
-            answered = _render(tokenizer, messages[: index + 1], ask=False, tools=tools)
-        except DataError as error:
-            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+        asked = _render(tokenizer, messages[:index], ask=True, tools=tools)
+        answered = _render(tokenizer, messages[: index + 1], ask=False, tools=tools)
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise UnsupportedError(
-                f"{where}: the chat template rewrites earlier turns (before messages[{index}]), so the "
-                "assistant's turns cannot be told from the rest",
+                f"the chat template rewrites earlier turns (before messages[{index}]), so the assistant's turns "
+                "cannot be told from the rest",
                 hint="split the conversation into prompt-completion rows",
             )
         yield asked[len(done) :], False
@@ -246,7 +264,7 @@ def _render(
         rendered = tokenizer.apply_chat_template(
             [_unpacked(m) for m in messages], tokenize=False, add_generation_prompt=ask, tools=tools
         )
-    except TemplateError as error:  # what a template raises itself, and what is wrong with it
+    except REFUSALS as error:
         raise DataError(
             f"the chat template refuses the conversation: {error}",
             hint="change the row, or set another tokenizer.chat_template",
@@ -255,11 +273,28 @@ def _render(
 
 
 def _unpacked(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates know it: calls of tools as what they are, and nothing that it does not have."""
+    """A message as templates know it: calls of tools as what they are, and nothing that it does not have.
+
+    Raises:
+        DataError: a call has arguments that are no JSON.
+    """
     found = {name: value for name, value in message.items() if value is not None or name == "content"}
-    if isinstance(found.get("tool_calls"), str):
-        found["tool_calls"] = json.loads(found["tool_calls"])
+    calls = found.get("tool_calls")
+    if calls is not None:
+        found["tool_calls"] = list(map(_called, json.loads(calls) if isinstance(calls, str) else calls))
     return found
+
+
+def _called(call: Any) -> Any:
+    """A call with its arguments as an object, which templates write as JSON: those of OpenAI's form are that text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError as error:
+        raise DataError(f"tool_calls: the arguments are no JSON: {error}") from error
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def tools_of(row: Mapping[str, object]) -> list[Any] | None:
