@@ -44,6 +44,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({**ALPACA, "input": ""}, "prompt-completion", {"prompt": "Add.", "completion": "4"}),
     ({"conversations": TALK, "id": "7"}, "messages", {"messages": MESSAGES, "id": "7"}),
     ({"conversations": MESSAGES}, "messages", {"messages": MESSAGES}),
+    ({"conversations": [{"role": t["from"], "value": t["value"]} for t in TALK]}, "messages", {"messages": MESSAGES}),
+    ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, "messages", {"messages": MESSAGES, "prompt_turns": 2}),
     (HH, "preference", {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Hell no"}),
     (TOLD, "preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "No."}),
 ]  # fmt: skip
@@ -115,6 +117,8 @@ def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "rows.jsonl:2: no key 'answer', which the rows"),
         ([{"chosen": "abc", "rejected": "xyz"}], "begin with nothing in common"),
         ([{"chosen": MESSAGES, "rejected": MESSAGES}], "one turn of the user and one of the assistant"),
+        ([{"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, PAIR], "rows.jsonl:2: 'prompt' and 'completion' must"),
+        ([PAIR, {"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}], "rows.jsonl:2: 'prompt' must be a string"),
         ([{"question": "a", "answer": None}], "'completion' must be a string, got null"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
@@ -226,6 +230,30 @@ def test_a_templates_own_marks_say_what_is_learned() -> None:
     assert text.endswith("So long</s>"), "what follows the last answer is nobody's"
     with pytest.raises(DataError, match="no turn of the assistant"):
         learned({"messages": MESSAGES[:2]}, MARKED)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, MARKED])
+def test_of_a_prompt_of_turns_the_completion_alone_is_learned(template: str | None) -> None:
+    more = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So long"}]
+    text, own = learned({"messages": [*MESSAGES, *more]}, template)
+    assert "Hello" in own
+    told, last = learned({"prompt": [*MESSAGES, more[0]], "completion": more[1:]}, template)
+    assert told == text
+    assert "So long" in last
+    assert own.endswith(last)
+    assert "Hello" not in last
+    with pytest.raises(DataError, match="no turn of the assistant"):
+        learned({"prompt": MESSAGES, "completion": more[:1]}, template)
+
+
+def test_rows_that_differ_in_their_tools_are_tokenized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "peftx.engines.data.tokenize.kept", lambda rows, about, make: seen.append(rows.column_names) or make()
+    )
+    learned({"messages": MESSAGES, "tools": [{"type": "function"}], "other": 1}, TEMPLATE)
+    learned({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, None)
+    assert [set(names) for names in seen] == [{"messages", "tools"}, {"messages", "prompt_turns"}]
 
 
 def test_what_a_row_asks_and_answers() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -22,6 +23,7 @@ from peftx.engines.data.encoding import (
     without_prefix,
 )
 from peftx.errors import DataError, UnsupportedError
+from peftx_spec.shapes import PROMPT_TURNS
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says."""
@@ -66,8 +68,9 @@ def messages_encoder(
 
     def encode(row: Mapping[str, object], where: str) -> Example:
         messages: Sequence[Mapping[str, Any]] = row["messages"]  # type: ignore[assignment]
+        asked = sum(turn["role"] == "assistant" for turn in messages[: prompt_turns(row)])
         if marked:
-            return _by_marks(tokenizer, messages, tools_of(row), max_length, prefix, where)
+            return _by_marks(tokenizer, messages, tools_of(row), asked, max_length, prefix, where)
         try:
             segments = list(
                 _plain_segments(messages, ask=False, tools=tools_of(row))
@@ -76,7 +79,7 @@ def messages_encoder(
             )
         except (DataError, UnsupportedError) as error:
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
-        if not segments:
+        if not segments[2 * asked :]:  # two of each of the assistant's turns
             raise DataError(
                 f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
             )
@@ -85,6 +88,7 @@ def messages_encoder(
             segments = [
                 (text + str(tokenizer.eos_token) if learned else text, learned) for text, learned in segments
             ]
+        segments = [(text, learned and at >= 2 * asked) for at, (text, learned) in enumerate(segments)]
         # What stands before the last answer is one piece, as the model is asked for it; the answer goes on from it.
         ids, labels = _asked(tokenizer, segments[:-1])
         answer = completion_ids(tokenizer, segments[-1][0], where)
@@ -111,23 +115,26 @@ def _by_marks(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     tools: list[Any] | None,
+    asked: int,
     max_length: int,
     prefix: list[int],
     where: str,
 ) -> Example:
-    """Labels where the template itself says that the assistant speaks."""
+    """Labels where the template itself says that the assistant speaks, its first `asked` turns apart."""
     try:
         found = tokenizer.apply_chat_template(
             [_unpacked(m) for m in messages], tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
     except REFUSALS as error:
         raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
-    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    ids, marks = list(found["input_ids"]), list(found["assistant_masks"])
+    turn = accumulate(own > before for before, own in pairwise([0, *marks]))
+    mask = [own and number > asked for own, number in zip(marks, turn, strict=True)]
     if not any(mask):
         raise DataError(
             f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
         )
-    end = len(mask) - mask[::-1].index(1)  # what follows the last answer is nobody's to learn
+    end = len(mask) - mask[::-1].index(True)  # what follows the last answer is nobody's to learn
     ids, labels = ids[:end], [i if own else IGNORE for i, own in zip(ids[:end], mask[:end], strict=True)]
     front = prefix if ids[: len(prefix)] == prefix else []
     cut = max(len(front), len(ids) - (max_length - len(front)))
@@ -198,6 +205,11 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     texts = [said(turn) for turn in turns]
     return "\n".join(texts[:last]), "".join(texts[last : last + 1])
+
+
+def prompt_turns(row: Mapping[str, Any]) -> int:
+    """The turns of a conversation that are asked and not learned."""
+    return int(row.get(PROMPT_TURNS) or 0)
 
 
 def said(turn: Mapping[str, Any]) -> str:
