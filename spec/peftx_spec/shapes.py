@@ -11,9 +11,11 @@ Columns that a format has by itself are never read in another way.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from peftx_spec.errors import DataError
@@ -34,6 +36,10 @@ SPEAKERS = {
 }  # fmt: skip
 PROMPT_TURNS = "prompt_turns"
 """Column of a conversation: so many turns, from the first, are asked and not learned."""
+IN_NAMES = "'_-.()[]{}"
+"""Signs that stand inside a column's name."""
+BEGIN = 2**16
+"""Characters of a table that tell its delimiter."""
 TURN = "\n\nAssistant:"
 """Behind it in dialogues of plain text (Anthropic's HH) comes an answer."""
 
@@ -182,6 +188,18 @@ def with_tools(row: Row) -> dict[str, Any]:
 
 def delimiter_of(text: str) -> str:
     """What stands between the columns of a table: of comma, semicolon, tab and bar the one that its first line, quotes
-    left out, has most of; a comma where it has none."""
-    head = "".join(text.lstrip("\n\r").partition("\n")[0].split('"')[::2])
-    return max(",;\t|", key=head.count)
+    left out, has most of; else a sign between its words that its first two rows have equally many of; else a comma."""
+    text = text.lstrip("\n\r")
+    head = "".join(text.partition("\n")[0].split('"')[::2])
+    usual = max(",;\t|", key=head.count)
+    if usual in head:
+        return usual
+    signs = [s for s in dict.fromkeys(head) if not (s.isalnum() or s.isspace() or s in IN_NAMES)]
+    signs = [s for s in signs if f" {s}" not in head and f"{s} " not in head]
+    return next((s for s in sorted(signs, key=head.count, reverse=True) if _even(text, s)), ",")
+
+
+def _even(text: str, delimiter: str) -> bool:
+    """Have the first two rows as many cells."""
+    rows = csv.reader(io.StringIO(text[:BEGIN], newline=""), delimiter=delimiter)
+    return len({len(cells) for cells in islice(filter(None, rows), 2)}) == 1

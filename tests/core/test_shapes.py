@@ -102,13 +102,21 @@ def test_a_formats_own_columns_are_never_read_in_another_way(tmp_path: Path) -> 
     assert mapped[0] == {"prompt": "Add.", "completion": "4", "input": "2 + 2"}
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^", ":", "~", "#", "\x01", "¦"])
 def test_tables_with_any_delimiter(tmp_path: Path, delimiter: str) -> None:
     file = tmp_path / "rows.csv"
-    lines = [("question", "answer"), ('"a; b, c"', "d")]
+    lines = [("question", "answer"), ('"a; b, c: d^"', "d")]
     file.write_text("\n".join(delimiter.join(cells) for cells in lines), "utf-8")
     assert look(str(file)) == "prompt-completion"
-    assert read_dataset(file)[0] == {"prompt": "a; b, c", "completion": "d"}
+    assert read_dataset(file)[0] == {"prompt": "a; b, c: d^", "completion": "d"}
+
+
+@pytest.mark.parametrize("name", ["text", "a: text", "text (of all)", "text #1"])
+def test_a_table_of_one_column_has_no_delimiter(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{name}\nIt is (so) said; then: that # and so on: yes\n", "utf-8")
+    (row,) = read_dataset(file, format="text", columns={"text": name})
+    assert row == {"text": "It is (so) said; then: that # and so on: yes"}
 
 
 def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
