@@ -58,7 +58,7 @@ class Measured:
 
     @classmethod
     def _own(cls, bundle: str, pipeline: Pipeline) -> Measured | None:
-        from peftx.engines.data.formats import format_of_keys
+        from peftx.engines.data.formats import format_of_row
         from peftx.engines.data.sources import measured_rows
 
         try:
@@ -71,7 +71,7 @@ class Measured:
             return None
         asked = tuple(m.metric for m in pipeline.evaluate if m.options.path is None and not m.options.tasks)
         return cls(
-            rows, named, format_of_keys(set(rows.column_names), where=named), asked or ("perplexity",),
+            rows, named, format_of_row(rows[0], where=named), asked or ("perplexity",),
             None if pipeline.train is None else pipeline.train.max_length,
         )  # fmt: skip
 

@@ -76,6 +76,14 @@ Adapter = Annotated[
         "--adapter", metavar="DIR", help="begin with an adapter of HF PEFT; plugins come on top of it"
     ),
 ]
+InPlace = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="an adapter of HF PEFT, in the place of a bundle; --model is its base",
+    ),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", metavar="FILE", help="text that compression calibrates on")
 ]

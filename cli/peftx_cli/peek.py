@@ -260,7 +260,7 @@ def _renamed(place: str, row: dict[str, object], columns: Mapping[str, str]) -> 
 
 def _arranged(place: str, row: dict[str, object], format: str | None) -> tuple[dict[str, object], str | None]:
     """The row in our columns, and its format, if it is laid out in another way that is well known."""
-    shape = shape_of(set(row), format)
+    shape = shape_of(row, format)
     if shape is None:
         return row, None
     try:

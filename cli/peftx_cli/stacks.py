@@ -40,6 +40,30 @@ def open_stack(
     return Stack(target, device=device, trust_remote_code=trust_remote_code)
 
 
+def chosen(target: str | None, adapter: str | None) -> str:
+    """What to open: a bundle or model, or an adapter of HF PEFT in its place.
+
+    Raises:
+        PeftxError: none of both or both, or no adapter there; before torch is imported.
+    """
+    from peftx.composition.adapters import read_adapter
+    from peftx.engines.files import naming
+    from peftx.sharing import located
+
+    if adapter is None:
+        if target is None:
+            raise UsageError("no bundle or model is named", hint="a folder, peftx:tiny, or --adapter DIR")
+        return target
+    if target is not None:
+        raise UsageError(
+            f"--adapter stands in the place of '{target}'", hint=f"its base is --model: --model {target}"
+        )
+    folder = os.path.expanduser(located(adapter))
+    with naming(adapter):
+        read_adapter(folder)
+    return folder
+
+
 def check_there(target: str, *, model: str | None = None) -> None:
     """Look for a bundle or model on this machine before what reads it is imported; the Hub is not asked.
 

@@ -53,10 +53,21 @@ class Settings:
         found = self[name]
         return default if found is None else found
 
-    def pattern(self, name: str, path: str) -> Any:
-        """What a `..._pattern` says of a module: of the first key that matches its path, or all of it behind a dot."""
+    def pattern(self, name: str, path: str, usual: Any = None) -> Any:
+        """What a `..._pattern` says of a matrix: of the first key that matches its path, or all of it behind a dot."""
         patterns: Mapping[str, Any] = self.get(name, {})
-        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), None)
+        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), usual)
+
+    def matrices(self, path: str) -> list[str]:
+        """What PEFT adapts at a module's path, by the names that patterns go by: the module, or those of its parameters
+        that `target_parameters` names, each by itself, as of stacked experts."""
+        split = [name.rpartition(".") for name in self.get("target_parameters", ())]
+        modules = self.get("target_modules", ())
+        by_name = (_ends(path, name) for name in modules)
+        if re.fullmatch(modules, path) if isinstance(modules, str) else any(by_name):
+            return [path]
+        named = {last for above, _, last in split if not above or _ends(path, above)}
+        return [f"{path}.{name}" for name in sorted(named)] or [path]
 
     def left(self) -> dict[str, Any]:
         """Fields that nobody took into account, and that say something."""
@@ -122,6 +133,11 @@ class PeftFormat:
     """Of several plugins that know a type: is an adapter this one's."""
     written: Callable[[Any], bool] = lambda config: True
     """Of several types that a plugin knows: is a configuration this one's."""
+
+
+def _ends(path: str, name: str) -> bool:
+    """As PEFT finds a module by its name."""
+    return path == name or path.endswith(f".{name}")
 
 
 def targets_of(paths: Sequence[str] | Mapping[str, Any]) -> str:

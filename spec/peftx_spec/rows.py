@@ -83,6 +83,11 @@ def check_row(
                 f"{where} must be a string, got {json_type(value)}",
                 hint=f'labels are strings: write "{value}"',
             )
+        if key in ("prompt", "completion") and isinstance(value, list):
+            raise DataError(
+                f"{where} must be a string, got an array",
+                hint="conversations are of format messages: arrays in both prompt and completion, or one in messages",
+            )
         require_text(value, where)
 
 

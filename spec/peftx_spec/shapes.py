@@ -2,7 +2,8 @@
 
     {prompt, response}, {question, answer}, {input, output}    prompt-completion
     {instruction, output}, with an `input` or without          prompt-completion (Alpaca)
-    {conversations: [{from, value}]}                           messages (ShareGPT)
+    {conversations: [{from, value}]}                           messages (ShareGPT; role and content do as well)
+    {prompt: [{role, content}], completion: [...]}             messages, of which the completion is learned (TRL)
     {chosen, rejected}                                         preference: what both begin with is the prompt
 
 Columns that a format has by itself are never read in another way.
@@ -10,9 +11,11 @@ Columns that a format has by itself are never read in another way.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from peftx_spec.errors import DataError
@@ -31,6 +34,12 @@ SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "assistant": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
+PROMPT_TURNS = "prompt_turns"
+"""Column of a conversation: so many turns, from the first, are asked and not learned."""
+IN_NAMES = "'_-.()[]{}"
+"""Signs that stand inside a column's name."""
+BEGIN = 2**16
+"""Characters of a table that tell its delimiter."""
 TURN = "\n\nAssistant:"
 """Behind it in dialogues of plain text (Anthropic's HH) comes an answer."""
 
@@ -45,12 +54,15 @@ class Shape(NamedTuple):
     named: str
 
 
-def shape_of(columns: set[str], format: str | None = None) -> Shape | None:
-    """The layout that these columns are known for; None where they are a format's own, or nobody's.
+def shape_of(row: Row, format: str | None = None) -> Shape | None:
+    """The layout that the columns of this row are known for; None where they are a format's own, or nobody's.
 
     Args:
         format: that is asked for, whatever else the columns fit.
     """
+    columns = set(row)
+    if format in (None, SPOKEN.format) and all(isinstance(row.get(name), list) for name in SPOKEN.needs):
+        return SPOKEN
     asked = FORMATS.values() if format is None else [FORMATS[format]]
     if any(columns >= set(own) for own in asked):
         return None
@@ -85,13 +97,28 @@ def _sharegpt(row: Row) -> dict[str, Any]:
 def _turn(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
     if turn.keys() >= {"role", "content"}:
         return dict(turn)
-    if not turn.keys() >= {"from", "value"}:
-        raise DataError(f"conversations[{index}] must have the keys 'from' and 'value'; found {sorted(turn)}")
-    speaker = turn["from"]
+    who, what = (
+        next((n for n in names if n in turn), None) for names in (("from", "role"), ("value", "content"))
+    )
+    if who is None or what is None:
+        raise DataError(
+            f"conversations[{index}] must have the keys 'from' and 'value', or 'role' and 'content'; "
+            f"found {sorted(turn)}"
+        )
+    speaker = turn[who]
     return {
         "role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker,
-        "content": turn["value"],
+        "content": turn[what],
     }
+
+
+def _spoken(row: Row) -> dict[str, Any]:
+    """One conversation, and how many turns of it are the prompt."""
+    prompt, completion = row["prompt"], row["completion"]
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise DataError("'prompt' and 'completion' must be arrays of {role, content}, as in the first row")
+    rest = {name: value for name, value in row.items() if name not in SPOKEN.needs}
+    return {"messages": [*prompt, *completion], PROMPT_TURNS: len(prompt), **rest}
 
 
 def _preference(row: Row) -> dict[str, Any]:
@@ -131,6 +158,7 @@ def _asked(chosen: Any, rejected: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SPOKEN = Shape(frozenset({"prompt", "completion"}), "messages", _spoken, "prompt and completion of turns")
 SHAPES = (
     Shape(frozenset({"conversations"}), "messages", _sharegpt, "conversations (ShareGPT)"),
     Shape(
@@ -160,6 +188,18 @@ def with_tools(row: Row) -> dict[str, Any]:
 
 def delimiter_of(text: str) -> str:
     """What stands between the columns of a table: of comma, semicolon, tab and bar the one that its first line, quotes
-    left out, has most of; a comma where it has none."""
-    head = "".join(text.lstrip("\n\r").partition("\n")[0].split('"')[::2])
-    return max(",;\t|", key=head.count)
+    left out, has most of; else a sign between its words that its first two rows have equally many of; else a comma."""
+    text = text.lstrip("\n\r")
+    head = "".join(text.partition("\n")[0].split('"')[::2])
+    usual = max(",;\t|", key=head.count)
+    if usual in head:
+        return usual
+    signs = [s for s in dict.fromkeys(head) if not (s.isalnum() or s.isspace() or s in IN_NAMES)]
+    signs = [s for s in signs if f" {s}" not in head and f"{s} " not in head]
+    return next((s for s in sorted(signs, key=head.count, reverse=True) if _even(text, s)), ",")
+
+
+def _even(text: str, delimiter: str) -> bool:
+    """Have the first two rows as many cells."""
+    rows = csv.reader(io.StringIO(text[:BEGIN], newline=""), delimiter=delimiter)
+    return len({len(cells) for cells in islice(filter(None, rows), 2)}) == 1

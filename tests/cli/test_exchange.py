@@ -57,6 +57,56 @@ def test_there_and_back(
     assert "hf holds all of them" in result.stderr
 
 
+def test_in_the_place_of_a_bundle(
+    adapter: Path, ok: Callable[..., str], run: Callable[..., Any], installed: Any, monkeypatch: Any
+) -> None:
+    """Of every command that takes one, with the base that --model names."""
+    fields = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(fields | {"base_model_name_or_path": None}))
+    named = ("--adapter", "theirs", "--model", "peftx:tiny")
+    text = ok("generate", "Once upon", "-n", "6", *named)
+    assert text != ok("generate", "peftx:tiny", "Once upon", "-n", "6")
+    measured = ("--data", "rows.jsonl", "--columns", NAMES, "--json")
+    nll = json.loads(ok("evaluate", *named, *measured))
+    assert nll == json.loads(ok("evaluate", "theirs", "-m", "peftx:tiny", *measured))
+    ok("merge", "merged", *named)
+    assert ok("generate", "merged", "Once upon", "-n", "6") == text
+    served: list[str] = []
+    monkeypatch.setattr(
+        "peftx.toolkits.serving.http.run_http", lambda *servers, **_: served.extend(s.name for s in servers)
+    )
+    ok("serve", *named, "--port", "0")
+    ok("serve", "other=theirs", *named, "--port", "0")
+    assert served == ["theirs", "other", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "peftx:tiny", "A", "--adapter", "theirs"], "stands in the place of 'peftx:tiny'"),
+        (["evaluate", "peftx:tiny", "--adapter", "theirs"], "--model peftx:tiny"),
+        (["merge", "peftx:tiny", "out", "--adapter", "theirs"], "stands in the place of 'peftx:tiny'"),
+        (
+            ["merge", "a", "b", "--method", "linear", "-o", "c", "--adapter", "theirs"],
+            "name them as arguments",
+        ),
+        (["merge", "out"], "one bundle is folded into one folder"),
+        (["generate", "A", "--adapter", "rows.jsonl"], "is no adapter of PEFT"),
+        (["generate", "--adapter", "theirs"], "there is no prompt"),
+        (["generate", "peftx:tiny"], "there is no prompt"),
+        (["evaluate"], "no bundle or model is named"),
+        (["serve"], "no bundle or model is named"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_adapter_and_what_stands_in_its_place(
+    adapter: Path, run: Callable[..., Any], words: list[str], message: str
+) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
 def test_in_a_spec(adapter: Path, ok: Callable[..., str], run: Callable[..., Any], installed: Any) -> None:
     text = """peftx: 1
 model: peftx:tiny

@@ -16,9 +16,10 @@ from torch import Tensor
 from peftx import Registry, Stack
 from peftx.composition.adapters import CONFIG, WEIGHTS
 from peftx.composition.registry import keyword_values
-from peftx.errors import BundleError, PeftxError, RegistryError
+from peftx.errors import AdapterError, BundleError, PeftxError, RegistryError
 from peftx.interop import import_peft, to_peft
 from peftx.testing.models import example_inputs, output_of, tiny
+from peftx_dora import Dora
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 
@@ -38,7 +39,9 @@ MODULES = {
     "mixtral": ["q_proj", "o_proj"],
     "gemma2": ["k_proj", "up_proj"],
     "mamba": ["in_proj", "x_proj"],
+    "gpt_oss": ["v_proj"],
 }
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def test_keywords_say_which_formats_a_plugin_knows() -> None:
@@ -111,7 +114,16 @@ def test_lora_there_and_back(name: str, tmp_path: Path) -> None:
         ("llama", {"trainable_token_indices": [5, 1]}, ["lora", "full-finetuning"]),
         ("gpt2", {"bias": "lora_only"}, ["lora", "full-finetuning"]),
         ("gpt2", {"bias": "all"}, ["lora", "full-finetuning"]),
-        ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, ["lora"]),
+        ("mixtral", {"target_parameters": EXPERTS}, ["lora"]),
+        ("mixtral", {"target_parameters": EXPERTS[:1]}, ["lora"]),
+        ("mixtral", {"target_parameters": EXPERTS[1:], "target_modules": []}, ["lora"]),
+        ("mixtral", {"target_parameters": ["down_proj", "0.mlp.experts.gate_up_proj"]}, ["lora"]),
+        ("mixtral", {"target_parameters": EXPERTS, "rank_pattern": {r"layers\.0\.mlp\.experts\..*": 2}}, ["lora"]),
+        ("mixtral", {
+            "target_parameters": EXPERTS, "rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"down_proj": 5},
+        }, ["lora"]),
+        ("mixtral", {"target_parameters": ["mlp.gate.weight"], "alpha_pattern": {"gate.weight": 5}}, ["lora"]),
+        ("gpt_oss", {"target_parameters": EXPERTS[1:]}, ["lora"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -127,6 +139,21 @@ def test_what_a_config_of_lora_can_hold(
     to_peft(stack, tmp_path / "ours")
     again = PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
     assert apart(logits(again), logits(model)) <= 1e-6
+
+
+def test_updates_that_no_parameter_is_named_for(tmp_path: Path) -> None:
+    theirs("mixtral", tmp_path, target_parameters=EXPERTS, target_modules=[])
+    fields = json.loads((tmp_path / CONFIG).read_text()) | {"target_parameters": EXPERTS[:1]}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    with pytest.raises(AdapterError, match=r"2 updates for .*experts, and its target_parameters name 1"):
+        import_peft(tmp_path, model=tiny("mixtral"))
+
+
+def test_a_router_goes_out_by_no_method_but_lora(tmp_path: Path) -> None:
+    """PEFT would wrap its module as a layer, and the router would pass its update by."""
+    with pytest.raises(AdapterError, match=r"gate is no layer but holds a weight.*not adapt by dora"):
+        to_peft(Stack(tiny("mixtral"), [Dora(rank=2, targets="router")]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_classifier_brings_its_head(tmp_path: Path) -> None:

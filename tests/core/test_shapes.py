@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 
+from peftx import Stack
 from peftx.engines.data import pair_of, read_dataset, tokenize_dataset
 from peftx.engines.data.collate import IGNORE
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
-from peftx.errors import DataError
+from peftx.errors import DataError, UnsupportedError
+from peftx.pages.samples import prompt_of
 from peftx.testing.models import tiny_tokenizer
+from peftx.toolkits.evaluation import perplexity
 from peftx_cli.peek import Unfit, look
 
 PAIR = {"prompt": "2 + 2", "completion": "4"}
@@ -40,6 +44,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({**ALPACA, "input": ""}, "prompt-completion", {"prompt": "Add.", "completion": "4"}),
     ({"conversations": TALK, "id": "7"}, "messages", {"messages": MESSAGES, "id": "7"}),
     ({"conversations": MESSAGES}, "messages", {"messages": MESSAGES}),
+    ({"conversations": [{"role": t["from"], "value": t["value"]} for t in TALK]}, "messages", {"messages": MESSAGES}),
+    ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, "messages", {"messages": MESSAGES, "prompt_turns": 2}),
     (HH, "preference", {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Hell no"}),
     (TOLD, "preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "No."}),
 ]  # fmt: skip
@@ -96,13 +102,21 @@ def test_a_formats_own_columns_are_never_read_in_another_way(tmp_path: Path) -> 
     assert mapped[0] == {"prompt": "Add.", "completion": "4", "input": "2 + 2"}
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^", ":", "~", "#", "\x01", "¦"])
 def test_tables_with_any_delimiter(tmp_path: Path, delimiter: str) -> None:
     file = tmp_path / "rows.csv"
-    lines = [("question", "answer"), ('"a; b, c"', "d")]
+    lines = [("question", "answer"), ('"a; b, c: d^"', "d")]
     file.write_text("\n".join(delimiter.join(cells) for cells in lines), "utf-8")
     assert look(str(file)) == "prompt-completion"
-    assert read_dataset(file)[0] == {"prompt": "a; b, c", "completion": "d"}
+    assert read_dataset(file)[0] == {"prompt": "a; b, c: d^", "completion": "d"}
+
+
+@pytest.mark.parametrize("name", ["text", "a: text", "text (of all)", "text #1"])
+def test_a_table_of_one_column_has_no_delimiter(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{name}\nIt is (so) said; then: that # and so on: yes\n", "utf-8")
+    (row,) = read_dataset(file, format="text", columns={"text": name})
+    assert row == {"text": "It is (so) said; then: that # and so on: yes"}
 
 
 def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
@@ -111,6 +125,8 @@ def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "rows.jsonl:2: no key 'answer', which the rows"),
         ([{"chosen": "abc", "rejected": "xyz"}], "begin with nothing in common"),
         ([{"chosen": MESSAGES, "rejected": MESSAGES}], "one turn of the user and one of the assistant"),
+        ([{"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, PAIR], "rows.jsonl:2: 'prompt' and 'completion' must"),
+        ([PAIR, {"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}], "rows.jsonl:2: 'prompt' must be a string"),
         ([{"question": "a", "answer": None}], "'completion' must be a string, got null"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
@@ -134,7 +150,7 @@ MARKED = (
 )
 
 
-def learned(row: dict[str, Any], template: str) -> tuple[str, str]:
+def learned(row: dict[str, Any], template: str | None) -> tuple[str, str]:
     """The text of a conversation, and of the tokens with a label."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -164,6 +180,54 @@ def test_calls_of_tools_reach_the_template_as_they_are() -> None:
     assert '<tools>[{"type": "function", "function": {"name": "f"}}]<user>Hi</s>' in texts[0]
     assert '{"city": "Rome"}</s><tool>sunny</s><assistant>Sunny.</s>' in texts[0]
     assert texts[1].endswith('<assistant>{"number": 3}</s>')
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"number": 3}'  # as OpenAI has it
+    assert learned(rows[1], TEMPLATE)[1].startswith('{"number": 3}</s>')
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = "3,"
+    with pytest.raises(DataError, match=r"row 0.*the arguments are no JSON"):
+        learned(rows[1], TEMPLATE)
+
+
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, MARKED + "{{ messages[1].tool_calls[0].function.arguments | tojson }}"]
+)
+def test_a_template_that_wants_more_of_a_call_refuses_it(template: str) -> None:
+    call = CALL | {"tool_calls": [{"type": "function", "function": {"name": "f"}}], "content": "Wait."}
+    with pytest.raises(DataError, match=r"row 0.*refuses the conversation: Object of type Undefined"):
+        learned({"messages": [MESSAGES[1], call]}, template)
+
+
+def test_without_a_template_there_are_no_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for row in (
+        {"messages": [MESSAGES[1], CALL]},
+        {"messages": [MESSAGES[1], CALL | {"content": "Wait."}]},
+        {"messages": MESSAGES, "tools": tools},
+    ):
+        with pytest.raises(UnsupportedError, match=r"row 0.*tools go through the tokenizer's chat template"):
+            learned(row, None)
+    assert learned({"messages": MESSAGES, "tools": []}, None)[1] == " Hello<|eos|>"
+
+
+def test_a_turn_that_only_calls_a_tool_is_measured() -> None:
+    """Its bytes are those of the call as JSON."""
+    stack = Stack("peftx:tiny", [])
+    stack.tokenizer.chat_template = TEMPLATE
+    rows, _ = dataset_of([{"messages": [MESSAGES[1], CALL]}])
+    found = perplexity(stack.model, stack.tokenizer, rows)
+    size = len(json.dumps(CALL["tool_calls"]).encode())
+    nats = found["nll"].value * found["nll"].count
+    assert found["bits_per_byte"].value == pytest.approx(nats / (math.log(2) * size))
+
+
+def test_a_page_shows_what_a_turn_says() -> None:
+    assert prompt_of({"messages": [MESSAGES[1], CALL]}) == ("Hi", json.dumps(CALL["tool_calls"]))
 
 
 def test_a_templates_own_marks_say_what_is_learned() -> None:
@@ -174,6 +238,30 @@ def test_a_templates_own_marks_say_what_is_learned() -> None:
     assert text.endswith("So long</s>"), "what follows the last answer is nobody's"
     with pytest.raises(DataError, match="no turn of the assistant"):
         learned({"messages": MESSAGES[:2]}, MARKED)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, MARKED])
+def test_of_a_prompt_of_turns_the_completion_alone_is_learned(template: str | None) -> None:
+    more = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So long"}]
+    text, own = learned({"messages": [*MESSAGES, *more]}, template)
+    assert "Hello" in own
+    told, last = learned({"prompt": [*MESSAGES, more[0]], "completion": more[1:]}, template)
+    assert told == text
+    assert "So long" in last
+    assert own.endswith(last)
+    assert "Hello" not in last
+    with pytest.raises(DataError, match="no turn of the assistant"):
+        learned({"prompt": MESSAGES, "completion": more[:1]}, template)
+
+
+def test_rows_that_differ_in_their_tools_are_tokenized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "peftx.engines.data.tokenize.kept", lambda rows, about, make: seen.append(rows.column_names) or make()
+    )
+    learned({"messages": MESSAGES, "tools": [{"type": "function"}], "other": 1}, TEMPLATE)
+    learned({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, None)
+    assert [set(names) for names in seen] == [{"messages", "tools"}, {"messages", "prompt_turns"}]
 
 
 def test_what_a_row_asks_and_answers() -> None:

@@ -72,6 +72,7 @@ def register(app: typer.Typer) -> None:
 
 def merge(
     folders: Folders,
+    adapter: options.InPlace = None,
     method: Method = None,
     weights: Weights = None,
     rank: Rank = None,
@@ -91,35 +92,43 @@ def merge(
     """
     from transformers.utils import logging
 
+    from peftx.errors import UsageError
+    from peftx_cli.stacks import chosen
+
     logging.disable_progress_bar()  # a library's own bar would stand between our lines
     if method is None:
         given = {
             "--weights": weights, "--rank": rank, "--density": density, "--seed": seed, "--format": format,
             "--output": output,
         }  # fmt: skip
-        bundle, place = _pair(folders, [name for name, value in given.items() if value is not None])
-        _fold(bundle, place, model, device, trust_remote_code, as_json)
+        bundle, place = _pair(folders, adapter, [name for name, value in given.items() if value is not None])
+        _fold(chosen(bundle, adapter), place, model, device, trust_remote_code, as_json)
         return
+    if adapter is not None:
+        raise UsageError(
+            "--adapter is one that is folded, and --method combines several", hint="name them as arguments"
+        )
     _combine(
         folders, method, _numbers(weights), rank, density, seed, _known(format), _placed(output), model, device,
         trust_remote_code, as_json,
     )  # fmt: skip
 
 
-def _pair(folders: Sequence[str], given: Sequence[str]) -> tuple[str, Path]:
-    """Raises PeftxError where it is not clear what goes where."""
+def _pair(folders: Sequence[str], adapter: str | None, given: Sequence[str]) -> tuple[str | None, Path]:
+    """What is folded (None: the adapter), and the folder to write; PeftxError where it is not clear what goes where."""
     from peftx.errors import UsageError
 
     if given:
         raise UsageError(
             f"{given[0]} goes with --method, which says how adapters are combined", hint="--method linear"
         )
-    if len(folders) != 2:
+    *first, place = folders
+    if len(first) > 1 or not (first or adapter):
         raise UsageError(
             f"one bundle is folded into one folder, and {len(folders)} are named",
             hint="peftx merge BUNDLE OUT; several adapters into one: peftx merge A B --method linear -o OUT",
         )
-    return folders[0], Path(folders[1])
+    return (first[0] if first else None), Path(place)
 
 
 def _fold(bundle: str, output: Path, model: str | None, device: str, trust: bool, as_json: bool) -> None:

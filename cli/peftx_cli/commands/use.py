@@ -12,7 +12,8 @@ import typer
 from peftx_cli import failures, options
 
 Target = Annotated[
-    str, typer.Argument(metavar="BUNDLE|MODEL", help="folder of a bundle, peftx:tiny, or another model")
+    str | None,
+    typer.Argument(metavar="BUNDLE|MODEL", help="folder of a bundle, peftx:tiny, or another model"),
 ]
 Base = Annotated[
     str | None, typer.Option("--model", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere")
@@ -34,7 +35,7 @@ Include = Annotated[
     str | None, typer.Option("--include", metavar="DIR", help="folder of lm-eval's tasks of your own")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="examples to use, from the start")]
-Prompt = Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")]
+Prompt = Annotated[str | None, typer.Argument(help="text to continue; - reads it from stdin")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens to write at most")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time")
@@ -63,7 +64,7 @@ ApiKey = Annotated[
     ),
 ]
 Targets = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(metavar="[NAME=]BUNDLE|MODEL...", help="folders of bundles, peftx:tiny, or other models"),
 ]
 Adapters = Annotated[
@@ -91,7 +92,8 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    target: Target,
+    target: Target = None,
+    adapter: options.InPlace = None,
     data: DataFile = None,
     columns: options.Columns = None,
     metric: Metrics = None,
@@ -105,8 +107,9 @@ def evaluate(
 ) -> None:
     """Measure a bundle or a model on a data file, or by tasks of lm-eval."""
     from peftx_cli.measured import Measured
-    from peftx_cli.stacks import check_there, open_stack
+    from peftx_cli.stacks import check_there, chosen, open_stack
 
+    target = chosen(target, adapter)
     check_there(target, model=model)
     of_tasks = set(metric or ["lm-eval"]) == {"lm-eval"} and bool(task)
     measured = (
@@ -183,8 +186,9 @@ def _check_metrics(names: Sequence[str], format: str | None) -> None:
 
 
 def generate(
-    target: Target,
-    prompt: Prompt,
+    target: Target = None,
+    prompt: Prompt = None,
+    adapter: options.InPlace = None,
     max_new_tokens: Tokens = 64,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -197,14 +201,19 @@ def generate(
 ) -> None:
     """Continue a prompt, through the decode hooks of the bundle's plugins."""
     from peftx.errors import GenerationError, UsageError
+    from peftx_cli.stacks import chosen, open_stack
 
     if stream and as_json:
         raise UsageError("--stream and --json exclude each other", hint="peftx serve streams JSON")
+    if adapter is not None and prompt is None:  # in the target's place
+        target, prompt = None, target
+    if prompt is None:
+        raise UsageError("there is no prompt", hint='peftx generate peftx:tiny "Once upon a time"')
+    target = chosen(target, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise GenerationError("the prompt is empty", hint='peftx generate peftx:tiny "Once upon a time"')
     from peftx_cli.render import out_exactly, print_json
-    from peftx_cli.stacks import open_stack
 
     stack = open_stack(target, model=model, device=device, trust_remote_code=trust_remote_code)
     from peftx.toolkits.decoding.text import request_for
@@ -240,7 +249,8 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def serve(
-    targets: Targets,
+    targets: Targets = None,
+    adapter: options.InPlace = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_batch: MaxBatch = 32,
@@ -267,8 +277,10 @@ def serve(
         raise MissingExtraError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'peftx[serve]'"
         ) from error
-    from peftx_cli.stacks import Opener, check_there
+    from peftx_cli.stacks import Opener, check_there, chosen
 
+    if adapter is not None or not targets:
+        targets = [*(targets or ()), chosen(None, adapter)]
     named = _named(targets)
     _check_port(host, port)
     for target in named.values():

@@ -206,7 +206,7 @@ def _named(path: str, names: Iterable[str]) -> bool:
 def _fields(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         out = f"it is a bundle: peftx export {file.parent} adapter --format peft writes one"
         bundle = (file.parent / "manifest.json").exists()
         raise BundleError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftx.composition.adapters import (
     TOKENS,
@@ -24,7 +25,7 @@ from peftx.engines.tensor_files import read_tensors
 from peftx.errors import AdapterError
 from peftx.kernel.parts import FREE, BasePart, DeltaPart, Part
 from peftx.kernel.slots import Entry as Slotted
-from peftx.kernel.slots import slot_of
+from peftx.kernel.slots import base_class, slot_of
 from peftx.peft_format import INNER, PeftFormat
 from peftx.stack import Stack
 
@@ -181,14 +182,16 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _level(part: DeltaPart, adapter: Adapter, places: Mapping[str, object]) -> str:
     """The path under which the file has a part: of several matrices of stacked experts, PEFT wraps one in the other."""
-    levels = [path for path in places if path.replace(INNER, "") == part.path]
-    if len(levels) < 2:
-        return levels[0] if levels else part.path
-    named = {name.rpartition(".")[2] for name in adapter.fields.get("target_parameters") or ()}
-    wrapped = [name for name in part.place._parameters if name in named]  # PEFT goes by the module's order
-    parameter = entry_of(part).parameter
-    at = wrapped.index(parameter) if parameter in wrapped else 0
-    return sorted(levels, key=len, reverse=True)[min(at, len(levels) - 1)]
+    levels = sorted((p for p in places if p.replace(INNER, "") == part.path), key=len, reverse=True)
+    adapted = adapter.settings(()).matrices(part.path)
+    wrapped = [n for n in part.place._parameters if f"{part.path}.{n}" in adapted]  # PEFT goes by this order
+    if levels and len(levels) != max(1, len(wrapped)):
+        raise AdapterError(
+            f"'{adapter.folder}' has {len(levels)} updates for {part.path}, and its target_parameters name "
+            f"{len(wrapped)} parameters of it"
+        )
+    at = wrapped.index(entry_of(part).parameter) if wrapped else 0
+    return levels[at] if levels else part.path
 
 
 def _for_part(part: DeltaPart, name: str, value: Tensor, place: Tensor, format: PeftFormat) -> Tensor:
@@ -221,6 +224,14 @@ def experts_of(part: DeltaPart) -> int:
     """Matrices that are stacked in the parameter of a part; 0 for a matrix alone."""
     weight = part.place._parameters.get(entry_of(part).parameter)
     return len(weight) if weight is not None and weight.ndim == 3 else 0
+
+
+def bare_parameter(part: DeltaPart) -> str:
+    """The name of a matrix whose module is no layer, so that PEFT adapts the parameter (experts, routers); else ""."""
+    name = entry_of(part).parameter
+    weight = part.place._parameters.get(name)
+    layer = issubclass(base_class(part.place), nn.Linear | Conv1D | nn.Embedding)
+    return "" if layer or weight is None or weight.ndim < 2 else name
 
 
 def unstacked(value: Tensor, experts: int, *, axis: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from peftx.composition.adapters import BARE, CONFIG, FULL, HEADS, PREFIX, TOKENS
 from peftx.composition.members import default_id
 from peftx.engines.files import replacing
 from peftx.errors import AdapterError
-from peftx.interop.importing import entry_of, experts_of, kept_as, own_tensors
+from peftx.interop.importing import bare_parameter, entry_of, experts_of, kept_as, own_tensors
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, Part
 from peftx.kernel.slots import Rows
@@ -28,7 +29,7 @@ LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"
 """Of plugins whose deltas are s B A x, whatever they are called."""
 ALL_HEADS = frozenset[str]().union(*HEADS.values())
 Place = tuple[str, str]
-"""Path of a module, and the parameter where experts are stacked in it."""
+"""Path of a module, and the parameter where PEFT adapts that and not the module."""
 
 
 def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
@@ -142,9 +143,10 @@ def _read(
         if format is LOW_RANK:
             a, b, scale = part.module.low_rank()  # type: ignore[operator, misc]
             tensors, divided = {A: a, B: b}, {B: 0}
-        elif experts_of(part) and not format.experts:
+        elif bare_parameter(part) and not format.experts:
             raise AdapterError(
-                f"{member.id}: {part.path} is stacked experts, which PEFT does not adapt by {format.type}",
+                f"{member.id}: {part.path} is no layer but holds a {bare_parameter(part)}, as experts and routers do, "
+                f"which PEFT does not adapt by {default_id(type(member.plugin))}",
                 hint="save it as a bundle, or merge it",
             )
         else:
@@ -159,9 +161,8 @@ def _read(
             _check(member, part, format, sorted(own.keys() - format.tensors.keys()))
             tensors = {format.tensors[name]: tensor for name, tensor in own.items()}
             divided = {format.tensors[name]: axis for name, axis in format.divided.items()}
-        experts = experts_of(part)
-        place = part.path, entry.parameter if experts else ""
-        groups.setdefault(place, []).append(_Piece(tensors, divided, entry.rows, experts, scale))
+        piece = _Piece(tensors, divided, entry.rows, experts_of(part), scale)
+        groups.setdefault((part.path, bare_parameter(part)), []).append(piece)
     return groups, kept
 
 
@@ -231,12 +232,10 @@ def _weight(part: DeltaPart) -> Tensor:
 def _named(matrices: dict[Place, _Piece]) -> dict[str, Tensor]:
     """Tensors under their names in the file."""
     found: dict[str, Tensor] = {}
-    stacked = [place for place in matrices if place[1]]
-    for place, piece in matrices.items():
-        path, inner = place[0], ""
-        if piece.experts:  # the first parameter of a module is wrapped by the second
-            own = [p for p in stacked if p[0] == path]
-            inner = INNER * (len(own) - 1 - own.index(place))
+    further = Counter(path for path, _ in matrices)
+    for (path, _), piece in matrices.items():
+        further[path] -= 1
+        inner = INNER * further[path]  # the first parameter is wrapped by the second
         for name, tensor in piece.tensors.items():
             if piece.experts:
                 tensor = tensor.permute(1, 2, 0) if name in piece.divided else tensor
@@ -249,7 +248,9 @@ def _named(matrices: dict[Place, _Piece]) -> dict[str, Tensor]:
 
 def _ranks(matrices: dict[Place, _Piece]) -> dict[str, Any]:
     """Ranks and alphas of low-rank updates, PEFT's scale being alpha / r."""
-    scaled = {path: piece for (path, _), piece in matrices.items() if piece.scale is not None}
+    scaled = {
+        ".".join(filter(None, place)): piece for place, piece in matrices.items() if piece.scale is not None
+    }
     if not scaled:
         return {}
     ranks = {path: _rank(piece) for path, piece in scaled.items()}

@@ -1,8 +1,9 @@
 """`Targets("attention.q,v layers=0-3 mlp.*")`: which places of a model a plugin acts on.
 
 Words are separated by spaces. A word selects by role (`attention`, `attention.q`, `attention.q,v`, `mlp.*`, `norm`,
-`all`: every linear inside the layers), or by regular expression on the raw module names (`re:q_proj$`); `!word` takes
-away. `layers=0-3,7,-1` and `tower=encoder` restrict all words. A word that matches nothing is an error.
+`all`: every linear inside the layers), or by regular expression on the raw module names (`re:q_proj$`), of stacked
+experts on the parameters' too (`re:experts.down_proj$`); `!word` takes away. `layers=0-3,7,-1` and `tower=encoder`
+restrict all words. A word that matches nothing is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Selectable(Protocol):
     """What words select by; a `Site` has it."""
 
     @property
-    def path(self) -> str: ...
+    def names(self) -> tuple[str, ...]: ...
     @property
     def role(self) -> str: ...
     @property
@@ -204,7 +205,7 @@ def _expand(word: str, text: str) -> list[str]:
 
 def _matches(word: str, site: Selectable) -> bool:
     if word.startswith("re:"):
-        return re.search(word[3:], site.path) is not None
+        return any(re.search(word[3:], name) for name in site.names)
     if word == ALL:
         return site.in_all
     return any(site.role == w or site.role.startswith(f"{w}.") for w in _ALIASES.get(word, (word,)))

@@ -100,7 +100,7 @@ def _words(every: list[Site], keys: set[str]) -> str | None:
     layers = sorted({site.layer for site in chosen if site.layer is not None})
     depth = 1 + max((site.layer for site in every if site.layer is not None), default=0)
     some = f"{roles} layers={','.join(map(str, layers))}" if layers else roles
-    for text in (roles, some, targets_of(list(dict.fromkeys(site.path for site in chosen)))):
+    for text in (roles, some, targets_of(list(dict.fromkeys(site.names[-1] for site in chosen)))):
         try:
             found = Targets(text).select(every, layers=depth)
         except TargetError:

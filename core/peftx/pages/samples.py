@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from peftx.engines.data import said
 from peftx.engines.data.sources import measured_rows, training_rows
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.loading import load
@@ -121,8 +122,8 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[str, str]:
     if "messages" in row:
         turns = row["messages"]
         first = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
-        asked = "\n".join(str(turn["content"]) for turn in turns[:first])
-        return asked, str(turns[first]["content"]) if first < len(turns) else ""
+        asked = "\n".join(map(said, turns[:first]))
+        return asked, said(turns[first]) if first < len(turns) else ""
     if "label" in row:
         return str(row["text"]), str(row["label"])
     words = str(row.get("text", "")).split(" ")

@@ -37,9 +37,9 @@ from peftx.engines.data.encoding import (
     special_frame,
     text_ids,
 )
-from peftx.engines.data.formats import detect_format, format_of_keys, read_dataset
+from peftx.engines.data.formats import detect_format, format_of_row, read_dataset
 from peftx.engines.data.gate import FORMATS
-from peftx.engines.data.messages import pair_of, render_messages, turns
+from peftx.engines.data.messages import pair_of, prompt_turns, render_messages, said, turns
 from peftx.engines.data.together import together
 from peftx.engines.data.tokenize import tokenize_dataset
 from peftx.engines.data.training_data import TrainingData
@@ -63,12 +63,14 @@ __all__ = [
     "encoder_ids",
     "fill_template",
     "following_ids",
-    "format_of_keys",
+    "format_of_row",
     "pads_right",
     "pair_of",
     "prompt_ids",
+    "prompt_turns",
     "read_dataset",
     "render_messages",
+    "said",
     "special_frame",
     "tag_rows",
     "take_classes",

@@ -144,7 +144,7 @@ def dataset_of(
         raise DataError("there are no rows")
     if format == "auto":
         tokenized = {"input_ids", "labels"} <= renamed[0].keys()
-        format = "tokenized" if tokenized else format_of_keys(set(renamed[0]), where=places[0])
+        format = "tokenized" if tokenized else format_of_row(renamed[0], where=places[0])
     if format not in (*FORMATS, "tokenized"):
         raise DataError(f"unknown format {format!r}", hint=nearest(format, FORMATS) or None)
     if format != "tokenized":
@@ -167,12 +167,13 @@ def checked_dataset(
             )
         rows = rows.rename_column(theirs, ours) if theirs != ours else rows
     names = set(rows.column_names)
+    first = rows[0] if len(rows) else dict.fromkeys(names)
     if format == "auto":
         tokenized = {"input_ids", "labels"} <= names
-        format = "tokenized" if tokenized else format_of_keys(names, where="the rows")
-    shape = shape_of(names, format) if format in COLUMNS else None
+        format = "tokenized" if tokenized else format_of_row(first, where="the rows")
+    shape = shape_of(first, format) if format in COLUMNS else None
     if shape is not None:
-        gone = sorted(names - set(_arranged(rows[0], shape, "row 0 (counting from 0)")))
+        gone = sorted(names - set(_arranged(first, shape, "row 0 (counting from 0)")))
         rows = rows.map(
             lambda row, index: _arranged(row, shape, f"row {index} (counting from 0)"),
             with_indices=True, remove_columns=gone,
@@ -200,19 +201,19 @@ def detect_format(path: str | os.PathLike[str], *, columns: Mapping[str, str] | 
     record = next(read_records(file), None)
     if record is None:
         raise DataError(f"{file} holds no rows")
-    return format_of_keys(set(_rename(record, columns)), where=record.place)
+    return format_of_row(_rename(record, columns), where=record.place)
 
 
-def format_of_keys(keys: set[str], *, where: str) -> str:
-    """The one format whose columns are among `keys`; a DataError that names `where` if there are none or several."""
+def format_of_row(row: Mapping[str, object], *, where: str) -> str:
+    """The one format that a row has the columns of; a DataError that names `where` if there are none or several."""
+    shape, keys = shape_of(row), set(row)
+    if shape is not None:
+        return shape.format
     fitting = [name for name, needed in COLUMNS.items() if keys >= set(needed)]
     # {text, label} fits `text` and `classification`; the format that explains more of the row wins.
     best = [a for a in fitting if not any(set(COLUMNS[a]) < set(COLUMNS[b]) for b in fitting)]
     if len(best) == 1:
         return best[0]
-    shape = None if best else shape_of(keys)
-    if shape is not None:
-        return shape.format
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     fault = f"fit {' and '.join(best)}" if best else "fit no format"
     raise DataError(
@@ -248,7 +249,7 @@ def _refused(
 
 def _shape(row: Mapping[str, object], format: str) -> Shape | None:
     """How rows like this one are laid out, where that is not as the format has it."""
-    return shape_of(set(row), format)
+    return shape_of(row, format)
 
 
 def _arranged(row: Mapping[str, object], shape: Shape | None, place: str) -> dict[str, object]:

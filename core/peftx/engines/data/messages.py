@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -22,9 +23,13 @@ from peftx.engines.data.encoding import (
     without_prefix,
 )
 from peftx.errors import DataError, UnsupportedError
+from peftx_spec.shapes import PROMPT_TURNS
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says."""
+
+REFUSALS = (TemplateError, TypeError)
+"""What a template raises itself, what is wrong with it, and what its filters say of a thing that they cannot write."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,13 +46,16 @@ def render_messages(
 
     With a chat template: its rendering with the generation prompt, BOS included (encode it with
     `add_special_tokens=False`). Without: `User: hi`, a line break, `Assistant:`; BOS not included.
+
+    Raises:
+        DataError: the chat template refuses the conversation. UnsupportedError: there is none, and it has tools.
     """
     while not ask and messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if tokenizer.chat_template is not None:
         return _render(tokenizer, messages, ask=ask, tools=tools)
     ended = "" if tokenizer.eos_token is None else str(tokenizer.eos_token)
-    segments = _plain_segments(messages, ask=ask)
+    segments = _plain_segments(messages, ask=ask, tools=tools)
     return "".join(text + ended if learned else text for text, learned in segments)
 
 
@@ -60,14 +68,18 @@ def messages_encoder(
 
     def encode(row: Mapping[str, object], where: str) -> Example:
         messages: Sequence[Mapping[str, Any]] = row["messages"]  # type: ignore[assignment]
+        asked = sum(turn["role"] == "assistant" for turn in messages[: prompt_turns(row)])
         if marked:
-            return _by_marks(tokenizer, messages, tools_of(row), max_length, prefix, where)
-        segments = list(
-            _plain_segments(messages, ask=False)
-            if plain
-            else _template_segments(tokenizer, messages, where, tools_of(row))
-        )
-        if not segments:
+            return _by_marks(tokenizer, messages, tools_of(row), asked, max_length, prefix, where)
+        try:
+            segments = list(
+                _plain_segments(messages, ask=False, tools=tools_of(row))
+                if plain
+                else _template_segments(tokenizer, messages, tools_of(row))
+            )
+        except (DataError, UnsupportedError) as error:
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
+        if not segments[2 * asked :]:  # two of each of the assistant's turns
             raise DataError(
                 f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
             )
@@ -76,6 +88,7 @@ def messages_encoder(
             segments = [
                 (text + str(tokenizer.eos_token) if learned else text, learned) for text, learned in segments
             ]
+        segments = [(text, learned and at >= 2 * asked) for at, (text, learned) in enumerate(segments)]
         # What stands before the last answer is one piece, as the model is asked for it; the answer goes on from it.
         ids, labels = _asked(tokenizer, segments[:-1])
         answer = completion_ids(tokenizer, segments[-1][0], where)
@@ -102,23 +115,26 @@ def _by_marks(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     tools: list[Any] | None,
+    asked: int,
     max_length: int,
     prefix: list[int],
     where: str,
 ) -> Example:
-    """Labels where the template itself says that the assistant speaks."""
+    """Labels where the template itself says that the assistant speaks, its first `asked` turns apart."""
     try:
         found = tokenizer.apply_chat_template(
             [_unpacked(m) for m in messages], tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
-    except TemplateError as error:
+    except REFUSALS as error:
         raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
-    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    ids, marks = list(found["input_ids"]), list(found["assistant_masks"])
+    turn = accumulate(own > before for before, own in pairwise([0, *marks]))
+    mask = [own and number > asked for own, number in zip(marks, turn, strict=True)]
     if not any(mask):
         raise DataError(
             f"{where}: the conversation has no turn of the assistant, so there is nothing to learn"
         )
-    end = len(mask) - mask[::-1].index(1)  # what follows the last answer is nobody's to learn
+    end = len(mask) - mask[::-1].index(True)  # what follows the last answer is nobody's to learn
     ids, labels = ids[:end], [i if own else IGNORE for i, own in zip(ids[:end], mask[:end], strict=True)]
     front = prefix if ids[: len(prefix)] == prefix else []
     cut = max(len(front), len(ids) - (max_length - len(front)))
@@ -187,15 +203,33 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
         return row.get("prompt", row.get("text", "")), row.get("completion", row.get("chosen", ""))
     turns = row["messages"]
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-    said = [str(turn["content"] or "") for turn in turns]
-    return "\n".join(said[:last]), "".join(said[last : last + 1])
+    texts = [said(turn) for turn in turns]
+    return "\n".join(texts[:last]), "".join(texts[last : last + 1])
 
 
-def _plain_segments(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> Iterator[tuple[str, bool]]:
+def prompt_turns(row: Mapping[str, Any]) -> int:
+    """The turns of a conversation that are asked and not learned."""
+    return int(row.get(PROMPT_TURNS) or 0)
+
+
+def said(turn: Mapping[str, Any]) -> str:
+    """The words of a turn, and its calls of tools as JSON."""
+    calls = _unpacked(turn).get("tool_calls")
+    return str(turn["content"] or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _plain_segments(
+    messages: Sequence[Mapping[str, Any]], *, ask: bool, tools: list[Any] | None
+) -> Iterator[tuple[str, bool]]:
     """(text, learned?): `User: hi`, line break, `Assistant:` | ` hello` (EOS) | line break, `User: ...`
 
     With `ask` a last `Assistant:` waits for its turn; without, what follows the last answer is left out.
     """
+    if tools or any(_unpacked(message).get("tool_calls") for message in messages):
+        raise UnsupportedError(
+            "tools go through the tokenizer's chat template, and this model has none",
+            hint="take a model with a chat template",
+        )
     asked = ""
     for message in messages:
         if message["role"] == "assistant":
@@ -211,7 +245,6 @@ def _plain_segments(messages: Sequence[Mapping[str, Any]], *, ask: bool) -> Iter
 def _template_segments(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
-    where: str,
     tools: list[Any] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """(text, learned?): what the template adds to ask for a turn, and what it adds for the turn itself."""
@@ -219,15 +252,12 @@ def _template_segments(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        try:
-            asked = _render(tokenizer, messages[:index], ask=True, tools=tools)
-            answered = _render(tokenizer, messages[: index + 1], ask=False, tools=tools)
-        except DataError as error:
-            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+        asked = _render(tokenizer, messages[:index], ask=True, tools=tools)
+        answered = _render(tokenizer, messages[: index + 1], ask=False, tools=tools)
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise UnsupportedError(
-                f"{where}: the chat template rewrites earlier turns (before messages[{index}]), so the "
-                "assistant's turns cannot be told from the rest",
+                f"the chat template rewrites earlier turns (before messages[{index}]), so the assistant's turns "
+                "cannot be told from the rest",
                 hint="split the conversation into prompt-completion rows",
             )
         yield asked[len(done) :], False
@@ -246,7 +276,7 @@ def _render(
         rendered = tokenizer.apply_chat_template(
             [_unpacked(m) for m in messages], tokenize=False, add_generation_prompt=ask, tools=tools
         )
-    except TemplateError as error:  # what a template raises itself, and what is wrong with it
+    except REFUSALS as error:
         raise DataError(
             f"the chat template refuses the conversation: {error}",
             hint="change the row, or set another tokenizer.chat_template",
@@ -255,11 +285,28 @@ def _render(
 
 
 def _unpacked(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates know it: calls of tools as what they are, and nothing that it does not have."""
+    """A message as templates know it: calls of tools as what they are, and nothing that it does not have.
+
+    Raises:
+        DataError: a call has arguments that are no JSON.
+    """
     found = {name: value for name, value in message.items() if value is not None or name == "content"}
-    if isinstance(found.get("tool_calls"), str):
-        found["tool_calls"] = json.loads(found["tool_calls"])
+    calls = found.get("tool_calls")
+    if calls is not None:
+        found["tool_calls"] = list(map(_called, json.loads(calls) if isinstance(calls, str) else calls))
     return found
+
+
+def _called(call: Any) -> Any:
+    """A call with its arguments as an object, which templates write as JSON: those of OpenAI's form are that text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError as error:
+        raise DataError(f"tool_calls: the arguments are no JSON: {error}") from error
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def tools_of(row: Mapping[str, object]) -> list[Any] | None:

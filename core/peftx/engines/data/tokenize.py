@@ -29,10 +29,13 @@ from peftx.engines.data.kept import kept
 from peftx.engines.data.messages import messages_encoder
 from peftx.engines.models import tokenizer_digest
 from peftx.errors import DataError, UnsupportedError, nearest
+from peftx_spec.shapes import PROMPT_TURNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BESIDE = ("tools", PROMPT_TURNS)
+"""Columns that decide about a conversation's ids too."""
 BLOCK = 500
 """Texts that are tokenized in one call."""
 
@@ -102,7 +105,7 @@ def tokenize_dataset(
         )
     if format == "text" and keep:
         raise DataError("text is repacked into blocks, so no column of its rows can be kept")
-    columns = [name for name in dataset.column_names if name in {*COLUMNS[format], *keep}]
+    columns = [name for name in dataset.column_names if name in {*COLUMNS[format], *BESIDE, *keep}]
 
     def about() -> dict[str, Any]:
         return {

@@ -52,6 +52,11 @@ class Site:
         return inside and not self.apart and self.role.partition(".")[0] != "router"
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What a regular expression finds it by: the module's raw name, and of stacked experts the parameter's too."""
+        return (self.path, f"{self.path}.{self.parameter}") if self.kind == "experts" else (self.path,)
+
+    @property
     def key(self) -> str:
         """Unique in the model: the path, and the role where several share the module."""
         return f"{self.path}@{self.role}" if self.fused or self.kind == "experts" else self.path
@@ -85,13 +90,11 @@ class Site:
     @property
     def out_features(self) -> int:
         """Size of the output's last dimension: out for a matrix, width of an embedding or norm."""
-        shape = self._sized()
-        return shape[-1] if self.kind in ("embedding", "norm") else shape[-2]
+        return self._sized()[-1 if self.kind in ("embedding", "norm") else -2]
 
     @property
     def in_features(self) -> int:
-        shape = self._sized()
-        return shape[-1]
+        return self._sized()[-1]
 
     def _sized(self) -> tuple[int, ...]:
         if not self.shape:
@@ -116,8 +119,7 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        parameter = next(self.module.parameters(), None)
-        return torch.float32 if parameter is None else parameter.dtype
+        return next((parameter.dtype for parameter in self.module.parameters()), torch.float32)
 
     def __repr__(self) -> str:
         return f"Site({self.role}, {self.path}, {self.kind}, {'x'.join(map(str, self.shape))})"

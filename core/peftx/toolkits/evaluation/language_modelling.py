@@ -9,7 +9,16 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftx.engines.data import continuation, encoder_ids, following_ids, prompt_ids, text_ids, turns
+from peftx.engines.data import (
+    continuation,
+    encoder_ids,
+    following_ids,
+    prompt_ids,
+    prompt_turns,
+    said,
+    text_ids,
+    turns,
+)
 from peftx.errors import DataError
 from peftx.toolkits.evaluation.likelihood import (
     Progress,
@@ -169,8 +178,8 @@ def _turn_requests(
         requests.append(
             Request(inputs=ids[start : end - 1], first=begin - 1 - start, targets=[ids[begin:end]])
         )
-    for message in row["messages"]:
-        count += len(message["content"].encode()) if message["role"] == "assistant" else 0
+    for message in row["messages"][prompt_turns(row) :]:
+        count += len(said(message).encode()) if message["role"] == "assistant" else 0
     return requests, count
 
 

@@ -10,7 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchem
 from pydantic_core import CoreSchema
 
 from peftx.engines.data.messages import render_messages
-from peftx.errors import DataError, UnsupportedError
 from peftx.toolkits.serving.job import Request
 
 if TYPE_CHECKING:
@@ -229,13 +228,6 @@ class Message(BaseModel):
         found: dict[str, Any] = self.model_dump(exclude_none=True)
         found["content"] = "".join(part.text for part in parts) if parts else self.content
         found["role"] = "system" if self.role == "developer" else self.role
-        for call in found.get("tool_calls", ()):
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                try:
-                    function["arguments"] = json.loads(function["arguments"])
-                except ValueError as error:
-                    raise DataError(f"tool_calls: the arguments are no JSON: {error}") from error
         return found
 
 
@@ -268,11 +260,6 @@ class ChatBody(Sampled):
         messages = [message.plain() for message in self.messages]
         tools = self.tools if self.tool_choice != "none" else None
         chat = tokenizer.chat_template is not None
-        if not chat and (tools or any(m.get("tool_calls") for m in messages)):
-            raise UnsupportedError(
-                "tools go through the tokenizer's chat template, and this model has none",
-                hint="serve a model with a chat template",
-            )
         more: dict[str, Any] = {"prompt": render_messages(tokenizer, messages, tools=tools), "rendered": chat}
         if not chat:
             more |= {"stop": (*self.stops, ASIDE), "trim": True}

@@ -129,7 +129,6 @@ class LoraEmbedding(Delta):
 
 def options_of(settings: Settings) -> dict[str, Any]:
     """What `adapter_config.json` says."""
-    settings["r"], settings["rank_pattern"]  # the tensors say it
     if str(settings.get("init_lora_weights", True)).startswith(MOVED):
         raise AdapterError(
             f"lora: the adapter began with init_lora_weights={settings['init_lora_weights']!r}, which takes something "
@@ -137,15 +136,13 @@ def options_of(settings: Settings) -> dict[str, Any]:
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it there",
         )
     shapes = settings.adapted("lora_A.weight", "lora_embedding_A")
-    experts = settings.get("target_parameters", ())
-    ranks = {path: shape[0] for path, shape in shapes.items()}
-    stacked = {path for path in ranks if any(path.endswith(name.rpartition(".")[0]) for name in experts)}
-    ranks |= dict.fromkeys(stacked, settings["r"])  # one behind the other, of all experts
-    alphas = {
-        path: float(settings.get("lora_alpha", 8) if found is None else found)
-        for path in ranks
-        for found in [settings.pattern("alpha_pattern", path)]
-    }
+    ranks, alphas = {}, {}
+    for path, shape in shapes.items():
+        for matrix in settings.matrices(path):
+            place = matrix.removesuffix(".weight")
+            alphas[place] = float(settings.pattern("alpha_pattern", matrix, settings.get("lora_alpha", 8)))
+            stacked = settings.pattern("rank_pattern", matrix, settings.get("r", 8))
+            ranks[place] = shape[0] if matrix == path else stacked  # A of experts lies one behind the other
     rank, alpha = most_common(ranks), most_common(alphas)
     return {
         "rank": rank,
