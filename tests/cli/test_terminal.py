@@ -231,11 +231,13 @@ def test_several_bundles_are_served_by_name(
 
     from peftx import Stack
     from peftx_lora import Lora
+    from peftx_spec.errors import visible
 
     apps: list[Any] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: apps.append(app))
     for place in ("out/legal", "outside"):
         Stack("peftx:tiny", [Lora(rank=2)]).save(tmp_path / place)
+    (tmp_path / "out" / "circle").symlink_to(tmp_path / "out" / "circle")
     result = run(
         "serve", "plain=peftx:tiny", str(tmp_path / "out" / "legal"), "--adapters", str(tmp_path / "out")
     )
@@ -246,10 +248,11 @@ def test_several_bundles_are_served_by_name(
             return http.post("/v1/load_lora_adapter", json={"lora_name": "more", "lora_path": path})
 
         assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["plain", "legal"]
-        for path in ("../outside", str(tmp_path / "outside"), "missing", "legal/manifest.json"):
+        places = ("../outside", str(tmp_path / "outside"), "missing", "legal/manifest.json")
+        for path in (*places, "b\0", "b" * 900, "circle", "circle/legal", "~nobody"):
             answer = load(path)
-            assert answer.status_code == 400
-            assert f"there is no bundle '{path}'" in answer.json()["error"]["message"]
+            assert answer.status_code == 400, answer.text
+            assert f"there is no bundle '{visible(path)}'" in answer.json()["error"]["message"]
         assert load("legal").status_code == 200
         asked = {"model": "more", "prompt": "Once", "max_tokens": 2, "temperature": 0}
         assert http.post("/v1/completions", json=asked).status_code == 200

@@ -274,6 +274,7 @@ def serve(
     for target in named.values():
         check_there(target, model=model)
     from peftx.toolkits.serving import Scheduler, Server
+    from peftx.toolkits.serving.folder import AdapterFolder
     from peftx.toolkits.serving.http import run_http
 
     if host not in LOOPBACK and api_key is None:
@@ -286,14 +287,10 @@ def serve(
         )
         return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
 
-    def asked(name: str, path: str) -> Server:
-        assert adapters is not None
-        return server(name, str(_inside(adapters, path)))
-
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
     run_http(
         *(server(name, target) for name, target in named.items()),
-        host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else asked,
+        host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else AdapterFolder(adapters, server),
     )  # fmt: skip
 
 
@@ -332,19 +329,4 @@ def _named(targets: Sequence[str]) -> dict[str, str]:
                 hint=f"give one another name: other={target}",
             )
         found[name] = target
-    return found
-
-
-def _inside(folder: Path, path: str) -> Path:
-    """A place in a folder as clients name it, from there on.
-
-    Raises:
-        PeftxError: it leads out of the folder, or there is no bundle.
-    """
-    from peftx_spec.errors import FileError
-
-    root = folder.expanduser().resolve()
-    found = (root / path).resolve()
-    if not found.is_relative_to(root) or not found.is_dir():
-        raise FileError(f"there is no bundle '{path}' in the folder of adapters", hint="a path from there on")
     return found
