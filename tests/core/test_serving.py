@@ -576,6 +576,7 @@ def test_an_encoder_decoder_model_is_served() -> None:
         ({"echo": True, "stream": True}, 400, None, "logprobs and echo are not streamed"),
         ({"logprobs": 21}, 400, "logprobs", ""),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias", ""),
+        ({"logit_bias": {"5": 1, "5000": 100}}, 400, None, "logit_bias names token 5000, and this model has"),
         ({"presence_penalty": 3}, 400, "presence_penalty", ""),
         ({"n": 2, "stream": True}, 400, None, "one prompt at a time"),
         ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
@@ -621,11 +622,28 @@ def test_bodies_that_are_no_json_or_too_large(stack: Stack) -> None:
 
 def test_only_named_hosts_are_answered(stack: Stack) -> None:
     """A web page that lets its own name point at 127.0.0.1 does not reach the model."""
-    app = build_app(Server(stack, name="small"), allowed_hosts=["127.0.0.1", "localhost"])
+    app = build_app(Server(stack, name="small"), allowed_hosts=["127.0.0.1", "localhost", "::1"])
     with TestClient(app, base_url="http://localhost") as client:
         assert client.get("/healthz").status_code == 200
     with TestClient(app, base_url="http://evil.example") as client:
-        assert client.get("/healthz").status_code == 400
+        for found in (client.get("/healthz"), client.post("/v1/completions", json={"prompt": "A"})):
+            assert found.status_code == 400
+            assert "'evil.example' is no name of this server" in found.json()["error"]["message"]
+            assert found.json()["error"]["code"] == "bad_request"
+    with TestClient(app) as client:
+        told = [operation for each in app.openapi()["paths"].values() for operation in each.values()]
+        assert all("400" in operation["responses"] for operation in told)
+        for host, status in (
+            ("LocalHost:80", 200),
+            ("127.0.0.1:8000", 200),
+            ("[::1]:8000", 200),
+            ("[::1]", 200),
+            ("", 400),
+            ("[::1", 400),
+            ("localhost.evil.example", 400),
+            ("localhost@evil.example", 400),
+        ):
+            assert client.get("/healthz", headers={"host": host}).status_code == status, host
 
 
 def test_many_clients_at_once(stack: Stack) -> None:

@@ -287,7 +287,7 @@ def serve(
         )
         return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
 
-    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
+    hosts = LOOPBACK if host in LOOPBACK else None
     run_http(
         *(server(name, target) for name, target in named.items()),
         host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else AdapterFolder(adapters, server),

@@ -15,7 +15,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from peftx.errors import PeftxError
 from peftx.toolkits.serving.bodies import (
@@ -77,12 +76,13 @@ def build_app(
             yield
 
     app = App(keyed=server.api_key is not None, lifespan=lifespan)
-    if allowed_hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     answer_errors(app)
-    app.add_middleware(Guard, most=server.max_body, refusal=error_body, key=server.api_key)
-    keyed = (401,) if app.keyed else ()
-    routes(app, models, keyed)
+    app.add_middleware(
+        Guard, most=server.max_body, refusal=error_body, key=server.api_key, hosts=allowed_hosts
+    )
+    hosted = () if allowed_hosts is None else (400,)
+    keyed = (401, *hosted) if app.keyed else hosted
+    routes(app, models, hosted=hosted, keyed=keyed)
     for each in servers:
         for route in each.routes:
             path = route.path if each is server else f"/{each.name}{route.path}"
@@ -91,8 +91,8 @@ def build_app(
     return app
 
 
-def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
-    """The server's own routes; `keyed`: errors of all that want a key."""
+def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tuple[int, ...]) -> None:
+    """The server's own routes; `hosted`: errors of all, `keyed`: of all that want a key."""
     started, metrics = int(time.time()), Metrics(models)
     reading = (400, 404, 500, *SENDING, *keyed)
     writing = (429, *reading)
@@ -120,8 +120,8 @@ def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"content-security-policy": POLICY})
 
-    @app.get("/health", responses=answers(Health))
-    @app.get("/healthz", responses=answers(Health))
+    @app.get("/health", responses=answers(Health, *hosted))
+    @app.get("/healthz", responses=answers(Health, *hosted))
     def healthz() -> dict[str, Any]:
         each = {engine.server.name: engine.about() for engine in models}
         sums = {key: sum(one[key] for one in each.values()) for key in ("queued", "served", "batches")}
@@ -159,7 +159,10 @@ def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
         if body.best_of is not None:
             groups = [sorted(group, key=lambda one: -one.mean) for group in groups]
         chosen = [one for group in groups for one in group[: body.n]]
-        choices = [choice(i, one.text, one.finish_reason, one) for i, one in enumerate(chosen)]
+        told = body.logprobs is not None  # best_of looks at them too
+        choices = [
+            choice(i, one.text, one.finish_reason, one if told else None) for i, one in enumerate(chosen)
+        ]
         usage = usage_of([group[0] for group in groups], [one for group in groups for one in group])
         return JSONResponse(head | {"choices": choices, "usage": usage})
 

@@ -38,9 +38,7 @@ class _Bias(LogitsProcessor):  # type: ignore[misc]
         self.values = torch.tensor([value for _, value in bias])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        known = self.ids < scores.shape[-1]
-        ids, values = self.ids[known].to(scores.device), self.values[known].to(scores)
-        return scores.index_add(1, ids, values.expand(len(scores), -1))
+        return scores.index_add(1, self.ids.to(scores.device), self.values.to(scores).expand(len(scores), -1))
 
 
 def shaping(request: Request, *, start: int, grammars: Callable[[], Grammars]) -> list[LogitsProcessor]:
