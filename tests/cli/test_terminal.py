@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -230,6 +231,7 @@ def test_several_bundles_are_served_by_name(
     from fastapi.testclient import TestClient
 
     from peftx import Stack
+    from peftx.engines.models import model_path
     from peftx_lora import Lora
     from peftx_spec.errors import visible
 
@@ -238,6 +240,10 @@ def test_several_bundles_are_served_by_name(
     for place in ("out/legal", "outside"):
         Stack("peftx:tiny", [Lora(rank=2)]).save(tmp_path / place)
     (tmp_path / "out" / "circle").symlink_to(tmp_path / "out" / "circle")
+    shutil.copytree(model_path("peftx:tiny"), tmp_path / "model")
+    Stack(str(tmp_path / "model"), [Lora(rank=2)]).save(tmp_path / "out" / "elsewhere")
+    shutil.copytree(tmp_path / "out" / "legal", tmp_path / "out" / "broken")
+    (tmp_path / "out" / "broken" / "lora.safetensors").write_bytes(b"")
     result = run(
         "serve", "plain=peftx:tiny", str(tmp_path / "out" / "legal"), "--adapters", str(tmp_path / "out")
     )
@@ -253,9 +259,29 @@ def test_several_bundles_are_served_by_name(
             answer = load(path)
             assert answer.status_code == 400, answer.text
             assert f"there is no bundle '{visible(path)}'" in answer.json()["error"]["message"]
+        for path, words in (
+            ("broken", "'broken': lora.safetensors is corrupted"),
+            ("elsewhere", f"'elsewhere' is of '{tmp_path / 'model'}', and no such base is served here"),
+            (".", "there is no bundle '.'"),
+        ):
+            message = load(path).json()["error"]["message"]
+            assert words in message
+            assert str(tmp_path / "out") not in message
         assert load("legal").status_code == 200
         asked = {"model": "more", "prompt": "Once", "max_tokens": 2, "temperature": 0}
         assert http.post("/v1/completions", json=asked).status_code == 200
+    monkeypatch.chdir(tmp_path)
+    result = run("serve", "base=model", "--adapters", "out")
+    assert result.exit_code == 0, result.output
+    with TestClient(apps[1], base_url="http://127.0.0.1") as http:
+        body = {"lora_name": "more", "lora_path": "elsewhere"}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert (
+            http.post(
+                "/v1/load_lora_adapter", json=body | {"lora_name": "x", "lora_path": "legal"}
+            ).status_code
+            == 400
+        )
     said = refused("serve", "peftx:tiny", "peftx:tiny=peftx:tiny")
     assert "two models are named 'peftx:tiny'" in said
 

@@ -288,8 +288,10 @@ def serve(
         return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
 
     hosts = LOOPBACK if host in LOOPBACK else None
+    servers = [server(name, target) for name, target in named.items()]
+    opener.bases.settle()
     run_http(
-        *(server(name, target) for name, target in named.items()),
+        *servers,
         host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else AdapterFolder(adapters, server),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from peftx.errors import FileError
+from peftx.errors import FileError, PeftxError
 from peftx.toolkits.serving.server import Server
 
 
@@ -24,13 +24,21 @@ class AdapterFolder:
         found = self._inside(path)
         try:
             return self.serve(name, str(found))
+        except PeftxError as error:
+            error.message = self._from_here(error.message)
+            error.hint = None if error.hint is None else self._from_here(error.hint)
+            raise
         except OSError as error:
             raise FileError(f"'{path}' cannot be read: {error.strerror}") from error
+
+    def _from_here(self, text: str) -> str:
+        """Where the folder lies is not told to clients."""
+        return text.replace(f"{self.root}/", "")
 
     def _inside(self, path: str) -> Path:
         try:
             found = (self.root / path).resolve()
-            there = found.is_relative_to(self.root) and found.is_dir()
+            there = self.root in found.parents and found.is_dir()
         except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, links in a circle
             there = False
         if not there:
