@@ -282,6 +282,10 @@ def test_several_bundles_are_served_by_name(
             ).status_code
             == 400
         )
+    shutil.rmtree(tmp_path / "model")
+    assert f"'{tmp_path / 'model'}' does not exist" in refused("serve", "out/elsewhere")
+    for option in ("--model", "--base"):
+        assert run("serve", "out/elsewhere", option, "peftx:tiny").exit_code == 0
     said = refused("serve", "peftx:tiny", "peftx:tiny=peftx:tiny")
     assert "two models are named 'peftx:tiny'" in said
 

@@ -15,7 +15,8 @@ Target = Annotated[
     str, typer.Argument(metavar="BUNDLE|MODEL", help="folder of a bundle, peftx:tiny, or another model")
 ]
 Base = Annotated[
-    str | None, typer.Option("--model", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere")
+    str | None,
+    typer.Option("--model", "--base", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere"),
 ]
 DataFile = Annotated[
     str | None,
