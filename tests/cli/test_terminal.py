@@ -220,6 +220,22 @@ def test_serve_listens_on_loopback_unless_told(
     assert (calls[1]["host"], calls[1]["port"]) == ("0.0.0.0", 9000)
 
 
+def test_limits_of_requests(
+    installed: Any, run: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftx.toolkits.serving import http
+
+    served: list[Any] = []
+    monkeypatch.setattr(http, "run_http", lambda *servers, **options: served.extend(servers))
+    assert run("serve", "peftx:tiny").exit_code == 0
+    limits = ("--max-queue", "3", "--max-new-tokens", "40", "--max-seconds", "1.5")
+    assert run("serve", "peftx:tiny", *limits).exit_code == 0
+    found = [(each.scheduler.max_queue, each.max_tokens, each.max_seconds) for each in served]
+    assert found == [(256, None, None), (3, 40, 1.5)]
+    for option in limits[::2]:
+        assert option in refused("serve", "peftx:tiny", option, "0")
+
+
 def test_several_bundles_are_served_by_name(
     installed: Any,
     run: Callable[..., Any],

@@ -369,6 +369,44 @@ def test_a_full_queue_turns_requests_away(recorded: tuple[Stack, Recorder]) -> N
             assert job.result(timeout=60).completion_tokens == 1
 
 
+def test_no_answer_is_longer_than_the_limit(stack: Stack) -> None:
+    with TestClient(build_app(Server(stack, name="small", max_tokens=6))) as client:
+        assert ask(client, max_tokens=6)["usage"]["completion_tokens"] == 6
+        found = client.post("/v1/completions", json={"prompt": "A", "max_tokens": 7})
+        assert found.status_code == 400
+        assert "7 tokens are asked for, and this server writes 6 at most" in found.json()["error"]["message"]
+        talk = {"messages": [{"role": "user", "content": "Hi"}]}
+        told = client.post("/v1/chat/completions", json=talk).json()
+        assert told["choices"][0]["finish_reason"] == "length", (
+            "one that says nothing gets as many as there are"
+        )
+        assert told["usage"]["completion_tokens"] == 6
+        assert client.post("/v1/chat/completions", json=talk | {"max_tokens": 7}).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_request_runs_longer_than_the_limit(recorded: tuple[Stack, Recorder], stream: bool) -> None:
+    watched, recorder = recorded
+    server = Server(watched, name="small", scheduler=Scheduler(max_wait_ms=0), max_seconds=0.2)
+    with TestClient(build_app(server)) as client:
+        found = client.post("/v1/completions", json={"prompt": "A", "max_tokens": 2, "stream": stream})
+        assert found.status_code == (200 if stream else 408), (
+            "the head of a stream is sent before its end is known"
+        )
+        error = json.loads(found.text.removeprefix("data: "))["error"]
+        assert error["code"] == "timeout"
+        assert "no answer within 0.2 s" in error["message"]
+        recorder.gate.set()
+        server.max_seconds = 60
+        assert ask(client, max_tokens=2, temperature=0)["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": 0}, {"max_seconds": 0.0}, {"max_seconds": float("nan")}])
+def test_a_limit_that_lets_nothing_through_is_refused(stack: Stack, limit: dict[str, Any]) -> None:
+    with pytest.raises(ServerError, match=f"{next(iter(limit))} is "):
+        Engine(Server(stack, **limit))
+
+
 def test_closing_turns_the_waiting_away(recorded: tuple[Stack, Recorder]) -> None:
     watched, recorder = recorded
     engine = Engine(Server(watched, scheduler=Scheduler(max_wait_ms=0))).start()

@@ -54,6 +54,19 @@ MaxWait = Annotated[
         "--max-wait-ms", min=0.0, help="how long a request waits for company where batches run whole"
     ),
 ]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", min=1, help="requests to a model that wait at most; more get status 429")
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1, help="tokens that an answer may have; who asks for more gets 400"
+    ),
+]
+MaxSeconds = Annotated[
+    float | None,
+    typer.Option("--max-seconds", min=0.001, help="time that a request may take, its wait too; then 408"),
+]
 PackWeights = Annotated[
     bool, typer.Option(help="lay float32 weights out for a CPU's products; takes their memory once more")
 ]
@@ -246,6 +259,9 @@ def serve(
     port: Port = 8000,
     max_batch: MaxBatch = 32,
     max_wait_ms: MaxWait = 5.0,
+    max_queue: MaxQueue = 256,
+    max_new_tokens: MaxNewTokens = None,
+    max_seconds: MaxSeconds = None,
     prefix_cache: PrefixCache = False,
     pack_weights: PackWeights = True,
     adapters: Adapters = None,
@@ -284,9 +300,13 @@ def serve(
 
     def server(name: str, target: str) -> Server:
         scheduler = Scheduler(
-            max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache, pack_weights=pack_weights
-        )
-        return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
+            max_batch=max_batch, max_wait_ms=max_wait_ms, max_queue=max_queue,
+            prefix_cache=prefix_cache, pack_weights=pack_weights,
+        )  # fmt: skip
+        return Server(
+            opener.stack(target), name=name, scheduler=scheduler, api_key=api_key,
+            max_tokens=max_new_tokens, max_seconds=max_seconds,
+        )  # fmt: skip
 
     hosts = LOOPBACK if host in LOOPBACK else None
     servers = [server(name, target) for name, target in named.items()]

@@ -153,8 +153,8 @@ def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tupl
         head = headed(engine, "cmpl", "text_completion")
         jobs = await submitted(engine, [request for group in asked for request in group])
         if body.stream:
-            return Events(jobs[0], head, choice, body.stream_options)
-        done = iter(await finished(jobs, http))
+            return Events(jobs[0], head, choice, body.stream_options, engine.server.max_seconds)
+        done = iter(await finished(jobs, http, engine.server.max_seconds))
         groups = [[next(done) for _ in group] for group in asked]
         if body.best_of is not None:
             groups = [sorted(group, key=lambda one: -one.mean) for group in groups]
@@ -177,8 +177,8 @@ def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tupl
         jobs = await submitted(engine, requests)
         if body.stream:
             head = headed(engine, "chatcmpl", "chat.completion.chunk")
-            return Events(jobs[0], head, delta_of, body.stream_options)
-        done = await finished(jobs, http)
+            return Events(jobs[0], head, delta_of, body.stream_options, engine.server.max_seconds)
+        done = await finished(jobs, http, engine.server.max_seconds)
         choices = [turn(i, one, trim=requests[0].trim) for i, one in enumerate(done)]
         return JSONResponse(
             headed(engine, "chatcmpl", "chat.completion")

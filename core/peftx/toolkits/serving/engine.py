@@ -230,12 +230,18 @@ class Engine:
 
     def room_of(self, request: Request, ids: list[int]) -> int:
         """Tokens that the answer may have. Raises PeftxError where they do not fit with the prompt."""
-        stack = self.server.stack
+        stack, most = self.server.stack, self.server.max_tokens
         if request.max_tokens is not None:
+            if most is not None and request.max_tokens > most:
+                raise GenerationError(
+                    f"{request.max_tokens} tokens are asked for, and this server writes {most} at most",
+                    hint=f"max_tokens: {most}",
+                )
             check_length(stack, len(ids), request.max_tokens)
             return request.max_tokens
         apart = 0 if stack.model.config.is_encoder_decoder else len(ids)
-        left = MOST_LEFT if self.context is None else min(MOST_LEFT, self.context - apart)
+        left = MOST_LEFT if most is None else min(MOST_LEFT, most)
+        left = left if self.context is None else min(left, self.context - apart)
         check_length(stack, len(ids), max(1, left))
         return left
 

@@ -59,15 +59,24 @@ def turn(index: int, done: Completion, *, trim: bool) -> dict[str, Any]:
     return {"index": index, "message": message, "logprobs": told, "finish_reason": done.finish_reason}
 
 
-async def finished(jobs: Sequence[Job], http: HttpRequest) -> list[Completion]:
-    """The jobs' completions, waited for without a thread. Raises what the model raised, and if the client is gone."""
+def _late(seconds: float | None) -> str:
+    return f"no answer within {seconds} s, which is this server's limit\n  hint: fewer tokens, or try again later"
+
+
+async def finished(jobs: Sequence[Job], http: HttpRequest, seconds: float | None) -> list[Completion]:
+    """The jobs' completions, waited for so long and without a thread.
+
+    Raises what the model raised, and HTTPException where the time is up or the client is gone.
+    """
     waiting = asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job.future)) for job in jobs))
     gone = asyncio.ensure_future(_gone(http))
     try:
         both: set[asyncio.Future[Any]] = {waiting, gone}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not waiting.done():
             raise HTTPException(499, "the client is gone")
+        if not waiting.done():
+            raise HTTPException(408, _late(seconds))
         return waiting.result()
     finally:
         gone.cancel()
@@ -90,8 +99,9 @@ class Events(StreamingResponse):
         head: dict[str, Any],
         piece_of: Callable[[int, str, str | None], dict[str, Any]],
         options: StreamOptions | None,
+        seconds: float | None,
     ) -> None:
-        super().__init__(_events(job, head, piece_of, options), media_type="text/event-stream")
+        super().__init__(_events(job, head, piece_of, options, seconds), media_type="text/event-stream")
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,11 +116,13 @@ async def _events(
     head: dict[str, Any],
     piece_of: Callable[[int, str, str | None], dict[str, Any]],
     options: StreamOptions | None,
+    seconds: float | None,
 ) -> AsyncIterator[str]:
-    """Server-sent events: pieces of text, an end with the reason, `[DONE]`. The usage comes with the end, or as OpenAI
-    has it where it is asked for: in an event of its own, without choices."""
+    """Server-sent events: pieces of text, an end with the reason, `[DONE]`; an error where it takes longer. The usage
+    comes with the end, or as OpenAI has it where it is asked for: in an event of its own, without choices."""
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
     apart = options is not None and options.include_usage
+    until = None if seconds is None else loop.time() + seconds
 
     def send(piece: str | None) -> None:
         try:
@@ -127,7 +139,11 @@ async def _events(
         if piece_of is delta_of:
             yield event(head | {"choices": [delta_of(0, "", None)]})
         trim = job.request.trim
-        while (piece := await pieces.get()) is not None:
+        while True:
+            async with asyncio.timeout_at(until):
+                piece = await pieces.get()
+            if piece is None:
+                break
             piece, trim = piece.removeprefix(" ") if trim else piece, False
             if piece:
                 yield event(head | {"choices": [piece_of(0, piece, None)]})
@@ -137,5 +153,7 @@ async def _events(
         if apart:
             yield event(head | {"choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
+    except TimeoutError:
+        yield event(error_body(408, _late(seconds)))
     except PeftxError as error:
         yield event(error_body(status_of(error), str(error)))
