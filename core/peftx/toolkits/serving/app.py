@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -148,12 +148,10 @@ def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tupl
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         engine = models.engine(body.model)
         asked = body.requests()
-        if body.stream and (len(asked) > 1 or body.n > 1):
-            raise HTTPException(400, "stream takes one prompt at a time, and gives one answer")
         head = headed(engine, "cmpl", "text_completion")
         jobs = await submitted(engine, [request for group in asked for request in group])
         if body.stream:
-            return Events(jobs[0], head, choice, body.stream_options, engine.server.max_seconds)
+            return Events(jobs, head, choice, body, engine.server.max_seconds)
         done = iter(await finished(jobs, http, engine.server.max_seconds))
         groups = [[next(done) for _ in group] for group in asked]
         if body.best_of is not None:
@@ -161,7 +159,7 @@ def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tupl
         chosen = [one for group in groups for one in group[: body.n]]
         told = body.logprobs is not None  # best_of looks at them too
         choices = [
-            choice(i, one.text, one.finish_reason, one if told else None) for i, one in enumerate(chosen)
+            choice(i, one.text, one.finish_reason, one.scores if told else ()) for i, one in enumerate(chosen)
         ]
         usage = usage_of([group[0] for group in groups], [one for group in groups for one in group])
         return JSONResponse(head | {"choices": choices, "usage": usage})
@@ -171,13 +169,11 @@ def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tupl
     )
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         engine = models.engine(body.model)
-        if body.stream and body.n > 1:
-            raise HTTPException(400, "stream gives one answer")
         requests = await run_in_threadpool(body.requests, engine.server.stack.tokenizer)
         jobs = await submitted(engine, requests)
         if body.stream:
             head = headed(engine, "chatcmpl", "chat.completion.chunk")
-            return Events(jobs[0], head, delta_of, body.stream_options, engine.server.max_seconds)
+            return Events(jobs, head, delta_of, body, engine.server.max_seconds)
         done = await finished(jobs, http, engine.server.max_seconds)
         choices = [turn(i, one, trim=requests[0].trim) for i, one in enumerate(done)]
         return JSONResponse(

@@ -85,14 +85,20 @@ def scores_of(
     found: list[TokenScore] = []
     for place in range(first, len(ids)):
         offset = len(text(ids[first:place]))
-        name = text([ids[place]])
         if place == 0:
-            found.append(TokenScore(name, None, offset))
+            found.append(TokenScore(text([ids[place]]), None, offset))
             continue
-        row = logits[place - 1].float().log_softmax(-1)
-        best = row.topk(top) if top else None
-        likeliest = () if best is None else tuple(
-            (text([token]), value) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )  # fmt: skip
-        found.append(TokenScore(name, float(row[ids[place]]), offset, likeliest))
+        found.append(score_of(logits[place - 1], ids[place], offset, top=top, text=text))
     return tuple(found)
+
+
+def score_of(
+    logits: Tensor, token: int, offset: int, *, top: int, text: Callable[[list[int]], str]
+) -> TokenScore:
+    """Of a token, by the logits [V] in front of it; the rest as in `scores_of`."""
+    row = logits.float().log_softmax(-1)
+    best = row.topk(top)
+    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenScore(
+        text([token]), float(row[token]), offset, tuple((text([other]), value) for other, value in likeliest)
+    )
