@@ -131,7 +131,13 @@ class LocalistDial(Plugin):
     """See the module. `dial` may be set at any time, between steps as between texts; a bundle keeps it."""
 
     Config = LocalistDialConfig
-    claims = {Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_TOKENS, Claim.WHOLE_CALLS}
+    claims = {
+        Claim.TRAINS_BASE,
+        Claim.NEEDS_GRADIENTS,
+        Claim.NEEDS_TOKENS,
+        Claim.TELLS_TOKENS,
+        Claim.WHOLE_CALLS,
+    }
     example = {
         "blocks": {"vowels": tuple("aeiou"), "ends": tuple("tns")},
         "candidates": {"more": tuple("rlh")},
