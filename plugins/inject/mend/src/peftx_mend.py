@@ -58,13 +58,22 @@ def _whole(edit: tuple[str, str]) -> tuple[str, str]:
     return edit
 
 
+def _of_one_mind(edits: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    said: dict[str, str] = {}
+    for prompt, answer in edits:
+        if (other := said.setdefault(prompt, answer)) != answer:
+            raise ValueError(f"{prompt!r} has the answers {other!r} and {answer!r}, and one edit writes both")
+    return edits
+
+
 Fact = Annotated[tuple[str, str], AfterValidator(_whole)]
+Facts = Annotated[tuple[Fact, ...], AfterValidator(_of_one_mind)]
 
 
 class MendConfig(PluginConfig):
     """Options of MEND; the paper trains with Adam at 1e-6, ten edits a step."""
 
-    edits: tuple[Fact, ...] = Field(
+    edits: Facts = Field(
         (), description="facts that are written when the stack is compressed: [prompt, answer]"
     )
     targets: Targets = Field(Targets("mlp layers=-3--1"), description="W, matrices that are edited")
@@ -299,7 +308,12 @@ class Mend(Plugin):
 
     @torch.no_grad()
     def write(self, stack: Stack, edits: Sequence[tuple[str, str]]) -> None:
-        """Write facts, [prompt, answer], into the model as it is now, together; a bundle holds them from then on."""
+        """Write facts, [prompt, answer], into the model as it is now, together; a bundle holds them from then on.
+
+        Raises:
+            PluginError: what the option `edits` refuses.
+        """
+        edits = Mend(edits=edits).config.edits
         updates = self.updates(self.gradients(stack, batch_of(stack, edits)))
         for delta, (L, R) in zip(self.deltas, updates, strict=True):
             delta.L, delta.R = torch.cat((delta.L, L), 1), torch.cat((delta.R, R), 1)

@@ -401,6 +401,13 @@ def test_a_plugin_before_it_may_read_the_call_that_makes_the_gradient() -> None:
 def test_clear_errors() -> None:
     with pytest.raises(PeftxError, match="prompt, answer"):
         Mend(edits=[["Who?", " "]])
+    twice = [["Who?", "Ann"], ["When?", "now"], ["Who?", "Tom"]]
+    with pytest.raises(PeftxError, match=r"'Who\?' has the answers 'Ann' and 'Tom'"):
+        Mend(edits=twice)
+    stack = stack_of()
+    with pytest.raises(PeftxError, match=r"'Who\?' has the answers 'Ann' and 'Tom'"):
+        mend_of(stack).write(stack, twice)
+    assert Mend(edits=[twice[0], twice[0]]), "said twice is no contradiction"
     with pytest.raises(PeftxError, match="mend: there are no edits"):
         stack_of(edits=[]).compress()
     late = Stack(tiny("llama"), [Mend(edits=FACTS)], tokenizer=tiny_tokenizer(), inject=False)
