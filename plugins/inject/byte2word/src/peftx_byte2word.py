@@ -181,7 +181,13 @@ class Byte2Word(Plugin):
     """See the module."""
 
     Config = Byte2WordConfig
-    claims = {Claim.BESIDE_WEIGHTS, Claim.NEEDS_TOKENS, Claim.NEEDS_MASK, Claim.WHOLE_CALLS}
+    claims = {
+        Claim.BESIDE_WEIGHTS,
+        Claim.NEEDS_TOKENS,
+        Claim.NEEDS_MASK,
+        Claim.TELLS_TOKENS,
+        Claim.WHOLE_CALLS,
+    }
     architectures = ("gemma", "mistral", "gpt_neox")
     example = {"width": 6, "heads": 2, "longest": 4}
     refuses = {
