@@ -81,9 +81,9 @@ def test_most_plugins_show_no_effect_as_the_readme_says() -> None:
 
 
 def test_how_many_architectures_have_a_table() -> None:
-    from peftx.kernel.anatomy.lookup import _tables
+    from peftx.kernel.anatomy.table import tables
 
-    assert f"\n{len(_tables())} architectures have a table of their parts" in README
+    assert f"\n{len(tables())} architectures have a table of their parts" in README
 
 
 def test_command_yaml_and_python_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
