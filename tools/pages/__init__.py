@@ -19,7 +19,9 @@ LINE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
 MADE: dict[str, Callable[[], str]] = {
     **spec.MADE,
     **leaderboards.MADE,
+    "setup": excerpts.setup,
     "demo": excerpts.demo,
+    "said": excerpts.said,
     "beside": excerpts.beside,
     "versions": excerpts.versions,
     "citation": excerpts.citation,
