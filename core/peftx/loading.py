@@ -43,7 +43,7 @@ from peftx.engines.models import load_model, read_tokenizer, tokenizer_digest, u
 from peftx.engines.tensor_files import read_tensors
 from peftx.errors import BundleError
 from peftx.interop.importing import import_peft
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.identity import fingerprint
 from peftx.kernel.parts import BasePart, hollowed
 from peftx.kernel.plugin import Plugin
@@ -313,7 +313,7 @@ def _rebuild(
     """Build a storage module again: a class of the core, or of the plugin's own module."""
     import sys
 
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.toolkits import compression
 
     cls = vars(compression).get(kind) or vars(sys.modules[type(plugin).__module__]).get(kind)

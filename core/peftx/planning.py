@@ -20,7 +20,8 @@ from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
 from peftx.engines.training.processes import check_claims
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
-from peftx.kernel.anatomy import Anatomy, Site
+from peftx.kernel.anatomy.anatomy import Anatomy
+from peftx.kernel.anatomy.site import Site
 from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart

@@ -24,7 +24,7 @@ from peftx.kernel.phases import Phase
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.view import ModelView
     from peftx.peft_format import PeftFormat
 

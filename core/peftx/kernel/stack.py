@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, ModelError, PluginError, StackError, nearest
 from peftx.history import History
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.calling import register
 from peftx.kernel.calls import giving
 from peftx.kernel.changes import Owner

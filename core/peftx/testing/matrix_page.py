@@ -38,7 +38,7 @@ input, select, button { font: inherit; color: inherit; background: var(--paper);
 .works { background: var(--works); } .refused { background: var(--refused); }
 .other-model { background: var(--other-model); } .failed { background: var(--failed); }
 table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); padding: .2rem .6rem;
-  text-align: left; vertical-align: top; }
+  text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 """
 
 _SCRIPT = """

@@ -88,7 +88,7 @@ def save(stack: Stack, path: Path) -> Path:
             (folder / HISTORY).write_text(stack.history.text(), encoding="utf-8")
         from peftx.engines.bundle.card import model_card
 
-        (folder / CARD).write_text(model_card(stack), encoding="utf-8")
+        (folder / CARD).write_text(model_card(stack, folder), encoding="utf-8")
         manifest["files"] = {str(f.relative_to(folder)): sha256(f) for f in plain_files(folder)}
         manifest["own"] = own_digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -12,7 +12,7 @@ from peftx.errors import ArchitectureError, ConflictError, ModelError
 from peftx.kernel.chain import is_ours
 
 if TYPE_CHECKING:
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.trained import Trained
     from peftx.kernel.view import ModelView
 

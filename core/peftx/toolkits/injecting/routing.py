@@ -15,7 +15,7 @@ from peftx.kernel.slots import Delta
 
 if TYPE_CHECKING:
     from peftx.engines.training import TrainStep
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.call import Call
     from peftx.kernel.plugin import Plugin
     from peftx.kernel.view import ModelView
