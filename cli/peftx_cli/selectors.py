@@ -37,7 +37,7 @@ class Possible:
     role: str
     tower: str | None = None
     layer: int | None = None
-    path: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def in_all(self) -> bool:

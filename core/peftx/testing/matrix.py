@@ -193,9 +193,7 @@ def _lived(
             why = f"{fault[0]} by itself: {group.reason}"
             told = [Cell(*pair, "failed", why, arch=arch) for pair in sorted(pairs) if fault[0] in pair]
         elif len(fault) == 2:
-            told = [
-                try_pair(*fault)
-            ]  # whether it is refused, or fails; where it works alone, longer rows do it
+            told = [try_pair(*fault)]  # refused, or failed; where it works alone, longer rows do it
         if len(fault) > 2 or (len(fault) == 2 and told[0].outcome == "works"):
             matrix.together.append(group)
         if fault:
@@ -332,10 +330,8 @@ def _refused(names: Sequence[str], arch: str) -> bool:
     """Is the stack refused when it is built."""
     try:
         built(_members(*names), tiny(arch))
-    except ConflictError:
-        return True
-    except Exception:  # noqa: BLE001  which is the failure that was seen
-        return False
+    except Exception as error:  # noqa: BLE001  any other is the failure that was seen
+        return isinstance(error, ConflictError)
     return False
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from peftx.engines.training.outside import watch_calls
 from peftx.engines.training.optimizer import WideAdamW, WideSGD
+from peftx.engines.training.outside import watch_calls
 from peftx.errors import TrainingError
 
 if TYPE_CHECKING:
