@@ -346,7 +346,8 @@ def _stored(tensor: torch.Tensor) -> int:
 
 def _own_in_bundle(stack: Stack, member: Member, *, whole: bool) -> int:
     """Bytes of a plugin's tensors in a bundle; where it holds the base (`whole`), trained numbers of it are whole."""
-    known = 0 if whole or not isinstance(member.plugin, KnowsChanges) else member.plugin.changed_bytes()
+    knows = stack.standing[member.id].injected and not whole
+    known = member.plugin.changed_bytes() if knows and isinstance(member.plugin, KnowsChanges) else 0
     base = {builtins.id(t) for part in stack.ledger.of(member.id, BasePart) for t in part.tensors().values()}
     own = stack.ledger.tensors(member.id).values()
     return known + sum(_stored(t) for t in own if not known or builtins.id(t) not in base)

@@ -444,7 +444,7 @@ def test_info(
     assert "  fidelity equations: written from the paper's equations" in text
     assert "  evidence not-measured: not measured on real data" in text
     assert (about["fidelity"], about["evidence"]) == ("equations", "not-measured")
-    assert ok("info", "fake-gain", "--readme").lstrip().startswith("# FakeGain")
+    assert ok("info", "fake-gain", "--readme").lstrip().startswith("# fake-gain")
     assert "did you mean 'fake-gain'" in refused("info", "fake-gian")
 
 

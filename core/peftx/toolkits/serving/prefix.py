@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
 
 
-class OwnPrefixes:
-    """Mark of a plugin whose `serve` gives the scheduler a store of prefixes: a server has one."""
+OWN = "own_prefixes"
+"""Attribute, True, of a plugin's class whose `serve` gives the scheduler a store of prefixes: a server has one."""
 
 
 def check_prefixes(stack: Stack, plugin: Plugin) -> None:
@@ -32,7 +32,7 @@ def check_prefixes(stack: Stack, plugin: Plugin) -> None:
     own = stack.id_of(plugin)
     if reason := other_rows(stack):
         raise ConflictError(f"{own}: {reason}", hint="keep one of them")
-    others = [id for id, other in stack.plugins.items() if isinstance(other, OwnPrefixes) and id != own]
+    others = [id for id, other in stack.plugins.items() if getattr(other, OWN, False) and id != own]
     if others:
         raise ConflictError(
             f"'{own}' and '{others[0]}' both keep prefixes of prompts, and a server has one store",

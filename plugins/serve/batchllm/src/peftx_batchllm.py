@@ -37,7 +37,7 @@ from peftx.errors import (
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Engine, Job, Request, Server
-from peftx.toolkits.serving.prefix import OwnPrefixes, PrefixCache, check_prefixes, read
+from peftx.toolkits.serving.prefix import PrefixCache, check_prefixes, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 from peftx.toolkits.serving.rows import PIECE, refuse_whole_batches
 from peftx.toolkits.serving.slots import check_layers
@@ -258,11 +258,12 @@ def complete(stack: Stack, prompts: Sequence[str], **wishes: Any) -> Completed:
     )
 
 
-class BatchLLM(OwnPrefixes, Plugin):
+class BatchLLM(Plugin):
     """See the module."""
 
     Config = BatchLLMConfig
     claims = {Claim.EXACT_CACHE}
+    own_prefixes = True
     refuses = {"bert": "an encoder writes no text", "t5": "an encoder reads a prompt at once"}
     config: BatchLLMConfig
 

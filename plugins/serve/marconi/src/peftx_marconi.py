@@ -35,7 +35,7 @@ from peftx.errors import ArchitectureError, ConflictError, ServerError, Unsuppor
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Server
-from peftx.toolkits.serving.prefix import OwnPrefixes, PrefixCache, check_prefixes, read
+from peftx.toolkits.serving.prefix import PrefixCache, check_prefixes, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 
 GRID = tuple(tenths / 10 for tenths in range(21))
@@ -373,11 +373,12 @@ def check_kinds(kinds: set[type], who: str) -> None:
                                 hint="take a hybrid, or a model of attention")  # fmt: skip
 
 
-class Marconi(OwnPrefixes, Plugin):
+class Marconi(Plugin):
     """See the module."""
 
     Config = MarconiConfig
     claims = {Claim.EXACT_CACHE}
+    own_prefixes = True
     architectures = ("qwen3_next",)
     refuses = {"bert": "an encoder writes no text", "t5": "an encoder reads a prompt at once"}
     config: MarconiConfig

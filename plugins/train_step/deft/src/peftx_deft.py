@@ -80,16 +80,21 @@ class Observer:
 
     Args:
         site: the layer. call: what the model is called on. measure: of activations. two_towers: an encoder and a
-            decoder.
+            decoder. off: is nobody to look now.
     """
 
-    def __init__(self, site: Site, call: Call, measure: Measure, *, two_towers: bool) -> None:
-        self.tower, self.layer, self.call, self.measure = site.tower, site.layer, call, measure
+    def __init__(
+        self, site: Site, call: Call, measure: Measure, *, two_towers: bool, off: Callable[[], bool]
+    ) -> None:
+        self.tower, self.layer, self.call = site.tower, site.layer, call
+        self.measure, self.off = measure, off
         self.answers = two_towers and site.tower == "decoder"
         self.seen: list[tuple[bool, Tensor, Tensor]] = []
         """Of each call: was a gradient recorded; one number a token, [B, T] or [B * T]; which tokens count."""
 
     def look(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        if self.off():
+            return  # another plugin asks the model without this one
         tokens = self.measure(arguments[0])
         self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
 
@@ -125,11 +130,13 @@ class Observer:
 
 
 @contextmanager
-def observing(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
+def observing(
+    model: PreTrainedModel, sites: Sequence[Site], measure: Measure, off: Callable[[], bool] = lambda: False
+) -> Iterator[list[Observer]]:
     """Observers of the layers themselves, whatever stands on them, is merged into them or stands in their place."""
     two_towers = model.config.is_encoder_decoder
     with calls.listening(model) as call, ExitStack() as hooks:
-        observers = [Observer(site, call, measure, two_towers=two_towers) for site in sites]
+        observers = [Observer(site, call, measure, two_towers=two_towers, off=off) for site in sites]
         for site, observer in zip(sites, observers, strict=True):
             hooks.enter_context(site.module.register_forward_pre_hook(observer.look))
         yield observers
@@ -168,8 +175,9 @@ class Deft(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        sites = step.stack.view(step.stack.id_of(self)).linears(self.config.targets)
-        with observing(step.stack.model, sites, partial(density, eps=self.config.eps)) as observers:
+        stack, id = step.stack, step.stack.id_of(self)
+        sites, measure = stack.view(id).linears(self.config.targets), partial(density, eps=self.config.eps)
+        with observing(stack.model, sites, measure, off=lambda: stack.standing[id].disabled) as observers:
             step.add_loss("density", lambda _: total(observers), weight=self.config.alpha, over="rows")
             return (yield)  # and the backward pass, where checkpointing runs the blocks a second time
 

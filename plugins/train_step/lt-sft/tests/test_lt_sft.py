@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_lt_sft import LtSft, Mask, Skill, Skills, take
-from peftx_spec.models import Pipeline
 
 test_conformance = conformance("lt-sft")
 
@@ -588,12 +588,14 @@ def test_the_plan_says_the_bytes_of_the_bundle(tmp_path: Path, options: dict[str
     """A number of the mask takes its value and two places: in the mask, and beside what changed."""
     spec = {
         "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
+        "train": {},
         "stack": [{"use": "lt-sft", "with": {"targets": "attention", **options}}],
     }  # fmt: skip
-    told = plan(Pipeline.model_validate(spec)).totals.bundle_bytes
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    told = plan(load_run(tmp_path / "spec.yaml").pipeline).totals.bundle_bytes
     stack = Stack("peftx:tiny", [LtSft(**{"targets": "attention", "phase1": 1, **options})])
     stack.train(ROWS, steps=2, batch_size=1, learning_rate=1e-2)
-    folder = stack.save(tmp_path)
+    folder = stack.save(tmp_path / "bundle")
     stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     assert stored == pytest.approx(told, rel=0.03)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 import peftx
 from peftx import Plugin, Stack
 from peftx.errors import ConflictError, PeftxError
+from peftx.pipeline import load_run
 from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -17,7 +19,6 @@ from peftx_deft import Deft
 from peftx_hft import Hft
 from peftx_lora import Lora
 from peftx_mezo import Mezo
-from peftx_spec.models import Pipeline
 from peftx_surgical_fim import SurgicalFim
 
 test_conformance = conformance("surgical-fim")
@@ -261,9 +262,11 @@ def test_the_plan_says_the_bytes_of_the_layers_that_will_train(tmp_path: Path) -
     for outside in (True, False):
         spec = {
             "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
+            "train": {},
             "stack": [{"use": "surgical-fim", "with": {"layers": 2, "outside": outside}}],
         }  # fmt: skip
-        told[outside] = plan(Pipeline.model_validate(spec)).totals.bundle_bytes
+        (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+        told[outside] = plan(load_run(tmp_path / "spec.yaml").pipeline).totals.bundle_bytes
         stack = Stack("peftx:tiny", [SurgicalFim(layers=2, samples=1, outside=outside)])
         stack.train(ROWS, steps=1, batch_size=1, learning_rate=1e-3)
         folder = stack.save(tmp_path / str(outside))
