@@ -52,6 +52,8 @@ SOFT = 16
 """Soft tokens of a stack at most, beside a row of `LENGTH`; a pair may have more, and fails where it matters."""
 SIZE = 8
 """Plugins of a stack."""
+NO_PLACE = (ArchitectureError, TargetError, UnsupportedError)
+"""What a plugin raises that does not stand on a model."""
 
 
 @dataclass(frozen=True)
@@ -251,13 +253,14 @@ def fits(names: Sequence[str]) -> bool:
     return sum(map(soft, names)) <= SOFT and not find_conflicts(_plain(names))
 
 
-@cache
 def soft(name: str) -> int:
     """Soft tokens of a plugin as its author tries it."""
-    try:
-        return prompt_length(Stack(tiny(_arch(name)), _members(name), tokenizer=tiny_tokenizer()).model)
-    except PeftxError:
-        return 0
+    return _alone(name, _arch(name)).soft
+
+
+def places(name: str, arch: str) -> frozenset[tuple[str, ...]]:
+    """What only one plugin may have of a model: matrices that it trains, layers that it computes, columns."""
+    return _alone(name, arch).places
 
 
 def _by_claims(first: str, second: str) -> Cell | None:
@@ -272,17 +275,28 @@ def _by_claims(first: str, second: str) -> Cell | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """What a plugin that is built by itself shows; `refused`: why it has no place on the model."""
+
+    soft: int = 0
+    places: frozenset[tuple[str, ...]] = frozenset()
+    refused: str | None = None
+
+
 @cache
-def places(name: str, arch: str) -> frozenset[tuple[str, ...]]:
-    """What only one plugin may have of a model: matrices that it trains, layers that it computes, columns."""
+def _alone(name: str, arch: str) -> _Alone:
     try:
         stack = Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
+    except NO_PLACE as error:
+        return _Alone(refused=str(error))
     except PeftxError:
-        return frozenset()
+        return _Alone()  # it needs a companion, which a pair may have
     found = {("layer", part.key) for part in stack.ledger.all(BasePart) if _has_matrix(part)}
     found |= {("layer", part.key) for part in stack.ledger.all(DeltaPart) if part.module.has_base()}
     call = call_of(stack.model)
-    return frozenset(found | {("column", column) for column in (call.columns if call is not None else ())})
+    found |= {("column", column) for column in (call.columns if call is not None else ())}
+    return _Alone(prompt_length(stack.model), frozenset(found))
 
 
 def _has_matrix(part: BasePart) -> bool:
@@ -387,13 +401,12 @@ def _arch(*names: str) -> str:
 @cache
 def _stands_on(name: str, arch: str) -> str | None:
     """Why a plugin alone has no place on a tiny model; None if it has."""
-    try:
-        if arch == "llama":
-            Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
-        else:  # only the whole life tells, as for drafts on a model without a cache that can be cut
-            with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder:
-                live(_members(name), arch, Path(folder) / "bundle")
-    except (ArchitectureError, TargetError, UnsupportedError) as error:
+    if arch == "llama":
+        return _alone(name, arch).refused
+    try:  # only the whole life tells, as for drafts on a model without a cache that can be cut
+        with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder:
+            live(_members(name), arch, Path(folder) / "bundle")
+    except NO_PLACE as error:
         return str(error)
     except PeftxError:
         return None  # it needs a companion, which a pair may have
