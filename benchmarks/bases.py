@@ -68,6 +68,7 @@ TABLES: dict[str, dict[str, Source]] = {
     "user-profile": {"training": DIALOGUES, "test": DIALOGUES},
     "hft": {**NEWS_LATER, "second task's": Source(PLAYS)},
     "lt-sft": {**NEWS_LATER, "style's": Source(PLAYS)},
+    "surgical-fim": {"training": Source(NEWS, 6000)},
     "dpo-prefix-sharing": {"training": Source("preference/hh_harmless_base_test.jsonl.gz")},
     "language-ranker": {"compared": Source("text/udhr_parallel.json.gz")},
     "mosaic-it": {"training and test": Source("instruct/math_data.json.gz")},
