@@ -22,6 +22,7 @@ from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.toolkits.evaluation import Score
+from peftx_hypertuning import Hypertuning
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
 from peftx_structured_ffn import Structured, StructuredFfn
@@ -261,6 +262,20 @@ def test_a_falls_as_a_cosine_and_then_the_guide_is_gone(tmp_path: Path) -> None:
     assert layers_of(stack)[0].a == 0, "no second guide"
 
 
+def test_nothing_holds_the_guide_of_a_half_precision_run_with_accumulation() -> None:
+    plugins = [StructuredFfn(rank=4, guided=1)]
+    stack = Stack(tiny("llama").to(torch.bfloat16), plugins, tokenizer=tiny_tokenizer())
+    guides = [weakref.ref(built.W_g) for built in layers_of(stack)]
+    held = []
+
+    def look(*_: Any) -> None:
+        gc.collect()
+        held.append(sum(guide() is not None for guide in guides))
+
+    stack.train(ROWS, steps=3, batch_size=2, gradient_accumulation=2, progress=look)
+    assert held == [6, 0, 0]
+
+
 def test_a_stack_that_is_saved_on_the_way_goes_on_with_its_guide(tmp_path: Path) -> None:
     stack = stack_of(rank=4, guided=6)
     batch = {**example_inputs(stack.model)}
@@ -437,9 +452,11 @@ def test_layers_that_others_need_stay(caplog: pytest.LogCaptureFixture, tmp_path
     guided.compress()
     assert "6 of 6 layers stay as they are, since the guide has not faded" in caplog.text
     assert len(layers_of(guided)) == 6
-    packed = Stack(tiny("llama"), [StructuredFfn(rank=4, guided=0), NF4Storage()])
-    packed.compress()
-    assert "since 'nf4' behind it works on the products" in caplog.text
+    for plugin in (NF4Storage(), Hypertuning(length=4, shots=2)):
+        other = Stack(tiny("llama"), [StructuredFfn(rank=4, guided=0), plugin], tokenizer=tiny_tokenizer())
+        other.compress(ids=["structured-ffn"])
+        assert f"since '{list(other.plugins)[1]}' behind it works on the products" in caplog.text
+        assert len(layers_of(other)) == 6
     merged = stack_of(rank=4, guided=0)
     merged.merge()
     merged.compress()
