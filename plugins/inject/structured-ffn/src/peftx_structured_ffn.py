@@ -16,13 +16,16 @@ Self-guided training: a dense W_g, at first the product of the factors, trains w
 
     y = a_t W_g x + (1 - a_t) y          a_t = (1 + cos(pi t / T)) / 2 while t < T, 0 from then on
 
+`compress` puts U, D and b in the place of W, which is then in no bundle.
+
 Pre-merge: while a call has few tokens, two small products take longer than a dense one, so they are multiplied once.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,11 +34,28 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftx import BoundSite, Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx import (
+    BoundSite,
+    Claim,
+    Delta,
+    ModelView,
+    Plugin,
+    PluginConfig,
+    Site,
+    Stack,
+    Targets,
+    TrainStep,
+    hookimpl,
+)
+from peftx.copies import Reader
 from peftx.engines.training.updates import drop
 from peftx.errors import ArchitectureError, OptionError
+from peftx.kernel.parts import DeltaPart
 from peftx.kernel.phases import Phase
-from peftx.kernel.slots import kind_of
+from peftx.kernel.slots import kind_of, packed
+from peftx.toolkits.compression.names import dtype_name, float_dtype
+
+LOG = logging.getLogger("peftx")
 
 DENSITY = 0.32
 """Parameters of a layer, as a share of the dense one's, where no rank is given."""
@@ -84,6 +104,56 @@ def blockwise(x: Tensor, W: Tensor) -> Tensor:
     return torch.einsum("...ni,noi->...on", x, W)
 
 
+def through(x: Tensor, D: Tensor, U: Tensor) -> Tensor:
+    """U D x, [..., o], of D [q, m', i / q] and U [p, o / p, q m' / p]."""
+    middle = blockwise(x.unflatten(-1, (len(D), -1)), D).flatten(-2)  # [..., m' q]
+    return blockwise(middle.unflatten(-1, (len(U), -1)), U).flatten(-2)
+
+
+def factors(i: int, o: int, grid: Sequence[int], middle: int) -> dict[str, tuple[int, int, int]]:
+    """Shapes of D and U."""
+    p, q = grid
+    return {"D": (q, middle, i // q), "U": (p, o // p, q * middle // p)}
+
+
+@packed
+class StructuredLinear(nn.Module):
+    """y = U D x + b in the place of a dense layer, frozen. Buffers: D, U and b [out] or none.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`. grid, middle: as in `Structured`. dtype: by name.
+    """
+
+    D: Tensor
+    U: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, *, in_features: int, out_features: int, grid: Sequence[int], middle: int, bias: bool, dtype: str
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, kind = in_features, out_features, float_dtype(dtype, "dtype")
+        for name, size in factors(in_features, out_features, grid, middle).items():
+            self.register_buffer(name, torch.zeros(*size, dtype=kind))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=kind) if bias else None)
+
+    def geometry(self) -> dict[str, Any]:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        form = {"grid": [len(self.U), len(self.D)], "middle": self.D.shape[1]}
+        return sizes | form | {"bias": self.bias is not None, "dtype": dtype_name(self.D.dtype)}
+
+    @property
+    def weight(self) -> Tensor:
+        """U D, [out, in]."""
+        return through(
+            torch.eye(self.in_features, dtype=self.D.dtype, device=self.D.device), self.D, self.U
+        ).mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = through(x, self.D, self.U)
+        return y if self.bias is None else y + self.bias
+
+
 class Structured(Delta):
     """The layer itself: y = a W_g x + (1 - a) U D x + b, with the layer's own bias b.
 
@@ -99,18 +169,16 @@ class Structured(Delta):
         self, weight: Tensor, grid: tuple[int, int], middle: int, *, guided: bool, premerge: int
     ) -> None:
         super().__init__()
-        (o, i), (p, q) = weight.shape, grid
+        o, i = weight.shape
+        sizes = factors(i, o, grid, middle)
         self.own, self.premerge = (weight,), premerge
         self.a = float(guided)
-        self.D = nn.Parameter(torch.zeros(q, middle, i // q))
-        self.U = nn.Parameter(torch.zeros(p, o // p, q * middle // p))
+        self.D, self.U = (nn.Parameter(torch.zeros(sizes[name])) for name in ("D", "U"))
         self.W_g = nn.Parameter(torch.zeros(o, i)) if guided else None
 
     def structured(self, x: Tensor) -> Tensor:
         """U D x, [..., o]."""
-        parts = x.unflatten(-1, (len(self.D), -1))  # [..., q, i / q]
-        middle = blockwise(parts, self.D).flatten(-2)  # [..., m' q]
-        return blockwise(middle.unflatten(-1, (len(self.U), -1)), self.U).flatten(-2)
+        return through(x, self.D, self.U)
 
     def matrix(self) -> Tensor:
         """What the layer multiplies by, [o, i]."""
@@ -163,6 +231,17 @@ class Structured(Delta):
             self.product = now, factors, self.matrix()  # kept, so that no other tensor gets an id of theirs
         return self.product[2]
 
+    def alone(self, bias: Tensor | None) -> StructuredLinear:
+        """The factors as a layer."""
+        o, i = self.own[0].shape
+        form = {"grid": (len(self.U), len(self.D)), "middle": self.D.shape[1], "bias": bias is not None}
+        new = StructuredLinear(in_features=i, out_features=o, **form, dtype=dtype_name(self.D.dtype))  # type: ignore[arg-type]
+        new = new.to(self.D.device)
+        for name, value in {"D": self.D, "U": self.U, "bias": bias}.items():
+            if value is not None:
+                getattr(new, name).copy_(value)
+        return new
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.matrix() + weight - self.own[0].to(weight), bias
 
@@ -171,11 +250,11 @@ class StructuredFfn(Plugin):
     """See the module."""
 
     Config = StructuredFfnConfig
-    claims = {Claim.MERGEABLE, Claim.COMPUTES_LAYERS}
+    claims = {Claim.MERGEABLE, Claim.COMPUTES_LAYERS, Claim.NARROWS}
     config: StructuredFfnConfig
     example = {"rank": 4, "guided": 0}  # a loop of one's own has no length that T could be a share of
     refuses = {"gpt2": "its matrices lie the other way round"}
-    layers: Sequence[Structured] = ()
+    layers: list[Structured]
 
     def suits(self, model: ModelView) -> None:
         for site in self.sites(model):
@@ -225,9 +304,44 @@ class StructuredFfn(Plugin):
             layer.W_g = layer.product = None
         self.state["dropped"] = True
 
+    @hookimpl
+    def compress(self, model: ModelView, stack: Stack) -> None:
+        """Leave a layer as it is where the factors are not all that it computes, or where others go on with W'."""
+        id, ledger = model.owner, stack.ledger
+        behind = stack.members[stack.members.index(stack.member(id)) + 1 :]
+        works = {m.id for m in behind if m.implements("compress")}
+        works |= {p.owner for p in ledger.parts if any(isinstance(m, Reader) for m in p.module.modules())}
+        reads = next((m.id for m in behind if m.id in works), "")
+        stands = {part.key.partition("@")[0]: part.owner for part in ledger.parts if part.owner != id}
+        why = {
+            part.path: "they are merged" if id in ledger.merged()
+            else f"'{reads}' behind it works on the products" if reads
+            else "the guide has not faded" if part.module.a > 0
+            else f"'{stands[part.path]}' stands on {part.path}" if part.path in stands
+            else ""
+            for part in ledger.of(id, DeltaPart)
+        }  # fmt: skip
+        if kept := [said for said in why.values() if said]:
+            LOG.warning("%s: %d of %d layers stay as they are, since %s", id, len(kept), len(why), kept[0])
+        sites = {site.path: site for site in self.sites(model)}
+        for part in ledger.of(id, DeltaPart):
+            if not why[part.path]:
+                part.undo()
+                ledger.parts.remove(part)
+                site = sites[part.path]
+                site.replace(part.module.alone(site.bias))
+                self.layers.remove(part.module)
+                self.state.setdefault("packed", []).append(part.path)
+
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        for site in self.sites(model):
+            sizes = factors(site.in_features, site.out_features, *self.shape_of(site)).values()
+            yield site, sum(map(math.prod, sizes)) * site.weight.element_size()
+
     def sites(self, model: ModelView) -> list[BoundSite]:
-        """The targets, fused ones whole."""
+        """The targets, fused ones whole, but for those that were replaced."""
         found = model.linears(self.config.targets, whole=True)
+        found = [site for site in found if site.path not in self.state.get("packed", ())]
         for site in found:
             if site.kind != "linear" or kind_of(site.module) != "plain":
                 raise ArchitectureError(

@@ -17,9 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, PeftxError
+from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.testing import conformance
-from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.toolkits.evaluation import Score
+from peftx_hypertuning import Hypertuning
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
 from peftx_structured_ffn import Structured, StructuredFfn
@@ -259,6 +262,20 @@ def test_a_falls_as_a_cosine_and_then_the_guide_is_gone(tmp_path: Path) -> None:
     assert layers_of(stack)[0].a == 0, "no second guide"
 
 
+def test_nothing_holds_the_guide_of_a_half_precision_run_with_accumulation() -> None:
+    plugins = [StructuredFfn(rank=4, guided=1)]
+    stack = Stack(tiny("llama").to(torch.bfloat16), plugins, tokenizer=tiny_tokenizer())
+    guides = [weakref.ref(built.W_g) for built in layers_of(stack)]
+    held = []
+
+    def look(*_: Any) -> None:
+        gc.collect()
+        held.append(sum(guide() is not None for guide in guides))
+
+    stack.train(ROWS, steps=3, batch_size=2, gradient_accumulation=2, progress=look)
+    assert held == [6, 0, 0]
+
+
 def test_a_stack_that_is_saved_on_the_way_goes_on_with_its_guide(tmp_path: Path) -> None:
     stack = stack_of(rank=4, guided=6)
     batch = {**example_inputs(stack.model)}
@@ -387,6 +404,84 @@ def test_the_product_can_be_packed() -> None:
         stack.compress()
         after = stack.model(**x).logits
     assert F.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("options", FORMS)
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_compressed_it_computes_the_same_and_the_model_is_smaller(
+    options: dict[str, Any], arch: str, tmp_path: Path
+) -> None:
+    stack = Stack(tiny(arch), [StructuredFfn(guided=0, **options)], tokenizer=tiny_tokenizer())
+    x = example_inputs(stack.model)
+    numbers = sum(p.numel() for built in layers_of(stack) for p in built.parameters())
+    with torch.no_grad():
+        before = output_of(stack.model, x)
+        stack.compress()
+        torch.testing.assert_close(output_of(stack.model, x), before, rtol=1e-4, atol=1e-5)
+    parts = stack.ledger.of("structured-ffn")
+    assert sum(t.numel() for part in parts for t in part.tensors().values() if t.ndim == 3) == numbers
+    assert not layers_of(stack)
+    stack.save(tmp_path / "b")
+    again = peftx.load(tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(output_of(again.model, x), output_of(stack.model, x))
+    stack.remove("structured-ffn")
+    with torch.no_grad():
+        assert torch.equal(output_of(stack.model, x), output_of(tiny(arch).eval(), x))
+
+
+def test_layers_that_others_need_stay(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    stack = Stack(
+        tiny("llama"), [StructuredFfn(rank=4, guided=0), Lora(targets="mlp.up")], tokenizer=tiny_tokenizer()
+    )
+    x = example_inputs(stack.model)
+    with torch.no_grad():
+        before = stack.model(**x).logits
+        stack.compress()
+        torch.testing.assert_close(stack.model(**x).logits, before, rtol=1e-4, atol=1e-5)
+        assert len(layers_of(stack)) == 2
+        assert (
+            "structured-ffn: 2 of 6 layers stay as they are, since 'lora' stands on model.layers.0.mlp.up_proj"
+            in (caplog.text)
+        )
+        stack.save(tmp_path / "b")
+        again = peftx.load(tmp_path / "b", tokenizer=tiny_tokenizer())
+        assert len(layers_of(again)) == 2
+        assert torch.equal(again.model(**x).logits, stack.model(**x).logits)
+    guided = stack_of(rank=4, guided=6)
+    guided.compress()
+    assert "6 of 6 layers stay as they are, since the guide has not faded" in caplog.text
+    assert len(layers_of(guided)) == 6
+    for plugin in (NF4Storage(), Hypertuning(length=4, shots=2)):
+        other = Stack(tiny("llama"), [StructuredFfn(rank=4, guided=0), plugin], tokenizer=tiny_tokenizer())
+        other.compress(ids=["structured-ffn"])
+        assert f"since '{list(other.plugins)[1]}' behind it works on the products" in caplog.text
+        assert len(layers_of(other)) == 6
+    merged = stack_of(rank=4, guided=0)
+    merged.merge()
+    merged.compress()
+    assert "6 of 6 layers stay as they are, since they are merged" in caplog.text
+    merged.unmerge()
+    assert len(layers_of(merged)) == 6
+
+
+def test_adapters_stand_on_what_was_compressed() -> None:
+    plugins = [StructuredFfn(rank=4, guided=0), Lora(rank=2, targets="mlp")]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.inject(["structured-ffn"])
+    stack.compress(ids=["structured-ffn"])
+    stack.inject()
+    assert stack.train(ROWS, steps=1, batch_size=2).steps == 1
+
+
+def test_the_plan_says_what_is_saved(tmp_path: Path) -> None:
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\ntrain: {steps: 2, max_length: 200}\n"
+    run = load_run(text + f"stack: [structured-ffn]\noutput: {tmp_path / 'out'}\n")
+    planned = plan(run.pipeline).totals.bundle_bytes
+    run.run()
+    assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == pytest.approx(
+        planned, rel=0.02
+    )
 
 
 def test_the_layers_own_bias_stays() -> None:
