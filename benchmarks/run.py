@@ -18,7 +18,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SUITES = ("peers", "startup", "weight_only")
+SUITES = {
+    "peers": "Speed and memory beside HF PEFT",
+    "startup": "Start of the command line",
+    "weight_only": "Packed linears beside float32",
+}
+"""Name and the title of its page."""
 
 
 def page(suite: str, results: dict[str, Any], machine: dict[str, str]) -> str:
@@ -28,7 +33,7 @@ def page(suite: str, results: dict[str, Any], machine: dict[str, str]) -> str:
         f"{machine['transformers']}, PEFT {machine['peft']}; one thread, CPU time, least of interleaved rounds."
     )
     lines = [
-        f"# {suite}",
+        f"# {SUITES[suite]}",
         "",
         setting,
         "",
@@ -39,7 +44,7 @@ def page(suite: str, results: dict[str, Any], machine: dict[str, str]) -> str:
         limit = result["limit"]  # None: shown without a promise
         verdict = "" if limit is None else "met" if result["ratio"] <= limit else "**not met**"
         lines.append(f"| {name} | {result['peer']} | {result['ratio']:.3f} | {limit or ''} | {verdict} |")
-    lines += ["", "```json", json.dumps(results, indent=1), "```", ""]
+    lines += ["", f"All figures: [{suite}.json]({suite}.json).", ""]
     return "\n".join(lines)
 
 

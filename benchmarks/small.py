@@ -279,7 +279,7 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Any]]], rounds: int) ->
         f"tokens. Memory and times are over those of full fine-tuning. Bundles of `(whole)` hold the model, the others "
         f"what comes on top of it."
     )
-    lines = ["# Small", "", setting, ""]
+    lines = ["# Which plugins are small", "", setting, ""]
     for base, found in results.items():
         lines += [f"## {base}", "", *table(found)]
     return "\n".join(lines)

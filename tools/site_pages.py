@@ -13,7 +13,7 @@ from mkdocs.exceptions import PluginError
 from pages import UnknownPart, filled
 from pages.gallery import listed
 from pages.links import dead
-from pages.shown import as_in_site, from_elsewhere, shown
+from pages.shown import as_in_site, from_elsewhere, shown, with_ways_back
 from pages.together import goes_with, script
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ MATRIX = "choose/matrix.js"
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Dead links, before anything is built; then folders of the navigation as their pages, and the plugins by hook."""
     pages = [*sorted((ROOT / "docs").rglob("*.md")), *shown(".md")]
-    if found := dead(pages, ROOT, _filled):
+    try:
+        found = dead(pages, ROOT, _filled)
+    except UnknownPart as error:
+        raise PluginError(str(error)) from error
+    if found:
         raise PluginError("links that lead nowhere:\n" + "\n".join(found))
     config.nav = _expanded(config.nav or [])
     return config
@@ -50,12 +54,12 @@ def _expanded(nav: list[Any]) -> list[Any]:
 
 
 def _folder(place: str) -> list[Any]:
-    """Pages by their file's name; READMEs by the folders that they lie in, `plugins/HOOK/NAME/README.md`."""
+    """Pages by their own title; READMEs by the folders that they lie in, `plugins/HOOK/NAME/README.md`."""
     uris = [path.relative_to(ROOT).as_posix() for path in shown(".md")]
     groups: dict[str, list[Any]] = {}
     for uri in (uri for uri in uris if uri.startswith(place)):
-        *folders, name = uri.removeprefix(place).removesuffix(".md").split("/")
-        groups.setdefault("/".join(folders[:-1]), []).append({folders[-1] if folders else name: uri})
+        *folders, _ = uri.removeprefix(place).removesuffix(".md").split("/")
+        groups.setdefault("/".join(folders[:-1]), []).append({folders[-1]: uri} if folders else uri)
     return groups.pop("", []) + [{group: pages} for group, pages in groups.items()]
 
 
@@ -63,7 +67,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     for path in shown():
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+        uri = path.relative_to(ROOT).as_posix()
+        if path.suffix == ".html":
+            page = with_ways_back(path.read_text("utf-8"), uri)
+            files.append(File.generated(config, uri, content=page))
+        else:
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
     files.append(File.generated(config, MATRIX, content=script()))
     return files
 
@@ -71,10 +80,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """What is made in its place, and links as they are in the site."""
     uri = page.file.src_uri
-    try:
-        markdown = filled(markdown)
-    except UnknownPart as error:
-        raise PluginError(f"docs/{uri}: {error}") from error
+    markdown = filled(markdown, uri)  # on_config has seen that each part is made
     markdown = as_in_site(markdown, uri, is_shown=page.file.generated_by is not None)
     own = {each.link.removeprefix("../../"): each.name for each in listed()}
     if uri in own and uri.startswith("plugins/"):
@@ -90,4 +96,4 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
 
 def _filled(page: Path) -> str:
-    return filled(page.read_text("utf-8"))
+    return filled(page.read_text("utf-8"), page.relative_to(ROOT).as_posix())

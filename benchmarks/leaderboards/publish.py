@@ -1,7 +1,7 @@
 """Put what `peftx compare` left among the results: a table, a plot, and which rows the base has seen.
 
     peftx compare benchmarks/leaderboards/predgen.yaml -o out
-    python benchmarks/leaderboards/publish.py benchmarks/leaderboards/predgen.yaml out
+    python benchmarks/leaderboards/publish.py benchmarks/leaderboards/predgen.yaml out --title "PredGen on AG News"
 
 leaves benchmarks/results/predgen.json, .md and .png; with `--page` .html too, the page that the comparison wrote. Its
 seconds are those of processes side by side, and of whatever else the machine did.
@@ -121,6 +121,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main(
     spec: Annotated[Path, typer.Argument(help="the comparison")],
     folder: Annotated[Path, typer.Argument(help="what it left")],
+    title: Annotated[str, typer.Option("--title", help="of the page")],
     output: Annotated[Path, typer.Option("--output", "-o")] = RESULTS,
     page: Annotated[bool, typer.Option("--page", help="keep the page too")] = False,
 ) -> None:
@@ -129,7 +130,10 @@ def main(
     failed = [row["row"] for row in found["rows"] if row["status"] != "done"]
     if failed:
         sys.exit(f"rows that failed: {', '.join(failed)}; see {folder / 'index.html'}")
-    pipeline = next(row.pipeline for row in load_compare(spec, catalogue=Registry()).rows if row.pipeline)
+    pipelines = [row.pipeline for row in load_compare(spec, catalogue=Registry()).rows if row.pipeline]
+    pipeline = next(
+        one for one in pipelines if one.data.train
+    )  # a method that does not train has no such rows
     train, test = (
         SOURCES[Path(part.path).stem] for part in (pipeline.data.train, pipeline.data.eval) if part
     )
@@ -146,7 +150,7 @@ def main(
     )
     if page:
         said += f" [Page with all plots]({name}.html)."
-    text = f"# {name}\n\n{said}\n\n{found['base']}\n\n{table(found)}\n\n![{found['metric']}]({name}.png)\n"
+    text = f"# {title}\n\n{said}\n\n{found['base']}\n\n{table(found)}\n\n![{found['metric']}]({name}.png)\n"
     (output / f"{name}.md").write_text(text, encoding="utf-8")
     draw(found, output / f"{name}.png")
     if page:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from peftx.engines.reporting import check_reports
-from peftx_cli import failures
+from peftx_cli import failures, selectors
 from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
 from peftx_spec.errors import PeftxError, nearest
@@ -57,6 +57,7 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
         except Unfit as error:
             blamed = _blamed(loaded.overridden.data, source.place, error.part)
             findings.append(Finding(blamed, error.message, suggestion=error.hint))
+    findings += selectors.findings(loaded.overridden.data, registry, loaded.document.folder or FilePath.cwd())
     findings += _metrics(pipeline, formats)
     findings += _tasks(pipeline)
     findings += _reports(pipeline)
@@ -78,8 +79,10 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
         raise SpecError([loaded.problem(finding) for finding in findings])
 
 
-def files(data: Mapping[str, Any], folder: FilePath) -> Iterator[Finding]:
-    """Data files that cannot be read, of a spec that is wrong elsewhere: one hears of all at once."""
+def further(data: dict[str, Any], registry: Registry, folder: FilePath) -> Iterator[Finding]:
+    """Selectors that find nothing and data files that cannot be read, of a spec that is wrong elsewhere: one hears of
+    all at once."""
+    yield from selectors.findings(data, registry, folder)
     section = data.get("data")
     if not isinstance(section, dict):
         return

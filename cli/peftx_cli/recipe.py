@@ -96,7 +96,7 @@ def read(asked: Asked, registry: Registry) -> Recipe:
     with _naming(asked, flags):
         overrides = [*asked.overrides, *flags]
         folder = Path.cwd() if asked.spec is None else Path(asked.spec).parent
-        more = partial(ahead.files, folder=folder)
+        more = partial(ahead.further, registry=registry, folder=folder)
         loaded = load_spec(text, catalogue=registry, overrides=overrides, name=COMMAND_LINE, more=more)
         pipeline = resolved(loaded.pipeline, folder)
         ahead.check(loaded, pipeline, registry)

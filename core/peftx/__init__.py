@@ -75,7 +75,8 @@ if TYPE_CHECKING:
     from peftx.engines.models import load_model
     from peftx.engines.training import TrainStep
     from peftx.errors import PeftxError
-    from peftx.kernel.anatomy import Anatomy, Site
+    from peftx.kernel.anatomy.anatomy import Anatomy
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.attention import AttentionEdit
     from peftx.kernel.calls import CallEdit
     from peftx.kernel.phases import Phase

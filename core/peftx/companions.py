@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from peftx.engines.bundle.manifest import MANIFEST
 from peftx.engines.hub import is_hub
-from peftx.engines.models import load_model
+from peftx.engines.models import load_model, reads_alike
 from peftx.errors import ModelError
 from peftx.kernel.stack import Stack
 from peftx.loading import load
@@ -48,9 +48,10 @@ def companion(
     else:
         found, tokenizer = load_model(str(source), device=str(stack.model.device))
     own = stack.given_tokenizer
-    if tokenizer is not None and own is not None and tokenizer.get_vocab() != own.get_vocab():
+    if tokenizer is not None and own is not None and not reads_alike(tokenizer, own):
+        what = "vocabulary" if tokenizer.get_vocab() != own.get_vocab() else "way to cut texts into tokens"
         raise ModelError(
-            f"'{source}' has another vocabulary than the stack's model, so their tokens cannot be compared",
+            f"'{source}' has another {what} than the stack's model, so their tokens cannot be compared",
             hint="a model of the same family; or compare texts (peftx.toolkits.working)",
         )
     found.requires_grad_(False).eval()

@@ -12,8 +12,16 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from peftx.composition.adapters import is_adapter
 from peftx.composition.registry import Registry
+from peftx.engines.bundle.contained import (
+    aligned,
+    check_shape,
+    empty_base,
+    fill_base,
+    lend,
+    let_go,
+    without,
+)
 from peftx.engines.bundle.manifest import (
-    BASE,
     BASE_FOLDER,
     MANIFEST,
     BaseEntry,
@@ -22,21 +30,20 @@ from peftx.engines.bundle.manifest import (
     read_history,
     read_manifest,
 )
-from peftx.engines.bundle.sparse import AT, TO, unpack, widened
+from peftx.engines.bundle.sparse import AT, TO, unpack, widened, with_zeros
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     cast_buffers,
     check_settings,
-    compute_buffers,
     computed_buffers,
     generation_of,
 )
-from peftx.engines.checkpoints import read_config
-from peftx.engines.files import CACHE_LINE, naming, read_tensors
+from peftx.engines.files import naming
 from peftx.engines.models import load_model, read_tokenizer, tokenizer_digest, usable_device
+from peftx.engines.tensor_files import read_tensors
 from peftx.errors import BundleError
 from peftx.interop.importing import import_peft
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.identity import fingerprint
 from peftx.kernel.parts import BasePart, hollowed
 from peftx.kernel.plugin import Plugin
@@ -97,7 +104,7 @@ def _load(
     if contained is not None:
         if model is not None:
             raise BundleError(f"'{folder}' holds its base itself, compressed", hint="leave the model out")
-        model = _empty_base(folder, base)
+        model = empty_base(folder, base)
     elif not isinstance(model, nn.Module):
         source = model or base.id
         model, came_with = load_model(
@@ -105,16 +112,18 @@ def _load(
         )
         if tokenizer is None:
             tokenizer = came_with
-            check_tokenizer(tokenizer, base, folder)
+            check_tokenizer(tokenizer, base, folder, of=source)
     stack = Stack(model, members, tokenizer=tokenizer, seed=manifest.seed, inject=False)
     model = stack.model
     stack.tokenizer_of_base = None if came_with is None else tokenizer_digest(came_with)
     stack.tokenizer_before = came_with or tokenizer_given
-    stack.base_id = base.id
+    lent: list[nn.Parameter] = []
     if contained is None:
         _check_base(stack, base, folder)
-    else:
-        _fill_base(stack, folder, contained)
+    stack.base_id = base.id
+    if contained is not None:
+        fill_base(stack, folder, contained)
+        lent = lend(stack, manifest, folder)
         stack.given_fingerprint = base.fingerprint
     if not isinstance(model_given, nn.Module):
         cast_buffers(model, base.buffers)
@@ -126,9 +135,10 @@ def _load(
     undo = stack.ledger.snapshot()
     generation = stack.model.generation_config if base.generation is not None else None
     try:
+        grown: set[str] = set()
         for index, entry in enumerate(manifest.plugins):
             later = {path for other in manifest.plugins[index + 1 :] for path in other.replaced}
-            _restore(stack, entry, folder, later)
+            _restore(stack, entry, folder, later, grown)
         if base.generation is not None and base.generation != generation_of(stack.model):
             stack.model.generation_config = _generation_config(base.generation, folder)
     except BaseException:
@@ -137,6 +147,7 @@ def _load(
             stack.model.generation_config = generation
         raise
     if contained is not None:
+        let_go(stack, manifest, lent)
         stack.model.to(device)
     for entry in manifest.plugins:
         stack.standing[entry.id].frozen = entry.frozen
@@ -170,13 +181,15 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return read_tokenizer(str(place), trust_remote_code=False) if place is not None else None
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, base: BaseEntry, folder: Path) -> None:
-    """Raises BundleError where this is not the tokenizer that a bundle was made with."""
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, base: BaseEntry, folder: Path, *, of: str = ""
+) -> None:
+    """Raises BundleError where this is not the tokenizer that a bundle was made with. `of`: where it lies."""
     found = tokenizer_digest(tokenizer) if tokenizer is not None else None
     if base.tokenizer is not None and found != base.tokenizer:
         what = "has another tokenizer than" if found is not None else "has no tokenizer, unlike"
         raise BundleError(
-            f"'{base.id}' {what} the base that '{folder}' was made with",
+            f"'{of or base.id}' {what} the base that '{folder}' was made with",
             hint="give the right one: peftx.load(path, tokenizer=...)",
         )
 
@@ -227,8 +240,13 @@ def _subclasses(cls: type[Plugin]) -> Iterator[type[Plugin]]:
         yield from _subclasses(sub)
 
 
-def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) -> None:
-    """`later`: modules that a later plugin replaces; what was trained in them is part of its tensors."""
+def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str], grown: set[str]) -> None:
+    """Put one plugin on the model, as it was.
+
+    Args:
+        later: modules that a later plugin replaces; what was trained in them is part of its tensors.
+        grown: biases that folds of plugins before it added; its own are put in.
+    """
     owner = entry.id
     member = stack.member(owner)
     view = stack.view(owner, restoring=True)
@@ -239,13 +257,15 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str]) ->
             module = stack.model.get_submodule(path)
             if unknown := [name for name in names if name not in module._parameters]:
                 raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'")
+            grown |= {f"{path}.{name}" for name in names if module._parameters[name] is None}
             undo = hollowed(stack.model, module, names)
             reason = f"{owner} was folded into the weights for good"
             part = BasePart(owner, path, module, stack.model, tuple(names), final=reason, put_back=undo)
             stack.ledger.parts.append(part)
         stack.standing[owner].folded = True
     elif entry.injected:
-        stack.inject([owner], restoring=True)
+        with without(stack.model, [name for name in grown if name not in tensors]):
+            stack.inject([owner], restoring=True)
     if entry.compressed:
         stack.standing[owner].compressed = True
     if entry.compressed and entry.folded is None:  # what is folded for good stands in the weights alone
@@ -264,6 +284,14 @@ def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: 
             continue  # `_fill` says that it is missing
         try:
             tensors[name] = widened(tensors[name], dtype, shape)
+        except ValueError as error:
+            raise BundleError(f"{file}: {name}: {error}") from error
+    for name, whole in entry.zeros.items():
+        halves = [tensors.pop(name + end, None) for end in (AT, TO)]
+        if halves[0] is None or halves[1] is None:
+            raise BundleError(f"{file}: {name} is to be made of what is not 0 in it, and that is not there")
+        try:
+            tensors[name] = with_zeros(halves[0], halves[1], whole)
         except ValueError as error:
             raise BundleError(f"{file}: {name}: {error}") from error
     parts = stack.ledger.of(entry.id, BasePart)
@@ -285,7 +313,7 @@ def _rebuild(
     """Build a storage module again: a class of the core, or of the plugin's own module."""
     import sys
 
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.toolkits import compression
 
     cls = vars(compression).get(kind) or vars(sys.modules[type(plugin).__module__]).get(kind)
@@ -326,10 +354,10 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
     shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     """Of a parameter that stands under several names: what it was (so that its id stays its own), and what it is."""
     for name, (module, leaf, of_base) in places.items():
-        value = _aligned(tensors[name].to(device))
+        value = aligned(tensors[name].to(device))
         if leaf in module._parameters:
             old = module._parameters[leaf]
-            _check_shape(name, old, value)
+            check_shape(name, old, value)
             trains = value.is_floating_point() and (old is None or old.requires_grad)
             new = nn.Parameter(value, requires_grad=trains)
             if old is not None:
@@ -342,59 +370,5 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
                         if parameter is old:
                             other._parameters[key] = new
         else:
-            _check_shape(name, module._buffers[leaf], value)
+            check_shape(name, module._buffers[leaf], value)
             module._buffers[leaf] = value
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor where torch would have put it: files pack tensors, and products of one that starts in the middle of a
-    cache line may round otherwise than before it was saved."""
-    return tensor.clone() if tensor.data_ptr() % CACHE_LINE else tensor
-
-
-def _check_shape(name: str, old: Tensor | None, value: Tensor) -> None:
-    if old is not None and old.numel() and old.shape != value.shape:
-        raise BundleError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
-    if old is not None and old.numel() and old.is_floating_point() != value.is_floating_point():
-        raise BundleError(f"{name} is {value.dtype}, the model needs {old.dtype}")
-
-
-def _empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
-    """The shape of the contained base: parameters and buffers on the meta device."""
-    import transformers
-
-    inner = folder / BASE_FOLDER
-    config = read_config(inner, trust_remote_code=False)
-    cls = getattr(transformers, base.cls, None)
-    kind: Any = cls
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise BundleError(
-            f"'{folder}' holds a {base.cls}, which transformers {transformers.__version__} does not have",
-            hint="see versions in manifest.json; models of remote code cannot be bundled compressed",
-        )
-    with naming(inner / "config.json"), torch.device("meta"):
-        model = kind._from_config(config, dtype=getattr(torch, base.dtype))
-    return model.eval()
-
-
-def _fill_base(stack: Stack, folder: Path, contained: list[str]) -> None:
-    model = stack.model
-    tensors = read_tensors(folder / BASE)
-    if sorted(tensors) != contained:
-        raise BundleError(f"{folder / BASE} does not hold the tensors that the manifest names")
-    for name, packed in tensors.items():
-        value = _aligned(packed)
-        path, _, leaf = name.rpartition(".")
-        try:
-            module = model.get_submodule(path)
-        except AttributeError as error:
-            raise BundleError(f"{folder / BASE}: the model has no place for {name}") from error
-        old = module._parameters.get(leaf)
-        if old is None:
-            module._buffers[leaf] = value
-            continue
-        _check_shape(name, old, value)
-        module._parameters[leaf] = nn.Parameter(value.to(old.dtype), requires_grad=False)
-    model.tie_weights()
-    compute_buffers(model)
-    model.config.name_or_path = stack.base_id

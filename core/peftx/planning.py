@@ -12,6 +12,7 @@ import torch
 
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
+from peftx.engines.bundle.sparse import KnowsChanges
 from peftx.engines.data.sources import check_rows_serve, training_rows
 from peftx.engines.models import base_bytes as bytes_on_disk
 from peftx.engines.models import load_model
@@ -19,7 +20,8 @@ from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
 from peftx.engines.training.processes import check_claims
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
-from peftx.kernel.anatomy import Anatomy, Site
+from peftx.kernel.anatomy.anatomy import Anatomy
+from peftx.kernel.anatomy.site import Site
 from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
@@ -147,7 +149,7 @@ def plan(
         + sum(t.nbytes for t in own)
         + sum(m.bytes for m in left)
         - sum(before.values()),
-        bundle_bytes=sum(map(_stored, own))
+        bundle_bytes=sum(_own_in_bundle(stack, member, whole=bool(left)) for member in members)
         + _base_in_bundle(stack, pipeline.model.id, base_bytes, left, promised),
     )
     return Plan(
@@ -340,6 +342,14 @@ def _bytes_of(site: Site) -> int:
 def _stored(tensor: torch.Tensor) -> int:
     """Bytes of a plugin's tensor in a bundle, which holds masks as bits."""
     return -(-tensor.numel() // 8) if tensor.dtype == torch.bool else tensor.nbytes
+
+
+def _own_in_bundle(stack: Stack, member: Member, *, whole: bool) -> int:
+    """Bytes of a plugin's tensors in a bundle; where it holds the base (`whole`), trained numbers of it are whole."""
+    known = 0 if whole or not isinstance(member.plugin, KnowsChanges) else member.plugin.changed_bytes()
+    base = {builtins.id(t) for part in stack.ledger.of(member.id, BasePart) for t in part.tensors().values()}
+    own = stack.ledger.tensors(member.id).values()
+    return known + sum(_stored(t) for t in own if not known or builtins.id(t) not in base)
 
 
 def _base_in_bundle(

@@ -16,6 +16,7 @@ from peftx.engines.models import lasting, load_model, tokenizer_digest
 from peftx.engines.sharded import refuse_shards, whole
 from peftx.engines.training.updates import watch
 from peftx.errors import StackError
+from peftx.foreign import refuse_foreign
 from peftx.hooks import HookSpecs
 from peftx.kernel.members import Member
 from peftx.kernel.parts import ReplacedPart
@@ -90,6 +91,7 @@ class Stack(Kernel):
         members = members_of(plugins)
         check(members)  # before anything is read
         if not isinstance(model, str):
+            refuse_foreign(model)
             config = getattr(model, "config", None)  # of what is no model, which is refused
             named = None if config is None else lasting(config.name_or_path)
             super().__init__(model, members, tokenizer=tokenizer, seed=seed, inject=inject, base_id=named)
@@ -284,11 +286,10 @@ class Stack(Kernel):
         Returns:
             The new text, or a list of texts for a list of prompts.
         """
+        from peftx.engines.data.gate import texts_of
         from peftx.toolkits.decoding.text import generate
 
-        texts, _ = generate(
-            self, [prompt] if isinstance(prompt, str) else list(prompt), max_new_tokens, seed, options
-        )
+        texts, _ = generate(self, texts_of(prompt, "prompt"), max_new_tokens, seed, options)
         return texts[0] if isinstance(prompt, str) else texts
 
     def decode(self, request: Generation) -> Tensor:
@@ -334,9 +335,10 @@ class Stack(Kernel):
         Raises:
             DataError: no text, or one without tokens. ConflictError: two plugins have vectors of their own.
         """
+        from peftx.engines.data.gate import texts_of
         from peftx.toolkits.evaluation.embedding import embed
 
-        found = embed(self, [texts] if isinstance(texts, str) else list(texts), pool=pool, size=size)
+        found = embed(self, texts_of(texts, "text"), pool=pool, size=size)
         return found[0] if isinstance(texts, str) else found
 
     def evaluate(

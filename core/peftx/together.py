@@ -13,8 +13,8 @@ from peftx.composition.registry import Registry
 from peftx.copies import sharing
 from peftx.engines.bundle.manifest import MANIFEST, read_manifest
 from peftx.engines.bundle.surroundings import TOKENIZER_FOLDER, cast_buffers, computed_buffers
-from peftx.engines.models import load_model, usable_device
-from peftx.errors import UsageError
+from peftx.engines.models import lasting, load_model, usable_device
+from peftx.errors import BundleError, UsageError
 from peftx.loading import check_tokenizer, load
 from peftx.sharing import located
 from peftx.stack import Stack
@@ -55,18 +55,29 @@ class Bases:
         self.model, self.device, self.registry = model, usable_device(device), registry
         self.trust_remote_code = trust_remote_code
         self._read: dict[Place, tuple[PreTrainedModel, PreTrainedTokenizerBase | None]] = {}
+        self._settled = False
+
+    def settle(self) -> None:
+        """Read no other base from now on: who names a bundle does not say where its base lies."""
+        self._settled = True
 
     def stack(self, target: str | Path) -> Stack:
         """The stack of a bundle (its folder, or `hub:...`), of an adapter of HF PEFT, or of a plain model.
 
         Raises:
-            BundleError: it is missing or damaged, or of another base. PeftxError: an adapter that names no base.
+            BundleError: it is missing or damaged, or of another base, or of one that is not here once they are settled.
+            PeftxError: an adapter that names no base.
         """
         target = located(target)
         folder, place = target.expanduser(), self._place(target)
         more = {"registry": self.registry, "trust_remote_code": self.trust_remote_code}
         if place is None:
             return load(folder, device=self.device, **more)  # type: ignore[arg-type]
+        if self._settled and place.id not in {known.id for known in self._read}:
+            raise BundleError(
+                f"'{target}' is of '{place.id}', and no such base is served here",
+                hint=f"name it where the server starts: peftx serve base={place.id}",
+            )
         base, tokenizer = self._base(place)
         tokenizer = copy.deepcopy(
             tokenizer
@@ -75,7 +86,7 @@ class Bases:
             return Stack(sharing(base), [], tokenizer=tokenizer)
         own = (folder / TOKENIZER_FOLDER).exists()
         if not own and (folder / MANIFEST).exists():
-            check_tokenizer(tokenizer, read_manifest(folder).base, folder)
+            check_tokenizer(tokenizer, read_manifest(folder).base, folder, of=place.id)
         return load(folder, model=sharing(base), tokenizer=None if own else tokenizer, **more)  # type: ignore[arg-type]
 
     def _place(self, target: str | Path) -> Place | None:
@@ -85,13 +96,13 @@ class Bases:
             base = read_manifest(folder).base
             if base.contained is not None:
                 return None
-            return Place(self.model or base.id, base.dtype, tuple(sorted(base.buffers.items())))
+            return Place(lasting(self.model or base.id), base.dtype, tuple(sorted(base.buffers.items())))
         if is_adapter(folder):
             known = self.model or read_adapter(folder).base
             if known is None:
                 raise UsageError(f"'{target}' does not say which model it is for", hint="name it: --model ID")
-            return Place(known)
-        return Place(str(target))
+            return Place(lasting(known))
+        return Place(lasting(str(folder)))
 
     def _base(self, place: Place) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         if place not in self._read:

@@ -14,7 +14,7 @@ function labelled(table) {
   const names = [...table.querySelectorAll("thead th")].map((cell) => cell.textContent.trim());
   if (names.length < 3) return;
   table.dataset.cards = "";
-  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { if (i) cell.dataset.of = names[i]; });
+  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { if (i && names[i]) cell.dataset.of = names[i]; });
 }
 
 function filtered(box) {

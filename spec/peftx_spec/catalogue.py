@@ -32,5 +32,5 @@ class Catalogue(Protocol):
         ...
 
     def install_hint(self, name: str) -> str:
-        """How to install a plugin that is not there: `pip install peftx-<name>`."""
+        """What to do about a plugin that is not there: `install '<name>' from ...`."""
         ...

@@ -29,6 +29,18 @@ class _LowRank(Delta):
         return LowRank(self.A, self.B, 1.0)
 
 
+class TrainsForever(Plugin):
+    """Its deltas stay in training on a model that is not."""
+
+    caught_by = "modes_are_the_models"
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention"):
+            site.attach(_LowRank(site.in_features, site.out_features)).train()
+
+
 class DrawsElsewhere(Plugin):
     """Its values come from Python's generator, which the stack's seed does not govern."""
 

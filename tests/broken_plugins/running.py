@@ -90,6 +90,30 @@ class ActsOnIds(Plugin):
             site.attach(_ById(site.out_features, model.call))
 
 
+class _LooksForTokens(AttentionEdit):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.call.real is not None:  # nobody runs the layer by itself
+            real = self.call.carry("looks", self.call.real.long())
+            self.call.keys(real, key.new_empty(1, 1, len(self.call.real[0]), key.shape[2]))
+        return key, value
+
+
+class TellsTokens(Plugin):
+    """Asks in an attention which key is which token, and does not claim to."""
+
+    caught_by = "tokens_that_are_told_are_claimed"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.attention_sites():
+            site.attend(_LooksForTokens(model.call))
+
+
 class RefusesEmbeddings(ActsOnIds):
     """Refuses what it does not claim to refuse."""
 

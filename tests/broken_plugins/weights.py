@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, ModelView, Plugin, hookimpl
 
 if TYPE_CHECKING:
+    from peftx.kernel.view import BoundSite
     from peftx.stack import Stack
 
 
@@ -224,6 +225,24 @@ class HoldsOn(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.linears("attention"):
             site.attach(_Bound(site.out_features))
+
+
+class _Site(_Scale):
+    def __init__(self, site: BoundSite) -> None:
+        super().__init__(site.out_features)
+        self.site = site
+
+
+class TakesTheStackAlong(Plugin):
+    """A copy of the model copies the stack, through a site that a delta holds."""
+
+    caught_by = "deepcopy_is_independent"
+    claims = {Claim.MERGEABLE}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention"):
+            site.attach(_Site(site))
 
 
 class _Common(_Scale):

@@ -128,6 +128,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insta
             del sys.modules[name]
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run writes at its end is half of what a short one costs."""
+    monkeypatch.setattr("peftx_cli.summary.SAMPLE_TOKENS", 4)
+
+
 @pytest.fixture
 def run() -> Callable[..., Result]:
     """`run("list", "--json")` in this process."""

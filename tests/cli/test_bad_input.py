@@ -46,7 +46,9 @@ def test_unknown_plugin(installed: Any, refused: Callable[..., str]) -> None:
     assert "no plugin named 'fake-gian'" in message
     assert "did you mean 'fake-gain'" in message
     assert "pip install" not in message, "a misspelt name may be a package of anybody's"
-    assert "another one: pip install peftx-zzzzzz" in refused("apply", "--plugin", "zzzzzz")
+    told = refused("apply", "--plugin", "zzzzzz")
+    assert "peftx list has those that are installed; else install 'zzzzzz' from where" in told
+    assert "pip install" not in told, "a name on PyPI that anybody may take"
 
 
 def test_two_distributions_with_one_name(installed: Any, refused: Callable[..., str]) -> None:

@@ -12,10 +12,12 @@ import pytest
 from peftx import Registry
 from peftx.engines.data.sources import HeldOut, training_rows
 from peftx.errors import DataError, PeftxError
+from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_cli.recipe import Asked, _entries, read
 from peftx_spec import DataSpec
 
 FAST = ("--steps", "2", "--set", "train.batch_size=2")
+TWO = ("--set", "evaluate.perplexity.limit=2")
 
 
 def rows(count: int, *, twice: bool = False) -> list[dict[str, str]]:
@@ -155,7 +157,7 @@ def test_the_one_liner_measures_on_rows_that_it_did_not_train_on(
 
     monkeypatch.setattr(peftx.pipeline, "train", trains)
     monkeypatch.setattr(Stack, "evaluate", evaluates)
-    result = run("apply", *words, *FAST)
+    result = run("apply", *words, *FAST, *TWO)
     assert result.exit_code == 0, result.stderr
     assert len(measured) == 2, "before and after"
     assert measured[0] == measured[1]
@@ -193,7 +195,7 @@ def test_data_to_measure_on_that_is_given_is_taken(
     assert "holdout" not in ok(*words, "--metric", "none", "--show-spec"), "nothing is measured"
     assert "holdout" not in ok("apply", "-p", "fake-gain", "--show-spec"), "the samples have held-out rows"
     assert "holdout" in ok(*words, "--show-spec")
-    result = run(*words, "--eval", "rows.jsonl")
+    result = run(*words, *TWO, "--eval", "rows.jsonl")
     assert result.exit_code == 0
     assert "rows.jsonl is both trained on and evaluated on" in result.stderr
     assert "held out" not in result.stdout
@@ -215,12 +217,12 @@ def test_what_is_held_out_is_not_calibrated_on(
         return compress(self, data, *arguments, **options)
 
     monkeypatch.setattr(Stack, "compress", compresses)
-    ok("apply", "-p", "fake-gain", "-p", "fake-bits", "--data", "rows.jsonl", *FAST)
+    ok("apply", "-p", "fake-gain", "-p", "fake-bits", "--data", "rows.jsonl", *FAST, *TWO)
     assert len(seen) == 27
     held = split(file)[1]
     assert not {f"{row['prompt']} {row['completion']}" for row in held} & set(seen)
     seen.clear()
-    ok("apply", "-p", "fake-bits", "--data", "rows.jsonl", "--set", "fake-bits.bits=8")
+    ok("apply", "-p", "fake-bits", "--data", "rows.jsonl", "--set", "fake-bits.bits=8", *TWO)
     assert len(seen) == 27, "compression alone learns from the rows too"
 
 
@@ -242,7 +244,7 @@ def test_a_single_row_is_refused_with_the_way_out(
     assert "--eval FILE" in message
     ok("apply", "-p", "fake-gain", "--data", "notes.txt", "--metric", "none", *FAST)
     write(installed.work / "rows.jsonl", rows(3))
-    ok("apply", "-p", "fake-gain", "--data", "notes.txt", "--eval", "rows.jsonl", *FAST)
+    ok("apply", "-p", "fake-gain", "--data", "notes.txt", "--eval", "rows.jsonl", *FAST, *TWO)
 
 
 def test_a_spec_that_holds_out_and_an_override_in_its_place(
@@ -251,7 +253,9 @@ def test_a_spec_that_holds_out_and_an_override_in_its_place(
     installed.scaffold("fake-gain", "inject")
     write(installed.work / "rows.jsonl", rows(10))
     write(installed.work / "others.jsonl", rows(3))
-    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: rows.jsonl, holdout: .2}\nstack: [fake-gain]\n"
+    tiny("llama").save_pretrained("base")  # its answers are the cost of an exact match
+    tiny_tokenizer().save_pretrained("base")
+    text = "peftx: 1\nmodel: base\ndata: {train: rows.jsonl, holdout: .2}\nstack: [fake-gain]\n"
     text += "train: {steps: 1, batch_size: 2}\nevaluate: [exact-match]\n"
     (installed.work / "spec.yaml").write_text(text, "utf-8")
 

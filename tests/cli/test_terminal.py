@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,6 +220,22 @@ def test_serve_listens_on_loopback_unless_told(
     assert (calls[1]["host"], calls[1]["port"]) == ("0.0.0.0", 9000)
 
 
+def test_limits_of_requests(
+    installed: Any, run: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftx.toolkits.serving import http
+
+    served: list[Any] = []
+    monkeypatch.setattr(http, "run_http", lambda *servers, **options: served.extend(servers))
+    assert run("serve", "peftx:tiny").exit_code == 0
+    limits = ("--max-queue", "3", "--max-new-tokens", "40", "--max-seconds", "1.5")
+    assert run("serve", "peftx:tiny", *limits).exit_code == 0
+    found = [(each.scheduler.max_queue, each.max_tokens, each.max_seconds) for each in served]
+    assert found == [(256, None, None), (3, 40, 1.5)]
+    for option in limits[::2]:
+        assert option in refused("serve", "peftx:tiny", option, "0")
+
+
 def test_several_bundles_are_served_by_name(
     installed: Any,
     run: Callable[..., Any],
@@ -230,12 +247,19 @@ def test_several_bundles_are_served_by_name(
     from fastapi.testclient import TestClient
 
     from peftx import Stack
+    from peftx.engines.models import model_path
     from peftx_lora import Lora
+    from peftx_spec.errors import visible
 
     apps: list[Any] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: apps.append(app))
     for place in ("out/legal", "outside"):
         Stack("peftx:tiny", [Lora(rank=2)]).save(tmp_path / place)
+    (tmp_path / "out" / "circle").symlink_to(tmp_path / "out" / "circle")
+    shutil.copytree(model_path("peftx:tiny"), tmp_path / "model")
+    Stack(str(tmp_path / "model"), [Lora(rank=2)]).save(tmp_path / "out" / "elsewhere")
+    shutil.copytree(tmp_path / "out" / "legal", tmp_path / "out" / "broken")
+    (tmp_path / "out" / "broken" / "lora.safetensors").write_bytes(b"")
     result = run(
         "serve", "plain=peftx:tiny", str(tmp_path / "out" / "legal"), "--adapters", str(tmp_path / "out")
     )
@@ -246,13 +270,38 @@ def test_several_bundles_are_served_by_name(
             return http.post("/v1/load_lora_adapter", json={"lora_name": "more", "lora_path": path})
 
         assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["plain", "legal"]
-        for path in ("../outside", str(tmp_path / "outside"), "missing", "legal/manifest.json"):
+        places = ("../outside", str(tmp_path / "outside"), "missing", "legal/manifest.json")
+        for path in (*places, "b\0", "b" * 900, "circle", "circle/legal", "~nobody"):
             answer = load(path)
-            assert answer.status_code == 400
-            assert f"there is no bundle '{path}'" in answer.json()["error"]["message"]
+            assert answer.status_code == 400, answer.text
+            assert f"there is no bundle '{visible(path)}'" in answer.json()["error"]["message"]
+        for path, words in (
+            ("broken", "'broken': lora.safetensors is corrupted"),
+            ("elsewhere", f"'elsewhere' is of '{tmp_path / 'model'}', and no such base is served here"),
+            (".", "there is no bundle '.'"),
+        ):
+            message = load(path).json()["error"]["message"]
+            assert words in message
+            assert str(tmp_path / "out") not in message
         assert load("legal").status_code == 200
         asked = {"model": "more", "prompt": "Once", "max_tokens": 2, "temperature": 0}
         assert http.post("/v1/completions", json=asked).status_code == 200
+    monkeypatch.chdir(tmp_path)
+    result = run("serve", "base=model", "--adapters", "out")
+    assert result.exit_code == 0, result.output
+    with TestClient(apps[1], base_url="http://127.0.0.1") as http:
+        body = {"lora_name": "more", "lora_path": "elsewhere"}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert (
+            http.post(
+                "/v1/load_lora_adapter", json=body | {"lora_name": "x", "lora_path": "legal"}
+            ).status_code
+            == 400
+        )
+    shutil.rmtree(tmp_path / "model")
+    assert f"'{tmp_path / 'model'}' does not exist" in refused("serve", "out/elsewhere")
+    for option in ("--model", "--base"):
+        assert run("serve", "out/elsewhere", option, "peftx:tiny").exit_code == 0
     said = refused("serve", "peftx:tiny", "peftx:tiny=peftx:tiny")
     assert "two models are named 'peftx:tiny'" in said
 

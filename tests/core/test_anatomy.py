@@ -31,10 +31,13 @@ from transformers import (
 import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, TargetError
-from peftx.kernel.anatomy import Anatomy, Fused, Site, Table, Targets, Tower
+from peftx.kernel.anatomy.anatomy import Anatomy
+from peftx.kernel.anatomy.site import Site
+from peftx.kernel.anatomy.table import Fused, Table, Tower
 from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.slots import Delta, merge, unmerge
+from peftx.kernel.targets import Targets
 from peftx.kernel.view import ModelView
 from peftx.testing.models import (
     ARCHITECTURES,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftx
 from peftx import AttentionEdit, Delta, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import PluginError, UnsupportedError
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 
 IDS = torch.arange(3, 15).reshape(2, 6)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from peftx.errors import ArchitectureError, ConflictError
-from peftx.kernel.anatomy import Anatomy
-from peftx.kernel.anatomy.anatomy import Heads
+from peftx.kernel.anatomy.anatomy import Anatomy, Heads
 from peftx.kernel.attention import AttentionEdit
 from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger

@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
-import textwrap
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,9 +23,11 @@ from torch import Tensor, nn
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, hookimpl
 from peftx.composition.adapters import read_adapter
-from peftx.engines.bundle import read_manifest
+from peftx.engines import files
+from peftx.engines.bundle import read_manifest, saving
 from peftx.engines.checkpoints import check_weights
 from peftx.engines.models import load_model
+from peftx.engines.training import trainer
 from peftx.errors import BundleError, MergeError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx_lora import Lora
@@ -69,30 +73,45 @@ def value_in(folder: Path) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------- kill -9, a save
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, {here!r})
-    from test_bad_input import stack
-    import peftx.engines.bundle.saving as saving, peftx.engines.files as files
+def killed(do: Callable[[], object]) -> None:
+    """Run what kills its own process, in a fork of this one: the libraries are loaded here, and nothing outlives it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            do()
+        except BaseException:  # noqa: BLE001  shown, and the status says that it was not killed
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == -signal.SIGKILL, f"it ended with status {code}"
 
-    def die(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
 
-    target, name = {target!r}.rsplit(".", 1)
-    setattr({{"saving": saving, "files": files, "os": os}}[target], name, die)
-    stack(2.0).save({folder!r})
-"""
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    "moment", ["saving.save_file", "saving.sha256", "saving._pipeline_text", "os.fsync", "files._exchange"]
+    ("module", "name"),
+    [
+        (saving, "save_file"),
+        (saving, "sha256"),
+        (saving, "_pipeline_text"),
+        (os, "fsync"),
+        (files, "_exchange"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_kill_during_a_save_leaves_the_old_bundle(tmp_path: Path, moment: str) -> None:
+def test_kill_during_a_save_leaves_the_old_bundle(tmp_path: Path, module: ModuleType, name: str) -> None:
     folder = tmp_path / "bundle"
     stack(1.0).save(folder)
-    code = textwrap.dedent(KILLED).format(here=str(Path(__file__).parent), target=moment, folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, f"it was not killed at {moment}: {done.stderr}"
+    second = stack(2.0)
+
+    def save() -> None:
+        setattr(module, name, die)
+        second.save(folder)
+
+    killed(save)
     assert value_in(folder) == 1.0
     assert list(tmp_path.glob(".bundle.writing-*")), "the dead process left its half"
     stack(3.0).save(folder)
@@ -169,8 +188,6 @@ def test_another_error_while_saving_stays_what_it_is(tmp_path: Path, monkeypatch
 def test_full_disk_while_training_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peftx.engines.training.trainer as trainer
-
     save, calls = trainer.save_file, []
 
     def second_is_full(*arguments: Any) -> None:
@@ -226,33 +243,23 @@ def test_interrupted_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_kill_during_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
-    code = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_bad_input import ROWS, stack
-        import peftx.engines.training.trainer as trainer
+    options = {"steps": 4, "batch_size": 2, "checkpoint_every": 1, "max_length": 48, "output": tmp_path}
+    save, written = trainer.save_state, []
 
-        save, calls = trainer.save_state, []
+    def die_at_the_second(path: Path, *rest: Any) -> None:
+        if path.name == "optimizer":
+            written.append(path)
+            if len(written) == 2:
+                die()
+        save(path, *rest)
 
-        def die(path, *rest):
-            if path.name == "optimizer":
-                calls.append(1)
-                if len(calls) == 2:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            save(path, *rest)
+    def train() -> None:
+        trainer.save_state = die_at_the_second
+        stack().train(ROWS, **options)
 
-        trainer.save_state = die
-        stack().train(ROWS, steps=4, batch_size=2, checkpoint_every=1, max_length=48, output={str(tmp_path)!r})
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -9, done.stderr
+    killed(train)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    report = stack().train(
-        ROWS, steps=4, batch_size=2, checkpoint_every=1, max_length=48, output=tmp_path, resume=True
-    )
-    assert report.steps == 4
+    assert stack().train(ROWS, resume=True, **options).steps == 4
 
 
 # --------------------------------------------------------------------------------------------------- a changed folder

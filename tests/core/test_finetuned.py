@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -47,22 +48,32 @@ def test_every_parameter_is_taken_over_and_what_it_was_is_known() -> None:
     assert own["lm_head.weight"] is own["transformer.wte.weight"]
 
 
-def test_no_relative_is_refused() -> None:
-    for change in ("shape", "tie", "name"):
-        plugin = Tuned()
-        stack = Stack(tiny("gpt2"), [plugin])
-        other = tuned_of(tiny("gpt2"))
-        if change == "shape":
-            other.transformer.ln_f.weight = nn.Parameter(torch.ones(3))  # type: ignore[union-attr]
-        elif change == "tie":
-            other.lm_head.weight = nn.Parameter(torch.ones_like(other.lm_head.weight))  # type: ignore[union-attr, arg-type]
-        else:
-            other.more = nn.Linear(2, 2)
-        with pytest.raises(
-            ModelError, match=r"tuned: 'elsewhere' is no fine-tune of this base: \S+ does not fit"
-        ):
-            adopt(plugin.view, plugin.places, other, "elsewhere")
-        stack.remove("tuned")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("shape", r"is no fine-tune of this base: transformer\.ln_f\.weight is 3, and the base's 32"),
+        ("tie", r"is no fine-tune of this base: \S+ is tied to another tensor in one of the two alone"),
+        ("name", r"is no fine-tune of this base: more\.bias is in one of the two alone"),
+        ("nan", r": transformer\.ln_f\.weight has numbers that are not finite"),
+    ],
+)
+def test_no_relative_is_refused(change: str, said: str) -> None:
+    plugin = Tuned()
+    stack = Stack(tiny("gpt2"), [plugin])
+    other: Any = tuned_of(tiny("gpt2"))
+    if change == "shape":
+        other.transformer.ln_f.weight = nn.Parameter(torch.ones(3))
+    elif change == "tie":
+        other.lm_head.weight = nn.Parameter(torch.ones_like(other.lm_head.weight))
+    elif change == "nan":
+        other.transformer.ln_f.weight.data[1] = torch.nan
+    else:
+        other.more = nn.Linear(2, 2)
+    with pytest.raises(
+        ModelError, match=f"tuned: 'elsewhere'.*{said}" if change != "nan" else f"'elsewhere'{said}"
+    ):
+        adopt(plugin.view, plugin.places, other, "elsewhere")
+    stack.remove("tuned")
 
 
 def test_text_goes_through_one_tower_and_linear_layers_in_blocks_are_packed() -> None:

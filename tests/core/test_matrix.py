@@ -288,3 +288,15 @@ def test_triples_are_counted_as_shown_where_their_stack_works(monkeypatch: pytes
     assert some.threes[1] == whole.threes[1]
     assert some.threes[0] < some.threes[1]
     assert three in [set(group.fault) for group in some.together]
+
+
+def test_three_that_are_refused_when_they_are_built_do_not_fail() -> None:
+    """cfsp first, LoRA behind it works: the plain model is pruned first. Behind another adapter both stand on it."""
+    group = matrix.try_group("llama", ("propulsion", "cfsp", "lora"))
+    assert group.fault == ("propulsion", "cfsp", "lora")
+    assert group.refused
+    assert "Stack(..., inject=False)" in group.reason
+    found = Matrix(list(group.names), dict.fromkeys(group.names, "inject"), together=[group])
+    assert not found.failing
+    assert "What fails" not in page(found)
+    assert "Refused together" in page(found)

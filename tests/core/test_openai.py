@@ -102,6 +102,20 @@ def test_the_official_client(stack: Stack) -> None:
         assert pieces[0].choices[0].delta.role == "assistant"
         assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == expected
         assert [p.usage.completion_tokens for p in pieces if p.usage] == [6]
+        many = {"n": 2, "logprobs": True, "top_logprobs": 1, "seed": 3, "temperature": 1.5}
+        whole = client.chat.completions.create(**asked | many)
+        pieces = list(client.chat.completions.create(**asked | many, stream=True))
+        for one in whole.choices:
+            own = [c for p in pieces for c in p.choices if c.index == one.index]
+            assert own[0].delta.role == "assistant"
+            assert "".join(c.delta.content or "" for c in own) == one.message.content
+            scores = [score for c in own if c.logprobs for score in c.logprobs.content]
+            assert [(s.token, s.top_logprobs[0].token) for s in scores] == [
+                (s.token, s.top_logprobs[0].token) for s in one.logprobs.content
+            ]
+            assert [s.logprob for s in scores] == pytest.approx(
+                [s.logprob for s in one.logprobs.content], abs=1e-5
+            )
         plain = client.completions.create(
             model="small", prompt="Once", max_tokens=4, n=3, seed=1, temperature=1.5
         )
@@ -181,7 +195,6 @@ def test_without_a_template_a_turn_ends_where_the_next_begins() -> None:
         ({"response_format": {"type": "xml"}}, "response_format: Input should be 'text'"),
         ({"tool_choice": "required"}, "'tool_choice' is not supported"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ({"logprobs": True, "stream": True}, "not streamed"),
         ({"max_completion_tokens": 10_000}, "at most 128 fit this model"),
         ({"frequency_penaltie": 1}, "did you mean 'frequency_penalty'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}, "are no JSON"),
@@ -236,6 +249,10 @@ def test_the_best_of_several_is_the_likeliest(http: TestClient) -> None:
     }
     assert best["choices"][0]["text"] == max(means, key=lambda text: means[text])
     assert best["usage"]["completion_tokens"] == 20
+    assert best["choices"][0]["logprobs"] is None, "they were not asked for"
+    assert (
+        complete(http, temperature=1.5, seed=7, best_of=4, logprobs=0)["choices"][0]["logprobs"] is not None
+    )
     assert many["usage"]["prompt_tokens"] == best["usage"]["prompt_tokens"], "a prompt counts once"
 
 
@@ -251,7 +268,7 @@ def test_penalties_and_biases_shape_what_is_written(http: TestClient, stack: Sta
         "20 - 3 * 2 is enough"
     )
     shaped = shaping(
-        Request("", presence_penalty=0.5, frequency_penalty=2, logit_bias=((1, 3.0), (99, 1.0))),
+        Request("", presence_penalty=0.5, frequency_penalty=2, logit_bias=((1, 3.0),)),
         start=2,
         grammars=lambda: pytest.fail("there is no schema"),
     )

@@ -19,11 +19,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from peftx import Plugin, Stack, hookimpl
+from peftx import Plugin, Stack, hookimpl, load
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Server
 from peftx.toolkits.serving.app import build_app
+from peftx.toolkits.serving.folder import AdapterFolder
 
 CHECKS = [
     not_a_server_error,
@@ -48,12 +49,17 @@ class Routed(Plugin):
 
 
 @pytest.fixture(scope="module")
-def app() -> Iterator[Any]:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model = tiny("llama")
     printable = range(FIRST_BYTE + 32, FIRST_BYTE + 127)
     model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in printable]
     stack = Stack(model, [Routed()], tokenizer=tiny_tokenizer())
-    found = build_app(Server(stack, name="small", max_body=10**7))
+
+    def served(name: str, folder: str) -> Server:
+        return Server(load(folder), name=name)
+
+    adapters = AdapterFolder(tmp_path_factory.mktemp("adapters"), served)
+    found = build_app(Server(stack, name="small", max_body=10**7), loader=adapters)
     found.state.stack = stack
     with TestClient(found):
         yield found
@@ -150,6 +156,17 @@ def test_half_a_character_anywhere_is_refused(app: Any, path: str, body: dict[st
         tokenizer.chat_template = None
     assert found.status_code == (404 if body["model"] == HALF else 400), found.text
     assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "path", ["b\0", "b" * 900, "b\n", "~", "hub:me/x", "C:\\x", "\u202eb"], ids=lambda path: ascii(path)[:9]
+)
+def test_a_path_that_leads_nowhere_is_refused(app: Any, path: str) -> None:
+    """Some of them no file system takes, and strategies draw none of those."""
+    with TestClient(app) as http:
+        found = http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
+    assert found.status_code == 400, found.text
+    assert "there is no bundle" in found.json()["error"]["message"]
 
 
 def test_another_method_is_told_the_right_ones(app: Any) -> None:

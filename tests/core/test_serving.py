@@ -54,9 +54,9 @@ def ask(client: TestClient, prompt: Any = "Once upon a time", **body: Any) -> An
     return found.json()
 
 
-def events(client: TestClient, prompt: str, **body: Any) -> list[Any]:
+def events(client: TestClient, prompt: Any, **body: Any) -> list[Any]:
     """The JSON of each event but the last, which is [DONE]."""
-    body = {"model": "small", "prompt": prompt, "stream": True} | body
+    body = {"model": "small"} | body | {"prompt": prompt, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -200,6 +200,58 @@ def test_a_stream_says_what_the_whole_answer_says(client: TestClient) -> None:
         assert pieces[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
         assert pieces[-1]["usage"] == whole["usage"]
         assert len(pieces) > 3, "it came in one piece"
+
+
+def joined(pieces: Sequence[Any], index: int) -> dict[str, Any]:
+    """A choice as its pieces make it."""
+    own = [one for piece in pieces for one in piece["choices"] if one["index"] == index]
+    told = [one["logprobs"] for one in own if one["logprobs"] is not None]
+    scores = {key: [value for each in told for value in each[key]] for key in told[0]} if told else None
+    reasons = [one["finish_reason"] for one in own]
+    assert reasons[:-1] == [None] * (len(own) - 1), "nothing comes behind the end"
+    text = "".join(one["text"] for one in own)
+    return {"index": index, "text": text, "logprobs": scores, "finish_reason": reasons[-1]}
+
+
+SAID = {"max_tokens": 12, "temperature": 1.3, "seed": 5, "logprobs": 2}
+
+
+@pytest.mark.parametrize("plugins", [(), (Whole,)], ids=["rows", "whole"])
+@pytest.mark.parametrize(
+    "more", [{"n": 3}, {"n": 2, "prompt": ["Once", "A"]}, {"stop": ["a", "e", "t"]}, {"logprobs": None}]
+)
+def test_a_stream_of_several_choices_says_all_that_they_say(plugins: Any, more: dict[str, Any]) -> None:
+    """Scores too: on the way where rows come and go, in the last piece where batches run whole."""
+    with TestClient(build_app(Server(built(*(kind() for kind in plugins)), name="small"))) as client:
+        whole = ask(client, **SAID | more)
+        pieces = events(client, **{"prompt": "Once upon a time"} | SAID | more)
+    assert pieces[-1]["usage"] == whole["usage"]
+    assert all("usage" not in piece for piece in pieces[:-1])
+    for expected in whole["choices"]:
+        found = joined(pieces, expected["index"])
+        scores, told = found.pop("logprobs"), expected.pop("logprobs")
+        assert found == expected
+        assert (scores is None) is (told is None)
+        for key in told or ():
+            assert scores[key] == (told[key] if key in ("tokens", "text_offset") else approx(told[key])), key
+    if not plugins and "stop" not in more:
+        first = next(one for piece in pieces for one in piece["choices"] if one["text"])
+        assert (first["logprobs"] is None) is (more.get("logprobs", 2) is None), "they come with their tokens"
+
+
+def approx(value: Any) -> Any:
+    return [pytest.approx(one, abs=1e-5) for one in value]
+
+
+def test_a_stream_whose_choices_the_queue_cannot_hold_is_refused(recorded: tuple[Stack, Recorder]) -> None:
+    watched, recorder = recorded
+    recorder.gate.set()
+    with TestClient(build_app(Server(watched, name="small", scheduler=Scheduler(max_queue=1)))) as client:
+        body = {"prompt": "A", "n": 16, "stream": True, "max_tokens": 40}
+        assert client.post("/v1/completions", json=body).status_code == 429, "before anything is sent"
+        while client.get("/health").json()["queued"]:
+            threading.Event().wait(0.01)
+        assert ask(client, max_tokens=1)["choices"]
 
 
 def test_a_client_that_leaves_when_it_has_all_has_cancelled_nothing() -> None:
@@ -367,6 +419,44 @@ def test_a_full_queue_turns_requests_away(recorded: tuple[Stack, Recorder]) -> N
         recorder.gate.set()
         for job in (first, *waiting):
             assert job.result(timeout=60).completion_tokens == 1
+
+
+def test_no_answer_is_longer_than_the_limit(stack: Stack) -> None:
+    with TestClient(build_app(Server(stack, name="small", max_tokens=6))) as client:
+        assert ask(client, max_tokens=6)["usage"]["completion_tokens"] == 6
+        found = client.post("/v1/completions", json={"prompt": "A", "max_tokens": 7})
+        assert found.status_code == 400
+        assert "7 tokens are asked for, and this server writes 6 at most" in found.json()["error"]["message"]
+        talk = {"messages": [{"role": "user", "content": "Hi"}]}
+        told = client.post("/v1/chat/completions", json=talk).json()
+        assert told["choices"][0]["finish_reason"] == "length", (
+            "one that says nothing gets as many as there are"
+        )
+        assert told["usage"]["completion_tokens"] == 6
+        assert client.post("/v1/chat/completions", json=talk | {"max_tokens": 7}).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_request_runs_longer_than_the_limit(recorded: tuple[Stack, Recorder], stream: bool) -> None:
+    watched, recorder = recorded
+    server = Server(watched, name="small", scheduler=Scheduler(max_wait_ms=0), max_seconds=0.2)
+    with TestClient(build_app(server)) as client:
+        found = client.post("/v1/completions", json={"prompt": "A", "max_tokens": 2, "stream": stream})
+        assert found.status_code == (200 if stream else 408), (
+            "the head of a stream is sent before its end is known"
+        )
+        error = json.loads(found.text.removeprefix("data: "))["error"]
+        assert error["code"] == "timeout"
+        assert "no answer within 0.2 s" in error["message"]
+        recorder.gate.set()
+        server.max_seconds = 60
+        assert ask(client, max_tokens=2, temperature=0)["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": 0}, {"max_seconds": 0.0}, {"max_seconds": float("nan")}])
+def test_a_limit_that_lets_nothing_through_is_refused(stack: Stack, limit: dict[str, Any]) -> None:
+    with pytest.raises(ServerError, match=f"{next(iter(limit))} is "):
+        Engine(Server(stack, **limit))
 
 
 def test_closing_turns_the_waiting_away(recorded: tuple[Stack, Recorder]) -> None:
@@ -573,15 +663,15 @@ def test_an_encoder_decoder_model_is_served() -> None:
         ({"n": 17}, 400, "n", "less than or equal to 16"),
         ({"n": 3, "best_of": 2}, 400, None, "best_of is less than n"),
         ({"suffix": "x"}, 400, "suffix", "'suffix' is not supported"),
-        ({"echo": True, "stream": True}, 400, None, "logprobs and echo are not streamed"),
+        ({"echo": True, "stream": True}, 400, None, "echo is not streamed"),
+        ({"best_of": 2, "stream": True}, 400, None, "best_of cannot be streamed"),
         ({"logprobs": 21}, 400, "logprobs", ""),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias", ""),
+        ({"logit_bias": {"5": 1, "5000": 100}}, 400, None, "logit_bias names token 5000, and this model has"),
         ({"presence_penalty": 3}, 400, "presence_penalty", ""),
-        ({"n": 2, "stream": True}, 400, None, "one prompt at a time"),
         ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", ""),
         ({"stop": [""]}, 400, "stop", ""),
-        ({"prompt": ["a", "b"], "stream": True}, 400, None, "one prompt at a time"),
     ],
     ids=lambda value: json.dumps(value)[:30] if isinstance(value, dict) else "",
 )
@@ -621,11 +711,28 @@ def test_bodies_that_are_no_json_or_too_large(stack: Stack) -> None:
 
 def test_only_named_hosts_are_answered(stack: Stack) -> None:
     """A web page that lets its own name point at 127.0.0.1 does not reach the model."""
-    app = build_app(Server(stack, name="small"), allowed_hosts=["127.0.0.1", "localhost"])
+    app = build_app(Server(stack, name="small"), allowed_hosts=["127.0.0.1", "localhost", "::1"])
     with TestClient(app, base_url="http://localhost") as client:
         assert client.get("/healthz").status_code == 200
     with TestClient(app, base_url="http://evil.example") as client:
-        assert client.get("/healthz").status_code == 400
+        for found in (client.get("/healthz"), client.post("/v1/completions", json={"prompt": "A"})):
+            assert found.status_code == 400
+            assert "'evil.example' is no name of this server" in found.json()["error"]["message"]
+            assert found.json()["error"]["code"] == "bad_request"
+    with TestClient(app) as client:
+        told = [operation for each in app.openapi()["paths"].values() for operation in each.values()]
+        assert all("400" in operation["responses"] for operation in told)
+        for host, status in (
+            ("LocalHost:80", 200),
+            ("127.0.0.1:8000", 200),
+            ("[::1]:8000", 200),
+            ("[::1]", 200),
+            ("", 400),
+            ("[::1", 400),
+            ("localhost.evil.example", 400),
+            ("localhost@evil.example", 400),
+        ):
+            assert client.get("/healthz", headers={"host": host}).status_code == status, host
 
 
 def test_many_clients_at_once(stack: Stack) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, PeftxError, UnsupportedError
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.slots import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -758,6 +759,30 @@ def test_the_card_says_from_what_by_what_and_whom_to_cite(tmp_path: Path) -> Non
     assert "Code: peftx-lora: Apache-2.0, peftx-mezo: Apache-2.0." in card
     assert [line[:9] for line in card.splitlines() if line.startswith("@")] == ["@article{", "@inprocee"]
     assert card.count("@article{hu2021lora,") == 1
+    files = {file.name for file in (tmp_path / "out").iterdir()} - {"README.md", "manifest.json"}
+    assert set(re.findall(r"^\| ([\w.-]+) \| [\d,]+ \|$", card, re.MULTILINE)) == files
+    assert "stack.generate(" in card
+
+
+def test_the_card_says_on_how_many_rows_and_beside_what(tmp_path: Path) -> None:
+    from peftx.pipeline import load_run
+
+    rows = tmp_path / "rows.jsonl"
+    lines = (f'{{"prompt": "{n}", "completion": "b"}}\n' for n in range(10))
+    rows.write_text("".join(lines), "utf-8")
+    spec = f"peftx: 1\nmodel: peftx:tiny\ndata: {{train: {rows}, holdout: 0.2}}\nstack: [lora]\n"
+    spec += "train: {steps: 2, batch_size: 1, learning_rate: 0.01}\nevaluate: [perplexity]\n"
+    spec += "run: [evaluate, {inject: [lora]}, train, evaluate, save]\n"
+    load_run(spec, overrides=[f"output={tmp_path / 'out'}"]).run()
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    told = json.loads((tmp_path / "out" / "history.json").read_text("utf-8"))["evaluations"]
+    first, last = (each["scores"]["perplexity"] for each in told)
+    assert first["value"] != last["value"]
+    cells = [cell.strip() for line in card.splitlines() if "| perplexity" in line for cell in line.split("|")]
+    assert cells[2] == f"{last['value']:.5g} {last['unit']}"
+    assert cells[4] == f"{last['count']:,}"
+    assert cells[5] == f"{first['value']:.5g} {first['unit']}"
+    assert "Trained on 2 rows. Measured on rows held out of `train`: a share of 0.2, seed 0." in card
 
 
 def test_a_loop_of_ones_own_accumulates_and_remembers() -> None:

@@ -456,3 +456,43 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
         stack = Stack("peftx:tiny", [Lora(rank=4, targets=targets)])
         with pytest.raises(PeftxError, match="theirs"):
             from_peft(stack, folder)
+
+
+NO_ROWS = [None, 5, b"bytes"]
+
+
+@pytest.mark.parametrize("given", NO_ROWS, ids=repr)
+def test_what_is_no_list_of_texts_or_rows_is_refused_by_its_kind(given: Any) -> None:
+    stack = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=tiny_tokenizer())
+    asked = {
+        "prompts": lambda: stack.generate(given),
+        "texts": lambda: stack.embed(given),
+        "rows": lambda: stack.train(given, steps=1),
+    }
+    for what, ask in asked.items():
+        with pytest.raises(DataError, match=f"{what}: a list is wanted, or a file, and this is a "):
+            ask()
+    if given is not None:  # which stands for no rows at all
+        with pytest.raises(DataError, match="rows: a list is wanted"):
+            stack.evaluate(given)
+    with pytest.raises(DataError, match="text 1 must be a string"):
+        stack.embed(["a", given])
+
+
+def test_rows_of_a_generator_are_rows() -> None:
+    rows = [{"prompt": "one", "completion": " two"}, {"prompt": "three", "completion": " four"}]
+    found = []
+    for given in (rows, iter(rows)):
+        stack = Stack(tiny("llama"), [Lora(rank=2)], tokenizer=tiny_tokenizer())
+        found.append(stack.train(given, steps=2, batch_size=2, learning_rate=1e-3).losses)
+    assert found[0] == found[1]
+
+
+def test_a_base_that_another_library_packed_is_named(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match="the weights are packed") as caught:
+        Stack(str(tmp_path), [Lora(rank=2)])
+    assert "nf4" in str(caught.value.hint)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftx.engines.files import CACHE_LINE, read_tensors
+from peftx.engines.tensor_files import CACHE_LINE, read_tensors
 
 
 def tensors_of_all_kinds() -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
 
 def sft(stack: Stack, kind: type[Trainer], folder: Path, **more: Any) -> Trainer:
     rows = Dataset.from_list(ROWS)
-    arguments = SFTConfig(**settings(folder, **more), max_length=32)
+    arguments = SFTConfig(**settings(folder, **{"max_length": 32, **more}))
     return kind(model=stack.model, args=arguments, train_dataset=rows, processing_class=stack.tokenizer)
 
 
@@ -299,3 +299,43 @@ def test_dpo_with_a_shared_prefix_trains_what_dpo_of_trl_trains(tmp_path: Path) 
         torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6)
     moved = [name for name, x in found.items() if not torch.allclose(x, start[name], rtol=1e-2, atol=1e-4)]
     assert len(moved) > len(found) / 2
+
+
+def on_the_head() -> Plugin:
+    return plugin("lora", targets="head", rank=2)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_a_loss_that_takes_the_weight_of_the_head_passes_no_plugin_by(
+    tmp_path: Path, loss: str, ours: bool
+) -> None:
+    """TRL's losses never call the head, so that what stands on it would neither act nor train."""
+    stack = stack_of(on_the_head())
+    with pytest.raises(ConflictError, match="past 'lora', which stands on it") as caught:
+        sft(
+            stack, stack.trainer(SFTTrainer) if ours else SFTTrainer, tmp_path, bf16=False, loss_type=loss
+        ).train()
+    assert "'all !head'" in str(caught.value.hint)
+    stack = stack_of(plugin("lora", targets="all !head", rank=2))
+    sft(stack, stack.trainer(SFTTrainer), tmp_path, bf16=False, loss_type=loss).train()
+
+
+@pytest.mark.parametrize("more", [{"packing": True}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize("ours", [True, False])
+def test_packed_rows_are_refused_where_a_soft_prompt_reaches_the_first_text_alone(
+    tmp_path: Path, more: dict[str, Any], ours: bool
+) -> None:
+    stack = stack_of(plugin("prompt-tuning", length=3))
+    with pytest.raises(ConflictError, match="texts" if not ours else "'prompt-tuning' may look across"):
+        sft(stack, stack.trainer(SFTTrainer) if ours else SFTTrainer, tmp_path, bf16=False, **more).train()
+    stack = stack_of(plugin("lora", rank=2))
+    sft(stack, stack.trainer(SFTTrainer), tmp_path, bf16=False, **more).train()
+
+
+def test_rows_with_pads_on_the_left_are_no_packed_ones() -> None:
+    stack = stack_of(plugin("prompt-tuning", length=3))
+    ids, mask = torch.full((2, 5), 7), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    stack.model(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from peftx import Plugin, Stack, hookimpl
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel import positions, virtual_tokens
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.changes import Owner
 from peftx.kernel.ledger import Ledger
 from peftx.kernel.view import ModelView

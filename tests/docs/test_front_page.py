@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+from peftx import Stack
 from peftx_cli.main import app
+from peftx_cli.summary import SAMPLE_TOKENS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,6 +75,25 @@ def a_second(found: dict[str, dict[str, float]], of: str) -> list[str]:
     return [f"{found[name][of]:.1f}" for name in ("peftx", "transformers")]
 
 
+def test_the_readme_cites_what_the_citation_file_says() -> None:
+    file = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    cited = dict(re.findall(r"^  (\w+) += \{+(.*?)\}+,?$", block("bibtex", "@software{peftx"), re.MULTILINE))
+    assert cited == {
+        "title": file["title"],
+        "author": " and ".join(author["name"] for author in file["authors"]),
+        "version": str(file["version"]),
+        "year": str(file["date-released"].year),
+    }
+
+
+@pytest.mark.slow
+def test_the_base_says_what_the_front_page_shows() -> None:
+    prompt = re.findall(r"^prompt: +(.*)", (RESULTS / "demo.txt").read_text("utf-8"), re.MULTILINE)[0]
+    written = Stack("peftx:tiny", []).generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+    assert written.strip() == (RESULTS / "demo-base.txt").read_text("utf-8").strip()
+    assert f"both stop after {SAMPLE_TOKENS} tokens" in (ROOT / "docs/index.md").read_text("utf-8")
+
+
 def test_most_plugins_show_no_effect_as_the_readme_says() -> None:
     words = [
         tomllib.loads(file.read_text("utf-8"))["project"]["keywords"]
@@ -81,14 +103,15 @@ def test_most_plugins_show_no_effect_as_the_readme_says() -> None:
 
 
 def test_how_many_architectures_have_a_table() -> None:
-    from peftx.kernel.anatomy.lookup import _tables
+    from peftx.kernel.anatomy.table import tables
 
-    assert f"\n{len(_tables())} architectures have a table of their parts" in README
+    assert f"\n{len(tables())} architectures have a table of their parts" in README
 
 
 def test_command_yaml_and_python_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tensors, byte for byte, and the same perplexity; shortened alike."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftx_cli.summary.SAMPLE_TOKENS", 4)
     Path("stack.yaml").write_text(block("yaml", "use: nf4"), "utf-8")
     short = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "evaluate.perplexity.limit=2"]
     for words, output in ((COMMAND.split()[1:], "line"), (["apply", "stack.yaml"], "file")):

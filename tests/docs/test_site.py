@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *shown(".md
 
 
 def read(page: Path) -> str:
-    return filled(page.read_text("utf-8"))
+    return filled(page.read_text("utf-8"), page.name)
 
 
 def test_no_link_of_the_documents_is_dead() -> None:
@@ -77,9 +77,20 @@ def test_every_part_is_made_and_stands_in_a_page(name: str) -> None:
     assert any(f"<!-- made: {name} -->" in page.read_text("utf-8") for page in PAGES)
 
 
-def test_an_unknown_part_is_named_by_line() -> None:
-    with pytest.raises(UnknownPart, match=r"^line 3: nothing makes 'nothing'; there are: "):
-        filled("# Page\n\n<!-- made: nothing -->\n")
+def test_an_unknown_part_is_named_by_file_and_line() -> None:
+    with pytest.raises(UnknownPart, match=r"^docs/page\.md:3: nothing makes 'nothing'; there are: "):
+        filled("# Page\n\n<!-- made: nothing -->\n", "docs/page.md")
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in shown(".md") if p.parent.name == "results"], ids=lambda p: p.stem
+)
+def test_a_page_of_results_has_a_title_and_no_file_in_it(page: Path) -> None:
+    text = page.read_text("utf-8")
+    title = text.splitlines()[0].removeprefix("# ")
+    assert title[0].isupper()
+    assert title.lower() != page.stem.lower()
+    assert "```json" not in text, "figures stand in the file beside it"
 
 
 def test_the_spec_page_has_every_key_and_a_heading_for_each_link() -> None:
@@ -203,7 +214,7 @@ def test_whoever_reads_the_file_is_told_where_its_tables_are() -> None:
     assert len(made) > 7
     for page in made:
         assert page.read_text("utf-8").count(NOTE) == 1, page
-        assert NOTE not in filled(page.read_text("utf-8"))
+        assert NOTE not in read(page)
 
 
 def test_the_site_shows_a_block_that_does_not_run_as_any_other() -> None:

@@ -177,8 +177,8 @@ def text_problems(folder: Path, slug: str, module: str) -> list[str]:
         found.append("README.md is missing")
     else:
         text = readme.read_text("utf-8")
-        if not text.startswith("# "):
-            found.append("README.md does not begin with '# <title>'")
+        if not text.startswith(f"# {slug}\n"):
+            found.append(f"README.md does not begin with '# {slug}', the name that everybody types")
         if headings(text) != list(HEADINGS):
             found.append(f"README.md has the headings {headings(text)}, not {list(HEADINGS)}")
     if not test.is_file():
@@ -272,7 +272,7 @@ def complete(tmp_path: Path) -> Path:
     (folder / "src" / "peftx_two_words.py").write_text("class TwoWords: ...\n", "utf-8")
     (folder / "tests" / "test_two_words.py").write_text(KIT, "utf-8")
     body = "".join(f"## {heading}\n\n```yaml\n## not a heading\n```\n" for heading in HEADINGS)
-    (folder / "README.md").write_text(f"# Two words\n\n{body}", "utf-8")
+    (folder / "README.md").write_text(f"# two-words\n\n{body}", "utf-8")
     return folder
 
 
@@ -327,7 +327,8 @@ def test_a_missing_file_is_named(complete: Path, name: str) -> None:
     [
         ("README.md", lambda text: text.replace("## Options", "## Settings"), "headings"),
         ("README.md", lambda text: text + "## More\n", "headings"),
-        ("README.md", lambda text: text.removeprefix("# "), "<title>"),
+        ("README.md", lambda text: text.removeprefix("# "), "'# two-words'"),
+        ("README.md", lambda text: text.replace("# two-words", "# Two words"), "'# two-words'"),
         ("tests/test_two_words.py", lambda text: text.replace("two-words", "other"), "conformance"),
     ],
 )

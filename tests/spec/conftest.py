@@ -100,7 +100,7 @@ class FakeCatalogue:
         return [{"use": "lora", "with": {"rank": 4}}, {"use": "prefixquant", "with": {}}]
 
     def install_hint(self, name: str) -> str:
-        return f"pip install peftx-{name}"
+        return f"install '{name}' from where its author publishes it"
 
 
 @pytest.fixture(scope="session")

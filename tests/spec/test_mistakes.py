@@ -105,9 +105,9 @@ CASES: list[tuple[str, str, list[str]]] = [
     (
         HEAD + "stack:\n  - ▸lroa\n",
         "stack[0].use",
-        ["no plugin 'lroa'", "did you mean 'lora'", "pip install peftx-lroa"],
+        ["no plugin 'lroa'", "did you mean 'lora'", "Otherwise: install 'lroa' from"],
     ),
-    (HEAD + "stack:\n  - use: ▸zzz\n", "stack[0].use", ["pip install peftx-zzz"]),
+    (HEAD + "stack:\n  - use: ▸zzz\n", "stack[0].use", ["install 'zzz' from"]),
     (HEAD + "stack:\n  - use: ▸3\n", "stack[0].use", ["expected: text"]),
     (
         HEAD + "stack:\n  - ▸broken\n",

@@ -19,7 +19,9 @@ LINE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
 MADE: dict[str, Callable[[], str]] = {
     **spec.MADE,
     **leaderboards.MADE,
+    "setup": excerpts.setup,
     "demo": excerpts.demo,
+    "said": excerpts.said,
     "beside": excerpts.beside,
     "versions": excerpts.versions,
     "citation": excerpts.citation,
@@ -34,7 +36,7 @@ MADE: dict[str, Callable[[], str]] = {
 
 
 class UnknownPart(ValueError):
-    """A page asks for what nobody makes; names the line."""
+    """A page asks for what nobody makes; names file and line."""
 
 
 @cache
@@ -42,8 +44,8 @@ def made(name: str) -> str:
     return MADE[name]()
 
 
-def filled(markdown: str) -> str:
-    """A page with what is made in its place.
+def filled(markdown: str, page: str) -> str:
+    """A page with what is made in its place; `page` is what an error calls it.
 
     Raises:
         UnknownPart: `<!-- made: NAME -->` with a name that is not in `MADE`.
@@ -53,7 +55,7 @@ def filled(markdown: str) -> str:
         if found[1] not in MADE:
             line = markdown.count("\n", 0, found.start()) + 1
             raise UnknownPart(
-                f"line {line}: nothing makes '{found[1]}'; there are: {', '.join(sorted(MADE))}"
+                f"{page}:{line}: nothing makes '{found[1]}'; there are: {', '.join(sorted(MADE))}"
             )
         return made(found[1])
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from peftx.kernel.anatomy.lookup import _tables
-from peftx.kernel.anatomy.table import Table
+from peftx.kernel.anatomy.table import Table, tables
 from peftx.testing.models import ARCHITECTURES
 
 
 def table() -> str:
     """A line for each `model_type`: its towers, its roles, and if the conformance kit has a tiny model of it."""
-    found = _tables()
+    found = tables()
     lines = [
         f"{len(found)} values of `model_type`, {len(set(map(id, found.values())))} tables.",
         "",

@@ -33,6 +33,26 @@ def demo() -> str:
     return first("console", _text("README.md"))
 
 
+def setup() -> str:
+    """Its commands that make peftx ready."""
+    return first("bash", _text("README.md"))
+
+
+def said() -> str:
+    """What the base answers to the first sample of that run, and what the model does that came out of it."""
+    prompt, model, reference = re.findall(
+        r"^(?:prompt|model|reference): +(.*)", _text("benchmarks/results/demo.txt"), re.MULTILINE
+    )[:3]
+    base = " / ".join(_text("benchmarks/results/demo-base.txt").split("\n")).strip(" /")
+    rows = {
+        "prompt": prompt,
+        "the base": base,
+        "with LoRA, in 4 bits": model,
+        "the row's own answer": reference,
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {who} | {text} |" for who, text in rows.items())])
+
+
 def beside() -> str:
     """Its table of measured figures."""
     (table,) = re.findall(r"(?:^\|.*\n)+", section("README.md", "Beside other libraries"), re.MULTILINE)

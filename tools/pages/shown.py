@@ -35,6 +35,24 @@ def as_in_site(markdown: str, uri: str, *, is_shown: bool) -> str:
     return markdown.replace(f"]({up}", f"]({up[3:]}")
 
 
+WAYS_BACK = {
+    "peftx": "",
+    "What goes together": "choose/together/",
+    "Leaderboards": "choose/leaderboards/",
+    "Benchmarks": "benchmarks/",
+}
+"""Of a page that a command wrote, which stands in the site without the site's own head."""
+
+
+def with_ways_back(html: str, uri: str) -> str:
+    """Such a page with a bar of links into the site, above all else."""
+    up = "../" * uri.count("/")
+    links = " &middot; ".join(f'<a href="{up}{to}">{name}</a>' for name, to in WAYS_BACK.items())
+    style = "margin:-1rem 0 1rem;padding:.4rem 0;border-bottom:1px solid #8884"
+    colour = "<style>nav.site a { color: #00897b; }</style>"
+    return html.replace("<body>", f'<body><nav class="site" style="{style}">{colour}{links}</nav>', 1)
+
+
 def without_reasons(markdown: str) -> str:
     """Fences without `norun="..."`, why a block does not run in the tests: superfences knows no such option."""
     return re.sub(r'^(```\w+) norun="[^"\n]*"$', r"\1", markdown, flags=re.MULTILINE)

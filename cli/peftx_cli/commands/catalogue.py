@@ -61,7 +61,7 @@ def list_plugins(
         out(
             "no plugin fits"
             if hook or family or fidelity or evidence
-            else "no plugin is installed; try: pip install peftx-lora"
+            else "no plugin is installed; 'make setup' in a checkout of peftx installs all"
         )
         return
     if long:

@@ -340,7 +340,7 @@ def matrix(
         _show_matrix(found, whole=len(found.plugins) <= 12)
         if output is not None:
             out(f"{output} and {Path(output).with_suffix('.json')}")
-    if failed:
+    if failed or found.failing:
         raise typer.Exit(1)
 
 
@@ -355,9 +355,10 @@ def _show_matrix(found: Any, *, whole: bool) -> None:
     ]
     if rows:
         print_table("pairs", ("first", "second", "", "reason", "order that works"), rows)
-    if found.together:
-        groups = [(", ".join(group.fault), group.reason) for group in found.together]
-        print_table("stacks that fail though every two of them work", ("stack", "reason"), groups)
+    for title, refused in (("fail", False), ("are refused when they are built,", True)):
+        groups = [(", ".join(g.fault), g.reason) for g in found.together if g.refused is refused]
+        if groups:
+            print_table(f"stacks that {title} though every two of them work", ("stack", "reason"), groups)
     words = ("works", "refused", "other-model", "failed")
     counts = ", ".join(f"{found.count(word)} {word}" for word in words)
     out(f"{len(found.cells)} pairs: {counts}; {found.stacks} stacks were tried")

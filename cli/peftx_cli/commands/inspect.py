@@ -125,7 +125,7 @@ def _show(found: Plan, *, show_all: bool) -> None:
         ],
     )
     for conflict in found.conflicts:
-        out(f"\nconflict: {conflict.reason}")
+        out(f"\n{conflict.code}: {conflict.reason}")
         if conflict.remedy:
             out(f"  what would work: {conflict.remedy}")
         if more := explained.more(conflict.code):
@@ -144,7 +144,10 @@ def _some(found: Plan) -> list[TouchedModule]:
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
-    """Check a pipeline: every mistake at once, each with its place. Exits with 2 when there is one."""
+    """Check a pipeline: every mistake at once, each with its place. Exits with 2 when there is one.
+
+    Loads no model; what only its parts tell, 'peftx plan' finds.
+    """
     from dataclasses import asdict
 
     from peftx.composition.registry import Registry
@@ -182,7 +185,7 @@ def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipelin
     from peftx_spec import load_spec, resolved
 
     folder = Path(spec).parent
-    more = partial(ahead.files, folder=folder)
+    more = partial(ahead.further, registry=registry, folder=folder)
     loaded = load_spec(spec, catalogue=registry, overrides=overrides, more=more)
     pipeline = resolved(loaded.pipeline, folder)
     ahead.check(loaded, pipeline, registry)

@@ -16,7 +16,8 @@ Target = Annotated[
     typer.Argument(metavar="BUNDLE|MODEL", help="folder of a bundle, peftx:tiny, or another model"),
 ]
 Base = Annotated[
-    str | None, typer.Option("--model", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere")
+    str | None,
+    typer.Option("--model", "--base", "-m", metavar="ID", help="the bundle's base, if it lies elsewhere"),
 ]
 DataFile = Annotated[
     str | None,
@@ -53,6 +54,19 @@ MaxWait = Annotated[
     typer.Option(
         "--max-wait-ms", min=0.0, help="how long a request waits for company where batches run whole"
     ),
+]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", min=1, help="requests to a model that wait at most; more get status 429")
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1, help="tokens that an answer may have; who asks for more gets 400"
+    ),
+]
+MaxSeconds = Annotated[
+    float | None,
+    typer.Option("--max-seconds", min=0.001, help="time that a request may take, its wait too; then 408"),
 ]
 PackWeights = Annotated[
     bool, typer.Option(help="lay float32 weights out for a CPU's products; takes their memory once more")
@@ -263,6 +277,9 @@ def serve(
     port: Port = 8000,
     max_batch: MaxBatch = 32,
     max_wait_ms: MaxWait = 5.0,
+    max_queue: MaxQueue = 256,
+    max_new_tokens: MaxNewTokens = None,
+    max_seconds: MaxSeconds = None,
     prefix_cache: PrefixCache = False,
     pack_weights: PackWeights = True,
     adapters: Adapters = None,
@@ -294,6 +311,7 @@ def serve(
     for target in named.values():
         check_there(target, model=model)
     from peftx.toolkits.serving import Scheduler, Server
+    from peftx.toolkits.serving.folder import AdapterFolder
     from peftx.toolkits.serving.http import run_http
 
     if host not in LOOPBACK and api_key is None:
@@ -302,18 +320,20 @@ def serve(
 
     def server(name: str, target: str) -> Server:
         scheduler = Scheduler(
-            max_batch=max_batch, max_wait_ms=max_wait_ms, prefix_cache=prefix_cache, pack_weights=pack_weights
-        )
-        return Server(opener.stack(target), name=name, scheduler=scheduler, api_key=api_key)
+            max_batch=max_batch, max_wait_ms=max_wait_ms, max_queue=max_queue,
+            prefix_cache=prefix_cache, pack_weights=pack_weights,
+        )  # fmt: skip
+        return Server(
+            opener.stack(target), name=name, scheduler=scheduler, api_key=api_key,
+            max_tokens=max_new_tokens, max_seconds=max_seconds,
+        )  # fmt: skip
 
-    def asked(name: str, path: str) -> Server:
-        assert adapters is not None
-        return server(name, str(_inside(adapters, path)))
-
-    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
+    hosts = LOOPBACK if host in LOOPBACK else None
+    servers = [server(name, target) for name, target in named.items()]
+    opener.bases.settle()
     run_http(
-        *(server(name, target) for name, target in named.items()),
-        host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else asked,
+        *servers,
+        host=host, port=port, allowed_hosts=hosts, loader=None if adapters is None else AdapterFolder(adapters, server),
     )  # fmt: skip
 
 
@@ -352,19 +372,4 @@ def _named(targets: Sequence[str]) -> dict[str, str]:
                 hint=f"give one another name: other={target}",
             )
         found[name] = target
-    return found
-
-
-def _inside(folder: Path, path: str) -> Path:
-    """A place in a folder as clients name it, from there on.
-
-    Raises:
-        PeftxError: it leads out of the folder, or there is no bundle.
-    """
-    from peftx_spec.errors import FileError
-
-    root = folder.expanduser().resolve()
-    found = (root / path).resolve()
-    if not found.is_relative_to(root) or not found.is_dir():
-        raise FileError(f"there is no bundle '{path}' in the folder of adapters", hint="a path from there on")
     return found

@@ -1,1 +1,1 @@
-"""One table of roles for each architecture; `peftx.kernel.anatomy.Table` says what stands in it."""
+"""One table of roles for each architecture; `peftx.kernel.anatomy.table.Table` says what stands in it."""

@@ -111,7 +111,8 @@ class Registry:
             yield from ((name, point.value.partition(":")[0]) for point in points)
 
     def install_hint(self, name: str) -> str:
-        return f"pip install peftx-{name}"
+        """No name of a package: until peftx is on PyPI, anybody may register one of these there."""
+        return f"install '{name}' from where its author publishes it (those of peftx: 'make setup' in a checkout)"
 
     def point(self, name: str) -> EntryPoint:
         """The entry point of `name`.
@@ -127,7 +128,7 @@ class Registry:
         points = self._by_name.get(name)
         if not points:
             # A misspelt name is not one to install: whoever likes may have a package of that name.
-            listed = f"peftx list has those that are installed; another one: {self.install_hint(name)}"
+            listed = f"peftx list has those that are installed; else {self.install_hint(name)}"
             raise RegistryError(
                 f"no plugin named '{name}' is installed", hint=nearest(name, self.names()) or listed
             )

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftx.engines.files import MOST_JSON, check_tensors, read_json, require_plain
+from peftx.engines.files import MOST_JSON, read_json, require_plain
+from peftx.engines.tensor_files import check_tensors
 from peftx.errors import BundleError, nearest
 
 if TYPE_CHECKING:

@@ -200,6 +200,11 @@ def _read_weights(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
                 output_loading_info=True,
             )  # fmt: skip
+        except ImportError as error:  # of what packed them: bitsandbytes, gptq, awq
+            raise BundleError(
+                f"'{source}': the weights are packed: {first_line(error)}",
+                hint="the plain model, which nf4 packs in four bits; or install what is named",
+            ) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise BundleError(
                 f"'{source}': the weights cannot be read: {first_line(error)}",
@@ -302,6 +307,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     }
     about = json.dumps([special, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(f"{algorithm}\n{about}".encode()).hexdigest()
+
+
+def reads_alike(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> bool:
+    """Do two tokenizers make the same tokens of every text, as far as their files tell."""
+    if one.get_vocab() != two.get_vocab():
+        return False
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, two)]
+    if None in backends:
+        return True  # of Python's own code nothing more is to be seen
+    first, second = (json.loads(backend.to_str()) for backend in backends)  # type: ignore[union-attr]
+    return all(first[part] == second[part] for part in ("normalizer", "pre_tokenizer", "model"))
 
 
 def base_bytes(model_id: str, model: PreTrainedModel) -> int:

@@ -20,7 +20,8 @@ from peftx.composition.adapters import (
     read_adapter,
 )
 from peftx.composition.registry import Registry
-from peftx.engines.files import naming, read_tensors
+from peftx.engines.files import naming
+from peftx.engines.tensor_files import read_tensors
 from peftx.errors import AdapterError
 from peftx.kernel.parts import FREE, BasePart, DeltaPart, Part
 from peftx.kernel.slots import Entry as Slotted

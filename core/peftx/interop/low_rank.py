@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from peftx.composition.adapters import CONFIG, HEADS, PREFIX, WEIGHTS
-from peftx.engines.files import naming, read_json, read_tensors
+from peftx.engines.files import naming, read_json
+from peftx.engines.tensor_files import read_tensors
 from peftx.errors import AdapterError, BundleError
 from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.slots import LowRank

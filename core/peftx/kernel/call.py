@@ -291,8 +291,7 @@ class Call:
         """[B, T, ...] with `fill` for soft tokens, where they stand."""
         if not length:
             return values
-        rows = values.new_full((len(values), length, *values.shape[2:]), fill)
-        return insert(values, rows, self._place())
+        return insert(values, values.new_full((len(values), length, *values.shape[2:]), fill), self._place())
 
     def _place(self) -> int | Tensor:
         """The column of the caller's tokens from which soft tokens stand."""

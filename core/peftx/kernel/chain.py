@@ -48,10 +48,11 @@ class Chain(Generic[E]):
             children = nn.ModuleDict()
             children.__dict__["training"] = host.training
             host._modules[self.group] = children
-        # Not through ModuleDict, which refuses `half`, `type` and other names of its methods.
-        host._modules[self.group]._modules[link.name] = link.edit  # type: ignore[union-attr]
         place = next((i for i, other in enumerate(self.links) if other.rank > link.rank), len(self.links))
         self.links.insert(place, link)
+        # Not through ModuleDict, which refuses `half`, `type` and other names of its methods. In the order of the
+        # links, so that parameters keep theirs, by which an optimizer's state goes, when a plugin is built anew.
+        host._modules[self.group]._modules = {each.name: each.edit for each in self.links}  # type: ignore[union-attr]
         self.rebuild()
 
     def append(self, host: nn.Module, edit: E, owner: str, rank: int) -> None:

@@ -165,7 +165,7 @@ def replace_module(ledger: Ledger, owner: Owner, site: Site, module: nn.Module) 
         )
     parent, _, name = site.path.rpartition(".")
     holder = ledger.model.get_submodule(parent)
-    setattr(holder, name, module)
+    setattr(holder, name, module.train(old.training))  # type: ignore[attr-defined]
     site.module = module
     inside: list[Part] = [
         part for part in ledger.parts if isinstance(part, BasePart | ReplacedPart) and part.module is old
@@ -180,11 +180,11 @@ def keep_module(
     """A module of the plugin's own that stands nowhere in particular."""
     model = ledger.model
     if FREE not in model._modules:
-        model.add_module(FREE, nn.ModuleDict())
+        model.add_module(FREE, nn.ModuleDict().train(model.training))
     group: nn.ModuleDict = model.get_submodule(FREE)  # type: ignore[assignment]
-    if owner.id not in group._modules:
-        group._modules[owner.id] = nn.ModuleDict()  # ModuleDict itself refuses the names of its methods
-    mine: nn.ModuleDict = group[owner.id]  # type: ignore[assignment]
+    own = nn.ModuleDict().train(model.training)
+    # Past ModuleDict itself, which refuses the names of its methods.
+    mine: nn.ModuleDict = group._modules.setdefault(owner.id, own)  # type: ignore[assignment]
     if name in mine._modules:
         raise ConflictError(f"'{owner.id}' already keeps a module named '{name}'")
     mine._modules[name] = module
@@ -221,7 +221,7 @@ def call_context(ledger: Ledger, owner: Owner) -> Call:
     known = calls.call_of(ledger.model)
     if known is not None and ledger.of(owner.id, ContextPart):
         return known
-    edit = CallEdit()
+    edit = CallEdit().train(ledger.model.training)
     found = calls.attach(ledger.model, edit, owner=owner.id, rank=owner.rank)
     _note(ledger, ContextPart(owner.id, "context", edit, ledger.model))
     return found

@@ -14,6 +14,7 @@ from peftx.kernel.ledger import carried
 from peftx.kernel.parts import Storage
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 NAME = "save_pretrained"
@@ -28,6 +29,8 @@ class GuardedSave:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.handles: list[RemovableHandle] = []
+        """Of hooks that are there for as long as plugins are."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packed = next((n for n, m in self.model.named_modules() if isinstance(m, Storage)), None)
@@ -36,8 +39,7 @@ class GuardedSave:
                 f"{packed} is packed, and a plain checkpoint would be read with random numbers in its place",
                 hint="stack.save(folder), and peftx.load(folder)",
             )
-        lost = carried(self.model, trained=False)
-        if lost:
+        if lost := carried(self.model, trained=False):
             warnings.warn(
                 f"from_pretrained will read this checkpoint without {', '.join(lost)}: stack.save(folder) keeps them, "
                 "and stack.export(folder) folds in what folds",
@@ -53,4 +55,5 @@ def guard(model: PreTrainedModel) -> None:
 
 def release(model: PreTrainedModel) -> None:
     """Give it back."""
-    model.__dict__.pop(NAME, None)
+    for handle in getattr(model.__dict__.pop(NAME, None), "handles", ()):
+        handle.remove()

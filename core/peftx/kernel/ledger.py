@@ -29,6 +29,7 @@ from peftx.kernel.parts import (
 from peftx.kernel.slots import bake, slot_of, snapshot
 
 P = TypeVar("P", bound=Part)
+AGAIN = "load the base model again"
 _LEDGERS: WeakKeyDictionary[nn.Module, weakref.ref[Ledger]] = WeakKeyDictionary()
 """The ledger of the stack that a model stands in now."""
 
@@ -205,11 +206,11 @@ class Ledger:
             if owner in replaced.covers and replaced.owner != owner:
                 raise MergeError(
                     f"'{owner}' is in the weights that {replaced.owner} replaced",
-                    hint=f"stack.remove('{replaced.owner}') first",
+                    hint=AGAIN if replaced.final else f"stack.remove('{replaced.owner}') first",
                 )
         for part in self.of(owner):
             if part.final:
-                raise MergeError(part.final, hint="load the base model again")
+                raise MergeError(part.final, hint=AGAIN)
         for trained in self.of(owner, BasePart):
             trained.check_unmerged()
             later_ones = self.parts[self.parts.index(trained) + 1 :]
@@ -217,7 +218,7 @@ class Ledger:
                 if later.final and set(later.parameters) & set(trained.parameters):
                     raise MergeError(
                         f"'{later.owner}' was folded into {trained.key}, which {owner} trained",
-                        hint="load the base model again",
+                        hint=AGAIN,
                     )
         for added in self.of(owner, VocabularyPart):
             above = [

@@ -277,6 +277,8 @@ class BasePart(Part):
                 parameter.copy_(torch.where(mask, parameter, self.original[name].to(parameter)))
 
     def check_switch(self) -> None:
+        if self.final:
+            raise MergeError(self.final, hint="load the base model again")
         self.check_unmerged()
 
     def check_unmerged(self) -> None:

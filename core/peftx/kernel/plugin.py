@@ -24,7 +24,7 @@ from peftx.kernel.phases import Phase
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.view import ModelView
     from peftx.peft_format import PeftFormat
 
@@ -89,6 +89,8 @@ class Claim(StrEnum):
     """Tells real tokens from pads by the mask of a call or a batch, [rows, tokens]: a row is one text."""
     NEEDS_TOKENS = "needs-tokens"
     """Tells tokens by their ids, and refuses a call on embeddings."""
+    TELLS_TOKENS = "tells-tokens"
+    """Tells in an attention which key is which token (`model.call.keys`): none may be left out of a call."""
     GIVES_EMBEDDINGS = "gives-embeddings"
     """Calls the model on embeddings of its own, in the place of token ids."""
     REPLACES_LOSS = "replaces-loss"

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, MergeError, ModelError, PluginError, StackError, nearest
 from peftx.history import History
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.calling import register
 from peftx.kernel.calls import giving
 from peftx.kernel.changes import Owner
@@ -264,8 +264,8 @@ class Stack:
         for id, plugin in self.plugins.items():
             at = self.standing[id]
             rests = at.frozen or at.folded
-            asked = at.injected and not rests  # one that stands nowhere yet has nothing to be done with
-            finished = {builtins.id(parameter) for parameter in plugin.finished()} if asked else ()
+            # One that stands nowhere yet has nothing to be done with.
+            finished = {builtins.id(p) for p in plugin.finished()} if at.injected and not rests else ()
             for parameter in self.ledger.parameters(id):
                 if parameter.is_floating_point():
                     parameter.requires_grad_(not rests and builtins.id(parameter) not in finished)

@@ -220,9 +220,8 @@ class ModelView:
         site = self.embedding()
         known = len(site.weight) if among is None else min(among, len(site.weight))
         ids = torch.randperm(known, device="cpu")[torch.arange(count, device="cpu") % known]
-        found: Tensor = site.module(
-            ids.to(site.weight.device)
-        ).detach()  # as the model calls it: Gemma's scales
+        # As the model calls it: Gemma's scales.
+        found: Tensor = site.module(ids.to(site.weight.device)).detach()
         return found.to(site.weight)
 
     def train(

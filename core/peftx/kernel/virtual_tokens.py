@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftx.errors import ArchitectureError, ConflictError, PluginError
-from peftx.kernel.anatomy.lookup import table_for
+from peftx.kernel.anatomy.table import table_for
 from peftx.kernel.chain import Chain
 from peftx.kernel.soft_rows import (
     check_past,

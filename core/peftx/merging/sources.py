@@ -18,7 +18,7 @@ from peftx.engines.bundle.surroundings import cast_buffers, generation_of
 from peftx.engines.files import sha256
 from peftx.engines.models import load_model, tokenizer_digest
 from peftx.errors import BundleError, MergeError, UsageError
-from peftx.kernel.anatomy import Site
+from peftx.kernel.anatomy.site import Site
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, ContextPart, DeltaPart, FreePart
 from peftx.kernel.plugin import Claim

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftx.errors import MergeError
-from peftx.kernel.anatomy import Site
-from peftx.kernel.anatomy.site import LINEAR_KINDS
+from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.merging.factors import Factors, beside, nearest_to, split
 from peftx.merging.methods import METHODS, combine
 from peftx.merging.sources import Base, Source

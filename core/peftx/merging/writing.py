@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from peftx.composition.registry import Registry
 from peftx.errors import MergeError, TargetError
 from peftx.interop.importing import entry_of
-from peftx.kernel.anatomy import Site
-from peftx.kernel.anatomy.site import LINEAR_KINDS
+from peftx.kernel.anatomy.site import LINEAR_KINDS, Site
 from peftx.kernel.parts import DeltaPart, swap
 from peftx.kernel.targets import Targets
 from peftx.merging.factors import Factors

@@ -13,7 +13,8 @@ from transformers.utils.hub import try_to_load_from_cache
 
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.manifest import PIPELINE, Manifest, read_history, read_manifest
-from peftx.engines.files import check_tensors, naming
+from peftx.engines.files import naming
+from peftx.engines.tensor_files import check_tensors
 from peftx.errors import BundleError, PeftxError
 from peftx.history import History
 from peftx.planning import plan

@@ -1,4 +1,4 @@
-"""The life of a stack on a tiny model: trained, compressed, run, saved, loaded, run again."""
+"""The life of a stack on a tiny model: trained, compressed, run, measured, served, saved, loaded, run again."""
 
 from __future__ import annotations
 
@@ -20,22 +20,28 @@ from peftx.testing.case import assert_equal, inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceGain, ReferenceLowRank
 from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS, steps_for
+from peftx.toolkits.serving import Engine, Request, Server
 from peftx_spec.models import FORMATS
 
 OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
 """What formats are made of: from one plugin's examples alone."""
+WAIT = 120.0  # seconds for an answer
 LEAST_ROWS = 12  # of which plugins that choose leave some
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
 
 
 def live(members: Sequence[Member], arch: str, folder: Path) -> None:
-    """The life of a stack: train, compress, run, save, load, run again. Where nothing trains, a companion does."""
+    """The life of a stack: train, compress, run, measure, serve, save, load, run again. Each plugin that has parameters
+    trains, its metric and its policy are asked for; where nothing trains, a companion does."""
     stack = built(members, tiny(arch))
     if not stack.trainable_parameters():
         members = accompanied(members)
         stack = built(members, tiny(arch))
-    before = [(p, p.detach().clone()) for p in stack.model.parameters() if p.requires_grad]
+    before = {
+        id: [(p, p.detach().clone()) for p in stack.ledger.parameters(id) if p.requires_grad]
+        for id in stack.plugins
+    }
     steps = steps_for(*(member.plugin for member in members))
     report = stack.train(
         rows_of(members),
@@ -47,13 +53,21 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     )
     losses = [loss for _, loss in report.losses]
     assert all(map(math.isfinite, losses)), f"losses are {losses}"
-    assert not all(torch.equal(p, old) for p, old in before), "no parameter moved"
+    for id, held in before.items():
+        assert not held or not all(torch.equal(p, old) for p, old in held), f"no parameter of {id} moved"
     todo = [m.id for m in members if m.implements("compress") and not stack.standing[m.id].compressed]
     if todo:
         stack.compress(TEXTS, todo, samples=4, length=24)
     inputs = inputs_for(stack.model)
     logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
     assert bool(logits.isfinite().all()), "some logits are not finite"
+    for member in stack.implementers("evaluate"):
+        scores = stack.evaluate(rows_of([member]), metrics=[member.id], max_length=length_of(stack))
+        assert all(math.isfinite(score.value) for score in scores.values()), f"{member.id}: {scores}"
+    if stack.implementers("serve"):
+        with Engine(Server(stack)) as engine:
+            answer = engine.submit(Request(PROMPT, max_tokens=4, temperature=0.0)).result(WAIT).text
+        assert answer == text, f"serves {answer!r} and generates {text!r}"
     stack.save(folder)
     model = None if holds_base(folder) else tiny(arch)
     again = peftx.load(folder, model=model, tokenizer=tiny_tokenizer())

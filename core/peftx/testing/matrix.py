@@ -23,12 +23,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from peftx.comparing.processes import fresh
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
@@ -82,11 +82,15 @@ class Matrix:
     cells: list[Cell] = field(default_factory=list)
     families: dict[str, str] = field(default_factory=dict)
     together: list[Group] = field(default_factory=list)
-    """Three or more plugins of which every two work, and that fail together."""
+    """Three or more plugins of which every two work, and that fail together, or are refused."""
     stacks: int = 0
     """Stacks that were lived through for it, those of former runs left out."""
     threes: tuple[int, int] = (0, 0)
     """Ordered triples of plugins that stood in a stack that works, and those of which every two do, on one model."""
+
+    @property
+    def failing(self) -> list[Group]:
+        return [group for group in self.together if not group.refused]
 
     def count(self, outcome: Outcome) -> int:
         return sum(cell.outcome == outcome for cell in self.cells)
@@ -189,9 +193,7 @@ def _lived(
             why = f"{fault[0]} by itself: {group.reason}"
             told = [Cell(*pair, "failed", why, arch=arch) for pair in sorted(pairs) if fault[0] in pair]
         elif len(fault) == 2:
-            told = [
-                try_pair(*fault)
-            ]  # whether it is refused, or fails; where it works alone, longer rows do it
+            told = [try_pair(*fault)]  # refused, or failed; where it works alone, longer rows do it
         if len(fault) > 2 or (len(fault) == 2 and told[0].outcome == "works"):
             matrix.together.append(group)
         if fault:
@@ -226,8 +228,8 @@ def _workers(jobs: int) -> Iterator[Submit]:
     if jobs <= 1:
         yield lambda arch, stacks: (try_group(arch, names) for names in stacks)
         return
-    # A fresh interpreter for each: threads of torch do not survive a fork.
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin)
+    # Not a fork of this process: threads of torch do not survive one.
+    pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin)
 
     def run(arch: str, stacks: Sequence[tuple[str, ...]]) -> Iterator[Group]:
         for done in as_completed([pool.submit(try_group, arch, names) for names in stacks]):
@@ -321,7 +323,16 @@ def try_group(arch: str, names: tuple[str, ...]) -> Group:
         less = tuple(other for other in fault if other != name)
         if less and fits(less) and not _stands_first(less[0]) and (why := trouble(less, arch)):
             fault, reason = less, why
-    return Group(arch, names, fault, reason)
+    return Group(arch, names, fault, reason, refused=bool(fault) and _refused(fault, arch))
+
+
+def _refused(names: Sequence[str], arch: str) -> bool:
+    """Is the stack refused when it is built."""
+    try:
+        built(_members(*names), tiny(arch))
+    except Exception as error:  # noqa: BLE001  any other is the failure that was seen
+        return isinstance(error, ConflictError)
+    return False
 
 
 def _stands_first(name: str) -> bool:

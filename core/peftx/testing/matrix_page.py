@@ -38,7 +38,7 @@ input, select, button { font: inherit; color: inherit; background: var(--paper);
 .works { background: var(--works); } .refused { background: var(--refused); }
 .other-model { background: var(--other-model); } .failed { background: var(--failed); }
 table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); padding: .2rem .6rem;
-  text-align: left; vertical-align: top; }
+  text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 """
 
 _SCRIPT = """
@@ -186,16 +186,21 @@ def page(matrix: Matrix) -> str:
 
 
 def _listed(matrix: Matrix) -> str:
-    """What failed, to be read without a script too."""
+    """What failed, and what was refused of more than two, to be read without a script too."""
     failed = [cell for cell in matrix.cells if cell.outcome == "failed"]
     rows = [(", ".join((cell.first, cell.second)), cell.reason) for cell in failed]
-    rows += [(", ".join(group.fault), group.reason) for group in matrix.together]
+    rows += [(", ".join(group.fault), group.reason) for group in matrix.failing]
+    refused = [(", ".join(group.fault), group.reason) for group in matrix.together if group.refused]
+    return _table("What fails", rows) + _table("Refused together, though every two of them work", refused)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
     if not rows:
         return ""
     lines = "".join(
         f"<tr><td>{html.escape(names)}</td><td>{html.escape(reason)}</td></tr>" for names, reason in rows
     )
-    return f"<h2>What fails</h2>\n<table><tr><th>stack</th><th>reason</th></tr>{lines}</table>\n"
+    return f"<h2>{title}</h2>\n<table><tr><th>stack</th><th>reason</th></tr>{lines}</table>\n"
 
 
 def _compact(matrix: Matrix) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from peftx.kernel.virtual_tokens import VirtualTokens
 from peftx.toolkits.compression import QuantLinear
 
 if TYPE_CHECKING:
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.view import ModelView
 
 

@@ -18,12 +18,13 @@ from peftx.engines.files import write_text
 @dataclass(frozen=True)
 class Group:
     """A stack that was lived through: `fault` are those of its plugins that fail together, none too many; empty where
-    all is well. `reason` is of the fault."""
+    all is well. `reason` is of the fault; `refused`: said when the stack is built, before anything is paid for."""
 
     arch: str
     names: tuple[str, ...]
     fault: tuple[str, ...] = ()
     reason: str = ""
+    refused: bool = False
 
 
 class Shown:
@@ -69,7 +70,7 @@ def _read(line: str) -> tuple[str, Group]:
     try:
         found = json.loads(line)
         return found["key"], Group(
-            found["arch"], tuple(found["names"]), tuple(found["fault"]), found["reason"]
+            found["arch"], tuple(found["names"]), tuple(found["fault"]), found["reason"], found["refused"]
         )
     except (ValueError, KeyError, TypeError):
         return "", Group("", ())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftx.composition.conflicts import Conflict, find_conflicts
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.testing.models import tiny
 from peftx.testing.recipes import Entry, Recipe, registry, stands
 from peftx.testing.stacks import Result, try_stack

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from peftx.composition.members import default_id
 from peftx.composition.registry import Registry
-from peftx.engines.bundle.manifest import PIPELINE, versions
-from peftx.engines.files import sha256
+from peftx.engines.bundle.manifest import MANIFEST, PIPELINE, versions
+from peftx.engines.files import plain_files, sha256
 from peftx.engines.hub import is_hub
 from peftx.engines.models import asset_path
 
 if TYPE_CHECKING:
     from peftx.composition.registry import Entry
+    from peftx.history import Measured
     from peftx.kernel.stack import Stack
 
 
@@ -23,9 +24,13 @@ def _is_on_the_hub(base: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
 
 
-def model_card(stack: Stack) -> str:
+def model_card(stack: Stack, folder: Path) -> str:
     """Markdown: what stands on which model, from which rows, how to make it again, what was measured, how to load it,
-    under which terms, and whom to cite."""
+    which files there are, under which terms, and whom to cite.
+
+    Args:
+        folder: of the bundle, with all in it but this card and the manifest.
+    """
     entries = _entries(stack)
     lines = [
         "---",
@@ -51,20 +56,47 @@ def model_card(stack: Stack) -> str:
             count = "in the base's weights"
         lines.append(f"| {member.id} | {paper} | {count} | {options or 'defaults'} |")
     lines += ["", f"Trained for {stack.trained_steps} steps; seed {stack.seed}.", ""]
-    if stack.scores:
-        lines += ["| measure | value | 95 % interval |", "| --- | --- | --- |"]
-        for name, score in stack.scores.items():
-            interval = (
-                f"{score.low:.4g} to {score.high:.4g}"
-                if score.low is not None and score.high is not None
-                else ""
-            )
-            lines.append(f"| {name} | {score.value:.5g} {score.unit} | {interval} |")
-        lines.append("")
-    lines += ["```python", "import peftx", "", 'stack = peftx.load("path/to/this/folder")', "```", ""]
-    return "\n".join(
-        [*lines, *_data(stack), *_versions(stack, entries), *_terms(entries), *_citations(entries)]
+    lines += [*_measured(stack), *_use(stack), *_files(folder), *_data(stack)]
+    return "\n".join([*lines, *_versions(stack, entries), *_terms(entries), *_citations(entries)])
+
+
+def _measured(stack: Stack) -> list[str]:
+    """The scores, each beside the first of its name where there were several, in most runs the base's."""
+    if not stack.scores:
+        return []
+    evaluations = stack.history.evaluations
+    before: dict[str, Measured] = evaluations[0].scores if len(evaluations) > 1 else {}
+    lines = [
+        "| measure | value | 95 % interval | counted | at the start |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, score in stack.scores.items():
+        first = before[name].value if name in before else None
+        cells = (
+            name,
+            f"{score.value:.5g} {score.unit}",
+            "" if score.low is None else f"{score.low:.4g} to {score.high:.4g}",
+            "" if score.count is None else f"{score.count:,}",
+            "" if first is None else f"{first:.5g} {score.unit}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _use(stack: Stack) -> list[str]:
+    writes = stack.model.can_generate() and stack.given_tokenizer is not None
+    call = ['print(stack.generate("Once upon a time", max_new_tokens=40))'] if writes else []
+    return ["```python", "import peftx", "", 'stack = peftx.load("path/to/this/folder")', *call, "```", ""]
+
+
+def _files(folder: Path) -> list[str]:
+    lines = [
+        f"| {file.relative_to(folder).as_posix()} | {file.stat().st_size:,} |" for file in plain_files(folder)
+    ]
+    told = (
+        f"`{MANIFEST}` has the digest of each file. Those of plugins are called by their names in the stack."
     )
+    return ["## Files", "", "| file | bytes |", "| --- | --- |", *lines, "", told, ""]
 
 
 def _entries(stack: Stack) -> dict[str, Entry]:
@@ -82,7 +114,16 @@ def _data(stack: Stack) -> list[str]:
     data = stack.pipeline.data
     sources = {"train": data.train, "eval": data.eval, "calibration": data.calibration, **data.sources}
     lines = [f"| {role} | {_named(source.path)} |" for role, source in sources.items() if source is not None]
-    return ["## Data", "", "| | file |", "| --- | --- |", *lines, ""] if lines else []
+    if not lines:
+        return []
+    rows = [f"{training.examples:,}" for training in stack.history.trainings if training.examples]
+    told = [f"Trained on {', then '.join(rows)} rows."] if rows else []
+    if held := data.holdout:
+        most = f", at most {held.most:,}" if held.most else ""
+        told.append(
+            f"Measured on rows held out of `train`: a share of {held.share:g}{most}, seed {held.seed}."
+        )
+    return ["## Data", "", "| | file |", "| --- | --- |", *lines, "", *([" ".join(told), ""] if told else [])]
 
 
 def _named(path: str) -> str:

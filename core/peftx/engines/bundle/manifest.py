@@ -10,12 +10,15 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from peftx.engines.files import check_there, differs, plain_files, read_json
+from peftx.engines.files import check_there, plain_files, read_json
+from peftx.engines.tensor_files import differs
 from peftx.errors import BundleError
 from peftx.history import History
 from peftx.version import __version__
 
-FORMAT = 2
+FORMAT = 3
+WITHOUT_ZEROS = 2
+"""What bundles are written as that leave no zeros out, so that earlier versions read them."""
 MANIFEST = "manifest.json"
 PIPELINE = "pipeline.yaml"
 CARD = "README.md"
@@ -75,6 +78,8 @@ class PluginEntry(_Loose):
     """Tensors that are stored as what changed in them."""
     shorter: dict[str, tuple[Literal["bool", "float32"], list[int]]] = {}
     """dtype and shape of tensors that are stored in fewer bits: masks, and packed numbers that half precision holds."""
+    zeros: dict[str, list[int]] = {}
+    """Shape of tensors of which those entries are stored that are not 0."""
     file: str | None = None
     version: str | None = None
     """Of the distribution that publishes it; None of an unpublished one, and of bundles that do not tell."""

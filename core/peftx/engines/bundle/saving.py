@@ -22,10 +22,11 @@ from peftx.engines.bundle.manifest import (
     HISTORY,
     MANIFEST,
     PIPELINE,
+    WITHOUT_ZEROS,
     own_digest,
     versions,
 )
-from peftx.engines.bundle.sparse import AT, TO, as_bits, pack, smallest_exact
+from peftx.engines.bundle.sparse import AT, TO, as_bits, pack, smallest_exact, without_zeros
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
     computed_buffers,
@@ -62,7 +63,7 @@ def save(stack: Stack, path: Path) -> Path:
     with replacing(path, marker=MANIFEST) as folder:
         entries = [_write_plugin(stack, member, folder, sparse=not contained) for member in stack.members]
         manifest: dict[str, Any] = {
-            "format": FORMAT,
+            "format": FORMAT if any(entry.get("zeros") for entry in entries) else WITHOUT_ZEROS,
             "versions": versions(),
             "base": {
                 "id": stack.base_id,
@@ -87,7 +88,7 @@ def save(stack: Stack, path: Path) -> Path:
             (folder / HISTORY).write_text(stack.history.text(), encoding="utf-8")
         from peftx.engines.bundle.card import model_card
 
-        (folder / CARD).write_text(model_card(stack), encoding="utf-8")
+        (folder / CARD).write_text(model_card(stack, folder), encoding="utf-8")
         manifest["files"] = {str(f.relative_to(folder)): sha256(f) for f in plain_files(folder)}
         manifest["own"] = own_digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -165,8 +166,14 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     if tensors:
         name = f"{member.id}.safetensors"
         rest = {k: shorter.get(k, t) for k, t in tensors.items() if k not in packed}
-        changes = {k + end: t for k, pair in packed.items() for end, t in zip((AT, TO), pair, strict=True)}
-        save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | changes)}, folder / name)
+        pruned = {
+            k: pair for k, t in rest.items() if k not in shorter and (pair := without_zeros(t)) is not None
+        }
+        if pruned:
+            entry["zeros"] = {k: list(rest.pop(k).shape) for k in pruned}
+        pairs = (packed | pruned).items()
+        halves = {k + end: t for k, pair in pairs for end, t in zip((AT, TO), pair, strict=True)}
+        save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | halves)}, folder / name)
         entry["file"] = name
     return entry
 

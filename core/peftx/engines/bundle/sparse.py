@@ -1,10 +1,11 @@
 """Tensors in fewer bytes, bit for bit: trained base parameters as what changed in them (a mask of 1 % makes a file of
-2 %), masks as bits, float32 as half precision where that holds every value."""
+2 %), pruned ones as a mask and what is left, masks as bits, float32 as half precision where that holds every value."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,10 +40,36 @@ def widened(stored: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
         if stored.dtype != torch.uint8 or stored.shape != (-(-count // 8),):
             raise ValueError(f"{list(stored.shape)} of {stored.dtype} for {count} bits")
         bits = stored[:, None] >> torch.arange(8, dtype=torch.uint8, device=stored.device) & 1
-        return bits.reshape(-1)[:count].bool().view(*shape)
+        return bits.reshape(-1)[:count].bool().view(list(shape))
     if list(stored.shape) != list(shape) or not stored.is_floating_point():
         raise ValueError(f"{list(stored.shape)} of {stored.dtype} for {list(shape)} of {dtype}")
     return stored.to(getattr(torch, dtype))
+
+
+def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(mask, values) of what is not 0, where that is the shorter way to say it. -0.0 counts as a value.
+
+    Returns:
+        mask: as `as_bits` gives it. values: [n], in the tensor's dtype, in its order.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return None
+    flat = tensor.detach().reshape(-1)
+    there = (flat != 0) | flat.signbit()
+    left = int(there.sum())
+    if left * flat.element_size() + -(-len(flat) // 8) >= flat.nbytes:
+        return None
+    return as_bits(there), flat[there]
+
+
+def with_zeros(mask: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse. Raises ValueError where the three do not go together."""
+    there = widened(mask, "bool", [math.prod(shape)])
+    if values.ndim != 1 or int(there.sum()) != len(values):
+        raise ValueError(f"{list(values.shape)} values for {int(there.sum())} places")
+    whole = values.new_zeros(there.shape)
+    whole[there] = values
+    return whole.view(list(shape))
 
 
 def pack(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -61,6 +88,21 @@ def pack(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
     if places.nbytes + places.numel() * flat.element_size() >= flat.nbytes:
         return None
     return places, flat[places.long()]
+
+
+def packed_at_most(tensors: Sequence[Tensor], changed: int) -> int:
+    """Bytes of trained tensors of one dtype in a bundle if at most so many of their numbers change, wherever."""
+    place = torch.int32 if all(t.numel() < 2**31 for t in tensors) else torch.int64
+    return min(sum(t.nbytes for t in tensors), changed * (place.itemsize + tensors[0].element_size()))
+
+
+@runtime_checkable
+class KnowsChanges(Protocol):
+    """A plugin that trains parameters of the base, and knows ahead that a bundle holds few of their numbers."""
+
+    def changed_bytes(self) -> int:
+        """Bytes at most of the base's numbers that it trains, in a bundle that does not hold its base; for
+        `peftx plan`, on the meta device, after `inject`."""
 
 
 def unpack(old: Tensor, places: Tensor, values: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ What is no text is refused here, with its place; nothing is turned into text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping, Sized
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as compute
 
+from peftx.errors import DataError
 from peftx_spec import models as spec
 from peftx_spec.rows import ROLES, check_messages, check_row, require_text
 
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = spec.FORMATS
 FORMATS: Final = tuple(COLUMNS)
 _TEXTS: Final = frozenset(name for names in COLUMNS.values() for name in names) - {"messages"}
+
+
+def listed(data: Any, what: str = "rows") -> Any:
+    """Rows or texts in an order that can be gone over twice: what has a length as it is, a generator as a list.
+
+    Raises:
+        DataError: it is one thing, or nothing.
+    """
+    if isinstance(data, bytes) or not isinstance(data, Iterable):
+        raise DataError(f"{what}: a list is wanted, or a file, and this is a {type(data).__name__}")
+    return data if isinstance(data, Sized) else list(data)
+
+
+def texts_of(given: Any, what: str) -> list[str]:
+    """One text, or several. Raises DataError, which names it, unless all are."""
+    texts = [given] if isinstance(given, str) else list(listed(given, f"{what}s"))
+    for index, text in enumerate(texts):
+        require_text(text, f"the {what}" if len(texts) == 1 else f"{what} {index}")
+    return texts
 
 
 def check_item(item: object, where: str) -> None:

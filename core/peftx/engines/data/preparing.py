@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peftx.engines.data.training_data import TrainingData
+from peftx.engines.data.training_data import TrainingData, told
 from peftx.errors import DataError
 from peftx.kernel.stack import Stack
 
@@ -14,7 +14,9 @@ def prepare(stack: Stack, data: TrainingData, ids: Iterable[str] | None = None) 
     for member in stack.implementers("prepare_data", ids):
         stack.call(member, "prepare_data", data=data, stack=stack)
         if data.train is not None and len(data.train) == 0:
+            mine = [one for one in data.dropped if one.by == member.id]
             raise DataError(
-                f"'{member.id}': no rows are left to train on", hint="it got none, or dropped them all"
+                f"'{member.id}': no rows are left to train on",
+                hint=f"it dropped {told(mine)}" if mine else "it got none, or dropped them all",
             )
     return data

@@ -35,6 +35,12 @@ class Dropped:
     row: dict[str, Any]
 
 
+def told(dropped: Sequence[Dropped]) -> str:
+    """How many for which reason: '2 too long, 1 empty'."""
+    counts = Counter(one.reason for one in dropped).most_common()
+    return ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
 @dataclass(kw_only=True)
 class TrainingData:
     """Rows before tokenization. Every `prepare_data` plugin may assign new datasets; the next one sees them.
@@ -134,9 +140,7 @@ class TrainingData:
             return ""
         lines = [json.dumps(vars(one), ensure_ascii=False, default=str) for one in self.dropped]
         write_text(file, "".join(f"{line}\n" for line in lines))
-        counts = Counter(one.reason for one in self.dropped).most_common()
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
-        return f"; dropped {len(self.dropped)}: {reasons} ({file})"
+        return f"; dropped {len(self.dropped)}: {told(self.dropped)} ({file})"
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of `text`, without BOS and EOS."""

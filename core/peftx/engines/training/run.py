@@ -22,8 +22,10 @@ from transformers import TrainerCallback, set_seed
 
 from peftx.engines.data import Collator, TrainingData, read_dataset
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
+from peftx.engines.data.gate import listed
 from peftx.engines.data.packing import Packing
 from peftx.engines.data.preparing import prepare as prepare_data
+from peftx.engines.data.training_data import Dropped
 from peftx.engines.files import make_place, read_json
 from peftx.engines.models import asset_path
 from peftx.engines.reporting import check_reports
@@ -72,6 +74,8 @@ class TrainingReport:
     """Step and value of the best measurement, where `eval_steps` asked for some."""
     measuring: float = 0.0
     """Of `seconds`, those that these measurements took."""
+    dropped: list[Dropped] = field(default_factory=list)
+    """Rows that plugins took from those given, each with its reason."""
 
     @property
     def first_loss(self) -> float:
@@ -121,6 +125,7 @@ def as_training_data(
         kind = detect_format(data, columns=columns) if format == "auto" else format
         rows = read_dataset(data, format=kind, columns=columns, limit=limit)
     else:
+        data = listed(data)
         if not len(data):
             raise DataError("no rows to train on")
         gate = checked_dataset if isinstance(data, Dataset) else dataset_of
@@ -264,6 +269,7 @@ def train(
         _full(rows, training_data),
         None if best is None or best.state["value"] is None else (best.state["step"], best.state["value"]),
         0.0 if best is None else best.seconds,
+        training_data.dropped,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftx.engines.files import read_json, read_tensors
+from peftx.engines.files import read_json
+from peftx.engines.tensor_files import read_tensors
 from peftx.errors import BundleError
 
 

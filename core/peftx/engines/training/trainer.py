@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from peftx.engines.files import (
-    differs,
-    plain_files,
-    read_json,
-    read_tensors,
-    sha256,
-    staging,
-    telling_what_was_not_written,
-)
+from peftx.engines.files import plain_files, read_json, sha256, staging, telling_what_was_not_written
+from peftx.engines.tensor_files import differs, read_tensors
 from peftx.engines.training.best import Best, Looking
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.optimizer import optimizer_for
@@ -183,18 +177,16 @@ class StackTrainer(Stepping):
         self._load_best(checkpoint)
         if state.global_step < self.args.max_steps and not (self.best is not None and self.best.enough):
             return False
-        self._rebuild(checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         return True
 
-    def _rebuild(self, checkpoint: Path) -> None:
-        """Build plugins as they were when the run ended, where that is another form: without the network that wrote a
-        prompt, or with fewer ranks. They do so from their state, as when a bundle is loaded."""
-        saved, current = read_tensors(checkpoint / WEIGHTS), self._trained()
-        was, now = ({name: tuple(t.shape) for name, t in those.items()} for those in (saved, current))
+    def _rebuild(self, saved: Mapping[str, Tensor], states: Mapping[str, dict[str, Any]]) -> None:
+        """Build plugins as they were when these were saved, where that is another form: without the network that wrote
+        a prompt or the guide of a phase that is over, or with fewer ranks. They do so from their state, as when a
+        bundle is loaded."""
+        was, now = ({name: tuple(t.shape) for name, t in those.items()} for those in (saved, self._trained()))
         differ = {name.partition("/")[0] for name, _ in was.items() ^ now.items()}
-        states = load_state(checkpoint / "plugins")["state"]
         for owner in self.stack.plugins:
             if owner in differ and owner in states:
                 self.stack.rebuild(owner, states[owner])
@@ -234,10 +226,11 @@ class StackTrainer(Stepping):
     def snapshot(self) -> dict[str, Any]:
         """What was trained, as it is: tensors, and what plugins remember."""
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
-        return {"tensors": tensors, "state": {id: p.state for id, p in self.stack.plugins.items()}}
+        return {"tensors": tensors, "state": {id: deepcopy(p.state) for id, p in self.stack.plugins.items()}}
 
     def go_back(self, snapshot: Mapping[str, Any]) -> None:
         """Make a snapshot what is trained."""
+        self._rebuild(snapshot["tensors"], snapshot["state"])
         with torch.no_grad():
             for name, tensor in self._trained().items():
                 tensor.copy_(snapshot["tensors"][name])
@@ -266,7 +259,9 @@ class StackTrainer(Stepping):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        saved, current = read_tensors(folder / WEIGHTS), self._trained()
+        saved, extra = read_tensors(folder / WEIGHTS), load_state(folder / "plugins")
+        self._rebuild(saved, extra["state"])
+        current = self._trained()
         if saved.keys() != current.keys():
             differ = sorted(saved.keys() ^ current.keys())
             raise CheckpointError(
@@ -281,7 +276,6 @@ class StackTrainer(Stepping):
                     )
                 tensor.copy_(saved[name])
         self._load_best(folder)
-        extra = load_state(folder / "plugins")
         for owner, state in extra["state"].items():
             self.stack.plugins[owner].state = state
         self.memory = extra["memory"]

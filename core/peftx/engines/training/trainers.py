@@ -17,6 +17,8 @@ from transformers import Trainer
 
 from peftx.copies import frozen
 from peftx.engines.bundle import save
+from peftx.engines.training.outside import refuse_fused_head
+from peftx.engines.training.packing import check_member
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
 from peftx.errors import CheckpointError, ConflictError, TrainingError
@@ -50,6 +52,11 @@ class StackStep(Stepping):
                 f"{type(self).__name__} cannot go back to its best checkpoint, which is a bundle",
                 hint="load_best_model_at_end=False, or stack.train(..., load_best_model_at_end=True)",
             )
+        if getattr(self.args, "packing", False) or getattr(self.args, "padding_free", False):
+            for member in self.stack.members:
+                check_member(member)
+        if "forward" in vars(self.model):  # TRL's, for its losses; SFT's, DPO's and others
+            refuse_fused_head(self.model)
         self.memory: dict[str, Any] = {}
 
     def training_step(

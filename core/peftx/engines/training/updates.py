@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from peftx.engines.training.optimizer import WideAdamW, WideSGD
+from peftx.engines.training.outside import watch_calls
 from peftx.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -75,8 +77,9 @@ _WATCHED: weakref.WeakSet[Stack] = weakref.WeakSet()
 
 
 def watch(stack: Stack) -> None:
-    """Let no optimizer move this stack's parameters past its `train_step` hooks: what a plugin does there would be left
-    out without a word, by a trainer that knows nothing of them."""
+    """Let no trainer that knows nothing of plugins pass them by without a word: no call of the model, and no optimizer
+    that moves this stack's parameters past its `train_step` hooks."""
+    watch_calls(stack.model)
     if stack.implementers("train_step"):
         _listen()
         _WATCHED.add(stack)
@@ -104,6 +107,17 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _done(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for stack in _held_by(optimizer):
         stack.update_is_due = False
+
+
+def drop(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Take parameters that are gone out of an optimizer, which holds neither them nor moments of them any longer."""
+    gone = {id(p) for p in parameters}
+    forget(optimizer, parameters)
+    if isinstance(optimizer, WideAdamW | WideSGD):
+        for parameter in parameters:
+            optimizer.wide.pop(parameter, None)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 @torch.no_grad()

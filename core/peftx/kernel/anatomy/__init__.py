@@ -1,19 +1,20 @@
-"""One vocabulary for every architecture's internals: roles, sites, targets."""
+"""One vocabulary for every architecture's internals: roles, sites, targets.
+
+Its tables are had without torch, so the names that others import from here are looked up when they are asked for.
+"""
 
 from __future__ import annotations
 
-from peftx.kernel.anatomy.anatomy import Anatomy, TowerFacts
-from peftx.kernel.anatomy.site import Site
-from peftx.kernel.anatomy.table import Fused, Stacked, Table, Tower
-from peftx.kernel.targets import Targets
+from importlib import import_module
 
-__all__ = [
-    "Anatomy",
-    "Fused",
-    "Site",
-    "Stacked",
-    "Table",
-    "Targets",
-    "Tower",
-    "TowerFacts",
-]
+_WHERE = {
+    **dict.fromkeys(("Anatomy", "TowerFacts"), "anatomy"),
+    **dict.fromkeys(("Fused", "Stacked", "Table", "Tower"), "table"),
+    "Site": "site",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ArchitectureError, nearest
 from peftx.kernel.anatomy.site import Site
-from peftx.kernel.anatomy.table import Fused, Stacked, Table, Tower
+from peftx.kernel.anatomy.table import Fused, Stacked, Table, Tower, table_for
 from peftx.kernel.chain import is_ours
 from peftx.kernel.slots import Rows, base_class, is_map, kind_of
 
@@ -98,7 +98,7 @@ class Anatomy:
     """
 
     def __init__(self, model: PreTrainedModel, table: Table | None = None) -> None:
-        from peftx.kernel.anatomy.lookup import infer, table_for
+        from peftx.kernel.anatomy.lookup import infer
 
         self.model = model
         self.config: PretrainedConfig = model.config

@@ -1,14 +1,10 @@
-"""From a `model_type` to its table; and a guess from structure where there is none."""
+"""A guess at a table, from the structure of a model that has none."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -20,8 +16,6 @@ from peftx.kernel.anatomy.table import Stacked, Table, Tower
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GROUP = "peftx.anatomies"
-
 _NAMES = (
     (r"(^|\.)(q_proj|query|q|q_lin|wq)$", "attention.q"),
     (r"(^|\.)(k_proj|key|k|k_lin|wk)$", "attention.k"),
@@ -32,23 +26,6 @@ _NAMES = (
     (r"(^|\.)(up_proj|fc1|fc_in|c_fc|w3|lin1|wi|dense_h_to_4h|linear_1|intermediate\.dense)$", "mlp.up"),
     (r"(^|\.)(down_proj|fc2|fc_out|c_proj|w2|lin2|wo|dense_4h_to_h|linear_2|output\.dense)$", "mlp.down"),
 )
-
-
-@cache
-def _tables() -> dict[str, Table]:
-    """All tables by `model_type`: those that come with peftx, then those of entry points, which win."""
-    package = importlib.import_module("peftx.architectures")  # by name: data, found as a stranger's is
-    found = [
-        importlib.import_module(f"{package.__name__}.{info.name}").TABLE
-        for info in pkgutil.iter_modules(package.__path__)
-    ]
-    found += [point.load() for point in entry_points(group=GROUP)]
-    return {name: table for table in found for name in (table.model_type, *table.same_as)}
-
-
-def table_for(model_type: str) -> Table | None:
-    """The table of an architecture, or None."""
-    return _tables().get(model_type)
 
 
 def layer_stacks(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -1,11 +1,16 @@
-"""What a table of an architecture says: where its towers, layers and roles are."""
+"""What a table of an architecture says: where its towers, layers and roles are; and the tables that there are."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Literal
 
+GROUP = "peftx.anatomies"
 Layout = Literal["concat", "interleaved"]
 
 
@@ -84,3 +89,20 @@ class Table:
     around: Mapping[str, str] = field(default_factory=dict)
     same_as: tuple[str, ...] = ()
     """Other `model_type`s with the same layout."""
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """All tables by `model_type`: those that come with peftx, then those of entry points, which win."""
+    package = importlib.import_module("peftx.architectures")  # by name: data, found as a stranger's is
+    found = [
+        importlib.import_module(f"{package.__name__}.{info.name}").TABLE
+        for info in pkgutil.iter_modules(package.__path__)
+    ]
+    found += [point.load() for point in entry_points(group=GROUP)]
+    return {name: table for table in found for name in (table.model_type, *table.same_as)}
+
+
+def table_for(model_type: str) -> Table | None:
+    """The table of an architecture, or None."""
+    return tables().get(model_type)

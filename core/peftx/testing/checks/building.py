@@ -153,7 +153,18 @@ def check_input_edits_are_claimed(case: Case) -> None:
     assert claimed or not shown, f"the delta at {shown[0]} edits its input: claim edits-inputs"
 
 
+@check(when=changes_model)
+def check_modes_are_the_models(case: Case) -> None:
+    """All that it puts on a model is in training or evaluation as the model is: else dropout acts on answers."""
+    stack = case.stack()
+    case.compress(stack)
+    training = stack.model.training
+    other = next((name for name, m in stack.model.named_modules() if m.training is not training), None)
+    assert other is None, f"{other} is not in the mode of the model, training={training}"
+
+
 CHECKS = (
+    check_modes_are_the_models,
     check_same_under_a_seed,
     check_identity_at_start,
     check_identity_not_hidden,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from peftx.errors import PeftxError, UnsupportedError
+from peftx.kernel.call import Call
+from peftx.kernel.parts import AttentionPart
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.stack import Stack
 from peftx.testing.case import Case, assert_close, error_of, inputs_for, output
@@ -75,6 +78,17 @@ def check_embeddings_do_for_tokens(case: Case) -> None:
 
 
 WHAT = "logits by embeddings and by ids"
+
+
+@check(on="first-text", when=injects)
+def check_tokens_that_are_told_are_claimed(case: Case) -> None:
+    """An attention that asks in a step which key is which token is that of a plugin that claims `tells-tokens`."""
+    stack = case.training_stack()
+    if not stack.ledger.all(AttentionPart) or case.subject.claims(Claim.TELLS_TOKENS):
+        return
+    with patch.object(Call, "keys", autospec=True, side_effect=Call.keys) as asked:
+        case.train(stack, 1)
+    assert not asked.called, f"it asks which key is which token, so claim {Claim.TELLS_TOKENS}"
 
 
 @check(when=lambda subject: subject.claims(Claim.PASSES_LAYERS))
@@ -179,4 +193,5 @@ CHECKS = (
     check_padding_is_invisible,
     check_batch_is_invisible,
     check_embeddings_do_for_tokens,
+    check_tokens_that_are_told_are_claimed,
 )

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftx.errors import ArchitectureError, ConflictError, ModelError
 from peftx.kernel.chain import is_ours
 
 if TYPE_CHECKING:
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.trained import Trained
     from peftx.kernel.view import ModelView
 
@@ -69,7 +69,19 @@ def adopt(model: ModelView, places: Mapping[str, Trained], tuned: nn.Module, sou
         if own[name].shape == theirs[name].shape:
             own[name].copy_(theirs[name])
     for name in sorted(own.keys() | theirs.keys()):
-        both = name in own and name in theirs
-        if not both or not torch.equal(own[name], theirs[name].to(own[name])):
-            said = f"'{source}' is no fine-tune of this base: {name} does not fit"
+        mine, other = own.get(name), theirs.get(name)
+        if mine is None or other is None:
+            said = f"'{source}' is no fine-tune of this base: {name} is in one of the two alone"
             raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
+        if mine.shape != other.shape:
+            said = f"'{source}' is no fine-tune of this base: {name} is {_size(other)}, and the base's {_size(mine)}"
+            raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
+        if not bool(other.isfinite().all()):
+            raise ModelError(f"{model.owner}: '{source}': {name} has numbers that are not finite")
+        if not torch.equal(mine, other.to(mine)):  # two names of one tensor here, and of two there
+            said = f"'{source}' is no fine-tune of this base: {name} is tied to another tensor in one of the two alone"
+            raise ModelError(f"{model.owner}: {said}", hint="same architecture, tied alike, no adapters")
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftx.errors import ConflictError, StackError, UsageError
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.plugin import Claim

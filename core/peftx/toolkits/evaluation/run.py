@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data import read_dataset
 from peftx.engines.data.formats import dataset_of, detect_format
-from peftx.engines.data.gate import check_item
+from peftx.engines.data.gate import check_item, listed
 from peftx.engines.data.sources import TASK, format_of, rows_of
 from peftx.engines.models import asset_path
 from peftx.engines.tasks import find_tasks
@@ -206,9 +206,9 @@ def _rows(
         )
     if isinstance(data, Mapping):
         raise DataError("one row is no list of rows", hint="[row]")
+    rows = list(listed(data))[:limit]
     if columns:
-        return list(dataset_of(list(data)[:limit], format=format, columns=dict(columns))[0])
-    rows = list(data)[:limit]
+        return list(dataset_of(rows, format=format, columns=dict(columns))[0])
     for index, item in enumerate(rows):
         check_item(item, f"row {index} (counting from 0)")
     return rows

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from peftx.toolkits.injecting.both_ways import see_both_ways
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
-from peftx.toolkits.injecting.routing import Router, Side, routings, side_of, watching
+from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
+from peftx.toolkits.injecting.shares import check_share
 
 __all__ = [
     "NetworkPrefix",
     "Router",
     "Side",
+    "check_experts",
+    "check_share",
     "columns",
     "once_written",
     "routings",

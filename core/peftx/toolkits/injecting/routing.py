@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftx.errors import TrainingError, UnsupportedError
+from peftx.errors import OptionError, TrainingError, UnsupportedError
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.slots import Delta
 
 if TYPE_CHECKING:
     from peftx.engines.training import TrainStep
-    from peftx.kernel.anatomy import Site
+    from peftx.kernel.anatomy.site import Site
     from peftx.kernel.call import Call
     from peftx.kernel.plugin import Plugin
     from peftx.kernel.view import ModelView
@@ -29,6 +29,23 @@ def side_of(model: ModelView, site: Site) -> Side:
         return "source" if site.tower in (model.main.name, "") else None
     source = site.tower == "encoder" or site.role in ("cross_attention.k", "cross_attention.v")
     return "source" if source else "target"
+
+
+def check_experts(owner: str, experts: int, widths: Mapping[str, int]) -> None:
+    """Refuse more experts than a linear router can score apart: of more rows than columns some follow from others.
+
+    Args:
+        owner: the plugin's id. widths: numbers that a router reads, by the path of its layer.
+
+    Raises:
+        OptionError: names the narrowest layer.
+    """
+    path, width = min(widths.items(), key=lambda each: each[1])
+    if experts > width:
+        raise OptionError(
+            f"{owner}: {experts} experts, and the router of {path} tells them apart by {width} numbers",
+            hint=f"experts at most {width}",
+        )
 
 
 class Router(Delta):

@@ -3,7 +3,7 @@
 server.py   Server: what the `serve` hook gets and may change
 job.py      a request on its way
 engine.py   Engine: the queue and the thread that runs the model
-models.py   several of them, by name
+models.py   several of them, by name; folder.py where clients have more loaded from
 metrics.py  what Prometheus reads
 structured.py  answers that are JSON
 stream.py   text as it is written

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.decoding.text import COLDEST, request_of_ids
-from peftx.toolkits.serving.job import Completion, Job
+from peftx.toolkits.serving.job import Completion, Job, TokenScore
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.scoring import scores_of, shaping
 from peftx.toolkits.serving.stream import cut_at_stop
@@ -56,8 +56,11 @@ class Answers:
         found.logits_processors += shaping(first, start=written, grammars=self.grammars)
         return found
 
-    def finish(self, job: Job, row: list[int], ends: Collection[int]) -> None:
-        """Answer with the tokens of a row, cut at its own length, at a token of `ends`, at a stop string."""
+    def finish(
+        self, job: Job, row: list[int], ends: Collection[int], scores: tuple[TokenScore, ...] = ()
+    ) -> None:
+        """Answer with the tokens of a row, cut at its own length, at a token of `ends`, at a stop string; `scores`:
+        theirs, where they are known already."""
         row = row[: job.max_tokens]
         place = next((index for index, token in enumerate(row) if token in ends), None)
         if place is not None:
@@ -72,12 +75,12 @@ class Answers:
             )
             row = row[: last + 1]
         reason = "stop" if stopped or place is not None else "length"
-        job.finish(self._scored(job, Completion(text, reason, job.prompt_tokens, len(row)), row))
+        job.finish(self._scored(job, Completion(text, reason, job.prompt_tokens, len(row), scores), row))
 
     def _scored(self, job: Job, completion: Completion, row: list[int]) -> Completion:
         """With the prompt in front and log-probabilities, where these are asked for."""
         request = job.request
-        if request.logprobs is not None:
+        if request.logprobs is not None and not completion.scores:
             scores = scores_of(
                 self.stack, job.ids, row, top=request.logprobs, echo=request.echo, text=self.text
             )

@@ -10,12 +10,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from peftx.errors import PeftxError
 from peftx.toolkits.serving.bodies import (
@@ -77,12 +76,13 @@ def build_app(
             yield
 
     app = App(keyed=server.api_key is not None, lifespan=lifespan)
-    if allowed_hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     answer_errors(app)
-    app.add_middleware(Guard, most=server.max_body, refusal=error_body, key=server.api_key)
-    keyed = (401,) if app.keyed else ()
-    routes(app, models, keyed)
+    app.add_middleware(
+        Guard, most=server.max_body, refusal=error_body, key=server.api_key, hosts=allowed_hosts
+    )
+    hosted = () if allowed_hosts is None else (400,)
+    keyed = (401, *hosted) if app.keyed else hosted
+    routes(app, models, hosted=hosted, keyed=keyed)
     for each in servers:
         for route in each.routes:
             path = route.path if each is server else f"/{each.name}{route.path}"
@@ -91,8 +91,8 @@ def build_app(
     return app
 
 
-def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
-    """The server's own routes; `keyed`: errors of all that want a key."""
+def routes(app: FastAPI, models: Models, *, hosted: tuple[int, ...], keyed: tuple[int, ...]) -> None:
+    """The server's own routes; `hosted`: errors of all, `keyed`: of all that want a key."""
     started, metrics = int(time.time()), Metrics(models)
     reading = (400, 404, 500, *SENDING, *keyed)
     writing = (429, *reading)
@@ -120,8 +120,8 @@ def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"content-security-policy": POLICY})
 
-    @app.get("/health", responses=answers(Health))
-    @app.get("/healthz", responses=answers(Health))
+    @app.get("/health", responses=answers(Health, *hosted))
+    @app.get("/healthz", responses=answers(Health, *hosted))
     def healthz() -> dict[str, Any]:
         each = {engine.server.name: engine.about() for engine in models}
         sums = {key: sum(one[key] for one in each.values()) for key in ("queued", "served", "batches")}
@@ -148,18 +148,19 @@ def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         engine = models.engine(body.model)
         asked = body.requests()
-        if body.stream and (len(asked) > 1 or body.n > 1):
-            raise HTTPException(400, "stream takes one prompt at a time, and gives one answer")
         head = headed(engine, "cmpl", "text_completion")
         jobs = await submitted(engine, [request for group in asked for request in group])
         if body.stream:
-            return Events(jobs[0], head, choice, body.stream_options)
-        done = iter(await finished(jobs, http))
+            return Events(jobs, head, choice, body, engine.server.max_seconds)
+        done = iter(await finished(jobs, http, engine.server.max_seconds))
         groups = [[next(done) for _ in group] for group in asked]
         if body.best_of is not None:
             groups = [sorted(group, key=lambda one: -one.mean) for group in groups]
         chosen = [one for group in groups for one in group[: body.n]]
-        choices = [choice(i, one.text, one.finish_reason, one) for i, one in enumerate(chosen)]
+        told = body.logprobs is not None  # best_of looks at them too
+        choices = [
+            choice(i, one.text, one.finish_reason, one.scores if told else ()) for i, one in enumerate(chosen)
+        ]
         usage = usage_of([group[0] for group in groups], [one for group in groups for one in group])
         return JSONResponse(head | {"choices": choices, "usage": usage})
 
@@ -168,14 +169,12 @@ def routes(app: FastAPI, models: Models, keyed: tuple[int, ...]) -> None:
     )
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         engine = models.engine(body.model)
-        if body.stream and body.n > 1:
-            raise HTTPException(400, "stream gives one answer")
         requests = await run_in_threadpool(body.requests, engine.server.stack.tokenizer)
         jobs = await submitted(engine, requests)
         if body.stream:
             head = headed(engine, "chatcmpl", "chat.completion.chunk")
-            return Events(jobs[0], head, delta_of, body.stream_options)
-        done = await finished(jobs, http)
+            return Events(jobs, head, delta_of, body, engine.server.max_seconds)
+        done = await finished(jobs, http, engine.server.max_seconds)
         choices = [turn(i, one, trim=requests[0].trim) for i, one in enumerate(done)]
         return JSONResponse(
             headed(engine, "chatcmpl", "chat.completion")

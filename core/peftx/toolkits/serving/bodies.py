@@ -178,8 +178,8 @@ class CompletionBody(Sampled):
             raise ValueError("best_of is less than n")
         if self.stream and (self.best_of or 1) > self.n:
             raise ValueError("best_of cannot be streamed")
-        if self.stream and (self.logprobs is not None or self.echo):
-            raise ValueError("logprobs and echo are not streamed by this server")
+        if self.stream and self.echo:
+            raise ValueError("echo is not streamed by this server")
         return self
 
     def requests(self) -> list[list[Request]]:
@@ -247,8 +247,6 @@ class ChatBody(Sampled):
     def _goes_together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
-        if self.stream and self.logprobs:
-            raise ValueError("logprobs are not streamed by this server")
         return self
 
     def requests(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:

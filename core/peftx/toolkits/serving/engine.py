@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from peftx.errors import GenerationError, PeftxError, ServerError, UnsupportedError
+from peftx.kernel.objective import vocabulary_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.text import check_ids, check_length, ids_for
 from peftx.toolkits.serving.answers import Answers
@@ -170,10 +171,18 @@ class Engine:
         """Put a request in the queue.
 
         Raises:
-            PeftxError: an empty prompt, one that does not fit the model's context, or a schema that is none.
+            PeftxError: an empty prompt, one that does not fit the model's context, a bias of a token that there is not,
+                or a schema that is none.
             QueueFull: too many wait already.
         """
         ids = self.ids_of(request)
+        size = vocabulary_of(self.server.stack.model)
+        for token, _ in request.logit_bias:
+            if size is not None and token >= size:
+                raise GenerationError(
+                    f"logit_bias names token {token}, and this model has {size} tokens",
+                    hint="POST /tokenize gives the ids of a text",
+                )
         if request.schema:
             self._answers.grammars().compiled(request.schema)  # here, where others need not wait for it
         job = Job(request, ids, self.room_of(request, ids), model=self.server.name)
@@ -221,12 +230,18 @@ class Engine:
 
     def room_of(self, request: Request, ids: list[int]) -> int:
         """Tokens that the answer may have. Raises PeftxError where they do not fit with the prompt."""
-        stack = self.server.stack
+        stack, most = self.server.stack, self.server.max_tokens
         if request.max_tokens is not None:
+            if most is not None and request.max_tokens > most:
+                raise GenerationError(
+                    f"{request.max_tokens} tokens are asked for, and this server writes {most} at most",
+                    hint=f"max_tokens: {most}",
+                )
             check_length(stack, len(ids), request.max_tokens)
             return request.max_tokens
         apart = 0 if stack.model.config.is_encoder_decoder else len(ids)
-        left = MOST_LEFT if self.context is None else min(MOST_LEFT, self.context - apart)
+        left = MOST_LEFT if most is None else min(MOST_LEFT, most)
+        left = left if self.context is None else min(left, self.context - apart)
         check_length(stack, len(ids), max(1, left))
         return left
 

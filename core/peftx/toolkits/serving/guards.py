@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 OPEN = ("/", "/health", "/healthz")
@@ -18,18 +19,29 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^][:@]+))(?::\d*)?")
+
+
+def _name(host: str) -> str | None:
+    """A Host header's name or address, without brackets and port; None where it is malformed."""
+    found = _HOST.fullmatch(host.lower())
+    return None if found is None else found[1] or found[2]
+
+
 class TooSlow(Exception):
     """The body did not come in time."""
 
 
 class Guard:
-    """ASGI middleware: refuses bodies of unknown or excessive length, and those that never end.
+    """ASGI middleware: refuses names that are not the server's, wrong keys, bodies of unknown or excessive length, and
+    those that never end.
 
     Not one of Starlette's `http` middlewares: these hide from the application that its client is gone.
 
     Args:
         app: what is guarded. most: bytes of a body. within: seconds for a body.
         refusal: (status, message) -> JSON of an error. key: that requests must bring; none if None.
+        hosts: names in the Host header that are answered; any if None.
     """
 
     def __init__(
@@ -40,7 +52,9 @@ class Guard:
         refusal: Callable[[int, str], dict[str, Any]],
         within: float = BODY_WITHIN,
         key: str | None = None,
+        hosts: Collection[str] | None = None,
     ) -> None:
+        self.hosts = hosts
         self.key = None if key is None else f"Bearer {key}".encode()
         self.app = app
         self.most = most
@@ -50,6 +64,10 @@ class Guard:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if self.hosts is not None and _name(host) not in self.hosts:
+            await self._refuse(send, 400, f"'{host[:200]}' is no name of this server")
             return
         said = dict(scope["headers"]).get(b"authorization", b"")
         if self.key is not None and scope["path"] not in OPEN and not hmac.compare_digest(said, self.key):

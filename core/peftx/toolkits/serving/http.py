@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -32,7 +33,7 @@ class _Impatient(H11Protocol):
 
 
 def run_http(
-    *servers: Server, host: str, port: int, allowed_hosts: list[str] | None, loader: Loader | None = None
+    *servers: Server, host: str, port: int, allowed_hosts: Sequence[str] | None, loader: Loader | None = None
 ) -> None:
     """Serve on a socket until the process is told to stop."""
     app = build_app(*servers, allowed_hosts=allowed_hosts, loader=loader)

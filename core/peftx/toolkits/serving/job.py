@@ -66,6 +66,14 @@ class TokenScore:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Of a text that is streamed: what came, and the scores of its tokens where they are known on the way."""
+
+    text: str
+    scores: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
     """What came of a request: `finish_reason` is `stop` (end token or stop string) or `length`."""
 
@@ -95,12 +103,12 @@ class Job:
         self.max_tokens = max_tokens
         self.arrived = time.monotonic()
         self.future: Future[Completion] = Future()
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._send: Callable[[str | None], None] = self._pieces.put
+        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._send: Callable[[Piece | None], None] = self._pieces.put
         self._sending = threading.Lock()
         self.cancelled = False
         # As a callback, so that a listener that raises is logged, and does not end who gave the answer.
-        self.future.add_done_callback(lambda _: self.send(None))
+        self.future.add_done_callback(lambda _: self._pass_on(None))
 
     @property
     def prompt_tokens(self) -> int:
@@ -111,11 +119,15 @@ class Job:
         if not self.future.done():
             self.cancelled = True
 
-    def send(self, piece: str | None) -> None:
+    def send(self, text: str, scores: tuple[TokenScore, ...] = ()) -> None:
+        """A piece of the text."""
+        self._pass_on(Piece(text, scores))
+
+    def _pass_on(self, piece: Piece | None) -> None:
         with self._sending:
             self._send(piece)
 
-    def listen(self, send: Callable[[str | None], None]) -> None:
+    def listen(self, send: Callable[[Piece | None], None]) -> None:
         """Call `send` with each piece, those that came already first, and with None at the end; from any thread."""
         with self._sending:
             while not self._pieces.empty():
@@ -135,7 +147,7 @@ class Job:
     def pieces(self) -> Iterator[str]:
         """The text in pieces, until it ends. Raises what the model raised."""
         while (piece := self._pieces.get()) is not None:
-            yield piece
+            yield piece.text
         self.future.result()
 
     def result(self, timeout: float | None = None) -> Completion:

@@ -25,7 +25,7 @@ MEANINGS = {
     400: "What was asked for is malformed, does not fit the model, or is not supported",
     401: "The key is missing, or another one",
     404: "No such model is served",
-    408: "The body did not come in time",
+    408: "The body, or the answer, did not come in time",
     413: "The body is too large, or does not tell its length",
     429: "Too many requests wait already",
     500: "The model, or a plugin on it, failed",

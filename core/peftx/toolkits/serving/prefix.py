@@ -11,14 +11,33 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from peftx.errors import ConflictError
 from peftx.kernel.calls import takes
-from peftx.kernel.plugin import Claim
+from peftx.kernel.plugin import Claim, Plugin
 from peftx.toolkits.decoding.cache import Undo, fork_cache, keep_rows, undo_kind
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
     from peftx.kernel.stack import Stack
+
+
+class OwnPrefixes:
+    """Mark of a plugin whose `serve` gives the scheduler a store of prefixes: a server has one."""
+
+
+def check_prefixes(stack: Stack, plugin: Plugin) -> None:
+    """For `check` of such a plugin. Raises ConflictError where rows of a cache are no tokens of a prompt, or another
+    plugin brings a store too."""
+    own = stack.id_of(plugin)
+    if reason := other_rows(stack):
+        raise ConflictError(f"{own}: {reason}", hint="keep one of them")
+    others = [id for id, other in stack.plugins.items() if isinstance(other, OwnPrefixes) and id != own]
+    if others:
+        raise ConflictError(
+            f"'{own}' and '{others[0]}' both keep prefixes of prompts, and a server has one store",
+            hint="keep one of them",
+        )
 
 
 class PrefixCache:

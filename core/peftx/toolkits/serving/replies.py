@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import HTTPException
@@ -13,9 +14,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from peftx.errors import PeftxError
-from peftx.toolkits.serving.bodies import StreamOptions
+from peftx.toolkits.serving.bodies import Sampled
 from peftx.toolkits.serving.errors import error_body, status_of
-from peftx.toolkits.serving.job import Completion, Job, TokenScore
+from peftx.toolkits.serving.job import Completion, Job, Piece, TokenScore
 
 
 def usage_of(asked: Sequence[Completion], written: Sequence[Completion]) -> dict[str, int]:
@@ -24,8 +25,7 @@ def usage_of(asked: Sequence[Completion], written: Sequence[Completion]) -> dict
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def choice(index: int, text: str, reason: str | None, done: Completion | None = None) -> dict[str, Any]:
-    scores = done.scores if done is not None else ()
+def choice(index: int, text: str, reason: str | None, scores: Sequence[TokenScore] = ()) -> dict[str, Any]:
     told = None if not scores else {
         "tokens": [score.token for score in scores],
         "token_logprobs": [score.logprob for score in scores],
@@ -40,34 +40,53 @@ def _by_text(score: TokenScore) -> dict[str, float] | None:
     return None if score.logprob is None else dict(reversed(score.top))
 
 
-def delta_of(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    """A piece of a chat's stream; the first one, empty, says who speaks."""
-    delta = {} if reason is not None else {"content": text} if text else {"role": "assistant", "content": ""}
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+def delta_of(index: int, text: str, reason: str | None, scores: Sequence[TokenScore] = ()) -> dict[str, Any]:
+    """A piece of a chat's stream."""
+    delta = {"content": text} if reason is None else {}
+    return {"index": index, "delta": delta, "logprobs": _in_turn(scores), "finish_reason": reason}
+
+
+def speaker(index: int) -> dict[str, Any]:
+    """What a turn's stream begins with."""
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def turn(index: int, done: Completion, *, trim: bool) -> dict[str, Any]:
-    def scored(token: str, value: float | None) -> dict[str, Any]:
-        return {"token": token, "logprob": value, "bytes": list(token.encode())}
-
-    told = None if not done.scores else {"content": [
-        scored(score.token, score.logprob) | {"top_logprobs": [scored(*pair) for pair in score.top]}
-        for score in done.scores
-    ], "refusal": None}  # fmt: skip
     text = done.text.removeprefix(" ") if trim else done.text
     message = {"role": "assistant", "content": text, "refusal": None}
+    told = _in_turn(done.scores)
     return {"index": index, "message": message, "logprobs": told, "finish_reason": done.finish_reason}
 
 
-async def finished(jobs: Sequence[Job], http: HttpRequest) -> list[Completion]:
-    """The jobs' completions, waited for without a thread. Raises what the model raised, and if the client is gone."""
+def _in_turn(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    def scored(token: str, value: float | None) -> dict[str, Any]:
+        return {"token": token, "logprob": value, "bytes": list(token.encode())}
+
+    return None if not scores else {"content": [
+        scored(score.token, score.logprob) | {"top_logprobs": [scored(*pair) for pair in score.top]}
+        for score in scores
+    ], "refusal": None}  # fmt: skip
+
+
+def _late(seconds: float | None) -> str:
+    return f"no answer within {seconds} s, which is this server's limit\n  hint: fewer tokens, or try again later"
+
+
+async def finished(jobs: Sequence[Job], http: HttpRequest, seconds: float | None) -> list[Completion]:
+    """The jobs' completions, waited for so long and without a thread.
+
+    Raises what the model raised, and HTTPException where the time is up or the client is gone.
+    """
     waiting = asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job.future)) for job in jobs))
     gone = asyncio.ensure_future(_gone(http))
     try:
         both: set[asyncio.Future[Any]] = {waiting, gone}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not waiting.done():
             raise HTTPException(499, "the client is gone")
+        if not waiting.done():
+            raise HTTPException(408, _late(seconds))
         return waiting.result()
     finally:
         gone.cancel()
@@ -81,61 +100,97 @@ async def _gone(http: HttpRequest) -> None:
         pass
 
 
+PieceOf = Callable[[int, str, str | None, Sequence[TokenScore]], dict[str, Any]]
+"""(index of the choice, text, why it ends, scores) -> a choice of an event."""
+
+
 class Events(StreamingResponse):
-    """A job's text as server-sent events; a job whose client is gone, be it before the first one, is cancelled."""
+    """Texts as server-sent events; jobs whose client is gone, be it before the first one, are cancelled.
+
+    Args:
+        jobs: of each choice, those of one prompt side by side. head: of every event. seconds: for all of it.
+    """
 
     def __init__(
         self,
-        job: Job,
+        jobs: Sequence[Job],
         head: dict[str, Any],
-        piece_of: Callable[[int, str, str | None], dict[str, Any]],
-        options: StreamOptions | None,
+        piece_of: PieceOf,
+        body: Sampled,
+        seconds: float | None,
     ) -> None:
-        super().__init__(_events(job, head, piece_of, options), media_type="text/event-stream")
-        self.job = job
+        super().__init__(_events(jobs, head, piece_of, body, seconds), media_type="text/event-stream")
+        self.jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.job.cancel()
+            for job in self.jobs:
+                job.cancel()
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 async def _events(
-    job: Job,
-    head: dict[str, Any],
-    piece_of: Callable[[int, str, str | None], dict[str, Any]],
-    options: StreamOptions | None,
+    jobs: Sequence[Job], head: dict[str, Any], piece_of: PieceOf, body: Sampled, seconds: float | None
 ) -> AsyncIterator[str]:
-    """Server-sent events: pieces of text, an end with the reason, `[DONE]`. The usage comes with the end, or as OpenAI
-    has it where it is asked for: in an event of its own, without choices."""
-    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
-    apart = options is not None and options.include_usage
+    """Server-sent events: pieces of text, an end with the reason for each, `[DONE]`; an error where it takes longer.
+    The usage comes with the last end, or as OpenAI has it where it is asked for: in an event without choices."""
+    apart = body.stream_options is not None and body.stream_options.include_usage
+    until = None if seconds is None else asyncio.get_running_loop().time() + seconds
+    pieces = _pieces_of(jobs)
+    trim, told, ended = [job.request.trim for job in jobs], [0] * len(jobs), 0
 
-    def send(piece: str | None) -> None:
-        try:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-        except RuntimeError:  # the loop is closed, and nobody waits for the text
-            job.cancel()
-
-    job.listen(send)
-
-    def event(content: dict[str, Any]) -> str:
-        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    def choosing(index: int, text: str, reason: str | None, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        told[index] += len(scores)
+        return head | {"choices": [piece_of(index, text, reason, scores)]}
 
     try:
         if piece_of is delta_of:
-            yield event(head | {"choices": [delta_of(0, "", None)]})
-        trim = job.request.trim
-        while (piece := await pieces.get()) is not None:
-            piece, trim = piece.removeprefix(" ") if trim else piece, False
-            if piece:
-                yield event(head | {"choices": [piece_of(0, piece, None)]})
-        done = job.future.result()
-        usage, last = usage_of([done], [done]), {"choices": [piece_of(0, "", done.finish_reason)]}
-        yield event(head | last | ({} if apart else {"usage": usage}))
+            for index in range(len(jobs)):
+                yield _event(head | {"choices": [speaker(index)]})
+        while ended < len(jobs):
+            try:
+                async with asyncio.timeout_at(until):
+                    index, piece = await pieces.get()
+            except TimeoutError:
+                yield _event(error_body(408, _late(seconds)))
+                return
+            if piece is not None:
+                text, trim[index] = piece.text.removeprefix(" ") if trim[index] else piece.text, False
+                if text or piece.scores:
+                    yield _event(choosing(index, text, None, piece.scores))
+                continue
+            done, ended = jobs[index].future.result(), ended + 1
+            if left := done.scores[told[index] :]:  # of tokens without a text, or all where batches run whole
+                yield _event(choosing(index, "", None, left))
+            last = choosing(index, "", done.finish_reason, ())
+            yield _event(last if apart or ended < len(jobs) else last | {"usage": _usage(jobs, body.n)})
         if apart:
-            yield event(head | {"choices": [], "usage": usage})
+            yield _event(head | {"choices": [], "usage": _usage(jobs, body.n)})
         yield "data: [DONE]\n\n"
     except PeftxError as error:
-        yield event(error_body(status_of(error), str(error)))
+        yield _event(error_body(status_of(error), str(error)))
+
+
+def _usage(jobs: Sequence[Job], n: int) -> dict[str, int]:
+    done = [job.future.result() for job in jobs]
+    return usage_of(done[::n], done)
+
+
+def _pieces_of(jobs: Sequence[Job]) -> asyncio.Queue[tuple[int, Piece | None]]:
+    """What all of them say, as it comes, and whose it is; None at the end of each."""
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | None]]()
+
+    def send(index: int, job: Job, piece: Piece | None) -> None:
+        try:
+            loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+        except RuntimeError:  # the loop is closed, and nobody waits for the text
+            job.cancel()
+
+    for index, job in enumerate(jobs):
+        job.listen(partial(send, index, job))
+    return pieces

@@ -22,7 +22,8 @@ from peftx.kernel.objective import vocabulary_of
 from peftx.kernel.positions import free_positions
 from peftx.toolkits.serving.answers import Answers, ends_of
 from peftx.toolkits.serving.crowd import Crowd
-from peftx.toolkits.serving.job import Job, Request
+from peftx.toolkits.serving.job import Job, Request, TokenScore
+from peftx.toolkits.serving.scoring import score_of
 from peftx.toolkits.serving.slots import Slots, check_layers
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop
 
@@ -55,9 +56,10 @@ class Row:
         self.generator = None
         if request.seed is not None and prepared.config.do_sample:
             self.generator = torch.Generator(prepared.input_ids.device).manual_seed(request.seed)
+        self.scores, self.told = list[TokenScore](), 0  # of a stream's tokens, and how many of them were sent
         self.stream = None
         if request.stream:
-            self.stream = TextStream(answers.tokenizer, stop=request.stop, send=job.send)
+            self.stream = TextStream(answers.tokenizer, stop=request.stop, send=self._send)
             self.stream.put(prepared.input_ids)
 
     @property
@@ -73,8 +75,15 @@ class Row:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
 
-    def write(self, token: int) -> bool:
-        """Take the next token; whether it was the last one."""
+    def _send(self, text: str) -> None:
+        scores, self.told = tuple(self.scores[self.told :]), len(self.scores)
+        self.job.send(text, scores)
+
+    def write(self, token: int, logits: Tensor) -> bool:
+        """Take the next token, and the logits [1, V] that it is of; whether it was the last one."""
+        top, text = self.job.request.logprobs, self.answers.text
+        if self.stream is not None and top is not None:
+            self.scores.append(score_of(logits[0], token, len(text(self.written)), top=top, text=text))
         self.ids.append(token)
         self.written.append(token)
         if self.stream is not None:
@@ -246,7 +255,7 @@ class Rows:
         likeliest = torch.cat([logits for _, logits in found]).argmax(-1).tolist()
         for (row, logits), token in zip(found, likeliest, strict=True):
             try:
-                done = row.write(token if row.plain else row.pick(logits))
+                done = row.write(token if row.plain else row.pick(logits), logits)
             except Exception as error:  # noqa: BLE001  the answer of this request alone
                 self._fail([row], error)
                 continue
@@ -262,7 +271,7 @@ class Rows:
                 row.answers.prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
             if row.stream is not None:
                 row.stream.end()
-            row.answers.finish(row.job, row.written, row.ends)
+            row.answers.finish(row.job, row.written, row.ends, tuple(row.scores))
         except Exception as error:  # noqa: BLE001  the answer of this request alone
             row.job.finish(None, error)
         self._leave(row)

@@ -38,9 +38,7 @@ class _Bias(LogitsProcessor):  # type: ignore[misc]
         self.values = torch.tensor([value for _, value in bias])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        known = self.ids < scores.shape[-1]
-        ids, values = self.ids[known].to(scores.device), self.values[known].to(scores)
-        return scores.index_add(1, ids, values.expand(len(scores), -1))
+        return scores.index_add(1, self.ids.to(scores.device), self.values.to(scores).expand(len(scores), -1))
 
 
 def shaping(request: Request, *, start: int, grammars: Callable[[], Grammars]) -> list[LogitsProcessor]:
@@ -87,14 +85,20 @@ def scores_of(
     found: list[TokenScore] = []
     for place in range(first, len(ids)):
         offset = len(text(ids[first:place]))
-        name = text([ids[place]])
         if place == 0:
-            found.append(TokenScore(name, None, offset))
+            found.append(TokenScore(text([ids[place]]), None, offset))
             continue
-        row = logits[place - 1].float().log_softmax(-1)
-        best = row.topk(top) if top else None
-        likeliest = () if best is None else tuple(
-            (text([token]), value) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )  # fmt: skip
-        found.append(TokenScore(name, float(row[ids[place]]), offset, likeliest))
+        found.append(score_of(logits[place - 1], ids[place], offset, top=top, text=text))
     return tuple(found)
+
+
+def score_of(
+    logits: Tensor, token: int, offset: int, *, top: int, text: Callable[[list[int]], str]
+) -> TokenScore:
+    """Of a token, by the logits [V] in front of it; the rest as in `scores_of`."""
+    row = logits.float().log_softmax(-1)
+    best = row.topk(top)
+    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenScore(
+        text([token]), float(row[token]), offset, tuple((text([other]), value) for other, value in likeliest)
+    )

@@ -86,6 +86,8 @@ class Server:
         scheduler: policy of batching and caching.
         routes: routes of plugins, beside the server's own.
         max_body: bytes that the body of a request may have.
+        max_tokens: tokens that an answer may have; None for as many as the context has room for.
+        max_seconds: seconds from a request to the end of its answers, the wait with it; None for any.
         api_key: what `Authorization: Bearer ...` must say, everywhere but at the page and `/health`; nothing if None.
     """
 
@@ -94,6 +96,8 @@ class Server:
     scheduler: Scheduler = field(default_factory=Scheduler)
     routes: list[Route] = field(default_factory=list)
     max_body: int = 1_000_000
+    max_tokens: int | None = None
+    max_seconds: float | None = None
     api_key: str | None = field(default=None, repr=False)
     _ready: bool = field(default=False, init=False, repr=False)
 
@@ -128,6 +132,9 @@ class Server:
         for member in stack.implementers("serve"):
             stack.call(member, "serve", server=self)
         self.scheduler.check()
+        for name, most in (("max_tokens", self.max_tokens), ("max_seconds", self.max_seconds)):
+            if most is not None and not most > 0:
+                raise ServerError(f"{name} is {most}", hint="above 0, or None for no limit")
         if (self.scheduler.prefix_cache or self.scheduler.prefixes) and (reason := self._no_prefix_cache()):
             raise ServerError(f"prefix_cache: {reason}", hint="leave it off")
 

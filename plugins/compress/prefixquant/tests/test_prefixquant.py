@@ -101,7 +101,7 @@ def tiny_stack(model: LlamaForCausalLM | None = None, **options: object) -> peft
     bundled = peftx.Stack("peftx:tiny", [])
     plugin = PrefixQuant(**options)
     stack = peftx.Stack(bundled.model if model is None else model, [plugin], tokenizer=bundled.tokenizer)
-    stack.compress(CALIBRATION, samples=4, length=160)
+    stack.compress(CALIBRATION, samples=4, length=96)
     return stack
 
 
@@ -113,8 +113,14 @@ def outliers() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
+def packed(outliers: LlamaForCausalLM) -> peftx.Stack:
+    """With a prefix; who switches its mode switches it back."""
+    return tiny_stack(copy.deepcopy(outliers))
+
+
+@pytest.fixture(scope="module")
 def rows() -> list[dict[str, str]]:
-    return list(read_dataset(asset_path("peftx:sample/held_out.jsonl"), limit=6))
+    return list(read_dataset(asset_path("peftx:sample/held_out.jsonl"), limit=3))
 
 
 def edits_of(stack: peftx.Stack) -> list[StaticKV]:
@@ -148,8 +154,8 @@ def test_prefix_takes_the_outliers_in(outliers: LlamaForCausalLM, rows: list) ->
     )
 
 
-def test_modes_leave_no_trace(outliers: LlamaForCausalLM) -> None:
-    stack = tiny_stack(copy.deepcopy(outliers))
+def test_modes_leave_no_trace(packed: peftx.Stack) -> None:
+    stack = packed
     ids = torch.arange(40)[None]
     before = stack.model(ids).logits
     tensors = {name: tensor.clone() for name, tensor in stack.ledger.tensors("prefixquant").items()}
@@ -335,7 +341,7 @@ def test_prefix_by_hand() -> None:
     assert find_prefix([[peaks(0)], [peaks(0)]], ids, 64.0, 1, 16) == [1]
 
 
-def test_no_prefix_is_the_plain_quantizer(outliers: LlamaForCausalLM) -> None:
+def test_no_prefix_is_the_plain_quantizer(outliers: LlamaForCausalLM, packed: peftx.Stack) -> None:
     stack = tiny_stack(copy.deepcopy(outliers), prefix_tokens=0)
     assert stack.plugins["prefixquant"].state["prefix"] == []
     ids = torch.arange(40)[None]
@@ -345,11 +351,8 @@ def test_no_prefix_is_the_plain_quantizer(outliers: LlamaForCausalLM) -> None:
     for edit in edits_of(stack):
         assert torch.equal(edit.scale[0], edit.scale[1])
         assert torch.equal(edit.input_scale[0], edit.input_scale[1])
-    with_prefix = tiny_stack(copy.deepcopy(outliers))
-    switch(
-        with_prefix, "prefixquant", "without_prefix"
-    )  # the same static scales as those found without a prefix
-    for one, other in zip(edits_of(stack), edits_of(with_prefix), strict=True):
+    # The same static scales as those that are found beside a prefix, for a model without it.
+    for one, other in zip(edits_of(stack), edits_of(packed), strict=True):
         assert torch.equal(one.input_scale[1], other.input_scale[1])
 
 
@@ -386,7 +389,7 @@ def test_text_runs_once_and_once_more_behind_a_prefix(outliers: LlamaForCausalLM
         calls: list[int] = []
         for layer in stack.model.model.layers:
             layer.register_forward_hook(lambda *a, seen=calls: seen.append(1))
-        stack.compress(CALIBRATION, samples=4, length=160)
+        stack.compress(CALIBRATION, samples=4, length=96)
         prefix = stack.plugins["prefixquant"].state["prefix"]
         layers = stack.model.config.num_hidden_layers
         # Of each run the first sequence goes through once more, to learn how blocks are called; the prefix runs once.
@@ -499,7 +502,7 @@ def test_adapters_train_on_packed_weights(rotate: bool, tmp_path: Path) -> None:
     packed = stack.model(ids).logits
     stack.inject(["lora"])
     assert torch.equal(stack.model(ids).logits, packed)
-    report = stack.train("peftx:sample/train.jsonl", steps=3, learning_rate=2e-3)
+    report = stack.train("peftx:sample/train.jsonl", steps=3, batch_size=2, learning_rate=2e-3)
     assert report.trainable == sum(p.numel() for p in stack.ledger.parameters("lora"))
     trained = stack.model(ids).logits
     assert not torch.equal(trained, packed)
@@ -594,8 +597,8 @@ def test_the_weight_of_a_rotated_layer_is_the_one_it_stands_for() -> None:
     torch.testing.assert_close(x.grad, upstream @ layer.weight, atol=1e-4, rtol=1e-4)
 
 
-def test_generation_goes_on_from_the_cache(outliers: LlamaForCausalLM) -> None:
-    stack = tiny_stack(copy.deepcopy(outliers))
+def test_generation_goes_on_from_the_cache(packed: peftx.Stack) -> None:
+    stack = packed
     ids = stack.tokenizer("Write the log of Cape Arden.", return_tensors="pt")["input_ids"]
     options = {"max_new_tokens": 8, "do_sample": False}
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,19 @@ def test_companions_that_do_not_write_alike(folder: Path, arch: str, name: str, 
 def test_another_vocabulary() -> None:
     with pytest.raises(PeftxError, match="'peftx:tiny' has another vocabulary"):
         proxied(tiny("llama"), "peftx:tiny", OWN)
+
+
+def test_the_same_tokens_by_other_rules(tmp_path: Path) -> None:
+    """A tokenizer that has lost merges has the same vocabulary, and cuts texts otherwise."""
+    base = Stack("peftx:tiny")
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:50]
+    file.write_text(json.dumps(rules))
+    with pytest.raises(PeftxError, match="has another way to cut texts into tokens"):
+        Stack("peftx:tiny", [ProxyTuning(expert=str(tmp_path), antiexpert=OWN)])
 
 
 class NewTokens(Plugin):

@@ -71,7 +71,7 @@ class AttentionSteering(Plugin):
     """See the module."""
 
     Config = AttentionSteeringConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.TELLS_TOKENS}
     architectures = ("gemma", "mistral", "phi3")
     refuses = {
         "t5": "a decoder reads the marked text by way of an encoder",

@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peftx import AttentionEdit, CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
+from peftx.kernel.parts import BasePart
 
 LETTER, OTHER, SPACE, SPECIAL = range(4)
 """Kinds of symbols; an apostrophe is a letter, and so are all bytes beyond ASCII."""
@@ -180,7 +181,13 @@ class Byte2Word(Plugin):
     """See the module."""
 
     Config = Byte2WordConfig
-    claims = {Claim.BESIDE_WEIGHTS, Claim.NEEDS_TOKENS, Claim.NEEDS_MASK, Claim.WHOLE_CALLS}
+    claims = {
+        Claim.BESIDE_WEIGHTS,
+        Claim.NEEDS_TOKENS,
+        Claim.NEEDS_MASK,
+        Claim.TELLS_TOKENS,
+        Claim.WHOLE_CALLS,
+    }
     architectures = ("gemma", "mistral", "gpt_neox")
     example = {"width": 6, "heads": 2, "longest": 4}
     refuses = {
@@ -213,3 +220,14 @@ class Byte2Word(Plugin):
         model.embedding().attach(ToTokens(words))
         for site in sites:
             site.attend(OverWords(words))
+
+    def check(self, stack: Stack) -> None:
+        id, model = stack.id_of(self), stack.model
+        place, head = stack.view(id).embedding(), model.get_output_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is place.module.weight
+        for other, plugin in stack.plugins.items():
+            parts = [part for part in stack.ledger.of(other) if isinstance(part, BasePart)]
+            alone = bool(parts) and all(part.module is place.module for part in parts) and not tied
+            if plugin is not self and (alone or isinstance(plugin, Byte2Word)):
+                said = f"'{id}' puts words' vectors in the place of embeddings, and '{other}' acts on these alone"
+                raise ConflictError(said, hint="keep one of them")

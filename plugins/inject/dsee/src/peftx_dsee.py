@@ -20,6 +20,7 @@ is set to 0, in W alone. After that A, B and S train on.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from math import prod
 
@@ -46,6 +47,7 @@ from peftx import (
 )
 from peftx.errors import ConflictError, OptionError
 from peftx.kernel.parts import DeltaPart
+from peftx.toolkits.injecting import check_share
 
 ROUNDS = 20
 """Of the decomposition."""
@@ -159,6 +161,9 @@ class Dsee(Plugin):
         config, plain = self.config, {site.key: site for site in model.anatomy.sites if site.kind != "block"}
         updated = {site.key: site for site in model.linears(config.targets)}
         pruned = {site.key: site for site in model.linears(config.pruned)} if config.sparsity else {}
+        if pruned:
+            size, of = sum(prod(site.shape) for site in pruned.values()), f"{len(pruned)} matrices"
+            check_share(f"{model.owner}: sparsity", config.sparsity, size, of, goes=True, least=len(pruned))
         r, self.deltas = config.rank, dict[str, PrunedDelta]()
         for key, site in (pruned | updated).items():
             delta = PrunedDelta(plain[key], pruned=key in pruned)
@@ -187,6 +192,9 @@ class Dsee(Plugin):
         if self.deltas and not self.state.get("pruned") and step.phase(self).name == "recover":
             choose(list(self.deltas.values()), self.config.sparsity)
             self.state["pruned"] = True
+            if gone := [key for key, delta in self.deltas.items() if not delta.left.any()]:
+                told = f"nothing is left of {len(gone)} of {len(self.deltas)} matrices, first {gone[0]}"
+                warnings.warn(f"{step.stack.id_of(self)}: {told}; a lower sparsity?", stacklevel=2)
         self.act()  # a checkpoint may have brought a mask
         return (yield)
 

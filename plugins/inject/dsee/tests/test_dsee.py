@@ -314,6 +314,16 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         stack_of(entries=513)
     assert "at most 512" in str(e.value)
     stack_of(entries=512)
+    with pytest.raises(
+        PeftxError, match=r"dsee: sparsity 0.9999999 leaves .* of 14 matrices, and 14 is the least"
+    ) as e:
+        stack_of(sparsity=0.9999999)
+    bound = float(str(e.value.hint).rpartition(" ")[2])
+    with pytest.warns(
+        UserWarning, match=r"dsee: nothing is left of \d+ of 14 matrices, first .*; a lower sparsity"
+    ):
+        stack = train(stack_of(sparsity=bound))
+    assert sum(int(delta.left.sum()) for delta in parts(stack).values()) >= 14
     with torch.device("meta"):
         Stack(tiny("llama").to("meta"), [Dsee(rank=2)])
 

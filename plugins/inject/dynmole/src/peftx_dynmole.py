@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.kernel.call import Call
-from peftx.toolkits.injecting import Router, Side, routings, side_of, watching
+from peftx.toolkits.injecting import Router, Side, check_experts, routings, side_of, watching
 
 LEAST = 1e-12
 """Smallest p in the entropy: no logarithm or slope of zero."""
@@ -143,8 +143,9 @@ class Dynmole(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        c = self.config
-        for site in model.linears(c.targets):
+        c, sites = self.config, model.linears(self.config.targets)
+        check_experts(model.owner, c.experts, {site.path: site.in_features for site in sites})
+        for site in sites:
             site.check_rank(c.rank)
             site.attach(Mixture(site.in_features, site.out_features, c, model.call, side_of(model, site)))
 

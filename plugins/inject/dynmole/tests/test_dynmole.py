@@ -454,6 +454,7 @@ def test_bad_options(options: dict[str, object], match: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "options", "match"),
     [
+        ("llama", {"experts": 33}, "33 experts, and the router of .* tells them apart by 32 numbers"),
         ("llama", {"rank": 33}, "rank 33 exceeds the 48x32 matrix"),
         ("mixtral", {"rank": 2}, "Mixture does not fold"),
     ],

@@ -148,13 +148,17 @@ class FactorLlm(Plugin):
 
     @torch.no_grad()
     def suits(self, model: ModelView) -> None:
-        count = self.config.experts
-        for block, (gate, up, down) in self.blocks(model):
+        count, blocks = self.config.experts, self.blocks(model)
+        shared = math.gcd(*(gate.out_features for _, (gate, _, _) in blocks))
+        for block, (gate, up, down) in blocks:
             if gate.out_features % count:
+                fit = [e for e in range(max(2, self.config.top_k), shared + 1) if shared % e == 0]
                 raise OptionError(
                     f"{model.owner}: {count} experts do not divide the {gate.out_features} hidden units of "
                     f"{block.path}",
-                    hint="`experts` that do",
+                    hint=f"experts: {min(fit, key=lambda e: abs(e - count))}"
+                    if fit
+                    else f"a lower top_k: of all layers' widths {shared} is the largest divisor",
                 )
             activation = getattr(block.module, activation_of(model, block))
             x = torch.linspace(-2, 2, 2 * gate.in_features, device="cpu").sin().view(2, -1).to(gate.weight)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Generator
@@ -339,14 +340,22 @@ def test_routers_stay_in_full_precision() -> None:
     [
         ({"experts": 5}, r"factorllm: 5 experts do not divide the 64 hidden units of model\.layers\.0\.mlp"),
         ({"experts": 128}, r"factorllm: 128 experts do not divide the 64 hidden units"),
+        ({"experts": 20, "top_k": 20}, r"factorllm: 20 experts do not divide the 64 hidden units"),
+        (
+            {"experts": 70, "top_k": 70},
+            r"70 experts do not .*\n.*a lower top_k: .* 64 is the largest divisor",
+        ),
         ({"experts": 4, "top_k": 5}, r"top_k 5 of 4 experts"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_touched(options: dict[str, Any], said: str) -> None:
     model = tiny("llama", intermediate_size=64)
     before = dict(model.named_parameters())
-    with pytest.raises(PeftxError, match=said):
+    with pytest.raises(PeftxError, match=said) as caught:
         Stack(model, [FactorLlm(**options)])
+    if found := re.fullmatch(r"experts: (\d+)", str(caught.value.hint)):
+        Stack(tiny("llama", intermediate_size=64), [FactorLlm(**options | {"experts": int(found[1])})])
+    assert bool(found) == ("do not divide" in said)
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(after[name] is p for name, p in before.items())

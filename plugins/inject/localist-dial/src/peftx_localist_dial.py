@@ -67,6 +67,9 @@ class LocalistDialConfig(PluginConfig):
     def _names(self) -> LocalistDialConfig:
         if twice := sorted(self.blocks.keys() & self.candidates.keys()):
             raise ValueError(f"{twice[0]!r} names a block and a candidate")
+        for name, words in chain(self.blocks.items(), self.candidates.items()):
+            if not words:
+                raise ValueError(f"{name!r} names no words")
         for name in chain(*self.rules):
             if name not in {**self.blocks, **self.candidates}:
                 raise ValueError(f"a rule names {name!r}, which is no block")
@@ -131,7 +134,13 @@ class LocalistDial(Plugin):
     """See the module. `dial` may be set at any time, between steps as between texts; a bundle keeps it."""
 
     Config = LocalistDialConfig
-    claims = {Claim.TRAINS_BASE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_TOKENS, Claim.WHOLE_CALLS}
+    claims = {
+        Claim.TRAINS_BASE,
+        Claim.NEEDS_GRADIENTS,
+        Claim.NEEDS_TOKENS,
+        Claim.TELLS_TOKENS,
+        Claim.WHOLE_CALLS,
+    }
     example = {
         "blocks": {"vowels": tuple("aeiou"), "ends": tuple("tns")},
         "candidates": {"more": tuple("rlh")},

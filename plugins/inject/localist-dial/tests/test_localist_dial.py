@@ -328,6 +328,8 @@ def test_it_trains_beside_an_adapter_and_in_bfloat16() -> None:
 def test_clear_errors() -> None:
     for options, said in (
         ({"blocks": {}}, "blocks"),
+        ({"blocks": {"none": ()}}, "'none' names no words"),
+        ({"candidates": {"none": ()}}, "'none' names no words"),
         ({"candidates": {"ends": ("r",)}}, "'ends' names a block and a candidate"),
         ({"rules": (("vowels", "end"),)}, "'end', which is no block"),
         ({"dial": -1.0}, "dial"),

@@ -40,8 +40,8 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, Collator, tokenize_dataset
-from peftx.errors import ArchitectureError, StackError
+from peftx.engines.data import IGNORE, Collator, pair_of, tokenize_dataset
+from peftx.errors import ArchitectureError, DataError, StackError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import pad_of
 from peftx.kernel.reading import check_output
@@ -50,6 +50,8 @@ from peftx.toolkits.evaluation import context_window
 
 REPHRASED = ("rephrased_ids", "rephrased_labels")
 """Columns of x_e' y_e, where the rows have a text `rephrase`."""
+TOGETHER = 16
+"""Rows in a forward pass that measures."""
 
 
 def _whole(edit: tuple[str, str]) -> tuple[str, str]:
@@ -58,13 +60,22 @@ def _whole(edit: tuple[str, str]) -> tuple[str, str]:
     return edit
 
 
+def _of_one_mind(edits: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    said: dict[str, str] = {}
+    for prompt, answer in edits:
+        if (other := said.setdefault(prompt, answer)) != answer:
+            raise ValueError(f"{prompt!r} has the answers {other!r} and {answer!r}, and one edit writes both")
+    return edits
+
+
 Fact = Annotated[tuple[str, str], AfterValidator(_whole)]
+Facts = Annotated[tuple[Fact, ...], AfterValidator(_of_one_mind)]
 
 
 class MendConfig(PluginConfig):
     """Options of MEND; the paper trains with Adam at 1e-6, ten edits a step."""
 
-    edits: tuple[Fact, ...] = Field(
+    edits: Facts = Field(
         (), description="facts that are written when the stack is compressed: [prompt, answer]"
     )
     targets: Targets = Field(Targets("mlp layers=-3--1"), description="W, matrices that are edited")
@@ -299,7 +310,12 @@ class Mend(Plugin):
 
     @torch.no_grad()
     def write(self, stack: Stack, edits: Sequence[tuple[str, str]]) -> None:
-        """Write facts, [prompt, answer], into the model as it is now, together; a bundle holds them from then on."""
+        """Write facts, [prompt, answer], into the model as it is now, together; a bundle holds them from then on.
+
+        Raises:
+            PluginError: what the option `edits` refuses.
+        """
+        edits = Mend(edits=edits).config.edits
         updates = self.updates(self.gradients(stack, batch_of(stack, edits)))
         for delta, (L, R) in zip(self.deltas, updates, strict=True):
             delta.L, delta.R = torch.cat((delta.L, L), 1), torch.cat((delta.R, R), 1)
@@ -308,10 +324,35 @@ class Mend(Plugin):
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
-        """`efficacy`, the share of the facts written so far whose answer's tokens are all the likeliest ones, and
-        `largest_change`, the largest norm of W~ - W. Both are 0 before any is written."""
-        edits = self.state.get("edits", [])
-        evaluation.add("efficacy", efficacy(evaluation.stack, edits) if edits else 0.0, count=len(edits))
+        """Add `largest_change`, the largest norm of W~ - W, and once facts are written
+
+        `reliability`, the share of them whose answer's tokens are all the likeliest ones,
+        `generality`, the same share of the rows `eval` that ask for one by `rephrase`, and
+        `locality`, the share of all other rows whose likeliest tokens are those that they were without the edits.
+
+        What no row is about is left out. Of a prompt that was written twice the last answer counts.
+
+        Raises:
+            DataError: a row without an answer. MergeError: `locality`, of edits that are merged.
+        """
+        stack, edits = evaluation.stack, dict(self.state.get("edits", []))
+        given = evaluation.data.get("eval", ()) if edits else ()
+        if silent := [i for i, row in enumerate(given) if isinstance(row, str) or not pair_of(row)[1]]:
+            said = f"row {silent[0]} (counting from 0) has no answer"
+            raise DataError(f"{stack.id_of(self)}: {said}", hint="rows of prompt and completion")
+        rows = [(row, *pair_of(row)) for row in given]
+        again = [(row["rephrase"], edits[x]) for row, x, _ in rows if x in edits and row.get("rephrase")]
+        others = [(x, y) for _, x, y in rows if x not in edits]
+        for name, facts in (("reliability", [*edits.items()]), ("generality", again)):
+            if facts:
+                right = sum(torch.equal(best, y) for best, y in likeliest(stack, facts))
+                evaluation.add_share(name, right, len(facts))
+        if others:
+            after = likeliest(stack, others)
+            with stack.disabled(stack.id_of(self)):
+                before = likeliest(stack, others)
+            same = sum(torch.equal(a, b) for (a, _), (b, _) in zip(after, before, strict=True))
+            evaluation.add_share("locality", same, len(others))
         evaluation.add("largest_change", max(float((delta.L @ delta.R.t()).norm()) for delta in self.deltas))
 
 
@@ -351,9 +392,13 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def efficacy(stack: Stack, pairs: Sequence[Sequence[str]]) -> float:
-    """Of how many prompts every token of the answer is the likeliest one; a share."""
-    batch = batch_of(stack, pairs)
-    with eval_mode(stack.model):
-        logits, labels = answers(stack.model, stack.model(**batch).logits, batch["labels"])
-    return float(((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1).float().mean())
+def likeliest(stack: Stack, pairs: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
+    """Of each prompt and answer, the likeliest token in the place of each of the answer's, and these, [n] both."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(pairs), TOGETHER):
+        batch = batch_of(stack, pairs[start : start + TOGETHER])
+        with eval_mode(stack.model):
+            logits, labels = answers(stack.model, stack.model(**batch).logits, batch["labels"])
+        told = zip(logits.argmax(-1), labels, labels != IGNORE, strict=True)
+        found += [(best[own], y[own]) for best, y, own in told]
+    return found

@@ -16,7 +16,7 @@ from peftx.kernel.plugin import Plugin
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_deft import Deft
-from peftx_mend import Editor, Mend, MendConfig, Residual, batch_of, divergence, efficacy, nll
+from peftx_mend import Editor, Mend, MendConfig, Residual, batch_of, divergence, likeliest, nll
 from peftx_prompt_tuning import PromptTuning
 
 test_conformance = conformance("mend")
@@ -297,10 +297,13 @@ def test_it_learns_to_write_facts_and_hurts_less_than_fine_tuning() -> None:
     with torch.no_grad():
         base = model(**other).logits
     before = measured(model)
-    assert stack.evaluate(metrics=["mend"])["efficacy"].value == 0
+    rows = [{"prompt": "Paul lives in", "completion": "Egypt", "rephrase": "The home of Paul is"}, *others]
+    assert set(stack.evaluate(rows, metrics=["mend"])) == {"largest_change"}, "nothing is written"
     stack.compress()
     after = measured(model)
-    assert stack.evaluate(metrics=["mend"])["efficacy"].value == 1
+    scores = stack.evaluate(rows, metrics=["mend"])
+    assert [scores[name].value for name in ("reliability", "generality")] == [1, 1]
+    assert scores["locality"].count == len(others)
     assert before[0] > 3 > 1 > after[0]
     assert before[1] > 3 > 1 > after[1]
     plain = Stack("peftx:tiny", []).model.eval()
@@ -342,7 +345,7 @@ def test_facts_are_written_one_after_another(tmp_path: Path) -> None:
     assert torch.equal(output_of(again.model, inputs), given)
     assert mend_of(again).state["edits"] == [list(fact) for fact in FACTS]
     mend_of(again).write(again, FACTS[:1])
-    assert again.evaluate(metrics=["mend"])["efficacy"].count == 3
+    assert again.evaluate(metrics=["mend"])["reliability"].count == 2
     with stack.disabled("mend"):
         assert torch.equal(output_of(stack.model, inputs), base)
     change = max(float((delta.L @ delta.R.t()).norm()) for delta in plugin.deltas)
@@ -367,17 +370,56 @@ def test_edits_of_half_precision_are_in_float32() -> None:
     assert not torch.equal(exact, exact.bfloat16().float())
 
 
-def test_efficacy_is_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the prompts, all of whose answer's tokens are the likeliest ones."""
-    stack, found = stack_of(), batch_of(stack_of(), [*FACTS, ("Say:", "no, no")])
+def test_shares_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model says of each pair is made up: before the edits, and with them."""
+    stack = stack_of(scale=0.5)
+    assert set(stack.evaluate([OTHER], metrics=["mend"])) == {"largest_change"}
+    mend_of(stack).write(stack, [("Old?", "then"), ("New?", "now")])
+    mend_of(stack).write(stack, [("Old?", "Rome")])
+    off = {"Who?": "Ann", "Where?": "Rome", "When?": "now"}
+    on = {"Old?": "Rome", "New?": "then", "Is it old?": "Rome", **off, "Where?": "Oslo"}
+
+    def said(stack: Stack, pairs: Any) -> list[tuple[Tensor, Tensor]]:
+        heard = off if stack.standing["mend"].disabled else on
+        return [tuple(torch.tensor(list(text.encode())) for text in (heard[x], y)) for x, y in pairs]  # type: ignore[misc]
+
+    monkeypatch.setattr("peftx_mend.likeliest", said)
+    rows = [{"prompt": x, "completion": "wrong"} for x in off]
+    rows += [
+        {"prompt": "Old?", "completion": "wrong", "rephrase": "Is it old?"},
+        {"prompt": "New?", "completion": "now"},
+    ]
+    scores = stack.evaluate(rows, metrics=["mend"])
+    found = {name: (score.value, score.count) for name, score in scores.items() if score.count}
+    assert found == {"reliability": (0.5, 2), "generality": (1, 1), "locality": (pytest.approx(2 / 3), 3)}
+    assert set(stack.evaluate(metrics=["mend"])) == {"reliability", "largest_change"}
+    for row in ("Who?", {"text": "Who?"}):
+        with pytest.raises(DataError, match=r"mend: row 1 \(counting from 0\) has no answer"):
+            stack.evaluate([OTHER, row], metrics=["mend"])
+    stack.merge()
+    with pytest.raises(PeftxError, match="mend is merged"):
+        stack.evaluate(rows[:1], metrics=["mend"])
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_the_likeliest_tokens_of_answers(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each row alone as in a batch, and the plain model's where the edits are switched off."""
+    stack, pairs = stack_of(arch, scale=0.5), [*FACTS, ("Say:", "no, no")]
     with torch.no_grad():
-        best = stack.model(**found).logits.argmax(-1).roll(1, 1)
-    found["labels"] = torch.where(found["labels"] == IGNORE, IGNORE, best)
-    monkeypatch.setattr("peftx_mend.batch_of", lambda *given: found)
-    assert efficacy(stack, ()) == 1
-    last = int((found["labels"][1] != IGNORE).nonzero()[-1])
-    found["labels"][1, last] += 1
-    assert efficacy(stack, ()) == pytest.approx(2 / 3)
+        plain = [tiny(arch)(**batch_of(stack, [pair])).logits[0].argmax(-1) for pair in pairs]
+    mend_of(stack).write(stack, FACTS[:1])
+    whole = likeliest(stack, pairs)
+    monkeypatch.setattr("peftx_mend.TOGETHER", 1)
+    for one, (best, y), pair in zip(likeliest(stack, pairs), whole, pairs, strict=True):
+        assert torch.equal(one[0], best)
+        labels = batch_of(stack, [pair])["labels"][0]
+        assert torch.equal(y, labels[labels != IGNORE])
+    changed = 0
+    with stack.disabled("mend"):
+        for (best, y), base, (edited, _) in zip(likeliest(stack, pairs), plain, whole, strict=True):
+            assert torch.equal(best, base[-len(y) - 1 : -1] if arch == "llama" else base[: len(y)])
+            changed += not torch.equal(best, edited)
+    assert changed, "the edit shows"
 
 
 def test_rephrased_rows_go_along() -> None:
@@ -401,6 +443,13 @@ def test_a_plugin_before_it_may_read_the_call_that_makes_the_gradient() -> None:
 def test_clear_errors() -> None:
     with pytest.raises(PeftxError, match="prompt, answer"):
         Mend(edits=[["Who?", " "]])
+    twice = [["Who?", "Ann"], ["When?", "now"], ["Who?", "Tom"]]
+    with pytest.raises(PeftxError, match=r"'Who\?' has the answers 'Ann' and 'Tom'"):
+        Mend(edits=twice)
+    stack = stack_of()
+    with pytest.raises(PeftxError, match=r"'Who\?' has the answers 'Ann' and 'Tom'"):
+        mend_of(stack).write(stack, twice)
+    assert Mend(edits=[twice[0], twice[0]]), "said twice is no contradiction"
     with pytest.raises(PeftxError, match="mend: there are no edits"):
         stack_of(edits=[]).compress()
     late = Stack(tiny("llama"), [Mend(edits=FACTS)], tokenizer=tiny_tokenizer(), inject=False)

@@ -31,7 +31,7 @@ from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.errors import ArchitectureError
 from peftx.kernel.call import Call
 from peftx.kernel.slots import kind_of
-from peftx.toolkits.injecting import Router, Side, routings, side_of, watching
+from peftx.toolkits.injecting import Router, Side, check_experts, routings, side_of, watching
 
 
 class PescConfig(PluginConfig):
@@ -116,9 +116,10 @@ class Pesc(Plugin):
                 f"pesc: the feed-forward block of {model.config.model_type} {why}",
                 hint="a model such as Llama, GPT-2 or T5, or sira, which makes experts of single matrices",
             )
+        widths = {site.path: model.towers[site.tower].hidden_size for site in places}
+        check_experts(model.owner, self.config.experts, widths)
         for site in places:
-            d = model.towers[site.tower].hidden_size
-            site.attach(Experts(d, self.config, model.call, side_of(model, site)))
+            site.attach(Experts(widths[site.path], self.config, model.call, side_of(model, site)))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

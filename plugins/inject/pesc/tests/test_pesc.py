@@ -305,6 +305,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(PeftxError, match=r"top_k 5 of 4 experts"):
         Pesc(experts=4, top_k=5)
     assert Pesc(experts=4, top_k=4).config.top_k == 4
+    with pytest.raises(PeftxError, match=r"pesc: 33 experts, and .* 32 numbers") as e:
+        Stack(tiny("llama"), [Pesc(experts=33)])
+    assert str(e.value.hint) == "experts at most 32"
+    Stack(tiny("llama"), [Pesc(experts=32)])
+    with torch.device("meta"), pytest.raises(PeftxError, match=r"pesc: 1000000 experts, and .* 32 numbers"):
+        Stack(tiny("llama").to("meta"), [Pesc(experts=10**6)])
     with pytest.raises(ArchitectureError, match=r"pesc: the feed-forward block of mixtral is a mixture"):
         Stack(tiny("mixtral"), [Pesc()])
     for arch in ("bert", "bart", "opt", "bloom", "whisper"):

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, hookimpl
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Stack, hookimpl
+from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.call import Call
 
 
@@ -277,6 +277,11 @@ class PointerNetwork(Plugin):
         )
         model.site("norm.final").attach(Reads(model.call, model.owner, copy))
         model.site("head").attach(Mixes(copy))
+
+    def check(self, stack: Stack) -> None:
+        if other := next((m.id for m in stack.members if m.claims(Claim.CLASSIFIES)), None):
+            said = f"{stack.id_of(self)} learns by logits of tokens, and the loss of '{other}' is of classes"
+            raise ConflictError(said, hint="keep one of them")
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

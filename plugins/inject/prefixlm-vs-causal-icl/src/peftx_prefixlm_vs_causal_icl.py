@@ -178,6 +178,7 @@ class PrefixlmVsCausalIcl(Plugin):
         Claim.BESIDE_WEIGHTS,
         Claim.REPLACES_ATTENTION,
         Claim.NEEDS_LABELS,
+        Claim.TELLS_TOKENS,
     }
     refuses = {
         "t5": "its encoder sees the whole context by itself",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Stack, VirtualTokens, hookimpl
-from peftx.engines.files import read_tensors
+from peftx.engines.tensor_files import read_tensors
 from peftx.errors import ArchitectureError, FileError
 from peftx.kernel.call import Call
 from peftx.kernel.positions import place_of

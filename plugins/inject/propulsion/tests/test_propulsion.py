@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Stack
 from peftx.errors import ConflictError, MergeError, PeftxError
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny
 from peftx_propulsion import Propulsion, Push, PushOutput

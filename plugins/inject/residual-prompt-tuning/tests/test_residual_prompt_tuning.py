@@ -13,6 +13,7 @@ from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.evaluation import Score
 from peftx_lora import Lora
 from peftx_mezo import Mezo
 from peftx_prompt_tuning import PromptTuning
@@ -287,6 +288,27 @@ def test_a_frozen_prompt_keeps_its_network() -> None:
     assert len(plugin.prompt.Phi) == 1
     assert torch.equal(plugin.prompt.P, before[1])
     assert "collapsed" not in plugin.state
+
+
+def test_the_best_state_comes_back_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, seen = iter([1.0, 2.0, 3.0]), []
+    monkeypatch.setattr(
+        Stack, "measuring", lambda self, rows: lambda name, _: {name: Score(name=name, value=next(values))}
+    )
+    stack, plugin = stack_of()
+    x = example_inputs(stack.model)
+
+    def look(*_: Any) -> None:
+        stack.model.eval()
+        with torch.no_grad():
+            seen.append(output_of(stack.model, x))
+        stack.model.train()
+
+    options = {"eval_steps": 1, "load_best_model_at_end": True, "progress": look, "measured": ROWS}
+    stack.train(ROWS, steps=3, batch_size=2, learning_rate=1e-2, **options)
+    assert "collapsed" not in plugin.state
+    with torch.no_grad():
+        assert torch.equal(output_of(stack.model, x), seen[0])
 
 
 def test_a_step_without_gradients_ends_the_same_way() -> None:

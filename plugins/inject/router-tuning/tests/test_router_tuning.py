@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftx
 from peftx import Claim, ModelView, Plugin, Stack, TrainStep, VirtualTokens, hookimpl
 from peftx.errors import PeftxError
-from peftx.kernel.anatomy import Anatomy
+from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer

@@ -30,6 +30,7 @@ from torch.optim import SGD, Optimizer
 from peftx import Claim, ModelView, Plugin, PluginConfig, SparseDelta, Targets, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
 from peftx.errors import OptionError, UnsupportedError
+from peftx.toolkits.injecting import check_share
 
 
 class SiftConfig(PluginConfig):
@@ -68,10 +69,15 @@ class Sift(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         self.deltas: dict[str, SparseDelta] = {}
-        for site in model.linears(self.config.targets):
-            N = max(1, round(self.config.density * prod(site.shape)))
+        sites, density = model.linears(self.config.targets), self.config.density
+        least = min(sites, key=lambda site: prod(site.shape))
+        way = f", or leave it out of targets: '!{least.role}'"
+        check_share(f"{model.owner}: density", density, prod(least.shape), least.path, way=way)
+        for site in sites:
+            size = prod(site.shape)
+            N = round(density * size)
             # A place in each of N stretches, so that none comes twice.
-            edges = torch.arange(N + 1) * prod(site.shape) // N
+            edges = torch.arange(N + 1) * size // N
             eta = edges[:-1] + (torch.rand(N, dtype=torch.float64) * edges.diff()).long()
             self.deltas[site.key] = site.attach(SparseDelta(eta, site.shape))
 

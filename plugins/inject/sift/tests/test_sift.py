@@ -81,7 +81,7 @@ def dense_gradients(stack: Stack, batch: dict[str, Tensor]) -> dict[str, Tensor]
 # -- phi at eta ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [1e-4, 0.01, 0.37, 1.0])
+@pytest.mark.parametrize("density", [0.002, 0.01, 0.37, 1.0])
 def test_starts_at_random_places_each_once(density: float) -> None:
     stack = stack_of(density=density)
     for delta in deltas_of(stack).values():
@@ -404,6 +404,16 @@ def test_a_step_keeps_no_gradient_of_the_matrices() -> None:
     assert through_a_mask > 3 * sum(matrices), "a dense gradient and two dense moments"
     assert sparse < 0.15 * through_a_mask
     assert selecting < sparse + 4 * max(matrices)
+
+
+def test_a_density_of_less_than_one_entry_is_refused() -> None:
+    with pytest.raises(
+        PeftxError, match=r"sift: density 0.001 leaves 0.51 of the 512 entries of .*k_proj"
+    ) as e:
+        stack_of(density=0.001)
+    assert "density at least 0.002, or leave it out of targets: '!attention.k'" in str(e.value)
+    assert min(len(delta.at) for delta in deltas_of(stack_of(density=0.002)).values()) == 1
+    stack_of(density=0.001, targets="attention.q")
 
 
 @pytest.mark.parametrize(

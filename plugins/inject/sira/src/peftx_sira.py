@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.kernel.call import Call
-from peftx.toolkits.injecting import Router, Side, routings, side_of, watching
+from peftx.toolkits.injecting import Router, Side, check_experts, routings, side_of, watching
 
 
 class SiraConfig(PluginConfig):
@@ -135,7 +135,9 @@ class Sira(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        for site in model.linears(self.config.targets):
+        sites = model.linears(self.config.targets)
+        check_experts(model.owner, self.config.experts, {site.path: site.in_features for site in sites})
+        for site in sites:
             site.check_rank(self.config.rank)
             side = side_of(model, site)
             site.attach(Experts(site.in_features, site.out_features, self.config, model.call, side))

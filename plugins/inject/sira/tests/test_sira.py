@@ -328,6 +328,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(PeftxError, match=r"top_k 5 of 4 experts"):
         Sira(experts=4, top_k=5)
     assert Sira(experts=4, top_k=4).config.top_k == 4
+    with pytest.raises(PeftxError, match=r"sira: 33 experts, and .* 32 numbers") as e:
+        Stack(tiny("llama"), [Sira(experts=33)])
+    assert str(e.value.hint) == "experts at most 32"
+    Stack(tiny("llama"), [Sira(experts=32)])
+    with torch.device("meta"), pytest.raises(PeftxError, match=r"sira: 1000000 experts, and .* 32 numbers"):
+        Stack(tiny("llama").to("meta"), [Sira(experts=10**6)])
     model = tiny("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(PeftxError, match=r"sira: rank 64 exceeds"):

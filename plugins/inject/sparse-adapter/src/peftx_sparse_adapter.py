@@ -9,6 +9,7 @@ scores z,
     er          random, with d_l ~ (in_l + out_l) / (in_l out_l) of matrix l kept, at most all (Erdos-Renyi)
     snip        z = |w g|                        g = dL/dw, of the first micro-batch's rows
     grasp       z = w (H g)                      H = d2L/dw2, of the same rows
+    synflow     z = |w| dR/d|w|                  R = sum over adapters of the sum of A(1); no rows are read
 
     m = 1[z among the largest],  w <- w m,  dL/dw <- m dL/dw
 
@@ -18,6 +19,11 @@ looks at weights. Vectors that start at zero (Aligner's gates) hide matrices too
 such numbers in the vectors, which are zero again before anything trains. A matrix that has none even so is not in the
 loss of the first step: it is left whole, and not among the N. Large-Sparse is an adapter of k times the rank at
 s = 1 - 1 / k: as many numbers, of more directions.
+
+SynFlow (arXiv:2006.05467) looks at each adapter A alone, as the released code does: all its numbers are |.|, what goes
+into and comes out of the layer is ones, and R sums what A gives for one position. z is then the sum over the paths
+through w of the products of the weights on them. A LayerNorm inside an adapter would take ones to zero; it lets them
+pass. What is no function of a layer's input and output, as soft tokens, has no such paths and is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +33,9 @@ import math
 import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 import torch
@@ -36,11 +43,21 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.errors import ConflictError, OptionError, StackError, TrainingError, UnsupportedError
 from peftx.kernel.heads import Head
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.parts import BasePart, ReplacedPart, VocabularyPart
+from peftx.kernel.parts import (
+    BasePart,
+    ContextPart,
+    DeltaPart,
+    EditPart,
+    FreePart,
+    Part,
+    ReplacedPart,
+    VocabularyPart,
+)
+from peftx.kernel.slots.carrier import ReadCarrier, WeightCarrier
 from peftx.kernel.stack import Stack
 
 LOG = logging.getLogger("peftx")
@@ -50,7 +67,7 @@ BY_GRADIENTS = ("snip", "grasp")
 class SparseAdapterConfig(PluginConfig):
     """Options of SparseAdapter; by the paper SNIP at 40% is best on average, and 80% is as good as a dense adapter."""
 
-    score: Literal["random", "magnitude", "er", "snip", "grasp"] = Field(
+    score: Literal["random", "magnitude", "er", "snip", "grasp", "synflow"] = Field(
         "snip", description="z, what an entry is kept for"
     )
     sparsity: float = Field(0.4, ge=0, lt=1, description="s, share of the entries that is removed")
@@ -115,6 +132,17 @@ class SparseAdapter(Plugin):
                 f"{owner} prunes matrices of adapters that stand before it, and in the order {others} there are none",
                 hint=f"put an adapter such as lora before '{owner}'",
             )
+        if self.config.score == "synflow":
+            of_matrices = [o for o in before(stack, owner) if any(w.ndim > 1 for w in tensors(stack, o))]
+            edits = (
+                p for o in of_matrices for p in stack.ledger.of(o) if isinstance(p, DeltaPart | EditPart)
+            )
+            if still := next((p for p in edits if not flows(p)), None):
+                raise ConflictError(
+                    f"{owner}: synflow follows what adapters make of a layer's input and output, and {still.key} "
+                    f"({still.what}) of '{still.owner}' is not called on these alone",
+                    hint="score: magnitude, er or random",
+                )
         if self.config.score not in BY_GRADIENTS:
             return
         for other in before(stack, owner):
@@ -151,7 +179,13 @@ class SparseAdapter(Plugin):
         if self.config.score == "magnitude":
             return [w.detach().abs() for w in ws]
         twice = self.config.score == "grasp"
-        by = derivatives(step, owner, ws, twice=twice)
+        if not all(w.requires_grad for w in ws):
+            raise TrainingError(
+                f"{owner}: scores by gradients, and some adapters before it are frozen",
+                hint=f"stack.unfreeze(); what freezes layers in its step, as ist, goes behind {owner}",
+            )
+        derive = flow if self.config.score == "synflow" else partial(derivatives, twice=twice)
+        by = derive(step, owner, ws)
         z: list[Tensor | None] = [(w * each).detach() for w, each in zip(ws, by, strict=True)]
         blind = [i for i, each in enumerate(by) if not each.any()]
         if blind and self.config.init:
@@ -159,7 +193,7 @@ class SparseAdapter(Plugin):
                 p for other in before(step.stack, owner) for p in tensors(step.stack, other) if p.ndim < 2
             ]
             with started(step, [*ws, *gates], self.config.init):
-                again = derivatives(step, owner, ws, twice=twice)
+                again = derive(step, owner, ws)
             for i in blind:
                 z[i] = (ws[i] * again[i]).detach() if again[i].any() else None
         return z if twice else [None if each is None else each.abs() for each in z]
@@ -268,14 +302,55 @@ def derivatives(step: TrainStep, owner: str, ws: list[nn.Parameter], *, twice: b
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         hint = "score: magnitude"
         raise UnsupportedError(f"{owner}: every process would score by other rows", hint=hint)
-    if not all(w.requires_grad for w in ws):
-        hint = f"stack.unfreeze(); what freezes layers in its step, as ist, goes behind {owner}"
-        raise TrainingError(
-            f"{owner}: scores by gradients, and some adapters before it are frozen", hint=hint
-        )
     with eval_mode(step.module), sdpa_kernel(SDPBackend.MATH):
         g = torch.autograd.grad(step.total_loss(), ws, create_graph=twice, materialize_grads=True)
         if twice:
             half = torch.stack([each.square().sum() for each in g]).sum() / 2
             g = torch.autograd.grad(half, ws, materialize_grads=True)
     return g
+
+
+def flows(part: Part) -> bool:
+    """Is it a function of what goes into and comes out of a layer, called whenever that layer is; or no edit of it."""
+    if isinstance(part, ContextPart):
+        return True
+    if not isinstance(part, DeltaPart) or isinstance(part.place, nn.Embedding | WeightCarrier | ReadCarrier):
+        return False
+    kind = type(part.module)
+    assert issubclass(kind, Delta)
+    return kind.has_forward() and not (kind.has_pre() or kind.has_around() or kind.has_base())
+
+
+def flow(step: TrainStep, owner: str, ws: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """dR/d|w|. Adapters are called where the step's loss calls them, on ones; the model goes on as without them."""
+    given: list[Tensor] = []  # outputs of the layers whose adapters are being called
+    sums: dict[nn.Module, Tensor] = {}
+
+    def ones(_: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        given.append(args[1])
+        return tuple(map(torch.ones_like, args))
+
+    def add(delta: nn.Module, _: object, out: Tensor) -> Tensor:
+        sums[delta] = out.float().flatten(0, -2).mean(0).sum()
+        return given.pop()
+
+    def passes(norm: nn.LayerNorm, args: tuple[Tensor], _: Tensor) -> Tensor:
+        x = args[0] if norm.weight is None else args[0] * norm.weight
+        return x if norm.bias is None else x + norm.bias
+
+    parts = [part for other in before(step.stack, owner) for part in step.stack.ledger.of(other)]
+    with eval_mode(step.module), ExitStack() as exits:
+        for part in (part for part in parts if isinstance(part, DeltaPart | FreePart)):
+            for x in filter(Tensor.is_floating_point, part.tensors().values()):
+                exits.callback(setattr, x, "data", x.data)
+                x.data = x.data.abs()
+            for norm in part.module.modules():
+                if isinstance(norm, nn.LayerNorm):
+                    exits.callback(norm.register_forward_hook(passes).remove)
+        for part in (part for part in parts if isinstance(part, DeltaPart)):
+            exits.callback(part.module.register_forward_pre_hook(ones).remove)
+            exits.callback(part.module.register_forward_hook(add).remove)
+        step.total_loss()
+        if not sums:  # all are switched off
+            return tuple(map(torch.zeros_like, ws))
+        return torch.autograd.grad(torch.stack([*sums.values()]).sum(), ws, materialize_grads=True)

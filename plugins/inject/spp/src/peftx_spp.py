@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
 from peftx.errors import ConflictError, OptionError
 from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.toolkits.injecting import check_share
 
 
 class SppConfig(PluginConfig):
@@ -133,6 +134,10 @@ class Spp(Plugin):
                 f"spp: no matrix of targets '{self.config.targets}' has a zero, so there is no pattern to preserve",
                 hint="a pruned model; or sparsity: 0.5, or pattern: '2:4', to prune it by size first",
             )
+        if self.config.sparsity is not None:
+            least = min(sites, key=lambda site: prod(site.shape[-2:]))
+            size, way = prod(least.shape[-2:]), f", or leave it out of targets: '!{least.role}'"
+            check_share("spp: sparsity", self.config.sparsity, size, least.path, goes=True, way=way)
         for site in sites:
             site.check_rank(rank)
             delta = SppDelta(plain[site.key], rank=rank, **options)  # type: ignore[arg-type]

@@ -314,6 +314,12 @@ def test_refusals() -> None:
         Stack(pruned(), [Spp(rank=17)])
     with pytest.raises(PeftxError, match=r"spp: pattern 2:5, and rows of .*q_proj have 32 entries"):
         Stack(tiny("llama"), [Spp(rank=4, pattern="2:5")])
+    with pytest.raises(
+        PeftxError, match=r"spp: sparsity 0.9999999 leaves .* of the 512 entries of .*k_proj"
+    ) as e:
+        Stack(tiny("llama"), [Spp(rank=4, sparsity=0.9999999)])
+    assert "sparsity at most 0.998, or leave it out of targets: '!attention.k'" in str(e.value)
+    Stack(tiny("llama"), [Spp(rank=4, sparsity=0.998)])
     with torch.device("meta"):
         Stack(tiny("llama").to("meta"), [Spp(rank=4)])
 

@@ -22,15 +22,17 @@ Pre-merge: while a call has few tokens, two small products take longer than a de
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peftx import BoundSite, Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx.engines.training.updates import drop
 from peftx.errors import ArchitectureError, OptionError
 from peftx.kernel.phases import Phase
 from peftx.kernel.slots import kind_of
@@ -181,11 +183,14 @@ class StructuredFfn(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
+        if not model.restoring:
+            self.state = {}
         c, known, self.layers = self.config, self.state.get("a", 1.0), []
+        guided = c.guided > 0 and not self.state.get("dropped")
         for site in self.sites(model):
             weight = site.module._parameters["weight"]
             grid, middle = self.shape_of(site)
-            layer = Structured(weight, grid, middle, guided=c.guided > 0, premerge=c.premerge)
+            layer = Structured(weight, grid, middle, guided=guided, premerge=c.premerge)
             if not model.restoring and not weight.is_meta:
                 layer.begin(weight if c.start == "weights" else None)
             layer.a *= known
@@ -197,11 +202,6 @@ class StructuredFfn(Plugin):
         alone = (Phase("alone"),)
         return alone if self.state.get("a") == 0 else (Phase("guided", self.config.guided), *alone)
 
-    def finished(self) -> Iterable[nn.Parameter]:
-        return (
-            [layer.W_g for layer in self.layers if layer.W_g is not None] if self.state.get("a") == 0 else ()
-        )
-
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         if self.phases():
@@ -211,13 +211,19 @@ class StructuredFfn(Plugin):
                 if span.end is None or span.name == "alone"
                 else (1 + math.cos(math.pi * step.index / span.end)) / 2
             )
-            gone = a == 0 and self.state.get("a") != 0
             self.state["a"] = a
             for layer in self.layers:
                 layer.a = a
-            if gone:
-                step.stack.settle()
+            if a == 0 and not self.state.get("dropped"):
+                step.after_update(self.drop)
         return (yield)
+
+    def drop(self, optimizer: Optimizer) -> None:
+        """W_g is gone, from the layers and from what trains them."""
+        drop(optimizer, [layer.W_g for layer in self.layers if layer.W_g is not None])
+        for layer in self.layers:
+            layer.W_g = layer.product = None
+        self.state["dropped"] = True
 
     def sites(self, model: ModelView) -> list[BoundSite]:
         """The targets, fused ones whole."""

@@ -306,8 +306,9 @@ def test_what_leaves_nothing_to_choose() -> None:
     with pytest.raises(DataError, match="all 4 pairs are the same text"):
         prepared([ROWS[0]] * 4)
     assert len(prepared([ROWS[0]] * 4, share=1.0).train) == 4
-    with pytest.raises(DataError, match="no rows are left"):
+    with pytest.raises(DataError, match="no rows are left") as caught:
         prepared([{"prompt": "a", "completion": " "}] * 4)
+    assert str(caught.value.hint).startswith("it dropped 4 ")
 
 
 def test_raters_that_cannot_rate(tmp_path: Path) -> None:

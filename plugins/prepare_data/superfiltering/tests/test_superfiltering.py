@@ -21,13 +21,17 @@ from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import OfStack
+from peftx_lora import Lora
 from peftx_superfiltering import Superfiltering, facility_location, ifd
 
 test_conformance = conformance("superfiltering")
 
 TINY = "peftx:tiny"
 SAMPLE = [json.loads(line) for line in Path(asset_path("peftx:sample/train.jsonl")).read_text().splitlines()]
-ROWS = [{key: row[key] for key in ("prompt", "completion")} for row in SAMPLE[:20]]
+ROWS = [
+    {"prompt": row["prompt"], "completion": "\n".join(row["completion"].splitlines()[:2])}
+    for row in SAMPLE[:20]
+]
 
 
 def worker(**options: Any) -> Worker:
@@ -239,3 +243,13 @@ def test_in_a_pipeline_what_was_dropped_stands_beside_the_bundle(tmp_path: Path)
     assert kept + len(lines) == 20
     assert kept <= 10
     assert (40, 40) in Recorder.seen, "a score of each answer behind its prompt, and alone"
+
+
+def test_a_run_tells_of_the_rows_that_it_dropped() -> None:
+    """In Python too, where no file beside the output has them."""
+    plugins = [Superfiltering(scorer=TINY, share=0.5), Lora(rank=2)]
+    stack = Stack(TINY, plugins)
+    report = stack.train(ROWS, steps=1, batch_size=2, learning_rate=1e-3)
+    assert len(report.dropped) == len(ROWS) - len(ROWS) // 2
+    assert all(one.by == "superfiltering" and one.reason for one in report.dropped)
+    assert all({name: one.row[name] for name in ROWS[0]} in ROWS for one in report.dropped)

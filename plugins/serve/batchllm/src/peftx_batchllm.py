@@ -37,7 +37,7 @@ from peftx.errors import (
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Engine, Job, Request, Server
-from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
+from peftx.toolkits.serving.prefix import OwnPrefixes, PrefixCache, check_prefixes, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 from peftx.toolkits.serving.rows import PIECE, refuse_whole_batches
 from peftx.toolkits.serving.slots import check_layers
@@ -258,7 +258,7 @@ def complete(stack: Stack, prompts: Sequence[str], **wishes: Any) -> Completed:
     )
 
 
-class BatchLLM(Plugin):
+class BatchLLM(OwnPrefixes, Plugin):
     """See the module."""
 
     Config = BatchLLMConfig
@@ -275,8 +275,7 @@ class BatchLLM(Plugin):
             raise ArchitectureError(said, hint="take a model of attention alone") from error
 
     def check(self, stack: Stack) -> None:
-        if reason := other_rows(stack):
-            raise ConflictError(f"batchllm: {reason}", hint="keep one of them")
+        check_prefixes(stack, self)
         try:
             refuse_whole_batches(stack)
         except UnsupportedError as error:

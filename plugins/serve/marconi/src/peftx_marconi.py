@@ -35,7 +35,7 @@ from peftx.errors import ArchitectureError, ConflictError, ServerError, Unsuppor
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Server
-from peftx.toolkits.serving.prefix import PrefixCache, other_rows, read
+from peftx.toolkits.serving.prefix import OwnPrefixes, PrefixCache, check_prefixes, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 
 GRID = tuple(tenths / 10 for tenths in range(21))
@@ -373,7 +373,7 @@ def check_kinds(kinds: set[type], who: str) -> None:
                                 hint="take a hybrid, or a model of attention")  # fmt: skip
 
 
-class Marconi(Plugin):
+class Marconi(OwnPrefixes, Plugin):
     """See the module."""
 
     Config = MarconiConfig
@@ -388,8 +388,7 @@ class Marconi(Plugin):
         check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
 
     def check(self, stack: Stack) -> None:
-        if reason := other_rows(stack):
-            raise ConflictError(f"marconi: {reason}", hint="keep one of them")
+        check_prefixes(stack, self)
         for member in stack.implementers("decode"):
             said = f"marconi: '{member.id}' has a say in how a text is written, and so in its cache"
             raise ConflictError(said, hint="keep one of them")

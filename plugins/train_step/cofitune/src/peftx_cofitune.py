@@ -6,7 +6,8 @@ its bits. `climb` finds both as the paper does: of the candidates of a level, ea
 
     unified score = speciality + versatility
 
-is kept, first of the ranges, then of the modules in that range. What it found most often is the default.
+is kept, first of the ranges, then of the modules in that range; both scores of all are told. What it found most often
+is the default.
 
 Fine: gates m = 1 stand on heads' outputs, on inputs of the MLP's down projection and on its outputs, in each layer.
 Before the first step the base reads general texts twice, with dropout p on what attention and MLP give, so that words
@@ -29,9 +30,11 @@ update` what the optimizer did to a row is multiplied by 1 - I instead.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -253,14 +256,66 @@ def gated(x: Tensor, m: Tensor) -> Tensor:
     return x * m.to(x.dtype).repeat_interleave(x.shape[-1] // len(m))
 
 
-def climb(score: Callable[[Targets, Depth], float]) -> tuple[Targets, Depth]:
-    """The paper's search: `targets` and `depth` of the best unified score, first by range, then by module in it.
+@dataclass(frozen=True)
+class Candidate:
+    """A place that was tried, and both of its scores: more is better."""
+
+    targets: Targets
+    depth: Depth
+    speciality: float
+    versatility: float
+
+    @property
+    def unified(self) -> float:
+        return self.speciality + self.versatility
+
+
+@dataclass(frozen=True)
+class Climb:
+    """All places that a search tried, in order."""
+
+    tried: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Candidate:
+        """That of the largest unified score, the first of equal ones; a model that diverged is none.
+
+        Raises:
+            TrainingError: all did.
+        """
+        finite = [each for each in self.tried if math.isfinite(each.unified)]
+        if not finite:
+            raise TrainingError(
+                f"climb: none of {len(self.tried)} candidates has scores that are finite",
+                hint="a lower learning rate, and scores that are numbers, as minus the log of the perplexity",
+            )
+        return max(finite, key=lambda each: each.unified)
+
+    def table(self) -> str:
+        """Markdown, a line for each candidate, the best one in bold."""
+        lines = [
+            "| targets | depth | speciality | versatility | unified |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for each in self.tried:
+            name = f"**{each.targets.text}**" if each is self.best else each.targets.text
+            low, high = each.depth
+            scores = " | ".join(f"{s:.4f}" for s in (each.speciality, each.versatility, each.unified))
+            lines.append(f"| {name} | {low:.0%} to {high:.0%} | {scores} |")
+        return "\n".join(lines)
+
+
+def climb(score: Callable[[Targets, Depth], tuple[float, float]]) -> Climb:
+    """The paper's search for `targets` and `depth`: first for a range, then for a module in the best one.
 
     Args:
-        score: trains a model in which these alone train, and evaluates it. It is asked once for each pair.
+        score: trains a model in which these alone train, and gives its speciality and its versatility. It is asked once
+            for each pair.
+
+    Raises:
+        TrainingError: no range of layers has finite scores.
     """
     whole, *parts = map(Targets, MODULES)
-    ranges = {depth: score(whole, depth) for depth in RANGES}
-    depth = max(RANGES, key=lambda each: ranges[each])
-    modules = {whole: ranges[depth]} | {part: score(part, depth) for part in parts}
-    return max(modules, key=lambda each: modules[each]), depth
+    ranges = Climb(tuple(Candidate(whole, depth, *score(whole, depth)) for depth in RANGES))
+    depth = ranges.best.depth
+    return Climb((*ranges.tried, *(Candidate(part, depth, *score(part, depth)) for part in parts)))

@@ -354,13 +354,46 @@ def test_a_run() -> None:
 def test_climb_finds_what_was_planted(module: str, depth: tuple[float, float]) -> None:
     asked: list[tuple[str, Any]] = []
 
-    def score(targets: Targets, at: Any) -> float:
+    def score(targets: Targets, at: Any) -> tuple[float, float]:
         asked.append((targets.text, at))
-        return (at == depth) + 0.5 * (targets.text == module)
+        return float(at == depth), 0.5 * (targets.text == module)
 
-    assert climb(score) == (Targets(module), depth)
+    found = climb(score)
+    assert (found.best.targets, found.best.depth) == (Targets(module), depth)
     assert len(asked) == len(set(asked)) == len(RANGES) + len(MODULES) - 1
+    assert [(each.targets.text, each.depth) for each in found.tried] == asked
     stack_of(targets=module, depth=depth)
+
+
+def test_climb_keeps_both_scores_of_every_candidate() -> None:
+    """What is best at one of the two alone is not taken."""
+    scores = {(0.0, 1.0): (9.0, -9.0), (0.25, 0.5): (2.0, 3.0), (0.5, 1.0): (-9.0, 9.0)}
+
+    def score(targets: Targets, at: Any) -> tuple[float, float]:
+        return scores.get(at, (0.0, 0.0)) if targets.text == MODULES[0] else (1.0, 2.0)
+
+    found = climb(score)
+    assert found.best is found.tried[RANGES.index((0.25, 0.5))]
+    assert found.best.unified == 5.0
+    told = {(each.targets.text, each.depth): (each.speciality, each.versatility) for each in found.tried}
+    for depth in RANGES:
+        assert told[MODULES[0], depth] == scores.get(depth, (0.0, 0.0))
+    assert all(told[part, (0.25, 0.5)] == (1.0, 2.0) for part in MODULES[1:])
+    lines = found.table().splitlines()
+    assert len(lines) == 2 + 13
+    assert "| attention mlp | 0% to 100% | 9.0000 | -9.0000 | 0.0000 |" in lines
+    assert [line for line in lines if "**" in line] == [
+        "| **attention mlp** | 25% to 50% | 2.0000 | 3.0000 | 5.0000 |"
+    ]
+
+
+def test_climb_does_not_take_what_diverged() -> None:
+    nan = float("nan")
+    found = climb(lambda targets, depth: (nan if depth == (0.0, 1.0) else float(depth == (0.5, 1.0)), 0.0))
+    assert found.best.depth == (0.5, 1.0)
+    assert "| attention mlp | 0% to 100% | nan | 0.0000 | nan |" in found.table()
+    with pytest.raises(PeftxError, match="climb: none of 8 candidates has scores that are finite"):
+        climb(lambda targets, depth: (nan, 1.0))
 
 
 def test_the_paper_s_ranges() -> None:

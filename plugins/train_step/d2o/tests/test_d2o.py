@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from peftx.engines.data import IGNORE, Collator, encode_pair, prompt_ids, tokeni
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, PeftxError, UnsupportedError
 from peftx.kernel.call import Call
+from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import BOS, EOS, PAD, tiny, tiny_tokenizer
 from peftx_d2o import D2o, d2o_loss, log_probs, pairs_of
@@ -108,6 +111,33 @@ def test_it_starts_at_ln_2(arch: str) -> None:
     report = stack.train(ROWS, steps=2, batch_size=3, learning_rate=1e-2, max_length=64)
     assert report.first_loss == pytest.approx(math.log(2), abs=1e-5)
     assert report.last_loss != pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_each_round_has_a_reference_of_its_own(tmp_path: Path, reference: str) -> None:
+    """Which is the model as the round before left it; the base stays what it was."""
+    (tmp_path / "bad.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    spec = tmp_path / "rounds.yaml"
+    spec.write_text(
+        f"""
+        peftx: 1
+        model: peftx:tiny
+        data: {{train: {{path: bad.jsonl, format: preference}}}}
+        stack:
+          - {{use: lora, with: {{rank: 2}}}}
+          - {{use: d2o, with: {{samples: 2, max_new_tokens: 4, reference: {reference}}}}}
+        train: {{steps: 2, batch_size: 3, learning_rate: 1e-2, max_length: 64}}
+        run: [inject, {{repeat: {{times: 2, run: [prepare, train]}}}}]
+        """,
+        encoding="utf-8",
+    )
+    one, two = load_run(spec).run().training
+    assert one.first_loss == pytest.approx(math.log(2), abs=1e-5)
+    assert one.last_loss < one.first_loss - 0.1
+    if reference == "start":
+        assert two.first_loss == pytest.approx(math.log(2), abs=1e-5)
+    else:
+        assert two.first_loss < one.last_loss
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

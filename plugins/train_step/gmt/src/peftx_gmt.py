@@ -24,8 +24,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
 from peftx.errors import ConflictError
+from peftx.toolkits.injecting import check_share
 
 
 class GmtConfig(PluginConfig):
@@ -74,6 +75,14 @@ class Gmt(Plugin):
                 hint="put gmt before the plugin that quantizes; or an adapter, and gmt with targets: null",
             )
         self.places = model.train(self.config.targets)
+
+    def check(self, stack: Stack) -> None:
+        id, whole = stack.id_of(self), self.config.scope == "model"
+        owners = stack.plugins if self.config.targets is None else [id]
+        sizes = [p.numel() for owner in owners for p in stack.ledger.parameters(owner)]
+        if sizes:
+            size, of = (sum(sizes), "all tensors together") if whole else (max(sizes), "the largest tensor")
+            check_share(f"{id}: keep", self.config.keep, size, of)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:

@@ -251,6 +251,19 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize(
+    ("scope", "of"), [("tensor", "the largest tensor"), ("model", "all tensors together")]
+)
+def test_a_share_of_less_than_one_entry_is_refused(scope: str, of: str) -> None:
+    with pytest.raises(PeftxError, match=rf"gmt: keep 1e-12 leaves .* of the \d+ entries of {of}") as e:
+        stack_of(keep=1e-12, scope=scope)
+    stack_of(keep=float(str(e.value.hint).rpartition(" ")[2]), scope=scope)
+    with pytest.raises(PeftxError, match=rf"gmt: keep 0.001 leaves .* of the \d+ entries of {of}"):
+        Stack(
+            tiny("llama"), [Lora(rank=1, targets="attention.q"), Gmt(targets=None, keep=0.001, scope=scope)]
+        )
+
+
+@pytest.mark.parametrize(
     "options", [{"keep": 0}, {"keep": 1.1}, {"scope": "layer"}, {"choose": "first"}, {"targets": ""}]
 )
 def test_bad_options(options: dict[str, object]) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.errors import BatchError, OptionError, TrainingError
 from peftx.kernel.modes import eval_mode
+from peftx.toolkits.injecting import check_share
 
 
 class LayernormTuningConfig(PluginConfig):
@@ -93,6 +94,7 @@ class LayernormTuning(Plugin):
             )
         self.sites = model.norms(self.config.targets)
         entries = sum(p.numel() for site in self.sites for p in site.train())
+        check_share(f"{model.owner}: fraction", self.config.fraction, entries, "the norms")
         if self.config.fraction < 1:
             self.subset = model.keep("subset", Subset(entries)).float()  # squares of gradients need float32
         if self.config.head:
@@ -124,7 +126,7 @@ class LayernormTuning(Plugin):
                 self.subset.fisher = self.subset.fisher.float() + squared_gradients(step, row, self.norms)
                 self.subset.rows += 1
         if self.subset.rows >= self.config.fisher_rows:
-            self.subset.choose(max(1, round(self.config.fraction * len(self.subset.fisher))))
+            self.subset.choose(round(self.config.fraction * len(self.subset.fisher)))
         elif step.index + 1 == step.total and step.last_micro:  # batches were smaller than the first
             self.check_length(step, int(self.subset.rows))
 

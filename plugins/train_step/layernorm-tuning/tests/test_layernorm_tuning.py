@@ -400,6 +400,11 @@ def test_a_bundle_that_holds_its_base_packed_trains_on(tmp_path: Path) -> None:
 def test_rows_without_a_choice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftxError, match="layernorm-tuning: fisher_rows 16, but all entries train"):
         Stack(tiny("llama"), [LayernormTuning(fisher_rows=16)])
+    with pytest.raises(
+        PeftxError, match=r"layernorm-tuning: fraction 0.001 leaves 0.16 of the 160 entries of the norms"
+    ) as e:
+        Stack(tiny("llama"), [LayernormTuning(fraction=0.001)])
+    assert "fraction at least 0.007" in str(e.value)
     stack = Stack(tiny("llama"), [LayernormTuning()], tokenizer=tiny_tokenizer())
     stack.save(tmp_path / "bundle")  # a bundle names every option
     assert peftx.load(tmp_path / "bundle", model=tiny("llama")).plugins[ID].config == stack.plugins[ID].config

@@ -57,7 +57,7 @@ from peftx import (
 from peftx.engines.data import tokenize_dataset
 from peftx.errors import ArchitectureError, ConflictError, OptionError, TrainingError
 from peftx.kernel.call import Call
-from peftx.kernel.parts import AttentionPart, DeltaPart
+from peftx.kernel.parts import DeltaPart
 from peftx.kernel.view import BoundSite
 from peftx.toolkits.evaluation import evaluating
 
@@ -312,8 +312,7 @@ class Lemo(Plugin):
                     f"'{other.id}' computes an MLP past its layers, of which '{own}' measures the neurons",
                     hint=f"mlp_keep=1 for {own}",
                 )
-            edits = (part.module for part in stack.ledger.of(other.id, AttentionPart))
-            if any(edit.edits_probabilities() for edit in edits):
+            if other.claims(Claim.TELLS_TOKENS):
                 raise ConflictError(
                     f"'{other.id}' tells in an attention which token is which, and '{own}' leaves some out",
                     hint="keep one of them",

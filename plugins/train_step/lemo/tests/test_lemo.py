@@ -18,8 +18,10 @@ from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_bita import Bita
 from peftx_factorllm import FactorLlm
+from peftx_lae import Lae
 from peftx_lemo import Eliminate, Lemo, Predictor, block_scores, informative, narrowed, observe
 from peftx_lora import Lora
+from peftx_prefixlm_vs_causal_icl import PrefixlmVsCausalIcl
 from peftx_router_tuning import RouterTuning
 
 test_conformance = conformance("lemo")
@@ -458,6 +460,16 @@ def test_plugins_that_look_at_tokens_inside_attention() -> None:
     for order in ([Bita(), lemo], [lemo, Bita()]):
         with pytest.raises(ConflictError, match="'bita' computes attention by its own layout of tokens"):
             Stack(tiny("llama"), order)
+    for order in ([PrefixlmVsCausalIcl(), lemo], [lemo, PrefixlmVsCausalIcl()]):
+        with pytest.raises(ConflictError, match="'prefixlm-vs-causal-icl' tells in an attention which token"):
+            Stack(tiny("llama"), order)
+
+
+def test_an_edit_of_probabilities_that_tells_no_tokens() -> None:
+    """LAE's prefix is in front of all of them, however many these are."""
+    lae = Lae(tasks=[["a", "b"], ["c", "d"]], module="prefix")
+    stack = Stack(tiny("llama"), [lae, Lemo(layers=[0], keep=0.5, **SMALL)], tokenizer=tiny_tokenizer())
+    stack.train([{"text": "one two " * n, "label": "a" if n > 2 else "b"} for n in range(1, 5)], steps=2)
 
 
 def test_an_mlp_that_is_computed_past_its_layers() -> None:

@@ -31,10 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, Targets, TrainStep, hookimpl
+from peftx.engines.bundle.sparse import packed_at_most
 from peftx.engines.training.updates import forget
-from peftx.errors import FileError, ModelError, OptionError, StackError, TrainingError
+from peftx.errors import FileError, ModelError, StackError, TrainingError
 from peftx.kernel.phases import Phase
 from peftx.kernel.trained import Trained
+from peftx.toolkits.injecting import check_share
 
 
 class LtSftConfig(PluginConfig):
@@ -103,13 +105,8 @@ class LtSft(Plugin):
         self.sparse = model.train(self.config.targets)
         self.dense = {} if self.config.dense is None else model.train(self.config.dense)
         number = sum(self.sizes())
-        kept = int(self.config.density * number)
-        if kept == 0:
-            raise OptionError(
-                f"lt-sft: density {self.config.density:g} of {number} numbers is less than one",
-                hint=f"density at least {1 / number:.2g}",
-            )
-        self.mask = model.keep("mask", Mask(kept))
+        check_share(f"{model.owner}: density", self.config.density, number, "the layers to mask")
+        self.mask = model.keep("mask", Mask(int(self.config.density * number)))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
@@ -130,6 +127,11 @@ class LtSft(Plugin):
 
     def places(self) -> list[Trained]:
         return [*self.sparse.values(), *self.dense.values()]
+
+    def changed_bytes(self) -> int:
+        """The mask's numbers with their places; what trains without a mask is stored whole."""
+        sparse = packed_at_most([place.theta for place in self.sparse.values()], len(self.mask.chosen))
+        return sparse + sum(place.theta.nbytes for place in self.dense.values())
 
     def sizes(self) -> list[int]:
         """Numbers in each maskable parameter; N together."""

@@ -20,6 +20,7 @@ from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_lt_sft import LtSft, Mask, Skill, Skills, take
+from peftx_spec.models import Pipeline
 
 test_conformance = conformance("lt-sft")
 
@@ -575,6 +576,28 @@ def test_a_random_mask_is_chosen_once() -> None:
     assert three > 1.5 * one
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.01},
+        {"density": 0.02, "targets": "attention.q", "dense": "mlp.down layers=0"},
+        {"density": 1.0},
+    ],
+)
+def test_the_plan_says_the_bytes_of_the_bundle(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A number of the mask takes its value and two places: in the mask, and beside what changed."""
+    spec = {
+        "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
+        "stack": [{"use": "lt-sft", "with": {"targets": "attention", **options}}],
+    }  # fmt: skip
+    told = plan(Pipeline.model_validate(spec)).totals.bundle_bytes
+    stack = Stack("peftx:tiny", [LtSft(**{"targets": "attention", "phase1": 1, **options})])
+    stack.train(ROWS, steps=2, batch_size=1, learning_rate=1e-2)
+    folder = stack.save(tmp_path)
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert stored == pytest.approx(told, rel=0.03)
+
+
 def test_dense_parameters_are_rewound() -> None:
     model = tiny("llama", head="classification", num_labels=3)
     stack = Stack(model, [LtSft(phase1=2, targets="attention", dense="classifier")])
@@ -626,12 +649,13 @@ def test_wrong_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_density_too_small_for_one_number() -> None:
-    with pytest.raises(PeftxError, match=r"lt-sft: density 1e-09 of \d+ numbers is less than one"):
+    with pytest.raises(PeftxError, match=r"lt-sft: density 1e-09 leaves .* of the \d+ entries") as e:
         stack_of(density=1e-9)
+    stack_of(density=float(str(e.value.hint).rpartition(" ")[2]))  # rounded, it may have been one too few
     text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\ntrain: {steps: 4}\n"
     run = load_run(text + "stack: [{use: lt-sft, with: {density: 1e-9}}]\n")
     (conflict,) = plan(run.pipeline).conflicts
-    assert "is less than one" in conflict.reason
+    assert "and 1 is the least" in conflict.reason
 
 
 def test_a_head_of_another_size_is_refused_and_nothing_changes() -> None:

@@ -26,6 +26,7 @@ The loss of a micro-batch is the mean over its groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from itertools import chain
 from statistics import mean, stdev
@@ -248,15 +249,15 @@ class PrefixGrouper(Plugin):
         found: dict[str, list[tuple[list[int], float]]] = {}
         for i, row in enumerate(rows):
             where = f"row {i} (counting from 0)"
-            if not isinstance(row.get("reward"), (int, float)):
-                raise DataError(
-                    f"prefix-grouper: {where} has no reward", hint="a number in the column 'reward'"
-                )
+            reward = row.get("reward")
+            if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+                said = f"the reward {reward}" if isinstance(reward, float) else "no reward"
+                raise DataError(f"prefix-grouper: {where} has {said}", hint="a number in the column 'reward'")
             pair = encode_pair(
                 data.tokenizer, row["prompt"], row["completion"], max_length=data.max_length, where=where
             )
             answer = [label for label in pair.labels if label != IGNORE]
-            found.setdefault(row["prompt"], []).append((answer, float(row["reward"])))
+            found.setdefault(row["prompt"], []).append((answer, float(reward)))
         size = max(map(len, found.values()), default=0)
         groups = []
         for prompt, answers in found.items():

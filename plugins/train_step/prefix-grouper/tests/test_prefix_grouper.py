@@ -432,6 +432,9 @@ def test_refusals() -> None:
     for rows in ([{"prompt": "a", "completion": "b"}], [{**ROWS[0], "reward": "much"}]):
         with pytest.raises(DataError, match=r"prefix-grouper: row 0 \(counting from 0\) has no reward"):
             prepared(stack, rows)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(DataError, match=rf"row 1 \(counting from 0\) has the reward {value}"):
+            prepared(stack, [ROWS[0], {**ROWS[1], "reward": value}])
     text = TrainingData(
         train=Dataset.from_list([{"text": "a"}]),
         eval=None,

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
-from peftx.errors import ArchitectureError
+from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.reading import check_output, outputs_of
 
@@ -126,7 +126,18 @@ class Reglu(Plugin):
 
     @torch.no_grad()
     def begin(self, step: TrainStep) -> dict[str, Tensor]:
-        """Q_R of each layer; and the start of A and B, unless a run before this one had it."""
+        """Q_R of each layer; and the start of A and B, unless a run before this one had it.
+
+        Raises:
+            DataError: a text is among those to forget and those to retain.
+        """
+        F, R = (self.texts(step, source) for source in ("forget", "train"))
+        if both := F & R:
+            one = step.stack.tokenizer.decode(min(both), skip_special_tokens=True)
+            said = f"{len(both)} of the {len(F)} texts to forget are to be retained too, as {one[:60]!r}"
+            raise DataError(
+                f"{step.stack.id_of(self)}: {said}", hint="leave them out of the rows to train on"
+            )
         H_F, H_R = (self.outputs(step, source) for source in ("forget", "train"))
         bases = {}
         for key, delta in self.deltas.items():
@@ -136,6 +147,15 @@ class Reglu(Plugin):
                 delta.start(self.sites[key].weight, top(direction, self.config.rank))
             bases[key] = top(C_R, self.config.retained).to(delta.B)
         return bases
+
+    def texts(self, step: TrainStep, source: str) -> set[tuple[int, ...]]:
+        """The tokens of each text that the start is made from."""
+        batches = step.batches_of(source, self.config.samples)
+        return {
+            tuple(ids[real.bool()].tolist())
+            for batch in batches
+            for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        }
 
     def outputs(self, step: TrainStep, source: str) -> dict[str, Tensor]:
         """H of each layer."""

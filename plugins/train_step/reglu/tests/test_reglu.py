@@ -384,6 +384,16 @@ def test_what_is_missing_or_has_no_place_is_refused() -> None:
     assert Stack(tiny("mixtral"), [Reglu(**SMALL, targets="attention")]).trainable_parameters()
 
 
+@pytest.mark.parametrize("forget", [RETAIN, [*FORGET, RETAIN[1]]])
+def test_a_text_to_forget_and_to_retain_is_refused(forget: list[dict[str, str]]) -> None:
+    stack = stack_of()
+    shared = sum(row in RETAIN for row in forget)
+    said = rf"reglu: {shared} of the {len(forget)} texts to forget are to be retained too, as '.*Where does \w+ live"
+    with pytest.raises(DataError, match=said):
+        stack.train(RETAIN, sources={"forget": forget}, steps=1)
+    assert not any(tensor.any() for delta in deltas_of(stack).values() for tensor in (delta.A, delta.B0))
+
+
 @pytest.mark.parametrize(
     ("options", "scale"),
     [({}, 2.0), ({"rank": 8}, 2.0), ({"rank": 8, "alpha": 4}, 0.5), ({"alpha": 32.0}, 1.0)],

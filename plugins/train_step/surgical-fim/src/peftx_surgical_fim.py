@@ -1,7 +1,7 @@
 """Surgical fine-tuning: the few layers with the most Fisher information train.
 
-"On Surgical Fine-tuning for Language Encoders" (arXiv:2310.17041). Before the first step, on a sample of N rows (x, y)
-of the training data and one row at a time, the base without dropout and other plugins:
+"On Surgical Fine-tuning for Language Encoders" (arXiv:2310.17041). Before the first step, on N rows (x, y) that the
+run's seed draws from the training data, one row at a time, the base without dropout and other plugins:
 
     F_t = 1/N sum over rows of (d log p(y | x) / dt)**2       of each parameter t of a layer, entry by entry
     s_l = sum over t in layer l of ||F_t||_F                  of tensors, not of all entries at once
@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftx import Claim, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
+from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.engines.training.base import base_alone
 from peftx.errors import ConflictError, DataError, OptionError, TrainingError, UnsupportedError
 from peftx.kernel.modes import eval_mode
@@ -74,12 +74,18 @@ class SurgicalFim(Plugin):
                 hint=f"at most {len(paths)}, all of which is full fine-tuning",
             )
         self.layers = {path: model.train(f"re:^{re.escape(path)}[.]") for path in paths}
-        if self.config.outside:
-            model.train(f"re:^(?!({'|'.join(map(re.escape, paths))})[.])")
+        others = f"re:^(?!({'|'.join(map(re.escape, paths))})[.])"
+        self.outside = model.train(others) if self.config.outside else {}
 
     def parameters(self, path: str) -> list[nn.Parameter]:
         """Of a layer; read anew, since a bundle that is loaded puts others in their places."""
         return [place.theta for place in self.layers[path].values()]
+
+    def changed_bytes(self) -> int:
+        """Of the largest layers, since it is not known which ones are chosen, and of what trains outside."""
+        sizes = [sum(p.nbytes for p in self.parameters(path)) for path in self.layers]
+        outside = sum(place.theta.nbytes for place in self.outside.values())
+        return sum(sorted(sizes)[-self.config.layers :]) + outside
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
@@ -98,6 +104,14 @@ class SurgicalFim(Plugin):
     def finished(self) -> Iterable[nn.Parameter]:
         left_out = [path for path in self.layers if path not in self.state.get("layers", self.layers)]
         return chain.from_iterable(map(self.parameters, left_out))
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Add `fisher/<layer>`, s_l of each layer once they are chosen, with what became of the layer as its unit."""
+        for path, score in self.state.get("scores", {}).items():
+            evaluation.add(
+                f"fisher/{path}", score, unit="trains" if path in self.state["layers"] else "frozen"
+            )
 
     def scores(self, step: TrainStep) -> dict[str, float]:
         """s_l of each layer; in a loop that gives no `train` rows those of its first batch are the sample.

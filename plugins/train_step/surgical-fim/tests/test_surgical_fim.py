@@ -10,12 +10,14 @@ from torch import Tensor
 import peftx
 from peftx import Plugin, Stack
 from peftx.errors import ConflictError, PeftxError
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_deft import Deft
 from peftx_hft import Hft
 from peftx_lora import Lora
 from peftx_mezo import Mezo
+from peftx_spec.models import Pipeline
 from peftx_surgical_fim import SurgicalFim
 
 test_conformance = conformance("surgical-fim")
@@ -160,6 +162,33 @@ def test_the_sample_is_of_the_training_rows() -> None:
     assert scores[0] != pytest.approx(scores[2], rel=1e-2)
 
 
+def test_the_sample_is_drawn_by_the_seed_of_the_run() -> None:
+    """From all rows, so that a file sorted by its answers gives a mixed one; the stack's seed has no part in it."""
+    rows = [{"prompt": "one" if n < 32 else "two", "completion": f" {n}"} for n in range(64)]
+    samples: list[set[tuple[int, ...]]] = []
+    for seed, of_stack in ((0, 0), (0, 1), (1, 0)):
+        stack = stack_of(samples=16, seed=of_stack)
+        seen: list[tuple[int, ...]] = []
+        stack.model.register_forward_pre_hook(
+            lambda m, args, kw, seen=seen: seen.append(tuple(kw["input_ids"][0].tolist())), with_kwargs=True
+        )
+        stack.train(rows, steps=1, batch_size=1, learning_rate=1e-3, seed=seed)
+        samples.append(set(seen[:16]))
+        assert 3 < sum(ids[0] == seen[0][0] for ids in samples[-1]) < 13, "of both halves of the file"
+    assert samples[0] == samples[1] != samples[2]
+
+
+def test_evaluation_reports_scores_and_choice() -> None:
+    stack = stack_of(layers=2)
+    assert not stack.evaluate(ROWS, metrics=["surgical-fim"])
+    own_steps(stack)
+    told = stack.evaluate(ROWS, metrics=["surgical-fim"])
+    for path, score in state_of(stack)["scores"].items():
+        assert told[f"fisher/{path}"].value == score
+        assert told[f"fisher/{path}"].unit == ("trains" if path in state_of(stack)["layers"] else "frozen")
+    assert sum(score.unit == "trains" for score in told.values()) == 2
+
+
 def test_dropout_and_gradients_of_others_are_left_alone() -> None:
     stacks = [Stack(tiny("bert", hidden_dropout_prob=p), [SurgicalFim(layers=1)]) for p in (0.0, 0.5)]
     for stack in stacks:
@@ -224,6 +253,23 @@ def test_scores_are_of_the_base_whatever_stands_beside(first: bool) -> None:
     stack.remove("surgical-fim")
     base = dict(tiny("llama", num_hidden_layers=4).named_parameters())
     assert not any(p.requires_grad for n, p in stack.model.named_parameters() if n in base)
+
+
+def test_the_plan_says_the_bytes_of_the_layers_that_will_train(tmp_path: Path) -> None:
+    """Whichever these are: all of the model's are as large. Embedding rows that do not move make the bundle smaller."""
+    told, stored = {}, {}
+    for outside in (True, False):
+        spec = {
+            "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
+            "stack": [{"use": "surgical-fim", "with": {"layers": 2, "outside": outside}}],
+        }  # fmt: skip
+        told[outside] = plan(Pipeline.model_validate(spec)).totals.bundle_bytes
+        stack = Stack("peftx:tiny", [SurgicalFim(layers=2, samples=1, outside=outside)])
+        stack.train(ROWS, steps=1, batch_size=1, learning_rate=1e-3)
+        folder = stack.save(tmp_path / str(outside))
+        stored[outside] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert stored[False] == pytest.approx(told[False], rel=0.01)
+    assert 0.5 * told[True] < stored[True] <= 1.01 * told[True]
 
 
 def test_while_frozen_nothing_is_chosen() -> None:

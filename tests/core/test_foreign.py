@@ -1,0 +1,48 @@
+"""Models that other libraries have laid hands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peftx import Stack
+from peftx.errors import ConflictError, ModelError
+from peftx.testing import tiny
+from peftx_lora import Lora
+
+
+def test_layers_of_hf_peft_are_not_passed_by() -> None:
+    theirs = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
+    trained = [name for name, parameter in theirs.named_parameters() if parameter.requires_grad]
+    with pytest.raises(
+        ConflictError, match=r"HF PEFT stands on the model \(model\.layers\.0\.self_attn\.q_proj\)"
+    ):
+        Stack(theirs.base_model.model, [Lora(rank=2)])
+    assert [name for name, parameter in theirs.named_parameters() if parameter.requires_grad] == trained
+    Stack(theirs.unload(), [Lora(rank=2)])  # the way out
+
+
+def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
+    from accelerate import dispatch_model
+
+    model = tiny("llama")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    away = dispatch_model(
+        model, device_map=places | {"model.layers.1": "disk"}, offload_dir=str(tmp_path), main_device="cpu"
+    )
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.\S+ and \d+ further weights are offloaded"):
+        Stack(away, [Lora(rank=2)])
+
+
+def test_a_model_on_one_device_by_a_map_is_as_any_other() -> None:
+    from accelerate import dispatch_model
+
+    ids = torch.arange(5, 11)[None]
+    plain, mapped = tiny("llama"), dispatch_model(tiny("llama"), device_map={"": "cpu"})
+    found = [Stack(model, [Lora(rank=2)]).model(input_ids=ids).logits for model in (plain, mapped)]
+    assert torch.equal(*found)

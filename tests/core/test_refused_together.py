@@ -1,0 +1,33 @@
+"""Pairs in which one plugin would have no effect, or no place: refused when the stack is built, in both orders."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftx import Registry, Stack
+from peftx.errors import ConflictError
+from peftx.testing import tiny, tiny_tokenizer
+
+PAIRS = {
+    ("batchllm", "marconi"): "both keep prefixes of prompts",
+    ("byte2word", "ks-lottery"): "'ks-lottery' acts on these alone",  # the embedding, which nobody reads then
+    ("byte2word", "byte2word"): "acts on these alone",
+    ("pointer-network", "ls-llama"): "the loss of 'ls-llama' is of classes",
+    ("pointer-network", "ptec"): "the loss of 'ptec' is of classes",
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_no_plugin_is_without_effect(pair: tuple[str, str], turned: bool) -> None:
+    plugins = []
+    for index, name in enumerate(reversed(pair) if turned else pair):
+        cls = Registry().load(name)
+        plugins.append((f"{name}{index * (pair[0] == pair[1]) or ''}", cls(**cls.example)))
+    with pytest.raises(ConflictError, match=PAIRS[pair]):
+        Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+
+
+def test_a_tied_embedding_trains_through_the_head() -> None:
+    classes = [Registry().load(name) for name in ("byte2word", "ks-lottery")]
+    Stack(tiny("gemma"), [cls(**cls.example) for cls in classes], tokenizer=tiny_tokenizer())
