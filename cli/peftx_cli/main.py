@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftx_cli import failures
+from peftx_cli import failures, options
 from peftx_cli.commands import (
     catalogue,
     compare,
@@ -43,7 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tuning, compression and decoding research as plugins that stack on one model.",
-    epilog="Example: peftx apply --plugin lora --plugin prefixquant",
+    epilog=options.examples(
+        "apply --plugin lora --plugin prefixquant", "generate peftx:tiny 'Once upon a time'"
+    ),
 )
 
 

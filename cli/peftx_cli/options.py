@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
+
+
+def examples(*commands: str) -> str:
+    """What the help of a command shows below its options."""
+    return "\n\n".join(f"Example: peftx {command}" for command in commands)
 
 
 def known_device(name: str) -> str:
@@ -23,6 +29,35 @@ def known_device(name: str) -> str:
             f"--device {name}: there is no such device", hint="one of auto, cpu, cuda, cuda:0, mps"
         )
     return name
+
+
+READ = {
+    "vllm": ("hf", "peft", "compressed-tensors"), "sglang": ("hf", "peft", "compressed-tensors"),
+    "transformers": ("hf", "compressed-tensors"), "trl": ("peft",), "llama.cpp": ("gguf",), "ollama": ("gguf",),
+}  # fmt: skip
+"""Programs -> formats that they read."""
+
+
+def known_format(name: str, formats: Collection[str]) -> str:
+    """The format's name, if a command writes it.
+
+    Raises:
+        PeftxError: it does not; with the formats that the program reads, if it is one's name.
+    """
+    from peftx.errors import UsageError
+    from peftx_spec.errors import nearest
+
+    if name in formats:
+        return name
+    read = [format for format in READ.get(name.lower(), ()) if format in formats]
+    if read:
+        raise UsageError(
+            f"--format {name}: that is a program, which reads {', '.join(read)}", hint=f"--format {read[0]}"
+        )
+    raise UsageError(
+        f"--format {name}: there is no such format",
+        hint=nearest(name, formats) or f"one of {', '.join(formats)}",
+    )
 
 
 def plugin_names(incomplete: str) -> list[str]:

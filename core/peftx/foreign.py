@@ -7,6 +7,21 @@ from torch import nn
 from peftx.errors import ConflictError, ModelError
 
 
+def refuse_wrapped(model: nn.Module, what: str) -> None:
+    """Raises ConflictError where HF PEFT was put on a model that carries a stack, so that `what` cannot hold it all."""
+    path = next((name for name, module in model.named_modules() if _wraps(module)), None)
+    if path is not None:
+        raise ConflictError(
+            f"HF PEFT was put on the stack's model ({path}), and {what} would not hold what it trains",
+            hint="peft_model.save_pretrained(folder) writes that apart; peft_model.unload() gives the stack back",
+        )
+
+
+def _wraps(module: nn.Module) -> bool:
+    """Is this a layer of HF PEFT around another."""
+    return "base_layer" in module._modules and hasattr(module, "active_adapters")
+
+
 def refuse_foreign(model: object) -> None:
     """Look a model over, in one walk, since every stack does.
 
@@ -18,7 +33,7 @@ def refuse_foreign(model: object) -> None:
         return  # which is refused as no model
     away = there = 0
     for module in model.modules():
-        if "base_layer" in module._modules and hasattr(module, "active_adapters"):
+        if _wraps(module):
             path = next(name for name, other in model.named_modules() if other is module)
             raise ConflictError(
                 f"HF PEFT stands on the model ({path}), and a stack would pass its layers by and freeze them",

@@ -22,6 +22,8 @@ are adapted is read from the tensors."""
 SOFT = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "init_weights")
 """Fields of soft prompts and prefixes that follow from the model, or say how they began."""
 
+MERGED = "load it with PEFT, and merge it into the base: PeftModel.merge_and_unload"
+"""The way out where no plugin computes an adapter."""
 INNER = ".base_layer"
 """In the path of what a module was before it was wrapped: of stacked experts, once for each further matrix."""
 
@@ -77,9 +79,23 @@ class Settings:
             if name not in self._read and value and NEUTRAL.get(name) not in (..., value)
         }
 
-    def adapted(self, *names: str) -> dict[str, tuple[int, ...]]:
-        """Modules that have one of these tensors, with its shape."""
+    def adapted(self, *names: str, dimensions: int = 2) -> dict[str, tuple[int, ...]]:
+        """Modules that have one of these tensors, with its shape.
+
+        Args:
+            dimensions: that the tensor has at a linear layer at most.
+
+        Raises:
+            AdapterError: it has more, as PEFT's is at a convolution.
+        """
         found = {p: own[name] for p, own in self.shapes.items() for name in names if name in own and p}
+        for path, shape in found.items():
+            if len(shape) > dimensions:
+                size = "x".join(map(str, shape))
+                raise AdapterError(
+                    f"the adapter has an update of a convolution, {path} ({size}), and plugins adapt matrices",
+                    hint=MERGED,
+                )
         return {path.replace(INNER, ""): shape for path, shape in found.items()}
 
 

@@ -52,6 +52,11 @@ def test_there_and_back(
     assert result.exit_code == 2
     assert "there is no such format" in result.stderr
     assert "peft" in result.stderr
+    result = run("export", "ours", "x", "--format", "vLLM")
+    assert result.exit_code == 2
+    assert "a program, which reads hf, peft, compressed-tensors" in " ".join(result.stderr.split())
+    result = run("merge", "a", "b", "--method", "linear", "-o", "c", "--format", "vllm")
+    assert "a program, which reads hf, peft" in " ".join(result.stderr.split())
     result = run("export", "ours", "x", "--id", "lora")
     assert result.exit_code == 2
     assert "hf holds all of them" in result.stderr

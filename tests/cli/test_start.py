@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,10 +130,13 @@ def test_two_hundred_plugins_cost_little(installed: Any) -> None:
     assert seconds < 0.6, f"{seconds} s of processor time"
 
 
-def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
+def test_every_command_has_help_with_two_examples(ok: Callable[..., str]) -> None:
+    """Which are of that command, and which it can read."""
+    from typer.main import get_command
+
     from peftx_cli.main import app
 
-    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    commands = get_command(app).commands  # type: ignore[attr-defined]
     expected = {
         "apply",
         "train",
@@ -146,10 +151,13 @@ def test_every_command_has_help_with_an_example(ok: Callable[..., str]) -> None:
     }
     expected |= {"import", "export", "check", "new", "merge", "doctor", "matrix", "data", "report", "compare"}
     expected |= {"push", "pull", "search", "explain"}
-    assert expected == set(names)
-    for name in names:
-        text = ok(name, "--help")
-        assert f"Example: peftx {name}" in text, f"peftx {name} --help shows no example"
+    assert expected == commands.keys()
+    for name, command in commands.items():
+        examples = re.findall(rf"Example: peftx {name}( .*)?$", command.epilog or "", re.MULTILINE)
+        assert len(set(examples)) == len(examples) >= 2, f"peftx {name}: {command.epilog}"
+        assert ok(name, "--help").count(f"Example: peftx {name}") == len(examples)
+        for example in examples:
+            command.make_context(name, shlex.split(example))
 
 
 def test_no_arguments_show_the_help(run: Callable[..., Any]) -> None:

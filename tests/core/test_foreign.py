@@ -25,6 +25,21 @@ def test_layers_of_hf_peft_are_not_passed_by() -> None:
     Stack(theirs.unload(), [Lora(rank=2)])  # the way out
 
 
+@pytest.mark.parametrize("write", ["save", "export"])
+@pytest.mark.parametrize("module", ["q_proj", "v_proj"])  # beside the stack's, and around it
+def test_hf_peft_on_a_stack_is_named_where_it_is_written(tmp_path: Path, write: str, module: str) -> None:
+    stack = Stack("peftx:tiny", [Lora(rank=2, targets="attention.v")])
+    theirs = get_peft_model(stack.model, LoraConfig(target_modules=[module]))
+    with pytest.raises(
+        ConflictError, match=rf"HF PEFT was put on the stack's model \(model\.layers\.0.*{module}\)"
+    ):
+        getattr(stack, write)(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    theirs.save_pretrained(tmp_path / "theirs")  # the way out
+    theirs.unload()
+    getattr(stack, write)(tmp_path / "out")
+
+
 def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
     from accelerate import dispatch_model
 

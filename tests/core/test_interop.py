@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftx import Registry, Stack
-from peftx.composition.adapters import CONFIG, WEIGHTS
+from peftx.composition.adapters import CONFIG, WEIGHTS, entries, read_adapter
 from peftx.composition.registry import keyword_values
 from peftx.errors import AdapterError, BundleError, PeftxError, RegistryError
 from peftx.interop import import_peft, to_peft
@@ -40,6 +40,8 @@ MODULES = {
     "gemma2": ["k_proj", "up_proj"],
     "mamba": ["in_proj", "x_proj"],
     "gpt_oss": ["v_proj"],
+    "whisper": ["q_proj"],
+    "vit": ["query"],
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -423,7 +425,11 @@ def test_keys_too_many_or_too_few_or_of_another_size_are_named(tmp_path: Path) -
     strange = {"base_model.model.x.lora_C.weight": torch.zeros(1)}
     cases: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
         (lambda t: t.pop(key), "has no lora_B.weight for model.layers.0.self_attn.q_proj"),
-        (lambda t: t.update(strange), "have no place in the model, e.g. .*lora_C"),
+        (lambda t: t.update(strange), r"has x\.lora_C\.weight, which 'lora' does not compute"),
+        (
+            lambda t: t.update({"base_model.model.x.weight": torch.zeros(1)}),
+            "have no place in the model, e.g. .*x.weight",
+        ),
         (lambda t: t.update({key: torch.zeros(7, 4)}), "is 7x4, which does not go with the model's 32x4"),
     ]
     for number, (change, message) in enumerate(cases):
@@ -435,6 +441,33 @@ def test_keys_too_many_or_too_few_or_of_another_size_are_named(tmp_path: Path) -
         with pytest.raises(PeftxError, match=message):
             import_peft(folder, model=model)
         assert torch.equal(logits(tiny("llama")), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+         r"embed_tokens\.lora_embedding_A and 1 more, which 'dora' does not compute"),
+        ("whisper", {"target_modules": ["q_proj", "conv1"]}, r"a convolution, model\.encoder\.conv1 \(4x8x3\)"),
+        ("whisper", {"target_modules": ["q_proj", "conv1"], "use_dora": True}, "a convolution, model.encoder.conv1"),
+        ("vit", {"target_modules": ["query", "projection"]}, r"projection \(4x3x8x8\)"),
+    ],
+)  # fmt: skip
+def test_places_that_no_plugin_adapts_are_named(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """And not taken for those of another model; known without the model."""
+    theirs(name, tmp_path, **options)
+    with pytest.raises(AdapterError, match=message):
+        entries(read_adapter(tmp_path), Registry())
+
+
+def test_a_convolution_of_another_method_is_named(tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    theirs("vit", tmp_path, IA3Config(target_modules=["projection"], feedforward_modules=[]))
+    with pytest.raises(AdapterError, match="a convolution"):
+        entries(read_adapter(tmp_path), Registry())
 
 
 def test_another_model_and_damaged_files(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ Long = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command("list", epilog="Example: peftx list --hook compress --json")(list_plugins)
-    app.command(epilog="Example: peftx info lora")(info)
+    app.command("list", epilog=options.examples("list --hook compress --json", "list --long"))(list_plugins)
+    app.command(epilog=options.examples("info lora", "info lora --readme"))(info)
 
 
 def list_plugins(

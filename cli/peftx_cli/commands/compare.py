@@ -29,7 +29,11 @@ Retry = Annotated[bool, typer.Option("--retry", help="run again what has failed"
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx compare compare.yaml --jobs 2 --output results")(compare)
+    app.command(
+        epilog=options.examples(
+            "compare compare.yaml --jobs 2 --output results", "compare compare.yaml --retry --json"
+        )
+    )(compare)
 
 
 def compare(

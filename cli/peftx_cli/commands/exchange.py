@@ -43,13 +43,18 @@ Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="of peft: whi
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command("import", epilog="Example: peftx import their-adapter -o bundle --model base")(import_)
-    examples = (
-        "Example: peftx export bundle adapter --format peft",
-        "Example: peftx export bundle packed --format compressed-tensors",
-        "Example: peftx export bundle file --format gguf --type q8_0",
+    app.command(
+        "import",
+        epilog=options.examples(
+            "import their-adapter -o bundle", "import their-adapter -o bundle --model base"
+        ),
+    )(import_)
+    shown = (
+        "export bundle adapter --format peft",
+        "export bundle packed --format compressed-tensors",
+        "export bundle file --format gguf --type q8_0",
     )
-    app.command(epilog="\n\n".join(examples))(export)
+    app.command(epilog=options.examples(*shown))(export)
 
 
 def import_(
@@ -110,7 +115,6 @@ def export(
     from peftx.interop import to_compressed_tensors, to_gguf, to_peft
     from peftx.quantities import size
     from peftx_cli.render import out, print_json
-    from peftx_spec.errors import nearest
 
     writers: dict[str, Callable[[Stack], Path]] = {
         "hf": lambda stack: stack.export(output),
@@ -118,11 +122,7 @@ def export(
         "compressed-tensors": lambda stack: to_compressed_tensors(stack, output),
         "gguf": lambda stack: to_gguf(stack, output, type=type or "f16"),
     }
-    if format not in writers:
-        raise UsageError(
-            f"--format {format}: there is no such format",
-            hint=nearest(format, writers) or f"one of {', '.join(writers)}",
-        )
+    options.known_format(format, writers)
     if id is not None and format != "peft":
         raise UsageError(
             f"--id names one adapter of several, and {format} holds all of them", hint="leave it out"

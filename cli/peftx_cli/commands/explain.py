@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peftx_cli import explained
+from peftx_cli import explained, options
 
 Code = Annotated[
     str | None,
@@ -20,8 +20,7 @@ Code = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    examples = ("Example: peftx explain conflict", "Example: peftx explain")
-    app.command(epilog="\n\n".join(examples))(explain)
+    app.command(epilog=options.examples("explain conflict", "explain"))(explain)
 
 
 def explain(code: Code = None) -> None:

@@ -45,9 +45,15 @@ Option = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx doctor")(doctor)
-    app.command(epilog="Example: peftx check lora --model llama")(check)
-    app.command(epilog="Example: peftx matrix lora mezo prefixquant --output matrix.html")(matrix)
+    app.command(epilog=options.examples("doctor", "doctor --json"))(doctor)
+    app.command(
+        epilog=options.examples("check lora --model llama", "check my-method --only merge --verbose")
+    )(check)
+    app.command(
+        epilog=options.examples(
+            "matrix lora mezo prefixquant --output matrix.html", "matrix --threes 200 --seed 1"
+        )
+    )(matrix)
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -293,10 +299,6 @@ def matrix(
 
     Pairs are tried in stacks of up to eight. What a stack showed is kept in the cache folder until the core or one of
     its plugins changes, so that a second run tries what is new. Exits with 1 when a pair fails.
-
-    Example: peftx matrix lora prefixquant mezo
-
-    Example: peftx matrix --threes 200 --seed 1
     """
     import os
     from pathlib import Path

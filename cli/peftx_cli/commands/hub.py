@@ -25,13 +25,11 @@ BundleOut = Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", hel
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    pushes = ("Example: peftx push peftx-out me/greeter", "Example: peftx push peftx-out me/greeter --public")
-    app.command(epilog="\n\n".join(pushes))(push)
-    pulls = (
-        "Example: peftx pull me/greeter -o greeter",
-        "Example: peftx pull me/greeter@4f2a90c1d3b5e6f708192a3b4c5d6e7f80912a3b -o greeter",
+    app.command(epilog=options.examples("push peftx-out me/greeter", "push peftx-out me/greeter --public"))(
+        push
     )
-    app.command(epilog="\n\n".join(pulls))(pull)
+    commit = "pull me/greeter@4f2a90c1d3b5e6f708192a3b4c5d6e7f80912a3b -o greeter"
+    app.command(epilog=options.examples("pull me/greeter -o greeter", commit))(pull)
 
 
 def push(

@@ -28,9 +28,17 @@ SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="spec, a YAML file
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx plan pipeline.yaml --set lora.rank=16")(plan)
-    app.command(epilog="Example: peftx validate pipeline.yaml")(validate)
-    app.command(epilog="Example: peftx schema -o peftx.schema.json")(schema)
+    app.command(
+        epilog=options.examples(
+            "plan pipeline.yaml --set lora.rank=16", "plan --plugin lora --model peftx:tiny"
+        )
+    )(plan)
+    app.command(
+        epilog=options.examples(
+            "validate pipeline.yaml", "validate pipeline.yaml --set train.steps=50 --json"
+        )
+    )(validate)
+    app.command(epilog=options.examples("schema", "schema -o peftx.schema.json"))(schema)
 
 
 def plan(

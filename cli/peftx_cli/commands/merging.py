@@ -63,11 +63,8 @@ PATIENCE = 2.0
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    examples = (
-        "Example: peftx merge peftx-out merged-model",
-        "Example: peftx merge german legal --method ties --weights 1,0.5 --rank 16 -o both",
-    )
-    app.command(epilog="\n\n".join(examples))(merge)
+    several = "merge german legal --method ties --weights 1,0.5 --rank 16 -o both"
+    app.command(epilog=options.examples("merge peftx-out merged-model", several))(merge)
 
 
 def merge(
@@ -108,8 +105,9 @@ def merge(
         raise UsageError(
             "--adapter is one that is folded, and --method combines several", hint="name them as arguments"
         )
+    format = options.known_format(format or FORMATS[0], FORMATS)
     _combine(
-        folders, method, _numbers(weights), rank, density, seed, _known(format), _placed(output), model, device,
+        folders, method, _numbers(weights), rank, density, seed, format, _placed(output), model, device,
         trust_remote_code, as_json,
     )  # fmt: skip
 
@@ -154,18 +152,6 @@ def _numbers(text: str | None) -> list[float] | None:
         return None if text is None else [float(word) for word in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--weights {text}: these are no numbers", hint="--weights 0.7,0.3") from error
-
-
-def _known(format: str | None) -> str:
-    from peftx.errors import UsageError
-    from peftx_spec.errors import nearest
-
-    if format is not None and format not in FORMATS:
-        raise UsageError(
-            f"--format {format}: there is no such format",
-            hint=nearest(format, FORMATS) or f"one of {', '.join(FORMATS)}",
-        )
-    return format or FORMATS[0]
 
 
 def _placed(output: Path | None) -> Path:

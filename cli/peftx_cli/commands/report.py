@@ -25,7 +25,9 @@ Base = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx report peftx-out -o report.html --samples 3")(report)
+    app.command(
+        epilog=options.examples("report peftx-out -o report.html --samples 3", "report peftx-out --open")
+    )(report)
 
 
 def report(

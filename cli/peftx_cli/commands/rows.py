@@ -29,7 +29,11 @@ RowsFile = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx data pipeline.yaml --rows 5")(data)
+    app.command(
+        epilog=options.examples(
+            "data pipeline.yaml --rows 5", "data --plugin superfiltering --data rows.jsonl"
+        )
+    )(data)
 
 
 def data(

@@ -23,8 +23,16 @@ ShowSpec = Annotated[bool, typer.Option("--show-spec", help="print the spec and 
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx apply --plugin lora --plugin prefixquant --set lora.rank=16")(apply)
-    app.command(epilog="Example: peftx train pipeline.yaml --steps 500 --resume")(train)
+    app.command(
+        epilog=options.examples(
+            "apply --plugin lora --plugin prefixquant --set lora.rank=16", "apply pipeline.yaml --output out"
+        )
+    )(apply)
+    app.command(
+        epilog=options.examples(
+            "train --plugin lora --data rows.jsonl --split 0.1", "train pipeline.yaml --steps 500 --resume"
+        )
+    )(train)
 
 
 def apply(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from peftx_cli import options
+
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="name: lower-case words joined by hyphens")]
 Hook = Annotated[
     str, typer.Option("--hook", metavar="HOOK", help="main hook: prepare_data, inject, train_step, ...")
@@ -24,7 +26,9 @@ Folder = Annotated[
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command(
-        epilog='Example: peftx new two-words --hook inject --arxiv 2106.09685 --title "Two words: a gain"'
+        epilog=options.examples(
+            "new my-method", 'new two-words --hook inject --arxiv 2106.09685 --title "Two words: a gain"'
+        )
     )(new)
 
 

@@ -23,14 +23,12 @@ Jobs = Annotated[
     typer.Option("--jobs", "-j", min=0, help="trials side by side, in place of the file's; 0: one a core"),
 ]
 
-EPILOG = """Example: peftx search search.yaml --output results
-
-Example: peftx search search.yaml --jobs 4 --json"""
-
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog=EPILOG)(search)
+    app.command(
+        epilog=options.examples("search search.yaml --output results", "search search.yaml --jobs 4 --json")
+    )(search)
 
 
 def search(

@@ -94,15 +94,23 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command(epilog="Example: peftx evaluate peftx-out --data held_out.jsonl --metric perplexity")(
-        evaluate
-    )
-    app.command(epilog='Example: peftx generate peftx-out "Once upon a time" --max-new-tokens 40')(generate)
-    examples = (
-        "Example: peftx serve peftx-out --port 8000",
-        "Example: peftx serve german=out/de legal=out/law --adapters out",
-    )
-    app.command(epilog="\n\n".join(examples))(serve)
+    app.command(
+        epilog=options.examples(
+            "evaluate peftx-out --data held_out.jsonl --metric perplexity",
+            "evaluate --adapter their-adapter --task peftx-opposites",
+        )
+    )(evaluate)
+    app.command(
+        epilog=options.examples(
+            'generate peftx-out "Once upon a time" --max-new-tokens 40',
+            'generate "Once upon a time" --adapter their-adapter --stream',
+        )
+    )(generate)
+    app.command(
+        epilog=options.examples(
+            "serve peftx-out --port 8000", "serve german=out/de legal=out/law --adapters out"
+        )
+    )(serve)
 
 
 def evaluate(

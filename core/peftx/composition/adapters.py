@@ -18,7 +18,7 @@ from typing import Any
 from peftx.composition.registry import Registry, keyword_values
 from peftx.errors import AdapterError, BundleError, PeftxError, RegistryError
 from peftx.kernel.plugin import Plugin
-from peftx.peft_format import INNER, PeftFormat, Settings, targets_of
+from peftx.peft_format import INNER, MERGED, PeftFormat, Settings, targets_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -143,13 +143,22 @@ def _entries(adapter: Adapter, registry: Registry) -> list[Entry]:
     plugin = registry.outline(use)
     if "targets" in plugin.Config.model_fields and "targets" not in options:
         options["targets"] = targets_of(settings.adapted(*format.tensors.values()))
+    names = (*format.tensors.values(), *format.kept.values())
+    known = {key for own in adapter.places([*names, TOKENS]).values() for key in own.values()}
+    other = [key for key in adapter.shapes if key not in known and key not in adapter.full.values()]
+    if other:
+        more = f" and {len(other) - 1} more" if other[1:] else ""
+        raise AdapterError(
+            f"'{adapter.folder}' has {other[0].removeprefix(adapter.prefix)}{more}, which '{use}' does not compute",
+            hint=MERGED,
+        )
     found = [Entry(use, options, format), *_beside(adapter, settings)]
     left = settings.left()
     if left:
         what = ", ".join(f"{name}={value!r:.80}" for name, value in list(left.items())[:3])
         raise AdapterError(
             f"'{adapter.folder}' has settings that '{use}' does not know: {what}",
-            hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
+            hint=MERGED,
         )
     return found
 

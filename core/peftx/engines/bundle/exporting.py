@@ -15,6 +15,7 @@ from torch import Tensor
 from peftx.engines.bundle.manifest import versions
 from peftx.engines.files import read_json, replacing
 from peftx.errors import BundleError, MergeError
+from peftx.foreign import refuse_wrapped
 from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
 from peftx.kernel.parts import AttentionPart, CallPart, DeltaPart, Part, PromptPart, ReplacedPart, ShiftPart
@@ -69,7 +70,12 @@ def unfolded(stack: Stack, member: Member) -> Part | None:
 
 @contextmanager
 def folded(stack: Stack) -> Iterator[None]:
-    """Inside, all deltas that fold are in the weights; behind it, the weights are the very same bits as before."""
+    """Inside, all deltas that fold are in the weights; behind it, the weights are the very same bits as before.
+
+    Raises:
+        ConflictError: HF PEFT is on the model.
+    """
+    refuse_wrapped(stack.model, "an export")
     mergeable = [
         m.id
         for m in stack.members

@@ -36,6 +36,7 @@ from peftx.engines.bundle.surroundings import (
 from peftx.engines.files import plain_files, replacing, sha256
 from peftx.engines.models import tokenizer_digest
 from peftx.errors import BundleError
+from peftx.foreign import refuse_wrapped
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart, VocabularyPart
 from peftx.kernel.stack import Stack
@@ -51,13 +52,14 @@ def save(stack: Stack, path: Path) -> Path:
     """Write a bundle, beside and renamed, so that a kill leaves the old one.
 
     Raises:
-        BundleError: the place is taken by something else, or the disk is full.
+        BundleError: the place is taken by something else, or the disk is full. ConflictError: HF PEFT is on the model.
     """
     for part in stack.ledger.all(DeltaPart):
         if _merged(part):
             raise BundleError(
                 "the stack is merged", hint="stack.unmerge() first, or stack.merge(keep=False) for good"
             )
+    refuse_wrapped(stack.model, "a bundle")
     _check_base(stack)
     contained = bool(stack.ledger.all(ReplacedPart))
     with replacing(path, marker=MANIFEST) as folder:

@@ -214,7 +214,7 @@ def boft_options(settings: Settings) -> dict[str, Any]:
             "oft: the adapter trained biases as well, which the scale of BOFT leaves alone as they were at its start",
             hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
         )
-    shapes = settings.adapted("boft_R")
+    shapes = settings.adapted("boft_R", dimensions=4)
     sizes, blocks = ({path: shape[at] for path, shape in shapes.items()} for at in (-1, 1))
     return {
         **_sizes(sizes, blocks, None),
