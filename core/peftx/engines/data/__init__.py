@@ -8,6 +8,7 @@ tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
 tokenize_classes   classes.py        classification rows become texts with the number of their class
 tokenize_tags      classes.py        or of the class of each word
 ClassTexts         classes.py        the classes of a plugin, and the texts that it names one of
+check_differ       contrast.py       rows of preferences whose two answers are one are refused
 Collator           collate.py        examples become padded tensors
 """
 
@@ -26,6 +27,7 @@ from peftx.engines.data.classes import (
     tokenize_tags,
 )
 from peftx.engines.data.collate import CLASS_INDEX, IGNORE, Collator, pads_right
+from peftx.engines.data.contrast import check_differ, check_passages
 from peftx.engines.data.encoding import (
     Example,
     continuation,
@@ -53,7 +55,9 @@ __all__ = [
     "Example",
     "TrainingData",
     "batches_of",
+    "check_differ",
     "check_labels",
+    "check_passages",
     "class_ids",
     "class_index",
     "class_rows",

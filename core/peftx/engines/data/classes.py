@@ -281,6 +281,15 @@ class ClassTexts:
         tokenize = tokenize_tags if words else tokenize_classes
         tokenize(data, self.labels, closed=self.closed)
 
+    def check_several(self, data: TrainingData) -> None:
+        """Raises DataError where all rows to train on are of one class, behind `prepare`."""
+        if data.train is not None and len(found := set(data.train[CLASS_INDEX])) == 1:
+            raise DataError(
+                f"{self.owner}: all {len(data.train)} rows are of one class, {self.names[found.pop()]!r}, so there is "
+                "nothing to tell apart",
+                hint="rows of two classes at least",
+            )
+
     def rows(self, stack: Stack, texts: Sequence[str], *, most: int | None = None) -> list[list[int]]:
         """The texts as token ids, cut as those of training are, to `most` tokens if the model can read more.
 

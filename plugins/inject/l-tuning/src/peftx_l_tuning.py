@@ -56,7 +56,7 @@ class LTuningConfig(PluginConfig):
     """Options of L-Tuning."""
 
     variant: Literal["prompt", "prefix"] = Field("prompt", description="where the label stands")
-    labels: list[str] = Field(["negative", "positive"], description="the classes")
+    labels: list[str] = Field(["negative", "positive"], min_length=2, description="the classes")
     texts: dict[str, str] = Field(
         {}, description="label -> the text that is read for it; the label, if left out"
     )

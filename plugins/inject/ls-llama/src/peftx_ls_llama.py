@@ -43,7 +43,7 @@ class LsLlamaConfig(PluginConfig):
     """Options of LS-LLaMA. Beside it the paper has LoRA: rank 12, alpha 32, dropout 0.1, targets "attention.q,v"."""
 
     task: Literal["sequence", "token"] = Field("sequence", description="one class a text, or one a word")
-    labels: list[str] = Field(["negative", "positive"], description="the classes")
+    labels: list[str] = Field(["negative", "positive"], min_length=2, description="the classes")
     unmasked: bool = Field(False, description="let every token see the whole text (LS-unLLaMA)")
     pool: Literal["last", "mean", "max"] | None = Field(
         None, description="what a text is read by; none: its last token, or unmasked the mean of all"
@@ -102,6 +102,8 @@ class LsLlama(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         self.texts.prepare(data, stack, words=self.config.task == "token")
+        if self.config.task == "sequence":
+            self.texts.check_several(data)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

@@ -388,6 +388,7 @@ def test_a_head_answers_for_what_it_is_trained_on() -> None:
         ({"dropout": 0.2}, "dropout is not of the task 'sequence'"),
         ({"task": "token", "dropout": 1.0}, "dropout"),
         ({"pool": "first"}, "pool"),
+        ({"labels": ["good"]}, "labels: List should have at least 2 items"),
     ],
 )
 def test_bad_options(options: dict[str, Any], match: str) -> None:
@@ -402,5 +403,7 @@ def test_labels_of_texts_are_looked_up_before_a_run_and_those_of_words_are_not()
 
 
 def test_labels_that_are_no_classes() -> None:
+    with pytest.raises(DataError, match="ls-llama: all 2 rows are of one class, "):
+        stack_of().train([{"text": text, "label": LABELS[1]} for text in ("a", "b")], steps=1)
     with pytest.raises(DataError, match=r"ls-llama.*stands twice"):
         stack_of(labels=["a", "a"])

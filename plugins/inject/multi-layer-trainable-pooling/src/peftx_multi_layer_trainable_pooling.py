@@ -40,7 +40,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, batches_of, class_rows, together
+from peftx.engines.data import IGNORE, batches_of, check_passages, class_rows, together
 from peftx.engines.data.encoding import eos_id
 from peftx.errors import ArchitectureError
 from peftx.kernel.heads import last_of, mean_of
@@ -151,6 +151,7 @@ class MultiLayerTrainablePooling(Plugin):
         data.require(self.takes, by=self.owner, hint=hint)
 
         def texts(rows: Dataset) -> Dataset:
+            check_passages(rows, by=self.owner)
             ids = {to: self.rows(stack, rows[of][:], data.max_length) for of, to in TEXTS.items()}
             return Dataset.from_dict(ids | {"labels": [[IGNORE] * len(query) for query in ids["input_ids"]]})
 

@@ -403,6 +403,10 @@ def test_rows_to_watch_the_loss_on_are_prepared_too() -> None:
     assert data.eval.to_list() == data.train.to_list()
     with pytest.raises(PeftxError, match="format 'prompt-completion'"):
         stack.train([{"prompt": "tea", "completion": " yes"}], steps=1)
+    with pytest.raises(DataError, match=r"row 1 \(counting from 0\): chosen and rejected are the same"):
+        stack.train([ROWS[0], {**ROWS[1], "rejected": ROWS[1]["chosen"] + " "}], steps=1)
+    with pytest.raises(DataError, match="all 2 rows have one passage"):
+        stack.train([{**row, "chosen": "tea"} for row in ROWS[:2]], steps=1)
 
 
 @pytest.mark.parametrize(

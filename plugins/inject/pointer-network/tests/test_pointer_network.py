@@ -193,6 +193,15 @@ def test_it_learns_to_sort_three_numbers() -> None:
     assert exact(net, "sorting", 3) > 0.85
 
 
+@pytest.mark.slow
+def test_it_sorts_five_numbers_and_more_than_it_was_trained_on() -> None:
+    """At the defaults, by the table of the README: 5 are among the lengths that are trained on, 8 are not.
+    A random order of 8 is right in one of 40,320 cases."""
+    shares = dict(experiment(PointerNetwork().config)[1])
+    assert shares[5] > 0.95
+    assert shares[8] > 0.5
+
+
 def test_the_training_by_hand() -> None:
     config = PointerNetwork(**SMALL | {"lengths": (3, 4), "task": "hull", "batch": 4}).config
     net, shares = experiment(config)

@@ -57,7 +57,7 @@ class PtecConfig(PluginConfig):
     """Options of PTEC; the release trains 10 epochs, 32 texts a step, P at rate 3e-3, under a one-cycle schedule."""
 
     labels: list[str] = Field(
-        ["negative", "positive"], description="the labels, of which a text has any number"
+        ["negative", "positive"], min_length=2, description="the labels, of which a text has any number"
     )
     length: int = Field(100, ge=1, description="n, rows in front of a text")
     init: Literal["labels", "vocabulary"] = Field(

@@ -73,7 +73,7 @@ class RobustPrefixTuningConfig(PluginConfig):
     steps at rates of 0.05 to 0.15."""
 
     labels: list[str] = Field(
-        ["negative", "positive"], description="the classes, each by a first token of its own"
+        ["negative", "positive"], min_length=2, description="the classes, each by a first token of its own"
     )
     length: int = Field(10, ge=1, description="l, rows in front of each layer's keys and values")
     layers: int = Field(

@@ -55,7 +55,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh"
 class SclMgsmConfig(PluginConfig):
     """Options of SCL-MGSM. A run is a task, of one pass over its rows: `num_train_epochs: 1`."""
 
-    labels: list[str] = Field(description="the classes of all tasks, in any order")
+    labels: list[str] = Field(min_length=2, description="the classes of all tasks, in any order")
     width: int = Field(2000, ge=1, description="L, rows of P at most")
     ridge: float = Field(1.0, gt=0, allow_inf_nan=False, description="gamma")
     candidates: int = Field(20, ge=1, description="T; 1 with rho (1.0,): no guidance, the first one joins")

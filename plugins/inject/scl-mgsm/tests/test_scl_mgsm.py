@@ -345,6 +345,8 @@ def test_clear_errors() -> None:
     for options in ({"rho": (1.5,)}, {"scales": (0.0,)}, {"ridge": 0.0}, {"rho": ()}):
         with pytest.raises(PeftxError, match=next(iter(options))):
             SclMgsm(labels=LABELS, **options)
+    with pytest.raises(PeftxError, match="labels: List should have at least 2 items"):
+        SclMgsm(labels=["one"])
     with pytest.raises(ArchitectureError, match="the head reads one"):
         stack_of("t5")
     with pytest.raises(ArchitectureError, match="vit"):

@@ -49,7 +49,7 @@ class SkTuningConfig(PluginConfig):
     """Options of SK-Tuning."""
 
     variant: Literal["prompt", "prefix"] = Field("prompt", description="where the sentence stands")
-    labels: list[str] = Field(["negative", "positive"], description="the classes")
+    labels: list[str] = Field(["negative", "positive"], min_length=2, description="the classes")
     text: str | None = Field(
         None,
         description="s, a sentence that says the task; none: 'Classify the text as A or B', of the labels",

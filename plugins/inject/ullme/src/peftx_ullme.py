@@ -39,8 +39,8 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, class_rows, encode_pair, together
-from peftx.errors import DataError, UnsupportedError
+from peftx.engines.data import IGNORE, check_passages, class_rows, encode_pair, together
+from peftx.errors import UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.objective import pad_of
@@ -174,17 +174,8 @@ class Ullme(Plugin):
 
     def texts(self, rows: Dataset, data: TrainingData) -> dict[str, list[list[int]]]:
         """Columns of the tokens of rows: what is written, and what is embedded."""
+        check_passages(rows, by=self.owner)
         q, *passages = (rows[name][:] for name in ("prompt", "chosen", "rejected"))
-        if equal := [i for i, (p, n) in enumerate(zip(*passages, strict=True)) if p.strip() == n.strip()]:
-            raise DataError(
-                f"{self.owner}: row {equal[0]} (counting from 0): chosen and rejected are the same passage",
-                hint="leave out rows whose negative is the passage itself",
-            )
-        if len(q) > 1 and len(set(passages[0])) == 1:
-            raise DataError(
-                f"{self.owner}: all {len(q)} rows have one passage, so there is one class and nothing to tell apart",
-                hint="rows whose passages differ",
-            )
         found: dict[str, list[list[int]]] = {}
         for names, name, texts in zip(
             (("input_ids", "labels"), WRITTEN), ("chosen", "rejected"), passages, strict=True

@@ -443,7 +443,7 @@ def test_training_finds_passages_and_prefers_to_write_them() -> None:
 def test_a_negative_that_is_the_passage_is_refused() -> None:
     rows = [*ROWS, {"prompt": "Q", "chosen": " same", "rejected": "same"}]
     with pytest.raises(
-        DataError, match=r"ullme: row 4 \(counting from 0\): chosen and rejected are the same passage"
+        DataError, match=r"ullme: row 4 \(counting from 0\): chosen and rejected are the same"
     ):
         build().train(rows, steps=1)
 

@@ -44,9 +44,9 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, Collator, encode_pair, together
+from peftx.engines.data import IGNORE, Collator, check_differ, encode_pair, together
 from peftx.engines.training.updates import forget
-from peftx.errors import DataError, TrainingError
+from peftx.errors import TrainingError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
@@ -190,12 +190,7 @@ class AlignDistil(Plugin):
             for name in ("chosen", "rejected")
         ]
         answers = [[label for label in text.labels if label != IGNORE] for text in texts]
-        if answers[0] == answers[1]:
-            raise DataError(
-                f"{self.owner}: {where}: chosen and rejected are the same answer, which says nothing of what is "
-                "preferred",
-                hint="leave out rows whose two answers are equal",
-            )
+        check_differ(*answers, where=where, by=self.owner)
         values = (ids for text in texts for ids in (text.input_ids, text.labels))
         return dict(zip(("input_ids", "labels", *COLUMNS), values, strict=True))
 

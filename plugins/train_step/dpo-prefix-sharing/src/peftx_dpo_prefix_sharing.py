@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.engines.data import IGNORE, encode_pair
+from peftx.engines.data import IGNORE, check_differ, encode_pair
 from peftx.toolkits.evaluation import evaluating
 from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
 
@@ -143,7 +143,8 @@ class DpoPrefixSharing(Plugin):
         data.rewrite(lambda rows: self._rows(rows, data, stack))
 
     def _rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
-        triples = [triple_of(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
+        by = stack.id_of(self)
+        triples = [triple_of(row, f"row {i} (counting from 0)", data, by) for i, row in enumerate(rows)]
         if triples:
             prove(stack, max(triples, key=lambda triple: len(triple[0])))
         lengths = [len(ids) for ids, _, _ in triples]
@@ -170,7 +171,7 @@ class DpoPrefixSharing(Plugin):
         return (yield)
 
 
-def triple_of(row: dict[str, str], where: str, data: TrainingData) -> Triple:
+def triple_of(row: dict[str, str], where: str, data: TrainingData, by: str) -> Triple:
     """The prompt is tokenized alone and cut once, so both branches have the same."""
     answers = []
     for name in ("chosen", "rejected"):
@@ -178,6 +179,7 @@ def triple_of(row: dict[str, str], where: str, data: TrainingData) -> Triple:
             data.tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
         )
         answers.append([label for label in pair.labels if label != IGNORE])
+    check_differ(*answers, where=where, by=by)
     return join(prompt_beside(data, row["prompt"], [*map(len, answers)], where, more=1), *answers)
 
 

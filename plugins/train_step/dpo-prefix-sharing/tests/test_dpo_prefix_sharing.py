@@ -362,10 +362,11 @@ def test_a_long_prompt_is_cut_once_for_both_answers() -> None:
         ({"prompt": "", "chosen": "yes", "rejected": "no"}, 96, "row 1 .* has no prompt"),
         ({"prompt": "Q:", "chosen": "", "rejected": "no"}, 96, "row 1 .*chosen.* has no tokens"),
         ({"prompt": "Q:", "chosen": "yes", "rejected": ""}, 96, "row 1 .*rejected.* has no tokens"),
+        ({"prompt": "Q:", "chosen": "yes", "rejected": " yes"}, 96, "prefix-sharing: row 1 .* are the same"),
         ({"prompt": "Q:", "chosen": "y" * 50, "rejected": "n" * 50}, 96, "row 1 .*52 and 52 tokens with EOS"),
         ({"prompt": "Q:", "chosen": "y" * 99, "rejected": "n"}, 96, "row 1 .*chosen.* 101 tokens"),
     ],
-    ids=["no prompt", "no chosen", "no rejected", "both too long", "one too long"],
+    ids=["no prompt", "no chosen", "no rejected", "both the same", "both too long", "one too long"],
 )
 def test_bad_rows(row: dict[str, str], max_length: int, match: str) -> None:
     stack = Stack(tiny("llama"), [DpoPrefixSharing()], tokenizer=TOKENIZER)

@@ -55,7 +55,9 @@ class PredgenConfig(PluginConfig):
     """Options of PredGen."""
 
     labels: list[str] | None = Field(
-        ["negative", "positive"], description="the classes; none: regression, the rows' labels are numbers"
+        ["negative", "positive"],
+        min_length=2,
+        description="the classes; none: regression, the rows' labels are numbers",
     )
     dense: int = Field(64, ge=1, description="h, width of the director; classes only")
     p_min: float = Field(

@@ -39,7 +39,7 @@ from peftx.toolkits.evaluation import head_answers
 class RfcConfig(PluginConfig):
     """Options of RFC; the paper has 2 rounds, or 3, and shorter training in the first one."""
 
-    labels: list[str] = Field(["negative", "positive"], description="the classes")
+    labels: list[str] = Field(["negative", "positive"], min_length=2, description="the classes")
     rounds: int = Field(2, ge=2, description="K, models to discover")
     first: float = Field(
         0.05, gt=0, description="steps of the first: a share of the run's, or from 1 on their number"
@@ -95,6 +95,7 @@ class Rfc(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         self.texts.prepare(data, stack)
+        self.texts.check_several(data)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

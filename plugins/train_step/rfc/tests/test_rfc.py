@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import peftx
 from peftx import Plugin, Stack, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.kernel.modes import as_it_was
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
@@ -320,7 +320,15 @@ def test_a_second_head_of_classes_is_refused() -> None:
         stack_of(LsLlama())
 
 
-@pytest.mark.parametrize("options", [{"rounds": 1}, {"first": 0}, {"discovery": 0}, {"synthesis": -1}])
+def test_rows_of_one_class_are_refused() -> None:
+    stack, _ = stack_of()
+    with pytest.raises(DataError, match="rfc: all 12 rows are of one class, 'positive'"):
+        stack.train([{**row, "label": "positive"} for row in ROWS], steps=6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounds": 1}, {"first": 0}, {"discovery": 0}, {"synthesis": -1}, {"labels": ["one"]}]
+)
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(PeftxError, match=next(iter(options))):
         Rfc(**options)
