@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = "choose/matrix.js"
+GLOSSARY = "glossary.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -85,7 +86,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     own = {each.link.removeprefix("../../"): each.name for each in listed()}
     if uri in own and uri.startswith("plugins/"):
         markdown = f"{markdown}\n{goes_with(own[uri], '../' * uri.count('/'))}"
-    return markdown
+    up = "../" * uri.count("/")
+    return (
+        markdown if uri == GLOSSARY else f"{markdown}\n\n[What the words mean]({up}{GLOSSARY}){{ .words }}\n"
+    )
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:

@@ -107,6 +107,14 @@ def test_the_gallery_has_every_plugin() -> None:
     assert "lora-xs" in names, "the example of a distribution of its own"
 
 
+def test_the_gallery_says_which_rows_and_whether_it_folds() -> None:
+    known = {each.name: each for each in gallery.listed()}
+    assert known["lora"].mergeable == "yes"
+    assert known["prompt-tuning"].mergeable == "no"
+    assert known["lora"].formats == ("any",)
+    assert "preference" in known["dpo-prefix-sharing"].formats
+
+
 def test_every_goal_has_plugins_and_every_plugin_a_goal() -> None:
     *rows, rest = made("goals").splitlines()[2:]
     assert all("](" in row for row in rows)
@@ -130,7 +138,7 @@ def test_a_plugin_from_elsewhere_is_listed(tmp_path: Path, monkeypatch: pytest.M
     finally:
         gallery.listed.cache_clear()
     assert row == (
-        "| [far](https://example.org/far) | Far: from elsewhere | decode | decoding |  |  |  "
+        "| [far](https://example.org/far) | Far: from elsewhere | decode | decoding |  |  |  |  |  "
         "| [2501.00001](https://arxiv.org/abs/2501.00001) |"
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from pages import architectures, claims, commands, excerpts, gallery, leaderboards, spec, together
 
@@ -22,6 +22,7 @@ MADE: dict[str, Callable[[], str]] = {
     "setup": excerpts.setup,
     "demo": excerpts.demo,
     "said": excerpts.said,
+    **{f"method-{name}": partial(excerpts.method, name, *parts) for name, parts in excerpts.METHODS.items()},
     "beside": excerpts.beside,
     "versions": excerpts.versions,
     "citation": excerpts.citation,

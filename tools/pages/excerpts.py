@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,33 @@ def said() -> str:
         "the row's own answer": reference,
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {who} | {text} |" for who, text in rows.items())])
+
+
+def method(plugin: str, *names: str) -> str:
+    """Functions and methods of a plugin's file as they stand there, `LoraDelta.fold` by its dotted name."""
+    (file,) = ROOT.glob(f"plugins/*/{plugin}/src/*.py")
+    source = file.read_text("utf-8")
+    parts = []
+    for name in names:
+        node: ast.AST = ast.parse(source)
+        for part in name.split("."):
+            inner = [
+                n for n in ast.walk(node) if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part
+            ]
+            if not inner:
+                raise LookupError(f"{file.name} has no '{name}'")
+            node = inner[0]
+        parts.append(textwrap.dedent(ast.get_source_segment(source, node, padded=True) or ""))
+    return "\n".join(["```python", "\n\n".join(parts), "```"])
+
+
+METHODS = {
+    "lora": ("LoraDelta.forward", "LoraDelta.fold"),
+    "prompt-tuning": ("SoftPrompt", "PromptTuning.inject"),
+    "mezo": ("projected_gradient", "perturb"),
+    "prefixquant": ("PrefixQuant.compress",),
+}
+"""What the page on good plugins reads line by line."""
 
 
 def beside() -> str:

@@ -31,6 +31,8 @@ class Listed:
         group: the hook that it is filed under. link: from a page in docs/choose.
         marks: fidelity, evidence; each may be empty.
         backbones: `model_type`s that the kit runs it on; empty for one that is not installed, or needs no model.
+        formats: of the rows that it trains on, `any` where that is left to others; empty for one that is not installed.
+        mergeable: `yes` or `no`; empty likewise.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Listed:
     paper: str
     claims: frozenset[str]
     backbones: tuple[str, ...]
+    formats: tuple[str, ...]
+    mergeable: str
 
 
 @cache
@@ -83,6 +87,8 @@ def _one(path: Path, project: dict[str, Any], name: str, *, several: bool) -> Li
         paper=paper,
         claims=known.claims if known is not None else frozenset(),
         backbones=_backbones(known) if known is not None and set(hooks) - {"prepare_data", "serve"} else (),
+        formats=tuple(known.takes or ["any"]) if known is not None else (),
+        mergeable="" if known is None else "yes" if Claim.MERGEABLE in known.claims else "no",
     )
 
 
@@ -105,8 +111,8 @@ def _backbones(plugin: type[Plugin]) -> tuple[str, ...]:
 def table() -> str:
     """Every plugin in a line; docs/assets/tables.js makes filters of the columns."""
     lines = [
-        f"| plugin | what | hook | family | backbone | {' | '.join(MARKS)} | paper |",
-        f"| --- | --- | --- | --- | --- | {' | '.join('---' for _ in MARKS)} | --- |",
+        f"| plugin | what | hook | family | backbone | format | mergeable | {' | '.join(MARKS)} | paper |",
+        f"| --- | --- | --- | --- | --- | --- | --- | {' | '.join('---' for _ in MARKS)} | --- |",
     ]
     for each in listed():
         arxiv = each.paper.removeprefix("arXiv:")
@@ -117,6 +123,8 @@ def table() -> str:
             ", ".join(each.hooks),
             each.family,
             ", ".join(each.backbones),
+            ", ".join(each.formats),
+            each.mergeable,
             *each.marks,
             paper,
         )
