@@ -24,6 +24,7 @@ from peftx.testing.matrix import Cell, Matrix, run_matrix, try_pair
 from peftx.testing.matrix_page import page, to_json
 from peftx.testing.models import tiny
 from peftx.testing.reference import COMPANION
+from peftx.testing.tried import members_as_tried, stands_on
 
 SAMPLE = 8
 """Stacks of installed plugins that every run of the tests lives through; benchmarks/matrix.py covers all pairs."""
@@ -31,7 +32,7 @@ SAMPLE = 8
 
 def test_stacks_of_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample, of plugins that go together by their claims: every one trains, is saved and comes back."""
-    names = [name for name in sorted(Registry().names()) if matrix._stands_on(name, "llama") is None]
+    names = [name for name in sorted(Registry().names()) if stands_on(name, "llama") is None]
     pairs = {(a, b) for a in names for b in names if a != b and matrix.fits((a, b))}
     places = {name: matrix.places(name, "llama") for name in names}
     pairs = {(a, b) for a, b in pairs if not places[a] & places[b]}
@@ -51,7 +52,7 @@ def test_stacks_of_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(names: Sequence[str]) -> bool:
     """Do plugins that go together by their claims refuse each other when they are put on a model."""
     try:
-        built(matrix._members(*names), tiny("llama"))
+        built(members_as_tried(*names), tiny("llama"))
     except ConflictError:
         return True
     return False
@@ -172,7 +173,7 @@ def test_a_stack_that_does_not_learn_fails(monkeypatch: pytest.MonkeyPatch) -> N
         return SimpleNamespace(losses=[(1, 0.5)])
 
     monkeypatch.setattr(peftx.Stack, "train", rests)
-    assert matrix.trouble(("lora",), "llama") == "no parameter moved"
+    assert matrix.trouble(("lora",), "llama") == "no parameter of lora moved"
 
 
 @given(data=st.data())

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -31,20 +30,16 @@ import torch
 from peftx.comparing.processes import fresh
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, TargetError, UnsupportedError
-from peftx.kernel.calls import call_of
-from peftx.kernel.members import Member
+from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.names import HOOKS
-from peftx.kernel.parts import BasePart, DeltaPart
-from peftx.kernel.plugin import Claim, Plugin
-from peftx.kernel.positions import prompt_length
-from peftx.stack import Stack
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import inputs_for, output
 from peftx.testing.covering import Cover, around_threes, count_threes
 from peftx.testing.kit import settle
 from peftx.testing.life import built, early_ids, live
-from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.models import tiny
 from peftx.testing.shown import Group, Shown
+from peftx.testing.tried import arch_of, members_as_tried, places, plain, soft, stands_on
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
 Submit = Callable[[str, Sequence[tuple[str, ...]]], Iterator[Group]]
@@ -52,8 +47,6 @@ SOFT = 16
 """Soft tokens of a stack at most, beside a row of `LENGTH`; a pair may have more, and fails where it matters."""
 SIZE = 8
 """Plugins of a stack."""
-NO_PLACE = (ArchitectureError, TargetError, UnsupportedError)
-"""What a plugin raises that does not stand on a model."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +153,14 @@ def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str,
     for first in names:
         for second in names:
             cell = _by_claims(first, second)
-            if cell is None and (places(first, _arch(first, second)) & places(second, _arch(first, second))):
+            if cell is None and (
+                places(first, arch_of(first, second)) & places(second, arch_of(first, second))
+            ):
                 cell = try_pair(first, second)
             if cell is not None:
                 note(cell)
             else:
-                rest.setdefault(_arch(first, second), set()).add((first, second))
+                rest.setdefault(arch_of(first, second), set()).add((first, second))
     return rest
 
 
@@ -250,57 +245,19 @@ def _begin() -> None:
 
 def fits(names: Sequence[str]) -> bool:
     """Do these plugins go together by their claims and rows, and leave the tiny models positions for a text."""
-    return sum(map(soft, names)) <= SOFT and not find_conflicts(_plain(names))
-
-
-def soft(name: str) -> int:
-    """Soft tokens of a plugin as its author tries it."""
-    return _alone(name, _arch(name)).soft
-
-
-def places(name: str, arch: str) -> frozenset[tuple[str, ...]]:
-    """What only one plugin may have of a model: matrices that it trains, layers that it computes, columns."""
-    return _alone(name, arch).places
+    return sum(map(soft, names)) <= SOFT and not find_conflicts(plain(names))
 
 
 def _by_claims(first: str, second: str) -> Cell | None:
     """The cell of a pair that claims refuse, or that is of two models; None for one that is to be tried."""
-    arch, conflicts = _arch(first, second), find_conflicts(_plain((first, second)))
+    arch, conflicts = arch_of(first, second), find_conflicts(plain((first, second)))
     if conflicts:
         known = conflicts[0]
         return Cell(first, second, "refused", known.reason, known.claims, known.working_order, arch)
     for name in dict.fromkeys((first, second)):
-        if (why := _stands_on(name, arch)) is not None:
+        if (why := stands_on(name, arch)) is not None:
             return Cell(first, second, "other-model", why, arch=arch)
     return None
-
-
-@dataclass(frozen=True)
-class _Alone:
-    """What a plugin that is built by itself shows; `refused`: why it has no place on the model."""
-
-    soft: int = 0
-    places: frozenset[tuple[str, ...]] = frozenset()
-    refused: str | None = None
-
-
-@cache
-def _alone(name: str, arch: str) -> _Alone:
-    try:
-        stack = Stack(tiny(arch), _members(name), tokenizer=tiny_tokenizer())
-    except NO_PLACE as error:
-        return _Alone(refused=str(error))
-    except PeftxError:
-        return _Alone()  # it needs a companion, which a pair may have
-    found = {("layer", part.key) for part in stack.ledger.all(BasePart) if _has_matrix(part)}
-    found |= {("layer", part.key) for part in stack.ledger.all(DeltaPart) if part.module.has_base()}
-    call = call_of(stack.model)
-    found |= {("column", column) for column in (call.columns if call is not None else ())}
-    return _Alone(prompt_length(stack.model), frozenset(found))
-
-
-def _has_matrix(part: BasePart) -> bool:
-    return any(part.module.get_parameter(name).ndim > 1 for name in part.parameters)
 
 
 def try_pair(first: str, second: str) -> Cell:
@@ -308,19 +265,19 @@ def try_pair(first: str, second: str) -> Cell:
     cell = _by_claims(first, second)
     if cell is not None:
         return cell
-    arch = _arch(first, second)
+    arch = arch_of(first, second)
     found = Cell(first, second, "works", arch=arch, stack=(first, second))
     model = tiny(arch)
     try:
-        built(_members(first, second), model)
+        built(members_as_tried(first, second), model)
     except ConflictError as error:
         inputs = inputs_for(model)
-        packed = early_ids(_members(first, second))  # and so it is not what it was
+        packed = early_ids(members_as_tried(first, second))  # and so it is not what it was
         if not packed and not torch.equal(output(model, inputs), output(tiny(arch), inputs)):
             return replace(
                 found, outcome="failed", reason=f"refused, and the model is not what it was: {error}"
             )
-        one, two = (set(member.plugin.claims) for member in _members(first, second))
+        one, two = (set(member.plugin.claims) for member in members_as_tried(first, second))
         return replace(found, outcome="refused", reason=str(error), claims=tuple(sorted(one & two)), stack=())
     except Exception as error:  # noqa: BLE001  as in `trouble`
         return replace(found, outcome="failed", reason=f"{type(error).__name__}: {error}")
@@ -343,7 +300,7 @@ def try_group(arch: str, names: tuple[str, ...]) -> Group:
 def _refused(names: Sequence[str], arch: str) -> bool:
     """Is the stack refused when it is built."""
     try:
-        built(_members(*names), tiny(arch))
+        built(members_as_tried(*names), tiny(arch))
     except Exception as error:  # noqa: BLE001  any other is the failure that was seen
         return isinstance(error, ConflictError)
     return False
@@ -351,7 +308,7 @@ def _refused(names: Sequence[str], arch: str) -> bool:
 
 def _stands_first(name: str) -> bool:
     """Would a plugin that works on what stands before it stand before all others, which is a fault of its own."""
-    (member,) = _plain((name,))
+    (member,) = plain((name,))
     return member.claims(Claim.WORKS_ON_PREVIOUS)
 
 
@@ -360,54 +317,9 @@ def trouble(names: Sequence[str], arch: str) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
-            live(_members(*names), arch, Path(folder) / "bundle")
+            live(members_as_tried(*names), arch, Path(folder) / "bundle")
     except (AssertionError, PeftxError) as error:
         return str(error) or "assertion failed"
     except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def _members(*names: str) -> list[Member]:
-    """Plugins as their authors try them, for a stack."""
-    return [
-        Member(member.id, _example.__wrapped__(name))
-        for name, member in zip(names, _plain(names), strict=True)
-    ]
-
-
-def _plain(names: Sequence[str]) -> list[Member]:
-    """The same to be looked at alone: they are made once."""
-    ids = (name if name not in names[:i] else f"{name}-2" for i, name in enumerate(names))
-    return [Member(id, _example(name)) for id, name in zip(ids, names, strict=True)]
-
-
-@cache
-def _example(name: str) -> Plugin:
-    plugin = Registry().load(name)
-    return plugin(**plugin.example)
-
-
-@cache
-def _arch(*names: str) -> str:
-    """`llama`; where a plugin does not stand on it, the first architecture that it names."""
-    registry = Registry()
-    for name in names:
-        if _stands_on(name, "llama") is not None and registry.load(name).architectures:
-            return registry.load(name).architectures[0]
-    return "llama"
-
-
-@cache
-def _stands_on(name: str, arch: str) -> str | None:
-    """Why a plugin alone has no place on a tiny model; None if it has."""
-    if arch == "llama":
-        return _alone(name, arch).refused
-    try:  # only the whole life tells, as for drafts on a model without a cache that can be cut
-        with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder:
-            live(_members(name), arch, Path(folder) / "bundle")
-    except NO_PLACE as error:
-        return str(error)
-    except PeftxError:
-        return None  # it needs a companion, which a pair may have
-    return None
