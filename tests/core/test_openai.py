@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import shutil
-import socket
 import struct
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 
 from peftx import Stack
@@ -55,28 +50,6 @@ def http(stack: Stack) -> Iterator[TestClient]:
         yield found
 
 
-@contextlib.contextmanager
-def listening(server: Server) -> Iterator[str]:
-    """The server on a port of the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = uvicorn.Server(
-        uvicorn.Config(build_app(server), host="127.0.0.1", port=port, log_level="warning")
-    )
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    until = time.monotonic() + 60
-    while not running.started:
-        assert time.monotonic() < until, "the server did not start"
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        running.should_exit = True
-        thread.join(60)
-
-
 def chat(http: TestClient, **body: Any) -> Any:
     found = http.post(
         "/v1/chat/completions", json={"model": "small", "messages": TALK, "max_tokens": 6} | body
@@ -85,7 +58,7 @@ def chat(http: TestClient, **body: Any) -> Any:
     return found.json()
 
 
-def test_the_official_client(stack: Stack) -> None:
+def test_the_official_client(stack: Stack, listening: Any) -> None:
     import openai
 
     expected = stack.generate("<system>Short.<user>Hi<assistant>", max_new_tokens=6, do_sample=False)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import uvicorn
 
 import peftx
 from peftx import Stack, Worker, companion
 from peftx.errors import BundleError, DataError, PeftxError, UnsupportedError
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.toolkits.serving.app import build_app
 from peftx.toolkits.serving.server import Server
 from peftx.toolkits.working import Budget, OfStack, Recorded, Scripted
 from peftx.toolkits.working.remote import Remote
@@ -120,18 +118,10 @@ def test_recorded_answers(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[str, Stack]]:
+def server(listening: Any) -> Iterator[tuple[str, Stack]]:
     stack = Stack("peftx:tiny", [Lora(rank=2)])
-    config = uvicorn.Config(build_app(Server(stack, name="tiny")), port=0, log_level="error", lifespan="on")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        assert thread.is_alive()
-    port = running.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1", stack
-    running.should_exit = True
-    thread.join()
+    with listening(Server(stack, name="tiny")) as url:
+        yield f"{url}/v1", stack
 
 
 def test_a_server_answers(server: tuple[str, Stack]) -> None:
