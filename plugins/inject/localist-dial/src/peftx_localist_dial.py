@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from itertools import chain, count
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -62,6 +62,9 @@ class LocalistDialConfig(PluginConfig):
     )
     dial: float = Field(1.0, ge=0, allow_inf_nan=False, description="lambda, at the start")
     penalty: float = Field(0.01, ge=0, allow_inf_nan=False, description="c, of the group lasso")
+    sweep: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        tuple(map(float, range(0, 31, 2))), min_length=1, description="lambdas of the figure, rising"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> LocalistDialConfig:
@@ -70,6 +73,8 @@ class LocalistDialConfig(PluginConfig):
         for name, words in chain(self.blocks.items(), self.candidates.items()):
             if not words:
                 raise ValueError(f"{name!r} names no words")
+        if [*self.sweep] != sorted(set(self.sweep)):
+            raise ValueError("sweep is not rising")
         for name in chain(*self.rules):
             if name not in {**self.blocks, **self.candidates}:
                 raise ValueError(f"a rule names {name!r}, which is no block")
@@ -81,8 +86,8 @@ class Blocks(nn.Module):
     none.
 
     Attributes:
-        dial: lambda. notes: None, or a list that gets [mass on the relevant, entropy in bits, 1] summed over the
-            queries with a block and the heads of each layer that runs.
+        dial: lambda. notes: None, or a list that gets [mass on the relevant, entropy in bits, 1, least mass that the
+            bound allows] summed over the queries with a block and the heads of each layer that runs.
     """
 
     of: Tensor
@@ -123,11 +128,22 @@ class Localist(AttentionEdit):
         s = torch.where(q > 0, q.clamp_min(torch.finfo(q.dtype).tiny).log(), -torch.inf)
         q = torch.softmax(s + blocks.dial * r, -1)
         if blocks.notes is not None:
-            each = torch.stack(
-                ((q * r).sum(-1), torch.special.entr(q).sum(-1) / math.log(2), torch.ones_like(q[..., 0]))
-            )
+            mass, entropy = (q * r).sum(-1), torch.special.entr(q).sum(-1) / math.log(2)
+            each = torch.stack((mass, entropy, torch.ones_like(mass), least_mass(s, r, blocks.dial)))
             blocks.notes.append((each * (queries > 0)[:, None]).sum((1, 2, 3)))
         return q.to(p.dtype)
+
+
+def least_mass(s: Tensor, r: Tensor, dial: float) -> Tensor:
+    """What the bound leaves on the relevant keys of each query, [B, H, Q], 0 where it says nothing.
+
+    Args:
+        s: scores [B, H, Q, K], up to a number for each query; -inf for what it does not see. r: bool [B, 1, Q, K].
+    """
+    seen = s > -torch.inf
+    m = s.amax(-1) - s.masked_fill(~seen, torch.inf).amin(-1)
+    w, v = (seen & ~r).sum(-1), (seen & r).sum(-1)
+    return (1 - w / v * (m - dial).exp()).nan_to_num(0.0).clamp_min(0)
 
 
 class LocalistDial(Plugin):
@@ -221,6 +237,19 @@ class LocalistDial(Plugin):
         assert nll.count is not None
         return nll.value * nll.count / math.log(2), notes
 
+    def sweep(self, stack: Stack, rows: Sequence[Any]) -> Tensor:
+        """The experiment: under each lambda of `sweep` the mean mass on relevant keys of queries that have a block, and
+        the least that the bound allows, [2, lambdas]. The dial is where it was afterwards."""
+        found = []
+        try:
+            for dial in self.config.sweep:
+                self.blocks.dial = dial
+                _, (mass, _entropy, queries, least) = self.read(stack, rows)
+                found.append(torch.stack((mass, least)) / queries)
+        finally:
+            self.blocks.dial = self.dial
+        return torch.stack(found, 1)
+
     def gains(self, stack: Stack, rows: Sequence[Any]) -> dict[str, float]:
         """Bits that each candidate saves, less what it costs; of those that have joined none."""
         found, (old, _) = {}, self.read(stack, rows)
@@ -242,23 +271,29 @@ class LocalistDial(Plugin):
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
-        """Add, of the rows `eval`, the mean `mass` on relevant keys and `entropy` of queries that have a block, the
-        share of groups that are `zero`, and `recruit/<name>`, what a candidate would gain.
+        """Add, of the rows `eval`, the mean `mass` on relevant keys, the `least_mass` that the bound allows, and the
+        `entropy` of queries that have a block, the share of groups that are `zero`, and `recruit/<name>`, what a
+        candidate would gain; mass and bound by the dial go to `localist-dial.html` in the run's folder.
 
         Raises:
             DataError: none of their tokens is of a block.
         """
         stack, rows = evaluation.stack, evaluation.rows("eval")
-        _, (mass, entropy, queries) = self.read(stack, rows)
+        _, (mass, entropy, queries, least) = self.read(stack, rows)
         if queries == 0:
             hint = f"rows with words of {', '.join(self.config.blocks)}"
             raise DataError("localist-dial: no token of the rows is of a block", hint=hint)
         norms = torch.cat([norms_of(*groups_of(site, size)) for site, size in self.heads])
         evaluation.add("mass", mass / queries, count=int(queries))
+        evaluation.add("least_mass", least / queries, count=int(queries))
         evaluation.add("entropy", entropy / queries, count=int(queries), unit="bits")
         evaluation.add("zero", (norms == 0).double().mean(), count=len(norms))
         for name, bits in self.gains(stack, rows).items():
             evaluation.add(f"recruit/{name}", bits, unit="bits")
+        if evaluation.output_dir is not None:
+            curves = zip(("mass", "least mass by the bound"), self.sweep(stack, rows).tolist(), strict=True)
+            drawn = {name: zip(self.config.sweep, values, strict=True) for name, values in curves}
+            evaluation.figure("localist-dial", drawn, x="dial", y="mass on relevant keys")
 
 
 def groups_of(site: BoundSite, size: int) -> tuple[Tensor, list[Tensor]]:

@@ -158,6 +158,30 @@ def test_what_goes_astray_stays_below_the_bound() -> None:
         has = r.any(-1)
         assert first[0] == pytest.approx(float((1 - astray)[:, has].sum()), rel=1e-4)
         assert first[2] == 4 * has.sum()
+        least = torch.where(has, (1 - w / v * (m - dial).exp()).clamp_min(0).nan_to_num(0), 0)
+        assert first[3] == pytest.approx(float(least.sum()), rel=1e-4)
+        assert 0 < first[3] <= first[0]
+
+
+def test_the_experiment_and_its_figure(tmp_path: Path) -> None:
+    """The bound holds under every dial, says nothing at first, and takes all at the end."""
+    stack, plugin = stack_of(dial=1.5, sweep=(0.0, 2.0, 4.0, 8.0, 16.0))
+    found = stack.evaluate(ROWS, metrics=["localist-dial"], output_dir=tmp_path / "figures")
+    assert (plugin.dial, plugin.blocks.dial) == (1.5, 1.5)
+    mass, least = curves = plugin.sweep(stack, ROWS)
+    assert bool((least <= mass + 1e-6).all())
+    assert (float(least[0]), float(least[-1])) == (0, pytest.approx(1, abs=1e-3))
+    assert least.tolist() == sorted(least.tolist())
+    plugin.dial = 4.0
+    again = scores(stack)
+    assert [again[name] for name in ("mass", "least_mass")] == pytest.approx(curves[:, 2].tolist(), rel=1e-5)
+    assert again["mass"] != pytest.approx(found["mass"].value, rel=1e-3)
+    page = (tmp_path / "figures" / "localist-dial.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 1
+    assert [len(part.split('"', 1)[0].split()) for part in page.split('points="')[1:]] == [5, 5]
+    assert not stack.evaluate(ROWS, metrics=["localist-dial"]).keys() - found.keys(), (
+        "and no figure without a place"
+    )
 
 
 @torch.no_grad()
@@ -335,6 +359,8 @@ def test_clear_errors() -> None:
         ({"dial": -1.0}, "dial"),
         ({"dial": math.inf}, "dial"),
         ({"penalty": -1.0}, "penalty"),
+        ({"sweep": (-1.0,)}, "sweep"),
+        ({"sweep": (2.0, 1.0)}, "rising"),
     ):
         with pytest.raises(PeftxError, match=said):
             LocalistDial(**{"blocks": BLOCKS, **options})
