@@ -15,6 +15,11 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 MESSAGE: Final = frozenset({"role", "content"})
 TOOLS: Final = frozenset({"tool_calls", "tool_call_id", "name"})
 """Further keys of a message, where tools are called."""
+TURNS_ARE: Final = {
+    "prompt-completion": "conversations are of format messages: arrays in both prompt and completion, or in messages",
+    "preference": "conversations of one turn each are read from chosen and rejected alone, with the question in both",
+}
+"""Where conversations go that stand in columns of texts."""
 LISTED: Final = 5
 """Places of refused rows that a message lists."""
 
@@ -83,11 +88,8 @@ def check_row(
                 f"{where} must be a string, got {json_type(value)}",
                 hint=f'labels are strings: write "{value}"',
             )
-        if key in ("prompt", "completion") and isinstance(value, list):
-            raise DataError(
-                f"{where} must be a string, got an array",
-                hint="conversations are of format messages: arrays in both prompt and completion, or one in messages",
-            )
+        if isinstance(value, list) and format in TURNS_ARE:
+            raise DataError(f"{where} must be a string, got an array", hint=TURNS_ARE[format])
         require_text(value, where)
 
 

@@ -127,6 +127,7 @@ def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
         ([{"chosen": MESSAGES, "rejected": MESSAGES}], "one turn of the user and one of the assistant"),
         ([{"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, PAIR], "rows.jsonl:2: 'prompt' and 'completion' must"),
         ([PAIR, {"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}], "rows.jsonl:2: 'prompt' must be a string"),
+        ([{"prompt": MESSAGES[:2], "chosen": MESSAGES[2:], "rejected": MESSAGES[2:]}], "from chosen and"),
         ([{"question": "a", "answer": None}], "'completion' must be a string, got null"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
