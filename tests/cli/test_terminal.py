@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,15 @@ def test_serve_without_its_packages(
     assert "pip install 'peftx[serve]'" in message
 
 
+def served(port: int, log: Path) -> None:
+    from peftx_cli.main import main
+
+    sys.argv = ["peftx", "serve", "peftx:tiny", "--port", str(port)]
+    with log.open("w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        main()
+
+
 def test_serve_answers_over_a_socket(installed: Any) -> None:
     import signal
     import socket
@@ -325,10 +335,9 @@ def test_serve_answers_over_a_socket(installed: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peftx_cli", "serve", "peftx:tiny", "--port", str(port)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    log = installed.work / "log"
+    process = get_context("fork").Process(target=served, args=(port, log))  # the libraries are loaded here
+    process.start()
     try:
         deadline = time.monotonic() + 240
         while True:
@@ -336,7 +345,7 @@ def test_serve_answers_over_a_socket(installed: Any) -> None:
                 health = httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10)
                 break
             except httpx.TransportError:
-                assert process.poll() is None, process.communicate()
+                assert process.is_alive(), log.read_text()
                 assert time.monotonic() < deadline, "it does not answer"
                 time.sleep(0.2)
         assert health.json()["status"] == "ok"
@@ -347,8 +356,9 @@ def test_serve_answers_over_a_socket(installed: Any) -> None:
         strange = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"Host": "evil.example"}, timeout=10)
         assert strange.status_code == 400
     finally:
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(60)
+    output = log.read_text("utf-8")
     assert "Traceback" not in output, output
 
 
