@@ -14,9 +14,10 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 import peftx
 from peftx import Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
-from peftx.engines.data import IGNORE, Collator
+from peftx.engines.data import IGNORE, Collator, encode_pair
 from peftx.engines.training import TrainStep
 from peftx.engines.training.order import Shuffled
+from peftx.engines.training.run import as_training_data
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import PAD
@@ -339,3 +340,62 @@ def test_rows_with_pads_on_the_left_are_no_packed_ones() -> None:
     stack.model(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
     )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_grpo_with_shared_prefixes_has_the_loss_of_grpo_of_trl(beta: float, tmp_path: Path) -> None:
+    """`_compute_loss` of TRL on a row an answer, and one row a group: loss and gradients, when the model has moved so
+    far from the one that drew the answers that some ratios are cut."""
+    said = {"Is tea nice?": (" yes", " no, never", " so so"), "Rain?": (" wet", " a", " not a bit of it")}
+    rows = [{"prompt": x, "completion": y, "reward": float(len(y) % 4)} for x, ys in said.items() for y in ys]
+    stack = stack_of(plugin("lora", rank=2), plugin("prefix-grouper", beta=beta, clip=0.2))
+    stack.model.double()
+    data = stack.prepare(as_training_data(stack, rows, seed=0, max_length=64))
+    assert data.train is not None
+    batch = Collator(PAD, pad_values={"segments": 0})(list(data.train))
+    pairs = [encode_pair(stack.tokenizer, r["prompt"], r["completion"], max_length=64) for r in rows]
+    answers = [[i for i in pair.labels if i != IGNORE] for pair in pairs]
+    prompts = [pair.input_ids[: -len(y)] for pair, y in zip(pairs, answers, strict=True)]
+    width = max(map(len, prompts))
+    left = torch.tensor([[PAD] * (width - len(x)) + x for x in prompts])
+    right = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, answers)), True, PAD)
+    inputs = {
+        "prompt_ids": left, "prompt_mask": torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts]),
+        "completion_ids": right,
+        "completion_mask": (torch.arange(right.shape[1]) < torch.tensor([[len(y)] for y in answers])).long(),
+        "advantages": batch["advantages"].flatten(),
+    }  # fmt: skip
+    arguments = GRPOConfig(
+        **settings(tmp_path), num_generations=2, loss_type="grpo", bf16=False, use_bias_correction_kl=False
+    )
+    trainer = GRPOTrainer(
+        model=stack.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=stack.tokenizer,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    )  # fmt: skip
+    trainer.beta, trainer.current_gradient_accumulation_steps = beta, 1
+    ids, mask = torch.cat((left, right), 1), torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
+    stack.train_step(batch)  # remembers the start
+    with torch.no_grad():
+        old = trainer._get_per_token_logps_and_entropies(stack.model, ids, mask, right.shape[1])[0]
+        torch.manual_seed(0)
+        for p in stack.ledger.parameters("lora"):
+            p.add_(torch.randn_like(p), alpha=0.1)
+    found = []
+    for loss in (
+        lambda: stack.train_step(batch),
+        lambda: trainer._compute_loss(
+            stack.model, {**inputs, "old_per_token_logps": old, "ref_per_token_logps": old}
+        ),
+    ):
+        stack.model.zero_grad()
+        value = loss()
+        if value.requires_grad:
+            value.backward()
+        found.append((float(value.detach()), [p.grad.clone() for p in stack.ledger.parameters("lora")]))
+    (ours, g), (theirs, h) = found
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert abs(theirs) > 1e-2
+    for one, other in zip(g, h, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    mode = "train" if stack.model.training else "eval"
+    assert trainer._metrics[mode]["clip_ratio/region_mean"][-1] > 0
