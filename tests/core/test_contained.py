@@ -33,7 +33,6 @@ def packed(*names: str, **options: dict[str, Any]) -> Stack:
     [
         # First values out of an embedding that a later plugin brings.
         ("byte2word", "full-finetuning", "nf4"),
-        ("nf4", "word-pooled-lm", "lt-sft"),
         ("multi-control", "gmt", "signround"),  # a copy of the model
         ("hypertuning", "bitdelta", "nf4"),
         ("multi-control", "hft", "cfsp"),  # folded for good

@@ -41,7 +41,7 @@ MODULES = {
     "mamba": ["in_proj", "x_proj"],
     "gpt_oss": ["v_proj"],
     "whisper": ["q_proj"],
-    "vit": ["query"],
+    "vit": ["q_proj"],
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -450,7 +450,7 @@ def test_keys_too_many_or_too_few_or_of_another_size_are_named(tmp_path: Path) -
          r"embed_tokens\.lora_embedding_A and 1 more, which 'dora' does not compute"),
         ("whisper", {"target_modules": ["q_proj", "conv1"]}, r"a convolution, model\.encoder\.conv1 \(4x8x3\)"),
         ("whisper", {"target_modules": ["q_proj", "conv1"], "use_dora": True}, "a convolution, model.encoder.conv1"),
-        ("vit", {"target_modules": ["query", "projection"]}, r"projection \(4x3x8x8\)"),
+        ("vit", {"target_modules": ["q_proj", "projection"]}, r"projection \(4x3x8x8\)"),
     ],
 )  # fmt: skip
 def test_places_that_no_plugin_adapts_are_named(

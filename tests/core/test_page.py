@@ -195,7 +195,7 @@ def test_all_can_be_done_by_keyboard(browser: Browser, stack: Stack, listening: 
         assert browser.value("$('log').childElementCount") == 0, "another choice begins afresh"
         browser.press("Enter")
         assert browser.value(focused) == "ask"
-        browser.value("$('tokens').value = 4096; 0")
+        browser.value("$('tokens').value = 900; 0")
         browser.do("Input.insertText", text="Once")
         browser.press("Enter")
         browser.until("document.querySelectorAll('#log .assistant').length === 2")

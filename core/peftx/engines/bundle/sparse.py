@@ -47,7 +47,8 @@ def widened(stored: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
 
 
 def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(mask, values) of what is not 0, where that is the shorter way to say it. -0.0 counts as a value.
+    """(mask, values) of what is not 0, where that is the shorter way to say it. -0.0 counts as a value. What is 0 all
+    over has not begun to train, and is left as large as it will be.
 
     Returns:
         mask: as `as_bits` gives it. values: [n], in the tensor's dtype, in its order.
@@ -57,7 +58,7 @@ def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     flat = tensor.detach().reshape(-1)
     there = (flat != 0) | flat.signbit()
     left = int(there.sum())
-    if left * flat.element_size() + -(-len(flat) // 8) >= flat.nbytes:
+    if not left or left * flat.element_size() + -(-len(flat) // 8) >= flat.nbytes:
         return None
     return as_bits(there), flat[there]
 

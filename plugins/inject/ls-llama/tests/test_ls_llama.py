@@ -210,7 +210,14 @@ def test_an_encoder_reads_texts_with_their_end(task: str) -> None:
     for arch, ends in (("bert", True), ("llama", False)):
         plugin = LsLlama(task=task, labels=TAGS if task == "token" else LABELS)
         stack = Stack(tiny(arch), [plugin], tokenizer=tiny_tokenizer(ends=True))
-        rows = TAGGED if task == "token" else [{"text": row["text"], "label": "bad"} for row in TAGGED]
+        rows = (
+            TAGGED
+            if task == "token"
+            else [
+                {"text": row["text"], "label": label}
+                for row, label in zip(TAGGED, LABELS * len(TAGGED), strict=False)
+            ]
+        )
         trained = [ids[mask.bool()].tolist() for ids, mask in zip(
             *(batch_of(stack, rows)[name] for name in ("input_ids", "attention_mask")), strict=True
         )]  # fmt: skip

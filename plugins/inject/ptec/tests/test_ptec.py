@@ -290,10 +290,10 @@ def test_labels_that_a_tokenizer_cannot_tell(labels: list[str], match: str) -> N
 
 @pytest.mark.parametrize(
     ("labels", "match"),
-    [(["a"], "at least two"), (["a", "a"], "stands twice"), (["a", ""], "is empty")],
+    [(["a"], "at least 2 items"), (["a", "a"], "stands twice"), (["a", ""], "is empty")],
 )
 def test_labels_that_are_none(labels: list[str], match: str) -> None:
-    with pytest.raises(DataError, match=match):
+    with pytest.raises(PeftxError, match=match):
         stack_of(labels=labels)
 
 

@@ -56,6 +56,7 @@ class SurgicalFim(Plugin):
         Claim.TAKES_WEIGHTS,
     }
     architectures = ("roberta", "mixtral")
+    exempt = {"scores_are_finite": "the scores are of the training that chooses the layers"}
     example = {"layers": 1}
     config: SurgicalFimConfig
 
