@@ -269,7 +269,7 @@ class Apt(Plugin):
     Config = AptConfig
     claims = {
         Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.FOLDS_PREVIOUS, Claim.EDITS_INPUTS,
-        Claim.TAKES_WEIGHTS, Claim.NARROWS,
+        Claim.TAKES_WEIGHTS, Claim.NARROWS, Claim.NEEDS_MASK,
     }  # fmt: skip
     architectures = ("mistral", "gemma2", "roberta")
     # A loop of one's own does not know its length, and these runs have few steps.

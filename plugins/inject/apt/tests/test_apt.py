@@ -799,3 +799,10 @@ def test_adapters_have_room_in_small_matrices() -> None:
     assert a.A.shape == (16, 32)
     with pytest.raises(PeftxError, match="rank 17 exceeds the 16x32 matrix"):
         build(arch="qwen2", rank=17, max_rank=64, targets="attention.k")
+
+
+def test_packed_rows_are_refused() -> None:
+    """Scores and the teacher's lesson are of tokens that the mask of a row tells from pads."""
+    stack = Stack(tiny("llama"), [Apt(**Apt.example)], tokenizer=tiny_tokenizer())
+    with pytest.raises(ConflictError, match="'apt' may look across the tokens of a row"):
+        stack.train(ROWS, steps=1, batch_size=2, packing=True)
