@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -220,14 +220,33 @@ def test_a_draw_is_the_first_and_one_more(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_what_is_drawn_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the companions, of which the first architecture meets one."""
     planned = plan_checks(OnFirstRows)
     monkeypatch.setenv(DRAW, "all")
     assert [item.id for item in drawn(planned)] == [item.id for item in planned]
     monkeypatch.setenv(DRAW, "draw")
     some = drawn(planned)
     for arch in {item.arch for item in some if item.check.on == "model"}:
-        assert [i.id for i in some if i.arch == arch] == [i.id for i in planned if i.arch == arch]
-    assert {i.id for i in planned if i.check.on in ("package", "first")} <= {i.id for i in some}
+        assert of_all(some, arch) == of_all(planned, arch)
+    assert {i.id for i in planned if i.check.on in ("package", "first") and not i.check.one_of} <= {
+        i.id for i in some
+    }
+
+
+def of_all(items: Sequence[Planned], arch: str) -> list[str]:
+    return [item.id for item in items if item.arch == arch and not item.check.one_of]
+
+
+def test_many_plugins_meet_every_companion(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv(DRAW, "draw")
+    whole = {item.id for item in plan_checks(OnFirstRows) if item.check.one_of}
+    assert len(whole) == 3
+    seen: set[str] = set()
+    for number in range(30):
+        met = [item.id for item in with_source(monkeypatch, tmp_path, str(number)) if item.check.one_of]
+        assert len(met) == 1
+        seen |= set(met)
+    assert seen == whole
 
 
 def test_one_item_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,8 @@ def drawn(planned: Sequence[Planned]) -> list[Planned]:
     """Those that are to run: all, or as the environment asks for (see above).
 
     The second architecture hangs on the plugin's name and source, so that a changed plugin may meet another one; of
-    the odd ones one is drawn likewise. What runs on the first architecture of a kind, or is to be refused, always does.
+    the odd ones one is drawn likewise. What runs on the first architecture of a kind, or is to be refused, always does;
+    of the companions that it has to go with, one does.
     """
     asked = os.environ.get(DRAW, "all")
     if asked not in ("all", "draw"):
@@ -165,7 +166,13 @@ def drawn(planned: Sequence[Planned]) -> list[Planned]:
     odd = list(dict.fromkeys(item.arch for item in planned if item.check.on == "odd"))
     chosen |= {arch for i, arch in enumerate(odd) if i == seed % len(odd)}
     always = ("package", "first", "first-text", "first-generative", "refused")
-    return [item for item in planned if item.arch in chosen or item.check.on in always]
+    left = [item for item in planned if item.arch in chosen or item.check.on in always]
+    groups: dict[str, list[Planned]] = {}
+    for item in left:
+        if item.check.one_of:
+            groups.setdefault(item.check.one_of, []).append(item)
+    out = {id(item) for each in groups.values() for i, item in enumerate(each) if i != seed % len(each)}
+    return [item for item in left if id(item) not in out]
 
 
 @cache

@@ -153,7 +153,7 @@ def check_input_edits_are_claimed(case: Case) -> None:
     assert claimed or not shown, f"the delta at {shown[0]} edits its input: claim edits-inputs"
 
 
-@check(when=changes_model)
+@check(on="first", when=changes_model)
 def check_modes_are_the_models(case: Case) -> None:
     """All that it puts on a model is in training or evaluation as the model is: else dropout acts on answers."""
     stack = case.stack()

@@ -24,6 +24,8 @@ class Check:
     run: Callable[[Case], None]
     on: On
     applies: Callable[[Subject], bool]
+    one_of: str = ""
+    """Of checks with the same word here one is drawn, where architectures are."""
 
     @property
     def summary(self) -> str:
@@ -31,12 +33,12 @@ class Check:
 
 
 def check(
-    *, on: On = "model", when: Callable[[Subject], bool] = lambda subject: True
+    *, on: On = "model", when: Callable[[Subject], bool] = lambda subject: True, one_of: str = ""
 ) -> Callable[[Callable[[Case], None]], Check]:
     """Turn `check_xxx(case)` into the check `xxx`; it raises AssertionError with the numbers."""
 
     def wrap(function: Callable[[Case], None]) -> Check:
-        return Check(function.__name__.removeprefix("check_"), function, on, when)
+        return Check(function.__name__.removeprefix("check_"), function, on, when, one_of)
 
     return wrap
 

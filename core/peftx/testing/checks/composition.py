@@ -24,19 +24,19 @@ def _composes(subject: Subject) -> bool:
     return subject.implements("inject", "train_step", "compress", "decode")
 
 
-@check(on="first", when=_composes)
+@check(on="first", when=_composes, one_of="companions")
 def check_composes_with_weights(case: Case) -> None:
     """With a low-rank update of the weights: works in both orders, or the conflict names both."""
     _both_orders(case, COMPANION, ReferenceLowRank)
 
 
-@check(on="first", when=_composes)
+@check(on="first", when=_composes, one_of="companions")
 def check_composes_with_norms(case: Case) -> None:
     """With gains behind the norms: works in both orders, or the conflict names both."""
     _both_orders(case, "reference-gain", ReferenceGain)
 
 
-@check(on="first", when=_composes)
+@check(on="first", when=_composes, one_of="companions")
 def check_composes_with_prompt(case: Case) -> None:
     """With soft tokens: works in both orders, or the conflict names both."""
     _both_orders(case, "reference-prompt", ReferencePrompt)
