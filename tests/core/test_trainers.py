@@ -399,3 +399,11 @@ def test_grpo_with_shared_prefixes_has_the_loss_of_grpo_of_trl(beta: float, tmp_
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     mode = "train" if stack.model.training else "eval"
     assert trainer._metrics[mode]["clip_ratio/region_mean"][-1] > 0
+
+
+def test_a_tree_of_drafts_is_no_packed_row() -> None:
+    """Its nodes have the positions of their depth, and a mask of its own says what each sees."""
+    stack = Stack("peftx:tiny", [plugin("prompt-tuning", length=3), plugin("aded")])
+    alone = Stack("peftx:tiny", [plugin("prompt-tuning", length=3)])
+    prompt = "Write the log of Far Point for Monday. Far Point, Far Point, Far Point"
+    assert stack.generate(prompt, max_new_tokens=12) == alone.generate(prompt, max_new_tokens=12)

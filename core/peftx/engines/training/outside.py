@@ -42,6 +42,8 @@ def refuse_fused_head(model: PreTrainedModel) -> None:
 
 def _refuse_packed(positions: Tensor, mask: Tensor | None) -> None:
     """Raises ConflictError where positions begin again within a row: soft tokens stand before its first text alone."""
+    if mask is not None and mask.ndim != 2:
+        return  # a tree of drafts, or another layout whose mask says what is seen
     again = positions[..., 1:] < positions[..., :-1]
     if mask is not None and mask.shape == positions.shape:
         again = again & mask[..., :-1].bool()  # pads on the left may have any

@@ -19,11 +19,12 @@ from functools import partial
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftx import (
     Claim,
+    Delta,
     Evaluation,
     ModelView,
     Plugin,
@@ -36,6 +37,7 @@ from peftx import (
 from peftx.errors import BatchError, TrainingError
 from peftx.kernel import calls
 from peftx.kernel.call import Call
+from peftx.kernel.parts import DeltaPart
 from peftx.kernel.reading import check_output
 
 Measure = Callable[[Tensor], Tensor]
@@ -75,28 +77,26 @@ def count(o: Tensor, threshold: float) -> Tensor:
     return (o.abs() > threshold).float().mean(-1)
 
 
-class Observer:
-    """Measures what one layer reads.
+class Observer(Delta):
+    """Measures its layer's input while somebody watches, and changes nothing.
 
     Args:
-        site: the layer. call: what the model is called on. measure: of activations. two_towers: an encoder and a
-            decoder. off: is nobody to look now.
+        site: where it stands. call: what the model is called on. two_towers: an encoder and a decoder. measure: what is
+            watched, if anything is.
     """
 
-    def __init__(
-        self, site: Site, call: Call, measure: Measure, *, two_towers: bool, off: Callable[[], bool]
-    ) -> None:
-        self.tower, self.layer, self.call = site.tower, site.layer, call
-        self.measure, self.off = measure, off
+    def __init__(self, site: Site, call: Call, *, two_towers: bool, measure: Measure | None = None) -> None:
+        super().__init__()
+        self.tower, self.layer, self.call, self.measure = site.tower, site.layer, call, measure
         self.answers = two_towers and site.tower == "decoder"
         self.seen: list[tuple[bool, Tensor, Tensor]] = []
         """Of each call: was a gradient recorded; one number a token, [B, T] or [B * T]; which tokens count."""
 
-    def look(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
-        if self.off():
-            return  # another plugin asks the model without this one
-        tokens = self.measure(arguments[0])
-        self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.measure is not None:
+            tokens = self.measure(x)
+            self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
+        return y
 
     def weights(self, tokens: Tensor) -> Tensor:
         """1 for tokens of what the tower reads, soft ones too, and 0 for pads, [B, T]. A mask of other tokens as it is:
@@ -111,34 +111,49 @@ class Observer:
             return mask
         return self.call.rows(real.to(tokens.dtype), tokens.reshape(len(real), -1), fill=1)
 
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.clone(), None if bias is None else bias.clone()
+
     def take(self) -> Tensor:
         """The means of rows seen since the last call under the present gradient mode (a reference pass without
         gradients is none of the loss's business), [rows].
 
         Raises:
-            TrainingError: nothing was.
+            PeftxError: nothing was.
         """
         found = [row_means(*seen) for grad, *seen in self.seen if grad == torch.is_grad_enabled()]
         self.seen.clear()
         if not found:
             raise TrainingError(
-                f"deft: the MLP of layer {self.layer} was not observed: it did not run, or reentrant gradient "
-                "checkpointing hides it",
-                hint="use_reentrant=False",
+                f"deft: the MLP of layer {self.layer} was not observed: it did not run, or its observer is merged "
+                "or switched off, or reentrant gradient checkpointing hides it",
+                hint="stack.unmerge(), or use_reentrant=False",
             )
         return torch.cat(found)
 
 
 @contextmanager
-def observing(
-    model: PreTrainedModel, sites: Sequence[Site], measure: Measure, off: Callable[[], bool] = lambda: False
-) -> Iterator[list[Observer]]:
-    """Observers of the layers themselves, whatever stands on them, is merged into them or stands in their place."""
+def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
+    """Observe. On until after the backward pass, since checkpointing runs the blocks a second time there."""
+    try:
+        for observer in observers:
+            observer.measure = measure
+        yield
+    finally:
+        for observer in observers:
+            observer.measure = None
+            observer.seen.clear()
+
+
+@contextmanager
+def listening(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
+    """Observers outside the layers: those in the slots may be folded away, merged or switched off."""
     two_towers = model.config.is_encoder_decoder
     with calls.listening(model) as call, ExitStack() as hooks:
-        observers = [Observer(site, call, measure, two_towers=two_towers, off=off) for site in sites]
+        observers = [Observer(site, call, two_towers=two_towers, measure=measure) for site in sites]
         for site, observer in zip(sites, observers, strict=True):
-            hooks.enter_context(site.module.register_forward_pre_hook(observer.look))
+            hook = site.module.register_forward_hook(lambda _, x, y, observer=observer: observer(x[0], y))
+            hooks.enter_context(hook)
         yield observers
 
 
@@ -164,22 +179,24 @@ class Deft(Plugin):
     """See the module."""
 
     Config = DeftConfig
-    claims = {Claim.NEEDS_MASK}
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_MASK}
     architectures = ("opt", "gemma2")
     example = {"eps": 1e-3}  # at 1e-7 a slope of 1 / eps makes another gradient of a random model's rounding
     config: DeftConfig
 
-    def suits(self, model: ModelView) -> None:
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
         for site in model.linears(self.config.targets):
             check_output(site, owner=model.owner)
+            site.attach(Observer(site, model.call, two_towers=model.anatomy.is_encoder_decoder))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        stack, id = step.stack, step.stack.id_of(self)
-        sites, measure = stack.view(id).linears(self.config.targets), partial(density, eps=self.config.eps)
-        with observing(stack.model, sites, measure, off=lambda: stack.standing[id].disabled) as observers:
+        mine = step.stack.ledger.of(step.stack.id_of(self), DeltaPart)
+        observers = [part.module for part in mine if isinstance(part.module, Observer)]
+        with watching(observers, partial(density, eps=self.config.eps)):
             step.add_loss("density", lambda _: total(observers), weight=self.config.alpha, over="rows")
-            return (yield)  # and the backward pass, where checkpointing runs the blocks a second time
+            return (yield)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
@@ -187,7 +204,7 @@ class Deft(Plugin):
         stack, model = evaluation.stack, evaluation.stack.model
         sites = stack.view(stack.id_of(self)).linears(self.config.targets)
         found: dict[str, list[Tensor]] = {}  # score -> densities of rows
-        with observing(model, sites, partial(count, threshold=self.config.threshold)) as observers:
+        with listening(model, sites, partial(count, threshold=self.config.threshold)) as observers:
             for batch in evaluation.batches(8):
                 model(**batch)
                 for observer in observers:

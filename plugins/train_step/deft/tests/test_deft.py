@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from torch import Tensor
 import peftx
 from peftx import Stack, TrainStep
 from peftx.errors import DataError, PeftxError
+from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
-from peftx_deft import Deft, Observer, count, density, observing, row_means
+from peftx_deft import Deft, Observer, count, density, row_means, watching
 from peftx_lora import Lora
 
 # With eps = 1e-7 the gradient turns within |o| of 3e-4, and float32's rounding of o shows as 4e-4 of it on a tiny T5
@@ -61,12 +60,8 @@ def terms(stack: Stack, batch: dict[str, Any]) -> dict[str, float]:
     return step.losses
 
 
-def sites_of(stack: Stack) -> list[Any]:
-    return stack.view("deft").linears("mlp.down")
-
-
-def looking(stack: Stack, measure: Callable[[Tensor], Tensor]) -> AbstractContextManager[list[Observer]]:
-    return observing(stack.model, sites_of(stack), measure)
+def observers(stack: Stack) -> list[Observer]:
+    return [part.module for part in stack.ledger.of("deft", DeltaPart)]
 
 
 @pytest.mark.parametrize("eps", OFFICIAL)
@@ -150,17 +145,16 @@ def test_encoder_and_decoder_are_summed_and_masked() -> None:
 def test_images_have_no_pads() -> None:
     stack = Stack(tiny("clip"), [Deft(eps=1e-2)])
     inputs = example_inputs(stack.model, padding="right")
-    sites, seen = sites_of(stack), {}
-    for site in sites:
-        site.module.register_forward_pre_hook(
-            lambda _, args, path=site.path: seen.update({path: density(args[0], 1e-2)})
-        )
-    with looking(stack, partial(density, eps=1e-2)) as watched, torch.no_grad():
+    watched, seen = observers(stack), {}
+    for observer in watched:
+        place = next(part.place for part in stack.ledger.of("deft", DeltaPart) if part.module is observer)
+        place.register_forward_pre_hook(lambda _, args, o=observer: seen.update({o: density(args[0], 1e-2)}))
+    with watching(watched, partial(density, eps=1e-2)), torch.no_grad():
         stack.model(**inputs)
-        for site, observer in zip(sites, watched, strict=True):
-            found, o = observer.take(), seen[site.path]
-            real = inputs["attention_mask"] if observer.tower == "text" else torch.ones_like(o)
-            assert torch.allclose(found, (o * real).sum(1) / real.sum(1))
+        for observer in watched:
+            found = observer.take()
+            real = inputs["attention_mask"] if observer.tower == "text" else torch.ones_like(seen[observer])
+            assert torch.allclose(found, (seen[observer] * real).sum(1) / real.sum(1))
     assert {observer.tower for observer in watched} == {"text", "vision"}
 
 
@@ -220,7 +214,7 @@ def test_checkpointing_gives_the_same_density_and_leaves_nothing_behind() -> Non
     plain = terms(stack, batch)["density"]
     stack.model.activation_checkpointing_enable({"use_reentrant": False})
     assert terms(stack, batch)["density"] == plain
-    assert not any(site.module._forward_pre_hooks for site in sites_of(stack))
+    assert all(o.measure is None and not o.seen for o in observers(stack))
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
@@ -310,9 +304,9 @@ def test_density_falls_with_alpha() -> None:
         stack = trained(alpha, steps=40, arch="opt")
         batch = batch_of(stack.model, "right")
         losses.append(terms(stack, batch)["task"])
-        with looking(stack, partial(count, threshold=0.0)) as watched, torch.no_grad():
+        with watching(observers(stack), partial(count, threshold=0.0)), torch.no_grad():
             stack.model(**batch)
-            found.append(float(torch.stack([o.take().mean() for o in watched]).mean()))
+            found.append(float(torch.stack([o.take().mean() for o in observers(stack)]).mean()))
     start = terms(stack_of("opt"), batch)["task"]
     assert found[0] > found[1] + 0.02 > found[2] + 0.04, found
     assert max(losses[:2]) < start / 2, (start, losses)
@@ -353,7 +347,9 @@ def test_evaluate_reports_both_towers_and_the_threshold_counts() -> None:
 def test_texts_are_rows_too() -> None:
     stack = Stack(tiny("llama"), [Deft()], tokenizer=tiny_tokenizer())
     assert stack.evaluate(["Once upon a time."], metrics=["deft"])["density"].value == 1
-    assert not any(site.module._forward_pre_hooks for site in sites_of(stack)), "nothing listens on"
+    assert not any(part.place._forward_hooks for part in stack.ledger.of("deft", DeltaPart)), (
+        "nothing listens on"
+    )
 
 
 def test_rows_of_no_format_are_refused_by_name() -> None:
@@ -366,7 +362,7 @@ def test_rows_of_no_format_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_merged_model_is_measured_too(tmp_path: Path, first: bool) -> None:
-    """The numbers are those from before."""
+    """The numbers are those from before; for good merged, its observers are gone, and they still are."""
     plugins = [Lora(rank=2), Deft(threshold=0.1)]
     stack = Stack(tiny("llama"), plugins if first else plugins[::-1], tokenizer=tiny_tokenizer())
     with torch.no_grad():
@@ -384,6 +380,7 @@ def test_a_merged_model_is_measured_too(tmp_path: Path, first: bool) -> None:
     stack.unmerge()
     stack.export(tmp_path / "exported")
     stack.merge(keep=False)
+    assert not any(isinstance(module, Observer) for module in stack.model.modules())
     assert measured() == pytest.approx(before, abs=1e-3)
     stack = peftx.load(stack.save(tmp_path / "bundle"), model=tiny("llama"), tokenizer=tiny_tokenizer())
     assert measured() == pytest.approx(before, abs=1e-3)
@@ -437,14 +434,21 @@ def test_targets_that_match_nothing_and_models_without_an_mlp() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     stack = stack_of()
     batch = batch_of(stack.model)
-    with looking(stack, partial(density, eps=1e-2)) as watched:
-        watched[0].call.begin({"input_ids": batch["input_ids"]})
-        for shape in ((2, 8), (19,)):  # fewer than the call's 2 x 9 tokens, or not as many for each row
-            tokens = torch.zeros(shape)
-            with pytest.raises(PeftxError, match=rf"shape \({shape[0]},.* do not go with a mask of \(2, 9\)"):
-                row_means(tokens, watched[0].weights(tokens))
+    observer = observers(stack)[0]
+    observer.call.begin({"input_ids": batch["input_ids"]})
+    for shape in ((2, 8), (19,)):  # fewer than the call's 2 x 9 tokens, or not as many for each row
+        tokens = torch.zeros(shape)
+        with pytest.raises(PeftxError, match=rf"shape \({shape[0]},.* do not go with a mask of \(2, 9\)"):
+            row_means(tokens, observer.weights(tokens))
     with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 1, 1\)"):
         row_means(torch.zeros(2, 1), torch.zeros(2, 1, 1, 1))  # which has as many numbers
     mask = torch.zeros(2, 1, 9, 9)  # additive, as packed rows have it
     with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 9, 9\)"):
         terms(stack, {**batch, "attention_mask": mask})
+
+
+def test_a_merged_observer_is_told_in_training() -> None:
+    stack = Stack(tiny("llama"), [Deft(), Lora(rank=2)])
+    stack.merge("deft")
+    with pytest.raises(PeftxError, match="was not observed"):
+        terms(stack, batch_of(stack.model))
