@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +12,10 @@ from peftx.engines.files import MOST_JSON, naming, require_plain, sha256
 from peftx.errors import BundleError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
 READ_WHOLE = 64 * 2**20
 """Bytes of a tensor file that is read at once, in half the time of one that is mapped to memory tensor by tensor."""
-CACHE_LINE = 64
-"""Bytes."""
-_TYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-"""Types of safetensors, as torch calls them."""
 
 
 def check_tensors(file: Path, *, links: bool = False) -> None:
@@ -63,42 +54,11 @@ def read_tensors(file: Path, *, links: bool = False) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     check_tensors(file, links=links)
+    small = file.stat().st_size <= READ_WHOLE
     try:
-        whole = _read_whole(file) if file.stat().st_size <= READ_WHOLE else None
-        return load_file(file) if whole is None else whole
+        return load_file(file, backend="pread" if small else "mmap")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise BundleError(f"'{file}' is no whole safetensors file: {error}") from error
-
-
-def _read_whole(file: Path) -> dict[str, Tensor] | None:
-    """All tensors of a file over one block of memory, each at the beginning of a cache line if the file has it so. The
-    library checks the header, and would read and copy tensor by tensor. None where only it knows a type."""
-    import numpy as np
-    import torch
-
-    with safe_open(file, framework="pt") as checked, file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        entries = [(name, header[name]) for name in checked.keys()]  # noqa: SIM118  # no mapping
-        if sys.byteorder != "little" or any(entry["dtype"] not in _TYPES for _, entry in entries):
-            return None
-        size = file.stat().st_size - 8 - length
-        block: NDArray[np.uint8] = np.empty(size + CACHE_LINE, np.uint8)
-        first = -block.ctypes.data % CACHE_LINE
-        if handle.readinto(block[first : first + size].data) != size:
-            raise ValueError("it became shorter while it was read")
-    found = {}
-    for name, entry in entries:
-        start, end = entry["data_offsets"]
-        dtype = getattr(torch, _TYPES[entry["dtype"]])
-        if start == end:
-            found[name] = torch.empty(entry["shape"], dtype=dtype)
-            continue
-        own = torch.frombuffer(
-            block, dtype=dtype, count=(end - start) // dtype.itemsize, offset=first + start
-        )
-        found[name] = own.view(entry["shape"])
-    return found
 
 
 def tensor_names(file: Path) -> list[str]:

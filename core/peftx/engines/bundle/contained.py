@@ -15,13 +15,17 @@ from peftx.engines.bundle.manifest import BASE, BASE_FOLDER
 from peftx.engines.bundle.surroundings import compute_buffers
 from peftx.engines.checkpoints import read_config
 from peftx.engines.files import naming
-from peftx.engines.tensor_files import CACHE_LINE, read_tensors, tensor_names
+from peftx.engines.tensor_files import read_tensors, tensor_names
 from peftx.errors import BundleError
 from peftx.kernel.parts import BasePart, hollow, swap
 
 if TYPE_CHECKING:
     from peftx.engines.bundle.manifest import BaseEntry, Manifest
     from peftx.kernel.stack import Stack
+
+
+CACHE_LINE = 64
+"""Bytes."""
 
 
 @contextmanager

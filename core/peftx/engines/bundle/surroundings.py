@@ -18,7 +18,7 @@ from peftx.errors import BundleError
 from peftx.kernel.chain import is_ours
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENIZER_FOLDER = "tokenizer"
 _SILENT = frozenset({
@@ -31,26 +31,15 @@ _SILENT = frozenset({
 
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     """The configuration's entries that say what is computed, as JSON."""
-    return _without_silent(_as_json(config))
+    return _without_silent(json.loads(config.to_json_string(use_diff=False)))
 
 
 def generation_of(model: PreTrainedModel) -> dict[str, Any] | None:
     """The settings of `generate`, as JSON; None for a model that does not generate."""
     if not model.can_generate():
         return None
-    found = _without_silent(_as_json(model.generation_config))
+    found = _without_silent(json.loads(model.generation_config.to_json_string(use_diff=False)))
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _as_json(config: PretrainedConfig | GenerationConfig) -> dict[str, Any]:
-    """What the library writes to a file, without its way through indented text where all values are JSON's own."""
-    try:
-        return dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
-    except (
-        TypeError,
-        ValueError,
-    ):  # infinite numbers, data classes: the library has its own way to write them
-        return dict(json.loads(config.to_json_string(use_diff=False)))
 
 
 def _without_silent(values: dict[str, Any]) -> dict[str, Any]:
