@@ -22,6 +22,7 @@ from peftx.engines.bundle.contained import (
     without,
 )
 from peftx.engines.bundle.manifest import (
+    ANEW,
     BASE_FOLDER,
     MANIFEST,
     BaseEntry,
@@ -256,7 +257,7 @@ def _restore(stack: Stack, entry: PluginEntry, folder: Path, later: set[str], gr
         for path, names in entry.folded.items():
             module = stack.model.get_submodule(path)
             if unknown := [name for name in names if name not in module._parameters]:
-                raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'")
+                raise BundleError(f"{owner}: {path} has no parameter '{unknown[0]}'", hint=ANEW)
             grown |= {f"{path}.{name}" for name in names if module._parameters[name] is None}
             undo = hollowed(stack.model, module, names)
             reason = f"{owner} was folded into the weights for good"
@@ -285,26 +286,30 @@ def _unpack(stack: Stack, entry: PluginEntry, tensors: dict[str, Tensor], file: 
         try:
             tensors[name] = widened(tensors[name], dtype, shape)
         except ValueError as error:
-            raise BundleError(f"{file}: {name}: {error}") from error
+            raise BundleError(f"{file}: {name}: {error}", hint=ANEW) from error
     for name, whole in entry.zeros.items():
         halves = [tensors.pop(name + end, None) for end in (AT, TO)]
         if halves[0] is None or halves[1] is None:
-            raise BundleError(f"{file}: {name} is to be made of what is not 0 in it, and that is not there")
+            raise BundleError(
+                f"{file}: {name} is to be made of what is not 0 in it, and that is not there", hint=ANEW
+            )
         try:
             tensors[name] = with_zeros(halves[0], halves[1], whole)
         except ValueError as error:
-            raise BundleError(f"{file}: {name}: {error}") from error
+            raise BundleError(f"{file}: {name}: {error}", hint=ANEW) from error
     parts = stack.ledger.of(entry.id, BasePart)
     originals = {f"{part.key}.{name}": old for part in parts for name, old in part.original.items()}
     for name in entry.sparse:
         pair = [tensors.pop(name + end, None) for end in (AT, TO)]
         old = originals.get(name)
         if old is None or pair[0] is None or pair[1] is None:
-            raise BundleError(f"{file}: {name} is to be made of what changed in it, and that is not there")
+            raise BundleError(
+                f"{file}: {name} is to be made of what changed in it, and that is not there", hint=ANEW
+            )
         try:
             tensors[name] = unpack(old, pair[0], pair[1])
         except ValueError as error:
-            raise BundleError(f"{file}: {name}: {error}") from error
+            raise BundleError(f"{file}: {name}: {error}", hint=ANEW) from error
 
 
 def _rebuild(
@@ -346,11 +351,15 @@ def _fill(stack: Stack, owner: str, tensors: dict[str, Tensor], file: Path | Non
         if old is None or not old.is_floating_point():
             continue
         if of_base and tensors[name].dtype != old.dtype:
-            raise BundleError(f"{file}: {name} is {tensors[name].dtype}, and the base's is {old.dtype}")
+            raise BundleError(
+                f"{file}: {name} is {tensors[name].dtype}, and the base's is {old.dtype}", hint=ANEW
+            )
         # A module may have been cast since, but then as a whole.
         other, dtype = casts.setdefault((id(module), old.dtype), (name, tensors[name].dtype))
         if tensors[name].dtype != dtype:
-            raise BundleError(f"{file}: {name} is {tensors[name].dtype}, and {other} beside it is {dtype}")
+            raise BundleError(
+                f"{file}: {name} is {tensors[name].dtype}, and {other} beside it is {dtype}", hint=ANEW
+            )
     shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     """Of a parameter that stands under several names: what it was (so that its id stays its own), and what it is."""
     for name, (module, leaf, of_base) in places.items():

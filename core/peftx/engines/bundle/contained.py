@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftx.engines.bundle.manifest import BASE, BASE_FOLDER
+from peftx.engines.bundle.manifest import ANEW, BASE, BASE_FOLDER
 from peftx.engines.bundle.surroundings import compute_buffers
 from peftx.engines.checkpoints import read_config
 from peftx.engines.files import naming
@@ -51,10 +51,13 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def check_shape(name: str, old: Tensor | None, value: Tensor) -> None:
+    """Raises BundleError where a tensor of a file cannot stand in the place of one of the model; None fits any."""
     if old is not None and old.numel() and old.shape != value.shape:
-        raise BundleError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(old.shape)}")
+        raise BundleError(
+            f"{name} has shape {tuple(value.shape)}, the model needs {tuple(old.shape)}", hint=ANEW
+        )
     if old is not None and old.numel() and old.is_floating_point() != value.is_floating_point():
-        raise BundleError(f"{name} is {value.dtype}, the model needs {old.dtype}")
+        raise BundleError(f"{name} is {value.dtype}, the model needs {old.dtype}", hint=ANEW)
 
 
 def empty_base(folder: Path, base: BaseEntry) -> PreTrainedModel:
@@ -94,7 +97,7 @@ def let_go(stack: Stack, manifest: Manifest, lent: Sequence[nn.Parameter]) -> No
     """A bundle that holds its base, compressed, holds nothing of what the base was before."""
     ids = {id(parameter) for parameter in lent}
     if left := [name for name, parameter in stack.model.named_parameters() if id(parameter) in ids]:
-        raise BundleError(f"{left[0]} is not in the bundle")
+        raise BundleError(f"{left[0]} is not in the bundle", hint=ANEW)
     for part in stack.ledger.all(BasePart):
         for name, own in part.original.items():
             if own.is_meta or id(own) in ids:
@@ -107,17 +110,22 @@ def let_go(stack: Stack, manifest: Manifest, lent: Sequence[nn.Parameter]) -> No
 
 
 def fill_base(stack: Stack, folder: Path, contained: list[str]) -> None:
+    """Put the base that a bundle holds into the empty model, and compute what no file holds.
+
+    Raises:
+        BundleError: other tensors than the manifest's `contained`, or such as the model has no place for.
+    """
     model = stack.model
     tensors = read_tensors(folder / BASE)
     if sorted(tensors) != contained:
-        raise BundleError(f"{folder / BASE} does not hold the tensors that the manifest names")
+        raise BundleError(f"{folder / BASE} does not hold the tensors that the manifest names", hint=ANEW)
     for name, packed in tensors.items():
         value = aligned(packed)
         path, _, leaf = name.rpartition(".")
         try:
             module = model.get_submodule(path)
         except AttributeError as error:
-            raise BundleError(f"{folder / BASE}: the model has no place for {name}") from error
+            raise BundleError(f"{folder / BASE}: the model has no place for {name}", hint=ANEW) from error
         old = module._parameters.get(leaf)
         if old is None:
             module._buffers[leaf] = value

@@ -25,6 +25,8 @@ CARD = "README.md"
 HISTORY = "history.json"
 BASE = "base.safetensors"
 BASE_FOLDER = "base"
+ANEW = "copy the bundle again, or save it anew"
+"""The way out where what a bundle holds is not what was saved."""
 
 
 class _Loose(BaseModel):
@@ -128,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
         if entry.file is not None and entry.file not in files
     ]  # fmt: skip
     if problems:
-        raise BundleError(f"'{folder}': {'; '.join(problems)}", hint="copy the bundle again, or save it anew")
+        raise BundleError(f"'{folder}': {'; '.join(problems)}", hint=ANEW)
     return manifest
 
 
@@ -138,7 +140,7 @@ def _own_part(folder: Path) -> Manifest:
     file = folder / MANIFEST
     found = read_json(file)
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
-        raise BundleError(f"'{file}' is corrupted: it has no format")
+        raise BundleError(f"'{file}' is corrupted: it has no format", hint=ANEW)
     if found["format"] > FORMAT:
         raise BundleError(
             f"'{folder}' has format {found['format']}; this peftx reads up to {FORMAT}",
@@ -153,7 +155,7 @@ def _own_part(folder: Path) -> Manifest:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise BundleError(f"'{file}' is corrupted: {place}: {problem['msg']}") from error
+        raise BundleError(f"'{file}' is corrupted: {place}: {problem['msg']}", hint=ANEW) from error
 
 
 def read_history(folder: Path) -> History:
@@ -170,7 +172,7 @@ def read_history(folder: Path) -> History:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise BundleError(f"'{file}' is corrupted: {place}: {problem['msg']}") from error
+        raise BundleError(f"'{file}' is corrupted: {place}: {problem['msg']}", hint=ANEW) from error
 
 
 def holds_base(path: str | Path) -> bool:
