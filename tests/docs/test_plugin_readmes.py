@@ -66,8 +66,11 @@ def blocks(readme: Path, language: str) -> list[Block]:
     return [block for block in blocks_of(readme, ROOT) if block.language == language and block.runs]
 
 
-def write_rows(name: str, folder: Path) -> None:
-    lines = Path(asset_path("peftx:sample/train.jsonl")).read_text("utf-8").splitlines()[:ROWS]
+def write_rows(name: str, folder: Path, number: int = 0) -> None:
+    """Rows for a file; `number`: how many others the page names before, which have other rows of the sample."""
+    lines = (
+        Path(asset_path("peftx:sample/train.jsonl")).read_text("utf-8").splitlines()[ROWS * number :][:ROWS]
+    )
     rows = INSTEAD.get(name) or [json.loads(line) | COLUMNS.get(name, {}) for line in lines]
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in islice(cycle(rows), ROWS)), "utf-8")
 
@@ -114,8 +117,9 @@ def short(monkeypatch: pytest.MonkeyPatch, readme: Path) -> None:
 )
 def test_what_a_readme_shows_works(readme: Path, here: Path) -> None:
     pipelines, code = blocks(readme, "yaml"), blocks(readme, "python")
-    for name in FILE.findall("".join(block.body for block in pipelines + code)):
-        write_rows(name, here)
+    files = FILE.findall("".join(block.body for block in pipelines + code))
+    for number, name in enumerate(dict.fromkeys(files)):
+        write_rows(name, here, number)
     for block in pipelines:
         planned = plan(load_run(block.body).pipeline)
         assert not planned.conflicts
