@@ -83,5 +83,7 @@ def test_halves_that_do_not_go_together_are_named(tmp_path: Path) -> None:
     manifest["files"]["lora.safetensors"] = sha256(file)
     manifest["own"] = own_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=f"(?s){name.removesuffix('//to')}.*values for .* places.*save it anew"):
+    with pytest.raises(
+        BundleError, match=f"(?s){name.removesuffix('//to')}.*values for .* places.*save it anew"
+    ):
         peftx.load(folder, model=tiny("llama"))
