@@ -29,6 +29,7 @@ from peftx.errors import UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.heads import Head
 from peftx.toolkits.serving import Server
+from peftx.toolkits.serving.prefix import PrefixCache
 
 Wrapper = Generator[None, Tensor, Tensor]
 
@@ -311,6 +312,16 @@ class ServesAnother(Plugin):
     def serve(self, server: Server) -> None:
         with torch.no_grad():
             next(p for n, p in server.stack.model.named_parameters() if "norm" in n).mul_(-3)
+
+
+class KeepsPrefixesUnsaid(Plugin):
+    """Gives the server a store of prefixes, and does not claim to."""
+
+    caught_by = "a_store_of_prefixes_is_claimed"
+
+    @hookimpl
+    def serve(self, server: Server) -> None:
+        server.scheduler.begin_from(PrefixCache(server.stack.model, entries=2), owner="unsaid")
 
 
 class JudgesByCompany(Plugin):

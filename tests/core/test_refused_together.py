@@ -9,7 +9,7 @@ from peftx.errors import ConflictError
 from peftx.testing import tiny, tiny_tokenizer
 
 PAIRS = {
-    ("batchllm", "marconi"): "both keep prefixes of prompts",
+    ("batchllm", "marconi"): "both keep what prompts begin with",
     ("byte2word", "ks-lottery"): "'ks-lottery' acts on these alone",  # the embedding, which nobody reads then
     ("byte2word", "byte2word"): "acts on these alone",
     ("pointer-network", "ls-llama"): "the loss of 'ls-llama' is of classes",

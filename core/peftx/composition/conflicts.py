@@ -39,6 +39,7 @@ EXCLUSIVE = {
     Claim.CLASSIFIES: "both bring the head that names a text's class",
     Claim.QUANTIZES: "both replace the weights by integers",
     Claim.EVICTS: "both leave tokens out of the cache, and a cache has one rule of which stay",
+    Claim.KEEPS_PREFIXES: "both keep what prompts begin with, and a server has one store",
 }
 """One in a stack."""
 
@@ -110,6 +111,14 @@ RULES = (
         _claiming(Claim.OWN_LAYOUT),
         _claiming(Claim.GIVES_EMBEDDINGS),
         "{one} lays several texts out in one row, and {two} makes embeddings of whole texts",
+    ),
+    *(
+        Rule(
+            _claiming(Claim.KEEPS_PREFIXES),
+            _claiming(claim),
+            "{one} keeps rows of the cache by the tokens of a prompt, and {two} puts rows there that are no tokens",
+        )
+        for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE)
     ),
     Rule(
         _claiming(Claim.EVICTS),

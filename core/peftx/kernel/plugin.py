@@ -106,6 +106,8 @@ class Claim(StrEnum):
     """Lays several texts out in one row, with positions and a 4-D mask of its own."""
     PREFIX_CACHE = "prefix-cache"
     """Puts keys and values in front of the cache."""
+    KEEPS_PREFIXES = "keeps-prefixes"
+    """`serve` gives the scheduler a store of what prompts begin with: a server has one."""
     EVICTS = "evicts"
     """Leaves tokens out of the cache while a text is written: a prompt's rows are not all there to be shared or taken
     back."""

@@ -36,6 +36,7 @@ _NEEDS = {
     Claim.LOSSLESS_DECODING: {"decode"},
     Claim.EXACT_CACHE: {"inject", "decode", "compress", "serve"},
     Claim.EVICTS: {"decode"},
+    Claim.KEEPS_PREFIXES: {"serve"},
     Claim.TRAINS_BASE: {"inject"},
     Claim.CHANGES_VOCABULARY: {"inject"},
     Claim.DATA_ONLY: {"prepare_data"},

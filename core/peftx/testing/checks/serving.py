@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftx.kernel.plugin import Claim
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
 from peftx.toolkits.serving import Engine, Request, Server
@@ -27,4 +28,16 @@ def check_served_answers_are_the_models(case: Case) -> None:
     )
 
 
-CHECKS = (check_served_answers_are_the_models,)
+@check(on="first-generative", when=lambda subject: subject.implements("serve"))
+def check_a_store_of_prefixes_is_claimed(case: Case) -> None:
+    """What gives the server a store of prefixes claims to, and so stands beside no other that does."""
+    server = Server(case.stack())
+    server.prepare()
+    gives, claimed = server.scheduler.prefixes is not None, case.subject.claims(Claim.KEEPS_PREFIXES)
+    assert gives == claimed, (
+        f"{'a' if gives else 'no'} store of prefixes is given to the server, and {Claim.KEEPS_PREFIXES} is "
+        f"{'' if claimed else 'not '}claimed"
+    )
+
+
+CHECKS = (check_served_answers_are_the_models, check_a_store_of_prefixes_is_claimed)

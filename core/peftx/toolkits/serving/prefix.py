@@ -11,33 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from peftx.errors import ConflictError
 from peftx.kernel.calls import takes
-from peftx.kernel.plugin import Claim, Plugin
 from peftx.toolkits.decoding.cache import Undo, fork_cache, keep_rows, undo_kind
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
-
-    from peftx.kernel.stack import Stack
-
-
-OWN = "own_prefixes"
-"""Attribute, True, of a plugin's class whose `serve` gives the scheduler a store of prefixes: a server has one."""
-
-
-def check_prefixes(stack: Stack, plugin: Plugin) -> None:
-    """For `check` of such a plugin. Raises ConflictError where rows of a cache are no tokens of a prompt, or another
-    plugin brings a store too."""
-    own = stack.id_of(plugin)
-    if reason := other_rows(stack):
-        raise ConflictError(f"{own}: {reason}", hint="keep one of them")
-    others = [id for id, other in stack.plugins.items() if getattr(other, OWN, False) and id != own]
-    if others:
-        raise ConflictError(
-            f"'{own}' and '{others[0]}' both keep prefixes of prompts, and a server has one store",
-            hint="keep one of them",
-        )
 
 
 class PrefixCache:
@@ -118,12 +96,3 @@ def read(model: PreTrainedModel, ids: Sequence[int], cache: Cache) -> Tensor:
     more: dict[str, Any] = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
     logits: Tensor = model(input_ids=tokens, **more, **little).logits[0, -1]
     return logits
-
-
-def other_rows(stack: Stack) -> str:
-    """Why rows of a stack's cache are not a prompt's own tokens; empty where they are."""
-    for member in stack.members:
-        for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE):
-            if member.claims(claim):
-                return f"'{member.id}' claims {claim}, and a prefix is of a prompt's own tokens alone"
-    return ""

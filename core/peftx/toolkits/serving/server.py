@@ -13,7 +13,7 @@ from peftx.kernel.carried import has_rows
 from peftx.kernel.plugin import Claim
 from peftx.kernel.stack import Stack
 from peftx.toolkits.serving.job import Job
-from peftx.toolkits.serving.prefix import PrefixCache, other_rows
+from peftx.toolkits.serving.prefix import PrefixCache
 
 METHODS = ("GET", "POST")
 
@@ -140,10 +140,8 @@ class Server:
 
     def _no_prefix_cache(self) -> str:
         """Why rows of the cache are not the prompt's tokens, or not to be had; empty where they are."""
-        if reason := other_rows(self.stack):
-            return reason
         for member in self.stack.members:
-            for claim in (Claim.REPLACES_DECODING, Claim.EVICTS):
+            for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE, Claim.REPLACES_DECODING, Claim.EVICTS):
                 if member.claims(claim):
                     return f"'{member.id}' claims {claim}"
         if self.stack.model.config.is_encoder_decoder:

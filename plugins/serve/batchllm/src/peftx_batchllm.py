@@ -37,7 +37,7 @@ from peftx.errors import (
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Engine, Job, Request, Server
-from peftx.toolkits.serving.prefix import PrefixCache, check_prefixes, read
+from peftx.toolkits.serving.prefix import PrefixCache, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 from peftx.toolkits.serving.rows import PIECE, refuse_whole_batches
 from peftx.toolkits.serving.slots import check_layers
@@ -262,8 +262,7 @@ class BatchLLM(Plugin):
     """See the module."""
 
     Config = BatchLLMConfig
-    claims = {Claim.EXACT_CACHE}
-    own_prefixes = True
+    claims = {Claim.EXACT_CACHE, Claim.KEEPS_PREFIXES}
     refuses = {"bert": "an encoder writes no text", "t5": "an encoder reads a prompt at once"}
     config: BatchLLMConfig
 
@@ -276,7 +275,6 @@ class BatchLLM(Plugin):
             raise ArchitectureError(said, hint="take a model of attention alone") from error
 
     def check(self, stack: Stack) -> None:
-        check_prefixes(stack, self)
         try:
             refuse_whole_batches(stack)
         except UnsupportedError as error:

@@ -295,7 +295,7 @@ def test_stacks_in_which_prompts_have_no_prefix_of_their_own() -> None:
     for arch in ("mamba", "qwen3_next"):
         with pytest.raises(ArchitectureError, match=r"batchllm: .*: its cache has .* LinearAttentionLayer"):
             built(arch)
-    with pytest.raises(ConflictError, match="batchllm: 'reference-prompt' claims virtual-tokens"):
+    with pytest.raises(ConflictError, match=r"'batchllm' keeps rows .* 'reference-prompt' puts rows there"):
         built("llama", ReferencePrompt())
 
     class Shaping(Plugin):

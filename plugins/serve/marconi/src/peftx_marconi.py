@@ -35,7 +35,7 @@ from peftx.errors import ArchitectureError, ConflictError, ServerError, Unsuppor
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Server
-from peftx.toolkits.serving.prefix import PrefixCache, check_prefixes, read
+from peftx.toolkits.serving.prefix import PrefixCache, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 
 GRID = tuple(tenths / 10 for tenths in range(21))
@@ -377,8 +377,7 @@ class Marconi(Plugin):
     """See the module."""
 
     Config = MarconiConfig
-    claims = {Claim.EXACT_CACHE}
-    own_prefixes = True
+    claims = {Claim.EXACT_CACHE, Claim.KEEPS_PREFIXES}
     architectures = ("qwen3_next",)
     refuses = {"bert": "an encoder writes no text", "t5": "an encoder reads a prompt at once"}
     config: MarconiConfig
@@ -389,7 +388,6 @@ class Marconi(Plugin):
         check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
 
     def check(self, stack: Stack) -> None:
-        check_prefixes(stack, self)
         for member in stack.implementers("decode"):
             said = f"marconi: '{member.id}' has a say in how a text is written, and so in its cache"
             raise ConflictError(said, hint="keep one of them")
