@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, ModelView, Phase, Plugin, Stack, TrainingData, TrainStep, hookimpl
+from peftx.engines.training.restarts import go_back, remember_start
 from peftx.errors import DataError
 
 Wrapper = Generator[None, Tensor, Tensor]
@@ -240,6 +241,28 @@ class TwoPhasesOfOneName(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.norms():
             site.attach(_Gain(site.out_features))
+
+
+class StartsAgainUnsaid(Plugin):
+    """Its second phase begins where the run began, for all plugins."""
+
+    caught_by = "going_back_is_claimed"
+    claims = {Claim.BESIDE_WEIGHTS, Claim.IDENTITY_AT_START}
+
+    def phases(self) -> Sequence[Phase]:
+        return (Phase("try", 1), Phase("tune"))
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms():
+            site.attach(_Gain(site.out_features))
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Wrapper:
+        known = remember_start(step, self)
+        if step.begins(self) and step.index:
+            go_back(step, known)
+        return (yield)
 
 
 class MovesWhatItMasked(Plugin):

@@ -12,6 +12,8 @@ PAIRS = {
     ("batchllm", "marconi"): "both keep what prompts begin with",
     ("byte2word", "ks-lottery"): "'ks-lottery' acts on these alone",  # the embedding, which nobody reads then
     ("byte2word", "byte2word"): "acts on these alone",
+    ("aligndistil", "ks-lottery"): "in the middle of what the phases of 'ks-lottery' settle",
+    ("transcoder", "lt-sft"): "in the middle of what the phases of 'lt-sft' settle",
     ("pointer-network", "ls-llama"): "the loss of 'ls-llama' is of classes",
     ("pointer-network", "ptec"): "the loss of 'ptec' is of classes",
 }

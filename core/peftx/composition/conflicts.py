@@ -89,6 +89,11 @@ def _changes_model(plugin: AnyPlugin) -> bool:
     return "inject" in hooks_of(plugin) and not exact & plugin.claims
 
 
+def _has_phases(plugin: AnyPlugin) -> bool:
+    own = plugin if isinstance(plugin, type) else type(plugin)
+    return own.phases is not Plugin.phases
+
+
 def _stays_beside(plugin: AnyPlugin) -> bool:
     """Does it leave something on the model that does not go into the weights, and acts on them."""
     folds = {Claim.MERGEABLE, Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}
@@ -119,6 +124,11 @@ RULES = (
             "{one} keeps rows of the cache by the tokens of a prompt, and {two} puts rows there that are no tokens",
         )
         for claim in (Claim.VIRTUAL_TOKENS, Claim.PREFIX_CACHE)
+    ),
+    Rule(
+        _claiming(Claim.RESTARTS),
+        Side(_has_phases, (), "a plugin whose training has phases of its own"),
+        "{one} takes all that trains back to where the run began, in the middle of what the phases of {two} settle",
     ),
     Rule(
         _claiming(Claim.EVICTS),

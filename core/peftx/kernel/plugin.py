@@ -98,6 +98,8 @@ class Claim(StrEnum):
     anyway."""
     READS_LOSS = "reads-loss"
     """Its step evaluates the loss by itself, before plugins that stand after it have set theirs."""
+    RESTARTS = "restarts"
+    """Takes all that trains back to where the run began, as one of its phases ends."""
     NEW_ROWS = "new-rows"
     """Trains on rows of its own making, or of its own sources: further columns of the run's rows are not in them."""
     READS_COLUMNS = "reads-columns"

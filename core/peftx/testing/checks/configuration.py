@@ -37,6 +37,7 @@ _NEEDS = {
     Claim.EXACT_CACHE: {"inject", "decode", "compress", "serve"},
     Claim.EVICTS: {"decode"},
     Claim.KEEPS_PREFIXES: {"serve"},
+    Claim.RESTARTS: {"train_step"},
     Claim.TRAINS_BASE: {"inject"},
     Claim.CHANGES_VOCABULARY: {"inject"},
     Claim.DATA_ONLY: {"prepare_data"},

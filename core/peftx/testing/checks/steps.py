@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftx.engines.data import IGNORE
 from peftx.engines.training.step import TrainStep
+from peftx.errors import ConflictError
 from peftx.kernel.parts import BasePart
 from peftx.kernel.phases import spans
-from peftx.kernel.plugin import Claim, Plugin
-from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference
+from peftx.kernel.plugin import Claim, Plugin, hookimpl
+from peftx.stack import Stack
+from peftx.testing.case import Case, assert_same_tensors, base_tensors, declared_base, difference, error_of
 from peftx.testing.checks.check import check, trains
+from peftx.testing.reference import COMPANION, ReferenceGain, ReferenceLowRank
 from peftx.testing.subject import Subject, steps_for
 
 
@@ -173,6 +178,48 @@ def check_phases_fit(case: Case) -> None:
     assert [span.first for span in found] == ends[:-1], f"the phases lie at {', '.join(map(str, found))}"
 
 
+class _Watch(Plugin):
+    """Sees what another plugin trains in each step, behind what the plugins before it did there."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.other, self.seen = other, list[float]()
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        trained = step.stack.ledger.parameters(self.other)
+        self.seen.append(sum(float(p.detach().double().sum()) for p in trained))
+        return (yield)
+
+
+def _beside(case: Case, other: str, kind: type[Plugin]) -> tuple[Stack, _Watch]:
+    watch = _Watch(other)
+    return case.stack(before=[(other, kind())], after=[("watch", watch)]), watch
+
+
+@check(on="first-generative", when=lambda subject: subject.plugin.phases is not Plugin.phases)
+def check_going_back_is_claimed(case: Case) -> None:
+    """A plugin that takes another one's parameters back to where the run began says so, so that what goes by phases of
+    its own can refuse to stand beside it."""
+    others = (("reference-gain", ReferenceGain), (COMPANION, ReferenceLowRank))
+    beside = [
+        (id, kind) for id, kind in others if error_of(ConflictError, partial(_beside, case, id, kind)) is None
+    ]
+    if not beside:
+        return  # nobody's parameters are there to be taken back
+    stack, watch = _beside(case, *beside[0])
+    stack.train(
+        list(case.subject.rows), steps=steps_for(stack.plugins[case.id]), batch_size=2, max_length=96,
+        learning_rate=1e-2, sources=case.subject.plugin.sources,
+    )  # fmt: skip
+    back = watch.seen[0] in watch.seen[1:]
+    claimed = case.subject.claims(Claim.RESTARTS)
+    assert back == claimed, (
+        f"what '{watch.other}' trained is {'taken back' if back else 'kept'} from phase to phase, and it "
+        f"{'claims' if claimed else 'does not claim'} {Claim.RESTARTS}"
+    )
+
+
 @check(when=lambda subject: trains(subject) and subject.claims(Claim.TRAINS_BASE))
 def check_masks_hold(case: Case) -> None:
     """Entries of the base outside a mask are what they were, to the bit, after steps with a weight decay."""
@@ -203,5 +250,6 @@ CHECKS = (
     check_trains_in_the_trainer,
     check_resume_is_exact,
     check_phases_fit,
+    check_going_back_is_claimed,
     check_masks_hold,
 )

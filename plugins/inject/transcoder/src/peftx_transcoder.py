@@ -38,8 +38,9 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
+from peftx.engines.training.restarts import go_back, remember_start
 from peftx.engines.training.updates import forget
-from peftx.errors import ArchitectureError, TrainingError
+from peftx.errors import ArchitectureError
 from peftx.kernel.modes import eval_mode
 from peftx.toolkits.injecting import NetworkPrefix, columns
 
@@ -94,7 +95,8 @@ class Transcoder(Plugin):
 
     Config = TranscoderConfig
     claims = {
-        Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE, Claim.NEEDS_GRADIENTS, Claim.REPLACES_LOSS, Claim.NEW_ROWS
+        Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE, Claim.NEEDS_GRADIENTS, Claim.REPLACES_LOSS, Claim.NEW_ROWS,
+        Claim.RESTARTS,
     }  # fmt: skip
     architectures = ("bart", "gemma")
     refuses = {
@@ -140,30 +142,20 @@ class Transcoder(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        span, owner = step.phase(self), step.stack.id_of(self)
+        span = step.phase(self)
         if span.name == TARGET:
             return (yield)
-        if step.index == 0 and step.first_micro:
-            start = {name: x.detach().clone() for name, x in step.stack.ledger.trained(but=owner).items()}
-            step.memory[owner] = start
-        if owner not in step.memory:
-            said = f"{owner}: step {step.index} does not remember what the model was at first"
-            raise TrainingError(
-                said, hint="begin at step 0; give all steps of a loop of your own one `memory`"
-            )
+        known = remember_start(step, self, but=step.stack.id_of(self))
         step.batch = step.batch_of(span.name.rpartition(" ")[0])
         # The shares of a step's micro-batches are those of the target's rows, which these are not.
         step.replace_task_loss(partial(task_loss, step), over="step")
         if step.last_micro and step.index + 1 == span.end:
-            step.after_update(partial(self.leave, step))
+            step.after_update(partial(self.leave, step, known))
         return (yield)
 
-    @torch.no_grad()
-    def leave(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
+    def leave(self, step: TrainStep, known: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """A task is over: all but the knowledge is as it was at first."""
-        owner = step.stack.id_of(self)
-        for name, x in step.stack.ledger.trained(but=owner).items():
-            x.copy_(step.memory[owner][name])
+        go_back(step, known)
         forget(optimizer, step.parameters())
         if step.phase(self).name == self.phases()[-2 if self.config.adapt else -1].name:
             self.state["sourced"], self.sources = True, {}  # type: ignore[misc]

@@ -299,7 +299,7 @@ def test_each_task_begins_with_an_optimizer_that_is_empty() -> None:
         stack.train_step(batch_of(stack), optimizer=optimizer, **feeds)
         counts.append({int(optimizer.state[p]["step"]) if optimizer.state[p] else 0 for p in parameters})
     assert counts == [{1}, {0}, {1}, {0}]
-    assert not any(x.requires_grad for x in stack.memory["transcoder"].values())
+    assert not any(x.requires_grad for x in stack.memory["transcoder"]["start"].values())
 
 
 def batch_of(stack: Stack) -> dict[str, Tensor]:
@@ -329,7 +329,7 @@ def test_a_source_that_is_missing_is_named() -> None:
 
 def test_a_loop_that_forgets_the_start_is_refused() -> None:
     stack, _ = stack_of(Lora(rank=2))
-    with pytest.raises(PeftxError, match="transcoder: step 3 does not remember what the model was at first"):
+    with pytest.raises(PeftxError, match="transcoder: step 3 does not remember how the run started"):
         stack.run_train_step(TrainStep(stack, {}, index=3, total=10))
 
 

@@ -45,8 +45,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, Collator, check_differ, encode_pair, together
-from peftx.engines.training.updates import forget
-from peftx.errors import TrainingError
+from peftx.engines.training.restarts import forget_before, go_back, remember_start
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
@@ -149,6 +148,7 @@ class AlignDistil(Plugin):
         Claim.NEEDS_LABELS,
         Claim.NEEDS_MASK,
         Claim.REPLACES_LOSS,
+        Claim.RESTARTS,
     }
     takes, gives = ("preference",), {"preference": "tokenized"}
     refuses = {"bert": "it writes no text", "t5": "prompt and answer are not in one row"}
@@ -204,23 +204,15 @@ class AlignDistil(Plugin):
 
     def enter(self, step: TrainStep) -> str:
         """The phase. As one begins, what the last one trained is kept, and all that trains is as it was at first."""
-        phase, known = step.phase(self), step.memory.setdefault(self.owner, {})
+        phase, known = step.phase(self), remember_start(step, self)
         if step.begins(self):
-            if phase.first == 0:
-                known.clear()
-            now = step.stack.ledger.trained()
-            known[known.get("phase", "start")] = {name: x.detach().clone() for name, x in now.items()}
+            if phase.first > 0:
+                now = step.stack.ledger.trained()
+                known[known["phase"]] = {name: x.detach().clone() for name, x in now.items()}
+                go_back(step, known)
             known["phase"] = phase.name
-            with torch.no_grad():
-                for name, x in now.items():
-                    x.copy_(known["start"][name])
-        if "start" not in known:
-            hint = "begin at step 0; give all steps of a loop of your own one `memory`"
-            raise TrainingError(
-                f"{self.owner}: step {step.index} does not remember how the run started", hint=hint
-            )
-        if 0 < phase.first == step.index and step.last_micro:
-            step.before_update(lambda optimizer: forget(optimizer, step.parameters()))
+        if 0 < phase.first == step.index:
+            forget_before(step)
         return phase.name
 
     def logits(self, step: TrainStep, who: str) -> Tensor:

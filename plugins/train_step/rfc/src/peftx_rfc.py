@@ -28,8 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import ClassTexts, check_labels, take_classes
-from peftx.engines.training.updates import forget
-from peftx.errors import TrainingError
+from peftx.engines.training.restarts import forget_before, go_back, remember_start
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.modes import as_it_was
 from peftx.kernel.stack import Stack
@@ -66,7 +65,7 @@ class Rfc(Plugin):
     """See the module."""
 
     Config = RfcConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NEEDS_GRADIENTS}
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS, Claim.NEEDS_GRADIENTS, Claim.RESTARTS}
     takes, gives = ("classification",), {"classification": "tokenized"}
     labels_option = "labels"
     refuses = {"t5": "the head reads one tower", "vit": "it reads no texts"}
@@ -136,28 +135,20 @@ class Rfc(Plugin):
     @torch.no_grad()
     def enter(self, step: TrainStep) -> tuple[str, Sequence[dict[str, Tensor]]]:
         """The phase, and what m_0, m_1, ... trained."""
-        owner, phase = step.stack.id_of(self), step.phase(self)
-        known = step.memory.setdefault(owner, {})
-        if step.index > 0 and phase.name != "task" and not known:
-            hint = "begin at step 0; give all steps of a loop of your own one `memory`"
-            raise TrainingError(
-                f"{owner}: step {step.index} does not remember how the run started", hint=hint
-            )
-        if step.begins(self):
-            now = step.stack.ledger.trained()
-            values = {name: x.clone() for name, x in now.items()}
-            if phase.name == "task":
-                known.clear()
+        phase = step.phase(self)
+        if step.index == phase.first:
+            forget_before(step)
+        if phase.name == "task":
+            if step.begins(self):
+                step.memory[step.stack.id_of(self)] = {}
                 self.state["rich"] = True
-            elif phase.first == 0:
-                known.update(start=values, models=[])
-            else:
-                known["models"].append(values)
-                for name, x in now.items():
-                    x.copy_(known["start"][name])
-        if step.index == phase.first and step.last_micro:
-            step.before_update(lambda optimizer: forget(optimizer, step.parameters()))
-        return phase.name, known.get("models", ())
+            return phase.name, ()
+        known = remember_start(step, self)
+        models: list[dict[str, Tensor]] = known.setdefault("models", [])
+        if step.begins(self) and phase.first > 0:
+            models.append({name: x.clone() for name, x in step.stack.ledger.trained().items()})
+            go_back(step, known)
+        return phase.name, models
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:
         rows = self.texts.rows(stack, texts)
