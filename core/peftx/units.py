@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.calls import CallEdit
 from peftx.kernel.members import Member
-from peftx.kernel.parts import DeltaPart
+from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Claim
 from peftx.kernel.slots import Delta
 
@@ -168,7 +168,8 @@ def settle(stack: Stack, id: str, units: Units) -> None:
     the batch, the model has a row for every unit: the same computation, in as many rows as units.
 
     Raises:
-        ConflictError: another plugin stands on the head, or the embedding: nobody reads what these give.
+        ConflictError: another plugin stands on the head, or the embedding, or trains these alone: nobody reads what
+            they give.
     """
     (head,) = (part.path for part in stack.ledger.of(id, DeltaPart))
     ends = {
@@ -182,7 +183,27 @@ def settle(stack: Stack, id: str, units: Units) -> None:
                 f"{id} puts {own} in the place of what the {end} gives, and {part.owner} stands on the {end}",
                 hint=f"leave {part.path} out of {part.owner}",
             )
+    refuse_unread(stack, id, [stack.model.get_submodule(path) for path in ends], "units")
     units.alone = all(_asks_nothing(member) for member in stack.members if member.id != id)
+
+
+def refuse_unread(stack: Stack, id: str, unread: Sequence[nn.Module], instead: str) -> None:
+    """For `check` of what puts something of its own in the place of what modules give.
+
+    Args:
+        unread: these modules. instead: what it puts there.
+
+    Raises:
+        ConflictError: all that another plugin trains of the base is theirs.
+    """
+    for other in stack.plugins:
+        parts = [*stack.ledger.of(other, BasePart)]
+        if other != id and parts and all(any(part.module is one for one in unread) for part in parts):
+            names = " and ".join(sorted({part.key for part in parts}))
+            raise ConflictError(
+                f"'{id}' puts {instead} in the place of what {names} gives, and '{other}' acts on that alone",
+                hint="keep one of them",
+            )
 
 
 _WEIGHTS = (Claim.MERGEABLE, Claim.TRAINS_BASE, Claim.QUANTIZES)

@@ -10,8 +10,10 @@ from peftx.testing import tiny, tiny_tokenizer
 
 PAIRS = {
     ("batchllm", "marconi"): "both keep what prompts begin with",
-    ("byte2word", "ks-lottery"): "'ks-lottery' acts on these alone",  # the embedding, which nobody reads then
-    ("byte2word", "byte2word"): "acts on these alone",
+    ("byte2word", "ks-lottery"): "'ks-lottery' acts on that alone",  # the embedding, which nobody reads then
+    ("word-pooled-lm", "ks-lottery"): "'ks-lottery' acts on that alone",
+    ("hierarchical-byte-transformer", "ks-lottery"): "'ks-lottery' acts on that alone",
+    ("byte2word", "byte2word"): "both put words' vectors",
     ("aligndistil", "ks-lottery"): "in the middle of what the phases of 'ks-lottery' settle",
     ("transcoder", "lt-sft"): "in the middle of what the phases of 'lt-sft' settle",
     ("pointer-network", "ls-llama"): "the loss of 'ls-llama' is of classes",

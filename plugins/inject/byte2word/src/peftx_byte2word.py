@@ -31,7 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peftx import AttentionEdit, CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
-from peftx.kernel.parts import BasePart
+from peftx.units import refuse_unread
 
 LETTER, OTHER, SPACE, SPECIAL = range(4)
 """Kinds of symbols; an apostrophe is a letter, and so are all bytes beyond ASCII."""
@@ -225,9 +225,8 @@ class Byte2Word(Plugin):
         id, model = stack.id_of(self), stack.model
         place, head = stack.view(id).embedding(), model.get_output_embeddings()
         tied = head is not None and getattr(head, "weight", None) is place.module.weight
+        refuse_unread(stack, id, [] if tied else [place.module], "words' vectors")
         for other, plugin in stack.plugins.items():
-            parts = [part for part in stack.ledger.of(other) if isinstance(part, BasePart)]
-            alone = bool(parts) and all(part.module is place.module for part in parts) and not tied
-            if plugin is not self and (alone or isinstance(plugin, Byte2Word)):
-                said = f"'{id}' puts words' vectors in the place of embeddings, and '{other}' acts on these alone"
+            if plugin is not self and isinstance(plugin, Byte2Word):
+                said = f"'{id}' and '{other}' both put words' vectors in the place of embeddings"
                 raise ConflictError(said, hint="keep one of them")
