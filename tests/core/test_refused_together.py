@@ -17,6 +17,7 @@ PAIRS = {
     ("aligndistil", "ks-lottery"): "in the middle of what the phases of 'ks-lottery' settle",
     ("transcoder", "lt-sft"): "in the middle of what the phases of 'lt-sft' settle",
     ("pointer-network", "ls-llama"): "the loss of 'ls-llama' is of classes",
+    ("pointer-network", "multi-layer-trainable-pooling"): "is of whole texts",
     ("pointer-network", "ptec"): "the loss of 'ptec' is of classes",
 }
 

@@ -13,6 +13,7 @@ classifier. In a decoder the special tokens are BOS and EOS, and counting goes o
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import ascii_letters, digits
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Pasta(Plugin):
     Config = PastaConfig
     claims = {Claim.BESIDE_WEIGHTS, Claim.NEEDS_TOKENS}
     architectures = ("roberta", "gemma", "bart")
-    example = {"tokens": tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"), "count": 2}
+    example = {"tokens": (*ascii_letters, *digits), "count": 2}  # of which any row has some
     refuses = {
         "mamba": "it keeps states, and no rows by which special tokens are counted",
         "vit": "it reads no tokens",

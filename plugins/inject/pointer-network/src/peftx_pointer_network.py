@@ -279,9 +279,12 @@ class PointerNetwork(Plugin):
         model.site("head").attach(Mixes(copy))
 
     def check(self, stack: Stack) -> None:
-        if other := next((m.id for m in stack.members if m.claims(Claim.CLASSIFIES)), None):
-            said = f"{stack.id_of(self)} learns by logits of tokens, and the loss of '{other}' is of classes"
-            raise ConflictError(said, hint="keep one of them")
+        for member in stack.members:
+            of_texts = member.claims(Claim.NO_LABELS) and member.claims(Claim.REPLACES_LOSS)
+            if member.claims(Claim.CLASSIFIES) or of_texts:
+                kind = "whole texts" if of_texts else "classes"
+                said = f"{stack.id_of(self)} learns by logits of tokens, and the loss of '{member.id}' is of {kind}"
+                raise ConflictError(said, hint="keep one of them")
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
