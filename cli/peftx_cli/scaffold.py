@@ -9,6 +9,7 @@ from string import Template
 
 from peftx.errors import UsageError
 from peftx_spec.errors import FileError, nearest
+from peftx_spec.portable import portable
 
 HOOKS = ("prepare_data", "inject", "train_step", "compress", "decode", "serve", "evaluate")
 RESERVED = ("spec", "cli", "all", "peftx", "model", "data", "stack", "train", "evaluate", "run", "output")
@@ -77,9 +78,10 @@ def _values(
         raise UsageError(
             f"'{slug}' is no name for a plugin: lower-case words joined by hyphens", hint=f"try '{better}'"
         )
-    if slug in RESERVED or slug[0].isdigit():
+    if slug in RESERVED or slug[0].isdigit() or portable(slug) != slug:
         raise UsageError(
-            f"'{slug}' cannot be a plugin's name", hint="a letter first, and no word of the spec"
+            f"'{slug}' cannot be a plugin's name",
+            hint="a letter first, no word of the spec, and none that cannot name a folder on Windows, such as 'con'",
         )
     if arxiv is not None and not _ARXIV.fullmatch(arxiv := arxiv.removeprefix("arXiv:")):
         raise UsageError(f"'{arxiv}' is no arXiv id", hint="as in 2106.09685")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import figures
 from pages.blocks import Block, commands
 from pages.blocks import blocks as blocks_of
 
@@ -31,7 +32,7 @@ def bodies(document: str, language: str) -> list[str]:
 
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
-FOLLOWED = re.compile("docs/(start|how-to|concepts|reference)/")
+FOLLOWED = re.compile(f"docs/({'|'.join(figures.FOLLOWED)})/")
 """Pages that tests/docs/test_guides.py follows from top to bottom, with their Python."""
 STEPS = 4
 """Of the README's run, which tests/docs/test_front_page.py compares with the other ways to say it."""
@@ -60,17 +61,24 @@ ELSEWHERE = ("docs/write-a-plugin.md", "docs/examples/peftx-lora-xs/README.md")
 
 
 @pytest.mark.parametrize("document", [page for page in with_blocks("yaml") if page not in ELSEWHERE])
-def test_yaml_blocks_are_valid(document: str) -> None:
+def test_yaml_blocks_are_valid(document: str, tmp_path: Path) -> None:
     """Pipelines as they stand; sections of one in a pipeline around them. Files need not be there."""
     from peftx import Registry
     from peftx_spec import load_pipeline
+    from peftx_spec.compare_load import load_compare
 
     around = {"peftx: 1": "peftx: 1\n", "model:": "model: peftx:tiny\n", "stack:": "stack: [lora, nf4]\n",
               "train:": "train: {steps: 1}\n", "data:": "data: {train: 'peftx:sample/train.jsonl'}\n"}  # fmt: skip
     for block in blocks(document, "yaml"):
         body = block.body
-        if block.title or re.search("^(compare|search|task):", body, re.MULTILINE):
-            continue  # files, which guides run, and no pipelines: run, and read, in tests of their own
+        if block.title and FOLLOWED.match(document):
+            continue  # a file, which the page's commands read
+        if re.search("^compare:", body, re.MULTILINE):
+            (tmp_path / "compare.yaml").write_text(body, "utf-8")
+            load_compare(tmp_path / "compare.yaml", catalogue=Registry())
+            continue
+        if re.search("^(search|task):", body, re.MULTILINE):
+            continue  # no pipelines: run, and read, in tests of their own
         missing = [text for key, text in around.items() if not re.search(f"^{key}", body, re.MULTILINE)]
         load_pipeline("".join(missing) + body, catalogue=Registry())
 
@@ -143,7 +151,12 @@ def test_the_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Path("results/index.html").exists()
 
 
-@pytest.mark.parametrize("document", with_blocks("console"))
+READMES = sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("plugins/*/*/README.md"))
+
+
+@pytest.mark.parametrize(
+    "document", with_blocks("console") + [page for page in READMES if blocks(page, "console")]
+)
 def test_commands_and_their_options_exist(document: str) -> None:
     from typer.main import get_command
 

@@ -16,16 +16,13 @@ from pathlib import Path
 
 import pytest
 from pages.blocks import Block, BlockError, blocks, commands, missing, same
+from pages.figures import FOLLOWED
 from typer.testing import CliRunner
 
 from peftx_cli.main import app
 
 ROOT = Path(__file__).parents[2]
-GUIDES = sorted(
-    path
-    for folder in ("start", "how-to", "concepts", "reference")
-    for path in (ROOT / "docs" / folder).glob("*.md")
-)
+GUIDES = sorted(path for folder in FOLLOWED for path in (ROOT / "docs" / folder).glob("*.md"))
 LONG = {"first-stack"}
 """Those that train for half a minute: `make test-all` runs them."""
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 
-from pages import architectures, claims, commands, excerpts, gallery, leaderboards, spec, together
+from pages import architectures, claims, commands, excerpts, figures, gallery, leaderboards, spec, together
 
 NOTE = "*What is made from the code stands here in the site alone: `make docs`.*\n\n"
 """For those who read the file itself."""
@@ -19,6 +19,7 @@ LINE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
 MADE: dict[str, Callable[[], str]] = {
     **spec.MADE,
     **leaderboards.MADE,
+    **figures.MADE,
     "setup": excerpts.setup,
     "demo": excerpts.demo,
     "said": excerpts.said,

@@ -13,6 +13,7 @@ from peftx.comparing.jobs import JobResult
 from peftx.comparing.schedule import Found, PlannedRow, Schedule
 from peftx.comparing.statistics import Spread, spread
 from peftx.version import __version__
+from peftx_spec.portable import portable
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def slugs_of(names: Sequence[str]) -> dict[str, str]:
     """Names of files, each its own."""
     found: dict[str, str] = {}
     for name in names:
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80].strip("-.") or "row"
+        slug = portable(re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80].strip("-.") or "row")
         taken = {other.lower() for other in found.values()}
         number = 2
         free = slug

@@ -15,6 +15,7 @@ from peftx.engines.tensor_files import differs
 from peftx.errors import BundleError
 from peftx.history import History
 from peftx.version import __version__
+from peftx_spec.portable import portable
 
 FORMAT = 3
 WITHOUT_ZEROS = 2
@@ -27,6 +28,12 @@ BASE = "base.safetensors"
 BASE_FOLDER = "base"
 ANEW = "copy the bundle again, or save it anew"
 """The way out where what a bundle holds is not what was saved."""
+
+
+def member_file(id: str) -> str:
+    """The name of a plugin's file of tensors, which no other file of a bundle has: no id begins with `_`."""
+    name = f"{portable(id)}.safetensors"
+    return f"_{name}" if name == BASE else name
 
 
 class _Loose(BaseModel):
@@ -118,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     manifest = _own_part(folder)
     files = manifest.files
-    present = {str(f.relative_to(folder)) for f in plain_files(folder)} - {MANIFEST}
+    present = {f.relative_to(folder).as_posix() for f in plain_files(folder)} - {MANIFEST}
     problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
     problems += [

@@ -23,6 +23,7 @@ from peftx.engines.bundle.manifest import (
     MANIFEST,
     PIPELINE,
     WITHOUT_ZEROS,
+    member_file,
     own_digest,
     versions,
 )
@@ -91,7 +92,7 @@ def save(stack: Stack, path: Path) -> Path:
         from peftx.engines.bundle.card import model_card
 
         (folder / CARD).write_text(model_card(stack, folder), encoding="utf-8")
-        manifest["files"] = {str(f.relative_to(folder)): sha256(f) for f in plain_files(folder)}
+        manifest["files"] = {f.relative_to(folder).as_posix(): sha256(f) for f in plain_files(folder)}
         manifest["own"] = own_digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     return path
@@ -166,7 +167,7 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
         }
         entry["shorter"] = told
     if tensors:
-        name = f"{member.id}.safetensors"
+        name = member_file(member.id)
         rest = {k: shorter.get(k, t) for k, t in tensors.items() if k not in packed}
         pruned = {
             k: pair for k, t in rest.items() if k not in shorter and (pair := without_zeros(t)) is not None

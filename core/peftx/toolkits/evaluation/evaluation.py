@@ -22,6 +22,7 @@ from peftx.kernel.stack import Stack
 from peftx.quantities import between, plain
 from peftx.toolkits.evaluation.likelihood import context_window
 from peftx.toolkits.evaluation.scores import Score, bootstrap_ratio, wilson_interval
+from peftx_spec.portable import portable
 
 
 class Evaluation:
@@ -135,6 +136,7 @@ class Evaluation:
         if self.output_dir is None:
             return
         drawn = [Curve(curve, [*points]) for curve, points in curves.items()]
+        name = portable(name)
         self._figures.setdefault(name, []).append(chart(drawn, x=x, y=y, title=f"{y} by {x}"))
         self.output_dir.mkdir(parents=True, exist_ok=True)
         page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{''.join(self._figures[name])}\n"
