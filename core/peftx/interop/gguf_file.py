@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from peftx.engines.bundle.exporting import blank, check_plain, folded, weights, writing
+from peftx.engines.bundle.exporting import PACKED, blank, check_plain, folded, weights, writing
 from peftx.errors import MergeError, UnsupportedError
 from peftx.interop.gguf_tokens import Vocabulary, vocabulary_of
 from peftx.interop.refusals import require_package, require_weights
@@ -77,7 +77,7 @@ def to_gguf(stack: Stack, folder: str | Path, *, type: str = "f16") -> Path:
     if packed is not None:
         raise MergeError(
             f"'{packed.owner}' has packed {packed.key}, and {FORMAT} rounds weights by itself",
-            hint="--format compressed-tensors keeps integers as they are; or export before compressing",
+            hint=PACKED,
         )
     shape, frequencies = _shape(stack.model), _frequencies(stack.model)
     words = vocabulary_of(stack.tokenizer, stack.model.get_input_embeddings().weight.shape[0])

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 EXPORT = "peftx_export.json"
 
 
+PACKED = (
+    "a bundle holds it: peftx generate, peftx serve; --format compressed-tensors holds integers of 4 or 8 bits; or "
+    "export before compressing"
+)
+"""The way out where packed layers cannot be said."""
+
+
 def export(stack: Stack, path: Path) -> Path:
     """See `Stack.export`."""
     for member in stack.members:
@@ -42,7 +49,7 @@ def export(stack: Stack, path: Path) -> Path:
     if stack.ledger.all(ReplacedPart):
         raise MergeError(
             "a quantized stack has no plain checkpoint",
-            hint="peftx export --format compressed-tensors; or export before compressing, or save a bundle",
+            hint=PACKED,
         )
     with folded(stack):
         state = weights(stack)
