@@ -28,15 +28,15 @@ def project_of(folder: Path) -> dict[str, Any]:
 
 def mark(project: dict[str, Any], kind: str) -> str:
     """The value of fidelity or of evidence."""
-    from peftx.composition.registry import keyword_values
+    from peftx.composition.metadata import keyword_values
 
     return ", ".join(keyword_values(project["keywords"], kind))
 
 
 def readme(folder: Path, registry: Any) -> tuple[Path, str]:
     """A plugin's README with its option table and the words of its marks renewed."""
+    from peftx.composition.metadata import MARKS
     from peftx.composition.options import options_table
-    from peftx.composition.registry import MARKS
 
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def readme(folder: Path, registry: Any) -> tuple[Path, str]:
 
 def catalogue() -> str:
     """All plugins of this repository in a table by hook."""
-    from peftx.composition.registry import MARKS
+    from peftx.composition.metadata import MARKS
 
     lines = [
         "# Catalogue",

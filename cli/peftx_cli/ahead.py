@@ -14,10 +14,11 @@ from peftx_cli import failures, selectors
 from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
 from peftx_spec.errors import PeftxError, nearest
-from peftx_spec.models import METRIC_FORMATS, SourceSpec, TrainSpec
+from peftx_spec.models import METRIC_FORMATS, SourceSpec
+from peftx_spec.order import stages_of
 from peftx_spec.problems import Path, SpecError
 from peftx_spec.resolve import absolute
-from peftx_spec.stages import stages_of
+from peftx_spec.training import TrainSpec
 from peftx_spec.translate import Finding
 
 if TYPE_CHECKING:

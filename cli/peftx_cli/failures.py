@@ -118,7 +118,7 @@ def say(message: str, *, hint: str | None = None, title: str = "error", more: st
     from rich.panel import Panel
     from rich.text import Text
 
-    from peftx_cli.progress import console
+    from peftx_cli.terminal import console
 
     body = Text(message)
     if hint:
@@ -183,7 +183,7 @@ def _print_problem(problem: Problem) -> None:
         return
     from rich.text import Text
 
-    from peftx_cli.progress import console
+    from peftx_cli.terminal import console
 
     first, _, rest = text.partition("\n")
     shown = Text(first, style="bold red")

@@ -19,7 +19,8 @@ from peftx_spec.places import cache_folder
 
 if TYPE_CHECKING:
     from peftx.composition.importable import Fault, Glance
-    from peftx.composition.registry import Entry, Registry
+    from peftx.composition.metadata import Entry
+    from peftx.composition.registry import Registry
 
 BROKEN = "broken.json"
 """Where `doctor` notes which plugins fail."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -12,10 +11,10 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftx_cli import failures
+from peftx_cli.terminal import console
 from peftx_spec.errors import visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 LOG_SECONDS = 15.0  # between two lines of a long stage in a log
@@ -42,13 +41,6 @@ def reporter() -> ClosingReporter:
     if failures.quiet():
         return QuietReporter()
     return BarReporter() if sys.stderr.isatty() else LineReporter()
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Rich's, without colors, bold and underlines where NO_COLOR is set (it leaves out the colors alone by itself)."""
-    from rich.console import Console
-
-    return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def _title(name: str, ids: Sequence[str]) -> str:

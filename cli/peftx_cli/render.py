@@ -26,7 +26,7 @@ def out_markdown(text: str) -> None:
         return
     from rich.markdown import Markdown
 
-    from peftx_cli.progress import console
+    from peftx_cli.terminal import console
 
     console().print(Markdown(visible(text, lines=True)))
 
@@ -68,7 +68,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
-    from peftx_cli.progress import console
+    from peftx_cli.terminal import console
 
     columns, rows = (
         [visible(name) for name in columns],

@@ -37,8 +37,9 @@ from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
 from peftx.toolkits.evaluation.streams import SUMMARY, in_brief
 from peftx_spec import load_spec, resolved, stages_of
-from peftx_spec.models import LM_EVAL, EvaluateSpec, Pipeline, TrainSpec
+from peftx_spec.models import LM_EVAL, EvaluateSpec, Pipeline
 from peftx_spec.stages import RunStage, stream_of
+from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from peftx.toolkits.evaluation import Score

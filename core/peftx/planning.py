@@ -33,7 +33,7 @@ from peftx.toolkits.compression import NarrowLinear, QuantLinear
 from peftx.toolkits.compression.names import dtype_name
 from peftx_spec import Plan, PlannedConflict, PlannedPlugin, PlannedStage, Totals, TouchedModule
 from peftx_spec.models import Pipeline
-from peftx_spec.stages import stages_of
+from peftx_spec.order import stages_of
 
 
 def plan(

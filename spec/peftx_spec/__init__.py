@@ -25,13 +25,14 @@ if TYPE_CHECKING:
         Pipeline,
         SourceSpec,
         StackEntry,
-        TrainSpec,
     )
+    from peftx_spec.order import stages_of
     from peftx_spec.plan import Plan, PlannedConflict, PlannedPlugin, PlannedStage, Totals, TouchedModule
     from peftx_spec.problems import Position, Problem, SpecError
     from peftx_spec.resolve import resolved
     from peftx_spec.schema import json_schema
-    from peftx_spec.stages import EvaluateStage, RunStage, SaveStage, TrainStage, stages_of
+    from peftx_spec.stages import EvaluateStage, RunStage, SaveStage, TrainStage
+    from peftx_spec.training import TrainSpec
     from peftx_spec.validate import LoadedSpec, load_pipeline, load_spec
 
 _HOME = {
@@ -59,7 +60,7 @@ _HOME = {
     "StackEntry": "models",
     "Totals": "plan",
     "TouchedModule": "plan",
-    "TrainSpec": "models",
+    "TrainSpec": "training",
     "TrainStage": "stages",
     "dump": "dumper",
     "json_schema": "schema",
@@ -68,7 +69,7 @@ _HOME = {
     "parse": "loader",
     "read": "loader",
     "resolved": "resolve",
-    "stages_of": "stages",
+    "stages_of": "order",
 }
 
 __all__ = [

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from peftx_spec.base import Label, Positive, Rate, Seed, SpecModel, Text
-from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, SourceSpec, StackEntry, TrainSpec
+from peftx_spec.models import DataSpec, EvaluateSpec, ModelSpec, SourceSpec, StackEntry
+from peftx_spec.training import TrainSpec
 
 RATES = (3e-4, 1e-3, 3e-3)
 """What is tried where a file names no learning rates."""

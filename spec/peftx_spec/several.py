@@ -6,10 +6,11 @@ import copy
 
 from peftx_spec.dumper import dump_plain
 from peftx_spec.loader import parse_value
-from peftx_spec.models import HIGHER_IS_BETTER, TrainSpec
+from peftx_spec.models import HIGHER_IS_BETTER
 from peftx_spec.overrides import entry_ids
 from peftx_spec.raw import Data, list_of, mapping_of
 from peftx_spec.scalars import ScalarError
+from peftx_spec.training import TrainSpec
 
 POINTER = "one run takes one value; 'peftx compare' tries several (docs/compare.md)"
 _SWEPT = {"train.learning_rate": "learning_rate", "train.seed": "seeds"}

@@ -136,7 +136,7 @@ def test_list_filters_by_marks(
 
 
 def test_the_help_names_every_mark(ok: Callable[..., str]) -> None:
-    from peftx.composition.registry import MARKS
+    from peftx.composition.metadata import MARKS
 
     help = " ".join(ok("list", "--help").replace("│", " ").split())
     for mark, values in MARKS.items():

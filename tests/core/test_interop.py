@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftx import Registry, Stack
 from peftx.composition.adapters import CONFIG, WEIGHTS, entries, read_adapter
-from peftx.composition.registry import keyword_values
+from peftx.composition.metadata import keyword_values
 from peftx.errors import AdapterError, BundleError, PeftxError, RegistryError
 from peftx.interop import import_peft, to_peft
 from peftx.testing.models import example_inputs, output_of, tiny

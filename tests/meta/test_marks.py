@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from peftx.composition.registry import MARKS, keyword_values
+from peftx.composition.metadata import MARKS, keyword_values
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))

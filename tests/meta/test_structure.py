@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from peftx.composition.registry import MARKS, keyword_values
+from peftx.composition.metadata import MARKS, keyword_values
 from peftx.kernel.names import GROUP, HOOKS, SAMPLERS
 
 PLUGINS = Path(__file__).parents[2] / "plugins"

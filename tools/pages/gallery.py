@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peftx.composition.registry import MARKS, Registry, keyword_values
+from peftx.composition.metadata import MARKS, keyword_values
+from peftx.composition.registry import Registry
 from peftx.kernel.names import GROUP, HOOKS
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.testing.models import CORE_ARCHITECTURES

@@ -18,10 +18,10 @@ from peftx_spec.models import (
     RuntimeSpec,
     SourceSpec,
     StackEntry,
-    TrainSpec,
 )
 from peftx_spec.search import SamplerSpec, SearchSpec, SpanSpec
 from peftx_spec.stages import EvaluateStage, RepeatStage, RunStage, SaveStage, TrainStage
+from peftx_spec.training import TrainSpec
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "pipeline": Pipeline,

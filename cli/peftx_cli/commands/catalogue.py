@@ -9,7 +9,7 @@ import typer
 from peftx_cli import options
 
 if TYPE_CHECKING:
-    from peftx.composition.registry import Entry
+    from peftx.composition.metadata import Entry
     from peftx.kernel.plugin import Plugin
     from peftx_cli.health import Listed
 
@@ -109,7 +109,7 @@ def _filtered(
     Raises:
         PeftxError: a hook, family or mark that does not exist.
     """
-    from peftx.composition.registry import MARKS
+    from peftx.composition.metadata import MARKS
 
     if hook is not None:
         from peftx.kernel.names import HOOKS
@@ -229,7 +229,7 @@ def _text(value: object) -> str:
 
 
 def _show(about: dict[str, Any]) -> None:
-    from peftx.composition.registry import MARKS
+    from peftx.composition.metadata import MARKS
     from peftx_cli.render import out, print_table
 
     out(f"{about['name']} {about['version']}: {about['summary']}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from peftx.engines.data.sources import format_of, training_rows
 from peftx.engines.files import make_place, sha256, write_text
 from peftx.engines.models import asset_path
-from peftx_spec.models import DataSpec, HoldoutSpec, Pipeline, SourceSpec, TrainSpec
+from peftx_spec.models import DataSpec, HoldoutSpec, Pipeline, SourceSpec
+from peftx_spec.training import TrainSpec
 
 
 def trained(pipeline: Pipeline, seed: int, **settings: object) -> Pipeline:

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from peftx.composition.registry import Registry, keyword_values
+from peftx.composition import metadata
 from peftx.errors import AdapterError, BundleError, PeftxError, RegistryError
 from peftx.kernel.plugin import Plugin
 from peftx.peft_format import INNER, MERGED, PeftFormat, Settings, targets_of
@@ -38,6 +38,16 @@ PROMPT = "prompt_embeddings"
 FULL = "full-finetuning"
 """The plugin that trains parts of the base as they are."""
 TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+class Plugins(Protocol):
+    """The installed ones: of the registry, which reads adapters itself, what is asked for here."""
+
+    def entries(self) -> list[metadata.Entry]: ...
+
+    def outline(self, name: str) -> type[Plugin]: ...
+
+    def load(self, name: str) -> type[Plugin]: ...
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -119,7 +129,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, fields, _shapes(folder))
 
 
-def entries(adapter: Adapter, registry: Registry) -> list[Entry]:
+def entries(adapter: Adapter, registry: Plugins) -> list[Entry]:
     """The plugins that the adapter is: its method, and what of the base it trained as well.
 
     Raises:
@@ -137,7 +147,7 @@ def entries(adapter: Adapter, registry: Registry) -> list[Entry]:
         ) from error
 
 
-def _entries(adapter: Adapter, registry: Registry) -> list[Entry]:
+def _entries(adapter: Adapter, registry: Plugins) -> list[Entry]:
     use, format, settings = _method(adapter, registry)
     options = format.options(settings)
     plugin = registry.outline(use)
@@ -163,11 +173,11 @@ def _entries(adapter: Adapter, registry: Registry) -> list[Entry]:
     return found
 
 
-def _method(adapter: Adapter, registry: Registry) -> tuple[str, PeftFormat, Settings]:
+def _method(adapter: Adapter, registry: Plugins) -> tuple[str, PeftFormat, Settings]:
     """The plugin that computes the adapter."""
     known: set[str] = set()
     for entry in registry.entries():
-        types = keyword_values(entry.keywords, "peft")
+        types = metadata.keyword_values(entry.keywords, "peft")
         known |= set(types)
         if adapter.type not in types:
             continue
@@ -253,6 +263,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise BundleError(f"'{file}' is corrupted: {error}") from error
 
 
-def plugin_of(entry: Entry, registry: Registry) -> Plugin:
+def plugin_of(entry: Entry, registry: Plugins) -> Plugin:
     """The plugin itself."""
     return registry.load(entry.use)(**entry.options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from peftx.errors import MissingExtraError, OptionError
 
 if TYPE_CHECKING:
-    from peftx_spec.models import TrainSpec
+    from peftx_spec.training import TrainSpec
 
 
 class Reporter(Protocol):

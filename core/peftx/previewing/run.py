@@ -26,8 +26,9 @@ from peftx.previewing.found import Prepared, Preview, classes_of, sizes_of
 from peftx.run_result import RunResult
 from peftx.stack import Stack
 from peftx_spec import load_spec, resolved, stages_of
-from peftx_spec.models import Pipeline, TrainSpec
+from peftx_spec.models import Pipeline
 from peftx_spec.stages import RunStage, TrainStage, stream_of
+from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset

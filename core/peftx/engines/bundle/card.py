@@ -14,7 +14,7 @@ from peftx.engines.hub import is_hub
 from peftx.engines.models import asset_path
 
 if TYPE_CHECKING:
-    from peftx.composition.registry import Entry
+    from peftx.composition.metadata import Entry
     from peftx.history import Measured
     from peftx.kernel.stack import Stack
 

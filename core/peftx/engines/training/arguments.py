@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
-    from peftx_spec.models import TrainSpec
+    from peftx_spec.training import TrainSpec
 
 
 def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:

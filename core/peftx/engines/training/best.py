@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback
 
@@ -12,8 +12,7 @@ from peftx.engines.training.processes import ALONE, Processes
 from peftx.engines.training.state_io import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from peftx.engines.training.trainer import StackTrainer
-    from peftx_spec.models import TrainSpec
+    from peftx_spec.training import TrainSpec
 
 Measure = Callable[[str, int], Mapping[str, Any]]
 """(Metric, most tokens of a row) -> name -> `Score`, on rows that are not trained on."""
@@ -64,10 +63,19 @@ class Best:
         self.seconds += time.perf_counter() - started
 
 
+class Trained(Protocol):
+    """Of a trainer what is looked at: its class imports this file."""
+
+    @property
+    def processes(self) -> Processes: ...
+
+    def snapshot(self) -> dict[str, Any]: ...
+
+
 class Looking(TrainerCallback):
     """Looks every `eval_steps`, before a checkpoint of the step is written."""
 
-    def __init__(self, trainer: Callable[[], StackTrainer], best: Best) -> None:
+    def __init__(self, trainer: Callable[[], Trained], best: Best) -> None:
         self.trainer, self.best = trainer, best
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -41,7 +41,8 @@ from peftx.errors import BundleError, CheckpointError, DataError, OptionError, T
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import spans
-from peftx_spec.models import HIGHER_IS_BETTER, TrainSpec
+from peftx_spec.models import HIGHER_IS_BETTER
+from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack

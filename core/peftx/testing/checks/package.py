@@ -6,9 +6,10 @@ import inspect
 import tomllib
 from pathlib import Path
 
+from peftx.composition.metadata import MARKS, keyword_values, keywords
 from peftx.composition.options import COLUMNS, options_table
 from peftx.composition.outline import outline
-from peftx.composition.registry import MARKS, Registry, keyword_values, keywords
+from peftx.composition.registry import Registry
 from peftx.kernel.plugin import hooks_of
 from peftx.testing.case import Case
 from peftx.testing.checks.check import check
