@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from peftx import (
     Claim,
@@ -39,6 +39,7 @@ from peftx.kernel import calls
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.reading import check_output
+from peftx.toolkits.injecting import Side, side_of
 
 Measure = Callable[[Tensor], Tensor]
 """Activations [B, T, d_ff] -> one number a token, [B, T]."""
@@ -81,14 +82,14 @@ class Observer(Delta):
     """Measures its layer's input while somebody watches, and changes nothing.
 
     Args:
-        site: where it stands. call: what the model is called on. two_towers: an encoder and a decoder. measure: what is
-            watched, if anything is.
+        site: where it stands. call, side: what the model is called on, and which of its tokens the site sees. measure:
+            what is watched, if anything is.
     """
 
-    def __init__(self, site: Site, call: Call, *, two_towers: bool, measure: Measure | None = None) -> None:
+    def __init__(self, site: Site, call: Call, side: Side, measure: Measure | None = None) -> None:
         super().__init__()
-        self.tower, self.layer, self.call, self.measure = site.tower, site.layer, call, measure
-        self.answers = two_towers and site.tower == "decoder"
+        self.tower, self.layer, self.measure = site.tower, site.layer, measure
+        self.call, self.side = call, side
         self.seen: list[tuple[bool, Tensor, Tensor]] = []
         """Of each call: was a gradient recorded; one number a token, [B, T] or [B * T]; which tokens count."""
 
@@ -101,11 +102,11 @@ class Observer(Delta):
     def weights(self, tokens: Tensor) -> Tensor:
         """1 for tokens of what the tower reads, soft ones too, and 0 for pads, [B, T]. A mask of other tokens as it is:
         `row_means` refuses it, and what a recomputed layer is told of another call is dropped before."""
-        real = self.call.decoder_real if self.answers else self.call.real
-        if real is None or self.tower in ("vision", "audio"):
+        real = {"source": self.call.real, "target": self.call.decoder_real, None: None}[self.side]
+        if real is None:
             return torch.ones_like(torch.atleast_2d(tokens).flatten(1))
         mask = self.call.arguments.get("attention_mask")
-        mask = real if mask is None or self.answers else mask
+        mask = real if mask is None or self.side == "target" else mask
         soft, rest = divmod(tokens.numel() - real.numel(), len(real))
         if mask.ndim != 2 or soft < 0 or rest:
             return mask
@@ -146,11 +147,10 @@ def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
 
 
 @contextmanager
-def listening(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
+def listening(view: ModelView, sites: Sequence[Site], measure: Measure) -> Iterator[list[Observer]]:
     """Observers outside the layers: those in the slots may be folded away, merged or switched off."""
-    two_towers = model.config.is_encoder_decoder
-    with calls.listening(model) as call, ExitStack() as hooks:
-        observers = [Observer(site, call, two_towers=two_towers, measure=measure) for site in sites]
+    with calls.listening(view.module) as call, ExitStack() as hooks:
+        observers = [Observer(site, call, side_of(view, site), measure) for site in sites]
         for site, observer in zip(sites, observers, strict=True):
             hook = site.module.register_forward_hook(lambda _, x, y, observer=observer: observer(x[0], y))
             hooks.enter_context(hook)
@@ -160,19 +160,16 @@ def listening(model: PreTrainedModel, sites: Sequence[Site], measure: Measure) -
 def row_means(tokens: Tensor, weights: Tensor) -> Tensor:
     """Mean over each row's own tokens: [B, T] (or [B * T], as OPT computes its MLP) -> [B]."""
     if weights.ndim != 2 or weights.numel() != tokens.numel():
-        raise BatchError(
-            f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(weights.shape)}",
-            hint="a batch needs a 2-D attention_mask of the rows that the model reads",
-        )
+        said = f"deft: activations of shape {tuple(tokens.shape)} do not go with a mask of {tuple(weights.shape)}"
+        raise BatchError(said, hint="a batch needs a 2-D attention_mask of the rows that the model reads")
     return (tokens.reshape(weights.shape) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def total(observers: Sequence[Observer]) -> Tensor:
     """The sum over towers of D, 0-d."""
-    towers: dict[str, list[Tensor]] = {}
-    for observer in observers:
-        towers.setdefault(observer.tower, []).append(observer.take())
-    return torch.stack([torch.cat(rows).mean() for rows in towers.values()]).sum()
+    towers = dict.fromkeys(observer.tower for observer in observers)
+    rows = [torch.cat([each.take() for each in observers if each.tower == tower]) for tower in towers]
+    return torch.stack([of_tower.mean() for of_tower in rows]).sum()
 
 
 class Deft(Plugin):
@@ -188,12 +185,11 @@ class Deft(Plugin):
     def inject(self, model: ModelView) -> None:
         for site in model.linears(self.config.targets):
             check_output(site, owner=model.owner)
-            site.attach(Observer(site, model.call, two_towers=model.anatomy.is_encoder_decoder))
+            site.attach(Observer(site, model.call, side_of(model, site)))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        mine = step.stack.ledger.of(step.stack.id_of(self), DeltaPart)
-        observers = [part.module for part in mine if isinstance(part.module, Observer)]
+        observers: list[Any] = [p.module for p in step.stack.ledger.of(step.stack.id_of(self), DeltaPart)]
         with watching(observers, partial(density, eps=self.config.eps)):
             step.add_loss("density", lambda _: total(observers), weight=self.config.alpha, over="rows")
             return (yield)
@@ -201,14 +197,14 @@ class Deft(Plugin):
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `density`, and `density/layer-<l>` for each block; with two towers `density/<tower>` and so on."""
-        stack, model = evaluation.stack, evaluation.stack.model
-        sites = stack.view(stack.id_of(self)).linears(self.config.targets)
+        view = evaluation.stack.view(evaluation.stack.id_of(self))
+        sites = view.linears(self.config.targets)
         found: dict[str, list[Tensor]] = {}  # score -> densities of rows
-        with listening(model, sites, partial(count, threshold=self.config.threshold)) as observers:
+        with listening(view, sites, partial(count, threshold=self.config.threshold)) as observers:
             for batch in evaluation.batches(8):
-                model(**batch)
+                view.module(**batch)
                 for observer in observers:
-                    name = f"density/{observer.tower}" if model.config.is_encoder_decoder else "density"
+                    name = f"density/{observer.tower}" if view.config.is_encoder_decoder else "density"
                     found.setdefault(f"{name}/layer-{observer.layer}", []).append(observer.take().cpu())
         layers = {name: torch.cat(parts) for name, parts in found.items()}  # [N] each
         for name in dict.fromkeys(name.rpartition("/")[0] for name in layers):

@@ -344,6 +344,20 @@ def test_evaluate_reports_both_towers_and_the_threshold_counts() -> None:
     assert values[0] == 1 > values[1] > values[2] == 0  # a smooth activation has no exact zeros
 
 
+def test_evaluate_leaves_out_the_pads_of_each_tower() -> None:
+    """Of a batch with pads the density is the mean of what its rows have alone."""
+    stack = Stack(tiny("t5"), [Deft(threshold=0.1)], tokenizer=tiny_tokenizer())
+    rows = [
+        {"prompt": "one", "completion": " two three four five"},
+        {"prompt": "six seven eight", "completion": " nine"},
+    ]
+    together, *alone = (stack.evaluate(some, metrics=["deft"]) for some in (rows, rows[:1], rows[1:]))
+    for name, score in together.items():
+        own = [scores[name].value for scores in alone]
+        assert abs(own[0] - own[1]) > 1e-4  # else any mean would do
+        assert score.value == pytest.approx(sum(own) / 2, rel=1e-6)
+
+
 def test_texts_are_rows_too() -> None:
     stack = Stack(tiny("llama"), [Deft()], tokenizer=tiny_tokenizer())
     assert stack.evaluate(["Once upon a time."], metrics=["deft"])["density"].value == 1
@@ -445,6 +459,16 @@ def test_a_mask_of_another_shape_is_refused() -> None:
     mask = torch.zeros(2, 1, 9, 9)  # additive, as packed rows have it
     with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 1, 9, 9\)"):
         terms(stack, {**batch, "attention_mask": mask})
+
+
+def test_a_decoder_s_mask_of_another_shape_is_its_own() -> None:
+    stack = stack_of("t5")
+    observer = next(each for each in observers(stack) if each.tower == "decoder")
+    batch = batch_of(stack.model)
+    observer.call.begin({**batch, "labels": batch["labels"][:, :4]})
+    tokens = torch.zeros(2, 3)
+    with pytest.raises(PeftxError, match=r"do not go with a mask of \(2, 4\)"):
+        row_means(tokens, observer.weights(tokens))
 
 
 def test_a_merged_observer_is_told_in_training() -> None:
