@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import defaultdict
@@ -18,12 +19,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["PEFTX_CACHE"] = ""  # no test reads what an earlier one left
+gc.disable()  # until all is collected: imports leave hardly anything to free, and much to look through
 
 # No deadline: the first example pays for imports. In CI the examples are the same in every run.
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
+STAYS = 40_000
+"""Objects: to look through them after each training takes as long as a step or two."""
 CPU = "cpu seconds"
 SHOWN = 10
 PLUGINS = Path(__file__).parent / "plugins"
@@ -34,6 +38,20 @@ def pytest_collection_finish() -> None:
     kit = sys.modules.get("peftx.testing.kit")
     if kit is not None:
         kit.settle()
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """The same once more when a file has brought much that stays: modules that its tests were the first to import."""
+    done = yield
+    ends = nextitem is None or nextitem.path != item.path
+    if ends and len(gc.get_objects()) > STAYS:
+        gc.collect()
+        gc.freeze()
+    return done
 
 
 @pytest.hookimpl(wrapper=True)

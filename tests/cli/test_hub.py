@@ -32,10 +32,11 @@ SECRET = "a sentence of the user's own rows"
 
 
 @pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     engine.pinned_rows.cache_clear()
     with loopback_hub() as found:
         yield found
+        monkeypatch.undo()  # what a test set in place of the hub's values goes before they do, or it brings them back
 
 
 def bundle(path: Path, plugin: peftx.Plugin | None = None) -> Path:

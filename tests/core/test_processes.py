@@ -1,4 +1,4 @@
-"""Two processes on gloo, started by torchrun, train what one process trains that takes as many micro-batches."""
+"""Two processes on gloo, started as torchrun does, train what one process trains that takes as many micro-batches."""
 
 from __future__ import annotations
 
@@ -28,26 +28,11 @@ class Ran:
     """What the processes of one start wrote."""
 
     def __init__(self, folder: Path, processes: int) -> None:
-        with (folder / f"{processes}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes later reads what is there
-            if not (folder / f"{processes}.done").exists():
-                self.start(folder, processes)
-                (folder / f"{processes}.done").touch()
         names = [f"{processes}-{index}" for index in range(processes)]
         self.said: list[dict[str, Any]] = [
             json.loads((folder / f"{name}.json").read_text()) for name in names
         ]
         self.tensors = [load_file(folder / f"{name}.safetensors") for name in names]
-
-    @staticmethod
-    def start(folder: Path, processes: int) -> None:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), str(folder), str(processes)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=LIMIT, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +41,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     base = tmp_path_factory.getbasetemp()
     found = (base if worker_id == "master" else base.parent) / "processes"
     found.mkdir(exist_ok=True)
+    with (found / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes later reads what is there
+        if not (found / "done").exists():
+            start(found)
+            (found / "done").touch()
     return found
+
+
+def start(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=LIMIT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")

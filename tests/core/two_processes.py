@@ -1,8 +1,13 @@
-"""What tests/core/test_processes.py runs, in one process and in two: trains stacks and writes what came of each."""
+"""What tests/core/test_processes.py runs, in one process and in two: trains stacks and writes what came of each.
+
+The processes are copies of this one, which has loaded all that they need: that takes longer than their trainings.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import sys
 import warnings
@@ -15,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from peftx import BoundSite, Claim, Delta, ModelView, Plugin, Stack, TrainStep, hookimpl
@@ -92,8 +98,7 @@ def stack_of(*plugins: Plugin, arch: str = "llama") -> Stack:
     return Stack(tiny(arch), list(plugins), tokenizer=tokenizer)
 
 
-def main(folder: Path) -> None:
-    processes = int(sys.argv[2])
+def main(folder: Path, processes: int) -> None:
     accumulation = 4 // processes
     errors: dict[str, str] = {}
     losses: dict[str, list[float]] = {}
@@ -174,6 +179,21 @@ def main(folder: Path) -> None:
     save_file(tensors, folder / f"{processes}-{index}.safetensors")
 
 
+def start(folder: Path) -> None:
+    """One process, then two as torchrun starts them, but for what it makes them of."""
+    for arch in ("llama", "bert"):
+        tiny(arch)  # loads the classes; nothing is trained: the threads of a training do not outlive a fork
+    gc.freeze()  # or the collection of all that is loaded, which ends each training, takes longer than it
+    one = multiprocessing.get_context("fork").Process(target=main, args=(folder, 1))
+    one.start()
+    one.join()
+    if one.exitcode:
+        sys.exit(f"the one process ended with {one.exitcode}")
+    standalone: Any = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "two-processes"}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", **standalone)
+    elastic_launch(config, entrypoint=main)(folder, 2)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
+    start(Path(sys.argv[1]))
