@@ -126,8 +126,6 @@ class Xprompt(Plugin):
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         ticket, span = self.ticket, step.phase(self)
         memory = step.memory.setdefault(step.stack.id_of(self), {})
-        # A plugin that sets back what trains does not bring back what went.
-        ticket.zeta.copy_(memory.get("zeta", ticket.zeta))
         if step.begins(self):
             self.begin(span.name, memory)
         if span.name == "retune" and step.index == span.first:
@@ -158,4 +156,3 @@ class Xprompt(Plugin):
             P = memory["P_0"].to(ticket.P) if self.config.rewind == "start" else ticket.P
             ticket.keep(without_lowest(scores, zeta, self.config.pieces_off), P)
             self.state["found"] = True
-        memory["zeta"] = zeta.clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Plugin, Stack
-from peftx.errors import PeftxError
+from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.modes import as_it_was
 from peftx.kernel.positions import prompt_length
 from peftx.testing import conformance
@@ -268,18 +268,10 @@ def test_a_reference_of_the_start_has_all_tokens() -> None:
     assert prompt_length(stack.model) == 5
 
 
-def test_what_went_stays_away_where_what_trains_is_set_back() -> None:
-    """AlignDistil begins each of its phases from the start; the worst of the prompt do not come back with it."""
-    rows = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": " ?"} for n in range(8)]
-    found = []
-    for teacher_steps in (1, 5):  # before the first score, and behind the last one
-        stack, _, ticket = stack_of(AlignDistil(teacher_steps=teacher_steps), tokens_off=0.5)
-        lengths: list[int] = []
-        stack.train(rows, steps=12, batch_size=2, progress=lambda *_: lengths.append(ticket.length))  # noqa: B023
-        assert lengths[3:] == [min(lengths)] * (len(lengths) - 3)
-        assert int(ticket.zeta.sum()) < 6 * 4 * 0.5
-        found.append(lengths)
-    assert found[0][-1] == found[1][-1] == 3
+def test_what_takes_a_run_back_to_its_start_is_refused() -> None:
+    """AlignDistil begins each of its phases from the start, which would bring the worst of the prompt back."""
+    with pytest.raises(ConflictError, match="in the middle of what the phases of 'xprompt' settle"):
+        stack_of(AlignDistil())
 
 
 # -- what is left of it in the model -----------------------------------------------------------------------------------
