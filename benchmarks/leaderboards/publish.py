@@ -62,7 +62,7 @@ def table(found: dict[str, Any]) -> str:
             f"{row['trained']:,}",
             f"{row['bundle_bytes'] / 1e3:,.1f}\u00a0kB",
             f"{row['memory_bytes'] / 1e6:,.0f} MB",
-            f"{row['train_seconds']:.1f} s",
+            "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f} s",
             row["note"],
         )
         lines.append("| " + " | ".join(cells).rstrip() + " |")
@@ -124,6 +124,9 @@ def main(
     title: Annotated[str, typer.Option("--title", help="of the page")],
     output: Annotated[Path, typer.Option("--output", "-o")] = RESULTS,
     page: Annotated[bool, typer.Option("--page", help="keep the page too")] = False,
+    halted: Annotated[
+        bool, typer.Option("--halted", help="jobs were halted for other work: tell no seconds, keep no page")
+    ] = False,
 ) -> None:
     """Write NAME.json, NAME.md and NAME.png for NAME.yaml."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -141,6 +144,7 @@ def main(
     found["model"] = Path(found["model"]).name  # where a folder lies is this machine's
     for row in found["rows"]:
         row["seeds"] = [seed["value"] for seed in row["seeds"]]
+        row["train_seconds"] = None if halted else row["train_seconds"]
     found["rows"] = [{name: row[name] for name in KEPT} for row in found["rows"]]
     name = spec.stem
     (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -148,12 +152,14 @@ def main(
         f"`{spec.name}`: {found['budget']} a row; mean ± standard deviation over {len(found['seeds'])} seeds; each "
         f"rate the best of its grid on validation rows, {found['validation']}."
     )
-    if page:
+    if halted:
+        said += " Jobs were halted for other work, so that no seconds are told."
+    elif page:
         said += f" [Page with all plots]({name}.html)."
     text = f"# {title}\n\n{said}\n\n{found['base']}\n\n{table(found)}\n\n![{found['metric']}]({name}.png)\n"
     (output / f"{name}.md").write_text(text, encoding="utf-8")
     draw(found, output / f"{name}.png")
-    if page:
+    if page and not halted:
         here = f"{Path(spec).resolve().parent}/"  # of this machine
         shown = (folder / "index.html").read_text(encoding="utf-8").replace(here, "")
         (output / f"{name}.html").write_text(shown, encoding="utf-8")
