@@ -199,8 +199,7 @@ class LTuning(Plugin):
             labels: nn.Module = LabelPrompts(H, first=first)
         else:
             sites = model.attention_sites()
-            facts = [model.main.by_layer[site.layer] for site in sites]
-            sizes = [(each.kv_heads, each.head_dim, each.value_dim) for each in facts]
+            sizes = [(n.kv_heads, n.head_dim, n.value_dim) for n in map(model.heads_of, sites)]
             labels = LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout, first=first)
             for site in sites:
                 self.edits.append(Prefix())

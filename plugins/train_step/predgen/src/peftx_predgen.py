@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,10 +110,6 @@ def position_weights(G: int) -> Tensor:
 def places(mask: Tensor, G: int) -> Tensor:
     """Of rows padded on the right, the answer's places and the one before them; [B, T] -> [B, 1 + G]."""
     return mask.sum(1, keepdim=True) - 1 + torch.arange(-G, 1, device=mask.device)
-
-
-def logits_at(logits: Tensor, at: Tensor) -> Tensor:
-    return logits[torch.arange(len(at), device=at.device)[:, None], at]  # [B, 1 + G, V]
 
 
 def write(stack: Stack, ids: Tensor, mask: Tensor, *, G: int) -> Tensor:
@@ -208,9 +205,7 @@ class Predgen(Plugin):
             )
         tokenize_classes(data, labels)
         data.max_length = limit
-        data.train, data.eval = (
-            None if rows is None else self.answered(rows, answers) for rows in (data.train, data.eval)
-        )
+        data.rewrite(partial(self.answered, answers=answers))
 
     def numerals(self, data: TrainingData) -> list[str]:
         """The numbers that the rows have for labels, each way of writing one once; `tokenize_classes` takes it on."""
@@ -256,7 +251,7 @@ class Predgen(Plugin):
             L_gen = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
             )
-            Z = logits_at(logits, at)
+            Z = logits.take_along_dim(at[..., None], 1)  # [B, 1 + G, V]
             if self.config.labels is None:
                 L_task = self.digit_loss(Z[:, :-1], labels.gather(1, at[:, 1:]))
             else:
@@ -290,8 +285,8 @@ class Predgen(Plugin):
             ids, at = write(stack, batch["input_ids"], mask, G=G), places(mask, G)[:, 1:]
             written.append(ids.gather(1, at))
             if not numbers:
-                Z = logits_at(model(input_ids=ids, attention_mask=mask).logits, at)  # [B, G, V]
-                scores.append(self.director(Z))
+                logits = model(input_ids=ids, attention_mask=mask).logits
+                scores.append(self.director(logits.take_along_dim(at[..., None], 1)))  # of [B, G, V]
         back = torch.tensor(order, device=model.device).argsort()
         return torch.cat(written)[back], torch.cat(scores)[back] if scores else torch.empty(len(rows), 0)
 

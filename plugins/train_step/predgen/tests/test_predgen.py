@@ -86,6 +86,16 @@ def test_rows_may_be_prepared_before_anything_is_injected(labels: list[str] | No
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("labels", [["no", "yes"], None])
+def test_rows_to_watch_are_made_as_rows_to_train_on(labels: list[str] | None) -> None:
+    stack, rows = stack_of(labels=labels), WORDS if labels else NUMBERS
+    data = as_training_data(stack, rows, seed=0, max_length=32)
+    data.eval = data.train.select(range(2))
+    found = stack.prepare(data)
+    assert found.eval.to_list() == found.train.to_list()[:2]
+    assert found.format == "tokenized"
+
+
 def test_a_long_text_is_cut_and_its_answer_is_not() -> None:
     stack = stack_of()
     data = stack.prepare(as_training_data(stack, [ROWS[0]], seed=0, max_length=20))

@@ -135,9 +135,8 @@ class Reglu(Plugin):
         if both := F & R:
             one = step.stack.tokenizer.decode(min(both), skip_special_tokens=True)
             said = f"{len(both)} of the {len(F)} texts to forget are to be retained too, as {one[:60]!r}"
-            raise DataError(
-                f"{step.stack.id_of(self)}: {said}", hint="leave them out of the rows to train on"
-            )
+            hint = "leave them out of the rows to train on"
+            raise DataError(f"{step.stack.id_of(self)}: {said}", hint=hint)
         H_F, H_R = (self.outputs(step, source) for source in ("forget", "train"))
         bases = {}
         for key, delta in self.deltas.items():
@@ -150,12 +149,11 @@ class Reglu(Plugin):
 
     def texts(self, step: TrainStep, source: str) -> set[tuple[int, ...]]:
         """The tokens of each text that the start is made from."""
-        batches = step.batches_of(source, self.config.samples)
-        return {
-            tuple(ids[real.bool()].tolist())
-            for batch in batches
-            for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        }
+        found: set[tuple[int, ...]] = set()
+        for batch in step.batches_of(source, self.config.samples):
+            for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+                found.add(tuple(ids[real].tolist()))
+        return found
 
     def outputs(self, step: TrainStep, source: str) -> dict[str, Tensor]:
         """H of each layer."""

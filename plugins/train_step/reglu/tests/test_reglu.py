@@ -394,6 +394,14 @@ def test_a_text_to_forget_and_to_retain_is_refused(forget: list[dict[str, str]])
     assert not any(tensor.any() for delta in deltas_of(stack).values() for tensor in (delta.A, delta.B0))
 
 
+def test_a_text_is_the_same_with_other_pads() -> None:
+    """Beside a long text it has pads, and is refused all the same."""
+    long = {"prompt": "Where does Ann live in the summer, and her dog?", "completion": " In Rome."}
+    with pytest.raises(DataError, match="reglu: 1 of the 2 texts to forget are to be retained too") as caught:
+        stack_of().train(RETAIN, sources={"forget": [long, RETAIN[0]]}, steps=1)
+    assert caught.value.hint == "leave them out of the rows to train on"
+
+
 @pytest.mark.parametrize(
     ("options", "scale"),
     [({}, 2.0), ({"rank": 8}, 2.0), ({"rank": 8, "alpha": 4}, 0.5), ({"alpha": 32.0}, 1.0)],
