@@ -42,6 +42,8 @@ from peftx_spec.stages import RunStage, stream_of
 from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from peftx.toolkits.evaluation import Score
     from peftx_spec.validate import LoadedSpec
 
@@ -277,12 +279,12 @@ class Run:
         )  # fmt: skip
         return f"{sum(t.nbytes for o in stage.ids for t in self._stack.ledger.tensors(o).values()):,} bytes"
 
-    def _measured(self, limit: int | None = None) -> list[Any] | None:
+    def _measured(self, limit: int | None = None) -> Dataset | None:
         """Rows that are not trained on."""
         source = self.pipeline.data.eval
         if source is not None:
-            return list(rows_of(source, limit=limit or source.limit))
-        return None if self.held_out is None else list(self.held_out.rows)
+            return rows_of(source, limit=limit or source.limit)
+        return None if self.held_out is None else self.held_out.rows
 
     def _evaluate(self, stage: RunStage, index: int) -> str:
         assert self.result is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import peftx
-from peftx import Plugin, Stack
+from peftx import Phase, Plugin, Stack
 from peftx.composition.conflicts import FIRST, RULES, find_conflicts, rules
 from peftx.composition.members import default_id
 from peftx.engines.bundle import read_manifest
@@ -94,13 +94,14 @@ def test_an_error_that_begins_like_the_id_is_blamed_all_the_same() -> None:
 # -- rules: one table ------------------------------------------------------------------------------------------------
 
 
-def _with(*claims: Claim, hook: str = "inject", phase: str | None = None) -> Member:
+def _with(*claims: Claim, hook: str = "inject", phase: str | None = None, phases: bool = False) -> Member:
     @hookimpl
     def method(self: object) -> None: ...
 
+    own = {"phases": lambda self: (Phase("first", 1), Phase("rest"))} if phases else {}
     return Member(
         f"p{len(claims)}{hook[:1]}",
-        type("Made", (Plugin,), {"claims": set(claims), hook: method})(),
+        type("Made", (Plugin,), {"claims": set(claims), hook: method} | own)(),
         phase=phase,
     )
 
@@ -112,7 +113,7 @@ def test_what_is_told_of_a_plugin_is_what_is_checked(rule: object) -> None:
     late: dict[str, str] = {"hook": "compress", "phase": "after-training"} if rule.late else {}  # type: ignore[attr-defined]
     for ones in claims:
         for twos in claims:
-            one, two = _with(*ones, **late), Member("two", _with(*twos).plugin)
+            one, two = _with(*ones, **late), Member("two", _with(*twos, phases=True).plugin)
             hit = rule.one.is_it(one.plugin) and rule.two.is_it(two.plugin)  # type: ignore[attr-defined]
             if not hit:
                 continue

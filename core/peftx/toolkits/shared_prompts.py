@@ -15,7 +15,7 @@ from peftx.errors import ArchitectureError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftx.engines.data import TrainingData
+    from peftx.engines.data import TrainingData, Where
     from peftx.kernel.view import ModelView
 
 
@@ -38,7 +38,7 @@ def check_layout(model: ModelView, *, each_layer: bool = False) -> None:
 
 
 def prompt_beside(
-    data: TrainingData, prompt: str, answers: Sequence[int], where: str, *, more: int = 0
+    data: TrainingData, prompt: str, answers: Sequence[int], where: Where, *, more: int = 0
 ) -> list[int]:
     """Token ids of a prompt, cut once at their left behind BOS, so that all its answers fit into its row.
 

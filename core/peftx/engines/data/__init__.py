@@ -9,6 +9,7 @@ tokenize_classes   classes.py        classification rows become texts with the n
 tokenize_tags      classes.py        or of the class of each word
 ClassTexts         classes.py        the classes of a plugin, and the texts that it names one of
 check_differ       contrast.py       rows of preferences whose two answers are one are refused
+Place              places.py         where a row stands, for messages: `train.jsonl:12`
 Collator           collate.py        examples become padded tensors
 """
 
@@ -42,6 +43,7 @@ from peftx.engines.data.encoding import (
 from peftx.engines.data.formats import detect_format, format_of_row, read_dataset
 from peftx.engines.data.gate import FORMATS
 from peftx.engines.data.messages import pair_of, prompt_turns, render_messages, said, turns
+from peftx.engines.data.places import Place, Where, inside
 from peftx.engines.data.together import together
 from peftx.engines.data.tokenize import tokenize_dataset
 from peftx.engines.data.training_data import TrainingData
@@ -53,7 +55,9 @@ __all__ = [
     "ClassTexts",
     "Collator",
     "Example",
+    "Place",
     "TrainingData",
+    "Where",
     "batches_of",
     "check_differ",
     "check_labels",
@@ -68,6 +72,7 @@ __all__ = [
     "fill_template",
     "following_ids",
     "format_of_row",
+    "inside",
     "pads_right",
     "pair_of",
     "prompt_ids",

@@ -20,6 +20,7 @@ from peftx.engines.data.encoding import (
     text_ids,
     without_prefix,
 )
+from peftx.engines.data.places import Place, Where, row_for_row
 from peftx.errors import DataError, StackError, nearest
 from peftx.kernel.objective import pad_of
 from peftx.kernel.positions import free_positions
@@ -49,7 +50,7 @@ def check_labels(labels: Sequence[str]) -> list[str]:
     return list(labels)
 
 
-def class_index(label: str, labels: Sequence[str], where: str) -> int:
+def class_index(label: str, labels: Sequence[str], where: Where) -> int:
     """Number of `label` among `labels`. Raises DataError, which names `where` and the nearest label."""
     if label not in labels:
         raise DataError(
@@ -108,7 +109,7 @@ def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed:
     found: dict[str, list[object]] = {"input_ids": [], "labels": [], CLASS_INDEX: []}
     frame = sum(map(len, special_frame(data.tokenizer))) if closed else len(special_frame(data.tokenizer)[0])
     for index, row in enumerate(rows):
-        where = f"row {index} (counting from 0)"
+        where = Place(rows, index)
         ids = class_ids(data.tokenizer, row["text"], max_length=data.max_length, closed=closed)
         if len(ids) <= frame:
             raise DataError(f"{where}: the text {row['text']!r} has no tokens")
@@ -117,13 +118,13 @@ def _tokenized(data: TrainingData, rows: Dataset, labels: Sequence[str], closed:
         found[CLASS_INDEX].append(class_index(row["label"], labels, where))
     if not found["input_ids"]:
         raise DataError("no rows to classify")
-    return Dataset.from_dict(found)
+    return row_for_row(Dataset.from_dict(found), rows)
 
 
 def _tagged(data: TrainingData, rows: Dataset, labels: Sequence[str], closed: bool) -> Dataset:
     found: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], CLASS_INDEX: []}
     for index, row in enumerate(rows):
-        where, tags = f"row {index} (counting from 0)", row["label"].split()
+        where, tags = Place(rows, index), row["label"].split()
         ids, starts = _words(data.tokenizer, row["text"], where, closed)
         if len(tags) != len(starts):
             raise DataError(
@@ -138,11 +139,11 @@ def _tagged(data: TrainingData, rows: Dataset, labels: Sequence[str], closed: bo
         found[CLASS_INDEX].append(numbers[: data.max_length])
     if not found["input_ids"]:
         raise DataError("no rows to tag")
-    return Dataset.from_dict(found)
+    return row_for_row(Dataset.from_dict(found), rows)
 
 
 def _words(
-    tokenizer: PreTrainedTokenizerBase, text: str, where: str, closed: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, where: Where, closed: bool
 ) -> tuple[list[int], list[int]]:
     """Tokens of a text, and where each of its words begins. Each is tokenized by itself: no token has parts of two."""
     before, after = special_frame(tokenizer)

@@ -7,10 +7,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from peftx.engines.data.places import Place, Where
 from peftx.errors import DataError
 
 
-def check_differ(chosen: Sequence[Any], rejected: Sequence[Any], *, where: str, by: str) -> None:
+def check_differ(chosen: Sequence[Any], rejected: Sequence[Any], *, where: Where, by: str) -> None:
     """Two answers of a row, as texts or tokens.
 
     Args:
@@ -34,7 +35,7 @@ def check_passages(rows: Dataset, *, by: str) -> None:
     """
     chosen, rejected = ([text.strip() for text in rows[name]] for name in ("chosen", "rejected"))
     for i, texts in enumerate(zip(chosen, rejected, strict=True)):
-        check_differ(*texts, where=f"row {i} (counting from 0)", by=by)
+        check_differ(*texts, where=Place(rows, i), by=by)
     if len(rows) > 1 and len(set(chosen)) == 1:
         raise DataError(
             f"{by}: all {len(rows)} rows have one passage, so there is one class and nothing to tell apart",

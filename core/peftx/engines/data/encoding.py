@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from peftx.engines.data.collate import IGNORE
+from peftx.engines.data.places import Where
 from peftx.errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def encode_pair(
     completion: str,
     *,
     max_length: int,
-    where: str = "the row",
+    where: Where = "the row",
 ) -> Example:
     """BOS prompt completion EOS, with loss on the completion and EOS; the prompt is cut at its left to fit.
 
@@ -138,7 +139,7 @@ def join_pair(
     prompt: str,
     completion: str,
     max_length: int,
-    where: str,
+    where: Where,
 ) -> Example:
     text = continuation(prompt, completion)
     head, tail = text_ids(tokenizer, prompt), following_ids(tokenizer, text)
@@ -151,7 +152,7 @@ def joined(
     head: list[int],
     completion: tuple[str, list[int]],
     max_length: int,
-    where: str,
+    where: Where,
 ) -> Example:
     """`join_pair` of what is tokenized already. head: ids of the prompt. completion: its text, and ids."""
     text, tail = completion
@@ -169,7 +170,7 @@ def joined(
 
 
 def completion_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, where: str, *, alone: bool = False
+    tokenizer: PreTrainedTokenizerBase, text: str, where: Where, *, alone: bool = False
 ) -> list[int]:
     """`alone`: a decoder of its own begins with it, and no prompt stands before."""
     ids = text_ids(tokenizer, text) if alone else following_ids(tokenizer, text)
@@ -177,7 +178,7 @@ def completion_ids(
     return ids
 
 
-def _check_learned(text: str, ids: list[int], where: str) -> None:
+def _check_learned(text: str, ids: list[int], where: Where) -> None:
     if not ids:
         raise DataError(f"{where}: the completion {text!r} has no tokens, so there is nothing to learn")
 

@@ -29,10 +29,11 @@ _SNIPPET = 60  # characters of a faulty line that an error shows
 
 
 class Record(NamedTuple):
-    """One row of a file and where it stands, ready for a message: `train.jsonl:12`."""
+    """One row of a file and where it stands, ready for a message: `train.jsonl:12`; its line, 0 where it has none."""
 
     place: str
     value: object
+    line: int = 0
 
 
 def file_suffix(path: Path) -> str:
@@ -155,7 +156,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         if line.strip():  # blank lines carry no row
             text = line.rstrip("\r\n")  # so that an error at its end is on this line, not on the next
-            yield Record(f"{path}:{number}", _parse_json(text, path=path, first_line=number))
+            yield Record(f"{path}:{number}", _parse_json(text, path=path, first_line=number), number)
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -215,4 +216,4 @@ def _read_csv(path: Path, *, delimiter: str | None) -> Iterator[Record]:
                 hint="a field that holds the delimiter, a quote or a line break needs double quotes around it",
             )
         else:
-            yield Record(f"{path}:{first_line}", dict(zip(header, cells, strict=True)))
+            yield Record(f"{path}:{first_line}", dict(zip(header, cells, strict=True)), first_line)

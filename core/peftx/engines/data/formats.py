@@ -15,6 +15,7 @@ stay as they are. Everything is held in memory; nothing is written to a cache.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -34,6 +35,7 @@ from peftx.engines.data.files import (
     require_file,
 )
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
+from peftx.engines.data.places import Place, read_from, row_for_row
 from peftx.errors import DataError, PeftxError, nearest
 from peftx_spec.rows import check_row, json_type, names_of, with_further
 from peftx_spec.shapes import Shape, shape_of, with_tools
@@ -93,13 +95,16 @@ def read_dataset(
             raise DataError(
                 f"{file}: columns {dict(columns)} of a file that has none: it is one document of text"
             )
-        return Dataset.from_dict({"text": [_document(file)]})
+        return read_from(Dataset.from_dict({"text": [_document(file)]}), str(file), [])
     if format == "messages" and suffix in {".csv", ".tsv"}:
         raise DataError(
             f"{file}: format 'messages' is nested and does not fit a {suffix} file", hint="use .jsonl"
         )
 
+    lines = array("q")
+
     def checked() -> Iterator[tuple[dict[str, object], str]]:
+        del lines[:]
         shape: Shape | None = None
         records = islice(read_records(file), limit)
         for index, record in enumerate(records):
@@ -107,6 +112,7 @@ def read_dataset(
                 row = _rename(record, columns)
                 shape = _shape(row, format) if index == 0 else shape
                 yield _fitting(row, record.place, shape, format, columns), record.place
+                lines.append(record.line)
             except DataError as error:
                 raise with_further(error, list(_refused(records, shape, format, columns))) from error
 
@@ -114,10 +120,10 @@ def read_dataset(
         found = _in_blocks((row for row, _ in checked()), first=COLUMNS[format])
     except _NOT_ARROW:  # blocks have types that do not join: all rows at once may, or tell where they do not
         rows, places = map(list, zip(*checked(), strict=True))
-        return _to_dataset(rows, places, first=COLUMNS[format])
+        found = _to_dataset(rows, places, first=COLUMNS[format])
     if found is None:
         raise DataError(f"{file} holds no rows")
-    return found
+    return read_from(found, str(file), lines if all(lines) else [])
 
 
 def dataset_of(
@@ -165,7 +171,7 @@ def checked_dataset(
                 f"no column {theirs!r}; found {names_of(set(rows.column_names))}",
                 hint=nearest(theirs, rows.column_names) or None,
             )
-        rows = rows.rename_column(theirs, ours) if theirs != ours else rows
+        rows = row_for_row(rows.rename_column(theirs, ours), rows) if theirs != ours else rows
     names = set(rows.column_names)
     first = rows[0] if len(rows) else dict.fromkeys(names)
     if format == "auto":
@@ -173,11 +179,13 @@ def checked_dataset(
         format = "tokenized" if tokenized else format_of_row(first, where="the rows")
     shape = shape_of(first, format) if format in COLUMNS else None
     if shape is not None:
-        gone = sorted(names - set(_arranged(first, shape, "row 0 (counting from 0)")))
-        rows = rows.map(
-            lambda row, index: _arranged(row, shape, f"row {index} (counting from 0)"),
+        gone = sorted(names - set(_arranged(first, shape, str(Place(rows, 0)))))
+        given = rows
+        rows = given.map(
+            lambda row, index: _arranged(row, shape, str(Place(given, index))),
             with_indices=True, remove_columns=gone,
         )  # fmt: skip
+        row_for_row(rows, given)
     check_rows(rows, format)
     return rows, format
 

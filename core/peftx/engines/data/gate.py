@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.compute as compute
 
+from peftx.engines.data.places import Place
 from peftx.errors import DataError
 from peftx_spec import models as spec
 from peftx_spec.rows import ROLES, check_messages, check_row, require_text
@@ -62,7 +63,10 @@ def check_rows(rows: Dataset, format: str) -> None:
     for name in COLUMNS[format]:
         if name not in rows.column_names or not _is_clean(table[name][:], name):
             for index, row in enumerate(rows):
-                check_row(row, f"row {index} (counting from 0)", format)
+                try:
+                    check_row(row, "", format)
+                except DataError:  # the same once more, with the place: it takes a while to find
+                    check_row(row, str(Place(rows, index)), format)
 
 
 def _is_clean(column: pa.ChunkedArray, name: str) -> bool:

@@ -22,6 +22,7 @@ from peftx.engines.data.encoding import (
     text_ids,
     without_prefix,
 )
+from peftx.engines.data.places import Where
 from peftx.errors import DataError, UnsupportedError
 from peftx_spec.shapes import PROMPT_TURNS
 
@@ -61,12 +62,12 @@ def render_messages(
 
 def messages_encoder(
     tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Callable[[Mapping[str, object], str], Example]:
+) -> Callable[[Mapping[str, object], Where], Example]:
     prefix, _ = special_frame(tokenizer)
     plain = tokenizer.chat_template is None
     marked = not plain and tokenizer.is_fast and GENERATION.search(str(tokenizer.chat_template)) is not None
 
-    def encode(row: Mapping[str, object], where: str) -> Example:
+    def encode(row: Mapping[str, object], where: Where) -> Example:
         messages: Sequence[Mapping[str, Any]] = row["messages"]  # type: ignore[assignment]
         asked = sum(turn["role"] == "assistant" for turn in messages[: prompt_turns(row)])
         if marked:
@@ -118,7 +119,7 @@ def _by_marks(
     asked: int,
     max_length: int,
     prefix: list[int],
-    where: str,
+    where: Where,
 ) -> Example:
     """Labels where the template itself says that the assistant speaks, its first `asked` turns apart."""
     try:
@@ -180,7 +181,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> bool:
 
 
 def turns(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, object], where: str
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, object], where: Where
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """A conversation as it is trained on: ids, and where each turn of the assistant begins and ends (no EOS)."""
     example = messages_encoder(tokenizer, sys.maxsize)(row, where)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from peftx.engines.data.formats import detect_format, read_dataset
+from peftx.engines.data.places import row_for_row, select
 from peftx.engines.hub import is_hub, pinned_rows
 from peftx.engines.models import asset_path
 from peftx.errors import DataError
@@ -63,7 +64,7 @@ def training_rows(data: DataSpec) -> tuple[Dataset | None, HeldOut | None]:
             "peftx apply",
         )
     rest = [index for index in range(len(rows)) if index not in held]
-    return rows.select(rest), HeldOut(rows.select(sorted(held)), len(rows), data.holdout.seed)
+    return select(rows, rest), HeldOut(select(rows, sorted(held)), len(rows), data.holdout.seed)
 
 
 def _chosen(rows: Dataset, holdout: HoldoutSpec) -> set[int]:
@@ -129,7 +130,9 @@ def measured_rows(data: DataSpec, *, limit: int | None = None) -> tuple[Dataset 
 def task_rows(source: SourceSpec, place: int) -> Dataset:
     """Rows of one task of a stream, with its place in the stream, from 0, in the column `task` unless they have one."""
     rows = rows_of(source, limit=source.limit)
-    return rows if TASK in rows.column_names else rows.add_column(TASK, [place] * len(rows))
+    return (
+        rows if TASK in rows.column_names else row_for_row(rows.add_column(TASK, [place] * len(rows)), rows)
+    )
 
 
 def further_rows(data: DataSpec, stages: Sequence[RunStage]) -> dict[str, Dataset]:

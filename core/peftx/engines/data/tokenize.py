@@ -27,6 +27,7 @@ from peftx.engines.data.encoding import (
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
 from peftx.engines.data.kept import kept
 from peftx.engines.data.messages import messages_encoder
+from peftx.engines.data.places import Place, Where, row_for_row, select
 from peftx.engines.models import tokenizer_digest
 from peftx.errors import DataError, UnsupportedError, nearest
 from peftx_spec.shapes import PROMPT_TURNS
@@ -117,10 +118,10 @@ def tokenize_dataset(
     def examples() -> Dataset:
         check_rows(dataset, format)
         if format == "text":
-            return _columns(_pack(_counted(dataset, progress), tokenizer, max_length=max_length))
+            return _columns(_pack(dataset, tokenizer, progress, max_length=max_length))
         chosen = dataset if only is None else dataset.select(only)
         numbers = range(len(dataset)) if only is None else only
-        rows = ((f"row {numbers[i]} (counting from 0)", row) for i, row in _counted(chosen, progress))
+        rows = ((Place(dataset, numbers[i]), row) for i, row in _counted(chosen, progress))
         found: Iterator[Example]
         if format == "messages":
             encode = messages_encoder(tokenizer, max_length)
@@ -134,7 +135,8 @@ def tokenize_dataset(
             tokenized = tokenized.add_column(name, chosen[name][:])
         return tokenized
 
-    return kept(dataset.select_columns(columns), about, examples)
+    made = kept(dataset.select_columns(columns), about, examples)
+    return made if format == "text" else row_for_row(made, dataset if only is None else select(dataset, only))
 
 
 def _pair(row: Mapping[str, Any], format: str, template: str) -> tuple[str, str]:
@@ -144,7 +146,7 @@ def _pair(row: Mapping[str, Any], format: str, template: str) -> tuple[str, str]
     return row["prompt"], row["completion"]
 
 
-Pairs = Iterable[tuple[str, str, str]]
+Pairs = Iterable[tuple[Where, str, str]]
 """(Where it stands, prompt, completion)."""
 
 
@@ -182,15 +184,19 @@ def _counted(
 
 
 def _pack(
-    rows: Iterable[tuple[int, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int, int], None] | None,
+    *,
+    max_length: int,
 ) -> Iterator[Example]:
     prefix, _ = special_frame(tokenizer)
     eos = eos_id(tokenizer)
     waiting: list[int] = []
-    for index, row in rows:
+    for index, row in _counted(rows, progress):
         body = without_prefix(text_ids(tokenizer, row["text"]), prefix)
         if not body:
-            raise DataError(f"row {index} (counting from 0): the text {row['text']!r} has no tokens")
+            raise DataError(f"{Place(rows, index)}: the text {row['text']!r} has no tokens")
         waiting += [*prefix, *body, eos]
         whole = len(waiting) - len(waiting) % max_length
         for start in range(0, whole, max_length):
@@ -240,7 +246,7 @@ def _check_tokenized(dataset: Dataset, *, max_length: int, encoder_decoder: bool
             raise DataError(f"tokenized rows need {name!r}; columns: {', '.join(dataset.column_names)}")
     lengths = {name: [len(ids) for ids in dataset[name]] for name in ("input_ids", "labels")}
     for index, (inputs, labels) in enumerate(zip(lengths["input_ids"], lengths["labels"], strict=True)):
-        where = f"row {index} (counting from 0)"
+        where = Place(dataset, index)
         if not inputs or max(inputs, labels) > max_length:
             raise DataError(
                 f"{where} has {max(inputs, labels)} tokens; between 1 and max_length {max_length} fit"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data.gate import COLUMNS
+from peftx.engines.data.places import select
 from peftx.engines.files import write_text
 from peftx.errors import DataError, UnsupportedError
 
@@ -131,7 +132,7 @@ class TrainingData:
             raise DataError(f"{by}: {len(reasons)} reasons for {len(self.train)} rows")
         gone = [(place, why) for place, why in enumerate(reasons) if why is not None]
         self.dropped += [Dropped(by, place, why, self.train[place]) for place, why in gone]
-        self.train = self.train.select([place for place, why in enumerate(reasons) if why is None])
+        self.train = select(self.train, (place for place, why in enumerate(reasons) if why is None))
 
     def write_dropped(self, file: Path) -> str:
         """Write `dropped`, if any, to a file of JSON lines, and say so: '; dropped 3: 2 too long, 1 empty (file)'."""

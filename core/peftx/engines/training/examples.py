@@ -19,6 +19,7 @@ from transformers import DataCollatorForLanguageModeling
 
 from peftx.engines.data import class_ids, class_index, special_frame, text_ids, tokenize_dataset
 from peftx.engines.data.encoding import without_prefix
+from peftx.engines.data.places import Place, Where, row_for_row
 from peftx.errors import DataError, UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.objective import Objective, check_objective, objective_of, vocabulary_of
@@ -49,7 +50,7 @@ def examples_of(
         DataError: a row that is no row of its format, has an id beyond the embedding, or is longer than the positions.
     """
     rows = encoded(stack, data, progress, only=only)
-    _check_places(stack, rows, only)
+    _check_places(stack, data, rows)
     return rows
 
 
@@ -134,7 +135,7 @@ def _to_fill_in(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data
     for index, row in enumerate(data.train):
         body = without_prefix(text_ids(tokenizer, row["text"]), prefix)
         if not body:
-            raise DataError(f"row {index} (counting from 0): the text {row['text']!r} has no tokens")
+            raise DataError(f"{Place(data.train, index)}: the text {row['text']!r} has no tokens")
         found += [[*prefix, *body[at : at + room], *suffix] for at in range(0, len(body), room)]
     return Dataset.from_dict({"input_ids": found, "labels": found})
 
@@ -152,16 +153,16 @@ def _to_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: T
     number = partial(_number) if config.num_labels == 1 else partial(_class, names=names)
     found: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for index, row in enumerate(data.train):
-        where = f"row {index} (counting from 0)"
+        where = Place(data.train, index)
         ids = class_ids(tokenizer, row["text"], max_length=data.max_length, closed=closed)
         if len(ids) <= sum(map(len, special_frame(tokenizer))) * closed:
             raise DataError(f"{where}: the text {row['text']!r} has no tokens")
         found["input_ids"].append(ids)
         found["labels"].append(number(row["label"], where=where))
-    return Dataset.from_dict(found)
+    return row_for_row(Dataset.from_dict(found), data.train)
 
 
-def _class(label: str, *, where: str, names: Sequence[str]) -> int:
+def _class(label: str, *, where: Where, names: Sequence[str]) -> int:
     if label.isdecimal() and label not in names and int(label) < len(names):
         return int(label)
     try:
@@ -174,16 +175,16 @@ def _class(label: str, *, where: str, names: Sequence[str]) -> int:
         ) from error
 
 
-def _number(label: str, *, where: str) -> float:
+def _number(label: str, *, where: Where) -> float:
     try:
         return float(label)
     except ValueError as error:
         raise DataError(f"{where}: label {label!r} is no number, and the model gives one") from error
 
 
-def _check_places(stack: Stack, rows: Dataset, only: Sequence[int] | None) -> None:
+def _check_places(stack: Stack, data: TrainingData, rows: Dataset) -> None:
     """Raises DataError for the first row with an id that the embedding lacks, or more tokens than positions."""
-    numbers = range(len(rows)) if only is None else only
+    cut = data.format == "text" or mask_of(stack, data, 0) is not None  # into blocks, which are no rows
     size, room = vocabulary_of(stack.model), free_positions(stack.model)
     if any(member.claims(Claim.OWN_LAYOUT) for member in stack.members):
         room = None  # its rows hold several texts, each with positions of its own
@@ -201,15 +202,24 @@ def _check_places(stack: Stack, rows: Dataset, only: Sequence[int] | None) -> No
                 (i, t) for i, ids in enumerate(column.to_pylist()) if (t := max(ids, default=0)) >= size
             )
             word = stack.tokenizer.convert_ids_to_tokens(token)
+            where = _with_token(stack, data, token) if cut else Place(rows, index)
             raise DataError(
-                f"row {numbers[index]} (counting from 0): {word!r} has id {token}, and the model's embedding has "
-                f"{size} rows",
+                f"{where}: {word!r} has id {token}, and the model's embedding has {size} rows",
                 hint="the tokenizer is another model's, or has tokens that the model was never given",
             )
         longest = compute.max(compute.list_value_length(column)).as_py() if len(column) else 0
         if room is not None and longest is not None and longest > room:
             index = next(i for i, n in enumerate(compute.list_value_length(column).to_pylist()) if n > room)
+            where = "a block of the texts" if cut else Place(rows, index)
             raise DataError(
-                f"row {numbers[index]} (counting from 0) has {longest} {name}, and the model has positions for {room}",
+                f"{where} has {len(column[index])} {name}, and the model has positions for {room}",
                 hint=f"train: {{max_length: {room}}}, or stack.train(..., max_length={room})",
             )
+
+
+def _with_token(stack: Stack, data: TrainingData, token: int) -> Where:
+    """The row of text that a token comes of; what the tokenizer puts around each text is no row's."""
+    assert data.train is not None
+    own = (i for i, row in enumerate(data.train) if token in text_ids(stack.tokenizer, row["text"]))
+    index = next(own, None)
+    return "what the tokenizer puts around a text" if index is None else Place(data.train, index)

@@ -24,6 +24,7 @@ from peftx.engines.data import Collator, TrainingData, read_dataset
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
 from peftx.engines.data.gate import listed
 from peftx.engines.data.packing import Packing
+from peftx.engines.data.places import select
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.data.training_data import Dropped
 from peftx.engines.files import make_place, read_json
@@ -132,7 +133,7 @@ def as_training_data(
         gate = checked_dataset if isinstance(data, Dataset) else dataset_of
         rows, kind = gate(data, format=format, columns=columns)  # type: ignore[operator]
         if limit is not None:
-            rows = rows.select(range(min(limit, len(rows))))
+            rows = select(rows, range(min(limit, len(rows))))
     return TrainingData(
         train=rows, eval=None, tokenizer=stack.tokenizer, seed=seed, format=kind, max_length=max_length
     )

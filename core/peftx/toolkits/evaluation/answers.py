@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from peftx.engines.data.places import Place
 from peftx.errors import DataError
 from peftx.toolkits.evaluation.likelihood import Progress
 from peftx.toolkits.evaluation.scores import Score, wilson_interval
@@ -47,7 +48,7 @@ def exact_match(
         raise DataError("no rows to generate for")
     right = 0
     for index, row in enumerate(examples):
-        where = f"row {index} (counting from 0)"
+        where = Place(rows, index)
         if "prompt" not in row or "completion" not in row:
             raise DataError(f"{where} needs 'prompt' and 'completion'; found {', '.join(row)}")
         expected = row["completion"] if extract is None else extract(row["completion"])

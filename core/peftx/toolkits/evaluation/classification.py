@@ -25,6 +25,7 @@ from peftx.engines.data import (
     special_frame,
     text_ids,
 )
+from peftx.engines.data.places import Place
 from peftx.errors import DataError
 from peftx.kernel.heads import Head
 from peftx.kernel.modes import evaluating
@@ -111,12 +112,12 @@ def accuracy(
     if normalise not in ("none", "tokens", "bytes"):
         raise DataError(f"normalise is {normalise!r}; 'none', 'tokens' or 'bytes'")
     examples = list(rows)
-    check_rows(examples)
+    check_rows(rows, examples)
     names = sorted({row["label"] for row in examples}) if labels is None else list(labels)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise DataError(f"classification needs at least two different labels, got {names}")
     for index, row in enumerate(examples):
-        class_index(row["label"], names, f"row {index} (counting from 0)")
+        class_index(row["label"], names, Place(rows, index))
 
     searches = []
     size = context_window(model, tokenizer) if max_length is None else max_length
@@ -214,21 +215,20 @@ def accuracy_of_head(
         DataError: no rows, or a label that the head does not know.
     """
     examples = list(rows)
-    check_rows(examples)
+    check_rows(rows, examples)
     labels, scores = classify(stack, head, [row["text"] for row in examples])
     for index, row in enumerate(examples):
-        class_index(row["label"], labels, f"row {index} (counting from 0)")
+        class_index(row["label"], labels, Place(rows, index))
     return _tally(examples, labels, [labels[index] for index in scores.argmax(-1).tolist()])
 
 
-def check_rows(examples: list[Mapping[str, Any]]) -> None:
+def check_rows(rows: Iterable[Mapping[str, Any]], examples: list[Mapping[str, Any]]) -> None:
+    """Raises DataError where `rows`, of which `examples` are the list, are not of texts and labels."""
     if not examples:
         raise DataError("no rows to classify")
     for index, row in enumerate(examples):
         if not isinstance(row.get("text"), str) or not isinstance(row.get("label"), str):
-            raise DataError(
-                f"row {index} (counting from 0) needs strings 'text' and 'label'; found {', '.join(row)}"
-            )
+            raise DataError(f"{Place(rows, index)} needs strings 'text' and 'label'; found {', '.join(row)}")
 
 
 def _label_ids(

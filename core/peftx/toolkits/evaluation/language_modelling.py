@@ -19,6 +19,7 @@ from peftx.engines.data import (
     text_ids,
     turns,
 )
+from peftx.engines.data.places import Listed, Place
 from peftx.errors import DataError
 from peftx.toolkits.evaluation.likelihood import (
     Progress,
@@ -84,7 +85,8 @@ def perplexity(
     if isinstance(texts, str):
         raise DataError("texts is one string; give a list of documents")
     for index, item in enumerate(texts):
-        pieces, count = cut(model, tokenizer, item, f"text {index} (counting from 0)", size, step)
+        place = Place(texts, index) if isinstance(texts, Listed) else f"text {index} (counting from 0)"
+        pieces, count = cut(model, tokenizer, item, str(place), size, step)
         requests += pieces
         owners += [index] * len(pieces)
         document_bytes.append(count)

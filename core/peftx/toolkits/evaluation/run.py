@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
+
 from peftx.engines.data import read_dataset
 from peftx.engines.data.formats import dataset_of, detect_format
 from peftx.engines.data.gate import check_item, listed
+from peftx.engines.data.places import Listed, select
 from peftx.engines.data.sources import TASK, format_of, rows_of
 from peftx.engines.models import asset_path
 from peftx.engines.tasks import find_tasks
@@ -201,12 +204,15 @@ def _rows(
     if data is None:
         return None
     if isinstance(data, str | Path):
-        return list(
+        return Listed(
             read_dataset(asset_path(data), format=format, columns=dict(columns or {}) or None, limit=limit)
         )
     if isinstance(data, Mapping):
         raise DataError("one row is no list of rows", hint="[row]")
-    rows = list(listed(data))[:limit]
+    if isinstance(data, Dataset):
+        rows: list[Any] = Listed(data if limit is None else select(data, range(min(limit, len(data)))))
+    else:
+        rows = list(listed(data))[:limit]
     if columns:
         return list(dataset_of(rows, format=format, columns=dict(columns))[0])
     for index, item in enumerate(rows):

@@ -58,7 +58,7 @@ def task_accuracy(
         DataError: no rows, a row without one of these, or other tasks than the stream's.
     """
     examples = list(rows)
-    check_rows(examples)
+    check_rows(rows, examples)
     tasks = tasks_of([row.get(TASK) for row in examples], tasks)
     names = sorted({row["label"] for row in examples})
     found: dict[str, Score] = {}

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftx import Evaluation, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.engines.data import (
     Collator,
+    Place,
     continuation,
     following_ids,
     pair_of,
@@ -264,9 +265,7 @@ class Clue(Plugin):
         config, asked, golds = self.config, [pair_of(row) for row in rows], list[str]()
         for number, (_, reference) in enumerate(asked):
             if (gold := self._answer(reference)) is None:
-                said = (
-                    f"clue: no answer in the completion of row {number} (counting from 0): {reference!r:.60}"
-                )
+                said = f"clue: {Place(rows, number)}: no answer in the completion {reference!r:.60}"
                 raise DataError(said, hint="`answer` says what is read of a `completion`")
             golds.append(gold)
         prompts = [prompt for prompt, _ in asked]

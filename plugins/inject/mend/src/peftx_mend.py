@@ -40,7 +40,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, Collator, pair_of, tokenize_dataset
+from peftx.engines.data import IGNORE, Collator, Place, pair_of, tokenize_dataset
 from peftx.errors import ArchitectureError, DataError, StackError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.objective import pad_of
@@ -338,7 +338,7 @@ class Mend(Plugin):
         stack, edits = evaluation.stack, dict(self.state.get("edits", []))
         given = evaluation.data.get("eval", ()) if edits else ()
         if silent := [i for i, row in enumerate(given) if isinstance(row, str) or not pair_of(row)[1]]:
-            said = f"row {silent[0]} (counting from 0) has no answer"
+            said = f"{Place(given, silent[0])} has no answer"
             raise DataError(f"{stack.id_of(self)}: {said}", hint="rows of prompt and completion")
         rows = [(row, *pair_of(row)) for row in given]
         again = [(row["rephrase"], edits[x]) for row, x, _ in rows if x in edits and row.get("rephrase")]

@@ -39,7 +39,16 @@ from peftx import (
     VirtualTokens,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, ClassTexts, check_labels, class_index, pads_right, text_ids
+from peftx.engines.data import (
+    IGNORE,
+    ClassTexts,
+    Place,
+    Where,
+    check_labels,
+    class_index,
+    pads_right,
+    text_ids,
+)
 from peftx.errors import DataError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.stack import Stack
@@ -121,7 +130,7 @@ def filled(ids: Sequence[int], length: int) -> list[int]:
     return [ids[i % len(ids)] for i in range(length)]
 
 
-def multi_hot(label: str, labels: Sequence[str], where: str) -> list[float]:
+def multi_hot(label: str, labels: Sequence[str], where: Where) -> list[float]:
     """y of a row whose labels are written as 'a; b', [C]; without any 0.
 
     Raises:
@@ -186,7 +195,7 @@ class Ptec(Plugin):
     def encoded(self, rows: Dataset, stack: Stack, most: int) -> Dataset:
         """Texts of `most` tokens at most, and y."""
         ids, names = self.texts.rows(stack, rows["text"][:], most=most), self.texts.labels
-        y = [multi_hot(label, names, f"row {i} (counting from 0)") for i, label in enumerate(rows["label"])]
+        y = [multi_hot(label, names, Place(rows, i)) for i, label in enumerate(rows["label"])]
         labels = [[IGNORE] * len(row) for row in ids]
         return Dataset.from_dict({"input_ids": ids, "labels": labels, LABELS: y})
 
@@ -230,6 +239,6 @@ class Ptec(Plugin):
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add `macro-f1` of the labels that `assign` gives the rows."""
         rows, names = evaluation.rows("eval"), self.texts.labels
-        y = [multi_hot(row["label"], names, f"row {i} (counting from 0)") for i, row in enumerate(rows)]
+        y = [multi_hot(row["label"], names, Place(rows, i)) for i, row in enumerate(rows)]
         p = self.confidences(evaluation.stack, [row["text"] for row in rows])
         evaluation.add("macro-f1", macro_f1((p > 0.5).cpu(), torch.tensor(y) > 0), count=len(rows))

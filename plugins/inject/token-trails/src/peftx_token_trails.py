@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peftx import CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
-from peftx.engines.data import text_ids
+from peftx.engines.data import Place, text_ids
 from peftx.errors import ArchitectureError, BatchError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 
@@ -172,7 +172,7 @@ class TokenTrails(Plugin):
             roles = {message["role"] for message in row["messages"]}
             if strange := sorted(roles - {*speakers, SYSTEM}):
                 raise DataError(
-                    f"token-trails: row {index} (counting from 0): '{strange[0]}' is none of the {len(speakers)} "
+                    f"token-trails: {Place(rows, index)}: '{strange[0]}' is none of the {len(speakers)} "
                     f"speakers {', '.join(speakers)}",
                     hint=f"speakers={[*speakers, strange[0]]}",
                 )

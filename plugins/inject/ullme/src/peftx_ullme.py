@@ -39,7 +39,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, check_passages, class_rows, encode_pair, together
+from peftx.engines.data import IGNORE, Place, check_passages, class_rows, encode_pair, together
 from peftx.errors import UnsupportedError
 from peftx.kernel.calls import columns_of
 from peftx.kernel.heads import last_of, mean_of
@@ -183,7 +183,7 @@ class Ullme(Plugin):
             pairs = [
                 encode_pair(
                     data.tokenizer, query + self.config.instruction, text, max_length=data.max_length,
-                    where=f"row {i} (counting from 0), {name}",
+                    where=Place(rows, i, name),
                 )
                 for i, (query, text) in enumerate(zip(q, texts, strict=True))
             ]  # fmt: skip

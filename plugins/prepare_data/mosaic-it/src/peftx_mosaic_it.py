@@ -24,7 +24,7 @@ from datasets import Dataset
 from pydantic import Field, field_validator, model_validator
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, hookimpl
-from peftx.engines.data import continuation, render_messages, special_frame
+from peftx.engines.data import Place, continuation, render_messages, special_frame
 from peftx.errors import DataError, OptionError, UnsupportedError
 from peftx.kernel.positions import free_positions
 
@@ -261,7 +261,7 @@ class MosaicIt(Plugin):
         if len(kept) < len(pairs) and (self.config.too_long == "error" or not kept):
             worst = alone.index(max(alone))
             raise DataError(
-                f"row {worst} (counting from 0) has {alone[worst]} tokens by itself, and max_len is {limit}",
+                f"{Place(data.train, worst)} has {alone[worst]} tokens by itself, and max_len is {limit}",
                 hint="raise max_len; or too_long: drop leaves such rows out, keep leaves them as they are",
             )
         data.keep([None if i in set(kept) else "too long" for i in range(len(pairs))], by=stack.id_of(self))

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import pair_of
+from peftx.engines.data import Place, pair_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import Answer, OfStack
@@ -217,7 +217,7 @@ def grouped(
         for column in columns:
             if not isinstance(row[column], str | int) or row[column] == "":
                 raise DataError(
-                    f"{id}: row {place} (counting from 0) names no {column}: {row[column]!r:.60}",
+                    f"{id}: {Place(data.train, place)} names no {column}: {row[column]!r:.60}",
                     hint=f"'{column}' holds a text or a whole number in every row",
                 )
         if pair_of(row)[0].strip():

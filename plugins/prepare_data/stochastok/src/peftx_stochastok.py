@@ -23,7 +23,7 @@ from datasets import Dataset
 from pydantic import Field
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
-from peftx.engines.data import IGNORE
+from peftx.engines.data import IGNORE, Place
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.calls import own_lengths_of
 from peftx.kernel.objective import objective_of
@@ -125,7 +125,7 @@ class StochasTok(Plugin):
             elif all(label in (IGNORE, id) for id, label in zip(ids, labels, strict=True)):
                 labels = [IGNORE if labels[i] == IGNORE else id for id, i in zip(found, places, strict=True)]
             else:
-                raise DataError(f"{name}: row {index} (counting from 0) has labels that are not its tokens")
+                raise DataError(f"{name}: {Place(rows, index)} has labels that are not its tokens")
             made["input_ids"].append(found)
             made["labels"].append(labels)
         data.train = Dataset.from_dict(made | {column: rows[column][:] for column in others})

@@ -33,7 +33,7 @@ from datasets import Dataset
 from pydantic import Field
 
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainingData, hookimpl
-from peftx.engines.data import prompt_ids, text_ids
+from peftx.engines.data import Place, Where, inside, prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.toolkits.evaluation import (
     Request,
@@ -179,20 +179,20 @@ class Task:
         return written if self.old is None or not self.edits else merge(self.old, written)
 
 
-def read_task(row: Mapping[str, Any], where: str, *, edits: bool = False) -> Task:
+def read_task(row: Mapping[str, Any], where: Where, *, edits: bool = False) -> Task:
     """A row with `text`, `profile`, and for updating `old_profile`; DataError for one that cannot be learned."""
     text, gold, before = (row.get(name) for name in ("text", "profile", "old_profile"))
     if not isinstance(text, str) or gold is None:
         raise DataError(f"user-profile: {where} needs 'text' and 'profile'; it has {', '.join(row)}")
-    new = read_profile(gold, f"{where}, profile")
-    old = None if before is None else read_profile(before, f"{where}, old_profile")
+    new = read_profile(gold, inside(where, "profile"))
+    old = None if before is None else read_profile(before, inside(where, "old_profile"))
     if not text.strip() and old != new:
         why = "a profile is made of one" if old is None else "yet the profile changes"
         raise DataError(f"user-profile: {where} has an empty text, and {why}")
     return Task(text.strip(), new, old, edits)
 
 
-def read_profile(value: Any, where: str) -> Profile:
+def read_profile(value: Any, where: Where) -> Profile:
     """An object of strings, or its JSON text. A null is a field that is not there, as tables fill missing columns."""
     pairs = value
     if isinstance(value, str):
@@ -315,9 +315,7 @@ class UserProfile(Plugin):
 
     def _tasks(self, rows: Sequence[Mapping[str, Any]]) -> list[Task]:
         edits = self.config.edits
-        tasks = [
-            read_task(row, f"row {index} (counting from 0)", edits=edits) for index, row in enumerate(rows)
-        ]
+        tasks = [read_task(row, Place(rows, index), edits=edits) for index, row in enumerate(rows)]
         if not tasks:
             raise DataError("user-profile: there are no rows")
         return tasks

@@ -44,7 +44,7 @@ from peftx import (
     companion,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, Collator, check_differ, encode_pair, together
+from peftx.engines.data import IGNORE, Collator, Place, Where, check_differ, encode_pair, inside, together
 from peftx.engines.training.restarts import forget_before, go_back, remember_start
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
@@ -174,18 +174,22 @@ class AlignDistil(Plugin):
         data.require(self.takes, by=self.owner)
 
         def texts(rows: Dataset) -> Dataset:
-            pairs = [self.pair(row, f"row {i} (counting from 0)", data) for i, row in enumerate(rows)]
+            pairs = [self.pair(row, Place(rows, i), data) for i, row in enumerate(rows)]
             found = {name: [pair[name] for pair in pairs] for name in ("input_ids", "labels", *COLUMNS)}
             others = set(columns_of(stack.model)) & set(rows.column_names)
             return Dataset.from_dict(found | {name: rows[name][:] for name in others})
 
         data.rewrite(texts)
 
-    def pair(self, row: dict[str, str], where: str, data: TrainingData) -> dict[str, list[int]]:
+    def pair(self, row: dict[str, str], where: Where, data: TrainingData) -> dict[str, list[int]]:
         """Both texts of a row, and their labels."""
         texts = [
             encode_pair(
-                data.tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
+                data.tokenizer,
+                row["prompt"],
+                row[name],
+                max_length=data.max_length,
+                where=inside(where, name),
             )
             for name in ("chosen", "rejected")
         ]

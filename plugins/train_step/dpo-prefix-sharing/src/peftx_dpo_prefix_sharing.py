@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.engines.data import IGNORE, check_differ, encode_pair
+from peftx.engines.data import IGNORE, Place, Where, check_differ, encode_pair, inside
 from peftx.toolkits.evaluation import evaluating
 from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
 
@@ -144,7 +144,7 @@ class DpoPrefixSharing(Plugin):
 
     def _rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         by = stack.id_of(self)
-        triples = [triple_of(row, f"row {i} (counting from 0)", data, by) for i, row in enumerate(rows)]
+        triples = [triple_of(row, Place(rows, i), data, by) for i, row in enumerate(rows)]
         if triples:
             prove(stack, max(triples, key=lambda triple: len(triple[0])))
         lengths = [len(ids) for ids, _, _ in triples]
@@ -171,12 +171,12 @@ class DpoPrefixSharing(Plugin):
         return (yield)
 
 
-def triple_of(row: dict[str, str], where: str, data: TrainingData, by: str) -> Triple:
+def triple_of(row: dict[str, str], where: Where, data: TrainingData, by: str) -> Triple:
     """The prompt is tokenized alone and cut once, so both branches have the same."""
     answers = []
     for name in ("chosen", "rejected"):
         pair = encode_pair(
-            data.tokenizer, row["prompt"], row[name], max_length=data.max_length, where=f"{where}, {name}"
+            data.tokenizer, row["prompt"], row[name], max_length=data.max_length, where=inside(where, name)
         )
         answers.append([label for label in pair.labels if label != IGNORE])
     check_differ(*answers, where=where, by=by)

@@ -36,6 +36,8 @@ from peftx.engines.data import (
     CLASS_INDEX,
     IGNORE,
     ClassTexts,
+    Place,
+    Where,
     batches_of,
     check_labels,
     class_index,
@@ -128,7 +130,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, label: str, *, digits: bool) 
     return [id for piece in pieces for id in text_ids(tokenizer, piece)]
 
 
-def as_number(label: str, where: str) -> float:
+def as_number(label: str, where: Where) -> float:
     """Raises DataError, which names `where`."""
     if not NUMBER.fullmatch(label):
         raise DataError(
@@ -212,7 +214,7 @@ class Predgen(Plugin):
         found: dict[str, float] = {}
         for rows in (data.train, data.eval):
             labels = rows["label"] if rows and data.format == "classification" else ()
-            values = [as_number(label, f"row {i} (counting from 0)") for i, label in enumerate(labels)]
+            values = [as_number(label, Place(rows or (), i)) for i, label in enumerate(labels)]
             found |= dict(zip(labels, values, strict=True))
             if values and rows is data.train:
                 self.state["mean"] = sum(values) / len(values)
@@ -316,7 +318,7 @@ class Predgen(Plugin):
         if not all({"text", "label"} <= set(row) for row in rows):
             raise DataError("predgen: every row needs 'text' and 'label'", hint="data: {eval: {path: ...}}")
         texts = [row["text"] for row in rows]
-        named = [(row["label"], f"row {index} (counting from 0)") for index, row in enumerate(rows)]
+        named = [(row["label"], Place(rows, index)) for index, row in enumerate(rows)]
         if labels is None:
             truth = [as_number(*label) for label in named]
             found = self.numbers(stack, texts)

@@ -50,7 +50,7 @@ from peftx import (
     TrainStep,
     hookimpl,
 )
-from peftx.engines.data import IGNORE, encode_pair
+from peftx.engines.data import IGNORE, Place, encode_pair
 from peftx.errors import ConflictError, DataError
 from peftx.kernel.attention import Attend
 from peftx.kernel.parts import AttentionPart
@@ -248,7 +248,7 @@ class PrefixGrouper(Plugin):
     def rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         found: dict[str, list[tuple[list[int], float]]] = {}
         for i, row in enumerate(rows):
-            where = f"row {i} (counting from 0)"
+            where = Place(rows, i)
             reward = row.get("reward")
             if not isinstance(reward, (int, float)) or not math.isfinite(reward):
                 said = f"the reward {reward}" if isinstance(reward, float) else "no reward"
