@@ -40,7 +40,7 @@ RAY = "{engine: ray, workers: 2}"
 
 
 def a_run(output: Path, **options: Any) -> Run:
-    given = {"plugin": "lora", "steps": 40, "accumulation": 1, "rate": 1e-3, "runtime": RAY}
+    given = {"plugin": "lora", "steps": 20, "accumulation": 1, "rate": 1e-3, "runtime": RAY}
     return load_run(SPEC.format(output=output, **(given | options)))
 
 
@@ -100,7 +100,7 @@ def test_a_process_dies_and_the_run_ends_as_one_process_would(
     assert killed
     assert told.told.count(("stage", "load")) == 2
     assert told.told[-1] == ("finished", "save")
-    assert ("progress", 40, 40) in told.told
+    assert ("progress", 20, 20) in told.told
     one = a_run(tmp_path / "one", runtime="local", accumulation=2).run()
     found, expected = (
         load_file(next(path.rglob("*.safetensors"))) for path in (tmp_path / "two", tmp_path / "one")
@@ -113,7 +113,7 @@ def test_a_process_dies_and_the_run_ends_as_one_process_would(
     assert two.scores[stage]["perplexity"].value == pytest.approx(
         one.scores[stage]["perplexity"].value, rel=1e-4
     )
-    assert (two.trainable, two.training[0].steps) == (one.trainable, 40)
+    assert (two.trainable, two.training[0].steps) == (one.trainable, 20)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["one", "two"]
 

@@ -18,7 +18,6 @@ import pytest
 from pages.blocks import Block
 from pages.blocks import blocks as blocks_of
 
-from peftx import Stack
 from peftx.engines.models import asset_path
 from peftx.pipeline import load_run
 from peftx.planning import plan
@@ -87,35 +86,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, readme: Path) -> None:
-    """Trainings, measurements and calibrations of a moment."""
-    train, evaluate, compress = Stack.train, Stack.evaluate, Stack.compress
-    limits = {"batch_size": 2} if readme.parent.name in LONG else MOST | MORE.get(readme.parent.name, {})
-
-    def trains(self: Stack, data: Any, **given: Any) -> Any:
-        given.pop("num_train_epochs", None)
-        return train(
-            self, data, **given | {name: min(given.get(name, most), most) for name, most in limits.items()}
-        )
-
-    def evaluates(self: Stack, data: Any = None, **given: Any) -> Any:
-        return evaluate(self, data, **{"limit": ROWS} | given)
-
-    def compresses(self: Stack, *data: Any, **given: Any) -> Any:
-        compress(self, *data, **{"samples": 4, "length": 64} | given)
-
-    for name, shorter in (("train", trains), ("evaluate", evaluates), ("compress", compresses)):
-        monkeypatch.setattr(Stack, name, shorter)
-
-
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     "readme",
     [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name in COSTLY)) for path in READMES],
     ids=lambda path: path.parent.name,
 )
-def test_what_a_readme_shows_works(readme: Path, here: Path) -> None:
+def test_what_a_readme_shows_works(readme: Path, here: Path, shorten: Any) -> None:
+    shorten({"batch_size": 2} if readme.parent.name in LONG else MOST | MORE.get(readme.parent.name, {}))
     pipelines, code = blocks(readme, "yaml"), blocks(readme, "python")
     files = FILE.findall("".join(block.body for block in pipelines + code))
     for number, name in enumerate(dict.fromkeys(files)):
