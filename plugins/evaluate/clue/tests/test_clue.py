@@ -374,7 +374,7 @@ def test_rows_that_are_no_problems():
         with pytest.raises(DataError, match=r"clue: \d rows to learn from") as error:
             scores(rows)
         assert "`experience`" in str(error.value.hint)
-    with pytest.raises(DataError, match=r"clue: no answer in the completion of row 1 .*'many'"):
+    with pytest.raises(DataError, match=r"clue: row 1 .*: no answer in the completion 'many'"):
         scores([problems(1)[0], {**problems(1)[0], "completion": "many"}, *problems(2)])
     with pytest.raises(DataError, match="a problem has 4 solutions, and `best` asks for 5"):
         scores(problems(), best=(5,))
