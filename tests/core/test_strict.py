@@ -386,7 +386,9 @@ def test_ids_and_lengths_without_a_place_are_found_before_the_first_step() -> No
         DataError, match=r"row 1 .*'<tool>' has id 259, and the model's embedding has 259 rows"
     ):
         attempt([ROWS[0], {"prompt": "<tool>", "completion": "b"}], "<tool>")
-    with pytest.raises(DataError, match=r"row 0 .* has 256 input_ids, and the model has positions for 128"):
+    with pytest.raises(
+        DataError, match=r"a block of the texts has 256 input_ids, and the model has positions for 128"
+    ):
         attempt([{"text": "word " * 60}], max_length=256)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens(
