@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email
-import importlib.util
 import json
 import shutil
 import tarfile
@@ -14,7 +13,9 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import generate
 import pytest
+from dist import stage_plugin
 
 from peftx import __version__
 
@@ -126,21 +127,12 @@ def test_bundles_require_what_their_names_say(dist: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- one version
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("version", "asked"), [("0.2.7", ">=0.2,<0.3"), ("0.10.0", ">=0.10,<0.11"), ("2.3.1", ">=2.3,<3")]
 )
 def test_one_version_is_written_everywhere(version: str, asked: str) -> None:
     """That what is committed has the version of today is seen by tests/meta/test_derived.py."""
-    texts = load("generate").versioned(version)
+    texts = generate.versioned(version)
     assert set(texts) == {
         ROOT / "CITATION.cff",
         ROOT / "cli/peftx_cli/templates/pyproject.toml.tmpl",
@@ -157,12 +149,11 @@ def test_one_version_is_written_everywhere(version: str, asked: str) -> None:
 
 
 def test_a_plugin_of_another_version_is_not_built(tmp_path: Path) -> None:
-    module = load("dist")
     folder = FOLDERS["lora"]
     with pytest.raises(
         SystemExit, match=r"plugins/inject/lora/pyproject.toml: version 0.1.0, and .* says 0.3.0"
     ):
-        module.stage_plugin(folder, {"version": "0.1.0"}, "0.3.0", tmp_path / "staged")
+        stage_plugin(folder, {"version": "0.1.0"}, "0.3.0", tmp_path / "staged")
 
 
 # -------------------------------------------------------------------------------------------- where no source tree is

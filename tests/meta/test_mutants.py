@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import mutants
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "mutants.py"
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("mutants", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutants"] = module  # where `dataclass` looks for it
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["mutants"]
 
 
 @pytest.mark.parametrize(
@@ -52,9 +39,9 @@ def tool() -> Any:
         ("class AConfig: k: int = Field(a, ge=1)", {"class AConfig: k: int = Field(a, ge=2)": "config"}),
     ],
 )  # fmt: skip
-def test_the_mistakes(tool: Any, line: str, kinds: dict[str, str]) -> None:
+def test_the_mistakes(line: str, kinds: dict[str, str]) -> None:
     imports = "import torch.nn.functional as F\n"
-    found = tool.mutants(imports + line + "\n")
+    found = mutants.mutants(imports + line + "\n")
     assert {mutant.new: mutant.kind for mutant in found} == kinds
     for mutant in found:
         assert mutant.source == f"{imports}{mutant.new}\n"
@@ -70,8 +57,8 @@ def test_the_mistakes(tool: Any, line: str, kinds: dict[str, str]) -> None:
         "y = zip(a, b, strict=True)", "example = {'rank': 2}",
     ],
 )  # fmt: skip
-def test_what_is_left_alone(tool: Any, line: str) -> None:
-    assert tool.mutants(line + "\n") == []
+def test_what_is_left_alone(line: str) -> None:
+    assert mutants.mutants(line + "\n") == []
 
 
 TRIAL = """
