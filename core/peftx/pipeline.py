@@ -313,18 +313,10 @@ class Run:
                 progress=lambda done, total: self.reporter.progress(done, total, {}),
                 **(options.of_tasks | ({"tasks": stream_of(self.stages)} if spec.metric == SUMMARY else {})),
             )
-        name = stage.evaluate.name or self._moment(index)
+        name = stage.evaluate.name or self.result.moment(self.stages[:index])
         self.result.scores[name] = found
         stack.history.evaluated(name, found)
         return ", ".join(f"{name} {found[name].value:.4g}" for name in in_brief(found) if name != "nll")
-
-    def _moment(self, index: int) -> str:
-        """A name for an evaluation that has none: after which change of the model it stands."""
-        changes = [stage.kind for stage in self.stages[:index] if stage.kind not in ("evaluate", "save")]
-        name = f"after {changes[-1]}" if changes else "base"
-        assert self.result is not None
-        same = sum(known == name or known.startswith(f"{name} #") for known in self.result.scores)
-        return f"{name} #{same + 1}" if same else name
 
     def _figures(self) -> Path | None:
         """Where `evaluate` plugins put figures: beside the bundle, which holds no strange file."""

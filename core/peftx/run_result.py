@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from peftx.stack import Stack
 
 if TYPE_CHECKING:
     from peftx.toolkits.evaluation import Score
+    from peftx_spec.stages import RunStage
 
 
 @dataclass
@@ -29,3 +31,10 @@ class RunResult:
     bytes_after: int = 0
     held_out: HeldOut | None = None
     """What was evaluated on, where it was taken from the training data."""
+
+    def moment(self, before: Sequence[RunStage]) -> str:
+        """A name for an evaluation that has none: behind which change of the model it stands, by the stages before."""
+        changes = [stage.kind for stage in before if stage.kind not in ("evaluate", "save")]
+        name = f"after {changes[-1]}" if changes else "base"
+        same = sum(known == name or known.startswith(f"{name} #") for known in self.scores)
+        return f"{name} #{same + 1}" if same else name

@@ -11,8 +11,9 @@ import pytest
 
 import peftx
 from peftx import Phase, Plugin, Stack
-from peftx.composition.conflicts import FIRST, RULES, find_conflicts, rules
+from peftx.composition.conflicts import find_conflicts
 from peftx.composition.members import default_id
+from peftx.composition.rules import FIRST, RULES, rules
 from peftx.engines.bundle import read_manifest
 from peftx.errors import PeftxError, PluginError
 from peftx.kernel.members import Member, blame

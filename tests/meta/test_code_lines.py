@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import code_lines
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,16 @@ def test_the_nine_short_ones_stay_short(counts: dict[str, int]) -> None:
     assert len(code_lines.SHORT) == 9
     long = {name: (counts[name], most) for name, most in code_lines.SHORT.items() if counts[name] > most}
     assert not long, f"lines, and the most: {long}; is there a mechanism for what came (docs/mechanisms)?"
+
+
+def test_the_kernel_is_small() -> None:
+    files = [*(ROOT / "core/peftx/kernel").rglob("*.py")]
+    assert len(files) > 30
+    assert sum(code_lines.code_lines(file.read_text("utf-8")) for file in files) <= code_lines.KERNEL
+
+
+def test_no_file_of_the_framework_is_two_things() -> None:
+    files = [file for folder in ("core", "cli", "spec") for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 300
+    lines = {file.relative_to(ROOT).as_posix(): file.read_text("utf-8").count("\n") for file in files}
+    assert not {name: n for name, n in lines.items() if n > code_lines.LONGEST}

@@ -7,8 +7,8 @@ import inspect
 from functools import cache
 from itertools import pairwise
 
-from peftx.composition.conflicts import EXCLUSIVE, RULES, Side
 from peftx.composition.registry import Registry
+from peftx.composition.rules import EXCLUSIVE, RULES, Side
 from peftx.kernel.plugin import Claim
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pages.gallery import REGISTRY, listed
-from peftx.composition.conflicts import rules
+from peftx.composition.rules import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = ROOT / "benchmarks/results/matrix.html"

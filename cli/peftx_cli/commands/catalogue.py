@@ -193,7 +193,7 @@ def info(
 
 def _class_facts(plugin: type[Plugin]) -> dict[str, Any]:
     """What only the class knows."""
-    from peftx.composition.conflicts import rules
+    from peftx.composition.rules import rules
     from peftx.kernel.names import HOOKS
     from peftx.kernel.plugin import hooks_of
 
