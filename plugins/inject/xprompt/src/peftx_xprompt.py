@@ -76,19 +76,22 @@ class Ticket(VirtualTokens):
         self.most = rows
 
     def rows(self) -> Tensor:
-        # zeta_ij p_ij, [m, k, d / k]
-        p = self.zeta[..., None] * self.P.unflatten(1, (self.zeta.shape[1], -1))
+        p = self.pieces(self.P)
         if self.masks is not None:
             mask = torch.ones(self.call.shape[0], *self.zeta.shape, device=p.device, dtype=p.dtype)
             self.masks.append(mask.requires_grad_())
             p = mask.unsqueeze(-1) * p  # [B, m, k, d / k]
         return p.flatten(-2)[..., self.zeta.any(1), :]
 
+    def pieces(self, P: Tensor) -> Tensor:
+        """zeta_ij p_ij, [m, k, d / k]."""
+        return self.zeta[..., None] * P.unflatten(1, (self.zeta.shape[1], -1))
+
     @torch.no_grad()
     def keep(self, zeta: Tensor, P: Tensor) -> None:
         """Go on from P with these pieces of it."""
         self.zeta.copy_(zeta)
-        self.P.copy_(P * self.zeta.repeat_interleave(P.shape[1] // self.zeta.shape[1], 1))
+        self.P.copy_(self.pieces(P).flatten(1))
 
 
 def without_lowest(scores: Tensor, kept: Tensor, share: float) -> Tensor:
