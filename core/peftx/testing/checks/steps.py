@@ -179,22 +179,29 @@ def check_phases_fit(case: Case) -> None:
 
 
 class _Watch(Plugin):
-    """Sees what another plugin trains in each step, behind what the plugins before it did there."""
+    """Sees what another plugin trains, as each step comes to it and right behind the update."""
 
-    def __init__(self, other: str) -> None:
+    def __init__(self, other: str, seen: list[float]) -> None:
         super().__init__()
-        self.other, self.seen = other, list[float]()
+        self.other, self.seen = other, seen
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        trained = step.stack.ledger.parameters(self.other)
-        self.seen.append(sum(float(p.detach().double().sum()) for p in trained))
+        def look(_: object = None) -> None:
+            trained = step.stack.ledger.parameters(self.other)
+            self.seen.append(sum(float(p.detach().double().sum()) for p in trained))
+
+        look()
+        step.after_update(look)
         return (yield)
 
 
-def _beside(case: Case, other: str, kind: type[Plugin]) -> tuple[Stack, _Watch]:
-    watch = _Watch(other)
-    return case.stack(before=[(other, kind())], after=[("watch", watch)]), watch
+def _beside(case: Case, other: str, kind: type[Plugin]) -> tuple[Stack, list[float]]:
+    """The plugin between two that watch: what it does in its step, the second sees, and behind the update the first
+    sees what it is about to undo."""
+    seen: list[float] = []
+    before = [(other, kind()), ("watch-before", _Watch(other, seen))]
+    return case.stack(before=before, after=[("watch-behind", _Watch(other, seen))]), seen
 
 
 @check(on="first-generative", when=lambda subject: subject.plugin.phases is not Plugin.phases)
@@ -207,15 +214,16 @@ def check_going_back_is_claimed(case: Case) -> None:
     ]
     if not beside:
         return  # nobody's parameters are there to be taken back
-    stack, watch = _beside(case, *beside[0])
+    stack, seen = _beside(case, *beside[0])
     stack.train(
         list(case.subject.rows), steps=steps_for(stack.plugins[case.id]), batch_size=2, max_length=96,
         learning_rate=1e-2, sources=case.subject.plugin.sources,
     )  # fmt: skip
-    back = watch.seen[0] in watch.seen[1:]
+    moved = next((place for place, value in enumerate(seen) if value != seen[0]), len(seen))
+    back = seen[0] in seen[moved:]
     claimed = case.subject.claims(Claim.RESTARTS)
     assert back == claimed, (
-        f"what '{watch.other}' trained is {'taken back' if back else 'kept'} from phase to phase, and it "
+        f"what '{beside[0][0]}' trained is {'taken back' if back else 'kept'} from phase to phase, and it "
         f"{'claims' if claimed else 'does not claim'} {Claim.RESTARTS}"
     )
 
