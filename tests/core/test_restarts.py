@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Phase, Plugin, Stack, TrainStep, hookimpl
-from peftx.engines.training.restarts import forget_before, go_back, remember_start
+from peftx.engines.training.restarts import forget_moments, go_back, remember_start
 from peftx.errors import TrainingError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceGain
@@ -59,7 +59,7 @@ class Again(Plugin):
         known = remember_start(step, self)
         if step.begins(self) and step.index:
             go_back(step, known)
-            forget_before(step)
+            forget_moments(step)
         self.seen.append(next(step.stack.ledger.parameters("gain")).detach().clone())
         return (yield)
 

@@ -27,6 +27,7 @@ def needs(file: Path, known: Mapping[str, object]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import, which this test does not follow"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name for name in names if name in known)
             if node.module in known:

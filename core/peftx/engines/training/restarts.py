@@ -36,7 +36,7 @@ def remember_start(step: TrainStep, plugin: Plugin, *, but: str = "") -> dict[st
     if step.index == 0:
         if step.first_micro:
             known.clear()
-            note()
+            note()  # for what this very step asks of it
         step.before_update(note)
     if START not in known:
         raise TrainingError(
@@ -54,7 +54,7 @@ def go_back(step: TrainStep, known: dict[str, Any]) -> None:
         now[name].copy_(value)
 
 
-def forget_before(step: TrainStep) -> None:
+def forget_moments(step: TrainStep) -> None:
     """The update of this step is the first of its phase, for the optimizer too."""
     if step.last_micro:
         step.before_update(lambda optimizer: forget(optimizer, step.parameters()))

@@ -45,7 +45,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, Collator, Place, Where, check_differ, encode_pair, inside, together
-from peftx.engines.training.restarts import forget_before, go_back, remember_start
+from peftx.engines.training.restarts import forget_moments, go_back, remember_start
 from peftx.kernel.calls import columns_of
 from peftx.kernel.modes import as_it_was, eval_mode
 from peftx.kernel.objective import pad_of
@@ -216,7 +216,7 @@ class AlignDistil(Plugin):
                 go_back(step, known)
             known["phase"] = phase.name
         if 0 < phase.first == step.index:
-            forget_before(step)
+            forget_moments(step)
         return phase.name
 
     def logits(self, step: TrainStep, who: str) -> Tensor:

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainingData, TrainStep, hookimpl
 from peftx.engines.data import ClassTexts, check_labels, take_classes
-from peftx.engines.training.restarts import forget_before, go_back, remember_start
+from peftx.engines.training.restarts import forget_moments, go_back, remember_start
 from peftx.kernel.heads import last_of, mean_of
 from peftx.kernel.modes import as_it_was
 from peftx.kernel.stack import Stack
@@ -137,7 +137,7 @@ class Rfc(Plugin):
         """The phase, and what m_0, m_1, ... trained."""
         phase = step.phase(self)
         if step.index == phase.first:
-            forget_before(step)
+            forget_moments(step)
         if phase.name == "task":
             if step.begins(self):
                 step.memory[step.stack.id_of(self)] = {}
