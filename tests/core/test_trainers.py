@@ -405,5 +405,13 @@ def test_a_tree_of_drafts_is_no_packed_row() -> None:
     """Its nodes have the positions of their depth, and a mask of its own says what each sees."""
     stack = Stack("peftx:tiny", [plugin("prompt-tuning", length=3), plugin("aded")])
     alone = Stack("peftx:tiny", [plugin("prompt-tuning", length=3)])
-    prompt = "Write the log of Far Point for Monday. Far Point, Far Point, Far Point"
-    assert stack.generate(prompt, max_new_tokens=12) == alone.generate(prompt, max_new_tokens=12)
+    prompt, branches = "a b c a b d a b e a b f a b c a b d a b e a b", list[bool]()
+
+    def note(_: object, args: object, call: dict[str, Any]) -> None:
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if mask is not None and mask.ndim == 4:
+            branches.append(bool((positions[..., 1:] < positions[..., :-1]).any()))
+
+    stack.model.register_forward_pre_hook(note, with_kwargs=True)
+    assert stack.generate(prompt, max_new_tokens=24) == alone.generate(prompt, max_new_tokens=24)
+    assert any(branches), "each draft was one path, whose positions grow"
