@@ -50,11 +50,17 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
     """
     formats: dict[Path, str | None] = {}
     findings: list[Finding] = []
+    members = members_of(loaded, pipeline, registry) if pipeline.stack else []
+    training = trained(pipeline, registry) if pipeline.stack else []
+    as_they_are = not any(
+        member.implements("prepare_data") for member in members
+    )  # or a plugin may mend them
     for source in _sources(pipeline):
         try:
             formats[source.place] = look(
-                source.file, format=source.format, columns=source.columns, limit=source.limit
-            )
+                source.file, format=source.format, columns=source.columns, limit=source.limit,
+                learned=as_they_are and source.place in training,
+            )  # fmt: skip
         except Unfit as error:
             blamed = _blamed(loaded.overridden.data, source.place, error.part)
             findings.append(Finding(blamed, error.message, suggestion=error.hint))
@@ -63,8 +69,6 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
     findings += _tasks(pipeline)
     findings += _reports(pipeline)
     if pipeline.stack:
-        members = members_of(loaded, pipeline, registry)
-        training = trained(pipeline, registry)
         for place in training:
             findings += _rows(members, place, formats.get(place))
         classified = [

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 from peftx_spec.errors import DataError, PeftxError, nearest
 from peftx_spec.models import FORMATS
-from peftx_spec.rows import check_row, with_further
+from peftx_spec.rows import check_learned, check_row, with_further
 from peftx_spec.shapes import delimiter_of, shape_of
 
 TEXT = (".txt", ".md")
@@ -48,13 +48,18 @@ class Unfit(Exception):
 
 
 def look(
-    file: str, *, format: str = "auto", columns: Mapping[str, str] | None = None, limit: int | None = None
+    file: str,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    learned: bool = False,
 ) -> str | None:
     """The format of a file's rows; None where the first row alone does not tell.
 
     Args:
         file: a path, `peftx:sample/...`, or `hub:owner/name/...`, which is fetched. format, columns, limit: what the
-            pipeline says of it.
+            pipeline says of it. learned: are its rows trained on as they stand.
 
     Raises:
         Unfit: no such file, nothing in it, or rows that are not what the pipeline says.
@@ -72,7 +77,7 @@ def look(
     whole = takewhile(
         lambda row: suffix not in CELLS or None not in row.values.values(), chain([first], rows)
     )
-    _check_values(whole, format, columns or {})
+    _check_values(whole, format, columns or {}, learned)
     return format
 
 
@@ -91,13 +96,15 @@ def _format(path: Path, first: Row, format: str, columns: Mapping[str, str]) -> 
     return format
 
 
-def _check_values(rows: Iterable[Row], format: str, columns: Mapping[str, str]) -> None:
+def _check_values(rows: Iterable[Row], format: str, columns: Mapping[str, str], learned: bool) -> None:
     """Raises Unfit, which names all of them, where rows do not hold what their format needs."""
     refused: list[tuple[str, DataError]] = []
     for place, values in rows:
         try:
             row, _ = _arranged(place, _renamed(place, values, columns), format)
             check_row(row, place, format, columns=columns)
+            if learned:
+                check_learned(row, place, format)
         except DataError as error:
             refused.append((place, error))
         except Unfit as error:

@@ -89,7 +89,7 @@ class Run:
         self.stages = stages_of(pipeline, self.registry)
         check_runtime(pipeline, self.members, self.stages)
         self._rows, self.held_out = training_rows(pipeline.data)
-        check_data(pipeline, self.members, self.stages)
+        check_data(pipeline, self.members, self.stages, self._rows)
         check_outputs(pipeline, self.stages)
         self.data: TrainingData | None = None
         self._max_length = 0

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import Dataset
+
 from peftx.engines.clusters import require_ray
-from peftx.engines.data.sources import rows_of
+from peftx.engines.data.gate import check_all_learned
+from peftx.engines.data.sources import format_of, rows_of
 from peftx.engines.reporting import check_reports
 from peftx.engines.training.processes import check_claims, launched
 from peftx.errors import BundleError, DataError
@@ -30,9 +33,19 @@ def check_runtime(pipeline: Pipeline, members: Sequence[Member], stages: Sequenc
             )
 
 
-def check_data(pipeline: Pipeline, members: Sequence[Member], stages: Sequence[RunStage]) -> None:
-    """Raises PeftxError where rows cannot be read, are not those that a metric reads, or are not there to train on."""
+def check_data(
+    pipeline: Pipeline, members: Sequence[Member], stages: Sequence[RunStage], rows: Dataset | None
+) -> None:
+    """Raises PeftxError where rows cannot be read, are not those that a metric reads, or are not there to train on.
+
+    Args:
+        rows: of `data.train`, without those held out, which must be learned as they are unless a plugin changes them.
+    """
     data = pipeline.data
+    learned = any(stage.train is not None and data.trained_in(stage) is data.train for stage in stages)
+    as_they_are = not any(member.implements("prepare_data") for member in members)
+    if data.train is not None and rows is not None and learned and as_they_are:
+        check_all_learned(rows, format_of(data.train))
     for source in (data.eval, data.calibration, *data.sources.values()):
         if source is not None:
             rows_of(source, limit=1)

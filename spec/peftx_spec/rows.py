@@ -20,6 +20,9 @@ TURNS_ARE: Final = {
     "preference": "conversations of one turn each are read from chosen and rejected alone, with the question in both",
 }
 """Where conversations go that stand in columns of texts."""
+LEARNED: Final = {"text": "text", "prompt-completion": "completion", "classification": "label"}
+"""What is learned of a row, by its format."""
+LEAVE: Final = "leave the row out, or say in it what is to be learned"
 LISTED: Final = 5
 """Places of refused rows that a message lists."""
 
@@ -91,6 +94,23 @@ def check_row(
         if isinstance(value, list) and format in TURNS_ARE:
             raise DataError(f"{where} must be a string, got an array", hint=TURNS_ARE[format])
         require_text(value, where)
+
+
+def check_learned(row: Mapping[str, object], place: str, format: str) -> None:
+    """Raises DataError, which names `place`, where a row to train on as it stands has nothing that could be learned,
+    whatever the tokenizer. Of rows that `check_row` lets through."""
+    name, messages = LEARNED.get(format), row.get("messages")
+    if name is not None and row[name] == "":
+        raise DataError(f"{place}: the {name} '' has no tokens, so there is nothing to learn", hint=LEAVE)
+    if format == "messages" and isinstance(messages, list):
+        check_answered([message["role"] for message in messages], place)
+
+
+def check_answered(roles: Sequence[str], place: str) -> None:
+    """Raises DataError, which names `place`, where the assistant says nothing in a conversation to train on."""
+    if "assistant" not in roles:
+        said = "the conversation has no turn of the assistant, so there is nothing to learn"
+        raise DataError(f"{place}: {said}", hint=LEAVE)
 
 
 def check_messages(messages: object, place: str) -> None:

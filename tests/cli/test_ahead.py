@@ -41,6 +41,8 @@ FILES = {
     "bad_questions.jsonl": b'{"ask": "a", "reply": null}\n',
     "bad.json": b'[{"text": "a", "label": "1"}, {"text": "b", "label": 3}]',
     "bad.csv": b'text,label\n"two\nlines",good\nshort\n',
+    "void.jsonl": PAIRS + b'\n{"prompt": "a", "completion": ""}\n' + PAIRS,
+    "unanswered.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n',
     "turns.jsonl": b'{"messages": [{"role": "user", "content": null}]}\n',
 }
 
@@ -103,6 +105,12 @@ CASES: list[tuple[dict[str, str], str, list[str]]] = [
         ["bad.parquet: row 1 (counting from 0): 'text' must be a string, got null"],
     ),
     ({"train": "turns.jsonl"}, "4:10", ["turns.jsonl:1: messages[0]: 'content' must be a string, got null"]),
+    ({"train": "void.jsonl"}, "4:10", ["void.jsonl:3: the completion '' has no tokens"]),
+    (
+        {"train": "unanswered.jsonl"},
+        "4:10",
+        ["unanswered.jsonl:1: the conversation has no turn of the assistant"],
+    ),
     ({"train": "{path: pairs.jsonl, format: messages}"}, "4:38", ["messages needs the column 'messages'"]),
     ({"train": "{path: notes.txt, format: messages}"}, "4:36", ["messages needs rows"]),
     ({"train": "{path: notes.txt, columns: {a: b}}"}, "4:37", ["has no columns"]),
@@ -160,6 +168,14 @@ def test_a_tracker_that_is_not_installed(
 
 def test_rows_behind_a_limit_are_nobodys(world: Any, run: Callable[..., Any]) -> None:
     assert run("validate", spec(world, train="{path: bad.jsonl, limit: 1}")).exit_code == 0
+
+
+def test_rows_that_are_not_trained_on_as_they_are(world: Any, run: Callable[..., Any]) -> None:
+    """They are measured, or a plugin may yet say what is to be learned."""
+    assert run("validate", spec(world, eval="void.jsonl", metric="exact-match")).exit_code == 0
+    world.scaffold("fake-rows", "prepare_data")
+    stack = SPEC.replace("[fake-gain]", "[fake-rows, fake-gain]")
+    assert run("validate", spec(world, stack, train="void.jsonl")).exit_code == 0
 
 
 def test_what_is_seen_of_rows_is_what_a_run_refuses(world: Any) -> None:

@@ -18,9 +18,10 @@ from peftx.engines.data.places import row_for_row, select
 from peftx.engines.data.sources import training_rows
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError
+from peftx.pipeline import Run
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_lora import Lora
-from peftx_spec import DataSpec
+from peftx_spec import DataSpec, Pipeline
 
 LONG = {"prompt": "Tell a long story.", "completion": "and then " * 200}
 
@@ -176,3 +177,43 @@ def test_rows_know_nothing_of_it(tmp_path: Path) -> None:
     data = as_training_data(stack_of(), file, seed=0, max_length=64)
     assert data.train is not None
     assert data.train.to_list() == [pair(0), pair(1)]
+
+
+# ------------------------------------------------------------------------------------------- what there is nothing in
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [("completion", pair(0)), ("text", {"text": "a"}), ("label", {"text": "a", "label": "b"})],
+)
+def test_rows_that_a_short_run_does_not_come_to_have_something_to_learn(
+    key: str, row: dict[str, str]
+) -> None:
+    rows = [dict(row) for _ in range(60)]
+    rows[39][key] = ""
+    assert refused(stack_of(), rows).startswith(f"row 39 (counting from 0): the {key} '' has no tokens")
+    with pytest.raises(DataError, match=rf"^row 39 \(counting from 0\): the {key} '' has no tokens"):
+        stack_of().train(rows, steps=1, batch_size=1)
+
+
+def test_a_plugin_may_mend_rows_that_have_nothing_in_them(tmp_path: Path) -> None:
+    file, _ = written(tmp_path / "a.jsonl", [*map(pair, range(5)), {"prompt": "Say 5.", "completion": ""}])
+
+    def mends(data: TrainingData) -> None:
+        data.keep([None if row["completion"] else "empty" for row in data.train], by="changes")
+
+    report = stack_of(Changes(mends)).train(file, steps=1)
+    assert [one.reason for one in report.dropped] == ["empty"]
+
+
+def test_a_run_of_a_spec_says_so_before_it_loads_anything(tmp_path: Path) -> None:
+    content = [pair(number) for number in range(40)]
+    content[30]["completion"] = ""
+    file, lines = written(tmp_path / "a.jsonl", content, [1] * 40)
+    spec = {
+        "peftx": 1,
+        "model": "peftx:tiny",
+        "data": {"train": file},
+        "stack": [{"use": "lora"}],
+        "train": {"steps": 1},
+    }
+    with pytest.raises(DataError, match=rf"^{file}:{lines[30]}: the completion '' has no tokens"):
+        Run(Pipeline.model_validate(spec))

@@ -14,7 +14,7 @@ import pyarrow.compute as compute
 from peftx.engines.data.places import Place
 from peftx.errors import DataError
 from peftx_spec import models as spec
-from peftx_spec.rows import ROLES, check_messages, check_row, require_text
+from peftx_spec.rows import LEARNED, ROLES, check_learned, check_messages, check_row, require_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +67,17 @@ def check_rows(rows: Dataset, format: str) -> None:
                     check_row(row, "", format)
                 except DataError:  # the same once more, with the place: it takes a while to find
                     check_row(row, str(Place(rows, index)), format)
+
+
+def check_all_learned(rows: Dataset, format: str) -> None:
+    """Raises DataError, which names the row, where one of those to train on has nothing to learn, as far as that is
+    known without a tokenizer; of conversations see `orders.py`."""
+    name = LEARNED.get(format)
+    if name is None:
+        return
+    index = compute.index(rows.with_format("arrow")[name][:], "").as_py()
+    if index >= 0:
+        check_learned(rows[index], str(Place(rows, index)), format)
 
 
 def _is_clean(column: pa.ChunkedArray, name: str) -> bool:

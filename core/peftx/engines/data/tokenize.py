@@ -24,7 +24,7 @@ from peftx.engines.data.encoding import (
     text_ids,
     without_prefix,
 )
-from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
+from peftx.engines.data.gate import COLUMNS, FORMATS, check_all_learned, check_rows
 from peftx.engines.data.kept import kept
 from peftx.engines.data.messages import messages_encoder
 from peftx.engines.data.places import Place, Where, row_for_row, select
@@ -117,6 +117,7 @@ def tokenize_dataset(
 
     def examples() -> Dataset:
         check_rows(dataset, format)
+        check_all_learned(dataset, format)  # those too that a short run does not come to
         if format == "text":
             return _columns(_pack(dataset, tokenizer, progress, max_length=max_length))
         chosen = dataset if only is None else dataset.select(only)
