@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftx import Plugin, Stack, TrainingData, hookimpl
-from peftx.engines.data import Place, inside, read_dataset
+from peftx.engines.data import Place, inside, orders, read_dataset
 from peftx.engines.data.places import row_for_row, select
 from peftx.engines.data.sources import training_rows
 from peftx.engines.training.run import as_training_data
@@ -217,3 +217,54 @@ def test_a_run_of_a_spec_says_so_before_it_loads_anything(tmp_path: Path) -> Non
     }
     with pytest.raises(DataError, match=rf"^{file}:{lines[30]}: the completion '' has no tokens"):
         Run(Pipeline.model_validate(spec))
+
+
+# ------------------------------------------------------------------------- conversations that a run does not come to
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' or m.tool_calls %}{{ raise_exception('no ' ~ m.role) }}{% endif %}"
+    "<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def said_by(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+CALLS = said_by("user", "assistant", "assistant")
+CALLS["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("bad", "template", "said"),
+    [
+        (
+            said_by("system", "user", "assistant"),
+            NO_SYSTEM,
+            "the chat template refuses the conversation: no system",
+        ),
+        (CALLS, NO_SYSTEM, "the chat template refuses the conversation: no assistant"),
+        (said_by("user", "user"), NO_SYSTEM, "the conversation has no turn of the assistant"),
+        (said_by("user", "user"), None, "the conversation has no turn of the assistant"),
+    ],
+)
+@pytest.mark.parametrize("place", [1, 40, 59])
+def test_an_order_of_speakers_that_is_refused_is_found_before_the_first_step(
+    bad: dict[str, Any], template: str | None, said: str, place: int
+) -> None:
+    rows = [said_by(*("user", "assistant") * (1 + number % 3)) for number in range(60)]
+    rows[place] = bad
+    stack = stack_of()
+    stack.tokenizer.chat_template = template
+    with pytest.raises(DataError, match=rf"^row {place} \(counting from 0\): {said}"):
+        stack.train(rows, steps=1, batch_size=1)
+    assert stack.trained_steps == 0
+
+
+def test_one_conversation_of_each_order_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_list([said_by(*("user", "assistant") * (1 + n % 3), "user") for n in range(500)])
+    tried: list[int] = []
+    monkeypatch.setattr(orders, "check_rendered", lambda _, row, where: tried.append(where.index))
+    orders.check_orders(rows, tiny_tokenizer())
+    assert tried == [0, 1, 2]
+    orders.check_orders(select(rows, [7, 4, 1, 0, 3]), tiny_tokenizer())
+    assert tried[3:] == [0, 3]

@@ -24,6 +24,7 @@ from peftx.engines.data.encoding import (
 )
 from peftx.engines.data.places import Where
 from peftx.errors import DataError, UnsupportedError
+from peftx_spec.rows import check_answered
 from peftx_spec.shapes import PROMPT_TURNS
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -110,6 +111,23 @@ def messages_encoder(
         return Example(front + body[cut:], [IGNORE] * len(front) + labels[cut:])
 
     return encode
+
+
+def check_rendered(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where: Where) -> None:
+    """Write a conversation out as it is trained on up to its last answer, without tokenizing it.
+
+    Raises:
+        DataError: the assistant says nothing, or the chat template refuses it; names `where`.
+    """
+    messages, tools = row["messages"], tools_of(row)
+    last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
+    if last < 0:
+        check_answered([], str(where))
+    try:
+        for end, ask in ((last, True), (last + 1, False)):
+            render_messages(tokenizer, messages[:end], ask=ask, tools=tools)
+    except (DataError, UnsupportedError) as error:
+        raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
 
 
 def _by_marks(

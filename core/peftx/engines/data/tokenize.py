@@ -27,6 +27,7 @@ from peftx.engines.data.encoding import (
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_all_learned, check_rows
 from peftx.engines.data.kept import kept
 from peftx.engines.data.messages import messages_encoder
+from peftx.engines.data.orders import check_orders
 from peftx.engines.data.places import Place, Where, row_for_row, select
 from peftx.engines.models import tokenizer_digest
 from peftx.errors import DataError, UnsupportedError, nearest
@@ -118,6 +119,8 @@ def tokenize_dataset(
     def examples() -> Dataset:
         check_rows(dataset, format)
         check_all_learned(dataset, format)  # those too that a short run does not come to
+        if format == "messages" and only is not None:
+            check_orders(dataset, tokenizer)
         if format == "text":
             return _columns(_pack(dataset, tokenizer, progress, max_length=max_length))
         chosen = dataset if only is None else dataset.select(only)
