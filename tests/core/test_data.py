@@ -699,3 +699,37 @@ def test_a_value_that_does_not_go_with_another_blocks_is_named(
     monkeypatch.setattr(formats, "BLOCK", 2)
     with pytest.raises(DataError, match=r"rows.jsonl:5: column 'n' does not go with the rows before"):
         read_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n \n{"text": "b"}\n\n{"text": "c"}\n',
+            "blank lines .*: 3, the first is line 2$",
+        ),
+        ("a.csv", "text,label\n\na,b\nc,d\n", "blank lines .*: 1, the first is line 2$"),
+        ("a.csv", "text\na\n\nb\n", "blank lines .*: 1, the first is line 3$"),
+        ("a.csv", ",text,label\n,a,b\n0,c,d\n1,e,f\n", "values .* does not name .*: 2, the first is line 3$"),
+    ],
+)
+def test_what_comes_into_no_row_is_told(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.warns(UserWarning, match=f"{name}: {told}"):
+        read_dataset(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n\n \n'),
+        ("a.jsonl", '{"text": "a"}'),
+        ("a.csv", "text,label\na,b\n\n"),
+        ("a.csv", "text,label,\na,b,\nc,d,\n"),  # a delimiter at each line's end
+    ],
+)
+def test_blank_ends_are_nothing_to_tell(tmp_path: Path, name: str, text: str) -> None:
+    """Warnings are errors in tests."""
+    (tmp_path / name).write_text(text, "utf-8")
+    assert read_dataset(tmp_path / name)["text"][0] == "a"

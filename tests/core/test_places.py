@@ -23,6 +23,7 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_lora import Lora
 from peftx_spec import DataSpec, Pipeline
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* blank lines between the rows:UserWarning")
 LONG = {"prompt": "Tell a long story.", "completion": "and then " * 200}
 
 

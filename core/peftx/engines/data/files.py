@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -34,6 +34,28 @@ class Record(NamedTuple):
     place: str
     value: object
     line: int = 0
+
+
+class Unread:
+    """What stands in a file and comes into no row that anything reads: how often, and where first."""
+
+    BLANK = "blank lines between the rows are left out"
+    NAMELESS = "values in a column that the header does not name are read by nothing"
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[int, int]] = {}
+
+    def add(self, what: str, lines: Sequence[int]) -> None:
+        if lines:
+            count, first = self.found.get(what, (0, lines[0]))
+            self.found[what] = count + len(lines), first
+
+    def told(self, path: Path) -> list[str]:
+        """A sentence for each kind: `a.jsonl: blank lines between the rows are left out: 3, the first is line 12`."""
+        return [
+            f"{path}: {what}: {count:,}, the first is line {first}"
+            for what, (count, first) in self.found.items()
+        ]
 
 
 def file_suffix(path: Path) -> str:
@@ -65,20 +87,20 @@ def read_text(path: Path) -> str:
     return "".join(text for _, text in _lines(path))
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, unread: Unread | None = None) -> Iterator[Record]:
     """The records of a .jsonl, .json, .csv or .tsv file in order, read no further than they are asked for
-    (a .json file is parsed whole).
+    (a .json file is parsed whole). What comes into no row is counted in `unread`.
 
     Raises DataError as `read_text` does, and for anything malformed.
     """
-    suffix = file_suffix(path)
+    suffix, unread = file_suffix(path), Unread() if unread is None else unread
     if suffix in {".jsonl", ".ndjson"}:
-        return _read_jsonl(path)
+        return _read_jsonl(path, unread)
     if suffix == ".json":
         return _read_json(path)
     if suffix == ".parquet":
         return _read_parquet(path)
-    return _read_csv(path, delimiter="\t" if suffix == ".tsv" else None)
+    return _read_csv(path, unread, delimiter="\t" if suffix == ".tsv" else None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -152,11 +174,16 @@ def _parse_json(text: str, *, path: Path, first_line: int) -> object:
         raise DataError(f"{path}:{first_line}: {error.message}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path, unread: Unread) -> Iterator[Record]:
+    blank = list[int]()  # since the last row: at the end of a file they are nothing to tell
     for number, line in _lines(path):
-        if line.strip():  # blank lines carry no row
+        if line.strip():
+            unread.add(Unread.BLANK, blank)
+            blank.clear()
             text = line.rstrip("\r\n")  # so that an error at its end is on this line, not on the next
             yield Record(f"{path}:{number}", _parse_json(text, path=path, first_line=number), number)
+        else:
+            blank.append(number)
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -186,11 +213,12 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: not Parquet that can be read: {error}") from error
 
 
-def _read_csv(path: Path, *, delimiter: str | None) -> Iterator[Record]:
+def _read_csv(path: Path, unread: Unread, *, delimiter: str | None) -> Iterator[Record]:
     text = io.StringIO("".join(line for _, line in _lines(path)), newline="")
     delimiter = delimiter or delimiter_of(text.getvalue())
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    blank = list[int]()
     while True:
         first_line = reader.line_num + 1
         # The limit on a field's size is a setting of the whole process: lifted for one row, then put back.
@@ -203,8 +231,11 @@ def _read_csv(path: Path, *, delimiter: str | None) -> Iterator[Record]:
             csv.field_size_limit(limit)
         if cells is None:
             return
-        if not cells:  # a blank line
+        if not cells:
+            blank.append(first_line)
             continue
+        unread.add(Unread.BLANK, blank)
+        blank.clear()
         if header is None:
             twice = sorted({name for name in cells if cells.count(name) > 1})
             if twice:
@@ -216,4 +247,7 @@ def _read_csv(path: Path, *, delimiter: str | None) -> Iterator[Record]:
                 hint="a field that holds the delimiter, a quote or a line break needs double quotes around it",
             )
         else:
-            yield Record(f"{path}:{first_line}", dict(zip(header, cells, strict=True)), first_line)
+            row = dict(zip(header, cells, strict=True))
+            if row.get(""):
+                unread.add(Unread.NAMELESS, [first_line])
+            yield Record(f"{path}:{first_line}", row, first_line)

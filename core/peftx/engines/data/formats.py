@@ -15,6 +15,7 @@ stay as they are. Everything is held in memory; nothing is written to a cache.
 from __future__ import annotations
 
 import os
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from peftx.engines.data.files import (
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     Record,
+    Unread,
     file_suffix,
     read_records,
     read_text,
@@ -69,6 +71,8 @@ def read_dataset(
     Raises:
         DataError: the file is missing, empty, binary, not UTF-8 or malformed; a row lacks a column or holds a
             value of the wrong type; nothing is left to read. The message names the line.
+
+    Warns where something comes into no row: blank lines between rows, a column without a name.
     """
     file = Path(path)
     if limit is not None and limit < 1:
@@ -101,12 +105,13 @@ def read_dataset(
             f"{file}: format 'messages' is nested and does not fit a {suffix} file", hint="use .jsonl"
         )
 
-    lines = array("q")
+    lines, unread = array("q"), Unread()
 
     def checked() -> Iterator[tuple[dict[str, object], str]]:
         del lines[:]
+        unread.found.clear()
         shape: Shape | None = None
-        records = islice(read_records(file), limit)
+        records = islice(read_records(file, unread), limit)
         for index, record in enumerate(records):
             try:
                 row = _rename(record, columns)
@@ -123,6 +128,8 @@ def read_dataset(
         found = _to_dataset(rows, places, first=COLUMNS[format])
     if found is None:
         raise DataError(f"{file} holds no rows")
+    for said in unread.told(file):
+        warnings.warn(said, stacklevel=2)
     return read_from(found, str(file), lines if all(lines) else [])
 
 
