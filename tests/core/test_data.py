@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from peftx.engines.data import (
     text_ids,
     tokenize_dataset,
 )
+from peftx.engines.data.files import read_records
 from peftx.errors import DataError, UnsupportedError
 from peftx.toolkits.compression.batches import calibration_texts
 
@@ -733,3 +737,42 @@ def test_blank_ends_are_nothing_to_tell(tmp_path: Path, name: str, text: str) ->
     """Warnings are errors in tests."""
     (tmp_path / name).write_text(text, "utf-8")
     assert read_dataset(tmp_path / name)["text"][0] == "a"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_file_is_read_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What Python holds meanwhile is a small part of the file; the rows themselves are Arrow's."""
+    monkeypatch.setattr(formats, "BLOCK", 500)
+    texts = [f"{number} " + "x" * 1000 for number in range(10_000)]
+    lines = [json.dumps({"text": text}) for text in texts] if name == "rows.jsonl" else ["text", *texts]
+    (tmp_path / name).write_text("\n".join(lines))
+    tracemalloc.start()
+    try:
+        rows = read_dataset(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    finally:
+        tracemalloc.stop()
+    assert rows["text"][:] == texts
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.text('a,;"\n\r é', max_size=6), min_size=2, max_size=2), max_size=6),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_tables_are_read_as_the_csv_module_reads_them_whole(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], end: str
+) -> None:
+    def written(part: list[list[str]]) -> str:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([["a", "b"], *part])
+        return text.getvalue()
+
+    file = tmp_path_factory.mktemp("tables") / "rows.csv"
+    file.write_text(written(rows), "utf-8", newline="")
+    records = list(read_records(file))
+    assert [list(record.value.values()) for record in records] == rows
+    starts = [len(list(io.StringIO(written(rows[:index]), newline=""))) + 1 for index in range(len(rows))]
+    assert [record.line for record in records] == starts

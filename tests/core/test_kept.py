@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
@@ -150,3 +151,17 @@ def test_what_was_used_longest_ago_goes_first(
     made(tokenizer, max_length=16)
     assert oldest.exists()
     assert not second.exists()
+
+
+def test_the_same_values_have_one_digest_however_they_lie() -> None:
+    rows = [
+        {"text": f"row {n}" if n % 7 else None, "turns": [{"role": "user", "said": n}] * (n % 3)}
+        for n in range(kept.AT_ONCE + 50)
+    ]
+    whole = Dataset.from_list(rows)
+    table = whole.data.table
+    pieces = Dataset(pa.concat_tables([table.slice(0, 700), table.slice(700, 9), table.slice(709)]))
+    within = Dataset(pa.concat_tables([table.slice(5, 100), table]).slice(100))
+    others = [pieces, within, pieces.select(list(range(len(rows))))]
+    assert {kept._digest(other) for other in others} == {kept._digest(whole)}
+    assert kept._digest(whole) != kept._digest(whole.select(range(len(rows) - 1)))

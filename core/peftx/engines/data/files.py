@@ -12,12 +12,13 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from peftx.errors import DataError, nearest
 from peftx_spec.rows import json_type
-from peftx_spec.shapes import delimiter_of
+from peftx_spec.shapes import BEGIN, delimiter_of
 
 TEXT_SUFFIXES = frozenset({".txt", ".md"})
 TABLE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
@@ -213,10 +214,28 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: not Parquet that can be read: {error}") from error
 
 
+def _ended_lines(path: Path) -> Iterator[str]:
+    """The lines of a table, which `\\r` by itself ends too."""
+    for _, line in _lines(path):
+        yield from io.StringIO(line, newline="") if "\r" in line else (line,)
+
+
+def _first(lines: Iterator[str], size: int) -> list[str]:
+    """The first lines, of so many characters or a few more."""
+    found = []
+    for line in lines:
+        found.append(line)
+        size -= len(line)
+        if size <= 0:
+            break
+    return found
+
+
 def _read_csv(path: Path, unread: Unread, *, delimiter: str | None) -> Iterator[Record]:
-    text = io.StringIO("".join(line for _, line in _lines(path)), newline="")
-    delimiter = delimiter or delimiter_of(text.getvalue())
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines, head = _ended_lines(path), list[str]()
+    if delimiter is None:
+        head = _first(lines, BEGIN)
+    reader = csv.reader(chain(head, lines), delimiter=delimiter or delimiter_of("".join(head)), strict=True)
     header: list[str] | None = None
     blank = list[int]()
     while True:

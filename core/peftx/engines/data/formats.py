@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from secrets import token_hex
 from typing import Final
 
 import pyarrow as pa
@@ -331,7 +332,9 @@ def _in_blocks(rows: Iterable[dict[str, object]], *, first: tuple[str, ...]) -> 
     if not blocks:
         return None
     table = pa.concat_tables(blocks, promote_options="permissive") if len(blocks) > 1 else blocks[0]
-    return Dataset(table.select([*first, *(name for name in table.column_names if name not in first)]))
+    # A fingerprint of its own: `datasets` would write out all rows, twice in memory, to make one of them.
+    ordered = [*first, *(name for name in table.column_names if name not in first)]
+    return Dataset(table.select(ordered), fingerprint=token_hex(8))
 
 
 def _to_dataset(rows: list[dict[str, object]], places: list[str], *, first: tuple[str, ...]) -> Dataset:

@@ -27,6 +27,8 @@ WORTH_BYTES = 2**20
 """Rows of fewer bytes are tokenized as they come."""
 WORTH_SECONDS = 2.0
 """What was made in less is not written."""
+AT_ONCE = 2**14
+"""Rows that a file's batches have, and that are hashed together."""
 MOST_BYTES = 10 * 2**30
 """Of all that is kept; what was used longest ago goes first."""
 
@@ -73,11 +75,16 @@ class _Hash:
 
 
 def _digest(rows: Dataset) -> str:
-    """sha256 of the columns' names and values."""
-    table = rows.with_format("arrow")[:].replace_schema_metadata(None)
-    sink = _Hash()
-    with pa.PythonFile(sink, mode="w") as file, pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table.combine_chunks(), max_chunksize=2**14)
+    """sha256 of the columns' names and values, however they lie in memory; few rows at a time are copied."""
+    table, sink = rows.with_format("arrow"), _Hash()
+    with (
+        pa.PythonFile(sink, mode="w") as file,
+        pa.ipc.new_stream(file, table[:0].schema.remove_metadata()) as stream,
+    ):
+        for start in range(0, len(rows), AT_ONCE):
+            part = table[start : start + AT_ONCE].replace_schema_metadata(None)
+            # Taken, since slices and joined pieces of the same values are written with other bytes.
+            stream.write_table(part.take(pa.array(range(len(part)))).combine_chunks())
     return sink.sha.hexdigest()
 
 
@@ -111,7 +118,7 @@ def _write(rows: Dataset, file: Path) -> None:
     beside = file.with_name(f".{file.name}-{token_hex(6)}")
     try:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table, max_chunksize=2**14)
+            stream.write_table(table, max_chunksize=AT_ONCE)
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
