@@ -19,6 +19,10 @@ class SpecModel(BaseModel):
         serialize_by_alias=True,
     )
 
+    def unsaid(self) -> frozenset[str]:
+        """Fields that a dump leaves out, since another one that is given takes their place."""
+        return frozenset()
+
 
 Text = Annotated[str, Field(min_length=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]

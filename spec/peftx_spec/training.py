@@ -75,6 +75,9 @@ class TrainSpec(SpecModel):
         "none", description="where the Trainer logs losses and rates too; the package must be installed"
     )
 
+    def unsaid(self) -> frozenset[str]:
+        return frozenset() if self.num_train_epochs is None else frozenset({"steps"})
+
     @model_validator(mode="after")
     def _fit(self) -> TrainSpec:
         given = self.model_fields_set
