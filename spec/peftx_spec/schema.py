@@ -7,6 +7,7 @@ from typing import Any
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.models import METRICS, Pipeline
 from peftx_spec.overrides import RESERVED_IDS
+from peftx_spec.trainer_names import TRAINER_NAMES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
@@ -93,6 +94,14 @@ def _add_shorthands(definitions: dict[str, Schema], bare: list[str]) -> None:
         "anyOf": [_ID_LIST, _ID_LIST["items"], {"type": "null"}],
         "description": plugins["description"],
     }
+    for name in ("TrainSpec", "TrainStage"):
+        own = definitions[name]["properties"]
+        both: list[Schema] = [{"required": [ours, theirs]} for theirs, ours in TRAINER_NAMES.items()]
+        definitions[name] |= {"not": {"anyOf": both}}
+        own |= {
+            theirs: {**own[ours], "description": f"the Trainer's name of {ours}"}
+            for theirs, ours in TRAINER_NAMES.items()
+        }
     metric = definitions["EvaluateSpec"]
     metric["properties"] = {name: {"$ref": "#/$defs/MetricOptions"} for name in METRICS}
     plain_forms: dict[str, list[Schema]] = {
