@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftx_spec import Catalogue, PeftxError, SpecError, json_schema, load_pipeline, parse
+from peftx_spec import Catalogue, PeftxError, SpecError, json_schema, load_pipeline, options_schema, parse
 
 NOTES = frozenset({"$schema", "title", "description", "default", "$defs", "then"})
 
@@ -183,3 +183,15 @@ def test_dialect_and_descriptions(working: Catalogue) -> None:
 def test_a_plugin_that_does_not_load_is_named(catalogue: Catalogue) -> None:
     with pytest.raises(PeftxError, match="the plugin 'broken' does not import"):
         json_schema(catalogue)
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [("{}", True), ("{rank: 3, schedule: {start: 1.5}}", True), ("{rank: 0}", False), ("{schedule: {shap: 1}}", False),
+     ("{bits: 3}", False)],
+)  # fmt: skip
+def test_options_of_one_plugin(working: Catalogue, options: str, fits: bool) -> None:
+    schema = options_schema(working, "lora")
+    assert schema["title"] == "options of lora"
+    assert set(schema["$defs"]) == {"Init", "Schedule"}
+    assert conforms(parse(options).data, schema, schema) == fits
