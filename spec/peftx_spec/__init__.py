@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peftx_spec.plan import Plan, PlannedConflict, PlannedPlugin, PlannedStage, Totals, TouchedModule
     from peftx_spec.problems import Position, Problem, SpecError
     from peftx_spec.resolve import resolved
-    from peftx_spec.schema import json_schema
+    from peftx_spec.schema import json_schema, options_schema
     from peftx_spec.stages import EvaluateStage, RunStage, SaveStage, TrainStage
     from peftx_spec.training import TrainSpec
     from peftx_spec.validate import LoadedSpec, load_pipeline, load_spec
@@ -64,6 +64,7 @@ _HOME = {
     "TrainStage": "stages",
     "dump": "dumper",
     "json_schema": "schema",
+    "options_schema": "schema",
     "load_pipeline": "validate",
     "load_spec": "validate",
     "parse": "loader",
@@ -106,6 +107,7 @@ __all__ = [
     "load_spec",
     "nearest",
     "nearest_names",
+    "options_schema",
     "parse",
     "read",
     "resolved",

@@ -19,6 +19,7 @@ from peftx_spec.problems import Path, Problem, SpecError
 from peftx_spec.raw import Data, mapping_of
 from peftx_spec.resolve import absolute
 from peftx_spec.scalars import escape
+from peftx_spec.trainer_names import by_our_names
 from peftx_spec.translate import Finding, examine
 
 TRAINING = frozenset({"inject", "train_step"})
@@ -62,6 +63,7 @@ class BasedReader:
         key: str,
         of_training: Mapping[str, str],
     ) -> None:
+        document, faults = by_our_names(document, faults)
         if not isinstance(document.data, dict):
             raise TypeError(f"the loader gave {type(document.data).__name__}, not a mapping")
         self.document, self.data, self.catalogue = document, document.data, catalogue
@@ -83,7 +85,7 @@ class BasedReader:
             return None
         place = absolute(found, self.folder)
         try:
-            document, faults = read_tolerantly(place)
+            document, faults = by_our_names(*read_tolerantly(place))
         except SpecError as error:
             self.problems += error.problems
             return None

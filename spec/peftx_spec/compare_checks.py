@@ -11,6 +11,7 @@ from peftx_spec.models import HIGHER_IS_BETTER, LM_EVAL
 from peftx_spec.overrides import entry_ids
 from peftx_spec.problems import Path
 from peftx_spec.raw import Data, list_of, mapping_of
+from peftx_spec.trainer_names import our_name
 from peftx_spec.translate import Finding
 
 MOST_ROWS = 1000
@@ -86,9 +87,9 @@ def _method(path: Path, method: Data) -> Iterator[Finding]:
             yield Finding(place, message, at_key=True, expected=expected, suggestion=nearest(head, known))
         elif not option:
             yield Finding(place, f"'{key}' names no option", at_key=True, expected=f"{head}.<option>")
-        elif head == "train" and option in OF_TRAINING:
+        elif head == "train" and our_name(option) in OF_TRAINING:
             message = f"'{key}' is not a grid's to vary"
-            yield Finding(place, message, at_key=True, suggestion=OF_TRAINING[option])
+            yield Finding(place, message, at_key=True, suggestion=OF_TRAINING[our_name(option)])
 
 
 def check_base(base: Data, metric: object, key: str, of_training: Mapping[str, str]) -> list[Finding]:

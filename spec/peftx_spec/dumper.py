@@ -23,7 +23,7 @@ def dump(pipeline: Pipeline) -> str:
     """The pipeline in full: with every default, so that a later default cannot change what it means.
 
     `load_pipeline(dump(pipeline), catalogue=...) == pipeline`. Values that are absent (None by default) are
-    left out.
+    left out, and what another key takes the place of.
     """
     return dump_plain(plain(pipeline))
 
@@ -32,12 +32,15 @@ def plain(model: BaseModel) -> dict[str, object]:
     """The model as dicts, lists and scalars, with the YAML's keys; options of plugins stay as they are."""
     from pydantic import RootModel
 
+    from peftx_spec.base import SpecModel
+
     data: dict[str, object] = {}
     if isinstance(model, RootModel):
         return {str(key): _plain_value(value) for key, value in model.root.items()}
+    unsaid = model.unsaid() if isinstance(model, SpecModel) else frozenset()
     for name, info in type(model).model_fields.items():
         value = getattr(model, name)
-        if value is not None or info.default is not None:
+        if name not in unsaid and (value is not None or info.default is not None):
             data[info.alias or name] = _plain_value(value)
     return data
 

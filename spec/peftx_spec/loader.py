@@ -44,8 +44,9 @@ class Document:
     """A spec as plain data, and where each part of it stands.
 
     `keys` and `values` hold, for each path in `data`, the position of the key and of the value; list items
-    have no key. `variables` names the environment variables that a value was made of. `folder` is the spec's
-    own folder, or None for a text.
+    have no key. `variables` names the environment variables that a value was made of. `written` has, for each
+    path whose key goes by another name here, the one that the text says. `folder` is the spec's own folder, or
+    None for a text.
     """
 
     data: object
@@ -54,6 +55,7 @@ class Document:
     keys: Mapping[Path, Position] = field(default_factory=dict)
     values: Mapping[Path, Position] = field(default_factory=dict)
     variables: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
+    written: Mapping[Path, str] = field(default_factory=dict)
     folder: FilePath | None = None
 
     def position(self, path: Path, *, key: bool = False) -> Position:
@@ -69,6 +71,9 @@ class Document:
     def problem(self, message: str, position: Position, path: Path = (), **words: str) -> Problem:
         """A problem in this document; `words` are `expected`, `got` and `suggestion`."""
         snippet = self.lines[position.line - 1] if position.line <= len(self.lines) else ""
+        if path in self.written:  # as the reader knows it
+            message = message.replace(f"'{path[-1]}'", f"'{self.written[path]}'")
+            path = (*path[:-1], self.written[path])
         return Problem(message, self.file, position.line, position.column, snippet, path_text(path), **words)
 
 
@@ -238,7 +243,13 @@ def _build(empty: Document, text: str, environment: Mapping[str, str]) -> tuple[
     data = builder.build(node, ())
     return (
         Document(
-            data, empty.file, empty.lines, builder.keys, builder.values, builder.variables, empty.folder
+            data,
+            empty.file,
+            empty.lines,
+            builder.keys,
+            builder.values,
+            builder.variables,
+            folder=empty.folder,
         ),
         builder.faults,
     )

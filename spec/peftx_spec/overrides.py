@@ -10,6 +10,7 @@ from peftx_spec.errors import nearest
 from peftx_spec.loader import MAX_DEPTH, parse_value
 from peftx_spec.problems import Path, Problem, describe, path_text
 from peftx_spec.scalars import ScalarError
+from peftx_spec.trainer_names import our_name, with_our_names
 
 SECTIONS = ("peftx", "model", "data", "stack", "train", "evaluate", "run", "output", "runtime")
 SETTABLE = ("model", "data", "train", "evaluate", "output", "runtime")
@@ -90,6 +91,12 @@ def _carry_out(result: Overridden, index: int, text: str) -> None:
         value = parse_value(raw)
     except ScalarError as error:
         raise _OverrideError(str(error), column=len(target) + 2, expected=VALUES) from error
+    if names == ["train"] and isinstance(value, dict):
+        value, twice = with_our_names(value)
+        if twice:
+            ours, theirs = twice[0]
+            raise _OverrideError(f"'{ours}' and '{theirs}' are names of one thing", column=len(target) + 2,
+                                 suggestion="leave one of them out")  # fmt: skip
     path, rest = _target(result.data, names)
     _put(result, index, path, rest, value, column=len(target) + 2)
 
@@ -100,6 +107,8 @@ def _target(data: dict[str, object], names: list[str]) -> tuple[Path, list[str]]
     if head in SETTABLE:
         if head == "evaluate" and len(names) > 1:
             return _metric(data, names)
+        if head == "train" and len(names) > 1:
+            return (), [head, our_name(names[1]), *names[2:]]
         return (), names
     if head in SECTIONS:
         reason = (

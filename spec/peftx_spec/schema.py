@@ -7,6 +7,7 @@ from typing import Any
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.models import METRICS, Pipeline
 from peftx_spec.overrides import RESERVED_IDS
+from peftx_spec.trainer_names import TRAINER_NAMES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
@@ -34,7 +35,7 @@ def json_schema(catalogue: Catalogue) -> Schema:
     entry["allOf"] = [_when(name) for name in names]
     bare: list[str] = []  # plugins that need no option, so that their name alone is an entry
     for name in names:
-        options, inner = _options(catalogue, name)
+        options, inner = _options(catalogue, name, f"with.{name}.")
         definitions |= inner
         definitions[f"with.{name}"] = options
         if options.get("required"):
@@ -53,6 +54,18 @@ def json_schema(catalogue: Catalogue) -> Schema:
     }
 
 
+def options_schema(catalogue: Catalogue, name: str) -> Schema:
+    """JSON Schema (2020-12) of one plugin's options, what an entry of the stack has under `with`.
+
+    Raises `PeftxError` for a plugin that is not there or does not load.
+    """
+    options, definitions = _options(catalogue, name, "")
+    for schema in (options, *definitions.values()):
+        _untitled(schema)
+    schema = {"$schema": DIALECT, **options, "title": f"options of {name}"}
+    return schema | ({"$defs": {key: definitions[key] for key in sorted(definitions)}} if definitions else {})
+
+
 def _untitled(schema: Schema) -> None:
     """Take out the titles that say a field's name again."""
     for name, field in schema.get("properties", {}).items():
@@ -68,11 +81,10 @@ def _when(name: str) -> Schema:
     }
 
 
-def _options(catalogue: Catalogue, name: str) -> tuple[Schema, dict[str, Schema]]:
-    """The schema of a plugin's options, and the definitions that it refers to, under names of their own."""
-    template = f"#/$defs/with.{name}.{{model}}"
-    options = catalogue.config(name).model_json_schema(ref_template=template)
-    inner = {f"with.{name}.{key}": value for key, value in options.pop("$defs", {}).items()}
+def _options(catalogue: Catalogue, name: str, prefix: str) -> tuple[Schema, dict[str, Schema]]:
+    """The schema of a plugin's options, and the definitions that it refers to, whose names begin with `prefix`."""
+    options = catalogue.config(name).model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
+    inner = {f"{prefix}{key}": value for key, value in options.pop("$defs", {}).items()}
     options["additionalProperties"] = False
     return options, inner
 
@@ -93,6 +105,14 @@ def _add_shorthands(definitions: dict[str, Schema], bare: list[str]) -> None:
         "anyOf": [_ID_LIST, _ID_LIST["items"], {"type": "null"}],
         "description": plugins["description"],
     }
+    for name in ("TrainSpec", "TrainStage"):
+        own = definitions[name]["properties"]
+        both: list[Schema] = [{"required": [ours, theirs]} for theirs, ours in TRAINER_NAMES.items()]
+        definitions[name] |= {"not": {"anyOf": both}}
+        own |= {
+            theirs: {**own[ours], "description": f"the Trainer's name of {ours}"}
+            for theirs, ours in TRAINER_NAMES.items()
+        }
     metric = definitions["EvaluateSpec"]
     metric["properties"] = {name: {"$ref": "#/$defs/MetricOptions"} for name in METRICS}
     plain_forms: dict[str, list[Schema]] = {

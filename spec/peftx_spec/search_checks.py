@@ -12,6 +12,7 @@ from peftx_spec.overrides import entry_ids
 from peftx_spec.problems import Path, describe
 from peftx_spec.raw import Data, list_of, mapping_of
 from peftx_spec.search import QUALITY, Cost
+from peftx_spec.trainer_names import our_name
 from peftx_spec.translate import Finding
 
 MOST_STACKS = 100
@@ -78,7 +79,10 @@ def _space(space: Data, entries: list[object]) -> Iterator[Finding]:
             yield Finding(path, message, at_key=True, expected=expected, suggestion=nearest(head, known))
         elif not option:
             yield Finding(path, f"'{key}' names no option", at_key=True, expected=f"{head}.<option>")
-        elif head == "train" and option in OF_TRAINING:
+        elif head == "train" and our_name(option) in OF_TRAINING:
             yield Finding(
-                path, f"'{key}' is not the space's to vary", at_key=True, suggestion=OF_TRAINING[option]
+                path,
+                f"'{key}' is not the space's to vary",
+                at_key=True,
+                suggestion=OF_TRAINING[our_name(option)],
             )

@@ -10,6 +10,7 @@ from peftx_spec.models import HIGHER_IS_BETTER
 from peftx_spec.overrides import entry_ids
 from peftx_spec.raw import Data, list_of, mapping_of
 from peftx_spec.scalars import ScalarError
+from peftx_spec.trainer_names import our_target
 from peftx_spec.training import TrainSpec
 
 POINTER = "one run takes one value; 'peftx compare' tries several (docs/compare.md)"
@@ -28,7 +29,7 @@ def several(override: str) -> tuple[str, list[object]] | None:
     except ScalarError:
         return None
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return (target.strip(), values) if numbers and len(values) > 1 else None
+    return (our_target(target.strip()), values) if numbers and len(values) > 1 else None
 
 
 def pointer(data: Data, target: str, values: list[object]) -> str:

@@ -14,6 +14,7 @@ from peftx_spec.base import (
     NonNegative,
     Positive,
     Rate,
+    Ratio,
     Reporter,
     Schedule,
     Seed,
@@ -21,7 +22,7 @@ from peftx_spec.base import (
     SpecModel,
     Text,
 )
-from peftx_spec.training import TrainSpec
+from peftx_spec.training import TrainSpec, check_warmup
 
 ALL = "all"
 StageKind = Literal[
@@ -69,6 +70,7 @@ class TrainStage(SpecModel):
     warmup_steps: NonNegative | None = Field(
         None, description="instead of train.warmup_steps: steps of warmup"
     )
+    warmup_ratio: Ratio | None = Field(None, description="instead of train.warmup_ratio: share of the steps")
     schedule: Schedule | None = Field(
         None, description="instead of train.schedule: the learning rate after warmup"
     )
@@ -94,11 +96,18 @@ class TrainStage(SpecModel):
     )
     report_to: Reporter | None = Field(None, description="instead of train.report_to")
 
+    @model_validator(mode="after")
+    def _fit(self) -> TrainStage:
+        check_warmup(self.warmup_steps, self.warmup_ratio)
+        return self
+
     def settings(self, base: TrainSpec) -> TrainSpec:
         """`base` with this stage's own values in place of the base's."""
         own = {name: value for name, value in self if name != "plugins" and value is not None}
         if self.steps is not None:
             own["num_train_epochs"] = None
+        if self.warmup_steps is not None or self.warmup_ratio is not None:  # either says all of the warmup
+            own |= {"warmup_steps": self.warmup_steps or 0, "warmup_ratio": self.warmup_ratio or 0.0}
         return base.model_copy(update=own)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -12,12 +13,19 @@ from peftx_spec.base import (
     NonNegative,
     Positive,
     Rate,
+    Ratio,
     Reporter,
     Schedule,
     Seed,
     Slug,
     SpecModel,
 )
+
+
+def check_warmup(steps: int | None, ratio: float | None) -> None:
+    """Raises ValueError where both say how long the warmup is."""
+    if steps and ratio:
+        raise ValueError("warmup_steps and warmup_ratio both say how long the warmup is: leave one out")
 
 
 class TrainSpec(SpecModel):
@@ -36,6 +44,7 @@ class TrainSpec(SpecModel):
     )
     weight_decay: Amount = Field(0.0, description="decoupled weight decay")
     warmup_steps: NonNegative = Field(0, description="steps over which the learning rate rises from 0")
+    warmup_ratio: Ratio = Field(0.0, description="in place of warmup_steps: their share of all steps")
     schedule: Schedule = Field(
         "linear",
         description="how the learning rate goes on after warmup: to 0 in a line or a half cosine, with the inverse "
@@ -72,14 +81,30 @@ class TrainSpec(SpecModel):
         None, description="measurements without a better one, after which the run ends"
     )
     report_to: Reporter = Field(
-        "none", description="where the Trainer logs losses and rates too; the package must be installed"
+        "none",
+        description="where the Trainer logs losses and rates too, one or a list; the packages must be installed",
     )
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warmup; of a share as many as the Trainer makes of it."""
+        return math.ceil(self.steps * self.warmup_ratio) if self.warmup_ratio else self.warmup_steps
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What is reported to."""
+        given = (self.report_to,) if isinstance(self.report_to, str) else self.report_to
+        return tuple(name for name in given if name != "none")
+
+    def unsaid(self) -> frozenset[str]:
+        return frozenset() if self.num_train_epochs is None else frozenset({"steps"})
 
     @model_validator(mode="after")
     def _fit(self) -> TrainSpec:
         given = self.model_fields_set
         if self.num_train_epochs is not None and "steps" in given:
             raise ValueError("steps and num_train_epochs both say how long: leave one out")
+        check_warmup(self.warmup_steps, self.warmup_ratio)
         needs = [
             name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, name)
         ]

@@ -15,6 +15,7 @@ from peftx_spec.overrides import Overridden, override
 from peftx_spec.problems import Path, Problem, SpecError
 from peftx_spec.resolve import from_here
 from peftx_spec.several import pointer, several
+from peftx_spec.trainer_names import by_our_names
 from peftx_spec.translate import Finding, examine
 
 
@@ -70,7 +71,7 @@ def load_spec(
 
     `name` is what errors call a text; `more` finds what else is wrong in the data of a spec that has problems already.
     """
-    document, faults = _open(path_or_text, name)
+    document, faults = by_our_names(*_open(path_or_text, name))
     if not isinstance(document.data, dict):
         raise TypeError(f"the loader gave {type(document.data).__name__}, not a mapping")
     overridden = override(document.data, overrides)

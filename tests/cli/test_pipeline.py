@@ -199,6 +199,20 @@ def test_schema(installed: Any, ok: Callable[..., str], run: Callable[..., Any])
     assert "fake-torn" in result.stderr
 
 
+def test_schema_of_one_plugin(
+    installed: Any, ok_json: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    """What the whole one has of it, without the word of a plugin that is broken."""
+    installed.scaffold("fake-gain", "inject")
+    installed.publish("fake-torn", "raise RuntimeError('torn')\n")
+    own = ok_json("schema", "fake-gain")
+    whole = ok_json("schema")["$defs"]["with.fake-gain"]
+    assert own["properties"] == whole["properties"] != {}
+    assert own["title"] == "options of fake-gain"
+    assert "did you mean 'fake-gain'" in refused("schema", "fake-gian")
+    assert "torn" in refused("schema", "fake-torn")
+
+
 # ---------------------------------------------------------------------------------------------------- with the bundle
 def test_generate(bundle: Path, ok: Callable[..., str], ok_json: Callable[..., Any]) -> None:
     words = ["generate", str(bundle), "Say 3.", "--max-new-tokens", "6"]

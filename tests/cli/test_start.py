@@ -47,6 +47,7 @@ print(loaded, plugins, code, round(time.process_time() - began, 3), file=sys.std
         ["info", "fake-gain"],
         ["info", "lora", "--json"],
         ["schema"],
+        ["schema", "lora"],
         ["explain"],
         ["explain", "conflict"],
     ],

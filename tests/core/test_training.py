@@ -580,6 +580,35 @@ def test_epochs_are_counted_in_steps() -> None:
         stack.train(ROWS, num_train_epochs=1.0, steps=3)
 
 
+def test_the_names_of_the_trainer_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer gets what its own arguments would say; `steps` are known when a share is taken of them."""
+    seen: list[Any] = []
+    arguments_of = run.arguments_of
+
+    def noting(*args: Any) -> Any:
+        seen.append(arguments_of(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(run, "arguments_of", noting)
+    given = {
+        "per_device_train_batch_size": 5,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
+    stack = Stack(tiny("llama"), [Gains()], tokenizer=tiny_tokenizer())
+    report = stack.train(ROWS, num_train_epochs=1.0, warmup_ratio=0.5, max_length=64, report_to=[], **given)
+    assert report.steps == 3
+    (found,) = seen
+    assert {name: getattr(found, name) for name in given} == {
+        **given,
+        "lr_scheduler_type": "constant_with_warmup",
+    }
+    assert (found.max_steps, found.warmup_steps, found.report_to) == (3, 2, [])
+    assert stack.train(ROWS, max_steps=1, batch_size=2).steps == 1
+    with pytest.raises(PeftxError, match="steps and max_steps are names of one thing"):
+        stack.train(ROWS, steps=1, max_steps=1)
+
+
 class Scripted:
     """Stands in for the measurement."""
 

@@ -145,6 +145,13 @@ def test_defaults_are_written_out() -> None:
     assert "null" not in text
 
 
+def test_passes_in_place_of_steps(catalogue: Catalogue) -> None:
+    """Both were written, and a spec that has both is refused."""
+    data = {"peftx": 1, "model": "m", "stack": ["lora"], "data": {"train": "t.jsonl"}}
+    pipeline = Pipeline.model_validate({**data, "train": {"num_train_epochs": 2.0}})
+    assert load_pipeline(dump(pipeline), catalogue=catalogue) == pipeline
+
+
 def test_reads_well() -> None:
     stack = [{"use": "lora", "with": {"layers": [0, 1], "deep": {"a": [{"b": None}]}}}]
     text = dump(Pipeline.model_validate({"peftx": 1, "model": "m", "stack": stack}))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftx_spec import Catalogue, PeftxError, SpecError, json_schema, load_pipeline, parse
+from peftx_spec import Catalogue, PeftxError, SpecError, json_schema, load_pipeline, options_schema, parse
 
 NOTES = frozenset({"$schema", "title", "description", "default", "$defs", "then"})
 
@@ -55,6 +55,7 @@ def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
         "const": lambda only: value == only and type(value) is type(only),
         "not": lambda inner: not fits(inner),
         "anyOf": lambda options: any(fits(option) for option in options),
+        "oneOf": lambda options: sum(fits(option) for option in options) == 1,
         "allOf": lambda parts: all(fits(part) for part in parts),
         "if": lambda inner: not fits(inner) or fits(schema["then"]),
         "properties": properties,
@@ -89,6 +90,8 @@ FITS = [
     "{peftx: 1, model: m, evaluate: [{perplexity: p}]}",
     "{peftx: 1, model: m, data: {train: t}, stack: [lora], run: [inject, {train: }, {train: {plugins: all}}]}",
     "{peftx: 1, model: m, stack: [lora], run: [{inject: [lora]}, {freeze: lora}, {drop: all}, {save: x}]}",
+    "{peftx: 1, model: m, data: {train: t}, stack: [lora], train: {max_steps: 3, report_to: [wandb]}}",
+    "{peftx: 1, model: m, data: {train: t}, stack: [lora], run: [inject, {train: {save_steps: 3}}]}",
     "{peftx: 1, model: m, output: o, run: [{save: }]}",
     "{peftx: 1, model: m, output: o, run: [save, {prepare: }]}",
 ]
@@ -117,6 +120,8 @@ DOES_NOT = [
     "{peftx: 1, model: m, evaluate: [{accuracy: p, perplexity: p}]}",
     "{peftx: 1, model: m, evaluate: [{accuracy: {pth: p}}]}",
     "{peftx: 1, model: m, data: {train: t}, train: {steps: 0}}",
+    "{peftx: 1, model: m, data: {train: t}, stack: [lora], train: {max_steps: 0}}",
+    "{peftx: 1, model: m, data: {train: t}, stack: [lora], train: {max_steps: 3, steps: 3}}",
     "{peftx: 1, model: m, output: o, run: [none]}",
     "{peftx: 1, model: m, output: o, run: [{save: a, prepare: all}]}",
     "{peftx: 1, model: m, output: o, run: [{}]}",
@@ -178,3 +183,15 @@ def test_dialect_and_descriptions(working: Catalogue) -> None:
 def test_a_plugin_that_does_not_load_is_named(catalogue: Catalogue) -> None:
     with pytest.raises(PeftxError, match="the plugin 'broken' does not import"):
         json_schema(catalogue)
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [("{}", True), ("{rank: 3, schedule: {start: 1.5}}", True), ("{rank: 0}", False), ("{schedule: {shap: 1}}", False),
+     ("{bits: 3}", False)],
+)  # fmt: skip
+def test_options_of_one_plugin(working: Catalogue, options: str, fits: bool) -> None:
+    schema = options_schema(working, "lora")
+    assert schema["title"] == "options of lora"
+    assert set(schema["$defs"]) == {"Init", "Schedule"}
+    assert conforms(parse(options).data, schema, schema) == fits

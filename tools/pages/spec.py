@@ -21,6 +21,7 @@ from peftx_spec.models import (
 )
 from peftx_spec.search import SamplerSpec, SearchSpec, SpanSpec
 from peftx_spec.stages import EvaluateStage, RepeatStage, RunStage, SaveStage, TrainStage
+from peftx_spec.trainer_names import TRAINER_NAMES
 from peftx_spec.training import TrainSpec
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -72,15 +73,19 @@ ANCHORS = {
 
 
 def keys(model: type[BaseModel]) -> str:
-    """A table: key, what it takes, its value where it is left out, what it means."""
+    """A table: key, what it takes, its value where it is left out, what it means. Keys of training by both names."""
+    others = (
+        {ours: theirs for theirs, ours in TRAINER_NAMES.items()} if model in (TrainSpec, TrainStage) else {}
+    )
     schema = model.model_json_schema(ref_template="{model}", by_alias=True)
     definitions = schema.get("$defs", {})
     schema = definitions[schema["$ref"]] if "$ref" in schema else schema  # of a model that holds itself
     required = set(schema.get("required", ()))
     lines = ["| key | takes | unless given | meaning |", "| --- | --- | --- | --- |"]
     for name, field in schema.get("properties", {}).items():
+        names = f"`{name}` or `{others[name]}`" if name in others else f"`{name}`"
         lines.append(
-            f"| `{name}` | {_takes(field, definitions)} | {_default(name, field, required)} | "
+            f"| {names} | {_takes(field, definitions)} | {_default(name, field, required)} | "
             f"{_cell(field.get('description', ''))} |"
         )
     return "\n".join(lines)

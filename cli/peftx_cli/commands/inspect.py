@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 MODULES_SHOWN = 40
 All = Annotated[bool, typer.Option("--all", help=f"every touched module, not {MODULES_SHOWN} of them")]
+SchemaOf = Annotated[
+    str | None,
+    typer.Argument(metavar="[NAME]", help="name of a plugin", autocompletion=options.plugin_names),
+]
 SchemaFile = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="write it here; else stdout")
 ]
@@ -38,7 +42,7 @@ def register(app: typer.Typer) -> None:
             "validate pipeline.yaml", "validate pipeline.yaml --set train.steps=50 --json"
         )
     )(validate)
-    app.command(epilog=options.examples("schema", "schema -o peftx.schema.json"))(schema)
+    app.command(epilog=options.examples("schema lora", "schema -o peftx.schema.json"))(schema)
 
 
 def plan(
@@ -196,16 +200,21 @@ def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipelin
     return pipeline
 
 
-def schema(output: SchemaFile = None) -> None:
-    """Print the JSON Schema of pipelines, with the options of every installed plugin."""
+def schema(name: SchemaOf = None, output: SchemaFile = None) -> None:
+    """Print the JSON Schema of one plugin's options; without a name that of pipelines, with the options of all.
+
+    Imports no plugin whose options its source shows.
+    """
     import json
 
     from peftx.composition.registry import Registry
     from peftx.errors import FileError
     from peftx_cli.render import out, out_json
-    from peftx_spec import json_schema
+    from peftx_spec import json_schema, options_schema
 
-    text = json.dumps(json_schema(_loadable(Registry())), indent=2, ensure_ascii=False) + "\n"
+    registry = Registry()
+    found = json_schema(_loadable(registry)) if name is None else options_schema(registry, name)
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     if output is None:
         out_json(text)
         return

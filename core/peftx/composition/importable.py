@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import decode_source, find_spec
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def glance(file: Path) -> Glance:
     Raises:
         OSError: it cannot be read.
     """
+    told = file.stat()
+    return _glance(file, (told.st_mtime_ns, told.st_size))
+
+
+@lru_cache(maxsize=512)
+def _glance(file: Path, state: tuple[int, int]) -> Glance:
     source = file.read_bytes()
     try:
         with warnings.catch_warnings():

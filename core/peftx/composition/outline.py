@@ -59,7 +59,7 @@ def outline_of(file: str, module: str, name: str) -> type[Plugin] | None:
     return _outline(module, name, file, (told.st_mtime_ns, told.st_size))
 
 
-@lru_cache
+@lru_cache(maxsize=512)  # of all that are installed: whoever asks for each one twice finds it the second time
 def _outline(module: str, name: str, file: str, state: tuple[int, int]) -> type[Plugin] | None:
     with open(file, "rb") as source:
         tree = ast.parse(source.read(), file)
@@ -131,8 +131,8 @@ class _Slice:
                 hasattr(Plugin, bound) or bound in HOOKS for bound in _binds(inner)
             ):
                 raise _Heavy
-        fields = dict(ast.iter_fields(plugin)) | {"body": body or [ast.Pass()]}
-        return ast.fix_missing_locations(ast.copy_location(ast.ClassDef(**fields), plugin))
+        fields = dict(ast.iter_fields(plugin)) | {"body": body or [ast.copy_location(ast.Pass(), plugin)]}
+        return ast.copy_location(ast.ClassDef(**fields), plugin)
 
     def _try(self, names: Iterable[str], own: set[str]) -> bool:
         """Can all of these be had."""

@@ -37,13 +37,10 @@ class Silent:
 
 def check_reports(spec: TrainSpec, output: object) -> None:
     """Raises PeftxError where the Trainer could not report, or nobody would find what it did."""
-    if spec.report_to == "none":
-        return
-    if importlib.util.find_spec(spec.report_to) is None:
-        raise MissingExtraError(
-            f"report_to: {spec.report_to} is not installed", hint=f"pip install {spec.report_to}"
-        )
-    if spec.report_to == "tensorboard" and output is None:
+    for name in spec.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(f"report_to: {name} is not installed", hint=f"pip install {name}")
+    if "tensorboard" in spec.trackers and output is None:
         raise OptionError(
             "report_to: tensorboard writes beside the checkpoints", hint="give an output folder"
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:
     saves = keep and spec.checkpoint_every is not None
-    schedule = "constant_with_warmup" if spec.schedule == "constant" and spec.warmup_steps else spec.schedule
+    schedule = "constant_with_warmup" if spec.schedule == "constant" and spec.warmup else spec.schedule
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=spec.steps,
@@ -22,7 +22,7 @@ def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> Tra
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
-        warmup_steps=spec.warmup_steps,
+        warmup_steps=spec.warmup,
         lr_scheduler_type=schedule,
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
@@ -34,7 +34,7 @@ def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> Tra
         save_strategy="steps" if saves else "no",
         save_steps=spec.checkpoint_every or 500,
         save_total_limit=2,
-        report_to=spec.report_to,
+        report_to=list(spec.trackers),
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=stack.model.device.type == "cpu",

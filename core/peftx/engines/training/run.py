@@ -43,6 +43,7 @@ from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import spans
 from peftx_spec.models import HIGHER_IS_BETTER
+from peftx_spec.trainer_names import with_our_names
 from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
     """
     if isinstance(options, TrainSpec):
         return options
+    options, twice = with_our_names(options)
+    if twice:
+        raise OptionError(f"train: {' and '.join(twice[0])} are names of one thing", hint="leave one out")
     try:
         return TrainSpec(**options)
     except ValidationError as error:
@@ -343,8 +347,9 @@ def _identity(stack: Stack, spec: TrainSpec, rows: Dataset) -> dict[str, Any]:
     settings = spec.model_dump(
         mode="json", exclude={"steps", "num_train_epochs", "checkpoint_every", "report_to"}
     )
-    if not spec.learning_rates:  # as in checkpoints of versions that had none
-        del settings["learning_rates"]
+    for name in ("learning_rates", "warmup_ratio"):  # as in checkpoints of versions that had none
+        if not settings[name]:
+            del settings[name]
     plugins = {id: plugin.config.model_dump(mode="json") for id, plugin in stack.plugins.items()}
     digest = hashlib.sha256(f"{len(rows)} {rows.column_names}".encode())
     for index in range(0, len(rows), max(1, len(rows) // 64)):
