@@ -31,7 +31,7 @@ from peftx.engines.training.run import as_training_data, train
 from peftx.errors import BundleError
 from peftx.interop.importing import begin_with
 from peftx.kernel.members import Member
-from peftx.run_checks import check_data, check_outputs, check_runtime, outputs
+from peftx.run_checks import check_data, check_outputs, check_plan, check_runtime, outputs
 from peftx.run_result import RunResult
 from peftx.stack import Stack
 from peftx.toolkits.compression.batches import calibration_texts
@@ -101,6 +101,8 @@ class Run:
 
     def run(self) -> RunResult:
         """Carry out all stages, here or in the processes that `runtime` asks for."""
+        if self.leads:
+            check_plan(self.pipeline, self.registry, self.where, trust_remote_code=self.trust_remote_code)
         return self._on_ray() if self.pipeline.runtime.engine == "ray" else self.here()
 
     def _on_ray(self) -> RunResult:

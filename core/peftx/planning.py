@@ -15,7 +15,7 @@ from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import KnowsChanges
 from peftx.engines.data.sources import check_rows_serve, training_rows
 from peftx.engines.models import base_bytes as bytes_on_disk
-from peftx.engines.models import load_model
+from peftx.engines.models import load_model, slow_dtype, usable_device
 from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
 from peftx.engines.training.processes import check_claims
@@ -80,7 +80,7 @@ def plan(
         )
         for stage in stages
     )
-    base = sum(p.numel() for p in model.parameters())
+    base, device = sum(p.numel() for p in model.parameters()), usable_device(pipeline.model.device)
     base_bytes = sum(p.nbytes for p in model.parameters())
     try:
         stack = None if conflicts else Stack(model, members, tokenizer=tokenizer, inject=False)
@@ -120,9 +120,10 @@ def plan(
         elif stage.kind == "compress":
             narrowed |= {m.id for m in members if m.id in stage.ids and compresses_own(m.plugin)}
             details[index] = _duration([promised[id] for id in stage.ids if id in promised], tokens)
-        elif stage.kind == "train" and runs[index].num_train_epochs is None:
-            training = [m for m in members if m.id not in narrowed]
-            details[index] = _phases(training, runs[index].steps, conflicts)
+        elif stage.kind == "train":
+            training = [m for m in members if m.id not in narrowed and runs[index].num_train_epochs is None]
+            phases = _phases(training, runs[index].steps, conflicts)
+            details[index] = "; ".join(filter(None, (phases, slow_dtype(model.dtype, device))))
     stack.ledger.parts = [p for p in stack.ledger.parts if not isinstance(p, ReplacedPart)]
     packed = _packed(promised)
     left = [*_left(packed).values()]

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from peftx.composition.registry import Registry
 from peftx.engines.clusters import require_ray
 from peftx.engines.data.gate import check_all_learned
 from peftx.engines.data.sources import format_of, rows_of
 from peftx.engines.reporting import check_reports
 from peftx.engines.training.processes import check_claims, launched
-from peftx.errors import BundleError, DataError
+from peftx.errors import BundleError, DataError, with_code
 from peftx.kernel.members import Member
+from peftx.planning import plan
 from peftx.toolkits.evaluation.run import check_metrics
 from peftx_spec.models import Pipeline
 from peftx_spec.stages import RunStage, stream_of
@@ -31,6 +33,15 @@ def check_runtime(pipeline: Pipeline, members: Sequence[Member], stages: Sequenc
             raise BundleError(
                 "processes of Ray leave what they save, and no stage saves", hint="run: [..., save]"
             )
+
+
+def check_plan(
+    pipeline: Pipeline, registry: Registry, where: dict[str, str], *, trust_remote_code: bool
+) -> None:
+    """Raises what the plan says against the run, before a weight is loaded and anything is paid for."""
+    found = plan(pipeline, registry=registry, where=where, trust_remote_code=trust_remote_code)
+    for conflict in found.conflicts:
+        raise with_code(conflict.code)(conflict.reason, hint=conflict.remedy or None)
 
 
 def check_data(

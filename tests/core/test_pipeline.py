@@ -248,6 +248,28 @@ def test_bad_input_is_found_before_the_model_is_loaded(files: dict[str, Path], t
         make(files)
 
 
+def test_what_a_late_stage_would_refuse_is_refused_before_anything_is_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cfsp prunes, which takes a pass over texts, what cofitune is to train behind it."""
+    told = Recorder()
+    spec = (
+        "peftx: 1\nmodel: peftx:tiny\nstack: [cfsp, cofitune]\ntrain: {steps: 1}\n"
+        "data: {train: peftx:sample/train.jsonl, sources: {general: peftx:sample/train.jsonl},"
+        " calibration: {path: peftx:sample/train.jsonl, limit: 8, max_length: 32}}\n"
+        f"output: {tmp_path / 'out'}\n"
+    )
+    run = load_run(spec, reporter=told)
+    with pytest.raises(ConflictError, match=r"'cofitune' trains .*, which 'cfsp' pruned"):
+        run.run()
+    assert not told.stages
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("peftx.pipeline.check_plan", lambda *_, **__: None)
+    with pytest.raises(ConflictError, match=r"'cofitune' trains .*, which 'cfsp' pruned"):
+        run.run()
+    assert told.stages == ["load", "compress", "inject"], "what the plan told ahead"
+
+
 def test_the_first_of_several_processes_writes_and_tells(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -314,6 +314,15 @@ def test_a_run_without_output_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_training_that_its_dtype_makes_slow_says_so() -> None:
+    stack = Stack(tiny("llama").half(), [Gains()], tokenizer=tiny_tokenizer())
+    with pytest.warns(
+        UserWarning, match=r"a CPU trains in float16 many times slower .*: model: \{dtype: float32\}"
+    ):
+        stack.train(ROWS, steps=1)
+    stack_of().train(ROWS, steps=1)  # any warning is an error here
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_add_up_in_narrow_types(dtype: torch.dtype, optimizer: str) -> None:

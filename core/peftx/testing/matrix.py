@@ -38,8 +38,9 @@ from peftx.testing.covering import Cover, around_threes, count_threes
 from peftx.testing.kit import settle
 from peftx.testing.life import built, early_ids, live
 from peftx.testing.models import tiny
+from peftx.testing.planned import refused_by_plan
 from peftx.testing.shown import Group, Shown
-from peftx.testing.tried import arch_of, members_as_tried, places, plain, soft, stands_on
+from peftx.testing.tried import arch_of, members_as_tried, places, plain, soft, specified, stands_on
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
 Submit = Callable[[str, Sequence[tuple[str, ...]]], Iterator[Group]]
@@ -313,11 +314,13 @@ def _stands_first(name: str) -> bool:
 
 
 def trouble(names: Sequence[str], arch: str) -> str:
-    """Why a stack of these plugins does not live; empty where it does."""
+    """Why a stack of these plugins does not live, or is refused by `plan` though it does; empty otherwise."""
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
             live(members_as_tried(*names), arch, Path(folder) / "bundle")
+            said = refused_by_plan(specified(names), arch)
+            assert not said, f"it works, and plan refuses it: {said[0]}"
     except (AssertionError, PeftxError) as error:
         return str(error) or "assertion failed"
     except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so

@@ -11,16 +11,13 @@ refused at the start or at the build and `plan` says nothing of it.
 
 from __future__ import annotations
 
-import atexit
 import math
 import random
 import re
-import shutil
 import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +31,11 @@ from peftx.errors import ConflictError, DataError, MergeError, PeftxError
 from peftx.kernel.ledger import carried
 from peftx.kernel.objective import objective_of
 from peftx.kernel.plugin import Claim
-from peftx.planning import plan
 from peftx.stack import Stack
 from peftx.testing.case import assert_equal, assert_same_tensors, base_tensors, crashed, inputs_for, output
 from peftx.testing.life import PROMPT, built, early_ids, length_of, rows_of, sources_of
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.planned import refused_by_plan
 from peftx.testing.recipes import (
     SAYINGS,
     Outcome,
@@ -47,7 +44,6 @@ from peftx.testing.recipes import (
     registry,
 )
 from peftx.testing.subject import DECODERS, GENERATIVE, ROWS, ROWS_BY_FORMAT, TEXTS, default_rows, steps_for
-from peftx_spec.models import Pipeline
 
 WRITTEN = 12
 """Tokens of a text: so many that what drafts by what was written has something to go by."""
@@ -287,21 +283,6 @@ def shrunk(result: Result) -> Result:
     return result
 
 
-# -- planning --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _folder(arch: str) -> str:
-    """Of a model's shape, for `plan`, which loads no weights; gone when the process ends."""
-    folder = tempfile.mkdtemp(prefix=f"peftx-{arch}-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    model = tiny(arch)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def plan_of(recipe: Recipe) -> list[str]:
     """Why `plan` says that the stack cannot be; empty if it says nothing."""
     entries = [
@@ -309,5 +290,4 @@ def plan_of(recipe: Recipe) -> list[str]:
         | ({"phase": e.phase} if e.phase else {})
         for e in recipe.entries
     ]
-    pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(recipe.arch), "stack": entries})
-    return [conflict.reason for conflict in plan(pipeline, registry=registry()).conflicts]
+    return refused_by_plan(entries, recipe.arch)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from peftx.composition.registry import Registry
 from peftx.errors import ArchitectureError, PeftxError, TargetError, UnsupportedError
@@ -35,6 +38,14 @@ def plain(names: Sequence[str]) -> list[Member]:
     """The same to be looked at alone: they are made once."""
     ids = (name if name not in names[:i] else f"{name}-2" for i, name in enumerate(names))
     return [Member(id, _example(name)) for id, name in zip(ids, names, strict=True)]
+
+
+def specified(names: Sequence[str]) -> list[dict[str, Any]]:
+    """The same as the stack of a spec."""
+    return [
+        {"use": name, "id": member.id, "with": to_jsonable_python(dict(member.plugin.example))}
+        for name, member in zip(names, plain(names), strict=True)
+    ]
 
 
 @cache

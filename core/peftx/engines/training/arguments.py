@@ -1,15 +1,43 @@
-"""The spec's `train:` section as the Trainer's arguments."""
+"""The options of a training: as given, as the spec's `train:` section, and as the Trainer's arguments."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from transformers import TrainingArguments
+
+from peftx.errors import OptionError, nearest
+from peftx_spec.trainer_names import with_our_names
+from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
-    from peftx_spec.training import TrainSpec
+
+
+def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
+    """Keyword options -> `TrainSpec`.
+
+    Raises:
+        PeftxError: an unknown option (with the nearest right one) or a bad value.
+    """
+    if isinstance(options, TrainSpec):
+        return options
+    options, twice = with_our_names(options)
+    if twice:
+        raise OptionError(f"train: {' and '.join(twice[0])} are names of one thing", hint="leave one out")
+    try:
+        return TrainSpec(**options)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            near = nearest(name, TrainSpec.model_fields) if problem["type"] == "extra_forbidden" else ""
+            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
+        raise OptionError(
+            "train: " + "; ".join(lines), hint=f"options: {', '.join(TrainSpec.model_fields)}"
+        ) from error
 
 
 def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow.compute as compute
 import torch
 from datasets import Dataset
-from pydantic import ValidationError
 from transformers import TrainerCallback, set_seed
 
 from peftx.engines.data import Collator, TrainingData, read_dataset
@@ -28,9 +28,9 @@ from peftx.engines.data.places import select
 from peftx.engines.data.preparing import prepare as prepare_data
 from peftx.engines.data.training_data import Dropped
 from peftx.engines.files import make_place, read_json
-from peftx.engines.models import asset_path
+from peftx.engines.models import asset_path, slow_dtype
 from peftx.engines.reporting import check_reports
-from peftx.engines.training.arguments import arguments_of
+from peftx.engines.training.arguments import arguments_of, parse_options
 from peftx.engines.training.best import Best, Measure
 from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
@@ -38,12 +38,11 @@ from peftx.engines.training.order import order_of
 from peftx.engines.training.packing import packing_of, prove
 from peftx.engines.training.processes import check_claims, launched
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of, place_of
-from peftx.errors import BundleError, CheckpointError, DataError, OptionError, TrainingError, nearest
+from peftx.errors import BundleError, CheckpointError, DataError, OptionError, TrainingError
 from peftx.kernel.calls import columns_of, own_lengths_of
 from peftx.kernel.objective import pad_of
 from peftx.kernel.phases import spans
 from peftx_spec.models import HIGHER_IS_BETTER
-from peftx_spec.trainer_names import with_our_names
 from peftx_spec.training import TrainSpec
 
 if TYPE_CHECKING:
@@ -87,30 +86,6 @@ class TrainingReport:
     @property
     def last_loss(self) -> float:
         return self.losses[-1][1]
-
-
-def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
-    """Keyword options -> `TrainSpec`.
-
-    Raises:
-        PeftxError: an unknown option (with the nearest right one) or a bad value.
-    """
-    if isinstance(options, TrainSpec):
-        return options
-    options, twice = with_our_names(options)
-    if twice:
-        raise OptionError(f"train: {' and '.join(twice[0])} are names of one thing", hint="leave one out")
-    try:
-        return TrainSpec(**options)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name = ".".join(map(str, problem["loc"]))
-            near = nearest(name, TrainSpec.model_fields) if problem["type"] == "extra_forbidden" else ""
-            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
-        raise OptionError(
-            "train: " + "; ".join(lines), hint=f"options: {', '.join(TrainSpec.model_fields)}"
-        ) from error
 
 
 def as_training_data(
@@ -193,6 +168,8 @@ def train(
             hint="add one that injects (peftx list --hook inject), or unfreeze it",
         )
     _check_that_it_acts(stack)
+    if slow := slow_dtype(stack.model.dtype, stack.model.device.type):
+        warnings.warn(slow, stacklevel=3)
     check_claims(stack.members, launched())
     if output is not None:
         make_place(Path(output) / "checkpoint")
