@@ -28,6 +28,10 @@ def check_weights(path: Path, *, shape_only: bool = False) -> None:
     Raises:
         BundleError: no such folder, no config, or weights only as pickles.
     """
+    if path.exists() and not path.is_dir():
+        raise BundleError(
+            f"'{path}' is no folder, which a model is", hint="the folder that holds its config.json"
+        )
     if not path.is_dir():
         raise BundleError(f"model folder '{path}' does not exist", hint=near_folder(path))
     if not (path / "config.json").exists():

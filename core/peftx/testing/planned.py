@@ -15,10 +15,12 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_spec.models import Pipeline
 
 
-def refused_by_plan(stack: Sequence[Mapping[str, Any]], arch: str) -> list[str]:
+def refused_by_plan(
+    stack: Sequence[Mapping[str, Any]], arch: str, registry: Registry | None = None
+) -> list[str]:
     """Why `plan` says that the stack of a spec cannot be; empty if it says nothing."""
     pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(arch), "stack": list(stack)})
-    return [conflict.reason for conflict in plan(pipeline, registry=_registry()).conflicts]
+    return [conflict.reason for conflict in plan(pipeline, registry=registry or _registry()).conflicts]
 
 
 @cache

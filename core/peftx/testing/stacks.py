@@ -290,4 +290,4 @@ def plan_of(recipe: Recipe) -> list[str]:
         | ({"phase": e.phase} if e.phase else {})
         for e in recipe.entries
     ]
-    return refused_by_plan(entries, recipe.arch)
+    return refused_by_plan(entries, recipe.arch, registry())

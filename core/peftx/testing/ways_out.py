@@ -172,6 +172,10 @@ _FORMS: list[tuple[str, Follow]] = [
         r"leave it out of targets: '!(?P<role>[\w.]+)'",
         lambda r, m: _without_role(r, _speaker(r).key, m["role"]),
     ),
+    (
+        r"leave it out of (?P<id>[\w-]+)'s targets: '!(?P<roles>[\w. !]+)'",
+        lambda r, m: _without_role(r, m["id"], m["roles"]),
+    ),
     (r"(?:the base's|computes) (?P<path>[\w.]+\w).*leave the layer out of one of them", _leave_layer),
     (r"such as lora|a plugin with parameters|add one that injects", lambda r, _: [r.recipe.with_lora()]),
     (r"merge them for good first: stack.merge\(keep=False\)", lambda r, _: [replace(r.recipe, merges=True)]),
@@ -182,7 +186,7 @@ _FORMS: list[tuple[str, Follow]] = [
     (r"put (?P<id>[\w-]+) before the plugin that quantizes", lambda r, m: [r.recipe.first(m["id"])]),
     (r"put (?P<id>[\w-]+) behind the plugin", lambda r, m: [r.recipe.last(m["id"])]),
     (
-        r"and (?P<id>[\w-]+) does something else.*adapters of linear layers",
+        r"and (?P<id>[\w-]+) does something else.*an adapter such as lora in its place",
         lambda r, m: [r.recipe.without(m["id"]).with_lora()],
     ),
     (r"target unfused linear layers, for example 'mlp'", lambda r, _: _with(r, targets="mlp")),

@@ -120,13 +120,13 @@ def adapters(stack: Stack) -> list[list[Part]]:
     trained = [part for part in stack.ledger.parts if any(p.requires_grad for p in parameters([part]))]
     paths = [f"{site.path}." for site in stack.anatomy.sites if site.role == "block.layer"]
     layers = [[part for part in trained if part.key.replace("@", ".").startswith(path)] for path in paths]
-    for part in chain(*layers):
-        scalable = isinstance(part, DeltaPart) and not isinstance(part.place, ReadCarrier | WeightCarrier)
-        if not scalable or part.module.has_pre():
-            raise ConflictError(
-                f"ist scales what adapters add to an output, and {part.owner} does something else at {part.key}",
-                hint="adapters of linear layers, norms and blocks go with ist",
-            )
+    if odd := [part for part in chain(*layers) if not scalable(part)]:
+        owner, keys = odd[0].owner, {part.key for part in odd if part.owner == odd[0].owner}
+        roles = dict.fromkeys(f"!{site.role}" for site in stack.anatomy.sites if site.key in keys)
+        raise ConflictError(
+            f"ist scales what adapters add to an output, and {owner} does something else at {odd[0].key}",
+            hint=f"leave it out of {owner}'s targets: '{' '.join(roles)}'; or an adapter such as lora in its place",
+        )
     if not any(layers):
         others = ", ".join(dict.fromkeys(part.owner for part in stack.ledger.parts)) or "the stack"
         raise ConflictError(
@@ -134,6 +134,13 @@ def adapters(stack: Stack) -> list[list[Part]]:
             hint="add one, such as lora, or stack.unfreeze() it",
         )
     return [layer for layer in layers if layer]
+
+
+def scalable(part: Part) -> bool:
+    """Is this what an adapter adds to an output: nothing in a layer's weight, before it, or of what a layer reads."""
+    if not isinstance(part, DeltaPart) or isinstance(part.place, ReadCarrier | WeightCarrier):
+        return False
+    return not part.module.has_pre()
 
 
 def parameters(layer: Iterable[Part]) -> list[nn.Parameter]:

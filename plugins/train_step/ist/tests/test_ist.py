@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -406,8 +407,11 @@ class Inputs(Plugin):
 
 
 def test_refuses_what_it_cannot_scale() -> None:
-    with pytest.raises(ConflictError, match=r"lora does something else at .*experts"):
+    with pytest.raises(ConflictError, match=r"lora does something else at .*experts") as caught:
         Stack(tiny("mixtral"), [Lora(rank=2), Ist()])  # before anything is trained
+    left_out = re.search(r"lora's targets: '(.*)'; or", str(caught.value))
+    assert left_out is not None
+    assert Stack(tiny("mixtral"), [Lora(rank=2, targets=f"all {left_out[1]}"), Ist()]).trainable_parameters()
     with pytest.raises(ConflictError, match=r"inputs does something else at .*up_proj"):
         Stack(tiny("llama"), [("inputs", Inputs()), Lora(rank=2, targets="attention"), Ist()])
 
