@@ -5,8 +5,14 @@ A class states its code, which stays as it is when the class is renamed, and `pe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from peftx_spec.errors import DataError, FileError, PeftxError, nearest, nearest_names
 from peftx_spec.problems import SpecError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 __all__ = [
     "AdapterError",
@@ -37,6 +43,7 @@ __all__ = [
     "WorkerError",
     "nearest",
     "nearest_names",
+    "refused_options",
     "with_code",
 ]
 
@@ -177,6 +184,16 @@ class PluginError(PeftxError):
     """A plugin's hook raised, or gave what it may not give; names the plugin, the hook and the place in the spec."""
 
     code = "plugin"
+
+
+def refused_options(error: ValidationError, known: Iterable[str]) -> str:
+    """What pydantic says against options, in one line; an unknown one with the nearest that is known."""
+    told = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        near = nearest(name, known) if problem["type"] == "extra_forbidden" else ""
+        told.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
+    return "; ".join(told)
 
 
 def with_code(code: str) -> type[PeftxError]:

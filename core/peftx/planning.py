@@ -18,7 +18,7 @@ from peftx.engines.models import base_bytes as bytes_on_disk
 from peftx.engines.models import load_model, slow_dtype, usable_device
 from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
-from peftx.engines.training.processes import check_claims
+from peftx.engines.training.processes import check_processes
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.anatomy.site import Site
@@ -54,9 +54,9 @@ def plan(
         for c in find_conflicts(members)
     ]
     try:
-        check_claims(members, pipeline.runtime.workers)
+        check_processes(members, pipeline.runtime.workers)
     except ConflictError as error:
-        conflicts.append(_refused(tuple(m.id for m in members if m.claims(Claim.REPLACES_STEP)), error))
+        conflicts.append(_refused(_blamed(members, error), error))
     model, tokenizer = load_model(
         pipeline.model.id,
         dtype=pipeline.model.dtype,
@@ -85,8 +85,7 @@ def plan(
     try:
         stack = None if conflicts else Stack(model, members, tokenizer=tokenizer, inject=False)
     except ArchitectureError as error:
-        blamed = tuple(m.id for m in members if error.message.startswith((f"{m.id}:", f"'{m.id}'")))
-        conflicts.append(_refused(blamed or tuple(m.id for m in members), error))
+        conflicts.append(_refused(_blamed(members, error), error))
         stack = None
     if stack is None:
         return Plan(
@@ -258,6 +257,12 @@ def _stand_in(site: BoundSite, *, narrow: bool) -> None:
 
 def _refused(plugins: tuple[str, ...], error: PeftxError) -> PlannedConflict:
     return PlannedConflict(plugins=plugins, reason=error.message, remedy=error.hint or "", code=error.code)
+
+
+def _blamed(members: Sequence[Member], error: PeftxError) -> tuple[str, ...]:
+    """Whom a refusal begins with; all where it names none."""
+    found = tuple(m.id for m in members if error.message.startswith((f"{m.id}:", f"'{m.id}'")))
+    return found or tuple(m.id for m in members)
 
 
 @contextmanager

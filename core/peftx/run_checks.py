@@ -12,7 +12,7 @@ from peftx.engines.clusters import require_ray
 from peftx.engines.data.gate import check_all_learned
 from peftx.engines.data.sources import format_of, rows_of
 from peftx.engines.reporting import check_reports
-from peftx.engines.training.processes import check_claims, launched
+from peftx.engines.training.processes import check_processes, launched
 from peftx.errors import BundleError, DataError, with_code
 from peftx.kernel.members import Member
 from peftx.planning import plan
@@ -23,7 +23,7 @@ from peftx_spec.stages import RunStage, stream_of
 
 def check_runtime(pipeline: Pipeline, members: Sequence[Member], stages: Sequence[RunStage]) -> None:
     """Raises PeftxError where the processes or the tracker that are asked for cannot be, or nothing would be left."""
-    check_claims(members, max(pipeline.runtime.workers, launched()))
+    check_processes(members, max(pipeline.runtime.workers, launched()))
     for stage in stages:
         if stage.train is not None:
             check_reports(pipeline.train_settings(stage), pipeline.output)

@@ -128,7 +128,7 @@ def test_what_was_drawn_apart_begins_alike(two: Ran) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("mezo", "'mezo' makes no gradients, so 2 processes would each train a model of their own"),
+        ("mezo", "'mezo' trains in one process, and there are 2: it makes no gradients"),
         ("alone", "after 1 steps the processes have different numbers in 'decides-alone'"),
         ("states", "the processes do not have the same stack: remembers differ"),
     ],

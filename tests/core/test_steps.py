@@ -16,7 +16,7 @@ from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, h
 from peftx.engines.training.base import base_alone
 from peftx.engines.training.trainer import place_of
 from peftx.engines.training.updates import forget
-from peftx.errors import BatchError, DataError, PeftxError
+from peftx.errors import BatchError, DataError, PeftxError, UnsupportedError
 from peftx.kernel.names import GROUP
 from peftx.kernel.phases import Phase, Span, at, spans
 from peftx.planning import plan
@@ -405,6 +405,46 @@ class LooksAhead(Plugin):
                 for name in ("train", "others")
             }
         return (yield)
+
+
+def test_a_sample_of_the_rows_that_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop of one's own it is the step's batch, unless each of several processes has another."""
+    seen: list[list[dict[str, Tensor]]] = []
+
+    class Looks(Plugin):
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+            seen.append(list(step.sample(3, by="looks")))
+            return (yield)
+
+    stack = stack_of(Lora(rank=2), Looks())
+    stack.train(ROWS, steps=2, batch_size=2)
+    assert sum(len(batch["input_ids"]) for batch in seen[0]) == 3
+    assert torch.equal(seen[0][0]["input_ids"], seen[1][0]["input_ids"]), "the same ones in every step"
+    stack.train_step(dict(BATCH))
+    assert [torch.equal(batch["input_ids"], IDS) for batch in seen[2]] == [True]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UnsupportedError, match="looks: every process would look at a batch of its own"):
+        stack.train_step(dict(BATCH))
+
+
+@pytest.mark.parametrize(
+    ("stack", "why"),
+    [
+        ("[lora, linupper]", "'linupper' trains in one process, and there are 2: each would weigh"),
+        ("[sift]", "'sift' trains in one process, and there are 2: each would grow other entries; or grow: momentum"),
+        ("[{use: sift, with: {grow: momentum}}]", ""),
+        ("[lora, mezo]", "'mezo' trains in one process, and there are 2: it makes no gradients"),
+    ],
+)
+def test_several_processes_are_refused_by_the_plan(stack: str, why: str) -> None:
+    spec = (
+        f"peftx: 1\nmodel: peftx:tiny\nstack: {stack}\ntrain: {{steps: 2}}\noutput: o\n"
+        "data: {train: peftx:sample/train.jsonl}\nruntime: {engine: ray, workers: 2}\n"
+    )
+    found = plan(load_spec(spec, catalogue=Registry()).pipeline, registry=Registry())
+    assert [conflict.reason.startswith(why) for conflict in found.conflicts] == [True] * bool(why)
 
 
 def test_several_batches_of_a_source_each_row_once() -> None:

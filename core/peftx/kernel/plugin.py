@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peftx.errors import PluginError, nearest
+from peftx.errors import PluginError, refused_options
 from peftx.kernel.names import HOOKS, PROJECT
 from peftx.kernel.phases import Phase
 
@@ -187,15 +187,9 @@ class Plugin:
         try:
             return cls.Config(**options)
         except ValidationError as error:
-            lines = []
-            for problem in error.errors():
-                name = ".".join(str(part) for part in problem["loc"])
-                hint = nearest(name, cls.Config.model_fields) if problem["type"] == "extra_forbidden" else ""
-                lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {hint}".rstrip())
             fields = ", ".join(cls.Config.model_fields) or "none"
-            raise PluginError(
-                f"{cls.__name__}: " + "; ".join(lines), hint=f"its options are: {fields}"
-            ) from error
+            said = refused_options(error, cls.Config.model_fields)
+            raise PluginError(f"{cls.__name__}: {said}", hint=f"its options are: {fields}") from error
 
     def restore(self, model: ModelView, stack: Any) -> None:
         """Put back what `compress` attached (not what it replaced: the bundle rebuilds that), without data.
@@ -223,6 +217,11 @@ class Plugin:
         """The phases of a training run, in order; `step.phase(self)` says which one it is, `peftx plan` how long each
         takes. Asked when a run begins."""
         return ()
+
+    def one_process(self) -> str:
+        """Why several processes, each with rows of its own, would not train one model with these options; empty where
+        they do. A run on several is refused by it before anything is loaded."""
+        return ""
 
     def finished(self) -> Iterable[nn.Parameter]:
         """Parameters of the plugin that train no more: what it chose against, or is done with. Asked whenever it is

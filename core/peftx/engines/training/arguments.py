@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from peftx.errors import OptionError, nearest
+from peftx.errors import OptionError, refused_options
 from peftx_spec.trainer_names import with_our_names
 from peftx_spec.training import TrainSpec
 
@@ -30,14 +30,8 @@ def parse_options(options: dict[str, Any] | TrainSpec) -> TrainSpec:
     try:
         return TrainSpec(**options)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name = ".".join(map(str, problem["loc"]))
-            near = nearest(name, TrainSpec.model_fields) if problem["type"] == "extra_forbidden" else ""
-            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r}) {near}".rstrip())
-        raise OptionError(
-            "train: " + "; ".join(lines), hint=f"options: {', '.join(TrainSpec.model_fields)}"
-        ) from error
+        said = refused_options(error, TrainSpec.model_fields)
+        raise OptionError(f"train: {said}", hint=f"options: {', '.join(TrainSpec.model_fields)}") from error
 
 
 def arguments_of(spec: TrainSpec, folder: Path, stack: Stack, keep: bool) -> TrainingArguments:

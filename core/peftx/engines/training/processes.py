@@ -72,19 +72,23 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def world() -> int:
+    """How many processes train together, as a loop of one's own has set them up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def leads() -> bool:
     """Is this the first of the processes, which writes and tells for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def check_claims(members: Sequence[Member], count: int) -> None:
-    """Raises ConflictError where a plugin's step makes nothing that processes could average."""
-    found = [member.id for member in members if member.claims(Claim.REPLACES_STEP)]
-    if found and count > 1:
-        raise ConflictError(
-            f"'{found[0]}' makes no gradients, so {count} processes would each train a model of their own",
-            hint="train it in one process",
-        )
+def check_processes(members: Sequence[Member], count: int) -> None:
+    """Raises ConflictError where so many processes would not train one model."""
+    for member in members if count > 1 else ():
+        gradients = "" if not member.claims(Claim.REPLACES_STEP) else "it makes no gradients to be averaged"
+        if why := gradients or member.plugin.one_process():
+            said = f"'{member.id}' trains in one process, and there are {count}: {why}"
+            raise ConflictError(said, hint="one process; gradient_accumulation makes a step larger")
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from peftx.engines.training.examples import examples_of, mask_of, one_by_one
 from peftx.engines.training.feeders import OWN, Feeder, check_source
 from peftx.engines.training.order import order_of
 from peftx.engines.training.packing import packing_of, prove
-from peftx.engines.training.processes import check_claims, launched
+from peftx.engines.training.processes import check_processes, launched
 from peftx.engines.training.trainer import IDENTITY, LOG, StackTrainer, check_whole, checkpoints_of, place_of
 from peftx.errors import BundleError, CheckpointError, DataError, OptionError, TrainingError
 from peftx.kernel.calls import columns_of, own_lengths_of
@@ -170,7 +170,7 @@ def train(
     _check_that_it_acts(stack)
     if slow := slow_dtype(stack.model.dtype, stack.model.device.type):
         warnings.warn(slow, stacklevel=3)
-    check_claims(stack.members, launched())
+    check_processes(stack.members, launched())
     if output is not None:
         make_place(Path(output) / "checkpoint")
     given = None if columns is None else dict(columns)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peftx.engines.training.base import base_alone
-from peftx.engines.training.feeders import Feeder, feeder_of
-from peftx.engines.training.processes import ALONE, Processes
+from peftx.engines.training.feeders import OWN, Feeder, feeder_of
+from peftx.engines.training.processes import ALONE, Processes, check_processes, world
 from peftx.engines.training.shares import Over, Share
 from peftx.engines.training.updates import Action, around_next_update
-from peftx.errors import BatchError, TrainingError
+from peftx.errors import BatchError, TrainingError, UnsupportedError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import BasePart
 from peftx.kernel.phases import Span, at, spans
@@ -156,6 +156,20 @@ class TrainStep:
             DataError: the run has no source of the name.
         """
         return map(self._moved, feeder_of(self._sources, name).first(rows))
+
+    def sample(self, rows: int, *, by: str) -> Iterator[dict[str, Tensor]]:
+        """Batches of so many of the rows that the run trains on, as `batches_of` gives them; the step's own batch in a
+        loop that names no source `train`.
+
+        Raises:
+            UnsupportedError: names the plugin `by`, where each of several processes would look at a batch of its own.
+        """
+        if OWN in self._sources:
+            return self.batches_of(OWN, rows)
+        if world() > 1:
+            hint = "stack.train, or a source 'train' for stack.train_step"
+            raise UnsupportedError(f"{by}: every process would look at a batch of its own", hint=hint)
+        return iter([self.batch])
 
     def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.model.device) for key, value in batch.items()}
@@ -331,6 +345,7 @@ def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 
 def run_train_step(step: TrainStep) -> Tensor:
     """Run the `train_step` hooks on one micro-batch; returns the loss (0-d, detached)."""
+    check_processes(step.stack.members, world())
     step.stack.update_is_due = True
     loss: Tensor = step.stack.call_nested("train_step", step=step)
     step.finish()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from peftx.engines.training.processes import Processes, begin_alike, check_alike, check_claims
+from peftx.engines.training.processes import Processes, begin_alike, check_alike, check_processes
 from peftx.engines.training.shares import Share, counts, shares
 from peftx.engines.training.step import TrainStep
 from peftx.errors import TrainingError
@@ -44,7 +44,7 @@ class Stepping(Trainer):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        check_claims(self.stack.members, self.processes.count)
+        check_processes(self.stack.members, self.processes.count)
         begin_alike(self.stack, self.processes)
         done = super().train(*args, **kwargs)
         check_alike(self.stack, self.processes, self.state.global_step)

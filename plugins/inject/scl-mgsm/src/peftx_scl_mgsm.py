@@ -44,7 +44,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import ClassTexts, check_labels, take_classes
-from peftx.errors import ConflictError, DataError, StackError, TrainingError
+from peftx.errors import ConflictError, StackError, TrainingError
 from peftx.kernel.heads import Head, Pool, first_of, last_of
 from peftx.kernel.positions import place_of
 from peftx.toolkits.evaluation import eval_mode, head_answers
@@ -201,10 +201,7 @@ class SclMgsm(Plugin):
 
     def project(self, step: TrainStep) -> None:
         """Make P of all rows of the run; of the batch, in a loop that gives no `train` rows."""
-        try:
-            batches = step.batches_of("train", sys.maxsize)
-        except DataError:
-            batches = iter([step.batch])
+        batches = step.sample(sys.maxsize, by="scl-mgsm")
         X, Y = [], []
         for batch, target in map(take_classes, batches):
             X += [self.head.read(partial(step.module, **batch), batch["attention_mask"])[0]]

@@ -29,7 +29,7 @@ from torch.optim import SGD, Optimizer
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, SparseDelta, Targets, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
-from peftx.errors import OptionError, UnsupportedError
+from peftx.errors import OptionError
 from peftx.toolkits.injecting import check_share
 
 
@@ -81,11 +81,12 @@ class Sift(Plugin):
             eta = edges[:-1] + (torch.rand(N, dtype=torch.float64) * edges.diff()).long()
             self.deltas[site.key] = site.attach(SparseDelta(eta, site.shape))
 
+    def one_process(self) -> str:
+        return "each would grow other entries; or grow: momentum" if self.config.grow == "gradient" else ""
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         by_gradient = self.config.grow == "gradient"
-        if by_gradient and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UnsupportedError("sift: every process would grow other entries", hint="grow: momentum")
         memory = step.memory.setdefault(step.stack.id_of(self), {name: {} for name in self.deltas})
         done = step.index % self.config.every + 1  # with this step, since the last selection
         for name, delta in self.deltas.items():

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ConflictError, OptionError, StackError, TrainingError, UnsupportedError
+from peftx.errors import ConflictError, OptionError, StackError, TrainingError
 from peftx.kernel.heads import Head
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import (
@@ -153,6 +153,10 @@ class SparseAdapter(Plugin):
                     f"then: {why}",
                     hint="score: magnitude, er or random",
                 )
+
+    def one_process(self) -> str:
+        by_rows = self.config.score in ("snip", "grasp") and not self.state.get("chosen")
+        return "each would score by its own rows; or score: magnitude" if by_rows else ""
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -299,9 +303,6 @@ def random_of(step: TrainStep, i: int) -> torch.Generator:
 
 def derivatives(step: TrainStep, owner: str, ws: list[nn.Parameter], *, twice: bool) -> tuple[Tensor, ...]:
     """g = dL/dw of the step's loss, without dropout; `twice`: H g, the derivatives of g^T g / 2."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        hint = "score: magnitude"
-        raise UnsupportedError(f"{owner}: every process would score by other rows", hint=hint)
     with eval_mode(step.module), sdpa_kernel(SDPBackend.MATH):
         g = torch.autograd.grad(step.total_loss(), ws, create_graph=twice, materialize_grads=True)
         if twice:

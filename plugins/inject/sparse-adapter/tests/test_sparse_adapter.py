@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, TrainStep, hookimpl
-from peftx.errors import ConflictError, PeftxError, TrainingError, UnsupportedError
+from peftx.errors import ConflictError, PeftxError, TrainingError
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_compacter import Compacter
@@ -614,7 +614,7 @@ def test_gradients_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     stack = stack_of(score="snip")
-    with pytest.raises(UnsupportedError, match="sparse-adapter: every process would score by other rows"):
+    with pytest.raises(ConflictError, match="'sparse-adapter' trains in one process, and there are 2: each would score"):
         stack.train_step(batch_for(stack))
     stack = stack_of(score="magnitude")
     stack.train_step(batch_for(stack))

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, DataError, TrainingError, UnsupportedError
+from peftx.errors import ArchitectureError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.slots import base_class
@@ -108,15 +108,7 @@ class Esft(Plugin):
         Raises:
             PeftxError: no token came to the experts of a layer.
         """
-        try:
-            batches = step.batches_of("train", self.config.rows)
-        except DataError as error:
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                hint = "stack.train, or a source 'train' for stack.train_step"
-                raise UnsupportedError(
-                    "esft: every process would choose by its own batch", hint=hint
-                ) from error
-            batches = iter([step.batch])
+        batches = step.sample(self.config.rows, by="esft")
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), eval_mode(step.model), ExitStack() as exits:
             for path, places in self.experts.items():

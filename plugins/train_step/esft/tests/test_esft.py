@@ -281,7 +281,7 @@ def test_several_processes_choose_by_one_sample(monkeypatch: pytest.MonkeyPatch)
     stack = stack_of()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(PeftxError, match="esft: every process would choose by its own batch"):
+    with pytest.raises(PeftxError, match="esft: every process would look at a batch of its own"):
         stack.train_step(batch_of(stack))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     stack.train_step(batch_of(stack))

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ConflictError, TrainingError, UnsupportedError
+from peftx.errors import ConflictError, TrainingError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import DeltaPart, Part
 from peftx.kernel.slots.carrier import ReadCarrier, WeightCarrier
@@ -62,10 +62,11 @@ class Ist(Plugin):
     exempt = {"every_parameter_gets_a_gradient": "one of the two layers trains; that is the method"}
     config: IstConfig
 
+    def one_process(self) -> str:
+        return "each would choose layers by losses of its own rows"
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UnsupportedError("ist trains in one process", hint="start without torchrun")
         layers = adapters(step.stack)
         known = self.state.get("scores", [])
         scores = known if len(known) == len(layers) else [0.0] * len(layers)
@@ -123,24 +124,20 @@ def adapters(stack: Stack) -> list[list[Part]]:
     if odd := [part for part in chain(*layers) if not scalable(part)]:
         owner, keys = odd[0].owner, {part.key for part in odd if part.owner == odd[0].owner}
         roles = dict.fromkeys(f"!{site.role}" for site in stack.anatomy.sites if site.key in keys)
-        raise ConflictError(
-            f"ist scales what adapters add to an output, and {owner} does something else at {odd[0].key}",
-            hint=f"leave it out of {owner}'s targets: '{' '.join(roles)}'; or an adapter such as lora in its place",
-        )
+        said = f"ist scales what adapters add to an output, and {owner} does something else at {odd[0].key}"
+        way = f"leave it out of {owner}'s targets: '{' '.join(roles)}'; or an adapter such as lora in its place"
+        raise ConflictError(said, hint=way)
     if not any(layers):
         others = ", ".join(dict.fromkeys(part.owner for part in stack.ledger.parts)) or "the stack"
-        raise ConflictError(
-            f"ist chooses among layers with adapters that train, and {others} has none",
-            hint="add one, such as lora, or stack.unfreeze() it",
-        )
+        said = f"ist chooses among layers with adapters that train, and {others} has none"
+        raise ConflictError(said, hint="add one, such as lora, or stack.unfreeze() it")
     return [layer for layer in layers if layer]
 
 
 def scalable(part: Part) -> bool:
     """Is this what an adapter adds to an output: nothing in a layer's weight, before it, or of what a layer reads."""
-    if not isinstance(part, DeltaPart) or isinstance(part.place, ReadCarrier | WeightCarrier):
-        return False
-    return not part.module.has_pre()
+    elsewhere = not isinstance(part, DeltaPart) or isinstance(part.place, ReadCarrier | WeightCarrier)
+    return not elsewhere and not part.module.has_pre()
 
 
 def parameters(layer: Iterable[Part]) -> list[nn.Parameter]:

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from peftx import Claim, ModelView, Phase, Plugin, PluginConfig, TrainStep, hookimpl
-from peftx.errors import ArchitectureError, BatchError, UnsupportedError
+from peftx.errors import ArchitectureError, BatchError
 
 
 class LinUpperConfig(PluginConfig):
@@ -130,11 +130,11 @@ class LinUpper(Plugin):
     def phases(self) -> Sequence[Phase]:
         return [Phase("uniform", self.config.burn_in), Phase("weighted")] if self.config.burn_in else []
 
+    def one_process(self) -> str:
+        return "each would weigh its own rows among themselves"
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            hint = "start without torchrun; gradient_accumulation makes the step larger"
-            raise UnsupportedError("linupper weighs the rows of one process", hint=hint)
         if self.phases() and step.phase(self).name == "uniform":
             return (yield)
         step.replace_task_loss(partial(self.task, step), over="step")

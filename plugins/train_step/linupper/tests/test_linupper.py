@@ -15,7 +15,7 @@ from peftx import Plugin, Stack
 from peftx.engines.data import Collator
 from peftx.engines.data.packing import Packing
 from peftx.engines.training.step import TrainStep
-from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, tiny, tiny_tokenizer
 from peftx_d2o import D2o
@@ -417,7 +417,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = stack_of()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UnsupportedError, match="one process"):
+    with pytest.raises(ConflictError, match="'linupper' trains in one process"):
         stack.run_train_step(TrainStep(stack, batch_of(stack)))
 
 

@@ -58,8 +58,6 @@ class Mezo(Plugin):
 
     @hookimpl
     def train_step(self, step: TrainStep) -> Tensor:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UnsupportedError("mezo trains in one process", hint="start without torchrun")
         parameters = step.parameters()
         if not parameters:
             raise TrainingError("mezo: nothing trains", hint="add a plugin with parameters, such as lora")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.engines.training.base import base_alone
-from peftx.errors import ConflictError, DataError, OptionError, TrainingError, UnsupportedError
+from peftx.errors import ConflictError, OptionError, TrainingError
 from peftx.kernel.modes import eval_mode
 
 
@@ -120,15 +120,7 @@ class SurgicalFim(Plugin):
         Raises:
             PeftxError: a row has no loss, or one that is not finite.
         """
-        try:
-            batches = step.batches_of("train", self.config.samples)
-        except DataError as error:
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                hint = "stack.train, or a source 'train' for stack.train_step"
-                raise UnsupportedError(
-                    "surgical-fim: every process would choose by its own batch", hint=hint
-                ) from error
-            batches = iter([step.batch])
+        batches = step.sample(self.config.samples, by="surgical-fim")
         # Of the base: what others attached may watch every pass with gradients, for a loss of this step.
         with base_alone(step.stack), eval_mode(step.model), torch.enable_grad(), ExitStack() as exits:
             tensors = {path: self.parameters(path) for path in self.layers}

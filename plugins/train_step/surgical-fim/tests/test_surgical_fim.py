@@ -304,7 +304,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         stack.train_step({"input_ids": batch["input_ids"]})
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(PeftxError, match="surgical-fim: every process would choose by its own batch"):
+    with pytest.raises(PeftxError, match="surgical-fim: every process would look at a batch of its own"):
         stack.train_step(batch)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     stack.train_step(batch)
