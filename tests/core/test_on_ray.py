@@ -160,7 +160,9 @@ def test_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_found_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConflictError, match="'mezo' trains in one process, and there are 2: it makes no gradients"):
+    with pytest.raises(
+        ConflictError, match="'mezo' trains in one process, and there are 2: it makes no gradients"
+    ):
         a_run(tmp_path / "out", plugin="mezo")
     with pytest.raises(SpecError, match="'output' says no place"):
         load_run(SPEC.format(plugin="lora", steps=1, accumulation=1, rate=1, runtime="ray", output="null"))

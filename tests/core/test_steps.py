@@ -433,7 +433,10 @@ def test_a_sample_of_the_rows_that_train(monkeypatch: pytest.MonkeyPatch) -> Non
     ("stack", "why"),
     [
         ("[lora, linupper]", "'linupper' trains in one process, and there are 2: each would weigh"),
-        ("[sift]", "'sift' trains in one process, and there are 2: each would grow other entries; or grow: momentum"),
+        (
+            "[sift]",
+            "'sift' trains in one process, and there are 2: each would grow other entries; or grow: momentum",
+        ),
         ("[{use: sift, with: {grow: momentum}}]", ""),
         ("[lora, mezo]", "'mezo' trains in one process, and there are 2: it makes no gradients"),
     ],

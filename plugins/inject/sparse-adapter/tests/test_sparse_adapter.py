@@ -614,7 +614,7 @@ def test_gradients_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     stack = stack_of(score="snip")
-    with pytest.raises(ConflictError, match="'sparse-adapter' trains in one process, and there are 2: each would score"):
+    with pytest.raises(ConflictError, match=r"'sparse-adapter' trains in one process, .* each would score"):
         stack.train_step(batch_for(stack))
     stack = stack_of(score="magnitude")
     stack.train_step(batch_for(stack))
