@@ -50,6 +50,13 @@ def built(arch: str = "llama") -> tuple[Stack, Means, dict[str, Tensor]]:
     return stack, plugin, example_inputs(stack.model, padding="left")
 
 
+def in_task(stack: Stack, inputs: dict[str, Tensor]) -> TrainStep:
+    """A step that computes its task's loss."""
+    step = TrainStep(stack, inputs)
+    step.in_task = True
+    return step
+
+
 def fails(stack: Stack, inputs: dict[str, Tensor]) -> None:
     stack.model(**inputs)
     raise PeftxError("too long")
@@ -59,7 +66,7 @@ def test_nothing_is_made_unless_somebody_watches() -> None:
     stack, plugin, inputs = built()
     stack.model(**inputs)
     assert [layer.made for layer in plugin.layers(stack)] == [0, 0]
-    with watching(TrainStep(stack, inputs), plugin) as layers:
+    with watching(in_task(stack, inputs), plugin) as layers:
         stack.model(**inputs)
         assert len(routings("means", layers)) == 2
     assert [layer.made for layer in layers] == [1, 1]
@@ -69,7 +76,7 @@ def test_nothing_is_made_unless_somebody_watches() -> None:
 def test_it_is_over_when_a_step_fails() -> None:
     stack, plugin, inputs = built()
     layers = plugin.layers(stack)
-    with pytest.raises(PeftxError, match="too long"), watching(TrainStep(stack, inputs), plugin):
+    with pytest.raises(PeftxError, match="too long"), watching(in_task(stack, inputs), plugin):
         fails(stack, inputs)
     assert all(layer.routing is None and not layer.watched for layer in layers)
 
@@ -79,7 +86,7 @@ def test_pads_are_not_real() -> None:
     told = []
     for change in (0, 1):
         ids = inputs["input_ids"] + change * (1 - inputs["attention_mask"])
-        with watching(TrainStep(stack, inputs), plugin) as layers, torch.no_grad():
+        with watching(in_task(stack, inputs), plugin) as layers, torch.no_grad():
             stack.model(**{**inputs, "input_ids": ids})
             told.append(torch.stack(routings("means", layers)))
     assert torch.equal(*told)
@@ -88,22 +95,39 @@ def test_pads_are_not_real() -> None:
 def test_a_pass_without_gradients_counts_only_where_it_is_the_first() -> None:
     stack, plugin, inputs = built()
     other = {**inputs, "input_ids": inputs["input_ids"] + 1}
-    with watching(TrainStep(stack, inputs), plugin) as layers:
+    with watching(in_task(stack, inputs), plugin) as layers:
         stack.model(**inputs)
         first = routings("means", layers)
         with torch.no_grad():
             stack.model(**other)
         assert all(a is b for a, b in zip(first, routings("means", layers), strict=True))
-    with watching(TrainStep(stack, inputs), plugin) as layers, torch.no_grad():
+    with watching(in_task(stack, inputs), plugin) as layers, torch.no_grad():
         stack.model(**other)  # as mezo's
         assert len(routings("means", layers)) == 2
+
+
+def test_what_another_plugin_calls_the_model_on_is_no_business_of_the_loss() -> None:
+    """As mend's rows that have nothing to do with its facts: before the task's loss, and in a term."""
+    stack, plugin, inputs = built()
+    other = {**inputs, "input_ids": inputs["input_ids"] + 1}
+    step, told = TrainStep(stack, {**inputs, "labels": inputs["input_ids"]}), list[Tensor]()
+    step.add_loss("apart", lambda _: stack.model(**other).logits.mean(), over="step")
+    step.add_loss(
+        "mean", lambda _: told.append(torch.stack(routings("means", layers))) or told[-1].sum(), over="step"
+    )  # type: ignore[func-returns-value]
+    with watching(step, plugin) as layers:
+        stack.model(**other)
+        step.total_loss()
+    with watching(in_task(stack, inputs), plugin) as layers:
+        stack.model(**inputs)
+        assert torch.equal(told[0], torch.stack(routings("means", layers)))
 
 
 def test_a_step_in_which_none_ran_is_refused() -> None:
     stack, plugin, inputs = built()
     with (
         pytest.raises(TrainingError, match="means: no layer with a router ran"),
-        watching(TrainStep(stack, inputs), plugin) as layers,
+        watching(in_task(stack, inputs), plugin) as layers,
     ):
         routings("means", layers)
 
@@ -112,7 +136,7 @@ def test_a_router_that_the_loss_cannot_reach_is_refused() -> None:
     stack, plugin, inputs = built()
     stack.model.train()
     stack.model.activation_checkpointing_enable({"use_reentrant": True})
-    with watching(TrainStep(stack, inputs), plugin) as layers:
+    with watching(in_task(stack, inputs), plugin) as layers:
         stack.model(**inputs)
         with pytest.raises(UnsupportedError, match="means: reentrant checkpointing"):
             routings("means", layers)
@@ -120,7 +144,7 @@ def test_a_router_that_the_loss_cannot_reach_is_refused() -> None:
             assert len(routings("means", layers)) == 2
     for layer in layers:
         layer.w.requires_grad_(False)  # it does not train, so nothing is hidden
-    with watching(TrainStep(stack, inputs), plugin) as layers:
+    with watching(in_task(stack, inputs), plugin) as layers:
         stack.model(**inputs)
         assert len(routings("means", layers)) == 2
 

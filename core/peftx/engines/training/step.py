@@ -85,6 +85,9 @@ class TrainStep:
         self._before: list[Action] = []
         self._after: list[Action] = []
         self._sources = sources or {}
+        self.in_task = False
+        """Is the task's own loss being computed: the model is called on this micro-batch, not on a plugin's other rows.
+        Layers that run again in the backward pass, for gradient checkpointing, are not in it."""
         self._processes = processes
 
     @property
@@ -270,7 +273,11 @@ class TrainStep:
     def total_loss(self) -> Tensor:
         """The task's loss plus all terms (0-d), so weighed that the mean over the micro-batches of an optimizer step is
         the loss of all of its rows at once."""
-        loss, outputs = self._task()
+        self.in_task = True
+        try:
+            loss, outputs = self._task()
+        finally:
+            self.in_task = False
         self.losses = {"task": float(loss.detach())}
         loss = self._weighed(loss, self._task_over)
         for name, (term, weight, over) in self._terms.items():

@@ -64,16 +64,22 @@ class Router(Delta):
         super().__init__()
         self.call, self.side = call, side
         self.watched = self.recorded = self.hidden = False
+        self.step: TrainStep | None = None
         self.routing: Any = None
 
     def tell(self, make: Callable[[], object], p: Tensor, weight: nn.Parameter) -> None:
-        """Of a pass without gradients behind one with them nothing is kept: it is another plugin's, as of a reference.
+        """Kept is what the task's own pass decides, and of a pass without gradients behind one with them nothing: it is
+        another plugin's, as of a reference.
 
         Args:
-            make: gives what was decided, where it is kept. p: what carries its gradient. weight: the router's own.
+            make: gives what was decided, where the step is watched. p: what carries its gradient. weight: the router's
+                own.
         """
-        if self.watched and (torch.is_grad_enabled() or not self.recorded):
-            self.routing, self.recorded = make(), p.requires_grad
+        if not self.watched or not (torch.is_grad_enabled() or not self.recorded):
+            return
+        made = make()  # of every pass: a checkpointed layer does the same when it runs again
+        if self.step is None or self.step.in_task:
+            self.routing, self.recorded = made, p.requires_grad
             self.hidden = weight.requires_grad and not p.requires_grad
 
     def real(self, x: Tensor) -> Tensor:
@@ -93,12 +99,12 @@ def watching(step: TrainStep, plugin: Plugin) -> Iterator[list[Any]]:
     layers: list[Any] = [p.module for p in step.stack.ledger.of(step.stack.id_of(plugin), DeltaPart)]
     try:
         for layer in layers:
-            layer.watched = True
+            layer.watched, layer.step = True, step
         yield layers
     finally:
         for layer in layers:
             layer.watched = layer.recorded = layer.hidden = False
-            layer.routing = None
+            layer.step = layer.routing = None
 
 
 def routings(id: str, layers: Sequence[Router]) -> list[Any]:

@@ -89,14 +89,15 @@ class Observer(Delta):
     def __init__(self, site: Site, call: Call, side: Side, measure: Measure | None = None) -> None:
         super().__init__()
         self.tower, self.layer, self.measure = site.tower, site.layer, measure
-        self.call, self.side = call, side
+        self.call, self.side, self.step = call, side, None
         self.seen: list[tuple[bool, Tensor, Tensor]] = []
         """Of each call: was a gradient recorded; one number a token, [B, T] or [B * T]; which tokens count."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.measure is not None:
-            tokens = self.measure(x)
-            self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
+            tokens = self.measure(x)  # of every call: a checkpointed block does the same when it runs again
+            if self.step is None or self.step.in_task:
+                self.seen.append((torch.is_grad_enabled(), tokens, self.weights(tokens)))
         return y
 
     def weights(self, tokens: Tensor) -> Tensor:
@@ -125,24 +126,23 @@ class Observer(Delta):
         found = [row_means(*seen) for grad, *seen in self.seen if grad == torch.is_grad_enabled()]
         self.seen.clear()
         if not found:
-            raise TrainingError(
-                f"deft: the MLP of layer {self.layer} was not observed: it did not run, or its observer is merged "
-                "or switched off, or reentrant gradient checkpointing hides it",
-                hint="stack.unmerge(), or use_reentrant=False",
-            )
+            how = "it did not run, or its observer is merged or off, or reentrant checkpointing hides it"
+            said = f"deft: the MLP of layer {self.layer} was not observed: {how}"
+            raise TrainingError(said, hint="stack.unmerge(), or use_reentrant=False")
         return torch.cat(found)
 
 
 @contextmanager
-def watching(observers: Sequence[Observer], measure: Measure) -> Iterator[None]:
-    """Observe. On until after the backward pass, since checkpointing runs the blocks a second time there."""
+def watching(observers: Sequence[Observer], measure: Measure, step: TrainStep | None) -> Iterator[None]:
+    """Observe: all calls, or those of a step's task. On until after the backward pass, since checkpointing runs the
+    blocks a second time there."""
     try:
         for observer in observers:
-            observer.measure = measure
+            observer.measure, observer.step = measure, step
         yield
     finally:
         for observer in observers:
-            observer.measure = None
+            observer.measure = observer.step = None
             observer.seen.clear()
 
 
@@ -190,7 +190,7 @@ class Deft(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         observers: list[Any] = [p.module for p in step.stack.ledger.of(step.stack.id_of(self), DeltaPart)]
-        with watching(observers, partial(density, eps=self.config.eps)):
+        with watching(observers, partial(density, eps=self.config.eps), step):
             step.add_loss("density", lambda _: total(observers), weight=self.config.alpha, over="rows")
             return (yield)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import peftx
-from peftx import Stack, TrainStep
+from peftx import Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import DataError, PeftxError
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
@@ -149,7 +150,7 @@ def test_images_have_no_pads() -> None:
     for observer in watched:
         place = next(part.place for part in stack.ledger.of("deft", DeltaPart) if part.module is observer)
         place.register_forward_pre_hook(lambda _, args, o=observer: seen.update({o: density(args[0], 1e-2)}))
-    with watching(watched, partial(density, eps=1e-2)), torch.no_grad():
+    with watching(watched, partial(density, eps=1e-2), None), torch.no_grad():
         stack.model(**inputs)
         for observer in watched:
             found = observer.take()
@@ -304,7 +305,7 @@ def test_density_falls_with_alpha() -> None:
         stack = trained(alpha, steps=40, arch="opt")
         batch = batch_of(stack.model, "right")
         losses.append(terms(stack, batch)["task"])
-        with watching(observers(stack), partial(count, threshold=0.0)), torch.no_grad():
+        with watching(observers(stack), partial(count, threshold=0.0), None), torch.no_grad():
             stack.model(**batch)
             found.append(float(torch.stack([o.take().mean() for o in observers(stack)]).mean()))
     start = terms(stack_of("opt"), batch)["task"]
@@ -476,3 +477,25 @@ def test_a_merged_observer_is_told_in_training() -> None:
     stack.merge("deft")
     with pytest.raises(PeftxError, match="was not observed"):
         terms(stack, batch_of(stack.model))
+
+
+class Elsewhere(Plugin):
+    """Reads rows of its own, before the task's loss and in a term, as MEND does."""
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
+        ids = torch.arange(3, 23).view(2, 10)
+        torch.autograd.grad(step.model(input_ids=ids).logits.mean(), step.parameters(), allow_unused=True)
+        step.add_loss("apart", lambda _: step.model(input_ids=ids).logits.mean() * 0, over="step")
+        return (yield)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_of_another_plugin_are_not_counted(first: bool) -> None:
+    def density_of(*plugins: Plugin) -> float:
+        stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
+        rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(4)]
+        return stack.train(rows, steps=1, batch_size=2).terms["density"]
+
+    beside = [Elsewhere(), Deft(eps=1e-3)] if first else [Deft(eps=1e-3), Elsewhere()]
+    assert density_of(Lora(rank=2), *beside) == density_of(Lora(rank=2), Deft(eps=1e-3))

@@ -123,11 +123,9 @@ def adapters(stack: Stack) -> list[list[Part]]:
     layers = [[part for part in trained if part.key.replace("@", ".").startswith(path)] for path in paths]
     if odd := [part for part in chain(*layers) if not scalable(part)]:
         owner, keys = odd[0].owner, {part.key for part in odd if part.owner == odd[0].owner}
-        roles = dict.fromkeys(f"!{site.role}" for site in stack.anatomy.sites if site.key in keys)
+        roles = " ".join(dict.fromkeys(f"!{site.role}" for site in stack.anatomy.sites if site.key in keys))
         said = f"ist scales what adapters add to an output, and {owner} does something else at {odd[0].key}"
-        way = (
-            f"leave it out of {owner}'s targets: '{' '.join(roles)}'; or an adapter such as lora in its place"
-        )
+        way = f"leave it out of {owner}'s targets: '{roles}'; or an adapter such as lora in its place"
         raise ConflictError(said, hint=way)
     if not any(layers):
         others = ", ".join(dict.fromkeys(part.owner for part in stack.ledger.parts)) or "the stack"
