@@ -26,6 +26,7 @@ from peftx.testing.subject import steps_for
 from peftx.toolkits.compression import QuantLinear
 from peftx_alphatuning import AlphaTuning
 from peftx_lora import Lora
+from peftx_prompt_tuning import PromptTuning as Prompt
 from peftx_spec import load_spec
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
@@ -321,6 +322,24 @@ def test_replaced_weights_are_the_base() -> None:
         assert torch.equal(stack.model(IDS).logits, before)
         with stack.disabled("lora"):
             assert not torch.equal(stack.model(IDS).logits, packed)
+
+
+def test_what_was_folded_for_good_is_in_the_base() -> None:
+    stack = stack_of(Lora(rank=2), Prompt(length=3))
+    with torch.no_grad():
+        for p in stack.ledger.parameters("lora"):
+            p.add_(0.1)
+    stack.merge("lora", keep=False)
+    with (
+        torch.no_grad(),
+        pytest.raises(PeftxError, match="'lora' was folded into the weights"),
+        stack.disabled(),
+    ):
+        pass
+    with torch.no_grad(), stack.disabled("prompt-tuning"):
+        folded = stack.model(IDS).logits
+    with torch.no_grad(), base_alone(stack):
+        assert torch.equal(stack.model(IDS).logits, folded)
 
 
 def test_a_trial_leaves_no_trace() -> None:
