@@ -67,7 +67,7 @@ class Document:
         return Position(1, 1)
 
     def problem(self, message: str, position: Position, path: Path = (), **words: str) -> Problem:
-        """A problem in this document; `words` are `expected`, `got` and `suggestion`."""
+        """A problem in this document; `words` are `expected`, `got`, `suggestion` and `code`."""
         snippet = self.lines[position.line - 1] if position.line <= len(self.lines) else ""
         return Problem(message, self.file, position.line, position.column, snippet, path_text(path), **words)
 
