@@ -183,6 +183,8 @@ def _decode(raw: bytes, file: str) -> str:
 
 def _at_once(path: str, flags: int) -> int:
     """Open without waiting: a pipe that nobody writes to is empty, one that somebody writes to is read."""
+    if not hasattr(os, "O_NONBLOCK"):  # Windows, where no pipe stands among the files
+        return os.open(path, flags)
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
