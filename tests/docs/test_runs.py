@@ -20,8 +20,8 @@ from pages.follow import carried_out, loaded, type_in, write
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-ELSEWHERE = {"docs/write-a-plugin.md", "docs/examples/peftx-lora-xs/README.md"}
-"""Of a plugin that is not installed: test_write_a_plugin.py and tests/meta/test_dist.py install it first."""
+ELSEWHERE = {"docs/write-a-plugin.md"}
+"""Of a plugin that is not installed: test_write_a_plugin.py installs it first."""
 COMPARING = {"docs/choose/reading.md", "docs/compare.md", "docs/search.md"}
 """Their work is done by processes of their own, which test_documents.py shortens in another way."""
 LONG = {"README.md", "docs/export.md"}
@@ -125,6 +125,7 @@ TAKEN_FOR_GRANTED: dict[str, dict[str, Callable[[str], None]]] = {
         "notes.txt": rows,
     },
     "docs/export.md": {"out": with_a_prompt, "adapted": bundle},
+    "docs/how-to/compress.md": {"adapter": adapter},
     "docs/how-to/model.md": {"my-llama": model},
     "docs/measuring.md": {"out": bundle, "tasks/mine.jsonl": questions},
     "docs/merging.md": {"german": bundle, "legal": bundle},
@@ -176,10 +177,13 @@ def test_what_a_page_shows_runs(
         if block.language == "console":
             type_in(block)
         else:
-            missing = [
-                text for key, text in AROUND.items() if not re.search(f"^{key}", block.body, re.MULTILINE)
-            ]
-            carried_out(block, loaded(block, around="".join(missing)))
+            carried_out(block, loaded(block, around=around(block.body)))
+
+
+def around(body: str) -> str:
+    """What a section of a pipeline lacks; nothing of one that is whole."""
+    keys = set(re.findall(r"^\w+:", body, re.MULTILINE))
+    return "" if "peftx:" in keys else "".join(text for key, text in AROUND.items() if key not in keys)
 
 
 ROWS, SHORT = "{train: 'peftx:sample/train.jsonl'}", "{steps: 2, batch_size: 1}"  # too short for this method
