@@ -13,7 +13,7 @@ from peftx.engines.reporting import check_reports
 from peftx_cli import failures, selectors
 from peftx_cli.peek import Unfit, labels, look
 from peftx_spec.checks import metric_for
-from peftx_spec.errors import PeftxError, nearest
+from peftx_spec.errors import DataError, PeftxError, nearest
 from peftx_spec.models import METRIC_FORMATS, SourceSpec
 from peftx_spec.order import stages_of
 from peftx_spec.problems import Path, SpecError
@@ -63,7 +63,7 @@ def check(loaded: LoadedSpec, pipeline: Pipeline, registry: Registry) -> None:
             )  # fmt: skip
         except Unfit as error:
             blamed = _blamed(loaded.overridden.data, source.place, error.part)
-            findings.append(Finding(blamed, error.message, suggestion=error.hint))
+            findings.append(Finding(blamed, error.message, suggestion=error.hint, code=DataError.code))
     findings += selectors.findings(loaded.overridden.data, registry, loaded.document.folder or FilePath.cwd())
     findings += _metrics(pipeline, formats)
     findings += _tasks(pipeline)
@@ -105,7 +105,9 @@ def further(data: dict[str, Any], registry: Registry, folder: FilePath) -> Itera
             path = absolute(spec.path, folder.absolute())
             look(path, format=spec.format, columns=spec.columns, limit=spec.limit)
         except Unfit as error:
-            yield Finding(_blamed(data, place, error.part), error.message, suggestion=error.hint)
+            yield Finding(
+                _blamed(data, place, error.part), error.message, suggestion=error.hint, code=DataError.code
+            )
 
 
 def _reports(pipeline: Pipeline) -> Iterator[Finding]:
@@ -121,7 +123,7 @@ def _reports(pipeline: Pipeline) -> Iterator[Finding]:
             if spec is not None:
                 check_reports(spec, pipeline.output)
         except PeftxError as error:
-            yield Finding((*place, "report_to"), error.message, suggestion=error.hint or "")
+            yield Finding((*place, "report_to"), error.message, suggestion=error.hint or "", code=error.code)
 
 
 def trained(pipeline: Pipeline, registry: Registry) -> list[Path]:
@@ -198,10 +200,12 @@ def _tasks(pipeline: Pipeline) -> Iterator[Finding]:
             try:
                 find_tasks([name], None if include is None else FilePath(include))
             except UnsupportedError as error:
-                yield Finding(own, error.message, at_key=True, suggestion=error.hint or "")
+                yield Finding(own, error.message, at_key=True, suggestion=error.hint or "", code=error.code)
                 return
             except PeftxError as error:
-                yield Finding((*own, "tasks", at), error.message, suggestion=error.hint or "")
+                yield Finding(
+                    (*own, "tasks", at), error.message, suggestion=error.hint or "", code=error.code
+                )
 
 
 def _rows(members: Sequence[Member], place: Path, format: str | None) -> Iterator[Finding]:

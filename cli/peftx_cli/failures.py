@@ -94,15 +94,16 @@ def _of_a_place(error: Exception) -> PeftxError | None:
 
 
 def show(error: PeftxError) -> None:
-    """One error, or all problems of a spec."""
+    """One error, or all problems of a spec; those of another kind than the last line says name the page on them."""
+    code, message, hint = error.code, error.message, error.hint
     if isinstance(error, SpecError):
+        codes = {problem.code or error.code for problem in error.problems}
+        code = codes.pop() if len(codes) == 1 else error.code
         for problem in error.problems:
-            _print_problem(problem)  # its text is fit to be shown
+            _print_problem(problem, more="" if problem.code in ("", code) else explained.more(problem.code))
         count = len(error.problems)
         message, hint = f"{count} problem{'s' if count > 1 else ''} in the spec; nothing was run", None
-    else:
-        message, hint = error.message, error.hint
-    say(message, hint=hint, title=f"error[{error.code}]", more=explained.more(error.code))
+    say(message, hint=hint, title=f"error[{code}]", more=explained.more(code))
 
 
 def say(message: str, *, hint: str | None = None, title: str = "error", more: str = "") -> None:
@@ -176,8 +177,8 @@ def ours_alone() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _print_problem(problem: Problem) -> None:
-    text = str(problem)
+def _print_problem(problem: Problem, *, more: str = "") -> None:
+    text = f"{problem}\n  more: {more}" if more else str(problem)  # a problem's text is fit to be shown
     if not sys.stderr.isatty():
         print(f"{text}\n", file=sys.stderr)
         return

@@ -59,7 +59,9 @@ def findings(data: Data, registry: Registry, folder: Path) -> Iterator[Finding]:
         try:
             Targets(" ".join(words)).select(places, layers=layers or 1)
         except TargetError as error:
-            yield Finding(("stack", index, "with", name), error.message, suggestion=error.hint or "")
+            yield Finding(
+                ("stack", index, "with", name), error.message, suggestion=error.hint or "", code=error.code
+            )
 
 
 def _configuration(data: Data, folder: Path) -> dict[str, Any]:

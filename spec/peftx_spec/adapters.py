@@ -42,7 +42,9 @@ def with_adapters(
         try:
             first, *others = catalogue.adapter(absolute(path, folder or FilePath.cwd()))
         except PeftxError as error:
-            findings.append(Finding(("stack", index, "path"), error.message, suggestion=error.hint or ""))
+            findings.append(
+                Finding(("stack", index, "path"), error.message, suggestion=error.hint or "", code=error.code)
+            )
             continue
         id = entry.get("id", first["use"])
         given = entry.get("with") if isinstance(entry.get("with"), dict) else {}

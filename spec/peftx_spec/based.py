@@ -90,7 +90,9 @@ class BasedReader:
             self.problems += error.problems
             return None
         except PeftxError as error:
-            self.note([Finding((self.key, "base"), error.message, suggestion=error.hint or "")])
+            self.note(
+                [Finding((self.key, "base"), error.message, suggestion=error.hint or "", code=error.code)]
+            )
             return None
         self.problems += [fault.problem for fault in faults]
         return Source(document.data, document, ()) if isinstance(document.data, dict) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 from peftx_spec.catalogue import Catalogue
 from peftx_spec.errors import PeftxError, nearest
@@ -179,7 +180,7 @@ def _plugins(data: Data, catalogue: Catalogue, names: list[str]) -> Iterator[Fin
         try:
             config = catalogue.config(use)
         except PeftxError as error:
-            yield Finding(path, error.message, suggestion=error.hint or "")
+            yield Finding(path, error.message, suggestion=error.hint or "", code=error.code)
             continue
         for key in known_keys(config):
             if key in entry and key not in ("use", "id", "with", "phase"):
@@ -188,14 +189,7 @@ def _plugins(data: Data, catalogue: Catalogue, names: list[str]) -> Iterator[Fin
         options = entry.get("with")
         if options is None or isinstance(options, dict):
             for found in examine_options(config, options or {}, plugin=use):
-                yield Finding(
-                    ("stack", index, "with", *found.path),
-                    found.message,
-                    at_key=found.at_key,
-                    expected=found.expected,
-                    got=found.got,
-                    suggestion=found.suggestion,
-                )
+                yield replace(found, path=("stack", index, "with", *found.path))
 
 
 def _ids(data: Data) -> Iterator[Finding]:

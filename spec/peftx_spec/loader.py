@@ -69,7 +69,7 @@ class Document:
         return Position(1, 1)
 
     def problem(self, message: str, position: Position, path: Path = (), **words: str) -> Problem:
-        """A problem in this document; `words` are `expected`, `got` and `suggestion`."""
+        """A problem in this document; `words` are `expected`, `got`, `suggestion` and `code`."""
         snippet = self.lines[position.line - 1] if position.line <= len(self.lines) else ""
         if path in self.written:  # as the reader knows it
             message = message.replace(f"'{path[-1]}'", f"'{self.written[path]}'")
@@ -188,6 +188,8 @@ def _decode(raw: bytes, file: str) -> str:
 
 def _at_once(path: str, flags: int) -> int:
     """Open without waiting: a pipe that nobody writes to is empty, one that somebody writes to is read."""
+    if not hasattr(os, "O_NONBLOCK"):  # Windows, where no pipe stands among the files
+        return os.open(path, flags)
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor

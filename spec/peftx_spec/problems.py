@@ -31,7 +31,8 @@ class Problem:
     """One thing that is wrong in a spec.
 
     `file` is the file's name, `<text>`, or `--set #1` for the first override; `snippet` the source line,
-    whole; `path` the place in the data as text, `stack[1].with.rank`; the rest may be empty.
+    whole; `path` the place in the data as text, `stack[1].with.rank`; the rest may be empty. `code` is that of the
+    error that a run would end in, and empty where the spec alone is wrong.
     """
 
     message: str
@@ -43,6 +44,7 @@ class Problem:
     expected: str = ""
     got: str = ""
     suggestion: str = ""
+    code: str = ""
 
     def __str__(self) -> str:
         lines = [f"{_said(self.file)}:{self.line}:{self.column}: {_said(self.message)}"]

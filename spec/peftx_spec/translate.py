@@ -53,7 +53,8 @@ _SLUG = r"^[a-z0-9][a-z0-9-]*$"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong at a path of the data, not yet at a position; `at_key`: the key is, not the value."""
+    """Something wrong at a path of the data, not yet at a position; `at_key`: the key is, not the value; `code`: see
+    `Problem`."""
 
     path: Path
     message: str
@@ -61,6 +62,7 @@ class Finding:
     expected: str = ""
     got: str = ""
     suggestion: str = ""
+    code: str = ""
 
 
 def examine(model: type[BaseModel], data: object, *, noun: str = "key") -> list[Finding]:
@@ -161,8 +163,12 @@ def _finding(model: type[BaseModel], data: object, error: ErrorDetails, noun: st
         return Finding(
             path, f"{what} has a wrong value", expected=expected, got=describe(value), suggestion=suggestion
         )
-    message = str(context["error"]) if kind in ("value_error", "assertion_error") else error["msg"]
-    return Finding(path, message, got=describe(value))
+    if kind not in ("value_error", "assertion_error"):
+        return Finding(path, error["msg"], got=describe(value))
+    cause = context["error"].__cause__
+    if isinstance(cause, PeftxError):
+        return Finding(path, cause.message, got=describe(value), suggestion=cause.hint or "", code=cause.code)
+    return Finding(path, str(context["error"]), got=describe(value))
 
 
 def _expected(kind: str, context: dict[str, Any]) -> str:

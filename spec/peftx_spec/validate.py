@@ -115,7 +115,9 @@ def _order(problem: Problem, document: Document) -> tuple[bool, int, str, int, i
 
 
 def _located(finding: Finding, document: Document, overridden: Overridden) -> Problem:
-    words = {"expected": finding.expected, "got": finding.got, "suggestion": finding.suggestion}
+    words = {
+        "expected": finding.expected, "got": finding.got, "suggestion": finding.suggestion, "code": finding.code
+    }  # fmt: skip
     source = overridden.source(finding.path)
     if source is not None:
         asked = several(overridden.texts[source[0]]) if "number" in finding.expected else None

@@ -129,6 +129,29 @@ class CountsItsCalls(Plugin):
             site.attach(_Counting(site.out_features))
 
 
+class _Faint(_Counting):
+    """y + 2e-5 c y (g - 1); c, a factor of the gradient of g, is 2 and 1 by turns in training."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += self.training
+        c = 1 + self.calls % 2 if self.training else 1
+        return y + 2e-5 * (y * c) * (self.g - 1).to(y.dtype)
+
+
+class CountsWhatIsHardlyThere(Plugin):
+    """Its gradient is small beside that of its other part, and is wrong by half."""
+
+    caught_by = "gradient_checkpointing"
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.norms("norm.attention"):
+            site.attach(_Faint(site.out_features))
+        for site in model.norms("norm.mlp"):
+            site.attach(_Gain(site.out_features))
+
+
 class _Wide(_Gain):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y * self.g.float()

@@ -523,13 +523,11 @@ def test_other_libraries_do_not_drown_a_check(installed: Any, spawn: Callable[..
     text = file.read_text().replace("import torch\n", "import loud_library\nimport torch\n")
     text = text.replace("        for site in model", "        loud_library.say()\n        for site in model")
     file.write_text(text)
-    for words in ((), ("--quiet",)):
-        done = spawn(*words, "check", "fake-gain", *TWO)
+    for words, more in (((), ()), (("--quiet",), ()), ((), ("--verbose",))):
+        done = spawn(*words, "check", "fake-gain", *more, *TWO)
         assert done.returncode == 0
-        assert re.fullmatch(r"2 of 2 checks hold; \d+\.\d s\n", done.stdout)
+        assert re.search(r"^2 of 2 checks hold; \d+\.\d s\n\Z", done.stdout, re.MULTILINE)
         assert "a library" not in done.stderr
-    told = spawn("check", "fake-gain", "--verbose", *TWO).stderr
-    assert all(words in told for words in ("has an opinion", "has another one", "a library counts"))
 
 
 # --------------------------------------------------------------------------------------------------------------- new

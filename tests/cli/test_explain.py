@@ -50,6 +50,27 @@ def test_a_spec_has_them_behind_its_problems(installed: Any, refused: Callable[.
     )
 
 
+SELECTS = "peftx: 1\nmodel: peftx:tiny\nstack:\n  - use: lora\n    with: {{targets: {}}}\n"
+
+
+@pytest.mark.parametrize("targets", ["attention.z", "layers=x"])
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_a_problem_of_another_kind_names_the_page_on_it(
+    command: str, targets: str, installed: Any, refused: Callable[..., str]
+) -> None:
+    """It alone in the last lines; beside others below its own."""
+    (installed.work / "spec.yaml").write_text(SELECTS.format(targets), "utf-8")
+    assert refused(command, "spec.yaml").splitlines()[-2:] == [
+        "error[target]: 1 problem in the spec; nothing was run",
+        "more: peftx explain target",
+    ]
+    (installed.work / "spec.yaml").write_text(SELECTS.format(targets) + "stuck: []\n", "utf-8")
+    told = refused(command, "spec.yaml")
+    if command == "validate":  # which looks at all at once
+        assert "\n  more: peftx explain target\n" in told
+    assert told.endswith("error[spec]: 2 problems in the spec; nothing was run\nmore: peftx explain spec\n")
+
+
 def test_what_the_system_says_against_a_place(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BaseException, match="2"), failures.reported():
         raise NotADirectoryError(20, "Not a directory", "there")

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftx.comparing.jobs import Job, JobResult, read_result, result_file, write_result
 from peftx.comparing.on_ray import room
@@ -19,7 +21,7 @@ from peftx.comparing.page import page
 from peftx.comparing.plots import Axis, _front
 from peftx.comparing.processes import InProcess, Processes
 from peftx.comparing.schedule import Schedule
-from peftx.comparing.statistics import Spread, spread, t95
+from peftx.comparing.statistics import SCALES, Scale, Spread, spread, t95
 from peftx.comparing.table import Table, slugs_of, table_of
 from peftx.comparing.work import _measure
 from peftx.comparing.writing import to_csv
@@ -28,6 +30,7 @@ from peftx.engines.files import folder_bytes
 from peftx.engines.models import base_bytes, load_model
 from peftx.errors import PeftxError
 from peftx_spec.compare_load import load_compare
+from peftx_spec.models import HIGHER_IS_BETTER
 
 FILE = """\
 peftx: 1
@@ -239,6 +242,34 @@ def test_spread() -> None:
     assert spread([4.0]) == Spread(4.0)
     assert found.overlaps(Spread(4.4))
     assert not found.overlaps(Spread(4.6))
+
+
+@given(
+    metric=st.sampled_from(sorted(SCALES)),
+    errors=st.lists(st.floats(0, 1), min_size=2, max_size=6),
+    size=st.floats(1, 1e4),
+)
+def test_an_interval_ends_where_the_metric_does(metric: str, errors: list[float], size: float) -> None:
+    """Perplexity is no less than 1, and a share between 0 and 1; the mean lies within."""
+    values = [1 + size * error for error in errors] if metric == "perplexity" else errors
+    found = spread(values, SCALES[metric])
+    assert SCALES[metric].least <= found.low <= found.mean <= found.high <= SCALES[metric].most
+
+
+@given(values=st.lists(st.floats(50, 60), min_size=2, max_size=6), factor=st.floats(1, 100))
+def test_by_logarithms_an_interval_is_a_factor_to_both_sides(values: list[float], factor: float) -> None:
+    """The same whatever the unit; and that of Student's t to first order, for a small spread."""
+    found = spread(values, Scale(by_log=True))
+    more = spread([factor * value for value in values], Scale(by_log=True))
+    assert found.low * found.high == pytest.approx(found.mean**2)
+    assert (more.low, more.high) == pytest.approx((factor * found.low, factor * found.high))
+    close = spread([100 + value / 1e4 for value in values], Scale(by_log=True))
+    plain = spread([100 + value / 1e4 for value in values])
+    assert (close.low, close.high) == pytest.approx((plain.low, plain.high), rel=1e-8)
+
+
+def test_every_metric_that_one_chooses_by_has_a_scale() -> None:
+    assert SCALES.keys() == HIGHER_IS_BETTER.keys()
 
 
 def test_the_front_is_what_none_beats() -> None:

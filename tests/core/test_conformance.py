@@ -108,6 +108,34 @@ def test_broken_plugin_is_caught(plugin: type[Plugin]) -> None:
     assert found[plugin.caught_by], "a failure says what it saw"
 
 
+class _Shift(Delta):
+    """y + b, b: [out]."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.b.to(y.dtype)
+
+
+class ShiftsKeysAndValues(Plugin):
+    """Softmax does not see the shift of a key, where no position turns it: its gradient is rounding."""
+
+    claims = {Claim.IDENTITY_AT_START, Claim.BESIDE_WEIGHTS}
+
+    @hookimpl
+    def inject(self, model: ModelView) -> None:
+        for site in model.linears("attention.k,v"):
+            site.attach(_Shift(site.out_features))
+
+
+def test_a_gradient_that_is_zero_is_not_compared_by_its_own_rounding() -> None:
+    assert not failures(
+        run_checks(ShiftsKeysAndValues, models=["t5", "gpt2"], only=["gradient_checkpointing"])
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plugin", BROKEN, ids=lambda plugin: plugin.__name__)
 def test_broken_plugin_is_caught_by_nothing_else(plugin: type[Plugin]) -> None:

@@ -270,7 +270,7 @@ def test_a_folder_that_is_swept_away_before_its_lock_is_made_anew(
             folder.rmdir()
         lock(handle, kind)
 
-    monkeypatch.setattr("peftx.engines.files.fcntl.flock", late)
+    monkeypatch.setattr("peftx.engines.locks.fcntl.flock", late)
     with replacing(tmp_path / "b", marker="x") as new:
         (new / "x").write_text("whole")
     assert swept

@@ -24,7 +24,7 @@ NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 
 def block(language: str, containing: str) -> str:
-    bodies = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    bodies = re.findall(rf"^```{language}[^\n]*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     (found,) = [body for body in bodies if containing in body]
     return found
 

@@ -6,20 +6,14 @@ anything.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import shlex
 import zlib
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from pages.blocks import Block, BlockError, blocks, commands, missing, same
+from pages.blocks import BlockError, missing, same
 from pages.figures import FOLLOWED
-from typer.testing import CliRunner
-
-from peftx_cli.main import app
+from pages.follow import follow
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted(path for folder in FOLLOWED for path in (ROOT / "docs" / folder).glob("*.md"))
@@ -30,55 +24,6 @@ LONG = {"first-stack"}
 def drawn(page: Path) -> bool:
     """A sixth of the guides a run, by what they say, as architectures are drawn; all in `make test-all`."""
     return os.environ.get("PEFTX_ARCHITECTURES") != "draw" or zlib.crc32(page.read_bytes()) % 6 == 0
-
-
-def follow(page: Path, root: Path) -> int:
-    """Do all that a page says in the working directory; how many blocks ran.
-
-    Raises:
-        BlockError: with the page's line.
-    """
-    names: dict[str, object] = {"__name__": "guide"}
-    done = [block for block in blocks(page, root) if block.runs]
-    shown_by = {
-        one: two for one, two in pairwise(done) if one.language == "python" and two.language == "text"
-    }
-    for block in done:
-        if block.title:
-            Path(block.title).write_text(block.body, "utf-8")
-        elif block.language == "python":
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output):
-                block.execute(names)
-            if text := shown_by.get(block):
-                _compare(text.page, text.line, text.body.splitlines(), output.getvalue())
-        elif block.language == "console":
-            _run(block)
-    return len(done)
-
-
-def _run(block: Block) -> None:
-    for line, command, expected in commands(block):
-        program, *words = shlex.split(command, comments=True)
-        if program != "peftx":
-            continue
-        result = CliRunner().invoke(app, words)
-        if not isinstance(result.exception, SystemExit | None):
-            raise BlockError(f"{block.page}:{line}: $ {command}: {result.exception!r}") from result.exception
-        refused = any(text.startswith("error") for text in expected)
-        if result.exit_code != (2 if refused else 0):
-            raise BlockError(
-                f"{block.page}:{line}: $ {command}: exit code {result.exit_code}\n{result.output}"
-            )
-        _compare(block.page, line + 1, expected, result.output)
-
-
-def _compare(page: str, line: int, expected: list[str], output: str) -> None:
-    if found := missing(expected, output):
-        place, text = found
-        raise BlockError(
-            f"{page}:{line + place}: the page shows {text!r}, and what came out does not\n{output}"
-        )
 
 
 @pytest.mark.parametrize(

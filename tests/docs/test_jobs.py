@@ -36,17 +36,16 @@ def test_the_table_has_every_job() -> None:
         assert f"({page.name}) | {figures.minutes(page):.1f} |" in row
 
 
-def test_every_block_is_run_read_or_excused_and_no_link_is_dead() -> None:
+def test_every_block_is_run_or_excused_and_no_link_is_dead() -> None:
     text = made("counts")
     rows = {
         line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if "blocks" in line
     }
     numbers = {name: [int(cell) for cell in cells] for name, cells in rows.items()}
     assert numbers.keys() == {"blocks of Python", "blocks of YAML", "blocks of commands"}
-    for there, run, read, excused in numbers.values():
-        assert there == run + read + excused
-        assert there > 90
-    assert numbers["blocks of Python"][2] == 0, "Python is run wherever it stands"
+    for there, run, excused in numbers.values():
+        assert there == run + excused
+        assert run > 50
     assert text.endswith(" 0 of them dead.")
     for page in figures.documents():
         for block in blocks(page, ROOT):

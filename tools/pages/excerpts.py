@@ -19,11 +19,11 @@ def section(file: str, heading: str) -> str:
 
 
 def first(kind: str, text: str) -> str:
-    """The first fenced block of a language."""
-    found = re.search(rf"^```{kind}\n.*?^```$", text, re.MULTILINE | re.DOTALL)
+    """The first fenced block of a language, without what its fence says to the tests."""
+    found = re.search(rf"^```{kind}[^\n]*\n(.*?^```)$", text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise LookupError(f"no block of {kind}")
-    return found[0]
+    return f"```{kind}\n{found[1]}"
 
 
 def _text(file: str) -> str:

@@ -35,9 +35,7 @@ Threes = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="which stacks there are")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="try everything, whatever former runs showed")]
 
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="a line a check, and warnings of other libraries")
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a line a check")]
 Option = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="an option of the plugin")
 ]
@@ -233,7 +231,6 @@ def check(
     Shows which checks fail, and why. Exits with 1 when one does.
     """
     import time
-    from contextlib import nullcontext
     from dataclasses import asdict
 
     from peftx.composition.registry import Registry
@@ -246,7 +243,7 @@ def check(
     chosen = {**plugin.example, **_options(option or [])}
     plugin(**chosen)  # a wrong option is the user's mistake, not the plugin's
     began = time.perf_counter()
-    with reporter() as told, nullcontext() if verbose else ours_alone():
+    with reporter() as told, ours_alone():
         told.stage("check", [name])
         results = run_checks(
             name,

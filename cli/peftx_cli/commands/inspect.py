@@ -165,7 +165,7 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
     except PeftxError as error:
         if not as_json:
             raise
-        whole = [Problem(error.message, spec, 1, 1, suggestion=error.hint or "")]
+        whole = [Problem(error.message, spec, 1, 1, suggestion=error.hint or "", code=error.code)]
         problems = error.problems if isinstance(error, SpecError) else whole
         print_json({"valid": False, "problems": [asdict(problem) for problem in problems]})
         raise typer.Exit(2) from error

@@ -15,7 +15,12 @@ def columns(table: Table) -> list[Column]:
     return [
         Column("row", "its number in the plots, and its name", lambda row: row.row, lambda row: ""),
         Column(table.metric, "mean over the seeds ± standard deviation", lambda row: row.value, quality),
-        Column("95 % interval", "of the mean, by Student's t", lambda row: row.low, interval),
+        Column(
+            "95 % interval",
+            "of the mean, by Student's t; of perplexity's logarithm",
+            lambda row: row.low,
+            interval,
+        ),
         Column("note", "what the numbers say", lambda row: row.note, remark),
         Column("learning rate", "chosen on validation rows", lambda row: row.learning_rate, rate),
         *map(cost, COSTS),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from peftx.engines.locks import lock
 from peftx.errors import BundleError
 
 
@@ -40,14 +40,18 @@ def check_place(folder: Path, ours: frozenset[str], noun: str) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BundleError(
-                f"another process is at work in '{folder}'", hint="wait for it, or choose another folder"
-            ) from None
+    file = folder / ".lock"
+    file.touch()
+    try:
+        unlock = lock(file, wait=False)
+    except BlockingIOError:
+        raise BundleError(
+            f"another process is at work in '{folder}'", hint="wait for it, or choose another folder"
+        ) from None
+    try:
         yield
+    finally:
+        unlock()
 
 
 def cores() -> int:

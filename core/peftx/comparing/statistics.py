@@ -44,11 +44,34 @@ def t95(freedom: int) -> float:
     return _Z95 + (_Z95**3 + _Z95) / (4 * freedom)  # the first term of Cornish and Fisher
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation (n - 1) and the 95 % interval of the mean by Student's t."""
+@dataclass(frozen=True)
+class Scale:
+    """Where the values of a metric lie. `by_log`: an interval is one of the logarithm."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    by_log: bool = False
+
+
+ANYWHERE = Scale()
+SHARE = Scale(least=0.0, most=1.0)
+SCALES = {"perplexity": Scale(least=1.0, by_log=True), "accuracy": SHARE, "exact-match": SHARE}
+
+
+def spread(values: Sequence[float], scale: Scale = ANYWHERE) -> Spread:
+    """Mean m, standard deviation s (of n - 1) and the 95 % interval of the mean by Student's t, as far as it lies on
+    the scale:
+
+        m - r to m + r,   r = t s / sqrt(n);        by logarithms  m exp(-r/m) to m exp(r/m)
+
+    since the error of log m is, to first order, that of m divided by m.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2 or not math.isfinite(mean):
         return Spread(mean)
     std = statistics.stdev(values)
     reach = t95(len(values) - 1) * std / math.sqrt(len(values))
-    return Spread(mean, std, mean - reach, mean + reach)
+    low, high = mean - reach, mean + reach
+    if scale.by_log:
+        low, high = mean * math.exp(-reach / mean), mean * math.exp(reach / mean)
+    return Spread(mean, std, min(mean, max(low, scale.least)), max(mean, min(high, scale.most)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftx.comparing.jobs import JobResult
 from peftx.comparing.schedule import Found, PlannedRow, Schedule
-from peftx.comparing.statistics import Spread, spread
+from peftx.comparing.statistics import SCALES, Spread, spread
 from peftx.version import __version__
 from peftx_spec.portable import portable
 
@@ -43,7 +43,8 @@ class TableRow:
     Attributes:
         row: its name. options: the point of the grid. place: in the file.
         status: done, or failed with a reason; a row of which one seed failed has failed.
-        value, std, low, high: of the metric over the seeds, the interval by Student's t at 95 %.
+        value, std, low, high: of the metric over the seeds, the interval by Student's t at 95 %, on the
+            metric's scale (`statistics.SCALES`).
         note: best; inside the noise of the best; failed.
         learning_rate: the chosen one. edge: it is the smallest or the largest that was tried, so a better one may lie
             beyond. steps: of the optimizer.
@@ -211,7 +212,7 @@ def _row(schedule: Schedule, row: PlannedRow, found: Found, slug: str) -> TableR
     if bad is not None or not results:
         words = f"seed {bad.seed}: " if bad is not None and len(results) > 1 else ""
         return TableRow(**told, status="failed", reason=words + _reason(bad), log=bad.log if bad else "")
-    over = spread([result.value(schedule.metric) for result in results])
+    over = spread([result.value(schedule.metric) for result in results], SCALES[schedule.metric])
     return TableRow(
         **told,
         status="done",

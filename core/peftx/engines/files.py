@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from peftx.engines.locks import lock
 from peftx.errors import BundleError, PeftxError, nearest
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
@@ -114,7 +114,7 @@ def _exchange(one: Path, two: Path) -> bool:
     """Swap two folders in one atomic step, where the system can (Linux)."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # the last on Windows, which takes no None
         return False
     return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(two), _EXCHANGE) == 0
 
@@ -232,43 +232,36 @@ def staging(path: Path) -> Iterator[Path]:
     left that were killed. Who writes holds a lock on the folder, which threads, processes and containers respect."""
     for stale in path.parent.glob(f".{path.name}.writing-*"):
         _remove_unless_locked(stale)
-    new, handle = _locked_folder(path)
+    new, unlock = _locked_folder(path)
     try:
         yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        os.close(handle)
+        unlock()
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A new folder beside `path`, and the open file that holds its lock. Until it is locked another call may take it
+def _locked_folder(path: Path) -> tuple[Path, Callable[[], None]]:
+    """A new folder beside `path`, and what gives up its lock. Until it is locked another call may take it
     for one that was left behind, and remove it: then there is another one."""
     while True:
         new = path.parent / f".{path.name}.writing-{secrets.token_hex(6)}"
         new.mkdir()
         try:
-            handle = os.open(new, os.O_RDONLY)
+            unlock = lock(new)
         except FileNotFoundError:
             continue
-        fcntl.flock(handle, fcntl.LOCK_EX)
         if new.exists():
-            return new, handle
-        os.close(handle)
+            return new, unlock
+        unlock()
 
 
 def _remove_unless_locked(folder: Path) -> None:
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        unlock = lock(folder, wait=False)
     except OSError:
-        return  # its writer was quicker
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return  # somebody is writing there
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
+        return  # somebody is writing there, or was quicker
+    shutil.rmtree(folder, ignore_errors=True)
+    unlock()
 
 
 def write_text(path: Path, text: str) -> None:

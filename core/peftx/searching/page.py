@@ -40,7 +40,12 @@ def columns(table: SearchTable) -> list[Column]:
             _test,
             tested,
         ),
-        Column("95 % interval", "of the test's mean, by Student's t", _test_low, test_interval),
+        Column(
+            "95 % interval",
+            "of the test's mean, by Student's t; of perplexity's logarithm",
+            _test_low,
+            test_interval,
+        ),
         Column("note", "what the numbers say", lambda row: row.note, remark),
         *map(cost, COSTS),
     ]

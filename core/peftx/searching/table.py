@@ -11,7 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from peftx.comparing.jobs import Job, JobResult
-from peftx.comparing.statistics import spread
+from peftx.comparing.statistics import SCALES, spread
 from peftx.comparing.table import COLUMNS as OF_A_ROW
 from peftx.comparing.table import Measured, Table, TableRow, costs_of, slugs_of
 from peftx.searching.objectives import excess, front
@@ -177,7 +177,7 @@ def _row(point: TriedPoint, tested: Tested | None, goal: Goal, slug: str) -> Poi
     if not point.results:
         status, reason = ("ended early" if point.ended else "failed"), point.reason
     else:
-        over = spread(point.quality(goal.metric))
+        over = spread(point.quality(goal.metric), SCALES[goal.metric])
         told |= {
             "value": over.mean,
             "std": over.std,
@@ -206,7 +206,7 @@ def _tested(tested: Tested, metric: str) -> dict[str, Any]:
     ]
     if any(result.reason for result in tested.results):
         return {"seeds": seeds}
-    over = spread([result.value(metric) for result in tested.results])
+    over = spread([result.value(metric) for result in tested.results], SCALES[metric])
     found = {"test_value": over.mean, "test_std": over.std, "test_low": over.low, "test_high": over.high}
     return {
         "seeds": seeds,

@@ -285,9 +285,14 @@ def assert_equal(one: Tensor, other: Tensor, what: str) -> None:
     assert torch.equal(one, other), f"{what}: largest difference {difference(one, other):.3g}, must be 0"
 
 
-def assert_close(one: Tensor, other: Tensor, tolerance: float, what: str) -> None:
-    """Within `tolerance`, relative to the largest absolute value of `other`."""
-    scale = max(float(other.double().abs().max()), 1e-12) if other.numel() else 1.0
+def largest(tensor: Tensor) -> float:
+    """Largest absolute value; 0 of an empty one."""
+    return float(tensor.double().abs().max()) if tensor.numel() else 0.0
+
+
+def assert_close(one: Tensor, other: Tensor, tolerance: float, what: str, *, least: float = 1e-12) -> None:
+    """Within `tolerance`, relative to the largest absolute value of `other`, or to `least` where that is more."""
+    scale = max(largest(other), least)
     relative = difference(one, other) / scale
     assert relative <= tolerance, (
         f"{what}: largest difference {relative:.3g} of the scale {scale:.3g}, allowed {tolerance:g}"

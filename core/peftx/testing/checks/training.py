@@ -17,6 +17,7 @@ from peftx.testing.case import (
     base_tensors,
     declared_base,
     difference,
+    largest,
 )
 from peftx.testing.checks.check import changes_model, check, injects, trains
 from peftx.testing.models import tiny_tokenizer
@@ -118,7 +119,11 @@ def check_disable_restores_base(case: Case) -> None:
 
 @check(when=_has_gradients)
 def check_gradient_checkpointing(case: Case) -> None:
-    """Recomputed activations give the same gradients."""
+    """Recomputed activations give the same gradients.
+
+    A gradient that is zero is rounding, which does not repeat: a shift of a key, for one, adds the same to all scores
+    of a query. So none is asked for more than float32 has beside the model's largest, 1e-6 of it.
+    """
     plain, recomputed = case.training_stack(), case.training_stack()
     for stack in (plain, recomputed):
         case.perturb(stack)
@@ -126,6 +131,7 @@ def check_gradient_checkpointing(case: Case) -> None:
     loss, gradients = case.gradients(plain)
     other_loss, others = case.gradients(recomputed)
     assert math.isclose(loss, other_loss, rel_tol=1e-5), f"loss {other_loss:.8g}, and {loss:.8g} without"
+    seen = max((largest(gradient) for gradient in gradients.values() if gradient is not None), default=0.0)
     for name, gradient in gradients.items():
         other = others[name]
         if gradient is None or other is None:
@@ -133,7 +139,8 @@ def check_gradient_checkpointing(case: Case) -> None:
                 f"{name} has a gradient only {'with' if gradient is None else 'without'} it"
             )
             continue
-        assert_close(other, gradient, 1e-4, f"gradient of {name} with and without checkpointing")
+        what = f"gradient of {name} with and without checkpointing"
+        assert_close(other, gradient, 1e-4, what, least=max(1e-12, 1e-2 * seen))
 
 
 @check(when=lambda subject: changes_model(subject) or trains(subject))
