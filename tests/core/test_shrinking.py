@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftx
-from peftx import Claim, Plugin, Stack, hookimpl
+from peftx import Claim, Delta, Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import as_bits, widened
-from peftx.errors import MergeError
+from peftx.errors import ConflictError, MergeError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.plugin import compresses_own
 from peftx.pipeline import load_run
@@ -213,6 +213,57 @@ def test_who_compresses_what_it_injected() -> None:
     assert compresses_own(Fades)
     assert not compresses_own(Halves)
     assert not compresses_own(Lora)
+
+
+class Drops(Plugin):
+    """Masks channels while it stands there, and leaves the others in the end: nothing of it folds in the old width."""
+
+    claims = {Claim.NARROWS}
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Doubles())
+
+    @hookimpl
+    def compress(self, model: Any, stack: Stack) -> None:
+        stack.ledger.remove(model.owner)
+        Halves().compress(model)
+
+
+class Doubles(Delta):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return 2 * weight, bias
+
+
+def test_what_packs_waits_for_what_compresses_its_own() -> None:
+    """Without a claim that it folds: what its `compress` leaves are plain layers."""
+    stack = Stack(tiny("llama"), [Drops(), Packs()], tokenizer=tiny_tokenizer())
+    before = logits(stack)
+    with pytest.raises(ConflictError, match="'packs' starts from the smaller layers of 'drops'") as raised:
+        stack.compress(ids=["packs"])
+    assert raised.value.hint == "compress(data, ['drops', 'packs'])"
+    assert torch.equal(logits(stack), before)
+    stack.compress()
+    up = stack.model.model.layers[0].mlp.up_proj
+    assert isinstance(up, QuantLinear)
+    assert up.out_features == 24
+    with pytest.raises(ConflictError, match="does not fold into the weights"):
+        Stack(tiny("llama"), [Beside(), Packs()], tokenizer=tiny_tokenizer())
+
+
+class Beside(Plugin):
+    """Stands there, and compresses nothing of its own."""
+
+    claims = {Claim.NARROWS}
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Doubles())
 
 
 MIXED = [
