@@ -140,6 +140,31 @@ def cut(
     return NarrowLinear.of(weight[rows][:, columns], None if bias is None else bias[rows], site.weight.dtype)
 
 
+def put_in_place(stack: Stack, id: str, layers: Iterable[tuple[BoundSite, nn.Module]]) -> list[str]:
+    """Take off what a plugin attached, and put these layers in the place of those that it stood on.
+
+    Returns:
+        Paths of what it trains of the base, a new head, which goes on as it is: for `train_again`.
+
+    Raises:
+        MergeError: what it attached was folded into the weights for good.
+    """
+    stack.ledger.check_removable(id)
+    for part in reversed(stack.ledger.of(id)):
+        if not isinstance(part, BasePart):
+            part.undo()
+            stack.ledger.parts.remove(part)
+    for site, layer in layers:
+        site.replace(layer)
+    return [part.key for part in stack.ledger.of(id, BasePart)]
+
+
+def train_again(model: ModelView, paths: Iterable[str]) -> None:
+    """In a bundle whose layers are narrow: let the base's own train that did, which are in its file."""
+    for path in paths:
+        model.bound(next(site for site in model.anatomy.sites if site.path == path)).train()
+
+
 def check_unpacked(stack: Stack, id: str, verb: str = "prune") -> None:
     """Raises ConflictError where a plugin before this one packs the layers that it is to take parts out of."""
     order = list(stack.plugins)

@@ -62,7 +62,7 @@ from peftx.kernel.slots import kind_of, packed
 from peftx.kernel.stack import Stack
 from peftx.toolkits.compression import NarrowLinear
 from peftx.toolkits.compression.names import dtype_name, float_dtype
-from peftx.toolkits.compression.pruning import check_layers, check_unpacked, cut
+from peftx.toolkits.compression.pruning import check_layers, check_unpacked, cut, put_in_place, train_again
 
 ROLES = (*(f"attention.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
 WIDTH, HEADS, CHANNELS, DEPTH = 64, 4, 256, 2
@@ -284,7 +284,8 @@ class Atp(Plugin):
     """See the module.
 
     Attributes:
-        state: `fixed`, once masks change no more; `kept`, of each structure, and `left`, P, once the model is narrow.
+        state: `fixed`, once masks change no more; once the model is narrow `kept`, of each structure, `left`, P, and
+            `heads`, what of the base trains.
     """
 
     Config = AtpConfig
@@ -340,6 +341,7 @@ class Atp(Plugin):
     def inject(self, model: ModelView, stack: Stack) -> None:
         if "kept" in self.state:  # a bundle that is narrow
             self.sources = {}  # type: ignore[misc]
+            train_again(model, self.state.get("heads", ()))  # of 0.2.0 none
             return
         check_unpacked(stack, model.owner, "narrow")
         layers, at = self.layers(model), 0
@@ -458,10 +460,8 @@ class Atp(Plugin):
                 new.append((site, NarrowLinear.of(layer.weight, layer.bias) if packs else layer))
         self.state["kept"] = [[int(d.sum()), len(d)] for d in parts]
         self.state["left"] = float(self.generator.share(self.generator.d))
-        stack.ledger.remove(model.owner)
+        self.state["heads"] = put_in_place(stack, model.owner, new)
         self.generator, self.structures, self.deltas, self.sources = None, [], {}, {}  # type: ignore[misc]
-        for site, module in new:
-            site.replace(module)
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
         """Once masks have come to p; of a run that is too short for them more is left."""

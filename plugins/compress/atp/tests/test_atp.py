@@ -456,6 +456,20 @@ def test_recovered_by_an_adapter_and_packed(tmp_path: Path) -> None:
     assert torch.equal(logits(again.model), logits(stack.model))
 
 
+def test_a_classifiers_head_trains_along_and_stays(tmp_path: Path) -> None:
+    stack = stack_of(model=tiny("llama", head="classification"))
+    filled(stack)
+    project(plugin_of(stack), 1e9)
+    with torch.no_grad():
+        stack.model.score.weight.add_(1.0)
+    masked, head = logits(stack.model), stack.model.score.weight.detach().clone()
+    stack.compress()
+    assert torch.equal(stack.model.score.weight, head)
+    torch.testing.assert_close(logits(stack.model), masked, rtol=1e-4, atol=1e-5)
+    again = peftx.load(stack.save(tmp_path / "bundle"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(again.model), logits(stack.model))
+
+
 def test_channels_go_once_more_after_it() -> None:
     """CFSP reads the narrow feed-forward part as any."""
     stack = stack_of("llama", CFSP(ratio=0.5, multiple=1))

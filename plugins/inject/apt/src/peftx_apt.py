@@ -57,7 +57,7 @@ from peftx.engines.training.step import swapped
 from peftx.errors import ArchitectureError, ConflictError, StackError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.parts import BasePart, DeltaPart
+from peftx.kernel.parts import DeltaPart
 from peftx.kernel.phases import Span, spans
 from peftx.toolkits.compression import NarrowLinear
 from peftx.toolkits.compression.pruning import (
@@ -66,6 +66,8 @@ from peftx.toolkits.compression.pruning import (
     check_layers,
     check_shrinks,
     heads_and_neurons,
+    put_in_place,
+    train_again,
 )
 
 OTHER_LOSS = {Claim.REPLACES_LOSS, Claim.CLASSIFIES, Claim.NO_LABELS, Claim.OWN_LAYOUT}
@@ -261,9 +263,7 @@ class Apt(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         if "kept" in self.state:  # in the weights, but for a new head that trained along
-            for site in model.anatomy.sites:
-                if site.path in self.state["heads"]:
-                    model.bound(site).train()
+            train_again(model, self.state["heads"])
             return
         c = self.config
         self.masks = [(b, b.out.attach(Mask(model.call, b, c.fade))) for b in heads_and_neurons(model)]
@@ -418,14 +418,9 @@ class Apt(Plugin):
         new: list[tuple[BoundSite, NarrowLinear]] = []
         for b, mask in self.masks:
             new += b.cut(mask.kept, {**self.adapters, b.out.path: mask})
-        for part in (part for part in stack.ledger.of(id) if not isinstance(part, BasePart)):
-            part.undo()
-            stack.ledger.parts.remove(part)
-        for site, layer in new:
-            site.replace(layer)
         self.state["kept"] = {b.out.path: [int(mask.kept.sum()), b.count] for b, mask in self.masks}
         self.state["density"] = self.density()
-        self.state["heads"] = [part.key for part in stack.ledger.of(id, BasePart)]
+        self.state["heads"] = put_in_place(stack, id, new)
 
     def density(self) -> float:
         """The blocks that stay, as a share of all by their numbers."""
