@@ -377,19 +377,32 @@ def test_the_narrow_model_computes_what_the_masked_one_did(arch: str, tmp_path: 
     assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
 
 
-def test_bytes_and_products_become_fewer() -> None:
+def operations(model: Any, inputs: dict[str, Tensor]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    stack, base, flops = pruned(), tiny("llama"), []
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(**inputs)
+    return counter.get_total_flops()
+
+
+def test_bytes_and_products_become_fewer() -> None:
+    stack, base = pruned(), tiny("llama")
     stack.compress()
-    for model in (base, stack.model):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            output_of(model, example_inputs(model))
-        flops.append(counter.get_total_flops())
-    assert flops[1] < 0.8 * flops[0]
-    narrow = stack.ledger.of("dsee", ReplacedPart)
+    narrow, inputs = stack.ledger.of("dsee", ReplacedPart), example_inputs(base)
+    assert operations(stack.model, inputs) < 0.8 * operations(base, inputs)
     whole = sum(p.nbytes for part in narrow for p in base.get_submodule(part.key).parameters())
     assert sum(t.nbytes for t in stack.ledger.tensors("dsee").values()) < 0.7 * whole
+
+
+def test_what_is_left_of_the_bundled_model() -> None:
+    """The figures of the README, with the defaults of structured masks."""
+    base, ids = Stack("peftx:tiny", []), {"input_ids": torch.arange(3, 131)[None]}
+    stack = Stack("peftx:tiny", [Dsee(rank=8, entries=0, masks="structured", prune=0)])
+    stack.train([{"text": "A row."}], steps=1, learning_rate=1e-9)
+    stack.compress(keep=False)
+    assert {tuple(pair) for pair in stack.plugins["dsee"].state["kept"].values()} == {(3, 4), (413, 688)}
+    assert (base.base_parameters(), stack.base_parameters()) == (5_401_856, 3_839_744)
+    assert operations(stack.model, ids) / operations(base.model, ids) == pytest.approx(0.71, abs=5e-3)
 
 
 def test_untrained_all_of_it_stays_and_chosen_too_early_is_refused() -> None:
