@@ -22,7 +22,9 @@ from peftx.kernel.plugin import compresses_own
 from peftx.pipeline import load_run
 from peftx.planning import plan
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, output_of
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
+from peftx.toolkits.compression.pruning import cut, heads_and_neurons, put_in_place
 from peftx_lora import Lora
 from peftx_spec import load_spec
 
@@ -187,6 +189,34 @@ def test_the_plan_knows_the_bytes_of_the_bundle(tmp_path: Path, stack: str) -> N
     run.run()
     held = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
     assert planned.totals.bundle_bytes == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "bert"])
+def test_blocks_that_are_cut_are_blocks_that_are_zero(arch: str) -> None:
+    """Without every other head and neuron a model computes what it does where their columns out of them are 0."""
+    small, zeroed = (Stack(tiny(arch), [Fades()], tokenizer=tiny_tokenizer()) for _ in range(2))
+    found = heads_and_neurons(small.view("fades"))
+    assert len(found) == 2 * small.anatomy.num_layers
+    saved, whole, layers = 0, small.base_parameters(), []
+    for blocks in found:
+        kept = torch.arange(blocks.count) % 2 == 0
+        saved += blocks.cost * int((~kept).sum())
+        out = zeroed.model.get_submodule(blocks.out.path).weight.data
+        out *= kept.repeat_interleave(blocks.width)
+        layers += blocks.cut(kept, {})
+    put_in_place(small, "fades", layers)
+    inputs = example_inputs(zeroed.model)
+    with torch.no_grad():
+        got, expected = (output_of(stack.model.eval(), inputs) for stack in (small, zeroed))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert whole - small.base_parameters() == saved
+
+
+def test_a_delta_is_folded_into_what_is_cut() -> None:
+    stack = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer())
+    site = heads_and_neurons(stack.view("fades"))[1].into[0][0]
+    layer = cut(site, Doubles(), rows=torch.tensor([3, 1]), columns=slice(0, 5))
+    assert torch.equal(layer.weight, 2 * site.weight[[3, 1], :5])
 
 
 class Fades(Plugin):

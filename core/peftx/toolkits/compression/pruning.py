@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,8 +140,8 @@ def cut(
     return NarrowLinear.of(weight[rows][:, columns], None if bias is None else bias[rows], site.weight.dtype)
 
 
-def put_in_place(stack: Stack, id: str, layers: Iterable[tuple[BoundSite, nn.Module]]) -> list[str]:
-    """Take off what a plugin attached, and put these layers in the place of those that it stood on.
+def put_in_place(stack: Stack, id: str, layers: Sequence[tuple[BoundSite, nn.Module]]) -> list[str]:
+    """Take off all that a plugin put on the model, and put these layers in the place of those that it stood on.
 
     Returns:
         Paths of what it trains of the base, a new head, which goes on as it is: for `train_again`.
