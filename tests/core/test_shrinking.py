@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftx
-from peftx import Claim, Plugin, Stack, hookimpl
+from peftx import Claim, Delta, Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import as_bits, widened
-from peftx.errors import MergeError
+from peftx.errors import ConflictError, MergeError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.plugin import compresses_own
 from peftx.pipeline import load_run
 from peftx.planning import plan
 from peftx.testing import tiny, tiny_tokenizer
+from peftx.testing.models import example_inputs, output_of
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
+from peftx.toolkits.compression.pruning import cut, heads_and_neurons, put_in_place
 from peftx_lora import Lora
 from peftx_spec import load_spec
 
@@ -189,6 +191,34 @@ def test_the_plan_knows_the_bytes_of_the_bundle(tmp_path: Path, stack: str) -> N
     assert planned.totals.bundle_bytes == pytest.approx(held, rel=0.02)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "bert"])
+def test_blocks_that_are_cut_are_blocks_that_are_zero(arch: str) -> None:
+    """Without every other head and neuron a model computes what it does where their columns out of them are 0."""
+    small, zeroed = (Stack(tiny(arch), [Fades()], tokenizer=tiny_tokenizer()) for _ in range(2))
+    found = heads_and_neurons(small.view("fades"))
+    assert len(found) == 2 * small.anatomy.num_layers
+    saved, whole, layers = 0, small.base_parameters(), []
+    for blocks in found:
+        kept = torch.arange(blocks.count) % 2 == 0
+        saved += blocks.cost * int((~kept).sum())
+        out = zeroed.model.get_submodule(blocks.out.path).weight.data
+        out *= kept.repeat_interleave(blocks.width)
+        layers += blocks.cut(kept, {})
+    put_in_place(small, "fades", layers)
+    inputs = example_inputs(zeroed.model)
+    with torch.no_grad():
+        got, expected = (output_of(stack.model.eval(), inputs) for stack in (small, zeroed))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert whole - small.base_parameters() == saved
+
+
+def test_a_delta_is_folded_into_what_is_cut() -> None:
+    stack = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer())
+    site = heads_and_neurons(stack.view("fades"))[1].into[0][0]
+    layer = cut(site, Doubles(), rows=torch.tensor([3, 1]), columns=slice(0, 5))
+    assert torch.equal(layer.weight, 2 * site.weight[[3, 1], :5])
+
+
 class Fades(Plugin):
     """Injects what it compresses."""
 
@@ -213,6 +243,57 @@ def test_who_compresses_what_it_injected() -> None:
     assert compresses_own(Fades)
     assert not compresses_own(Halves)
     assert not compresses_own(Lora)
+
+
+class Drops(Plugin):
+    """Masks channels while it stands there, and leaves the others in the end: nothing of it folds in the old width."""
+
+    claims = {Claim.NARROWS}
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Doubles())
+
+    @hookimpl
+    def compress(self, model: Any, stack: Stack) -> None:
+        stack.ledger.remove(model.owner)
+        Halves().compress(model)
+
+
+class Doubles(Delta):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return 2 * weight, bias
+
+
+def test_what_packs_waits_for_what_compresses_its_own() -> None:
+    """Without a claim that it folds: what its `compress` leaves are plain layers."""
+    stack = Stack(tiny("llama"), [Drops(), Packs()], tokenizer=tiny_tokenizer())
+    before = logits(stack)
+    with pytest.raises(ConflictError, match="'packs' starts from the smaller layers of 'drops'") as raised:
+        stack.compress(ids=["packs"])
+    assert raised.value.hint == "compress(data, ['drops', 'packs'])"
+    assert torch.equal(logits(stack), before)
+    stack.compress()
+    up = stack.model.model.layers[0].mlp.up_proj
+    assert isinstance(up, QuantLinear)
+    assert up.out_features == 24
+    with pytest.raises(ConflictError, match="does not fold into the weights"):
+        Stack(tiny("llama"), [Beside(), Packs()], tokenizer=tiny_tokenizer())
+
+
+class Beside(Plugin):
+    """Stands there, and compresses nothing of its own."""
+
+    claims = {Claim.NARROWS}
+
+    @hookimpl
+    def inject(self, model: Any) -> None:
+        for site in model.linears("mlp.up"):
+            site.attach(Doubles())
 
 
 MIXED = [

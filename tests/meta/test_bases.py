@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from peftx import Registry, Stack
+from peftx.engines.bundle.exporting import blank
+from peftx.engines.models import load_model
+from peftx.kernel.plugin import hooks_of
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
@@ -100,3 +106,41 @@ def test_it_stopped_where_its_training_says() -> None:
     assert list(READ_BEFORE.values()) == [
         int(re.findall(rf"^{name} = (\d+)$", tool, re.M)[0]) for name in names
     ]
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """Cells of the page's table with this first line, without marks of code."""
+    table = PAGE.read_text("utf-8").partition(f"{heading}\n")[2].partition("\n\n")[0]
+    return [
+        [cell.strip().replace("`", "") for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    "cells", rows_of("| method | trained here | with | would train |"), ids=lambda c: c[0]
+)
+def test_options_that_would_match_train_as_many_numbers_as_the_page_says(cells: list[str]) -> None:
+    name, here, options, there = cells
+    spec = yaml.safe_load((ROOT / "benchmarks/leaderboards/weights.snips.yaml").read_text("utf-8"))
+    (entry,) = spec["compare"]["methods"][name]["stack"]
+    given = {} if isinstance(entry, str) else entry.get("with", {})
+    changed = {**given, **yaml.safe_load(f"{{{options}}}")}
+    base, kind, found = load_model("peftx:tiny")[0], Registry().load(name), []
+    for each in (given, changed):
+        with torch.device("meta"):
+            found.append(f"{Stack(blank(base), [kind(**each)]).trainable_parameters():,}")
+    assert found == [here, there]
+
+
+def test_every_method_that_changes_weights_is_ranked_or_has_a_reason() -> None:
+    """Of the families that the table has; those that only compress train nothing."""
+    spec = yaml.safe_load((ROOT / "benchmarks/leaderboards/weights.snips.yaml").read_text("utf-8"))
+    stacks = [entry for method in spec["compare"]["methods"].values() for entry in method["stack"]]
+    ranked = {entry if isinstance(entry, str) else entry["use"] for entry in stacks}
+    registry = Registry()
+    family = {name: registry.describe(name).family for name in registry.names()}
+    ours = {name for name in family if family[name] in {family[each] for each in ranked}}
+    trains = {name for name in ours if {"inject", "train_step"} & hooks_of(registry.load(name))}
+    reasons = {name for name, _ in rows_of("| method | why |")}
+    assert not trains - ranked - reasons
+    assert not reasons & ranked

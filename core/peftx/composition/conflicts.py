@@ -132,7 +132,7 @@ def _with_nothing_before(members: Sequence[Member]) -> list[Conflict]:
 
 def _stays_known(members: Sequence[Member], order: Sequence[Member]) -> bool:
     """Does another order stand on nothing that only a model tells: what others work on stood before them already, and
-    nothing new stands behind those that leave smaller layers, or packs what others take."""
+    nothing new stands behind those that leave smaller layers but what packs these, or packs what others take."""
     for member in order:
         before, now = members[: members.index(member)], order[: order.index(member)]
         if member.claims(Claim.WORKS_ON_PREVIOUS):
@@ -146,7 +146,8 @@ def _stays_known(members: Sequence[Member], order: Sequence[Member]) -> bool:
         moved = member in _compressing_late(members) and member not in _compressing_late(order)
         if moved and member.claims(Claim.TRAINS_BASE):  # what it packs is trained first, wherever it stands
             return False
-        if member.claims(Claim.NARROWS) and any(m in before for m in order[order.index(member) + 1 :]):
+        behind = [m for m in order[order.index(member) + 1 :] if m in before]
+        if member.claims(Claim.NARROWS) and not all(m.claims(Claim.QUANTIZES) for m in behind):
             return False
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftx.kernel.plugin import Claim, Plugin, hooks_of
+from peftx.kernel.plugin import Claim, Plugin, compresses_own, hooks_of
 
 EXCLUSIVE = {
     Claim.REPLACES_STEP: "both replace the training step, and a step has one loss and one update",
@@ -68,9 +68,10 @@ def _has_phases(plugin: AnyPlugin) -> bool:
 
 
 def _stays_beside(plugin: AnyPlugin) -> bool:
-    """Does it leave something on the model that does not go into the weights, and acts on them."""
+    """Does it leave something on the model that does not go into the weights, and acts on them; what its own `compress`
+    turns into smaller layers is in these."""
     folds = {Claim.MERGEABLE, Claim.BESIDE_WEIGHTS, Claim.TRAINS_BASE}
-    return changes_model(plugin) and not folds & plugin.claims
+    return changes_model(plugin) and not (folds & plugin.claims or compresses_own(plugin))
 
 
 RULES = (

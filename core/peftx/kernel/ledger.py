@@ -104,7 +104,7 @@ class Ledger:
         own = {id(tensor) for part in added for tensor in part.tensors().values()}
         count = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
         replaced = (part.geometry for part in self.all(ReplacedPart))
-        return count + sum(int(g["in_features"]) * int(g["out_features"]) for g in replaced)
+        return count + sum(g["out_features"] * (g["in_features"] + g.get("bias", False)) for g in replaced)
 
     def free_key(self, owner: str, key: str) -> str:
         """`key`, numbered where the plugin did the same in the same place before."""

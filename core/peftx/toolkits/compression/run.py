@@ -13,7 +13,7 @@ from peftx.errors import ConflictError, StackError, UsageError
 from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.members import Member
 from peftx.kernel.parts import DeltaPart
-from peftx.kernel.plugin import Claim
+from peftx.kernel.plugin import Claim, compresses_own
 from peftx.kernel.seeds import seeded
 from peftx.kernel.slots import base_class
 from peftx.kernel.stack import Stack
@@ -57,8 +57,15 @@ def _compress_one(stack: Stack, member: Member, batches: Calibration) -> None:
     try:
         if member.claims(Claim.FOLDS_PREVIOUS):
             for other in stack.members[: stack.members.index(member)]:
-                if other.claims(Claim.MERGEABLE) and stack.ledger.of(other.id, DeltaPart):
+                if not stack.ledger.of(other.id, DeltaPart):
+                    continue
+                if other.claims(Claim.MERGEABLE):
                     stack.merge(other.id, keep=False)
+                elif compresses_own(other.plugin):
+                    raise ConflictError(
+                        f"'{member.id}' starts from the smaller layers of '{other.id}', which has not compressed yet",
+                        hint=f"compress(data, ['{other.id}', '{member.id}'])",
+                    )
         with torch.no_grad(), seeded(stack.seed, member.id):
             stack.model.eval()
             stack.call(member, "compress", model=stack.view(member.id), calibration=batches, stack=stack)

@@ -23,7 +23,8 @@ its columns of A out of it; n their norm together) is drawn to 0, after every up
     n -> max(n - eta, 0),   eta = beta lr (e^(t/T) - 1) / (e - 1) * share of this structure in all that is removed
 
 `compress` adds B A to W, leaves these dimensions out of the matrices, and drops the generator. Queries, keys and values
-still come out in their old width, with zeros, since positions turn dimensions in pairs.
+still come out in their old width, with zeros, since positions turn dimensions in pairs. Where another plugin is to pack
+their matrices afterwards, these keep the zeros too, and only the feed-forward part is smaller.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ from peftx import (
 from peftx.copies import Reader
 from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.slots import kind_of, packed
 from peftx.kernel.stack import Stack
+from peftx.toolkits.compression import NarrowLinear
 from peftx.toolkits.compression.names import dtype_name, float_dtype
+from peftx.toolkits.compression.pruning import check_layers, check_unpacked, cut, put_in_place, train_again
 
 ROLES = (*(f"attention.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
 WIDTH, HEADS, CHANNELS, DEPTH = 64, 4, 256, 2
@@ -208,8 +210,8 @@ class MaskedLora(Delta):
 
 @packed
 class Narrow(nn.Module):
-    """A frozen linear layer without some rows or columns. Buffers: W, b [rows of W]; of those that are left out inside
-    of the layer alone `rows`, `columns`: which W has.
+    """A frozen linear layer without some rows or columns, which others see with zeros. Buffers: W, b [rows of W]; where
+    some are left out `rows`, `columns`: which W has.
 
     Args:
         in_features, out_features: as seen from outside. shape: of W. bias: is there b. dtype: by name.
@@ -257,17 +259,14 @@ class Narrow(nn.Module):
         return None if self.b is None else self.spread(self.b)
 
 
-def narrow(site: BoundSite, delta: MaskedLora, kept: Tensor, size: int, *, into: bool) -> Narrow:
-    """The layer with LoRA in it, and without the dimensions of a structure that are not kept."""
-    (W, b), dim = delta.fold(site.weight, site.bias), 0 if into else 1
-    at = torch.arange(W.shape[dim], device=W.device).view(-1, size)[:, kept].flatten()
-    W, b = W.index_select(dim, at), b[at] if b is not None and into else b
-    # A channel goes from a matrix that leaves it out to one that does, and heads are in between for others to see.
-    out, width = W.shape if site.role.startswith("mlp") else site.shape
-    sizes = {"in_features": width, "out_features": out, "shape": W.shape}
-    new = Narrow(**sizes, bias=b is not None, dtype=dtype_name(W.dtype)).to(W.device)
+def narrow(site: BoundSite, delta: MaskedLora, at: Tensor, *, into: bool) -> Narrow:
+    """A matrix of heads with LoRA in it, of whose rows (`into`) or columns those `at` are left."""
+    inner = cut(site, delta, **{"rows" if into else "columns": at})
+    out, width = site.shape
+    sizes = {"in_features": width, "out_features": out, "shape": inner.weight.shape}
+    new = Narrow(**sizes, bias=inner.bias is not None, dtype=dtype_name(inner.weight.dtype)).to(at.device)
     places = {"rows": at} if into else {"columns": at}
-    for name, value in {"W": W, "b": b, **places}.items():
+    for name, value in {"W": inner.weight, "b": inner.bias, **places}.items():
         if (buffer := getattr(new, name)) is not None:
             buffer.copy_(value)
     return new
@@ -285,7 +284,8 @@ class Atp(Plugin):
     """See the module.
 
     Attributes:
-        state: `fixed`, once masks change no more; `kept`, of each structure, and `left`, P, once the model is narrow.
+        state: `fixed`, once masks change no more; once the model is narrow `kept`, of each structure, `left`, P, and
+            `heads`, what of the base trains.
     """
 
     Config = AtpConfig
@@ -341,10 +341,9 @@ class Atp(Plugin):
     def inject(self, model: ModelView, stack: Stack) -> None:
         if "kept" in self.state:  # a bundle that is narrow
             self.sources = {}  # type: ignore[misc]
+            train_again(model, self.state.get("heads", ()))  # of 0.2.0 none
             return
-        if packed := [part for part in stack.ledger.all(ReplacedPart) if kind_of(part.module) == "packed"]:
-            said = f"'{packed[0].owner}' packs {packed[0].key}, which '{model.owner}' behind it is to narrow"
-            raise ConflictError(said, hint="keep one")
+        check_unpacked(stack, model.owner, "narrow")
         layers, at = self.layers(model), 0
         self.generator = model.keep("generator", Generator(layers, self.config), full_precision=True)
         self.deltas: dict[str, MaskedLora] = {}
@@ -358,20 +357,16 @@ class Atp(Plugin):
 
     def check(self, stack: Stack) -> None:
         id, order = stack.id_of(self), list(stack.plugins)
-        if stack.standing[id].compressed or stack.standing[id].folded:
+        if stack.standing[id].folded:
             return
-        for part in stack.ledger.parts:
-            stands = isinstance(part, DeltaPart | BasePart) and part.key.partition("@")[0] in self.deltas
-            if stands and part.owner != id:
-                said = f"'{id}' tunes {part.key} itself, to narrow it, and '{part.owner}' stands on it"
-                hint = f"leave the layer out of '{part.owner}', or put that on when '{id}' has compressed"
-                raise ConflictError(said, hint=hint)
+        done = stack.standing[id].compressed
+        check_layers(stack, id, () if done else self.deltas, folds=False)
+        if done:
+            return
         for other in stack.members:
             after, why = order.index(other.id) > order.index(id), ""
             inside = (m for part in stack.ledger.of(other.id) for m in part.module.modules())
-            if after and (other.claims(Claim.QUANTIZES) or other.claims(Claim.FOLDS_PREVIOUS)):
-                why, hint = "compresses the same layers in their old size", "keep one"
-            elif after and any(isinstance(m, Reader) for m in inside):
+            if after and any(isinstance(m, Reader) for m in inside):
                 why, hint = (
                     "copies the model, which is narrow when a bundle is read",
                     f"'{other.id}' before '{id}'",
@@ -450,17 +445,23 @@ class Atp(Plugin):
         if model.owner in stack.ledger.merged():
             hint = "stack.unmerge() first: it adds what LoRA made by itself"
             raise StackError(f"{model.owner}: it is merged, and masks in weights narrow nothing", hint=hint)
-        parts, new = self.generator.d.split(self.generator.sizes), list[tuple[BoundSite, Narrow]]()
+        parts, new = self.generator.d.split(self.generator.sizes), list[tuple[BoundSite, nn.Module]]()
+        behind = stack.members[stack.members.index(stack.member(model.owner)) + 1 :]
+        packs = any(member.claims(Claim.QUANTIZES) for member in behind)
         for each, d in zip(self.structures, parts, strict=True):
             for site in each.sites:
-                form = self.deltas[site.path], d.nonzero()[:, 0], each.size
-                new.append((site, narrow(site, *form, into=site in each.into)))
+                delta, into = self.deltas[site.path], site in each.into
+                at = torch.arange(site.shape[0 if into else 1], device=d.device)
+                at = at.view(-1, each.size)[:, d > 0].flatten()
+                if site.role.startswith("mlp"):
+                    new.append((site, cut(site, delta, **{"rows" if into else "columns": at})))
+                    continue
+                layer = narrow(site, delta, at, into=into)
+                new.append((site, NarrowLinear.of(layer.weight, layer.bias) if packs else layer))
         self.state["kept"] = [[int(d.sum()), len(d)] for d in parts]
         self.state["left"] = float(self.generator.share(self.generator.d))
-        stack.ledger.remove(model.owner)
+        self.state["heads"] = put_in_place(stack, model.owner, new)
         self.generator, self.structures, self.deltas, self.sources = None, [], {}, {}  # type: ignore[misc]
-        for site, module in new:
-            site.replace(module)
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
         """Once masks have come to p; of a run that is too short for them more is left."""

@@ -19,9 +19,11 @@ from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.compression import NarrowLinear, QuantLinear
 from peftx_atp import Atp, MaskedLora, Narrow, mismatch, proximal
 from peftx_bottleneck_adapter import BottleneckAdapter
 from peftx_cfsp import CFSP
+from peftx_full_finetuning import FullFinetuning
 from peftx_hft import Hft
 from peftx_hypertuning import Hypertuning
 from peftx_layernorm_tuning import LayernormTuning
@@ -360,15 +362,17 @@ def test_the_narrow_model_computes_what_the_masked_one_did(arch: str, tmp_path: 
     masked, share = logits(stack.model), float(plugin.generator.share(plugin.generator.d))
     stack.compress()
     torch.testing.assert_close(logits(stack.model), masked, rtol=1e-4, atol=1e-5)
-    layers = {name: m for name, m in stack.model.named_modules() if isinstance(m, Narrow)}
+    layers = {name: m for name, m in stack.model.named_modules() if isinstance(m, Narrow | NarrowLinear)}
     assert len(layers) == 14
+    assert sum(isinstance(m, NarrowLinear) for m in layers.values()) == 6  # the feed-forward parts
     base = tiny(arch)
     whole = sum(base.get_submodule(name).weight.numel() for name in layers)
-    assert sum(m.W.numel() for m in layers.values()) == pytest.approx(share * whole)
+    numbers = {name: m.W if isinstance(m, Narrow) else m.weight for name, m in layers.items()}
+    assert sum(W.numel() for W in numbers.values()) == pytest.approx(share * whole)
     heads, kv = base.config.num_attention_heads, base.config.num_key_value_heads
     qk, v, channels = (int(d.sum()) for d in masks[:3])
     into, rest = [(heads * qk, 32), (kv * qk, 32), (kv * v, 32)], [(channels, 32), (channels, 32)]
-    shapes = [tuple(m.W.shape) for m in list(layers.values())[:7]]
+    shapes = [tuple(W.shape) for W in list(numbers.values())[:7]]
     assert shapes == [*into, (32, heads * v), *rest, (32, channels)]
     assert plugin.state["kept"] == [[int(d.sum()), len(d)] for d in masks]
     assert not any(name.startswith("peftx") for name, _ in stack.model.named_children())  # no generator
@@ -413,6 +417,79 @@ def test_a_narrow_model_goes_on_with_another_adapter(tmp_path: Path) -> None:
         report = each.train(ROWS, steps=2, learning_rate=1e-2)
         assert [math.isfinite(loss) for _, loss in report.losses] == [True] * len(report.losses)
         assert {owner for owner in ("atp", "lora") if list(each.ledger.parameters(owner))} == {"lora"}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_packed_after_it(arch: str, tmp_path: Path) -> None:
+    """What is packed: the narrow feed-forward part, and matrices of heads with zeros where dimensions are gone."""
+    stack, narrow = (stack_of(arch, *others, model=with_biases(arch)) for others in ((NF4Storage(),), ()))
+    for each in (stack, narrow):
+        filled(each)
+        each.compress(ids=["atp"])
+    torch.testing.assert_close(logits(stack.model), logits(narrow.model), rtol=1e-5, atol=1e-6)
+    stack.compress()
+    packed, small = stack.model.model.layers[1], narrow.model.model.layers[1]
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        layer, W = packed.get_submodule(name), small.get_submodule(name).weight
+        assert isinstance(layer, QuantLinear)
+        assert layer.weight.shape == W.shape
+        assert torch.equal(layer.weight[W == 0], W[W == 0])
+        torch.testing.assert_close(layer.weight, W, rtol=0, atol=0.2 * float(W.abs().max()))
+    assert packed.mlp.up_proj.out_features < 48
+    again = peftx.load(stack.save(tmp_path / "bundle"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(again.model), logits(stack.model))
+
+
+def test_recovered_by_an_adapter_and_packed(tmp_path: Path) -> None:
+    """The adapter stands on matrices of heads too, and folds into them, with their zeros, before they are packed."""
+    plugins = [Atp(rank=2), Lora(rank=2), NF4Storage()]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.inject(["atp"])
+    filled(stack)
+    stack.compress(ids=["atp"])
+    stack.inject(["lora"])
+    stack.train(ROWS, steps=2, learning_rate=1e-2)
+    before = stack.model.model.layers[0].self_attn.q_proj.weight.clone()
+    stack.compress(ids=["nf4"])
+    assert not torch.equal(stack.model.model.layers[0].self_attn.q_proj.weight, before)
+    again = peftx.load(stack.save(tmp_path / "bundle"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(again.model), logits(stack.model))
+
+
+def test_a_classifiers_head_trains_along_and_stays(tmp_path: Path) -> None:
+    stack = stack_of(model=tiny("llama", head="classification"))
+    filled(stack)
+    project(plugin_of(stack), 1e9)
+    with torch.no_grad():
+        stack.model.score.weight.add_(1.0)
+    masked, head = logits(stack.model), stack.model.score.weight.detach().clone()
+    stack.compress()
+    assert torch.equal(stack.model.score.weight, head)
+    torch.testing.assert_close(logits(stack.model), masked, rtol=1e-4, atol=1e-5)
+    again = peftx.load(stack.save(tmp_path / "bundle"), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(again.model), logits(stack.model))
+
+
+def test_channels_go_once_more_after_it() -> None:
+    """CFSP reads the narrow feed-forward part as any."""
+    stack = stack_of("llama", CFSP(ratio=0.5, multiple=1))
+    filled(stack)
+    stack.compress(["a text to calibrate on, which is long enough for that, and more of it"] * 8)
+    kept = stack.plugins["cfsp"].state["kept"]
+    assert [whole for _, whole in kept] == [n for n, of in plugin_of(stack).state["kept"] if of == 48]
+    up = [layer.mlp.up_proj.out_features for layer in stack.model.model.layers]
+    assert up == [n for n, _ in kept]
+    assert sum(up) < sum(whole for _, whole in kept)
+
+
+def test_what_trains_a_narrow_layer_is_refused() -> None:
+    plugins = [Atp(rank=2), FullFinetuning(targets="mlp")]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.inject(["atp"])
+    filled(stack)
+    stack.compress()
+    with pytest.raises(ConflictError, match=r"'full-finetuning' stands on .*, which 'atp' pruned"):
+        stack.inject()
 
 
 def test_a_run_prunes_and_tunes() -> None:
@@ -486,15 +563,18 @@ def test_models_without_such_layers(arch: str) -> None:
 def test_a_packed_model() -> None:
     stack = Stack(tiny("llama"), [NF4Storage(), Atp(rank=2)], tokenizer=tiny_tokenizer(), inject=False)
     stack.compress(None, ["nf4"])
-    with pytest.raises(ConflictError, match=r"'nf4' packs .*, which 'atp' behind it is to narrow"):
+    with pytest.raises(
+        ConflictError, match=r"'nf4' packs the layers that 'atp', which .* is to narrow"
+    ) as error:
         stack.inject()
+    assert error.value.hint == "put 'atp' before 'nf4'"
 
 
 @pytest.mark.parametrize("other", [Lora(rank=2), Hft()])
 def test_others_on_the_same_layers(other: Any) -> None:
     name = type(other).__name__.lower()
     for plugins in ([Atp(rank=2), other], [other, Atp(rank=2)]):
-        with pytest.raises(ConflictError, match=rf"'atp' tunes .* itself, to narrow it, and '{name}' stands"):
+        with pytest.raises(ConflictError, match=rf"'{name}' stands on .*, which 'atp' is to prune"):
             Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer())
     Stack(tiny("llama"), [Atp(rank=2), Lora(rank=2, targets="head")], tokenizer=tiny_tokenizer())
 
@@ -514,8 +594,6 @@ def test_others_beside_the_layers(other: Any, first: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("other", "after", "match"),
     [
-        (NF4Storage, True, "compresses the same layers"),
-        (CFSP, True, "compresses the same layers"),
         (Hypertuning, True, "copies the model"),
         (PrefixGrouper, False, "lays out rows otherwise"),
     ],
@@ -538,7 +616,7 @@ def test_what_is_merged_is_not_narrowed() -> None:
         stack.compress()
     stack.unmerge()
     stack.compress()
-    assert isinstance(stack.model.model.layers[0].mlp.up_proj, Narrow)
+    assert isinstance(stack.model.model.layers[0].self_attn.q_proj, Narrow)
     stack = stack_of()
     stack.merge("atp", keep=False)
     with pytest.raises(PeftxError, match="'atp' was folded into the weights for good"):

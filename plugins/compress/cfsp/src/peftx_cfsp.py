@@ -30,9 +30,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.errors import ArchitectureError, ConflictError, DataError, ModelError
-from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
-from peftx.toolkits.compression import BlockInputs, Calibration, NarrowLinear, text_blocks
+from peftx.errors import ArchitectureError, DataError, ModelError
+from peftx.toolkits.compression import BlockInputs, Calibration, text_blocks
+from peftx.toolkits.compression.pruning import check_layers, cut
 
 INTO, OUT = ("mlp.gate", "mlp.up"), "mlp.down"
 LEAST_TOKENS = 64
@@ -177,28 +177,13 @@ class CFSP(Plugin):
             rows.setdefault(site.path, []).append((site.rows.take(every) if site.rows else every)[kept])
         for site in {site.path: dataclasses.replace(site, rows=None) for site in group.values()}.values():
             out = torch.cat(rows[site.path]).sort()[0] if site.path in rows else slice(None)
-            weight = site.weight[out] if site.path in rows else site.weight[:, kept]
-            bias = None if site.bias is None else site.bias[out]
-            site.replace(NarrowLinear.of(weight, bias))
+            site.replace(cut(site, rows=out, columns=slice(None) if site.path in rows else kept))
 
     def check(self, stack: Stack) -> None:
-        id, order = stack.id_of(self), list(stack.plugins)
-        mine = {part.key for part in stack.ledger.of(id, ReplacedPart)}
-        done, earlier = stack.standing[id].compressed, stack.members[: order.index(id)]
-        if not done and (packs := next((m.id for m in earlier if m.claims(Claim.QUANTIZES)), None)):
-            said = f"'{packs}' packs the layers that '{id}', which comes after it, is to prune"
-            raise ConflictError(said, hint=f"put '{id}' before '{packs}'")
-        todo = [] if done else self.groups(stack.view(id))
-        sites = {site.path for group in todo for site in group.values()}
-        for part in stack.ledger.parts:
-            if isinstance(part, BasePart) and part.key in mine:
-                said = f"'{part.owner}' trains {part.key}, which '{id}' pruned, and no bundle would hold both"
-                raise ConflictError(said, hint="train it before it is pruned, or an adapter in its place")
-            stands = isinstance(part, BasePart | DeltaPart) and part.key.partition("@")[0] in sites
-            if stands and order.index(part.owner) > order.index(id):
-                said = f"'{part.owner}' comes after '{id}' and stands already on {part.key}, which is to be pruned"
-                way = f"Stack(..., inject=False), then compress(data, ['{id}']), then inject()"
-                raise ConflictError(said, hint=way)
+        id = stack.id_of(self)
+        todo = [] if stack.standing[id].compressed else self.groups(stack.view(id))
+        paths = {site.path for group in todo for site in group.values()}
+        check_layers(stack, id, paths, folds=True)
 
     def ranks(self, rank: int) -> dict[str, int]:
         """`Lora(ranks=...)` for the recovery: in proportion to G_l, `rank` on the mean, 1 at least."""

@@ -360,12 +360,12 @@ def test_numbers_that_are_not_finite() -> None:
 
 def test_stacks_that_do_not_work() -> None:
     for later in (Lora(rank=2), FullFinetuning(targets="mlp")):
-        with pytest.raises(ConflictError, match=r"comes after 'cfsp' and stands already on .*mlp") as caught:
+        with pytest.raises(ConflictError, match=r"stands on .*mlp.*, which 'cfsp' is to prune") as caught:
             Stack(tiny("llama"), [CFSP(ratio=0.3, multiple=8), later], tokenizer=tiny_tokenizer())
         assert "inject=False" in str(caught.value.hint)
     assert Stack(tiny("llama"), [CFSP(multiple=8), Lora(targets="attention")], tokenizer=tiny_tokenizer())
     stack = pruned("llama", FullFinetuning())
-    with pytest.raises(ConflictError, match=r"'full-finetuning' trains .*, which 'cfsp' pruned"):
+    with pytest.raises(ConflictError, match=r"'full-finetuning' stands on .*, which 'cfsp' pruned"):
         stack.inject()
     plugins = [NF4Storage(), CFSP(multiple=8)]
     with pytest.raises(ConflictError, match=r"'nf4' packs the layers that 'cfsp'.* is to prune") as caught:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,21 +52,25 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.engines.bundle.exporting import blank
 from peftx.engines.training.processes import launched
 from peftx.engines.training.step import swapped
 from peftx.errors import ArchitectureError, ConflictError, StackError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.parts import AttentionPart, BasePart, DeltaPart, ReplacedPart
+from peftx.kernel.parts import DeltaPart
 from peftx.kernel.phases import Span, spans
-from peftx.kernel.slots import kind_of
 from peftx.toolkits.compression import NarrowLinear
+from peftx.toolkits.compression.pruning import (
+    Blocks,
+    check_heads,
+    check_layers,
+    check_shrinks,
+    heads_and_neurons,
+    put_in_place,
+    train_again,
+)
 
-HEADS = ("attention.q", "attention.k", "attention.v", "attention.o")
-NEURONS = ("mlp.gate", "mlp.up", "mlp.down")
 OTHER_LOSS = {Claim.REPLACES_LOSS, Claim.CLASSIFIES, Claim.NO_LABELS, Claim.OWN_LAYOUT}
-WORK = "Llama, Mistral, Qwen 2 and 3, Gemma, BERT and RoBERTa work"
 Memory = dict[str, Tensor]
 """Key of blocks -> S, smoothed; path of an adapter -> I, smoothed; the teacher's A and B."""
 
@@ -99,42 +102,6 @@ class AptConfig(PluginConfig):
         if self.max_rank < self.rank:
             raise ValueError(f"max_rank {self.max_rank} is less than rank {self.rank}, and ranks grow")
         return self
-
-
-def narrow(site: BoundSite, delta: Delta | None, rows: Any, columns: Any) -> NarrowLinear:
-    """Rows and columns of a layer with a delta folded in, rounded once."""
-    wide = torch.promote_types(site.weight.dtype, torch.float32)
-    weight, bias = site.weight.to(wide), None if site.bias is None else site.bias.to(wide)
-    weight, bias = (weight, bias) if delta is None else delta.fold(weight, bias)
-    return NarrowLinear.of(weight[rows][:, columns], None if bias is None else bias[rows], site.weight.dtype)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The heads, or the neurons, of one layer."""
-
-    into: tuple[tuple[BoundSite, int], ...]
-    """Matrices into them, and rows of a block."""
-    out: BoundSite
-    width: int
-    """Columns of a block in the matrix out of them."""
-    count: int
-
-    @property
-    def cost(self) -> int:
-        """Numbers of one block."""
-        rows = sum(n * (site.in_features + (site.bias is not None)) for site, n in self.into)
-        return rows + self.width * self.out.out_features
-
-    @property
-    def sites(self) -> list[BoundSite]:
-        return [*(site for site, _ in self.into), self.out]
-
-    def left(self, kept: Tensor) -> Iterable[tuple[BoundSite, Any, Any]]:
-        """Every matrix, and its rows and columns that stay. kept: [count] bool."""
-        for site, n in self.into:
-            yield site, kept.repeat_interleave(n), slice(None)
-        yield self.out, slice(None), kept.repeat_interleave(self.width)
 
 
 class Mask(Delta):
@@ -280,7 +247,7 @@ class Apt(Plugin):
     adapters: dict[str, Adapter] = {}
 
     def suits(self, model: ModelView) -> None:
-        groups, g = self.groups(model), self.config.density
+        groups, g = heads_and_neurons(model), self.config.density
         least, total = sum(b.cost for b in groups), sum(b.cost * b.count for b in groups)
         if g * total < least:
             said = f"density {g:g} is less than one head and one neuron of each layer"
@@ -291,58 +258,15 @@ class Apt(Plugin):
             said = f"{other[0].path} leads into no heads or neurons, and adapters stand on what does"
             way = f"leave it out of targets: '!{other[0].role}'"
             raise ArchitectureError(f"{model.owner}: {said}", hint=way)
-        trial = blank(model.module).eval()  # with one head and one neuron less in each layer
-        for b in groups:
-            n = max(b.count - 1, 1)
-            sizes = [(site, site.in_features, rows * n) for site, rows in b.into]
-            for site, i, o in (*sizes, (b.out, b.width * n, b.out.out_features)):
-                parent, _, name = site.path.rpartition(".")
-                layer = nn.Linear(i, o, site.bias is not None, device="meta", dtype=trial.dtype)
-                setattr(trial.get_submodule(parent), name, layer)
-        try:
-            trial(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
-        except RuntimeError as error:
-            said = f"{model.config.model_type} counts its heads itself, and does not run with one less"
-            raise ArchitectureError(f"{model.owner}: {said}", hint=WORK) from error
-
-    def groups(self, model: ModelView) -> list[Blocks]:
-        """Heads and neurons of every layer.
-
-        Raises:
-            ArchitectureError: no text, two towers, or layers that have them elsewhere than between plain linear layers.
-        """
-        known = {(s.role, s.layer): model.bound(s) for s in model.anatomy.sites}
-        reads, found = len(model.towers) == 1 and model.module.main_input_name == "input_ids", []
-        for layer, h in enumerate(model.main.by_layer):
-            q = h.heads * h.head_dim // max(h.kv_heads, 1)
-            for roles, rows in ((HEADS, (q, h.head_dim, h.value_dim)), (NEURONS, (1, 1))):
-                sites = [known[role, layer] for role in roles if (role, layer) in known]
-                plain = all(
-                    s.kind == "linear" and not (s.fused or s.read) and kind_of(s.module) == "plain"
-                    for s in sites
-                )
-                whole = reads and plain and {s.role for s in sites} | {"mlp.gate"} >= {*roles}
-                count = 0 if not whole else h.kv_heads if roles is HEADS else sites[-1].in_features
-                into = tuple(zip(sites[:-1], rows, strict=False))
-                if packed := [site for site in sites if site.kind == "quantized"]:
-                    said = f"{packed[0].path} is packed already, and blocks leave before that"
-                    raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
-                if not count or any(site.out_features != n * count for site, n in into):
-                    what = f"no {'heads' if roles is HEADS else 'neurons'} between plain linear layers"
-                    said = f"layer {layer} of {model.config.model_type} has {what} of one tower of text"
-                    raise ArchitectureError(f"{model.owner}: {said}", hint=WORK)
-                found.append(Blocks(into, sites[-1], sites[-1].in_features // count, count))
-        return found
+        check_shrinks(model, groups)
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
         if "kept" in self.state:  # in the weights, but for a new head that trained along
-            for site in model.anatomy.sites:
-                if site.path in self.state["heads"]:
-                    model.bound(site).train()
+            train_again(model, self.state["heads"])
             return
         c = self.config
-        self.masks = [(b, b.out.attach(Mask(model.call, b, c.fade))) for b in self.groups(model)]
+        self.masks = [(b, b.out.attach(Mask(model.call, b, c.fade))) for b in heads_and_neurons(model)]
         self.adapters, self.layers = {}, [site.module for site in model.blocks("layer")]
         for site in model.linears(c.targets):
             site.check_rank(c.rank)
@@ -351,34 +275,15 @@ class Apt(Plugin):
             self.match = model.keep("match", Match(model.num_layers, c.rank, model.hidden_size))
 
     def check(self, stack: Stack) -> None:
-        id, order = stack.id_of(self), list(stack.plugins)
-        done, place = stack.standing[id].compressed, order.index(id)
-        mine = {part.key for part in stack.ledger.of(id, ReplacedPart)}
-        if not done:
-            mine = {site.path for b in self.groups(stack.view(id)) for site in b.sites}
-            for other in stack.members:
-                if other.claims(Claim.QUANTIZES) and order.index(other.id) < place:
-                    said = f"'{other.id}' packs the layers that '{id}', which comes after it, is to prune"
-                    raise ConflictError(said, hint=f"put '{id}' before '{other.id}'")
-                if self.config.distil and OTHER_LOSS & other.plugin.claims:
-                    said = f"'{id}' weighs the task's loss against its teacher's, and '{other.id}' brings another"
-                    raise ConflictError(said, hint=f"distil: false in '{id}'")
-        for part in (part for part in stack.ledger.parts if part.owner != id):
-            if isinstance(part, AttentionPart):
-                said = f"'{part.owner}' edits attention by its heads, and '{id}' takes heads out"
-                raise ConflictError(said, hint="keep one of them")
-            trains, stands = isinstance(part, BasePart), isinstance(part, BasePart | DeltaPart)
-            clash = trains if done else stands and order.index(part.owner) > place
-            if clash and part.key.partition("@")[0] in mine:
-                said = (
-                    f"'{part.owner}' stands on {part.key}, which '{id}' {'pruned' if done else 'is to prune'}"
-                )
-                way = (
-                    "an adapter in its place"
-                    if done
-                    else f"put '{part.owner}' before '{id}', or on other layers"
-                )
-                raise ConflictError(said, hint=way)
+        id = stack.id_of(self)
+        done = stack.standing[id].compressed
+        for other in () if done or not self.config.distil else stack.members:
+            if OTHER_LOSS & other.plugin.claims:
+                said = f"'{id}' weighs the task's loss against its teacher's, and '{other.id}' brings another"
+                raise ConflictError(said, hint=f"distil: false in '{id}'")
+        blocks = [] if done else heads_and_neurons(stack.view(id))
+        check_heads(stack, id)
+        check_layers(stack, id, {site.path for b in blocks for site in b.sites}, folds=True)
 
     def phases(self) -> Sequence[Phase]:
         if "kept" in self.state:
@@ -510,19 +415,12 @@ class Apt(Plugin):
         if steps := max(int((mask.level * ~mask.kept).max()) for _, mask in self.masks):
             said = "masks of blocks that are to go have not fallen to 0 yet"
             raise StackError(f"{id}: {said}", hint=f"train {steps} steps more")
-        new = []
+        new: list[tuple[BoundSite, NarrowLinear]] = []
         for b, mask in self.masks:
-            for site, rows, columns in b.left(mask.kept):
-                delta = mask if site is b.out else self.adapters.get(site.path)
-                new.append((site, narrow(site, delta, rows, columns)))
-        for part in (part for part in stack.ledger.of(id) if not isinstance(part, BasePart)):
-            part.undo()
-            stack.ledger.parts.remove(part)
-        for site, layer in new:
-            site.replace(layer)
+            new += b.cut(mask.kept, {**self.adapters, b.out.path: mask})
         self.state["kept"] = {b.out.path: [int(mask.kept.sum()), b.count] for b, mask in self.masks}
         self.state["density"] = self.density()
-        self.state["heads"] = [part.key for part in stack.ledger.of(id, BasePart)]
+        self.state["heads"] = put_in_place(stack, id, new)
 
     def density(self) -> float:
         """The blocks that stay, as a share of all by their numbers."""
@@ -531,7 +429,7 @@ class Apt(Plugin):
         return left / total if self.masks else 1.0  # before `inject` all of them
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        for site in (site for b in self.groups(model) for site in b.sites):
+        for site in (site for b in heads_and_neurons(model) for site in b.sites):
             yield site, int(site.weight.nbytes * self.config.density)
 
     @hookimpl

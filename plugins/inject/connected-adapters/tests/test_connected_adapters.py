@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,6 +168,40 @@ def test_what_frozen_layers_take_from_gradients_the_side_path_does_not() -> None
             found[side, kept] = gradients(stack if side else without_side_path(stack))[0]["inside"]
     assert found[False, 0.5] == pytest.approx(found[False, 1.0] / 2**11, rel=1e-3)
     assert found[True, 0.5] > found[True, 1.0] / 20
+
+
+def retrieval_loss(stack: Stack, queries: Tensor, passages: Tensor) -> Tensor:
+    """In-batch negatives: of [B, T] ids each, mean states as vectors, whose products name the passage."""
+    q, p = (
+        stack.model(input_ids=ids, output_hidden_states=True).hidden_states[-1].mean(1)
+        for ids in (queries, passages)
+    )
+    return nn.functional.cross_entropy(q @ p.T / 4, torch.arange(len(q)))
+
+
+def test_a_retriever_is_trained_by_its_batch() -> None:
+    """The paper's task: where all vectors are the same the loss is log(batch), and nothing can be learned; else all
+    layers learn, and the frozen ones stay."""
+    stack = Stack(tiny("bert", num_hidden_layers=3), [ConnectedAdapters(inside=4, aside=3)])
+    stack.model.eval()
+    same = torch.full((6, 5), 7)
+    assert retrieval_loss(stack, same, same).item() == pytest.approx(math.log(6), abs=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    queries, passages = (torch.randint(3, 200, (6, 5), generator=generator) for _ in range(2))
+    frozen = {name: p.clone() for name, p in stack.model.named_parameters() if not p.requires_grad}
+    trained = [p for p in stack.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
+    for _ in range(25):
+        loss = retrieval_loss(stack, queries, passages)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert not any(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+    assert all(torch.equal(p, frozen[name]) for name, p in stack.model.named_parameters() if name in frozen)
+    assert retrieval_loss(stack, same, same).item() == pytest.approx(math.log(6), abs=1e-5)
 
 
 def test_an_adapter_reads_what_all_layers_before_it_handed_on() -> None:

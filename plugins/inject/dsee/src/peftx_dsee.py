@@ -1,7 +1,7 @@
 """DSEE: a low-rank update with a few free entries beside it, on weights that are pruned while they are tuned.
 
-"DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models" (arXiv:2111.00160), with unstructured
-masks. W: [m, n] is frozen; A: [r, n], B: [m, r] and the values of S train, at N places Omega that never change:
+"DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models" (arXiv:2111.00160). W: [m, n] is
+frozen; A: [r, n], B: [m, r] and the values of S train, at N places Omega that never change:
 
     W' = M * W + s (B A + S)                  s = alpha / r;  A ~ N(0, 0.02**2), B = 0, S = 0, M = 1: W' = W
 
@@ -11,21 +11,25 @@ takes turns, k rows of V more each round, and R in the end,
     U = Q of (W - S) V^T,   V = U^T (W - S),   S = W - U V where that is 0.01 or more, else 0
     V with the first k rows of R, of W - U V - S = Q R, below it;   S = 0
 
-M is chosen once in training, of all pruned matrices together: the share p of their entries with the smallest
+M is chosen once in training, by W' as it is then, and after that A, B and S train on. There are two kinds of masks:
 
-    |W + s (B A + S)|                         |W| where there is no update
+    unstructured   the share p of the entries of all pruned matrices together, those of the smallest |W'|, in W alone
+    structured     a share of each layer's heads, and of its neurons, those of the smallest sum of |W'| over their rows
+                   of queries and values, or into the feed-forward part: their columns of W_o and W_down
 
-is set to 0, in W alone. After that A, B and S train on.
+Structured masks make a smaller model: `compress` folds the updates into the weights, and takes the rows and columns of
+these heads and neurons out for good.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from math import prod
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from peftx import (
     Claim,
     Delta,
+    Evaluation,
     ModelView,
     Phase,
     Plugin,
@@ -45,12 +50,23 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.errors import ConflictError, OptionError
+from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
 from peftx.kernel.parts import DeltaPart
+from peftx.toolkits.compression.pruning import (
+    Blocks,
+    check_heads,
+    check_layers,
+    check_shrinks,
+    heads_and_neurons,
+    put_in_place,
+    train_again,
+)
 from peftx.toolkits.injecting import check_share
 
 ROUNDS = 20
 """Of the decomposition."""
+HEADS, NEURONS = 0.25, 0.4
+"""Shares that go with structured masks, where none is given: 3 of 12 heads, as in the paper's BERT."""
 
 
 class DseeConfig(PluginConfig):
@@ -65,11 +81,22 @@ class DseeConfig(PluginConfig):
         lt=1,
         description="R, rank of the matrix that says where W is fitted worst; a share of its smaller side",
     )
+    masks: Literal["unstructured", "structured"] = Field(
+        "unstructured", description="of single entries, or of whole heads and neurons"
+    )
     sparsity: float = Field(
         0.5, ge=0, lt=1, description="p, share of all pruned matrices' entries that goes; 0: none"
     )
+    heads: float | None = Field(
+        None, ge=0, lt=1, description="structured: share of a layer's heads that goes; 0.25 if left out"
+    )
+    neurons: float | None = Field(
+        None, ge=0, lt=1, description="structured: share of a layer's neurons that goes; 0.4 if left out"
+    )
     prune: float = Field(
-        0.5, gt=0, description="steps before the pruning: a share of the run's, or from 1 on their number"
+        0.5,
+        ge=0,
+        description="steps before the pruning: a share of the run's, or from 1 on their number; 0: none",
     )
     targets: Targets = Field(Targets("attention.q,v"), description="linear layers to update")
     pruned: Targets = Field(Targets("all"), description="linear layers to prune")
@@ -80,6 +107,16 @@ class DseeConfig(PluginConfig):
         if prune >= 1 and prune != int(prune):
             raise ValueError("from 1 on it is a number of steps, and must be whole")
         return prune
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> DseeConfig:
+        if self.masks == "unstructured" and not self.heads is self.neurons is None:
+            raise ValueError("heads and neurons go with structured masks: set masks, or drop them")
+        known = type(self).model_fields
+        for name in ("sparsity", "pruned") if self.masks == "structured" else ():
+            if getattr(self, name) != known[name].default:
+                raise ValueError(f"{name} goes with unstructured masks: drop it, or set heads and neurons")
+        return self
 
 
 class PrunedDelta(Delta):
@@ -140,37 +177,76 @@ class Dsee(Plugin):
     """See the module.
 
     Attributes:
-        state: `pruned`, once M is chosen.
+        state: `pruned`, once M is chosen; False while that is to come. Once heads and neurons are gone `kept`, how many
+            are left by the path of W_o or W_down, `left`, their share of numbers, and `heads`, what of the base trains.
     """
 
     Config = DseeConfig
-    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE}
+    claims = {Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NARROWS}
     architectures = ("mixtral", "phi3")
     # A loop of one's own does not know its length, of which 0.5 is a half; and of random matrices a high rank leaves
     # what bfloat16 rounds away, so that Omega is another one.
     example = {"rank": 4, "entries": 8, "background": 0.05, "prune": 1}
     config: DseeConfig
+    deltas: dict[str, PrunedDelta] = {}
+    updates: dict[str, DseeDelta] = {}
+    blocks: Sequence[Blocks] = ()
+
+    @property
+    def structured(self) -> bool:
+        return self.config.masks == "structured"
+
+    def share(self, blocks: Blocks) -> float:
+        """Of these that goes."""
+        heads, c = blocks.out.role == "attention.o", self.config
+        given, default = (c.heads, HEADS) if heads else (c.neurons, NEURONS)
+        return default if given is None else given
+
+    def suits(self, model: ModelView) -> None:
+        if not self.structured or "kept" in self.state:
+            return
+        found = heads_and_neurons(model)
+        for b in found:
+            if 0 < self.share(b) * b.count < 1:
+                what = "heads" if b.out.role == "attention.o" else "neurons"
+                said = f"{what} {self.share(b):g} of the {b.count} of a layer is less than one"
+                raise OptionError(f"{model.owner}: {said}", hint=f"{1 / b.count:.3g} at least, or 0")
+        into = {site.path for b in found for site, _ in b.into}
+        if other := [site for site in model.linears(self.config.targets) if site.path not in into]:
+            said = (
+                f"{other[0].path} leads into no heads or neurons, and an update there would see those that go"
+            )
+            raise ArchitectureError(
+                f"{model.owner}: {said}", hint=f"leave it out of targets: '!{other[0].role}'"
+            )
+        check_shrinks(model, found)
 
     def phases(self) -> Sequence[Phase]:
-        if not self.config.sparsity:
+        if "kept" in self.state or not (self.config.sparsity or self.structured):
             return ()
-        return [*([] if self.state.get("pruned") else [Phase("tune", self.config.prune)]), Phase("recover")]
+        waits = self.config.prune and not self.state.get("pruned")
+        return [*([Phase("tune", self.config.prune)] if waits else []), Phase("recover")]
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
+        if "kept" in self.state:  # in the weights, but for a new head that trained along
+            return train_again(model, self.state["heads"])
         config, plain = self.config, {site.key: site for site in model.anatomy.sites if site.kind != "block"}
         updated = {site.key: site for site in model.linears(config.targets)}
-        pruned = {site.key: site for site in model.linears(config.pruned)} if config.sparsity else {}
-        if pruned:
+        self.blocks = heads_and_neurons(model) if self.structured else ()
+        pruned = {b.out.key: b.out for b in self.blocks}
+        if config.sparsity and not self.structured:
+            pruned = {site.key: site for site in model.linears(config.pruned)}
             size, of = sum(prod(site.shape) for site in pruned.values()), f"{len(pruned)} matrices"
             check_share(f"{model.owner}: sparsity", config.sparsity, size, of, goes=True, least=len(pruned))
-        r, self.deltas = config.rank, dict[str, PrunedDelta]()
+        r, self.deltas, self.updates = config.rank, {}, {}
         for key, site in (pruned | updated).items():
             delta = PrunedDelta(plain[key], pruned=key in pruned)
             if key in updated:
                 site.check_rank(r)
                 at = self.places(site, known=model.restoring)
                 delta = DseeDelta(plain[key], pruned=key in pruned, rank=r, scale=config.alpha / r, at=at)
+                self.updates[site.path] = delta
             if key in pruned:
                 self.deltas[key] = delta
             site.attach(delta)
@@ -189,14 +265,24 @@ class Dsee(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        if self.deltas and not self.state.get("pruned") and step.phase(self).name == "recover":
-            choose(list(self.deltas.values()), self.config.sparsity)
-            self.state["pruned"] = True
-            if gone := [key for key, delta in self.deltas.items() if not delta.left.any()]:
-                told = f"nothing is left of {len(gone)} of {len(self.deltas)} matrices, first {gone[0]}"
-                warnings.warn(f"{step.stack.id_of(self)}: {told}; a lower sparsity?", stacklevel=2)
+        if self.deltas and not self.state.get("pruned"):
+            self.state["pruned"] = step.phase(self).name == "recover"
+            if self.state["pruned"]:
+                self.prune(step)
         self.act()  # a checkpoint may have brought a mask
         return (yield)
+
+    def prune(self, step: TrainStep) -> None:
+        """Choose M."""
+        if self.structured:
+            for b in self.blocks:
+                kept = keep(b, self.updates, int(self.share(b) * b.count))
+                self.deltas[b.out.key].left.copy_(kept.repeat_interleave(b.width))
+        else:
+            choose(list(self.deltas.values()), self.config.sparsity)
+            if gone := [key for key, delta in self.deltas.items() if not delta.left.any()]:
+                told = f"nothing is left of {len(gone)} of {len(self.deltas)} matrices, first {gone[0]}"
+                warnings.warn(f"{step.stack.id_of(self)}: {told}; a lower sparsity?", stacklevel=3)
 
     def act(self) -> None:
         for delta in self.deltas.values():
@@ -204,6 +290,9 @@ class Dsee(Plugin):
 
     def check(self, stack: Stack) -> None:
         id, order = stack.id_of(self), list(stack.plugins)
+        if self.structured:
+            check_heads(stack, id)
+            return check_layers(stack, id, {site.path for b in self.blocks for site in b.sites}, folds=False)
         mine = {delta.site.path for delta in self.deltas.values()}
         for part in stack.ledger.all(DeltaPart):
             inside = order.index(part.owner) < order.index(id) or part.module.has_base()
@@ -213,6 +302,48 @@ class Dsee(Plugin):
                     hint=f"put {part.owner} behind {id} if it leaves the layer's own product alone, or leave the layer "
                     "out of one of them",
                 )
+
+    @hookimpl
+    def compress(self, model: ModelView, stack: Stack) -> None:
+        """Take out heads and neurons; with unstructured masks nothing becomes smaller."""
+        id = model.owner
+        if not self.structured:
+            return
+        if not stack.ledger.of(id, DeltaPart) or id in stack.ledger.merged():
+            said = "there are no masks on the model, or they are in the weights already"
+            raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
+        if self.state.get("pruned") is False:
+            said = "no heads and neurons were chosen yet"
+            raise StackError(f"{id}: {said}", hint="train on into `recover`")
+        kept = {b.out.path: self.left(b) for b in self.blocks}
+        layers = [pair for b in self.blocks for pair in b.cut(kept[b.out.path], self.updates)]
+        self.state["left"] = self.share_left()
+        self.state["kept"] = {path: [int(left.sum()), len(left)] for path, left in kept.items()}
+        self.state["heads"] = put_in_place(stack, id, layers)
+        self.deltas, self.updates, self.blocks = {}, {}, ()
+
+    def left(self, b: Blocks) -> Tensor:
+        """Which blocks stay, [count] bool."""
+        return self.deltas[b.out.key].left[0].unflatten(0, (-1, b.width))[:, 0]
+
+    def share_left(self) -> float:
+        """Of the numbers that M is about."""
+        if self.blocks:
+            left = sum(b.cost * int(self.left(b).sum()) for b in self.blocks)
+            return left / sum(b.cost * b.count for b in self.blocks)
+        masks = [delta.left for delta in self.deltas.values()]
+        return sum(int(m.sum()) for m in masks) / max(sum(m.numel() for m in masks), 1) if masks else 1.0
+
+    def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
+        for b in heads_and_neurons(model) if self.structured else ():
+            for site in b.sites:
+                yield site, site.weight.nbytes * (b.count - int(self.share(b) * b.count)) // b.count
+
+    @hookimpl
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Which share of the numbers is left that M is about, and numbers in the model."""
+        evaluation.add("left", self.state["left"] if "left" in self.state else self.share_left())
+        evaluation.add("parameters", evaluation.stack.base_parameters())
 
 
 @torch.no_grad()
@@ -244,3 +375,16 @@ def choose(deltas: list[PrunedDelta], p: float) -> None:
     left = torch.ones(sum(size), dtype=torch.bool, device=device).index_fill(0, gone, False)
     for delta, mine in zip(deltas, left.split(size), strict=True):
         delta.left.copy_(mine.view_as(delta.left))
+
+
+@torch.no_grad()
+def keep(b: Blocks, updates: Mapping[str, DseeDelta], gone: int) -> Tensor:
+    """M of a layer's heads or neurons, [count] bool: without those of the smallest sum of |W'| over their rows."""
+    size = b.out.weight.new_zeros(b.count, dtype=torch.float32)
+    for site, _ in b.into:
+        if site.role != "attention.k":
+            W = site.weight.float()
+            W = updates[site.path].fold(W, None)[0] if site.path in updates else W
+            size += W.abs().sum(1).unflatten(0, (b.count, -1)).sum(1).to(size)
+    smallest = size.topk(gone, largest=False).indices
+    return torch.ones(b.count, dtype=torch.bool, device=size.device).index_fill(0, smallest, False)

@@ -13,17 +13,30 @@ from torch import Tensor, nn
 
 import peftx
 from peftx import Plugin, Stack
-from peftx.errors import ConflictError, PeftxError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.anatomy.site import Site
-from peftx.kernel.parts import DeltaPart
+from peftx.kernel.parts import DeltaPart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_dsee import Dsee, DseeDelta, PrunedDelta, choose, residual
 from peftx_lora import Lora
+from peftx_nf4 import NF4Storage
+from peftx_prefix_tuning import PrefixTuning
 from peftx_prompt_tuning import PromptTuning
 from peftx_sparselora import Sparselora
 
 test_conformance = conformance("dsee")
+test_conformance_of_structured_masks = conformance(
+    "dsee",
+    options={
+        **Dsee.example,
+        "masks": "structured",
+        "heads": 0.5,
+        "prune": 0,
+    },  # it is compressed after a step
+    models=["llama", "bert", "qwen2"],
+    expected_failures={"stands_on_integers": "rows and columns of integers are not cut"},
+)
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
 
@@ -286,6 +299,182 @@ def test_half_precision_models() -> None:
     assert logits(stack).isfinite().all()
 
 
+# ------------------------------------------------------------------------------------------------- heads and neurons
+def structured(*others: Plugin, arch: str = "llama", model: Any = None, **options: Any) -> Stack:
+    settings = {"rank": 2, "entries": 6, "prune": 1, "masks": "structured", "heads": 0.5, "neurons": 0.25}
+    plugins = [Dsee(**(settings | options)), *others]
+    return Stack(model or tiny(arch), plugins, tokenizer=tiny_tokenizer())
+
+
+def pruned(*others: Plugin, **options: Any) -> Stack:
+    """Trained beyond the pruning, two steps on one batch."""
+    stack = structured(*others, **options)
+    batch = example_inputs(stack.model) | {"labels": example_inputs(stack.model)["input_ids"]}
+    optimizer = torch.optim.AdamW([p for p in stack.model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        stack.train_step(batch, optimizer=optimizer)
+    stack.model.eval()
+    return stack
+
+
+def left(stack: Stack) -> list[list[bool]]:
+    plugin = stack.plugins["dsee"]
+    return [plugin.left(b).tolist() for b in plugin.blocks]  # type: ignore[attr-defined]
+
+
+def test_the_smallest_sums_of_rows_go() -> None:
+    """By hand, of the weights as they are when the phase begins: queries with values, gates with what they gate."""
+    stack = structured()
+    with torch.no_grad():
+        for delta in updates(stack):
+            delta.B.normal_()
+    expected = []
+    for layer in stack.model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        q, v = (
+            m.peftx["dsee"].fold(m.weight, None)[0].detach() for m in (attention.q_proj, attention.v_proj)
+        )
+        heads = q.abs().view(2, -1).sum(1) + v.abs().view(2, -1).sum(1)  # two keys, each of two queries
+        expected.append((heads > heads.min()).tolist())
+        with torch.no_grad():  # keys do not count
+            attention.k_proj.weight.unflatten(0, (2, -1))[heads.argmin()] *= 100
+        neurons = mlp.gate_proj.weight.abs().sum(1) + mlp.up_proj.weight.abs().sum(1)
+        expected.append((neurons > neurons.sort().values[11]).tolist())  # 12 of 48 go
+    stack.train(ROWS, steps=2, batch_size=2, learning_rate=1e-9)
+    assert left(stack) == expected
+    assert [sum(one) for one in left(stack)] == [1, 36] * 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "qwen2", "gemma2"])
+def test_the_masked_model_is_one_without_these_columns(arch: str) -> None:
+    """What others write is not seen of a head or a neuron that is gone, whatever its update gives."""
+    stack = pruned(arch=arch)
+    plain = pruned(arch=arch, heads=0, neurons=0)
+    for mine, theirs in zip(stack.ledger.parameters("dsee"), plain.ledger.parameters("dsee"), strict=True):
+        theirs.data.copy_(mine.data)
+    for b, kept in zip(stack.plugins["dsee"].blocks, left(stack), strict=True):  # type: ignore[attr-defined]
+        columns = torch.tensor(kept).repeat_interleave(b.width)
+        plain.model.get_submodule(b.out.path).weight.data *= columns
+    torch.testing.assert_close(logits(stack), logits(plain), rtol=1e-4, atol=1e-5)
+    assert all(any(one) and not all(one) for one in left(stack))
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "qwen2", "gemma2"])
+def test_the_narrow_model_computes_what_the_masked_one_did(arch: str, tmp_path: Path) -> None:
+    stack = pruned(arch=arch, targets="attention.q,v mlp.up")
+    masked, kept, blocks = logits(stack), left(stack), stack.plugins["dsee"].blocks  # type: ignore[attr-defined]
+    gone = sum(b.cost * one.count(False) for b, one in zip(blocks, kept, strict=True))
+    before = stack.evaluate(["a text"], metrics=["dsee"])
+    stack.compress()
+    torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-4)
+    state = stack.plugins["dsee"].state
+    assert list(state["kept"].values()) == [[sum(one), len(one)] for one in kept]
+    assert stack.trainable_parameters() == 0
+    after = stack.evaluate(["a text"], metrics=["dsee"])
+    assert after["left"].value == before["left"].value < 0.8
+    assert before["parameters"].value - after["parameters"].value == gone
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
+
+
+def operations(model: Any, inputs: dict[str, Tensor]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(**inputs)
+    return counter.get_total_flops()
+
+
+def test_bytes_and_products_become_fewer() -> None:
+    stack, base = pruned(), tiny("llama")
+    stack.compress()
+    narrow, inputs = stack.ledger.of("dsee", ReplacedPart), example_inputs(base)
+    assert operations(stack.model, inputs) < 0.8 * operations(base, inputs)
+    whole = sum(p.nbytes for part in narrow for p in base.get_submodule(part.key).parameters())
+    assert sum(t.nbytes for t in stack.ledger.tensors("dsee").values()) < 0.7 * whole
+
+
+def test_what_is_left_of_the_bundled_model() -> None:
+    """The figures of the README, with the defaults of structured masks."""
+    base, ids = Stack("peftx:tiny", []), {"input_ids": torch.arange(3, 131)[None]}
+    stack = Stack("peftx:tiny", [Dsee(rank=8, entries=0, masks="structured", prune=0)])
+    stack.train([{"text": "A row."}], steps=1, learning_rate=1e-9)
+    stack.compress(keep=False)
+    assert {tuple(pair) for pair in stack.plugins["dsee"].state["kept"].values()} == {(3, 4), (413, 688)}
+    assert (base.base_parameters(), stack.base_parameters()) == (5_401_856, 3_839_744)
+    assert operations(stack.model, ids) / operations(base.model, ids) == pytest.approx(0.71, abs=5e-3)
+
+
+def test_untrained_all_of_it_stays_and_chosen_too_early_is_refused() -> None:
+    stack = structured(prune=2)
+    before = logits(stack)
+    untouched = structured()
+    untouched.compress()
+    torch.testing.assert_close(logits(untouched), before, rtol=1e-4, atol=1e-5)
+    assert untouched.plugins["dsee"].state["left"] == 1
+    batch = example_inputs(stack.model) | {"labels": example_inputs(stack.model)["input_ids"]}
+    stack.run_train_step(peftx.TrainStep(stack, batch, index=0, total=4))
+    stack.model.eval()
+    assert stack.plugins["dsee"].state["pruned"] is False
+    with pytest.raises(PeftxError, match="no heads and neurons were chosen yet"):
+        stack.compress()
+    stack.merge()
+    with pytest.raises(PeftxError, match="in the weights already"):
+        stack.compress()
+
+
+def test_packed_and_adapted_after_it(tmp_path: Path) -> None:
+    plugins = [Dsee(rank=2, entries=6, prune=1, masks="structured", heads=0.5), Lora(rank=2), NF4Storage()]
+    stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.inject(["dsee"])
+    train(stack)
+    stack.compress(ids=["dsee"])
+    stack.inject(["lora"])
+    train(stack)
+    stack.compress(ids=["nf4"])
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
+
+
+def test_a_classifiers_head_stays(tmp_path: Path) -> None:
+    stack = structured(model=tiny("bert", head="classification"))
+    rows = [{"text": f"{n} is even", "label": str(n % 2)} for n in range(8)]
+    stack.train(rows, steps=2, batch_size=2, learning_rate=1e-2)
+    masked, head = logits(stack), stack.model.classifier.weight.detach().clone()
+    stack.compress()
+    assert torch.equal(stack.model.classifier.weight, head)
+    torch.testing.assert_close(logits(stack), masked, rtol=1e-4, atol=1e-4)
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
+
+
+def test_unstructured_masks_make_nothing_smaller() -> None:
+    stack = train(stack_of())
+    before, held = logits(stack), len(stack.ledger.parts)
+    stack.compress()
+    assert torch.equal(logits(stack), before)
+    assert len(stack.ledger.parts) == held
+    gone = stack.evaluate(ROWS, metrics=["dsee"])["left"].value
+    assert gone == pytest.approx(0.5, abs=1e-3)
+
+
+def test_structured_masks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(PeftxError, match=r"dsee: heads 0.25 of the 2 of a layer is less than one") as e:
+        structured(heads=0.25)
+    assert e.value.hint == "0.5 at least, or 0"
+    with pytest.raises(ArchitectureError, match=r"o_proj leads into no heads or neurons") as e:
+        structured(targets="attention")
+    assert e.value.hint == "leave it out of targets: '!attention.o'"
+    with pytest.raises(ArchitectureError, match="layer 0 of gpt2 has no heads between plain linear"):
+        structured(arch="gpt2")
+    for plugins in ([Lora(rank=2)], [PrefixTuning()], [NF4Storage()]):
+        dsee = Dsee(rank=2, entries=6, masks="structured", heads=0.5)
+        with pytest.raises(ConflictError, match="dsee"):
+            Stack(tiny("llama"), [*plugins, dsee], tokenizer=tiny_tokenizer())
+    with pytest.raises(ConflictError, match=r"'lora' stands on .*, which 'dsee' is to prune"):
+        structured(Lora(rank=2))
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 def test_what_changes_a_pruned_layer_before_it_is_refused() -> None:
     with pytest.raises(
@@ -338,11 +527,17 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ({"background": 0}, "background"),
         ({"sparsity": 1}, "sparsity"),
         ({"sparsity": -0.1}, "sparsity"),
-        ({"prune": 0}, "prune"),
+        ({"prune": -1}, "prune"),
         ({"prune": 2.5}, "must be whole"),
+        ({"heads": 0.5}, "heads and neurons go with structured masks"),
+        ({"masks": "structured", "heads": 1}, "heads"),
+        ({"masks": "structured", "sparsity": 0.3}, "sparsity goes with unstructured masks"),
+        ({"masks": "structured", "pruned": "mlp"}, "pruned goes with unstructured masks"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:
     with pytest.raises(PeftxError, match=rf"Dsee: .*{match}") as caught:
         Dsee(**options)
-    assert "rank, entries, alpha, background, sparsity, prune, targets, pruned" in str(caught.value.hint)
+    assert "rank, entries, alpha, background, masks, sparsity, heads, neurons, prune" in str(
+        caught.value.hint
+    )

@@ -14,8 +14,10 @@ from peftx.kernel.parts import DeltaPart
 from peftx.kernel.plugin import Claim, Plugin
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_learner_modules import Learner, LearnerModules
 from peftx_lora import Lora
+from peftx_nf4 import NF4Storage
 
 test_conformance = conformance("learner-modules")
 
@@ -65,6 +67,31 @@ def test_merged_it_computes_the_same() -> None:
     given = output_of(stack.model.eval(), inputs)
     stack.merge()
     torch.testing.assert_close(output_of(stack.model, inputs), given, rtol=1e-5, atol=1e-6)
+
+
+def test_it_learns_on_a_compressed_encoder(tmp_path: Path) -> None:
+    """As in the paper, one that was compressed first: its integers stay, and learners and norms learn the classes."""
+    model = tiny("bert", head="classification")
+    model.config.id2label, model.config.label2id = {0: "dark", 1: "late"}, {"dark": 0, "late": 1}
+    plugins = [NF4Storage(), LearnerModules(rank=4)]
+    stack = Stack(model, plugins, tokenizer=tiny_tokenizer(), inject=False)
+    stack.compress(ids=["nf4"])
+    packed = {name: t.clone() for name, t in stack.ledger.tensors("nf4").items()}
+    stack.inject()
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(8) for word in ("dark", "late")]
+    report = stack.train(rows, steps=40, learning_rate=1e-2, batch_size=8, max_length=24)
+    assert report.losses[0][1] > 0.5
+    assert report.losses[-1][1] < 0.1
+    assert packed.keys() == stack.ledger.tensors("nf4").keys()
+    assert all(torch.equal(t, packed[name]) for name, t in stack.ledger.tensors("nf4").items())
+    learners = stack.ledger.of("learner-modules", DeltaPart)
+    assert len(learners) == 4  # both matrices of two layers, packed ones
+    assert all(bool(part.module.U.any()) and isinstance(part.place, QuantLinear) for part in learners)
+    inputs = example_inputs(stack.model)
+    given = output_of(stack.model.eval(), inputs)
+    stack.save(tmp_path / "out")
+    again = peftx.load(tmp_path / "out")
+    assert torch.equal(output_of(again.model.eval(), inputs), given)
 
 
 @pytest.mark.parametrize("norms", [True, False])

@@ -46,7 +46,6 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.engines.bundle.exporting import blank
 from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
 from peftx.kernel.chain import is_ours
 from peftx.kernel.parts import BasePart, ContextPart, DeltaPart, ReplacedPart
@@ -54,6 +53,7 @@ from peftx.kernel.slots import base_class, kind_of
 from peftx.kernel.vocabulary import scale_of
 from peftx.toolkits.compression import NarrowLinear
 from peftx.toolkits.compression.names import dtype_name, float_dtype
+from peftx.toolkits.compression.pruning import check_unpacked, failure_with, wide
 
 WRITE = ("attention.o", "mlp.down")
 FROZEN = 0.8
@@ -263,13 +263,8 @@ class PatPruning(Plugin):
             raise OptionError(
                 f"{model.owner}: rank {self.config.rank} exceeds the {d} channels", hint=f"at most {d}"
             )
-        trial = blank(model.module).eval()  # with one channel less
-        for site, kind in places:
-            parent, _, name = site.path.rpartition(".")
-            setattr(trial.get_submodule(parent), name, shell(site, kind, max(d - 1, 1), "meta"))
-        try:
-            trial(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
-        except RuntimeError as error:
+        shells = {site.path: shell(site, how, max(d - 1, 1), "meta") for site, how in places}
+        if error := failure_with(model, shells):  # with one channel less
             said = f"{model.config.model_type} has more that is as wide as its residual stream"
             raise ArchitectureError(f"{model.owner}: {said}", hint=WORK) from error
 
@@ -286,7 +281,7 @@ class PatPruning(Plugin):
         for site in (s for s in model.anatomy.sites if s.kind != "block"):
             if site.kind == "quantized":
                 said = f"{site.path} is packed already, and cannot be narrowed"
-                raise ConflictError(f"{model.owner}: {said}", hint="keep one of the two plugins")
+                raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
             module, how = site.module, "embedding" if site.role == "embedding" else ""
             if "RMSNorm" in base_class(module).__name__ and site.shape and isinstance(eps_of(module), float):
                 how = "norm"
@@ -315,10 +310,8 @@ class PatPruning(Plugin):
         id, order = stack.id_of(self), list(stack.plugins)
         done, place = stack.standing[id].compressed, order.index(id)
         mine = {part.key for part in stack.ledger.of(id, ReplacedPart)}
-        for other in stack.members:
-            if not done and other.claims(Claim.QUANTIZES) and order.index(other.id) < place:
-                said = f"'{other.id}' packs the layers that '{id}', which comes after it, is to narrow"
-                raise ConflictError(said, hint="keep one of them")
+        if not done:
+            check_unpacked(stack, id, "narrow")
         for part in stack.ledger.parts:
             if part.owner == id or isinstance(part, ContextPart | ReplacedPart):
                 continue
@@ -391,8 +384,7 @@ class PatPruning(Plugin):
         """Parameters of the narrow module, with the module of this plugin folded in."""
         if how == "norm":
             return {"weight": gain_of(site.module, len(kept))[kept] * math.sqrt(len(kept) / int(kept.sum()))}
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        weight, bias = site.weight.to(wide), None if site.bias is None else site.bias.to(wide)
+        weight, bias = wide(site)
         if hsm := self.hsms.get(site.path):
             weight, bias = hsm.fold(weight.mT if how == "embedding" else weight, bias)
             weight = weight[kept].mT if how == "embedding" else weight[kept]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError, PluginErr
 from peftx.kernel.chain import is_ours
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
+from peftx.toolkits.compression import QuantLinear
 from peftx_full_finetuning import FullFinetuning
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
@@ -433,16 +435,43 @@ def test_what_stays_at_the_full_width_is_refused() -> None:
             stack.inject()
 
 
-def test_packed_layers_are_refused() -> None:
-    with pytest.raises(ConflictError, match="'nf4' packs the layers that 'pat-pruning'"):
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma2"])
+def test_packed_after_it(arch: str, tmp_path: Path) -> None:
+    """What is packed are the narrow layers: it computes what the narrow model does, packed by itself."""
+    stack = trained(NF4Storage(), arch=arch)
+    stack.compress(ids=[ID])
+    narrow = copy.deepcopy(stack.model)
+    stack.compress()
+    alone = Stack(narrow, [NF4Storage()], tokenizer=tiny_tokenizer())
+    alone.compress()
+    assert torch.equal(logits(stack), logits(alone))
+    packed = [m for m in stack.model.modules() if isinstance(m, QuantLinear)]
+    assert len(packed) == len([m for m in alone.model.modules() if isinstance(m, QuantLinear)]) > 0
+    assert {m.in_features for m in packed if m.in_features < 32} == {24}
+    stack.save(tmp_path / "bundle")
+    assert torch.equal(logits(peftx.load(tmp_path / "bundle")), logits(stack))
+
+
+def test_what_packs_waits_for_it() -> None:
+    stack = trained(NF4Storage())
+    masked = logits(stack)
+    with pytest.raises(ConflictError, match="'nf4' starts from the smaller layers of 'pat-pruning'"):
+        stack.compress(ids=["nf4"])
+    assert torch.equal(logits(stack), masked)
+    stack.compress()
+    assert plugin_of(stack).state["kept"]
+
+
+def test_packed_before_it_is_refused() -> None:
+    with pytest.raises(ConflictError, match="'nf4' packs the layers that 'pat-pruning'") as raised:
         build(before=(NF4Storage(),))
-    with pytest.raises(ConflictError, match="'nf4' starts from merged weights"):
-        build(NF4Storage())
+    assert raised.value.hint == "put 'pat-pruning' before 'nf4'"
     plugins = [NF4Storage(), PatPruning(rank=4)]
     stack = Stack(tiny("llama"), plugins, tokenizer=tiny_tokenizer(), inject=False)
     stack.compress(ids=["nf4"])
-    with pytest.raises(ConflictError, match=r"pat-pruning: .*q_proj is packed already"):
+    with pytest.raises(ConflictError, match=r"pat-pruning: .*q_proj is packed already") as raised:
         stack.inject()
+    assert raised.value.hint == "put 'pat-pruning' first"
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
