@@ -253,6 +253,18 @@ class Turning(Rounded):
             site.replace(Turned.from_linear(site.module, bits=8))
 
 
+class Widened(QuantLinear):
+    def activation_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return 2 * self.input_scale, None
+
+
+class Widening(Rounded):
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        for site in model.linears("mlp"):
+            site.replace(Widened.from_linear(site.module, **STATIC))
+
+
 class Halved(Plugin):
     """Replaces layers by smaller ones."""
 
@@ -317,6 +329,12 @@ REFUSED: dict[str, tuple[list[Any], str, str, str]] = {
     "inputs by token": (
         [rounded(bits=8, activation="dynamic-token")],
         r"'rounded' keeps .* as QuantLinear, which rounds its input by a scale for each token \(W8A8\), which every",
+        "a bundle",
+        "llama",
+    ),
+    "inputs by another rule": (
+        [Widening()],
+        "as Widened, which rounds its input by a rule of its own",
         "a bundle",
         "llama",
     ),
