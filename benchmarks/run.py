@@ -22,15 +22,19 @@ SUITES = {
     "peers": "Speed and memory beside HF PEFT",
     "startup": "Start of the command line",
     "weight_only": "Packed linears beside float32",
+    "exports": "Bytes of what is exported beside the peers' own",
+    "dora": "Decoding with DoRA beside the plain model",
 }
 """Name and the title of its page."""
 
 
 def page(suite: str, results: dict[str, Any], machine: dict[str, str]) -> str:
     """Markdown: one row a measurement."""
+    timed = "one thread, CPU time, least of interleaved rounds"
+    how = "bytes of whole folders" if all("bytes" in result for result in results.values()) else timed
     setting = (
         f"{machine['processor']}, Python {machine['python']}, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, PEFT {machine['peft']}; one thread, CPU time, least of interleaved rounds."
+        f"{machine['transformers']}, PEFT {machine['peft']}; {how}."
     )
     lines = [
         f"# {SUITES[suite]}",

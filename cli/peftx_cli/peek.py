@@ -20,13 +20,15 @@ from typing import IO, NamedTuple
 from peftx_spec.errors import DataError, PeftxError, nearest
 from peftx_spec.models import FORMATS
 from peftx_spec.rows import check_learned, check_row, with_further
-from peftx_spec.shapes import delimiter_of, shape_of
+from peftx_spec.shapes import as_written, class_names, delimiter_of, named, rows_in, shape_of
 
 TEXT = (".txt", ".md")
 CELLS = (".csv", ".tsv")
 TABLES = (".jsonl", ".ndjson", ".json", *CELLS, ".parquet")
 MOST = 1 << 20  # bytes that are looked at
 _BETWEEN = re.compile(r"[\s,]*")
+_AFTER_NAME = re.compile(r"[\s:]*")
+_ARRAY = re.compile(r"\[\s*(?=\{)")
 MAP = "map our names to the file's: {path: ..., columns: {prompt: question}}"
 
 
@@ -68,7 +70,7 @@ def look(
     suffix = _suffix(path)
     if suffix not in TABLES:
         return _document(path, suffix, format, columns or {})
-    rows = islice(_rows(path, suffix), limit)
+    rows = islice(_rows(path, suffix, (columns or {}).get("label", "label")), limit)
     first = next(rows, None)
     if first is None:
         return None if format == "auto" else format
@@ -118,8 +120,8 @@ def labels(file: str, *, columns: Mapping[str, str]) -> dict[str, int]:
     """The labels of the rows that are looked at, each with the number of its first row, from 0."""
     path, found = _located(file), dict[str, int]()
     name = columns.get("label", "label")
-    for number, row in enumerate(_rows(path, _suffix(path))):
-        label = row.values.get(name)
+    for number, row in enumerate(_rows(path, _suffix(path), name)):
+        label = as_written({"text": "", "label": row.values.get(name)})["label"]
         if isinstance(label, str):
             found.setdefault(label, number)
     return found
@@ -198,14 +200,14 @@ def _start(path: Path) -> tuple[str, bool]:
     return text, len(start) > MOST
 
 
-def _rows(path: Path, suffix: str) -> Iterator[Row]:
+def _rows(path: Path, suffix: str, label: str) -> Iterator[Row]:
     """The rows of what is looked at, up to the first that cannot be read."""
     if suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, label)
         return
     text, more = _start(path)
     try:
-        found = _cells(text, suffix, more) if suffix in CELLS else _objects(text, suffix)
+        found = _cells(text, suffix, more) if suffix in CELLS else _objects(text, suffix, more)
         for place, value in found:
             if not isinstance(value, dict):
                 return
@@ -214,15 +216,16 @@ def _rows(path: Path, suffix: str) -> Iterator[Row]:
         return
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, label: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:
+            names = class_names(file.schema_arrow.metadata, label)
             batches = (batch.to_pylist() for batch in islice(file.iter_batches(batch_size=256), 4))
             for index, row in enumerate(chain.from_iterable(batches)):
-                yield Row(f"{path}: row {index} (counting from 0)", row)
+                yield Row(f"{path}: row {index} (counting from 0)", named(row, label, names))
     except (pa.ArrowException, OSError) as error:
         raise Unfit(f"{path}: not Parquet that can be read: {error}") from error
 
@@ -240,19 +243,37 @@ def _cells(text: str, suffix: str, more: bool) -> Iterator[tuple[str, dict[str, 
     yield from (row for row, _ in pairwise(chain(rows, () if more else (("", {}),))))
 
 
-def _objects(text: str, suffix: str) -> Iterator[tuple[str, object]]:
-    """The values of lines, or of an array."""
+def _objects(text: str, suffix: str, more: bool) -> Iterator[tuple[str, object]]:
+    """The values of lines, of an array, or of the first array of objects in an object."""
     if suffix != ".json":
         lines = enumerate(text.split("\n"), start=1)
         yield from ((str(number), json.loads(line)) for number, line in lines if line.strip())
         return
-    body, decoder, at = text.lstrip().removeprefix("["), json.JSONDecoder(), 0
+    body, decoder, inside, at = text.lstrip(), json.JSONDecoder(), "", 1
+    if body.startswith("{"):
+        if not more and rows_in(json.loads(body)) is None:
+            return
+        inside, at = _inside(body, decoder)
     for index in count():
         at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # it matches anywhere
         if at == len(body):
             return
         value, at = decoder.raw_decode(body, at)
-        yield f" row {index} (counting from 0)", value
+        yield f" {inside}row {index} (counting from 0)", value
+
+
+def _inside(body: str, decoder: json.JSONDecoder) -> tuple[str, int]:
+    """The name of the first array of objects in an object, for a place, and where its values begin.
+
+    Raises ValueError: the object is read to its end, or to that of the text, without one.
+    """
+    at = 1
+    while True:
+        name, at = decoder.raw_decode(body, _BETWEEN.match(body, at).end())  # type: ignore[union-attr]
+        at = _AFTER_NAME.match(body, at).end()  # type: ignore[union-attr]
+        if array := _ARRAY.match(body, at):
+            return f"{name}, ", array.end()
+        _, at = decoder.raw_decode(body, at)
 
 
 def _renamed(place: str, row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
@@ -269,9 +290,9 @@ def _arranged(place: str, row: dict[str, object], format: str | None) -> tuple[d
     """The row in our columns, and its format, if it is laid out in another way that is well known."""
     shape = shape_of(row, format)
     if shape is None:
-        return row, None
+        return as_written(row), None
     try:
-        return shape.convert(row), shape.format
+        return as_written(shape.convert(row)), shape.format
     except PeftxError as error:
         raise Unfit(f"{place}: {error.message}", hint=error.hint or MAP) from error
 

@@ -56,7 +56,7 @@ def _held_out(data: DataSpec) -> Iterable[Any]:
 
 def _prompt(row: dict[str, Any]) -> tuple[str, str]:
     """Prompt and reference answer of a row of any format."""
-    if "prompt" in row:
+    if isinstance(row.get("prompt"), str):
         return str(row["prompt"]), str(row.get("completion", row.get("chosen", "")))
     words = str(row.get("text", "")).split(" ")
     return " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS : 3 * PROMPT_WORDS])

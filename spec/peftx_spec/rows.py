@@ -1,6 +1,6 @@
 """What a row must hold, in each format: the rule that files, programs and plugins are held to, told without a library.
 
-What is no text is refused with its place; nothing is turned into text.
+What is no text is refused with its place; nothing is turned into text but labels that are whole numbers (`shapes.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 MESSAGE: Final = frozenset({"role", "content"})
 TOOLS: Final = frozenset({"tool_calls", "tool_call_id", "name"})
 """Further keys of a message, where tools are called."""
-TURNS_ARE: Final = {
-    "prompt-completion": "conversations are of format messages: arrays in both prompt and completion, or in messages",
-    "preference": "conversations of one turn each are read from chosen and rejected alone, with the question in both",
-}
+TURNS_ARE: Final = (
+    "conversations are of format messages: arrays in both prompt and completion, or in messages"
+)
 """Where conversations go that stand in columns of texts."""
 LEARNED: Final = {"text": "text", "prompt-completion": "completion", "classification": "label"}
 """What is learned of a row, by its format."""
@@ -81,18 +80,18 @@ def check_row(
                 hint=nearest(key, list(row)) or None,
             )
         value = row[key]
-        if key == "messages":
-            check_messages(value, place)
+        if key == "messages" or (format == "preference" and isinstance(value, list)):
+            check_messages(value, place, key)
             continue
         theirs = (columns or {}).get(key, key)
         where = f"{place}: {theirs!r}" + (f" (our {key!r})" if theirs != key else "")
         if key == "label" and isinstance(value, int):
             raise DataError(
                 f"{where} must be a string, got {json_type(value)}",
-                hint=f'labels are strings: write "{value}"',
+                hint="labels are texts, or whole numbers from 0 on",
             )
-        if isinstance(value, list) and format in TURNS_ARE:
-            raise DataError(f"{where} must be a string, got an array", hint=TURNS_ARE[format])
+        if isinstance(value, list) and format == "prompt-completion":
+            raise DataError(f"{where} must be a string, got an array", hint=TURNS_ARE)
         require_text(value, where)
 
 
@@ -113,13 +112,13 @@ def check_answered(roles: Sequence[str], place: str) -> None:
         raise DataError(f"{place}: {said}", hint=LEAVE)
 
 
-def check_messages(messages: object, place: str) -> None:
-    """Raises DataError, which names `place`, unless these are the messages of a conversation."""
+def check_messages(messages: object, place: str, name: str = "messages") -> None:
+    """Raises DataError, which names `place` and the column, unless these are the messages of a conversation."""
     if not isinstance(messages, list) or not messages:
         got = "an empty array" if messages == [] else json_type(messages)
-        raise DataError(f"{place}: 'messages' must be an array of {{role, content}}, got {got}")
+        raise DataError(f"{place}: '{name}' must be an array of {{role, content}}, got {got}")
     for index, message in enumerate(messages):
-        at = f"{place}: messages[{index}]"
+        at = f"{place}: {name}[{index}]"
         if not isinstance(message, dict):
             raise DataError(f"{at} must be an object {{role, content}}, got {json_type(message)}")
         if not MESSAGE <= set(message) <= MESSAGE | TOOLS:

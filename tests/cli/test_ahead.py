@@ -39,7 +39,7 @@ FILES = {
     "bad.jsonl": PAIRS + b'{"prompt": "a", "completion": null}\n\n{"prompt": 5, "completion": "b"}\n'
     b'{"completion": "b"}\n{"prompt": "a", "completion": NaN}\n' + PAIRS,
     "bad_questions.jsonl": b'{"ask": "a", "reply": null}\n',
-    "bad.json": b'[{"text": "a", "label": "1"}, {"text": "b", "label": 3}]',
+    "bad.json": b'[{"text": "a", "label": "1"}, {"text": "b", "label": -3}]',
     "bad.csv": b'text,label\n"two\nlines",good\nshort\n',
     "void.jsonl": PAIRS + b'\n{"prompt": "a", "completion": ""}\n' + PAIRS,
     "unanswered.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n',
@@ -98,7 +98,11 @@ CASES: list[tuple[dict[str, str], str, list[str]]] = [
         "4:17",
         ["bad_questions.jsonl:1: 'reply' (our 'completion') must be a string, got null"],
     ),
-    ({"train": "bad.json"}, "4:10", ["bad.json: row 1 (counting from 0): 'label' must be", 'write "3"']),
+    (
+        {"train": "bad.json"},
+        "4:10",
+        ["bad.json: row 1 (counting from 0): 'label' must be", "whole numbers from 0 on"],
+    ),
     (
         {"train": "bad.parquet"},
         "4:10",
@@ -426,7 +430,7 @@ LABELS: list[tuple[str, bytes, dict[str, int]]] = [
     ("a.csv", b"text,label\na\nb,y\n", {"y": 1}),
     ("a.csv", FULL + b"b,yy\n", {"x": 0, "yy": MOST // 16 - 1}),
     ("a.csv", FULL + b"bb,yyy\n", {"x": 0}),  # cut within the label of the last row
-    ("a.json", b'[ {"label": "x"} , {"label": 3},{"label": "y"} ]\n', {"x": 0, "y": 2}),
+    ("a.json", b'[ {"label": "x"} , {"label": -3},{"label": "y"} ]\n', {"x": 0, "y": 2}),
     ("a.json", b'[{"label": "x"}, {"label": "y', {"x": 0}),
     ("a.jsonl", b'\n{"label": "x"}\n\n{"text": ""}\n{"label": "y"}\ntorn\n{"label": "z"}', {"x": 0, "y": 2}),
     ("a.jsonl.gz", gzip.compress(b'{"label": "x"}', mtime=0), {"x": 0}),

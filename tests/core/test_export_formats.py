@@ -107,6 +107,44 @@ def test_transformers_reads_the_same_logits(plugin: Plugin, on: str, tmp_path: P
         assert torch.equal(model.get_submodule(part.key).weight, part.module.weight)
 
 
+STATIC = {"bits": 8, "activation": "static-tensor", "input_scale": 0.02}
+INPUTS: dict[str, Any] = {
+    "prefixquant": lambda: PrefixQuant(weight_bits=8, kv_bits=16, prefix_tokens=0, rotate=False),
+    "symmetric": lambda: rounded(**STATIC),
+    "zeros": lambda: rounded(**STATIC, symmetric=False, act_symmetric=False, input_zero=113),
+    "some": lambda: Partly(),
+}
+
+
+class Partly(Rounded):
+    """Inputs of some layers alone."""
+
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        for targets, options in {"mlp": STATIC, "attention": {"bits": 4, "group_size": 8}}.items():
+            for site in model.linears(targets, whole=True):
+                site.replace(QuantLinear.from_linear(site.module, **options))
+
+
+@pytest.mark.parametrize("on", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("what", INPUTS)
+def test_transformers_reads_the_same_logits_of_rounded_inputs(what: str, on: str, tmp_path: Path) -> None:
+    """W8A8: by one scale for all tokens, which is in the file; what is rounded is equal, sums differ by theirs."""
+    stack = stack_of(INPUTS[what](), on=on)
+    before = logits(stack.model)
+    out = to_compressed_tensors(stack, tmp_path / "out")
+    model = loaded(out)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    for part in stack.ledger.all(ReplacedPart):
+        part.module.activation = None
+    weights_alone = logits(stack.model)
+    assert (weights_alone - before).abs().max() > 1e-3, "inputs count"
+    told = json.loads((out / "config.json").read_text("utf-8"))["quantization_config"]
+    assert told["format"] == ("mixed-precision" if what == "some" else "int-quantized")
+    again = loaded(out)
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("bits", [4, 8])
@@ -215,6 +253,18 @@ class Turning(Rounded):
             site.replace(Turned.from_linear(site.module, bits=8))
 
 
+class Widened(QuantLinear):
+    def activation_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return 2 * self.input_scale, None
+
+
+class Widening(Rounded):
+    @hookimpl
+    def compress(self, model: Any) -> None:
+        for site in model.linears("mlp"):
+            site.replace(Widened.from_linear(site.module, **STATIC))
+
+
 class Halved(Plugin):
     """Replaces layers by smaller ones."""
 
@@ -276,9 +326,27 @@ REFUSED: dict[str, tuple[list[Any], str, str, str]] = {
         "llama",
     ),
     "another transform": ([Turning()], "as Turned, which changes what goes into it", "a bundle", "llama"),
-    "rounded inputs": (
+    "inputs by token": (
         [rounded(bits=8, activation="dynamic-token")],
-        r"'rounded' keeps .* as QuantLinear, which rounds its input too \(dynamic-token, 8 bits\)",
+        r"'rounded' keeps .* as QuantLinear, which rounds its input by a scale for each token \(W8A8\), which every",
+        "a bundle",
+        "llama",
+    ),
+    "inputs by another rule": (
+        [Widening()],
+        "as Widened, which rounds its input by a rule of its own",
+        "a bundle",
+        "llama",
+    ),
+    "narrow weights with inputs": (
+        [rounded(bits=4, activation="static-tensor", input_scale=0.02)],
+        r"which rounds its input too, as W4A8, of which W8A8 with a scale for each row alone is read",
+        "a bundle",
+        "llama",
+    ),
+    "groups with inputs": (
+        [rounded(bits=8, group_size=8, activation="static-tensor", input_scale=0.02)],
+        r"as W8A8 in groups of 8, of which W8A8 with a scale for each row",
         "a bundle",
         "llama",
     ),

@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from peftx import Stack
 from peftx.errors import ConflictError, ModelError
 from peftx.testing import tiny
+from peftx.testing.models import example_inputs, output_of
 from peftx_lora import Lora
+from peftx_propulsion import Propulsion
 
 
 def test_layers_of_hf_peft_are_not_passed_by() -> None:
@@ -38,6 +40,25 @@ def test_hf_peft_on_a_stack_is_named_where_it_is_written(tmp_path: Path, write: 
     theirs.save_pretrained(tmp_path / "theirs")  # the way out
     theirs.unload()
     getattr(stack, write)(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_merge_of_hf_peft_adds_to_the_weight_under_the_plugins(merged: bool) -> None:
+    """So a plugin that multiplies has to be in the weight before: docs/peft.md says it."""
+    stack = Stack(tiny("llama"), [Propulsion(targets="attention.q")])
+    with torch.no_grad():
+        for parameter in stack.ledger.trained().values():
+            parameter.add_(0.1)
+    if merged:
+        stack.merge()
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    theirs = get_peft_model(stack.model, config).eval()
+    with torch.no_grad():
+        before = output_of(stack.model, example_inputs(stack.model))
+        theirs.merge_adapter()
+        after = output_of(stack.model, example_inputs(stack.model))
+    assert torch.allclose(after, before, rtol=0, atol=1e-5) == merged
 
 
 def test_offloaded_weights_are_refused(tmp_path: Path) -> None:

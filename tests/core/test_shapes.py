@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
-from peftx import Stack
-from peftx.engines.data import pair_of, read_dataset, tokenize_dataset
+from peftx import Plugin, Stack
+from peftx.engines.data import class_index, encode_pair, opening_of, pair_of, read_dataset, tokenize_dataset
 from peftx.engines.data.collate import IGNORE
 from peftx.engines.data.formats import checked_dataset, dataset_of, detect_format
+from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, UnsupportedError
 from peftx.pages.samples import prompt_of
 from peftx.testing.models import tiny_tokenizer
 from peftx.toolkits.evaluation import perplexity
-from peftx_cli.peek import Unfit, look
+from peftx_aligndistil import AlignDistil
+from peftx_cli.peek import MOST, Unfit, labels, look
+from peftx_d2o import D2o
+from peftx_dpo_prefix_sharing import DpoPrefixSharing
+from peftx_lora import Lora
 
 PAIR = {"prompt": "2 + 2", "completion": "4"}
 ALPACA = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
@@ -35,7 +42,9 @@ MESSAGES = [
     {"role": "assistant", "content": "Hello"},
 ]
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Hell no"}
-TOLD = {"chosen": MESSAGES[1:], "rejected": [MESSAGES[1], {"role": "assistant", "content": "No."}]}
+NO = {"role": "assistant", "content": "No."}
+TOLD = {"chosen": MESSAGES[1:], "rejected": [MESSAGES[1], NO]}
+COMPARED = {"prompt": [MESSAGES[1]], "chosen": [MESSAGES[2]], "rejected": [NO]}
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"prompt": "2 + 2", "response": "4"}, "prompt-completion", PAIR),
     ({"question": "2 + 2", "answer": "4"}, "prompt-completion", PAIR),
@@ -47,7 +56,16 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"conversations": [{"role": t["from"], "value": t["value"]} for t in TALK]}, "messages", {"messages": MESSAGES}),
     ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, "messages", {"messages": MESSAGES, "prompt_turns": 2}),
     (HH, "preference", {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Hell no"}),
-    (TOLD, "preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "No."}),
+    (TOLD, "preference", COMPARED),
+    ({"prompt": "Hi", "score": 0.5, **TOLD}, "preference", {"score": 0.5, **COMPARED}),
+    ({**COMPARED}, "preference", COMPARED),
+    ({"prompt": "Hi", "chosen": "Hello", "rejected": [NO]}, "preference", COMPARED),
+    ({"chosen": MESSAGES, "rejected": [*MESSAGES[:2], NO]}, "preference", {**COMPARED, "prompt": MESSAGES[:2]}),
+    (
+        {"conversations": TALK[:2], "chosen": TALK[2], "rejected": {"from": "gpt", "value": "No."}},
+        "preference",
+        {**COMPARED, "prompt": MESSAGES[:2]},
+    ),
 ]  # fmt: skip
 
 
@@ -119,15 +137,87 @@ def test_a_table_of_one_column_has_no_delimiter(tmp_path: Path, name: str) -> No
     assert row == {"text": "It is (so) said; then: that # and so on: yes"}
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_whole_numbers_as_labels_are_their_digits(tmp_path: Path, suffix: str) -> None:
+    """As in a table of text."""
+    rows: list[dict[str, Any]] = [{"text": "a", "label": 0}, {"text": "b", "label": 11}]
+    file = written(tmp_path, rows, suffix)
+    assert look(str(file)) == "classification"
+    assert labels(str(file), columns={}) == {"0": 0, "11": 1}
+    assert read_dataset(file)["label"][:] == ["0", "11"]
+    assert dataset_of(rows)[0]["label"][:] == ["0", "11"]
+    assert checked_dataset(Dataset.from_list(rows))[0]["label"][:] == ["0", "11"]
+
+
+def test_numbers_of_classes_become_their_names(tmp_path: Path) -> None:
+    """Of `ClassLabel`, which Parquet keeps beside the numbers."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features)
+    rows.to_parquet(file := tmp_path / "rows.parquet")
+    assert checked_dataset(rows)[0]["label"][:] == read_dataset(file)["label"][:] == ["good", "bad"]
+    assert labels(str(file), columns={}) == {"good": 0, "bad": 1}
+    rows.rename_column("label", "mood").to_parquet(file)
+    assert read_dataset(file, format="text")["mood"][:] == [1, 0], "which are another column's values"
+    assert read_dataset(file, columns={"label": "mood"})["label"][:] == ["good", "bad"]
+    assert labels(str(file), columns={"label": "mood"}) == {"good": 0, "bad": 1}
+    none = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features)
+    none.to_parquet(file)
+    for read in (lambda: read_dataset(file), lambda: checked_dataset(none), lambda: look(str(file))):
+        with pytest.raises((DataError, Unfit), match=r"'label' must be a string, got (a number|null)"):
+            read()
+    assert read_dataset(file, format="text")["text"][:] == ["a", "b"], "unless labels are not asked for"
+
+
+def test_a_model_without_names_of_its_own_is_trained_on_numbers() -> None:
+    names = ["LABEL_0", "LABEL_1"]
+    assert [class_index(label, names, "here") for label in ("1", "LABEL_0")] == [1, 0]
+    with pytest.raises(DataError, match="label '2' is not among"):
+        class_index("2", names, "here")
+    with pytest.raises(DataError, match="label '1' is not among"):
+        class_index("1", ["bad", "good"], "here")
+
+
+@pytest.mark.parametrize("before", ["", '"version": 2, "of": {"rows": [1]}, '])
+def test_an_array_in_an_object_is_read(tmp_path: Path, before: str) -> None:
+    file, rows = tmp_path / "rows.json", [{"question": str(n), "answer": "b"} for n in range(3)]
+    file.write_text(f'\n {{{before}"data": {json.dumps(rows)}, "end": []}}')
+    assert look(str(file)) == detect_format(file) == "prompt-completion"
+    assert read_dataset(file)["prompt"][:] == ["0", "1", "2"]
+    rows[1]["answer"] = None
+    file.write_text(f'{{{before}"data": {json.dumps(rows)}}}')
+    for read in (read_dataset, look):
+        with pytest.raises(
+            (DataError, Unfit), match=r"rows.json: data, row 1 \(counting from 0\): 'completion' must"
+        ):
+            read(str(file))
+    rows[1]["answer"] = "x" * MOST
+    file.write_text(f'{{{before}"data": {json.dumps(rows)}}}')
+    assert look(str(file)) == "prompt-completion", "of a file that is read in part"
+    for text in (
+        '{"a": [{"text": "x"}], "b": [{"text": "y"}]}',
+        '{"messages": [{"role": "user", "content": "x"}]}',
+    ):
+        file.write_text(text)
+        assert look(str(file)) is None, "the run says it"
+        with pytest.raises(DataError, match="or an object that holds one, got an object"):
+            read_dataset(file)
+
+
 def test_what_is_not_laid_out_so_after_all_is_named(tmp_path: Path) -> None:
     for rows, message in [
         ([{"conversations": [{"speaker": "x"}]}], r"rows.jsonl:1: conversations\[0\] must have the keys 'from'"),
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "rows.jsonl:2: no key 'answer', which the rows"),
         ([{"chosen": "abc", "rejected": "xyz"}], "begin with nothing in common"),
-        ([{"chosen": MESSAGES, "rejected": MESSAGES}], "one turn of the user and one of the assistant"),
+        ([{"chosen": MESSAGES, "rejected": TOLD["rejected"]}], "must answer the same turns"),
+        ([{"chosen": MESSAGES[:2], "rejected": MESSAGES[:2]}], "with one of the assistant each"),
+        ([{"chosen": MESSAGES[2:], "rejected": [NO]}], "must answer the same turns"),
+        ([{"prompt": "Ho", **TOLD}], "'chosen' has turns of its own before the answer, and 'prompt' says others"),
+        ([{"tools": [{"type": "function"}], **TOLD}], "'tools' are for conversations"),
+        ([TOLD, HH], "rows.jsonl:2: 'chosen' and 'rejected' must be arrays"),
+        ([{**COMPARED, "chosen": [{"role": "assistant", "content": 1}]}], r"chosen\[0\]: 'content' must be a string"),
+        ([{"messages": MESSAGES, **TOLD, "prompt": "Hi"}], "fit messages and preference"),
         ([{"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, PAIR], "rows.jsonl:2: 'prompt' and 'completion' must"),
         ([PAIR, {"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}], "rows.jsonl:2: 'prompt' must be a string"),
-        ([{"prompt": MESSAGES[:2], "chosen": MESSAGES[2:], "rejected": MESSAGES[2:]}], "from chosen and"),
         ([{"question": "a", "answer": None}], "'completion' must be a string, got null"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
@@ -148,6 +238,7 @@ TEMPLATE = (
 MARKED = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
     "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -255,6 +346,60 @@ def test_of_a_prompt_of_turns_the_completion_alone_is_learned(template: str | No
         learned({"prompt": MESSAGES, "completion": more[:1]}, template)
 
 
+@pytest.mark.parametrize("template", [None, TEMPLATE, "{{ bos_token }}" + TEMPLATE, MARKED])
+def test_an_answer_of_turns_is_read_as_in_a_conversation(template: str | None) -> None:
+    """By what reads rows of preferences: the ids, and what is learned, are those of the same turns as `messages`."""
+    tokenizer = Stack("peftx:tiny", []).tokenizer  # which puts BOS before texts
+    tokenizer.chat_template = template
+    talk = [*MESSAGES, {"role": "user", "content": "Bye"}]
+    rows, format = dataset_of([{"prompt": talk, "chosen": "So long", "rejected": [NO]}])
+    for name in ("chosen", "rejected"):
+        row, turns = rows[0], {"prompt": talk, "completion": rows[0][name]}
+        found = encode_pair(tokenizer, row["prompt"], row[name], max_length=4096)
+        (same,) = tokenize_dataset(dataset_of([turns])[0], tokenizer, format="messages", max_length=4096)
+        end = [] if template is not MARKED else [tokenizer.eos_token_id]  # whose marks end without it
+        assert found._asdict() == {key: [*ids, *end] for key, ids in same.items()}
+        frame, prompt = opening_of(tokenizer, row["prompt"])
+        assert len(frame) == (template not in (TEMPLATE, MARKED)), "a template that writes no BOS wants none"
+        assert [*frame, *prompt] == [i for i, of in zip(*found, strict=True) if of == IGNORE]
+        cut = encode_pair(tokenizer, row["prompt"], row[name], max_length=len(found.input_ids) - 3)
+        assert cut.input_ids == [*frame, *found.input_ids[len(frame) + 3 :]]
+    assert format == "preference"
+    with pytest.raises(DataError, match=r"here: the completion has .* does not fit in max_length 3"):
+        encode_pair(tokenizer, talk, [NO], max_length=3, where="here")
+    with pytest.raises(DataError, match="must both be texts, or both arrays"):
+        encode_pair(tokenizer, talk, "No.", max_length=64)
+    with pytest.raises(DataError, match="one turn of the assistant"):
+        encode_pair(tokenizer, talk, talk, max_length=64)
+
+
+@pytest.mark.parametrize("plugin", [DpoPrefixSharing, AlignDistil, partial(D2o, samples=1, max_new_tokens=2)])
+def test_preferences_of_turns_train_as_what_they_say(plugin: Callable[[], Plugin]) -> None:
+    """Without a chat template a prompt is the text that its turns are written as."""
+    words = ("tea", "cake", "milk")
+    texts = [
+        {"prompt": f"User: {word}?\nAssistant:", "chosen": "yes", "rejected": f"no {word}"} for word in words
+    ]
+    asked = [[{"role": "user", "content": f"{word}?"}] for word in words]
+    turns = [{**row, "prompt": prompt} for row, prompt in zip(texts, asked, strict=True)]
+    found = []
+    for rows in (texts, turns):
+        stack = Stack("peftx:tiny", [Lora(rank=2), plugin()])
+        data = stack.prepare(as_training_data(stack, rows, seed=0, max_length=64))
+        found.append(tokenize_dataset(data.train, stack.tokenizer, format=data.format, max_length=64)[:])
+    assert found[0] == found[1]
+    assert stack.train(turns, steps=3, batch_size=2, max_length=64).losses
+
+
+def test_a_format_that_is_asked_for_decides_between_two(tmp_path: Path) -> None:
+    """UltraFeedback has the conversation of the better answer a second time."""
+    row = {"prompt": "Hi", "messages": TOLD["chosen"], **TOLD}
+    file = written(tmp_path, [row])
+    assert COMPARED.items() <= read_dataset(file, format="preference")[0].items()
+    assert read_dataset(file, format="messages")[0]["messages"] == TOLD["chosen"]
+    assert look(str(file), format="preference") == "preference"
+
+
 def test_rows_that_differ_in_their_tools_are_tokenized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(
@@ -273,4 +418,5 @@ def test_what_a_row_asks_and_answers() -> None:
     assert pair_of({"messages": turns[:2]}) == ("Be short.\nHi", "")
     assert pair_of(PAIR) == ("2 + 2", "4")
     assert pair_of({"prompt": "a", "chosen": "b", "rejected": "c"}) == ("a", "b")
+    assert pair_of({**COMPARED, "prompt": MESSAGES[:2]}) == ("Be short.\nHi", "Hello")
     assert pair_of({"text": "a", "label": "b"}) == ("a", "")

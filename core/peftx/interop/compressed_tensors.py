@@ -6,6 +6,14 @@ w = (q - z) s      q, z: our integers less 2^(b-1) where they are unsigned, s as
 <layer>.weight_scale       [out, groups]
 <layer>.weight_zero_point  [ceil(out b / 32), groups] int32, only where it is asymmetric
 <layer>.weight_shape       [2] int64: out, in
+
+Where inputs are rounded too, by one scale for all (W8A8), the integers lie as they are, for products of integers:
+
+<layer>.weight             [out, in] int8
+<layer>.weight_scale       [out, 1]
+<layer>.weight_zero_point  [out, 1] int8, only where it is asymmetric
+<layer>.input_scale        [1]
+<layer>.input_zero_point   [1] int8, only where it is asymmetric
 """
 
 from __future__ import annotations
@@ -55,7 +63,8 @@ def to_compressed_tensors(stack: Stack, folder: str | Path) -> Path:
         check_plain(plain, state | kept)
         state |= {name: t for name, t in kept.items() if not t.is_meta}
         for path, layer in layers.items():
-            state |= {f"{path}.{name}": tensor for name, tensor in packed(layer.quantized()).items()}
+            tensors = packed(layer.quantized()) if layer.activation is None else multiplied(layer)
+            state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
         with writing(stack, Path(folder)) as place:
             save_plain(stack, place, state)
             _describe(place / "config.json", layers, plain)
@@ -76,6 +85,18 @@ def packed(quantized: Quantized) -> dict[str, Tensor]:
         zero = pack_to_int32(_centred(quantized.zero, bits), bits, packed_dim=0)
         found["weight_zero_point"] = zero.contiguous()
     return found
+
+
+def multiplied(layer: QuantLinear) -> dict[str, Tensor]:
+    """The tensors of a layer that multiplies integers of 8 bits, under the format's names."""
+    quantized, given = layer.quantized(), (layer.input_scale, layer.input_zero)
+    found = {
+        "weight": _centred(quantized.q, 8), "weight_scale": quantized.scale, "weight_zero_point": quantized.zero,
+        "input_scale": given[0], "input_zero_point": given[1],
+    }  # fmt: skip
+    found = {name: tensor for name, tensor in found.items() if tensor is not None}
+    zeros = {name: _centred(zero, 8) for name, zero in found.items() if name.endswith("zero_point")}
+    return {name: t.reshape(1) if t.ndim == 0 else t for name, t in (found | zeros).items()}
 
 
 def _centred(q: Tensor, bits: int) -> Tensor:
@@ -108,11 +129,26 @@ def _reason(kind: type[nn.Module], layer: nn.Module) -> str:
     if kind.forward is not QuantLinear.forward or kind.product is not QuantLinear.product:
         return "changes what goes into it or comes out (as a rotation does)"
     if layer.activation is not None:
-        return f"rounds its input too ({layer.activation}, {layer.act_bits} bits)"
+        return _reason_of_inputs(layer)
     if layer.bits not in BITS:
         return f"has {layer.bits} bits a weight"
     if layer.group_size is not None and layer.in_features % layer.group_size:
         return f"has groups of {layer.group_size} that do not divide its {layer.in_features} inputs"
+    return ""
+
+
+def _reason_of_inputs(layer: QuantLinear) -> str:
+    """Of a layer that rounds its input: the format has what engines multiply as integers."""
+    bits = f"W{layer.bits}A{layer.act_bits}"
+    if layer.activation != "static-tensor":
+        return f"rounds its input by a scale for each token ({bits}), which every reader chooses by a rule of its own"
+    if (layer.bits, layer.act_bits, layer.group_size) != (8, 8, None):
+        grouped = "" if layer.group_size is None else f" in groups of {layer.group_size}"
+        return (
+            f"rounds its input too, as {bits}{grouped}, of which W8A8 with a scale for each row alone is read"
+        )
+    if layer.activation_scale(torch.zeros(1, layer.in_features))[0] is not layer.input_scale:
+        return "rounds its input by a rule of its own"
     return ""
 
 
@@ -158,26 +194,39 @@ def _describe(config: Path, layers: dict[str, QuantLinear], plain: nn.Module) ->
     from compressed_tensors import __version__
     from compressed_tensors.quantization import QuantizationConfig
 
-    schemes: dict[tuple[int, bool, int | None], list[str]] = {}
+    schemes: dict[tuple[int, bool, int | None, bool | None], list[str]] = {}
     for path, layer in layers.items():
-        schemes.setdefault((layer.bits, layer.symmetric, layer.group_size), []).append(path)
+        inputs = None if layer.activation is None else layer.act_symmetric
+        schemes.setdefault((layer.bits, layer.symmetric, layer.group_size, inputs), []).append(path)
     others = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and n not in layers]
+    formats = {_format(inputs) for *_, inputs in schemes}
     told = QuantizationConfig(
         config_groups={
             f"group_{index}": {
                 # Of one scheme by the class, as engines that fuse layers of one class expect.
                 "targets": ["Linear"] if len(schemes) == 1 else paths,
-                "weights": _scheme(*scheme),
+                "weights": _scheme(*scheme[:3]),
+                "input_activations": None if scheme[3] is None else _scheme_of_inputs(scheme[3]),
+                "format": _format(scheme[3]),
             }
             for index, (scheme, paths) in enumerate(schemes.items())
         },
-        format="pack-quantized",
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=others,
     )
     about = json.loads(config.read_text("utf-8"))
     about["quantization_config"] = {**told.model_dump(mode="json"), "version": __version__}
     config.write_text(json.dumps(about, indent=2), "utf-8")
+
+
+def _format(inputs: bool | None) -> str:
+    """How integers lie. inputs: are those of inputs symmetric; None: weights alone."""
+    return "pack-quantized" if inputs is None else "int-quantized"
+
+
+def _scheme_of_inputs(symmetric: bool) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "int", "symmetric": symmetric, "dynamic": False, "strategy": "tensor"}
 
 
 def _scheme(bits: int, symmetric: bool, group_size: int | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from peftx.kernel.slots import Rows
 from peftx.peft_format import INNER, PeftFormat, most_common
 from peftx.stack import Stack
 
-A, B = "lora_A.weight", "lora_B.weight"
+A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 LOW_RANK = PeftFormat("LORA", lambda settings: {}, lambda config: {}, divided={"B": 0}, experts=True)
 """Of plugins whose deltas are s B A x, whatever they are called."""
 ALL_HEADS = frozenset[str]().union(*HEADS.values())
@@ -211,7 +211,8 @@ def _joined(
         for index, piece in enumerate(pieces):
             assert piece.rows is not None
             if not beside:
-                whole = piece.rows.put(whole, piece.tensors[name], axis)
+                factor = (piece.scale or 1.0) if not together and name == BIAS else 1.0
+                whole = piece.rows.put(whole, piece.tensors[name] * factor, axis)
                 continue
             wide = torch.zeros_like(piece.rows.take(whole, axis))
             before = sum(ranks[:index])

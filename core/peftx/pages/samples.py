@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peftx.engines.data import said
+from peftx.engines.data import pair_of, said
 from peftx.engines.data.sources import measured_rows, training_rows
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.loading import load
@@ -118,7 +118,7 @@ def prompts(pipeline: Pipeline | None, count: int) -> list[tuple[str, str]]:
 def prompt_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """Prompt and answer of a row of any format."""
     if "prompt" in row:
-        return str(row["prompt"]), str(row.get("completion", row.get("chosen", "")))
+        return pair_of(row)
     if "messages" in row:
         turns = row["messages"]
         first = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))

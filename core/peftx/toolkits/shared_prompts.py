@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftx.engines.data import prompt_ids
+from peftx.engines.data import opening_of
 from peftx.errors import ArchitectureError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftx.engines.data import TrainingData, Where
+    from peftx.engines.data.pairs import Turns
     from peftx.kernel.view import ModelView
 
 
@@ -38,7 +39,7 @@ def check_layout(model: ModelView, *, each_layer: bool = False) -> None:
 
 
 def prompt_beside(
-    data: TrainingData, prompt: str, answers: Sequence[int], where: Where, *, more: int = 0
+    data: TrainingData, prompt: str | Turns, answers: Sequence[int], where: Where, *, more: int = 0
 ) -> list[int]:
     """Token ids of a prompt, cut once at their left behind BOS, so that all its answers fit into its row.
 
@@ -48,8 +49,8 @@ def prompt_beside(
     Raises:
         DataError: there is no token that an answer could follow, or no room for one.
     """
-    ids, frame = prompt_ids(data.tokenizer, prompt), prompt_ids(data.tokenizer, "")
-    if not ids:
+    frame, ids = opening_of(data.tokenizer, prompt)
+    if not frame + ids:
         raise DataError(f"{where} has no prompt, and the tokenizer no BOS that an answer could follow")
     room = data.max_length - sum(answers) - more
     if room < len(frame) + 1:
@@ -58,7 +59,7 @@ def prompt_beside(
             f"the prompt in max_length {data.max_length}",
             hint="a row holds a prompt and all of its answers: raise max_length, or leave out long answers",
         )
-    return frame + ids[len(frame) + max(0, len(ids) - room) :]
+    return frame + ids[max(0, len(frame) + len(ids) - room) :]
 
 
 def check_alike(model: PreTrainedModel, shared: Tensor, apart: Tensor, *, tokens: int) -> None:

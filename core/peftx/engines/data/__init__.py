@@ -2,7 +2,8 @@
 
 read_dataset       formats.py        a file becomes a `datasets.Dataset` of rows in one of five formats
 TrainingData       training_data.py  what the `prepare_data` hook gets and may change
-encode_pair, ...   encoding.py       texts become token ids
+prompt_ids, ...    encoding.py       texts become token ids
+encode_pair        pairs.py          so do a prompt and an answer, as texts or as turns
 render_messages    messages.py       so do conversations
 tokenize_dataset   tokenize.py       rows become `input_ids` and `labels`
 tokenize_classes   classes.py        classification rows become texts with the number of their class
@@ -32,7 +33,6 @@ from peftx.engines.data.contrast import check_differ, check_passages
 from peftx.engines.data.encoding import (
     Example,
     continuation,
-    encode_pair,
     encoder_ids,
     fill_template,
     following_ids,
@@ -43,15 +43,18 @@ from peftx.engines.data.encoding import (
 from peftx.engines.data.formats import detect_format, format_of_row, read_dataset
 from peftx.engines.data.gate import FORMATS
 from peftx.engines.data.messages import pair_of, prompt_turns, render_messages, said, turns
+from peftx.engines.data.pairs import encode_pair, opening_of
 from peftx.engines.data.places import Place, Where, inside
 from peftx.engines.data.together import together
 from peftx.engines.data.tokenize import tokenize_dataset
 from peftx.engines.data.training_data import TrainingData
+from peftx_spec.shapes import PROMPT_TURNS
 
 __all__ = [
     "CLASS_INDEX",
     "FORMATS",
     "IGNORE",
+    "PROMPT_TURNS",
     "ClassTexts",
     "Collator",
     "Example",
@@ -73,6 +76,7 @@ __all__ = [
     "following_ids",
     "format_of_row",
     "inside",
+    "opening_of",
     "pads_right",
     "pair_of",
     "prompt_ids",

@@ -51,7 +51,9 @@ def check_labels(labels: Sequence[str]) -> list[str]:
 
 
 def class_index(label: str, labels: Sequence[str], where: Where) -> int:
-    """Number of `label` among `labels`. Raises DataError, which names `where` and the nearest label."""
+    """Number of `label` among `labels`; where those are `LABEL_0`, `LABEL_1`, ..., as of a model whose classes have no
+    names, `1` is the second. Raises DataError, which names `where` and the nearest label."""
+    label = f"LABEL_{label}" if f"LABEL_{label}" in labels else label
     if label not in labels:
         raise DataError(
             f"{where}: label {label!r} is not among {', '.join(labels)}",

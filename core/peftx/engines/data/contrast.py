@@ -31,8 +31,14 @@ def check_passages(rows: Dataset, *, by: str) -> None:
     """Rows of a query (`prompt`), its passage (`chosen`) and another (`rejected`), told apart by contrast.
 
     Raises:
-        DataError: a row whose two passages are the same but for blanks around them, or one passage for all rows.
+        DataError: conversations, a row whose two passages are the same but for blanks around them, or one passage for
+            all rows.
     """
+    if len(rows) and not isinstance(rows[0]["chosen"], str):
+        raise DataError(
+            f"{by}: {Place(rows, 0)} is a conversation, and passages are texts",
+            hint="rows of three texts: prompt, the query; chosen, its passage; rejected, another one",
+        )
     chosen, rejected = ([text.strip() for text in rows[name]] for name in ("chosen", "rejected"))
     for i, texts in enumerate(zip(chosen, rejected, strict=True)):
         check_differ(*texts, where=Place(rows, i), by=by)

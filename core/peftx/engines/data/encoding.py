@@ -116,23 +116,6 @@ def fill_template(template: str, text: str) -> str:
     return template.replace("{text}", text)
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    completion: str,
-    *,
-    max_length: int,
-    where: Where = "the row",
-) -> Example:
-    """BOS prompt completion EOS, with loss on the completion and EOS; the prompt is cut at its left to fit.
-
-    Raises:
-        DataError: the completion has no tokens, or does not fit in `max_length` with BOS and EOS; names `where`.
-    """
-    prefix, _ = special_frame(tokenizer)
-    return join_pair(tokenizer, prefix, prompt, completion, max_length, where)
-
-
 def join_pair(
     tokenizer: PreTrainedTokenizerBase,
     prefix: list[int],
@@ -141,6 +124,7 @@ def join_pair(
     max_length: int,
     where: Where,
 ) -> Example:
+    """BOS prompt completion EOS, with loss on the completion and EOS; the prompt is cut at its left to fit."""
     text = continuation(prompt, completion)
     head, tail = text_ids(tokenizer, prompt), following_ids(tokenizer, text)
     return joined(tokenizer, prefix, head, (text, tail), max_length, where)
@@ -160,13 +144,18 @@ def joined(
     head, tail = without_prefix(head, prefix), [*tail, eos_id(tokenizer)]
     room = max_length - len(prefix) - len(tail)
     if room < 0:
-        raise DataError(
-            f"{where}: the completion has {len(tail)} tokens with EOS and does not fit in max_length {max_length}"
-            + (f" after {len(prefix)} of BOS" if prefix else ""),
-            hint="raise max_length or shorten the row",
-        )
+        raise too_long(where, tail, prefix, max_length)
     head = prefix + head[max(0, len(head) - room) :]
     return Example(head + tail, [IGNORE] * len(head) + tail)
+
+
+def too_long(where: Where, tail: list[int], prefix: list[int], max_length: int) -> DataError:
+    """Of a completion that does not fit."""
+    return DataError(
+        f"{where}: the completion has {len(tail)} tokens with EOS and does not fit in max_length {max_length}"
+        + (f" after {len(prefix)} of BOS" if prefix else ""),
+        hint="raise max_length or shorten the row",
+    )
 
 
 def completion_ids(

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from peftx.errors import DataError, nearest
 from peftx_spec.rows import json_type
-from peftx_spec.shapes import BEGIN, delimiter_of
+from peftx_spec.shapes import BEGIN, class_names, delimiter_of, named, rows_in
 
 TEXT_SUFFIXES = frozenset({".txt", ".md"})
 TABLE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
@@ -88,9 +88,12 @@ def read_text(path: Path) -> str:
     return "".join(text for _, text in _lines(path))
 
 
-def read_records(path: Path, unread: Unread | None = None) -> Iterator[Record]:
+def read_records(path: Path, unread: Unread | None = None, *, label: str | None = None) -> Iterator[Record]:
     """The records of a .jsonl, .json, .csv or .tsv file in order, read no further than they are asked for
     (a .json file is parsed whole). What comes into no row is counted in `unread`.
+
+    Args:
+        label: a column whose numbers become names where Parquet has some for them.
 
     Raises DataError as `read_text` does, and for anything malformed.
     """
@@ -100,7 +103,7 @@ def read_records(path: Path, unread: Unread | None = None) -> Iterator[Record]:
     if suffix == ".json":
         return _read_json(path)
     if suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, label)
     return _read_csv(path, unread, delimiter="\t" if suffix == ".tsv" else None)
 
 
@@ -188,27 +191,28 @@ def _read_jsonl(path: Path, unread: Unread) -> Iterator[Record]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    rows = _parse_json(read_text(path), path=path, first_line=1)
+    value = _parse_json(read_text(path), path=path, first_line=1)
+    inside, rows = rows_in(value) or ("", value)
     if not isinstance(rows, list):
         raise DataError(
-            f"{path}: expected an array of objects, got {json_type(rows)}",
+            f"{path}: expected an array of objects, or an object that holds one, got {json_type(rows)}",
             hint="one object on each line belongs in a .jsonl file",
         )
     for index, row in enumerate(rows):
-        yield Record(f"{path}: row {index} (counting from 0)", row)
+        yield Record(f"{path}: {f'{inside}, ' if inside else ''}row {index} (counting from 0)", row)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, label: str | None) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     require_file(path)
     try:
         with parquet.ParquetFile(path) as file:
-            count = 0
+            count, names = 0, class_names(file.schema_arrow.metadata, label)
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
-                    yield Record(f"{path}: row {count} (counting from 0)", row)
+                    yield Record(f"{path}: row {count} (counting from 0)", named(row, label, names))
                     count += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not Parquet that can be read: {error}") from error

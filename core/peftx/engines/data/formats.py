@@ -3,13 +3,13 @@
     text               {text}                        one document a file (.txt, .md), or one a row
     prompt-completion  {prompt, completion}
     messages           {messages: [{role, content}]}  roles: system, user, assistant
-    classification     {text, label}                 labels are strings
+    classification     {text, label}                 labels are texts; a whole number is its digits
     preference         {prompt, chosen, rejected}
 
-All but `messages` may stand in .jsonl/.ndjson, .json (an array), .parquet, .csv (any delimiter) or .tsv; `messages` not
-in the last two. Layouts that are well known (Alpaca, ShareGPT, question and answer) are read as these, see
-`peftx_spec.shapes`. Every file may be gzipped (seen by its first bytes, not its name). Columns beyond a format's own
-stay as they are. Everything is held in memory; nothing is written to a cache.
+All but `messages` may stand in .jsonl/.ndjson, .json (an array, alone or in an object), .parquet, .csv (any delimiter)
+or .tsv; `messages` not in the last two. Layouts that are well known (Alpaca, ShareGPT, question and answer) are read as
+these, see `peftx_spec.shapes`. Every file may be gzipped (seen by its first bytes, not its name). Columns beyond a
+format's own stay as they are. Everything is held in memory; nothing is written to a cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from secrets import token_hex
 from typing import Final
 
 import pyarrow as pa
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from peftx.engines.data.files import (
     TABLE_SUFFIXES,
@@ -41,7 +41,7 @@ from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
 from peftx.engines.data.places import Place, read_from, row_for_row
 from peftx.errors import DataError, PeftxError, nearest
 from peftx_spec.rows import check_row, json_type, names_of, with_further
-from peftx_spec.shapes import Shape, shape_of, with_tools
+from peftx_spec.shapes import Shape, as_written, shape_of
 
 BLOCK = 10_000
 """Rows that are held as objects of Python while a file is read."""
@@ -112,7 +112,7 @@ def read_dataset(
         del lines[:]
         unread.found.clear()
         shape: Shape | None = None
-        records = islice(read_records(file, unread), limit)
+        records = islice(read_records(file, unread, label=(columns or {}).get("label", "label")), limit)
         for index, record in enumerate(records):
             try:
                 row = _rename(record, columns)
@@ -172,7 +172,7 @@ def dataset_of(
 def checked_dataset(
     rows: Dataset, *, format: str = "auto", columns: Mapping[str, str] | None = None
 ) -> tuple[Dataset, str]:
-    """A `datasets.Dataset` that a program made, through the same gate; nothing is copied."""
+    """A `datasets.Dataset` that a program made, through the same gate; numbers as labels alone are copied."""
     for ours, theirs in (columns or {}).items():
         if theirs not in rows.column_names:
             raise DataError(
@@ -194,8 +194,19 @@ def checked_dataset(
             with_indices=True, remove_columns=gone,
         )  # fmt: skip
         row_for_row(rows, given)
+    if format == "classification" and "label" in names and rows.features["label"].dtype.startswith("int"):
+        rows = row_for_row(_labelled(rows), rows)
     check_rows(rows, format)
     return rows, format
+
+
+def _labelled(rows: Dataset) -> Dataset:
+    """The rows with their labels as text: names of a `ClassLabel`, else digits; -1 is no label, and stays."""
+    feature, numbers = rows.features["label"], rows["label"][:]
+    if any(number is None or number < 0 for number in numbers):
+        return rows
+    texts = feature.int2str(numbers) if isinstance(feature, ClassLabel) else list(map(str, numbers))
+    return rows.remove_columns("label").add_column("label", texts)
 
 
 def detect_format(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> str:
@@ -214,7 +225,7 @@ def detect_format(path: str | os.PathLike[str], *, columns: Mapping[str, str] | 
             f"{file}: the suffix {suffix!r} does not tell the format",
             hint=f"known: {', '.join(sorted(TEXT_SUFFIXES | TABLE_SUFFIXES))}, each also with .gz; or set `format:`",
         )
-    record = next(read_records(file), None)
+    record = next(read_records(file, label=(columns or {}).get("label", "label")), None)
     if record is None:
         raise DataError(f"{file} holds no rows")
     return format_of_row(_rename(record, columns), where=record.place)
@@ -271,14 +282,14 @@ def _shape(row: Mapping[str, object], format: str) -> Shape | None:
 def _arranged(row: Mapping[str, object], shape: Shape | None, place: str) -> dict[str, object]:
     """The row in the format's columns."""
     if shape is None:
-        return with_tools(row)
+        return as_written(row)
     missing = sorted(shape.needs - row.keys())
     if missing:
         raise DataError(
             f"{place}: no key {missing[0]!r}, which the rows before have; found {names_of(set(row))}"
         )
     try:
-        return with_tools(shape.convert(row))
+        return as_written(shape.convert(row))
     except PeftxError as error:
         raise DataError(f"{place}: {error.message}", hint=error.hint) from error
 

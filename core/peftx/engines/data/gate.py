@@ -61,7 +61,7 @@ def check_rows(rows: Dataset, format: str) -> None:
         return
     table = rows.with_format("arrow")
     for name in COLUMNS[format]:
-        if name not in rows.column_names or not _is_clean(table[name][:], name):
+        if name not in rows.column_names or not _is_clean(table[name][:], name, format):
             for index, row in enumerate(rows):
                 try:
                     check_row(row, "", format)
@@ -80,12 +80,13 @@ def check_all_learned(rows: Dataset, format: str) -> None:
         check_learned(rows[index], str(Place(rows, index)), format)
 
 
-def _is_clean(column: pa.ChunkedArray, name: str) -> bool:
+def _is_clean(column: pa.ChunkedArray, name: str, format: str) -> bool:
     column = pa.chunked_array([column]) if isinstance(column, pa.Array) else column
-    if name != "messages":
+    nested = pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)
+    if name != "messages" and not (nested and format == "preference"):
         return bool((pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
                     and not column.null_count)  # fmt: skip
-    if not (pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)):
+    if not nested:
         return False
     if {column.type.value_type.field(i).name for i in range(column.type.value_type.num_fields)} != {
         "role",

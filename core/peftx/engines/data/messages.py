@@ -94,7 +94,7 @@ def messages_encoder(
         # What stands before the last answer is one piece, as the model is asked for it; the answer goes on from it.
         ids, labels = _asked(tokenizer, segments[:-1])
         answer = completion_ids(tokenizer, segments[-1][0], where)
-        if not _ends(tokenizer, answer):
+        if not ends(tokenizer, answer):
             answer.append(eos_id(tokenizer))  # the template ends a turn by the next one's beginning
         ids, labels, last = ids + answer, labels + answer, len(answer)
         # A chat template writes BOS itself; one that does not is for a model that has none.
@@ -187,7 +187,7 @@ def _asked(
     return ids, labels
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> bool:
+def ends(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> bool:
     """Does an answer end in a token that stands for an end (white space may follow), and not in words."""
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     for token in reversed(answer):
@@ -218,6 +218,8 @@ def turns(
 def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """What a row asks, and what it answers, as text: of a conversation the contents of all before the last answer, and
     that answer (empty where there is none); of a preference the better one; of a plain text the text, and nothing."""
+    if not isinstance(row.get("prompt", ""), str):
+        return "\n".join(map(said, row["prompt"])), "".join(map(said, row["chosen"]))
     if "messages" not in row:
         return row.get("prompt", row.get("text", "")), row.get("completion", row.get("chosen", ""))
     turns = row["messages"]

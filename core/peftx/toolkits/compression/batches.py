@@ -72,6 +72,8 @@ def calibration_texts(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTo
 def _text_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if "text" in row:
         return str(row["text"])
+    if isinstance(row.get("prompt"), list):
+        return render_messages(tokenizer, [*row["prompt"], *row["chosen"]], ask=False)
     if "prompt" in row:
         return f"{row['prompt']} {row.get('completion', row.get('chosen', ''))}"
     if "messages" in row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftx.toolkits.injecting.both_ways import see_both_ways
+from peftx.toolkits.injecting.choices import of_each
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_share
@@ -14,6 +15,7 @@ __all__ = [
     "check_experts",
     "check_share",
     "columns",
+    "of_each",
     "once_written",
     "routings",
     "see_both_ways",

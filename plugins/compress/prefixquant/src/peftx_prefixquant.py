@@ -184,6 +184,12 @@ class PrefixQuant(Plugin):
         self.weights_only = self.config.activation_bits == self.config.kv_bits == 16
         if self.weights_only:  # no constants of activations, which adapters behind would make wrong
             self.claims = type(self).claims - {Claim.FINAL, Claim.PREFIX_CACHE}
+        # Inputs of layers alone, with nothing in the cache: layers with a constant each, and no more than these.
+        self.inputs_only = (
+            not self.weights_only and self.config.kv_bits == 16 and not self.config.prefix_tokens
+        )
+        if self.inputs_only:
+            self.claims = type(self).claims - {Claim.PREFIX_CACHE}
 
     def suits(self, model: ModelView) -> None:
         """Raise ArchitectureError, with a way out, unless `compress` works on this model."""
@@ -209,7 +215,8 @@ class PrefixQuant(Plugin):
             raise ArchitectureError(
                 f"{kind} has no MLP, at whose down projection outlier tokens are found", hint=DECODER
             )
-        if not self.weights_only and not model.module._can_set_attn_implementation():
+        beside = not (self.weights_only or self.inputs_only)
+        if beside and not model.module._can_set_attn_implementation():
             raise ArchitectureError(
                 f"{kind} does not look its attention up by name, so its keys and values cannot be rounded",
                 hint=ALONE,
@@ -225,10 +232,10 @@ class PrefixQuant(Plugin):
     def compress(self, model: ModelView, calibration: packing.Calibration, stack: Stack) -> None:
         self.suits(model)
         blocks = self.linears(model)
-        if self.weights_only:
+        if self.weights_only or self.inputs_only:
             for sites, block in zip(blocks, self.measure(model, calibration, [], 0), strict=True):
-                for site, squares in zip(sites, block.squares, strict=True):
-                    site.replace(self.packed(site, None, squares))
+                for site, scale, squares in zip(sites, block.inputs, block.squares, strict=True):
+                    site.replace(self.packed(site, None if self.weights_only else scale, squares))
             return
         edits = self.attach(model)
         attending = [edit for edit in edits if isinstance(edit, StaticKV)]
@@ -305,7 +312,8 @@ class PrefixQuant(Plugin):
     ) -> list[Measured]:
         """What each block is given before rounding, without the first `skip` tokens of a sequence. Each runs once.
 
-        Without `edits` there are no scales, only what weights are worth.
+        Without `edits` there is nothing of keys and values; where inputs are not rounded no scales, only what weights
+        are worth.
         """
         results: list[Measured] = []
         blocks, config = self.linears(model), self.config
@@ -313,9 +321,9 @@ class PrefixQuant(Plugin):
         def scales(parts: Iterable[Tensor], bits: int) -> tuple[Tensor, Tensor]:  # [1 or Hkv, ..., n] each
             pieces = (part.flatten(1, -2)[:, skip:].float() for part in parts)
             x = torch.cat([rotated(piece) if config.rotate else piece for piece in pieces], 1)
-            scale = (
-                static_scale(x.flatten(1), min(bits, 8), clip=config.clip_search) if edits else x.new_ones(1)
-            )
+            if self.weights_only:
+                return x.new_ones(1), x.square().mean((0, 1))
+            scale = static_scale(x.flatten(1), min(bits, 8), clip=config.clip_search)
             return scale, x.square().mean((0, 1))
 
         def on_block(layer: int, block: nn.Module, calls: packing.BlockInputs) -> None:
@@ -392,6 +400,8 @@ class PrefixQuant(Plugin):
         """What there is to compare."""
         if not stack.standing[id].compressed:
             return ("unquantized",)
+        if self.inputs_only:
+            return ("without_prefix", "dynamic")
         return ("weights_only",) if self.weights_only else get_args(Mode)
 
 
@@ -407,4 +417,4 @@ def switch(stack: Stack, id: str, mode: str) -> None:
             part.switch(mode == "with_prefix")
         elif isinstance(part, ReplacedPart) and part.module.activation is not None:
             part.module.activation = "dynamic-token" if mode == "dynamic" else "static-tensor"
-            part.module.input_scale = next(scales).clone()
+            part.module.input_scale = next(scales, part.module.input_scale).clone()

@@ -35,6 +35,8 @@ from peftx_prefixquant import (
 )
 
 test_conformance = conformance("prefixquant")
+INPUTS_ONLY = {"kv_bits": 16, "prefix_tokens": 0}
+test_conformance_of_inputs_alone = conformance("prefixquant", options=INPUTS_ONLY, models=["llama", "gpt2"])
 
 CALIBRATION = asset_path("peftx:sample/calibration.txt")
 EXTRA = 8  # channels and neurons that planting adds
@@ -152,6 +154,26 @@ def test_prefix_takes_the_outliers_in(outliers: LlamaForCausalLM, rows: list) ->
     assert perplexity(stack.model, stack.tokenizer, rows)["perplexity"].value == pytest.approx(
         value["perplexity_with_prefix"], rel=1e-6
     )
+
+
+def test_without_prefix_and_cache_there_are_layers_alone() -> None:
+    """With the same scales and integers as where there could have been a prefix, and none was found."""
+    stack, other = tiny_stack(**INPUTS_ONLY), tiny_stack(kv_bits=16, eta=1e9)
+    parts = list(stack.ledger.of("prefixquant"))
+    assert {type(part) for part in parts} == {ReplacedPart}
+    for part in parts:
+        layer, same = part.module, other.model.get_submodule(part.key)
+        assert torch.equal(layer.input_scale, same.input_scale)
+        assert torch.equal(layer.qweight, same.qweight)
+    ids = torch.arange(5, 25)[None]
+    before = stack.model(ids).logits
+    assert torch.equal(before, other.model(ids).logits)
+    scores = stack.evaluate([{"text": "The lamp is lit at six."}], metrics=["prefixquant"])
+    assert {name for name in scores if name.startswith("perplexity_")} == {
+        "perplexity_without_prefix",
+        "perplexity_dynamic",
+    }
+    assert torch.equal(stack.model(ids).logits, before)
 
 
 def test_modes_leave_no_trace(packed: peftx.Stack) -> None:

@@ -15,16 +15,21 @@ Unmerged, with the gain g = m / |V| - 1 of each output feature,
 
 so a layer costs LoRA and one product with g. In evaluation g is kept until a number changes that it hangs on. W is all
 that stands inside: the frozen layer, with the deltas of earlier plugins folded in.
+
+An embedding is the layer whose x is 1 at a token v and 0 elsewhere: W = E^T, y = E[v] and A x = A[:, v]. Its deltas do
+not fold, so W is the table alone there, and g acts on what stands inside too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from pydantic import Field
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftx import (
@@ -40,9 +45,10 @@ from peftx import (
     dropout_linear,
     hookimpl,
 )
-from peftx.errors import AdapterError
+from peftx.kernel.anatomy.site import LINEAR_KINDS
 from peftx.kernel.slots import Entry, slot_of
-from peftx.peft_format import Settings, most_common, targets_of
+from peftx.peft_format import Settings, by_value, most_common, targets_of
+from peftx.toolkits.injecting import of_each
 
 
 class DoraConfig(PluginConfig):
@@ -56,7 +62,16 @@ class DoraConfig(PluginConfig):
         False, description="s = alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of zeroing an input of A while training")
-    targets: Targets = Field(Targets("attention.q,k,v mlp.up,down"), description="linear layers to adapt")
+    ranks: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="other ranks for some targets, as in {'attention.q': 4, 'mlp': 16}"
+    )
+    alphas: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="other alphas for some targets, as in {'attention.q': 32}"
+    )
+    targets: Targets = Field(
+        Targets("attention.q,k,v mlp.up,down"),
+        description="linear layers to adapt; 'embedding' too where it is named",
+    )
 
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -103,11 +118,7 @@ class DoraDelta(Delta):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.place()[1]:
             self.known = None  # also for writes past torch's count of changes, as some optimizers make them
             return self.computed(dtype)
-        layer = self.layer[0]
-        behind = [*layer._parameters.values(), *layer._buffers.values(), *self._parameters.values()]
-        key = dtype, [(id(t), 0 if t is None or t.is_inference() else t._version) for t in behind]
-        if self.known is None or self.known[0] != key:
-            self.known = key, behind, self.computed(dtype)  # `behind` lives on, so that no id comes again
+        self.known = kept(self.known, self, self.layer[0], dtype, self.computed)
         return self.known[-1]  # type: ignore[no-any-return]
 
     def computed(self, dtype: torch.dtype) -> Terms:
@@ -145,6 +156,67 @@ class DoraDelta(Delta):
         return super()._apply(fn, recurse)
 
 
+class DoraEmbedding(Delta):
+    """e = u + g u, u = y + s B A[:, v] for token v.
+
+    Args:
+        module: the embedding. shape: [vocabulary, width] of its table. rank: r. scale: s. times: what the model
+            multiplies rows by.
+    """
+
+    full_precision = True
+
+    def __init__(
+        self, module: nn.Module, shape: Sequence[int], *, rank: int, scale: float, times: float
+    ) -> None:
+        super().__init__()
+        self.layer = [module]
+        self.scale, self.times = scale, times
+        self.embedding_A = nn.Parameter(torch.zeros(rank, shape[0]))
+        self.embedding_B = nn.Parameter(torch.randn(shape[1], rank))
+        self.magnitude = nn.Parameter(torch.ones(shape[1]))
+        self.known: Any = None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        A, B, g = self.embedding_A.to(y.dtype), self.embedding_B.to(y.dtype), self.gain(y.dtype)
+        u = torch.add(y, F.embedding(x, A.t()) @ B.t(), alpha=self.scale * self.times)
+        return torch.addcmul(u, g, u)
+
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        """g [width]; where nothing trains, from the last call unless a tensor behind it has changed."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.known = None
+            return self.computed(dtype)
+        self.known = kept(self.known, self, self.layer[0], dtype, self.computed)
+        return self.known[-1]  # type: ignore[no-any-return]
+
+    def computed(self, dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            length = self.lengths()
+        return (self.magnitude / length - 1).to(dtype)
+
+    def lengths(self) -> Tensor:
+        """|V|, V = E^T + s B A: [width]."""
+        E = self.layer[0].weight
+        V = E.to(torch.promote_types(E.dtype, torch.float32)).t()
+        return lengths(V + self.scale * (self.embedding_B @ self.embedding_A).to(V.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoraEmbedding:
+        self.known = None
+        return super()._apply(fn, recurse)
+
+
+def kept(
+    known: Any, delta: Delta, layer: nn.Module, dtype: torch.dtype, compute: Callable[[torch.dtype], Any]
+) -> Any:
+    """What was computed last, unless a number of the delta or its layer has changed: (key, tensors, result)."""
+    behind = [*layer._parameters.values(), *layer._buffers.values(), *delta._parameters.values()]
+    key = dtype, [(id(t), 0 if t is None or t.is_inference() else t._version) for t in behind]
+    if known is None or known[0] != key:
+        return key, behind, compute(dtype)  # `behind` lives on, so that no id comes again
+    return known
+
+
 def lengths(V: Tensor) -> Tensor:
     """|V| of each row, no length being zero: [..., out]."""
     return torch.linalg.vector_norm(V, dim=-1).clamp_min(torch.finfo(V.dtype).tiny)  # type: ignore[no-any-return]
@@ -152,26 +224,20 @@ def lengths(V: Tensor) -> Tensor:
 
 def options_of(settings: Settings) -> dict[str, Any]:
     """What `adapter_config.json` says."""
-    settings["r"], settings["init_lora_weights"], settings["use_dora"]  # the tensors say the rank
-    shapes = settings.adapted("lora_A.weight")
+    for name in ("r", "rank_pattern", "init_lora_weights", "use_dora"):  # the tensors say the rank, and m
+        settings[name]
+    shapes = settings.adapted("lora_A.weight", "lora_embedding_A")
     ranks = {path: shape[0] for path, shape in shapes.items()}
-    rank = most_common(ranks)
-    usual, stable = settings.get("lora_alpha", 8), bool(settings["use_rslora"])
-    settings["rank_pattern"]
-    for path, own in ranks.items():
-        found = settings.pattern("alpha_pattern", path)
-        alpha = usual if found is None else found
-        if (own, alpha) != (rank, usual):
-            raise AdapterError(
-                f"dora: the adapter has rank {own} and alpha {alpha} on {path}, {rank} and {usual} elsewhere, and the "
-                "plugin one of each",
-                hint="load it with PEFT, and merge it into the base: PeftModel.merge_and_unload",
-            )
+    usual = settings.get("lora_alpha", 8)
+    alphas = {path: float(settings.pattern("alpha_pattern", path, usual)) for path in ranks}
+    rank, alpha = most_common(ranks), most_common(alphas)
     return {
         "rank": rank,
-        "alpha": float(usual),
-        "rank_stabilized": stable,
+        "alpha": alpha,
+        "rank_stabilized": bool(settings["use_rslora"]),
         "dropout": settings.get("lora_dropout", 0.0),
+        "ranks": by_value(ranks, rank),
+        "alphas": by_value(alphas, alpha),
         "targets": targets_of(ranks),
     }
 
@@ -187,7 +253,13 @@ class Dora(Plugin):
     peft = (
         PeftFormat(
             "LORA",
-            tensors={"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+            tensors={
+                "A": "lora_A.weight",
+                "B": "lora_B.weight",
+                "embedding_A": "lora_embedding_A",
+                "embedding_B": "lora_embedding_B",
+                "magnitude": "lora_magnitude_vector",
+            },
             divided={"B": 0, "magnitude": 0},
             neutral={"magnitude": lambda weight: weight.norm(dim=-1)},
             options=options_of,
@@ -199,14 +271,27 @@ class Dora(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         config = self.config
-        for site in model.linears(config.targets):
-            site.check_rank(config.rank)
-            delta = site.attach(DoraDelta(site, rank=config.rank, scale=self.scale(), dropout=config.dropout))
+        kinds = (*LINEAR_KINDS, "embedding")
+        sites = {site.key: site for site in model.sites(config.targets, kinds=kinds)}
+        each = partial(of_each, model, sites, owner=model.owner, targets=config.targets)
+        ranks = each(config.rank, config.ranks, option="ranks")
+        alphas = each(config.alpha, config.alphas, option="alphas")
+        for key, site in sites.items():
+            rank = ranks[key]
+            site.check_rank(rank)
+            scale = self.scale(rank, alphas[key])
+            if site.kind == "embedding":
+                times = float(getattr(site.module, "embed_scale", 1.0))  # as Gemma's scales what it looks up
+                table = DoraEmbedding(site.module, site.shape, rank=rank, scale=scale, times=times)
+                site.attach(table)
+                if not model.restoring:
+                    table.magnitude.data.copy_(table.lengths())
+                continue
+            delta = site.attach(DoraDelta(site, rank=rank, scale=scale, dropout=config.dropout))
             if not model.restoring:
                 delta.magnitude.data.copy_(lengths(delta.inside()[0]))  # m = |W|
 
-    def scale(self) -> float:
-        """s."""
-        rank, alpha = self.config.rank, self.config.alpha
-        over = math.sqrt(rank) if self.config.rank_stabilized else rank
-        return (2.0 * rank if alpha is None else alpha) / over
+    def scale(self, rank: int, alpha: float | None) -> float:
+        """s for a rank."""
+        alpha = 2.0 * rank if alpha is None else alpha
+        return alpha / (math.sqrt(rank) if self.config.rank_stabilized else rank)

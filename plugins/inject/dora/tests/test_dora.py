@@ -19,6 +19,20 @@ from peftx_dora import Dora, DoraDelta
 from peftx_lora import Lora
 
 test_conformance = conformance("dora")
+test_conformance_of_embeddings = conformance(
+    "dora",
+    options={
+        "rank": 2,
+        "targets": "embedding attention.q",
+        "ranks": {"embedding": 3},
+        "alphas": {"embedding": 2},
+    },
+    models=["llama", "gemma2"],
+    expected_failures=dict.fromkeys(
+        ("merge_equals_unmerged", "merge_in_bfloat16", "unmerge_is_exact", "llama-merge_rounds_once"),
+        "nothing folds into an embedding",
+    ),
+)
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 V_PROJ = "model.layers.1.self_attn.v_proj"
@@ -80,6 +94,25 @@ def test_output_is_that_of_the_decomposed_weight(bias: bool, training: bool) -> 
     assert same is b  # the bias is no part of W
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@torch.no_grad()
+def test_of_an_embedding_too(arch: str) -> None:
+    """Its rows of W are features of all tokens: e = times m V[:, v] / |V|, V = E^T + s B A."""
+    stack = Stack(tiny(arch).double(), [Dora(rank=3, targets="embedding")])
+    table = stack.model.model.embed_tokens
+    delta, E = table.peftx["dora"], table.weight
+    assert torch.equal(table(IDS), tiny(arch).double().model.embed_tokens(IDS))
+    assert torch.allclose(delta.magnitude, E.norm(dim=0))
+    moved(stack)
+    V = E.T + delta.scale * delta.embedding_B @ delta.embedding_A
+    expected = (delta.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)).T[IDS] * delta.times
+    for training in (True, False, False):
+        stack.model.train(training)
+        assert torch.allclose(table(IDS), expected, atol=1e-12)
+    E[4] *= 2
+    assert not torch.allclose(table(IDS), expected, atol=1e-3), "kept, unless a number changed"
+
+
 def test_m_is_the_length_of_the_rows_and_V_their_direction() -> None:
     _, delta, W, _ = on_a_layer()
     merged, _ = delta.fold(W, None)
@@ -123,6 +156,18 @@ def test_gradients_hold_the_length_constant(way: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
+def test_ranks_and_alphas_of_some() -> None:
+    options = {"targets": "attention.q,v", "ranks": {"attention.q": 4}, "alphas": {"attention.v": 3}}
+    stack = Stack(tiny("llama"), [Dora(rank=2, **options)])
+    found = {
+        part.path.split(".")[-1]: (part.module.A.shape[0], part.module.scale)
+        for part in stack.ledger.of("dora")
+    }
+    assert found == {"q_proj": (4, 2.0), "v_proj": (2, 1.5)}
+    with pytest.raises(PeftxError, match="dora: ranks: 'mlp' matches nothing inside targets 'attention'"):
+        Stack(tiny("llama"), [Dora(rank=2, targets="attention", ranks={"mlp": 4})])
+
+
 def test_lengths_that_follow_V_leave_lora() -> None:
     layer, delta, W, _ = on_a_layer()
     V = (W + delta.scale * delta.B @ delta.A).detach()

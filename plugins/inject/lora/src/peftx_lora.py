@@ -6,12 +6,15 @@
 
 A starts Kaiming-uniform and B at zero, so the model starts unchanged. s = alpha / r, or alpha / sqrt(r) with
 `rank_stabilized` ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732). Merged,
-W' = W + s B A, the adapter costs nothing.
+W' = W + s B A, the adapter costs nothing. With `bias`, HF PEFT's `lora_bias`, an update of b trains with it, from zero:
+
+    h = W x + b + s (B A x + c)        c: [out]
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftx import (
-    BoundSite,
     Claim,
     Delta,
     LowRank,
@@ -36,6 +38,7 @@ from peftx import (
 from peftx.errors import AdapterError, OptionError
 from peftx.kernel.anatomy.site import LINEAR_KINDS
 from peftx.peft_format import Settings, by_value, most_common, targets_of
+from peftx.toolkits.injecting import of_each
 
 MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Starts of PEFT that take something off W."""
@@ -58,16 +61,17 @@ class LoraConfig(PluginConfig):
     alphas: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="other alphas for some targets, as in {'attention.q': 32}"
     )
+    bias: bool = Field(False, description="train an update c of each layer's bias too")
     targets: Targets = Field(
         Targets("all"), description="linear layers to adapt; 'embedding' too where it is named"
     )
 
 
 class LoraDelta(Delta):
-    """h = y + s B A dropout(x).
+    """h = y + s (B A dropout(x) + c).
 
     Args:
-        in_features, out_features: of the layer. rank: r. scale: s. dropout: p.
+        in_features, out_features: of the layer. rank: r. scale: s. dropout: p. bias: is there a c.
         batch: leading dimensions of stacked experts' weights.
     """
 
@@ -79,6 +83,7 @@ class LoraDelta(Delta):
         rank: int,
         scale: float,
         dropout: float = 0.0,
+        bias: bool = False,
         batch: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
@@ -86,6 +91,7 @@ class LoraDelta(Delta):
         self.dropout = dropout
         self.A = nn.Parameter(torch.empty(*batch, rank, in_features))
         self.B = nn.Parameter(torch.empty(*batch, out_features, rank))
+        self.c = nn.Parameter(torch.zeros(out_features)) if bias else None
         bound = 1 / math.sqrt(in_features)  # Kaiming with a = sqrt(5)
         nn.init.uniform_(self.A, -bound, bound)
         nn.init.zeros_(self.B)
@@ -94,14 +100,18 @@ class LoraDelta(Delta):
         if self.dropout and self.training:
             A, B = self.A.to(y.dtype), self.B.to(y.dtype)
             down = dropout_linear(x.to(y.dtype), A, self.dropout)  # [..., r]
-            return torch.add(y, down @ B.t(), alpha=self.scale)
-        return add_low_rank(x, y, self.A, self.B, self.scale)
+            h = torch.add(y, down @ B.t(), alpha=self.scale)
+        else:
+            h = add_low_rank(x, y, self.A, self.B, self.scale)
+        return h if self.c is None else torch.add(h, self.c.to(h.dtype), alpha=self.scale)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.c is not None:
+            bias = self.scale * self.c.to(weight.dtype) + (0 if bias is None else bias)  # b + s c
         return weight + self.scale * (self.B @ self.A).to(weight.dtype), bias  # W + s B A
 
     def low_rank(self) -> LowRank | None:
-        if self.dropout and self.training:
+        if self.c is not None or (self.dropout and self.training):
             return None
         own = (
             self._parameters
@@ -135,6 +145,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
             "off W, so that A and B alone do not go with the base",
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it there",
         )
+    bias = bool(settings["lora_bias"])
     shapes = settings.adapted("lora_A.weight", "lora_embedding_A")
     ranks, alphas = {}, {}
     for path, shape in shapes.items():
@@ -151,6 +162,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
         "dropout": settings.get("lora_dropout", 0.0),
         "ranks": by_value(ranks, rank),
         "alphas": by_value(alphas, alpha),
+        "bias": bias,
         "targets": targets_of(ranks),
     }
 
@@ -169,13 +181,14 @@ class Lora(Plugin):
             tensors={
                 "A": "lora_A.weight",
                 "B": "lora_B.weight",
+                "c": "lora_B.bias",
                 "embedding_A": "lora_embedding_A",
                 "embedding_B": "lora_embedding_B",
             },
-            divided={"B": 0},
+            divided={"B": 0, "c": 0},
             experts=True,
             options=options_of,
-            settings=lambda config: {"lora_dropout": config.dropout},
+            settings=lambda config: {"lora_dropout": config.dropout, "lora_bias": config.bias},
             when=lambda settings: not settings["use_dora"],
         ),
     )
@@ -185,35 +198,29 @@ class Lora(Plugin):
         sites = {
             site.key: site for site in model.sites(self.config.targets, kinds=(*LINEAR_KINDS, "embedding"))
         }
-        ranks = self._of_each(model, sites, "ranks", self.config.rank)
-        alphas = self._of_each(model, sites, "alphas", self.config.alpha)
+        config, owner = self.config, model.owner
+        each = partial(of_each, model, sites, owner=owner, targets=config.targets)
+        ranks = each(config.rank, config.ranks, option="ranks")
+        alphas = each(config.alpha, config.alphas, option="alphas")
         for key, site in sites.items():
             rank, alpha = ranks[key], alphas[key]
             site.check_rank(rank)
             scale = self.scale(rank, alpha)
+            if config.bias and (site.kind == "embedding" or site.batch):
+                raise OptionError(
+                    f"{owner}: bias: {site.path} {'holds experts' if site.batch else 'is an embedding'}, and an update "
+                    "of the bias goes with layers alone",
+                    hint="take it out of targets, or leave bias out",
+                )
             if site.kind == "embedding":
                 times = float(getattr(site.module, "embed_scale", 1.0))  # as Gemma's scales what it looks up
                 site.attach(LoraEmbedding(*site.shape, rank=rank, scale=scale, times=times))
                 continue
-            sizes = site.in_features, site.out_features
-            site.attach(
-                LoraDelta(*sizes, rank=rank, scale=scale, dropout=self.config.dropout, batch=site.batch)
-            )
-
-    def _of_each(
-        self, model: ModelView, sites: dict[str, BoundSite], option: str, usual: Any
-    ) -> dict[str, Any]:
-        """Key of a site -> rank or alpha: the usual one, or what the option says of its targets."""
-        found = dict.fromkeys(sites, usual)
-        for target, value in getattr(self.config, option).items():
-            keys = sites.keys() & {site.key for site in model.sites(target)}
-            if not keys:
-                raise OptionError(
-                    f"lora: {option}: '{target}' matches nothing inside targets '{self.config.targets}'",
-                    hint=f"add it to targets, or take it out of {option}",
-                )
-            found |= dict.fromkeys(keys, value)
-        return found
+            delta = LoraDelta(
+                site.in_features, site.out_features, rank=rank, scale=scale, dropout=config.dropout,
+                bias=config.bias, batch=site.batch,
+            )  # fmt: skip
+            site.attach(delta)
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """s for a rank."""

@@ -18,6 +18,9 @@ from peftx.testing.models import example_inputs, output_of
 from peftx_lora import Lora, LoraDelta
 
 test_conformance = conformance("lora")
+test_conformance_with_bias = conformance(
+    "lora", options={"rank": 2, "bias": True}, models=["llama", "gpt2", "bert"]
+)
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -48,6 +51,44 @@ def test_update_by_hand() -> None:
     assert delta(x, y.clone()).tolist() == [[31.0, -11.0]]
     weight, _ = delta.fold(torch.zeros(2, 2), None)
     assert weight.tolist() == [[3.0, 6.0], [-3.0, -6.0]]
+
+
+def test_bias_by_hand() -> None:
+    delta = LoraDelta(2, 2, rank=1, scale=3.0, bias=True)
+    x, y = torch.tensor([[5.0, 1.0]]), torch.tensor([[10.0, 10.0]])
+    assert delta(x, y.clone()).tolist() == y.tolist(), "c starts at zero"
+    with torch.no_grad():
+        delta.A.copy_(torch.tensor([[1.0, 2.0]]))
+        delta.B.copy_(torch.tensor([[1.0], [-1.0]]))
+        delta.c.copy_(torch.tensor([1.0, 2.0]))
+    # s (B A x + c) = 3 (7 + 1, -7 + 2)
+    assert delta(x, y.clone()).tolist() == [[34.0, -5.0]]
+    for given, folded in ((None, [3.0, 6.0]), (torch.tensor([10.0, 10.0]), [13.0, 16.0])):
+        _, bias = delta.fold(torch.zeros(2, 2), given)
+        assert bias.tolist() == folded
+    assert delta.low_rank() is None
+
+
+@pytest.mark.parametrize(("arch", "what"), [("llama", "is an embedding"), ("mixtral", "holds experts")])
+def test_a_bias_has_its_place_in_layers_alone(arch: str, what: str) -> None:
+    with pytest.raises(PeftxError, match=f"lora: bias: .* {what}, and an update of the bias goes with"):
+        Stack(tiny(arch), [Lora(rank=2, bias=True, targets="embedding" if arch == "llama" else "mlp")])
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")  # PEFT's, which sees that it is a Conv1D
+def test_roles_of_a_fused_matrix_go_out_with_biases_of_their_own(tmp_path: Path) -> None:
+    """Each has a rank and a scale of its own, and PEFT one of each for the matrix."""
+    from peft import PeftModel
+
+    options = {"rank": 2, "ranks": {"attention.q": 4}, "alphas": {"attention.k": 3}, "targets": "attention"}
+    stack = randomised(tiny("gpt2"), bias=True, **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for part in stack.ledger.of("lora"):
+            part.module.c.normal_()
+    to_peft(stack, tmp_path)
+    theirs = PeftModel.from_pretrained(tiny("gpt2"), tmp_path).eval()
+    assert torch.allclose(logits(theirs), logits(stack.model), atol=1e-5, rtol=0)
 
 
 def test_start_is_kaiming_uniform() -> None:

@@ -156,7 +156,7 @@ class TokenTrails(Plugin):
     def prepare_data(self, data: TrainingData) -> None:
         if not data.train:  # the core says so
             return
-        if data.format == "messages":
+        if data.format == "messages" or isinstance(data.train[0].get("prompt"), list):
             self._check_roles(data.train)
         elif data.format != "tokenized":
             texts = [marker_text(data.tokenizer, role, self.config.markers) for role in self.config.speakers]
@@ -169,7 +169,10 @@ class TokenTrails(Plugin):
     def _check_roles(self, rows: Dataset) -> None:
         speakers, heard = self.config.speakers, set()
         for index, row in enumerate(rows):
-            roles = {message["role"] for message in row["messages"]}
+            turns = (
+                row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"], *row["rejected"]]
+            )
+            roles = {turn["role"] for turn in turns}
             if strange := sorted(roles - {*speakers, SYSTEM}):
                 raise DataError(
                     f"token-trails: {Place(rows, index)}: '{strange[0]}' is none of the {len(speakers)} "

@@ -559,6 +559,10 @@ def said(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "words"} for role in roles]}
 
 
+def compared(*roles: str) -> dict[str, Any]:
+    return {"prompt": said(*roles)["messages"], "chosen": "yes", "rejected": "no"}
+
+
 def test_each_may_speak_in_a_row_of_their_own_or_there_are_no_rows() -> None:
     build().train([said("user", "assistant"), said("system", "assistant")], steps=1, batch_size=2)
     nothing = TrainingData(
@@ -576,6 +580,7 @@ def test_each_may_speak_in_a_row_of_their_own_or_there_are_no_rows() -> None:
         ),
         ([said("user", "guide", "assistant")], "row 0 .* 'guide' is none of the 2 speakers user, assistant"),
         ([said("assistant"), said("system", "assistant")], "only assistant, system speaks"),
+        ([compared("user", "guide")], "row 0 .* 'guide' is none of the 2 speakers user, assistant"),
         ([{"prompt": "2 + 2 =", "completion": "4"}], "no row of the data holds a turn: none of 'User:'"),
     ],
 )

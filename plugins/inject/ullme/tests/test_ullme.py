@@ -453,6 +453,8 @@ def test_rows_of_one_class_are_refused() -> None:
     with pytest.raises(DataError, match="ullme: all 4 rows have one passage, so there is one class"):
         build().train(rows, steps=1)
     build().train(rows[:1], steps=1, batch_size=1, max_length=64)  # its negative is another
+    with pytest.raises(DataError, match=r"ullme: row 0 .* is a conversation, and passages are texts"):
+        build().train([{**ROWS[0], "prompt": [{"role": "user", "content": "Hi"}]}], steps=1)
 
 
 def test_rows_and_batches_of_another_kind_are_refused() -> None:

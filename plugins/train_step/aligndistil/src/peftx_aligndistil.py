@@ -181,7 +181,7 @@ class AlignDistil(Plugin):
 
         data.rewrite(texts)
 
-    def pair(self, row: dict[str, str], where: Where, data: TrainingData) -> dict[str, list[int]]:
+    def pair(self, row: dict[str, Any], where: Where, data: TrainingData) -> dict[str, list[int]]:
         """Both texts of a row, and their labels."""
         texts = [
             encode_pair(

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Literal
 
+from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, TrainStep, hookimpl
-from peftx.engines.data import IGNORE, Collator, special_frame, text_ids
-from peftx.errors import BatchError
+from peftx.engines.data import IGNORE, PROMPT_TURNS, Collator, special_frame, text_ids
+from peftx.errors import BatchError, DataError
 from peftx.kernel.objective import pad_of
 from peftx.toolkits.decoding.text import DRAWN, check_writes, written
 
@@ -76,6 +77,17 @@ def repeated(columns: dict[str, Tensor], times: int) -> dict[str, Tensor]:
     return {name: x.repeat_interleave(times, 0) for name, x in columns.items()}
 
 
+def rejected(rows: Dataset) -> tuple[Dataset, str]:
+    """The rejected answer of each row as what follows its prompt, and the format of that."""
+    if not len(rows) or isinstance(rows[0]["prompt"], str):
+        return rows.remove_columns("chosen").rename_column("rejected", "completion"), "prompt-completion"
+    talks = [[*row["prompt"], *row["rejected"]] for row in rows]
+    asked = [len(prompt) for prompt in rows["prompt"]]
+    rows = rows.remove_columns(list({"chosen", "rejected", "messages"} & {*rows.column_names}))
+    rows = rows.add_column("messages", talks).add_column(PROMPT_TURNS, asked)
+    return rows.remove_columns("prompt"), "messages"
+
+
 class D2o(Plugin):
     """See the module."""
 
@@ -97,10 +109,13 @@ class D2o(Plugin):
         hint = "rows with prompt and rejected (and chosen), or with prompt and completion, the bad answer"
         data.require(self.takes, by="d2o", hint=hint)
         if data.format == "preference":
-            for name, rows in (("train", data.train), ("eval", data.eval)):
-                if rows is not None:
-                    setattr(data, name, rows.remove_columns("chosen").rename_column("rejected", "completion"))
-            data.format = "prompt-completion"
+            found = {n: rejected(x) for n, x in (("train", data.train), ("eval", data.eval)) if x is not None}
+            formats = {format for _, format in found.values()}
+            if len(formats) > 1:
+                raise DataError("d2o: rows of train and eval must both be texts, or both conversations")
+            data.format = formats.pop()
+            for name, (rows, _) in found.items():
+                setattr(data, name, rows)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:

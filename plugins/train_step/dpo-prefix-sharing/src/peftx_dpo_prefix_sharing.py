@@ -29,7 +29,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Generator, Sequence
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -171,7 +171,7 @@ class DpoPrefixSharing(Plugin):
         return (yield)
 
 
-def triple_of(row: dict[str, str], where: Where, data: TrainingData, by: str) -> Triple:
+def triple_of(row: dict[str, Any], where: Where, data: TrainingData, by: str) -> Triple:
     """The prompt is tokenized alone and cut once, so both branches have the same."""
     answers = []
     for name in ("chosen", "rejected"):
