@@ -190,7 +190,7 @@ output: {tmp_path / "out"}
     assert [stage.seconds for stage in stages[1:]] == list(result.seconds.values())[:-1]
     assert stages[1].plugins == ["lora"]
     assert "parameters train" in stages[1].detail
-    assert str(tmp_path) not in "".join(stage.detail for stage in stages)
+    assert str(tmp_path) not in "".join(stage.detail for stage in result.stack.history.stages)
     assert [p.trainings for p in result.stack.history.preparations] == [0, 1]
     assert [stage.name for stage in result.stack.history.stages] == [*names, "save"]
 
