@@ -122,5 +122,10 @@ def test_two_loops_of_decoding_are_refused(tmp_path: Path) -> None:
     both = SERVED.read_text(encoding="utf-8").replace("\ntrain:", "\n  - use: hydragen\ntrain:")
     (tmp_path / "stations.jsonl").write_bytes((SERVED.parent / "stations.jsonl").read_bytes())
     (tmp_path / "both.yaml").write_text(both, encoding="utf-8")
-    with pytest.raises(PeftxError, match=r"'aded' .* and 'hydragen' .* both replace the decoding loop"):
+    with pytest.raises(
+        PeftxError, match=r"'aded' .* and 'hydragen' .* both replace the decoding loop"
+    ) as refused:
         load_run(tmp_path / "both.yaml")
+    assert re.search(
+        r"'hydragen' .* shares .* texts of a batch, .* 'aded' .* one text at a time", refused.value.message
+    )
