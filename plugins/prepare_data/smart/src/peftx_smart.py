@@ -34,7 +34,7 @@ from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hook
 from peftx.engines.data import Place, pair_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.heads import mean_of
-from peftx.toolkits.working import Answer, OfStack
+from peftx.toolkits.working import Answer, OfStack, kept_file
 
 BLOCK = 256  # gains at once: bounds memory to n x 256
 Picks = list[tuple[int, float]]
@@ -53,7 +53,7 @@ class SmartConfig(PluginConfig):
     cut: float = Field(0.4, ge=0, allow_inf_nan=False, description="lambda of the graph cut")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="gains g are divided by it")
     vectors: Path | None = Field(
-        None, description="file that keeps e_i: prompts that stand there are not read again"
+        None, description="file that keeps e_i with their prompts, in the place of peftx's own"
     )
 
 
@@ -87,7 +87,10 @@ class Smart(Plugin):
         groups, prompts = grouped(data, config, id)
         refuse(config, groups, prompts, id)
         encoder = Vectors(Stack(config.encoder, device=str(stack.model.device)))
-        answers = Worker(encoder, config.vectors, progress=data.progress).write(list(prompts.values()))
+        worker = Worker(
+            encoder, config.vectors, progress=data.progress, cache=kept_file(encoder.name, encoder.encoder)
+        )
+        answers = worker.write(list(prompts.values()))
         e = dict(zip(prompts, map(vector_of, answers), strict=True))
 
         means = unit(

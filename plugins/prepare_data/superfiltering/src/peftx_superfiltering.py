@@ -30,7 +30,7 @@ from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
 from peftx.engines.data import pair_of
 from peftx.errors import DataError
 from peftx.kernel.heads import mean_of
-from peftx.toolkits.working import OfStack
+from peftx.toolkits.working import OfStack, kept_file
 
 
 class SuperfilteringConfig(PluginConfig):
@@ -44,7 +44,7 @@ class SuperfilteringConfig(PluginConfig):
         None, gt=0, le=1, description="share by IFD, of which the most diverse are kept (Superfiltering.D)"
     )
     scores: Path | None = Field(
-        None, description="file that keeps scores: rows that stand there are not scored again"
+        None, description="file that keeps scores with their rows, in the place of peftx's own"
     )
 
     @model_validator(mode="after")
@@ -79,7 +79,8 @@ class Superfiltering(Plugin):
                 hint=f"share at least {ceil(1000 / len(pairs)) / 1000:g}",
             )
         small = Stack(config.scorer, device=str(stack.model.device))
-        worker = Worker(OfStack(small), transcript=config.scores, progress=data.progress)
+        by = OfStack(small)
+        worker = Worker(by, config.scores, progress=data.progress, cache=kept_file(by.name, small))
         scores = ifd(worker, pairs)
         best = sorted((i for i in scores if scores[i] < 1), key=lambda i: -scores[i])
         kept = best[:count]

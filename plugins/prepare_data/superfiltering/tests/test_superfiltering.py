@@ -117,8 +117,10 @@ def test_pairs_that_do_not_fit_go(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
-def test_scores_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "scores.jsonl"
+@pytest.mark.parametrize("named", [True, False])
+def test_scores_are_kept(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
+    file = tmp_path / "scores.jsonl" if named else None
     first = prepared(ROWS, share=0.5, scores=file)
     asked: list[Any] = []
     scoring = OfStack.score
@@ -129,6 +131,7 @@ def test_scores_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     new = {"prompt": "One more", "completion": " row"}
     prepared([*ROWS, new], share=0.5, scores=file)
     assert asked == [("One more", " row"), ("", " row")]
+    assert named == (not (tmp_path / "answers").exists())
 
 
 def test_messages_are_scored_by_their_last_answer() -> None:
