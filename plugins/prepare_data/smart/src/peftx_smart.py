@@ -19,7 +19,7 @@ A cosine is a product of unit vectors, so no function below ever holds a kernel 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import floor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +31,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import Place, pair_of
+from peftx.engines.data import Picks, Place, facility_location, pair_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import Answer, OfStack, kept_file
-
-BLOCK = 256  # gains at once: bounds memory to n x 256
-Picks = list[tuple[int, float]]
-"""Places in the order in which they were chosen, each with its gain."""
 
 
 class SmartConfig(PluginConfig):
@@ -139,29 +135,6 @@ def graph_cut(v: Tensor, count: int, cut: float) -> Picks:
         chosen.append((best, float(gains[best])))
         gains = gains - 2 * cut * (v @ v[best])
         gains[[place for place, _ in chosen]] = -torch.inf
-    return chosen
-
-
-def facility_location(v: Tensor, count: int, progress: Callable[[int, int], None] | None = None) -> Picks:
-    """Greedily for f(A) = sum_i max(0, max_{j in A} s_ij); of equals the first.
-
-    Lazily: gains never grow, so those from before are bounds, and only the best is computed again until it stays best.
-    """
-    covered, chosen = torch.zeros(len(v), dtype=v.dtype, device=v.device), Picks()
-
-    def gains(rows: Tensor) -> Tensor:
-        return (v @ rows.T - covered[:, None]).clamp(min=0).sum(0).round(decimals=9)
-
-    bounds = torch.cat([gains(block) for block in v.split(BLOCK)])
-    while len(chosen) < count:
-        best = int(bounds.argmax())
-        bounds[best] = gains(v[best : best + 1])[0]
-        if int(bounds.argmax()) == best:
-            chosen.append((best, float(bounds[best])))
-            covered = torch.maximum(covered, v @ v[best])
-            bounds[best] = -torch.inf
-            if progress is not None:
-                progress(len(chosen), count)
     return chosen
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import peftx_smart
 from peftx import Stack, TrainingData
+from peftx.engines.data import facility_location
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
 from peftx.testing import conformance
@@ -23,7 +24,6 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_smart import (
     Smart,
     Vectors,
-    facility_location,
     graph_cut,
     split,
     taylor_softmax,

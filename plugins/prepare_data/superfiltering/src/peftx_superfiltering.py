@@ -22,12 +22,10 @@ from collections.abc import Sequence
 from math import ceil, exp, floor
 from pathlib import Path
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import pair_of
+from peftx.engines.data import facility_location, pair_of
 from peftx.errors import DataError
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import OfStack, kept_file
@@ -86,11 +84,11 @@ class Superfiltering(Plugin):
         kept = best[:count]
         reasons: dict[int, str | None] = dict.fromkeys(range(len(pairs)), "no answer")
         reasons |= dict.fromkeys(scores, "IFD of 1 or more") | dict.fromkeys(best, "IFD below those kept")
-        if config.pool is not None:
+        if config.pool is not None and best:
             P = best[: floor(config.pool * len(pairs))]
             reasons |= dict.fromkeys(P, "less diverse than those kept")
             vectors = small.embed([pairs[i][0] or pairs[i][1] for i in P], pool=mean_of)
-            kept = [P[j] for j in facility_location(vectors @ vectors.T, count)]
+            kept = [P[j] for j, _ in facility_location(vectors, count, data.progress)]
         reasons |= dict.fromkeys(kept)
         rows = data.train.remove_columns([name for name in ("ifd",) if name in data.train.column_names])
         data.train = rows.add_column("ifd", [scores.get(i) for i in range(len(pairs))])
@@ -103,15 +101,3 @@ def ifd(worker: Worker, pairs: Sequence[tuple[str, str]]) -> dict[int, float]:
     both = [pair for i in answered for pair in (pairs[i], ("", pairs[i][1]))]
     logs = worker.score(both)
     return {i: exp(logs[2 * n + 1] - logs[2 * n]) for n, i in enumerate(answered)}
-
-
-def facility_location(sim: Tensor, count: int) -> list[int]:
-    """The greedy S of so many places, first chosen first; sim [P, P], where what is below 0 counts as 0."""
-    sim, chosen = sim.clamp(min=0), list[int]()
-    covered = torch.zeros(len(sim), device=sim.device)  # max over S of sim(i, j)
-    while len(chosen) < min(count, len(sim)):
-        gains = (sim - covered[:, None]).clamp(min=0).sum(0)
-        gains[chosen] = -1.0
-        chosen.append(int(gains.argmax()))
-        covered = torch.maximum(covered, sim[:, chosen[-1]])
-    return chosen
