@@ -17,8 +17,6 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
-from auto_round.algorithms.quantization.sign_round.sign_sgd import SignSGD
-from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
 from peftx import Stack
@@ -32,6 +30,9 @@ TEXTS, LENGTH, GROUP = 8, 128, 128
 
 def official(W: Tensor, x: Tensor, y: Tensor, bits: int, steps: int) -> Tensor:
     """Its layer and its optimizer, in the order of its `SignRoundQuantizer.quantize_block`: W^ [out, in]."""
+    from auto_round.algorithms.quantization.sign_round.sign_sgd import SignSGD
+    from auto_round.wrapper import WrapperLinear
+
     layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
     layer.weight.data = W.clone()
     settings = {"bits": bits, "group_size": GROUP, "sym": False, "data_type": "int", "act_bits": 16}

@@ -149,9 +149,11 @@ class History(_Kept):
             Preparation(plugin=plugin, trainings=behind, rows=rows, left=left, dropped=dropped)
         )
 
-    def staged(self, name: str, plugins: Sequence[str], seconds: float, detail: str) -> None:
-        """Add a stage that is over."""
-        self.stages.append(Stage(name=name, plugins=list(plugins), seconds=seconds, detail=detail))
+    def staged(self, kind: str, seconds: float, detail: str, *, name: str, plugins: Sequence[str]) -> None:
+        """Add a stage that is over. `detail` is left out where the history has its numbers, or it names a place of this
+        machine."""
+        kept = "" if kind in ("prepare", "evaluate", "save") else detail
+        self.stages.append(Stage(name=name, plugins=list(plugins), seconds=seconds, detail=kept))
 
     def trained(
         self,

@@ -159,12 +159,7 @@ class Run:
     def _ended(self, kind: str, seconds: float, detail: str, stage: RunStage | None = None) -> None:
         self.reporter.finished(kind, seconds, detail)
         name, ids = (kind, []) if stage is None else (stage.told, stage.ids)
-        apart = kind in (
-            "prepare",
-            "evaluate",
-            "save",
-        )  # numbers of their own in the history, and places here
-        self._stack.history.staged(name, ids, seconds, "" if apart else detail)
+        self._stack.history.staged(kind, seconds, detail, name=name, plugins=ids)
 
     # -- stages: each returns a line on what it did ----------------------------------------------------------------
 
