@@ -1,11 +1,12 @@
-"""Prompts that begin alike: hit rate, first token, throughput and memory with marconi and batchllm, beside plain LRU
-and no cache.
+"""Prompts that begin alike: hit rate, first token, throughput and memory with marconi, batchllm, hydragen and prefixkv,
+beside plain LRU and no cache.
 
-    python benchmarks/prefixes.py              # both parts, results/prefixes.json; about ten minutes
+    python benchmarks/prefixes.py              # both parts, results/prefixes.json; about fifteen minutes
     python benchmarks/prefixes.py --requests 40
 
 One trace, drawn by a seed: questions behind system prompts, questions behind examples, chats whose turns hold the
-model's own answers. Hit rates, tokens and bytes are exact; times are CPU seconds as ratios to no cache.
+model's own answers. Hit rates, tokens and bytes are exact; times are CPU seconds as ratios to no cache. hydragen shares
+within a batch alone, so it runs on batches as they come, and on batches of prompts in the order of their tokens.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from peftx import Stack
+from peftx import Generation, Stack
 from peftx.engines.models import load_model
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx_batchllm import BatchLLM, Groups
+from peftx_hydragen import Hydragen
 from peftx_marconi import Marconi, RadixCache
+from peftx_prefixkv import PrefixKV
 
 RESULTS = Path(__file__).parent / "results"
 NEW = 6
@@ -126,11 +129,24 @@ def one_by_one(load: Loader, prompts: list[Prompt], plugins: list[Any], **policy
     return found | ({"alpha": prefixes.tree.alpha} if isinstance(prefixes, RadixCache) else {})
 
 
+def in_order(jobs: Sequence[Job]) -> list[Job]:
+    """By the tokens of the prompts: what begins alike comes together."""
+    return sorted(jobs, key=lambda job: job.request.ids or ())
+
+
 def at_once(load: Loader, prompts: list[Prompt], plugins: list[Any], **policy: Any) -> dict[str, Any]:
     """All prompts at the same time."""
     model, tokenizer = load()
     server = Server(Stack(model, plugins, tokenizer=tokenizer), scheduler=Scheduler(max_queue=1000, **policy))
     engine = Engine(server)
+    whole, make = list[Generation](), engine._answers.generation
+
+    def noted(jobs: Sequence[Job]) -> Generation:
+        """A batch that runs whole, kept for its figures."""
+        whole.append(make(jobs))
+        return whole[-1]
+
+    engine._answers.generation = noted  # type: ignore[method-assign]
     ends: list[float] = []
     jobs: list[Job] = [engine.submit(asked(prompt)) for prompt in prompts]
     for job in jobs:
@@ -142,10 +158,13 @@ def at_once(load: Loader, prompts: list[Prompt], plugins: list[Any], **policy: A
     saved = 0
     if prefixes is not None:
         saved = prefixes.figures()["tokens_saved"] if isinstance(prefixes, Groups) else prefixes.reused_tokens
+    saved += sum(int(batch.stats.get("shared_tokens", 0)) * (len(batch.input_ids) - 1) for batch in whole)
+    held = [sum(batch.stats.get(name, 0.0) for batch in whole) for name in ("kv_bytes", "kv_bytes_plain")]
     return {
         "token_hit_rate": saved / sum(map(len, prompts)), "seconds": max(ends) - began,
         "answer": statistics.median(ends) - began, "texts": texts,
         "tokens_held": prefixes.most if isinstance(prefixes, Groups) else None,
+        "kv_bytes_ratio": held[0] / held[1] if held[1] else None,
     }  # fmt: skip
 
 
@@ -209,7 +228,18 @@ def main(
             "marconi": ([Marconi(capacity_mb=room, bootstrap=1)], {}),
         }
         if name == "peftx:tiny":
-            several["batchllm"] = ([BatchLLM(kv_tokens=32 * max(map(len, prompts)), rows=32)], {})
+            several |= {
+                "batchllm": ([BatchLLM(kv_tokens=32 * max(map(len, prompts)), rows=32)], {}),
+                "whole batches of 8": ([Hydragen(min_prefix=10_000)], {"max_batch": 8}),
+                "hydragen, as they come": ([Hydragen()], {"max_batch": 8}),
+                "whole batches of 8, in order": (
+                    [Hydragen(min_prefix=10_000)],
+                    {"max_batch": 8, "order": in_order},
+                ),
+                "hydragen, in order": ([Hydragen()], {"max_batch": 8, "order": in_order}),
+                "prefixkv, half": ([PrefixKV(budget=0.5)], {"max_batch": 8}),
+            }
+        at_once(load, prompts[:16], [])  # warm
         results[f"{name}, at once"] = beside(
             {way: at_once(load, prompts, plugins, **policy) for way, (plugins, policy) in several.items()}
         )

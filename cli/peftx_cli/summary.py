@@ -139,6 +139,7 @@ def to_dict(run: Run, result: RunResult, texts: list[dict[str, str]]) -> dict[st
         "held_out": None
         if result.held_out is None
         else {"rows": len(result.held_out.rows), "of": result.held_out.of, "seed": result.held_out.seed},
+        "prepared": [one.model_dump() for one in result.stack.history.preparations],
         "scores": {stage: score_dict(scores) for stage, scores in result.scores.items()},
         "matrices": {title: asdict(matrix) | matrix.told() for title, matrix in matrices(result).items()},
         "training": [

@@ -1,8 +1,9 @@
-"""What a stack went through: the steps of its trainings, and what was measured in between."""
+"""What a stack went through: its rows, the steps of its trainings, what was measured, and how long it all took."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 MOST_STEPS = 100_000
 """Steps of all trainings that a file holds: beyond it every second one is left out, or every third, ..."""
+
+
+MOST_REASONS = 20
+"""Reasons of a plugin that a file names, the most frequent: one may tell a number of each row."""
+OTHER_REASONS = "other reasons"
 
 
 class _Kept(BaseModel):
@@ -92,14 +98,62 @@ class Evaluation(_Kept):
     scores: dict[str, Measured]
 
 
+class Preparation(_Kept):
+    """What one plugin made of the rows to train on.
+
+    Attributes:
+        plugin: its id. trainings: how many lay behind. rows: that it got. left: that it gave. dropped: rows of these
+            that it took out, by reason. Where that is not `rows - left`, it made rows, or several of one.
+    """
+
+    plugin: str
+    trainings: int
+    rows: int
+    left: int
+    dropped: dict[str, int] = {}
+
+
+class Stage(_Kept):
+    """A stage of a run. `detail`: what it did, in a line; empty where another table has its numbers."""
+
+    name: str
+    plugins: list[str] = []
+    seconds: FiniteFloat
+    detail: str = ""
+
+
 class History(_Kept):
-    """Of a stack; `history.json` of its bundle."""
+    """Of a stack; `history.json` of its bundle.
+
+    Attributes:
+        stages: of runs of a spec, in order. A bundle is written before the stage that saves it is over, so it does not
+            hold that one.
+    """
 
     trainings: list[TrainingHistory] = []
     evaluations: list[Evaluation] = []
+    preparations: list[Preparation] = []
+    stages: list[Stage] = []
 
     def __bool__(self) -> bool:
-        return bool(self.trainings or self.evaluations)
+        return bool(self.trainings or self.evaluations or self.preparations or self.stages)
+
+    def prepared(self, plugin: str, *, rows: int, left: int, reasons: Sequence[str]) -> None:
+        """Add what a plugin made of `rows` rows. `reasons`: one for each row that it dropped."""
+        counts = Counter(reasons).most_common()
+        dropped = dict(counts[:MOST_REASONS])
+        if rest := sum(count for _, count in counts[MOST_REASONS:]):
+            dropped[OTHER_REASONS] = dropped.get(OTHER_REASONS, 0) + rest
+        behind = len(self.trainings)
+        self.preparations.append(
+            Preparation(plugin=plugin, trainings=behind, rows=rows, left=left, dropped=dropped)
+        )
+
+    def staged(self, kind: str, seconds: float, detail: str, *, name: str, plugins: Sequence[str]) -> None:
+        """Add a stage that is over. `detail` is left out where the history has its numbers, or it names a place of this
+        machine."""
+        kept = "" if kind in ("prepare", "evaluate", "save") else detail
+        self.stages.append(Stage(name=name, plugins=list(plugins), seconds=seconds, detail=kept))
 
     def trained(
         self,

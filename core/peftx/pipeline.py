@@ -146,20 +146,22 @@ class Run:
         self.result = RunResult(
             stack, bytes_before=base_bytes(stack.base_id, stack.model), held_out=self.held_out
         )
-        self.reporter.finished(
-            "load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters"
-        )
+        self._ended("load", time.perf_counter() - started, f"{stack.base_parameters():,} parameters")
         for index, stage in enumerate(self.stages if self.leads else self.stages[: last + 1]):
-            name = stage.kind
             self._begin(stage)
             started = time.perf_counter()
-            detail = getattr(self, f"_{name}")(stage, index)
-            seconds = self.result.seconds[f"{index}-{name}"] = time.perf_counter() - started
-            self.reporter.finished(name, seconds, detail)
+            detail = getattr(self, f"_{stage.kind}")(stage, index)
+            seconds = self.result.seconds[f"{index}-{stage.kind}"] = time.perf_counter() - started
+            self._ended(stage.kind, seconds, detail, stage)
         return self.result
 
     def _begin(self, stage: RunStage) -> None:
-        self.reporter.stage(f"{stage.kind} ({stage.round})" if stage.round else stage.kind, stage.ids)
+        self.reporter.stage(stage.told, stage.ids)
+
+    def _ended(self, kind: str, seconds: float, detail: str, stage: RunStage | None = None) -> None:
+        self.reporter.finished(kind, seconds, detail)
+        name, ids = (kind, []) if stage is None else (stage.told, stage.ids)
+        self._stack.history.staged(kind, seconds, detail, name=name, plugins=ids)
 
     # -- stages: each returns a line on what it did ----------------------------------------------------------------
 

@@ -196,6 +196,11 @@ class RunStage(SpecModel):
         return self._round
 
     @property
+    def told(self) -> str:
+        """What it is called where a run is told: its kind, and its round."""
+        return f"{self.kind} ({self._round})" if self._round else self.kind
+
+    @property
     def source(self) -> str:
         """Of data.sources the one whose rows this stage works on; empty: those of data.train."""
         return self._source

@@ -88,10 +88,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 peftx: 1
 model: peftx:tiny
 data: {{train: {folder / "rows.jsonl"}, holdout: 0.5}}
-stack: [{{use: lora, with: {{rank: 2}}}}]
+stack: [{{use: selectit, with: {{raters: ["peftx:tiny"], share: 0.5}}}}, {{use: lora, with: {{rank: 2}}}}]
 train: {{steps: 4, batch_size: 2}}
 evaluate: [perplexity]
-run: [{{evaluate: {{name: base}}}}, inject, train, {{evaluate: {{name: adapted}}}}, save]
+run: [{{evaluate: {{name: base}}}}, prepare, inject, train, {{evaluate: {{name: adapted}}}}, save]
 output: {folder / "out"}
 """
     load_run(text).run()
@@ -102,10 +102,10 @@ def test_the_page_tells_the_run(bundle: Path, installed: Any, ok: Callable[..., 
     assert ok("report", str(bundle)).strip() == "report.html"
     text = Path("report.html").read_text("utf-8")
     found = checked(text)
-    titles = ["The stack", "Metrics", "Training", "Before and after", "The plan", "Files", "The spec",
-              "How to load it", "Versions"]  # fmt: skip
+    titles = ["The stack", "Rows", "Metrics", "Training", "Before and after", "Stages", "The plan", "Files",
+              "The spec", "How to load it", "Versions"]  # fmt: skip
     assert found.texts["h2"] == titles
-    assert found.texts["h1"] == ["lora on peftx:tiny"]
+    assert found.texts["h1"] == ["selectit + lora on peftx:tiny"]
     assert "base (before training)" in found.texts["th"]
     assert "adapted" in found.texts["th"]
     assert {"lora.safetensors", "history.json", "pipeline.yaml"} <= set(found.texts["td"])
@@ -119,6 +119,18 @@ def test_the_page_tells_the_run(bundle: Path, installed: Any, ok: Callable[..., 
     history = peftx.load(bundle).history
     assert f"{history.trainings[0].loss[-1]:.4g}" in found.texts["td"]
     assert f"{history.trainings[0].trainable:,}" in found.texts["td"]
+    (prepared,) = history.preparations
+    assert (prepared.rows, prepared.left, sum(prepared.dropped.values())) == (4, 2, 2)
+    assert "\n".join(f"{n} {why}" for why, n in prepared.dropped.items()) in found.texts["td"]
+    assert [stage.name for stage in history.stages] == [
+        "load",
+        "evaluate",
+        "prepare",
+        "inject",
+        "train",
+        "evaluate",
+    ]
+    assert {f"{stage.seconds:,.2f}" for stage in history.stages} <= set(found.texts["td"])
     score = history.evaluations[0].scores["perplexity"].value
     assert any(f"{score:.5g}" in cell for cell in found.texts["td"])
     assert [p.name for p in Path.cwd().iterdir()] == ["report.html"], "nothing half-written lies beside it"
@@ -182,6 +194,10 @@ def test_samples_of_hostile_rows_are_text(bundle: Path, installed: Any, ok: Call
     with stack.disabled():
         before = stack.generate(prompt, max_new_tokens=64, do_sample=False)
     assert {before, after} <= {*found.texts["td"], ""}
+    for who in ("The base", "The stack"):
+        told = next(text for text in found.texts["p"] if text.startswith(f"{who} wrote"))
+        wrote, passes = re.findall(r"(\d+) (?:tokens in|forward passes)", told)
+        assert int(wrote) == int(passes) <= 128, "nothing drafts here"
 
 
 def test_a_base_that_is_not_at_hand_is_said(bundle: Path, installed: Any, ok: Callable[..., str]) -> None:

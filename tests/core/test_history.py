@@ -143,6 +143,58 @@ output: {tmp_path / "out"}
     assert history.trainings[0].losses == result.training[0].losses
 
 
+class HistoryPicks(Plugin):
+    """Drops every row below a number, with a reason of its own for each; doubles those that are left."""
+
+    @hookimpl
+    def prepare_data(self, data: Any, stack: Stack) -> None:
+        rows = len(data.train)
+        data.keep([f"row {n}" if n < rows // 2 else None for n in range(rows)], by="history-picks")
+        data.train = data.train.select([*range(len(data.train))] * 2)
+
+
+def test_what_a_plugin_made_of_the_rows_is_kept(tmp_path: Path) -> None:
+    """Of each of two plugins, in order, with reasons; more reasons than a file names are counted together."""
+    stack = Stack("peftx:tiny", [("one", HistoryPicks()), ("two", HistoryPicks()), HistoryGains()])
+    stack.train(ROWS, steps=2)
+    stack.train([{"prompt": f"Say {n}.", "completion": "So."} for n in range(60)], steps=2)
+    stack.save(tmp_path / "out")
+    history = peftx.load(tmp_path / "out").history
+    told = [(p.plugin, p.trainings, p.rows, p.left) for p in history.preparations]
+    assert told == [("one", 0, 12, 12), ("two", 0, 12, 12), ("one", 1, 60, 60), ("two", 1, 60, 60)]
+    assert history.preparations[1].dropped == {f"row {n}": 1 for n in range(6)}
+    many = history.preparations[2].dropped
+    assert len(many) == module.MOST_REASONS + 1
+    assert (sum(many.values()), many["other reasons"]) == (30, 10)
+
+
+def test_a_run_keeps_its_stages(tmp_path: Path) -> None:
+    """By the names of their rounds, with seconds; but for where rows and bundles went, which is nobody else's."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+    text = f"""
+peftx: 1
+model: peftx:tiny
+data: {{train: {rows}, holdout: 0.2}}
+stack: [{{use: mosaic-it, with: {{copies: 1}}}}, lora]
+train: {{steps: 1}}
+evaluate: [perplexity]
+run: [inject, {{repeat: {{times: 2, run: [prepare, train]}}}}, evaluate, save]
+output: {tmp_path / "out"}
+"""
+    result = load_run(text).run()
+    stages = peftx.load(tmp_path / "out").history.stages
+    names = ["load", "inject", "prepare (round 1 of 2)", "train (round 1 of 2)", "prepare (round 2 of 2)",
+             "train (round 2 of 2)", "evaluate"]  # fmt: skip
+    assert [stage.name for stage in stages] == names
+    assert [stage.seconds for stage in stages[1:]] == list(result.seconds.values())[:-1]
+    assert stages[1].plugins == ["lora"]
+    assert "parameters train" in stages[1].detail
+    assert str(tmp_path) not in "".join(stage.detail for stage in result.stack.history.stages)
+    assert [p.trainings for p in result.stack.history.preparations] == [0, 1]
+    assert [stage.name for stage in result.stack.history.stages] == [*names, "save"]
+
+
 def test_a_stack_without_one_has_no_file(tmp_path: Path) -> None:
     stack_of().save(tmp_path / "out")
     assert not (tmp_path / "out/history.json").exists()

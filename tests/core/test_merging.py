@@ -576,7 +576,7 @@ def test_what_is_folded_or_compressed(tmp_path: Path, folders: Any) -> None:
     with pytest.raises(MergeError, match="folded into its base for good"):
         merge_adapters([tmp_path / "good"], model=tiny("llama"))
     packed = Stack("peftx:tiny", [PrefixQuant(weight_bits=4)])
-    packed.compress("peftx:sample/calibration.txt", samples=1, length=16)
+    packed.compress("peftx:sample/calibration.txt", samples=1, length=32)
     packed.save(tmp_path / "packed")
     with pytest.raises(MergeError, match="packed' is compressed"):
         merge_adapters([tmp_path / "packed"])

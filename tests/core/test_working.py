@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from peftx import Stack, Worker, companion
 from peftx.errors import BundleError, DataError, PeftxError, UnsupportedError
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.serving.server import Server
-from peftx.toolkits.working import Budget, OfStack, Recorded, Scripted
+from peftx.toolkits.working import Budget, OfStack, Recorded, Scripted, kept, kept_file
 from peftx.toolkits.working.remote import Remote
 from peftx_lora import Lora
 
@@ -66,6 +67,62 @@ def test_a_killed_worker_goes_on(tmp_path: Path) -> None:
     file.write_text("\n".join([lines[0], "no answer", lines[1]]) + "\n", "utf-8")
     with pytest.raises(BundleError, match="line 2: no answer of a worker"):
         Worker(Scripted(dies), transcript=file)
+
+
+def test_a_killed_worker_without_a_transcript_goes_on_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once, one of them killed in the middle of a line: nothing that was written whole is asked again."""
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
+    stack, asked = Stack(tiny("llama"), tokenizer=tiny_tokenizer()), 0
+
+    def answer(prompt: str) -> str:
+        nonlocal asked
+        asked += 1
+        return prompt.upper()
+
+    def worker(name: str = "one", **options: Any) -> Worker:
+        by = Scripted(answer, name=name)
+        return Worker(by, cache=kept_file(by.name, stack), **options)
+
+    prompts = [f"question {n}" for n in range(50)]
+    first, other = worker(), worker()
+    first.write(prompts[:40])
+    (file,) = (tmp_path / "answers").glob("*")
+    with file.open("a", encoding="utf-8") as torn:
+        torn.write('\n{"key": "abc", "te')
+    other.write(prompts[40:])
+    assert "question" not in file.read_text("utf-8"), "of answers alone"
+    again = worker()
+    assert [a.text for a in again.write(prompts)] == [p.upper() for p in prompts]
+    assert (asked, again.budget.known) == (50, 50)
+    assert [a.text for a in worker("two").write(["question 1"])] == ["QUESTION 1"]
+    assert asked == 51, "another one's answers"
+    worker(transcript=tmp_path / "own.jsonl").write(["question 1"])
+    assert asked == 52, "who names a file has that file alone"
+    monkeypatch.setattr(kept, "__version__", "9.9")
+    worker().write(["question 1"])
+    assert asked == 53, "another version"
+    monkeypatch.setenv("PEFTX_CACHE", "")
+    worker().write(["question 1"])
+    assert asked == 54, "nothing is kept"
+    assert len([*(tmp_path / "answers").glob("*")]) == 3
+
+
+def test_a_cache_that_is_full_keeps_what_came_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MOST_BYTES", 300)
+    for name in ("a", "b", "c"):
+        by = Scripted(str.upper, name=name)
+        Worker(by, cache=tmp_path / f"{name}.jsonl").write(["one"])
+        os.utime(tmp_path / f"{name}.jsonl", (ord(name), ord(name)))
+    Worker(by, cache=tmp_path / "c.jsonl").write(["two", "three"])
+    assert sorted(file.stem for file in tmp_path.glob("*")) == ["b", "c"]
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    worker = Worker(Scripted(str.upper), cache=tmp_path / "file" / "answers.jsonl")
+    assert worker.write(["one"])[0].text == "ONE"
 
 
 def test_a_budget_ends_and_a_larger_one_goes_on(tmp_path: Path) -> None:

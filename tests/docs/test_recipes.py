@@ -82,11 +82,23 @@ def test_raw_rows_become_a_served_model(tmp_path: Path) -> None:
         r"prepare \S+ s 60 rows became 24; dropped 36: .* over the budget of its task, .* IFD",
         r"train \S+ s 3 steps, loss \S+ to \S+",
         r"compress \S+ s 2,349,696 bytes",
-        r"evaluate \S+ s perplexity \S+, .* error_left \S+",
+        r"evaluate \S+ s perplexity \S+, .* evaluate \S+ s perplexity \S+, .* error_left \S+",
         r"save \S+ s .*out \([\d,]+ bytes\)",
         r"bytes on disk after .* times smaller",
+        r"perplexity, base \S+ .* perplexity, trained \S+ .* perplexity, packed \S+ ",
     ):
         assert re.search(figures, said), figures
+    told = CliRunner().invoke(app, ["report", str(out), "-o", str(tmp_path / "page.html"), "--samples", "1"])
+    assert told.exit_code == 0, told.output
+    page = " ".join(re.sub(r"<[^>]*>", " ", (tmp_path / "page.html").read_text("utf-8")).split())
+    for figures in (
+        r"superfiltering 60 42 18 13 IFD below those kept 5 IFD of 1 or more",
+        r"smart 42 24 18 18 over the budget of its task",
+        r"measure base \(before training\) trained packed perplexity \S+ ",
+        r"load [\d.]+ .*prepare superfiltering, smart [\d.]+ .*compress signround [\d.]+ 2,349,696 bytes",
+        r"The stack wrote \d+ tokens in \d+ forward passes, [\d.]+ tokens each",
+    ):
+        assert re.search(figures, page), figures
     stack, prompt = peftx.load(out), "Office to Grey Island. Who is on duty?"
     with Engine(Server(stack, name="stations")) as engine:
         answer = engine.submit(Request(prompt, max_tokens=6, temperature=0)).result(60)
@@ -110,5 +122,10 @@ def test_two_loops_of_decoding_are_refused(tmp_path: Path) -> None:
     both = SERVED.read_text(encoding="utf-8").replace("\ntrain:", "\n  - use: hydragen\ntrain:")
     (tmp_path / "stations.jsonl").write_bytes((SERVED.parent / "stations.jsonl").read_bytes())
     (tmp_path / "both.yaml").write_text(both, encoding="utf-8")
-    with pytest.raises(PeftxError, match=r"'aded' .* and 'hydragen' .* both replace the decoding loop"):
+    with pytest.raises(
+        PeftxError, match=r"'aded' .* and 'hydragen' .* both replace the decoding loop"
+    ) as refused:
         load_run(tmp_path / "both.yaml")
+    assert re.search(
+        r"'hydragen' .* shares .* texts of a batch, .* 'aded' .* one text at a time", refused.value.message
+    )

@@ -67,6 +67,16 @@ def _has_phases(plugin: AnyPlugin) -> bool:
     return own.phases is not Plugin.phases
 
 
+def _shares_in_batches(plugin: AnyPlugin) -> bool:
+    return {Claim.REPLACES_DECODING, Claim.EXACT_CACHE} <= plugin.claims
+
+
+def _drafts(plugin: AnyPlugin) -> bool:
+    """Does its loop check drafts, one text at a time (`speculative_generate`)."""
+    lossless = {Claim.REPLACES_DECODING, Claim.LOSSLESS_DECODING} <= plugin.claims
+    return lossless and Claim.EXACT_CACHE not in plugin.claims
+
+
 def _stays_beside(plugin: AnyPlugin) -> bool:
     """Does it leave something on the model that does not go into the weights, and acts on them; what its own `compress`
     turns into smaller layers is in these."""
@@ -108,6 +118,13 @@ RULES = (
         _claiming(Claim.EVICTS),
         _claiming(Claim.REPLACES_DECODING),
         "{one} leaves tokens out of the cache, and the loop of {two} may share or take back rows of it",
+    ),
+    Rule(
+        Side(_shares_in_batches, (Claim.REPLACES_DECODING, Claim.EXACT_CACHE),
+             "a loop that shares rows of the cache in a batch"),
+        Side(_drafts, (Claim.REPLACES_DECODING, Claim.LOSSLESS_DECODING), "a loop that checks drafts"),
+        "{one} shares rows of the cache among the texts of a batch, and {two} checks the drafts of one text at a time, "
+        "so beside it nothing would be shared",
     ),
     Rule(
         _claiming(Claim.FINAL),

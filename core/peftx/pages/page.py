@@ -8,7 +8,7 @@ from itertools import groupby
 
 from peftx.charts import STYLE, Band, Curve, Point, chart
 from peftx.history import Measured, TrainingHistory
-from peftx.pages.samples import Samples
+from peftx.pages.samples import Samples, Speed
 from peftx.pages.told import Told
 from peftx.quantities import between, measure, plain, size
 from peftx.toolkits.evaluation.streams import TITLES, AccuracyMatrix, in_brief
@@ -27,9 +27,11 @@ def page(told: Told, samples: Samples | None = None) -> str:
     parts = [
         _head(told),
         _section("The stack", _stack(told)),
+        *([_section("Rows", _rows(told))] if told.history.preparations else []),
         _section("Metrics", _metrics(told)),
         _section("Training", _trainings(told)),
         _section("Before and after", _samples(samples)),
+        *([_section("Stages", _stages(told))] if told.history.stages else []),
         _section("The plan", _plan(told)),
         _section("Files", _files(told)),
         _section("The spec", f"<pre>{escape(told.spec)}</pre>"),
@@ -108,6 +110,27 @@ def _stack(told: Told) -> str:
         rows.append(("together", "", "", "", stored, size(sum(told.sizes[file] for file in files))))
     columns = ("plugin", "paper", "options", "state", STORED, "size of its file")
     return table(columns, rows, numbers=(4, 5)) + quiet(_WHAT_IS_COUNTED)
+
+
+def _rows(told: Told) -> str:
+    """What became of the rows to train on, plugin by plugin."""
+    rows = []
+    for one in told.history.preparations:
+        reasons = "\n".join(f"{count:,} {reason}" for reason, count in one.dropped.items())
+        dropped = sum(one.dropped.values())
+        rows.append((one.plugin, f"{one.rows:,}", f"{one.left:,}", f"{dropped:,}", reasons))
+    columns = ("plugin", "rows it got", "rows it gave", "dropped", "why")
+    return table(columns, rows, numbers=(1, 2, 3), texts=(4,)) + quiet(
+        "What it gave may be other rows than it got: several in one, or more of them."
+    )
+
+
+def _stages(told: Told) -> str:
+    rows = [(s.name, ", ".join(s.plugins), f"{s.seconds:,.2f}", s.detail) for s in told.history.stages]
+    rows.append(("together", "", f"{sum(s.seconds for s in told.history.stages):,.2f}", ""))
+    return table(("stage", "plugins", "seconds", ""), rows, numbers=(2,)) + quiet(
+        "Without the stage that wrote this bundle, which was not over then."
+    )
 
 
 def _metrics(told: Told) -> str:
@@ -247,12 +270,18 @@ def _samples(found: Samples | None) -> str:
         return quiet(
             "No samples were asked for: peftx report BUNDLE --samples 3 writes some, and loads the model."
         )
-    notes = "".join(quiet(f"{note}.") for note in found.notes)
+    notes = "".join(quiet(f"{note}.") for note in [*found.notes, *map(_speed, found.speeds)])
     if not found.samples:
         return notes
     rows = [(s.prompt, s.reference, s.before or "", s.after or "") for s in found.samples]
     columns = ("prompt", "the row's answer", "the base writes", "the stack writes")
     return notes + table(columns, rows, texts=(0, 1, 2, 3))
+
+
+def _speed(found: Speed) -> str:
+    calls = f"{found.calls:,.0f} forward passes, {found.tokens / found.calls:.2f} tokens each"
+    rate = f"{found.seconds:.2f} seconds, {found.tokens / found.seconds:,.1f} tokens a second"
+    return f"{found.who} wrote {found.tokens:,.0f} tokens in {calls}; {rate}, one text after another"
 
 
 def _plan(told: Told) -> str:

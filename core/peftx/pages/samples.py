@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from peftx.engines.data.sources import measured_rows, training_rows
 from peftx.errors import ArchitectureError, PeftxError
 from peftx.loading import load
 from peftx.stack import Stack
+from peftx.toolkits.decoding.text import generate
 
 if TYPE_CHECKING:
     from peftx.pages.told import Told
@@ -32,11 +35,22 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How long `who` took for its texts. calls: of the model. tokens: new ones, of all texts."""
+
+    who: str
+    tokens: float
+    calls: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Samples:
     """`notes` say what is not there, and why."""
 
     samples: Sequence[Sample] = ()
     notes: list[str] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
 
 
 def samples(
@@ -58,11 +72,13 @@ def samples(
     )
     if not rows:
         return Samples((), notes or ["there are no rows to take prompts from: the spec names none"])
-    base, texts = told.manifest.base, [prompt for prompt, _ in rows]
+    base, texts, speeds = told.manifest.base, [prompt for prompt, _ in rows], list[Speed]()
     before = _tried(
         lambda: _written(
+            "The base",
             Stack(model or base.id, dtype=base.dtype, device=device, trust_remote_code=trust_remote_code),
             texts,
+            speeds,
         ),
         "the base is not at hand",
         notes,
@@ -70,7 +86,10 @@ def samples(
     place = None if base.contained is not None else model
     after = _tried(
         lambda: _written(
-            load(told.folder, model=place, device=device, trust_remote_code=trust_remote_code), texts
+            "The stack",
+            load(told.folder, model=place, device=device, trust_remote_code=trust_remote_code),
+            texts,
+            speeds,
         ),
         "the bundle cannot be loaded",
         notes,
@@ -78,7 +97,7 @@ def samples(
     found = [
         Sample(prompt, reference, _at(before, n), _at(after, n)) for n, (prompt, reference) in enumerate(rows)
     ]
-    return Samples(found if before or after else (), notes)
+    return Samples(found if before or after else (), notes, speeds)
 
 
 def _at(texts: list[Any] | None, place: int) -> str | None:
@@ -93,11 +112,21 @@ def _tried(make: Callable[[], list[Any] | None], what: str, notes: list[str]) ->
         return None
 
 
-def _written(stack: Stack, prompts: Sequence[str]) -> list[str]:
-    """What a stack writes. Raises PeftxError where its model writes nothing."""
+def _written(who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed]) -> list[str]:
+    """What a stack writes, one text after another; how fast goes to `speeds`.
+
+    Raises:
+        ArchitectureError: its model writes nothing.
+    """
     if not stack.model.can_generate():
         raise ArchitectureError(f"a {type(stack.model).__name__} writes no text")
-    return [stack.generate(text, max_new_tokens=SAMPLE_TOKENS, do_sample=False) for text in prompts]
+    texts, stats, started = list[str](), Counter[str](), time.perf_counter()
+    for prompt in prompts:
+        (text,), each = generate(stack, [prompt], SAMPLE_TOKENS, None, {"do_sample": False})
+        texts.append(text)
+        stats.update({name: each[name] for name in ("new_tokens", "model_calls")})
+    speeds.append(Speed(who, stats["new_tokens"], stats["model_calls"], time.perf_counter() - started))
+    return texts
 
 
 def prompts(pipeline: Pipeline | None, count: int) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ from peftx.engines.data.classes import (
 )
 from peftx.engines.data.collate import CLASS_INDEX, IGNORE, Collator, pads_right
 from peftx.engines.data.contrast import check_differ, check_passages
+from peftx.engines.data.diverse import Picks, facility_location
 from peftx.engines.data.encoding import (
     Example,
     continuation,
@@ -58,6 +59,7 @@ __all__ = [
     "ClassTexts",
     "Collator",
     "Example",
+    "Picks",
     "Place",
     "TrainingData",
     "Where",
@@ -72,6 +74,7 @@ __all__ = [
     "detect_format",
     "encode_pair",
     "encoder_ids",
+    "facility_location",
     "fill_template",
     "following_ids",
     "format_of_row",

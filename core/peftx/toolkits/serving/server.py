@@ -127,8 +127,11 @@ class Server:
             return
         self._ready = True
         stack = self.stack
-        if any(member.claims(Claim.REPLACES_DECODING) for member in stack.members):
-            self.scheduler.max_batch = 1  # a drafting loop works on one sequence
+        loop = next((member for member in stack.members if member.claims(Claim.REPLACES_DECODING)), None)
+        if loop is not None and not loop.claims(Claim.EXACT_CACHE):
+            self.scheduler.max_batch = (
+                1  # a drafting loop works on one sequence, one that shares a cache on several
+            )
         for member in stack.implementers("serve"):
             stack.call(member, "serve", server=self)
         self.scheduler.check()

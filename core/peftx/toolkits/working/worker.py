@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftx.errors import BundleError, DataError, UnsupportedError, WorkerError
 from peftx.toolkits.working.answers import Answer, Answerer, Scores
+from peftx.toolkits.working.kept import make_room
 from peftx_spec.rows import require_text
 
 Progress = Callable[[int, int], None]
@@ -61,17 +63,21 @@ class Worker:
     Args:
         by: who answers. transcript: a file of JSON lines in which every answer stands, with its prompt and who gave it;
             what stands there is not asked again. budget: what may be spent. progress: called with (done, asked).
+        cache: where answers are kept if there is no `transcript`, of `kept_file`; without prompts, as room allows.
     """
 
     by: Answerer
     transcript: Path | None = None
     budget: Budget = field(default_factory=Budget)
     progress: Progress | None = None
+    cache: Path | None = None
     _known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.transcript is not None and self.transcript.exists():
             self._known = dict(_read(self.transcript))
+        elif self.transcript is None and self.cache is not None:
+            self._known = _remembered(self.cache)
 
     def write(
         self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
@@ -156,6 +162,9 @@ class Worker:
     def _keep(self, records: dict[str, dict[str, Any]]) -> None:
         self._known |= records
         if self.transcript is None:
+            if self.cache is not None:
+                with suppress(OSError):  # a full or read-only disk: then they are asked for next time too
+                    _remember(records, self.cache)
             return
         self.transcript.parent.mkdir(parents=True, exist_ok=True)
         with self.transcript.open("a", encoding="utf-8") as file:
@@ -169,6 +178,31 @@ def _named(text: str, labels: Sequence[str]) -> str:
     places = {label: text.lower().find(label.lower()) for label in labels}
     found = [label for label in labels if places[label] >= 0]
     return min(found, key=lambda label: (places[label], -len(label))) if found else labels[0]
+
+
+def _remember(records: Mapping[str, dict[str, Any]], file: Path) -> None:
+    """Add answers to a file of the cache, in one call: another process may write to it at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    make_room(file)
+    lines = [
+        json.dumps(
+            {"key": key} | {name: value for name, value in record.items() if name not in ("prompt", "of")}
+        )
+        for key, record in records.items()
+    ]
+    with file.open("ab", buffering=0) as sink:
+        sink.write("\n".join(["", *lines, ""]).encode())  # a line that a kill cut short ends here
+
+
+def _remembered(file: Path) -> dict[str, dict[str, Any]]:
+    """The answers of a file of the cache, without what is none."""
+    found: dict[str, dict[str, Any]] = {}
+    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError, KeyError, AttributeError):
+                record = json.loads(line)
+                found[record.pop("key")] = record
+    return found
 
 
 def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,6 @@ import json
 import re
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from peftx.pipeline import load_run
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.testing.subject import TEXTS
+from peftx.toolkits.compression import Calibration
 from peftx_bitdelta import BitDelta, SignDelta, pack, unpack
 from peftx_lora import Lora
 from peftx_prefixquant import PrefixQuant
@@ -210,7 +210,7 @@ def compressed(stack: Stack) -> PreTrainedModel:
     """Compress a stack on the three sequences; the fine-tuned model comes back."""
     teacher = copy.deepcopy(stack.model)
     member = stack.member("bitdelta")
-    calibration = SimpleNamespace(batches=batches())
+    calibration = Calibration(batches())
     with torch.no_grad():
         stack.call(member, "compress", model=stack.view("bitdelta"), calibration=calibration, stack=stack)
     stack.settle()
@@ -412,7 +412,7 @@ def test_in_a_pipeline(tmp_path: Path) -> None:
         "stack: [{use: bitdelta, PHASE with: {steps: 1, targets: 'mlp.down layers=0'}}]\n"
         f"train: {{steps: 1, batch_size: 1}}\noutput: '{tmp_path / 'out'}'\n"
     )
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a cat", "completion": "sat"}\n' * 2)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a cat", "completion": "sat"}\n' * 12)
     with pytest.raises(PeftxError, match="no fine-tuned model yet") as caught:
         load_run(spec.replace("PHASE ", "")).run()
     assert "phase: after-training" in str(caught.value.hint)
@@ -430,3 +430,16 @@ def test_refused() -> None:
     stack.compress(TEXTS, ["prefixquant"], **TWO)
     with pytest.raises(ConflictError, match=r"q_proj is packed already"):
         stack.inject()
+
+
+def test_too_little_text_is_refused_and_changes_nothing() -> None:
+    stack = tuned()
+    before = {name: tensor.clone() for name, tensor in stack.model.state_dict().items()}
+    with pytest.raises(
+        PeftxError, match=r"bitdelta: 24 tokens of calibration text are too few, .* at least 32"
+    ):
+        stack.compress(["Once upon a time there was a film that was good."], samples=1, length=24)
+    after = stack.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    stack.compress(["Once upon a time there was a film that was good."], samples=1, length=32)

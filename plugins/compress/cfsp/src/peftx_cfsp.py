@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.errors import ArchitectureError, DataError, ModelError
+from peftx.errors import ArchitectureError, ModelError
 from peftx.toolkits.compression import BlockInputs, Calibration, text_blocks
 from peftx.toolkits.compression.pruning import check_layers, cut
 
@@ -129,13 +129,7 @@ class CFSP(Plugin):
     @hookimpl
     def compress(self, model: ModelView, calibration: Calibration) -> None:
         self.suits(model)
-        if calibration.tokens < LEAST_TOKENS:
-            said = (
-                f"{calibration.tokens} tokens of calibration text tell nothing of {model.num_layers} blocks"
-            )
-            raise DataError(
-                f"{model.owner}: {said}", hint=f"{LEAST_TOKENS} at least; the paper takes 262,144"
-            )
+        calibration.require(LEAST_TOKENS, by=model.owner)
         groups, G, norms = self.groups(model), [], []
 
         def on_block(layer: int, block: nn.Module, inputs: BlockInputs) -> None:

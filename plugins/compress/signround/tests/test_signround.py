@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peftx
 import peftx.toolkits.compression as packing
 from peftx import Stack
-from peftx.errors import ArchitectureError, ConflictError
+from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.parts import DeltaPart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
@@ -148,6 +148,80 @@ def test_gradients_go_straight_through() -> None:
     expected = (ds.sum(2, keepdim=True) * rounding.high / 7).detach()
     torch.testing.assert_close(rounding.alpha.grad, expected, atol=1e-5, rtol=1e-4)
     assert bool(rounding.beta.grad.abs().sum() > 0)
+
+
+# ------------------------------------------------------------------------------------------------ the official training
+OFFICIAL = [
+    [0.01151857, 0.04607429, 0.02303715, -0.03455572, -0.03455572, 0.02303715, 0.04607429, 0.01151857],
+    [-0.05177065, -0.03882799, 0.02588532, 0.03882799, 0.0, -0.05177065, -0.02588532, 0.03882799],
+    [0.03711307, -0.01237103, -0.0494841, -0.01237103, 0.03711307, 0.03711307, -0.02474205, -0.0494841],
+    [0.0, 0.04968163, 0.02484081, -0.03726122, -0.03726122, 0.01242041, 0.04968163, 0.01242041],
+]
+"""W^ of Auto-Round 0.16.1 (its `WrapperLinear` and `SignSGD`, as its `quantize_block` calls them), of `layer(4, 8)`."""
+
+
+def layer(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] and what enters it [6, 5, in]: the same numbers with every version of torch."""
+    W = torch.arange(outputs * inputs, dtype=torch.float64).view(outputs, inputs)
+    x = torch.arange(30 * inputs, dtype=torch.float64).view(6, 5, inputs)
+    return (0.05 * torch.sin(1.3 * W + 0.2)).float(), torch.cos(0.7 * x + 0.1 * x**1.5).float()
+
+
+@torch.no_grad()
+def rounded(W: Tensor, x: Tensor, *, steps: int) -> Tensor:
+    """W^ as SignRound trains it, in 3 bits and groups of 8, on all texts in each step."""
+    rounding = Rounding(W, 3, 8)
+
+    def loss(some: Iterable[int]) -> Tensor:
+        return torch.stack([F.mse_loss(x[i] @ rounding().T, x[i] @ W.T) for i in some]).mean()
+
+    SignRound(bits=3, group_size=8, steps=steps, batch_size=len(x)).train([rounding], loss, len(x))
+    return rounding()
+
+
+def officially(W: Tensor, x: Tensor, *, steps: int) -> Tensor:
+    """The same, by the official code."""
+    wrapper = pytest.importorskip("auto_round.wrapper", reason="auto-round is not installed")
+    descent = pytest.importorskip("auto_round.algorithms.quantization.sign_round.sign_sgd")
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    linear.weight.data = W.clone()
+    settings = {"bits": 3, "group_size": 8, "sym": False, "data_type": "int", "act_bits": 16}
+    for name, value in (settings | {"scale_dtype": torch.float32}).items():
+        setattr(linear, name, value)
+    wrapped = wrapper.WrapperLinear(linear, enable_torch_compile=False, iters=steps)
+    optimizer = descent.SignSGD(wrapped.params.values(), lr=1 / steps)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+    lowest, best = torch.inf, {}
+    for _ in range(steps):
+        loss = F.mse_loss(wrapped(x), x @ W.T)
+        if float(loss.detach()) < lowest:
+            lowest, best = (
+                float(loss.detach()),
+                {name: p.detach().clone() for name, p in wrapped.params.items()},
+            )
+        (loss * 1000).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+    with torch.no_grad():
+        return wrapped._qdq_weight(best["value"], best["min_scale"], best["max_scale"])[0].detach()
+
+
+def test_numbers_of_the_official_training() -> None:
+    W, x = layer(4, 8)
+    torch.testing.assert_close(rounded(W, x, steps=40), torch.tensor(OFFICIAL), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [20, 100])
+def test_it_trains_as_the_official_code(steps: int) -> None:
+    """Weight by weight but for one in a hundred, which the sign of a gradient near 0 may part; and no worse."""
+    W, x = layer(24, 32)
+    ours, theirs = rounded(W, x, steps=steps), officially(W, x, steps=steps)
+    assert float(((ours - theirs).abs() > 1e-6).double().mean()) < 0.01
+    y, start = x @ W.T, float(F.mse_loss(x @ Rounding(W, 3, 8)().detach().T, x @ W.T))
+    errors = [float(F.mse_loss(x @ found.T, y)) / start for found in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], abs=0.005)
+    assert errors[0] < 0.9
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -358,3 +432,16 @@ def test_refused() -> None:
         Stack(tiny("vit"), [SignRound()])
     with pytest.raises(ConflictError, match="integers"):
         Stack(tiny("llama"), [SignRound(), PrefixQuant()])
+
+
+def test_too_little_text_is_refused_and_changes_nothing() -> None:
+    stack = Stack(tiny("llama"), [SignRound(group_size=16, steps=1)], tokenizer=tiny_tokenizer())
+    before = {name: tensor.clone() for name, tensor in stack.model.state_dict().items()}
+    with pytest.raises(
+        PeftxError, match=r"signround: 24 tokens of calibration text are too few, .* at least 32"
+    ):
+        stack.compress(["Once upon a time there was a film that was good."], samples=1, length=24)
+    after = stack.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    stack.compress(["Once upon a time there was a film that was good."], samples=1, length=32)

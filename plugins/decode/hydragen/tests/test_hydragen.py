@@ -14,6 +14,7 @@ from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
 from peftx.testing.shapes import PAD
+from peftx.toolkits.serving import Engine, Request, Server
 from peftx_hydragen import Hydragen, attend_part, merge, take_apart
 from peftx_token_trails import TokenTrails
 
@@ -312,6 +313,26 @@ def test_with_a_plugin_around_the_model(last: bool, options: dict[str, object]) 
         assert torch.equal(both.decode(got), expected)
         assert got.stats["shared_tokens"] >= len(head)
     assert not torch.equal(expected, plain(tiny("llama"), batch, **options))
+
+
+def test_a_server_gives_it_batches() -> None:
+    """Requests that wait together begin with one head, run once; each has the text that it has alone."""
+    texts = [
+        f"The keeper of the light at South Head said: {rest}" for rest in ("no", "it is late", "come in")
+    ]
+    alone = Stack(tiny("llama"), [], tokenizer=tiny_tokenizer())
+    stack = Stack(tiny("llama"), [Hydragen()], tokenizer=tiny_tokenizer())
+    shapes: list[tuple[int, ...]] = []
+    stack.model.model.rotary_emb.register_forward_hook(
+        lambda _m, inputs, _out: shapes.append(tuple(inputs[0].shape[:2]))
+    )
+    engine = Engine(Server(stack))
+    asked = [engine.submit(Request(text, max_tokens=6, temperature=0)) for text in texts]
+    with engine:
+        answers = [one.result(60).text for one in asked]
+    assert answers == [alone.generate(text, max_new_tokens=6, do_sample=False) for text in texts]
+    assert shapes[0] == (1, len(texts[0]) - 2)
+    assert {rows for rows, _ in shapes[1:]} == {3}
 
 
 def test_soft_tokens_are_refused() -> None:

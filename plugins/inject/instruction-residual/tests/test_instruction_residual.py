@@ -25,7 +25,7 @@ from peftx_prefixquant import PrefixQuant
 test_conformance = conformance("instruction-residual")
 
 ID = "instruction-residual"
-TEXTS = ["one text", "and another one"]
+TEXTS = ["one text", "and another one", "and one more, longer than both"]
 
 
 def moved(model: PreTrainedModel, seed: int, size: float = 0.02) -> PreTrainedModel:

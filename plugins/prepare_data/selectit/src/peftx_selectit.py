@@ -31,7 +31,7 @@ from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.stack import Stack as Kernel
 from peftx.toolkits.evaluation import Request, context_window, score_requests
-from peftx.toolkits.working import Answer
+from peftx.toolkits.working import Answer, kept_file
 
 SELF = "self"
 END = "\n\nThe answer is:\n"
@@ -60,7 +60,7 @@ class SelectItConfig(PluginConfig):
     )
     batch_size: int = Field(8, ge=1, description="ratings in one forward pass")
     scores: Path | None = Field(
-        None, description="file that keeps ratings: what stands there is not rated again"
+        None, description="file that keeps ratings with what was rated, in the place of peftx's own"
     )
 
     @field_validator("raters", "prompts")
@@ -133,7 +133,9 @@ class SelectIt(Plugin):
                 _refuse(f"{id}: rater '{name}'", by.model)
                 rater = Rater(by, config.scale, config.batch_size, f"{id}: rater '{name}'")
                 rater.fits([rating(ask, "", "") for ask in asks])
-                worker = Worker(rater, config.scores, progress=data.progress)
+                # Packed weights are not those that the rater is named by.
+                cache = None if by is stack and packed else kept_file(rater.name, by)
+                worker = Worker(rater, config.scores, progress=data.progress, cache=cache)
                 answers = worker.write([rating(ask, x, y) for x, y in pairs for ask in asks])
             logs = torch.tensor([json.loads(answer.text) for answer in answers], dtype=torch.float64)
             S_tok = token_level(logs.softmax(-1)).view(

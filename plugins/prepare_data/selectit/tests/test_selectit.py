@@ -21,6 +21,7 @@ from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import Answer
 from peftx_lora import Lora
+from peftx_nf4 import NF4Storage
 from peftx_selectit import (
     END,
     RATINGS,
@@ -235,7 +236,10 @@ class Killed(Exception):
     pass
 
 
-def test_ratings_are_kept_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_ratings_are_kept_and_a_killed_run_goes_on(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{**row, "prompt": f"{n}. {row['prompt']}"} for n in range(2) for row in ROWS]
     whole = prepared(rows).train.to_list()
     asked: list[str] = []
@@ -247,11 +251,12 @@ def test_ratings_are_kept_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: 
         asked.extend(prompts)
         return write(self, prompts, **options)
 
-    file = tmp_path / "scores.jsonl"
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
+    file = tmp_path / "scores.jsonl" if named else None
     monkeypatch.setattr(Rater, "write", dying)
     with pytest.raises(PluginError):
         prepared(rows, scores=file)
-    with file.open("a") as half:
+    with (file or next((tmp_path / "answers").glob("*"))).open("a") as half:
         half.write('{"key": "ab')  # what a kill leaves
     more: list[str] = []
     monkeypatch.setattr(Rater, "write", lambda self, p, **o: more.extend(p) or write(self, p, **o))
@@ -266,6 +271,22 @@ def test_ratings_are_kept_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: 
     prepared(rows[:1], scores=file, share=1.0, scale=4, prompts=("no scale in it",))
     prepared(rows[:1], scores=file, share=1.0, scale=5, prompts=("no scale in it",))
     assert len(more) == 2  # ratings of another scale are others
+
+
+def test_ratings_by_weights_of_another_name_are_kept_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack is called by the base that it began with: packed, it rates otherwise."""
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
+
+    def files(*plugins: Any, change: Any = lambda stack: None) -> int:
+        stack = stack_of(SelectIt(prompts=SHORT, share=0.5), *plugins)
+        change(stack)
+        stack.prepare(as_training_data(stack, ROWS, seed=0, max_length=96))
+        return len([*tmp_path.rglob("*.jsonl")])
+
+    assert files(NF4Storage(), change=lambda stack: stack.compress()) == 0
+    assert files(Lora()) == 1, "the base rates, without it"
 
 
 def test_progress() -> None:

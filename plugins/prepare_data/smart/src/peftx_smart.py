@@ -19,7 +19,7 @@ A cosine is a product of unit vectors, so no function below ever holds a kernel 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import floor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +31,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import Place, pair_of
+from peftx.engines.data import Picks, Place, facility_location, pair_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.heads import mean_of
-from peftx.toolkits.working import Answer, OfStack
-
-BLOCK = 256  # gains at once: bounds memory to n x 256
-Picks = list[tuple[int, float]]
-"""Places in the order in which they were chosen, each with its gain."""
+from peftx.toolkits.working import Answer, OfStack, kept_file
 
 
 class SmartConfig(PluginConfig):
@@ -53,7 +49,7 @@ class SmartConfig(PluginConfig):
     cut: float = Field(0.4, ge=0, allow_inf_nan=False, description="lambda of the graph cut")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="gains g are divided by it")
     vectors: Path | None = Field(
-        None, description="file that keeps e_i: prompts that stand there are not read again"
+        None, description="file that keeps e_i with their prompts, in the place of peftx's own"
     )
 
 
@@ -87,7 +83,10 @@ class Smart(Plugin):
         groups, prompts = grouped(data, config, id)
         refuse(config, groups, prompts, id)
         encoder = Vectors(Stack(config.encoder, device=str(stack.model.device)))
-        answers = Worker(encoder, config.vectors, progress=data.progress).write(list(prompts.values()))
+        worker = Worker(
+            encoder, config.vectors, progress=data.progress, cache=kept_file(encoder.name, encoder.encoder)
+        )
+        answers = worker.write(list(prompts.values()))
         e = dict(zip(prompts, map(vector_of, answers), strict=True))
 
         means = unit(
@@ -136,29 +135,6 @@ def graph_cut(v: Tensor, count: int, cut: float) -> Picks:
         chosen.append((best, float(gains[best])))
         gains = gains - 2 * cut * (v @ v[best])
         gains[[place for place, _ in chosen]] = -torch.inf
-    return chosen
-
-
-def facility_location(v: Tensor, count: int, progress: Callable[[int, int], None] | None = None) -> Picks:
-    """Greedily for f(A) = sum_i max(0, max_{j in A} s_ij); of equals the first.
-
-    Lazily: gains never grow, so those from before are bounds, and only the best is computed again until it stays best.
-    """
-    covered, chosen = torch.zeros(len(v), dtype=v.dtype, device=v.device), Picks()
-
-    def gains(rows: Tensor) -> Tensor:
-        return (v @ rows.T - covered[:, None]).clamp(min=0).sum(0).round(decimals=9)
-
-    bounds = torch.cat([gains(block) for block in v.split(BLOCK)])
-    while len(chosen) < count:
-        best = int(bounds.argmax())
-        bounds[best] = gains(v[best : best + 1])[0]
-        if int(bounds.argmax()) == best:
-            chosen.append((best, float(bounds[best])))
-            covered = torch.maximum(covered, v @ v[best])
-            bounds[best] = -torch.inf
-            if progress is not None:
-                progress(len(chosen), count)
     return chosen
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import peftx_smart
 from peftx import Stack, TrainingData
+from peftx.engines.data import facility_location
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
 from peftx.testing import conformance
@@ -23,7 +24,6 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx_smart import (
     Smart,
     Vectors,
-    facility_location,
     graph_cut,
     split,
     taylor_softmax,
@@ -290,7 +290,10 @@ class Killed(Exception):
     pass
 
 
-def test_vectors_are_kept_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_vectors_are_kept_and_a_killed_run_goes_on(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{**row, "prompt": f"{row['prompt']} {n}"} for n in range(3) for row in ROWS]
     whole = prepared(rows, budget=20).train.to_list()
     asked: list[str] = []
@@ -302,11 +305,12 @@ def test_vectors_are_kept_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: 
         asked.extend(prompts)
         return write(self, prompts, **options)
 
-    file = tmp_path / "vectors.jsonl"
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
+    file = tmp_path / "vectors.jsonl" if named else None
     monkeypatch.setattr(Vectors, "write", dying)
     with pytest.raises(PluginError):
         prepared(rows, budget=20, vectors=file)
-    with file.open("a") as half:
+    with (file or next((tmp_path / "answers").glob("*"))).open("a") as half:
         half.write('{"key": "ab')  # what a kill leaves
     more: list[str] = []
     monkeypatch.setattr(Vectors, "write", lambda self, p, **o: more.extend(p) or write(self, p, **o))

@@ -22,15 +22,13 @@ from collections.abc import Sequence
 from math import ceil, exp, floor
 from pathlib import Path
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import pair_of
+from peftx.engines.data import facility_location, pair_of
 from peftx.errors import DataError
 from peftx.kernel.heads import mean_of
-from peftx.toolkits.working import OfStack
+from peftx.toolkits.working import OfStack, kept_file
 
 
 class SuperfilteringConfig(PluginConfig):
@@ -44,7 +42,7 @@ class SuperfilteringConfig(PluginConfig):
         None, gt=0, le=1, description="share by IFD, of which the most diverse are kept (Superfiltering.D)"
     )
     scores: Path | None = Field(
-        None, description="file that keeps scores: rows that stand there are not scored again"
+        None, description="file that keeps scores with their rows, in the place of peftx's own"
     )
 
     @model_validator(mode="after")
@@ -79,17 +77,18 @@ class Superfiltering(Plugin):
                 hint=f"share at least {ceil(1000 / len(pairs)) / 1000:g}",
             )
         small = Stack(config.scorer, device=str(stack.model.device))
-        worker = Worker(OfStack(small), transcript=config.scores, progress=data.progress)
+        by = OfStack(small)
+        worker = Worker(by, config.scores, progress=data.progress, cache=kept_file(by.name, small))
         scores = ifd(worker, pairs)
         best = sorted((i for i in scores if scores[i] < 1), key=lambda i: -scores[i])
         kept = best[:count]
         reasons: dict[int, str | None] = dict.fromkeys(range(len(pairs)), "no answer")
         reasons |= dict.fromkeys(scores, "IFD of 1 or more") | dict.fromkeys(best, "IFD below those kept")
-        if config.pool is not None:
+        if config.pool is not None and best:
             P = best[: floor(config.pool * len(pairs))]
             reasons |= dict.fromkeys(P, "less diverse than those kept")
             vectors = small.embed([pairs[i][0] or pairs[i][1] for i in P], pool=mean_of)
-            kept = [P[j] for j in facility_location(vectors @ vectors.T, count)]
+            kept = [P[j] for j, _ in facility_location(vectors, count, data.progress)]
         reasons |= dict.fromkeys(kept)
         rows = data.train.remove_columns([name for name in ("ifd",) if name in data.train.column_names])
         data.train = rows.add_column("ifd", [scores.get(i) for i in range(len(pairs))])
@@ -102,15 +101,3 @@ def ifd(worker: Worker, pairs: Sequence[tuple[str, str]]) -> dict[int, float]:
     both = [pair for i in answered for pair in (pairs[i], ("", pairs[i][1]))]
     logs = worker.score(both)
     return {i: exp(logs[2 * n + 1] - logs[2 * n]) for n, i in enumerate(answered)}
-
-
-def facility_location(sim: Tensor, count: int) -> list[int]:
-    """The greedy S of so many places, first chosen first; sim [P, P], where what is below 0 counts as 0."""
-    sim, chosen = sim.clamp(min=0), list[int]()
-    covered = torch.zeros(len(sim), device=sim.device)  # max over S of sim(i, j)
-    while len(chosen) < min(count, len(sim)):
-        gains = (sim - covered[:, None]).clamp(min=0).sum(0)
-        gains[chosen] = -1.0
-        chosen.append(int(gains.argmax()))
-        covered = torch.maximum(covered, sim[:, chosen[-1]])
-    return chosen

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peftx import Stack, TrainingData, Worker
-from peftx.engines.data import encode_pair
+from peftx.engines.data import encode_pair, facility_location
 from peftx.engines.data.gate import FORMATS
 from peftx.engines.models import asset_path
 from peftx.engines.training.run import as_training_data
@@ -22,7 +22,7 @@ from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.working import OfStack
 from peftx_lora import Lora
-from peftx_superfiltering import Superfiltering, facility_location, ifd
+from peftx_superfiltering import Superfiltering, ifd
 
 test_conformance = conformance("superfiltering")
 
@@ -117,8 +117,10 @@ def test_pairs_that_do_not_fit_go(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
-def test_scores_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "scores.jsonl"
+@pytest.mark.parametrize("named", [True, False])
+def test_scores_are_kept(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
+    file = tmp_path / "scores.jsonl" if named else None
     first = prepared(ROWS, share=0.5, scores=file)
     asked: list[Any] = []
     scoring = OfStack.score
@@ -129,6 +131,7 @@ def test_scores_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     new = {"prompt": "One more", "completion": " row"}
     prepared([*ROWS, new], share=0.5, scores=file)
     assert asked == [("One more", " row"), ("", " row")]
+    assert named == (not (tmp_path / "answers").exists())
 
 
 def test_messages_are_scored_by_their_last_answer() -> None:
@@ -154,7 +157,7 @@ def test_the_greedy_choice_is_near_the_best(seed: int, count: int) -> None:
     )
     sim = vectors @ vectors.T
     best = max(value(sim, chosen) for chosen in itertools.combinations(range(8), count))
-    found = facility_location(sim, count)
+    found = [place for place, _ in facility_location(vectors, count)]
     assert len(set(found)) == count
     assert value(sim, tuple(found)) >= (1 - 1 / math.e) * best
     for n in range(count):  # each adds the most to those before it
@@ -164,8 +167,17 @@ def test_the_greedy_choice_is_near_the_best(seed: int, count: int) -> None:
 
 def test_of_rows_that_are_alike_one_is_chosen() -> None:
     groups = torch.eye(3).repeat_interleave(torch.tensor([4, 2, 1]), 0)
-    assert set(facility_location(groups @ groups.T, 3)) == {0, 4, 6}
-    assert sorted(facility_location(groups @ groups.T, 99)) == list(range(7))
+    assert {place for place, _ in facility_location(groups, 3)} == {0, 4, 6}
+    assert sorted(place for place, _ in facility_location(groups, 99)) == list(range(7))
+
+
+def test_a_pool_without_a_row_below_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "peftx_superfiltering.ifd", lambda worker, pairs: dict.fromkeys(range(len(pairs)), 1.5)
+    )
+    with pytest.raises(DataError, match="no rows are left") as told:
+        prepared(ROWS, share=0.4, pool=0.8)
+    assert "20 IFD of 1 or more" in str(told.value.hint)
 
 
 def test_of_a_pool_the_diverse_are_kept() -> None:
