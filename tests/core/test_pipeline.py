@@ -260,12 +260,12 @@ def test_what_a_late_stage_would_refuse_is_refused_before_anything_is_paid_for(
         f"output: {tmp_path / 'out'}\n"
     )
     run = load_run(spec, reporter=told)
-    with pytest.raises(ConflictError, match=r"'cofitune' trains .*, which 'cfsp' pruned"):
+    with pytest.raises(ConflictError, match=r"'cofitune' stands on .*, which 'cfsp' pruned"):
         run.run()
     assert not told.stages
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr("peftx.pipeline.check_plan", lambda *_, **__: None)
-    with pytest.raises(ConflictError, match=r"'cofitune' trains .*, which 'cfsp' pruned"):
+    with pytest.raises(ConflictError, match=r"'cofitune' stands on .*, which 'cfsp' pruned"):
         run.run()
     assert told.stages == ["load", "compress", "inject"], "what the plan told ahead"
 

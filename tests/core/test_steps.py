@@ -457,6 +457,7 @@ def test_a_sample_of_the_rows_that_train(monkeypatch: pytest.MonkeyPatch) -> Non
             "'sift' trains in one process, and there are 2: each would grow other entries; or grow: momentum",
         ),
         ("[{use: sift, with: {grow: momentum}}]", ""),
+        ("[apt]", "'apt' trains in one process, and there are 2: each would choose blocks by its own rows"),
         ("[lora, mezo]", "'mezo' trains in one process, and there are 2: it makes no gradients"),
     ],
 )

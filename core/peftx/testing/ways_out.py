@@ -179,7 +179,7 @@ _FORMS: list[tuple[str, Follow]] = [
     (r"weights of (?P<path>[\w.]+\w) as they are.*leave the layer out of one of them", _leave_layer),
     (r"put (?P<id>[\w-]+) behind (?P<other>[\w-]+)(?: if|$)", lambda r, m: [r.recipe.last(m["id"])]),
     (
-        r"'(?P<id>[\w-]+)' trains .* pruned, .*or an adapter in its place",
+        r"'(?P<id>[\w-]+)' stands on .* pruned .*an adapter in its place",
         lambda r, m: [r.recipe.first(m["id"]), r.recipe.without(m["id"]).with_lora()],
     ),
     (r"(?:the base's|computes) (?P<path>[\w.]+\w).*leave the layer out of one of them", _leave_layer),

@@ -52,7 +52,6 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.engines.training.processes import launched
 from peftx.engines.training.step import swapped
 from peftx.errors import ArchitectureError, ConflictError, StackError, TrainingError
 from peftx.kernel.call import Call
@@ -293,6 +292,10 @@ class Apt(Plugin):
         tune = (Phase("tune", self.config.tune),) if self.config.tune else ()
         return (*tune, Phase("prune", self.config.prune), Phase("final"))
 
+    def one_process(self) -> str:
+        done = "kept" in self.state or self.state.get("pruned")
+        return "" if done else "each would choose blocks by its own rows"
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
         if not self.phases():
@@ -304,11 +307,6 @@ class Apt(Plugin):
         step.after_update(lambda _: self.move(span, step.index + 1, memory))
         if span.name == "final":
             return (yield)
-        if launched() > 1:
-            said = f"each of {launched()} processes would choose blocks by its own rows"
-            raise TrainingError(
-                f"{id}: {said}", hint="one process, with gradient_accumulation in their place"
-            )
         last = spans(self.phases(), step.total, owner=id)[-1]
         left = math.inf if last.end is None else last.end - last.first
         if c.density < 1 and left + 1 < c.fade:
