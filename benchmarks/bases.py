@@ -64,6 +64,7 @@ TABLES: dict[str, dict[str, Source]] = {
         NEWS_LATER,
     ),
     "predgen": {"training": Source(NEWS, 6000), "test": Source(NEWS, 7200)},
+    "rfc": {"training": Source(NEWS, 6000), "test": Source(NEWS, 6000)},
     "token-trails": {"training": SAMPLE, "test": SAMPLE},
     "user-profile": {"training": DIALOGUES, "test": DIALOGUES},
     "hft": {**NEWS_LATER, "second task's": Source(PLAYS)},
