@@ -73,6 +73,7 @@ TABLES: dict[str, dict[str, Source]] = {
     "dpo-prefix-sharing": {"training": Source("preference/hh_harmless_base_test.jsonl.gz")},
     "language-ranker": {"compared": Source("text/udhr_parallel.json.gz")},
     "mosaic-it": {"training and test": Source("instruct/math_data.json.gz")},
+    "ircoco": {"training and test": Source("code/HumanEval.jsonl.gz")},
     "transcoder": {"training and test": Source("instruct/codegen_instruct.json.gz")},
     "superfiltering": {"scored": Source("instruct/roleplay_instruct.json.gz")},
 }  # fmt: skip
