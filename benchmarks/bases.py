@@ -64,6 +64,7 @@ TABLES: dict[str, dict[str, Source]] = {
         NEWS_LATER,
     ),
     "predgen": {"training": Source(NEWS, 6000), "test": Source(NEWS, 7200)},
+    "rfc": {"training": Source(NEWS, 6000), "test": Source(NEWS, 6000)},
     "token-trails": {"training": SAMPLE, "test": SAMPLE},
     "user-profile": {"training": DIALOGUES, "test": DIALOGUES},
     "hft": {**NEWS_LATER, "second task's": Source(PLAYS)},
@@ -72,6 +73,8 @@ TABLES: dict[str, dict[str, Source]] = {
     "dpo-prefix-sharing": {"training": Source("preference/hh_harmless_base_test.jsonl.gz")},
     "language-ranker": {"compared": Source("text/udhr_parallel.json.gz")},
     "mosaic-it": {"training and test": Source("instruct/math_data.json.gz")},
+    "ircoco": {"training and test": Source("code/HumanEval.jsonl.gz")},
+    "transcoder": {"training and test": Source("instruct/codegen_instruct.json.gz")},
     "superfiltering": {"scored": Source("instruct/roleplay_instruct.json.gz")},
 }  # fmt: skip
 """Plugin -> the parts of its table, with the bundled model as the base; `README.md` of the plugin has the sentence."""
