@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Registry, Stack, TrainStep, hookimpl
 from peftx.engines.training.base import base_alone
+from peftx.engines.training.step import swapped
 from peftx.engines.training.trainer import place_of
 from peftx.engines.training.updates import forget
 from peftx.errors import BatchError, DataError, PeftxError, UnsupportedError
@@ -25,6 +26,7 @@ from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx.testing.subject import steps_for
 from peftx.toolkits.compression import QuantLinear
 from peftx_alphatuning import AlphaTuning
+from peftx_dora import Dora
 from peftx_lora import Lora
 from peftx_prompt_tuning import PromptTuning as Prompt
 from peftx_spec import load_spec
@@ -564,3 +566,26 @@ def test_two_stacks_may_wait_for_an_update_at_once() -> None:
     assert told == [stacks[1], stacks[0], stacks[2]]
     optimizers[0].step()
     assert len(told) == 3
+
+
+@pytest.mark.parametrize("kind", ["packed", "dora"])
+def test_a_reference_computes_with_the_values_that_it_lends(kind: str) -> None:
+    """What a layer keeps of the numbers that it had is not theirs, and not kept for those that come back."""
+    plugin = AlphaTuning(bits=2) if kind == "packed" else Dora(rank=2)
+    stack = Stack(tiny("llama"), [plugin], tokenizer=tiny_tokenizer(), inject=kind == "dora")
+    if kind == "packed":
+        stack.compress(None, ["alphatuning"])
+        stack.inject()
+    stack.model.eval()
+    parameters = [p for p in stack.model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        now = stack.model(IDS).logits
+        with swapped([(p, p * 1.5 + 0.1) for p in parameters]):
+            lent = stack.model(IDS).logits
+            again = stack.model(IDS).logits
+        assert torch.equal(stack.model(IDS).logits, now)
+        for p in parameters:
+            p.mul_(1.5).add_(0.1)
+        assert torch.equal(stack.model(IDS).logits, lent)
+    assert torch.equal(lent, again)
+    assert not torch.equal(lent, now)

@@ -314,6 +314,22 @@ def test_a_run_without_output_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_update_counts_as_a_change_of_a_parameter(wrapped: bool, fused: bool) -> None:
+    """By which deltas know that what they have computed is old: torch's fused optimizers leave the count as it is."""
+    stack = stack_of()
+    parameters = list(stack.ledger.parameters("gains"))
+    optimizer = torch.optim.AdamW(parameters, fused=fused)
+    before = [p._version for p in parameters]
+    if wrapped:
+        stack.train_step(batch(), optimizer=optimizer)
+    else:
+        stack.model(**batch()).loss.backward()
+        optimizer.step()
+    assert all(p._version > old for p, old in zip(parameters, before, strict=True))
+
+
 def test_a_training_that_its_dtype_makes_slow_says_so() -> None:
     stack = Stack(tiny("llama").half(), [Gains()], tokenizer=tiny_tokenizer())
     with pytest.warns(

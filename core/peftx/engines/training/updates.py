@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,10 +79,10 @@ _WATCHED: weakref.WeakSet[Stack] = weakref.WeakSet()
 
 def watch(stack: Stack) -> None:
     """Let no trainer that knows nothing of plugins pass them by without a word: no call of the model, and no optimizer
-    that moves this stack's parameters past its `train_step` hooks."""
+    that moves this stack's parameters past its `train_step` hooks, or without a trace."""
     watch_calls(stack.model)
+    _listen()
     if stack.implementers("train_step"):
-        _listen()
         _WATCHED.add(stack)
 
 
@@ -105,6 +106,9 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _done(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # Fused optimizers write past torch's count of changes, by which deltas know that what they have computed is old.
+    fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
+    torch.autograd.graph.increment_version([p for p in chain(*fused) if p.grad is not None])
     for stack in _held_by(optimizer):
         stack.update_is_due = False
 

@@ -86,7 +86,7 @@ class CFSP(Plugin):
     Config = CfspConfig
     claims = {Claim.FOLDS_PREVIOUS, Claim.NEEDS_CALIBRATION, Claim.NARROWS}
     architectures = ("phi3",)
-    example = {"ratio": 0.5, "multiple": 4}
+    example = {"ratio": 0.3, "multiple": 1}
     refuses = {"t5": "calibration text feeds an encoder alone"}
     config: CfspConfig
 

@@ -31,6 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peftx import AttentionEdit, CallEdit, Claim, Delta, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
+from peftx.kernel.parts import DeltaPart, VocabularyPart
 from peftx.units import refuse_unread
 
 LETTER, OTHER, SPACE, SPECIAL = range(4)
@@ -230,3 +231,9 @@ class Byte2Word(Plugin):
             if plugin is not self and isinstance(plugin, Byte2Word):
                 said = f"'{id}' and '{other}' both put words' vectors in the place of embeddings"
                 raise ConflictError(said, hint="keep one of them")
+        parts = [part for part in stack.ledger.all(DeltaPart) if part.path == place.path]
+        # A new token's row is in the head too.
+        standing = [part.owner for part in parts if not stack.ledger.of(part.owner, VocabularyPart)]
+        if id in standing and (before := standing[: standing.index(id)]):
+            said = f"'{id}' puts words' vectors in the place of what '{before[0]}' makes of embeddings"
+            raise ConflictError(said, hint=f"put '{id}' before '{before[0]}'")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftx import Plugin, Stack, hookimpl
 from peftx.composition.conflicts import find_conflicts
-from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.errors import ArchitectureError, ConflictError, DataError, UnsupportedError
 from peftx.kernel.members import Member
 from peftx.testing import conformance
 from peftx.testing.models import PAD, tiny, tiny_tokenizer
@@ -300,3 +300,14 @@ def test_with_lora_in_the_backbone(first: bool) -> None:
     stack = Stack(tiny("llama"), pair if first else pair[::-1], tokenizer=tiny_tokenizer())
     report = stack.train([{"text": "a b c d e f"}] * 4, steps=8, batch_size=2, learning_rate=1e-2)
     assert report.losses[-1][1] < report.losses[0][1]
+
+
+def test_what_stands_on_the_embedding_before_it_is_refused_and_behind_it_works() -> None:
+    lora = {"rank": 2, "targets": "embedding"}
+    with pytest.raises(ConflictError, match="in the place of what 'lora' makes of embeddings") as caught:
+        Stack(tiny("llama"), [Lora(**lora), Byte2Word(**Byte2Word.example)], tokenizer=tiny_tokenizer())
+    assert caught.value.hint == "put 'byte2word' before 'lora'"
+    stack = Stack(tiny("llama"), [Byte2Word(**Byte2Word.example), Lora(**lora)], tokenizer=tiny_tokenizer())
+    before = [p.detach().clone() for p in stack.ledger.parameters("lora")]
+    stack.train([{"text": "Snow is white."}, {"text": "Grass is green."}], steps=2, batch_size=2)
+    assert not all(map(torch.equal, stack.ledger.parameters("lora"), before))

@@ -211,7 +211,14 @@ def kept(
 ) -> Any:
     """What was computed last, unless a number of the delta or its layer has changed: (key, tensors, result)."""
     behind = [*layer._parameters.values(), *layer._buffers.values(), *delta._parameters.values()]
-    key = dtype, [(id(t), 0 if t is None or t.is_inference() else t._version) for t in behind]
+    # A reference to the run's start lends a parameter other numbers, which is no change of it that torch counts.
+    key = (
+        dtype,
+        [
+            (id(t), 0 if t is None else t.data_ptr(), 0 if t is None or t.is_inference() else t._version)
+            for t in behind
+        ],
+    )
     if known is None or known[0] != key:
         return key, behind, compute(dtype)  # `behind` lives on, so that no id comes again
     return known

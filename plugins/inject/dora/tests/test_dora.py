@@ -13,7 +13,8 @@ import peftx_dora
 from peftx import Site, Stack
 from peftx.errors import PeftxError
 from peftx.kernel.slots.delta import dropout_mask
-from peftx.testing import conformance, tiny
+from peftx.testing import conformance, example_inputs, tiny
+from peftx.testing.models import tiny_tokenizer
 from peftx.toolkits.compression import QuantLinear
 from peftx_dora import Dora, DoraDelta
 from peftx_lora import Lora
@@ -524,3 +525,22 @@ def test_rank_above_the_matrix_is_refused() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(PeftxError, match=f"Dora: {next(iter(options))}"):
         Dora(**options)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_kept_in_evaluation_is_old_after_an_update(fused: bool) -> None:
+    """A pass without gradients may stand between a step's loss and its update, as a measure of the base's."""
+    stack = Stack(tiny("llama"), [Dora(rank=2)], tokenizer=tiny_tokenizer())
+    inputs = example_inputs(stack.model)
+    optimizer = torch.optim.AdamW(stack.ledger.parameters("dora"), lr=1e-2, fused=fused)
+    stack.model.train()
+    stack.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    stack.model.eval()
+    with torch.no_grad():
+        stack.model(**inputs)
+    optimizer.step()
+    with torch.no_grad():
+        found = stack.model(**inputs).logits
+        for part in stack.ledger.of("dora"):
+            part.module.known = None
+        assert torch.equal(found, stack.model(**inputs).logits)
