@@ -444,7 +444,7 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 def bundle(tmp_path: Path) -> Path:
     """Of the bundled model, packed."""
     stack = Stack("peftx:tiny", [SignRound(bits=4, group_size=16, steps=0)])
-    stack.compress(TEXTS)
+    stack.compress(TEXTS * 4)
     return stack.save(tmp_path / "bundle")
 
 

@@ -73,8 +73,8 @@ def launched() -> int:
 
 
 def world() -> int:
-    """How many processes train together, as a loop of one's own has set them up."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """How many processes there are in a loop of one's own: those that it has set up, or that were launched for it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else launched()
 
 
 def leads() -> bool:

@@ -753,7 +753,10 @@ def test_a_run_too_short_for_masks_to_fall() -> None:
 def test_processes_that_choose_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = build()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PeftxError, match="apt: each of 2 processes would choose blocks by its own rows"):
+    with pytest.raises(
+        PeftxError,
+        match="'apt' trains in one process, and there are 2: each would choose blocks by its own rows",
+    ):
         loop(stack, 1)
 
 
