@@ -101,8 +101,7 @@ class Run:
 
     def run(self) -> RunResult:
         """Carry out all stages, here or in the processes that `runtime` asks for."""
-        if self.leads:
-            check_plan(self.pipeline, self.registry, self.where, trust_remote_code=self.trust_remote_code)
+        check_plan(self.pipeline, self.registry, self.where, trust_remote_code=self.trust_remote_code)
         return self._on_ray() if self.pipeline.runtime.engine == "ray" else self.here()
 
     def _on_ray(self) -> RunResult:

@@ -26,10 +26,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from peftx import Claim, ModelView, Plugin, Registry, Stack, hookimpl
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.compression import (
     BlockInputs,
     Calibration,
+    NarrowLinear,
     QuantLinear,
     dequantize,
     fake_quantize,
@@ -874,3 +877,32 @@ def test_a_rotation_moves_between_weight_and_input() -> None:
     x = torch.randn(4, 24, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(F.linear(fwht(x), fwht(linear.weight)), linear(x))
+
+
+class Rounds(Plugin):
+    """Changes the model at once, and looks at no text."""
+
+    claims = {Claim.TRAINS_BASE}
+
+    @hookimpl
+    def compress(self, model: ModelView) -> None:
+        for site in model.linears("mlp.down"):
+            site.replace(NarrowLinear.of(site.weight.round(decimals=1), None))
+
+
+@pytest.mark.parametrize("name", ["signround", "prefixquant", "cfsp", "c-rome", "longrope"])
+def test_too_little_text_is_refused_before_anything_is_compressed(name: str) -> None:
+    """By the claim alone: no method has to ask. A token less than it needs is refused, whoever stands before."""
+    cls = Registry().load(name)
+    assert Claim.NEEDS_CALIBRATION in cls.claims, "else take another"
+    stack = Stack(tiny("llama"), [Rounds(), cls(**cls.example)], tokenizer=tiny_tokenizer())
+    before = {key: tensor.clone() for key, tensor in stack.model.state_dict().items()}
+    least, text = (
+        cls.least_tokens,
+        "Once upon a time there was a film that was good, and long enough for two.",
+    )
+    with pytest.raises(DataError, match=f"{name}: {least - 1} tokens .* too few, it needs at least {least}"):
+        stack.compress([text], samples=1, length=least - 1)
+    after = stack.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())

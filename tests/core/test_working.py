@@ -110,13 +110,14 @@ def test_a_killed_worker_without_a_transcript_goes_on_from_the_cache(
 
 
 def test_a_cache_that_is_full_keeps_what_came_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "MOST_BYTES", 300)
+    monkeypatch.setattr(kept, "MOST_BYTES", most := 500)
     for name in ("a", "b", "c"):
         by = Scripted(str.upper, name=name)
         Worker(by, cache=tmp_path / f"{name}.jsonl").write(["one"])
         os.utime(tmp_path / f"{name}.jsonl", (ord(name), ord(name)))
     Worker(by, cache=tmp_path / "c.jsonl").write(["two", "three"])
     assert sorted(file.stem for file in tmp_path.glob("*")) == ["b", "c"]
+    assert sum(file.stat().st_size for file in tmp_path.glob("*")) <= most
 
 
 def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:

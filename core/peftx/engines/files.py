@@ -264,6 +264,15 @@ def _remove_unless_locked(folder: Path) -> None:
     unlock()
 
 
+def keep_within(folder: Path, pattern: str, *, most: int) -> None:
+    """Remove what was used longest ago of the files in a folder of the cache, until they have at most so many bytes."""
+    used = 0
+    for file in sorted(folder.glob(pattern), key=lambda one: one.stat().st_mtime, reverse=True):
+        used += file.stat().st_size
+        if used > most:
+            file.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write_parts(path, (text,))

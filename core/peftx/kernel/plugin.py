@@ -158,6 +158,9 @@ class Plugin:
     """Formats of the rows that the plugin trains on (`peftx.engines.data.FORMATS`); any if empty."""
     gives: ClassVar[Mapping[str, str]] = {}
     """What `prepare_data` makes of the rows, where it is another format: taken -> left behind."""
+    least_tokens: ClassVar[int] = 32
+    """Of calibration text, where `compress` needs some: it is refused with less, which is a sentence and no sample of a
+    language."""
     labels_option: ClassVar[str] = ""
     """The option that names the classes, where there is one: rows of other labels are refused before a run begins. An
     option that is None names none."""

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from peftx.engines.files import keep_within
 from peftx.version import __version__
 from peftx_spec.places import cache_folder
 
@@ -53,7 +54,7 @@ def kept(rows: Dataset, about: Callable[[], Mapping[str, Any]], make: Callable[[
     if time.perf_counter() - began >= WORTH_SECONDS:
         with suppress(OSError):  # a full or read-only disk: then they are tokenized next time too
             _write(made, file)
-            _make_room(folder)
+            keep_within(folder, "*.arrow", most=MOST_BYTES)
     return made
 
 
@@ -122,12 +123,3 @@ def _write(rows: Dataset, file: Path) -> None:
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _make_room(folder: Path) -> None:
-    files = sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime, reverse=True)
-    used = 0
-    for file in files:
-        used += file.stat().st_size
-        if used > MOST_BYTES:
-            file.unlink(missing_ok=True)

@@ -120,9 +120,9 @@ def check_rendered(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], w
         DataError: the assistant says nothing, or the chat template refuses it; names `where`.
     """
     messages, tools = row["messages"], tools_of(row)
-    last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
-    if last < 0:
-        check_answered([], str(where))
+    roles = [turn["role"] for turn in messages]
+    check_answered(roles, str(where))
+    last = len(roles) - 1 - roles[::-1].index("assistant")
     try:
         for end, ask in ((last, True), (last + 1, False)):
             render_messages(tokenizer, messages[:end], ask=ask, tools=tools)

@@ -85,8 +85,8 @@ def leads() -> bool:
 def check_processes(members: Sequence[Member], count: int) -> None:
     """Raises ConflictError where so many processes would not train one model."""
     for member in members if count > 1 else ():
-        gradients = "" if not member.claims(Claim.REPLACES_STEP) else "it makes no gradients to be averaged"
-        if why := gradients or member.plugin.one_process():
+        alone = member.claims(Claim.REPLACES_STEP)
+        if why := "it makes no gradients to be averaged" if alone else member.plugin.one_process():
             said = f"'{member.id}' trains in one process, and there are {count}: {why}"
             raise ConflictError(said, hint="one process; gradient_accumulation makes a step larger")
 

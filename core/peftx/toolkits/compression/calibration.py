@@ -25,10 +25,6 @@ from peftx.kernel.modes import eval_mode
 __all__ = ["BlockInputs", "Calibration", "walk_blocks"]
 
 
-LEAST_TOKENS = 32
-"""Of calibration text, where a method states no number of its own: less is a sentence, and no sample of a language."""
-
-
 class _Reached(Exception):
     """Ends a forward pass at the first block; never leaves this file."""
 
@@ -319,15 +315,8 @@ class Calibration:
         """How many tokens there are, padding counted in."""
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
-    def require(self, least: int = LEAST_TOKENS, *, by: str) -> None:
-        """For `compress`, before it changes anything.
-
-        Args:
-            least: tokens that the method needs. by: the plugin's id.
-
-        Raises:
-            DataError: there are fewer.
-        """
+    def require(self, least: int, *, by: str) -> None:
+        """Raises DataError where there are fewer tokens than the plugin `by` needs (`Plugin.least_tokens`)."""
         if self.tokens < least:
             raise DataError(
                 f"{by}: {self.tokens} tokens of calibration text are too few, it needs at least {least}",

@@ -37,10 +37,13 @@ def compress(
         raise StackError("no plugin of this stack compresses", hint="add one, for example prefixquant")
     batches = calibration()
     for member in todo:
-        if member.claims(Claim.NEEDS_CALIBRATION) and not batches.batches:
-            raise UsageError(
-                f"'{member.id}' needs calibration data", hint='stack.compress("calibration.txt")'
-            )
+        if member.claims(Claim.NEEDS_CALIBRATION):
+            if not batches.batches:
+                raise UsageError(
+                    f"'{member.id}' needs calibration data", hint='stack.compress("calibration.txt")'
+                )
+            batches.require(member.plugin.least_tokens, by=member.id)
+    for member in todo:
         if member.claims(Claim.QUANTIZES):
             _check_bare(stack, member)
         _compress_one(stack, member, batches)

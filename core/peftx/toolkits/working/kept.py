@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from peftx.engines.files import keep_within
 from peftx.engines.models import tokenizer_digest
 from peftx.kernel.stack import Stack
 from peftx.version import __version__
@@ -34,13 +39,25 @@ def kept_file(name: str, stack: Stack) -> Path | None:
     return place / "answers" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.jsonl"
 
 
-def make_room(file: Path) -> None:
-    """Delete files beside this one, the oldest first, until all are of `MOST_BYTES` at most; at last itself."""
-    found = sorted(
-        file.parent.glob("*.jsonl"), key=lambda one: (one == file, one.stat().st_mtime), reverse=True
-    )
-    used = 0
-    for one in found:
-        used += one.stat().st_size
-        if used > MOST_BYTES:
-            one.unlink(missing_ok=True)
+def remember(records: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Add answers, without their prompts, in one call: another process may write to the file at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"key": key} | {n: value for n, value in record.items() if n not in ("prompt", "of")})
+        for key, record in records.items()
+    ]
+    with file.open("ab", buffering=0) as sink:
+        sink.write("\n".join(["", *lines, ""]).encode())  # a line that a kill cut short ends here
+    keep_within(file.parent, "*.jsonl", most=MOST_BYTES)
+
+
+def remembered(file: Path) -> dict[str, dict[str, Any]]:
+    """The answers of a file, without what is none."""
+    found: dict[str, dict[str, Any]] = {}
+    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
+        os.utime(file)
+        for line in lines:
+            with suppress(ValueError, KeyError, AttributeError):
+                record = json.loads(line)
+                found[record.pop("key")] = record
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from peftx.errors import BundleError, DataError, UnsupportedError, WorkerError
 from peftx.toolkits.working.answers import Answer, Answerer, Scores
-from peftx.toolkits.working.kept import make_room
+from peftx.toolkits.working.kept import remember, remembered
 from peftx_spec.rows import require_text
 
 Progress = Callable[[int, int], None]
@@ -77,7 +77,7 @@ class Worker:
         if self.transcript is not None and self.transcript.exists():
             self._known = dict(_read(self.transcript))
         elif self.transcript is None and self.cache is not None:
-            self._known = _remembered(self.cache)
+            self._known = remembered(self.cache)
 
     def write(
         self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
@@ -164,7 +164,7 @@ class Worker:
         if self.transcript is None:
             if self.cache is not None:
                 with suppress(OSError):  # a full or read-only disk: then they are asked for next time too
-                    _remember(records, self.cache)
+                    remember(records, self.cache)
             return
         self.transcript.parent.mkdir(parents=True, exist_ok=True)
         with self.transcript.open("a", encoding="utf-8") as file:
@@ -178,31 +178,6 @@ def _named(text: str, labels: Sequence[str]) -> str:
     places = {label: text.lower().find(label.lower()) for label in labels}
     found = [label for label in labels if places[label] >= 0]
     return min(found, key=lambda label: (places[label], -len(label))) if found else labels[0]
-
-
-def _remember(records: Mapping[str, dict[str, Any]], file: Path) -> None:
-    """Add answers to a file of the cache, in one call: another process may write to it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    make_room(file)
-    lines = [
-        json.dumps(
-            {"key": key} | {name: value for name, value in record.items() if name not in ("prompt", "of")}
-        )
-        for key, record in records.items()
-    ]
-    with file.open("ab", buffering=0) as sink:
-        sink.write("\n".join(["", *lines, ""]).encode())  # a line that a kill cut short ends here
-
-
-def _remembered(file: Path) -> dict[str, dict[str, Any]]:
-    """The answers of a file of the cache, without what is none."""
-    found: dict[str, dict[str, Any]] = {}
-    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            with suppress(ValueError, KeyError, AttributeError):
-                record = json.loads(line)
-                found[record.pop("key")] = record
-    return found
 
 
 def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:

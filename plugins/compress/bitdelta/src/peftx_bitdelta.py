@@ -129,7 +129,6 @@ class BitDelta(Plugin):
         if not self.places:
             said = "there is no fine-tuned model yet, before `inject`"
             raise ConflictError(f"{model.owner}: {said}", hint="phase: after-training beside `use`")
-        calibration.require(by=model.owner)
         teacher, scales = companion(stack, "copy"), []
         places = {site: self.places[f"{site.path}.{site.parameter}"] for site in self.matrices(model)}
         try:

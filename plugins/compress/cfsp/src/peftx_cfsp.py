@@ -35,7 +35,6 @@ from peftx.toolkits.compression import BlockInputs, Calibration, text_blocks
 from peftx.toolkits.compression.pruning import check_layers, cut
 
 INTO, OUT = ("mlp.gate", "mlp.up"), "mlp.down"
-LEAST_TOKENS = 64
 """Fewer tell nothing of a channel."""
 TOKENS = 128 * 2048 / 1e4
 """The paper's calibration text over its constant: its sums over tokens, whatever the number of ours."""
@@ -86,6 +85,7 @@ class CFSP(Plugin):
     Config = CfspConfig
     claims = {Claim.FOLDS_PREVIOUS, Claim.NEEDS_CALIBRATION, Claim.NARROWS}
     architectures = ("phi3",)
+    least_tokens = 64
     example = {"ratio": 0.3, "multiple": 1}
     refuses = {"t5": "calibration text feeds an encoder alone"}
     config: CfspConfig
@@ -129,7 +129,6 @@ class CFSP(Plugin):
     @hookimpl
     def compress(self, model: ModelView, calibration: Calibration) -> None:
         self.suits(model)
-        calibration.require(LEAST_TOKENS, by=model.owner)
         groups, G, norms = self.groups(model), [], []
 
         def on_block(layer: int, block: nn.Module, inputs: BlockInputs) -> None:

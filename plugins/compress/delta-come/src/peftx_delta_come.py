@@ -215,7 +215,6 @@ class DeltaCome(Plugin):
         if not self.places:
             said = "there is no fine-tuned model yet, before `inject`"
             raise ConflictError(f"{model.owner}: {said}", hint="phase: after-training beside `use`")
-        calibration.require(by=model.owner)
         sites, tuned, squares = self.matrices(model), [], torch.zeros(2)
 
         def on_block(layer: int, block: nn.Module, inputs: BlockInputs) -> None:

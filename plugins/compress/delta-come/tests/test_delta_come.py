@@ -418,16 +418,3 @@ def test_refused() -> None:
 def test_options_that_do_not_fit(options: dict[str, object], said: str) -> None:
     with pytest.raises(PeftxError, match=said):
         DeltaCome(**options)
-
-
-def test_too_little_text_is_refused_and_changes_nothing() -> None:
-    stack = tuned()
-    before = {name: tensor.clone() for name, tensor in stack.model.state_dict().items()}
-    with pytest.raises(
-        PeftxError, match=r"delta-come: 24 tokens of calibration text are too few, .* at least 32"
-    ):
-        stack.compress(["Once upon a time there was a film that was good."], samples=1, length=24)
-    after = stack.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    stack.compress(["Once upon a time there was a film that was good."], samples=1, length=32)

@@ -231,7 +231,6 @@ class PrefixQuant(Plugin):
     @hookimpl
     def compress(self, model: ModelView, calibration: packing.Calibration, stack: Stack) -> None:
         self.suits(model)
-        calibration.require(by=model.owner)
         blocks = self.linears(model)
         if self.weights_only or self.inputs_only:
             for sites, block in zip(blocks, self.measure(model, calibration, [], 0), strict=True):

@@ -101,7 +101,6 @@ class SignRound(Plugin):
 
     @hookimpl
     def compress(self, model: ModelView, calibration: packing.Calibration) -> None:
-        calibration.require(by=model.owner)
         config, blocks, sites = self.config, model.blocks("layer"), self.linears(model)
         exact: list[Tensor] = []  # what the exact blocks give; what enters the first block is exact
         self.state["errors"] = []  # of each block: rounded to the nearest, and as trained
