@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,9 +105,9 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _done(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    # Fused optimizers write past torch's count of changes, by which deltas know that what they have computed is old.
-    fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
-    torch.autograd.graph.increment_version([p for p in chain(*fused) if p.grad is not None])
+    # Torch's count of changes, by which layers know that what they have computed is old: fused kernels write past it.
+    moved = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    torch.autograd.graph.increment_version(list(moved))
     for stack in _held_by(optimizer):
         stack.update_is_due = False
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from peftx.toolkits.injecting.both_ways import see_both_ways
 from peftx.toolkits.injecting.choices import of_each
+from peftx.toolkits.injecting.kept import Kept
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_share
 
 __all__ = [
+    "Kept",
     "NetworkPrefix",
     "Router",
     "Side",

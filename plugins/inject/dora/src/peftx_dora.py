@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from peftx import (
 from peftx.kernel.anatomy.site import LINEAR_KINDS
 from peftx.kernel.slots import Entry, slot_of
 from peftx.peft_format import Settings, by_value, most_common, targets_of
-from peftx.toolkits.injecting import of_each
+from peftx.toolkits.injecting import Kept, of_each
 
 
 class DoraConfig(PluginConfig):
@@ -77,25 +78,53 @@ class DoraConfig(PluginConfig):
 Terms = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class DoraDelta(Delta):
+class Gained(Delta):
+    """Its gain hangs on the layer's weight: where nothing trains it is that of the last call.
+
+    Args:
+        module: the layer.
+    """
+
+    full_precision = True  # m is compared with |V|: bfloat16's rounding of it alone would move the start
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.layer = [module]  # in a list: no child of this one
+        self.known = Kept()
+
+    def computed(self, dtype: torch.dtype) -> Any:
+        """What a call needs."""
+        raise NotImplementedError
+
+    def now(self, dtype: torch.dtype) -> Any:
+        """The same, from the last call unless a tensor behind it has changed."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.known.forget()  # an optimizer that is none of torch's may write past every count
+            return self.computed(dtype)
+        layer = self.layer[0]
+        behind = chain(layer._parameters.values(), layer._buffers.values(), self._parameters.values())
+        return self.known.of(behind, partial(self.computed, dtype), about=dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gained:
+        self.known.forget()  # a cast or move leaves the parameters what they are, as objects
+        return super()._apply(fn, recurse)
+
+
+class DoraDelta(Gained):
     """h = u + g (u - b), u = y + s B A dropout(x).
 
     Args:
         site: where it will stand. rank: r. scale: s. dropout: p.
     """
 
-    full_precision = True  # m is compared with |V|: bfloat16's rounding of it alone would move the start
-
     def __init__(self, site: Site, *, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.layer = [site.module]  # in a list: no child of this one
+        super().__init__(site.module)
         self.scale, self.dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(*site.batch, rank, site.in_features))
         self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, rank))
         self.magnitude = nn.Parameter(torch.ones(*site.batch, site.out_features))  # m
         # Kaiming with a = sqrt(5).
         nn.init.uniform_(self.A, -(site.in_features**-0.5), site.in_features**-0.5)
-        self.known: Any = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, B, g, bias = self.terms(y.dtype)
@@ -114,12 +143,9 @@ class DoraDelta(Delta):
         return weight + self.scale * (self.B @ self.A).to(weight.dtype)
 
     def terms(self, dtype: torch.dtype) -> Terms:
-        """What a call needs; where nothing trains, from the last call unless a tensor behind it has changed."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.place()[1]:
-            self.known = None  # also for writes past torch's count of changes, as some optimizers make them
-            return self.computed(dtype)
-        self.known = kept(self.known, self, self.layer[0], dtype, self.computed)
-        return self.known[-1]  # type: ignore[no-any-return]
+        """What a call needs; anew where earlier deltas are in it."""
+        found: Terms = self.computed(dtype) if self.place()[1] else self.now(dtype)
+        return found
 
     def computed(self, dtype: torch.dtype) -> Terms:
         """A, B, g = m / |V| - 1 and b. g is small, so half precision rounds it finely."""
@@ -151,12 +177,8 @@ class DoraDelta(Delta):
         inner = (e for e in links[:at] if e.active and e.parameter == links[at].parameter)
         return links[at], [e for e in inner if e.edit.can_fold()]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoraDelta:
-        self.known = None  # a cast or move leaves the parameters what they are, as objects
-        return super()._apply(fn, recurse)
 
-
-class DoraEmbedding(Delta):
+class DoraEmbedding(Gained):
     """e = u + g u, u = y + s B A[:, v] for token v.
 
     Args:
@@ -164,31 +186,19 @@ class DoraEmbedding(Delta):
             multiplies rows by.
     """
 
-    full_precision = True
-
     def __init__(
         self, module: nn.Module, shape: Sequence[int], *, rank: int, scale: float, times: float
     ) -> None:
-        super().__init__()
-        self.layer = [module]
+        super().__init__(module)
         self.scale, self.times = scale, times
         self.embedding_A = nn.Parameter(torch.zeros(rank, shape[0]))
         self.embedding_B = nn.Parameter(torch.randn(shape[1], rank))
         self.magnitude = nn.Parameter(torch.ones(shape[1]))
-        self.known: Any = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        A, B, g = self.embedding_A.to(y.dtype), self.embedding_B.to(y.dtype), self.gain(y.dtype)
+        A, B, g = self.embedding_A.to(y.dtype), self.embedding_B.to(y.dtype), self.now(y.dtype)
         u = torch.add(y, F.embedding(x, A.t()) @ B.t(), alpha=self.scale * self.times)
         return torch.addcmul(u, g, u)
-
-    def gain(self, dtype: torch.dtype) -> Tensor:
-        """g [width]; where nothing trains, from the last call unless a tensor behind it has changed."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self.known = None
-            return self.computed(dtype)
-        self.known = kept(self.known, self, self.layer[0], dtype, self.computed)
-        return self.known[-1]  # type: ignore[no-any-return]
 
     def computed(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
@@ -200,28 +210,6 @@ class DoraEmbedding(Delta):
         E = self.layer[0].weight
         V = E.to(torch.promote_types(E.dtype, torch.float32)).t()
         return lengths(V + self.scale * (self.embedding_B @ self.embedding_A).to(V.dtype))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoraEmbedding:
-        self.known = None
-        return super()._apply(fn, recurse)
-
-
-def kept(
-    known: Any, delta: Delta, layer: nn.Module, dtype: torch.dtype, compute: Callable[[torch.dtype], Any]
-) -> Any:
-    """What was computed last, unless a number of the delta or its layer has changed: (key, tensors, result)."""
-    behind = [*layer._parameters.values(), *layer._buffers.values(), *delta._parameters.values()]
-    # A reference to the run's start lends a parameter other numbers, which is no change of it that torch counts.
-    key = (
-        dtype,
-        [
-            (id(t), 0 if t is None else t.data_ptr(), 0 if t is None or t.is_inference() else t._version)
-            for t in behind
-        ],
-    )
-    if known is None or known[0] != key:
-        return key, behind, compute(dtype)  # `behind` lives on, so that no id comes again
-    return known
 
 
 def lengths(V: Tensor) -> Tensor:

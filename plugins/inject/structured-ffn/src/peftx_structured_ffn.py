@@ -54,6 +54,7 @@ from peftx.kernel.parts import DeltaPart
 from peftx.kernel.phases import Phase
 from peftx.kernel.slots import kind_of, packed
 from peftx.toolkits.compression.names import dtype_name, float_dtype
+from peftx.toolkits.injecting import Kept
 
 LOG = logging.getLogger("peftx")
 
@@ -162,9 +163,6 @@ class Structured(Delta):
         premerge: see the option.
     """
 
-    product: tuple[Any, list[Tensor], Tensor] | None = None
-    """Which factors were multiplied, and what that gave."""
-
     def __init__(
         self, weight: Tensor, grid: tuple[int, int], middle: int, *, guided: bool, premerge: int
     ) -> None:
@@ -172,7 +170,7 @@ class Structured(Delta):
         o, i = weight.shape
         sizes = factors(i, o, grid, middle)
         self.own, self.premerge = (weight,), premerge
-        self.a = float(guided)
+        self.a, self.product = float(guided), Kept()
         self.D, self.U = (nn.Parameter(torch.zeros(sizes[name])) for name in ("D", "U"))
         self.W_g = nn.Parameter(torch.zeros(o, i)) if guided else None
 
@@ -225,11 +223,8 @@ class Structured(Delta):
 
     def multiplied(self) -> Tensor:
         """`matrix()`, made anew where a factor changed."""
-        factors = [t for t in (self.D, self.U, self.W_g) if t is not None]
-        now = self.a, [(id(t), t.data_ptr(), t._version) for t in factors]
-        if self.product is None or self.product[0] != now:
-            self.product = now, factors, self.matrix()  # kept, so that no other tensor gets an id of theirs
-        return self.product[2]
+        found: Tensor = self.product.of((self.D, self.U, self.W_g), self.matrix, about=self.a)
+        return found
 
     def alone(self, bias: Tensor | None) -> StructuredLinear:
         """The factors as a layer."""
@@ -301,7 +296,8 @@ class StructuredFfn(Plugin):
         """W_g is gone, from the layers and from what trains them."""
         drop(optimizer, [layer.W_g for layer in self.layers if layer.W_g is not None])
         for layer in self.layers:
-            layer.W_g = layer.product = None
+            layer.W_g = None
+            layer.product.forget()
         self.state["dropped"] = True
 
     @hookimpl
