@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from bases import Source, seen
 from compare import RESULTS
-from rated import Make, measured, table
+from rated import Make, grid, measured, publish
 
 from peftx import Plugin, Stack
 from peftx.engines.models import load_model
@@ -107,11 +107,9 @@ def main() -> None:
     setting = (
         f"WikiText-2 in pieces of {PIECE} characters: {len(rows)} to train on, {len(held)} to choose rates on, "
         f"{len(test)} to measure on. The whole model trains, {STEPS} steps of {BATCH} pieces, rates from "
-        f"{', '.join(f'{rate:g}' for rate in RATES)}, three seeds, ± the standard deviation. {base}"
+        f"{grid(RATES)}, three seeds, ± the standard deviation. {base}"
     )
-    page = "\n".join(["# Bytes and tokens", "", setting, "", *table(results, MEASURES), ""])
-    (RESULTS / "byte_fronts.md").write_text(page, encoding="utf-8")
-    print(page)
+    publish(RESULTS / "byte_fronts.json", "Bytes and tokens", setting, results, MEASURES)
 
 
 if __name__ == "__main__":

@@ -129,3 +129,21 @@ def table(results: Mapping[str, Mapping[str, Any]], measures: Mapping[str, int])
         seconds = f"{found['cpu_seconds']:.0f}" if "cpu_seconds" in found else ""
         lines.append("| " + " | ".join([name, *cells, rate, seconds]) + " |")
     return lines
+
+
+def grid(rates: Sequence[float]) -> str:
+    """Rates as a page says them."""
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def publish(
+    file: Path,
+    title: str,
+    setting: str,
+    results: Mapping[str, Mapping[str, Any]],
+    measures: Mapping[str, int],
+) -> None:
+    """Write the page of a table beside its JSON `file`, and print it."""
+    page = "\n".join([f"# {title}", "", setting, "", *table(results, measures), ""])
+    write_text(file.with_suffix(".md"), page)
+    print(page)

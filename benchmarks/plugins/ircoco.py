@@ -38,7 +38,7 @@ from peftx_lora import Lora
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bases import TABLES, seen
 from compare import RESULTS
-from rated import Make, measured, table
+from rated import Make, grid, measured, publish
 
 BASE = "peftx:tiny"
 CONTEXT, LONGEST, NEW = 160, 128, 20
@@ -121,11 +121,9 @@ def main() -> None:
     setting = (
         f"The next line of solutions of HumanEval: {counts[0]} to train on, {counts[1]} to choose rates on, "
         f"{counts[2]} to measure on, of problems apart. LoRA of rank 8, {STEPS} steps of {BATCH} rows, rates from "
-        f"{', '.join(f'{rate:g}' for rate in RATES)}, three seeds, ± the standard deviation. {base}"
+        f"{grid(RATES)}, three seeds, ± the standard deviation. {base}"
     )
-    page = "\n".join(["# Lines of code", "", setting, "", *table(results, MEASURES), ""])
-    (RESULTS / "ircoco.md").write_text(page, encoding="utf-8")
-    print(page)
+    publish(RESULTS / "ircoco.json", "Lines of code", setting, results, MEASURES)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from peftx_reglu import Reglu, inverted_hinge
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bases import Source, seen
 from compare import RESULTS
-from rated import SEEDS, Make, measured, table
+from rated import SEEDS, Make, grid, measured, publish
 
 BASE = "peftx:tiny"
 TEXT_ROWS = {"prose": Source("text/wikitext2_test.txt.gz")}
@@ -271,12 +271,10 @@ def main() -> None:
     setting = (
         f"{PEOPLE} invented people, {FORGOTTEN} of them to forget, {len(KINDS)} facts of each. Rank {RANK} at all "
         f"linear layers of the blocks, {STEPS} steps of {BATCH} rows of each kind, rates from "
-        f"{', '.join(f'{rate:g}' for rate in RATES)} chosen by questions asked in another way, three seeds, ± the "
+        f"{grid(RATES)} chosen by questions asked in another way, three seeds, ± the "
         f"standard deviation; rows without a rate are means over the seeds. {base}"
     )
-    page = "\n".join(["# Forgetting invented people", "", setting, "", *table(results, MEASURES), ""])
-    (RESULTS / "reglu.md").write_text(page, encoding="utf-8")
-    print(page)
+    publish(RESULTS / "reglu.json", "Forgetting invented people", setting, results, MEASURES)
 
 
 if __name__ == "__main__":

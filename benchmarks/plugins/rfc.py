@@ -39,7 +39,7 @@ from peftx_rfc import Rfc
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bases import TABLES, seen
 from compare import RESULTS
-from rated import Make, measured, table
+from rated import Make, grid, measured, publish
 
 BASE = "peftx:tiny"
 SKIP, WORDS, BIAS = 6000, 10, 0.95
@@ -149,14 +149,10 @@ def main() -> None:
     setting = (
         f"AG News, the first {WORDS} words, two kinds; a word in front goes with the kind in {BIAS:.0%} of "
         f"{len(biased)} rows to train on, and in half of {len(held)} to choose rates on and of {len(test)} to measure "
-        f"on. LoRA of rank 8, {STEPS} steps of {BATCH} rows, rates from {', '.join(f'{rate:g}' for rate in RATES)}, "
+        f"on. LoRA of rank 8, {STEPS} steps of {BATCH} rows, rates from {grid(RATES)}, "
         f"three seeds, ± the standard deviation. {base}"
     )
-    page = "\n".join(
-        ["# Headlines with a word that misleads", "", setting, "", *table(results, MEASURES), ""]
-    )
-    (RESULTS / "rfc.md").write_text(page, encoding="utf-8")
-    print(page)
+    publish(RESULTS / "rfc.json", "Headlines with a word that misleads", setting, results, MEASURES)
 
 
 if __name__ == "__main__":

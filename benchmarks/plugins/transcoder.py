@@ -37,7 +37,7 @@ from peftx_transcoder import Transcoder
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bases import TABLES, seen
 from compare import RESULTS
-from rated import Make, measured, table
+from rated import Make, grid, measured, publish
 
 BASE = "peftx:tiny"
 SOURCES = {"java": r"\bJava\b", "cpp": r"C\+\+", "javascript": r"JavaScript|Node\.js"}
@@ -141,12 +141,10 @@ def main() -> None:
         f"codegen_instruct, the first {CODE} characters of code in C#: {counts[0]} rows to train on, {counts[1]} to "
         f"choose rates on, {counts[2]} to measure on; {SOURCE_ROWS} rows of each of {len(SOURCES)} languages before. "
         f"LoRA of rank 8; {ROUNDS} visits of {VISIT} steps to each source task, {STEPS} steps on the target, of "
-        f"{BATCH} rows; constant rates from {', '.join(f'{rate:g}' for rate in RATES)}, three seeds, ± the standard "
+        f"{BATCH} rows; constant rates from {grid(RATES)}, three seeds, ± the standard "
         f"deviation. {base}"
     )
-    page = "\n".join(["# A fourth language", "", setting, "", *table(results, MEASURES), ""])
-    (RESULTS / "transcoder.md").write_text(page, encoding="utf-8")
-    print(page)
+    publish(RESULTS / "transcoder.json", "A fourth language", setting, results, MEASURES)
 
 
 if __name__ == "__main__":
