@@ -39,9 +39,8 @@ MEDIAN = 100
 NINE = (
     "router-tuning", "pasta", "hypertuning", "ls-llama", "d2o", "reglu", "sift", "superfiltering", "xprompt",
 )  # fmt: skip
-SHORT = dict.fromkeys(NINE, 80) | {"reglu": 92, "sift": 84}
-"""The most that each of nine short ones may have. Two of them had 80 and less before they refused a text that is to be
-forgotten and retained, and a density that leaves no entry."""
+SHORT = dict.fromkeys(NINE, 80)
+"""The most that each of nine short ones may have."""
 
 KERNEL = 4500
 """Lines of code of all of `core/peftx/kernel`, at most."""

@@ -15,7 +15,9 @@ from peftx.testing.case import (
     assert_equal,
     assert_same_tensors,
     base_tensors,
+    difference,
     error_of,
+    largest,
     output,
 )
 from peftx.testing.checks.check import check, injects
@@ -23,6 +25,9 @@ from peftx.testing.subject import Subject
 
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 """Relative to the largest logit."""
+_DRAWS = 4
+"""Of a model with experts: rounding sends a token to other ones in a third of all draws, whatever stands on it, and the
+logits are far apart then. A plugin that folds wrongly is wrong in all."""
 
 
 def _merges(subject: Subject) -> bool:
@@ -42,13 +47,19 @@ def check_merge_in_bfloat16(case: Case) -> None:
 
 
 def _merged_equals_unmerged(case: Case, dtype: torch.dtype) -> None:
-    stack = case.stack(dtype=dtype)
-    if case.subject.implements("train_step") and stack.trainable_parameters():
-        case.train(stack, 1)  # a plugin may set at its first step what it starts from
-    case.perturb(stack)
-    before = case.output(stack)
-    stack.merge(case.id)
-    assert_close(case.output(stack), before, _ROUNDING[dtype], f"merged and unmerged logits in {dtype}")
+    tolerance = _ROUNDING[dtype]
+    for seed in range(_DRAWS):
+        stack = case.stack(dtype=dtype)
+        if case.subject.implements("train_step") and stack.trainable_parameters():
+            case.train(stack, 1)  # a plugin may set at its first step what it starts from
+        case.perturb(stack, seed=seed)
+        before = case.output(stack)
+        stack.merge(case.id)
+        after = case.output(stack)
+        routed = any(site.role == "router" for site in stack.anatomy.sites)
+        if not routed or difference(after, before) <= tolerance * largest(before):
+            break
+    assert_close(after, before, tolerance, f"merged and unmerged logits in {dtype}")
 
 
 @check(on="first", when=_merges)

@@ -51,13 +51,17 @@ def ids_for(stack: Stack, prompt: str) -> list[int]:
     return prompt_ids(stack.tokenizer, prompt)
 
 
-def check_writes(model: ModelView) -> None:
-    """Raises ArchitectureError unless the model is a decoder that goes on with a text: for `suits` and `inject`."""
-    if model.config.is_encoder_decoder or not model.module.can_generate():
-        raise ArchitectureError(
-            f"{model.owner}: {type(model.module).__name__} is no decoder that writes text",
-            hint="take a causal language model",
-        )
+def check_writes(model: ModelView, *, alone: bool = True) -> None:
+    """Raises ArchitectureError unless the model goes on with a text: for `suits` and `inject`.
+
+    Args:
+        alone: it has to be a decoder; one behind an encoder, which writes an answer to a text, will not do.
+    """
+    name, writes = f"{model.owner}: {type(model.module).__name__}", model.module.can_generate()
+    if not writes and not alone:
+        raise ArchitectureError(f"{name} writes no text", hint="take a language model")
+    if not writes or (alone and model.config.is_encoder_decoder):
+        raise ArchitectureError(f"{name} is no decoder that writes text", hint="take a causal language model")
 
 
 def check_ids(stack: Stack, ids: Sequence[int]) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from peftx.toolkits.injecting.both_ways import see_both_ways
 from peftx.toolkits.injecting.choices import of_each
+from peftx.toolkits.injecting.differences import LowRankDifference, principal
 from peftx.toolkits.injecting.kept import Kept
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
-from peftx.toolkits.injecting.shares import check_share
+from peftx.toolkits.injecting.shares import check_each, check_share
 
 __all__ = [
     "Kept",
+    "LowRankDifference",
     "NetworkPrefix",
     "Router",
     "Side",
+    "check_each",
     "check_experts",
     "check_share",
     "columns",
     "of_each",
     "once_written",
+    "principal",
     "routings",
     "see_both_ways",
     "side_of",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 from peftx.errors import OptionError
+from peftx.kernel.anatomy.site import Site
 
 
 def check_share(
@@ -28,3 +32,17 @@ def check_share(
         f"{said} {share} leaves {left:.2g} of the {size} entries of {of}, and {least} is the least",
         hint=f"{option} {side} {digits}{way}",
     )
+
+
+def check_each(
+    said: str, share: float, sites: Sequence[Site], *, goes: bool = False, whole: bool = False
+) -> None:
+    """`check_share` of each of these matrices, where it can be left out of `targets` too.
+
+    Args:
+        whole: stacked experts share what is left of all of them; else each has its own.
+    """
+    sizes = {site.key: prod(site.shape if whole else site.shape[-2:]) for site in sites}
+    least = min(sites, key=lambda site: sizes[site.key])
+    way = f", or leave it out of targets: '!{least.role}'"
+    check_share(said, share, sizes[least.key], least.path, goes=goes, way=way)

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import Cache
 
 from peftx import Generation, ModelView, Plugin, PluginConfig, hookimpl
-from peftx.errors import ArchitectureError, UnsupportedError
+from peftx.errors import UnsupportedError
 from peftx.toolkits.decoding import Prepared
+from peftx.toolkits.decoding.text import check_writes
 
 NEVER = -1e9
 """Added to the score of what is not to be chosen."""
@@ -126,9 +127,7 @@ class BeamPatience(Plugin):
     config: BeamPatienceConfig
 
     def suits(self, model: ModelView) -> None:
-        if not model.module.can_generate():
-            said = f"{model.owner}: {type(model.module).__name__} writes no text"
-            raise ArchitectureError(said, hint="take a language model")
+        check_writes(model, alone=False)
 
     @hookimpl
     def decode(self, request: Generation) -> Tensor | None:

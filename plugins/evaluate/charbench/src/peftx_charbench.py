@@ -32,8 +32,9 @@ from transformers import PreTrainedTokenizerBase
 from peftx import Evaluation, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.engines.data import read_dataset, render_messages
 from peftx.engines.models import asset_path
-from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.errors import DataError, UnsupportedError
 from peftx.kernel.stack import Stack
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.decoding.text import generate as write
 
 Task = Literal["unique-characters", "frequency", "first-index", "last-index"]
@@ -184,11 +185,7 @@ class CharBench(Plugin):
     config: CharBenchConfig
 
     def suits(self, model: ModelView) -> None:
-        if not model.module.can_generate():
-            raise ArchitectureError(
-                f"{model.owner}: {type(model.module).__name__} writes no text, and questions want an answer",
-                hint="take a decoder",
-            )
+        check_writes(model, alone=False)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

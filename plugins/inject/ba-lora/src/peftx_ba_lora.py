@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.functional import linear, log_softmax, mse_loss, normalize
+from torch import Tensor
+from torch.nn.functional import log_softmax, mse_loss, normalize
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.engines.training.shares import Over
 from peftx.errors import BatchError, ModelError, TrainingError
 from peftx.kernel.modes import eval_mode
+from peftx.toolkits.injecting import LowRankDifference, principal
 
 
 class BaLoraConfig(PluginConfig):
@@ -50,44 +51,6 @@ class BaLoraConfig(PluginConfig):
     top: int = Field(3, ge=1, description="k, singular values that L_S gathers the logits in")
 
 
-class PrincipalDelta(Delta):
-    """y + s (B A - B0 A0) x.
-
-    Args:
-        shape: of the weight, [..., out, in]. rank: r. scale: s.
-    """
-
-    full_precision = True  # two products that nearly cancel: bfloat16 rounds a step of A and B away
-
-    def __init__(self, shape: tuple[int, ...], *, rank: int, scale: float) -> None:
-        super().__init__()
-        *batch, out_features, in_features = shape
-        self.scale = scale
-        self.A = nn.Parameter(torch.zeros(*batch, rank, in_features))
-        self.B = nn.Parameter(torch.zeros(*batch, out_features, rank))
-        self.register_buffer("A0", torch.zeros(*batch, rank, in_features))
-        self.register_buffer("B0", torch.zeros(*batch, out_features, rank))
-
-    @torch.no_grad()
-    def start(self, weight: Tensor) -> None:
-        """A = A0, B = B0, from the SVD of the weight [..., out, in]."""
-        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        r = self.A.shape[-2]
-        root = (S[..., :r] / self.scale).sqrt()
-        for A, B in ((self.A, self.B), (self.A0, self.B0)):
-            A.copy_(root.unsqueeze(-1) * Vh[..., :r, :])
-            B.copy_(U[..., :r] * root.unsqueeze(-2))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x.to(self.A.dtype)
-        # Apart, so that the start is exactly 0.
-        change = linear(linear(x, self.A), self.B) - linear(linear(x, self.A0), self.B0)
-        return y + (self.scale * change).to(y.dtype)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.B @ self.A - self.B0 @ self.A0).to(weight.dtype), bias
-
-
 class BaLora(Plugin):
     """See the module."""
 
@@ -104,9 +67,9 @@ class BaLora(Plugin):
         scale = 1.0 if self.config.alpha is None else self.config.alpha / rank
         for site in model.linears(self.config.targets):
             site.check_rank(rank)
-            delta = site.attach(PrincipalDelta(site.shape, rank=rank, scale=scale))
+            delta = site.attach(LowRankDifference(site.shape, rank=rank, scale=scale))
             if not model.restoring:
-                delta.start(site.weight)
+                delta.start(*principal(site.weight, rank, scale=scale))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ from peftx import Stack, TrainStep
 from peftx.errors import PeftxError
 from peftx.testing import conformance, run_checks
 from peftx.testing.models import example_inputs, output_of, tiny
-from peftx_ba_lora import BaLora, PrincipalDelta, consistency, diversity, singular
+from peftx_ba_lora import BaLora, consistency, diversity, singular
 from peftx_lora import Lora
 
 test_conformance = conformance("ba-lora")
@@ -176,20 +176,6 @@ def test_identity_at_start_is_exact_and_principal(arch: str) -> None:
             rest = torch.linalg.svdvals(weight - delta.scale * delta.B0 @ delta.A0)
             values = torch.linalg.svdvals(weight)
             assert torch.allclose(rest[..., :-3], values[..., 3:], atol=1e-5)
-
-
-def test_delta_by_hand() -> None:
-    delta = PrincipalDelta((2, 2), rank=1, scale=2.0)
-    delta.start(torch.diag(torch.tensor([8.0, 3.0])))
-    assert torch.allclose((2.0 * delta.B0 @ delta.A0), torch.diag(torch.tensor([8.0, 0.0])), atol=1e-6)
-    with torch.no_grad():
-        delta.A.copy_(torch.tensor([[1.0, 2.0]]))
-        delta.B.copy_(torch.tensor([[1.0], [-1.0]]))
-    x, y = torch.tensor([[5.0, 1.0]]), torch.tensor([[10.0, 10.0]])
-    # s B A x = 2 * 7 * (1, -1); s B0 A0 x = (40, 0)
-    assert torch.allclose(delta(x, y), torch.tensor([[10 + 14 - 40.0, 10 - 14.0]]), atol=1e-5)
-    weight, _ = delta.fold(torch.diag(torch.tensor([8.0, 3.0])), None)
-    assert torch.allclose(weight, torch.tensor([[2.0, 4.0], [-2.0, -4.0 + 3.0]]), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about its own saving

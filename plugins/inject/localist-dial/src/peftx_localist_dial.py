@@ -45,6 +45,7 @@ from peftx import (
 from peftx.errors import ArchitectureError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.stack import Stack
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.evaluation import perplexity
 
 
@@ -188,8 +189,7 @@ class LocalistDial(Plugin):
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
         config, kind, sites = self.config, model.config.model_type, model.attention_sites()
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            raise ArchitectureError(f"{model.owner}: {kind} is no decoder", hint="a causal language model")
+        check_writes(model)
         if any("sink" in name for site in sites for name, _ in site.module.named_parameters()):
             said = f"{model.owner}: {kind} has more than scores in its softmax"
             raise ArchitectureError(said, hint="a decoder with plain attention")

@@ -10,7 +10,8 @@ from peftx import Stack
 from peftx.errors import PeftxError
 from peftx.testing import conformance, tiny
 from peftx.testing.models import example_inputs, output_of
-from peftx_pissa import Pissa, PissaDelta
+from peftx.toolkits.injecting import LowRankDifference, principal
+from peftx_pissa import Pissa
 
 test_conformance = conformance("pissa")
 
@@ -22,7 +23,7 @@ PEFT: dict[str, dict[str, Any]] = {
 TARGETS = {"llama": "attention.q,v mlp.down", "gpt2": "attention.o mlp", "bert": "attention.q,v,o mlp"}
 
 
-def deltas_of(stack: Stack) -> dict[str, PissaDelta]:
+def deltas_of(stack: Stack) -> dict[str, LowRankDifference]:
     return {part.path: part.module for part in stack.ledger.of("pissa")}
 
 
@@ -49,9 +50,9 @@ def outputs(*models: nn.Module) -> list[Tensor]:
         return [output_of(model, example_inputs(tiny(model.config.model_type))) for model in models]
 
 
-def delta_of(weight: Tensor, *, rank: int, scale: float = 1.0, niter: int | None = None) -> PissaDelta:
-    delta = PissaDelta(tuple(weight.shape), rank=rank, scale=scale)
-    delta.start(weight, niter)
+def delta_of(weight: Tensor, *, rank: int, scale: float = 1.0, niter: int | None = None) -> LowRankDifference:
+    delta = LowRankDifference(tuple(weight.shape), rank=rank, scale=scale)
+    delta.start(*principal(weight, rank, scale=scale, niter=niter))
     return delta
 
 
@@ -178,7 +179,7 @@ def test_a_plan_on_the_meta_device(niter: int | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the update
-def moved(delta: PissaDelta) -> PissaDelta:
+def moved(delta: LowRankDifference) -> LowRankDifference:
     with torch.no_grad():
         delta.A += torch.randn_like(delta.A)
         delta.B += torch.randn_like(delta.B)

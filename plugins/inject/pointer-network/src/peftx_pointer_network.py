@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Stack, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
 from peftx.kernel.call import Call
+from peftx.toolkits.decoding.text import check_writes
 
 
 class PointerNetworkConfig(PluginConfig):
@@ -265,8 +266,7 @@ class PointerNetwork(Plugin):
     @hookimpl
     def inject(self, model: ModelView) -> None:
         name, config = model.config.model_type, model.config.get_text_config()
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            raise ArchitectureError(f"{model.owner}: {name} is no decoder", hint="a causal language model")
+        check_writes(model)
         for option in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             if getattr(config, option, None) not in (None, 1.0):
                 said = f"{model.owner}: {name} changes logits behind its head ({option}), and with them the mixture"

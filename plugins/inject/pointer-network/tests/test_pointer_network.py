@@ -467,8 +467,8 @@ def test_scores_and_the_figure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "told"),
     [
-        ("t5", "t5 is no decoder"),
-        ("bert", "bert is no decoder"),
+        ("t5", "T5ForConditionalGeneration is no decoder"),
+        ("bert", "BertForMaskedLM is no decoder"),
         ("mamba", "mamba has no attention"),
         ("gemma2", r"gemma2 changes logits behind its head \(final_logit_softcapping\)"),
     ],

@@ -30,7 +30,7 @@ from torch.optim import SGD, Optimizer
 from peftx import Claim, ModelView, Plugin, PluginConfig, SparseDelta, Targets, TrainStep, hookimpl
 from peftx.engines.training.updates import forget
 from peftx.errors import OptionError
-from peftx.toolkits.injecting import check_share
+from peftx.toolkits.injecting import check_each
 
 
 class SiftConfig(PluginConfig):
@@ -70,14 +70,11 @@ class Sift(Plugin):
     def inject(self, model: ModelView) -> None:
         self.deltas: dict[str, SparseDelta] = {}
         sites, density = model.linears(self.config.targets), self.config.density
-        least = min(sites, key=lambda site: prod(site.shape))
-        way = f", or leave it out of targets: '!{least.role}'"
-        check_share(f"{model.owner}: density", density, prod(least.shape), least.path, way=way)
+        check_each(f"{model.owner}: density", density, sites, whole=True)
         for site in sites:
-            size = prod(site.shape)
-            N = round(density * size)
+            N = round(density * prod(site.shape))
             # A place in each of N stretches, so that none comes twice.
-            edges = torch.arange(N + 1) * size // N
+            edges = torch.arange(N + 1) * prod(site.shape) // N
             eta = edges[:-1] + (torch.rand(N, dtype=torch.float64) * edges.diff()).long()
             self.deltas[site.key] = site.attach(SparseDelta(eta, site.shape))
 
@@ -149,9 +146,8 @@ def watch(mine: dict[str, Tensor], eta: Tensor, gradient: Tensor) -> None:
     if "candidates" not in mine:
         mine["candidates"] = inactive(gradient.abs(), eta)
     g = gradient.flatten()[mine["candidates"]].float()
-    now = mine.get("now", torch.zeros_like(g))
-    mine["now"], mine["sum"] = now + g, mine.get("sum", 0.0) + g
-    mine["squares"] = mine.get("squares", 0.0) + g * (2 * now + g)  # (now + g)**2 - now**2
+    mine["squares"] = mine.get("squares", 0.0) + g * (2 * mine.get("now", 0.0) + g)  # (now + g)**2 - now**2
+    mine["now"], mine["sum"] = (mine.get(key, 0.0) + g for key in ("now", "sum"))
 
 
 def move(delta: SparseDelta, grown: Tensor, means: list[Tensor], optimizer: Optimizer) -> None:

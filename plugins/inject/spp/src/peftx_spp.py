@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, Stack, Targets, hookimpl
 from peftx.errors import ConflictError, OptionError
 from peftx.kernel.parts import BasePart, DeltaPart
-from peftx.toolkits.injecting import check_share
+from peftx.toolkits.injecting import check_each
 
 
 class SppConfig(PluginConfig):
@@ -122,10 +122,8 @@ class Spp(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        rank, plain = (
-            self.config.rank,
-            {site.key: site for site in model.anatomy.sites if site.kind != "block"},
-        )
+        rank = self.config.rank
+        plain = {site.key: site for site in model.anatomy.sites if site.kind != "block"}
         options = {"scale": self.config.alpha / rank, "dropout": self.config.dropout, "pruned": self.pruned}
         sites = model.linears(self.config.targets)
         looked_at = not (model.restoring or sites[0].weight.is_meta)
@@ -135,9 +133,7 @@ class Spp(Plugin):
                 hint="a pruned model; or sparsity: 0.5, or pattern: '2:4', to prune it by size first",
             )
         if self.config.sparsity is not None:
-            least = min(sites, key=lambda site: prod(site.shape[-2:]))
-            size, way = prod(least.shape[-2:]), f", or leave it out of targets: '!{least.role}'"
-            check_share("spp: sparsity", self.config.sparsity, size, least.path, goes=True, way=way)
+            check_each(f"{model.owner}: sparsity", self.config.sparsity, sites, goes=True)
         for site in sites:
             site.check_rank(rank)
             delta = SppDelta(plain[site.key], rank=rank, **options)  # type: ignore[arg-type]

@@ -42,9 +42,10 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE
-from peftx.errors import ArchitectureError, ConflictError, UnsupportedError
+from peftx.errors import ConflictError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.calls import giving
+from peftx.toolkits.decoding.text import check_writes
 
 
 class YqLsaConfig(PluginConfig):
@@ -175,9 +176,7 @@ class YqLsa(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
-        if model.config.is_encoder_decoder or not model.module.can_generate():
-            said = f"{model.owner}: {model.config.model_type} does not go on behind a query"
-            raise ArchitectureError(said, hint="a decoder")
+        check_writes(model)
         model.column(COLUMN)
         first = model.blocks("layer")[0]
         first.attach(Guess(model.call, model.owner, model.hidden_size, self.config.size))

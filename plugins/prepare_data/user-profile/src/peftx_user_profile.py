@@ -35,6 +35,7 @@ from pydantic import Field
 from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainingData, hookimpl
 from peftx.engines.data import Place, Where, inside, prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
+from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.evaluation import (
     Request,
     context_window,
@@ -292,15 +293,11 @@ class UserProfile(Plugin):
     )
 
     def suits(self, model: ModelView) -> None:
-        name = type(model.module).__name__
-        if not model.module.can_generate():
-            raise ArchitectureError(
-                f"{model.owner}: {name} does not write, so it writes no profile", hint="take a decoder"
-            )
+        check_writes(model, alone=False)
         if self.config.probabilities and model.config.is_encoder_decoder:
+            said = f"{model.owner}: {type(model.module).__name__} has two towers"
             raise ArchitectureError(
-                f"{model.owner}: {name} has two towers, and probabilities of fields need a decoder alone",
-                hint="set probabilities: false",
+                f"{said}, and probabilities of fields need a decoder alone", hint="set probabilities: false"
             )
 
     @hookimpl

@@ -24,14 +24,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, DataError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.reading import check_output, outputs_of
+from peftx.toolkits.injecting import LowRankDifference
 
 
 class RegluConfig(PluginConfig):
@@ -60,37 +61,6 @@ class RegluConfig(PluginConfig):
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-class RegluDelta(Delta):
-    """y + s (B A - B0 A0) x.
-
-    Args:
-        out_features, in_features: of the layer. rank: r. scale: s.
-    """
-
-    full_precision = True  # two products that nearly cancel
-
-    def __init__(self, out_features: int, in_features: int, *, rank: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.A, self.B = (nn.Parameter(torch.zeros(s)) for s in ((rank, in_features), (out_features, rank)))
-        self.register_buffer("A0", torch.zeros(rank, in_features))
-        self.register_buffer("B0", torch.zeros(out_features, rank))
-
-    def start(self, W0: Tensor, Q: Tensor) -> None:
-        """B = Q, A = Q^T W0."""
-        for A, B in ((self.A, self.B), (self.A0, self.B0)):
-            B.copy_(Q)
-            A.copy_(Q.t() @ W0.to(Q))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x.to(self.A.dtype)
-        change = linear(linear(x, self.A), self.B) - linear(linear(x, self.A0), self.B0)
-        return y + (self.scale * change).to(y.dtype)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.B @ self.A - self.B0 @ self.A0).to(weight.dtype), bias
-
-
 class Reglu(Plugin):
     """See the module."""
 
@@ -109,11 +79,11 @@ class Reglu(Plugin):
     def inject(self, model: ModelView) -> None:
         rank = self.config.rank
         self.sites = {site.key: site for site in model.linears(self.config.targets)}
-        self.deltas: dict[str, RegluDelta] = {}
+        self.deltas: dict[str, LowRankDifference] = {}
         for key, site in self.sites.items():
             check_output(site, owner=model.owner)
             site.check_rank(rank)
-            self.deltas[key] = site.attach(RegluDelta(*site.shape, rank=rank, scale=self.config.scale))
+            self.deltas[key] = site.attach(LowRankDifference(site.shape, rank=rank, scale=self.config.scale))
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -143,7 +113,8 @@ class Reglu(Plugin):
             C_F, C_R = (H[key].t() @ H[key] / len(H[key]) for H in (H_F, H_R))
             if not delta.B0.any():
                 direction = (1 - self.config.beta) * C_F - self.config.beta * C_R
-                delta.start(self.sites[key].weight, top(direction, self.config.rank))
+                Q, W0 = top(direction, self.config.rank), self.sites[key].weight
+                delta.start(Q.t() @ W0.to(Q), Q)
             bases[key] = top(C_R, self.config.retained).to(delta.B)
         return bases
 
