@@ -42,8 +42,9 @@ def test_there_and_back(
     ]
     texts = {ok("generate", name, "Once upon", "-n", "6") for name in ("theirs", "ours")}
     ok("export", "ours", "back", "--format", "peft")
-    ok("export", "ours", "plain")
-    texts |= {ok("generate", name, "Once upon", "-n", "6") for name in ("back", "plain")}
+    ok("export", "ours", "-o", "plain")
+    ok("merge", "ours", "-o", "folded")
+    texts |= {ok("generate", name, "Once upon", "-n", "6") for name in ("back", "plain", "folded")}
     assert len(texts) == 1 != {ok("generate", "peftx:tiny", "Once upon", "-n", "6")}
     told = json.loads((installed.work / "back/adapter_config.json").read_text("utf-8"))
     assert told["r"] == 2
@@ -57,6 +58,10 @@ def test_there_and_back(
     assert "a program, which reads hf, peft, compressed-tensors" in " ".join(result.stderr.split())
     result = run("merge", "a", "b", "--method", "linear", "-o", "c", "--format", "vllm")
     assert "a program, which reads hf, peft" in " ".join(result.stderr.split())
+    for words, message in ((["x", "-o", "y"], "two folders to write"), ([], "no folder to write")):
+        result = run("export", "ours", *words)
+        assert result.exit_code == 2
+        assert message in result.stderr
     result = run("export", "ours", "x", "--id", "lora")
     assert result.exit_code == 2
     assert "hf holds all of them" in result.stderr

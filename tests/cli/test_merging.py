@@ -74,7 +74,7 @@ def test_options_reach_the_merge(pair: Path, ok: Callable[..., str], ok_json: Ca
     [
         (["a", "b", "--weights", "1,2"], "--weights goes with --method"),
         (["a", "out", "--format", "hf"], "--format goes with --method"),
-        (["a", "-o", "out"], "--output goes with --method"),
+        (["a", "b", "-o", "out"], "and 3 are named"),
         (["a"], "and 1 are named"),
         (["a", "b", "out"], "and 3 are named"),
         (["a", "b", "--method", "linear"], "not said where the result goes"),

@@ -23,7 +23,8 @@ Base = Annotated[
     typer.Option("--model", "-m", metavar="ID", help="the base, if it is not the one that is named there"),
 ]
 BundleOut = Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="folder of the bundle")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")]
+Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="folder to write; or -o OUT")]
+Place = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="folder to write")]
 Format = Annotated[
     str,
     typer.Option(
@@ -90,7 +91,8 @@ def import_(
 
 def export(
     bundle: Bundle,
-    output: Out,
+    place: Out = None,
+    output: Place = None,
     format: Format = "hf",
     id: Id = None,
     type: Type = None,
@@ -116,11 +118,19 @@ def export(
     from peftx.quantities import size
     from peftx_cli.render import out, print_json
 
+    to = place if output is None else output
+    if to is None or (place and output):
+        what = (
+            "no folder to write is named"
+            if to is None
+            else f"two folders to write are named, {place} and {to}"
+        )
+        raise UsageError(what, hint=f"peftx export {bundle} OUT --format {format}")
     writers: dict[str, Callable[[Stack], Path]] = {
-        "hf": lambda stack: stack.export(output),
-        "peft": lambda stack: to_peft(stack, output, id=id),
-        "compressed-tensors": lambda stack: to_compressed_tensors(stack, output),
-        "gguf": lambda stack: to_gguf(stack, output, type=type or "f16"),
+        "hf": lambda stack: stack.export(to),
+        "peft": lambda stack: to_peft(stack, to, id=id),
+        "compressed-tensors": lambda stack: to_compressed_tensors(stack, to),
+        "gguf": lambda stack: to_gguf(stack, to, type=type or "f16"),
     }
     options.known_format(format, writers)
     if id is not None and format != "peft":
@@ -129,7 +139,7 @@ def export(
         )
     if type is not None and format != "gguf":
         raise UsageError(f"--type is of gguf, and {format} keeps the model's own", hint="leave it out")
-    make_place(output)
+    make_place(to)
     logging.disable_progress_bar()
     stack = open_stack(bundle, model=model, device="cpu", trust_remote_code=trust_remote_code)
     stack.model.eval()

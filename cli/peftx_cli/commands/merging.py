@@ -49,9 +49,7 @@ Format = Annotated[
         help="bundle (if left out); peft: an adapter of HF PEFT; hf: a plain checkpoint in the base's dtype",
     ),
 ]
-Out = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="OUT", help="folder to write, with --method")
-]
+Out = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="folder to write")]
 Base = Annotated[
     str | None, typer.Option("--model", "-m", metavar="ID", help="the base, if it lies elsewhere")
 ]
@@ -96,8 +94,8 @@ def merge(
     if method is None:
         given = {
             "--weights": weights, "--rank": rank, "--density": density, "--seed": seed, "--format": format,
-            "--output": output,
         }  # fmt: skip
+        folders = folders if output is None else [*folders, str(output)]
         bundle, place = _pair(folders, adapter, [name for name, value in given.items() if value is not None])
         _fold(chosen(bundle, adapter), place, model, device, trust_remote_code, as_json)
         return
