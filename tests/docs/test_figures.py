@@ -108,3 +108,16 @@ def test_the_page_of_benchmarks_has_the_table_of_vectors_as_it_was_left() -> Non
     )
     assert own
     assert own == left
+
+
+def test_what_a_shared_prompt_saves() -> None:
+    page = "plugins/train_step/prefix-grouper/README.md"
+    text = (ROOT / page).read_text("utf-8")
+    assert "results/prefix_grouper.json)" in text
+    found = json.loads((ROOT / "benchmarks/results/prefix_grouper.json").read_text("utf-8"))["groups"]
+    names = ("answers", "prompt", "seconds_repeated", "seconds_grouped", "time_ratio",
+             "megabytes_repeated", "megabytes_grouped", "memory_ratio")  # fmt: skip
+    told = rows(page, "G | prompt | seconds, G rows | grouped | ratio | MiB, G rows | grouped | ratio")
+    assert told == [[f"{group[name]:g}" for name in names] for group in found]
+    bound = float(re.findall(r"gradients differ by less than (\S+) of", " ".join(text.split()))[0])
+    assert max(group["gradient_difference"] for group in found) < bound
