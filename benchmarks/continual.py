@@ -6,7 +6,8 @@
 Every method goes through the stream of the spec, in the place of its stack, under three seeds; `joint` trains on the
 rows of all tasks at once, for as many steps. The learning rate is chosen on rows to choose by: of `joint` on those of
 all tasks, of the others on those of the first `CHOSEN_AFTER`, after these. A job whose file lies in the folder of jobs
-is not run again. Leaves continual.json, .md and .png in benchmarks/results.
+is not run again. Leaves continual.json, .md and .png in benchmarks/results; `python tools/generate.py` tells of them in
+the READMEs of the plugins.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from bases import seen
+from stream_rows import SOURCES
 
 from peftx.composition.registry import Registry
 from peftx.engines.files import write_text
@@ -39,6 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 RATES, SEEDS, CHOSEN_AFTER = (5e-4, 2e-3, 1e-2, 1e-1), (0, 1, 2), 4
 KINDS = {"unknown": AMONG_ALL, "known": WITHIN}
 """Is the task of a text known: its classes are found among those of all tasks, or among its task's."""
+NUMBERS = ("average", "forgetting", "forward transfer")
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,10 @@ class Setting:
         return SourceSpec(path=str(file.absolute()), limit=limit or None)
 
 
-def of_seeds(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation over the seeds."""
+def of_seeds(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation over the seeds; None where a number is not told."""
     known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f} ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return (statistics.mean(known), statistics.stdev(known)) if len(known) > 1 else None
 
 
 def measured(setting: Setting, methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
@@ -157,8 +161,13 @@ def measured(setting: Setting, methods: Sequence[Method]) -> Iterator[dict[str, 
             tried[rate] = setting.run(method, rate, SEEDS[0], choose=True)[AMONG_ALL]["average"]
         rate = max(tried, key=lambda rate: tried[rate], default=method.rates[0])
         seeds = [setting.run(method, rate, seed, choose=False) for seed in SEEDS]
+        summary = {
+            known: {name: of_seeds([seed[kind].get(name) for seed in seeds]) for name in NUMBERS}
+            for known, kind in KINDS.items()
+        }
         chosen = {"rate": rate if tried else None, "tried": tried}
-        yield {"method": method.name, "told": method.told, "joint": method.joint, **chosen, "seeds": seeds}
+        yield {"method": method.name, "told": method.told, "joint": method.joint, **chosen,
+               "summary": summary, "seeds": seeds}  # fmt: skip
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -167,16 +176,35 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
-        for known, kind in KINDS.items():
-            seeds = row["seeds"]
-            numbers = [
-                of_seeds([seed[kind].get(name) for seed in seeds])
-                for name in ("average", "forgetting", "forward transfer")
-            ]
-            rate = f"{row['rate']:g}" if row["rate"] else ""
-            cells = [row["method"], row["told"], rate, f"{seeds[0]['trained']:,}", known, *numbers]
+        for known, numbers in row["summary"].items():
+            told = ("" if each is None else "{:.3f} ± {:.3f}".format(*each) for each in numbers.values())
+            edge = ", edge" * (row["rate"] in (min(RATES), max(RATES)))
+            rate = f"{row['rate']:g}{edge}" if row["rate"] else ""
+            cells = [row["method"], row["told"], rate, f"{row['seeds'][0]['trained']:,}", known, *told]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Of what continual.json holds."""
+    settings = result["settings"]
+    classes, rates = sum(map(len, settings["classes"])), ", ".join(f"{rate:g}" for rate in settings["rates"])
+    before = (
+        f"{classes} classes, {settings['steps']} steps of {settings['batch_size']} rows a task. A rate out of {rates}, "
+        f"chosen on rows apart: on those of the first {settings['chosen_after']} tasks after these, of `joint` on "
+        "those of all. Three seeds, ± the standard deviation. `edge`: the best rate was the smallest or the largest "
+        "that was tried."
+    )
+    after = (
+        "`joint` has the rows of all tasks at once, for as many steps. Where the `task` is unknown the answer is one "
+        f"of all {classes} classes, where it is known one of the text's own task. Forward transfer is how much of a "
+        "task is right before it comes, beside what was right before the first: `lae` has none, since a class that "
+        "its head does not know yet is never right; `scl-mgsm` does not answer before its first task; `joint` has no "
+        "order."
+    )
+    figure = "![accuracy of each task after each](continual.png)"
+    title, lines = f"# A stream of {len(settings['tasks'])} tasks", table(result["results"])
+    return "\n\n".join((title, f"{before} {result['base']}", lines, after, figure)) + "\n"
 
 
 def plot(found: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: Path) -> None:
@@ -217,22 +245,16 @@ def main(
     )
     setting = Setting(pipeline, rows, jobs)
     found = list(measured(setting, [m for m in METHODS if not only or m.name in only]))
-    lines = table(found)
-    print(lines)
+    print(table(found))
     if only:
         return
     assert pipeline.train is not None
     settings = {"tasks": setting.tasks, "classes": setting.classes(), "steps": pipeline.train.steps,
                 "batch_size": pipeline.train.batch_size, "rates": RATES, "chosen_after": CHOSEN_AFTER}  # fmt: skip
-    write_text(
-        RESULTS / "continual.json", json.dumps({"settings": settings, "results": found}, indent=1) + "\n"
-    )
+    result = {"settings": settings, "base": seen(model, **SOURCES), "results": found}
+    write_text(RESULTS / "continual.json", json.dumps(result, indent=1) + "\n")
     plot(found, setting.tasks, RESULTS / "continual.png")
-    title, figure = (
-        f"# A stream of {len(setting.tasks)} tasks",
-        "![accuracy of each task after each](continual.png)",
-    )
-    write_text(RESULTS / "continual.md", f"{title}\n\n{lines}\n\n{figure}\n")
+    write_text(RESULTS / "continual.md", page(result))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from leaderboards.rows import read
+from bases import Source
+from leaderboards.rows import NEWS, SNIPS_TEST, SNIPS_TRAIN, read
 
 TRAIN, VALID, TEST = 80, 6, 5
 """Rows of a class."""
 Rows = tuple[list[tuple[str, str]], list[tuple[str, str]]]
 """(text, class of the set): a part to train and to choose on, and one to test on."""
+SOURCES = {
+    "utterances'": Source(SNIPS_TRAIN), "tested utterances'": Source(SNIPS_TEST), "news": Source(NEWS),
+    "reviews'": Source("classify/sentence_polarity.jsonl.gz"), "restaurants'": Source("generate/e2e_devset.csv.gz"),
+    "dialogues'": Source("dialogue/sgd_dev_sample.jsonl.gz"),
+}  # fmt: skip
+"""What the rows are of."""
 
 TASKS: dict[str, tuple[str, dict[str, str]]] = {
     "songs": ("snips", {"AddToPlaylist": "list", "PlayMusic": "play"}),

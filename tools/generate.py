@@ -35,6 +35,8 @@ def mark(project: dict[str, Any], kind: str) -> str:
 
 def readme(folder: Path, registry: Any) -> tuple[Path, str]:
     """A plugin's README with its option table and the words of its marks renewed."""
+    from pages import streams
+
     from peftx.composition.metadata import MARKS
     from peftx.composition.options import options_table
 
@@ -50,7 +52,7 @@ def readme(folder: Path, registry: Any) -> tuple[Path, str]:
         name = kind.capitalize()
         begin = f"**{name}: {mark(project, kind)}.**"
         text = re.sub(rf"^\*\*{name}: [\w-]+\.\*\*", begin, text, flags=re.MULTILINE)
-    return path, text
+    return path, streams.told(folder.name, text)
 
 
 def catalogue() -> str:

@@ -5,7 +5,7 @@
 Groups of random tokens: a prompt of P and G answers of `--answer` each, so that nothing is padded. LoRA of rank 8 on
 the bundled model, one thread; both ways take the reference's probabilities first, without gradients, and the same loss.
 Seconds are CPU time, the least of rounds; memory is the most that tensors took at once over what was there before.
-Prints JSON.
+Leaves prefix_grouper.json in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from peftx import Stack
+from peftx.engines.files import write_text
 from peftx.toolkits.evaluation import evaluating
 from peftx_lora import Lora
 from peftx_prefix_grouper import PrefixGrouper, advantages, grpo_loss
@@ -90,7 +91,10 @@ def main() -> None:
     stack = Stack("peftx:tiny", [Lora(rank=8), PrefixGrouper()])
     stack.model.train()
     grid = [(prompt, size) for size in arguments.answers for prompt in arguments.prompts]
-    print(json.dumps([measured(stack, *each, arguments) for each in grid], indent=1))
+    settings = {"answer": arguments.answer, "rounds": arguments.rounds, "rank": 8, "model": "peftx:tiny"}
+    found = {"settings": settings, "groups": [measured(stack, *each, arguments) for each in grid]}
+    file = Path(__file__).parents[1] / "results" / "prefix_grouper.json"
+    write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

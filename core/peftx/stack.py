@@ -222,7 +222,7 @@ class Stack(Kernel):
         Its loss is the trainer's, with what plugins do around it; what it saves is a bundle.
 
         Raises:
-            ConflictError: a plugin brings a loss of its own, and so does the class.
+            ConflictError: a plugin brings a loss of its own, and so does the class, which it does not serve.
         """
         from peftx.engines.training.trainers import trainer_of
 

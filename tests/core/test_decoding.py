@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from peftx import CallEdit, ModelView, Plugin, Stack, hookimpl
 from peftx.errors import PeftxError, UnsupportedError
 from peftx.toolkits.decoding import (
     Drafter,
@@ -622,6 +624,38 @@ def test_rows_of_a_cache() -> None:
     expected = request(model, ids).run_default()
     generation = request(model, ids, past_key_values=cached)
     assert torch.equal(per_row(generation, lambda row: speculative_generate(row, silent())), expected)
+
+
+def test_rows_have_their_own_of_the_columns() -> None:
+    """Of those of tokens without the row's pads; of others as they are."""
+    seen: list[dict[str, list[list[int]]]] = []
+
+    class Notes(CallEdit):
+        def __init__(self, model: ModelView) -> None:
+            super().__init__()
+            self.call = model.call
+
+        def before(self, call: dict[str, Any]) -> dict[str, Any]:
+            seen.append({name: values.tolist() for name, values in self.call.batch.items()})
+            return call
+
+    class Reads(Plugin):
+        @hookimpl
+        def inject(self, model: ModelView) -> None:
+            model.column("mark")
+            model.column("options", own_length=True)
+            model.around(Notes(model))
+
+    model, ids = model_of("qwen2"), prompt(batch=2)[:, :3]
+    stack, mask = Stack(model, [Reads()]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    with stack.columns(
+        mark=torch.tensor([[1, 2, 3], [4, 5, 6]]), options=torch.tensor([[7, 7, 8], [9, 9, 9]])
+    ):
+        per_row(request(model, ids * mask, attention_mask=mask), Generation.run_default)
+        assert seen[0] == {"mark": [[1, 2, 3]], "options": [[7, 7, 8]]}
+        assert seen[-1] == {"mark": [[5, 6]], "options": [[9, 9, 9]]}
+        model(ids)
+    assert seen[-1] == {"mark": [[1, 2, 3], [4, 5, 6]], "options": [[7, 7, 8], [9, 9, 9]]}
 
 
 # ----------------------------------------------------------------------------------------------------- unsupported

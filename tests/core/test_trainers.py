@@ -12,11 +12,12 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import peftx
-from peftx import Plugin, Stack, hookimpl
+from peftx import Claim, Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.data import IGNORE, Collator, encode_pair
 from peftx.engines.training import TrainStep
 from peftx.engines.training.order import Shuffled
+from peftx.engines.training.outside import UnderLoss
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
@@ -266,6 +267,36 @@ def test_two_losses_are_refused() -> None:
         ConflictError, match="'dpo-prefix-sharing' has a loss of its own, and so has SFTTrainer"
     ):
         stack_of(plugin("lora"), plugin("dpo-prefix-sharing")).trainer(SFTTrainer)
+
+
+def test_a_plugin_that_serves_a_loss_stands_in_front_of_its_trainer(tmp_path: Path) -> None:
+    """And leaves the loss to it; of a trainer that it does not serve it is refused as before."""
+
+    class Front:
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.stack.plugins["serves"].losses += 1
+            return super().compute_loss(*args, **kwargs)
+
+    class Serves(Plugin, UnderLoss):
+        claims = {Claim.REPLACES_LOSS}
+        losses = 0
+
+        def front(self, kind: type[Trainer]) -> type | None:
+            return Front if kind is SFTTrainer else None
+
+        @hookimpl(wrapper=True)
+        def train_step(self, step: TrainStep) -> Any:
+            return (yield)
+
+    serves = Serves()
+    stack, alone = stack_of(plugin("lora"), ("serves", serves)), stack_of(plugin("lora"))
+    for one in (stack, alone):
+        sft(one, one.trainer(SFTTrainer), tmp_path, bf16=False).train()
+    assert serves.losses == 4
+    for name, x in alone.ledger.tensors("lora").items():
+        assert torch.equal(x, stack.ledger.tensors("lora")[name])
+    with pytest.raises(ConflictError, match="'serves' has a loss of its own, and so has DPOTrainer"):
+        stack.trainer(DPOTrainer)
 
 
 def test_another_model_is_refused_at_once(tmp_path: Path) -> None:

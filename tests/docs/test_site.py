@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pages import MADE, NOTE, UnknownPart, filled, gallery, made, spec, together
+from pages import MADE, NOTE, UnknownPart, filled, gallery, made, spec, streams, together
 from pages.links import dead, links_of
 from pages.shown import as_in_site, from_elsewhere, shown, without_reasons
 
@@ -252,3 +254,46 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert len(pages) > 150
     for page in pages:
         assert not from_elsewhere(page.read_text("utf-8")), page
+
+
+def stream() -> dict[str, Any]:
+    """Numbers of a run, as `benchmarks/continual.py` leaves them."""
+    rest = {"forgetting": [0.1, 0.01], "forward transfer": None}
+    names = ("joint LoRA, head", "LoRA, head", "lae", "scl-mgsm", "LoRA, likelihood", "q-tuning, likelihood")
+    return {
+        "settings": {"tasks": ["a", "b"], "classes": [["x", "y"], ["z", "w"]], "steps": 3, "batch_size": 2,
+                     "rates": [0.1, 0.2], "chosen_after": 1},
+        "base": "The base, such a one, was not pre-trained on the rows.",
+        "results": [
+            {"method": name, "told": "no", "joint": i == 0, "rate": 0.2, "seeds": [{"trained": 1234}],
+             "summary": {"unknown": {"average": [i / 10, 0.02], **rest}, "known": {"average": [i / 5, 0.5], **rest}}}
+            for i, name in enumerate(names)
+        ],
+    }  # fmt: skip
+
+
+def test_what_a_stream_gave_stands_in_the_readme_of_its_plugins_and_on_the_site(tmp_path: Path) -> None:
+    """Once it was measured: before there is neither a link nor a number."""
+    readme = "text\n\n<!-- stream -->\nold\n<!-- /stream -->\n\n## Departures"
+    assert streams.told("lae", readme, tmp_path) == readme
+    assert "no figures" in streams.table(tmp_path)
+    (tmp_path / "continual.json").write_text(json.dumps(stream()), "utf-8")
+    assert streams.told("lora", readme, tmp_path) == readme
+    told = streams.told("lae", readme, tmp_path)
+    assert streams.told("lae", told, tmp_path) == told
+    assert "old" not in told
+    assert told.endswith("\n<!-- /stream -->\n\n## Departures")
+    assert (
+        "lae 0.200 ± 0.020 right at the end, 0.100 ± 0.010 forgotten; joint LoRA, head 0.000 ± 0.020" in told
+    )
+    assert "(../../../benchmarks/results/continual.md)" in told
+    assert "such a one" in told
+    assert "q-tuning, likelihood 1.000 ± 0.500 right at the end" in streams.told("q-tuning", readme, tmp_path)
+
+
+def test_every_plugin_of_the_stream_has_a_place_for_it() -> None:
+    for name in streams.BESIDE:
+        (page,) = ROOT.glob(f"plugins/*/{name}/README.md")
+        assert streams.PLACE.search(
+            page.read_text("utf-8").partition("## What we measured")[2].partition("\n## ")[0]
+        )

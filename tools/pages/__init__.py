@@ -10,7 +10,18 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 
-from pages import architectures, claims, commands, excerpts, figures, gallery, leaderboards, spec, together
+from pages import (
+    architectures,
+    claims,
+    commands,
+    excerpts,
+    figures,
+    gallery,
+    leaderboards,
+    spec,
+    streams,
+    together,
+)
 
 NOTE = "*What is made from the code stands here in the site alone: `make docs`.*\n\n"
 """For those who read the file itself."""
@@ -20,6 +31,7 @@ MADE: dict[str, Callable[[], str]] = {
     **spec.MADE,
     **leaderboards.MADE,
     **figures.MADE,
+    **streams.MADE,
     "setup": excerpts.setup,
     "demo": excerpts.demo,
     "said": excerpts.said,

@@ -73,7 +73,8 @@ class Call:
         self._columns: dict[str, str] = {}
         """Names of columns, and whose they are."""
         self._own_lengths: set[str] = set()
-        self._given: Mapping[str, Tensor] = {}
+        self.given: Mapping[str, Tensor] = {}
+        """Columns that calls have which bring none of the name, [B, ...]: see `giving`."""
         self._carried: dict[str, tuple[Tensor, int]] = {}
 
     @property
@@ -285,7 +286,7 @@ class Call:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model knows of no call."""
-        return self.__dict__ | {"_running": None, "_kept": None, "_given": {}, "_carried": {}}
+        return self.__dict__ | {"_running": None, "_kept": None, "given": {}, "_carried": {}}
 
     def _beside_soft(self, values: Tensor, length: int, fill: float) -> Tensor:
         """[B, T, ...] with `fill` for soft tokens, where they stand."""
@@ -329,11 +330,11 @@ class Call:
                 f"no plugin reads a column '{unknown[0]}'",
                 hint=f"columns: {', '.join(self.columns) or 'none'}",
             )
-        before, self._given = self._given, {**self._given, **values}
+        before, self.given = self.given, {**self.given, **values}
         try:
             yield
         finally:
-            self._given = before
+            self.given = before
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         own = {name: arguments.pop(name, None) for name in self._columns}
@@ -341,7 +342,7 @@ class Call:
         said = self._running = _Said(arguments)
         rows = self.shape[0] if self.shape is not None else None
         for name, value in own.items():
-            found = value if value is not None else self._given.get(name)
+            found = value if value is not None else self.given.get(name)
             if value is None:
                 said.of_text.add(name)
             if found is not None:

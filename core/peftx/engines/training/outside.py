@@ -1,7 +1,8 @@
-"""What loops of other libraries ask of a model, and a model with plugins on it cannot give."""
+"""What loops of other libraries ask of a model: what one with plugins on it cannot give, and what a plugin can."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +13,19 @@ from peftx.kernel.positions import prompt_length
 from peftx.kernel.slots import slot_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
+
+
+class UnderLoss(ABC):
+    """A plugin with a loss of its own whose method serves that of some trainers too: there the trainer's counts."""
+
+    @abstractmethod
+    def front(self, kind: type[Trainer]) -> type | None:
+        """A class that stands in front of a trainer's, with `stack` in it; None: the plugin does not serve its loss.
+
+        Raises:
+            ConflictError: the plugin has options of the loss that it leaves to the trainer.
+        """
 
 
 def watch_calls(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from peftx.copies import frozen
 from peftx.engines.bundle import save
-from peftx.engines.training.outside import refuse_fused_head
+from peftx.engines.training.outside import UnderLoss, refuse_fused_head
 from peftx.engines.training.packing import check_member
 from peftx.engines.training.step import run_train_step
 from peftx.engines.training.stepping import Stepping
@@ -132,16 +132,18 @@ def trainer_of(stack: Stack, kind: type[Trainer]) -> type[Trainer]:
     """A trainer's class whose step is the stack's.
 
     Raises:
-        ConflictError: a plugin brings a loss of its own, and so does the class.
+        ConflictError: a plugin brings a loss of its own, and so does the class, which it does not serve.
     """
-    own = kind.compute_loss is not Trainer.compute_loss
-    with_loss = [m.id for m in stack.members if m.claims(Claim.REPLACES_LOSS)]
-    if own and with_loss:
-        raise ConflictError(
-            f"'{with_loss[0]}' has a loss of its own, and so has {kind.__name__}",
-            hint="stack.train(rows), or stack.trainer(Trainer)",
-        )
     bases: tuple[type, ...] = (StackStep,) if kind is Trainer else (kind, StackStep)
+    own = kind.compute_loss is not Trainer.compute_loss
+    for member in (m for m in stack.members if own and m.claims(Claim.REPLACES_LOSS)):
+        front = member.plugin.front(kind) if isinstance(member.plugin, UnderLoss) else None
+        if front is None:
+            raise ConflictError(
+                f"'{member.id}' has a loss of its own, and so has {kind.__name__}",
+                hint="stack.train(rows), or stack.trainer(Trainer)",
+            )
+        bases = (front, *bases)
     if REFERENCE in inspect.signature(kind).parameters:
         bases = (Referring, *bases)
     return type(f"Stack{kind.__name__}", bases, {"stack": stack})

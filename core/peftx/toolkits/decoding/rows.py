@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
 from peftx.errors import GenerationError, UnsupportedError
+from peftx.kernel.call import Call
+from peftx.kernel.calls import call_of
 from peftx.toolkits.decoding.cache import fork_cache
 from peftx.toolkits.decoding.generation import Generation
 
@@ -15,7 +18,8 @@ def per_row(generation: Generation, decode: Callable[[Generation], torch.Tensor]
     """Decode each row alone, without its left padding, and put the rows together again.
 
     Rows share `stats`, `state`, processors and criteria with the request; row i's seed is `seed + i`. Tensors in
-    `model_kwargs` whose first dimension is B are cut to their row.
+    `model_kwargs` whose first dimension is B are cut to their row, and so are columns of `stack.columns`, of those with
+    a value for each token the row's own tokens.
 
     Args:
         generation: a request of any batch size.
@@ -36,6 +40,7 @@ def per_row(generation: Generation, decode: Callable[[Generation], torch.Tensor]
     batch, length = ids.shape
     if batch > 1 and generation.streamer is not None:
         raise UnsupportedError(f"a streamer follows one sequence, got a batch of {batch}")
+    call = call_of(generation.model)
     results: list[torch.Tensor] = []
     for row in range(batch):
         own = slice(row, row + 1)
@@ -50,28 +55,28 @@ def per_row(generation: Generation, decode: Callable[[Generation], torch.Tensor]
             if start == length or not bool(row_mask[0, start:].all()):
                 raise GenerationError(f"row {row}: padding must be on the left and leave a token")
             row_mask = row_mask[:, start:]
-        result = decode(
-            Generation(
-                model=generation.model,
-                tokenizer=generation.tokenizer,
-                input_ids=ids[own, start:],
-                attention_mask=row_mask,
-                generation_config=generation.generation_config,
-                logits_processors=generation.logits_processors,
-                stopping_criteria=generation.stopping_criteria,
-                past_key_values=cache,
-                model_kwargs={
-                    name: value[own]
-                    if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch
-                    else value
-                    for name, value in generation.model_kwargs.items()
-                },
-                streamer=generation.streamer,
-                seed=None if generation.seed is None else generation.seed + row,
-                stats=generation.stats,
-                state=generation.state,
-            )
+        alone = Generation(
+            model=generation.model,
+            tokenizer=generation.tokenizer,
+            input_ids=ids[own, start:],
+            attention_mask=row_mask,
+            generation_config=generation.generation_config,
+            logits_processors=generation.logits_processors,
+            stopping_criteria=generation.stopping_criteria,
+            past_key_values=cache,
+            model_kwargs={
+                name: value[own]
+                if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch
+                else value
+                for name, value in generation.model_kwargs.items()
+            },
+            streamer=generation.streamer,
+            seed=None if generation.seed is None else generation.seed + row,
+            stats=generation.stats,
+            state=generation.state,
         )
+        with nullcontext() if call is None else call.giving(_columns_of(call, row, start, batch, length)):
+            result = decode(alone)
         results.append(result[0, length - start :])
     longest = max(len(new) for new in results)
     if all(len(new) == longest for new in results):
@@ -81,6 +86,16 @@ def per_row(generation: Generation, decode: Callable[[Generation], torch.Tensor]
     for row, new in enumerate(results):
         output[row, length : length + len(new)] = new
     return output
+
+
+def _columns_of(call: Call, row: int, start: int, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Of the columns that are given a row's own, without its `start` pads where they have a value for each token."""
+    found = {}
+    for name, values in call.given.items():
+        own = values[row : row + 1] if len(values) == batch else values
+        of_tokens = own.ndim > 1 and own.shape[1] == length and name not in call.own_lengths
+        found[name] = own[:, start:] if of_tokens else own
+    return found
 
 
 def _pad_token(generation: Generation) -> int:

@@ -183,6 +183,8 @@ class SclMgsm(Plugin):
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
         self.texts.prepare(data, stack)
+        if not self.head.seen.any():  # the projection is made of them; a later task may be one class
+            self.texts.check_several(data)
 
     @hookimpl
     def train_step(self, step: TrainStep) -> Tensor:

@@ -333,6 +333,18 @@ def test_beside_a_frozen_adapter_it_reads_what_that_one_makes_of_the_model() -> 
         assert not torch.allclose(seen_by(stack, plugin, 0)[0], X, atol=1e-2)
 
 
+def test_a_first_task_of_one_class_is_refused_and_a_later_one_is_learned() -> None:
+    """The projection is guided by what tells classes apart."""
+    given = [{"text": f"it is {label} {i}", "label": label} for i in range(4) for label in LABELS]
+    stack, plugin = stack_of()
+    with pytest.raises(DataError, match="all 4 rows are of one class"):
+        stack.train([row for row in given if row["label"] == LABELS[0]], steps=1, batch_size=4)
+    assert not plugin.head.seen.any()
+    stack.train([row for row in given if row["label"] in LABELS[:2]], steps=1, batch_size=8)
+    stack.train([row for row in given if row["label"] == LABELS[2]], steps=1, batch_size=4)
+    assert (plugin.head.seen > 0).tolist() == [True] * 3 + [False] * 3
+
+
 def test_clear_errors() -> None:
     stack, plugin = stack_of(rho=(0.5,), scales=(1e-6,))
     with pytest.raises(PeftxError, match="no candidate fits"):

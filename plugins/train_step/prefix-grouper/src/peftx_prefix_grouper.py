@@ -22,10 +22,18 @@ The loss is that of GRPO. Of rewards r_1 .. r_G, and of pi_old, the model at the
     KL_it  = 1 / rho_it - log(1 / rho_it) - 1              of pi from pi_old
 
 The loss of a micro-batch is the mean over its groups.
+
+Under TRL's GRPOTrainer (`SharedPrompts`) the loss and its options are the trainer's, and the rows of a micro-batch with
+one prompt are
+
+    s = [x_1 .. x_|x|-1 ; x_|x| y_1 ; ... ; x_|x| y_G]
+
+since the trainer scores a token by the output before it: x's last token stands before each answer.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator, Sequence
 from itertools import chain
@@ -51,6 +59,7 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, Place, encode_pair
+from peftx.engines.training.outside import UnderLoss
 from peftx.errors import ConflictError, DataError
 from peftx.kernel.attention import Attend
 from peftx.kernel.parts import AttentionPart
@@ -195,7 +204,119 @@ def grpo_loss(now: Tensor, old: Tensor, A: Tensor, real: Tensor, *, clip: float,
     return -((gain - beta * divergence) * real).sum(1) / real.sum(1)
 
 
-class PrefixGrouper(Plugin):
+class SharedRows(NamedTuple):
+    """B rows of prompt and answer, of which those with one prompt stand in one of R rows, `s` of the module."""
+
+    ids: Tensor
+    """[R, W], pads at the end."""
+    segments: Tensor
+    """[R, W], as the column has them."""
+    keep: int
+    """Tokens at the end of a row among which all answers are."""
+    row: Tensor
+    """[B] of each answer."""
+    start: Tensor
+    """[B] its first token among those of `keep`."""
+    real: Tensor
+    """[B, A] which of its tokens are no pads."""
+
+    def apart(self, values: Tensor) -> Tensor:
+        """[R, keep] of tokens -> of those of the answers [B, A], 0 on pads."""
+        places = self.start[:, None] + torch.arange(self.real.shape[1], device=values.device)
+        return values[self.row[:, None], places.clamp(max=self.keep - 1)].masked_fill(~self.real, 0)
+
+
+def shared_rows(ids: Tensor, mask: Tensor, answer: int) -> SharedRows | None:
+    """ids, mask: [B, P + A], prompts padded left and A = `answer` columns of answers padded right, as TRL has them.
+
+    None where rows that share prompts would hold no fewer tokens, pads included.
+    """
+    real = mask.bool()
+    prompts, answers = (
+        [tuple(one[told].tolist()) for one, told in zip(ids[:, part], real[:, part], strict=True)]
+        for part in (slice(None, -answer), slice(-answer, None))
+    )
+    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+    rows, segments = [list(x[:-1]) for x in numbers], [[1] * (len(x) - 1) for x in numbers]
+    row, start = [numbers[x] for x in prompts], []
+    for n, x, y in zip(row, prompts, answers, strict=True):
+        start.append(len(rows[n]) + 1)
+        segments[n] += [max(segments[n], default=1) + 1] * (1 + len(y))
+        rows[n] += [x[-1], *y]
+    width, shortest = max(map(len, rows)), min(map(len, numbers)) - 1
+    if len(rows) * width >= ids.numel() or max(map(len, numbers)) == 1:
+        return None
+    padded = (
+        torch.tensor([[*one, *[0] * (width - len(one))] for one in every]) for every in (rows, segments)
+    )
+    first = torch.tensor(start, device=ids.device) - shortest - 1
+    at = torch.tensor(row, device=ids.device)
+    return SharedRows(*(x.to(ids.device) for x in padded), width - shortest - 1, at, first, real[:, -answer:])
+
+
+class SharedPrompts:
+    """In front of TRL's GRPOTrainer: its log-probabilities of rows with one prompt, by rows that share it.
+
+    Those of a reference model, of images, and of rows that would not become fewer tokens are the trainer's own.
+
+    Raises:
+        PeftxError: another plugin, or the trainer's loss, needs the tokens of each row.
+    """
+
+    stack: Stack
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.grouper = next(p for p in self.stack.plugins.values() if isinstance(p, PrefixGrouper))
+        self.proved = 0  # tokens of the longest row that was computed both ways
+        self.grouper.check(self.stack)
+        if self.aux_loss_enabled:
+            raise ConflictError(
+                f"'{self.stack.id_of(self.grouper)}': the load of experts is balanced over the tokens of each row, and "
+                "prompts are shared",
+                hint="router_aux_loss_coef=0 in the trainer's arguments",
+            )
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Of the answers' tokens [B, logits_to_keep]: log p, entropies where asked for, and no balance of experts.
+
+        Args:
+            batch_size: rows that are computed at once. more: what else TRL gives, images among it.
+        """
+        plain, stack = super()._get_per_token_logps_and_entropies, self.stack
+        images = any(value is not None and not isinstance(value, bool) for value in more.values())
+        off = stack.standing[stack.id_of(self.grouper)].disabled
+        if images or off or self.accelerator.unwrap_model(model) is not stack.model:
+            return plain(model, input_ids, attention_mask, logits_to_keep, batch_size, **more)
+        self.grouper.check(stack)
+        size = batch_size or len(input_ids)
+        found = []
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            shared = shared_rows(ids, mask, logits_to_keep)
+            if shared is None:
+                found.append(plain(model, ids, mask, logits_to_keep, **more)[:2])
+                continue
+            self.prove(shared)
+            with stack.columns(**{SEGMENTS: shared.segments}):
+                told = plain(model, shared.ids, (shared.segments > 0).long(), shared.keep, **more)[:2]
+            found.append([None if x is None else shared.apart(x) for x in told])
+        log_probs, entropies = zip(*found, strict=True)
+        return torch.cat(log_probs), None if entropies[0] is None else torch.cat(entropies), None
+
+    def prove(self, shared: SharedRows) -> None:
+        """See `PrefixGrouper.prove`; of a row that is longer than all before."""
+        lengths = (shared.segments > 0).sum(1)
+        if int(lengths.max()) > self.proved:
+            n = int(lengths.argmax())
+            row = {"input_ids": shared.ids[n, : lengths[n]], SEGMENTS: shared.segments[n, : lengths[n]]}
+            self.grouper.prove(self.stack, {name: values.tolist() for name, values in row.items()})
+            self.proved = int(lengths.max())
+
+
+class PrefixGrouper(Plugin, UnderLoss):
     """See the module."""
 
     Config = PrefixGrouperConfig
@@ -276,8 +397,23 @@ class PrefixGrouper(Plugin):
             self.prove(stack, max(groups, key=lambda each: len(each["input_ids"])))
         return Dataset.from_list(groups)
 
+    def front(self, kind: type) -> type | None:
+        """`SharedPrompts`, of trainers that compute log-probabilities as TRL's GRPOTrainer does."""
+        method = getattr(kind, SharedPrompts._get_per_token_logps_and_entropies.__name__, None)
+        asked = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
+        if method is None or not asked <= set(inspect.signature(method).parameters):
+            return None
+        if self.config != PrefixGrouperConfig():
+            raise ConflictError(
+                f"prefix-grouper has options of its own loss, and {kind.__name__} computes another one",
+                hint=f"leave clip and beta out, and give {kind.__name__}'s arguments epsilon and beta",
+            )
+        return SharedPrompts
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
+        if "completion_ids" in step.batch:  # the trainer's loss, over `SharedPrompts`
+            return (yield)
         step.require("labels", SEGMENTS, "advantages", by=step.stack.id_of(self))
         self.check(step.stack)
         batch = dict(step.batch)

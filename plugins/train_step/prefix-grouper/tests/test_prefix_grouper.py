@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 
 import peftx
 from peftx import Stack, TrainingData
@@ -34,6 +38,7 @@ from peftx_prefix_grouper import (
     groups_of,
     grpo_loss,
     positions,
+    shared_rows,
     ungroup,
 )
 from peftx_prefix_tuning import PrefixTuning
@@ -455,3 +460,149 @@ def test_refusals() -> None:
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(PeftxError, match=f"PrefixGrouper: {next(iter(options))}"):
         PrefixGrouper(**options)
+
+
+# ------------------------------------------------------------------------------------------- under TRL's GRPOTrainer
+# Its configuration sets a field that transformers renamed.
+renamed = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+LONG = "One two three four five six seven eight nine ten, and once more: "
+
+
+def trainer_of(stack: Stack, folder: Path, kind: type[Trainer] = GRPOTrainer, **more: Any) -> Any:
+    """Two prompts a generation, of two lengths, and four answers to each."""
+    arguments = {
+        "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "num_generations": 4, "num_iterations": 2, "max_completion_length": 6, "bf16": False, "optim": "sgd",
+        "learning_rate": 1.0, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
+        "logging_strategy": "no", "epsilon": 0.05, "beta": 0.0, **more,
+        # Answers of several lengths: a tiny model seldom ends by itself.
+        "generation_kwargs": {"sequence_bias": {(TOKENIZER.eos_token_id,): 4.0}},
+    }  # fmt: skip
+    config = GRPOConfig if kind is GRPOTrainer else RLOOConfig
+    return stack.trainer(kind)(
+        model=stack.model, args=config(**arguments), processing_class=stack.tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": LONG + x} for x in ("go", "and now")]),
+        reward_funcs=lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions],
+    )  # fmt: skip
+
+
+def trained(
+    plugins: list[Any], folder: Path, **more: Any
+) -> tuple[list[float], list[list[Tensor]], list[int]]:
+    """Losses and gradients of two updates on the same answers, and tokens through a layer in calls with gradients."""
+    stack = Stack(tiny("llama").double(), plugins, tokenizer=TOKENIZER)
+    stack.model.double()
+    shift(stack, 1)
+    trainer, losses, found, tokens = trainer_of(stack, folder, **more), [], [], []
+    compute, update = trainer.compute_loss, trainer.create_optimizer
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        loss = compute(*args, **kwargs)
+        losses.append(float(loss.detach()))
+        return loss
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        optimizer = update(*args, **kwargs)
+        parameters = list(stack.ledger.parameters("lora"))
+        optimizer.register_step_pre_hook(lambda *_: found.append([p.grad.clone() for p in parameters]))
+        return optimizer
+
+    def counted(module: Any, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            tokens.append(output[..., 0].numel())
+
+    trainer.compute_loss, trainer.create_optimizer = noted, watched
+    stack.model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(counted)
+    trainer.train()
+    return losses, found, tokens
+
+
+@renamed
+@pytest.mark.parametrize(
+    ("kind", "batch", "most"),
+    [(GRPOTrainer, 8, 0.5), (GRPOTrainer, 4, 1.0), (RLOOTrainer, 8, 0.5)],
+    ids=["whole groups", "groups that a shuffle parted", "RLOO"],
+)
+def test_a_trainer_of_trl_over_shared_prompts_trains_as_over_rows(
+    kind: type[Trainer], batch: int, most: float, tmp_path: Path
+) -> None:
+    """Losses and gradients of two updates; the second one's ratios are not 1."""
+    more = {"kind": kind, "per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
+    losses, expected, rows = trained([Lora(rank=2)], tmp_path, **more)
+    found, gradients, tokens = trained([Lora(rank=2), PrefixGrouper()], tmp_path, **more)
+    assert len(found) == len(losses) == 2 * 8 // batch
+    assert found == pytest.approx(losses, abs=1e-5)
+    assert max(map(abs, losses)) > 1e-3
+    for one, other in zip(gradients, expected, strict=True):
+        for g, h in zip(one, other, strict=True):
+            torch.testing.assert_close(g, h, atol=1e-5, rtol=1e-5)
+        assert max(float(h.abs().max()) for h in other) > 1e-3
+    assert sum(tokens) < most * sum(rows)
+
+
+def test_shared_rows_by_hand() -> None:
+    """Pads left of prompts and right of answers; two answers to one prompt, apart, and one to another."""
+    ids = torch.tensor([[1, 2, 2, 3, 4, 5, 0], [0, 0, 1, 8, 9, 0, 0], [1, 2, 2, 3, 6, 7, 7]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    shared = shared_rows(ids, mask, 3)
+    assert shared is not None
+    assert shared.ids.tolist() == [[1, 2, 2, 3, 4, 5, 3, 6, 7, 7], [1, 8, 9, 0, 0, 0, 0, 0, 0, 0]]
+    assert shared.segments.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 3], [1, 2, 2, 0, 0, 0, 0, 0, 0, 0]]
+    values = shared.ids[:, -shared.keep :]
+    assert shared.apart(values).tolist() == [[4, 5, 0], [9, 0, 0], [6, 7, 7]]
+    assert shared_rows(ids[1:], mask[1:], 3) is None, "no prompt stands twice"
+    assert shared_rows(ids[:, 3:], mask[:, 3:], 3) is None, "prompts of one token"
+
+
+@renamed
+def test_a_trainer_that_cannot_share_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    """By its class, by options that would be passed by, and by a loss over the tokens of each row."""
+
+    def made(arch: str, **options: Any) -> Stack:
+        return Stack(tiny(arch), [Lora(rank=2), PrefixGrouper(**options)], tokenizer=TOKENIZER)
+
+    with pytest.raises(ConflictError, match="'prefix-grouper' has a loss of its own, and so has SFTTrainer"):
+        made("llama").trainer(SFTTrainer)
+    with pytest.raises(ConflictError, match="options of its own loss, and GRPOTrainer computes") as caught:
+        made("llama", beta=0.3).trainer(GRPOTrainer)
+    assert "epsilon" in str(caught.value.hint)
+    with pytest.raises(ConflictError, match="the load of experts is balanced") as caught:
+        trainer_of(made("mixtral"), tmp_path)
+    assert "router_aux_loss_coef=0" in str(caught.value.hint)
+    trainer_of(made("mixtral"), tmp_path, router_aux_loss_coef=0)
+
+
+@renamed
+def test_windows_shorter_than_a_row_are_refused_under_a_trainer(tmp_path: Path) -> None:
+    stack = Stack(tiny("mistral", sliding_window=4), [Lora(rank=2), PrefixGrouper()], tokenizer=TOKENIZER)
+    before = [p.detach().clone() for p in stack.ledger.parameters("lora")]
+    with pytest.raises(ArchitectureError, match="does not keep to the mask"):
+        trainer_of(stack, tmp_path).train()
+    assert all(map(torch.equal, before, stack.ledger.parameters("lora")))
+
+
+@renamed
+def test_rows_of_their_own_while_the_plugin_is_off(tmp_path: Path) -> None:
+    """And log-probabilities of another model are the trainer's own."""
+    stack = build("llama")
+    trainer = trainer_of(stack, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]] * 3)
+    ids[:, -1] += torch.arange(3)
+    through: list[int] = []
+    stack.model.get_submodule("model.layers.0").register_forward_hook(
+        lambda m, x, y: through.append(x[0].shape[0])
+    )
+    told = []
+    for off in (False, True):
+        with stack.disabled("prefix-grouper") if off else nullcontext(), torch.no_grad():
+            told.append(
+                trainer._get_per_token_logps_and_entropies(stack.model, ids, torch.ones_like(ids), 2)[0]
+            )
+    torch.testing.assert_close(*told, atol=1e-5, rtol=1e-5)
+    assert through[0] == 1
+    assert through[-1] == 3
+    with torch.no_grad():
+        other = trainer._get_per_token_logps_and_entropies(
+            deepcopy(stack.model), ids, torch.ones_like(ids), 2
+        )[0]
+    torch.testing.assert_close(other, told[1])
