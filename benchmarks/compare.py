@@ -7,8 +7,9 @@ need Python. A benchmark names its methods and how a stack is scored; this file 
     results = compare(methods, parts, score, rates=(3e-4, 1e-3, 3e-3), steps=200, every=50, target=0.8)
     write("token_trails", "Token Trails on dialogues", results, unit="perplexity", base=seen(...))
 
-A method's rate is chosen on validation rows, and the rows that it is measured on play no part in that. `write` leaves
-benchmarks/results/<name>.json, .md and .png. One thread; seconds are CPU time of training alone.
+A method's rate is chosen on validation rows, and the rows that it is measured on play no part in that: the runs of the
+first seed, one a rate, are looked at on the test rows too, and the curve of the chosen rate is that seed's. `write`
+leaves benchmarks/results/<name>.json, .md and .png. One thread; seconds are CPU time of training alone.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class Curve:
     """CPU seconds of training until then."""
     scores: list[float] = field(default_factory=list)
     seconds_to_target: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    """At the end: what else was scored, where the score is the first of several."""
 
 
 @dataclass
@@ -105,7 +108,8 @@ class Result:
         return statistics.stdev(self.finals) if len(self.finals) > 1 else 0.0
 
 
-Score = Callable[[Stack, Rows], float]
+Score = Callable[[Stack, Rows], float | Mapping[str, float]]
+"""Of several scores the first is what is compared."""
 
 
 def compare(
@@ -122,51 +126,71 @@ def compare(
     target: float | None = None,
     higher_is_better: bool = True,
     model: str = "peftx:tiny",
+    jobs: Path | None = None,
 ) -> list[Result]:
-    """Choose every method's rate with the first seed, then train it under every seed on the same batches; score at the
+    """Choose every method's rate with the first seed, then train it under the others on the same batches; score at the
     start and after every `every` steps.
 
     Args:
         score: of a stack on rows, as higher (or lower) is better. rates: tried for all methods without their own.
-        target: the score whose first crossing is timed.
+        target: the score whose first crossing is timed. jobs: a folder with a file for each run; what is there is done.
     """
     torch.set_num_threads(1)
     sign = 1 if higher_is_better else -1
     budget = Budget(steps=steps, batch_size=batch_size, max_length=max_length)
+
+    def run(method: Method, rate: float, seed: int) -> tuple[Curve, float]:
+        """The curve on the test rows and the last score on the validation rows; trains if the rate is not zero."""
+        done = jobs and jobs / f"{method.name}-{rate:g}-{seed}-{steps}x{batch_size}.json"
+        if done and done.exists():
+            found = json.loads(done.read_text("utf-8"))
+            return Curve(**found["curve"]), found["validation"]
+        stack, curve = _stack(model, method, seed), Curve(seed)
+
+        def look(step: int, seconds: float) -> None:
+            if step % every == 0 or step == steps:
+                found, curve.parts = _first(score(stack, parts.test))
+                curve.steps.append(step)
+                curve.seconds.append(round(seconds, 2))
+                curve.scores.append(found)
+
+        look(0, 0.0)
+        if rate:
+            _train(stack, method, rate, seed, parts.train, budget, look)
+        if target is not None:
+            reached = [sign * s >= sign * target for s in curve.scores]
+            if any(reached):
+                curve.seconds_to_target = curve.seconds[reached.index(True)]
+        validation = _first(score(stack, parts.validation))[0]
+        named = f"{method.name:32} rate {rate:g} seed {seed}"
+        print(
+            f"{named}  {curve.scores[-1]:.4f}, {validation:.4f} on validation rows, {curve.seconds[-1]:.1f} s",
+            flush=True,
+        )
+        if done:
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps({"curve": asdict(curve), "validation": validation}), "utf-8")
+        return curve, validation
+
     results = []
     for method in methods:
         trained = _stack(model, method, seeds[0]).trainable_parameters()
         grid = sorted(method.rates or rates) if trained else [0.0]
-        tried = []
-        for rate in grid if len(grid) > 1 else ():
-            stack = _stack(model, method, seeds[0])
-            _train(stack, method, rate, seeds[0], parts.train, budget)
-            tried.append((rate, round(float(score(stack, parts.validation)), 5)))
-            print(f"{method.name:40} rate {rate:g}  {tried[-1][1]:.4f} on validation rows", flush=True)
-        rate = max(tried, key=lambda pair: sign * pair[1])[0] if tried else grid[0]
-        curves = []
-        for seed in seeds if trained else seeds[:1]:  # without training nothing depends on the seed
-            stack, curve = _stack(model, method, seed), Curve(seed)
-
-            def look(step: int, seconds: float, stack: Stack = stack, curve: Curve = curve) -> None:
-                if step % every == 0 or step == steps:
-                    curve.steps.append(step)
-                    curve.seconds.append(round(seconds, 2))
-                    curve.scores.append(round(float(score(stack, parts.test)), 5))
-
-            look(0, 0.0)
-            if trained:
-                _train(stack, method, rate, seed, parts.train, budget, look)
-            if target is not None:
-                reached = [sign * s >= sign * target for s in curve.scores]
-                if any(reached):
-                    curve.seconds_to_target = curve.seconds[reached.index(True)]
-            curves.append(curve)
-            print(
-                f"{method.name:40} seed {seed}  {curve.scores[-1]:.4f}  {curve.seconds[-1]:.1f} s", flush=True
-            )
+        runs = {rate: run(method, rate, seeds[0]) for rate in grid}
+        tried = [(rate, validation) for rate, (_, validation) in runs.items()] if len(grid) > 1 else []
+        rate = max(grid, key=lambda rate: sign * runs[rate][1])
+        later = seeds[1:] if trained else ()  # without training nothing depends on the seed
+        curves = [runs[rate][0], *(run(method, rate, seed)[0] for seed in later)]
         results.append(Result(method.name, rate, trained, curves, tried))
     return results
+
+
+def _first(found: float | Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The score that is compared, and all that have names."""
+    if not isinstance(found, Mapping):
+        return round(float(found), 5), {}
+    named = {name: round(float(value), 5) for name, value in found.items()}
+    return next(iter(named.values())), named
 
 
 def _stack(model: str, method: Method, seed: int) -> Stack:

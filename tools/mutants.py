@@ -3,6 +3,8 @@
     python tools/mutants.py propulsion                      # every mutant of one plugin
     python tools/mutants.py lora mezo --sample 25 --seed 1  # 25 of each, drawn by a seed
     python tools/mutants.py lora --tests "formula or fold" --no-config --json found.json
+    python tools/mutants.py lora mezo --sample 10 --no-config --record      # into benchmarks/results/mutations.json
+    python tools/mutants.py lora --again --record                           # the survivors that stand there, once more
 
 A mutant is the plugin's source with one small mistake in it. It stands in a temporary folder that comes first on the
 path, so the work tree is never edited. The plugin's own tests run on it until the first fails; what survives them meets
@@ -45,6 +47,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import mutants_record
 
 ROOT = Path(__file__).parents[1]
 TIMES = "times.json"
@@ -274,7 +278,7 @@ class Selection:
 
 
 def tests_on(folder: Path, files: list[str], selection: Selection, expression: str) -> None:
-    """The forked process: runs tests with `folder` first on the path, and exits with what pytest does."""
+    """The forked process: runs tests with `folder`/src first on the path, and exits with what pytest does."""
     import pytest
 
     os.setsid()  # what the tests start ends with them
@@ -285,8 +289,10 @@ def tests_on(folder: Path, files: list[str], selection: Selection, expression: s
         folder / "tmp"
     )  # what a test that is stopped leaves goes with it
     os.makedirs(tempfile.tempdir, exist_ok=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(folder / "src"), os.environ.get("PYTHONPATH")))
+    )
+    sys.path.insert(0, str(folder / "src"))
     arguments = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
     code = pytest.main([*arguments, *(["-k", expression] if expression else [])], [selection])
     (folder / TIMES).write_text(json.dumps(selection.times), encoding="utf-8")
@@ -308,11 +314,15 @@ def outcome(
     return code
 
 
+class Untestable(SystemExit):
+    """The tests of a plugin fail without a mistake in it."""
+
+
 class Trial:
     """One plugin: its modules, its tests, and how long these take without a mistake.
 
     Raises:
-        SystemExit: there is no such plugin, or its tests fail as it is.
+        SystemExit: there is no such plugin; Untestable: its tests fail as it is.
     """
 
     def __init__(self, name: str, expression: str = "") -> None:
@@ -329,7 +339,7 @@ class Trial:
                 began = time.perf_counter()
                 code = self.run(folder, kit, limit=600)
                 if code not in (0, 5):
-                    raise SystemExit(f"mutants: the tests of {name} fail without a mutant: pytest {code}")
+                    raise Untestable(f"mutants: the tests of {name} fail without a mutant: pytest {code}")
                 self.times |= json.loads((folder / TIMES).read_text("utf-8"))
                 if code == 0:
                     self.limits[kit] = 20 + 4 * (time.perf_counter() - began)
@@ -341,9 +351,10 @@ class Trial:
     @contextlib.contextmanager
     def copy(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="peftx-mutants-") as folder:
-            shutil.copytree(
-                self.source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            shutil.copytree(self.source, Path(folder, "src"), ignore=shutil.ignore_patterns("__pycache__"))
+            for name in ("pyproject.toml", "README.md"):  # as they are here, whatever the installation has
+                if (self.source.parent / name).exists():
+                    shutil.copy(self.source.parent / name, folder)
             yield Path(folder)
 
     def mutants(self) -> list[tuple[Path, Mutant]]:
@@ -353,10 +364,25 @@ class Trial:
             for mutant in mutants(path.read_text("utf-8"))
         ]
 
+    def facts(self, path: Path, mutant: Mutant) -> dict[str, Any]:
+        """A mutant without its source, with the file that it is in."""
+        found = {key: value for key, value in asdict(mutant).items() if key != "source"}
+        return {"file": str(self.source.relative_to(ROOT) / path)} | found
+
+    def among(
+        self, every: list[tuple[Path, Mutant]], known: list[dict[str, Any]]
+    ) -> list[tuple[Path, Mutant]]:
+        """Of each known mutant the one that is nearest to its line; none where the source has none such any more."""
+        drawn = []
+        for old in known:
+            like = [pair for pair in every if mutants_record.same(self.facts(*pair), old)]
+            drawn += sorted(like, key=lambda pair: abs(pair[1].line - old["line"]))[:1]
+        return drawn
+
     def of(self, path: Path, source: str) -> str:
         """'killed', 'timed out' or 'survived', of a module with this source."""
         with self.copy() as folder:
-            (folder / path).write_text(source, encoding="utf-8")
+            (folder / "src" / path).write_text(source, encoding="utf-8")
             for kit, limit in self.limits.items():
                 code = self.run(folder, kit, limit=limit)
                 if code != 0:
@@ -388,19 +414,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--no-config", action="store_true", help="leave options' defaults and bounds alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    parser.add_argument(
+        "--record", action="store_true", help="write it into benchmarks/results/mutations.json"
+    )
+    parser.add_argument("--again", action="store_true", help="only the survivors that the record has")
     options = parser.parse_args()
     prepare()
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
-    console, tallies = Console(), []
+    console, tallies, failed = Console(), list[Tally](), False
     with Progress(console=console, auto_refresh=False) as bar:  # a thread of its own would be forked
         for name in options.names:
-            began, trial = time.perf_counter(), Trial(name, options.tests)
+            began = time.perf_counter()
+            try:
+                trial = Trial(name, options.tests)
+            except Untestable as error:  # the others are worth their time
+                console.print(str(error), markup=False, soft_wrap=True)
+                failed = True
+                continue
             every = [pair for pair in trial.mutants() if not (options.no_config and pair[1].kind == "config")]
             drawn = every
-            if options.sample is not None and options.sample < len(every):
+            if options.again:
+                known = mutants_record.read().get(name, {}).get("survivors", [])
+                drawn = trial.among(every, known)
+            elif options.sample is not None and options.sample < len(every):
                 picked = sorted(random.Random(options.seed).sample(range(len(every)), options.sample))
                 drawn = [every[index] for index in picked]
             tally = Tally(name, killed=0, timed_out=0, survivors=[], of=len(every), seconds=0.0)
@@ -411,8 +450,7 @@ def main() -> None:
                 tally.killed += end == "killed"
                 tally.timed_out += end == "timed out"
                 if end == "survived":
-                    facts = {key: value for key, value in asdict(mutant).items() if key != "source"}
-                    tally.survivors.append({"file": str(trial.source.relative_to(ROOT) / path)} | facts)
+                    tally.survivors.append(trial.facts(path, mutant))
                     text = "{file}:{line} ({kind})\n  - {old}\n  + {new}".format(**tally.survivors[-1])
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.update(task, advance=1, refresh=True)
@@ -420,6 +458,13 @@ def main() -> None:
             if options.json:
                 text = json.dumps([asdict(each) for each in tallies], indent=1, ensure_ascii=False)
                 options.json.write_text(text + "\n", encoding="utf-8")
+            if options.record:
+                record = mutants_record.read()
+                if options.again:
+                    mutants_record.put_again(record, name, asdict(tally))
+                else:
+                    mutants_record.put(record, name, asdict(tally), seed=options.seed)
+                mutants_record.write(record)
     table = Table("plugin", "mutants", "ran", "killed", "survived", "timed out", "seconds")
     for tally in tallies:
         survived = len(tally.survivors)
@@ -427,6 +472,7 @@ def main() -> None:
         row = (tally.of, ran, tally.killed, survived, tally.timed_out, tally.seconds)
         table.add_row(tally.name, *map(str, row))
     console.print(table)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

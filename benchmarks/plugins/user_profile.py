@@ -12,8 +12,8 @@ profile (slot -> value). Of each dialogue about one service, one construction tu
 
 The first of the two updates changes the state. Dialogues, not rows, are split into test, validation and training. Both
 tasks are trained together, and scored on exact pairs. No YAML file, since it is the mean of two scores that counts.
-Prints JSON: for each method and score the mean and the standard deviation over the seeds, trained parameters and CPU
-seconds; leaves the table and the plot of `compare.py` in `--output`.
+Leaves the tables and the plot of `compare.py` in `--output`. With `--jobs` a run that was
+stopped goes on behind the last training that came to its end.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ from compare import RESULTS, Method, Parts, Result, compare, write
 Row = dict[str, Any]
 RATES = (3e-4, 1e-3, 3e-3)
 UNIT = "F1 of exact key-value pairs, mean of both tasks"
+PARTS = (
+    "construction/precision", "construction/recall", "construction/f1", "updating/precision", "updating/recall",
+    "updating/f1", "updating/kept", "updating/changed", "updating/added", "updating/spurious",
+)  # fmt: skip
 
 
 def read_dialogues(paths: Sequence[Path]) -> list[list[tuple[str, dict[str, str]]]]:
@@ -110,29 +114,20 @@ def methods(tokens: int) -> list[Method]:
     ]
 
 
-def summary(results: Sequence[Result], looks: list[dict[str, float]]) -> dict[str, Any]:
-    """Each method's scores at the end: mean and standard deviation over the seeds."""
-    found: dict[str, Any] = {}
+def pairs(results: Sequence[Result], copied: float) -> str:
+    """Markdown: a row a method, of its scores at the end the means over the seeds (of all seeds that have them)."""
+    lines = ["| exact pairs | " + " | ".join(PARTS) + " |", "| --- |" + " --- |" * len(PARTS)]
     for result in results:
-        finals = []
-        for curve in result.curves:
-            own, looks = looks[: len(curve.scores)], looks[len(curve.scores) :]
-            finals.append(own[-1])
-        names = dict.fromkeys(name for final in finals for name in final)
-        values = {name: [final[name] for final in finals if name in final] for name in names}
-        found[result.method] = {
-            "trained_parameters": result.trained_parameters,
-            "cpu_seconds": round(statistics.mean(curve.seconds[-1] for curve in result.curves), 1),
-            "seeds": len(finals),
-            "scores": {
-                name: {
-                    "mean": round(statistics.mean(some), 4),
-                    "spread": round(statistics.stdev(some), 4) if len(some) > 1 else 0.0,
-                }
-                for name, some in values.items()
-            },
-        }
-    return found
+        found = {name: [c.parts[name] for c in result.curves if name in c.parts] for name in PARTS}
+        cells = [_spread(values) if values else "" for values in found.values()]
+        lines.append(f"| {result.method} | " + " | ".join(cells) + " |")
+    told = [f"{copied:.3f}" if name == "updating/f1" else "" for name in PARTS]
+    return "\n".join([*lines, "| copying the old profile | " + " | ".join(told) + " |"])
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def main() -> None:
@@ -147,6 +142,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=20, help="dialogues to choose rates on")
     parser.add_argument("--only", default="", help="methods whose name has this in it")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens that a generated profile may have")
+    parser.add_argument("--jobs", type=Path, help="folder of finished runs, which are not made again")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
@@ -164,18 +160,16 @@ def main() -> None:
     test, validation, train = (
         [r for turns in part for r in rows_of(turns, random) if fits(r)] for part in split
     )
-    looks: list[dict[str, float]] = []
 
-    def score(stack: Stack, rows: Sequence[Any]) -> float:
+    def score(stack: Stack, rows: Sequence[Any]) -> dict[str, float]:
         scores = {name: found.value for name, found in stack.evaluate(rows, metrics=["user-profile"]).items()}
-        if rows is test:
-            looks.append(scores)
-        return (scores["construction/f1"] + scores["updating/f1"]) / 2
+        return {"mean": (scores["construction/f1"] + scores["updating/f1"]) / 2, **scores}
 
     results = compare(
         [method for method in methods(arguments.new_tokens) if arguments.only in method.name],
         Parts(train, validation, test), score, rates=RATES, seeds=arguments.seeds, steps=arguments.steps,
         every=arguments.every, batch_size=arguments.batch_size, max_length=arguments.max_length,
+        jobs=arguments.jobs,
     )  # fmt: skip
     settings = {
         "dialogues": len(dialogues), "training rows": len(train),
@@ -194,7 +188,10 @@ def main() -> None:
         settings=settings,
         folder=arguments.output,
     )
-    print(json.dumps({"settings": settings, "results": summary(results, looks)}, indent=1))
+    below = pairs(results, copying(test))
+    with (arguments.output / "user_profile.md").open("a", encoding="utf-8") as page:
+        page.write(f"\n{below}\n")
+    print(f"\n{below}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mutants
+import mutants_record
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "mutants.py"
@@ -100,8 +103,9 @@ def test_what_becomes_of_a_plugins_mutants(tmp_path: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     done = subprocess.run(
-        [sys.executable, "-c", TRIAL, str(TOOL), str(tmp_path)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", TRIAL, str(TOOL), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(TOOL.parent)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "if x <= 0:": "survived",
@@ -113,3 +117,46 @@ def test_what_becomes_of_a_plugins_mutants(tmp_path: Path) -> None:
         "toys": "mutants: there is no plugin 'toys' in plugins/",
     }
     assert (folder / "src/peftx_toy.py").read_text() == module
+
+
+def _survivor(old: str, line: int = 3) -> dict[str, Any]:
+    return {"file": "plugins/x.py", "kind": "constant", "line": line, "old": old, "new": f"{old} + 1"}
+
+
+def _tally(killed: int, *survivors: dict[str, Any]) -> dict[str, Any]:
+    return {"of": 9, "killed": killed, "timed_out": 0, "survivors": [*survivors]}
+
+
+def test_a_reason_stays_with_its_survivor_and_counts_add_up(tmp_path: Path) -> None:
+    """Over a new sample and a second look at the survivors, though lines have moved."""
+    mutants_record.write({}, tmp_path)
+    record = mutants_record.read(tmp_path)
+    mutants_record.put(record, "toy", _tally(3, _survivor("a"), _survivor("b"), _survivor("c")), seed=1)
+    assert {s["why"] for s in record["toy"]["survivors"]} == {"open: not looked at"}
+    record["toy"]["survivors"][1]["why"] = "speed: b is a batch"
+    mutants_record.put(record, "toy", _tally(4, _survivor("b", 7), _survivor("c")), seed=2)
+    mutants_record.put_again(record, "toy", _tally(1, _survivor("b", 8)))
+    mutants_record.write(record, tmp_path)
+    toy = mutants_record.read(tmp_path)["toy"]
+    assert toy.pop("survivors") == [_survivor("b", 8) | {"why": "speed: b is a batch"}]
+    assert toy == {"mutants": 9, "tried": 6, "seed": 2, "killed": 4, "timed_out": 0, "killed_since": 1}
+    page = (tmp_path / "mutations.md").read_text("utf-8")
+    assert "| toy | 9 | 6 | 4 | 0 | 1 | 0 | 1 | 0 | 0 |" in page
+    assert "x.py:8, speed: b is a batch" in page
+    mutants_record.put_again(record, "toy", _tally(0))
+    assert record["toy"]["tried"] == 5, "what is not in the source any more was not tried"
+
+
+def test_the_record_is_whole() -> None:
+    """Each survivor has a kind and a reason, each count adds up, and the page is that of the record."""
+    record = mutants_record.read()
+    assert record
+    for name, entry in record.items():
+        ends = entry["killed"] + entry["timed_out"] + entry["killed_since"] + len(entry["survivors"])
+        assert ends == entry["tried"] <= entry["mutants"], name
+        for survivor in entry["survivors"]:
+            kind, _, reason = survivor["why"].partition(": ")
+            assert kind in mutants_record.KINDS, (name, survivor)
+            assert reason, (name, survivor)
+    page = (mutants_record.RESULTS / "mutations.md").read_text("utf-8")
+    assert page == mutants_record.page(record)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import peftx_dora
 from peftx import Site, Stack
 from peftx.errors import PeftxError
+from peftx.interop import import_peft, to_peft
 from peftx.kernel.slots.delta import dropout_mask
 from peftx.testing import conformance, example_inputs, tiny
 from peftx.testing.models import tiny_tokenizer
@@ -286,6 +288,18 @@ def test_m_starts_where_peft_starts_it(arch: str) -> None:
         assert torch.allclose(part.module.magnitude, peer, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out:UserWarning")
+def test_roles_of_a_fused_matrix_go_out_and_come_back(tmp_path: Path) -> None:
+    """Of Q and V; K, which has no m, is as long as it was."""
+    from peft import PeftModel
+
+    stack = moved(Stack(tiny("gpt2"), [Dora(rank=2, targets="attention.q,v")]))
+    to_peft(stack, tmp_path)
+    theirs = PeftModel.from_pretrained(tiny("gpt2"), tmp_path).eval()
+    for model in (theirs, import_peft(tmp_path, model=tiny("gpt2")).model):
+        assert torch.allclose(logits(model), logits(stack.model), atol=1e-5, rtol=0)
+
+
 # --------------------------------------------------------------------------------------------------- what is kept
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -326,6 +340,8 @@ CHANGES: dict[str, Callable[[nn.Module, DoraDelta], Any]] = {
     "b": lambda layer, delta: layer.bias.add_(1),
     "another A": lambda layer, delta: setattr(delta, "A", nn.Parameter(delta.A * 2)),
     "another W": lambda layer, delta: setattr(layer, "weight", nn.Parameter(layer.weight.roll(1, 0))),
+    # New numbers of a cast or a move count no version, and may lie where the old ones did.
+    "a cast": lambda layer, delta: delta._apply(lambda tensor: tensor.data.mul_(2)),
 }
 
 

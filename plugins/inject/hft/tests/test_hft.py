@@ -176,6 +176,7 @@ def test_fused_and_tied_matrices_are_one() -> None:
         ([1] * 4, 0.25, [0, 0, 0, 1]),
         ([3] * 3, 1.0, [3, 3, 3]),
         ([10], 0.7, [7]),
+        ([3, 1, 1, 1, 1], 1 - 5e-10, [1, 1, 1, 1, 3]),  # full layers get none of the spare ones
     ],
 )
 def test_draw_is_even(sizes: list[int], fraction: float, expected: list[int]) -> None:

@@ -273,6 +273,15 @@ def test_the_planted_head_ranks_first(planted: tuple[int, int]) -> None:
     assert stack.plugins["lofit"].top_heads()[0] == [layer, head]
 
 
+def test_of_heads_with_one_norm_the_first_are_taken() -> None:
+    """Of more than 16 an unstable sort takes others."""
+    stack = Stack(tiny("llama", num_hidden_layers=6), [Lofit(heads=3)])
+    with torch.no_grad():
+        for edit in edits(stack):
+            edit.A.fill_(0.5)
+    assert stack.plugins["lofit"].top_heads() == [[0, 0], [0, 1], [0, 2]]
+
+
 def test_top_heads_are_those_of_the_largest_norm() -> None:
     stack = built(heads=3)
     for edit in edits(stack):

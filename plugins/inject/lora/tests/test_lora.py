@@ -10,12 +10,12 @@ import torch
 
 from peftx import Stack
 from peftx.errors import PeftxError
-from peftx.interop import from_peft, to_peft
+from peftx.interop import from_peft, import_peft, to_peft
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.slots.delta import dropout_mask
 from peftx.testing import conformance, tiny
 from peftx.testing.models import example_inputs, output_of
-from peftx_lora import Lora, LoraDelta
+from peftx_lora import Lora, LoraConfig, LoraDelta
 
 test_conformance = conformance("lora")
 test_conformance_with_bias = conformance(
@@ -238,6 +238,20 @@ def test_patterns_are_read_as_peft_reads_them(
     stack = Stack(tiny("llama"), [Lora(rank=4, ranks=ranks, targets="attention.q,v")])
     from_peft(stack, tmp_path)
     assert torch.allclose(logits(theirs), logits(stack.model), atol=1e-5, rtol=0)
+
+
+def test_options_of_an_adapter(tmp_path: Path) -> None:
+    """On a matrix whose sides differ; a dropout that the adapter does not name is none."""
+    peft_adapter(tmp_path, lora_dropout=0.25, target_modules=["up_proj"])
+    config = tmp_path / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    told = import_peft(tmp_path, model=tiny("llama")).plugins["lora"].config
+    assert told == LoraConfig(rank=4, alpha=8, dropout=0.25, targets=told.targets)
+    config.write_text(json.dumps({name: value for name, value in fields.items() if name != "lora_dropout"}))
+    assert import_peft(tmp_path, model=tiny("llama")).plugins["lora"].config.dropout == 0
+    config.write_text(json.dumps(fields | {"init_lora_weights": "pissa"}))
+    with pytest.raises(PeftxError, match="takes something off W"):
+        import_peft(tmp_path, model=tiny("llama"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about its own saving

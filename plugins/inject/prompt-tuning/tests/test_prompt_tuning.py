@@ -24,9 +24,10 @@ def prompt(stack: Stack) -> Tensor:
     return P
 
 
-def start(**options: object) -> Tensor:
-    """First values of P on a tiny Llama."""
-    return prompt(Stack(tiny("llama"), [PromptTuning(**options)], tokenizer=tiny_tokenizer())).detach()
+def start(*, ends: bool = False, **options: object) -> Tensor:
+    """First values of P on a tiny Llama; `ends`: its tokenizer puts BOS and EOS around a text."""
+    tokenizer = tiny_tokenizer(ends=ends)
+    return prompt(Stack(tiny("llama"), [PromptTuning(**options)], tokenizer=tokenizer)).detach()
 
 
 def table() -> Tensor:
@@ -116,9 +117,11 @@ def test_vocabulary_start_draws_low_ids_once() -> None:
     assert (more[:, None] == table()[None, :5]).all(-1).any(-1).all()
 
 
-def test_text_start() -> None:
+@pytest.mark.parametrize("ends", [False, True])
+def test_text_start(ends: bool) -> None:
+    """What a tokenizer puts around a text is not of the text."""
     ids = tiny_tokenizer()("Good?", add_special_tokens=False)["input_ids"]
-    P = start(init="text", text="Good?", length=8, frequent=3)
+    P = start(ends=ends, init="text", text="Good?", length=8, frequent=3)
     assert torch.equal(P[:5], table()[ids])
     assert (P[5:, None] == table()[None, :3]).all(-1).any(-1).all()  # left over: from the vocabulary
 

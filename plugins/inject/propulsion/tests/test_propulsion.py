@@ -121,6 +121,8 @@ def test_fold_is_the_formula() -> None:
     assert weight.tolist() == [[8.0, 16.0], [-3.0, -4.0]]  # an odd degree keeps the sign of z
     assert bias.tolist() == [12.0, 0.75]  # (1 + 0.5) * 8, (-1 + 0.25) * -1
     assert push.fold(torch.ones(2, 2), None)[1] is None
+    plain = Push(2, degree=3)
+    assert [name for name, _ in plain.named_parameters()] == ["z"]  # c is there where it is asked for
 
 
 def test_even_degree_cannot_flip_signs() -> None:

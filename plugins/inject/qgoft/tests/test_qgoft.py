@@ -138,6 +138,7 @@ def test_strict_keeps_lengths_and_angles_of_the_rows() -> None:
 
 def test_angles_stay_within_half_a_turn() -> None:
     turn = Turn(2, strict=True)
+    assert [name for name, _ in turn.named_parameters()] == ["theta"]  # m is there where it is asked for
     turn.theta.data = torch.tensor([0.5])
     angle = math.pi * math.tanh(0.5)
     expected = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])

@@ -248,6 +248,14 @@ def test_updates_come_on_top() -> None:
         prepared(ROWS[2:], updates=0.5)
 
 
+def test_made_updates_hold_values_of_all_other_rows() -> None:
+    """Of those that are updates already too; with one other value each field is that, or gone."""
+    rows = [{"text": f"I am {i}.", "profile": {"city": "Rome"}} for i in range(20)]
+    moved = {"text": "Moved.", "old_profile": {"city": "Rome"}, "profile": {"city": "Oslo"}}
+    made = prepared([*rows, moved], updates=1).train["prompt"][len(rows) + 1 :]
+    assert {prompt.split("\n")[1] for prompt in made} == {"city: Oslo", serialise({})}
+
+
 # --------------------------------------------------------------------------------------------------------- scores
 GOLD = {"name": "Ann", "city": "Rome", "job": "baker"}
 ROW = {"text": "I am Ann.", "profile": GOLD}

@@ -16,7 +16,7 @@ from peftx.errors import DataError, PeftxError
 from peftx.kernel.parts import DeltaPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
-from peftx_deft import Deft, Observer, count, density, row_means, watching
+from peftx_deft import Deft, Observer, count, density, row_means, total, watching
 from peftx_lora import Lora
 
 # With eps = 1e-7 the gradient turns within |o| of 3e-4, and float32's rounding of o shows as 4e-4 of it on a tiny T5
@@ -197,6 +197,27 @@ def test_a_pass_without_gradients_is_not_part_of_the_loss() -> None:
     step.replace_task_loss(task)
     stack.run_train_step(step)
     assert step.losses["density"] == plain
+
+
+def test_each_look_is_of_the_calls_since_the_last() -> None:
+    """A step may compute its loss more than once, as MeZO does."""
+    stack = stack_of()
+    inputs = example_inputs(stack.model)
+    other = inputs | {"input_ids": inputs["input_ids"].flip(1)}
+    found = []
+    with watching(observers(stack), partial(density, eps=1e-7), None):
+        for batch in (inputs, other, inputs):
+            stack.model(**batch)
+            found.append(float(total(observers(stack)).detach()))
+    assert found[0] == found[2] != found[1]
+
+
+def test_fold_gives_new_tensors() -> None:
+    """Equal ones: there is nothing to fold."""
+    own = torch.ones(3, 2), torch.ones(3)
+    for one, new in zip(own, observers(stack_of())[0].fold(*own), strict=True):
+        assert new is not one
+        assert torch.equal(new, one)
 
 
 def test_a_step_without_gradients_sees_the_density_too() -> None:

@@ -122,8 +122,8 @@ class LayernormTuning(Plugin):
             self.check_length(step, seen + step.total * step.accumulation * len(rows))
         with eval_mode(step.model):
             for row in rows[: self.config.fisher_rows - seen]:
-                # Not in place: a cast of the model may have cast the sum.
-                self.subset.fisher = self.subset.fisher.float() + squared_gradients(step, row, self.norms)
+                # Not in place: a cast of the model may have cast the sum, which is float32 again with what comes.
+                self.subset.fisher = self.subset.fisher + squared_gradients(step, row, self.norms)
                 self.subset.rows += 1
         if self.subset.rows >= self.config.fisher_rows:
             self.subset.choose(round(self.config.fraction * len(self.subset.fisher)))
