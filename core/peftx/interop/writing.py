@@ -65,7 +65,7 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
     if not matrices:  # the model stands in no tuner's model
         saved = {name.replace(PREFIX, BARE, 1): tensor for name, tensor in saved.items()}
     with replacing(Path(folder), marker=CONFIG) as place:
-        (place / CONFIG).write_text(json.dumps(told, indent=1))
+        (place / CONFIG).write_text(json.dumps(told, indent=1), "utf-8")
         save_file(saved, place / WEIGHTS, metadata={"format": "pt"})
     return Path(folder)
 
