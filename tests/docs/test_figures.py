@@ -231,3 +231,56 @@ def test_how_far_the_interval_of_few_seeds_reaches() -> None:
         f"two reach {two} standard deviations to each side of the mean, that of three {three}, of five {five}"
         in told
     )
+
+
+def test_the_table_of_texts_as_vectors() -> None:
+    found = result("benchmarks/README.md", "embeddings")
+    of = ("recall at 1", "recall at 5", "recall at 10", "Spearman")
+    heading = "| recall at 1 | recall at 5 | recall at 10 | Spearman | learning rate | CPU seconds"
+    told = {name: cells[:4] for name, *cells in rows("benchmarks/README.md", heading)}
+    assert told == {
+        name: [
+            f"{way['mean'][each]:.3f}" + (f" ± {way['spread'][each]:.3f}" if "spread" in way else "")
+            for each in of
+        ]
+        for name, way in found.items()
+    }
+
+
+def test_the_table_of_tenants() -> None:
+    found = result("benchmarks/README.md", "tenants")
+    one, all_ = found["matrices"], found["whole"]
+    ways = ("one batch of tenants", "one batch of the base")
+    told = {name: cells for name, *cells in rows("benchmarks/README.md", "| matrices | whole")}
+    assert list(told.values()) == [
+        [f"{each['bytes_a_tenant']:,.0f}" for each in (one, all_)],
+        [f"{each['of_it_signs_and_scales']:,.0f}" for each in (one, all_)],
+        [f"{each['bundle_bytes_on_disk']:,}" for each in (one, all_)],
+        [f"{one['all_over_all_merged']:.2g} (50)", f"{all_['all_over_all_merged']:.2g} (16)"],
+        [f"{1000 * each['read_cpu_s']:.0f}" for each in (one, all_)],
+        [f"{1000 * each['read_and_join_cpu_s']:.0f}" for each in (one, all_)],
+        *([f"{each['over_merged_in_turn'][way]:.2f}" for each in (one, all_)] for way in ways),
+    ]
+
+
+def test_the_tables_of_prompts_that_begin_alike() -> None:
+    """Each row's figures are those of a cache of this model, in the order of the results."""
+    found = json.loads((ROOT / "benchmarks/results/prefixes.json").read_text("utf-8"))
+    one = rows(
+        "benchmarks/README.md", "model | cache | hit rate | megabytes | first token | throughput | same texts"
+    )
+    both = rows("benchmarks/README.md", "model | cache | hit rate | half answered | throughput | same texts")
+    for table, suffix in ((one, ""), (both, ", at once")):
+        for model in ("peftx:tiny", "qwen3_next"):
+            of_it = [way for name, way in found[f"{model}{suffix}"].items() if name != "none"]
+            there = [
+                [
+                    f"{way['token_hit_rate']:.3f}",
+                    *([] if suffix else [f"{way['bytes'] / 1e6:.2f}"]),
+                    f"{way['answer_ratio' if suffix else 'first_token_ratio']:.2f}",
+                    f"{way['throughput_ratio']:.2f}",
+                    f"{way['same_texts']}/{way['texts']}",
+                ]
+                for way in of_it
+            ]
+            assert [cells[2:] for cells in table if cells[0] == model] == there
