@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-import resource
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from peftx.engines.machine import peak_memory
 
 
 def interleaved(
@@ -65,4 +67,4 @@ def prompts_and_tokens(
 
 def peak_megabytes() -> float:
     """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (peak_memory() or math.nan) / 2**20

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +23,7 @@ import torch
 
 from peftx import Stack, TrainStep
 from peftx.engines.data import read_dataset
+from peftx.engines.machine import peak_memory
 from peftx_lora import Lora
 from peftx_mezo import Mezo
 
@@ -30,7 +31,7 @@ CASES = ("forward", "mezo", "mezo, 4 samples", "adamw")
 
 
 def megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (peak_memory() or math.nan) / 2**20
 
 
 def measure(case: str, batch: int, length: int) -> None:

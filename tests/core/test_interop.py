@@ -503,6 +503,17 @@ def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_that_was_folded_in_is_refused(tmp_path: Path) -> None:
+    """Not written as an adapter without numbers."""
+    from peftx_nf4 import NF4Storage
+
+    stack = Stack("peftx:tiny", [Lora(rank=2), NF4Storage()])
+    stack.compress()
+    with pytest.raises(AdapterError, match="lora: nothing of it is beside the weights any more"):
+        to_peft(stack, tmp_path / "adapter", id="lora")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     "fields",
     [

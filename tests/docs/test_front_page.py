@@ -106,6 +106,17 @@ def test_how_many_architectures_have_a_table() -> None:
     from peftx.kernel.anatomy.table import tables
 
     assert f"\n{len(tables())} architectures have a table of their parts" in README
+    assert f"\n[{len(tables())} architectures](" in (ROOT / "docs/how-to/model.md").read_text("utf-8")
+
+
+def test_how_large_the_bundled_model_is() -> None:
+    (line,) = re.findall(
+        r"^trainable parameters.* of ([\d,]+)$", (RESULTS / "demo.txt").read_text("utf-8"), re.MULTILINE
+    )
+    millions = int(line.replace(",", "")) / 1e6
+    assert f"(`peftx:tiny`, {millions:.1f} million parameters)" in README
+    board = (ROOT / "docs/choose/leaderboards.md").read_text("utf-8")
+    assert f"The base is small ({millions:.1f} million numbers)" in board
 
 
 def test_command_yaml_and_python_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from pages.follow import follow
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted(path for folder in FOLLOWED for path in (ROOT / "docs" / folder).glob("*.md"))
-LONG = {"first-stack"}
-"""Those that train for half a minute: `make test-all` runs them."""
+LONG = {"compare", "first-stack", "serve"}
+"""Those that train for half a minute, or start processes of their own: `make test-all` runs them."""
 
 
 def drawn(page: Path) -> bool:
@@ -52,6 +52,10 @@ def test_every_how_to_ends_in_what_one_sees() -> None:
             "page.md:4: $ peftx info nothing-of-the-kind: exit code 2",
         ),
         ("```console\n$ peftx --version\npeftx 0.1\nand more\n```\n", "page.md:6: the page shows 'and more'"),
+        (
+            "```console\n$ peftx serve nothing-there --port 8000\n```\n",
+            "page.md:4: $ peftx serve nothing-there --port 8000: no answer\nerror[bundle]",
+        ),
     ],
 )
 def test_a_failing_block_is_named_by_file_and_line(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from pages.blocks import Block, BlockError, blocks, commands, missing
+from pages.served import Served, starts_a_server
 from peftx.errors import PeftxError, SpecError
 from peftx.pipeline import Run, load_run
 from peftx_cli.main import app
@@ -31,18 +32,34 @@ def follow(page: Path, root: Path) -> int:
     shown_by = {
         one: two for one, two in pairwise(done) if one.language == "python" and two.language == "text"
     }
-    for block in done:
-        if block.title:
-            write(block)
-        elif block.language == "python":
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output):
-                block.execute(names)
-            if text := shown_by.get(block):
-                _compare(text.page, text.line, text.body.splitlines(), output.getvalue())
-        elif block.language == "console":
-            type_in(block)
+    server: Served | None = None
+    ports: dict[str, str] = {}
+    try:
+        for block in done:
+            if block.title:
+                write(block)
+            elif block.language == "python":
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
+                    (server.on_its_port(block) if server else block).execute(names)
+                if text := shown_by.get(block):
+                    _compare(text.page, text.line, text.body.splitlines(), output.getvalue())
+            elif starts_a_server(block):
+                _end(server)
+                server = None  # it is no more, should the next one not begin
+                server = Served(block, ports)
+            elif block.language == "console":
+                type_in(block)
+    finally:
+        _end(server)
     return len(done)
+
+
+def _end(server: Served | None) -> None:
+    """As a reader does by Ctrl-C; its log is what the page shows."""
+    if server is not None:
+        log = server.stop()
+        _compare(server.page, *server.shown, log)
 
 
 def write(block: Block) -> None:

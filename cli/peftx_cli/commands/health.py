@@ -94,14 +94,15 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    import os
     from platform import platform
 
     import torch
 
+    from peftx.engines.machine import cores
+
     return {
         "platform": platform(),
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -297,10 +298,10 @@ def matrix(
     Pairs are tried in stacks of up to eight. What a stack showed is kept in the cache folder until the core or one of
     its plugins changes, so that a second run tries what is new. Exits with 1 when a pair fails.
     """
-    import os
     from pathlib import Path
 
     from peftx.engines.files import make_place, write_text
+    from peftx.engines.machine import cores
     from peftx.errors import FileError, UsageError
     from peftx.testing.matrix import run_matrix
     from peftx.testing.matrix_page import page, to_json
@@ -321,7 +322,7 @@ def matrix(
         told.stage("matrix", [])
         found = run_matrix(
             names or (),
-            jobs=jobs or len(os.sched_getaffinity(0)),
+            jobs=jobs or cores(),
             kept=None if fresh else cache_file("matrix.jsonl"),
             seed=seed,
             threes=threes,

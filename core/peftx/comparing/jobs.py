@@ -62,7 +62,8 @@ class JobResult:
         reason: why it failed; empty where it is done. log: what it printed, where it failed.
         scores: name -> value, low, high, count, unit; an infinite value is text, which JSON can hold.
         steps: optimizer steps; of a `pace` job, those that the seconds are enough for.
-        trained, base_parameters: numbers. bundle_bytes: on disk. memory: bytes at most, of the process.
+        trained, base_parameters: numbers. bundle_bytes: on disk.
+        memory: bytes at most, of the process; None where the system does not tell.
         base_bytes: of the base's weights on disk, which must be there beside the bundle; 0 where it holds the base,
             None of a job of a version that did not look.
         device_memory: bytes at most that tensors took on the accelerator; None without one.
@@ -83,7 +84,7 @@ class JobResult:
     base_parameters: int = 0
     bundle_bytes: int = 0
     base_bytes: int | None = None
-    memory: int = 0
+    memory: int | None = None
     device_memory: int | None = None
     seconds: float = 0.0
     token_seconds: float | None = None

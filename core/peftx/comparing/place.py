@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peftx.engines.locks import lock
+from peftx.engines.machine import cores
 from peftx.errors import BundleError
 
 
@@ -52,10 +53,6 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         unlock()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_accelerator() -> bool:

@@ -178,7 +178,7 @@ class Processes(Pool[InProcess]):
         if code < 0:
             name = signal.Signals(-code).name
             reason = f"the process was ended by {name}" + (
-                ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
+                ", as the system does where memory runs out" if name == "SIGKILL" else ""
             )
         return lost(each.job, each.scratch, self.threads, reason)
 

@@ -94,10 +94,10 @@ def cost(name: str) -> Column:
 
 
 def paid(row: TableRow, name: str) -> str:
-    """A cost of a row; of a bundle's size, whether the base is in it."""
+    """A cost of a row; of a bundle's size, whether the base is in it; of memory, that the system does not tell."""
     value = getattr(row, name)
     if value is None:
-        return ""
+        return "not measured" if name == "memory_bytes" and row.value is not None else ""
     return UNITS[name](value) + (" with the base" if name == "bundle_bytes" and row.base_within else "")
 
 

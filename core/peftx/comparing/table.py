@@ -50,7 +50,8 @@ class TableRow:
             beyond. steps: of the optimizer.
         trained: numbers. trained_percent: of the base's. bundle_bytes: on disk. base_within: the bundle holds the base,
             compressed. shipped_bytes: of all that must be there to run: the bundle, and the base's weights where it is
-            without them. memory_bytes: at most, of the process, or of the tensors on an accelerator.
+            without them. memory_bytes: at most, of the process, or of the tensors on an accelerator; None where the
+            system does not tell.
         train_seconds: mean. token_seconds: of one generated token.
         repeat: the file that repeats the row's first seed.
     """
@@ -246,6 +247,7 @@ def costs_of(results: Sequence[JobResult]) -> dict[str, Any]:
     """Of all seeds: the most memory, means of the rest."""
     first = results[0]
     base = first.base_bytes
+    held = [r.memory if r.device_memory is None else r.device_memory for r in results]
     times = [result.token_seconds for result in results if result.token_seconds is not None]
     return {
         "trained": first.trained,
@@ -253,7 +255,7 @@ def costs_of(results: Sequence[JobResult]) -> dict[str, Any]:
         "bundle_bytes": first.bundle_bytes,
         "base_within": None if base is None else base == 0,
         "shipped_bytes": None if base is None else first.bundle_bytes + base,
-        "memory_bytes": max(r.memory if r.device_memory is None else r.device_memory for r in results),
+        "memory_bytes": None if None in held else max(most for most in held if most is not None),
         "train_seconds": statistics.fmean(result.seconds for result in results),
         "token_seconds": statistics.median(times) if times else None,
     }

@@ -19,6 +19,7 @@ import torch
 
 from peftx.comparing.jobs import Check, Job, JobResult, checks_file, write_result
 from peftx.composition.registry import Registry
+from peftx.engines.machine import peak_memory
 from peftx.errors import PeftxError, TrainingError, TrialError
 from peftx.pipeline import Run
 from peftx.run_result import RunResult
@@ -149,7 +150,7 @@ def _measure(
                        base_bytes=0 if result.stack.holds_base else result.bytes_before,
                        base_parameters=result.stack.base_parameters(), steps=sum(r.steps for r in result.training),
                        seconds=sum(r.seconds - r.measuring for r in result.training), losses=_losses(result),
-                       memory=_peak(), device_memory=_device_peak(), checks=checks.found)  # fmt: skip
+                       memory=peak_memory(), device_memory=_device_peak(), checks=checks.found)  # fmt: skip
     if job.kind == "rate":
         return measured
     return replace(measured, token_seconds=_token_seconds(result.stack))
@@ -175,14 +176,6 @@ def _plain(score: Score) -> dict[str, Any]:
 
     return {"value": number(score.value), "low": number(score.low), "high": number(score.high),
             "count": score.count, "unit": score.unit}  # fmt: skip
-
-
-def _peak() -> int:
-    """Bytes at most that this process held in memory."""
-    import resource
-
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
 
 
 def _device_peak() -> int | None:

@@ -205,7 +205,7 @@ def replacing(path: Path, *, marker: str) -> Iterator[Path]:
             mode = new.stat().st_mode & 0o666  # safetensors writes for the owner alone, whatever the umask
             for file in plain_files(new):
                 file.chmod(mode)
-                with file.open("rb") as handle:
+                with file.open("r+b") as handle:  # Windows flushes what may be written alone
                     os.fsync(handle.fileno())
             _put(new, path)
 

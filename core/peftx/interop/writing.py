@@ -62,10 +62,15 @@ def to_peft(stack: Stack, folder: str | Path, *, id: str | None = None) -> Path:
     }  # fmt: skip
     told = {name: value for name, value in config.items() if value is not None or name == "task_type"}
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | head).items()}
+    if not saved:
+        raise AdapterError(
+            f"{member.id}: nothing of it is beside the weights any more: what compressed the model folded it in",
+            hint="export it before that, or the whole model: peftx merge",
+        )
     if not matrices:  # the model stands in no tuner's model
         saved = {name.replace(PREFIX, BARE, 1): tensor for name, tensor in saved.items()}
     with replacing(Path(folder), marker=CONFIG) as place:
-        (place / CONFIG).write_text(json.dumps(told, indent=1))
+        (place / CONFIG).write_text(json.dumps(told, indent=1), "utf-8")
         save_file(saved, place / WEIGHTS, metadata={"format": "pt"})
     return Path(folder)
 

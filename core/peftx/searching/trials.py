@@ -27,6 +27,10 @@ STUDY, FILE = "study", "trials.log"
 """The folder of Optuna's file, which locks it by others beside."""
 REASON, REFUSED, JOB = "reason", "refused", "job"
 """What is noted of a trial: why it failed or ended early; why it was never run; the job that ran for it."""
+MISSING = {
+    "token_seconds": "the model writes no text",
+    "memory_bytes": "this system does not tell how much a process held at most",
+}
 UNKNOWN = "its job is of a version that did not measure that; another --output measures anew"
 
 
@@ -62,8 +66,7 @@ class Goal:
         missing = [
             name for name in {**dict.fromkeys(self.objectives), **self.limits} if costs.get(name, 0) is None
         ]
-        why = "the model writes no text" if missing[:1] == ["token_seconds"] else UNKNOWN
-        return f"it has no {missing[0]}: {why}" if missing else ""
+        return f"it has no {missing[0]}: {MISSING.get(missing[0], UNKNOWN)}" if missing else ""
 
 
 class Trials:

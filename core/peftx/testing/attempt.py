@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftx.errors import PeftxError
+from peftx.errors import PeftxError, UnsupportedError
 from peftx.testing.mutations import CANARY
 
 _IN_OPEN = 0x20  # of linux/inotify.h
@@ -72,7 +72,15 @@ def attempt(
     Args:
         names: of files that a message may name beside those that are there now.
         closed: nothing outside of the folder may be opened.
+
+    Raises:
+        UnsupportedError: the system does not fork.
     """
+    if not hasattr(os, "fork"):  # Windows
+        raise UnsupportedError(
+            "folders are read in a process of their own, and this system does not fork one",
+            hint="run it on Linux or macOS, or in WSL",
+        )
     started = time.monotonic()
     known = names | {p.name for p in folder.rglob("*")} if folder.is_dir() else names
     with _watching(outside) as opened:

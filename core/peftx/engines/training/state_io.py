@@ -50,7 +50,7 @@ def save_state(path: Path, state: Any) -> None:
     """Write `path.json` and, if there are tensors, `path.safetensors`. Floats survive exactly (repr round trip)."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(flatten(state, tensors))
-    path.with_suffix(".json").write_text(text)
+    path.with_suffix(".json").write_text(text, "utf-8")
     if tensors:
         save_file(tensors, path.with_suffix(".safetensors"))
 

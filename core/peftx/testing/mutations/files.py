@@ -16,6 +16,9 @@ from peftx.testing.mutations.scene import (
     unpickles,
 )
 
+_PIPE: Callable[[Path], Any] = getattr(os, "mkfifo", Path.touch)
+"""Without pipes among the files, as on Windows, a file with nothing in it."""
+
 
 @kind_of_change("flip bytes")
 def _flip(scene: Scene) -> str | None:
@@ -107,7 +110,7 @@ _instead("symlink inside", _to_inside)
 _instead("symlink to another", _to_another)
 _instead("symlink to itself", _remade(lambda file: file.symlink_to(file)))
 _instead("symlink to nothing", _remade(lambda file: file.symlink_to("nothing")))
-_instead("fifo", _remade(os.mkfifo))
+_instead("fifo", _remade(_PIPE))
 _instead("device", _remade(lambda file: file.symlink_to("/dev/zero")))
 _instead("huge", lambda scene, file: os.truncate(file, HUGE))
 _instead("delete", lambda scene, file: file.unlink())
@@ -156,7 +159,7 @@ def _strange(scene: Scene) -> str | None:
         "two\nlines": Path.touch,
         os.fsdecode(b"\xff\xfe"): Path.touch,
         "x" * 250: Path.touch,
-        "pipe": os.mkfifo,
+        "pipe": _PIPE,
         "loop": lambda file: file.symlink_to("."),
         "zero": lambda file: file.symlink_to("/dev/zero"),
         "checkpoint-99": Path.mkdir,
@@ -176,7 +179,7 @@ def _folder(scene: Scene) -> str | None:
         "nothing": lambda: None,
         "an empty folder": folder.mkdir,
         "a file": folder.touch,
-        "a pipe": lambda: os.mkfifo(folder),
+        "a pipe": lambda: _PIPE(folder),
         "a link to itself": lambda: folder.symlink_to(folder),
         "/dev/zero": lambda: folder.symlink_to("/dev/zero"),
     }

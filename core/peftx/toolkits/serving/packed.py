@@ -6,7 +6,6 @@ missing or compute something else. A weight stays as it is beside its copy, whic
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peftx.engines.machine import free_memory
 from peftx.kernel.slots import kind_of, open_slot, slot_of
 
 ROWS = 32
@@ -65,7 +65,7 @@ def pack(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if _multiplies(module)]
     new = {id(layer.weight): layer.weight for layer in layers if layer.weight not in _COPIES}
-    if not _works() or sum(weight.nbytes for weight in new.values()) > SHARE * _free():
+    if not _works() or sum(weight.nbytes for weight in new.values()) > SHARE * free_memory():
         return 0
     for weight in new.values():
         _COPIES[weight] = Packed(weight)
@@ -103,11 +103,3 @@ def _works() -> bool:
         except (RuntimeError, TypeError):  # of another signature in another torch
             return False
     return torch.allclose(found, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
-
-
-def _free() -> float:
-    """Bytes of memory; without end where the system does not say."""
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError):
-        return float("inf")
