@@ -76,6 +76,11 @@ class Superfiltering(Plugin):
                 f"superfiltering: share {config.share:g} of {len(pairs)} rows is less than one",
                 hint=f"share at least {ceil(1000 / len(pairs)) / 1000:g}",
             )
+        if len(pairs) > count and all(pair == pairs[0] for pair in pairs):
+            raise DataError(
+                f"superfiltering: all {len(pairs)} pairs are the same text, so none is better than another",
+                hint="are these the right columns?",
+            )
         small = Stack(config.scorer, device=str(stack.model.device))
         by = OfStack(small)
         worker = Worker(by, config.scores, progress=data.progress, cache=kept_file(by.name, small))
