@@ -52,6 +52,7 @@ def test_every_parameter_is_taken_over_and_what_it_was_is_known() -> None:
     ("change", "said"),
     [
         ("shape", r"is no fine-tune of this base: transformer\.ln_f\.weight is 3, and the base's 32"),
+        ("vocabulary", r"is no fine-tune of this base: \S+ is 7x32, and the base's \d+x32"),
         ("tie", r"is no fine-tune of this base: \S+ is tied to another tensor in one of the two alone"),
         ("name", r"is no fine-tune of this base: more\.bias is in one of the two alone"),
         ("nan", r": transformer\.ln_f\.weight has numbers that are not finite"),
@@ -63,6 +64,8 @@ def test_no_relative_is_refused(change: str, said: str) -> None:
     other: Any = tuned_of(tiny("gpt2"))
     if change == "shape":
         other.transformer.ln_f.weight = nn.Parameter(torch.ones(3))
+    elif change == "vocabulary":
+        other.resize_token_embeddings(7)
     elif change == "tie":
         other.lm_head.weight = nn.Parameter(torch.ones_like(other.lm_head.weight))
     elif change == "nan":

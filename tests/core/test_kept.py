@@ -42,7 +42,7 @@ def made(tokenizer: Any, rows: Dataset = ROWS, **changed: Any) -> list[dict[str,
 def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is tokenized inside."""
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "_columns", lambda found: pytest.fail("tokenized again"))
+        patch.setattr(tokenize, "dataset_of_examples", lambda found: pytest.fail("tokenized again"))
         yield
 
 

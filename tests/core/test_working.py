@@ -13,10 +13,12 @@ import torch
 
 import peftx
 from peftx import Stack, Worker, companion
+from peftx.engines.data import Lazy
 from peftx.errors import BundleError, DataError, PeftxError, UnsupportedError
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.serving.server import Server
 from peftx.toolkits.working import Budget, OfStack, Recorded, Scripted, kept, kept_file
+from peftx.toolkits.working import worker as working
 from peftx.toolkits.working.remote import Remote
 from peftx_lora import Lora
 
@@ -232,3 +234,36 @@ def test_a_companion_of_another_vocabulary_is_refused() -> None:
     other = Stack(tiny("llama"), tokenizer=tokenizer)
     with pytest.raises(PeftxError, match="another vocabulary"):
         companion(Stack(tiny("llama"), tokenizer=tiny_tokenizer()), other)
+
+
+def test_questions_are_looked_at_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, few together, and equal ones are asked once whatever block they are in."""
+    monkeypatch.setattr(working, "BLOCK", 4)
+    monkeypatch.setattr(working, "AT_ONCE", 3)
+    looked, asked, told = list[int](), list[str](), list[tuple[int, int]]()
+
+    def question(i: int) -> str:
+        looked.append(i)
+        return f"question {i % 7}"
+
+    by = Scripted(lambda prompt: asked.append(prompt) or prompt.upper())
+    worker = Worker(by, tmp_path / "a.jsonl", progress=lambda *done: told.append(done))
+    texts = [answer.text for answer in worker.write(Lazy(10, question))]
+    assert texts == [f"QUESTION {i % 7}" for i in range(10)]
+    assert looked == [*range(10)]
+    assert asked == [f"question {i}" for i in range(7)]
+    assert told == [(3, 10), (4, 10), (8, 10)], "of all questions, those that are known counted"
+    assert (worker.budget.spent_calls, worker.budget.known) == (7, 3)
+    with pytest.raises(DataError, match=r"prompt 5 \(counting from 0\)"):
+        worker.write(Lazy(10, lambda i: None if i == 5 else "x"))
+
+
+def test_line_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    Worker(Scripted(str.upper), transcript=file).write(["one\u2028two", "three"])
+    again = Worker(Scripted(lambda _: pytest.fail("asked again")), transcript=file)
+    assert [a.text for a in again.write(["three", "one\u2028two"])] == ["THREE", "ONE\u2028TWO"]
+    assert (
+        Recorded(file).write(["one\u2028two"], max_new_tokens=1, temperature=0, seed=0)[0].text
+        == "ONE\u2028TWO"
+    )

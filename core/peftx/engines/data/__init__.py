@@ -1,6 +1,7 @@
 """Local files -> rows -> token ids -> batches.
 
 read_dataset       formats.py        a file becomes a `datasets.Dataset` of rows in one of five formats
+with_column, Lazy  mapped.py         rows lie on the disk, and are mapped from there
 TrainingData       training_data.py  what the `prepare_data` hook gets and may change
 prompt_ids, ...    encoding.py       texts become token ids
 encode_pair        pairs.py          so do a prompt and an answer, as texts or as turns
@@ -43,11 +44,12 @@ from peftx.engines.data.encoding import (
 )
 from peftx.engines.data.formats import detect_format, format_of_row, read_dataset
 from peftx.engines.data.gate import FORMATS
-from peftx.engines.data.messages import pair_of, prompt_turns, render_messages, said, turns
+from peftx.engines.data.mapped import Lazy, with_column
+from peftx.engines.data.messages import pair_of, pairs_of, prompt_turns, render_messages, said, turns
 from peftx.engines.data.pairs import encode_pair, opening_of
 from peftx.engines.data.places import Place, Where, inside
 from peftx.engines.data.together import together
-from peftx.engines.data.tokenize import tokenize_dataset
+from peftx.engines.data.tokenize import dataset_of_examples, tokenize_dataset
 from peftx.engines.data.training_data import TrainingData
 from peftx_spec.shapes import PROMPT_TURNS
 
@@ -59,6 +61,7 @@ __all__ = [
     "ClassTexts",
     "Collator",
     "Example",
+    "Lazy",
     "Picks",
     "Place",
     "TrainingData",
@@ -71,6 +74,7 @@ __all__ = [
     "class_index",
     "class_rows",
     "continuation",
+    "dataset_of_examples",
     "detect_format",
     "encode_pair",
     "encoder_ids",
@@ -82,6 +86,7 @@ __all__ = [
     "opening_of",
     "pads_right",
     "pair_of",
+    "pairs_of",
     "prompt_ids",
     "prompt_turns",
     "read_dataset",
@@ -96,4 +101,5 @@ __all__ = [
     "tokenize_dataset",
     "tokenize_tags",
     "turns",
+    "with_column",
 ]

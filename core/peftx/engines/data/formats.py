@@ -9,7 +9,7 @@
 All but `messages` may stand in .jsonl/.ndjson, .json (an array, alone or in an object), .parquet, .csv (any delimiter)
 or .tsv; `messages` not in the last two. Layouts that are well known (Alpaca, ShareGPT, question and answer) are read as
 these, see `peftx_spec.shapes`. Every file may be gzipped (seen by its first bytes, not its name). Columns beyond a
-format's own stay as they are. Everything is held in memory; nothing is written to a cache.
+format's own stay as they are. Rows are read in blocks and lie on the disk then (`mapped.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from secrets import token_hex
 from typing import Final
 
 import pyarrow as pa
@@ -38,13 +37,14 @@ from peftx.engines.data.files import (
     require_file,
 )
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_rows
+from peftx.engines.data.mapped import BLOCK, dataset_of_blocks
 from peftx.engines.data.places import Place, read_from, row_for_row
 from peftx.errors import DataError, PeftxError, nearest
 from peftx_spec.rows import check_row, json_type, names_of, with_further
 from peftx_spec.shapes import Shape, as_written, shape_of
 
-BLOCK = 10_000
-"""Rows that are held as objects of Python while a file is read."""
+LETTERS = 2**24
+"""Of the texts that are held as objects of Python while a file is read, with which a block ends."""
 
 # What Arrow raises for mixed types, for integers over 64 bits, and for lone surrogates.
 _NOT_ARROW: Final = (pa.ArrowException, OverflowError, UnicodeEncodeError)
@@ -66,7 +66,7 @@ def read_dataset(
         limit: read only the first `limit` rows; at least 1.
 
     Returns:
-        A dataset in memory with the format's columns first, then the file's other columns (None where a row
+        A dataset with the format's columns first, then the file's other columns (None where a row
         lacks one).
 
     Raises:
@@ -332,20 +332,40 @@ def _rename(record: Record, columns: Mapping[str, str] | None) -> dict[str, obje
 
 
 def _in_blocks(rows: Iterable[dict[str, object]], *, first: tuple[str, ...]) -> Dataset | None:
-    """As `_to_dataset`, with few rows at a time as objects of Python; None of no rows.
+    """As `_to_dataset`, with few rows at a time in memory; None of no rows.
 
     Raises one of `_NOT_ARROW` where rows, or blocks of them, have types that do not join.
     """
-    rows, blocks = iter(rows), list[pa.Table]()
-    while block := list(islice(rows, BLOCK)):
-        names = dict.fromkeys([*first, *(key for row in block for key in row)])
-        blocks.append(pa.table({name: pa.array([row.get(name) for row in block]) for name in names}))
-    if not blocks:
+    found = dataset_of_blocks(_tables(rows, first))
+    if found is None:
         return None
-    table = pa.concat_tables(blocks, promote_options="permissive") if len(blocks) > 1 else blocks[0]
-    # A fingerprint of its own: `datasets` would write out all rows, twice in memory, to make one of them.
-    ordered = [*first, *(name for name in table.column_names if name not in first)]
-    return Dataset(table.select(ordered), fingerprint=token_hex(8))
+    ordered = [*first, *(name for name in found.column_names if name not in first)]
+    return found.select_columns(ordered)
+
+
+def _tables(rows: Iterable[dict[str, object]], first: tuple[str, ...]) -> Iterator[pa.Table]:
+    block, letters = list[dict[str, object]](), 0
+
+    def table() -> pa.Table:
+        names = dict.fromkeys([*first, *(key for row in block for key in row)])
+        return pa.table({name: pa.array([row.get(name) for row in block]) for name in names})
+
+    for row in rows:
+        block.append(row)
+        letters += _letters(row)
+        if len(block) == BLOCK or letters >= LETTERS:
+            yield table()
+            block, letters = [], 0
+    if block:
+        yield table()
+
+
+def _letters(value: object) -> int:
+    """Of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_letters, inside))
 
 
 def _to_dataset(rows: list[dict[str, object]], places: list[str], *, first: tuple[str, ...]) -> Dataset:

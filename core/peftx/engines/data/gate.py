@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.compute as compute
 
+from peftx.engines.data.mapped import pieces
 from peftx.engines.data.places import Place
 from peftx.errors import DataError
 from peftx_spec import models as spec
@@ -59,9 +60,10 @@ def check_rows(rows: Dataset, format: str) -> None:
     first, in Arrow; rows one by one only where a column is not as it should be."""
     if format not in COLUMNS:
         return
-    table = rows.with_format("arrow")
     for name in COLUMNS[format]:
-        if name not in rows.column_names or not _is_clean(table[name][:], name, format):
+        if name not in rows.column_names or not all(
+            _is_clean(column, name, format) for _, column in pieces(rows, name)
+        ):
             for index, row in enumerate(rows):
                 try:
                     check_row(row, "", format)
@@ -75,9 +77,10 @@ def check_all_learned(rows: Dataset, format: str) -> None:
     name = LEARNED.get(format)
     if name is None:
         return
-    index = compute.index(rows.with_format("arrow")[name][:], "").as_py()
-    if index >= 0:
-        check_learned(rows[index], str(Place(rows, index)), format)
+    for start, column in pieces(rows, name):
+        index = compute.index(column, "").as_py()
+        if index >= 0:
+            check_learned(rows[start + index], str(Place(rows, start + index)), format)
 
 
 def _is_clean(column: pa.ChunkedArray, name: str, format: str) -> bool:

@@ -22,6 +22,7 @@ from peftx.engines.data.encoding import (
     text_ids,
     without_prefix,
 )
+from peftx.engines.data.mapped import Lazy
 from peftx.engines.data.places import Where
 from peftx.errors import DataError, UnsupportedError
 from peftx_spec.rows import check_answered
@@ -34,6 +35,7 @@ REFUSALS = (TemplateError, TypeError)
 """What a template raises itself, what is wrong with it, and what its filters say of a thing that they cannot write."""
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -226,6 +228,11 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     texts = [said(turn) for turn in turns]
     return "\n".join(texts[:last]), "".join(texts[last : last + 1])
+
+
+def pairs_of(rows: Dataset) -> Lazy[tuple[str, str]]:
+    """`pair_of` each row, which is read for it each time."""
+    return Lazy(len(rows), lambda place: pair_of(rows[place]))
 
 
 def prompt_turns(row: Mapping[str, Any]) -> int:

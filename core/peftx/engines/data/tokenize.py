@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ from peftx.engines.data.encoding import (
 )
 from peftx.engines.data.gate import COLUMNS, FORMATS, check_all_learned, check_rows
 from peftx.engines.data.kept import kept
+from peftx.engines.data.mapped import dataset_of_blocks
 from peftx.engines.data.messages import messages_encoder
 from peftx.engines.data.orders import check_orders
 from peftx.engines.data.places import Place, Where, row_for_row, select
@@ -40,6 +41,8 @@ BESIDE = ("tools", PROMPT_TURNS)
 """Columns that decide about a conversation's ids too."""
 BLOCK = 500
 """Texts that are tokenized in one call."""
+TOKENS = 2**22
+"""Of the examples that are in memory together, before they are on the disk."""
 
 
 def tokenize_dataset(
@@ -76,7 +79,7 @@ def tokenize_dataset(
         only: of these rows, in this order; all are looked at, and no more than these tokenized. Not for `text`.
 
     Returns:
-        A dataset in memory with lists of integers `input_ids` and `labels`, then the columns of `keep`.
+        A dataset with lists of integers `input_ids` and `labels`, then the columns of `keep`.
 
     Raises:
         DataError: a row without anything to learn, or a completion longer than `max_length`; names the row.
@@ -122,7 +125,7 @@ def tokenize_dataset(
         if format == "messages" and only is not None:
             check_orders(dataset, tokenizer)
         if format == "text":
-            return _columns(_pack(dataset, tokenizer, progress, max_length=max_length))
+            return dataset_of_examples(_pack(dataset, tokenizer, progress, max_length=max_length))
         chosen = dataset if only is None else dataset.select(only)
         numbers = range(len(dataset)) if only is None else only
         rows = ((Place(dataset, numbers[i]), row) for i, row in _counted(chosen, progress))
@@ -134,7 +137,7 @@ def tokenize_dataset(
             pairs = ((where, *_pair(row, format, classification_prompt)) for where, row in rows)
             encoded = _two_towers if encoder_decoder else _one_row
             found = encoded(pairs, tokenizer, max_length)
-        tokenized = _columns(found)
+        tokenized = dataset_of_examples(found)
         for name in keep:
             tokenized = tokenized.add_column(name, chosen[name][:])
         return tokenized
@@ -211,33 +214,33 @@ def _pack(
         yield Example(waiting, waiting)
 
 
-def _columns(examples: Iterable[Example]) -> Dataset:
-    """A dataset without Python integers in between: 12 bytes a token while it is built.
+def dataset_of_examples(examples: Iterable[Example]) -> Dataset:
+    """A dataset without Python integers in between: 12 bytes a token of a block, then on the disk.
 
     The types are those `datasets` gives these names (32 bits for `input_ids`, 64 for `labels`), so that rows made
-    here and rows that a plugin makes join. The offsets have 32 bits: OverflowError past 2**31 tokens.
+    here and rows that a plugin makes join. The offsets have 32 bits: OverflowError past 2**31 tokens of one row.
     """
-    tokens, labels = array("i"), array("q")
-    token_ends, label_ends = array("i", [0]), array("i", [0])
-    for example in examples:
-        tokens.extend(example.input_ids)
-        labels.extend(example.labels)
-        token_ends.append(len(tokens))
-        label_ends.append(len(labels))
-    if len(token_ends) == 1:
+    found = dataset_of_blocks(_blocks(examples))
+    if found is None:
         raise DataError("no rows to tokenize")
-    return Dataset(
-        pa.table(
-            {
-                "input_ids": pa.ListArray.from_arrays(
-                    _arrow(token_ends, pa.int32()), _arrow(tokens, pa.int32())
-                ),
-                "labels": pa.ListArray.from_arrays(
-                    _arrow(label_ends, pa.int32()), _arrow(labels, pa.int64())
-                ),
-            }
-        )
-    )
+    return found
+
+
+def _blocks(examples: Iterable[Example]) -> Iterator[pa.Table]:
+    examples = iter(examples)
+    for first in examples:
+        tokens, labels = array("i"), array("q")
+        token_ends, label_ends = array("i", [0]), array("i", [0])
+        for example in chain([first], examples):
+            tokens.extend(example.input_ids)
+            labels.extend(example.labels)
+            token_ends.append(len(tokens))
+            label_ends.append(len(labels))
+            if len(tokens) + len(labels) >= TOKENS:
+                break
+        ids = pa.ListArray.from_arrays(_arrow(token_ends, pa.int32()), _arrow(tokens, pa.int32()))
+        learned = pa.ListArray.from_arrays(_arrow(label_ends, pa.int32()), _arrow(labels, pa.int64()))
+        yield pa.table({"input_ids": ids, "labels": learned})
 
 
 def _arrow(values: array[int], kind: pa.DataType) -> pa.Array:

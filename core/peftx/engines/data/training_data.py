@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data.gate import COLUMNS
 from peftx.engines.data.places import select
-from peftx.engines.files import write_text
+from peftx.engines.files import write_parts
 from peftx.errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -21,19 +21,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """A row that is not trained on.
 
     Attributes:
-        by: the plugin's id. place: of the row among those that the plugin saw, from 0. reason: why it went. row: its
-            columns.
+        by: the plugin's id. place: of the row among those that the plugin saw, from 0. reason: why it went. rows: those
+            that the plugin saw.
     """
 
     by: str
     place: int
     reason: str
-    row: dict[str, Any]
+    rows: Dataset = field(repr=False, compare=False)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its columns."""
+        found: dict[str, Any] = self.rows[self.place]
+        return found
+
+    def to_json(self) -> str:
+        told = {"by": self.by, "place": self.place, "reason": self.reason, "row": self.row}
+        return json.dumps(told, ensure_ascii=False, default=str)
 
 
 def told(dropped: Sequence[Dropped]) -> str:
@@ -131,7 +141,7 @@ class TrainingData:
         if len(reasons) != len(self.train):
             raise DataError(f"{by}: {len(reasons)} reasons for {len(self.train)} rows")
         gone = [(place, why) for place, why in enumerate(reasons) if why is not None]
-        self.dropped += [Dropped(by, place, why, self.train[place]) for place, why in gone]
+        self.dropped += [Dropped(by, place, why, self.train) for place, why in gone]
         self.train = select(self.train, (place for place, why in enumerate(reasons) if why is None))
 
     def write_dropped(self, file: Path) -> str:
@@ -139,8 +149,7 @@ class TrainingData:
         if not self.dropped:
             file.unlink(missing_ok=True)  # an earlier run's
             return ""
-        lines = [json.dumps(vars(one), ensure_ascii=False, default=str) for one in self.dropped]
-        write_text(file, "".join(f"{line}\n" for line in lines))
+        write_parts(file, (f"{one.to_json()}\n" for one in self.dropped))
         return f"; dropped {len(self.dropped)}: {told(self.dropped)} ({file})"
 
     def count_tokens(self, text: str) -> int:

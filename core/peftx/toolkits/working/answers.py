@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from peftx.engines.data import encode_pair, prompt_ids
 from peftx.engines.data.collate import IGNORE
@@ -17,7 +17,7 @@ from peftx.toolkits.decoding.text import generate
 from peftx.toolkits.evaluation.likelihood import Request, context_window, score_requests
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What came of one prompt."""
 
@@ -26,6 +26,13 @@ class Answer:
     """Of prompt and answer together, as the one who answers counts them; 0 where nobody does."""
     refused: bool = False
     """Did the one who answers decline, or give nothing."""
+
+
+def answer_of(record: Mapping[str, Any]) -> Answer | float:
+    """What a worker wrote down of an answer, without the question. Raises KeyError: nothing of the kind."""
+    if "score" in record:
+        return float(record["score"])
+    return Answer(record["text"], record["tokens"], record["refused"])
 
 
 @runtime_checkable
@@ -107,8 +114,8 @@ class Recorded:
         if isinstance(answers, Mapping):
             self.answers, source = dict(answers), "mapping"
         else:
-            lines = Path(answers).read_text("utf-8").splitlines()
-            records = [json.loads(line) for line in lines]
+            with Path(answers).open(encoding="utf-8") as lines:
+                records = [json.loads(line) for line in lines]
             self.answers = {record["prompt"]: record["text"] for record in records if "text" in record}
             source = str(answers)
         self.name = f"recorded:{source}"

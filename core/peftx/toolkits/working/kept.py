@@ -18,6 +18,7 @@ from typing import Any
 from peftx.engines.files import keep_within
 from peftx.engines.models import tokenizer_digest
 from peftx.kernel.stack import Stack
+from peftx.toolkits.working.answers import Answer, answer_of
 from peftx.version import __version__
 from peftx_spec.places import cache_folder
 
@@ -51,13 +52,13 @@ def remember(records: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     keep_within(file.parent, "*.jsonl", most=MOST_BYTES)
 
 
-def remembered(file: Path) -> dict[str, dict[str, Any]]:
+def remembered(file: Path) -> dict[str, Answer | float]:
     """The answers of a file, without what is none."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Answer | float] = {}
     with suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
         os.utime(file)
         for line in lines:
-            with suppress(ValueError, KeyError, AttributeError):
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
                 record = json.loads(line)
-                found[record.pop("key")] = record
+                found[record.pop("key")] = answer_of(record)
     return found

@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peftx.errors import BundleError, DataError, UnsupportedError, WorkerError
-from peftx.toolkits.working.answers import Answer, Answerer, Scores
+from peftx.toolkits.working.answers import Answer, Answerer, Scores, answer_of
 from peftx.toolkits.working.kept import remember, remembered
 from peftx_spec.rows import require_text
 
 Progress = Callable[[int, int], None]
 AT_ONCE = 32
 """Questions after which answers are written down: what a kill may cost."""
+BLOCK = 32 * AT_ONCE
+"""Questions that are in memory together."""
+Q = TypeVar("Q")
 
 
 @dataclass
@@ -71,11 +74,11 @@ class Worker:
     budget: Budget = field(default_factory=Budget)
     progress: Progress | None = None
     cache: Path | None = None
-    _known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _known: dict[str, Answer | float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.transcript is not None and self.transcript.exists():
-            self._known = dict(_read(self.transcript))
+            self._known = _read(self.transcript)
         elif self.transcript is None and self.cache is not None:
             self._known = remembered(self.cache)
 
@@ -84,19 +87,19 @@ class Worker:
     ) -> list[Answer]:
         """What the model writes behind each prompt; equal prompts are asked once."""
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        keys = [self._key("write", prompt, options) for prompt in self._checked(prompts)]
-        asked = dict(zip(keys, prompts, strict=True))
 
         def ask(chunk: list[str]) -> list[dict[str, Any]]:
-            answers = self.by.write([asked[key] for key in chunk], **options)  # type: ignore[arg-type]
+            answers = self.by.write(chunk, **options)  # type: ignore[arg-type]
             return [
-                {"prompt": asked[key], "text": a.text, "tokens": a.tokens, "refused": a.refused}
-                for key, a in zip(chunk, answers, strict=True)
+                {"prompt": prompt, "text": a.text, "tokens": a.tokens, "refused": a.refused}
+                for prompt, a in zip(chunk, answers, strict=True)
             ]
 
-        self._answer(list(asked), ask)
-        found = [self._known[key] for key in keys]
-        return [Answer(one["text"], one["tokens"], one["refused"]) for one in found]
+        def key(prompt: str, place: int) -> str:
+            require_text(prompt, f"prompt {place} (counting from 0)")
+            return self._key("write", prompt, options)
+
+        return self._answers(prompts, key, ask)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """The mean log-probability of each second text's tokens behind the first.
@@ -107,19 +110,15 @@ class Worker:
         by = self.by
         if not isinstance(by, Scores):
             raise UnsupportedError(f"{self.by.name} gives no probabilities", hint="OfStack(stack) does")
-        keys = [self._key("score", prompt, {"text": text}) for prompt, text in pairs]
-        asked = dict(zip(keys, pairs, strict=True))
         scores = by.score
 
-        def ask(chunk: list[str]) -> list[dict[str, Any]]:
-            found = scores([asked[key] for key in chunk])
+        def ask(chunk: list[tuple[str, str]]) -> list[dict[str, Any]]:
             return [
-                {"prompt": asked[key][0], "of": asked[key][1], "score": score}
-                for key, score in zip(chunk, found, strict=True)
+                {"prompt": prompt, "of": text, "score": score}
+                for (prompt, text), score in zip(chunk, scores(chunk), strict=True)
             ]
 
-        self._answer(list(asked), ask)
-        return [self._known[key]["score"] for key in keys]
+        return self._answers(pairs, lambda pair, _: self._key("score", pair[0], {"text": pair[1]}), ask)
 
     def choose(self, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
         """One of the labels for each prompt: the likeliest, or where no probabilities are to be had the one that the
@@ -135,32 +134,40 @@ class Worker:
 
     # -- keeping -------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _checked(prompts: Sequence[str]) -> Sequence[str]:
-        for index, prompt in enumerate(prompts):
-            require_text(prompt, f"prompt {index} (counting from 0)")
-        return prompts
-
     def _key(self, what: str, prompt: str, options: dict[str, Any]) -> str:
         asked = json.dumps([self.by.name, what, prompt, options], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()
 
-    def _answer(self, keys: list[str], ask: Callable[[list[str]], list[dict[str, Any]]]) -> None:
-        unknown = [key for key in keys if key not in self._known]
-        self.budget.known += len(keys) - len(unknown)
-        for start in range(0, len(unknown), AT_ONCE):
-            chunk = unknown[start : start + AT_ONCE]
-            self.budget.allow(len(chunk))
-            records = dict(zip(chunk, ask(chunk), strict=True))
-            self.budget.spent_calls += len(records)
-            self.budget.spent_tokens += sum(record.get("tokens", 0) for record in records.values())
-            self.budget.refusals += sum(record.get("refused", False) for record in records.values())
-            self._keep(records)
-            if self.progress is not None:
-                self.progress(min(start + AT_ONCE, len(unknown)), len(unknown))
+    def _answers(
+        self,
+        questions: Sequence[Q],
+        key_of: Callable[[Q, int], str],
+        ask: Callable[[list[Q]], list[dict[str, Any]]],
+    ) -> list[Any]:
+        """Of each question the answer. Few questions are looked at together: all may be more than memory holds."""
+        found = list[Any]()
+        for start in range(0, len(questions), BLOCK):
+            block = questions[start : start + BLOCK]
+            keys = [key_of(question, place) for place, question in enumerate(block, start)]
+            asked = dict(zip(keys, block, strict=True))
+            unknown = [key for key in asked if key not in self._known]
+            self.budget.known += len(asked) - len(unknown)
+            for at in range(0, len(unknown), AT_ONCE):
+                chunk = unknown[at : at + AT_ONCE]
+                self.budget.allow(len(chunk))
+                records = dict(zip(chunk, ask([asked[key] for key in chunk]), strict=True))
+                self.budget.spent_calls += len(records)
+                self.budget.spent_tokens += sum(record.get("tokens", 0) for record in records.values())
+                self.budget.refusals += sum(record.get("refused", False) for record in records.values())
+                self._keep(records)
+                if self.progress is not None:
+                    left = len(unknown) - at - len(chunk)
+                    self.progress(start + len(block) - left, len(questions))
+            found += [self._known[key] for key in keys]
+        return found
 
     def _keep(self, records: dict[str, dict[str, Any]]) -> None:
-        self._known |= records
+        self._known |= {key: answer_of(record) for key, record in records.items()}
         if self.transcript is None:
             if self.cache is not None:
                 with suppress(OSError):  # a full or read-only disk: then they are asked for next time too
@@ -180,21 +187,23 @@ def _named(text: str, labels: Sequence[str]) -> str:
     return min(found, key=lambda label: (places[label], -len(label))) if found else labels[0]
 
 
-def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read(file: Path) -> dict[str, Answer | float]:
     """The answers of a transcript; a last line that a kill cut short is left out.
 
     Raises:
         BundleError: another line is no answer.
     """
-    lines = file.read_text("utf-8").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            found.append((record.pop("key"), record))
-        except (ValueError, KeyError, AttributeError) as error:
-            if number == len(lines):
-                file.write_text("".join(f"{whole}\n" for whole in lines[:-1]), "utf-8")
-                break
-            raise BundleError(f"'{file}', line {number}: no answer of a worker") from error
+    found, whole, torn = dict[str, Answer | float](), 0, 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if torn:
+                raise BundleError(f"'{file}', line {torn}: no answer of a worker")
+            try:
+                record = json.loads(line)
+                found[record.pop("key")] = answer_of(record)
+                whole += len(line)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                torn = number
+    if torn:
+        os.truncate(file, whole)
     return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peftx
 import peftx.toolkits.compression as packing
 from peftx import Stack
-from peftx.errors import ArchitectureError, ConflictError
+from peftx.errors import ArchitectureError, ConflictError, PluginError
 from peftx.kernel.parts import DeltaPart, ReplacedPart
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
@@ -432,3 +432,9 @@ def test_refused() -> None:
         Stack(tiny("vit"), [SignRound()])
     with pytest.raises(ConflictError, match="integers"):
         Stack(tiny("llama"), [SignRound(), PrefixQuant()])
+
+
+@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"bits": 4.5}, {"group_size": 0}])
+def test_bits_that_it_cannot_do(options: dict[str, float]) -> None:
+    with pytest.raises(PluginError, match=f"SignRound: {next(iter(options))}: Input should be"):
+        SignRound(**options)

@@ -16,7 +16,8 @@ text is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from peftx import ModelView, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import following_ids, pair_of, prompt_ids
+from peftx.engines.data import Lazy, following_ids, pairs_of, prompt_ids, with_column
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.stack import Stack as Kernel
@@ -95,28 +96,29 @@ class SelectIt(Plugin):
         data.require(self.takes, by=id)
         if not data.train:  # the core says so
             return
-        pairs = [pair_of(row) for row in data.train]
+        pairs = pairs_of(data.train)
         count, answered = floor(config.share * len(pairs)), [i for i, (_, y) in enumerate(pairs) if y.strip()]
         if count == 0:
             raise DataError(
                 f"{id}: share {config.share:g} of {len(pairs)} rows is less than one",
                 hint=f"share at least {ceil(1000 / len(pairs)) / 1000:g}",
             )
-        if len({pairs[i] for i in answered}) == 1 and len(answered) > count:
+        if len(answered) > count and all(pairs[i] == pairs[answered[0]] for i in answered):
             raise DataError(
                 f"{id}: all {len(answered)} pairs are the same text, so none is better than another",
                 hint="are these the right columns?",
             )
-        S = self._rate([pairs[i] for i in answered], data, stack, id) if answered else []
+        rated = Lazy(len(answered), lambda n: pairs[answered[n]])
+        S = self._rate(rated, data, stack, id) if answered else []
         scores = dict(zip(answered, S, strict=True))
-        kept = sorted(answered, key=lambda i: (-round(scores[i], 6), pairs[i]))[
-            :count
-        ]  # equals: by their text
-        reasons: dict[int, str | None] = dict.fromkeys(range(len(pairs)), "no answer")
-        reasons |= dict.fromkeys(answered, "rated below those kept") | dict.fromkeys(kept)
-        rows = data.train.remove_columns([name for name in ("selectit",) if name in data.train.column_names])
-        data.train = rows.add_column("selectit", [scores.get(i) for i in range(len(pairs))])
-        data.keep([reasons[i] for i in range(len(pairs))], by=id)
+        kept = best(scores, pairs)[:count]
+        reasons: list[str | None] = ["no answer"] * len(pairs)
+        for i in answered:
+            reasons[i] = "rated below those kept"
+        for i in kept:
+            reasons[i] = None
+        data.train = with_column(data.train, "selectit", [scores.get(i) for i in range(len(pairs))])
+        data.keep(reasons, by=id)
 
     def _rate(
         self, pairs: Sequence[tuple[str, str]], data: TrainingData, stack: Stack, id: str
@@ -136,8 +138,13 @@ class SelectIt(Plugin):
                 # Packed weights are not those that the rater is named by.
                 cache = None if by is stack and packed else kept_file(rater.name, by)
                 worker = Worker(rater, config.scores, progress=data.progress, cache=cache)
-                answers = worker.write([rating(ask, x, y) for x, y in pairs for ask in asks])
-            logs = torch.tensor([json.loads(answer.text) for answer in answers], dtype=torch.float64)
+                asked = Lazy(
+                    len(pairs) * len(asks), lambda n: rating(asks[n % len(asks)], *pairs[n // len(asks)])
+                )
+                answers = worker.write(asked)
+            logs = torch.empty(len(answers), config.scale, dtype=torch.float64)
+            for row, answer in zip(logs, answers, strict=True):
+                row.copy_(torch.tensor(json.loads(answer.text), dtype=torch.float64))
             S_tok = token_level(logs.softmax(-1)).view(
                 len(pairs), len(asks)
             )  # softmax of log P: P over its sum
@@ -145,6 +152,13 @@ class SelectIt(Plugin):
             theta.append(by.model.num_parameters())
         found: list[float] = model_level(torch.stack(S_sent), theta).tolist()
         return found
+
+
+def best(scores: Mapping[int, float], pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """Places by their scores, the best first; equals by their text."""
+    rounded = {i: -round(score, 6) for i, score in scores.items()}
+    equals = groupby(sorted(rounded, key=rounded.__getitem__), key=rounded.__getitem__)
+    return [i for _, places in equals for i in sorted(places, key=lambda i: pairs[i])]
 
 
 def token_level(q: Tensor) -> Tensor:

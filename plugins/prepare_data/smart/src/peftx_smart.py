@@ -19,7 +19,7 @@ A cosine is a product of unit vectors, so no function below ever holds a kernel 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import floor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from peftx import Claim, Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import Picks, Place, facility_location, pair_of
+from peftx.engines.data import Lazy, Picks, Place, facility_location, pair_of, pairs_of
 from peftx.errors import DataError, nearest
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import Answer, OfStack, kept_file
@@ -80,21 +80,22 @@ class Smart(Plugin):
         data.require(self.takes, by=id, hint="stand before plugins that tokenize")
         if not data.train:  # the core says so
             return
-        groups, prompts = grouped(data, config, id)
+        groups, prompted = grouped(data, config, id)
+        pairs = pairs_of(data.train)
+        prompts = Lazy(len(prompted), lambda n: pairs[prompted[n]][0])
         refuse(config, groups, prompts, id)
         encoder = Vectors(Stack(config.encoder, device=str(stack.model.device)))
         worker = Worker(
             encoder, config.vectors, progress=data.progress, cache=kept_file(encoder.name, encoder.encoder)
         )
-        answers = worker.write(list(prompts.values()))
-        e = dict(zip(prompts, map(vector_of, answers), strict=True))
+        answers = worker.write(prompts)
+        e = torch.empty(
+            len(data.train), len(vector_of(answers[0]))
+        )  # rows without a prompt are never looked at
+        for i, answer in zip(prompted, answers, strict=True):
+            e[i] = vector_of(answer)
 
-        means = unit(
-            [
-                torch.stack([e[i] for rows in parts.values() for i in rows]).mean(0)
-                for parts in groups.values()
-            ]
-        )
+        means = unit([e[[i for rows in parts.values() for i in rows]].mean(0) for parts in groups.values()])
         M = config.tasks or len(groups)
         picks = (
             graph_cut(means, M, config.cut) if config.function == "graph-cut" else facility_location(means, M)
@@ -107,21 +108,27 @@ class Smart(Plugin):
                 hint="a smaller budget, or more `tasks`",
             )
         p = taylor_softmax([gain / config.temperature for _, gain in picks])
-        reasons: dict[int, str | None] = dict.fromkeys(range(len(data.train)), "no prompt")
-        reasons |= dict.fromkeys(prompts, "task not chosen")
+        reasons: list[str | None] = ["no prompt"] * len(data.train)
+
+        def told(rows: Iterable[int], reason: str | None) -> None:
+            for i in rows:
+                reasons[i] = reason
+
+        told(prompted, "task not chosen")
         for parts, b in zip(chosen, split(config.budget, p, sizes), strict=True):
             counts = [len(rows) for rows in parts.values()]
             for rows, count in zip(parts.values(), split(b, counts, counts), strict=True):
-                reasons |= dict.fromkeys(rows, "over the budget of its task")
-                kept = facility_location(unit([e[i] for i in rows]), count, data.progress)
-                reasons |= dict.fromkeys(rows[place] for place, _ in kept)
-        data.keep([reasons[i] for i in range(len(reasons))], by=id)
+                told(rows, "over the budget of its task")
+                kept = facility_location(unit(e[rows]), count, data.progress)
+                told((rows[place] for place, _ in kept), None)
+        data.keep(reasons, by=id)
 
 
 # --------------------------------------------------------------------------------------------------- choosing greedily
-def unit(vectors: Sequence[Tensor]) -> Tensor:
+def unit(vectors: Tensor | Sequence[Tensor]) -> Tensor:
     """[n, d] float64, of length 1."""
-    return normalize(torch.stack(list(vectors)).double(), dim=-1)
+    v = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
+    return normalize(v.double(), dim=-1)
 
 
 def graph_cut(v: Tensor, count: int, cut: float) -> Picks:
@@ -177,8 +184,8 @@ def vector_of(answer: Answer) -> Tensor:
 
 def grouped(
     data: TrainingData, config: SmartConfig, id: str
-) -> tuple[dict[str, dict[str, list[int]]], dict[int, str]]:
-    """(task -> template -> places, place -> prompt) of the rows that have a prompt, in the order of the data."""
+) -> tuple[dict[str, dict[str, list[int]]], list[int]]:
+    """(task -> template -> places, places) of the rows that have a prompt, in the order of the data."""
     assert data.train is not None
     columns = [name for name in (config.task, config.template) if name is not None]
     for column in columns:
@@ -188,7 +195,7 @@ def grouped(
                 hint=nearest(column, data.train.column_names) or "name the column in `task` (or `template`)",
             )
     groups: dict[str, dict[str, list[int]]] = {}
-    prompts: dict[int, str] = {}
+    prompted = list[int]()
     for place, row in enumerate(data.train):
         for column in columns:
             if not isinstance(row[column], str | int) or row[column] == "":
@@ -197,13 +204,13 @@ def grouped(
                     hint=f"'{column}' holds a text or a whole number in every row",
                 )
         if pair_of(row)[0].strip():
-            prompts[place] = pair_of(row)[0]
+            prompted.append(place)
             parts = groups.setdefault(str(row[columns[0]]), {})
             parts.setdefault(str(row[columns[-1]]), []).append(place)
-    return groups, prompts
+    return groups, prompted
 
 
-def refuse(config: SmartConfig, groups: Mapping[str, Any], prompts: Mapping[int, str], id: str) -> None:
+def refuse(config: SmartConfig, groups: Mapping[str, Any], prompts: Sequence[str], id: str) -> None:
     """Raises DataError where there is nothing to choose."""
     if config.budget > len(prompts):
         raise DataError(
@@ -214,7 +221,7 @@ def refuse(config: SmartConfig, groups: Mapping[str, Any], prompts: Mapping[int,
         raise DataError(
             f"{id}: tasks {config.tasks}, and the rows are of {len(groups)}", hint="leave `tasks` out"
         )
-    if len(prompts) > config.budget and len(set(prompts.values())) == 1:
+    if len(prompts) > config.budget and all(prompt == prompts[0] for prompt in prompts):
         raise DataError(
             f"{id}: all {len(prompts)} prompts are the same text, so none is better than another",
             hint="are these the right columns?",

@@ -14,16 +14,15 @@ Vocabulary and model stay, and evaluation reads whole tokens (p = 0).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from pydantic import Field
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Stack, TrainingData, hookimpl
-from peftx.engines.data import IGNORE, Place
+from peftx.engines.data import IGNORE, Example, Place, dataset_of_examples
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.calls import own_lengths_of
 from peftx.kernel.objective import objective_of
@@ -116,17 +115,21 @@ class StochasTok(Plugin):
                 )
             return found, places
 
-        made: dict[str, Any] = {"input_ids": [], "labels": []}
-        for index, row in enumerate(rows):
-            ids, labels = row["input_ids"], row["labels"]
-            found, places = pieces(ids)
-            if stack.model.config.is_encoder_decoder:
-                labels = pieces(labels)[0]
-            elif all(label in (IGNORE, id) for id, label in zip(ids, labels, strict=True)):
-                labels = [IGNORE if labels[i] == IGNORE else id for id, i in zip(found, places, strict=True)]
-            else:
-                raise DataError(f"{name}: {Place(rows, index)} has labels that are not its tokens")
-            made["input_ids"].append(found)
-            made["labels"].append(labels)
-        data.train = Dataset.from_dict(made | {column: rows[column][:] for column in others})
-        data.format = "tokenized"
+        def split() -> Iterator[Example]:
+            for index, row in enumerate(rows):
+                ids, labels = row["input_ids"], row["labels"]
+                found, places = pieces(ids)
+                if stack.model.config.is_encoder_decoder:
+                    labels = pieces(labels)[0]
+                elif all(label in (IGNORE, id) for id, label in zip(ids, labels, strict=True)):
+                    labels = [
+                        IGNORE if labels[i] == IGNORE else id for id, i in zip(found, places, strict=True)
+                    ]
+                else:
+                    raise DataError(f"{name}: {Place(rows, index)} has labels that are not its tokens")
+                yield Example(found, labels)
+
+        made = dataset_of_examples(split())
+        for column in others:
+            made = made.add_column(column, rows[column][:])
+        data.train, data.format = made, "tokenized"

@@ -18,14 +18,14 @@ with sim the cosine of the small model's mean last hidden states of x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil, exp, floor
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from peftx import Plugin, PluginConfig, Stack, TrainingData, Worker, hookimpl
-from peftx.engines.data import facility_location, pair_of
+from peftx.engines.data import Lazy, facility_location, pairs_of, with_column
 from peftx.errors import DataError
 from peftx.kernel.heads import mean_of
 from peftx.toolkits.working import OfStack, kept_file
@@ -69,12 +69,17 @@ class Superfiltering(Plugin):
         data.require(self.takes, by="superfiltering")
         if not data.train:  # the core says so
             return
-        config, pairs = self.config, [pair_of(row) for row in data.train]
+        config, pairs = self.config, pairs_of(data.train)
         count = floor(config.share * len(pairs))  # K
         if count == 0:
             raise DataError(
                 f"superfiltering: share {config.share:g} of {len(pairs)} rows is less than one",
                 hint=f"share at least {ceil(1000 / len(pairs)) / 1000:g}",
+            )
+        if len(pairs) > count and all(pair == pairs[0] for pair in pairs):
+            raise DataError(
+                f"superfiltering: all {len(pairs)} pairs are the same text, so none is better than another",
+                hint="are these the right columns?",
             )
         small = Stack(config.scorer, device=str(stack.model.device))
         by = OfStack(small)
@@ -82,22 +87,31 @@ class Superfiltering(Plugin):
         scores = ifd(worker, pairs)
         best = sorted((i for i in scores if scores[i] < 1), key=lambda i: -scores[i])
         kept = best[:count]
-        reasons: dict[int, str | None] = dict.fromkeys(range(len(pairs)), "no answer")
-        reasons |= dict.fromkeys(scores, "IFD of 1 or more") | dict.fromkeys(best, "IFD below those kept")
+        reasons: list[str | None] = ["no answer"] * len(pairs)
+
+        def told(rows: Iterable[int], reason: str | None) -> None:
+            for i in rows:
+                reasons[i] = reason
+
+        told(scores, "IFD of 1 or more")
+        told(best, "IFD below those kept")
         if config.pool is not None and best:
             P = best[: floor(config.pool * len(pairs))]
-            reasons |= dict.fromkeys(P, "less diverse than those kept")
+            told(P, "less diverse than those kept")
             vectors = small.embed([pairs[i][0] or pairs[i][1] for i in P], pool=mean_of)
             kept = [P[j] for j, _ in facility_location(vectors, count, data.progress)]
-        reasons |= dict.fromkeys(kept)
-        rows = data.train.remove_columns([name for name in ("ifd",) if name in data.train.column_names])
-        data.train = rows.add_column("ifd", [scores.get(i) for i in range(len(pairs))])
-        data.keep([reasons[i] for i in range(len(pairs))], by=stack.id_of(self))
+        told(kept, None)
+        data.train = with_column(data.train, "ifd", [scores.get(i) for i in range(len(pairs))])
+        data.keep(reasons, by=stack.id_of(self))
 
 
 def ifd(worker: Worker, pairs: Sequence[tuple[str, str]]) -> dict[int, float]:
     """IFD of each pair that has an answer, by its place."""
     answered = [i for i, (_, y) in enumerate(pairs) if y.strip()]
-    both = [pair for i in answered for pair in (pairs[i], ("", pairs[i][1]))]
-    logs = worker.score(both)
+
+    def asked(n: int) -> tuple[str, str]:
+        x, y = pairs[answered[n // 2]]
+        return ("", y) if n % 2 else (x, y)
+
+    logs = worker.score(Lazy(2 * len(answered), asked))
     return {i: exp(logs[2 * n + 1] - logs[2 * n]) for n, i in enumerate(answered)}

@@ -208,6 +208,18 @@ def test_a_share_of_no_row() -> None:
     assert len(prepared(ROWS[:6], share=0.167).train) == 1
 
 
+def test_rows_that_are_all_the_same() -> None:
+    with pytest.raises(DataError, match="superfiltering: all 4 pairs are the same text"):
+        prepared(ROWS[:1] * 4, share=0.5)
+    assert len(prepared([*ROWS[:1] * 3, ROWS[1]], share=0.5).train) == 2
+
+
+@pytest.mark.parametrize("options", [{"share": 0}, {"share": 1.5}, {"pool": 1.5}])
+def test_more_than_there_is_or_nothing(options: dict[str, float]) -> None:
+    with pytest.raises(PeftxError, match=f"Superfiltering: {next(iter(options))}"):
+        Superfiltering(**options)
+
+
 def test_no_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OfStack, "score", lambda self, asked: [-3.0 if x else -2.0 for x, _ in asked])
     with pytest.raises(DataError, match="no rows are left"):
