@@ -65,7 +65,12 @@ def test_a_killed_worker_goes_on(tmp_path: Path) -> None:
     assert [a.text for a in worker.write(prompts)] == [p.upper() for p in prompts]
     assert worker.budget.known == 64, "all but the chunk in which it died"
     assert all(json.loads(line) for line in file.read_text("utf-8").splitlines())
+    file.write_bytes(file.read_bytes()[:-1])  # killed between a line and its end
+    worker = Worker(Scripted(dies), transcript=file)
+    worker.write([prompts[-1], "one more"])
+    assert worker.budget.spent_calls == 2
     lines = file.read_text("utf-8").splitlines()
+    assert all(json.loads(line) for line in lines)
     file.write_text("\n".join([lines[0], "no answer", lines[1]]) + "\n", "utf-8")
     with pytest.raises(BundleError, match="line 2: no answer of a worker"):
         Worker(Scripted(dies), transcript=file)

@@ -199,7 +199,9 @@ def _read(file: Path) -> dict[str, Answer | float]:
             if torn:
                 raise BundleError(f"'{file}', line {torn}: no answer of a worker")
             try:
-                record = json.loads(line)
+                record = (
+                    json.loads(line) if line.endswith(b"\n") else {}
+                )  # what comes next would stand behind it
                 found[record.pop("key")] = answer_of(record)
                 whole += len(line)
             except (ValueError, KeyError, TypeError, AttributeError):
