@@ -17,7 +17,6 @@ from peftx.composition.registry import Registry
 from peftx.engines.data import IGNORE, Collator, encode_pair
 from peftx.engines.training import TrainStep
 from peftx.engines.training.order import Shuffled
-from peftx.engines.training.outside import UnderLoss
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ConflictError, PeftxError
 from peftx.testing import tiny, tiny_tokenizer
@@ -277,7 +276,7 @@ def test_a_plugin_that_serves_a_loss_stands_in_front_of_its_trainer(tmp_path: Pa
             self.stack.plugins["serves"].losses += 1
             return super().compute_loss(*args, **kwargs)
 
-    class Serves(Plugin, UnderLoss):
+    class Serves(Plugin):
         claims = {Claim.REPLACES_LOSS}
         losses = 0
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,10 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
 
-class UnderLoss(ABC):
+@runtime_checkable
+class UnderLoss(Protocol):
     """A plugin with a loss of its own whose method serves that of some trainers too: there the trainer's counts."""
 
-    @abstractmethod
     def front(self, kind: type[Trainer]) -> type | None:
         """A class that stands in front of a trainer's, with `stack` in it; None: the plugin does not serve its loss.
 

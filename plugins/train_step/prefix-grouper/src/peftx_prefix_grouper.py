@@ -59,7 +59,6 @@ from peftx import (
     hookimpl,
 )
 from peftx.engines.data import IGNORE, Place, encode_pair
-from peftx.engines.training.outside import UnderLoss
 from peftx.errors import ConflictError, DataError
 from peftx.kernel.attention import Attend
 from peftx.kernel.parts import AttentionPart
@@ -316,7 +315,7 @@ class SharedPrompts:
             self.proved = int(lengths.max())
 
 
-class PrefixGrouper(Plugin, UnderLoss):
+class PrefixGrouper(Plugin):
     """See the module."""
 
     Config = PrefixGrouperConfig
