@@ -1,4 +1,4 @@
-"""What a command costs with the plugins that are installed, and with hundreds: CPU seconds, the least of several starts.
+"""What a command costs with the plugins that are installed, and with hundreds: CPU seconds, the least of some starts.
 
     python benchmarks/at_size.py                                            # with those of this checkout
     git clone . ../many && python tools/many_plugins.py 175 ../many && (cd ../many && make setup)
@@ -59,7 +59,9 @@ def measured(checkout: Path, rounds: int) -> tuple[int, dict[str, dict[str, Any]
         _, listed = cost(python, ["-m", "peftx_cli", "list", "--json"], folder, 1)
     collect = ["-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", "-m", "not slow"]
     seconds, told = cost(python, collect, checkout, 1)
-    tests = sum(int(line.rpartition(": ")[2]) for line in told.splitlines() if line.rpartition(": ")[2].isdigit())
+    tests = sum(
+        int(line.rpartition(": ")[2]) for line in told.splitlines() if line.rpartition(": ")[2].isdigit()
+    )
     found[COLLECTING] = {"seconds": round(seconds, 1), "tests": tests}
     return len(json.loads(listed)), found
 
@@ -70,7 +72,7 @@ def page(sizes: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = [
         "# What hundreds of plugins cost",
         "",
-        "CPU seconds of one process, on a machine with other work; beyond those of the repository they are copies of them.",
+        "CPU seconds of one process, on a busy machine; beyond those of the repository plugins are copies of them.",
         "",
         "| command | " + " | ".join(f"{number} plugins" for number in numbers) + " |",
         "| --- |" + " --- |" * len(numbers),

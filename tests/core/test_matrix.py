@@ -204,6 +204,34 @@ def test_a_cover_is_small_and_heeds_what_does_not_go_together() -> None:
     assert stacks != list(Cover(pairs, lambda stack: True, size=8, seed=1).stacks(pairs))
 
 
+def test_pairs_that_have_nothing_in_common_share_stacks() -> None:
+    names = [str(i) for i in range(32)]
+    every = {(a, b) for a in names for b in names if a != b}
+    pairs = {(names[i], names[i + 1]) for i in range(0, 32, 2)}
+    stacks = list(Cover(pairs, lambda stack: True, size=8, beside=every).stacks(pairs))
+    held = {(a, b) for stack in stacks for i, a in enumerate(stack) for b in stack[i + 1 :]}
+    assert pairs <= held <= every
+    assert len(stacks) == 4
+    assert len(list(Cover(pairs, lambda stack: True, size=8).stacks(pairs))) == 16
+
+
+def test_where_a_plugin_stands_is_told_by_processes_and_former_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lives: list[tuple[str, str]] = []
+    monkeypatch.setattr(matrix, "lived_alone", lambda name, arch: lives.append((name, arch)))
+    monkeypatch.setattr(matrix, "STANDS", {})
+    for expected in ({("esft", "mixtral"), ("lora", "mixtral")}, set()):
+        lives.clear()
+        matrix._find_places(
+            ["esft", "lora"],
+            lambda attempt, arch, stacks: (attempt(arch, s) for s in stacks),
+            shown.Shown(tmp_path / "kept"),
+        )
+        assert set(lives) == expected
+        assert matrix.STANDS == {("esft", "mixtral"): None, ("lora", "mixtral"): None}
+
+
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(RegistryError) as caught:
         run_matrix(["lora", "mezzo"])

@@ -23,19 +23,25 @@ class Cover:
     """Stacks of up to `size` plugins such that every pair stands in one of them, the first before the second.
 
     Args:
-        pairs: that may stand together, in this order; a stack has no others.
+        pairs: that are to stand in a stack. beside: further ones that may; a stack has no others.
         fits: whether more than two go together.
         seed: which of many covers it is.
     """
 
     def __init__(
-        self, pairs: Collection[Pair], fits: Callable[[Sequence[str]], bool], *, size: int, seed: int = 0
+        self,
+        pairs: Collection[Pair],
+        fits: Callable[[Sequence[str]], bool],
+        *,
+        size: int,
+        seed: int = 0,
+        beside: Collection[Pair] = (),
     ) -> None:
-        self.names = sorted({name for pair in pairs for name in pair})
+        self.names = sorted({name for some in (pairs, beside) for pair in some for name in pair})
         Random(seed).shuffle(self.names)
         self.at = {name: i for i, name in enumerate(self.names)}
         self.fits, self.size = fits, size
-        self.allowed = self._matrix(pairs)
+        self.allowed = self._matrix(pairs) | self._matrix(beside)
         self.avoided: list[frozenset[int]] = []
 
     def avoid(self, names: Collection[str]) -> None:
@@ -46,7 +52,8 @@ class Cover:
             self.allowed[first, second] = False
 
     def stacks(self, pairs: Collection[Pair]) -> Iterator[tuple[str, ...]]:
-        """Stacks, greedily: each is begun with a pair that no other has, and grows by whatever brings most new ones."""
+        """Stacks, greedily: each is begun with a pair that no other has, and grows by the plugin that brings most new
+        ones, or where none does by such a pair."""
         left = self._matrix(pairs)
         twins = [int(i) for i in numpy.flatnonzero(left.diagonal())]  # a plugin beside itself
         numpy.fill_diagonal(left, False)
@@ -84,7 +91,18 @@ class Cover:
                 if gain[i] > 0:
                     found.append((int(gain[i]), place, int(i)))
         found.sort(key=lambda one: -one[0])
+        if not found and left.ndim == 2 and len(stack) + 2 <= self.size:
+            return self._with_pair(stack, left)
         return [[*stack[:place], i, *stack[place:]] for _, place, i in found[:6]]
+
+    def _with_pair(self, stack: list[int], left: Left) -> list[list[int]]:
+        """The stack with a pair of what is left more, behind it or ahead of it; a few."""
+        longer: list[list[int]] = []
+        for behind, may in ((True, self.allowed[stack].all(0)), (False, self.allowed[:, stack].all(1))):
+            may[stack] = False
+            for pair in numpy.argwhere(left & may[:, None] & may[None, :])[:6].tolist():
+                longer.append([*stack, *pair] if behind else [*pair, *stack])
+        return longer
 
     def threes(self) -> Left:
         """All ordered triples of plugins that may stand together two by two."""

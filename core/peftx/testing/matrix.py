@@ -40,12 +40,24 @@ from peftx.testing.life import built, early_ids, live
 from peftx.testing.models import tiny
 from peftx.testing.planned import refused_by_plan
 from peftx.testing.shown import Group, Shown
-from peftx.testing.tried import arch_of, members_as_tried, places, plain, soft, specified, stands_on
+from peftx.testing.tried import (
+    STANDS,
+    arch_of,
+    lived_alone,
+    members_as_tried,
+    places,
+    plain,
+    soft,
+    specified,
+    stands_on,
+)
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
-Submit = Callable[[str, Sequence[tuple[str, ...]]], Iterator[Group]]
+Try = Callable[[str, tuple[str, ...]], Group]
+Submit = Callable[[Try, str, Sequence[tuple[str, ...]]], Iterator[Group]]
 SOFT = 16
-"""Soft tokens of a stack at most, beside a row of `LENGTH`; a pair may have more, and fails where it matters."""
+"""Soft tokens of a stack at most, beside a row of `LENGTH`, unless one plugin has more by itself; a pair may have more,
+and fails where it matters."""
 SIZE = 8
 """Plugins of a stack."""
 
@@ -78,7 +90,7 @@ class Matrix:
     cells: list[Cell] = field(default_factory=list)
     families: dict[str, str] = field(default_factory=dict)
     together: list[Group] = field(default_factory=list)
-    """Three or more plugins of which every two work, and that fail together, or are refused."""
+    """Plugins of which every two work, and that fail or are refused together: three and more, two on another model."""
     stacks: int = 0
     """Stacks that were lived through for it, those of former runs left out."""
     threes: tuple[int, int] = (0, 0)
@@ -128,10 +140,14 @@ def run_matrix(
 
     found = Matrix(chosen, hooks, families={name: facts[name].family for name in chosen})
     with _workers(jobs) as submit:
-        rest, shown = _told_ahead(chosen, note), Shown(kept)
+        shown = Shown(kept)
+        _find_places(chosen, submit, shown)
+        rest = _told_ahead(chosen, note)
         tried = {arch: frozenset(pairs) for arch, pairs in rest.items()}
-        for arch, pairs in rest.items():
-            found.stacks += _lived(arch, pairs, found, note, submit, shown, seed)
+        for arch, pairs in sorted(rest.items(), key=lambda one: -len(one[1])):
+            both = (pair for pair, cell in cells.items() if cell.outcome == "works")
+            beside = [pair for pair in both if not any(stands_on(name, arch) for name in pair)]
+            found.stacks += _lived(arch, pairs, beside, found, note, submit, shown, seed)
         if tried:
             arch = max(tried, key=lambda one: len(tried[one]))
             working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
@@ -139,13 +155,24 @@ def run_matrix(
             for group in found.together:
                 cover.avoid(group.fault)
             more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
-            for group in submit(arch, more):
+            for group in submit(try_group, arch, more):
                 found.stacks += 1
                 shown.keep(group)
                 found.together += [group] if group.fault else []
             found.threes = count_threes(cover, shown.of(arch))
     found.cells = [cells[a, b] for a in chosen for b in chosen]
     return found
+
+
+def _find_places(names: Sequence[str], submit: Submit, shown: Shown) -> None:
+    """Settle whether each plugin stands on each model that another one of them has to be tried on."""
+    for arch in sorted({arch_of(name) for name in names} - {"llama"}):
+        known = [shown.known(arch, (name,)) for name in names]
+        new = [(name,) for name, group in zip(names, known, strict=True) if group is None]
+        for group in submit(try_alone, arch, new):
+            shown.keep(group)
+            known.append(group)
+        STANDS.update({(g.names[0], arch): g.reason or None for g in known if g is not None})
 
 
 def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str, set[tuple[str, str]]]:
@@ -168,13 +195,15 @@ def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str,
 def _lived(
     arch: str,
     pairs: set[tuple[str, str]],
+    beside: Sequence[tuple[str, str]],
     matrix: Matrix,
     note: Callable[[Cell], None],
     submit: Submit,
     shown: Shown,
     seed: int,
 ) -> int:
-    """Live through stacks until every pair was in one that works, or has its fault; how many that took."""
+    """Live through stacks until every pair was in one that works, or has its fault; how many that took. `beside`: pairs
+    that work on another model, and may fill stacks of this one."""
     lived = 0
 
     def judge(group: Group) -> None:
@@ -201,7 +230,7 @@ def _lived(
                 pairs.remove((cell.first, cell.second))
                 note(cell)
 
-    cover = Cover(pairs, fits, size=SIZE, seed=seed)
+    cover = Cover(pairs, fits, size=SIZE, seed=seed, beside=beside)
     for group in shown.of(arch):
         if not group.fault:
             judge(group)
@@ -213,7 +242,7 @@ def _lived(
                 todo.append(names)
             else:
                 judge(known)
-        for group in submit(arch, todo):
+        for group in submit(try_group, arch, todo):
             lived += 1
             shown.keep(group)
             judge(group)
@@ -222,15 +251,15 @@ def _lived(
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Submit]:
-    """What runs `try_group` on stacks, in so many processes, and gives what they showed as it comes."""
+    """What tries stacks, in so many processes, and gives what they showed as it comes."""
     if jobs <= 1:
-        yield lambda arch, stacks: (try_group(arch, names) for names in stacks)
+        yield lambda attempt, arch, stacks: (attempt(arch, names) for names in stacks)
         return
     # Not a fork of this process: threads of torch do not survive one.
     pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin)
 
-    def run(arch: str, stacks: Sequence[tuple[str, ...]]) -> Iterator[Group]:
-        for done in as_completed([pool.submit(try_group, arch, names) for names in stacks]):
+    def run(attempt: Try, arch: str, stacks: Sequence[tuple[str, ...]]) -> Iterator[Group]:
+        for done in as_completed([pool.submit(attempt, arch, names) for names in stacks]):
             yield done.result()
 
     try:
@@ -246,7 +275,8 @@ def _begin() -> None:
 
 def fits(names: Sequence[str]) -> bool:
     """Do these plugins go together by their claims and rows, and leave the tiny models positions for a text."""
-    return sum(map(soft, names)) <= SOFT and not find_conflicts(plain(names))
+    tokens = [*map(soft, names)]
+    return sum(tokens) <= max(SOFT, *tokens) and not find_conflicts(plain(names))
 
 
 def _by_claims(first: str, second: str) -> Cell | None:
@@ -284,6 +314,12 @@ def try_pair(first: str, second: str) -> Cell:
         return replace(found, outcome="failed", reason=f"{type(error).__name__}: {error}")
     why = trouble((first, second), arch)
     return replace(found, outcome="failed", reason=why) if why else found
+
+
+def try_alone(arch: str, names: tuple[str, ...]) -> Group:
+    """Whether a plugin stands on a model, as a stack of one."""
+    why = lived_alone(names[0], arch)
+    return Group(arch, names, names if why else (), why or "", refused=bool(why))
 
 
 def try_group(arch: str, names: tuple[str, ...]) -> Group:

@@ -22,6 +22,8 @@ from peftx.stack import Stack
 from peftx.testing.life import live
 from peftx.testing.models import tiny, tiny_tokenizer
 
+STANDS: dict[tuple[str, str], str | None] = {}
+"""What `stands_on` has found of other models than `llama`, or what other processes have."""
 NO_PLACE = (ArchitectureError, TargetError, UnsupportedError)
 """What a plugin raises that does not stand on a model."""
 
@@ -64,12 +66,18 @@ def arch_of(*names: str) -> str:
     return "llama"
 
 
-@cache
 def stands_on(name: str, arch: str) -> str | None:
     """Why a plugin alone has no place on a tiny model; None if it has."""
     if arch == "llama":
         return _alone(name, arch).refused
-    try:  # only the whole life tells, as for drafts on a model without a cache that can be cut
+    if (name, arch) not in STANDS:
+        STANDS[name, arch] = lived_alone(name, arch)
+    return STANDS[name, arch]
+
+
+def lived_alone(name: str, arch: str) -> str | None:
+    """The same of another model, found by living there: only that tells of drafts on one whose cache cannot be cut."""
+    try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder:
             live(members_as_tried(name), arch, Path(folder) / "bundle")
     except NO_PLACE as error:
