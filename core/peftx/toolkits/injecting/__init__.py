@@ -8,12 +8,14 @@ from peftx.toolkits.injecting.kept import Kept
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_share
+from peftx.toolkits.injecting.stored import Wide, storing
 
 __all__ = [
     "Kept",
     "NetworkPrefix",
     "Router",
     "Side",
+    "Wide",
     "check_experts",
     "check_share",
     "columns",
@@ -22,5 +24,6 @@ __all__ = [
     "routings",
     "see_both_ways",
     "side_of",
+    "storing",
     "watching",
 ]
