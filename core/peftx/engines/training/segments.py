@@ -8,6 +8,7 @@ gradient is freed before the next segment's. So the head runs twice, and what is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,6 @@ from peftx.kernel.positions import prompt_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from peftx.engines.training.step import TrainStep
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """What a model does to its logits behind its head, by the names that configs have for it."""
@@ -65,19 +64,25 @@ def has_plain_loss(model: PreTrainedModel) -> bool:
     )
 
 
-def in_segments(step: TrainStep, size: int) -> tuple[Tensor, Any]:
+def in_segments(
+    model: PreTrainedModel, forward: Callable[..., Any], labels: Tensor, size: int
+) -> tuple[Tensor, Any]:
     """The task's loss of a model with `has_plain_loss`, and what the model returned: logits of the last token alone.
+
+    Args:
+        forward: calls the model on the batch, with some arguments changed. labels: of the batch, [B, T].
+        size: tokens of a segment.
 
     Raises:
         UnsupportedError: these are not what the head says of the last state, so a plugin changes logits or states.
     """
-    model, seen = step.model, list[Tensor]()
+    seen: list[Tensor] = []
     hook = model.get_decoder().register_forward_hook(lambda _module, _args, found: seen.append(found[0]))
     try:
-        outputs = step.forward(labels=None, logits_to_keep=1)
+        outputs = forward(labels=None, logits_to_keep=1)
     finally:
         hook.remove()
-    head, states, labels = model.get_output_embeddings(), seen[-1], step.batch["labels"]
+    head, states = model.get_output_embeddings(), seen[-1]
     # with gradients, as the model computed them: adapters may go another way without
     if states.shape[:2] != labels.shape or not torch.equal(head(states[:, -1:]), outputs.logits):
         raise UnsupportedError(

@@ -281,7 +281,7 @@ class TrainStep:
             and self._processes.count == 1
             and has_plain_loss(self.model)
         ):
-            return in_segments(self, size)
+            return in_segments(self.model, self.forward, labels, size)
         # The mean over this micro-batch, as every model gives it; not all of them know the tokens of a whole step.
         outputs = self.forward()
         if outputs.loss is None:
