@@ -225,7 +225,7 @@ def _carry_out(
         )
         for other in folded:
             _into_weights(stack, other)
-        if compresses_own(member.plugin):
+        if replaced and compresses_own(member.plugin):  # else what it attached stays
             _into_weights(stack, member)
         if stand_in:
             for site, _ in found.replaced:

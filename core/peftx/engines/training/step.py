@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftx.engines.training.base import base_alone
 from peftx.engines.training.feeders import OWN, Feeder, feeder_of
 from peftx.engines.training.processes import ALONE, Processes, check_processes, world
+from peftx.engines.training.segments import has_plain_loss, in_segments
 from peftx.engines.training.shares import Over, Share
 from peftx.engines.training.updates import Action, around_next_update
 from peftx.errors import BatchError, TrainingError, UnsupportedError
@@ -81,6 +82,7 @@ class TrainStep:
         self._terms: dict[str, tuple[LossTerm, float, Over]] = {}
         self._task: Callable[[], tuple[Tensor, Any]] = self._task_loss
         self._task_over: Over = "labels"
+        self._segment: int | None = None
         self._gradients: list[GradientTransform] = []
         self._before: list[Action] = []
         self._after: list[Action] = []
@@ -263,7 +265,23 @@ class TrainStep:
         """
         self._task, self._task_over = function, over
 
+    def segment_task_loss(self, size: int) -> None:
+        """Compute the model's own loss so many tokens at a time: the same number and gradients, and the logits are
+        never there whole. It stays whole where somebody reads them (a term, a task's loss of a plugin's own), where the
+        loss is more than the head's cross entropy, beside soft tokens and in several processes."""
+        self._segment = size
+
     def _task_loss(self) -> tuple[Tensor, Any]:
+        labels, size = self.batch.get("labels"), self._segment
+        if (
+            size is not None
+            and isinstance(labels, Tensor)
+            and labels.numel() > size
+            and not self._terms
+            and self._processes.count == 1
+            and has_plain_loss(self.model)
+        ):
+            return in_segments(self.model, self.forward, labels, size)
         # The mean over this micro-batch, as every model gives it; not all of them know the tokens of a whole step.
         outputs = self.forward()
         if outputs.loss is None:

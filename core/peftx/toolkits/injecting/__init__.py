@@ -9,6 +9,7 @@ from peftx.toolkits.injecting.kept import Kept
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_each, check_share
+from peftx.toolkits.injecting.stored import Wide, storing
 
 __all__ = [
     "Kept",
@@ -16,6 +17,7 @@ __all__ = [
     "NetworkPrefix",
     "Router",
     "Side",
+    "Wide",
     "check_each",
     "check_experts",
     "check_share",
@@ -26,5 +28,6 @@ __all__ = [
     "routings",
     "see_both_ways",
     "side_of",
+    "storing",
     "watching",
 ]

@@ -16,6 +16,8 @@ from peftx import Plugin, Stack
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.kernel.anatomy.site import Site
 from peftx.kernel.parts import DeltaPart, ReplacedPart
+from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, output_of, tiny, tiny_tokenizer
 from peftx_dsee import Dsee, DseeDelta, PrunedDelta, choose, residual
@@ -456,6 +458,17 @@ def test_unstructured_masks_make_nothing_smaller() -> None:
     assert len(stack.ledger.parts) == held
     gone = stack.evaluate(ROWS, metrics=["dsee"])["left"].value
     assert gone == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_plan_says_what_is_saved(tmp_path: Path) -> None:
+    """Of unstructured masks too, whose `compress` takes nothing away."""
+    text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: peftx:sample/train.jsonl}\n"
+    text += "train: {steps: 2, batch_size: 1, max_length: 200}\n"
+    run = load_run(text + f"stack: [{{use: dsee, with: {{prune: 1}}}}]\noutput: {tmp_path / 'out'}\n")
+    planned = plan(run.pipeline).totals.bundle_bytes
+    run.run()
+    saved = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert saved == pytest.approx(planned, rel=0.02)
 
 
 def test_structured_masks_that_do_not_fit_are_refused() -> None:

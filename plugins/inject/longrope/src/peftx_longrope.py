@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
+from peftx.engines.memory import is_out_of_memory
 from peftx.errors import ArchitectureError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
@@ -199,9 +200,15 @@ class LongRope(Plugin):
     def perplexity(self, stack: Stack, rows: Tensor, genes: Genes) -> float:
         self.take(genes)
         losses = []
-        for row in rows:
-            logits = stack.model(input_ids=row[None], use_cache=False).logits[0, :-1]
-            losses.append(F.cross_entropy(logits.float(), row[1:]))
+        try:
+            for row in rows:
+                logits = stack.model(input_ids=row[None], use_cache=False).logits[0, :-1]
+                losses.append(F.cross_entropy(logits.float(), row[1:]))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            said = f"{stack.id_of(self)}: a text of {rows.shape[1]} tokens does not fit in memory"
+            raise UnsupportedError(said, hint="a smaller scale") from error
         return float(torch.stack(losses).mean().exp())
 
     def evolve(self, stack: Stack, rows: Tensor, starts: list[Genes]) -> tuple[Genes, list[float]]:

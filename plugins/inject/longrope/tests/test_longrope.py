@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +327,24 @@ def test_what_breaks_off_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(LongRope, "crossing", lambda *a: 1 / 0)
     with pytest.raises(PeftxError, match="ZeroDivisionError"):
         stack.compress(TEXTS, **FOUR)
+    assert torch.equal(logits(stack.model, LONG), logits(tiny("llama"), LONG))
+    assert not stack.plugins["longrope"].state
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (lambda: torch.empty(2**55), "longrope: .*a text of 48 tokens does not fit in memory"),
+        (lambda: torch.ones(2) @ torch.ones(3), "failed in compress: RuntimeError: .*size"),
+    ],
+)
+def test_a_context_beyond_memory(fails: Callable[[], Any], said: str) -> None:
+    """A real allocation that the machine refuses, in the fifth text that is read; other errors stay what they are."""
+    stack, texts = stack_of(), itertools.count()
+    stack.model.register_forward_pre_hook(lambda *_: fails() if next(texts) == 4 else None)
+    with pytest.raises(PeftxError, match=said):
+        stack.compress(TEXTS, **FOUR)
+    assert next(texts) == 5
     assert torch.equal(logits(stack.model, LONG), logits(tiny("llama"), LONG))
     assert not stack.plugins["longrope"].state
 

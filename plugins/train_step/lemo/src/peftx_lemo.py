@@ -23,7 +23,8 @@ attention stores nothing for them. The MLP and the loss have all tokens. With g 
     forward    W_d (g * u), of all neurons, as ever
     backward   as if there were only the neurons J: those with the largest ||g_j||_2 + ||u_j||_2 over the batch's tokens
 
-so J alone is stored. Outside a training step every layer is as it was.
+so J alone is stored. The loss is a sum over segments of 2048 tokens: the logits of one are freed before the next one's
+and computed again in the backward pass, which changes no number. Outside a training step every layer is as it was.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
 from peftx.kernel.view import BoundSite
 from peftx.toolkits.evaluation import evaluating
+from peftx.toolkits.injecting import storing
 
 
 class LemoConfig(PluginConfig):
@@ -69,6 +71,9 @@ class LemoConfig(PluginConfig):
     mlp_keep: float = Field(0.2, gt=0, le=1, description="share of an MLP's neurons, J, that are stored")
     layers: list[int] | None = Field(
         None, description="layers that do so; the deeper half but the last if left out"
+    )
+    segment: int | None = Field(
+        2048, ge=1, description="tokens whose loss is computed together; all of them if null"
     )
     block: int = Field(64, ge=1, description="b, tokens that are kept or left out together")
     hidden: int = Field(128, ge=1, description="width of a predictor")
@@ -176,21 +181,6 @@ class Eliminate(Delta):
         return torch.zeros_like(x).scatter(1, places, out), *rest
 
 
-class Wide:
-    """What is stored of an activation that has a number for each neuron, [..., I]."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.shape = x.detach(), x.shape
-        self.J: Tensor | None = None
-
-    def thin(self, J: Tensor) -> None:
-        self.x, self.J = self.x[..., J], J
-
-    def unpack(self) -> Tensor:
-        """[..., I], 0 outside J."""
-        return self.x.new_zeros(self.shape).index_copy(-1, self.J, self.x)
-
-
 class Thin(Delta):
     """An MLP that stores the neurons J alone, in a training step.
 
@@ -207,21 +197,13 @@ class Thin(Delta):
     def around(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self.step[0].on and self.training):
             return inner(x, *args, **kwargs)
-        numbers, stored = x.shape[:-1].numel() * self.neurons, list[Wide]()
         norms: list[Tensor] = []
-
-        def pack(t: Tensor) -> Tensor | Wide:
-            of_tokens = t.is_floating_point() and t.shape[-1:] == (self.neurons,) and t.numel() == numbers
-            if not of_tokens or isinstance(t, nn.Parameter):
-                return t
-            stored.append(Wide(t))
-            return stored[-1]
 
         def note(site: Site, act: nn.Module, _: nn.Module, __: Any, y: Tensor) -> None:
             y = act(y.detach() if site.rows is None else site.rows.take(y.detach(), -1))
             norms.append(y.float().flatten(0, -2).norm(dim=0))
 
-        with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with ExitStack() as hooks, storing(x.shape[:-1].numel(), self.neurons) as stored:
             for site, act in self.sites:
                 hooks.callback(site.module.register_forward_hook(partial(note, site, act)).remove)
             y = inner(x, *args, **kwargs)
@@ -229,10 +211,6 @@ class Thin(Delta):
         for wide in stored:
             wide.thin(J)
         return y
-
-
-def unpack(stored: Tensor | Wide) -> Tensor:
-    return stored.unpack() if isinstance(stored, Wide) else stored
 
 
 class Lemo(Plugin):
@@ -364,6 +342,8 @@ class Lemo(Plugin):
                 f"{id}: the model is in evaluation mode, in which every token attends",
                 hint="stack.model.train() before a loop of your own",
             )
+        if self.config.segment is not None:
+            step.segment_task_loss(self.config.segment)
         self.step.on = True
         try:
             return (yield)

@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 
 import peftx
-import peftx_lemo
 from peftx import Stack, TrainingData
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.toolkits.injecting import Wide
 from peftx_bita import Bita
 from peftx_factorllm import FactorLlm
 from peftx_lae import Lae
@@ -262,6 +262,28 @@ def test_all_kept_is_the_dense_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[2], strict=True))
 
 
+@pytest.mark.parametrize("options", [{"keep": 1.0, "mlp_keep": 1.0}, {}])
+def test_a_loss_in_segments_is_the_whole_loss(options: dict[str, float]) -> None:
+    """Of the dense step, and of one that leaves tokens and neurons out; the head reads 5 tokens at most at once."""
+    losses, gradients, rows = [], [], []
+    for segment in (5, None):
+        stack = built(**{"segment": segment, **options})
+        torch.manual_seed(3)
+        for p in stack.ledger.parameters("lora"):
+            torch.nn.init.normal_(p.data, std=0.3)
+        read: list[int] = []
+        stack.model.lm_head.register_forward_hook(
+            lambda _module, args, _y, read=read: read.append(args[0].shape[:-1].numel())
+        )
+        losses.append(float(stack.train_step(batch(pads=3))))
+        gradients.append([p.grad for p in stack.ledger.parameters("lora")])
+        rows.append(max(read))
+    assert rows == [5, 24]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for ours, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
+
+
 def test_outside_a_step_every_token_attends() -> None:
     stack, given = built(), batch()
     with torch.no_grad(), stack.disabled():
@@ -365,13 +387,13 @@ def test_an_mlp_forward_and_backward(arch: str) -> None:
 
 
 def test_an_mlp_stores_its_neurons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, thin = [], peftx_lemo.Wide.thin
+    kept, thin = [], Wide.thin
 
-    def noting(wide: peftx_lemo.Wide, J: torch.Tensor) -> None:
+    def noting(wide: Wide, J: torch.Tensor) -> None:
         thin(wide, J)
         kept.append((tuple(wide.x.shape), wide.x.untyped_storage().nbytes()))
 
-    monkeypatch.setattr(peftx_lemo.Wide, "thin", noting)
+    monkeypatch.setattr(Wide, "thin", noting)
     stack = built(mlp_keep=0.2)
     stack.train_step(batch(12))
     count = math.ceil(0.2 * stack.model.config.intermediate_size)
@@ -388,7 +410,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_the_neurons() -> None:
         if checkpointing:
             stack.model.activation_checkpointing_enable({"use_reentrant": False})
         handle = stack.model.register_forward_hook(
-            lambda *_: held.append(sum(isinstance(found, peftx_lemo.Wide) for found in gc.get_objects()))
+            lambda *_: held.append(sum(isinstance(found, Wide) for found in gc.get_objects()))
         )
         stack.train_step(batch())
         handle.remove()
@@ -438,14 +460,15 @@ def test_layers_that_are_not_there(layers: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep": 0}, {"keep": 1.1}, {"block": 0}, {"hidden": 0}, {"predictor_steps": 0}]
+    "options",
+    [{"keep": 0}, {"keep": 1.1}, {"block": 0}, {"hidden": 0}, {"predictor_steps": 0}, {"segment": 0}],
 )
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(PeftxError, match=f"Lemo: {next(iter(options))}"):
         Lemo(**options)
     defaults = Lemo().config
     assert (defaults.keep, defaults.mlp_keep, defaults.block, defaults.hidden) == (0.4, 0.2, 64, 128)
-    assert (defaults.predictor_steps, defaults.predictor_rate) == (400, 2e-5)
+    assert (defaults.predictor_steps, defaults.predictor_rate, defaults.segment) == (400, 2e-5, 2048)
 
 
 def test_plugins_that_look_at_tokens_inside_attention() -> None:
