@@ -64,6 +64,7 @@ from peftx.kernel.attention import Attend
 from peftx.kernel.parts import AttentionPart
 from peftx.toolkits.evaluation import evaluating
 from peftx.toolkits.shared_prompts import check_alike, check_layout, prompt_beside
+from peftx.toolkits.shared_rows import SharedRows, shared_rows
 
 SEGMENTS = "segments"
 """The column of rows that are groups: 1 on the prompt, 2, 3, ... on its answers behind it, 0 on pads."""
@@ -119,8 +120,9 @@ def groups_of(segments: Tensor, dtype: torch.dtype) -> Groups:
         hidden = torch.finfo(dtype).min * torch.ones((), dtype=dtype, device=row.device)
         return torch.where(visible, 0.0, hidden)[:, None]
 
-    both = torch.cat((prefix[row], suffix), 1)
-    return Groups(prefix, suffix, row, number, mask(Lp, prefix), mask(Ls, both))
+    return Groups(
+        prefix, suffix, row, number, mask(Lp, prefix), mask(Ls, torch.cat((prefix[row], suffix), 1))
+    )
 
 
 def ungroup(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -203,56 +205,6 @@ def grpo_loss(now: Tensor, old: Tensor, A: Tensor, real: Tensor, *, clip: float,
     return -((gain - beta * divergence) * real).sum(1) / real.sum(1)
 
 
-class SharedRows(NamedTuple):
-    """B rows of prompt and answer, of which those with one prompt stand in one of R rows, `s` of the module."""
-
-    ids: Tensor
-    """[R, W], pads at the end."""
-    segments: Tensor
-    """[R, W], as the column has them."""
-    keep: int
-    """Tokens at the end of a row among which all answers are."""
-    row: Tensor
-    """[B] of each answer."""
-    start: Tensor
-    """[B] its first token among those of `keep`."""
-    real: Tensor
-    """[B, A] which of its tokens are no pads."""
-
-    def apart(self, values: Tensor) -> Tensor:
-        """[R, keep] of tokens -> of those of the answers [B, A], 0 on pads."""
-        places = self.start[:, None] + torch.arange(self.real.shape[1], device=values.device)
-        return values[self.row[:, None], places.clamp(max=self.keep - 1)].masked_fill(~self.real, 0)
-
-
-def shared_rows(ids: Tensor, mask: Tensor, answer: int) -> SharedRows | None:
-    """ids, mask: [B, P + A], prompts padded left and A = `answer` columns of answers padded right, as TRL has them.
-
-    None where rows that share prompts would hold no fewer tokens, pads included.
-    """
-    real = mask.bool()
-    prompts, answers = (
-        [tuple(one[told].tolist()) for one, told in zip(ids[:, part], real[:, part], strict=True)]
-        for part in (slice(None, -answer), slice(-answer, None))
-    )
-    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
-    rows, segments = [list(x[:-1]) for x in numbers], [[1] * (len(x) - 1) for x in numbers]
-    row, start = [numbers[x] for x in prompts], []
-    for n, x, y in zip(row, prompts, answers, strict=True):
-        start.append(len(rows[n]) + 1)
-        segments[n] += [max(segments[n], default=1) + 1] * (1 + len(y))
-        rows[n] += [x[-1], *y]
-    width, shortest = max(map(len, rows)), min(map(len, numbers)) - 1
-    if len(rows) * width >= ids.numel() or max(map(len, numbers)) == 1:
-        return None
-    padded = (
-        torch.tensor([[*one, *[0] * (width - len(one))] for one in every]) for every in (rows, segments)
-    )
-    first = torch.tensor(start, device=ids.device) - shortest - 1
-    at = torch.tensor(row, device=ids.device)
-    return SharedRows(*(x.to(ids.device) for x in padded), width - shortest - 1, at, first, real[:, -answer:])
-
-
 class SharedPrompts:
     """In front of TRL's GRPOTrainer: its log-probabilities of rows with one prompt, by rows that share it.
 
@@ -270,11 +222,10 @@ class SharedPrompts:
         self.proved = 0  # tokens of the longest row that was computed both ways
         self.grouper.check(self.stack)
         if self.aux_loss_enabled:
-            raise ConflictError(
-                f"'{self.stack.id_of(self.grouper)}': the load of experts is balanced over the tokens of each row, and "
-                "prompts are shared",
-                hint="router_aux_loss_coef=0 in the trainer's arguments",
+            said = (
+                f"'{self.stack.id_of(self.grouper)}' shares prompts, and the load of experts is of each row"
             )
+            raise ConflictError(said, hint="router_aux_loss_coef=0 in the trainer's arguments")
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
@@ -291,8 +242,7 @@ class SharedPrompts:
         if images or off or self.accelerator.unwrap_model(model) is not stack.model:
             return plain(model, input_ids, attention_mask, logits_to_keep, batch_size, **more)
         self.grouper.check(stack)
-        size = batch_size or len(input_ids)
-        found = []
+        size, found = batch_size or len(input_ids), []
         for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             shared = shared_rows(ids, mask, logits_to_keep)
             if shared is None:
@@ -352,10 +302,9 @@ class PrefixGrouper(Plugin):
         for other in stack.members:
             edits = (part.module for part in stack.ledger.of(other.id, AttentionPart))
             if any(edit.edits_probabilities() and edit.opens() for edit in edits):
-                said = f"'{other.id}' tells in an attention which token of a row is which"
-                raise ConflictError(
-                    f"{said}, and '{stack.id_of(self)}' computes it in parts of rows", hint="keep one of them"
-                )
+                said = f"'{other.id}' tells in an attention which token of a row is which, and "
+                said += f"'{stack.id_of(self)}' computes it in parts of rows"
+                raise ConflictError(said, hint="keep one of them")
 
     @hookimpl
     def prepare_data(self, data: TrainingData, stack: Stack) -> None:
@@ -368,8 +317,7 @@ class PrefixGrouper(Plugin):
     def rows(self, rows: Dataset, data: TrainingData, stack: Stack) -> Dataset:
         found: dict[str, list[tuple[list[int], float]]] = {}
         for i, row in enumerate(rows):
-            where = Place(rows, i)
-            reward = row.get("reward")
+            where, reward = Place(rows, i), row.get("reward")
             if not isinstance(reward, (int, float)) or not math.isfinite(reward):
                 said = f"the reward {reward}" if isinstance(reward, float) else "no reward"
                 raise DataError(f"prefix-grouper: {where} has {said}", hint="a number in the column 'reward'")
@@ -383,15 +331,10 @@ class PrefixGrouper(Plugin):
         for prompt, answers in found.items():
             suffixes, rewards = map(list, zip(*answers, strict=True))
             prefix = prompt_beside(data, prompt, [*map(len, suffixes)], f"the prompt {prompt[:40]!r}")
-            texts = [prefix, *suffixes]
-            groups.append(
-                {
-                    "input_ids": list(chain.from_iterable(texts)),
-                    "labels": [IGNORE] * len(prefix) + list(chain.from_iterable(suffixes)),
-                    SEGMENTS: [1 + n for n, text in enumerate(texts) for _ in text],
-                    "advantages": [*advantages(rewards), *[0.0] * (size - len(rewards))],
-                }
-            )
+            ids, labels = [*prefix, *chain(*suffixes)], [*[IGNORE] * len(prefix), *chain(*suffixes)]
+            segments = [1 + n for n, text in enumerate([prefix, *suffixes]) for _ in text]
+            A = [*advantages(rewards), *[0.0] * (size - len(rewards))]
+            groups.append({"input_ids": ids, "labels": labels, SEGMENTS: segments, "advantages": A})
         if groups:
             self.prove(stack, max(groups, key=lambda each: len(each["input_ids"])))
         return Dataset.from_list(groups)
@@ -403,10 +346,9 @@ class PrefixGrouper(Plugin):
         if method is None or not asked <= set(inspect.signature(method).parameters):
             return None
         if self.config != PrefixGrouperConfig():
-            raise ConflictError(
-                f"prefix-grouper has options of its own loss, and {kind.__name__} computes another one",
-                hint=f"leave clip and beta out, and give {kind.__name__}'s arguments epsilon and beta",
-            )
+            said = f"prefix-grouper has options of its own loss, and {kind.__name__} computes another one"
+            hint = f"leave clip and beta out, and give {kind.__name__}'s arguments epsilon and beta"
+            raise ConflictError(said, hint=hint)
         return SharedPrompts
 
     @hookimpl(wrapper=True)

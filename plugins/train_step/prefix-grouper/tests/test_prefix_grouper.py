@@ -24,6 +24,7 @@ from peftx.errors import ArchitectureError, ConflictError, DataError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.shapes import PAD
+from peftx.toolkits.shared_rows import shared_rows
 from peftx_esft import Esft
 from peftx_localist_dial import LocalistDial
 from peftx_lora import Lora
@@ -38,7 +39,6 @@ from peftx_prefix_grouper import (
     groups_of,
     grpo_loss,
     positions,
-    shared_rows,
     ungroup,
 )
 from peftx_prefix_tuning import PrefixTuning
@@ -566,7 +566,7 @@ def test_a_trainer_that_cannot_share_is_refused_when_it_is_made(tmp_path: Path) 
     with pytest.raises(ConflictError, match="options of its own loss, and GRPOTrainer computes") as caught:
         made("llama", beta=0.3).trainer(GRPOTrainer)
     assert "epsilon" in str(caught.value.hint)
-    with pytest.raises(ConflictError, match="the load of experts is balanced") as caught:
+    with pytest.raises(ConflictError, match="the load of experts is of each row") as caught:
         trainer_of(made("mixtral"), tmp_path)
     assert "router_aux_loss_coef=0" in str(caught.value.hint)
     trainer_of(made("mixtral"), tmp_path, router_aux_loss_coef=0)
