@@ -102,7 +102,7 @@ def test_what_the_bundled_model_has_read() -> None:
 
 
 def test_it_stopped_where_its_training_says() -> None:
-    tool = (ROOT / "tools" / "pretrain_tiny.py").read_text("utf-8")
+    tool = (ROOT / "tools/tiny/sources.py").read_text("utf-8")
     names = ("AG_NEWS_TRAIN_ROWS", "POLARITY_TRAIN_ROWS")
     assert list(READ_BEFORE.values()) == [
         int(re.findall(rf"^{name} = (\d+)$", tool, re.M)[0]) for name in names

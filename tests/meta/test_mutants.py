@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mutants
+import mutants_made
 import mutants_record
 import pytest
 
@@ -44,7 +44,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "mutants.py"
 )  # fmt: skip
 def test_the_mistakes(line: str, kinds: dict[str, str]) -> None:
     imports = "import torch.nn.functional as F\n"
-    found = mutants.mutants(imports + line + "\n")
+    found = mutants_made.mutants(imports + line + "\n")
     assert {mutant.new: mutant.kind for mutant in found} == kinds
     for mutant in found:
         assert mutant.source == f"{imports}{mutant.new}\n"
@@ -61,7 +61,7 @@ def test_the_mistakes(line: str, kinds: dict[str, str]) -> None:
     ],
 )  # fmt: skip
 def test_what_is_left_alone(line: str) -> None:
-    assert mutants.mutants(line + "\n") == []
+    assert mutants_made.mutants(line + "\n") == []
 
 
 TRIAL = """
