@@ -35,6 +35,7 @@ from peftx.toolkits.compression import (
     NarrowLinear,
     QuantLinear,
     dequantize,
+    entering,
     fake_quantize,
     fwht,
     hadamard,
@@ -756,6 +757,26 @@ def test_observed_extremes_and_no_hook_left_behind() -> None:
         layer(torch.randn(2, 5))
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
+
+
+def test_what_enters_layers_is_seen_as_it_is_and_no_hook_left_behind() -> None:
+    first, second, x = nn.Linear(3, 2), nn.Linear(2, 2), torch.randn(4, 3)
+    expected, seen = second(first(x)), []
+
+    def see(module: nn.Module, rows: Tensor) -> Tensor:
+        seen.append((module, rows))
+        return rows * 2
+
+    with entering([second, first], see):
+        y = second(first(x))
+    assert torch.equal(y, expected)  # what the function returns changes nothing
+    assert [module for module, _ in seen] == [first, second]
+    assert seen[0][1] is x
+    with pytest.raises(RuntimeError, match="shapes"), entering([first], lambda *_: None):
+        first(torch.randn(4, 5))
+    first(x)
+    assert len(seen) == 2
+    assert not first._forward_pre_hooks
 
 
 def test_clipping_scale_is_the_best_of_the_grid() -> None:

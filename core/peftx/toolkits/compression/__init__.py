@@ -7,7 +7,7 @@ from peftx.toolkits.compression.calibration import BlockInputs, Calibration, wal
 from peftx.toolkits.compression.finetuned import adopt, base_parameters, differences, text_blocks
 from peftx.toolkits.compression.linear import QuantLinear
 from peftx.toolkits.compression.narrow import NarrowLinear
-from peftx.toolkits.compression.observe import Stats, mse_clip_scale, observe, observing
+from peftx.toolkits.compression.observe import Stats, entering, mse_clip_scale, observe, observing
 from peftx.toolkits.compression.packing import Quantized, dequantize, pack_bits, quantize, unpack_bits
 from peftx.toolkits.compression.transforms import fwht, hadamard, hadamard_exists, hadamard_signs
 
@@ -22,6 +22,7 @@ __all__ = [
     "base_parameters",
     "dequantize",
     "differences",
+    "entering",
     "fake_quantize",
     "fwht",
     "hadamard",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftx.errors import UnsupportedError
 from peftx.toolkits.compression.packing import integer_range
 
-__all__ = ["Stats", "mse_clip_scale", "observe", "observing"]
+__all__ = ["Stats", "entering", "mse_clip_scale", "observe", "observing"]
 
 _CHUNK = 2**16  # values searched at a time: with their counts and errors they stay in the cache
 
@@ -127,6 +127,25 @@ def observe(
     with observing(modules, of=of) as stats, torch.no_grad():
         run()
     return stats
+
+
+@contextmanager
+def entering(modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
+    """Inside, `see(module, x)` runs before each call of a module, with its first positional argument as it is.
+
+    For what `Stats` do not hold: the rows themselves, or sums over them. The hooks are gone afterwards, whatever
+    happened.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        see(module, args[0])  # nothing that `see` returns takes the input's place
+
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def mse_clip_scale(

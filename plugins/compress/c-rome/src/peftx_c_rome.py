@@ -35,6 +35,7 @@ from peftx.errors import ArchitectureError, OptionError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.parts import DeltaPart
 from peftx.toolkits.compression import Calibration
+from peftx.toolkits.injecting import lent
 
 Edit = tuple[str, str, str]  # prompt, subject, object
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -208,11 +209,8 @@ class CRome(Plugin):
             seen[:] = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
             return edit(seen[1]).view_as(y)
 
-        self.delta.probe = probe
-        try:
+        with lent([self.delta], "probe", [probe]):
             logits: Tensor = stack.model(**batch, use_cache=False).logits
-        finally:
-            self.delta.probe = None
         return logits, *seen
 
     def second_moment(self, stack: Stack, calibration: Calibration) -> Tensor:

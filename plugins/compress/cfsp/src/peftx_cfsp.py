@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from peftx import BoundSite, Claim, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
 from peftx.errors import ArchitectureError, ModelError
-from peftx.toolkits.compression import BlockInputs, Calibration, text_blocks
+from peftx.toolkits.compression import BlockInputs, Calibration, entering, text_blocks
 from peftx.toolkits.compression.pruning import check_layers, cut
 
 INTO, OUT = ("mlp.gate", "mlp.up"), "mlp.down"
@@ -134,15 +134,12 @@ class CFSP(Plugin):
         def on_block(layer: int, block: nn.Module, inputs: BlockInputs) -> None:
             squares: list[Tensor] = []
 
-            def see(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-                squares.append(given[0].flatten(0, -2).double().square().sum(0))
+            def see(module: nn.Module, x: Tensor) -> None:
+                squares.append(x.flatten(0, -2).double().square().sum(0))
 
-            hook = groups[layer][OUT].module.register_forward_pre_hook(see)
-            try:
+            with entering([groups[layer][OUT].module], see):
                 before = (inputs.hidden(i) for i in range(len(inputs)))
                 turned = [angles(x, y).flatten() for x, y in zip(before, inputs.advance(block), strict=False)]
-            finally:
-                hook.remove()
             G.append(torch.cat(turned).mean())
             norms.append(torch.stack(squares).sum(0).sqrt())
 

@@ -46,6 +46,7 @@ from peftx.toolkits.compression import (
     adopt,
     dequantize,
     differences,
+    entering,
     pack_bits,
     quantize,
     text_blocks,
@@ -272,15 +273,11 @@ def hessians(sites: list[BoundSite], block: nn.Module, inputs: BlockInputs) -> l
     """X^T X of each site's inputs in this block, [in, in] float32; of one that no text comes to, the unit matrix."""
     found: dict[nn.Module, Tensor] = {}
 
-    def see(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0].flatten(0, -2).float()
+    def see(module: nn.Module, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
         found[module] = found.get(module, 0) + x.mT @ x
 
-    hooks = [site.module.register_forward_pre_hook(see) for site in sites]
-    try:
+    with entering([site.module for site in sites], see):
         for _ in inputs.replay(block):
             pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [found.get(site.module, torch.eye(site.in_features, device=site.weight.device)) for site in sites]

@@ -185,9 +185,8 @@ class PrefixQuant(Plugin):
         if self.weights_only:  # no constants of activations, which adapters behind would make wrong
             self.claims = type(self).claims - {Claim.FINAL, Claim.PREFIX_CACHE}
         # Inputs of layers alone, with nothing in the cache: layers with a constant each, and no more than these.
-        self.inputs_only = (
-            not self.weights_only and self.config.kv_bits == 16 and not self.config.prefix_tokens
-        )
+        nothing_cached = self.config.kv_bits == 16 and not self.config.prefix_tokens
+        self.inputs_only = nothing_cached and not self.weights_only
         if self.inputs_only:
             self.claims = type(self).claims - {Claim.PREFIX_CACHE}
 
@@ -195,38 +194,24 @@ class PrefixQuant(Plugin):
         """Raise ArchitectureError, with a way out, unless `compress` works on this model."""
         kind, towers = f"{model.owner}: {model.config.model_type}", set(model.towers)
         if towers != {"decoder"} and not (self.weights_only and towers == {"encoder"}):
-            needs = (
-                "only one tower of text can be packed"
-                if self.weights_only
-                else "its prefix needs a decoder alone"
-            )
-            raise ArchitectureError(
-                f"{kind} has {' and '.join(model.towers)}, and {needs}",
-                hint=ALONE if towers == {"encoder"} else DECODER,
-            )
+            one, alone = "only one tower of text can be packed", "its prefix needs a decoder alone"
+            said = f"{kind} has {' and '.join(model.towers)}, and {one if self.weights_only else alone}"
+            raise ArchitectureError(said, hint=ALONE if towers == {"encoder"} else DECODER)
         sites = model.linears("all", whole=True)
         if other := next((site for site in sites if site.kind != "linear"), None):
-            raise ArchitectureError(
-                f"{kind} keeps its {other.kind} ({other.role}) stacked in {other.path}.{other.parameter}, and only "
-                "linear layers can be packed",
-                hint=DECODER,
-            )
+            said = f"{kind} keeps its {other.kind} ({other.role}) stacked in {other.path}.{other.parameter}"
+            raise ArchitectureError(f"{said}, and only linear layers can be packed", hint=DECODER)
         if "mlp.down" not in {site.role for site in sites}:
-            raise ArchitectureError(
-                f"{kind} has no MLP, at whose down projection outlier tokens are found", hint=DECODER
-            )
+            said = f"{kind} has no MLP, at whose down projection outlier tokens are found"
+            raise ArchitectureError(said, hint=DECODER)
         beside = not (self.weights_only or self.inputs_only)
         if beside and not model.module._can_set_attn_implementation():
-            raise ArchitectureError(
-                f"{kind} does not look its attention up by name, so its keys and values cannot be rounded",
-                hint=ALONE,
-            )
+            said = f"{kind} does not look its attention up by name, so its keys and values cannot be rounded"
+            raise ArchitectureError(said, hint=ALONE)
         size, least = self.config.group_size or 1, min(sites, key=lambda site: site.in_features)
-        if size > least.in_features:
-            raise ArchitectureError(
-                f"{model.owner}: group_size {size} exceeds the {least.in_features} weights in a row of {least.path}",
-                hint=f"at most {least.in_features}, or leave it out: a scale for each row",
-            )
+        if size > (row := least.in_features):
+            said = f"{model.owner}: group_size {size} exceeds the {row} weights in a row of {least.path}"
+            raise ArchitectureError(said, hint=f"at most {row}, or leave it out: a scale for each row")
 
     @hookimpl
     def compress(self, model: ModelView, calibration: packing.Calibration, stack: Stack) -> None:
@@ -328,19 +313,14 @@ class PrefixQuant(Plugin):
 
         def on_block(layer: int, block: nn.Module, calls: packing.BlockInputs) -> None:
             rows: dict[nn.Module, list[Tensor]] = {site.module: [] for site in blocks[layer]}
-            hooks = [m.register_forward_pre_hook(lambda m, x: rows[m].append(x[0])) for m in rows]
-            try:
+            with packing.entering(rows, lambda module, x: rows[module].append(x)):
                 seen = [edits[layer].seen if edits else () for _ in calls.advance(block)]
-            finally:
-                for hook in hooks:
-                    hook.remove()
             unseen = [site.path for site in blocks[layer] if not rows[site.module]]
             if unseen or len(set(map(len, seen))) > 1:  # keys and values of some texts alone
                 place = unseen[0] if unseen else f"the attention of layer {layer} in some calls"
-                raise DataError(
-                    f"prefixquant: no calibration text comes to {place}, so its input has no scale",
-                    hint="more of it, or another plugin in the place of one that lets texts skip layers",
-                )
+                said = f"prefixquant: no calibration text comes to {place}, so its input has no scale"
+                hint = "more of it, or another plugin in the place of one that lets texts skip layers"
+                raise DataError(said, hint=hint)
             known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # q, k and v are given the same tensors
             for row in rows.values():
                 if (key := tuple(map(id, row))) not in known:
@@ -348,14 +328,13 @@ class PrefixQuant(Plugin):
             found = [known[tuple(map(id, row))] for row in rows.values()]
             down = next(site.module for site in blocks[layer] if site.role == "mlp.down")
             heads = [scales(side, config.kv_bits)[0] for side in zip(*seen, strict=True)]
-            results.append(
-                Measured(
-                    inputs=torch.cat([scale for scale, _ in found]),
-                    heads=torch.stack(heads) if heads else torch.empty(0),
-                    squares=[squares for _, squares in found],
-                    peaks=[x.abs().amax(-1).flatten().float().cpu() for x in rows[down]],
-                )
+            measured = Measured(
+                inputs=torch.cat([scale for scale, _ in found]),
+                heads=torch.stack(heads) if heads else torch.empty(0),
+                squares=[squares for _, squares in found],
+                peaks=[x.abs().amax(-1).flatten().float().cpu() for x in rows[down]],
             )
+            results.append(measured)
 
         text.walk(model.module, [site.module for site in model.blocks("layer")], on_block)
         return results

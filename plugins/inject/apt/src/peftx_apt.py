@@ -68,6 +68,7 @@ from peftx.toolkits.compression.pruning import (
     put_in_place,
     train_again,
 )
+from peftx.toolkits.injecting import lent
 
 OTHER_LOSS = {Claim.REPLACES_LOSS, Claim.CLASSIFIES, Claim.NO_LABELS, Claim.OWN_LAYOUT}
 Memory = dict[str, Tensor]
@@ -336,14 +337,10 @@ class Apt(Plugin):
         """sum_i MSE(T_i h_i, the teacher's h_i), 0-d; `seen` has the student's."""
         student = [seen.pop((layer, True)) for layer in self.layers]
         taught = [(p, memory[key].to(p)) for key, p in self.trained().items()]
-        try:
-            for _, mask in self.masks:
-                mask.off = True
-            with swapped(taught), eval_mode(step.model), torch.no_grad():
-                step.model(**step.batch)
-        finally:
-            for _, mask in self.masks:
-                mask.off = False
+        masks = [mask for _, mask in self.masks]
+        off = lent(masks, "off", [True] * len(masks))
+        with off, swapped(taught), eval_mode(step.model), torch.no_grad():
+            step.model(**step.batch)
         real = self.masks[0][1].real  # of the teacher's call
         return self.match.loss(student, [seen[layer, False] for layer in self.layers], real)
 

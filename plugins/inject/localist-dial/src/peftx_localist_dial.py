@@ -47,6 +47,7 @@ from peftx.kernel.call import Call
 from peftx.kernel.stack import Stack
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.evaluation import perplexity
+from peftx.toolkits.injecting import lent
 
 
 class LocalistDialConfig(PluginConfig):
@@ -228,14 +229,11 @@ class LocalistDial(Plugin):
 
     def read(self, stack: Stack, rows: Sequence[Any]) -> tuple[float, Tensor]:
         """NLL of the rows in bits, of all of their tokens together, and the sum of the notes."""
-        self.blocks.notes = []
-        try:
+        notes: list[Tensor] = []
+        with lent([self.blocks], "notes", [notes]):
             nll = perplexity(stack.model, stack.tokenizer, rows)["nll"]
-            notes = torch.stack(self.blocks.notes).sum(0)
-        finally:
-            self.blocks.notes = None
         assert nll.count is not None
-        return nll.value * nll.count / math.log(2), notes
+        return nll.value * nll.count / math.log(2), torch.stack(notes).sum(0)
 
     def sweep(self, stack: Stack, rows: Sequence[Any]) -> Tensor:
         """The experiment: under each lambda of `sweep` the mean mass on relevant keys of queries that have a block, and

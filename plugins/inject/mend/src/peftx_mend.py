@@ -17,8 +17,7 @@ backward pass, as two vectors a token beside W.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -47,6 +46,7 @@ from peftx.kernel.objective import pad_of
 from peftx.kernel.reading import check_output
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation import context_window
+from peftx.toolkits.injecting import lent
 
 REPHRASED = ("rephrased_ids", "rephrased_labels")
 """Columns of x_e' y_e, where the rows have a text `rephrase`."""
@@ -226,7 +226,7 @@ class Mend(Plugin):
         """
         model = stack.model
         tapes: list[list[Tensor]] = [[] for _ in self.deltas]
-        with self.lent("tape", tapes), eval_mode(model), torch.enable_grad():
+        with lent(self.deltas, "tape", tapes), eval_mode(model), torch.enable_grad():
             loss = nll(model, model(**batch).logits, batch["labels"]).sum()
         if silent := tapes.count([]):
             said = f"{stack.id_of(self)}: {silent} layers that it is to edit are merged or switched off"
@@ -241,17 +241,6 @@ class Mend(Plugin):
     def updates(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
         """L and R of each matrix."""
         return [editor(z, m) for (editor, m), z in zip(self.editors, rows, strict=True)]
-
-    @contextmanager
-    def lent(self, name: str, values: Sequence[Any]) -> Iterator[None]:
-        """Each delta has its value of this name, for a while."""
-        for delta, value in zip(self.deltas, values, strict=True):
-            setattr(delta, name, value)
-        try:
-            yield
-        finally:
-            for delta in self.deltas:
-                setattr(delta, name, None)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -276,13 +265,13 @@ class Mend(Plugin):
         told = other["labels"] != IGNORE if model.config.is_encoder_decoder else other["attention_mask"] != 0
 
         def edit() -> tuple[Tensor, Any]:
-            with self.lent("draft", self.updates(rows)), eval_mode(model):
+            with lent(self.deltas, "draft", self.updates(rows)), eval_mode(model):
                 outputs = step.forward()
             L_e = nll(model, outputs.logits, step.batch["labels"]).mean()
             return self.config.edit_weight * L_e, outputs
 
         def locality(_: Any) -> Tensor:
-            with self.lent("draft", self.updates(rows)), eval_mode(model):
+            with lent(self.deltas, "draft", self.updates(rows)), eval_mode(model):
                 return divergence(before[told], model(**other).logits[told])
 
         step.replace_task_loss(edit, over="rows")

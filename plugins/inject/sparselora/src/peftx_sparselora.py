@@ -268,12 +268,9 @@ class Sparselora(Plugin):
 
     Config = SparseloraConfig
     claims = {
-        Claim.IDENTITY_AT_START,
-        Claim.MERGEABLE,
-        Claim.NEEDS_GRADIENTS,
-        Claim.NEEDS_LABELS,
+        Claim.IDENTITY_AT_START, Claim.MERGEABLE, Claim.NEEDS_GRADIENTS, Claim.NEEDS_LABELS,
         Claim.COMPUTES_LAYERS,
-    }
+    }  # fmt: skip
     architectures = ("mistral", "gemma2")
     refuses = {
         "gpt2": "no gated MLP, and q, k, v in one matrix",
@@ -284,12 +281,9 @@ class Sparselora(Plugin):
         "accumulation_makes_the_same_step": "the channels are chosen for all tokens of a batch together"
     }
     example = {
-        "mlp": 0.5,
-        "attention": 0.5,
-        "mlp_layers": [0, 1],
-        "attention_layers": [0, 1],
+        "mlp": 0.5, "attention": 0.5, "mlp_layers": [0, 1], "attention_layers": [0, 1],
         "dense_answers": False,  # the kit's batches have a label on every token
-    }
+    }  # fmt: skip
     config: SparseloraConfig
     tokens: Tokens
 
@@ -307,17 +301,13 @@ class Sparselora(Plugin):
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if not step.model.training:
-            raise TrainingError(
-                "sparselora: the model is in evaluation mode, in which every layer runs dense",
-                hint="stack.model.train() before a loop of your own",
-            )
+            said = "sparselora: the model is in evaluation mode, in which every layer runs dense"
+            raise TrainingError(said, hint="stack.model.train() before a loop of your own")
         if step.index >= round(self.config.start * (step.total or 0)):
             ids, labels = step.batch["input_ids"], step.batch["labels"]
             if not self.tokens.context_of(labels, ids.shape).any():
-                raise BatchError(
-                    f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse",
-                    hint="data with prompts, or dense_answers = false",
-                )
+                said = f"sparselora: all {ids.numel()} tokens of the batch have a label, so none runs sparse"
+                raise BatchError(said, hint="data with prompts, or dense_answers = false")
             self.tokens.set(lambda: step.batch["labels"])
         try:
             loss = yield
@@ -334,15 +324,11 @@ class Sparselora(Plugin):
         given = getattr(self.config, f"{block}_layers")
         layers = list(rule) if given is None else given
         if len(set(layers) & set(range(total))) < len(layers):
-            raise OptionError(
-                f"sparselora: {block}_layers {layers} of a model with {total} layers",
-                hint=f"each once, 0 to {total - 1}",
-            )
+            said = f"sparselora: {block}_layers {layers} of a model with {total} layers"
+            raise OptionError(said, hint=f"each once, 0 to {total - 1}")
         if not layers:
-            raise OptionError(
-                f"sparselora: of {total} layers none is left for {block} between the first and the last",
-                hint=f"name them in {block}_layers, or {block} = 0",
-            )
+            said = f"sparselora: of {total} layers none is left for {block} between the first and the last"
+            raise OptionError(said, hint=f"name them in {block}_layers, or {block} = 0")
         return layers
 
     def _channels(self, model: ModelView, block: str, layer: int, sites: dict[str, Site]) -> nn.Module:
@@ -356,13 +342,11 @@ class Sparselora(Plugin):
         return AttentionChannels(*estimates, keep=keep, groups=groups, head_dim=sizes.head_dim)
 
     def _estimate(self, model: ModelView, site: Site) -> Estimate:
-        rank, full = self.config.rank, min(site.in_features, site.out_features)
-        if rank > full:
-            raise OptionError(
-                f"sparselora: rank {rank} exceeds the {site.out_features}x{site.in_features} matrix {site.path}",
-                hint=f"rank at most {full}",
-            )
-        estimate = Estimate(site.in_features, site.out_features, rank=rank)
+        rank, into, out = self.config.rank, site.in_features, site.out_features
+        if rank > min(into, out):
+            said = f"sparselora: rank {rank} exceeds the {out}x{into} matrix {site.path}"
+            raise OptionError(said, hint=f"rank at most {min(into, out)}")
+        estimate = Estimate(into, out, rank=rank)
         if not model.restoring:
             estimate.fit(site.weight)
         return estimate
@@ -387,18 +371,14 @@ def sites_of(model: ModelView, block: str, layer: int) -> dict[str, BoundSite]:
     if found := at(layer, "linear"):
         return found
     if packed := [site for site in at(layer, "linear", "quantized").values() if site.kind == "quantized"]:
-        raise ArchitectureError(
-            f"sparselora: it slices rows and columns of weights, and {packed[0].path} is packed",
-            hint="load the model unpacked, and put what packs it (prefixquant) behind sparselora; or leave this "
-            f"block dense: {block}: 0",
-        )
+        said = f"sparselora: it slices rows and columns of weights, and {packed[0].path} is packed"
+        way = "load the model unpacked, and put what packs it (prefixquant) behind sparselora"
+        raise ArchitectureError(said, hint=f"{way}; or leave this block dense: {block}: 0")
     others = [i for i in range(model.num_layers) if at(i, "linear")]
     where = f"layer {layer} of {model.config.model_type}" if others else model.config.model_type
-    raise ArchitectureError(
-        f"sparselora slices {', '.join(roles)} of a decoder, and {where} does not have them as linear layers of their "
-        "own",
-        hint=f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen 2 and 3 and their kin do",
-    )
+    said = f"sparselora slices {', '.join(roles)} of a decoder, and {where} does not have them"
+    hint = f"{block}_layers: {others}" if others else "Llama, Mistral, Qwen 2 and 3 and their kin do"
+    raise ArchitectureError(f"{said} as linear layers of their own", hint=hint)
 
 
 def activation_of(model: ModelView, sites: dict[str, Site]) -> Callable[[Tensor], Tensor]:
@@ -407,10 +387,9 @@ def activation_of(model: ModelView, sites: dict[str, Site]) -> Callable[[Tensor]
     children = model.module.get_submodule(mlp).named_children()
     found = [module for name, module in children if module not in linears and not is_ours(name)]
     if len(found) != 1:
-        raise ArchitectureError(
-            f"sparselora: beside linear layers {mlp} has {len(found)} modules, and not the gate's function alone",
-            hint="Llama, Mistral, Qwen 2 and 3 and their kin have it; or leave the MLPs dense: mlp: 0",
-        )
+        said = f"sparselora: beside linear layers {mlp} has {len(found)} modules, and not the gate's function alone"
+        hint = "Llama, Mistral, Qwen 2 and 3 and their kin have it; or leave the MLPs dense: mlp: 0"
+        raise ArchitectureError(said, hint=hint)
     return found[0]
 
 

@@ -36,14 +36,12 @@ from peftx import Claim, Evaluation, ModelView, Plugin, PluginConfig, TrainingDa
 from peftx.engines.data import Place, Where, inside, prompt_ids, text_ids
 from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.toolkits.decoding.text import check_writes
-from peftx.toolkits.evaluation import (
-    Request,
-    context_window,
-    score_requests,
-)
+from peftx.toolkits.evaluation import Request, context_window, score_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftx.kernel.stack import Stack
 
 Profile = dict[str, str]
 EMPTY = "none"  # an empty profile's line; it has no colon, so it reads as no field
@@ -210,15 +208,13 @@ def read_profile(value: Any, where: Where) -> Profile:
         if item is None:
             continue
         if not isinstance(item, str) or not item.strip() or not key.strip():
-            raise DataError(
-                f"user-profile: {where}: {key!r} is {item!r}; keys and values are texts, not empty"
-            )
+            said = f"{key!r} is {item!r}; keys and values are texts, not empty"
+            raise DataError(f"user-profile: {where}: {said}")
         name = normalise(key)
         if name in seen:
-            raise DataError(
-                f"user-profile: {where}: the keys {seen[name]!r} and {key!r} clash: both read as {name!r}",
-                hint="give each field a name of its own, beyond case and punctuation",
-            )
+            said = f"the keys {seen[name]!r} and {key!r} clash: both read as {name!r}"
+            hint = "give each field a name of its own, beyond case and punctuation"
+            raise DataError(f"user-profile: {where}: {said}", hint=hint)
         seen[name], profile[key] = key, item
     return profile
 
@@ -228,9 +224,8 @@ def perturb(gold: Profile, others: Mapping[str, list[str]], rng: Random) -> Prof
     certain = rng.choice(list(gold))
     old = {}
     for key, value in gold.items():
-        edited = key == certain or rng.random() < 1 / 3
         choices = [other for other in others[key] if other != value]
-        if not edited:
+        if key != certain and rng.random() >= 1 / 3:
             old[key] = value
         elif choices and rng.random() < 1 / 2:
             old[key] = rng.choice(choices)
@@ -246,10 +241,8 @@ def field_probabilities(
 ) -> list[dict[str, float]]:
     """p(value_i | key_i, fields before, prompt) for pairs of a prompt and a profile, given or generated."""
     if model.config.is_encoder_decoder or not tokenizer.is_fast:
-        raise UnsupportedError(
-            "user-profile: probabilities of fields need a decoder and a fast tokenizer",
-            hint="set probabilities: false",
-        )
+        said = "user-profile: probabilities of fields need a decoder and a fast tokenizer"
+        raise UnsupportedError(said, hint="set probabilities: false")
     requests, places = [], []
     for prompt, profile in pairs:
         completion = serialise(profile)
@@ -295,10 +288,8 @@ class UserProfile(Plugin):
     def suits(self, model: ModelView) -> None:
         check_writes(model, alone=False)
         if self.config.probabilities and model.config.is_encoder_decoder:
-            said = f"{model.owner}: {type(model.module).__name__} has two towers"
-            raise ArchitectureError(
-                f"{said}, and probabilities of fields need a decoder alone", hint="set probabilities: false"
-            )
+            said = f"{type(model.module).__name__} has two towers, and probabilities of fields need a decoder alone"
+            raise ArchitectureError(f"{model.owner}: {said}", hint="set probabilities: false")
 
     @hookimpl
     def prepare_data(self, data: TrainingData) -> None:
@@ -311,8 +302,7 @@ class UserProfile(Plugin):
         data.format = "prompt-completion"
 
     def _tasks(self, rows: Sequence[Mapping[str, Any]]) -> list[Task]:
-        edits = self.config.edits
-        tasks = [read_task(row, Place(rows, index), edits=edits) for index, row in enumerate(rows)]
+        tasks = [read_task(row, Place(rows, i), edits=self.config.edits) for i, row in enumerate(rows)]
         if not tasks:
             raise DataError("user-profile: there are no rows")
         return tasks
@@ -321,35 +311,30 @@ class UserProfile(Plugin):
         built = [task for task in tasks if task.old is None and task.gold]
         chosen = [task for task in built if rng.random() < self.config.updates]
         if self.config.updates and not built:
-            raise DataError(
-                f"user-profile: updates is {self.config.updates}, and no row is a construction with fields",
-                hint="leave updates out; the rows are updates already",
-            )
+            said = f"updates is {self.config.updates}, and no row is a construction with fields"
+            raise DataError(f"user-profile: {said}", hint="leave updates out; the rows are updates already")
         others = defaultdict[str, list[str]](list)
         for key, value in chain.from_iterable(task.gold.items() for task in tasks):
             others[key].append(value)
-        edits = self.config.edits
-        return [Task(task.text, task.gold, perturb(task.gold, others, rng), edits) for task in chosen]
+        return [Task(t.text, t.gold, perturb(t.gold, others, rng), self.config.edits) for t in chosen]
 
     @staticmethod
     def _rows(tasks: list[Task], data: TrainingData) -> Dataset:
         for task in tasks:
             length = sum(_lengths(task, data.tokenizer))
             if length > data.max_length:
-                raise DataError(
-                    f"user-profile: a row of {task.name} has {length} tokens, max_length is {data.max_length}, and "
-                    f"what is cut may hold fields: {task.text!r:.60}",
-                    hint="raise max_length, or leave out long rows",
-                )
-        return Dataset.from_list(
-            [{"prompt": t.prompt, "completion": serialise(t.target), "task": t.name} for t in tasks]
-        )
+                said = f"a row of {task.name} has {length} tokens, max_length is {data.max_length}"
+                risk = f"what is cut may hold fields: {task.text!r:.60}"
+                hint = "raise max_length, or leave out long rows"
+                raise DataError(f"user-profile: {said}, and {risk}", hint=hint)
+        rows = [{"prompt": t.prompt, "completion": serialise(t.target), "task": t.name} for t in tasks]
+        return Dataset.from_list(rows)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:
         """Add the scores of the module for each task that has rows: see the README."""
         stack, size, tasks = evaluation.stack, self.config.batch_size, self._tasks(evaluation.rows("eval"))
-        self._check_room(tasks, stack.model, stack.tokenizer)
+        self._check_room(tasks, stack)
         written: list[Profile] = []
         for begin in range(0, len(tasks), size):
             prompts = [task.prompt for task in tasks[begin : begin + size]]
@@ -362,34 +347,27 @@ class UserProfile(Plugin):
                 if self.config.probabilities:
                     self._believe(evaluation, name, pairs)
 
-    def _check_room(
-        self, tasks: Sequence[Task], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def _check_room(self, tasks: Sequence[Task], stack: Stack) -> None:
         """Raise for a prompt that leaves the model no room for an answer: it would be read from wrong positions."""
-        window, apart = context_window(model, tokenizer), model.config.is_encoder_decoder
+        window, apart = context_window(stack.model, stack.tokenizer), stack.model.config.is_encoder_decoder
         for index, task in enumerate(tasks):
-            prompt, target = _lengths(task, tokenizer)
+            prompt, target = _lengths(task, stack.tokenizer)
             behind = [(self.config.max_new_tokens, "max_new_tokens")]
             behind += [(target, "what is to be written and EOS")] * self.config.probabilities
             for count, name in behind:
                 if (max(prompt, count) if apart else prompt + count) > window:
-                    raise DataError(
-                        f"user-profile: row {index} (counting from 0) has a prompt of {prompt} tokens, and with "
-                        f"{count} for {name} that is more than the {window} that the model reads",
-                        hint="lower max_new_tokens, or leave out long rows",
-                    )
+                    said = f"row {index} (counting from 0) has a prompt of {prompt} tokens, and with {count} for {name}"
+                    more = f"that is more than the {window} that the model reads"
+                    hint = "lower max_new_tokens, or leave out long rows"
+                    raise DataError(f"user-profile: {said} {more}", hint=hint)
 
     def _score(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
         made, gold = [len(answer) for _, answer in pairs], [len(task.gold) for task, _ in pairs]
         both = [a + b for a, b in zip(made, gold, strict=True)]
         for label, fuzzy in (("", None), ("fuzzy-", self.config.fuzzy)):
             hits = [len(matched(answer, task.gold, fuzzy)) for task, answer in pairs]
-            twice = [2 * hit for hit in hits]
-            for score, top, bottom in (
-                ("precision", hits, made),
-                ("recall", hits, gold),
-                ("f1", twice, both),
-            ):
+            f1 = ("f1", [2 * hit for hit in hits], both)
+            for score, top, bottom in (("precision", hits, made), ("recall", hits, gold), f1):
                 filled = [pair for pair in zip(top, bottom, strict=True) if pair[1]]
                 if filled:
                     evaluation.add_ratio(f"{name}/{label}{score}", *zip(*filled, strict=True))
@@ -406,16 +384,12 @@ class UserProfile(Plugin):
         stack, size = evaluation.stack, self.config.batch_size
         given = [(task.prompt, task.target) for task, _ in pairs], [(task.prompt, own) for task, own in pairs]
         gold, own = (field_probabilities(stack.model, stack.tokenizer, some, size) for some in given)
-        judged = [
-            (p, written[key] == task.target.get(key))
-            for (task, written), fields in zip(pairs, own, strict=True)
-            for key, p in fields.items()
-        ]
-        groups = {
-            "probability": [p for fields in gold for p in fields.values()],
-            "probability-right": [p for p, right in judged if right],
-            "probability-wrong": [p for p, right in judged if not right],
-        }
+        groups: dict[str, list[float]] = {f"probability{of}": [] for of in ("", "-right", "-wrong")}
+        groups["probability"] += [p for fields in gold for p in fields.values()]
+        for (task, written), fields in zip(pairs, own, strict=True):
+            for key, p in fields.items():
+                right = written[key] == task.target.get(key)
+                groups["probability-right" if right else "probability-wrong"].append(p)
         for label, values in groups.items():
             if values:
                 evaluation.add(f"{name}/{label}", sum(values) / len(values), count=len(values))

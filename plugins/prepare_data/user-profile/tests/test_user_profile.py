@@ -386,7 +386,7 @@ def test_right_and_wrong_fields_have_their_own_means() -> None:
     ("arch", "match", "hint"),
     [
         ("t5", "T5ForConditionalGeneration has two towers", "set probabilities: false"),
-        ("bert", "BertForMaskedLM does not write", "take a decoder"),
+        ("bert", "BertForMaskedLM writes no text", "take a language model"),
     ],
 )
 def test_models_without_profiles_are_refused_before_anything_runs(arch: str, match: str, hint: str) -> None:

@@ -237,9 +237,8 @@ class RadixCache(PrefixCache):
         if self.costs.bytes(1) > capacity:
             said = f"marconi: capacity_mb is {config.capacity_mb}, and one token takes {self.costs.bytes(1)} bytes"
             raise ServerError(said, hint="more capacity_mb")
-        self.tree = Tree(
-            self.costs, capacity, config.alpha or 0.0, self.watch if config.alpha is None else None
-        )
+        watch = self.watch if config.alpha is None else None
+        self.tree = Tree(self.costs, capacity, config.alpha or 0.0, watch)
         self.requests = self.tokens = self.window = 0
         self.before: Tree | None = None  # the tree when it was full, while requests are noted
         self.noted: list[tuple[bool, list[int]]] = []  # asked, or kept
@@ -344,12 +343,10 @@ def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs]:
     read(model, ids[:-2], parted)  # two: one alone is read by another way in most recurrent layers
     apart = float((read(model, ids[-2:], parted) - whole).abs().max() / whole.abs().max())
     if not apart <= torch.finfo(whole.dtype).eps ** 0.5:
-        said = (
-            f"marconi: {type(model).__name__} reads a text in two parts otherwise than at once ({apart:.0e})"
-        )
-        raise UnsupportedError(
-            said, hint="its layers do not begin from a state; take a model whose layers do"
-        )
+        who = type(model).__name__
+        said = f"marconi: {who} reads a text in two parts otherwise than at once ({apart:.0e})"
+        hint = "its layers do not begin from a state; take a model whose layers do"
+        raise UnsupportedError(said, hint=hint)
     kept, states = parts_of(cache)
     numbers = [part for layer in states for part in layer.recurrent_states.values() if part is not None]
     windows = [part for layer in states for part in layer.conv_states.values() if part is not None]
@@ -364,9 +361,8 @@ def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs]:
 
 def check_kinds(kinds: set[type], who: str) -> None:
     """Raises ArchitectureError where layers of a cache are neither keys and values of all tokens nor one state."""
-    if names := ", ".join(
-        sorted(k.__name__ for k in kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer})
-    ):
+    others = kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer}
+    if names := ", ".join(sorted(kind.__name__ for kind in others)):
         raise ArchitectureError(f"{who} has layers of kind {names} in its cache", hint="take full attention")
     if DynamicLayer not in kinds:
         raise ArchitectureError(f"{who} keeps states alone, and transformers' cache of them knows no length",
@@ -396,8 +392,7 @@ class Marconi(Plugin):
     def serve(self, server: Server) -> None:
         store = RadixCache(server.stack, self.config)
         server.scheduler.begin_from(store, owner="marconi")
-        if (
-            store.costs.state
-        ):  # batches that run whole begin from a cache, and give one back, for one row alone
+        if store.costs.state:
+            # Batches that run whole begin from a cache, and give one back, for one row alone.
             server.scheduler.max_batch = 1
         server.add_route("GET", "/v1/marconi", store.figures)
