@@ -16,7 +16,7 @@ import peftx
 from peftx import Claim, Delta, Plugin, Stack, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import as_bits, widened
-from peftx.errors import ConflictError, MergeError
+from peftx.errors import ArchitectureError, ConflictError, MergeError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.plugin import compresses_own
 from peftx.pipeline import load_run
@@ -24,7 +24,14 @@ from peftx.planning import plan
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import example_inputs, output_of
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
-from peftx.toolkits.compression.pruning import cut, heads_and_neurons, put_in_place
+from peftx.toolkits.compression.pruning import (
+    bytes_left,
+    check_not_packed,
+    check_runs,
+    cut,
+    heads_and_neurons,
+    put_in_place,
+)
 from peftx_lora import Lora
 from peftx_spec import load_spec
 
@@ -217,6 +224,33 @@ def test_a_delta_is_folded_into_what_is_cut() -> None:
     site = heads_and_neurons(stack.view("fades"))[1].into[0][0]
     layer = cut(site, Doubles(), rows=torch.tensor([3, 1]), columns=slice(0, 5))
     assert torch.equal(layer.weight, 2 * site.weight[[3, 1], :5])
+
+
+def test_other_modules_are_tried_without_numbers() -> None:
+    model = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades")
+    site = next(iter(model.linears("mlp.up")))
+    fits, thin = (torch.nn.Linear(site.in_features - n, site.out_features, device="meta") for n in (0, 1))
+    check_runs(model, {site.path: fits}, "has more", "Llama works")
+    with pytest.raises(ArchitectureError, match="fades: llama has more") as raised:
+        check_runs(model, {site.path: thin}, "has more", "Llama works")
+    assert raised.value.hint == "Llama works"
+
+
+def test_nothing_is_taken_out_of_what_is_packed() -> None:
+    stack = Stack(tiny("llama"), [Fades(), Packs()], tokenizer=tiny_tokenizer())
+    for site in stack.view("fades").linears("mlp"):
+        check_not_packed(stack.view("fades"), site, "stays whole")
+    stack.compress()
+    site = next(s for s in stack.anatomy.sites if s.role == "mlp.up")
+    with pytest.raises(ConflictError, match=f"{site.path} is packed already, and stays whole") as raised:
+        check_not_packed(stack.view("fades"), site, "stays whole")
+    assert raised.value.hint == "put 'fades' first"
+
+
+def test_bytes_that_are_left() -> None:
+    sites = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades").linears("mlp")
+    assert [site for site, _ in bytes_left(sites, 0.5)] == list(sites)
+    assert all(2 * n == site.weight.nbytes for site, n in bytes_left(sites, 0.5))
 
 
 class Fades(Plugin):
