@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftx
-from peftx import Claim, Delta, Plugin, Stack, hookimpl
+from peftx import Claim, Delta, Plugin, Stack, Targets, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import as_bits, widened
 from peftx.errors import ArchitectureError, ConflictError, MergeError
@@ -26,11 +26,14 @@ from peftx.testing.models import example_inputs, output_of
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
 from peftx.toolkits.compression.pruning import (
     bytes_left,
+    check_into,
+    check_masked,
     check_not_packed,
     check_runs,
     cut,
     heads_and_neurons,
     put_in_place,
+    share_left,
 )
 from peftx_lora import Lora
 from peftx_spec import load_spec
@@ -245,6 +248,38 @@ def test_nothing_is_taken_out_of_what_is_packed() -> None:
     with pytest.raises(ConflictError, match=f"{site.path} is packed already, and stays whole") as raised:
         check_not_packed(stack.view("fades"), site, "stays whole")
     assert raised.value.hint == "put 'fades' first"
+
+
+def test_what_leads_into_heads_and_neurons() -> None:
+    model = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades")
+    found = heads_and_neurons(model)
+    check_into(model, found, Targets("attention.q,k,v mlp.gate,up"), "masks fall there")
+    with pytest.raises(
+        ArchitectureError, match=r"mlp.down_proj leads into no .*, and masks fall there"
+    ) as raised:
+        check_into(model, found, Targets("mlp.up,down"), "masks fall there")
+    assert raised.value.hint == "leave it out of targets: '!mlp.down'"
+
+
+def test_masks_that_are_not_there_or_in_the_weights() -> None:
+    stack = Stack(tiny("llama"), [Drops(), Lora(rank=2)], tokenizer=tiny_tokenizer(), inject=False)
+    with pytest.raises(ConflictError, match="lora: there are no masks"):
+        check_masked(stack, "lora")
+    stack.inject()
+    check_masked(stack, "lora")
+    stack.remove("drops")
+    stack.merge()
+    with pytest.raises(ConflictError, match="in the weights already"):
+        check_masked(stack, "lora")
+
+
+def test_the_share_that_is_left_weighs_blocks_by_their_numbers() -> None:
+    model = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades")
+    heads, neurons = heads_and_neurons(model)[:2]
+    kept = [(b, torch.arange(b.count) < n) for b, n in ((heads, 1), (neurons, 3))]
+    whole = heads.cost * heads.count + neurons.cost * neurons.count
+    assert share_left(kept) == (heads.cost + 3 * neurons.cost) / whole
+    assert share_left([]) == 1.0
 
 
 def test_bytes_that_are_left() -> None:

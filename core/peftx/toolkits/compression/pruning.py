@@ -15,6 +15,7 @@ from peftx.kernel.parts import AttentionPart, BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.plugin import Claim
 from peftx.kernel.slots import Delta, kind_of
 from peftx.kernel.stack import Stack
+from peftx.kernel.targets import Targets
 from peftx.kernel.view import BoundSite, ModelView
 from peftx.toolkits.compression.narrow import NarrowLinear
 
@@ -99,6 +100,14 @@ def check_not_packed(model: ModelView, site: Site, why: str) -> None:
         raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
 
 
+def check_into(model: ModelView, found: Iterable[Blocks], targets: Targets, why: str) -> None:
+    """Raises ArchitectureError where one of these layers is no matrix into heads or neurons, `why` it has to be."""
+    into = {site.path for blocks in found for site, _ in blocks.into}
+    if other := [site for site in model.linears(targets) if site.path not in into]:
+        said = f"{other[0].path} leads into no heads or neurons, and {why}"
+        raise ArchitectureError(f"{model.owner}: {said}", hint=f"leave it out of targets: '!{other[0].role}'")
+
+
 def check_shrinks(model: ModelView, found: Iterable[Blocks]) -> None:
     """Try the architecture with one head and one neuron less in each layer, without numbers.
 
@@ -169,6 +178,23 @@ def put_in_place(stack: Stack, id: str, layers: Sequence[tuple[BoundSite, nn.Mod
     for site, layer in layers:
         site.replace(layer)
     return [part.key for part in stack.ledger.of(id, BasePart)]
+
+
+def check_masked(stack: Stack, id: str) -> None:
+    """Raises ConflictError where a plugin has no masks on the model that it could compress by."""
+    if not stack.ledger.of(id, DeltaPart) or id in stack.ledger.merged():
+        said = "there are no masks on the model, or they are in the weights already"
+        raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
+
+
+def share_left(kept: Iterable[tuple[Blocks, Tensor]]) -> float:
+    """Which share of the numbers in some heads and neurons is left; 1 of none.
+
+    Args:
+        kept: blocks, and which of them stay, [count] bool.
+    """
+    left = [(blocks.cost * int(these.sum()), blocks.cost * blocks.count) for blocks, these in kept]
+    return sum(n for n, _ in left) / sum(of for _, of in left) if left else 1.0
 
 
 def bytes_left(sites: Iterable[Site], share: float) -> Iterable[tuple[Site, int]]:

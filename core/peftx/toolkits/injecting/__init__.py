@@ -6,12 +6,15 @@ from peftx.toolkits.injecting.both_ways import see_both_ways
 from peftx.toolkits.injecting.choices import of_each
 from peftx.toolkits.injecting.differences import LowRankDifference, principal
 from peftx.toolkits.injecting.kept import Kept
+from peftx.toolkits.injecting.lent import lent
+from peftx.toolkits.injecting.low_rank import LowRankDelta
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_each, check_share
 
 __all__ = [
     "Kept",
+    "LowRankDelta",
     "LowRankDifference",
     "NetworkPrefix",
     "Router",
@@ -20,6 +23,7 @@ __all__ = [
     "check_experts",
     "check_share",
     "columns",
+    "lent",
     "of_each",
     "once_written",
     "principal",
