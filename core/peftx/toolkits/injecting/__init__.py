@@ -9,6 +9,7 @@ from peftx.toolkits.injecting.kept import Kept
 from peftx.toolkits.injecting.lent import lent
 from peftx.toolkits.injecting.low_rank import LowRankDelta
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
+from peftx.toolkits.injecting.rates import at_rates
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_each, check_share
 
@@ -19,6 +20,7 @@ __all__ = [
     "NetworkPrefix",
     "Router",
     "Side",
+    "at_rates",
     "check_each",
     "check_experts",
     "check_share",

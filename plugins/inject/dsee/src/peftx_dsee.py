@@ -65,6 +65,7 @@ from peftx.toolkits.compression.pruning import (
     train_again,
 )
 from peftx.toolkits.injecting import check_share
+from peftx.toolkits.options import whole_steps
 
 ROUNDS = 20
 """Of the decomposition."""
@@ -104,12 +105,7 @@ class DseeConfig(PluginConfig):
     targets: Targets = Field(Targets("attention.q,v"), description="linear layers to update")
     pruned: Targets = Field(Targets("all"), description="linear layers to prune")
 
-    @field_validator("prune")
-    @classmethod
-    def _share_or_steps(cls, prune: float) -> float:
-        if prune >= 1 and prune != int(prune):
-            raise ValueError("from 1 on it is a number of steps, and must be whole")
-        return prune
+    _whole = field_validator("prune")(whole_steps)
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> DseeConfig:
