@@ -32,6 +32,7 @@ from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.toolkits.compression import (
     BlockInputs,
     Calibration,
+    Narrow,
     NarrowLinear,
     QuantLinear,
     dequantize,
@@ -927,3 +928,23 @@ def test_too_little_text_is_refused_before_anything_is_compressed(name: str) -> 
     after = stack.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("part", [{"rows": [0, 3]}, {"columns": [1, 2, 4]}, {}])
+def test_a_layer_without_some_rows_or_columns_is_one_with_zeros(
+    part: dict[str, list[int]], bias: bool
+) -> None:
+    rows, columns = part.get("rows", range(4)), part.get("columns", range(5))
+    shape = (len(rows), len(columns))
+    layer = Narrow(in_features=5, out_features=4, shape=shape, bias=bias, dtype="float64")
+    layer.W.copy_(torch.randn(*shape))
+    if layer.b is not None:
+        layer.b.copy_(torch.randn(shape[0]))
+    for name, places in part.items():
+        layer.get_buffer(name).copy_(torch.tensor(places))
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer.weight[list(rows)][:, list(columns)], layer.W)
+    assert int((layer.weight != 0).sum()) == layer.W.numel()
+    assert Narrow(**layer.geometry()).geometry() == layer.geometry()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftx.toolkits.injecting import LowRankDifference, principal
+from peftx import LowRank
+from peftx.toolkits.injecting import LowRankDelta, LowRankDifference, principal
 
 SHAPES = [(6, 9), (9, 6), (3, 6, 9)]
 """Of a weight; the last of stacked experts."""
@@ -81,3 +82,31 @@ def test_what_is_principal_leaves_the_rest_of_the_spectrum(niter: int | None) ->
     assert torch.allclose(A.norm(dim=1), B.norm(dim=0), atol=1e-4)  # of equal size
     left = torch.linalg.svdvals(W - 0.5 * B @ A)
     torch.testing.assert_close(left[:5], torch.linalg.svdvals(W)[3:], rtol=1e-3, atol=1e-4)
+
+
+class Given(LowRankDelta):
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.factors = LowRank(A, B, 0.5)
+
+    def low_rank(self) -> LowRank:
+        return self.factors
+
+
+def test_factors_fold_into_what_they_add() -> None:
+    W, A, B, x = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 7), (2, 7), (5, 2), (3, 7)))
+    delta = Given(A, B)
+    folded, bias = delta.fold(W, None)
+    assert bias is None
+    torch.testing.assert_close(delta(x, x @ W.T), x @ folded.T)
+
+
+@pytest.mark.parametrize("of_factors", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32])
+def test_factors_are_multiplied_in_the_more_exact_dtype(
+    of_factors: torch.dtype, of_weight: torch.dtype
+) -> None:
+    A, B = torch.randn(16, 7).to(of_factors), torch.randn(5, 16).to(of_factors)
+    exact = torch.promote_types(of_factors, of_weight)
+    folded, _ = Given(A, B).fold(torch.zeros(5, 7, dtype=of_weight), None)
+    assert torch.equal(folded, 0.5 * (B.to(exact) @ A.to(exact)).to(of_weight))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftx
-from peftx import Claim, Delta, Plugin, Stack, hookimpl
+from peftx import Claim, Delta, Plugin, Stack, Targets, hookimpl
 from peftx.composition.registry import Registry
 from peftx.engines.bundle.sparse import as_bits, widened
-from peftx.errors import ConflictError, MergeError
+from peftx.errors import ArchitectureError, ConflictError, MergeError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.plugin import compresses_own
 from peftx.pipeline import load_run
@@ -24,7 +24,17 @@ from peftx.planning import plan
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.models import example_inputs, output_of
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
-from peftx.toolkits.compression.pruning import cut, heads_and_neurons, put_in_place
+from peftx.toolkits.compression.pruning import (
+    bytes_left,
+    check_into,
+    check_masked,
+    check_not_packed,
+    check_runs,
+    cut,
+    heads_and_neurons,
+    put_in_place,
+    share_left,
+)
 from peftx_lora import Lora
 from peftx_spec import load_spec
 
@@ -217,6 +227,65 @@ def test_a_delta_is_folded_into_what_is_cut() -> None:
     site = heads_and_neurons(stack.view("fades"))[1].into[0][0]
     layer = cut(site, Doubles(), rows=torch.tensor([3, 1]), columns=slice(0, 5))
     assert torch.equal(layer.weight, 2 * site.weight[[3, 1], :5])
+
+
+def test_other_modules_are_tried_without_numbers() -> None:
+    model = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades")
+    site = next(iter(model.linears("mlp.up")))
+    fits, thin = (torch.nn.Linear(site.in_features - n, site.out_features, device="meta") for n in (0, 1))
+    check_runs(model, {site.path: fits}, "has more", "Llama works")
+    with pytest.raises(ArchitectureError, match="fades: llama has more") as raised:
+        check_runs(model, {site.path: thin}, "has more", "Llama works")
+    assert raised.value.hint == "Llama works"
+
+
+def test_nothing_is_taken_out_of_what_is_packed() -> None:
+    stack = Stack(tiny("llama"), [Fades(), Packs()], tokenizer=tiny_tokenizer())
+    for site in stack.view("fades").linears("mlp"):
+        check_not_packed(stack.view("fades"), site, "stays whole")
+    stack.compress()
+    site = next(s for s in stack.anatomy.sites if s.role == "mlp.up")
+    with pytest.raises(ConflictError, match=f"{site.path} is packed already, and stays whole") as raised:
+        check_not_packed(stack.view("fades"), site, "stays whole")
+    assert raised.value.hint == "put 'fades' first"
+
+
+def test_what_leads_into_heads_and_neurons() -> None:
+    model = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades")
+    found = heads_and_neurons(model)
+    check_into(model, found, Targets("attention.q,k,v mlp.gate,up"), "masks fall there")
+    with pytest.raises(
+        ArchitectureError, match=r"mlp.down_proj leads into no .*, and masks fall there"
+    ) as raised:
+        check_into(model, found, Targets("mlp.up,down"), "masks fall there")
+    assert raised.value.hint == "leave it out of targets: '!mlp.down'"
+
+
+def test_masks_that_are_not_there_or_in_the_weights() -> None:
+    stack = Stack(tiny("llama"), [Drops(), Lora(rank=2)], tokenizer=tiny_tokenizer(), inject=False)
+    with pytest.raises(ConflictError, match="lora: there are no masks"):
+        check_masked(stack, "lora")
+    stack.inject()
+    check_masked(stack, "lora")
+    stack.remove("drops")
+    stack.merge()
+    with pytest.raises(ConflictError, match="in the weights already"):
+        check_masked(stack, "lora")
+
+
+def test_the_share_that_is_left_weighs_blocks_by_their_numbers() -> None:
+    model = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades")
+    heads, neurons = heads_and_neurons(model)[:2]
+    kept = [(b, torch.arange(b.count) < n) for b, n in ((heads, 1), (neurons, 3))]
+    whole = heads.cost * heads.count + neurons.cost * neurons.count
+    assert share_left(kept) == (heads.cost + 3 * neurons.cost) / whole
+    assert share_left([]) == 1.0
+
+
+def test_bytes_that_are_left() -> None:
+    sites = Stack(tiny("llama"), [Fades()], tokenizer=tiny_tokenizer()).view("fades").linears("mlp")
+    assert [site for site, _ in bytes_left(sites, 0.5)] == list(sites)
+    assert all(2 * n == site.weight.nbytes for site, n in bytes_left(sites, 0.5))
 
 
 class Fades(Plugin):

@@ -35,6 +35,7 @@ OURS = frozenset(
         "peftx.kernel.plugin",
         "peftx.kernel.targets",
         "peftx.peft_format",
+        "peftx.toolkits.options",
     }
 )
 """Modules of peftx that do not import torch."""

@@ -6,7 +6,7 @@ from peftx.toolkits.compression.activations import fake_quantize, straight_throu
 from peftx.toolkits.compression.calibration import BlockInputs, Calibration, walk_blocks
 from peftx.toolkits.compression.finetuned import adopt, base_parameters, differences, text_blocks
 from peftx.toolkits.compression.linear import QuantLinear
-from peftx.toolkits.compression.narrow import NarrowLinear
+from peftx.toolkits.compression.narrow import Narrow, NarrowLinear
 from peftx.toolkits.compression.observe import Stats, entering, mse_clip_scale, observe, observing
 from peftx.toolkits.compression.packing import Quantized, dequantize, pack_bits, quantize, unpack_bits
 from peftx.toolkits.compression.transforms import fwht, hadamard, hadamard_exists, hadamard_signs
@@ -14,6 +14,7 @@ from peftx.toolkits.compression.transforms import fwht, hadamard, hadamard_exist
 __all__ = [
     "BlockInputs",
     "Calibration",
+    "Narrow",
     "NarrowLinear",
     "QuantLinear",
     "Quantized",

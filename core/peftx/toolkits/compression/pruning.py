@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from peftx.engines.bundle.exporting import blank
 from peftx.errors import ArchitectureError, ConflictError
+from peftx.kernel.anatomy.site import Site
 from peftx.kernel.parts import AttentionPart, BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.plugin import Claim
 from peftx.kernel.slots import Delta, kind_of
 from peftx.kernel.stack import Stack
+from peftx.kernel.targets import Targets
 from peftx.kernel.view import BoundSite, ModelView
 from peftx.toolkits.compression.narrow import NarrowLinear
 
@@ -75,9 +77,8 @@ def heads_and_neurons(model: ModelView) -> list[Blocks]:
         q = h.heads * h.head_dim // max(h.kv_heads, 1)
         for roles, rows in ((HEADS, (q, h.head_dim, h.value_dim)), (NEURONS, (1, 1))):
             sites = [known[role, layer] for role in roles if (role, layer) in known]
-            if packed := [site for site in sites if site.kind == "quantized"]:
-                said = f"{packed[0].path} is packed already, and blocks leave before that"
-                raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
+            for site in sites:
+                check_not_packed(model, site, "blocks leave before that")
             plain = all(
                 s.kind == "linear" and not (s.fused or s.read) and kind_of(s.module) == "plain" for s in sites
             )
@@ -92,6 +93,21 @@ def heads_and_neurons(model: ModelView) -> list[Blocks]:
     return found
 
 
+def check_not_packed(model: ModelView, site: Site, why: str) -> None:
+    """Raises ConflictError where a matrix is packed that something is to be taken out of; `why` not: "cannot ..."."""
+    if site.kind == "quantized":
+        said = f"{site.path} is packed already, and {why}"
+        raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
+
+
+def check_into(model: ModelView, found: Iterable[Blocks], targets: Targets, why: str) -> None:
+    """Raises ArchitectureError where one of these layers is no matrix into heads or neurons, `why` it has to be."""
+    into = {site.path for blocks in found for site, _ in blocks.into}
+    if other := [site for site in model.linears(targets) if site.path not in into]:
+        said = f"{other[0].path} leads into no heads or neurons, and {why}"
+        raise ArchitectureError(f"{model.owner}: {said}", hint=f"leave it out of targets: '!{other[0].role}'")
+
+
 def check_shrinks(model: ModelView, found: Iterable[Blocks]) -> None:
     """Try the architecture with one head and one neuron less in each layer, without numbers.
 
@@ -99,13 +115,18 @@ def check_shrinks(model: ModelView, found: Iterable[Blocks]) -> None:
         ArchitectureError: it does not run so.
     """
     shells = [shell for blocks in found for shell in blocks.shells(max(blocks.count - 1, 1))]
-    if error := failure_with(model, dict(shells)):
-        said = f"{model.config.model_type} counts its heads itself, and does not run with one less"
-        raise ArchitectureError(f"{model.owner}: {said}", hint=WORK) from error
+    check_runs(model, dict(shells), "counts its heads itself, and does not run with one less", WORK)
 
 
-def failure_with(model: ModelView, modules: Mapping[str, nn.Module]) -> RuntimeError | None:
-    """What a model of this configuration raises with other modules at these paths, on the meta device, if it does."""
+def check_runs(model: ModelView, modules: Mapping[str, nn.Module], why: str, hint: str) -> None:
+    """Try a model of this configuration with other modules at these paths, on the meta device.
+
+    Args:
+        why: what is then said of models of its type. hint: which ones work.
+
+    Raises:
+        ArchitectureError: it does not run so.
+    """
     trial = blank(model.module).eval()
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -113,8 +134,8 @@ def failure_with(model: ModelView, modules: Mapping[str, nn.Module]) -> RuntimeE
     try:
         trial(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
     except RuntimeError as error:
-        return error
-    return None
+        said = f"{model.owner}: {model.config.model_type} {why}"
+        raise ArchitectureError(said, hint=hint) from error
 
 
 def wide(site: BoundSite) -> tuple[Tensor, Tensor | None]:
@@ -157,6 +178,28 @@ def put_in_place(stack: Stack, id: str, layers: Sequence[tuple[BoundSite, nn.Mod
     for site, layer in layers:
         site.replace(layer)
     return [part.key for part in stack.ledger.of(id, BasePart)]
+
+
+def check_masked(stack: Stack, id: str) -> None:
+    """Raises ConflictError where a plugin has no masks on the model that it could compress by."""
+    if not stack.ledger.of(id, DeltaPart) or id in stack.ledger.merged():
+        said = "there are no masks on the model, or they are in the weights already"
+        raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
+
+
+def share_left(kept: Iterable[tuple[Blocks, Tensor]]) -> float:
+    """Which share of the numbers in some heads and neurons is left; 1 of none.
+
+    Args:
+        kept: blocks, and which of them stay, [count] bool.
+    """
+    left = [(blocks.cost * int(these.sum()), blocks.cost * blocks.count) for blocks, these in kept]
+    return sum(n for n, _ in left) / sum(of for _, of in left) if left else 1.0
+
+
+def bytes_left(sites: Iterable[Site], share: float) -> Iterable[tuple[Site, int]]:
+    """For `Plugin.planned`: each matrix, and its bytes when this share of it is left."""
+    return [(site, int(site.weight.nbytes * share)) for site in sites]
 
 
 def train_again(model: ModelView, paths: Iterable[str]) -> None:

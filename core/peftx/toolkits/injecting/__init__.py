@@ -7,18 +7,22 @@ from peftx.toolkits.injecting.choices import of_each
 from peftx.toolkits.injecting.differences import LowRankDifference, principal
 from peftx.toolkits.injecting.kept import Kept
 from peftx.toolkits.injecting.lent import lent
+from peftx.toolkits.injecting.low_rank import LowRankDelta
 from peftx.toolkits.injecting.prefixes import NetworkPrefix, columns, once_written
+from peftx.toolkits.injecting.rates import at_rates
 from peftx.toolkits.injecting.routing import Router, Side, check_experts, routings, side_of, watching
 from peftx.toolkits.injecting.shares import check_each, check_share
 from peftx.toolkits.injecting.stored import Wide, storing
 
 __all__ = [
     "Kept",
+    "LowRankDelta",
     "LowRankDifference",
     "NetworkPrefix",
     "Router",
     "Side",
     "Wide",
+    "at_rates",
     "check_each",
     "check_experts",
     "check_share",

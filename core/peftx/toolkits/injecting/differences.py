@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftx.kernel.slots import Delta, LowRank, add_low_rank
+from peftx.kernel.slots import LowRank
+from peftx.toolkits.injecting.low_rank import LowRankDelta
 
 
-class LowRankDifference(Delta):
+class LowRankDifference(LowRankDelta):
     """y + s (B A - B0 A0) x, in factors beside each other that cancel nothing and are 0 to the bit at the start:
 
         B A - B0 A0 = [B - B0, B0] [A; A - A0]
@@ -36,13 +37,6 @@ class LowRankDifference(Delta):
         for A, B in ((self.A, self.B), (self.A0, self.B0)):
             A.copy_(A0)
             B.copy_(B0)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_low_rank(x, y, *self.low_rank())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, s = self.low_rank()
-        return weight + s * (B @ A).to(weight.dtype), bias
 
     def low_rank(self) -> LowRank:
         A = torch.cat((self.A, self.A - self.A0), -2)  # [..., 2 r, in]

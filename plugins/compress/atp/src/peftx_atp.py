@@ -33,10 +33,9 @@ import math
 import zlib
 from collections.abc import Generator as Steps
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -58,11 +57,12 @@ from peftx import (
 from peftx.copies import Reader
 from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.slots import kind_of, packed
+from peftx.kernel.slots import kind_of
 from peftx.kernel.stack import Stack
-from peftx.toolkits.compression import NarrowLinear
-from peftx.toolkits.compression.names import dtype_name, float_dtype
-from peftx.toolkits.compression.pruning import check_layers, check_unpacked, cut, put_in_place, train_again
+from peftx.toolkits.compression import Narrow, NarrowLinear, pruning
+from peftx.toolkits.compression.names import dtype_name
+from peftx.toolkits.injecting import at_rates, lent
+from peftx.toolkits.options import whole_steps
 
 ROLES = (*(f"attention.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
 WIDTH, HEADS, CHANNELS, DEPTH = 64, 4, 256, 2
@@ -81,9 +81,7 @@ class AtpConfig(PluginConfig):
     match: float = Field(5.0, gt=0, allow_inf_nan=False, description="weight of R")
     shift: float = Field(3.0, allow_inf_nan=False, description="b")
     temperature: float = Field(0.4, gt=0, description="T")
-    beta: float = Field(
-        50_000.0, ge=0, allow_inf_nan=False, description="how fast LoRA leaves what is removed"
-    )
+    beta: float = Field(5e4, ge=0, allow_inf_nan=False, description="how fast LoRA leaves what is removed")
     generator_rate: float = Field(
         10.0,
         gt=0,
@@ -91,12 +89,7 @@ class AtpConfig(PluginConfig):
         description="the generator's rate, over the run's; paper: 1e-3 over 1e-4",
     )
 
-    @field_validator("control")
-    @classmethod
-    def _share_or_steps(cls, control: float) -> float:
-        if control >= 1 and control != int(control):
-            raise ValueError("from 1 on it is a number of steps, and must be whole")
-        return control
+    _whole = field_validator("control")(whole_steps)
 
 
 class Structure(NamedTuple):
@@ -143,9 +136,8 @@ class Generator(nn.Module):
         block = nn.TransformerEncoderLayer(WIDTH, HEADS, CHANNELS, batch_first=True)
         self.transformer = nn.TransformerEncoder(block, DEPTH, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(WIDTH)
-        self.U = nn.ModuleList(
-            nn.Linear(WIDTH, sum(each.size for each in layer), bias=False) for layer in layers
-        )
+        widths = [sum(each.size for each in layer) for layer in layers]
+        self.U = nn.ModuleList(nn.Linear(WIDTH, n, bias=False) for n in widths)
         self.register_buffer("e", nn.init.orthogonal_(torch.empty(len(layers), WIDTH)))
         self.register_buffer("d", torch.ones(sum(self.sizes)))
         cost = torch.cat([torch.full((each.size,), float(each.cost)) for each in every])
@@ -208,60 +200,9 @@ class MaskedLora(Delta):
         return weight * d[:, None] + change, None if bias is None else bias * d
 
 
-@packed
-class Narrow(nn.Module):
-    """A frozen linear layer without some rows or columns, which others see with zeros. Buffers: W, b [rows of W]; where
-    some are left out `rows`, `columns`: which W has.
-
-    Args:
-        in_features, out_features: as seen from outside. shape: of W. bias: is there b. dtype: by name.
-    """
-
-    W: Tensor
-    b: Tensor | None
-    rows: Tensor | None
-    columns: Tensor | None
-
-    def __init__(
-        self, *, in_features: int, out_features: int, shape: Sequence[int], bias: bool, dtype: str
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, kind = in_features, out_features, float_dtype(dtype, "dtype")
-        self.register_buffer("W", torch.zeros(*shape, dtype=kind))
-        self.register_buffer("b", torch.zeros(shape[0], dtype=kind) if bias else None)
-        for name, n, of in zip(("rows", "columns"), shape, (out_features, in_features), strict=True):
-            self.register_buffer(name, torch.arange(n) if n < of else None)
-
-    def geometry(self) -> dict[str, Any]:
-        sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        rest = {"bias": self.b is not None, "dtype": dtype_name(self.W.dtype)}
-        return sizes | {"shape": list(self.W.shape)} | rest
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.spread(F.linear(x if self.columns is None else x[..., self.columns], self.W, self.b))
-
-    def spread(self, y: Tensor) -> Tensor:
-        """[..., rows of W] -> [..., out], with zeros."""
-        if self.rows is None:
-            return y
-        return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.rows, y)
-
-    @property
-    def weight(self) -> Tensor:
-        """[out, in], with zeros."""
-        W = self.spread(self.W.mT).mT
-        if self.columns is None:
-            return W
-        return W.new_zeros(len(W), self.in_features).index_copy(1, self.columns, W)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None if self.b is None else self.spread(self.b)
-
-
 def narrow(site: BoundSite, delta: MaskedLora, at: Tensor, *, into: bool) -> Narrow:
     """A matrix of heads with LoRA in it, of whose rows (`into`) or columns those `at` are left."""
-    inner = cut(site, delta, **{"rows" if into else "columns": at})
+    inner = pruning.cut(site, delta, **{"rows" if into else "columns": at})
     out, width = site.shape
     sizes = {"in_features": width, "out_features": out, "shape": inner.weight.shape}
     new = Narrow(**sizes, bias=inner.bias is not None, dtype=dtype_name(inner.weight.dtype)).to(at.device)
@@ -319,12 +260,10 @@ class Atp(Plugin):
                     heads = [Structure(n_k, [q, k], []), Structure(n_v, [v], [o])]
                     found.append([*heads, Structure(down.in_features, [gate, up], [down])])
         if len(found) < model.num_layers:
+            parts = "layers have q, k, v, o, gate, up and down as plain linear layers of their own"
             said = f"{model.config.model_type} has {len(found)} such layers of {model.num_layers}"
-            raise ArchitectureError(
-                f"{model.owner} narrows decoders whose layers have q, k, v, o, gate, up and down as plain linear "
-                f"layers of their own, and {said}",
-                hint="Llama, Mistral, Qwen 2 and 3 and their kin, before anything is packed",
-            )
+            hint = "Llama, Mistral, Qwen 2 and 3 and their kin, before anything is packed"
+            raise ArchitectureError(f"{model.owner} narrows decoders whose {parts}, and {said}", hint=hint)
         return found
 
     def suits(self, model: ModelView) -> None:
@@ -341,9 +280,9 @@ class Atp(Plugin):
     def inject(self, model: ModelView, stack: Stack) -> None:
         if "kept" in self.state:  # a bundle that is narrow
             self.sources = {}  # type: ignore[misc]
-            train_again(model, self.state.get("heads", ()))  # of 0.2.0 none
+            pruning.train_again(model, self.state.get("heads", ()))  # of 0.2.0 none
             return
-        check_unpacked(stack, model.owner, "narrow")
+        pruning.check_unpacked(stack, model.owner, "narrow")
         layers, at = self.layers(model), 0
         self.generator = model.keep("generator", Generator(layers, self.config), full_precision=True)
         self.deltas: dict[str, MaskedLora] = {}
@@ -360,22 +299,18 @@ class Atp(Plugin):
         if stack.standing[id].folded:
             return
         done = stack.standing[id].compressed
-        check_layers(stack, id, () if done else self.deltas, folds=False)
+        pruning.check_layers(stack, id, () if done else self.deltas, folds=False)
         if done:
             return
         for other in stack.members:
             after, why = order.index(other.id) > order.index(id), ""
             inside = (m for part in stack.ledger.of(other.id) for m in part.module.modules())
             if after and any(isinstance(m, Reader) for m in inside):
-                why, hint = (
-                    "copies the model, which is narrow when a bundle is read",
-                    f"'{other.id}' before '{id}'",
-                )
+                why = "copies the model, which is narrow when a bundle is read"
+                hint = f"'{other.id}' before '{id}'"
             elif not after and other.claims(Claim.OWN_LAYOUT):
-                why, hint = (
-                    "lays out rows otherwise than those that masks learn from",
-                    f"'{id}' before '{other.id}'",
-                )
+                why = "lays out rows otherwise than those that masks learn from"
+                hint = f"'{id}' before '{other.id}'"
             if why:
                 place = "after" if after else "before"
                 raise ConflictError(f"'{other.id}' stands {place} '{id}', and {why}", hint=hint)
@@ -409,24 +344,14 @@ class Atp(Plugin):
         own, batch = list(generator.parameters()), step.batch_of("validation")
         with eval_mode(step.model):
             generator.train()
-            generator.live = d = generator.hard(generator())
-            try:
-                R = mismatch(generator.share(d), self.config.density)
+            d = generator.hard(generator())
+            R = mismatch(generator.share(d), self.config.density)
+            with lent([generator], "live", [d]):
                 loss = step.model(**batch).loss + self.config.match * R
                 gradients = torch.autograd.grad(loss / step.accumulation, own)
-            finally:
-                generator.live = None
         for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
-        before: list[Tensor] = []
-
-        @torch.no_grad()
-        def lengthen(_: object) -> None:
-            for p, old in zip(own, before, strict=True):
-                p.copy_(old.lerp(p, self.config.generator_rate))
-
-        step.before_update(lambda _: before.extend(p.detach().clone() for p in own))
-        step.after_update(lengthen)
+        at_rates(step, [(p, self.config.generator_rate) for p in own])
 
     @torch.no_grad()
     def project(self, gone: Tensor, step: TrainStep) -> None:
@@ -454,19 +379,19 @@ class Atp(Plugin):
                 at = torch.arange(site.shape[0 if into else 1], device=d.device)
                 at = at.view(-1, each.size)[:, d > 0].flatten()
                 if site.role.startswith("mlp"):
-                    new.append((site, cut(site, delta, **{"rows" if into else "columns": at})))
+                    new.append((site, pruning.cut(site, delta, **{"rows" if into else "columns": at})))
                     continue
                 layer = narrow(site, delta, at, into=into)
                 new.append((site, NarrowLinear.of(layer.weight, layer.bias) if packs else layer))
         self.state["kept"] = [[int(d.sum()), len(d)] for d in parts]
         self.state["left"] = float(self.generator.share(self.generator.d))
-        self.state["heads"] = put_in_place(stack, model.owner, new)
+        self.state["heads"] = pruning.put_in_place(stack, model.owner, new)
         self.generator, self.structures, self.deltas, self.sources = None, [], {}, {}  # type: ignore[misc]
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
         """Once masks have come to p; of a run that is too short for them more is left."""
-        for site in (site for layer in self.layers(model) for each in layer for site in each.sites):
-            yield site, int(site.weight.nbytes * self.config.density)
+        every = (site for layer in self.layers(model) for each in layer for site in each.sites)
+        return pruning.bytes_left(every, self.config.density)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

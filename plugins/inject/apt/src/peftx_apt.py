@@ -49,26 +49,16 @@ from peftx import (
     Stack,
     Targets,
     TrainStep,
-    add_low_rank,
     hookimpl,
 )
 from peftx.engines.training.step import swapped
 from peftx.errors import ArchitectureError, ConflictError, StackError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
-from peftx.kernel.parts import DeltaPart
 from peftx.kernel.phases import Span, spans
-from peftx.toolkits.compression import NarrowLinear
-from peftx.toolkits.compression.pruning import (
-    Blocks,
-    check_heads,
-    check_layers,
-    check_shrinks,
-    heads_and_neurons,
-    put_in_place,
-    train_again,
-)
-from peftx.toolkits.injecting import lent
+from peftx.toolkits.compression import pruning
+from peftx.toolkits.compression.pruning import Blocks, heads_and_neurons
+from peftx.toolkits.injecting import LowRankDelta, lent
 
 OTHER_LOSS = {Claim.REPLACES_LOSS, Claim.CLASSIFIES, Claim.NO_LABELS, Claim.OWN_LAYOUT}
 Memory = dict[str, Tensor]
@@ -78,17 +68,11 @@ Memory = dict[str, Tensor]
 class AptConfig(PluginConfig):
     """Options of APT; the paper leaves 40% of RoBERTa and T5, 70% of LLaMA."""
 
-    density: float = Field(
-        0.4, gt=0, le=1, description="g, share of the numbers in heads and neurons that is left"
-    )
+    density: float = Field(0.4, gt=0, le=1, description="g, share of numbers in heads and neurons left")
     rank: int = Field(8, ge=1, description="r_0, rank of an adapter at the start")
     max_rank: int = Field(64, ge=1, description="no rank grows beyond this, nor beyond the matrix's")
-    alpha: float = Field(
-        16.0, gt=0, allow_inf_nan=False, description="alpha; s = alpha / r_0 also where ranks grow"
-    )
-    grow: float = Field(
-        4.0, ge=1, allow_inf_nan=False, description="numbers in all adapters at T, over those at 0"
-    )
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False, description="s = alpha / r_0 also where ranks grow")
+    grow: float = Field(4.0, ge=1, allow_inf_nan=False, description="adapters' numbers at T, over those at 0")
     tune: float = Field(0.1, ge=0, description="before T: below 1 a share of the run, else steps; 0: none")
     prune: float = Field(0.5, gt=0, description="T, likewise; masks fall on behind it")
     times: int = Field(10, ge=1, description="how often in T blocks are chosen and ranks grow")
@@ -152,7 +136,7 @@ class Mask(Delta):
         return weight * self.m().to(weight.dtype), bias
 
 
-class Adapter(Delta):
+class Adapter(LowRankDelta):
     """y + s B A x, with room for the largest rank.
 
     Attributes:
@@ -168,13 +152,6 @@ class Adapter(Delta):
         self.A = nn.Parameter(torch.randn(room, site.in_features) / math.sqrt(site.in_features))
         self.B = nn.Parameter(torch.zeros(site.out_features, room))
         self.register_buffer("live", torch.arange(room) < config.rank)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_low_rank(x, y, *self.low_rank())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, s = self.low_rank()
-        return weight + s * (B.to(weight.dtype) @ A.to(weight.dtype)), bias
 
     def low_rank(self) -> LowRank:
         return LowRank(self.A * self.live[:, None], self.B, self.scale)
@@ -251,19 +228,15 @@ class Apt(Plugin):
         least, total = sum(b.cost for b in groups), sum(b.cost * b.count for b in groups)
         if g * total < least:
             said = f"density {g:g} is less than one head and one neuron of each layer"
-            way = f"{math.ceil(1000 * least / total) / 1000:g} at least"
-            raise ArchitectureError(f"{model.owner}: {said}", hint=way)
-        into = {site.path for b in groups for site, _ in b.into}
-        if other := [site for site in model.linears(self.config.targets) if site.path not in into]:
-            said = f"{other[0].path} leads into no heads or neurons, and adapters stand on what does"
-            way = f"leave it out of targets: '!{other[0].role}'"
-            raise ArchitectureError(f"{model.owner}: {said}", hint=way)
-        check_shrinks(model, groups)
+            enough = math.ceil(1000 * least / total) / 1000
+            raise ArchitectureError(f"{model.owner}: {said}", hint=f"{enough:g} at least")
+        pruning.check_into(model, groups, self.config.targets, "adapters stand on what does")
+        pruning.check_shrinks(model, groups)
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
         if "kept" in self.state:  # in the weights, but for a new head that trained along
-            train_again(model, self.state["heads"])
+            pruning.train_again(model, self.state["heads"])
             return
         c = self.config
         self.masks = [(b, b.out.attach(Mask(model.call, b, c.fade))) for b in heads_and_neurons(model)]
@@ -282,8 +255,8 @@ class Apt(Plugin):
                 said = f"'{id}' weighs the task's loss against its teacher's, and '{other.id}' brings another"
                 raise ConflictError(said, hint=f"distil: false in '{id}'")
         blocks = [] if done else heads_and_neurons(stack.view(id))
-        check_heads(stack, id)
-        check_layers(stack, id, {site.path for b in blocks for site in b.sites}, folds=True)
+        pruning.check_heads(stack, id)
+        pruning.check_layers(stack, id, {site.path for b in blocks for site in b.sites}, folds=True)
 
     def phases(self) -> Sequence[Phase]:
         if "kept" in self.state:
@@ -294,8 +267,7 @@ class Apt(Plugin):
         return (*tune, Phase("prune", self.config.prune), Phase("final"))
 
     def one_process(self) -> str:
-        done = "kept" in self.state or self.state.get("pruned")
-        return "" if done else "each would choose blocks by its own rows"
+        return "each would choose blocks by its own rows" if len(self.phases()) > 1 else ""
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
@@ -341,7 +313,7 @@ class Apt(Plugin):
         off = lent(masks, "off", [True] * len(masks))
         with off, swapped(taught), eval_mode(step.model), torch.no_grad():
             step.model(**step.batch)
-        real = self.masks[0][1].real  # of the teacher's call
+        real = masks[0].real  # of the teacher's call
         return self.match.loss(student, [seen[layer, False] for layer in self.layers], real)
 
     @torch.no_grad()
@@ -404,28 +376,22 @@ class Apt(Plugin):
     @hookimpl
     def compress(self, model: ModelView, stack: Stack) -> None:
         id = model.owner
-        if not stack.ledger.of(id, DeltaPart) or id in stack.ledger.merged():
-            said = "there are no masks on the model, or they are in the weights already"
-            raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
+        pruning.check_masked(stack, id)
         if steps := max(int((mask.level * ~mask.kept).max()) for _, mask in self.masks):
             said = "masks of blocks that are to go have not fallen to 0 yet"
             raise StackError(f"{id}: {said}", hint=f"train {steps} steps more")
-        new: list[tuple[BoundSite, NarrowLinear]] = []
-        for b, mask in self.masks:
-            new += b.cut(mask.kept, {**self.adapters, b.out.path: mask})
+        every = ((b, mask, {**self.adapters, b.out.path: mask}) for b, mask in self.masks)
+        new = [pair for b, mask, deltas in every for pair in b.cut(mask.kept, deltas)]
         self.state["kept"] = {b.out.path: [int(mask.kept.sum()), b.count] for b, mask in self.masks}
         self.state["density"] = self.density()
-        self.state["heads"] = put_in_place(stack, id, new)
+        self.state["heads"] = pruning.put_in_place(stack, id, new)
 
     def density(self) -> float:
         """The blocks that stay, as a share of all by their numbers."""
-        total = sum(b.cost * b.count for b, _ in self.masks)
-        left = sum(b.cost * int(mask.kept.sum()) for b, mask in self.masks)
-        return left / total if self.masks else 1.0  # before `inject` all of them
+        return pruning.share_left((b, mask.kept) for b, mask in self.masks)  # before `inject` all of them
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        for site in (site for b in heads_and_neurons(model) for site in b.sites):
-            yield site, int(site.weight.nbytes * self.config.density)
+        return pruning.bytes_left((s for b in heads_and_neurons(model) for s in b.sites), self.config.density)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

@@ -50,18 +50,22 @@ from peftx import (
     add_low_rank,
     hookimpl,
 )
-from peftx.errors import ArchitectureError, ConflictError, OptionError, StackError
+from peftx.errors import ConflictError, OptionError, StackError
 from peftx.kernel.parts import DeltaPart
 from peftx.toolkits.compression.pruning import (
     Blocks,
     check_heads,
+    check_into,
     check_layers,
+    check_masked,
     check_shrinks,
     heads_and_neurons,
     put_in_place,
+    share_left,
     train_again,
 )
 from peftx.toolkits.injecting import check_share
+from peftx.toolkits.options import whole_steps
 
 ROUNDS = 20
 """Of the decomposition."""
@@ -101,12 +105,7 @@ class DseeConfig(PluginConfig):
     targets: Targets = Field(Targets("attention.q,v"), description="linear layers to update")
     pruned: Targets = Field(Targets("all"), description="linear layers to prune")
 
-    @field_validator("prune")
-    @classmethod
-    def _share_or_steps(cls, prune: float) -> float:
-        if prune >= 1 and prune != int(prune):
-            raise ValueError("from 1 on it is a number of steps, and must be whole")
-        return prune
+    _whole = field_validator("prune")(whole_steps)
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> DseeConfig:
@@ -211,14 +210,7 @@ class Dsee(Plugin):
                 what = "heads" if b.out.role == "attention.o" else "neurons"
                 said = f"{what} {self.share(b):g} of the {b.count} of a layer is less than one"
                 raise OptionError(f"{model.owner}: {said}", hint=f"{1 / b.count:.3g} at least, or 0")
-        into = {site.path for b in found for site, _ in b.into}
-        if other := [site for site in model.linears(self.config.targets) if site.path not in into]:
-            said = (
-                f"{other[0].path} leads into no heads or neurons, and an update there would see those that go"
-            )
-            raise ArchitectureError(
-                f"{model.owner}: {said}", hint=f"leave it out of targets: '!{other[0].role}'"
-            )
+        check_into(model, found, self.config.targets, "an update there would see those that go")
         check_shrinks(model, found)
 
     def phases(self) -> Sequence[Phase]:
@@ -309,9 +301,7 @@ class Dsee(Plugin):
         id = model.owner
         if not self.structured:
             return
-        if not stack.ledger.of(id, DeltaPart) or id in stack.ledger.merged():
-            said = "there are no masks on the model, or they are in the weights already"
-            raise ConflictError(f"{id}: {said}", hint="phase: after-training beside `use`; stack.unmerge()")
+        check_masked(stack, id)
         if self.state.get("pruned") is False:
             said = "no heads and neurons were chosen yet"
             raise StackError(f"{id}: {said}", hint="train on into `recover`")
@@ -329,8 +319,7 @@ class Dsee(Plugin):
     def share_left(self) -> float:
         """Of the numbers that M is about."""
         if self.blocks:
-            left = sum(b.cost * int(self.left(b).sum()) for b in self.blocks)
-            return left / sum(b.cost * b.count for b in self.blocks)
+            return share_left((b, self.left(b)) for b in self.blocks)
         masks = [delta.left for delta in self.deltas.values()]
         return sum(int(m.sum()) for m in masks) / max(sum(m.numel() for m in masks), 1) if masks else 1.0
 

@@ -53,7 +53,7 @@ from peftx.kernel.slots import base_class, kind_of
 from peftx.kernel.vocabulary import scale_of
 from peftx.toolkits.compression import NarrowLinear
 from peftx.toolkits.compression.names import dtype_name, float_dtype
-from peftx.toolkits.compression.pruning import check_unpacked, failure_with, wide
+from peftx.toolkits.compression.pruning import bytes_left, check_not_packed, check_runs, check_unpacked, wide
 
 WRITE = ("attention.o", "mlp.down")
 FROZEN = 0.8
@@ -242,11 +242,8 @@ class PatPruning(Plugin):
     }  # fmt: skip
     architectures = ("phi3", "gemma2")
     example = {"rank": 4, "prune": 1}  # a loop of one's own has no length that T could be a share of
-    refuses = {
-        "gpt2": "its norms take the mean over all channels",
-        "bert": "its norms take the mean over all channels",
-        "t5": "an encoder and a decoder",
-    }
+    refuses = {"t5": "an encoder and a decoder"}
+    refuses |= dict.fromkeys(("gpt2", "bert"), "its norms take the mean over all channels")
     config: PatPruningConfig
     hsms: dict[str, Hsm] = {}
 
@@ -260,13 +257,11 @@ class PatPruning(Plugin):
             said = f"width {self.config.width:g} of {d} channels leaves none"
             raise ArchitectureError(f"{model.owner}: {said}", hint=f"{1 / d:.3g} at least")
         if self.config.rank > d:
-            raise OptionError(
-                f"{model.owner}: rank {self.config.rank} exceeds the {d} channels", hint=f"at most {d}"
-            )
+            said = f"rank {self.config.rank} exceeds the {d} channels"
+            raise OptionError(f"{model.owner}: {said}", hint=f"at most {d}")
         shells = {site.path: shell(site, how, max(d - 1, 1), "meta") for site, how in places}
-        if error := failure_with(model, shells):  # with one channel less
-            said = f"{model.config.model_type} has more that is as wide as its residual stream"
-            raise ArchitectureError(f"{model.owner}: {said}", hint=WORK) from error
+        said = "has more that is as wide as its residual stream"
+        check_runs(model, shells, said, WORK)  # with one channel less
 
     def places(self, model: ModelView) -> list[tuple[BoundSite, str]]:
         """All that writes or reads the stream, each module once, and how.
@@ -279,9 +274,7 @@ class PatPruning(Plugin):
             said = f"{model.config.model_type} is not one tower of text"
             raise ArchitectureError(f"{model.owner}: {said}", hint=WORK)
         for site in (s for s in model.anatomy.sites if s.kind != "block"):
-            if site.kind == "quantized":
-                said = f"{site.path} is packed already, and cannot be narrowed"
-                raise ConflictError(f"{model.owner}: {said}", hint=f"put '{model.owner}' first")
+            check_not_packed(model, site, "cannot be narrowed")
             module, how = site.module, "embedding" if site.role == "embedding" else ""
             if "RMSNorm" in base_class(module).__name__ and site.shape and isinstance(eps_of(module), float):
                 how = "norm"
@@ -310,6 +303,7 @@ class PatPruning(Plugin):
         id, order = stack.id_of(self), list(stack.plugins)
         done, place = stack.standing[id].compressed, order.index(id)
         mine = {part.key for part in stack.ledger.of(id, ReplacedPart)}
+        way = f"what folds goes before '{id}'; adapters of linear layers behind its compression as well"
         if not done:
             check_unpacked(stack, id, "narrow")
         for part in stack.ledger.parts:
@@ -320,9 +314,6 @@ class PatPruning(Plugin):
             fits = on_linear or (trains and part.key not in mine)
             if not (fits if done else (trains or merges) and order.index(part.owner) < place):
                 said = f"'{part.owner}' ({part.what} at {part.key}) stays at the full width, which '{id}' narrows"
-                way = (
-                    f"what folds goes before '{id}'; adapters of linear layers behind its compression as well"
-                )
                 raise ConflictError(said, hint=way)
 
     def phases(self) -> Sequence[Phase]:
@@ -397,8 +388,7 @@ class PatPruning(Plugin):
             head.weight = embedding.weight
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        for site, _ in self.places(model):
-            yield site, int(site.weight.nbytes * self.config.width)
+        return bytes_left((site for site, _ in self.places(model)), self.config.width)
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

@@ -53,6 +53,7 @@ from peftx.errors import DataError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.stack import Stack
 from peftx.toolkits.evaluation import evaluating, head_answers
+from peftx.toolkits.injecting import at_rates
 
 BETWEEN = ";"
 """Stands between the labels of a row."""
@@ -210,15 +211,7 @@ class Ptec(Plugin):
             return F.binary_cross_entropy_with_logits(z, y.to(z), pos_weight=self.w.to(z)), outputs
 
         step.replace_task_loss(loss, over="rows")
-        W = self.head.linear.weight
-        before: list[Tensor] = []
-
-        @torch.no_grad()
-        def shorten(_: object) -> None:
-            W.copy_(before[0].lerp(W, self.config.head_rate))
-
-        step.before_update(lambda _: before.append(W.detach().clone()))
-        step.after_update(shorten)
+        at_rates(step, [(self.head.linear.weight, self.config.head_rate)])
         return (yield)
 
     def classify(self, stack: Stack, texts: Sequence[str]) -> tuple[list[str], Tensor]:

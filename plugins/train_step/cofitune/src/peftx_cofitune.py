@@ -47,6 +47,7 @@ from peftx.engines.training.base import base_alone
 from peftx.errors import ArchitectureError, ConflictError, TrainingError
 from peftx.kernel.modes import eval_mode
 from peftx.kernel.seeds import seeded
+from peftx.toolkits.injecting import at_rates
 
 Depth = tuple[float, float]
 Key = tuple[int | None, str, str]
@@ -164,23 +165,16 @@ class Cofitune(Plugin):
                 soft.append((place.theta, row))
                 if not row.all():
                     place.restrict((row > 0).expand_as(place.theta))
-        old: list[Tensor] = []
 
         def soften(_: object) -> None:
             for p, row in soft:
                 if p.grad is not None:
                     p.grad *= row
 
-        @torch.no_grad()
-        def shorten(_: object) -> None:
-            for (p, row), before in zip(soft, old, strict=True):
-                p.copy_(before.lerp(p, row))
-
         if self.config.scale == "gradient":
             step.on_gradients(soften)
         else:
-            step.before_update(lambda _: old.extend(p.detach().clone() for p, _ in soft))
-            step.after_update(shorten)
+            at_rates(step, soft)
         return (yield)
 
     def measure(self, step: TrainStep) -> None:

@@ -158,8 +158,7 @@ class GroupedRows(CallEdit):
         return self.call.once(self.owner, lambda: groups_of(segments, model.dtype))
 
     def before(self, call: dict[str, Any]) -> dict[str, Any]:
-        groups = self.groups()
-        if groups is None:
+        if (groups := self.groups()) is None:
             return call
         return call | {"position_ids": positions(groups, call["input_ids"].shape[1]), "use_cache": False}
 
@@ -321,11 +320,10 @@ class PrefixGrouper(Plugin):
             if not isinstance(reward, (int, float)) or not math.isfinite(reward):
                 said = f"the reward {reward}" if isinstance(reward, float) else "no reward"
                 raise DataError(f"prefix-grouper: {where} has {said}", hint="a number in the column 'reward'")
-            pair = encode_pair(
-                data.tokenizer, row["prompt"], row["completion"], max_length=data.max_length, where=where
-            )
+            x, y = row["prompt"], row["completion"]
+            pair = encode_pair(data.tokenizer, x, y, max_length=data.max_length, where=where)
             answer = [label for label in pair.labels if label != IGNORE]
-            found.setdefault(row["prompt"], []).append((answer, float(reward)))
+            found.setdefault(x, []).append((answer, float(reward)))
         size = max(map(len, found.values()), default=0)
         groups = []
         for prompt, answers in found.items():
