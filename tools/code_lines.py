@@ -4,7 +4,7 @@ python tools/code_lines.py             # a table
 python tools/code_lines.py --from REF  # beside those of a commit
 
 `tests/meta/test_code_lines.py` holds FIRST to their median, SHORT to their most,
-the framework to KERNEL, and it, tools and benchmarks to LONGEST.
+the kernel to KERNEL, and all files but tests to LONGEST.
 """
 
 from __future__ import annotations
