@@ -625,11 +625,8 @@ def tiny_models() -> dict[str, tuple[nn.Module, list[nn.Module], list[dict[str, 
     }
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("name", ["llama", "llama-padded", "gpt2", "gemma3-mixed", "t5-encoder"])
-def test_a_walk_gives_every_block_what_the_changed_model_gives_it(
-    name: str, offload: bool, tmp_path: Path
-) -> None:
+def test_a_walk_gives_every_block_what_the_changed_model_gives_it(name: str) -> None:
     model, blocks, batches = tiny_models()[name]
     model.train()  # a walk must switch dropout off, and the mode comes back
     outputs: list[list[Tensor]] = []
@@ -646,10 +643,9 @@ def test_a_walk_gives_every_block_what_the_changed_model_gives_it(
         assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         outputs.append(after)
 
-    walk_blocks(model, blocks, batches, on_block=shrink, offload_dir=tmp_path if offload else None)
+    walk_blocks(model, blocks, batches, on_block=shrink)
     assert model.training
     assert all(module.training for module in model.modules())
-    assert not list(tmp_path.iterdir())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
 
     model.eval()
@@ -680,7 +676,7 @@ def test_a_walk_runs_the_model_once_and_then_stops_at_the_first_block() -> None:
     assert calibration.tokens == 2 * (6 + 6 + 9)
 
 
-def test_a_block_that_is_advanced_runs_no_more(tmp_path: Path) -> None:
+def test_a_block_that_is_advanced_runs_no_more() -> None:
     model, blocks, batches = tiny_models()["llama"]
     found: dict[bool, list[Tensor]] = {}
     calls = [0] * len(blocks)
@@ -701,7 +697,7 @@ def test_a_block_that_is_advanced_runs_no_more(tmp_path: Path) -> None:
                     next(inputs.replay(block))
 
         calls[:] = [0] * len(blocks)
-        walk_blocks(model, blocks, batches, on_block=look, offload_dir=tmp_path)
+        walk_blocks(model, blocks, batches, on_block=look)
         assert calls == ([4, 4, 4] if advancing else [7, 5, 4])
     assert all(map(torch.equal, found[True], found[False]))
 

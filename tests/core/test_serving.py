@@ -494,8 +494,9 @@ def test_tokens_after_a_stop_string_are_not_counted(stack: Stack) -> None:
         p for p in "BCDEFGH" if text[5:7] not in stack.generate(p, max_new_tokens=12, do_sample=False)
     )
     more = Request(other, max_tokens=12, temperature=0, stop=(text[5:7],))
-    with Engine(Server(stack, scheduler=Scheduler(max_wait_ms=500, max_batch=2))) as engine:
-        jobs = [engine.submit(stop), engine.submit(more)]
+    engine = Engine(Server(stack, scheduler=Scheduler(max_wait_ms=0, max_batch=2)))
+    jobs = [engine.submit(stop), engine.submit(more)]  # both are there when it starts
+    with engine:
         both = [job.result(timeout=60) for job in jobs]
         assert engine.about()["batches"] == 1
         alone = engine.submit(stop).result(timeout=60)

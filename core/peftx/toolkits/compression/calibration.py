@@ -2,20 +2,17 @@
 
     x_0 = what enters block 0;   on_block(i, block_i, x_i);   x_{i+1} = block_i(x_i), with block_i as changed
 
-Only x_i of one i is kept, in memory or on disk. The other arguments of a block (masks, rotary embeddings) are taken
+Only x_i of one i is kept. The other arguments of a block (masks, rotary embeddings) are taken
 from the model itself: from its first block where all blocks are called alike, else from every block.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -50,7 +47,7 @@ class BlockInputs:
     without gradients and yields the hidden states. Iterate as often as needed, until `advance`.
     """
 
-    def __init__(self, *, calls: Sequence[_Call], store: _Store) -> None:
+    def __init__(self, *, calls: Sequence[_Call], store: dict[int, Tensor]) -> None:
         self._calls = calls
         self._store = store
         self._advanced = 0
@@ -62,7 +59,7 @@ class BlockInputs:
         """The hidden states [B, T, H] of batch `index`."""
         if index < self._advanced:
             raise UnsupportedError(f"the inputs of batch {index} are gone: the block was advanced")
-        return self._store.load(index)
+        return self._store[index]
 
     def filled(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the block is called with in batch `index`, with other hidden states [B, T, H]."""
@@ -83,7 +80,7 @@ class BlockInputs:
         while self._advanced < len(self):
             index = self._advanced
             output = _output(block, *self._calls[index].filled(self.hidden(index)))
-            self._store.save(index, output)
+            self._store[index] = output
             self._advanced += 1
             yield output
 
@@ -91,28 +88,6 @@ class BlockInputs:
 def _output(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return _hidden_of(block(*args, **kwargs), block)
-
-
-class _Store:
-    """Hidden states by batch number: in memory, or one safetensors file each."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._memory: dict[int, Tensor] = {}
-        self._devices: dict[int, torch.device] = {}
-
-    def save(self, index: int, hidden: Tensor) -> None:
-        if self._folder is None:
-            self._memory[index] = hidden
-            return
-        self._devices[index] = hidden.device
-        save_file({"hidden": hidden.contiguous()}, self._folder / f"{index}.safetensors")
-
-    def load(self, index: int) -> Tensor:
-        if self._folder is None:
-            return self._memory[index]
-        path = self._folder / f"{index}.safetensors"
-        return load_file(path, device=str(self._devices[index]))["hidden"]
 
 
 def _hidden_of(output: Any, block: nn.Module) -> Tensor:
@@ -234,7 +209,6 @@ def walk_blocks(
     batches: Sequence[dict[str, Any]],
     *,
     on_block: Callable[[int, nn.Module, BlockInputs], None],
-    offload_dir: Path | None = None,
 ) -> None:
     """Visit the blocks in order; each sees what the changed blocks before it make of the calibration data.
 
@@ -249,8 +223,6 @@ def walk_blocks(
         batches: keyword arguments of `model`.
         on_block: gets the block's number, the block, and its inputs (valid during the call only). One that changes
             nothing reads what it needs during `inputs.advance(block)`; each block then runs once a batch, not twice.
-        offload_dir: an existing folder; hidden states are kept there, in a folder of their own that is removed at
-            the end, instead of in memory. Masks and the like stay in memory, equal ones once.
 
     Raises:
         ArchitectureError: the blocks are no chain, or are called in a way that is not understood.
@@ -260,23 +232,10 @@ def walk_blocks(
         raise UnsupportedError("no blocks to walk")
     if not batches:
         raise DataError("calibration needs at least one batch, got none")
-    if offload_dir is None:
-        _walk(model, blocks, batches, on_block, _Store(None))
-        return
-    with tempfile.TemporaryDirectory(dir=offload_dir, prefix="peftx-activations-") as folder:
-        _walk(model, blocks, batches, on_block, _Store(Path(folder)))
-
-
-def _walk(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    batches: Sequence[dict[str, Any]],
-    on_block: Callable[[int, nn.Module, BlockInputs], None],
-    store: _Store,
-) -> None:
+    store: dict[int, Tensor] = {}
     with eval_mode(model):
         hidden, first = _all_calls(model, blocks, batches[0])
-        store.save(0, hidden)
+        store[0] = hidden
         uniform = all(call is first[0] for call in first)
         calls = [first]  # [batch][block]
         for index in range(1, len(batches)):
@@ -287,7 +246,7 @@ def _walk(
                 hidden, others = _all_calls(model, blocks, batches[index])
                 known = calls[-1]
                 calls.append([_shared(call, known) for call in others])
-            store.save(index, hidden)
+            store[index] = hidden
         for number, block in enumerate(blocks):
             inputs = BlockInputs(calls=[of_batch[number] for of_batch in calls], store=store)
             on_block(number, block, inputs)
@@ -302,12 +261,10 @@ class Calibration:
 
     Args:
         batches: keyword arguments of the model, tokenized, on its device.
-        offload_dir: where hidden states are kept during a walk; None = in memory.
         progress: called in a walk after each block, with (blocks done, blocks of the model).
     """
 
     batches: list[dict[str, Any]] = field(default_factory=list)
-    offload_dir: Path | None = None
     progress: Callable[[int, int], None] | None = None
 
     @property
@@ -336,4 +293,4 @@ class Calibration:
             if self.progress is not None:
                 self.progress(number + 1, len(blocks))
 
-        walk_blocks(model, blocks, self.batches, on_block=told, offload_dir=self.offload_dir)
+        walk_blocks(model, blocks, self.batches, on_block=told)
