@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import peftx
 from peftx import Plugin, Registry
 from peftx.errors import ConflictError, RegistryError
-from peftx.testing import matrix, shown
+from peftx.testing import matrix, shown, tried
 from peftx.testing.covering import Cover
 from peftx.testing.life import built
 from peftx.testing.matrix import Cell, Matrix, run_matrix, try_pair
@@ -127,6 +127,27 @@ def test_a_fault_is_found_wherever_it_stands(
     assert all("they clash" in cell.reason for cell in bad)
     assert [set(group.fault) for group in found.together][:1] == together
     assert len(found.cells) == 16
+
+
+@pytest.mark.parametrize(
+    "faulty", [{"lora", "compacter"}, {"esft", "lora", "compacter"}], ids=["two", "three"]
+)
+def test_what_fails_together_on_another_model_is_told(
+    monkeypatch: pytest.MonkeyPatch, faulty: set[str]
+) -> None:
+    """Two that work on their own model, and three of which one has no place there."""
+
+    def trouble(names: Sequence[str], arch: str) -> str:
+        return "they clash" if arch == "mixtral" and faulty <= set(names) else ""
+
+    monkeypatch.setattr(matrix, "trouble", trouble)
+    monkeypatch.setattr(matrix, "lived_alone", lambda name, arch: None)
+    monkeypatch.setattr(matrix, "STANDS", {})
+    monkeypatch.setattr(tried, "STANDS", matrix.STANDS)
+    found = run_matrix(["esft", "lora", "propulsion", "compacter"], threes=2)
+    assert {frozenset(group.fault) for group in found.together} == {frozenset(faulty)}
+    assert {group.arch for group in found.together} == {"mixtral"}
+    assert found.count("failed") == 0
 
 
 @pytest.mark.parametrize(

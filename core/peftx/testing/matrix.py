@@ -153,7 +153,8 @@ def run_matrix(
             working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
             cover = Cover(working, fits, size=SIZE, seed=seed)
             for group in found.together:
-                cover.avoid(group.fault)
+                if group.arch == arch:
+                    cover.avoid(group.fault)
             more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
             for group in submit(try_group, arch, more):
                 found.stacks += 1
