@@ -1,8 +1,7 @@
 """What a command costs with the plugins that are installed, and with hundreds: CPU seconds, the least of some starts.
 
-    python benchmarks/at_size.py                                            # with those of this checkout
     git clone . ../many && python tools/many_plugins.py 175 ../many && (cd ../many && make setup)
-    python benchmarks/at_size.py --checkout ../many                         # with those, into the same table
+    python benchmarks/at_size.py ../many        # with those of this checkout, and with those
 
 Leaves at_size.json and .md in benchmarks/results, a column a number of plugins.
 """
@@ -72,7 +71,7 @@ def page(sizes: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = [
         "# What hundreds of plugins cost",
         "",
-        "CPU seconds of one process, on a busy machine; beyond those of the repository plugins are copies of them.",
+        "CPU seconds of one process, the least of some; plugins beyond those of the repository are copies of them.",
         "",
         "| command | " + " | ".join(f"{number} plugins" for number in numbers) + " |",
         "| --- |" + " --- |" * len(numbers),
@@ -92,16 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose .venv is measured; this one's")
+    parser.add_argument("checkouts", type=Path, nargs="*", help="whose .venv is measured beside this one's")
     parser.add_argument("--rounds", type=int, default=5, help="starts of each command")
     options = parser.parse_args()
-    number, found = measured(options.checkout.resolve(), options.rounds)
-    file = RESULTS / "at_size.json"
-    sizes = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    # Of two measurements of one checkout the later one counts, though it has got plugins since.
-    copies = options.checkout.resolve() != ROOT
-    sizes = {size: each for size, each in sizes.items() if (int(size) > 200) != copies} | {str(number): found}
-    file.write_text(json.dumps(sizes, indent=1) + "\n", "utf-8")
+    every = [measured(checkout.resolve(), options.rounds) for checkout in (ROOT, *options.checkouts)]
+    sizes = {str(number): found for number, found in every}
+    (RESULTS / "at_size.json").write_text(json.dumps(sizes, indent=1) + "\n", "utf-8")
     (RESULTS / "at_size.md").write_text(page(sizes), "utf-8")
     print(page(sizes))
 

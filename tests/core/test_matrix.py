@@ -225,6 +225,12 @@ def test_a_cover_is_small_and_heeds_what_does_not_go_together() -> None:
     assert stacks != list(Cover(pairs, lambda stack: True, size=8, seed=1).stacks(pairs))
 
 
+def test_a_plugin_with_many_soft_tokens_stands_with_those_that_have_none() -> None:
+    assert matrix.soft("prompt-tuning") > matrix.SOFT
+    assert matrix.fits(("prompt-tuning", "lora", "mezo"))
+    assert not matrix.fits(("prompt-tuning", "lora", "xprompt"))
+
+
 def test_pairs_that_have_nothing_in_common_share_stacks() -> None:
     names = [str(i) for i in range(32)]
     every = {(a, b) for a in names for b in names if a != b}

@@ -30,3 +30,11 @@ def peak_memory() -> int | None:
         return int(told["peak_wset"]) if "peak_wset" in told else None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Was there too little memory, of the CPU or of an accelerator: PyTorch has no class of its own for it on a CPU."""
+    from accelerate.utils.memory import should_reduce_batch_size  # takes a while to import
+
+    known = isinstance(error, Exception) and should_reduce_batch_size(error)
+    return known or isinstance(error, MemoryError)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 from peftx.kernel.slots import Delta, LowRank, add_low_rank
 
 
-class LowRankDelta(Delta):
+class LowRankDelta(Delta, ABC):
     """y + s B A x, with the A, B and s that `low_rank` of a subclass gives."""
 
+    @abstractmethod
     def low_rank(self) -> LowRank:
         """A [..., r, in], B [..., out, r] and s, as they are now."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return add_low_rank(x, y, *self.low_rank())

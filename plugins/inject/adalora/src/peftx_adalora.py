@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from peftx import (
     Claim,
-    Delta,
     LowRank,
     ModelView,
     PeftFormat,
@@ -42,12 +41,12 @@ from peftx import (
     PluginConfig,
     Targets,
     TrainStep,
-    add_low_rank,
     hookimpl,
 )
 from peftx.errors import AdapterError
 from peftx.kernel.phases import Span
 from peftx.peft_format import Settings, targets_of
+from peftx.toolkits.injecting import LowRankDelta
 
 Memory = dict[str, Tensor]
 """`path.A` and the like -> I' and U', [2, ...]."""
@@ -89,7 +88,7 @@ class AdaloraConfig(PluginConfig):
         return self
 
 
-class AdaloraDelta(Delta):
+class AdaloraDelta(LowRankDelta):
     """y + s B (E * A) x.
 
     Args:
@@ -110,13 +109,6 @@ class AdaloraDelta(Delta):
         self.E = nn.Parameter(torch.zeros(*batch, rank, 1))
         self.B = nn.Parameter(torch.randn(*batch, out_features, rank) * 0.02)
         self.register_buffer("kept", torch.ones(*batch, rank, 1, dtype=torch.bool))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_low_rank(x, y, *self.low_rank())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, s = self.low_rank()
-        return weight + s * (B @ A).to(weight.dtype), bias
 
     def low_rank(self) -> LowRank:
         return LowRank(self.E * self.A, self.B, self.scale)

@@ -23,6 +23,7 @@ not fold, so W is the table alone there, and g acts on what stands inside too.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -78,7 +79,7 @@ class DoraConfig(PluginConfig):
 Terms = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class Gained(Delta):
+class Gained(Delta, ABC):
     """Its gain hangs on the layer's weight: where nothing trains it is that of the last call.
 
     Args:
@@ -92,9 +93,9 @@ class Gained(Delta):
         self.layer = [module]  # in a list: no child of this one
         self.known = Kept()
 
+    @abstractmethod
     def computed(self, dtype: torch.dtype) -> Any:
         """What a call needs."""
-        raise NotImplementedError
 
     def now(self, dtype: torch.dtype) -> Any:
         """The same, from the last call unless a tensor behind it has changed."""

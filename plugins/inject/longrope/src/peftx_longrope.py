@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, Delta, Evaluation, ModelView, Plugin, PluginConfig, Site, Stack, hookimpl
-from peftx.engines.memory import is_out_of_memory
+from peftx.engines.machine import is_out_of_memory
 from peftx.errors import ArchitectureError, DataError, OptionError, UnsupportedError
 from peftx.kernel.call import Call
 from peftx.kernel.parts import DeltaPart
