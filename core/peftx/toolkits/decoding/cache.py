@@ -1,12 +1,13 @@
-"""Taking rejected rows out of a key/value cache again."""
+"""Caches: taking rejected rows out again, and the length of states."""
 
 from __future__ import annotations
 
 import copy
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
@@ -17,6 +18,9 @@ from transformers.cache_utils import (
 )
 
 from peftx.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Exact classes: a subclass may keep its rows elsewhere (the quantized layers do) and inherit `is_croppable = True`.
 _GATHERABLE = (DynamicLayer, DummyLayer)
@@ -73,3 +77,32 @@ def fork_cache(cache: Cache) -> Cache:
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
     return fork
+
+
+class StateCache(DynamicCache):  # type: ignore[misc]
+    """A cache of states alone (Mamba), with the length that transformers' own does not know.
+
+    Attributes:
+        tokens: that the states stand behind; who calls the model counts them.
+    """
+
+    tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def skip(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A forward pre-hook for `generate` over one text, which hands these models the whole of it at first: only what
+        is behind the states is read, and counted. Nothing of one text is masked."""
+        ids = kwargs["input_ids"]
+        if ids.shape[1] > 1:
+            ids = ids[:, self.tokens :]
+        self.tokens += ids.shape[1]
+        return args, kwargs | {"input_ids": ids, "attention_mask": None}
+
+
+def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+    """For a causal model; it says its length, whatever the model keeps."""
+    cache = DynamicCache(config=config)
+    states_alone = bool(cache.layers) and all(type(layer) is LinearAttentionLayer for layer in cache.layers)
+    return StateCache(config=config) if states_alone else cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from peftx.errors import GenerationError, UnsupportedError
 from peftx.kernel.stack import Stack
+from peftx.toolkits.decoding.cache import StateCache
 from peftx.toolkits.decoding.stopping import StopStrings
 
 
@@ -235,15 +236,20 @@ class Generation:
         if self.past_key_values is not None:
             self._pending()  # the cache may have been consumed by an earlier run
             extra["past_key_values"] = self.past_key_values
-        return self.model.generate(
-            self.input_ids,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(self.logits_processors),
-            stopping_criteria=StoppingCriteriaList(criteria),
-            streamer=streamer,
-            custom_generate=custom_generate,
-            **extra,
-        )
+        skipping: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self.past_key_values, StateCache):
+            extra["cache_params"] = extra.pop("past_key_values")
+            skipping = self.model.register_forward_pre_hook(self.past_key_values.skip, with_kwargs=True)
+        with skipping:
+            return self.model.generate(
+                self.input_ids,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(self.logits_processors),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                streamer=streamer,
+                custom_generate=custom_generate,
+                **extra,
+            )
 
     def _pending(self) -> int:
         """Columns of `input_ids` that are not in the cache; checks ids, mask and cache against each other."""

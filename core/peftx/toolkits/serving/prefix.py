@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from peftx.kernel.calls import takes
-from peftx.toolkits.decoding.cache import Undo, fork_cache, keep_rows, undo_kind
+from peftx.toolkits.decoding.cache import StateCache, Undo, fork_cache, keep_rows, undo_kind
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -93,6 +93,9 @@ def read(model: PreTrainedModel, ids: Sequence[int], cache: Cache) -> Tensor:
     tokens = torch.tensor([list(ids)], device=model.device)
     seen = torch.ones(1, int(cache.get_seq_length()) + len(ids), dtype=torch.long, device=model.device)
     little = {"logits_to_keep": 1} if "logits_to_keep" in takes(model) else {}  # the others are not looked at
-    more: dict[str, Any] = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
-    logits: Tensor = model(input_ids=tokens, **more, **little).logits[0, -1]
+    more: dict[str, Any] = {"attention_mask": seen, "past_key_values": cache}
+    if isinstance(cache, StateCache):
+        more = {"cache_params": cache}
+        cache.tokens += len(ids)
+    logits: Tensor = model(input_ids=tokens, use_cache=True, **more, **little).logits[0, -1]
     return logits

@@ -149,7 +149,8 @@ class Server:
                     return f"'{member.id}' claims {claim}"
         if self.stack.model.config.is_encoder_decoder:
             return "an encoder-decoder model keeps no cache of its prompt"
-        if not has_rows(DynamicCache(config=self.stack.model.config)):
+        own = self.scheduler.prefixes is None  # a plugin's store may go on from states
+        if own and not has_rows(DynamicCache(config=self.stack.model.config)):
             return "the model keeps states, and no keys and values of tokens"
         return ""
 

@@ -14,7 +14,8 @@ and values of its tokens, a node may hold one recurrent state, that behind its l
     alpha      0 until the cache was full and 5 times as many requests came as had come by then; those are replayed on
                the tree as it was, and the alpha of the highest hit rate is taken
 
-Without recurrent states every token's end is a place to go on from, and alpha = 0 is LRU.
+Without recurrent states every token's end is a place to go on from, and alpha = 0 is LRU. Layers that begin from a
+state with one token alone (Mamba's) read the rest of a prompt token by token.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
@@ -33,13 +34,14 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 from peftx import Claim, ModelView, Plugin, PluginConfig, hookimpl
 from peftx.errors import ArchitectureError, ConflictError, ServerError, UnsupportedError
 from peftx.kernel.stack import Stack
+from peftx.toolkits.decoding.cache import StateCache, empty_cache
 from peftx.toolkits.decoding.text import check_writes
 from peftx.toolkits.serving import Server
 from peftx.toolkits.serving.prefix import PrefixCache, read
 from peftx.toolkits.serving.radix import Node, RadixTree
 
-GRID = tuple(tenths / 10 for tenths in range(21))
-"""The values of alpha that are tried."""
+GRID = tuple(tenths / 10 for tenths in range(21))  # the values of alpha that are tried
+ALONE = 8  # tokens of a text are read at once in about the time of one that is read alone
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Of each layer with attention [1, H, tokens, D]; empty in a replay."""
@@ -48,17 +50,14 @@ KeysValues = list[tuple[Tensor, Tensor]]
 class MarconiConfig(PluginConfig):
     """Options of Marconi; the paper takes what the GPU has left, and a multiplier of 5 to 15."""
 
-    capacity_mb: float = Field(
-        1024.0, gt=0, allow_inf_nan=False, description="megabytes of keys, values and states"
-    )
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    capacity_mb: float = Field(1024.0, gt=0, description="megabytes of keys, values and states")
     alpha: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="weight of saved FLOPs against age; found by replay if left out",
+        None, ge=0, description="weight of saved FLOPs against age; found by replay if left out"
     )
     bootstrap: int = Field(
-        5, ge=1, description="requests that are replayed, times those that came before the cache was full"
+        5, ge=1, description="requests that are replayed, times those until the cache was full"
     )
 
 
@@ -69,7 +68,7 @@ class Costs:
     token: int
     state: int
     hidden: int
-    ssm: int
+    ssm: int  # layers
     attention: int
     mlp: int
     numbers: int
@@ -103,10 +102,8 @@ class Held:
 
     def join(self, child: Held) -> None:
         """Give keys and values on to the only child."""
-        child.kept = [
-            (torch.cat([k, key], 2), torch.cat([v, value], 2))
-            for (k, v), (key, value) in zip(self.kept, child.kept, strict=True)
-        ]
+        pairs = zip(self.kept, child.kept, strict=True)
+        child.kept = [(torch.cat([k, key], 2), torch.cat([v, value], 2)) for (k, v), (key, value) in pairs]
 
     def bare(self) -> Held:
         """The same without tensors."""
@@ -125,11 +122,7 @@ class Found(NamedTuple):
 
 
 class Tree:
-    """The radix tree, within its bytes.
-
-    Args:
-        costs: of the model. capacity: bytes. alpha: see the module. full: called once, before anything is evicted.
-    """
+    """The radix tree, within `capacity` bytes; `full` is called once, before anything is evicted."""
 
     def __init__(
         self, costs: Costs, capacity: float, alpha: float, full: Callable[[], None] | None = None
@@ -192,9 +185,9 @@ class Tree:
         )[2]
 
     def efficiency(self, node: Place) -> float:
-        """FLOPs that a node saves beyond the one above it, for a byte."""
-        above = node.depth - len(node.edge)
-        return (self.costs.flops(node.depth) - self.costs.flops(above)) / self.held(node)
+        """FLOPs that a node saves beyond the one above it, for a byte; nothing where it holds nothing."""
+        above, held = node.depth - len(node.edge), self.held(node)
+        return (self.costs.flops(node.depth) - self.costs.flops(above)) / held if held else 0.0
 
     def held(self, node: Place) -> int:
         """Bytes of its edge and state."""
@@ -219,20 +212,17 @@ def _normed(values: list[float]) -> list[float]:
 
 
 class RadixCache(PrefixCache):
-    """The store that a server asks.
-
-    Args:
-        stack: a causal language model, with what stands on it. config: options.
+    """The store that a server asks, for a stack.
 
     Raises:
         UnsupportedError: the model does not go on from a cache as it reads a text at once.
-        PeftxError: the capacity holds no token.
+        ServerError: the capacity holds no token.
     """
 
     def __init__(self, stack: Stack, config: MarconiConfig) -> None:
         super().__init__(stack.model, entries=1)
         self.model, self.config = stack.model, config
-        self.form, self.costs = measured(stack)
+        self.form, self.costs, self.one_by_one = measured(stack)
         capacity = config.capacity_mb * 2**20
         if self.costs.bytes(1) > capacity:
             said = f"marconi: capacity_mb is {config.capacity_mb}, and one token takes {self.costs.bytes(1)} bytes"
@@ -251,12 +241,26 @@ class RadixCache(PrefixCache):
         self.tree.touch(node)
         if self.before is not None:
             self.noted.append((True, known))
+        begun = cache = self.cache_of(reach, node)
+        if matched > reach:
+            cache = self.read_on(known[:matched], cache)
+            self.tree.insert(known[:matched], *parts_of(cache))
+        if self.one_by_one and matched:
+            cache = self.read_on(known, cache)
+        reach *= cache is begun
         self.requests, self.tokens = self.requests + 1, self.tokens + len(ids)
         self.hits, self.reused_tokens = self.hits + bool(reach), self.reused_tokens + reach
-        cache = self.cache_of(reach, node)
-        if matched > reach:
-            read(self.model, known[reach:matched], cache)
-            self.tree.insert(known[:matched], *parts_of(cache))
+        return cache
+
+    def read_on(self, ids: Sequence[int], cache: Cache) -> Cache:
+        """A cache of all these tokens, of which it holds the first. Where they can be read one by one alone, and that
+        would take longer, an empty one is filled."""
+        rest = ids[int(cache.get_seq_length()) :]
+        if self.one_by_one and len(ids) <= ALONE * len(rest):
+            cache, rest = empty_cache(self.model.config), ids
+        alone = self.one_by_one and cache.get_seq_length()
+        for part in [[token] for token in rest] if alone else [rest]:
+            read(self.model, part, cache)
         return cache
 
     def keep(self, ids: list[int], cache: Cache) -> None:
@@ -278,23 +282,23 @@ class RadixCache(PrefixCache):
 
     def cache_of(self, reach: int, node: Place) -> DynamicCache:
         """Keys and values on the way to a node, what plugins note beside them, and its state."""
-        found, states = DynamicCache(config=self.model.config), iter(node.data.state or ())
+        found, states = empty_cache(self.model.config), iter(node.data.state or ())
         way: list[KeysValues] = []
         while node.above is not None:
             way.insert(0, node.data.kept)
             node = node.above
         if not reach:
             return found
+        if isinstance(found, StateCache):
+            found.tokens = reach
         layers = zip(*way, strict=True)  # of each its edges
         found.layers = [copy.copy(layer) for layer in self.form]
         for index, layer in enumerate(self.form):
             if type(layer) is LinearAttentionLayer:
                 found.layers[index] = copy.deepcopy(next(states))
             elif type(layer) is DynamicLayer:
-                parts = zip(*next(layers), strict=True)
-                found.layers[index].keys, found.layers[index].values = (
-                    torch.cat(p, 2)[:, :, :reach] for p in parts
-                )
+                own, parts = found.layers[index], zip(*next(layers), strict=True)
+                own.keys, own.values = (torch.cat(part, 2)[:, :, :reach] for part in parts)
         return found
 
     def watch(self) -> None:
@@ -334,19 +338,22 @@ def parts_of(cache: Cache) -> tuple[KeysValues, list[LinearAttentionLayer]]:
     return kept, [copy.deepcopy(layer) for layer in cache.layers if type(layer) is LinearAttentionLayer]
 
 
-def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs]:
-    """The layers of a stack's cache, and what they take: of a few tokens that are read at once and in two parts, which
-    must be the same."""
+def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs, bool]:
+    """The layers of a stack's cache, and what they take; do they begin from a state with one token alone. Of a few
+    tokens that are read at once, in two parts, and at last one by one, which must be the same."""
     model, ids = stack.model, list(range(3, 15))
-    cache, parted = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    whole = read(model, ids, cache)
-    read(model, ids[:-2], parted)  # two: one alone is read by another way in most recurrent layers
-    apart = float((read(model, ids[-2:], parted) - whole).abs().max() / whole.abs().max())
-    if not apart <= torch.finfo(whole.dtype).eps ** 0.5:
-        who = type(model).__name__
-        said = f"marconi: {who} reads a text in two parts otherwise than at once ({apart:.0e})"
-        hint = "its layers do not begin from a state; take a model whose layers do"
-        raise UnsupportedError(said, hint=hint)
+    whole = read(model, ids, cache := empty_cache(model.config))
+
+    def apart(*parts: list[int]) -> float:
+        parted = empty_cache(model.config)
+        last = [read(model, part, parted) for part in parts][-1]
+        return float((last - whole).abs().max() / whole.abs().max())
+
+    near = torch.finfo(whole.dtype).eps ** 0.5
+    together, alone = apart(ids[:-2], ids[-2:]), apart(ids[:-2], ids[-2:-1], ids[-1:])
+    if not min(together, alone) <= near:
+        said = f"marconi: {type(model).__name__} reads a text in parts otherwise than at once ({alone:.0e})"
+        raise UnsupportedError(said, hint="its layers begin from no state; take a model whose layers do")
     kept, states = parts_of(cache)
     numbers = [part for layer in states for part in layer.recurrent_states.values() if part is not None]
     windows = [part for layer in states for part in layer.conv_states.values() if part is not None]
@@ -356,17 +363,7 @@ def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs]:
         hidden=stack.anatomy.hidden_size, ssm=len(states), attention=len(kept),
         mlp=sum(site.role == "block.mlp" for site in stack.anatomy.sites),
         numbers=sum(part.numel() for part in numbers),
-    )  # fmt: skip
-
-
-def check_kinds(kinds: set[type], who: str) -> None:
-    """Raises ArchitectureError where layers of a cache are neither keys and values of all tokens nor one state."""
-    others = kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer}
-    if names := ", ".join(sorted(kind.__name__ for kind in others)):
-        raise ArchitectureError(f"{who} has layers of kind {names} in its cache", hint="take full attention")
-    if DynamicLayer not in kinds:
-        raise ArchitectureError(f"{who} keeps states alone, and transformers' cache of them knows no length",
-                                hint="take a hybrid, or a model of attention")  # fmt: skip
+    ), not together <= near  # fmt: skip
 
 
 class Marconi(Plugin):
@@ -374,14 +371,19 @@ class Marconi(Plugin):
 
     Config = MarconiConfig
     claims = {Claim.EXACT_CACHE, Claim.KEEPS_PREFIXES}
-    architectures = ("qwen3_next",)
+    architectures = ("qwen3_next", "mamba")
     refuses = {"bert": "an encoder writes no text", "t5": "an encoder reads a prompt at once"}
     config: MarconiConfig
 
     def suits(self, model: ModelView) -> None:
-        who = f"{model.owner}: {type(model.module).__name__}"
         check_writes(model)
-        check_kinds({type(layer) for layer in DynamicCache(config=model.config).layers}, who)
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        others = kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer}
+        if names := ", ".join(sorted(kind.__name__ for kind in others)):
+            who = f"{model.owner}: {type(model.module).__name__}"
+            raise ArchitectureError(
+                f"{who} has layers of kind {names} in its cache", hint="take full attention"
+            )
 
     def check(self, stack: Stack) -> None:
         for member in stack.implementers("decode"):

@@ -15,10 +15,11 @@ from peftx.errors import ArchitectureError, ConflictError, PeftxError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank, ReferencePrompt
+from peftx.toolkits.decoding.cache import empty_cache
 from peftx.toolkits.serving import Engine, Request, Server
 from peftx.toolkits.serving.app import build_app
 from peftx.toolkits.serving.prefix import PrefixCache
-from peftx_marconi import GRID, Costs, Marconi, MarconiConfig, Place, RadixCache, Tree, read
+from peftx_marconi import ALONE, GRID, Costs, Marconi, MarconiConfig, Place, RadixCache, Tree, read
 from peftx_token_trails import TokenTrails
 
 test_conformance = conformance("marconi")
@@ -208,7 +209,7 @@ def test_a_bare_tree_goes_on_by_itself() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness
-@pytest.mark.parametrize("arch", ["qwen3_next", "qwen3_5", "llama", "gpt2", "opt", "deepseek_v3"])
+@pytest.mark.parametrize("arch", ["qwen3_next", "qwen3_5", "mamba", "llama", "gpt2", "opt", "deepseek_v3"])
 def test_logits_behind_a_hit_are_those_from_scratch(arch: str) -> None:
     cache, draw = store(arch), torch.Generator().manual_seed(1)
     model, head = cache.model, torch.randint(3, 200, (30,), generator=draw).tolist()
@@ -216,14 +217,14 @@ def test_logits_behind_a_hit_are_those_from_scratch(arch: str) -> None:
         ids = head + tail
         found = cache.take(ids)
         begun = int(found.get_seq_length())
-        whole = read(model, ids, DynamicCache(config=model.config))
+        whole = read(model, ids, empty_cache(model.config))
         torch.testing.assert_close(read(model, ids[begun:], found), whole, atol=2e-5, rtol=0)
         cache.keep(ids, found)
     # 0; 30 that were read for it; 30 and the two of the second; 30 and the three of the first
     assert cache.reused_tokens == (0 + 0 + 32 + 33 if cache.costs.state else 30 + 32 + 33)
 
 
-@pytest.mark.parametrize("arch", ["qwen3_next", "llama"])
+@pytest.mark.parametrize("arch", ["qwen3_next", "mamba", "llama"])
 @pytest.mark.parametrize("capacity_mb", [1.0, 0.022])
 def test_texts_are_those_of_each_alone(arch: str, capacity_mb: float) -> None:
     stack = built(arch, capacity_mb=capacity_mb)
@@ -274,6 +275,30 @@ def test_two_states_a_request_at_most() -> None:
         cache.keep(ids, found)
         assert sum(bool(node.data.state) for node in cache.tree.radix.nodes()) <= 2 * (i + 1)
     assert cache.figures()["states"] == 12 + 3  # one for each text; behind 5 6 7 8, behind 5 6, behind 5 6 9
+
+
+def test_mamba_begins_from_a_state_where_that_is_sooner() -> None:
+    """One token alone takes as long as `ALONE` that are read at once."""
+    cache, ids = store("mamba"), list(range(5, 5 + 2 * ALONE))
+    seen = list[int]()
+
+    def ask(ids: list[int]) -> None:
+        found = cache.take(ids)
+        read(cache.model, ids[int(found.get_seq_length()) :], found)
+        cache.keep(ids, found)
+
+    cache.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ask(ids)
+    assert seen == [len(ids)]
+    ask([*ids, 3, 4])  # one token behind the state, then the last
+    assert seen[1:] == [1, 1]
+    assert cache.reused_tokens == len(ids)
+    ask([*ids[:3], 9, 9, 9])  # short: anew, and the state where they part is kept
+    assert seen[3:] == [3, 5, 1]
+    assert cache.reused_tokens == len(ids)
+    assert cache.tree.find(ids[:3]).reach == 3
 
 
 def test_a_state_is_not_written_on_by_who_goes_on_from_it() -> None:
@@ -433,7 +458,6 @@ def test_a_capacity_below_one_token() -> None:
         ("bert", "is no decoder that writes text"),
         ("t5", "is no decoder that writes text"),
         ("mistral", "has layers of kind DynamicSlidingWindowLayer"),
-        ("mamba", "keeps states alone"),
     ],
 )
 def test_models_whose_cache_cannot_be_gone_on_from(arch: str, said: str) -> None:
@@ -442,9 +466,9 @@ def test_models_whose_cache_cannot_be_gone_on_from(arch: str, said: str) -> None
 
 
 def test_a_model_that_forgets_its_state_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Mamba's layers do where many tokens follow a state."""
+    """Whether many tokens follow a state, or one: Mamba's layers forget where many do."""
     monkeypatch.setattr(DynamicCache, "get_recurrent_state", lambda self, layer, state_idx=0: None)
-    with pytest.raises(PeftxError, match="marconi: Qwen3NextForCausalLM reads a text in two parts otherwise"):
+    with pytest.raises(PeftxError, match="marconi: Qwen3NextForCausalLM reads a text in parts otherwise"):
         Server(built()).prepare()
 
 
