@@ -198,6 +198,13 @@ def test_samples_of_hostile_rows_are_text(bundle: Path, installed: Any, ok: Call
         told = next(text for text in found.texts["p"] if text.startswith(f"{who} wrote"))
         wrote, passes = re.findall(r"(\d+) (?:tokens in|forward passes)", told)
         assert int(wrote) == int(passes) <= 128, "nothing drafts here"
+        served = next(text for text in found.texts["p"] if text.startswith(f"{who} answered"))
+        asked, took, requests, tokens = map(
+            float, re.findall(r"([\d.]+) (?:requests|seconds|tokens)", served)
+        )
+        assert asked == 8, "the two prompts, four times"
+        assert requests * took == pytest.approx(8, rel=0.1)
+        assert tokens * took == pytest.approx(4 * int(wrote), rel=0.1)
 
 
 def test_a_base_that_is_not_at_hand_is_said(bundle: Path, installed: Any, ok: Callable[..., str]) -> None:

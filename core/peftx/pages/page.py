@@ -8,7 +8,7 @@ from itertools import groupby
 
 from peftx.charts import STYLE, Band, Curve, Point, chart
 from peftx.history import Measured, TrainingHistory
-from peftx.pages.samples import Samples, Speed
+from peftx.pages.samples import Samples, Served, Speed
 from peftx.pages.told import Told
 from peftx.quantities import between, measure, plain, size
 from peftx.toolkits.evaluation.streams import TITLES, AccuracyMatrix, in_brief
@@ -278,7 +278,13 @@ def _samples(found: Samples | None) -> str:
     return notes + table(columns, rows, texts=(0, 1, 2, 3))
 
 
-def _speed(found: Speed) -> str:
+def _speed(found: Speed | Served) -> str:
+    if isinstance(found, Served):
+        asked = f"{found.who} answered {found.requests} requests that came at once, as peftx serve does"
+        a_second = (
+            f"{found.requests / found.seconds:,.2f} requests and {found.tokens / found.seconds:,.1f} tokens"
+        )
+        return f"{asked}: {found.seconds:.2f} seconds, {a_second} a second"
     calls = f"{found.calls:,.0f} forward passes, {found.tokens / found.calls:.2f} tokens each"
     rate = f"{found.seconds:.2f} seconds, {found.tokens / found.seconds:,.1f} tokens a second"
     return f"{found.who} wrote {found.tokens:,.0f} tokens in {calls}; {rate}, one text after another"

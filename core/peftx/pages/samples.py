@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from peftx.engines.data import pair_of, said
@@ -14,12 +15,15 @@ from peftx.errors import ArchitectureError, PeftxError
 from peftx.loading import load
 from peftx.stack import Stack
 from peftx.toolkits.decoding.text import generate
+from peftx.toolkits.serving import Engine, Request, Server
 
 if TYPE_CHECKING:
     from peftx.pages.told import Told
     from peftx_spec import Pipeline
 
 SAMPLE_TOKENS = 64
+CLIENTS = 8
+"""Requests at once, at least: prompts are asked again where there are fewer."""
 PROMPT_WORDS = 12
 """Of a text that has no prompt of its own."""
 
@@ -45,12 +49,22 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Served:
+    """How long `who` took for so many requests that came at once, answered as `peftx serve` does. tokens: new ones."""
+
+    who: str
+    requests: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Samples:
     """`notes` say what is not there, and why."""
 
     samples: Sequence[Sample] = ()
     notes: list[str] = field(default_factory=list)
-    speeds: list[Speed] = field(default_factory=list)
+    speeds: list[Speed | Served] = field(default_factory=list)
 
 
 def samples(
@@ -72,7 +86,7 @@ def samples(
     )
     if not rows:
         return Samples((), notes or ["there are no rows to take prompts from: the spec names none"])
-    base, texts, speeds = told.manifest.base, [prompt for prompt, _ in rows], list[Speed]()
+    base, texts, speeds = told.manifest.base, [prompt for prompt, _ in rows], list[Speed | Served]()
     before = _tried(
         lambda: _written(
             "The base",
@@ -112,8 +126,8 @@ def _tried(make: Callable[[], list[Any] | None], what: str, notes: list[str]) ->
         return None
 
 
-def _written(who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed]) -> list[str]:
-    """What a stack writes, one text after another; how fast goes to `speeds`.
+def _written(who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed | Served]) -> list[str]:
+    """What a stack writes, one text after another, and then served; how fast goes to `speeds`.
 
     Raises:
         ArchitectureError: its model writes nothing.
@@ -126,7 +140,17 @@ def _written(who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed]
         texts.append(text)
         stats.update({name: each[name] for name in ("new_tokens", "model_calls")})
     speeds.append(Speed(who, stats["new_tokens"], stats["model_calls"], time.perf_counter() - started))
+    speeds.append(_served(who, stack, [*islice(cycle(prompts), max(CLIENTS, len(prompts)))]))
     return texts
+
+
+def _served(who: str, stack: Stack, prompts: Sequence[str]) -> Served:
+    with Engine(Server(stack)) as engine:
+        requests = [Request(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0) for prompt in prompts]
+        started = time.perf_counter()
+        answers = [job.result() for job in [engine.submit(request) for request in requests]]
+        seconds = time.perf_counter() - started
+    return Served(who, len(answers), sum(answer.completion_tokens for answer in answers), seconds)
 
 
 def prompts(pipeline: Pipeline | None, count: int) -> list[tuple[str, str]]:
