@@ -1,7 +1,7 @@
 """Tokens a second and time to the first token, beside `transformers serve --continuous-batching`.
 
     python benchmarks/serving.py clients         # a random Llama of 44 million numbers
-    python benchmarks/serving.py clients --model FOLDER --clients 1,8,32
+    python benchmarks/serving.py clients --model llama-126m      # or tiny, the bundled model, or a folder
     python benchmarks/serving.py adapters        # 32 rows of 1 to 32 LoRAs in one batch, in this process
 
 Both servers run one after the other on the same saved model, one thread each, and answer the same streamed requests
@@ -26,6 +26,8 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from peftx.engines.models import asset_path
+
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 48
 PROMPTS = [
@@ -40,8 +42,12 @@ PROMPTS = [
 ]
 
 
-def saved_llama(folder: Path) -> Path:
-    """A random Llama with the bundled tokenizer: 768 wide, 6 layers, 12 heads of which 4 have keys."""
+LAYERS = {"llama": 6, "llama-126m": 19}
+"""Of the random models: 44 and 126 million numbers."""
+
+
+def saved_llama(folder: Path, layers: int = LAYERS["llama"]) -> Path:
+    """A random Llama with the bundled tokenizer: 768 wide, 12 heads of which 4 have keys."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +56,7 @@ def saved_llama(folder: Path) -> Path:
     _, tokenizer = load_model("peftx:tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2048, num_hidden_layers=6,
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2048, num_hidden_layers=layers,
         num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
@@ -196,16 +202,19 @@ def adapters(rounds: Annotated[int, typer.Option(help="the least of so many coun
 
 @app.command()
 def clients(
-    model: Annotated[str, typer.Option(help="`llama`: random, 44 million numbers; or a folder")] = "llama",
+    model: Annotated[str, typer.Option(help="llama, llama-126m: random; tiny: bundled; or a folder")] = "llama",
     counts: Annotated[
         str, typer.Option("--clients", help="how many ask at once, comma separated")
     ] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="the best of so many counts")] = 3,
     only: Annotated[str, typer.Option(help="one of the two servers")] = "",
 ) -> None:
-    """Measure both servers and write results/serving.json."""
+    """Measure both servers and write results/serving_MODEL.json."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = saved_llama(Path(scratch) / "model") if model == "llama" else Path(model)
+        if model in LAYERS:
+            folder = saved_llama(Path(scratch) / "model", LAYERS[model])
+        else:
+            folder = Path(asset_path("peftx:tiny" if model == "tiny" else model))
         ours, theirs = free_port(), free_port()
         commands = {
             "peftx": ([sys.executable, "-m", "peftx_cli", "serve", f"m={folder}", "--port", str(ours)], ours, "m"),
@@ -229,7 +238,7 @@ def clients(
                 served.close()
     if not only:
         RESULTS.mkdir(exist_ok=True)
-        place = RESULTS / f"serving_{model if model == 'llama' else folder.name}.json"
+        place = RESULTS / f"serving_{model if model in LAYERS else folder.name}.json"
         place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
