@@ -202,7 +202,9 @@ def adapters(rounds: Annotated[int, typer.Option(help="the least of so many coun
 
 @app.command()
 def clients(
-    model: Annotated[str, typer.Option(help="llama, llama-126m: random; tiny: bundled; or a folder")] = "llama",
+    model: Annotated[
+        str, typer.Option(help="llama, llama-126m: random; tiny: bundled; or a folder")
+    ] = "llama",
     counts: Annotated[
         str, typer.Option("--clients", help="how many ask at once, comma separated")
     ] = "1,8,32",

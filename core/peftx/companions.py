@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,9 @@ from peftx.engines.models import load_model, reads_alike
 from peftx.errors import ModelError
 from peftx.kernel.stack import Stack
 from peftx.loading import load
+
+_MADE: MutableMapping[PreTrainedModel, weakref.ref[Stack]] = weakref.WeakKeyDictionary()
+"""Companion -> the stack that asked for it last."""
 
 
 def companion(
@@ -55,6 +60,12 @@ def companion(
             hint="a model of the same family; or compare texts (peftx.toolkits.working)",
         )
     found.requires_grad_(False).eval()
+    _MADE[found] = weakref.ref(stack)
     if key is not None and key != "copy":
         known[key] = found
     return found
+
+
+def companions_of(stack: Stack) -> list[PreTrainedModel]:
+    """Those of its companions that somebody still holds."""
+    return [model for model, asked in _MADE.items() if asked() is stack]

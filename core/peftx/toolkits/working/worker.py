@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,19 @@ class Budget:
             f"{self.spent_calls} calls, {self.spent_tokens:,} tokens, {self.refusals} refusals, {self.known} answers "
             "known before"
         )
+
+
+_WATCHED: ContextVar[list[int] | None] = ContextVar("questions", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """What is asked inside, by any worker: the numbers of questions that were put together; none that were known."""
+    token = _WATCHED.set(asked := list[int]())
+    try:
+        yield asked
+    finally:
+        _WATCHED.reset(token)
 
 
 @dataclass
@@ -156,6 +170,8 @@ class Worker:
                 chunk = unknown[at : at + AT_ONCE]
                 self.budget.allow(len(chunk))
                 records = dict(zip(chunk, ask([asked[key] for key in chunk]), strict=True))
+                if (watch := _WATCHED.get()) is not None:
+                    watch.append(len(records))
                 self.budget.spent_calls += len(records)
                 self.budget.spent_tokens += sum(record.get("tokens", 0) for record in records.values())
                 self.budget.refusals += sum(record.get("refused", False) for record in records.values())
