@@ -39,7 +39,7 @@ if importlib.util.find_spec("matplotlib") is None:  # now, and not after an hour
     sys.exit("the plots need matplotlib: python3 tools/dev_install.py --extra bench")
 
 RESULTS = Path(__file__).parent / "results"
-RATES, SEEDS, CHOSEN_AFTER = (5e-4, 2e-3, 1e-2, 1e-1), (0, 1, 2), 4
+RATES, SEEDS, CHOSEN_AFTER = (5e-4, 2e-3, 1e-2, 1e-1), (0, 1, 2), 3
 KINDS = {"unknown": AMONG_ALL, "known": WITHIN}
 """Is the task of a text known: its classes are found among those of all tasks, or among its task's."""
 NUMBERS = ("average", "forgetting", "forward transfer")

@@ -69,6 +69,8 @@ class Method(Plugin):
         super().__init__(config, **options)
         if self.config.kind == "b":
             self.claims = self.claims | {Claim.NEEDS_LABELS}
+    def claimed(self):
+        return self.claims | {Claim.PREFIX_CACHE} if self.config.size > 2 else self.claims
     @hookimpl
     def inject(self, model):
         heavy.ones(3)
@@ -79,6 +81,7 @@ class Method(Plugin):
     assert hooks_of(cls) == {"inject"}
     assert cls().claims == {Claim.MERGEABLE}
     assert cls(kind="b").claims == {Claim.MERGEABLE, Claim.NEEDS_LABELS}
+    assert cls(size=3).claims == {Claim.MERGEABLE, Claim.PREFIX_CACHE}
     assert cls.Config(size=6).size == 6
     with pytest.raises(ValidationError, match="too large"):
         cls.Config(size=7)

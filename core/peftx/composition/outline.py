@@ -40,7 +40,7 @@ OURS = frozenset(
 )
 """Modules of peftx that do not import torch."""
 _BUILTINS = frozenset(dir(builtins))
-_CALLED = frozenset({"__init__", "__init_subclass__"})
+_CALLED = frozenset({"__init__", "__init_subclass__", "claimed"})
 """Methods of a plugin that run when one is made."""
 _SINGLE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 """Statements of which it is plain what they bind."""

@@ -182,8 +182,13 @@ class Plugin:
                 f"{type(self).__name__} takes {self.Config.__name__}, not {type(config).__name__}"
             )
         self.config = config
+        self.claims = self.claimed()  # type: ignore[misc]  # of this one
         self.state: dict[str, Any] = {}
         """Small JSON values that a bundle must bring back before `inject` or `restore` runs."""
+
+    def claimed(self) -> frozenset[Claim] | set[Claim]:
+        """What this one claims, for those whose options change that; asked as soon as these are known."""
+        return self.claims
 
     @classmethod
     def _configured(cls, options: dict[str, Any]) -> PluginConfig:

@@ -179,16 +179,14 @@ class PrefixQuant(Plugin):
     refuses = {"bert": "sees later tokens", "t5": "has an encoder, and caches two attentions"}
     config: PrefixQuantConfig
 
-    def __init__(self, config: PrefixQuantConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.weights_only = self.config.activation_bits == self.config.kv_bits == 16
-        if self.weights_only:  # no constants of activations, which adapters behind would make wrong
-            self.claims = type(self).claims - {Claim.FINAL, Claim.PREFIX_CACHE}
+    def claimed(self) -> frozenset[Claim]:
+        config = self.config
+        self.weights_only = config.activation_bits == config.kv_bits == 16
         # Inputs of layers alone, with nothing in the cache: layers with a constant each, and no more than these.
-        nothing_cached = self.config.kv_bits == 16 and not self.config.prefix_tokens
-        self.inputs_only = nothing_cached and not self.weights_only
-        if self.inputs_only:
-            self.claims = type(self).claims - {Claim.PREFIX_CACHE}
+        self.inputs_only = config.kv_bits == 16 and not (config.prefix_tokens or self.weights_only)
+        if self.weights_only:  # no constants of activations, which adapters behind would make wrong
+            return self.claims - {Claim.FINAL, Claim.PREFIX_CACHE}
+        return self.claims - {Claim.PREFIX_CACHE} if self.inputs_only else self.claims
 
     def suits(self, model: ModelView) -> None:
         """Raise ArchitectureError, with a way out, unless `compress` works on this model."""

@@ -128,17 +128,15 @@ class BottleneckAdapter(Plugin):
     architectures = ("mixtral", "bloom", "bart")
     config: BottleneckAdapterConfig
 
-    def __init__(self, config: BottleneckAdapterConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
+    def claimed(self) -> frozenset[Claim]:
         norms, houlsby = self.config.train_norms, self.config.form == "houlsby"
         self.norms = houlsby if norms is None else norms
-        if not self.norms:
-            self.claims = type(self).claims - {Claim.TRAINS_BASE}  # of this one
         self.options: dict[str, Any] = {
             "bottleneck": self.config.bottleneck,
             "nonlinearity": self.config.nonlinearity or ("gelu" if houlsby else "relu"),
             "scale": self.config.scale or (4.0 if self.config.form == "parallel" else 1.0),
         }
+        return self.claims if self.norms else self.claims - {Claim.TRAINS_BASE}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -118,11 +118,8 @@ class Ia3(Plugin):
         ),
     )
 
-    def __init__(self, config: Ia3Config | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.inputs is None:
-            # Of this one, and before a stack is checked.
-            self.claims = type(self).claims - {Claim.EDITS_INPUTS}  # type: ignore[misc]
+    def claimed(self) -> frozenset[Claim]:
+        return self.claims - {Claim.EDITS_INPUTS} if self.config.inputs is None else self.claims
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
@@ -88,10 +88,8 @@ class InstructionResidual(Plugin):
     places: Mapping[str, Trained] = {}
     """theta_base and theta_inst of d1, by the parameters' names."""
 
-    def __init__(self, config: InstructionResidualConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.instruct is not None:
-            self.claims = type(self).claims - {Claim.IDENTITY_AT_START}  # type: ignore[misc]  # of this one
+    def claimed(self) -> frozenset[Claim]:
+        return self.claims if self.config.instruct is None else self.claims - {Claim.IDENTITY_AT_START}
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:

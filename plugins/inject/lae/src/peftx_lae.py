@@ -182,11 +182,10 @@ class Lae(Plugin):
     texts = ClassTexts("lae", missing="there is no head yet")
     task = 0
 
-    def __init__(self, config: LaeConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.module == "prefix":  # of this one
-            kept = type(self).claims - {Claim.IDENTITY_AT_START}
-            self.claims = kept | {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE}
+    def claimed(self) -> frozenset[Claim]:
+        if self.config.module != "prefix":
+            return self.claims
+        return self.claims - {Claim.IDENTITY_AT_START} | {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE}
 
     @property
     def spans(self) -> list[tuple[int, int]]:

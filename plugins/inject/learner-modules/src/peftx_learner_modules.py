@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -94,10 +93,8 @@ class LearnerModules(Plugin):
     example = {"rank": 2, "priming": 1}  # a loop of one's own does not know its length
     config: LearnerModulesConfig
 
-    def __init__(self, config: LearnerModulesConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if not self.config.norms:
-            self.claims = type(self).claims - {Claim.TRAINS_BASE}  # of this one
+    def claimed(self) -> frozenset[Claim]:
+        return self.claims if self.config.norms else self.claims - {Claim.TRAINS_BASE}
 
     def phases(self) -> Sequence[Phase]:
         primed = self.state.get("primed") or not self.config.priming

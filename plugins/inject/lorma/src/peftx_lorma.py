@@ -19,7 +19,7 @@ B (A z), never (B A) z, in `plus`; `pi` has to form the product, a d x d matrix.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -158,11 +158,8 @@ class Lorma(Plugin):
     architectures = ("mixtral",)
     config: LormaConfig
 
-    def __init__(self, config: LormaConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.mode == "post":
-            # Of this one, and before a stack is checked.
-            self.claims = {*type(self).claims, Claim.EDITS_INPUTS}
+    def claimed(self) -> frozenset[Claim]:
+        return self.claims | {Claim.EDITS_INPUTS} if self.config.mode == "post" else self.claims
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -82,11 +82,11 @@ class LsLlama(Plugin):
     config: LsLlamaConfig
     texts = ClassTexts("ls-llama", missing="there is no head yet")
 
-    def __init__(self, config: LsLlamaConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
+    def claimed(self) -> frozenset[Claim]:
         self.labels_option = "labels" if self.config.task == "sequence" else ""
-        if self.config.unmasked:  # of this one
-            self.claims = type(self).claims - {Claim.IDENTITY_AT_START} | {Claim.REPLACES_ATTENTION}
+        if not self.config.unmasked:
+            return self.claims
+        return self.claims - {Claim.IDENTITY_AT_START} | {Claim.REPLACES_ATTENTION}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

@@ -122,10 +122,10 @@ class MultiLayerTrainablePooling(Plugin):
     )
     config: MultiLayerTrainablePoolingConfig
 
-    def __init__(self, config: MultiLayerTrainablePoolingConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.bidirectional:  # of this one
-            self.claims = type(self).claims - {Claim.IDENTITY_AT_START} | {Claim.REPLACES_ATTENTION}
+    def claimed(self) -> frozenset[Claim]:
+        if not self.config.bidirectional:
+            return self.claims
+        return self.claims - {Claim.IDENTITY_AT_START} | {Claim.REPLACES_ATTENTION}
 
     def suits(self, model: ModelView) -> None:
         if hasattr(model.config.get_text_config(), "altup_num_inputs"):

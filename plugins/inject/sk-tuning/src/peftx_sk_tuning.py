@@ -185,10 +185,9 @@ class SkTuning(Plugin):
     config: SkTuningConfig
     texts = ClassTexts("sk-tuning", missing="there is no sentence and no head yet")
 
-    def __init__(self, config: SkTuningConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.variant == "prefix":  # whose sentence goes through the layers first
-            self.claims = {*type(self).claims, Claim.WHOLE_CALLS}  # type: ignore[misc]
+    def claimed(self) -> frozenset[Claim]:
+        prefix = self.config.variant == "prefix"  # whose sentence goes through the layers first
+        return self.claims | {Claim.WHOLE_CALLS} if prefix else self.claims
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from math import prod
-from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -114,11 +113,9 @@ class Spp(Plugin):
     example = {"rank": 2, "sparsity": 0.5}
     config: SppConfig
 
-    def __init__(self, config: SppConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
+    def claimed(self) -> frozenset[Claim]:
         self.pruned = self.config.sparsity is not None or self.config.pattern is not None
-        if not self.pruned:
-            self.claims = type(self).claims | {Claim.IDENTITY_AT_START}  # type: ignore[misc]  # of this one
+        return self.claims if self.pruned else self.claims | {Claim.IDENTITY_AT_START}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:

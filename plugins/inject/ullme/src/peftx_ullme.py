@@ -143,10 +143,8 @@ class Ullme(Plugin):
     )
     config: UllmeConfig
 
-    def __init__(self, config: UllmeConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if not self.config.bidirectional:  # of this one
-            self.claims = type(self).claims - {Claim.REPLACES_ATTENTION}  # type: ignore[misc]
+    def claimed(self) -> frozenset[Claim]:
+        return self.claims if self.config.bidirectional else self.claims - {Claim.REPLACES_ATTENTION}
 
     def suits(self, model: ModelView) -> None:
         check_writes(model)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -58,11 +58,10 @@ class Gmt(Plugin):
     architectures = ("mixtral", "gemma2")
     config: GmtConfig
 
-    def __init__(self, config: GmtConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.targets is None:
-            own = (type(self).claims - {Claim.TRAINS_BASE}) | {Claim.BESIDE_WEIGHTS}
-            self.claims = own  # type: ignore[misc]  # of this one
+    def claimed(self) -> frozenset[Claim]:
+        if self.config.targets is not None:
+            return self.claims
+        return self.claims - {Claim.TRAINS_BASE} | {Claim.BESIDE_WEIGHTS}
 
     @hookimpl
     def inject(self, model: ModelView) -> None:
