@@ -299,6 +299,9 @@ def test_search_clips_what_is_rare() -> None:
     assert float(kept) < 2.0 / 7
     assert float(static_scale(torch.cat((body, torch.full((400,), 3.0)))[None], 4, clip=True)) > 2.8 / 7
     assert float(static_scale(torch.zeros(1, 4), 4, clip=True)) > 0
+    # The largest clipping point is the middle of the last bin, and not above the largest magnitude.
+    ends = static_scale(torch.tensor([[-1.0, 0.0, 1.0]]), 4, clip=True, bins=64)
+    torch.testing.assert_close(ends, torch.tensor([(1 - 1 / 64) / 7]))
 
 
 def test_weights_are_clipped_in_groups() -> None:

@@ -307,7 +307,9 @@ def test_with_a_plugin_around_the_model(last: bool, options: dict[str, object]) 
             p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
         stacks.append(stack)
     both, alone = stacks
-    for batch in (rows, rows[:1] * 2 + rows[1:2] * 2):
+    more = ", and a bit more of it"  # so that each of two groups has a level of its own
+    groups = [tiny_tokenizer()(text + more)["input_ids"] for text in texts[:2]]
+    for batch in (rows, groups[:1] * 2 + groups[1:] * 2):
         got = request(both.model, batch, **options)
         expected = alone.decode(request(alone.model, batch, **options))
         assert torch.equal(both.decode(got), expected)

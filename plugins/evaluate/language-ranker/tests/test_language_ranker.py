@@ -188,7 +188,8 @@ def test_figure(tmp_path):
     assert len(lines) == 5
     scores(output=tmp_path / "none", curves=False)
     assert not (tmp_path / "none").exists()
-    points = ElementTree.fromstring(figure({"<a>": torch.tensor([0.5, 1.0, 0.0])}))[3].get("points")
+    # From top to bottom whatever the range is.
+    points = ElementTree.fromstring(figure({"<a>": torch.tensor([0.5, 0.75, 0.25])}))[3].get("points")
     assert points == "60.0,200.0 320.0,30.0 580.0,370.0"
 
 

@@ -150,6 +150,15 @@ def test_equals_the_official_layer() -> None:
     assert close(layer.W_g.grad, OFFICIAL_ENTROPY, 2e-5)  # without that 1e-5
 
 
+def test_alpha_left_out_is_twice_the_rank() -> None:
+    x, y = wave(1, 5, 3, f=0.7), wave(1, 5, 2, f=0.3)
+    given = mixture()  # alpha 4, rank 2
+    left_out = Mixture(3, 2, replace(given.config, alpha=None), call=Call(), side="source")
+    left_out.load_state_dict(given.state_dict())
+    assert torch.equal(left_out(x, y), given(x, y))
+    assert not close(given(x, y), y, 0.1)  # it would show
+
+
 def test_uniform_is_dense_and_certain_is_sparse() -> None:
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]])
     w, on, S = route(p, RAW)

@@ -12,12 +12,14 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from peftx import Stack, TrainingData
 from peftx.engines.data import FORMATS, tokenize_dataset
 from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.shapes import BOS
 from peftx_mosaic_it import CHOICES, TAG_RULES, MosaicIt, MosaicItConfig, compose, draw_size
 from peftx_prompt_tuning import PromptTuning
 
@@ -41,17 +43,18 @@ def prepared(
     format: str = "prompt-completion",
     seed: int = 0,
     length: int = LIMIT,
+    tokenizer: Any = TOKENIZER,
     **options: Any,
 ):
     data = TrainingData(
         train=Dataset.from_list(rows),
         eval=None,
-        tokenizer=TOKENIZER,
+        tokenizer=tokenizer,
         seed=seed,
         format=format,
         max_length=length,
     )
-    return Stack(model(), [MosaicIt(**options)], tokenizer=TOKENIZER).prepare(data)
+    return Stack(model(), [MosaicIt(**options)], tokenizer=tokenizer).prepare(data)
 
 
 def rows_of(items: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -297,6 +300,19 @@ def test_too_long_a_pair():
     assert [(s["prompt"], s["completion"], s["rows"]) for s in kept] == [("x" * 500, "y", [5])]
     with pytest.raises(DataError, match="row 0"):
         prepared(rows[5:], too_long="drop")
+
+
+def test_a_sample_has_room_for_the_special_tokens():
+    """BOS, where a tokenizer puts one in front as Llama's does, and EOS."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)]
+    )
+    data = prepared(rows_of([("x" * 36, "y")]), tokenizer=tokenizer, length=40, copies=1)
+    read = tokenize_dataset(data.train, tokenizer, format=data.format, max_length=10_000)
+    assert [len(ids) for ids in read["input_ids"]] == [40]  # BOS, 36, " y", EOS
+    with pytest.raises(DataError, match="has 41 tokens by itself, and max_len is 40"):
+        prepared(rows_of([("x" * 37, "y")]), tokenizer=tokenizer, length=40)
 
 
 def test_bad_rows():
