@@ -264,9 +264,12 @@ def test_the_plan_says_the_bytes_of_the_layers_that_will_train(tmp_path: Path) -
             "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
             "train": {},
             "stack": [{"use": "surgical-fim", "with": {"layers": 2, "outside": outside}}],
+            "output": str(tmp_path / "out"),
         }  # fmt: skip
         (tmp_path / "spec.yaml").write_text(json.dumps(spec))
-        told[outside] = plan(load_run(tmp_path / "spec.yaml").pipeline).totals.bundle_bytes
+        found = plan(load_run(tmp_path / "spec.yaml").pipeline)
+        told[outside] = found.totals.bundle_bytes
+        assert ("at most" in found.stages[-1].detail) == outside
         stack = Stack("peftx:tiny", [SurgicalFim(layers=2, samples=1, outside=outside)])
         stack.train(ROWS, steps=1, batch_size=1, learning_rate=1e-3)
         folder = stack.save(tmp_path / str(outside))
