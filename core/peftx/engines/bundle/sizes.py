@@ -35,7 +35,8 @@ class DoubtsBytes(Protocol):
 
 def pruned_of(stack: Stack) -> list[tuple[list[Tensor], int]]:
     """What all plugins say of it."""
-    known = (member.plugin for member in stack.members if isinstance(member.plugin, KnowsPruned))
+    there = (member.plugin for member in stack.members if stack.standing[member.id].injected)
+    known = (plugin for plugin in there if isinstance(plugin, KnowsPruned))
     return [(list(tensors), left) for plugin in known for tensors, left in plugin.left_when_pruned(stack)]
 
 
@@ -44,7 +45,7 @@ def doubts(stack: Stack) -> str:
     found = (
         (member.id, member.plugin.bytes_hang_on())
         for member in stack.members
-        if isinstance(member.plugin, DoubtsBytes)
+        if stack.standing[member.id].injected and isinstance(member.plugin, DoubtsBytes)
     )
     return "; ".join(f"bytes of '{id}': {said}" for id, said in found if said)
 

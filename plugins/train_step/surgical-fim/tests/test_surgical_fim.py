@@ -278,6 +278,15 @@ def test_the_plan_says_the_bytes_of_the_layers_that_will_train(tmp_path: Path) -
     assert 0.5 * told[True] < stored[True] <= 1.01 * told[True]
 
 
+def test_the_plan_of_what_is_refused_says_why() -> None:
+    spec = {
+        "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"}, "train": {},
+        "stack": [{"use": "surgical-fim", "with": {"layers": 99, "outside": True}}], "output": "out",
+    }  # fmt: skip
+    found = plan(load_run(json.dumps(spec)).pipeline)
+    assert any("layers is 99" in conflict.reason for conflict in found.conflicts)
+
+
 def test_while_frozen_nothing_is_chosen() -> None:
     stack = Stack(tiny("llama"), [SurgicalFim(layers=1), Lora(rank=2)])
     stack.freeze("surgical-fim")
