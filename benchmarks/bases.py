@@ -74,6 +74,7 @@ TABLES: dict[str, dict[str, Source]] = {
     "language-ranker": {"compared": Source("text/udhr_parallel.json.gz")},
     "mosaic-it": {"training and test": Source("instruct/math_data.json.gz")},
     "ircoco": {"training and test": Source("code/HumanEval.jsonl.gz")},
+    "longrope": dict.fromkeys(("searched", "measured"), Source("text/wikitext2_test.txt.gz")),
     "transcoder": {"training and test": Source("instruct/codegen_instruct.json.gz")},
     "superfiltering": {"scored": Source("instruct/roleplay_instruct.json.gz")},
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import torch
 
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
-from peftx.engines.bundle.sparse import KnowsChanges
+from peftx.engines.bundle.sizes import base_in_bundle, doubts, own_bytes
 from peftx.engines.data.sources import check_rows_serve, training_rows
-from peftx.engines.models import base_bytes as bytes_on_disk
 from peftx.engines.models import load_model, slow_dtype, usable_device
 from peftx.engines.training.feeders import check_source
 from peftx.engines.training.packing import check_member
@@ -22,7 +20,6 @@ from peftx.engines.training.processes import check_processes
 from peftx.errors import ArchitectureError, ConflictError, PeftxError, UnsupportedError
 from peftx.kernel.anatomy.anatomy import Anatomy
 from peftx.kernel.anatomy.site import Site
-from peftx.kernel.chain import is_ours
 from peftx.kernel.members import Member
 from peftx.kernel.parts import BasePart, DeltaPart, ReplacedPart
 from peftx.kernel.phases import spans
@@ -123,6 +120,8 @@ def plan(
             training = [m for m in members if m.id not in narrowed and runs[index].num_train_epochs is None]
             phases = _phases(training, runs[index].steps, conflicts)
             details[index] = "; ".join(filter(None, (phases, slow_dtype(model.dtype, device))))
+        elif stage.kind == "save" and runs:
+            details[index] = doubts(stack)
     stack.ledger.parts = [p for p in stack.ledger.parts if not isinstance(p, ReplacedPart)]
     packed = _packed(promised)
     left = [*_left(packed).values()]
@@ -149,8 +148,14 @@ def plan(
         + sum(t.nbytes for t in own)
         + sum(m.bytes for m in left)
         - sum(before.values()),
-        bundle_bytes=sum(_own_in_bundle(stack, member, whole=bool(left)) for member in members)
-        + _base_in_bundle(stack, pipeline.model.id, base_bytes, left, promised),
+        bundle_bytes=own_bytes(stack, whole=bool(left), trains=bool(runs))
+        + base_in_bundle(
+            stack,
+            pipeline.model.id,
+            base_bytes,
+            {row.path: row.bytes for row in left},
+            [row.path for row in left if row.path in promised[row.plugin].cut],
+        ),
     )
     return Plan(
         model=pipeline.model.id,
@@ -343,43 +348,6 @@ def _left(packed: Sequence[TouchedModule]) -> dict[str, TouchedModule]:
 def _bytes_of(site: Site) -> int:
     parameter = site.module._parameters.get(site.parameter)
     return 0 if parameter is None else parameter.nbytes
-
-
-def _stored(tensor: torch.Tensor) -> int:
-    """Bytes of a plugin's tensor in a bundle, which holds masks as bits."""
-    return -(-tensor.numel() // 8) if tensor.dtype == torch.bool else tensor.nbytes
-
-
-def _own_in_bundle(stack: Stack, member: Member, *, whole: bool) -> int:
-    """Bytes of a plugin's tensors in a bundle; where it holds the base (`whole`), trained numbers of it are whole."""
-    knows = stack.standing[member.id].injected and not whole
-    known = member.plugin.changed_bytes() if knows and isinstance(member.plugin, KnowsChanges) else 0
-    base = {builtins.id(t) for part in stack.ledger.of(member.id, BasePart) for t in part.tensors().values()}
-    own = stack.ledger.tensors(member.id).values()
-    return known + sum(_stored(t) for t in own if not known or builtins.id(t) not in base)
-
-
-def _base_in_bundle(
-    stack: Stack,
-    id: str,
-    in_memory: int,
-    packed: Sequence[TouchedModule],
-    promised: Mapping[str, Compression],
-) -> int:
-    """Bytes of the base in a bundle, which holds it where layers are replaced: these at their size; the rest, and what
-    was only cut, at that of the base's file, whose half precision is half precision still."""
-    if not packed:
-        return 0
-    mine = {builtins.id(t) for member in stack.members for t in stack.ledger.tensors(member.id).values()}
-    replaced = tuple(f"{row.path}." for row in packed)
-    rest = {
-        builtins.id(p): p.nbytes
-        for name, p in stack.model.named_parameters()
-        if builtins.id(p) not in mine and not name.startswith(replaced) and not is_ours(name)
-    }
-    cut = sum(row.bytes for row in packed if row.path in promised[row.plugin].cut)
-    share = min(1.0, bytes_on_disk(id, stack.model) / in_memory)
-    return sum(row.bytes for row in packed) - cut + round(share * (sum(rest.values()) + cut))
 
 
 def _reads(pipeline: Pipeline, kind: str) -> tuple[str, ...]:

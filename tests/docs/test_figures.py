@@ -353,3 +353,17 @@ def test_the_tables_of_prompts_that_begin_alike() -> None:
                 for way in of_it
             ]
             assert [cells[2:] for cells in table if cells[0] == model] == there
+
+
+def cell(row: dict[str, Any], measure: str, digits: int) -> str:
+    """Of a result of several seeds, or of one run."""
+    spread = f" ± {row['spread'][measure]:.{digits}f}" if "spread" in row else ""
+    return f"{row['mean'][measure]:.{digits}f}{spread}"
+
+
+def test_the_table_of_longer_texts() -> None:
+    page = "plugins/inject/longrope/README.md"
+    found = result(page, "longrope")
+    lengths = ("s = 2, 1,024 tokens", "s = 2, 2,048 tokens", "s = 4, 2,048 tokens", "s = 4, 4,096 tokens")
+    told = {name: cells for name, *cells in rows(page, f"| {' | '.join(lengths)}")}
+    assert told == {name: [cell(row, of, 1) for of in lengths] for name, row in found.items()}

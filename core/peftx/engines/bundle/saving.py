@@ -27,6 +27,7 @@ from peftx.engines.bundle.manifest import (
     own_digest,
     versions,
 )
+from peftx.engines.bundle.sizes import pruned_of
 from peftx.engines.bundle.sparse import AT, TO, as_bits, pack, smallest_exact, without_zeros
 from peftx.engines.bundle.surroundings import (
     TOKENIZER_FOLDER,
@@ -169,13 +170,13 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     if tensors:
         name = member_file(member.id)
         rest = {k: shorter.get(k, t) for k, t in tensors.items() if k not in packed}
-        pruned = {
-            k: pair for k, t in rest.items() if k not in shorter and (pair := without_zeros(t)) is not None
-        }
+        gone = {id(t) for some, _ in pruned_of(stack) for t in some} if stack.trained_steps else set()
+        pairs = {k: without_zeros(t, pruned=id(t) in gone) for k, t in rest.items() if k not in shorter}
+        pruned = {k: pair for k, pair in pairs.items() if pair is not None}
         if pruned:
             entry["zeros"] = {k: list(rest.pop(k).shape) for k in pruned}
-        pairs = (packed | pruned).items()
-        halves = {k + end: t for k, pair in pairs for end, t in zip((AT, TO), pair, strict=True)}
+        found = (packed | pruned).items()
+        halves = {k + end: t for k, pair in found for end, t in zip((AT, TO), pair, strict=True)}
         save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | halves)}, folder / name)
         entry["file"] = name
     return entry

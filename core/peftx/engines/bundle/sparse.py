@@ -46,9 +46,9 @@ def widened(stored: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
     return stored.to(getattr(torch, dtype))
 
 
-def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+def without_zeros(tensor: Tensor, *, pruned: bool = False) -> tuple[Tensor, Tensor] | None:
     """(mask, values) of what is not 0, where that is the shorter way to say it. -0.0 counts as a value. What is 0 all
-    over has not begun to train, and is left as large as it will be.
+    over has not begun to train, and is left as large as it will be; unless it is `pruned`, and will be no larger.
 
     Returns:
         mask: as `as_bits` gives it. values: [n], in the tensor's dtype, in its order.
@@ -58,7 +58,7 @@ def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     flat = tensor.detach().reshape(-1)
     there = (flat != 0) | flat.signbit()
     left = int(there.sum())
-    if not left or left * flat.element_size() + -(-len(flat) // 8) >= flat.nbytes:
+    if (not left and not pruned) or left * flat.element_size() + -(-len(flat) // 8) >= flat.nbytes:
         return None
     return as_bits(there), flat[there]
 
@@ -95,6 +95,14 @@ def packed_at_most(tensors: Sequence[Tensor], changed: int) -> int:
     """Bytes of trained tensors of one dtype in a bundle if at most so many of their numbers change, wherever."""
     place = torch.int32 if all(t.numel() < 2**31 for t in tensors) else torch.int64
     return min(sum(t.nbytes for t in tensors), changed * (place.itemsize + tensors[0].element_size()))
+
+
+def pruned_about(tensors: Sequence[Tensor], left: int) -> int:
+    """Bytes of pruned tensors in a bundle if so many of their numbers are left, wherever: masks and these. A little
+    less where one is kept whole."""
+    masks = sum(-(-t.numel() // 8) for t in tensors)
+    size = max((t.element_size() for t in tensors), default=0)
+    return min(sum(t.nbytes for t in tensors), masks + left * size)
 
 
 @runtime_checkable

@@ -83,11 +83,8 @@ class AtpConfig(PluginConfig):
     temperature: float = Field(0.4, gt=0, description="T")
     beta: float = Field(5e4, ge=0, allow_inf_nan=False, description="how fast LoRA leaves what is removed")
     generator_rate: float = Field(
-        10.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="the generator's rate, over the run's; paper: 1e-3 over 1e-4",
-    )
+        10.0, gt=0, allow_inf_nan=False, description="the generator's rate, over the run's; paper: 1e-3 over 1e-4"
+    )  # fmt: skip
 
     _whole = field_validator("control")(whole_steps)
 
@@ -389,9 +386,11 @@ class Atp(Plugin):
         self.generator, self.structures, self.deltas, self.sources = None, [], {}, {}  # type: ignore[misc]
 
     def planned(self, model: ModelView) -> Iterable[tuple[Site, int]]:
-        """Once masks have come to p; of a run that is too short for them more is left."""
         every = (site for layer in self.layers(model) for each in layer for site in each.sites)
         return pruning.bytes_left(every, self.config.density)
+
+    def bytes_hang_on(self) -> str:
+        return f"at least: more is left if the run ends before the masks have come to {self.config.density}"
 
     @hookimpl
     def evaluate(self, evaluation: Evaluation) -> None:

@@ -17,6 +17,8 @@ from peftx.engines.data import Collator, tokenize_dataset
 from peftx.engines.training.feeders import Feeder
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import PAD, example_inputs, output_of, tiny, tiny_tokenizer
 from peftx.toolkits.compression import NarrowLinear, QuantLinear
@@ -520,6 +522,30 @@ def test_a_run_prunes_and_tunes() -> None:
     assert plugin.phases() == ()
     assert stack.evaluate(ROWS, metrics=["atp"])["left"].value == pytest.approx(left)
     assert stack.generate("3 plus one is", max_new_tokens=2)
+
+
+def test_the_plan_says_what_is_saved_once_masks_have_come_to_p(tmp_path: Path) -> None:
+    """Heads and channels in other shares than p, of all weights p."""
+    data = "{train: peftx:sample/train.jsonl, sources: {validation: peftx:sample/held_out.jsonl}}"
+    stack = "[{use: atp, phase: after-training, with: {density: 0.6}}]"
+    spec = f"peftx: 1\nmodel: peftx:tiny\ndata: {data}\nstack: {stack}\noutput: {tmp_path / 'out'}\n"
+    found = plan(load_run(spec + "train: {steps: 2}\n").pipeline)
+    assert not found.conflicts
+    assert "'atp': at least" in found.stages[-1].detail
+    saved = []
+    for heads in (0.625, 1.0):
+        stack = Stack("peftx:tiny", [Atp(density=0.6)])
+        filled(stack, gone=0)
+        g = plugin_of(stack).generator
+        whole, of_channels = (float(cost.sum()) for cost in (g.cost, g.cost[g.cost == g.cost[-1]]))
+        channels = (0.6 * whole - heads * (whole - of_channels)) / of_channels
+        for d, size in zip(g.d.split(g.sizes), g.sizes, strict=True):
+            d[round(size * (heads if size < 100 else channels)) :] = 0
+        assert float(g.share(g.d)) == pytest.approx(0.6, abs=0.002)
+        stack.compress(keep=False)
+        folder = stack.save(tmp_path / str(heads))
+        saved.append(sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
+    assert saved == pytest.approx([found.totals.bundle_bytes] * 2, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +170,59 @@ def test_what_frozen_layers_take_from_gradients_the_side_path_does_not() -> None
             found[side, kept] = gradients(stack if side else without_side_path(stack))[0]["inside"]
     assert found[False, 0.5] == pytest.approx(found[False, 1.0] / 2**11, rel=1e-3)
     assert found[True, 0.5] > found[True, 1.0] / 20
+
+
+def way(loss: Tensor, to: nn.Parameter) -> list[str]:
+    """Names of autograd's nodes on the shortest way from the loss to a parameter."""
+    came: dict[Any, Any] = {loss.grad_fn: None}
+    queue = deque(came)
+    while queue:
+        node = queue.popleft()
+        if getattr(node, "variable", None) is to:
+            break
+        for further, _ in node.next_functions:
+            if further is not None and further not in came:
+                came[further] = node
+                queue.append(further)
+    names = []
+    while node is not None:
+        names.append(node.name().removesuffix("Backward0"))
+        node = came[node]
+    return names
+
+
+def way_to_the_first(arch: str, layers: int, *, side: bool) -> Counter[str]:
+    """Without the side path no node of it is in the graph."""
+    stack = stack_of(arch, layers)
+    for layer in layers_of(stack) if not side else ():
+        layer.aside.requires_grad_(False)
+        layer.aside.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out).detach())
+    loss = output_of(stack.model, example_inputs(stack.model)).square().mean()
+    return Counter(way(loss, layers_of(stack)[0].inside.up.weight))
+
+
+@pytest.mark.parametrize(
+    ("arch", "scattered"),
+    [("llama", {"Add": 3}), ("gpt2", {"Add": 3}), ("bert", {"Add": 3, "NativeLayerNorm": 2})],
+)
+def test_the_shortest_way_of_a_gradient_grows_by_one_sum_a_layer(
+    arch: str, scattered: dict[str, int]
+) -> None:
+    """Scattered, by two residual sums and the adapter's own; where a layer ends in its norms, by these too."""
+    for side, each in ((True, {"Add": 1}), (False, scattered)):
+        near, far = (way_to_the_first(arch, layers, side=side) for layers in (8, 12))
+        assert far - near == {name: 4 * count for name, count in each.items()}
+
+
+@pytest.mark.parametrize(("arch", "layers"), [("llama", 4), ("gpt2", 4), ("bert", 2)])
+def test_in_few_layers_the_way_is_no_shorter(arch: str, layers: int) -> None:
+    """The side path has a network between it and a layer's output, which residual connections have not."""
+    connected, scattered, more = (
+        way_to_the_first(arch, n, side=side)
+        for n, side in ((layers, True), (layers, False), (layers + 1, True))
+    )
+    assert connected == scattered
+    assert more.total() < way_to_the_first(arch, layers + 1, side=False).total()
 
 
 def retrieval_loss(stack: Stack, queries: Tensor, passages: Tensor) -> Tensor:

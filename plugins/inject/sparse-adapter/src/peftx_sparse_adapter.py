@@ -154,6 +154,12 @@ class SparseAdapter(Plugin):
                     hint="score: magnitude, er or random",
                 )
 
+    def left_when_pruned(self, stack: Stack) -> list[tuple[list[nn.Parameter], int]]:
+        """Of one that the first step's loss does not reach all are left, and it is not among the N."""
+        ws = matrices(stack, stack.id_of(self))
+        groups = [ws] if self.config.scope == "global" else [[w] for w in ws]
+        return [(some, kept(sum(w.numel() for w in some), self.config.sparsity)) for some in groups]
+
     def one_process(self) -> str:
         by_rows = self.config.score in ("snip", "grasp") and not self.state.get("chosen")
         return "each would score by its own rows; or score: magnitude" if by_rows else ""

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftx
 from peftx import Claim, Delta, ModelView, Plugin, Stack, TrainStep, hookimpl
 from peftx.errors import ConflictError, PeftxError, TrainingError
+from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_compacter import Compacter
@@ -672,3 +675,71 @@ def test_resumes_with_the_same_mask(tmp_path: Path, score: str) -> None:
 def test_bad_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(PeftxError, match=f"SparseAdapter: .*{match}"):
         SparseAdapter(**options)
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+SPEC = """peftx: 1
+model: peftx:tiny
+data: {{train: peftx:sample/train.jsonl}}
+stack: [{stack}]
+output: {output}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ("{sparsity: 0.75}", 0.25),
+        ("{sparsity: 0.75, score: magnitude}", 0.25),  # nothing is left of LoRA's B
+        ("{sparsity: 0.9, scope: local, score: magnitude}", 0.1),
+        ("{sparsity: 0.5, score: random}", 0.5),
+        ("{sparsity: 0}", 1.0),
+    ],
+)
+def test_the_plan_says_what_is_saved(tmp_path: Path, options: str, share: float) -> None:
+    """A mask and what is left of the adapter, and the mask of the plugin's own."""
+    stack = f"{{use: lora, with: {{rank: 32}}}}, {{use: sparse-adapter, with: {options}}}"
+    text = SPEC.format(stack=stack, output=tmp_path / "out") + "train: {steps: 2, batch_size: 2}\n"
+    run = load_run(text)
+    told = plan(run.pipeline).totals.bundle_bytes
+    numbers = plan(
+        load_run(text.replace(f", {{use: sparse-adapter, with: {options}}}", "")).pipeline
+    ).totals.bundle_bytes
+    masks = 1 if share == 1 else 2
+    assert told == pytest.approx(share * numbers + masks * numbers / 32, rel=2e-3)
+    run.run()
+    held = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert held == pytest.approx(told, rel=0.04)  # the names of 84 tensors are the most of it
+
+
+def test_the_plan_counts_what_is_pruned_and_no_more(tmp_path: Path) -> None:
+    """Without training nothing is; what stands behind it is not; what went into the weights is gone."""
+
+    def told(stack: str, *, trains: bool = True) -> int:
+        text = SPEC.format(stack=stack, output=tmp_path) + "train: {steps: 2}\n"
+        if not trains:
+            text = "\n".join(line for line in text.splitlines() if not line.startswith(("data", "train")))
+        return plan(load_run(text).pipeline).totals.bundle_bytes
+
+    sparse, lora = "{use: sparse-adapter, with: {sparsity: 0.75}}", "{use: lora, id: behind}"
+    assert told(f"lora, {sparse}", trains=False) == told("lora") * 33 // 32
+    assert told(f"lora, {sparse}, {lora}") == told(f"lora, {sparse}") + told(lora)
+    mask = told(f"lora, {sparse}") - told("lora") // 4 - told("lora") // 32  # the plugin's own
+    assert told(f"lora, {sparse}, {{use: nf4, phase: after-training}}") == told("nf4", trains=False) + mask
+
+
+def test_a_matrix_of_which_nothing_is_left_is_a_mask_in_the_file(tmp_path: Path) -> None:
+    """Before the first step it takes the place that it will have; afterwards it comes back as zeros."""
+    stack = Stack(tiny("llama"), [Lora(rank=4), SparseAdapter(score="magnitude", sparsity=0.75)],
+                  tokenizer=tiny_tokenizer())  # fmt: skip
+    file = stack.save(tmp_path / "first") / "lora.safetensors"
+    assert not any(name.endswith("//at") for name in load_file(file))
+    with pytest.warns(UserWarning, match="nothing is left"):
+        stack.train(ROWS, steps=1, batch_size=2)
+    gone = [w for w in weights(stack) if not w.any()]
+    assert gone
+    stack.save(tmp_path / "then")
+    kept_there = load_file(tmp_path / "then" / "lora.safetensors")
+    assert sum(not len(x) for name, x in kept_there.items() if name.endswith("//to")) == len(gone)
+    loaded = peftx.load(tmp_path / "then", model=tiny("llama"), tokenizer=tiny_tokenizer())
+    assert all(torch.equal(a, b) for a, b in zip(weights(stack), weights(loaded), strict=True))

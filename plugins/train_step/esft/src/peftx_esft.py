@@ -18,6 +18,7 @@ bit. How many experts a layer trains, and which, is the task's.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftx import Claim, ModelView, Plugin, PluginConfig, Targets, TrainStep, hookimpl
+from peftx.engines.bundle.sparse import packed_at_most
 from peftx.errors import ArchitectureError, TrainingError
 from peftx.kernel.call import Call
 from peftx.kernel.modes import eval_mode
@@ -83,15 +85,28 @@ class Esft(Plugin):
             )
         self.call: Call = model.call
         self.experts = {path: model.train(f"re:^{re.escape(path)}$") for path in found}
-        if self.config.beside is not None:
-            model.train(self.config.beside)
+        self.others = {} if self.config.beside is None else model.train(self.config.beside)
+
+    def p(self) -> float:
+        return SHARES[self.config.score] if self.config.p is None else self.config.p
+
+    def changed_bytes(self) -> int:
+        """The ceil(p E) experts of the highest scores have p of them, if not fewer do."""
+        own = [place.theta for places in self.experts.values() for place in places.values()]
+        beside = sum(place.theta.nbytes for place in self.others.values())
+        return beside + sum(
+            packed_at_most([theta], math.ceil(round(self.p() * len(theta), 9)) * theta[0].numel())
+            for theta in own
+        )
+
+    def bytes_hang_on(self) -> str:
+        return "at most: the fewer experts have most of the relevance, the less"
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if "experts" not in self.state:
-            p = SHARES[self.config.score] if self.config.p is None else self.config.p
             scores = self.relevance(step)
-            self.state["experts"] = {path: select(s, p) for path, s in scores.items()}
+            self.state["experts"] = {path: select(s, self.p()) for path, s in scores.items()}
             self.state["scores"] = {path: s.tolist() for path, s in scores.items()}
         for path, chosen in self.state["experts"].items():
             for place in self.experts[

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 import peftx
 from peftx import Stack
 from peftx.errors import ArchitectureError, ConflictError, PeftxError
+from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_esft import Esft, select
@@ -242,6 +245,31 @@ def test_a_bundle_holds_the_chosen_experts_and_goes_on_with_them(tmp_path: Path)
         if p.ndim == 3:
             moved = (p != before[name]).flatten(1).any(1).nonzero().flatten().tolist()
             assert moved == state_of(stack)["experts"][name.rpartition(".")[0]]
+
+
+@pytest.mark.parametrize("beside", [None, "attention"])
+def test_the_plan_says_how_much_is_saved_at_most(tmp_path: Path, beside: str | None) -> None:
+    """As many experts as have p of the relevance when all have the same; fewer are stored when some have more."""
+    base = tiny("mixtral")
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    spec = {
+        "peftx": 1, "model": str(tmp_path / "base"), "data": {"train": "peftx:sample/train.jsonl"}, "train": {},
+        "stack": [{"use": "esft", "with": {"p": 0.5, "beside": beside}}], "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    found = plan(load_run(json.dumps(spec)).pipeline)
+    assert "'esft': at most" in found.stages[-1].detail
+    saved = []
+    for p in (0.5, 1e-6):
+        stack = Stack(str(tmp_path / "base"), [Esft(p=p, beside=beside)])
+        own_steps(stack)
+        folder = stack.save(tmp_path / str(p))
+        chosen = state_of(stack)["experts"].values()
+        assert all(len(each) <= 2 for each in chosen)
+        saved.append(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    few = sum(len(each) == 1 for each in chosen)
+    assert few == len(chosen)
+    assert saved[1] < saved[0] <= found.totals.bundle_bytes + 3000  # the names of tensors in the file
 
 
 def test_what_trains_beside_them() -> None:

@@ -83,6 +83,10 @@ class Gmt(Plugin):
             size, of = (sum(sizes), "all tensors together") if whole else (max(sizes), "the largest tensor")
             check_share(f"{id}: keep", self.config.keep, size, of)
 
+    def bytes_hang_on(self) -> str:
+        own = self.config.keep < 1 and self.config.targets is not None
+        return "at most: numbers that no update chooses are not stored" if own else ""
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         if self.config.keep < 1:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from peftx import Stack
 from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.plugin import Claim
+from peftx.pipeline import load_run
+from peftx.planning import plan
 from peftx.testing import conformance
 from peftx.testing.models import example_inputs, tiny, tiny_tokenizer
 from peftx_gmt import Gmt, threshold
@@ -270,3 +273,21 @@ def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(PeftxError, match=f"Gmt: {next(iter(options))}") as caught:
         Gmt(**options)
     assert "keep, scope, choose, hold, targets" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("options", "bound"), [("keep: 0.02", True), ("keep: 1.0", False)])
+def test_the_plan_says_how_much_is_saved_at_most(tmp_path: Path, options: str, bound: bool) -> None:
+    """All of it; numbers that no update chooses are not in the bundle."""
+    text = f"""peftx: 1
+model: peftx:tiny
+data: {{train: peftx:sample/train.jsonl}}
+stack: [{{use: gmt, with: {{{options}, targets: mlp}}}}]
+train: {{steps: 1, batch_size: 1, max_length: 200}}
+output: {tmp_path / "out"}
+"""
+    run = load_run(text)
+    found = plan(run.pipeline)
+    assert found.stages[-1].detail.startswith("bytes of 'gmt': at most") == bound
+    run.run()
+    held = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert held == pytest.approx((0.04 if bound else 1) * found.totals.bundle_bytes, rel=0.02)

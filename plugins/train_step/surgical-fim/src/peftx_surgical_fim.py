@@ -88,6 +88,13 @@ class SurgicalFim(Plugin):
         outside = sum(place.theta.nbytes for place in self.outside.values())
         return sum(sorted(sizes)[-self.config.layers :]) + outside
 
+    def bytes_hang_on(self) -> str:
+        return (
+            "at most: of what is outside the layers, numbers that do not change are not stored"
+            if self.outside
+            else ""
+        )
+
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor | None, Tensor | None]:
         trains = any(p.requires_grad for path in self.layers for p in self.parameters(path))

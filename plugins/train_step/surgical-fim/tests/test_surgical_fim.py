@@ -264,15 +264,27 @@ def test_the_plan_says_the_bytes_of_the_layers_that_will_train(tmp_path: Path) -
             "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"},
             "train": {},
             "stack": [{"use": "surgical-fim", "with": {"layers": 2, "outside": outside}}],
+            "output": str(tmp_path / "out"),
         }  # fmt: skip
         (tmp_path / "spec.yaml").write_text(json.dumps(spec))
-        told[outside] = plan(load_run(tmp_path / "spec.yaml").pipeline).totals.bundle_bytes
+        found = plan(load_run(tmp_path / "spec.yaml").pipeline)
+        told[outside] = found.totals.bundle_bytes
+        assert ("at most" in found.stages[-1].detail) == outside
         stack = Stack("peftx:tiny", [SurgicalFim(layers=2, samples=1, outside=outside)])
         stack.train(ROWS, steps=1, batch_size=1, learning_rate=1e-3)
         folder = stack.save(tmp_path / str(outside))
         stored[outside] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     assert stored[False] == pytest.approx(told[False], rel=0.01)
     assert 0.5 * told[True] < stored[True] <= 1.01 * told[True]
+
+
+def test_the_plan_of_what_is_refused_says_why() -> None:
+    spec = {
+        "peftx": 1, "model": "peftx:tiny", "data": {"train": "peftx:sample/train.jsonl"}, "train": {},
+        "stack": [{"use": "surgical-fim", "with": {"layers": 99, "outside": True}}], "output": "out",
+    }  # fmt: skip
+    found = plan(load_run(json.dumps(spec)).pipeline)
+    assert any("layers is 99" in conflict.reason for conflict in found.conflicts)
 
 
 def test_while_frozen_nothing_is_chosen() -> None:
