@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -457,3 +458,11 @@ def test_bad_rows_and_uses() -> None:
         "gpt2",
     ):  # cut to what the model reads before an answer; GPT-2 has no places behind that
         assert len(stack_of(arch=arch).classify(["y" * 500, "z"])) == 2
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], None])
+def test_a_tokenizer_without_an_end_of_texts_is_refused(labels: list[str] | None) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"predgen: .*the tokenizer has no EOS token, so a completion"):
+        Stack(tiny("llama"), [Predgen(labels=labels)], tokenizer=tokenizer)
