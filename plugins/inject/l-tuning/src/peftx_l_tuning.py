@@ -185,7 +185,7 @@ class LTuning(Plugin):
         self.first = first_position(model.module)
         if "labels" not in self.state:
             texts = {name: config.texts.get(name, name) for name in check_labels(config.labels)}
-            self.state["labels"] = self.tokens(stack, texts, config.length, encoder)
+            self.state["labels"] = self.tokens(stack, texts, config.length)
         names, rows = zip(*self.state["labels"], strict=True)
         n, first = len(rows[0]), len(config.labels) * config.centred
         self.texts = self.texts.of(names, closed=encoder, beside=n)
@@ -195,11 +195,8 @@ class LTuning(Plugin):
         H = torch.empty(len(rows), n, model.hidden_size)
         sites = model.attention_sites() if config.variant == "prefix" else []
         sizes = [(at.kv_heads, at.head_dim, at.value_dim) for at in map(model.heads_of, sites)]
-        labels = (
-            LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout, first=first)
-            if sites
-            else LabelPrompts(H, first=first)
-        )
+        more: dict[str, Any] = {"sizes": sizes, "pool": config.pool, "dropout": config.dropout}
+        labels = LabelPrefixes(H, first=first, **more) if sites else LabelPrompts(H, first=first)
         self.edits = [Prefix() for _ in sites]
         for site, edit in zip(sites, self.edits, strict=True):
             site.attend(edit)
@@ -208,9 +205,7 @@ class LTuning(Plugin):
         if not model.restoring and model.module.device.type != "meta":  # as for `peftx plan`
             self.labels.H = self.read(stack, rows)
 
-    def tokens(
-        self, stack: Stack, texts: Mapping[str, str], n: int | None, encoder: bool
-    ) -> list[tuple[str, list[int]]]:
+    def tokens(self, stack: Stack, texts: Mapping[str, str], n: int | None) -> list[tuple[str, list[int]]]:
         """(label, n token ids) of every class, with those of these label texts: an encoder's ends belong to them, and
         full stops fill them up to n (None: the longest).
 
@@ -222,7 +217,8 @@ class LTuning(Plugin):
             if not text_ids(stack.tokenizer, text):
                 said = f"l-tuning: the label text {text!r} has no tokens"
                 raise OptionError(said, hint="other words in `texts`")
-            found[label] = list(stack.tokenizer(text, add_special_tokens=encoder)["input_ids"])
+            ends = "encoder" in stack.anatomy.towers
+            found[label] = list(stack.tokenizer(text, add_special_tokens=ends)["input_ids"])
         n = n or max(map(len, found.values()))
         for label, ids in found.items():
             if len(ids) > n:
@@ -321,6 +317,6 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
     if not isinstance(plugin, LTuning):
         raise StackError(f"'{id}' is no L-Tuning, so it has no label texts")
     names, texts = check_labels([*plugin.texts.labels, label]), {label: label if text is None else text}
-    rows = plugin.tokens(stack, texts, plugin.texts.beside, plugin.texts.closed)
+    rows = plugin.tokens(stack, texts, plugin.texts.beside)
     plugin.labels.H = torch.cat((plugin.labels.H, plugin.read(stack, [rows[-1][1]])))
     plugin.state["labels"], plugin.texts = rows, replace(plugin.texts, names=tuple(names))
