@@ -46,6 +46,7 @@ from peftx.engines.data import (
     special_frame,
     text_ids,
     tokenize_classes,
+    with_column,
 )
 from peftx.engines.data.encoding import eos_id
 from peftx.errors import ArchitectureError, DataError, StackError
@@ -209,15 +210,11 @@ class Predgen(Plugin):
 
     def answered(self, rows: Dataset, answers: list[list[int]]) -> Dataset:
         """Tokenized texts, with their answers behind them: G tokens, learned up to the first EOS."""
-        table: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-        for ids, number in zip(rows["input_ids"], rows[CLASS_INDEX], strict=True):
-            y = answers[number]
-            missing = self.state["G"] - len(y)
-            table["input_ids"].append([*ids, *y, *y[-1:] * missing])
-            table["labels"].append([*ids, *y, *[IGNORE] * missing])
-        if self.config.labels is not None:
-            table[CLASS_INDEX] = list(rows[CLASS_INDEX])
-        return Dataset.from_dict(table)
+        pairs = [*zip(rows["input_ids"], (answers[k] for k in rows[CLASS_INDEX]), strict=True)]
+        for name, fill in (("input_ids", answers[0][-1]), ("labels", IGNORE)):
+            filled = [[*ids, *y, *[fill] * (self.state["G"] - len(y))] for ids, y in pairs]
+            rows = with_column(rows, name, filled)
+        return rows.remove_columns(CLASS_INDEX) if self.config.labels is None else rows
 
     def probability(self, t: int) -> float:
         """p_t, t from 1."""
