@@ -49,6 +49,7 @@ from peftx.engines.data import (
     with_column,
 )
 from peftx.engines.data.encoding import eos_id
+from peftx.engines.data.places import row_for_row
 from peftx.errors import ArchitectureError, DataError, StackError
 from peftx.toolkits.decoding.text import AS_IT_IS, written
 from peftx.toolkits.evaluation import Evaluation, context_window, evaluating
@@ -214,7 +215,8 @@ class Predgen(Plugin):
         for name, fill in (("input_ids", answers[0][-1]), ("labels", IGNORE)):
             filled = [[*ids, *y, *[fill] * (self.state["G"] - len(y))] for ids, y in pairs]
             rows = with_column(rows, name, filled)
-        return rows.remove_columns(CLASS_INDEX) if self.config.labels is None else rows
+        bare = rows.remove_columns(CLASS_INDEX)
+        return row_for_row(bare, rows) if self.config.labels is None else rows
 
     def probability(self, t: int) -> float:
         """p_t, t from 1."""
