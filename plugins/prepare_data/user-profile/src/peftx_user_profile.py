@@ -188,21 +188,18 @@ def read_profile(value: Any, where: Where) -> Profile:
     pairs = tuple(pairs.items()) if isinstance(pairs, Mapping) else pairs
     if not isinstance(pairs, tuple):
         raise DataError(f"user-profile: {where} must be an object of strings, got {value!r:.60}")
-    profile: Profile = {}
-    seen: dict[str, str] = {}
-    for key, item in pairs:
-        if item is None:
-            continue
+    fields = [(key, item) for key, item in pairs if item is not None]
+    names: dict[str, str] = {}
+    for key, item in fields:
         if not isinstance(item, str) or not item.strip() or not key.strip():
             said = f"{key!r} is {item!r}; keys and values are texts, not empty"
             raise DataError(f"user-profile: {where}: {said}")
-        name = normalise(key)
-        if name in seen:
-            said = f"the keys {seen[name]!r} and {key!r} clash: both read as {name!r}"
+        if (name := normalise(key)) in names:
+            said = f"the keys {names[name]!r} and {key!r} clash: both read as {name!r}"
             hint = "give each field a name of its own, beyond case and punctuation"
             raise DataError(f"user-profile: {where}: {said}", hint=hint)
-        seen[name], profile[key] = key, item
-    return profile
+        names[name] = key
+    return dict(fields)
 
 
 def perturb(gold: Profile, others: Mapping[str, list[str]], rng: Random) -> Profile:
