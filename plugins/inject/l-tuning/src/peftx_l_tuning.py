@@ -22,10 +22,10 @@ A text is of the class with the highest log p. A class that was never trained ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -49,7 +49,7 @@ from peftx.errors import OptionError, StackError
 from peftx.kernel.heads import first_of, last_of
 from peftx.kernel.positions import first_position
 from peftx.kernel.soft_rows import without
-from peftx.toolkits.evaluation import context_window, evaluating
+from peftx.toolkits.evaluation import evaluating
 
 
 class LTuningConfig(PluginConfig):
@@ -73,6 +73,8 @@ class LTuningConfig(PluginConfig):
     def _fit(self) -> LTuningConfig:
         if self.variant == "prompt" and not self.pool:
             raise ValueError("pool=False is of the prefix, and this is the prompt: leave it out")
+        if strange := [name for name in self.texts if name not in self.labels]:
+            raise ValueError(f"texts names {strange[0]!r}, which is not among `labels`")
         return self
 
 
@@ -114,31 +116,24 @@ class LabelPrefixes(nn.Module):
     ) -> None:
         super().__init__()
         (_, n, d), self.dropout, self.first = H.shape, dropout, first
-        self.heads = [heads for heads, _, _ in sizes]
-        self.widths = [[heads * key for heads, key, _ in sizes], [heads * value for heads, _, value in sizes]]
         self.w = nn.Linear(d, 1) if pool else None
-        self.A_k, self.A_v = (
-            nn.Linear(n, n * sum(widths)) if pool else nn.Linear(d, sum(widths)) for widths in self.widths
-        )
+        rows = [n] if pool else []  # of all positions, or of one
+        heads, *numbers = zip(*sizes, strict=True)
+        self.shapes = [[(h, *rows, size) for h, size in zip(heads, of, strict=True)] for of in numbers]
+        widths = [sum(map(prod, shapes)) for shapes in self.shapes]
+        self.A_k, self.A_v = (nn.Linear(n if pool else d, width) for width in widths)
         self.register_buffer("H", H)
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         H = centred(self.H, self.first)
         read = H if self.w is None else self.w(H).squeeze(-1)  # a_c: [C, n]
-        keys, values = (
-            self.by_layer(F.dropout(A(read), self.dropout, self.training), widths)
-            for A, widths in zip((self.A_k, self.A_v), self.widths, strict=True)
-        )
-        return list(zip(keys, values, strict=True))
-
-    def by_layer(self, flat: Tensor, widths: list[int]) -> list[Tensor]:
-        """[C, numbers of all layers], or without pooling [C, n, those of one position] -> [C, heads, n, size] each."""
-        if self.w is None:
-            parts = zip(flat.split(widths, -1), self.heads, strict=True)
-            return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part, heads in parts]
-        n = self.H.shape[1]
-        parts = zip(flat.split([n * width for width in widths], -1), self.heads, strict=True)
-        return [part.unflatten(-1, (heads, n, -1)) for part, heads in parts]
+        found = []
+        for A, shapes in zip((self.A_k, self.A_v), self.shapes, strict=True):
+            flat = F.dropout(A(read), self.dropout, self.training)
+            parts = zip(flat.split([*map(prod, shapes)], -1), shapes, strict=True)
+            rows = [part.unflatten(-1, shape) for part, shape in parts]  # without pooling [C, n, heads, size]
+            found.append([part.transpose(1, 2) for part in rows] if self.w is None else rows)
+        return list(zip(*found, strict=True))
 
 
 class Prefix(AttentionEdit):
@@ -189,41 +184,52 @@ class LTuning(Plugin):
         self.embedding, self.base = model.embedding().module, model.module.base_model
         self.first = first_position(model.module)
         if "labels" not in self.state:
-            self.state["labels"] = self.tokens(model, stack, encoder)
+            texts = {name: config.texts.get(name, name) for name in check_labels(config.labels)}
+            self.state["labels"] = self.tokens(stack, texts, config.length)
         names, rows = zip(*self.state["labels"], strict=True)
-        self.texts = self.texts.of(names, closed=encoder, beside=len(rows[0]))
-        H = torch.empty(len(rows), len(rows[0]), model.hidden_size)
-        self.edits: list[Prefix] = []
-        first = len(config.labels) if config.centred else 0
-        if config.variant == "prompt":
-            labels: nn.Module = LabelPrompts(H, first=first)
-        else:
-            sites = model.attention_sites()
-            sizes = [(n.kv_heads, n.head_dim, n.value_dim) for n in map(model.heads_of, sites)]
-            labels = LabelPrefixes(H, sizes=sizes, pool=config.pool, dropout=config.dropout, first=first)
-            for site in sites:
-                self.edits.append(Prefix())
-                site.attend(self.edits[-1])
+        n, first = len(rows[0]), len(config.labels) * config.centred
+        self.texts = self.texts.of(names, closed=encoder, beside=n)
+        if (room := self.texts.room(stack)) < 1:
+            said = f"{model.owner}: label texts of {n} tokens, and the model reads {n + room} in all"
+            raise OptionError(said, hint="shorter `texts`")
+        H = torch.empty(len(rows), n, model.hidden_size)
+        sites = model.attention_sites() if config.variant == "prefix" else []
+        sizes = [(at.kv_heads, at.head_dim, at.value_dim) for at in map(model.heads_of, sites)]
+        more: dict[str, Any] = {"sizes": sizes, "pool": config.pool, "dropout": config.dropout}
+        labels = LabelPrefixes(H, first=first, **more) if sites else LabelPrompts(H, first=first)
+        self.edits = [Prefix() for _ in sites]
+        for site, edit in zip(sites, self.edits, strict=True):
+            site.attend(edit)
         self.labels = model.keep("labels", labels, full_precision=True)
         self.head = model.head("head", 2, pool=first_of if encoder else last_of, dropout=config.dropout)
         if not model.restoring and model.module.device.type != "meta":  # as for `peftx plan`
             self.labels.H = self.read(stack, rows)
 
-    def tokens(self, model: ModelView, stack: Stack, encoder: bool) -> list[tuple[str, list[int]]]:
-        """(label, n token ids) of every class."""
-        config, names = self.config, check_labels(self.config.labels)
-        strange = [name for name in config.texts if name not in names]
-        if strange:
-            raise OptionError(f"{model.owner}: texts names {strange[0]!r}, which is not among `labels`")
-        found = [label_ids(stack, config.texts.get(name, name), encoder) for name in names]
-        n, window = config.length or max(map(len, found)), context_window(model.module, stack.tokenizer)
-        if n >= window:
-            raise OptionError(
-                f"{model.owner}: label texts of {n} tokens, and the model reads {window} in all",
-                hint="shorter `texts`",
-            )
-        rows = [(name, filled(stack, name, ids, n)) for name, ids in zip(names, found, strict=True)]
-        check_distinct(rows)
+    def tokens(self, stack: Stack, texts: Mapping[str, str], n: int | None) -> list[tuple[str, list[int]]]:
+        """(label, n token ids) of every class, with those of these label texts: an encoder's ends belong to them, and
+        full stops fill them up to n (None: the longest).
+
+        Raises:
+            OptionError: no tokens, or more than n; or two labels that are read as one, and would always tie.
+        """
+        rows, found, stop = self.state.get("labels", []), {}, text_ids(stack.tokenizer, ".")[-1:]
+        for label, text in texts.items():
+            if not text_ids(stack.tokenizer, text):
+                said = f"l-tuning: the label text {text!r} has no tokens"
+                raise OptionError(said, hint="other words in `texts`")
+            ends = "encoder" in stack.anatomy.towers
+            found[label] = list(stack.tokenizer(text, add_special_tokens=ends)["input_ids"])
+        n = n or max(map(len, found.values()))
+        for label, ids in found.items():
+            if len(ids) > n:
+                said = f"l-tuning: the text of label {label!r} has {len(ids)} tokens, and n is {n}"
+                hint = "shorter words for it in `texts`, or a larger `length` from the start"
+                raise OptionError(said, hint=hint)
+            ids += stop * (n - len(ids))
+            if twin := next((name for name, other in rows if other == ids), None):
+                said = f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart"
+                raise OptionError(said, hint=f"other words for {label!r} in `texts`")
+            rows = [*rows, (label, ids)]
         return rows
 
     def read(self, stack: Stack, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -233,7 +239,7 @@ class LTuning(Plugin):
         with evaluating(stack.model), self.head.reading() as seen:
             stack.model(input_ids=ids, attention_mask=mask)
         soft = seen[-1].shape[1] - ids.shape[1]  # tokens of others
-        own = without(seen[-1], soft, self.head.place(mask)) if soft else seen[-1]
+        own = without(seen[-1], soft, self.head.place(mask))
         return own.clone().to(self.labels.H)  # a tensor that gradients may pass
 
     @hookimpl
@@ -270,17 +276,15 @@ class LTuning(Plugin):
             for edit, (key, value) in zip(self.edits, rows, strict=True):
                 edit.rows = key[chosen], value[chosen]
             places = torch.arange(ids.shape[1], device=ids.device)[None] + n + self.first
-            changes: dict[str, Any] = {"position_ids": places}
-        else:
-            embedded = self.embedding(ids)
-            both = torch.cat((rows[chosen].to(embedded), embedded), 1)
-            seen, mask = F.pad(mask, (n, 0), value=1), F.pad(mask, (n, 0))  # the head reads no label
-            changes = {"input_ids": None, "inputs_embeds": both, "attention_mask": seen}
-            # What each layer of Gemma 3n and 4 looks up for a token; labels are none, and have nothing there.
-            if getattr(self.base.config.get_text_config(), "hidden_size_per_layer_input", 0):
-                own = self.base.get_per_layer_inputs(ids)  # [B, T, layers, numbers]
-                changes["per_layer_inputs"] = F.pad(own, (0, 0, 0, 0, n, 0))
-        return self.head.read(partial(forward, **changes), mask)
+            return self.head.read(partial(forward, position_ids=places), mask)
+        embedded = self.embedding(ids)
+        both = torch.cat((rows[chosen].to(embedded), embedded), 1)
+        changes = {"input_ids": None, "inputs_embeds": both, "attention_mask": F.pad(mask, (n, 0), value=1)}
+        # What each layer of Gemma 3n and 4 looks up for a token; labels are none, and have nothing there.
+        if getattr(self.base.config.get_text_config(), "hidden_size_per_layer_input", 0):
+            own = self.base.get_per_layer_inputs(ids)  # [B, T, layers, numbers]
+            changes["per_layer_inputs"] = F.pad(own, (0, 0, 0, 0, n, 0))
+        return self.head.read(partial(forward, **changes), F.pad(mask, (n, 0)))  # the head reads no label
 
     def forget(self) -> None:
         """Ask about no label any more; until the backward pass is over, layers that recompute need their rows."""
@@ -300,34 +304,6 @@ class LTuning(Plugin):
         return names, torch.stack(found)
 
 
-def label_ids(stack: Stack, text: str, encoder: bool) -> list[int]:
-    """Tokens of a label text; an encoder's ends belong to them."""
-    bare = text_ids(stack.tokenizer, text)
-    if not bare:
-        raise OptionError(f"l-tuning: the label text {text!r} has no tokens", hint="other words in `texts`")
-    return list(stack.tokenizer(text)["input_ids"]) if encoder else bare
-
-
-def filled(stack: Stack, label: str, ids: list[int], n: int) -> list[int]:
-    """Label tokens up to n, with full stops."""
-    if len(ids) > n:
-        raise OptionError(
-            f"l-tuning: the text of label {label!r} has {len(ids)} tokens, and n is {n}",
-            hint="shorter words for it in `texts`, or a larger `length` from the start",
-        )
-    return ids + text_ids(stack.tokenizer, ".")[-1:] * (n - len(ids))
-
-
-def check_distinct(rows: Sequence[tuple[str, list[int]]]) -> None:
-    """Raises PeftxError where two labels are read as one: they would always tie."""
-    for (twin, ids), (label, other) in combinations(rows, 2):
-        if ids == other:
-            raise OptionError(
-                f"l-tuning: labels {twin!r} and {label!r} have one text, so nothing tells them apart",
-                hint=f"other words for {label!r} in `texts`",
-            )
-
-
 def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l-tuning") -> None:
     """Make `label` one of the classes, by its text alone; nothing is trained.
 
@@ -340,9 +316,7 @@ def add_label(stack: Stack, label: str, text: str | None = None, *, id: str = "l
     plugin = stack.member(id).plugin
     if not isinstance(plugin, LTuning):
         raise StackError(f"'{id}' is no L-Tuning, so it has no label texts")
-    names = check_labels([*plugin.texts.labels, label])
-    ids = label_ids(stack, label if text is None else text, plugin.texts.closed)
-    rows = [*plugin.state["labels"], (label, filled(stack, label, ids, plugin.texts.beside))]
-    check_distinct(rows)
+    names, texts = check_labels([*plugin.texts.labels, label]), {label: label if text is None else text}
+    rows = plugin.tokens(stack, texts, plugin.texts.beside)
     plugin.labels.H = torch.cat((plugin.labels.H, plugin.read(stack, [rows[-1][1]])))
     plugin.state["labels"], plugin.texts = rows, replace(plugin.texts, names=tuple(names))

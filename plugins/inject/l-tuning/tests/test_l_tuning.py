@@ -499,6 +499,8 @@ def test_what_has_no_effect_is_refused() -> None:
     with pytest.raises(PeftxError, match="pool=False is of the prefix"):
         LTuning(pool=False)
     assert LTuning(pool=True).config.pool  # a bundle writes every option down
+    with pytest.raises(PeftxError, match=r"LTuning: .*texts names 'awful', which is not among `labels`"):
+        LTuning(labels=["bad", "good"], texts={"awful": "x"})  # before a model is loaded
 
 
 def test_bad_texts_and_models() -> None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, Site, TrainStep, hookimpl
+from peftx import Claim, Delta, ModelView, Plugin, PluginConfig, TrainStep, hookimpl
 from peftx.engines.data import IGNORE
 from peftx.errors import ArchitectureError, BatchError, OptionError, TrainingError
 from peftx.kernel.call import Call
@@ -293,7 +293,7 @@ class Sparselora(Plugin):
         for block in ROLES:
             for layer in self._layers(block, model.num_layers):
                 sites = sites_of(model, block, layer)
-                channels = self._channels(model, block, layer, sites)
+                channels = self._channels(model, block, sites)
                 shared = Block(self.tokens, model.keep(f"{block}_{layer}", channels))
                 for role, site in sites.items():
                     site.attach(Sliced(shared, role=role))
@@ -331,25 +331,22 @@ class Sparselora(Plugin):
             raise OptionError(said, hint=f"name them in {block}_layers, or {block} = 0")
         return layers
 
-    def _channels(self, model: ModelView, block: str, layer: int, sites: dict[str, Site]) -> nn.Module:
-        *rows, _ = sites.values()
-        estimates = [self._estimate(model, site) for site in rows]
+    def _channels(self, model: ModelView, block: str, sites: dict[str, BoundSite]) -> nn.Module:
+        estimates, (*rows, _) = [], sites.values()
+        for site in rows:
+            rank, into, out = self.config.rank, site.in_features, site.out_features
+            if rank > min(into, out):
+                said = f"sparselora: rank {rank} exceeds the {out}x{into} matrix {site.path}"
+                raise OptionError(said, hint=f"rank at most {min(into, out)}")
+            estimates.append(Estimate(into, out, rank=rank))
+            if not model.restoring:
+                estimates[-1].fit(site.weight)
         keep = kept(rows[1].out_features, getattr(self.config, block))  # of up, and of k
         if block == "mlp":
             return MlpChannels(*estimates, keep=keep, activation=activation_of(model, sites))
-        sizes = model.main.by_layer[layer]
+        sizes = model.heads_of(rows[0])
         groups = sizes.heads // sizes.kv_heads
         return AttentionChannels(*estimates, keep=keep, groups=groups, head_dim=sizes.head_dim)
-
-    def _estimate(self, model: ModelView, site: Site) -> Estimate:
-        rank, into, out = self.config.rank, site.in_features, site.out_features
-        if rank > min(into, out):
-            said = f"sparselora: rank {rank} exceeds the {out}x{into} matrix {site.path}"
-            raise OptionError(said, hint=f"rank at most {min(into, out)}")
-        estimate = Estimate(into, out, rank=rank)
-        if not model.restoring:
-            estimate.fit(site.weight)
-        return estimate
 
 
 def sites_of(model: ModelView, block: str, layer: int) -> dict[str, BoundSite]:
@@ -381,7 +378,7 @@ def sites_of(model: ModelView, block: str, layer: int) -> dict[str, BoundSite]:
     raise ArchitectureError(f"{said} as linear layers of their own", hint=hint)
 
 
-def activation_of(model: ModelView, sites: dict[str, Site]) -> Callable[[Tensor], Tensor]:
+def activation_of(model: ModelView, sites: dict[str, BoundSite]) -> Callable[[Tensor], Tensor]:
     """What stands in the MLP beside its linear layers; its name differs (`act_fn`, Llama 4: `activation_fn`)."""
     mlp, linears = sites["gate"].path.rpartition(".")[0], [site.module for site in sites.values()]
     children = model.module.get_submodule(mlp).named_children()

@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import chain
+from itertools import accumulate, chain
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 Profile = dict[str, str]
 EMPTY = "none"  # an empty profile's line; it has no colon, so it reads as no field
 KINDS = ("kept", "changed", "added", "removed")
+QUOTED = re.compile(r'"([^"\\\x00-\x1f]|\\(["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')  # a JSON string
+FIELD = re.compile(rf'(?P<key>{QUOTED.pattern}|[^":][^:]*?)\s*:\s*(?P<value>.*)')
 
 
 class UserProfileConfig(PluginConfig):
@@ -83,23 +85,11 @@ def parse(text: str) -> Profile:
     """The fields of a text; a line that is no field is left out, and a key's first value counts."""
     profile: Profile = {}
     for line in text.split("\n"):
-        key, rest = _unquoted(line.strip(), until=":")
-        if key is not None and rest.startswith(":"):
-            value, after = _unquoted(rest[1:].strip(), until=None)
-            profile.setdefault(key, rest[1:].strip() if value is None or after else value)
+        if found := FIELD.fullmatch(line.strip()):
+            parts = found["key"], found["value"]
+            key, value = (json.loads(part) if QUOTED.fullmatch(part) else part for part in parts)
+            profile.setdefault(key, value)
     return profile
-
-
-def _unquoted(text: str, *, until: str | None) -> tuple[str | None, str]:
-    """A JSON string, else what stands before `until`; and the rest of the text. None: neither is there."""
-    if text.startswith('"'):
-        try:
-            value, end = json.JSONDecoder().raw_decode(text)
-        except ValueError:
-            return None, text
-        return value, text[end:].lstrip()
-    value, found, rest = text.partition(until) if until is not None else (text, "", "")
-    return value.strip() or None, found + rest
 
 
 def difference(old: Profile, new: Profile) -> Profile:
@@ -124,12 +114,9 @@ def matched(predicted: Profile, gold: Profile, fuzzy: float | None = None) -> se
     if fuzzy is None:
         return {key for key, value in gold.items() if predicted.get(key) == value}
     values = {normalise(key): normalise(value) for key, value in predicted.items()}
-    found = set()
-    for key, value in gold.items():
-        other, own = values.get(normalise(key)), normalise(value)
-        if other is not None and (other == own or SequenceMatcher(None, other, own).ratio() >= fuzzy):
-            found.add(key)
-    return found
+    found = {key: (values.get(normalise(key)), normalise(value)) for key, value in gold.items()}
+    pairs = ((key, pair) for key, pair in found.items() if pair[0] is not None)
+    return {key for key, pair in pairs if SequenceMatcher(None, *pair).ratio() >= fuzzy}
 
 
 def edits(old: Profile, gold: Profile, predicted: Profile) -> Counter[str]:
@@ -137,13 +124,12 @@ def edits(old: Profile, gold: Profile, predicted: Profile) -> Counter[str]:
     the prediction changed or added, and those of them that are not gold."""
     found: Counter[str] = Counter()
     for key in old | gold:
-        same, was, stays = old.get(key) == gold.get(key), key in old, key in gold
-        kind = "kept" if same else "added" if not was else "changed" if stays else "removed"
+        was, now = old.get(key), gold.get(key)
+        kind = "kept" if was == now else "added" if was is None else "removed" if now is None else "changed"
         found[kind] += 1
-        found[f"{kind} right"] += predicted.get(key) == gold.get(key)
+        found[f"{kind} right"] += predicted.get(key) == now
     made = [key for key, value in predicted.items() if old.get(key) != value]
-    found["edits"] = len(made)
-    found["spurious"] = sum(predicted[key] != gold.get(key) for key in made)
+    found.update(edits=len(made), spurious=sum(predicted[key] != gold.get(key) for key in made))
     return found
 
 
@@ -202,21 +188,18 @@ def read_profile(value: Any, where: Where) -> Profile:
     pairs = tuple(pairs.items()) if isinstance(pairs, Mapping) else pairs
     if not isinstance(pairs, tuple):
         raise DataError(f"user-profile: {where} must be an object of strings, got {value!r:.60}")
-    profile: Profile = {}
-    seen: dict[str, str] = {}
-    for key, item in pairs:
-        if item is None:
-            continue
+    fields = [(key, item) for key, item in pairs if item is not None]
+    names: dict[str, str] = {}
+    for key, item in fields:
         if not isinstance(item, str) or not item.strip() or not key.strip():
             said = f"{key!r} is {item!r}; keys and values are texts, not empty"
             raise DataError(f"user-profile: {where}: {said}")
-        name = normalise(key)
-        if name in seen:
-            said = f"the keys {seen[name]!r} and {key!r} clash: both read as {name!r}"
+        if (name := normalise(key)) in names:
+            said = f"the keys {names[name]!r} and {key!r} clash: both read as {name!r}"
             hint = "give each field a name of its own, beyond case and punctuation"
             raise DataError(f"user-profile: {where}: {said}", hint=hint)
-        seen[name], profile[key] = key, item
-    return profile
+        names[name] = key
+    return dict(fields)
 
 
 def perturb(gold: Profile, others: Mapping[str, list[str]], rng: Random) -> Profile:
@@ -251,12 +234,12 @@ def field_probabilities(
         offsets = [*found["offset_mapping"], (len(completion), len(completion) + 1)]
         head = prompt_ids(tokenizer, prompt)
         requests.append(Request(inputs=head + target[:-1], first=len(head) - 1, targets=[target]))
-        at, spans = 0, {}
-        for line, key in zip(completion.split("\n"), profile, strict=False):
-            end = at + len(line) + 1  # with the line break or EOS that says that the value is over
-            value = end - 1 - len(_quoted(profile[key]))
-            spans[key] = [i for i, (a, b) in enumerate(offsets) if b > value and a < end]
-            at = end
+        # With the line break, or EOS, that says that a value is over.
+        ends = accumulate(len(line) + 1 for line in completion.split("\n"))
+        spans = {
+            key: [i for i, (a, b) in enumerate(offsets) if b >= end - len(_quoted(value)) and a < end]
+            for (key, value), end in zip(profile.items(), ends, strict=False)
+        }
         places.append(spans)
     scores = score_requests(model, requests, batch_size=batch_size)
     return [
@@ -321,8 +304,7 @@ class UserProfile(Plugin):
     @staticmethod
     def _rows(tasks: list[Task], data: TrainingData) -> Dataset:
         for task in tasks:
-            length = sum(_lengths(task, data.tokenizer))
-            if length > data.max_length:
+            if (length := sum(_lengths(task, data.tokenizer))) > data.max_length:
                 said = f"a row of {task.name} has {length} tokens, max_length is {data.max_length}"
                 risk = f"what is cut may hold fields: {task.text!r:.60}"
                 hint = "raise max_length, or leave out long rows"
@@ -354,12 +336,12 @@ class UserProfile(Plugin):
             prompt, target = _lengths(task, stack.tokenizer)
             behind = [(self.config.max_new_tokens, "max_new_tokens")]
             behind += [(target, "what is to be written and EOS")] * self.config.probabilities
-            for count, name in behind:
-                if (max(prompt, count) if apart else prompt + count) > window:
-                    said = f"row {index} (counting from 0) has a prompt of {prompt} tokens, and with {count} for {name}"
-                    more = f"that is more than the {window} that the model reads"
-                    hint = "lower max_new_tokens, or leave out long rows"
-                    raise DataError(f"user-profile: {said} {more}", hint=hint)
+            count, name = max(behind)
+            if (max(prompt, count) if apart else prompt + count) > window:
+                said = f"row {index} (counting from 0) has a prompt of {prompt} tokens, and with {count} for {name}"
+                more = f"that is more than the {window} that the model reads"
+                hint = "lower max_new_tokens, or leave out long rows"
+                raise DataError(f"user-profile: {said} {more}", hint=hint)
 
     def _score(self, evaluation: Evaluation, name: str, pairs: list[tuple[Task, Profile]]) -> None:
         made, gold = [len(answer) for _, answer in pairs], [len(task.gold) for task, _ in pairs]
@@ -368,8 +350,7 @@ class UserProfile(Plugin):
             hits = [len(matched(answer, task.gold, fuzzy)) for task, answer in pairs]
             f1 = ("f1", [2 * hit for hit in hits], both)
             for score, top, bottom in (("precision", hits, made), ("recall", hits, gold), f1):
-                filled = [pair for pair in zip(top, bottom, strict=True) if pair[1]]
-                if filled:
+                if filled := [pair for pair in zip(top, bottom, strict=True) if pair[1]]:
                     evaluation.add_ratio(f"{name}/{label}{score}", *zip(*filled, strict=True))
                 else:
                     evaluation.add(f"{name}/{label}{score}", not any(both), count=0)
@@ -384,15 +365,15 @@ class UserProfile(Plugin):
         stack, size = evaluation.stack, self.config.batch_size
         given = [(task.prompt, task.target) for task, _ in pairs], [(task.prompt, own) for task, own in pairs]
         gold, own = (field_probabilities(stack.model, stack.tokenizer, some, size) for some in given)
-        groups: dict[str, list[float]] = {f"probability{of}": [] for of in ("", "-right", "-wrong")}
-        groups["probability"] += [p for fields in gold for p in fields.values()]
+        whole = [p for fields in gold for p in fields.values()]
+        groups: dict[str, list[float]] = {"": whole, "-right": [], "-wrong": []}
         for (task, written), fields in zip(pairs, own, strict=True):
             for key, p in fields.items():
-                right = written[key] == task.target.get(key)
-                groups["probability-right" if right else "probability-wrong"].append(p)
-        for label, values in groups.items():
+                of = "-right" if written[key] == task.target.get(key) else "-wrong"
+                groups[of].append(p)
+        for of, values in groups.items():
             if values:
-                evaluation.add(f"{name}/{label}", sum(values) / len(values), count=len(values))
+                evaluation.add(f"{name}/probability{of}", sum(values) / len(values), count=len(values))
 
 
 def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -46,8 +46,11 @@ from peftx.engines.data import (
     special_frame,
     text_ids,
     tokenize_classes,
+    with_column,
 )
-from peftx.errors import ArchitectureError, DataError, ModelError, StackError
+from peftx.engines.data.encoding import eos_id
+from peftx.engines.data.places import row_for_row
+from peftx.errors import ArchitectureError, DataError, StackError
 from peftx.toolkits.decoding.text import AS_IT_IS, written
 from peftx.toolkits.evaluation import Evaluation, context_window, evaluating
 
@@ -124,19 +127,11 @@ def write(stack: Stack, ids: Tensor, mask: Tensor, *, G: int) -> Tensor:
     return ids.scatter(1, places(mask, G)[:, 1:], torch.tensor(own, device=ids.device))
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, label: str, *, digits: bool) -> list[int]:
-    """A word as it follows a text, or a number character by character."""
-    pieces = list(label) if digits else [f" {label.strip()}"]
-    return [id for piece in pieces for id in text_ids(tokenizer, piece)]
-
-
 def as_number(label: str, where: Where) -> float:
     """Raises DataError, which names `where`."""
     if not NUMBER.fullmatch(label):
-        raise DataError(
-            f"predgen: {where}: label {label!r} is no number",
-            hint="write it in digits, as 3.50; or name the classes in `labels`",
-        )
+        said = f"predgen: {where}: label {label!r} is no number"
+        raise DataError(said, hint="write it in digits, as 3.50; or name the classes in `labels`")
     return float(label)
 
 
@@ -158,38 +153,34 @@ class Predgen(Plugin):
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:
-        config, who = self.config, model.owner
         if list(model.towers) != ["decoder"]:
-            raise ArchitectureError(
-                f"{who}: {model.config.model_type} does not write behind its prompt", hint="take a decoder"
-            )
-        if stack.tokenizer.eos_token_id is None:
-            raise ModelError(f"{who}: the tokenizer has no EOS, which ends an answer", hint="set eos_token")
-        if config.labels is None:
-            return
-        labels, V = check_labels(config.labels), model.site("head").out_features
-        self.state["G"] = max(map(len, self.answers(stack.tokenizer, labels)))
-        director = Director(V, config.dense, len(labels))
-        self.director = model.keep("director", director, full_precision=True)
-        self.texts = self.texts.of(labels)
+            said = f"{model.owner}: {model.config.model_type} does not write behind its prompt"
+            raise ArchitectureError(said, hint="take a decoder")
+        eos_id(stack.tokenizer)  # refuses one that has none
+        if self.config.labels is not None:
+            labels, V = check_labels(self.config.labels), model.site("head").out_features
+            self.state["G"] = max(map(len, self.answers(stack.tokenizer, labels)))
+            director = Director(V, self.config.dense, len(labels))
+            self.director = model.keep("director", director, full_precision=True)
+            self.texts = self.texts.of(labels)
 
     def answers(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
-        """Tokens of every label, EOS included.
+        """Tokens of every label, EOS included: a word as it follows a text, or a number character by character.
 
         Raises:
             DataError: a label without tokens, or two of the same.
         """
-        found: list[list[int]] = []
+        found: dict[tuple[int, ...], str] = {}
         for label in labels:
-            ids = answer_ids(tokenizer, label, digits=self.config.labels is None)
-            twins = [labels[k] for k, other in enumerate(found) if other[:-1] == ids]
-            if twins or not ids:
-                same = (
-                    f"labels {twins[0]!r} and {label!r} have the same" if twins else f"label {label!r} has no"
+            pieces = [f" {label.strip()}"] if self.config.labels else label
+            ids = tuple(id for piece in pieces for id in text_ids(tokenizer, piece))
+            if not ids or ids in found:
+                said = (
+                    f"labels {found[ids]!r} and {label!r} have the same" if ids else f"label {label!r} has no"
                 )
-                raise DataError(f"predgen: {same} tokens", hint="another word")
-            found.append([*ids, int(tokenizer.eos_token_id)])
-        return found
+                raise DataError(f"predgen: {said} tokens", hint="another word")
+            found[ids] = label
+        return [[*ids, eos_id(tokenizer)] for ids in found]
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -201,10 +192,8 @@ class Predgen(Plugin):
         limit = min(data.max_length, context_window(stack.model, data.tokenizer))
         data.max_length = limit - G
         if data.max_length <= len(special_frame(data.tokenizer)[0]):
-            raise DataError(
-                f"predgen: answers of {G} tokens leave no room for a text in max_length {limit}",
-                hint="raise max_length, or shorten the labels",
-            )
+            said = f"predgen: answers of {G} tokens leave no room for a text in max_length {limit}"
+            raise DataError(said, hint="raise max_length, or shorten the labels")
         tokenize_classes(data, labels)
         data.max_length = limit
         data.rewrite(partial(self.answered, answers=answers))
@@ -222,15 +211,12 @@ class Predgen(Plugin):
 
     def answered(self, rows: Dataset, answers: list[list[int]]) -> Dataset:
         """Tokenized texts, with their answers behind them: G tokens, learned up to the first EOS."""
-        table: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-        for ids, number in zip(rows["input_ids"], rows[CLASS_INDEX], strict=True):
-            y = answers[number]
-            missing = self.state["G"] - len(y)
-            table["input_ids"].append([*ids, *y, *y[-1:] * missing])
-            table["labels"].append([*ids, *y, *[IGNORE] * missing])
-        if self.config.labels is not None:
-            table[CLASS_INDEX] = list(rows[CLASS_INDEX])
-        return Dataset.from_dict(table)
+        pairs = [*zip(rows["input_ids"], (answers[k] for k in rows[CLASS_INDEX]), strict=True)]
+        for name, fill in (("input_ids", answers[0][-1]), ("labels", IGNORE)):
+            filled = [[*ids, *y, *[fill] * (self.state["G"] - len(y))] for ids, y in pairs]
+            rows = with_column(rows, name, filled)
+        bare = rows.remove_columns(CLASS_INDEX)
+        return row_for_row(bare, rows) if self.config.labels is None else rows
 
     def probability(self, t: int) -> float:
         """p_t, t from 1."""
@@ -301,10 +287,9 @@ class Predgen(Plugin):
         """The number that the model writes behind each text; None where it writes none."""
         if self.config.labels is not None:
             raise StackError("predgen: classes are no numbers", hint="`stack.classify`, or labels=None")
-        found = []
+        found, eos = [], stack.tokenizer.eos_token_id
         for row in self.predict(stack, texts)[0].tolist():
-            eos = stack.tokenizer.eos_token_id
-            text = stack.tokenizer.decode(row[: row.index(eos)] if eos in row else row)
+            text = stack.tokenizer.decode(row[: [*row, eos].index(eos)])
             number = NUMBER.search("".join(text.split()))
             found.append(float(number.group()) if number else None)
         return found
@@ -317,7 +302,7 @@ class Predgen(Plugin):
         stack, labels, rows = evaluation.stack, self.config.labels, evaluation.rows("eval")
         if not all({"text", "label"} <= set(row) for row in rows):
             raise DataError("predgen: every row needs 'text' and 'label'", hint="data: {eval: {path: ...}}")
-        texts = [row["text"] for row in rows]
+        texts, count = [row["text"] for row in rows], len(rows)
         named = [(row["label"], Place(rows, index)) for index, row in enumerate(rows)]
         if labels is None:
             truth = [as_number(*label) for label in named]
@@ -325,17 +310,11 @@ class Predgen(Plugin):
             guess = self.state["mean"]  # where nothing is written
             errors = [abs((guess if x is None else x) - y) for x, y in zip(found, truth, strict=True)]
             evaluation.add_ratio("mae", errors)
-            right = {"numbers_written": [x is not None for x in found]}
-        else:
-            classes = [class_index(label, labels, where) for label, where in named]
-            answers = self.answers(stack.tokenizer, labels)
-            written, scores = self.predict(stack, texts)
-            right = {
-                "accuracy_director": (scores.argmax(-1).cpu() == torch.tensor(classes)).tolist(),
-                "accuracy_writer": [
-                    row[: len(answers[k])] == answers[k]
-                    for row, k in zip(written.tolist(), classes, strict=True)
-                ],
-            }
-        for name, hits in right.items():
-            evaluation.add_share(name, sum(hits), len(rows))
+            evaluation.add_share("numbers_written", count - found.count(None), count)
+            return
+        classes = torch.tensor([class_index(label, labels, where) for label, where in named])
+        answers = self.answers(stack.tokenizer, labels)
+        written, scores = self.predict(stack, texts)
+        evaluation.add_share("accuracy_director", int((scores.argmax(-1).cpu() == classes).sum()), count)
+        pairs = zip(written.tolist(), (answers[k] for k in classes.tolist()), strict=True)
+        evaluation.add_share("accuracy_writer", sum(row[: len(y)] == y for row, y in pairs), count)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import peftx
 from peftx import Stack, TrainStep
-from peftx.engines.data import CLASS_INDEX, IGNORE, Collator
+from peftx.engines.data import CLASS_INDEX, IGNORE, Collator, Place
 from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError
 from peftx.testing import conformance
@@ -94,6 +96,17 @@ def test_rows_to_watch_are_made_as_rows_to_train_on(labels: list[str] | None) ->
     found = stack.prepare(data)
     assert found.eval.to_list() == found.train.to_list()[:2]
     assert found.format == "tokenized"
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], None])
+def test_rows_are_known_by_their_lines_with_their_answers_too(
+    labels: list[str] | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in (WORDS if labels else NUMBERS)))
+    stack = stack_of(labels=labels)
+    data = stack.prepare(as_training_data(stack, file, seed=0, max_length=32))
+    assert str(Place(data.train, 1)) == f"{file}:2"
 
 
 def test_a_long_text_is_cut_and_its_answer_is_not() -> None:
@@ -457,3 +470,11 @@ def test_bad_rows_and_uses() -> None:
         "gpt2",
     ):  # cut to what the model reads before an answer; GPT-2 has no places behind that
         assert len(stack_of(arch=arch).classify(["y" * 500, "z"])) == 2
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], None])
+def test_a_tokenizer_without_an_end_of_texts_is_refused(labels: list[str] | None) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"predgen: .*the tokenizer has no EOS token, so a completion"):
+        Stack(tiny("llama"), [Predgen(labels=labels)], tokenizer=tokenizer)
