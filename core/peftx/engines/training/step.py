@@ -338,6 +338,13 @@ class TrainStep:
         """Run `action(optimizer)` right after the optimizer has stepped."""
         self._after.append(action)
 
+    def at_end(self, collapse: Callable[[torch.dtype], None], weight: nn.Parameter) -> None:
+        """Run `collapse` behind the run's last update if `weight` trains, with the dtype that it has between updates:
+        in one an optimizer may hold wider numbers. A loop of one's own that has no `total` has no end."""
+        if self.total is not None and self.index + 1 >= self.total and weight.requires_grad:
+            dtype = weight.dtype
+            self.after_update(lambda _: collapse(dtype))
+
     def finish(self) -> None:
         """Run the gradient transforms if this is the last micro-batch; the core calls it after the hooks."""
         if not self.last_micro:

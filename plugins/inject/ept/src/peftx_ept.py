@@ -200,10 +200,8 @@ class Ept(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        last = step.total is not None and step.index + 1 >= step.total
-        if last and self.prompt.P.requires_grad and not self.config.keep_spaces:
-            dtype = self.prompt.P.dtype  # in an update an optimizer may hold wider numbers
-            step.after_update(lambda _: self.collapse(dtype))
+        if not self.config.keep_spaces:
+            step.at_end(self.collapse, self.prompt.P)
         return (yield)
 
     def collapse(self, dtype: torch.dtype | None = None) -> None:

@@ -173,10 +173,8 @@ class LTuning(Plugin):
     config: LTuningConfig
     texts = ClassTexts("l-tuning", missing="the labels are not read and there is no head yet")
 
-    def __init__(self, config: LTuningConfig | None = None, /, **options: Any) -> None:
-        super().__init__(config, **options)
-        if self.config.variant == "prompt":
-            self.claims = type(self).claims | {Claim.GIVES_EMBEDDINGS}
+    def claimed(self) -> frozenset[Claim]:
+        return self.claims | {Claim.GIVES_EMBEDDINGS} if self.config.variant == "prompt" else self.claims
 
     @hookimpl
     def inject(self, model: ModelView, stack: Stack) -> None:

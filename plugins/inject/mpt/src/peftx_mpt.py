@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -252,10 +253,8 @@ class Mpt(Plugin):
             self.begin_target()
         if step.index == span.first:
             step.before_update(lambda optimizer: forget(optimizer, list(prompt.parameters())))
-        if step.total is not None and step.index + 1 >= step.total and prompt.P.requires_grad:
-            dtype = prompt.P.dtype  # in an update an optimizer may hold wider numbers
-            fold = span.name == "target" and not self.config.keep_factors
-            step.after_update(lambda _: self.end(dtype, fold=fold))
+        fold = span.name == "target" and not self.config.keep_factors
+        step.at_end(partial(self.end, fold=fold), prompt.P)
         if span.name != "target":
             self.on_sources(step, taught=span.name == "shared")
         with prompt.under_teachers(span.name == "teachers"):

@@ -154,11 +154,8 @@ class PTuning(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        last = step.total is not None and step.index + 1 >= step.total
-        weight = self.prompt.embedding.weight
-        if last and weight.requires_grad and not self.config.keep_encoder:
-            dtype = weight.dtype  # in an update an optimizer may hold wider numbers
-            step.after_update(lambda _: self.collapse(dtype))
+        if not self.config.keep_encoder:
+            step.at_end(self.collapse, self.prompt.embedding.weight)
         return (yield)
 
     def collapse(self, dtype: torch.dtype | None = None) -> None:

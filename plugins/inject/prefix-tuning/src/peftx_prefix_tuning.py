@@ -167,11 +167,8 @@ class PrefixTuning(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        last = step.total is not None and step.index + 1 >= step.total
-        weight = self.encoders[0][0].embedding.weight
-        if last and weight.requires_grad and not self.config.keep_network:
-            dtype = weight.dtype  # in an update an optimizer may hold wider numbers
-            step.after_update(lambda _: self.collapse(dtype))
+        if not self.config.keep_network:
+            step.at_end(self.collapse, self.encoders[0][0].embedding.weight)
         return (yield)
 
     def collapse(self, dtype: torch.dtype | None = None) -> None:

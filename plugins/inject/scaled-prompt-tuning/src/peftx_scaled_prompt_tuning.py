@@ -81,10 +81,8 @@ class ScaledPromptTuning(Plugin):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: TrainStep) -> Generator[None, Tensor, Tensor]:
-        last = step.total is not None and step.index + 1 >= step.total
-        if last and self.prompt.P.requires_grad and not self.config.keep_scale:
-            dtype = self.prompt.P.dtype  # in an update an optimizer may hold wider numbers
-            step.after_update(lambda _: self.fold(dtype))
+        if not self.config.keep_scale:
+            step.at_end(self.fold, self.prompt.P)
         return (yield)
 
     def fold(self, dtype: torch.dtype | None = None) -> None:
