@@ -185,8 +185,8 @@ def rating(ask: str, x: str, y: str) -> str:
 
 
 class Rater(OfStack):
-    """Scores a rating prompt with S_tok, so that a `Worker` keeps it by what was rated and by whom. It is a number: in
-    place of the K that it is made of, which a worker takes as text, eight times the memory.
+    """Scores a rating prompt with S_tok, so that a `Worker` keeps it by what was rated and by whom. It is a number: the
+    K that it is made of, which a worker takes as text, made a run over 200,000 rows hold 1.0 GB more instead of 0.2.
 
     Raises:
         UnsupportedError: a digit is not one token.

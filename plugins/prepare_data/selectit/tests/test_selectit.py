@@ -315,7 +315,7 @@ def test_memory_grows_neither_with_the_text_of_rows_nor_with_what_raters_say(
 
 
 def test_a_rating_is_kept_as_a_number(tmp_path: Path) -> None:
-    """Its five probabilities as text would be eight times as large, for every prompt of every row."""
+    """Its five probabilities as text would be four times as large, for every prompt of every row."""
     prepared(scores=tmp_path / "scores.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == len({(row["prompt"], row["completion"]) for row in ROWS}) * len(SHORT)
