@@ -17,7 +17,7 @@ from pages.follow import follow
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted(path for folder in FOLLOWED for path in (ROOT / "docs" / folder).glob("*.md"))
-LONG = {"compare", "first-stack", "serve"}
+LONG = {"combine", "compare", "first-stack", "serve", "ship"}
 """Those that train for half a minute, or start processes of their own: `make test-all` runs them."""
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from itertools import groupby
 from math import ceil, floor
 from pathlib import Path
@@ -32,7 +33,7 @@ from peftx.errors import ArchitectureError, DataError, UnsupportedError
 from peftx.kernel.parts import ReplacedPart
 from peftx.kernel.stack import Stack as Kernel
 from peftx.toolkits.evaluation import Request, context_window, score_requests
-from peftx.toolkits.working import Answer, kept_file
+from peftx.toolkits.working import OfStack, kept_file
 
 SELF = "self"
 END = "\n\nThe answer is:\n"
@@ -139,26 +140,26 @@ class SelectIt(Plugin):
                 cache = None if by is stack and packed else kept_file(rater.name, by)
                 worker = Worker(rater, config.scores, progress=data.progress, cache=cache)
                 asked = Lazy(
-                    len(pairs) * len(asks), lambda n: rating(asks[n % len(asks)], *pairs[n // len(asks)])
+                    len(pairs) * len(asks),
+                    lambda n: (rating(asks[n % len(asks)], *pairs[n // len(asks)]), ""),
                 )
-                answers = worker.write(asked)
-            logs = torch.empty(len(answers), config.scale, dtype=torch.float64)
-            for row, answer in zip(logs, answers, strict=True):
-                row.copy_(torch.tensor(json.loads(answer.text), dtype=torch.float64))
-            S_tok = token_level(logs.softmax(-1)).view(
-                len(pairs), len(asks)
-            )  # softmax of log P: P over its sum
-            S_sent.append(sentence_level(S_tok, config.alpha))
+                S_tok = torch.tensor(worker.score(asked), dtype=torch.float64)
+            S_sent.append(sentence_level(S_tok.view(len(pairs), len(asks)), config.alpha))
             theta.append(by.model.num_parameters())
         found: list[float] = model_level(torch.stack(S_sent), theta).tolist()
         return found
 
 
 def best(scores: Mapping[int, float], pairs: Sequence[tuple[str, str]]) -> list[int]:
-    """Places by their scores, the best first; equals by their text."""
+    """Places by their scores, the best first; equals by a hash of their text: all may be equal, and more text than
+    memory holds."""
     rounded = {i: -round(score, 6) for i, score in scores.items()}
     equals = groupby(sorted(rounded, key=rounded.__getitem__), key=rounded.__getitem__)
-    return [i for _, places in equals for i in sorted(places, key=lambda i: pairs[i])]
+    return [
+        i
+        for _, places in equals
+        for i in sorted(places, key=lambda i: sha256(json.dumps(pairs[i]).encode()).digest())
+    ]
 
 
 def token_level(q: Tensor) -> Tensor:
@@ -183,15 +184,17 @@ def rating(ask: str, x: str, y: str) -> str:
     return f"{ask}\n\nInstruction: {x}\n\nResponse: {y}{END}"
 
 
-class Rater:
-    """Answers a rating prompt with log P_1 .. log P_K, so that a `Worker` keeps them by what was rated and by whom.
+class Rater(OfStack):
+    """Scores a rating prompt with S_tok, so that a `Worker` keeps it by what was rated and by whom. It is a number: the
+    K that it is made of, which a worker takes as text, made a run over 200,000 rows hold 1.0 GB more instead of 0.2.
 
     Raises:
         UnsupportedError: a digit is not one token.
     """
 
     def __init__(self, stack: Kernel, scale: int, batch_size: int, who: str) -> None:
-        self.stack, self.batch_size, self.who = stack, batch_size, who
+        super().__init__(stack, batch_size=batch_size)
+        self.who = who
         tokens = {str(k): following_ids(stack.tokenizer, str(k)) for k in range(1, scale + 1)}
         if bad := next((k for k, ids in tokens.items() if len(ids) != 1), None):
             raise UnsupportedError(
@@ -212,10 +215,11 @@ class Rater:
                 hint="shorter `prompts`, or another rater",
             )
 
-    def write(self, prompts: Sequence[str], **_: Any) -> list[Answer]:
-        """Of a prompt that is too long the end of the response is left out."""
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """S_tok of each rating prompt; no text stands behind it. Of one that is too long the end of the response is
+        left out."""
         requests = []
-        for prompt in prompts:
+        for prompt, _ in pairs:
             ids = prompt_ids(self.stack.tokenizer, prompt)
             if len(ids) > self.room:
                 ids = ids[: self.room - self.end] + ids[-self.end :]
@@ -223,7 +227,9 @@ class Rater:
                 Request(inputs=ids, first=len(ids) - 1, targets=[[digit] for digit in self.digits])
             )
         found = score_requests(self.stack.model, requests, batch_size=self.batch_size)
-        return [Answer(json.dumps([float(log) for (log,) in logs])) for logs in found]
+        logs = torch.tensor([[float(log) for (log,) in row] for row in found], dtype=torch.float64)
+        S_tok: list[float] = token_level(logs.softmax(-1)).tolist()  # softmax of log P: P over its sum
+        return S_tok
 
 
 def _refuse(who: str, model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +20,6 @@ from peftx.engines.training.run import as_training_data
 from peftx.errors import ArchitectureError, DataError, PeftxError, PluginError, UnsupportedError
 from peftx.testing import conformance
 from peftx.testing.models import tiny, tiny_tokenizer
-from peftx.toolkits.working import Answer
 from peftx_lora import Lora
 from peftx_nf4 import NF4Storage
 from peftx_selectit import (
@@ -166,10 +166,10 @@ def test_a_response_that_is_too_long_loses_its_end() -> None:
     long = [rating("1 to 5", "x", "y" * n + "z" * m) for n, m in ((100, 0), (100, 50), (200, 1))]
     room = rater.room - len(stack.tokenizer(rating("1 to 5", "x", ""))["input_ids"])
     full = rating("1 to 5", "x", "y" * room)
-    answers = [json.loads(answer.text) for answer in rater.write([fits, *long, full])]
-    for answer in answers[1:4]:
-        assert answer == pytest.approx(answers[4], abs=1e-5)
-    assert answers[0] != pytest.approx(answers[4], abs=1e-3)
+    scores = rater.score([(prompt, "") for prompt in (fits, *long, full)])
+    for score in scores[1:4]:
+        assert score == pytest.approx(scores[4], abs=1e-5)
+    assert scores[0] != pytest.approx(scores[4], abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- what is kept
@@ -198,7 +198,7 @@ def test_the_order_of_rows_does_not_change_the_set(monkeypatch: pytest.MonkeyPat
     mixed = Random(0).sample(ROWS, 16)
     one, other = (prepared(rows, share=0.3).train["prompt"][:] for rows in (ROWS, mixed))
     assert set(one) == set(other)
-    monkeypatch.setattr(Rater, "write", lambda self, prompts, **_: [Answer("[0, 0, 0, 0, 1]")] * len(prompts))
+    monkeypatch.setattr(Rater, "score", lambda self, pairs: [1.0] * len(pairs))
     one, other = (prepared(rows, share=0.3).train["prompt"][:] for rows in (ROWS, mixed))  # all alike
     assert set(one) == set(other)
 
@@ -206,12 +206,12 @@ def test_the_order_of_rows_does_not_change_the_set(monkeypatch: pytest.MonkeyPat
 def test_sure_high_ratings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = {"sure 5": (-9, -9, -9, -9, 0), "unsure 5": (0, 0, 0, 0, 0.1), "sure 1": (0, -9, -9, -9, -9)}
 
-    def write(self: Rater, prompts: Any, **_: Any) -> list[Answer]:
-        return [
-            Answer(json.dumps(next(v for k, v in logs.items() if f": {k}\n" in prompt))) for prompt in prompts
-        ]
+    def rated(model: Any, requests: Any, **_: Any) -> Any:
+        texts = [tokenizer.decode(request.inputs) for request in requests]
+        return [[(log,) for log in next(v for k, v in logs.items() if f": {k}\n" in text)] for text in texts]
 
-    monkeypatch.setattr(Rater, "write", write)
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr("peftx_selectit.score_requests", rated)
     rows = [{"prompt": "p", "completion": name} for name in ("sure 1", "unsure 5", "sure 5")]
     assert prepared(rows, share=0.4).train["completion"][:] == ["sure 5"]
     assert prepared(rows, share=0.7).train["completion"][:] == ["sure 1", "sure 5"]
@@ -243,23 +243,23 @@ def test_ratings_are_kept_and_a_killed_run_goes_on(
     rows = [{**row, "prompt": f"{n}. {row['prompt']}"} for n in range(2) for row in ROWS]
     whole = prepared(rows).train.to_list()
     asked: list[str] = []
-    write = Rater.write
+    score = Rater.score
 
-    def dying(self: Rater, prompts: Any, **options: Any) -> Any:
+    def dying(self: Rater, pairs: Any) -> Any:
         if asked:
             raise Killed
-        asked.extend(prompts)
-        return write(self, prompts, **options)
+        asked.extend(prompt for prompt, _ in pairs)
+        return score(self, pairs)
 
     monkeypatch.setenv("PEFTX_CACHE", str(tmp_path))
     file = tmp_path / "scores.jsonl" if named else None
-    monkeypatch.setattr(Rater, "write", dying)
+    monkeypatch.setattr(Rater, "score", dying)
     with pytest.raises(PluginError):
         prepared(rows, scores=file)
     with (file or next((tmp_path / "answers").glob("*"))).open("a") as half:
         half.write('{"key": "ab')  # what a kill leaves
     more: list[str] = []
-    monkeypatch.setattr(Rater, "write", lambda self, p, **o: more.extend(p) or write(self, p, **o))
+    monkeypatch.setattr(Rater, "score", lambda self, p: more.extend(x for x, _ in p) or score(self, p))
     again = prepared(rows, scores=file).train
     assert again["prompt"][:] == [row["prompt"] for row in whole]
     assert again["selectit"][:] == pytest.approx([row["selectit"] for row in whole], rel=1e-5)
@@ -287,6 +287,40 @@ def test_ratings_by_weights_of_another_name_are_kept_nowhere(
 
     assert files(NF4Storage(), change=lambda stack: stack.compress()) == 0
     assert files(Lora()) == 1, "the base rates, without it"
+
+
+def test_memory_grows_neither_with_the_text_of_rows_nor_with_what_raters_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All rows rated alike, so that all are compared by their text: of 10 MB of it less than a quarter is held, ratings
+    with their keys among it."""
+    monkeypatch.setenv("PEFTX_CACHE", "")
+    monkeypatch.setattr("peftx.toolkits.working.worker.BLOCK", 64)
+    monkeypatch.setattr(Rater, "score", lambda self, pairs: [1.0] * len(pairs))
+    rows = [{"prompt": f"Say {n}", "completion": f"{n} " + "tea and rain " * 250} for n in range(3300)]
+    stack = stack_of(SelectIt(prompts=SHORT, share=0.5))
+    data = as_training_data(stack, rows, seed=0, max_length=96)
+    text = sum(len(row["completion"]) for row in rows)
+    prepared()  # what is imported on the way
+    tracemalloc.start()
+    try:
+        stack.prepare(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert text > 10e6
+    assert peak < text / 4
+    assert len(data.train) == len(rows) // 2
+    assert len(data.train) + len(data.dropped) == len(rows)
+
+
+def test_a_rating_is_kept_as_a_number(tmp_path: Path) -> None:
+    """Its five probabilities as text would be four times as large, for every prompt of every row."""
+    prepared(scores=tmp_path / "scores.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == len({(row["prompt"], row["completion"]) for row in ROWS}) * len(SHORT)
+    assert {type(line["score"]) for line in lines} == {float}
+    assert not any("text" in line for line in lines)
 
 
 def test_progress() -> None:

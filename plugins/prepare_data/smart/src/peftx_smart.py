@@ -84,17 +84,7 @@ class Smart(Plugin):
         pairs = pairs_of(data.train)
         prompts = Lazy(len(prompted), lambda n: pairs[prompted[n]][0])
         refuse(config, groups, prompts, id)
-        encoder = Vectors(Stack(config.encoder, device=str(stack.model.device)))
-        worker = Worker(
-            encoder, config.vectors, progress=data.progress, cache=kept_file(encoder.name, encoder.encoder)
-        )
-        answers = worker.write(prompts)
-        e = torch.empty(
-            len(data.train), len(vector_of(answers[0]))
-        )  # rows without a prompt are never looked at
-        for i, answer in zip(prompted, answers, strict=True):
-            e[i] = vector_of(answer)
-
+        e = self._vectors(prompts, prompted, data, str(stack.model.device))
         means = unit([e[[i for rows in parts.values() for i in rows]].mean(0) for parts in groups.values()])
         M = config.tasks or len(groups)
         picks = (
@@ -122,6 +112,20 @@ class Smart(Plugin):
                 kept = facility_location(unit(e[rows]), count, data.progress)
                 told((rows[place] for place, _ in kept), None)
         data.keep(reasons, by=id)
+
+    def _vectors(
+        self, prompts: Sequence[str], prompted: Sequence[int], data: TrainingData, device: str
+    ) -> Tensor:
+        """e [rows, d]; what stands where a row has no prompt is never looked at. A worker holds vectors as text,
+        which is larger than they are: it goes, before rows are chosen."""
+        assert data.train is not None
+        encoder = Vectors(Stack(self.config.encoder, device=device))
+        cache = kept_file(encoder.name, encoder.encoder)
+        answers = Worker(encoder, self.config.vectors, progress=data.progress, cache=cache).write(prompts)
+        e = torch.empty(len(data.train), len(vector_of(answers[0])))
+        for i, answer in zip(prompted, answers, strict=True):
+            e[i] = vector_of(answer)
+        return e
 
 
 # --------------------------------------------------------------------------------------------------- choosing greedily

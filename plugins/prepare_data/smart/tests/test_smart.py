@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftx_smart
-from peftx import Stack, TrainingData
+from peftx import Stack, TrainingData, Worker
 from peftx.engines.data import facility_location
 from peftx.engines.training.run import as_training_data
 from peftx.errors import DataError, PeftxError, PluginError, UnsupportedError
@@ -288,6 +290,45 @@ def test_prompts_of_all_formats() -> None:
 # ---------------------------------------------------------------------------------------------------------- vectors
 class Killed(Exception):
     pass
+
+
+def test_memory_does_not_grow_with_the_text_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 MB of prompts less than a quarter is held, vectors of eight numbers among it."""
+    monkeypatch.setenv("PEFTX_CACHE", "")
+    monkeypatch.setattr("peftx.toolkits.working.worker.BLOCK", 64)
+    monkeypatch.setattr(Stack, "embed", lambda self, texts, **_: torch.randn(len(texts), 8))
+    rows = [
+        {"prompt": f"{n} " + "tea and rain " * 400, "completion": "y", "task": n % 31} for n in range(3100)
+    ]
+    stack = Stack(tiny("llama"), [Smart(encoder=TINY, budget=40)], tokenizer=tiny_tokenizer())
+    data = as_training_data(stack, rows, seed=0, max_length=96)
+    text = sum(len(row["prompt"]) for row in rows)
+    prepared(budget=9)  # what is imported on the way
+    tracemalloc.start()
+    try:
+        stack.prepare(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert text > 16e6
+    assert peak < text / 4
+    assert len(data.train) == 40
+    assert len(data.train) + len(data.dropped) == len(rows)
+
+
+def test_vectors_as_text_are_gone_when_rows_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+
+    def watched(*options: Any) -> Any:
+        alive.append(sum(isinstance(one, Worker) for one in gc.get_objects()))
+        return facility_location(*options)
+
+    monkeypatch.setattr(peftx_smart, "facility_location", watched)
+    gc.collect()
+    before = sum(isinstance(one, Worker) for one in gc.get_objects())
+    prepared(budget=9)
+    assert alive
+    assert max(alive) == before
 
 
 @pytest.mark.parametrize("named", [True, False])
