@@ -10,6 +10,9 @@ import sys
 import time
 from collections import Counter, defaultdict
 
+from rich.console import Console
+from rich.progress import track
+
 from peftx.testing.recipes import ARCHITECTURES, draw
 from peftx.testing.stacks import Result, shrunk, try_stack
 from peftx.testing.ways_out import DeadEnd, dead_ends
@@ -75,7 +78,8 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     results, ends = [], []
-    for recipe in draw(options.number, seed=options.seed):
+    drawn = draw(options.number, seed=options.seed)
+    for recipe in track(drawn, "stacks", total=options.number, console=Console(stderr=True)):
         results.append(try_stack(recipe))
         if results[-1].outcome.startswith("refused"):
             ends += dead_ends(results[-1])
