@@ -75,6 +75,7 @@ TABLES: dict[str, dict[str, Source]] = {
     "mosaic-it": {"training and test": Source("instruct/math_data.json.gz")},
     "ircoco": {"training and test": Source("code/HumanEval.jsonl.gz")},
     "longrope": dict.fromkeys(("searched", "measured"), Source("text/wikitext2_test.txt.gz")),
+    "lemo": dict.fromkeys(("training", "test"), Source("text/wikitext2_test.txt.gz")),
     "transcoder": {"training and test": Source("instruct/codegen_instruct.json.gz")},
     "superfiltering": {"scored": Source("instruct/roleplay_instruct.json.gz")},
 }  # fmt: skip

@@ -6,7 +6,8 @@
 Rows are the plugins of the repository of the families in `FAMILIES`, and those whose one line in the catalogue says
 that they prune something or make it sparse; a plugin that claims to work on adapters of others has a LoRA before it.
 Dense are full fine-tuning and LoRA. Each row trains for the same few steps on the packaged rows, compresses if it does,
-and is saved: of the bundled model, and of a random Llama 512 wide.
+and is saved: of the bundled model, and of a random Llama 512 wide. What wants a mixture of experts (`ON_EXPERTS`) has
+rows of its own, of a random Mixtral, where dense is that Mixtral tuned; `--base` runs one of the three anew.
 
 * bytes: the tensor files of the bundle, and what `peftx plan` said of them before.
 * memory: of the most demanding step of the run. What the stack holds before it (parameters, buffers, the base's own
@@ -38,7 +39,7 @@ import torch
 from measure import prompts_and_tokens
 from run import RESULTS, machine
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peftx import Claim, Registry, Stack
 from peftx.engines.bundle import holds_base
@@ -69,6 +70,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Where defaults ask for a longer run, for biases, or for a model that is pruned already."""
 ON_ADAPTERS = {"sparselora"}
 """Want a LoRA before them, which none of their claims says: they train nothing themselves."""
+TINY, WIDE = BASES = ("peftx:tiny", "a random Llama, 512 wide")
+EXPERTS = "a random Mixtral, 256 wide, with 16 experts a layer"
+ON_EXPERTS = ("esft",)
+"""Want a model with experts."""
 ROWS, HELD_OUT, CALIBRATION = (
     f"peftx:sample/{name}" for name in ("train.jsonl", "held_out.jsonl", "calibration.txt")
 )
@@ -79,7 +84,8 @@ PROMPT, WRITTEN = 32, 8
 def chosen() -> list[str]:
     """The plugins of the rule, by family and name, behind the dense ones."""
     entries = [e for e in Registry().entries() if e.family in FAMILIES or WORDS.search(e.summary)]
-    return [*DENSE, *(e.name for e in sorted(entries, key=lambda e: (e.family, e.name)))]
+    named = (e.name for e in sorted(entries, key=lambda e: (e.family, e.name)))
+    return [*DENSE, *(name for name in named if name not in ON_EXPERTS)]
 
 
 def stack_of(name: str) -> list[dict[str, Any]]:
@@ -224,17 +230,22 @@ def told(results: Mapping[str, dict[str, Any]], key: str, stacks: Mapping[str, S
         results[name][key] = seconds["token"]
 
 
-def wide(folder: Path) -> str:
-    """A random Llama, 512 wide, with the packaged tokenizer; where it lies."""
+def random_model(folder: Path, *, experts: int = 0) -> str:
+    """A random Llama 512 wide, or Mixtral 256 wide, with the packaged tokenizer; where it lies."""
     torch.manual_seed(0)
     _, tokenizer = load_model("peftx:tiny", meta=True)
     assert tokenizer is not None
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1376, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    common = {
+        "vocab_size": len(tokenizer), "num_attention_heads": 8, "num_key_value_heads": 4,
+        "max_position_embeddings": 512, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    if experts:
+        sizes = {"hidden_size": 256, "intermediate_size": 172, "num_hidden_layers": 4}
+        mixture = MixtralConfig(**common, **sizes, num_local_experts=experts, num_experts_per_tok=2)
+        MixtralForCausalLM(mixture).save_pretrained(folder)
+    else:
+        sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 2}
+        LlamaForCausalLM(LlamaConfig(**common, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -309,24 +320,26 @@ def main() -> None:
     parser.add_argument(
         "--bytes", action="store_true", help="of these rows what is stored, and the rest as the file has it"
     )
+    parser.add_argument(
+        "--base", choices=(*BASES, EXPERTS), help="measure on this alone, and the rest as the file has it"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = arguments.only.split(",") if arguments.only else chosen()
-    names = [*dict.fromkeys((*DENSE, *wanted))]
+    wanted = arguments.only.split(",") if arguments.only else [*chosen(), *ON_EXPERTS]
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    if arguments.bytes:
+    if arguments.bytes or arguments.base:
         results = json.loads((arguments.output / "small.json").read_text(encoding="utf-8"))["results"]
     with tempfile.TemporaryDirectory() as scratch:
-        for title, base in {
-            "peftx:tiny": "peftx:tiny",
-            "a random Llama, 512 wide": wide(Path(scratch) / "wide"),
-        }.items():
+        for title in [arguments.base] if arguments.base else [*BASES, EXPERTS]:
             own = Path(scratch) / title.replace(" ", "-")
+            base = title if title == TINY else random_model(own / "base", experts=16 * (title == EXPERTS))
+            of_it = [name for name in wanted if name in DENSE or (name in ON_EXPERTS) == (title == EXPERTS)]
             if arguments.bytes:
-                for name, found in stored(base, wanted, own).items():
+                for name, found in stored(base, of_it, own).items():
                     results[title][name] |= found
                 continue
-            results[title] = measured(base, names, arguments.rounds, own, memory=base == "peftx:tiny")
+            names = [*dict.fromkeys((*DENSE, *of_it))]
+            results[title] = measured(base, names, arguments.rounds, own, memory=title != WIDE)
             write(results, arguments)
     if arguments.bytes:
         write(results, arguments)

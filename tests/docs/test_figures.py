@@ -367,3 +367,19 @@ def test_the_table_of_longer_texts() -> None:
     lengths = ("s = 2, 1,024 tokens", "s = 2, 2,048 tokens", "s = 4, 2,048 tokens", "s = 4, 4,096 tokens")
     told = {name: cells for name, *cells in rows(page, f"| {' | '.join(lengths)}")}
     assert told == {name: [cell(row, of, 1) for of in lengths] for name, row in found.items()}
+
+
+def test_the_tables_of_tokens_left_out() -> None:
+    page = "plugins/train_step/lemo/README.md"
+    losses = {name: cells[0] for name, *cells in rows(page, "| loss | learning rate")}
+    assert losses == {name: cell(row, "loss", 3) for name, row in result(page, "lemo").items()}
+    held = json.loads((ROOT / "benchmarks/results/lemo.json").read_text("utf-8"))["memory"]
+    told = {name: cells for name, *cells in rows(page, "| 256 tokens | 512 tokens | 1,024 tokens")}
+    dense = {name: held[name.partition(",")[0]] for name in held}
+    assert told == {
+        name: [
+            f"{mib:.0f}" + ("" if of is dense[name] else f" ({1 - mib / dense[name][length]:.0%} less)")
+            for length, mib in of.items()
+        ]
+        for name, of in held.items()
+    }
