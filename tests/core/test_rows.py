@@ -20,6 +20,7 @@ from peftx.copies import sharing
 from peftx.errors import UnsupportedError
 from peftx.kernel.slots import slot_of
 from peftx.testing import ARCHITECTURES, tiny, tiny_tokenizer
+from peftx.testing.reference import ReferenceLowRank
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.testing.subject import ENCODERS
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
@@ -631,3 +632,15 @@ def test_packed_weights_can_be_left_alone() -> None:
     engine = Engine(Server(stack, scheduler=Scheduler(pack_weights=False)))
     assert engine.packed == 0
     assert all(slot_of(module) is None for module in stack.model.modules())
+
+
+def test_weights_that_a_model_reads_by_itself_are_not_packed() -> None:
+    """Mamba multiplies by some weights in its own code, and finds in them what an adapter adds."""
+    stack = Stack(tiny("mamba"), [ReferenceLowRank()], tokenizer=tiny_tokenizer())
+    for parameter in stack.ledger.parameters("reference-low-rank"):
+        parameter.data.add_(0.05)
+    text = stack.generate("abc def", max_new_tokens=5, do_sample=False)
+    with Engine(Server(stack)) as engine:
+        answer = engine.submit(Request("abc def", max_tokens=5, temperature=0.0)).result(60)
+    assert answer.text == text
+    assert engine.packed > 0

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftx.engines.machine import free_memory
 from peftx.kernel.slots import kind_of, open_slot, slot_of
+from peftx.kernel.slots.carrier import PlainLinearCarrier
 
 ROWS = 32
 """Rows that a copy is laid out for; fewer and more are about as fast."""
@@ -77,6 +78,8 @@ def pack(model: nn.Module) -> int:
 def _multiplies(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or kind_of(module) != "plain":
         return False
+    if slot_of(module) is not None and not isinstance(module, PlainLinearCarrier):
+        return False  # others read its weight, as Mamba does, and find it with what plugins add
     weight, slot = module._parameters["weight"], slot_of(module)
     if (
         weight is None
