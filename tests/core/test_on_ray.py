@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from peftx.comparing.jobs import Job
 from peftx.comparing.on_ray import tasks
+from peftx.engines.clusters import cluster
 from peftx.engines.training.on_ray import PAUSE, Told, _gets_gpus, _in_worker
 from peftx.errors import ClusterError, ConflictError, MissingExtraError, TrainingError
 from peftx.pipeline import Run, load_run
@@ -151,6 +152,19 @@ def test_more_processes_than_the_cluster_holds_are_refused() -> None:
     with pytest.raises(ClusterError, match="3 workers on a cluster of 2 CPUs") as caught:
         _gets_gpus({"CPU": 2.0, "GPU": 8.0}, 3)
     assert caught.value.hint == "runtime: {engine: ray, workers: 2}"
+
+
+def test_a_cluster_that_ran_here_before_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray keeps the address of the last one, and waits for it without an end where it died."""
+    import ray
+
+    told: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in (("is_initialized", False), ("cluster_resources", {}), ("shutdown", None)):
+        monkeypatch.setattr(ray, name, lambda value=value: value)
+    monkeypatch.setattr(ray, "init", lambda **options: told.update(options))
+    with cluster():
+        assert told["address"] == "local"
 
 
 def test_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ def cluster() -> Iterator[dict[str, float]]:
         return
     address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.rpartition(":")
-    own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    # Not whichever ran here last, which Ray looks for by itself, and waits for where it is dead.
+    own: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": False}
     try:
         if host and "/" not in host and port.isdecimal():
             socket.create_connection((host, int(port)), timeout=ANSWER).close()
