@@ -121,14 +121,24 @@ def test_the_probe_sees_a_heavy_import(installed: Any) -> None:
 
 
 def test_two_hundred_plugins_cost_little(installed: Any) -> None:
-    """Processor time, not the clock's: the machine may be busy. torch alone takes more than a second."""
+    """Beside the same command without them, in processor time: the machine may be slow, or busy."""
+    code = PROBE.format(words=["list", "--json"], heavy=HEAVY)
+
+    def listed() -> tuple[int, float]:
+        """How many of them, and the least of three times."""
+        runs = [
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+            for _ in range(3)
+        ]
+        seconds = min(float(run.stderr.strip().splitlines()[-1].split()[-1]) for run in runs)
+        return sum(one["name"].startswith("fake-") for one in json.loads(runs[0].stdout)), seconds
+
+    assert (before := listed())[0] == 0
     for number in range(200):
         installed.publish(f"fake-{number:03}", "raise RuntimeError('imported')", readme="word " * 2000)
-    code = PROBE.format(words=["list", "--json"], heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert len([one for one in json.loads(done.stdout) if one["name"].startswith("fake-")]) == 200
-    seconds = float(done.stderr.strip().splitlines()[-1].split()[-1])
-    assert seconds < 0.6, f"{seconds} s of processor time"
+    found, seconds = listed()
+    assert found == 200
+    assert seconds < 2 * before[1], f"{seconds} s of processor time, and {before[1]} s without them"
 
 
 def test_every_command_has_help_with_two_examples(ok: Callable[..., str]) -> None:
