@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from peftx.engines.models import asset_path
+from peftx.engines.models import ASSETS
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 48
@@ -216,7 +216,7 @@ def clients(
         if model in LAYERS:
             folder = saved_llama(Path(scratch) / "model", LAYERS[model])
         else:
-            folder = Path(asset_path("peftx:tiny" if model == "tiny" else model))
+            folder = ASSETS / "tiny" if model == "tiny" else Path(model)
         ours, theirs = free_port(), free_port()
         commands = {
             "peftx": ([sys.executable, "-m", "peftx_cli", "serve", f"m={folder}", "--port", str(ours)], ours, "m"),
