@@ -43,8 +43,7 @@ from peftx.toolkits.serving.radix import Node, RadixTree
 GRID = tuple(tenths / 10 for tenths in range(21))  # the values of alpha that are tried
 ALONE = 8  # tokens of a text are read at once in about the time of one that is read alone
 
-KeysValues = list[tuple[Tensor, Tensor]]
-"""Of each layer with attention [1, H, tokens, D]; empty in a replay."""
+KeysValues = list[tuple[Tensor, Tensor]]  # of each layer with attention [1, H, tokens, D]; empty in a replay
 
 
 class MarconiConfig(PluginConfig):
@@ -104,10 +103,6 @@ class Held:
         """Give keys and values on to the only child."""
         pairs = zip(self.kept, child.kept, strict=True)
         child.kept = [(torch.cat([k, key], 2), torch.cat([v, value], 2)) for (k, v), (key, value) in pairs]
-
-    def bare(self) -> Held:
-        """The same without tensors."""
-        return Held(state=None if self.state is None else (), used=self.used)
 
 
 Place = Node[Held]
@@ -196,7 +191,10 @@ class Tree:
     def bare(self, alpha: float) -> Tree:
         """The same tree, with nothing at its nodes."""
         twin = Tree(self.costs, self.capacity, alpha)
-        twin.radix, twin.bytes, twin.now = self.radix.copied(Held.bare), self.bytes, self.now
+        twin.radix = self.radix.copied(
+            lambda one: Held(state=None if one.state is None else (), used=one.used)
+        )
+        twin.bytes, twin.now = self.bytes, self.now
         return twin
 
 
@@ -253,15 +251,18 @@ class RadixCache(PrefixCache):
         return cache
 
     def read_on(self, ids: Sequence[int], cache: Cache) -> Cache:
-        """A cache of all these tokens, of which it holds the first. Where they can be read one by one alone, and that
-        would take longer, an empty one is filled."""
+        """A cache of all these tokens, of which it holds the first; another one where to go on from it does not pay."""
         rest = ids[int(cache.get_seq_length()) :]
-        if self.one_by_one and len(ids) <= ALONE * len(rest):
+        if not self.pays(len(ids) - len(rest), len(ids)):
             cache, rest = empty_cache(self.model.config), ids
         alone = self.one_by_one and cache.get_seq_length()
         for part in [[token] for token in rest] if alone else [rest]:
             read(self.model, part, cache)
         return cache
+
+    def pays(self, known: int, tokens: int) -> bool:
+        """Is a text read sooner from what is known of it than from its beginning."""
+        return not self.one_by_one or tokens > ALONE * (tokens - known)
 
     def keep(self, ids: list[int], cache: Cache) -> None:
         """Remember a text; `cache` holds all of it but the last tokens."""
@@ -276,9 +277,8 @@ class RadixCache(PrefixCache):
 
     def keep_row(self, ids: list[int], cache: Cache, row: int) -> None:
         """Remember one row of a cache of attention alone, of which `ids` are the last columns."""
-        kept, _ = parts_of(cache)
-        own = [(k[row : row + 1, :, -len(ids) :], v[row : row + 1, :, -len(ids) :]) for k, v in kept]
-        self.tree.insert(ids, own, ())
+        pairs, at = parts_of(cache)[0], (slice(row, row + 1), slice(None), slice(-len(ids), None))
+        self.tree.insert(ids, [(k[at], v[at]) for k, v in pairs], ())
 
     def cache_of(self, reach: int, node: Place) -> DynamicCache:
         """Keys and values on the way to a node, what plugins note beside them, and its state."""
@@ -315,7 +315,7 @@ class RadixCache(PrefixCache):
                 tree.insert(ids, [], ())
                 continue
             tree.touch(node)
-            tokens += reach
+            tokens += reach * (self.pays(reach, matched) and self.pays(matched, len(ids)))
             if matched > reach:
                 tree.insert(ids[:matched], [], ())
         return tokens
@@ -350,9 +350,9 @@ def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs, bool]:
         return float((last - whole).abs().max() / whole.abs().max())
 
     near = torch.finfo(whole.dtype).eps ** 0.5
-    together, alone = apart(ids[:-2], ids[-2:]), apart(ids[:-2], ids[-2:-1], ids[-1:])
-    if not min(together, alone) <= near:
-        said = f"marconi: {type(model).__name__} reads a text in parts otherwise than at once ({alone:.0e})"
+    one_by_one = not apart(ids[:-2], ids[-2:]) <= near
+    if one_by_one and not (far := apart(ids[:-2], ids[-2:-1], ids[-1:])) <= near:
+        said = f"marconi: {type(model).__name__} reads a text in parts otherwise than at once ({far:.0e})"
         raise UnsupportedError(said, hint="its layers begin from no state; take a model whose layers do")
     kept, states = parts_of(cache)
     numbers = [part for layer in states for part in layer.recurrent_states.values() if part is not None]
@@ -363,7 +363,7 @@ def measured(stack: Stack) -> tuple[list[CacheLayerMixin], Costs, bool]:
         hidden=stack.anatomy.hidden_size, ssm=len(states), attention=len(kept),
         mlp=sum(site.role == "block.mlp" for site in stack.anatomy.sites),
         numbers=sum(part.numel() for part in numbers),
-    ), not together <= near  # fmt: skip
+    ), one_by_one  # fmt: skip
 
 
 class Marconi(Plugin):
@@ -378,8 +378,8 @@ class Marconi(Plugin):
     def suits(self, model: ModelView) -> None:
         check_writes(model)
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        others = kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer}
-        if names := ", ".join(sorted(kind.__name__ for kind in others)):
+        if others := kinds - {DynamicLayer, DummyLayer, LinearAttentionLayer}:
+            names = ", ".join(sorted(kind.__name__ for kind in others))
             who = f"{model.owner}: {type(model.module).__name__}"
             raise ArchitectureError(
                 f"{who} has layers of kind {names} in its cache", hint="take full attention"

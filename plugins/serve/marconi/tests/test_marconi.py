@@ -370,6 +370,13 @@ def test_a_replay_counts_what_the_requests_would_have_had() -> None:
     assert not cache.tree.radix.root.children
 
 
+def test_a_replay_counts_no_state_that_mamba_would_not_go_on_from() -> None:
+    cache, text = store("mamba", capacity_mb=1), list(range(5, 5 + 2 * ALONE))
+    cache.watch()
+    cache.noted = [(False, text), (True, [*text, 3]), (True, [*text, 3, 4, 3])]
+    assert cache.replayed(0.0) == len(text)
+
+
 def test_a_given_alpha_stays() -> None:
     cache = store(capacity_mb=0.02, alpha=0.7)
     for i in range(3, 20):
