@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ import peftx
 from peftx.charts import MOST_POINTS, STYLE, Band, Curve, chart, running_mean, thinned, ticks
 from peftx.engines.bundle.manifest import own_digest
 from peftx.engines.files import sha256
+from peftx.errors import ServerError
 from peftx.history import TrainingHistory
 from peftx.pages.page import bands, table
 from peftx.pages.samples import prompt_of
@@ -205,6 +207,22 @@ def test_samples_of_hostile_rows_are_text(bundle: Path, installed: Any, ok: Call
         assert asked == 8, "the two prompts, four times"
         assert requests * took == pytest.approx(8, rel=0.1)
         assert tokens * took == pytest.approx(4 * int(wrote), rel=0.1)
+
+
+def test_what_is_not_served_keeps_its_samples(
+    bundle: Path, installed: Any, ok: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(server: Any) -> None:
+        raise ServerError("a plugin of the stack will have none of it")
+
+    monkeypatch.setattr(
+        sys.modules["peftx.pages.samples"], "Engine", refuse
+    )  # beside it a function of that name
+    ok("report", str(bundle), "--samples", "1", "-o", "page.html")
+    found = checked(Path("page.html").read_text("utf-8"))
+    assert "The stack is not served: a plugin of the stack will have none of it." in found.texts["p"]
+    assert any(text.startswith("The stack wrote") for text in found.texts["p"])
+    assert "the stack writes" in found.texts["th"]
 
 
 def test_a_base_that_is_not_at_hand_is_said(bundle: Path, installed: Any, ok: Callable[..., str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from peftx import (
     Stack,
     TrainingData,
     TrainStep,
+    companion,
     hookimpl,
 )
 from peftx.errors import PeftxError
@@ -106,6 +108,23 @@ def test_broken_plugin_is_caught(plugin: type[Plugin]) -> None:
     found = failures(run_checks(plugin, models=["llama"], only=[plugin.caught_by]))
     assert set(found) == {plugin.caught_by}
     assert found[plugin.caught_by], "a failure says what it saw"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("train", "in training mode"), ("requires_grad_", "train, first")]
+)
+def test_a_second_model_that_is_not_left_alone(change: str, said: str) -> None:
+    class Teaches(Plugin):
+        teacher: Any = None
+
+        @hookimpl
+        def train_step(self, step: TrainStep) -> None:
+            self.teacher = self.teacher or companion(step.stack, "copy")
+            getattr(self.teacher, change)()
+
+    Teaches.__module__ = module("others").__name__  # whose source asks for one
+    (result,) = run_checks(Teaches, models=["llama"], only=["second_models_are_no_part"])
+    assert said in result.message
 
 
 class _Shift(Delta):

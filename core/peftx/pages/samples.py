@@ -93,6 +93,7 @@ def samples(
             Stack(model or base.id, dtype=base.dtype, device=device, trust_remote_code=trust_remote_code),
             texts,
             speeds,
+            notes,
         ),
         "the base is not at hand",
         notes,
@@ -104,6 +105,7 @@ def samples(
             load(told.folder, model=place, device=device, trust_remote_code=trust_remote_code),
             texts,
             speeds,
+            notes,
         ),
         "the bundle cannot be loaded",
         notes,
@@ -126,8 +128,11 @@ def _tried(make: Callable[[], list[Any] | None], what: str, notes: list[str]) ->
         return None
 
 
-def _written(who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed | Served]) -> list[str]:
-    """What a stack writes, one text after another, and then served; how fast goes to `speeds`.
+def _written(
+    who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed | Served], notes: list[str]
+) -> list[str]:
+    """What a stack writes, one text after another, and then served; how fast goes to `speeds`, and why it is not served
+    to `notes`.
 
     Raises:
         ArchitectureError: its model writes nothing.
@@ -140,7 +145,10 @@ def _written(who: str, stack: Stack, prompts: Sequence[str], speeds: list[Speed 
         texts.append(text)
         stats.update({name: each[name] for name in ("new_tokens", "model_calls")})
     speeds.append(Speed(who, stats["new_tokens"], stats["model_calls"], time.perf_counter() - started))
-    speeds.append(_served(who, stack, [*islice(cycle(prompts), max(CLIENTS, len(prompts)))]))
+    try:
+        speeds.append(_served(who, stack, [*islice(cycle(prompts), max(CLIENTS, len(prompts)))]))
+    except PeftxError as error:
+        notes.append(f"{who} is not served: {error.message}")
     return texts
 
 

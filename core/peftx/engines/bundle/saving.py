@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,8 @@ def save(stack: Stack, path: Path) -> Path:
     _check_base(stack)
     contained = bool(stack.ledger.all(ReplacedPart))
     with replacing(path, marker=MANIFEST) as folder:
-        entries = [_write_plugin(stack, member, folder, sparse=not contained) for member in stack.members]
+        gone = {id(t) for some, _ in pruned_of(stack) for t in some} if stack.trained_steps else set[int]()
+        entries = [_write_plugin(stack, m, folder, sparse=not contained, pruned=gone) for m in stack.members]
         manifest: dict[str, Any] = {
             "format": FORMAT if any(entry.get("zeros") for entry in entries) else WITHOUT_ZEROS,
             "versions": versions(),
@@ -138,7 +139,10 @@ def _merged(part: DeltaPart) -> bool:
     return slot is not None and any(link.merged for link in slot.links)
 
 
-def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -> dict[str, Any]:
+def _write_plugin(
+    stack: Stack, member: Member, folder: Path, *, sparse: bool, pruned: Set[int]
+) -> dict[str, Any]:
+    """`pruned`: ids of the tensors that others have pruned."""
     at, parts = stack.standing[member.id], stack.ledger.of(member.id)
     tensors = stack.ledger.tensors(member.id)
     packed = _packed(stack.ledger.of(member.id, BasePart)) if sparse else {}
@@ -170,12 +174,11 @@ def _write_plugin(stack: Stack, member: Member, folder: Path, *, sparse: bool) -
     if tensors:
         name = member_file(member.id)
         rest = {k: shorter.get(k, t) for k, t in tensors.items() if k not in packed}
-        gone = {id(t) for some, _ in pruned_of(stack) for t in some} if stack.trained_steps else set()
-        pairs = {k: without_zeros(t, pruned=id(t) in gone) for k, t in rest.items() if k not in shorter}
-        pruned = {k: pair for k, pair in pairs.items() if pair is not None}
-        if pruned:
-            entry["zeros"] = {k: list(rest.pop(k).shape) for k in pruned}
-        found = (packed | pruned).items()
+        pairs = {k: without_zeros(t, pruned=id(t) in pruned) for k, t in rest.items() if k not in shorter}
+        masked = {k: pair for k, pair in pairs.items() if pair is not None}
+        if masked:
+            entry["zeros"] = {k: list(rest.pop(k).shape) for k in masked}
+        found = (packed | masked).items()
         halves = {k + end: t for k, pair in found for end, t in zip((AT, TO), pair, strict=True)}
         save_file({k: t.detach().cpu().contiguous() for k, t in _unshared(rest | halves)}, folder / name)
         entry["file"] = name
