@@ -23,6 +23,7 @@ from peftx.testing import ARCHITECTURES, tiny, tiny_tokenizer
 from peftx.testing.reference import ReferenceLowRank
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.testing.subject import ENCODERS
+from peftx.toolkits.decoding import Generation
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.packed import _COPIES, Packed, pack
@@ -222,6 +223,34 @@ def test_each_row_samples_stops_and_streams_as_it_likes(stack: Stack) -> None:
         own = {"temperature": options["temperature"], "top_p": options.get("top_p", 1.0), "top_k": 0}
         expected = stack.generate(prompt, max_new_tokens=8, do_sample=True, seed=options["seed"], **own)
         assert text == expected, "the seed means what it means elsewhere"
+
+
+def test_requests_that_sample_alike_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the model's settings change, and never where something is of a prompt: its length, or what it may say."""
+    stack, prepared = Stack(tiny("llama").eval(), [], tokenizer=tiny_tokenizer()), list[int]()
+    prepare = Generation.prepare
+    monkeypatch.setattr(Generation, "prepare", lambda self: prepared.append(1) or prepare(self))
+    rows = rows_of(stack)
+
+    def asked(times: int, **options: Any) -> int:
+        prepared.clear()
+        jobs = [job_of(stack, prompt, **options) for prompt in PROMPTS[:times]]
+        finish(rows, jobs)
+        for prompt, job in zip(PROMPTS, jobs, strict=False):
+            if not options:
+                assert job.result(0).text == stack.generate(prompt, max_new_tokens=8, do_sample=False)
+        return len(prepared)
+
+    assert asked(3) == 1
+    assert asked(3) == 0
+    assert asked(2, temperature=1.0, seed=1) == 1
+    assert asked(2, logit_bias=((FIRST_BYTE + 65, 50.0),)) == 2
+    assert asked(2) == 1
+    ends = stack.generate(PROMPTS[0], max_new_tokens=2, do_sample=False)
+    stack.model.generation_config.eos_token_id = stack.tokenizer(ends).input_ids[-1]
+    assert asked(2) == 1
+    stack.model.generation_config.suppress_tokens = [FIRST_BYTE + 65]
+    assert asked(2) == 2
 
 
 def test_a_stop_string_ends_its_row_alone(stack: Stack) -> None:

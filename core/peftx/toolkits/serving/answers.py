@@ -18,7 +18,7 @@ from peftx.toolkits.serving.structured import Grammars
 
 if TYPE_CHECKING:
     from peftx.kernel.stack import Stack
-    from peftx.toolkits.decoding import Generation
+    from peftx.toolkits.decoding import Generation, Prepared
 
 
 class Answers:
@@ -32,6 +32,7 @@ class Answers:
         self.stack, self.tokenizer, self.prefixes = stack, stack.tokenizer, prefixes
         self.pad = pad_of(stack.model, stack.tokenizer)
         self._grammars: Grammars | None = None
+        self._plain: tuple[object, Prepared] | None = None
         self._reading = threading.Lock()
 
     def grammars(self) -> Grammars:
@@ -54,6 +55,16 @@ class Answers:
         found = request_of_ids(stack, [job.ids for job in jobs], longest, first.seed, choice)
         written = 1 if stack.model.config.is_encoder_decoder else found.input_ids.shape[1]
         found.logits_processors += shaping(first, start=written, grammars=self.grammars)
+        return found
+
+    def prepared(self, job: Job) -> Prepared:
+        """What `generate` would write a row by. The next requests that sample alike take it over where nothing shapes
+        scores: then it holds settings, and nothing of a prompt."""
+        settings = job.request.key, dict(vars(self.stack.model.generation_config))
+        if self._plain is not None and self._plain[0] == settings:
+            return self._plain[1]
+        found = self.generation([job]).prepare()
+        self._plain = None if found.processors else (settings, found)
         return found
 
     def finish(

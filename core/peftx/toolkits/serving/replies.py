@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 from fastapi.requests import Request as HttpRequest
@@ -181,13 +183,49 @@ def _usage(jobs: Sequence[Job], n: int) -> dict[str, int]:
     return usage_of(done[::n], done)
 
 
-def _pieces_of(jobs: Sequence[Job]) -> asyncio.Queue[tuple[int, Piece | None]]:
+Pieces = asyncio.Queue[tuple[int, Piece | None]]
+
+
+class _Post:
+    """Puts pieces into queues of an event loop, from any thread. The loop is woken once for all that come until it
+    looks: each time it would take the interpreter from who writes the text.
+
+    Raises:
+        RuntimeError: the loop is closed.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._woken = loop, False
+        self._sent = deque[tuple[Pieces, tuple[int, Piece | None]]]()
+
+    def put(self, pieces: Pieces, piece: tuple[int, Piece | None]) -> None:
+        self._sent.append((pieces, piece))
+        if not self._woken:  # twice is harmless
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._woken = False
+                raise
+
+    def _deliver(self) -> None:
+        self._woken = False  # first, so that what comes now is looked for again
+        while self._sent:
+            pieces, piece = self._sent.popleft()
+            pieces.put_nowait(piece)
+
+
+_POSTS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary()
+
+
+def _pieces_of(jobs: Sequence[Job]) -> Pieces:
     """What all of them say, as it comes, and whose it is; None at the end of each."""
-    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | None]]()
+    loop, pieces = asyncio.get_running_loop(), Pieces()
+    post = _POSTS.setdefault(loop, _Post(loop))
 
     def send(index: int, job: Job, piece: Piece | None) -> None:
         try:
-            loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+            post.put(pieces, (index, piece))
         except RuntimeError:  # the loop is closed, and nobody waits for the text
             job.cancel()
 

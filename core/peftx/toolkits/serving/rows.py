@@ -26,6 +26,7 @@ from peftx.toolkits.serving.job import Job, Request, TokenScore
 from peftx.toolkits.serving.scoring import score_of
 from peftx.toolkits.serving.slots import Slots, check_layers
 from peftx.toolkits.serving.stream import TextStream, cut_at_stop
+from peftx.toolkits.serving.uneven import by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ class Row:
 
     def __init__(self, job: Job, answers: Answers) -> None:
         self.job, self.answers = job, answers
-        self.prepared = prepared = answers.generation([job]).prepare()
+        self.prepared = prepared = answers.prepared(job)
         self.more = 0  # columns of its cache that are no tokens of its text
         self.ids, self.written = list(job.ids), list[int]()
         self.cache: Cache | None = None  # of the prompt, while it is read
@@ -55,12 +56,12 @@ class Row:
         self.plain = not prepared.config.do_sample and not prepared.processors
         self.generator = None
         if request.seed is not None and prepared.config.do_sample:
-            self.generator = torch.Generator(prepared.input_ids.device).manual_seed(request.seed)
+            self.generator = torch.Generator(answers.stack.model.device).manual_seed(request.seed)
         self.scores, self.told = list[TokenScore](), 0  # of a stream's tokens, and how many of them were sent
         self.stream = None
         if request.stream:
             self.stream = TextStream(answers.tokenizer, stop=request.stop, send=self._send)
-            self.stream.put(prepared.input_ids)
+            self.stream.put(torch.tensor([job.ids]))
 
     @property
     def left(self) -> int:
@@ -231,7 +232,9 @@ class Rows:
             writer, more = self.crowd.host, 0
         lengths = torch.tensor(slots.lengths)[:, None] + (1 - more)
         mask = (torch.arange(int(lengths.max())).flip(0)[None] < lengths).long()
-        logits = self._call(writer, rows, torch.tensor([[row.ids[-1]] for row in rows]), mask, slots)
+        tokens = torch.tensor([[row.ids[-1]] for row in rows])
+        with by_length(writer, slots.lengths):
+            logits = self._call(writer, rows, tokens, mask, slots)
         slots.advance()
         self._next([(row, logits[index : index + 1]) for index, row in enumerate(rows)])
 
