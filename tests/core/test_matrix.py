@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from itertools import combinations, permutations
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftx
 from peftx import Plugin, Registry
 from peftx.errors import ConflictError, RegistryError
-from peftx.testing import matrix, shown, tried
+from peftx.testing import matrix, shown, tried, trying
 from peftx.testing.covering import Cover
 from peftx.testing.life import built
 from peftx.testing.matrix import Cell, Matrix, run_matrix, try_pair
@@ -33,14 +35,14 @@ SAMPLE = 8
 def test_stacks_of_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample, of plugins that go together by their claims: every one trains, is saved and comes back."""
     names = [name for name in sorted(Registry().names()) if stands_on(name, "llama") is None]
-    pairs = {(a, b) for a in names for b in names if a != b and matrix.fits((a, b))}
+    pairs = {(a, b) for a in names for b in names if a != b and trying.fits((a, b))}
     places = {name: matrix.places(name, "llama") for name in names}
     pairs = {(a, b) for a, b in pairs if not places[a] & places[b]}
-    cover, draw = Cover(pairs, matrix.fits, size=8, seed=len(names)), random.Random(len(names))
-    tried = [matrix.try_group("llama", stack) for stack in draw.sample(list(cover.stacks(pairs)), SAMPLE)]
+    cover, draw = Cover(pairs, trying.fits, size=8, seed=len(names)), random.Random(len(names))
+    tried = [trying.try_group("llama", stack) for stack in draw.sample(list(cover.stacks(pairs)), SAMPLE)]
     left = cover.threes()
     for _ in range(SAMPLE // 2):  # around a triple, which the stacks of all pairs may not have
-        tried.append(matrix.try_group("llama", cover.drawn(left, draw)))
+        tried.append(trying.try_group("llama", cover.drawn(left, draw)))
         cover.take(tried[-1].names, left)
     # A router may send every text of the calibration past a layer, which a quantizer refuses, and the first rows may
     # not reach a matrix that is to be pruned by its scores: that is of the weights and the rows.
@@ -91,8 +93,8 @@ def test_what_is_known_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shown, "_module", lambda name: "changed" if name == "hft" else module(name))
     shown._key.cache_clear()
     tried: list[tuple[str, ...]] = []
-    lived = matrix.try_group
-    monkeypatch.setattr(matrix, "try_group", lambda arch, names: tried.append(names) or lived(arch, names))
+    lived = trying.try_group
+    monkeypatch.setattr(trying, "try_group", lambda arch, names: tried.append(names) or lived(arch, names))
     third = run_matrix(names, kept=kept)
     shown._key.cache_clear()
     assert tried
@@ -119,7 +121,7 @@ def test_a_fault_is_found_wherever_it_stands(
     def trouble(names: Sequence[str], arch: str) -> str:
         return "they clash" if faulty <= set(names) else ""
 
-    monkeypatch.setattr(matrix, "trouble", trouble)
+    monkeypatch.setattr(trying, "trouble", trouble)
     found = run_matrix(["lora", "propulsion", "hft", "compacter"])
     bad = [cell for cell in found.cells if cell.outcome == "failed"]
     assert len(bad) == failed
@@ -140,8 +142,8 @@ def test_what_fails_together_on_another_model_is_told(
     def trouble(names: Sequence[str], arch: str) -> str:
         return "they clash" if arch == "mixtral" and faulty <= set(names) else ""
 
-    monkeypatch.setattr(matrix, "trouble", trouble)
-    monkeypatch.setattr(matrix, "lived_alone", lambda name, arch: None)
+    monkeypatch.setattr(trying, "trouble", trouble)
+    monkeypatch.setattr(trying, "lived_alone", lambda name, arch: None)
     monkeypatch.setattr(matrix, "STANDS", {})
     monkeypatch.setattr(tried, "STANDS", matrix.STANDS)
     found = run_matrix(["esft", "lora", "propulsion", "compacter"], threes=2)
@@ -157,7 +159,7 @@ def test_what_fails_together_on_another_model_is_told(
 )
 def test_the_rows_of_one_do_for_the_other(names: tuple[str, str]) -> None:
     """Turns for who tells speakers apart, rows that are left where some are chosen and others only measured on."""
-    assert matrix.trouble(names, "llama") == ""
+    assert trying.trouble(names, "llama") == ""
 
 
 @pytest.mark.parametrize("names", [("state-offset-tuning", "batchllm"), ("batchllm", "state-offset-tuning")])
@@ -171,9 +173,53 @@ def test_no_plugin_is_left_in_a_fault_that_it_has_no_part_in(monkeypatch: pytest
     def trouble(names: Sequence[str], arch: str) -> str:
         return "they clash" if {"marconi", "beam-patience"} <= set(names) else ""
 
-    monkeypatch.setattr(matrix, "trouble", trouble)
-    found = matrix.try_group("llama", ("sira", "sparse-adapter", "marconi", "beam-patience"))
+    monkeypatch.setattr(trying, "trouble", trouble)
+    found = trying.try_group("llama", ("sira", "sparse-adapter", "marconi", "beam-patience"))
     assert found.fault == ("marconi", "beam-patience")
+
+
+def test_what_is_left_of_a_stack_that_fails_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the one whose loss leaves most of the pairs that nothing has shown, as long as some are left."""
+    tried: list[tuple[str, ...]] = []
+
+    def trouble(names: Sequence[str], arch: str) -> str:
+        tried.append(tuple(names))
+        return "they clash" if {"lora", "hft"} <= set(names) or "ia3" in names else ""
+
+    monkeypatch.setattr(trying, "trouble", trouble)
+    monkeypatch.setattr(trying, "refusal", lambda names, arch: "")
+    names = ("lora", "propulsion", "hft", "ia3", "compacter")
+    new = {("lora", "propulsion"), ("lora", "compacter"), ("propulsion", "hft")}
+    found = trying.try_stack("llama", names, new)
+    assert [group.fault for group in found] == [("lora", "hft"), ("ia3",), ()]
+    assert found[-1].names == ("lora", "propulsion", "compacter")
+    tried.clear()
+    assert len(trying.try_stack("llama", names, ())) == 1
+    assert len(tried) <= 1 + len(names)
+
+
+def test_what_others_hide_from_building_is_refused_all_the_same() -> None:
+    """Behind an adapter cfsp packs when the stack runs, and by itself with bitmod it is refused when it is built."""
+    group = trying.try_group("llama", ("lora", "bitmod", "cfsp"))
+    assert group.refused
+    assert set(group.fault) >= {"cfsp"}
+    assert try_pair("bitmod", "cfsp").outcome == "refused"
+
+
+def test_a_refusal_that_leaves_something_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trying, "refusal", lambda names, arch: "no" if len(names) == 2 else "")
+    monkeypatch.setattr(trying, "trouble", lambda names, arch: "no" if len(names) == 2 else "")
+    assert try_pair("lora", "propulsion").outcome == "refused"
+
+    def left(members: object, model: Any) -> None:
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+        raise ConflictError("no")
+
+    monkeypatch.setattr(trying, "built", left)
+    found = try_pair("lora", "propulsion")
+    assert found.outcome == "failed"
+    assert found.reason == "refused, and the model is not what it was: no"
 
 
 def test_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +240,7 @@ def test_a_stack_that_does_not_learn_fails(monkeypatch: pytest.MonkeyPatch) -> N
         return SimpleNamespace(losses=[(1, 0.5)])
 
     monkeypatch.setattr(peftx.Stack, "train", rests)
-    assert matrix.trouble(("lora",), "llama") == "no parameter of lora moved"
+    assert trying.trouble(("lora",), "llama") == "no parameter of lora moved"
 
 
 @given(data=st.data())
@@ -226,9 +272,9 @@ def test_a_cover_is_small_and_heeds_what_does_not_go_together() -> None:
 
 
 def test_a_plugin_with_many_soft_tokens_stands_with_those_that_have_none() -> None:
-    assert matrix.soft("prompt-tuning") > matrix.SOFT
-    assert matrix.fits(("prompt-tuning", "lora", "mezo"))
-    assert not matrix.fits(("prompt-tuning", "lora", "xprompt"))
+    assert tried.soft("prompt-tuning") > trying.SOFT
+    assert trying.fits(("prompt-tuning", "lora", "mezo"))
+    assert not trying.fits(("prompt-tuning", "lora", "xprompt"))
 
 
 def test_pairs_that_have_nothing_in_common_share_stacks() -> None:
@@ -246,13 +292,13 @@ def test_where_a_plugin_stands_is_told_by_processes_and_former_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lives: list[tuple[str, str]] = []
-    monkeypatch.setattr(matrix, "lived_alone", lambda name, arch: lives.append((name, arch)))
+    monkeypatch.setattr(trying, "lived_alone", lambda name, arch: lives.append((name, arch)))
     monkeypatch.setattr(matrix, "STANDS", {})
     for expected in ({("esft", "mixtral"), ("lora", "mixtral")}, set()):
         lives.clear()
         matrix._find_places(
             ["esft", "lora"],
-            lambda attempt, arch, stacks: (attempt(arch, s) for s in stacks),
+            lambda attempt, arch, stacks: (group for each in stacks for group in attempt(arch, *each)),
             shown.Shown(tmp_path / "kept"),
         )
         assert set(lives) == expected
@@ -335,11 +381,11 @@ def test_stacks_around_triples_show_them_all_in_the_end(data: st.DataObject) -> 
 
 def test_triples_are_counted_as_shown_where_their_stack_works(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["lora", "propulsion", "hft", "compacter"]
-    monkeypatch.setattr(matrix, "trouble", lambda stack, arch: "")
+    monkeypatch.setattr(trying, "trouble", lambda stack, arch: "")
     whole = run_matrix(names, threes=50)
     assert 0 < whole.threes[0] == whole.threes[1]
     three = {"lora", "hft", "compacter"}
-    monkeypatch.setattr(matrix, "trouble", lambda stack, arch: "they clash" if three <= set(stack) else "")
+    monkeypatch.setattr(trying, "trouble", lambda stack, arch: "they clash" if three <= set(stack) else "")
     some = run_matrix(names, threes=50)
     assert some.threes[1] == whole.threes[1]
     assert some.threes[0] < some.threes[1]
@@ -348,7 +394,7 @@ def test_triples_are_counted_as_shown_where_their_stack_works(monkeypatch: pytes
 
 def test_three_that_are_refused_when_they_are_built_do_not_fail() -> None:
     """cfsp first, LoRA behind it works: the plain model is pruned first. Behind another adapter both stand on it."""
-    group = matrix.try_group("llama", ("propulsion", "cfsp", "lora"))
+    group = trying.try_group("llama", ("propulsion", "cfsp", "lora"))
     assert group.fault == ("propulsion", "cfsp", "lora")
     assert group.refused
     assert "Stack(..., inject=False)" in group.reason

@@ -8,20 +8,19 @@ built, with the reason and the order that would work; or if both want one place,
 it was. It is *not for this model* if one of the two cannot stand on the pair's architecture by itself. Anything else
 *failed*, and is a bug.
 
-Pairs grow with the square of the plugins. Claims and places tell the refused ones without a model; the others stand
-in stacks of up to eight plugins (`peftx.testing.covering`), each of which shows 28 pairs at once. A stack that fails is
-taken apart until the fault has no plugin too many. What a stack showed is kept, by what it ran: the files of the core
-and the modules of its plugins.
+Pairs grow with the square of the plugins. Claims tell refused ones without a model, and two that want one place are
+tried by themselves; the others stand in stacks of up to twelve plugins (`peftx.testing.covering`), each of which
+shows 66 pairs at once. A stack that fails is taken apart until the fault has no plugin too many, and is tried again
+without one of these. What a stack showed is kept, by what it ran: the files of the core and the modules of its plugins.
 """
 
 from __future__ import annotations
 
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal
 
@@ -30,36 +29,25 @@ import torch
 from peftx.comparing.processes import fresh
 from peftx.composition.conflicts import find_conflicts
 from peftx.composition.registry import Registry
-from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.names import HOOKS
-from peftx.kernel.plugin import Claim
-from peftx.testing.case import inputs_for, output
-from peftx.testing.covering import Cover, around_threes, count_threes
+from peftx.testing.covering import Cover, Pair, around_threes, count_threes
 from peftx.testing.kit import settle
-from peftx.testing.life import built, early_ids, live
-from peftx.testing.models import tiny
-from peftx.testing.planned import refused_by_plan
 from peftx.testing.shown import Group, Shown
 from peftx.testing.tried import (
     STANDS,
     arch_of,
-    lived_alone,
-    members_as_tried,
     places,
     plain,
-    soft,
-    specified,
     stands_on,
 )
+from peftx.testing.trying import Names, fits, try_alone, try_group, try_stack
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
-Try = Callable[[str, tuple[str, ...]], Group]
-Submit = Callable[[Try, str, Sequence[tuple[str, ...]]], Iterator[Group]]
-SOFT = 16
-"""Soft tokens of a stack at most, beside a row of `LENGTH`, unless one plugin has more by itself; a pair may have more,
-and fails where it matters."""
-SIZE = 8
-"""Plugins of a stack."""
+Try = Callable[[str, Names, Collection[Pair]], list[Group]]
+Submit = Callable[[Try, str, Iterable[tuple[Names, Collection[Pair]]]], Iterator[Group]]
+"""(what tries, architecture, stacks and the pairs of each that nothing has shown) -> what they showed."""
+SIZE = 12
+"""Plugins of a stack at most."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +119,7 @@ def run_matrix(
     facts = {name: registry.describe(name) for name in chosen}
     hooks = {name: next(iter(facts[name].hooks), "") for name in chosen}
     chosen.sort(key=lambda name: (HOOKS.index(hooks[name]) if hooks[name] else len(HOOKS), name))
-    cells: dict[tuple[str, str], Cell] = {}
+    cells: dict[Pair, Cell] = {}
 
     def note(cell: Cell) -> None:
         cells[cell.first, cell.second] = cell
@@ -147,7 +135,8 @@ def run_matrix(
         for arch, pairs in sorted(rest.items(), key=lambda one: -len(one[1])):
             both = (pair for pair, cell in cells.items() if cell.outcome == "works")
             beside = [pair for pair in both if not any(stands_on(name, arch) for name in pair)]
-            found.stacks += _lived(arch, pairs, beside, found, note, submit, shown, seed)
+            alone = [pair for pair in sorted(pairs) if places(pair[0], arch) & places(pair[1], arch)]
+            found.stacks += _lived(arch, pairs, alone, beside, found, note, submit, shown, seed)
         if tried:
             arch = max(tried, key=lambda one: len(tried[one]))
             working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
@@ -156,7 +145,7 @@ def run_matrix(
                 if group.arch == arch:
                     cover.avoid(group.fault)
             more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
-            for group in submit(try_group, arch, more):
+            for group in submit(try_stack, arch, ((names, ()) for names in more)):
                 found.stacks += 1
                 shown.keep(group)
                 found.together += [group] if group.fault else []
@@ -170,23 +159,18 @@ def _find_places(names: Sequence[str], submit: Submit, shown: Shown) -> None:
     for arch in sorted({arch_of(name) for name in names} - {"llama"}):
         known = [shown.known(arch, (name,)) for name in names]
         new = [(name,) for name, group in zip(names, known, strict=True) if group is None]
-        for group in submit(try_alone, arch, new):
+        for group in submit(try_alone, arch, ((one, ()) for one in new)):
             shown.keep(group)
             known.append(group)
         STANDS.update({(g.names[0], arch): g.reason or None for g in known if g is not None})
 
 
-def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str, set[tuple[str, str]]]:
-    """Note all cells that claims, models and places tell; what is left, by the model it is to be tried on."""
-    rest: dict[str, set[tuple[str, str]]] = {}
+def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str, set[Pair]]:
+    """Note all cells that claims and models tell; what is left, by the model it is to be tried on."""
+    rest: dict[str, set[Pair]] = {}
     for first in names:
         for second in names:
-            cell = _by_claims(first, second)
-            if cell is None and (
-                places(first, arch_of(first, second)) & places(second, arch_of(first, second))
-            ):
-                cell = try_pair(first, second)
-            if cell is not None:
+            if (cell := _by_claims(first, second)) is not None:
                 note(cell)
             else:
                 rest.setdefault(arch_of(first, second), set()).add((first, second))
@@ -195,58 +179,57 @@ def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str,
 
 def _lived(
     arch: str,
-    pairs: set[tuple[str, str]],
-    beside: Sequence[tuple[str, str]],
+    pairs: set[Pair],
+    alone: Sequence[Pair],
+    beside: Sequence[Pair],
     matrix: Matrix,
     note: Callable[[Cell], None],
     submit: Submit,
     shown: Shown,
     seed: int,
 ) -> int:
-    """Live through stacks until every pair was in one that works, or has its fault; how many that took. `beside`: pairs
-    that work on another model, and may fill stacks of this one."""
+    """Live through stacks until every pair was in one that works, or has its fault; how many that took.
+
+    Args:
+        alone: pairs that want one place, which are looked at first, without others. beside: pairs that work on another
+            model, and may fill stacks of this one.
+    """
     lived = 0
 
     def judge(group: Group) -> None:
         """Note what a stack showed of its pairs."""
-        names, fault = group.names, group.fault
-        told: list[Cell] = []
-        if not fault:
-            told = [
-                Cell(a, b, "works", arch=arch, stack=names)
-                for i, a in enumerate(names)
-                for b in names[i + 1 :]
-            ]
-        elif len(fault) == 1:
-            why = f"{fault[0]} by itself: {group.reason}"
-            told = [Cell(*pair, "failed", why, arch=arch) for pair in sorted(pairs) if fault[0] in pair]
-        elif len(fault) == 2:
-            told = [try_pair(*fault)]  # refused, or failed; where it works alone, longer rows do it
-        if len(fault) > 2 or (len(fault) == 2 and told[0].outcome == "works"):
+        fault = group.fault
+        told = combinations(group.names, 2) if not fault else [fault] if len(fault) == 2 else []
+        if len(fault) == 1:
+            told = [pair for pair in sorted(pairs) if fault[0] in pair]
+        elif fault and fault not in pairs:  # two of which no cell is left work elsewhere: longer rows do it
             matrix.together.append(group)
         if fault:
             cover.avoid(fault)
-        for cell in told:
-            if (cell.first, cell.second) in pairs:
-                pairs.remove((cell.first, cell.second))
-                note(cell)
+        for first, second in told:
+            if (first, second) in pairs:
+                pairs.remove((first, second))
+                note(_cell(first, second, group))
+
+    def new(stacks: Iterable[Names]) -> Iterator[tuple[Names, Collection[Pair]]]:
+        """Those of which nothing is known yet, and what of each."""
+        for names in stacks:
+            if (known := shown.known(arch, names)) is None:
+                yield names, pairs.intersection(combinations(names, 2))
+            else:
+                judge(known)
 
     cover = Cover(pairs, fits, size=SIZE, seed=seed, beside=beside)
     for group in shown.of(arch):
         if not group.fault:
             judge(group)
+    stacks: Iterable[Names] = [pair for pair in alone if pair in pairs]
     while pairs:
-        todo: list[tuple[str, ...]] = []
-        for names in cover.stacks(pairs):
-            known = shown.known(arch, names)
-            if known is None:
-                todo.append(names)
-            else:
-                judge(known)
-        for group in submit(try_group, arch, todo):
+        for group in submit(try_stack, arch, new(stacks)):
             lived += 1
             shown.keep(group)
             judge(group)
+        stacks = cover.stacks(pairs)
     return lived
 
 
@@ -254,14 +237,14 @@ def _lived(
 def _workers(jobs: int) -> Iterator[Submit]:
     """What tries stacks, in so many processes, and gives what they showed as it comes."""
     if jobs <= 1:
-        yield lambda attempt, arch, stacks: (attempt(arch, names) for names in stacks)
+        yield lambda attempt, arch, stacks: chain.from_iterable(attempt(arch, *each) for each in stacks)
         return
     # Not a fork of this process: threads of torch do not survive one.
     pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin)
 
-    def run(attempt: Try, arch: str, stacks: Sequence[tuple[str, ...]]) -> Iterator[Group]:
-        for done in as_completed([pool.submit(attempt, arch, names) for names in stacks]):
-            yield done.result()
+    def run(attempt: Try, arch: str, stacks: Iterable[tuple[Names, Collection[Pair]]]) -> Iterator[Group]:
+        for done in as_completed([pool.submit(attempt, arch, *each) for each in stacks]):
+            yield from done.result()
 
     try:
         yield run
@@ -272,12 +255,6 @@ def _workers(jobs: int) -> Iterator[Submit]:
 def _begin() -> None:
     torch.set_num_threads(1)
     settle()
-
-
-def fits(names: Sequence[str]) -> bool:
-    """Do these plugins go together by their claims and rows, and leave the tiny models positions for a text."""
-    tokens = [*map(soft, names)]
-    return sum(tokens) <= max(SOFT, *tokens) and not find_conflicts(plain(names))
 
 
 def _by_claims(first: str, second: str) -> Cell | None:
@@ -292,74 +269,23 @@ def _by_claims(first: str, second: str) -> Cell | None:
     return None
 
 
+def _cell(first: str, second: str, group: Group) -> Cell:
+    """The cell of a pair by what a stack showed of it."""
+    found = Cell(first, second, "works", arch=group.arch, stack=group.names)
+    if not group.fault:
+        return found
+    if len(group.fault) == 1:
+        return replace(
+            found, outcome="failed", reason=f"{group.fault[0]} by itself: {group.reason}", stack=()
+        )
+    one, two = (set(member.plugin.claims) for member in plain((first, second)))
+    return replace(
+        found, outcome="refused" if group.refused else "failed", reason=group.reason, stack=(),
+        claims=tuple(sorted(one & two)) if group.refused else (),
+    )  # fmt: skip
+
+
 def try_pair(first: str, second: str) -> Cell:
     """One cell by itself. Whatever goes wrong is in it, never raised."""
-    cell = _by_claims(first, second)
-    if cell is not None:
-        return cell
-    arch = arch_of(first, second)
-    found = Cell(first, second, "works", arch=arch, stack=(first, second))
-    model = tiny(arch)
-    try:
-        built(members_as_tried(first, second), model)
-    except ConflictError as error:
-        inputs = inputs_for(model)
-        packed = early_ids(members_as_tried(first, second))  # and so it is not what it was
-        if not packed and not torch.equal(output(model, inputs), output(tiny(arch), inputs)):
-            return replace(
-                found, outcome="failed", reason=f"refused, and the model is not what it was: {error}"
-            )
-        one, two = (set(member.plugin.claims) for member in members_as_tried(first, second))
-        return replace(found, outcome="refused", reason=str(error), claims=tuple(sorted(one & two)), stack=())
-    except Exception as error:  # noqa: BLE001  as in `trouble`
-        return replace(found, outcome="failed", reason=f"{type(error).__name__}: {error}")
-    why = trouble((first, second), arch)
-    return replace(found, outcome="failed", reason=why) if why else found
-
-
-def try_alone(arch: str, names: tuple[str, ...]) -> Group:
-    """Whether a plugin stands on a model, as a stack of one."""
-    why = lived_alone(names[0], arch)
-    return Group(arch, names, names if why else (), why or "", refused=bool(why))
-
-
-def try_group(arch: str, names: tuple[str, ...]) -> Group:
-    """Live through a stack, and take it apart where it fails until no plugin is too many. The last one goes first: what
-    works on others is gone then before these are."""
-    reason = trouble(names, arch)
-    fault = names if reason else ()
-    for name in reversed(fault):
-        less = tuple(other for other in fault if other != name)
-        if less and fits(less) and not _stands_first(less[0]) and (why := trouble(less, arch)):
-            fault, reason = less, why
-    return Group(arch, names, fault, reason, refused=bool(fault) and _refused(fault, arch))
-
-
-def _refused(names: Sequence[str], arch: str) -> bool:
-    """Is the stack refused when it is built."""
-    try:
-        built(members_as_tried(*names), tiny(arch))
-    except Exception as error:  # noqa: BLE001  any other is the failure that was seen
-        return isinstance(error, ConflictError)
-    return False
-
-
-def _stands_first(name: str) -> bool:
-    """Would a plugin that works on what stands before it stand before all others, which is a fault of its own."""
-    (member,) = plain((name,))
-    return member.claims(Claim.WORKS_ON_PREVIOUS)
-
-
-def trouble(names: Sequence[str], arch: str) -> str:
-    """Why a stack of these plugins does not live, or is refused by `plan` though it does; empty otherwise."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
-            warnings.simplefilter("error")
-            live(members_as_tried(*names), arch, Path(folder) / "bundle")
-            said = refused_by_plan(specified(names), arch)
-            assert not said, f"it works, and plan refuses it: {said[0]}"
-    except (AssertionError, PeftxError) as error:
-        return str(error) or "assertion failed"
-    except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so
-        return f"{type(error).__name__}: {error}"
-    return ""
+    found = _by_claims(first, second)
+    return found or _cell(first, second, try_group(arch_of(first, second), (first, second)))

@@ -1,0 +1,123 @@
+"""What a stack of plugins on a tiny model shows, as `peftx.testing.matrix` asks for it. Nothing here is raised."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from peftx.composition.conflicts import find_conflicts
+from peftx.errors import ConflictError, PeftxError
+from peftx.kernel.plugin import Claim
+from peftx.testing.case import inputs_for, output
+from peftx.testing.covering import Pair
+from peftx.testing.life import built, early_ids, live
+from peftx.testing.models import tiny
+from peftx.testing.planned import refused_by_plan
+from peftx.testing.shown import Group
+from peftx.testing.tried import lived_alone, members_as_tried, plain, soft, specified
+
+Names = tuple[str, ...]
+SOFT = 16
+"""Soft tokens of a stack at most, beside a row of `LENGTH`, unless one plugin has more by itself; a pair may have more,
+and fails where it matters."""
+
+
+def fits(names: Sequence[str]) -> bool:
+    """Do these plugins go together by their claims and rows, and leave the tiny models positions for a text."""
+    tokens = [*map(soft, names)]
+    return sum(tokens) <= max(SOFT, *tokens) and not find_conflicts(plain(names))
+
+
+def try_alone(arch: str, names: Names, _: Collection[Pair]) -> list[Group]:
+    """Whether a plugin stands on a model, as a stack of one."""
+    why = lived_alone(names[0], arch)
+    return [Group(arch, names, names if why else (), why or "", refused=bool(why))]
+
+
+def try_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
+    """Live through a stack; where it fails, through what is left of it without one of those that do, the one whose loss
+    leaves most of the `new` pairs, until it lives or shows none of them."""
+    found: list[Group] = []
+    while True:
+        found.append(group := try_group(arch, names))
+        less = [tuple(name for name in names if name != gone) for gone in group.fault]
+        shown = {rest: sum(pair in new for pair in combinations(rest, 2)) for rest in less if _may_live(rest)}
+        names = max(shown, key=shown.__getitem__, default=())
+        if not shown.get(names):
+            return found
+
+
+def try_group(arch: str, names: Names) -> Group:
+    """Live through a stack, and take it apart where it fails until no plugin is too many.
+
+    What is refused when it is built is taken apart by building alone, down to whom the reason names at once. Else the
+    last plugin goes first: what works on others is gone then before these are.
+    """
+    reason = trouble(names, arch)
+    said = reason and refusal(names, arch)
+    tell = refusal if said else trouble
+    fault, reason = names if reason else (), said or reason
+
+    def still(less: Names) -> str:
+        return tell(less, arch) if _may_live(less) else ""
+
+    named = tuple(name for name in fault if name in reason)
+    if len(named) > 1 and (why := still(named)):
+        fault, reason = named, why
+    for i in reversed(range(len(fault))):
+        if why := still(less := (*fault[:i], *fault[i + 1 :])):
+            fault, reason = less, why
+    if fault and not said:
+        said = refusal(fault, arch)
+    if said and (changed := _left_behind(fault, arch)):
+        said, reason = "", f"{changed}: {reason}"
+    return Group(arch, names, fault, reason, refused=bool(said))
+
+
+def refusal(names: Sequence[str], arch: str) -> str:
+    """Why a stack of these plugins is refused when it is built; empty if it is not."""
+    try:
+        built(members_as_tried(*names), tiny(arch))
+    except ConflictError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001  any other is the failure that was seen
+        return ""
+    return ""
+
+
+def _left_behind(names: Sequence[str], arch: str) -> str:
+    """What a refusal left of itself on the model; empty if that is what it was, bit for bit."""
+    model, members = tiny(arch), members_as_tried(*names)
+    with suppress(ConflictError):
+        built(members, model)
+    if early_ids(members):  # which were packed, and so it is not what it was
+        return ""
+    inputs = inputs_for(model)
+    same = torch.equal(output(model, inputs), output(tiny(arch), inputs))
+    return "" if same else "refused, and the model is not what it was"
+
+
+def _may_live(names: Names) -> bool:
+    """Is there a stack of what is left, in which a plugin that works on what stands before it has something there."""
+    return bool(names) and fits(names) and not plain(names[:1])[0].claims(Claim.WORKS_ON_PREVIOUS)
+
+
+def trouble(names: Sequence[str], arch: str) -> str:
+    """Why a stack of these plugins does not live, or is refused by `plan` though it does; empty otherwise."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            live(members_as_tried(*names), arch, Path(folder) / "bundle")
+            said = refused_by_plan(specified(names), arch)
+            assert not said, f"it works, and plan refuses it: {said[0]}"
+    except (AssertionError, PeftxError) as error:
+        return str(error) or "assertion failed"
+    except Exception as error:  # noqa: BLE001  a stack may break in any way, and the table is to say so
+        return f"{type(error).__name__}: {error}"
+    return ""
