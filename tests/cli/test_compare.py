@@ -226,6 +226,24 @@ def test_no_row_that_can_be_built(installed: Any, refused: Callable[..., str]) -
     assert "compare.yaml:14:56" in said
 
 
+def test_validate_reads_a_comparison_too(
+    installed: Any, refused: Callable[..., str], ok: Callable[..., str]
+) -> None:
+    """Rows, those that cannot be, and what is wrong with the file: without running anything."""
+    write_files(installed.work, FILE + "    both: {stack: [prefixquant, ia3]}\n")
+    out = ok("validate", "compare.yaml")
+    assert out.startswith("ok: a comparison of 4: lora rank=0, lora rank=2, base, both\n")
+    assert "lora rank=0 will fail: " in out
+    assert "both will fail: 'prefixquant'" in out
+    assert "rank=2 will fail" not in out
+    told = json.loads(ok("validate", "compare.yaml", "--json"))["comparison"]
+    assert [bool(reason) for reason in told.values()] == [True, False, False, True]
+    assert "this file has several" in refused("validate", "compare.yaml", "--set", "lora.rank=2")
+    write_files(installed.work, FILE.replace("seeds:", "seed:"))
+    assert "compare.yaml:10:3" in refused("validate", "compare.yaml")
+    assert not (installed.work / "compare-compare").exists()
+
+
 def test_several_values_point_here(
     installed: Any, refused: Callable[..., str], ok: Callable[..., str]
 ) -> None:

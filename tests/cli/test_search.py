@@ -190,6 +190,15 @@ def test_a_folder_of_something_else_is_left_alone(installed: Any, refused: Calla
     assert "exists and is no search: it holds thesis.tex" in refused("search", "search.yaml", "-o", "out")
 
 
+def test_validate_reads_a_search_too(
+    installed: Any, refused: Callable[..., str], ok: Callable[..., str]
+) -> None:
+    write_files(installed.work)
+    assert ok("validate", "search.yaml").startswith("ok: a search of 2: lora, ")
+    write_files(installed.work, ("sampler: random", "sampler: guess"))
+    assert "search.yaml:14:12" in refused("validate", "search.yaml")
+
+
 def test_a_space_that_nothing_can_be_built_of(installed: Any, refused: Callable[..., str]) -> None:
     write_files(installed.work, ("[[lora, ~]]", "[lora, mezo, {use: mezo, id: again}]"))
     said = refused("search", "search.yaml")

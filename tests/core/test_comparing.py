@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from peftx.comparing.jobs import Job, JobResult, read_result, result_file, write_result
 from peftx.comparing.on_ray import room
-from peftx.comparing.page import page
+from peftx.comparing.page import others, page
 from peftx.comparing.plots import Axis, _front
 from peftx.comparing.processes import InProcess, Processes
 from peftx.comparing.schedule import Schedule
@@ -162,6 +162,30 @@ def test_the_page_has_every_row_and_nothing_from_elsewhere(schedule: Schedule) -
     assert all(
         table.yaml[row.row].splitlines()[0][2:] in text.replace("&#x27;", "'") for row in table.rows[:2]
     )
+
+
+def test_what_else_was_measured_has_its_means(schedule: Schedule) -> None:
+    """Where every seed has it; the metric that rows are chosen by is not told twice."""
+
+    def more(job: Job) -> JobResult:
+        found = finished(job, 5.0 + job.seed)
+        found.scores["exact_match"] = {"value": 0.2 * job.seed, "unit": ""}
+        found.scores["nll"] = {"value": 1.5, "unit": "nats per token"}
+        if job.seed:
+            found.scores["now_and_then"] = {"value": 1.0, "unit": ""}
+        return found
+
+    table = carried_out(schedule, more)
+    row = table.ordered[0]
+    assert list(row.others) == ["exact_match", "nll"]
+    assert row.others["exact_match"].mean == pytest.approx(0.2)
+    assert row.others["exact_match"].std == pytest.approx(0.2)
+    heads, lines = others(table)
+    assert heads == ("", "exact_match", "nll")
+    assert lines[0] == (row.row, "0.2 ± 0.2", "1.5 ± 0 nats per token")
+    assert "What else was measured" in page(table)
+    assert "What else was measured" not in page(carried_out(schedule, best_in_the_middle))
+    assert table.to_dict()["rows"][0]["others"]["nll"] == {"mean": 1.5, "std": 0.0, "unit": "nats per token"}
 
 
 def compressing(job: Job) -> JobResult:

@@ -89,13 +89,17 @@ def _tell(state: State, told: ClosingReporter, interrupts: Interrupts) -> None:
 
 
 def _show(table: Table) -> None:
-    """The table, the best first; reasons of failed rows below, where they have room."""
+    """The table, the best first; what else was measured and reasons of failed rows below, where they have room."""
+    from peftx.comparing.page import others
     from peftx.comparing.table import COSTS
     from peftx_cli.render import out, print_table
 
     heads = ("", table.metric, "95 % interval", "", "rate", *COSTS.values())
     rows = [_line(row) for row in table.ordered]
     print_table(f"{table.model}, {table.budget} a row", heads, rows)
+    names, more = others(table)
+    if more:
+        print_table("what else was measured", names, more)
     for row in table.rows:
         if row.status == "failed":
             out(f"{row.row} failed: {row.reason}")

@@ -148,7 +148,7 @@ def _some(found: Plan) -> list[TouchedModule]:
 
 
 def validate(spec: SpecFile, override: options.Overrides = None, as_json: options.Json = False) -> None:
-    """Check a pipeline: every mistake at once, each with its place. Exits with 2 when there is one.
+    """Check a pipeline, a comparison or a search: every mistake at once, with its place. Exits with 2 where one is.
 
     Loads no model; what only its parts tell, 'peftx plan' finds.
     """
@@ -161,6 +161,15 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
 
     registry = Registry()
     try:
+        if (found := _of_many(spec, override or (), registry)) is not None:
+            noun, rows = found
+            if as_json:
+                print_json({"valid": True, "problems": [], noun: rows})
+            else:
+                out(f"ok: a {noun} of {len(rows)}: {', '.join(rows)}")
+                for row in filter(rows.get, rows):
+                    out(f"{row} will fail: {rows[row]}")
+            return
         pipeline = _checked(spec, override or (), registry)
     except PeftxError as error:
         if not as_json:
@@ -177,6 +186,44 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
         )
     else:
         out(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
+
+
+def _of_many(spec: str, overrides: Sequence[str], registry: Registry) -> tuple[str, dict[str, str]] | None:
+    """Which of the two a file is that has many pipelines, and its rows or stacks, each with why it cannot be or
+    nothing. None of a pipeline.
+
+    Raises:
+        SpecError: all that is wrong in it. OptionError: overrides, which are a pipeline's.
+    """
+    from peftx.errors import OptionError
+    from peftx_spec.loader import read_tolerantly
+
+    document, _ = read_tolerantly(spec)
+    data = document.data if isinstance(document.data, dict) else {}
+    if not {"compare", "search"} & data.keys() or {"stack", "model"} & data.keys():
+        return None
+    if overrides:
+        raise OptionError("--set changes a pipeline, and this file has several", hint="change the file")
+    if "compare" in data:
+        from peftx_spec.compare_load import load_compare
+
+        rows = load_compare(spec, catalogue=registry).rows
+        return "comparison", {row.name: row.reason or _conflict(row.pipeline, registry) for row in rows}
+    from peftx.searching.samplers import Samplers
+    from peftx_spec.search_load import load_search
+
+    found = load_search(spec, catalogue=registry, samplers=Samplers())
+    return "search", {candidate.name: "" for candidate in found.candidates}
+
+
+def _conflict(pipeline: Pipeline | None, registry: Registry) -> str:
+    """Why plugins of a row do not go together, as far as their claims tell it; nothing where they do."""
+    from peftx.composition.conflicts import find_conflicts
+    from peftx.kernel.members import Member
+
+    stack = pipeline.stack if pipeline is not None else ()
+    members = [Member(e.id, registry.outline(e.use)(**e.options), phase=e.phase) for e in stack]
+    return next((conflict.reason for conflict in find_conflicts(members)), "")
 
 
 def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipeline:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from peftx.comparing.plots import curves, pareto
 from peftx.comparing.sheet import UNITS, WITHIN, Column, cost, dot, said, score, small, sortable, whole_page
-from peftx.comparing.table import COSTS, Table, TableRow
-from peftx.quantities import between, plain
+from peftx.comparing.table import COSTS, Other, Table, TableRow
+from peftx.quantities import between, measure, plain
 
 LONGEST_REASON = 160
 """Characters in the table; all of it stands below."""
@@ -51,7 +51,7 @@ def page(table: Table) -> str:
     rows = "".join(_details(table, row, number) for number, row in enumerate(table.rows))
     body = (
         f'<p class="sub">{_setting(table)}</p>\n<div class="wide">{_table(table)}</div>\n{_key(table)}\n'
-        f"{_plots(table)}{_curves(table)}<h2>Each row, and how to repeat it</h2>\n{rows}"
+        f"{_others(table)}{_plots(table)}{_curves(table)}<h2>Each row, and how to repeat it</h2>\n{rows}"
     )
     return whole_page("peftx: methods compared", f"Methods compared by {table.metric}", body)
 
@@ -67,6 +67,30 @@ def _setting(table: Table) -> str:
         f"{'an accelerator' if table.device == 'accelerator' else 'the CPU'}, {table.threads} "
         f"thread{'s' if table.threads > 1 else ''} a job; {versions}."
     )
+
+
+def others(table: Table) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and lines of what else was measured, the best row first; no line where that is nothing."""
+    names = list(dict.fromkeys(name for row in table.ordered for name in row.others))
+    rows = [row for row in table.ordered if row.others] if names else []
+    return ("", *names), [(row.row, *(_other(row.others.get(name)) for name in names)) for row in rows]
+
+
+def _other(found: Other | None) -> str:
+    if found is None:
+        return ""
+    if found.std is None:
+        return measure(found.mean, found.unit)
+    return f"{plain(found.mean)} ± {plain(found.std, 2)} {found.unit}".rstrip()
+
+
+def _others(table: Table) -> str:
+    heads, rows = others(table)
+    if not rows:
+        return ""
+    words = "Mean over the seeds ± standard deviation; nothing is chosen by these."
+    found = small(heads, rows)
+    return f'<h2>What else was measured</h2>\n<p class="sub">{words}</p>\n<div class="wide">{found}</div>\n'
 
 
 def _plots(table: Table) -> str:

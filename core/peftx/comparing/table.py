@@ -37,6 +37,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A metric that rows are not chosen by: mean and standard deviation over the seeds, None with one."""
+
+    mean: float
+    std: float | None
+    unit: str
+
+
+@dataclass(frozen=True)
 class TableRow:
     """One row.
 
@@ -53,6 +62,7 @@ class TableRow:
             without them. memory_bytes: at most, of the process, or of the tensors on an accelerator; None where the
             system does not tell.
         train_seconds: mean. token_seconds: of one generated token.
+        others: what else was measured, by name, where every seed has it.
         repeat: the file that repeats the row's first seed.
     """
 
@@ -81,6 +91,7 @@ class TableRow:
     options: dict[str, Any] = field(default_factory=dict)
     rates: list[Tried] = field(default_factory=list)
     seeds: list[Measured] = field(default_factory=list)
+    others: dict[str, Other] = field(default_factory=dict)
     log: str = ""
 
     @property
@@ -90,7 +101,9 @@ class TableRow:
 
 
 COLUMNS = tuple(
-    name for name in TableRow.__dataclass_fields__ if name not in ("options", "rates", "seeds", "log")
+    name
+    for name in TableRow.__dataclass_fields__
+    if name not in ("options", "rates", "seeds", "others", "log")
 )
 """What a CSV has of a row."""
 
@@ -221,6 +234,7 @@ def _row(schedule: Schedule, row: PlannedRow, found: Found, slug: str) -> TableR
         std=over.std,
         low=over.low,
         high=over.high,
+        others=_others(told["seeds"]),
         **costs_of(results),
     )
 
@@ -241,6 +255,19 @@ def _tried(result: JobResult, metric: str) -> Tried:
 def _measured(result: JobResult, metric: str) -> Measured:
     value = None if result.reason else result.value(metric)
     return Measured(result.seed, value, result.reason, result.scores, result.losses)
+
+
+def _others(seeds: Sequence[Measured]) -> dict[str, Other]:
+    """By the name of the score; what is a seed's own value is the metric."""
+    found = {}
+    for name in seeds[0].scores:
+        scores = [seed.scores.get(name, {}) for seed in seeds]
+        values = [one.get("value") for one in scores]
+        numbers = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        if len(numbers) == len(values) and values != [seed.value for seed in seeds]:
+            over = spread(numbers)
+            found[name] = Other(over.mean, over.std, str(scores[0].get("unit", "")))
+    return found
 
 
 def costs_of(results: Sequence[JobResult]) -> dict[str, Any]:
