@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 4
+# Plugins whose tests `make test` runs, where there are more: those that changed and a draw of the commit.
+PLUGINS ?= 150
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ demo: setup ## LoRA, then 4-bit weights, on the bundled model, into demo-out/
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses $(JOBS) --dist worksteal
 
 test: setup ## run the tests; JOBS=1 for one process, ARGS="-k lora" for some
-	PEFTX_ARCHITECTURES=draw $(PYTEST) -m "not slow" $(ARGS)
+	PEFTX_ARCHITECTURES=draw PEFTX_PLUGINS=$(PLUGINS) $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: setup ## run every test, and the kit on all architectures
 	$(PYTEST) $(ARGS)

@@ -30,7 +30,42 @@ STAYS = 40_000
 """Objects: to look through them after each training takes as long as a step or two."""
 CPU = "cpu seconds"
 SHOWN = 10
-PLUGINS = Path(__file__).parent / "plugins"
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+import draw_plugins  # noqa: E402  its folder is known from here on
+
+DRAWN = pytest.StashKey[set[str]]()
+"""Folders of plugins whose tests run."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of a run draw alike."""
+    most = os.environ.get(draw_plugins.VARIABLE)
+    if not most:
+        return
+    if not most.isdecimal() or int(most) < 1:
+        raise pytest.UsageError(
+            f"{draw_plugins.VARIABLE} is {most!r}; a number from 1 on, or leave it out for all"
+        )
+    config.stash[DRAWN] = draw_plugins.drawn(
+        draw_plugins.folders(), int(most), changed=draw_plugins.changed(), seed=draw_plugins.seed()
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Plugins that are not drawn; pytest does not ask of paths that the command names."""
+    if DRAWN not in config.stash or not collection_path.is_relative_to(ROOT / "plugins"):
+        return None
+    parts = collection_path.relative_to(ROOT).parts
+    return True if len(parts) == 3 and "/".join(parts) not in config.stash[DRAWN] else None
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if DRAWN not in config.stash or len(config.stash[DRAWN]) == len(draw_plugins.folders()):
+        return None
+    return (
+        f"plugins: {len(config.stash[DRAWN])} of {len(draw_plugins.folders())}, those that changed and a draw"
+    )
 
 
 def pytest_collection_finish() -> None:
@@ -70,13 +105,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The ten most expensive plugins: CPU of the kit, and of their own tests."""
+    """The ten most expensive plugins, CPU of the kit and of their own tests; and files of the framework's."""
     cost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    files: dict[str, float] = defaultdict(float)
     for report in terminalreporter.stats.get("", []):  # those of the teardown, passed
         name = _plugin(report.nodeid)
         seconds = dict(report.user_properties).get(CPU)
-        if name is not None and seconds is not None:
+        if seconds is None:
+            continue
+        if name is None:
+            files[report.nodeid.partition("::")[0]] += seconds
+        else:
             cost[name]["::test_conformance" not in report.nodeid] += seconds
+    if len(files) > 1:
+        terminalreporter.section("CPU of the framework's tests, in seconds")
+        for name, used in sorted(files.items(), key=lambda item: -item[1])[:SHOWN]:
+            terminalreporter.line(f"{name:45} {used:7.1f}")
+        terminalreporter.line(f"{f'all {len(files)} files':45} {sum(files.values()):7.1f}")
     if len(cost) < 2:
         return
     terminalreporter.section("CPU of plugins, in seconds")

@@ -11,7 +11,7 @@ import torch
 import peftx
 from peftx import Registry, Stack
 from peftx.errors import BundleError, MergeError
-from peftx.testing.matrix import trouble
+from peftx.testing.trying import trouble
 
 ROWS = [
     {"prompt": "Once", "completion": " upon a time."},
