@@ -295,7 +295,7 @@ def matrix(
 ) -> None:
     """Try every ordered pair of plugins on a tiny model: built, trained, saved, reloaded and run, or refused.
 
-    Pairs are tried in stacks of up to eight. What a stack showed is kept in the cache folder until the core or one of
+    Pairs are tried in stacks of up to twelve. What a stack showed is kept in the cache folder until the core or one of
     its plugins changes, so that a second run tries what is new. Exits with 1 when a pair fails.
     """
     from pathlib import Path

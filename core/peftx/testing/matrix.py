@@ -8,10 +8,11 @@ built, with the reason and the order that would work; or if both want one place,
 it was. It is *not for this model* if one of the two cannot stand on the pair's architecture by itself. Anything else
 *failed*, and is a bug.
 
-Pairs grow with the square of the plugins. Claims tell refused ones without a model, and two that want one place are
-tried by themselves; the others stand in stacks of up to twelve plugins (`peftx.testing.covering`), each of which
-shows 66 pairs at once. A stack that fails is taken apart until the fault has no plugin too many, and is tried again
-without one of these. What a stack showed is kept, by what it ran: the files of the core and the modules of its plugins.
+Pairs grow with the square of the plugins. Claims tell refused ones without a model; the others stand in stacks of up to
+twelve plugins (`peftx.testing.covering`), which show 66 pairs at once. Stacks are built first, which tells in some
+hundredths of a second what is refused then, and what may stand together is lived through. A stack that fails is taken
+apart until the fault has no plugin too many, and is tried again without one of these. What a stack showed is kept, by
+what it ran: the files of the core and the modules of its plugins.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ from peftx.testing.shown import Group, Shown
 from peftx.testing.tried import (
     STANDS,
     arch_of,
-    places,
     plain,
     stands_on,
 )
-from peftx.testing.trying import Names, fits, try_alone, try_group, try_stack
+from peftx.testing.trying import Names, build_stack, fits, try_alone, try_group, try_stack
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
 Try = Callable[[str, Names, Collection[Pair]], list[Group]]
@@ -48,6 +48,8 @@ Submit = Callable[[Try, str, Iterable[tuple[Names, Collection[Pair]]]], Iterator
 """(what tries, architecture, stacks and the pairs of each that nothing has shown) -> what they showed."""
 SIZE = 12
 """Plugins of a stack at most."""
+ROUNDS = 3
+"""Times that pairs which no stack was built with are built in others, before any is lived through."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,7 @@ def run_matrix(
         for arch, pairs in sorted(rest.items(), key=lambda one: -len(one[1])):
             both = (pair for pair, cell in cells.items() if cell.outcome == "works")
             beside = [pair for pair in both if not any(stands_on(name, arch) for name in pair)]
-            alone = [pair for pair in sorted(pairs) if places(pair[0], arch) & places(pair[1], arch)]
-            found.stacks += _lived(arch, pairs, alone, beside, found, note, submit, shown, seed)
+            found.stacks += _lived(arch, pairs, beside, found, note, submit, shown, seed)
         if tried:
             arch = max(tried, key=lambda one: len(tried[one]))
             working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
@@ -180,7 +181,6 @@ def _told_ahead(names: Sequence[str], note: Callable[[Cell], None]) -> dict[str,
 def _lived(
     arch: str,
     pairs: set[Pair],
-    alone: Sequence[Pair],
     beside: Sequence[Pair],
     matrix: Matrix,
     note: Callable[[Cell], None],
@@ -188,11 +188,11 @@ def _lived(
     shown: Shown,
     seed: int,
 ) -> int:
-    """Live through stacks until every pair was in one that works, or has its fault; how many that took.
+    """Live through stacks until every pair was in one that works, or has its fault; how many that took. What building
+    refuses is found first, by building alone.
 
     Args:
-        alone: pairs that want one place, which are looked at first, without others. beside: pairs that work on another
-            model, and may fill stacks of this one.
+        beside: pairs that work on another model, and may fill stacks of this one.
     """
     lived = 0
 
@@ -221,15 +221,19 @@ def _lived(
 
     cover = Cover(pairs, fits, size=SIZE, seed=seed, beside=beside)
     for group in shown.of(arch):
-        if not group.fault:
-            judge(group)
-    stacks: Iterable[Names] = [pair for pair in alone if pair in pairs]
+        judge(group)
+    unbuilt = set(pairs)
+    for _ in range(ROUNDS):
+        for group in submit(build_stack, arch, new(cover.stacks(unbuilt))):
+            unbuilt.difference_update(combinations(group.names, 2) if not group.fault else [group.fault])
+            if group.fault:
+                shown.keep(group)
+                judge(group)
     while pairs:
-        for group in submit(try_stack, arch, new(stacks)):
+        for group in submit(try_stack, arch, new(cover.stacks(pairs))):
             lived += 1
             shown.keep(group)
             judge(group)
-        stacks = cover.stacks(pairs)
     return lived
 
 

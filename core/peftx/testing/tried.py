@@ -13,9 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from peftx.composition.registry import Registry
 from peftx.errors import ArchitectureError, PeftxError, TargetError, UnsupportedError
-from peftx.kernel.calls import call_of
 from peftx.kernel.members import Member
-from peftx.kernel.parts import BasePart, DeltaPart
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.positions import prompt_length
 from peftx.stack import Stack
@@ -92,7 +90,6 @@ class _Alone:
     """What a plugin that is built by itself shows; `refused`: why it has no place on the model."""
 
     soft: int = 0
-    places: frozenset[tuple[str, ...]] = frozenset()
     refused: str | None = None
 
 
@@ -104,22 +101,9 @@ def _alone(name: str, arch: str) -> _Alone:
         return _Alone(refused=str(error))
     except PeftxError:
         return _Alone()  # it needs a companion, which a pair may have
-    found = {("layer", part.key) for part in stack.ledger.all(BasePart) if _has_matrix(part)}
-    found |= {("layer", part.key) for part in stack.ledger.all(DeltaPart) if part.module.has_base()}
-    call = call_of(stack.model)
-    found |= {("column", column) for column in (call.columns if call is not None else ())}
-    return _Alone(prompt_length(stack.model), frozenset(found))
-
-
-def _has_matrix(part: BasePart) -> bool:
-    return any(part.module.get_parameter(name).ndim > 1 for name in part.parameters)
+    return _Alone(prompt_length(stack.model))
 
 
 def soft(name: str) -> int:
     """Soft tokens of a plugin as its author tries it."""
     return _alone(name, arch_of(name)).soft
-
-
-def places(name: str, arch: str) -> frozenset[tuple[str, ...]]:
-    """What only one plugin may have of a model: matrices that it trains, layers that it computes, columns."""
-    return _alone(name, arch).places

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
@@ -40,12 +40,23 @@ def try_alone(arch: str, names: Names, _: Collection[Pair]) -> list[Group]:
     return [Group(arch, names, names if why else (), why or "", refused=bool(why))]
 
 
+def build_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
+    """What building refuses of a stack, down to a rest that is built, which comes last; hundredths of a second each. No
+    rest where none of the `new` pairs is left in it."""
+    return _down_to_rest(names, new, lambda less: _apart(arch, less, refusal(less, arch), refusal))
+
+
 def try_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
-    """Live through a stack; where it fails, through what is left of it without one of those that do, the one whose loss
-    leaves most of the `new` pairs, until it lives or shows none of them."""
+    """What fails of a stack that is lived through, down to a rest that lives."""
+    return _down_to_rest(names, new, lambda less: try_group(arch, less))
+
+
+def _down_to_rest(names: Names, new: Collection[Pair], attempt: Callable[[Names], Group]) -> list[Group]:
+    """Try a stack, then what is left of it without one of those that fail, the one whose loss leaves most of the `new`
+    pairs."""
     found: list[Group] = []
     while True:
-        found.append(group := try_group(arch, names))
+        found.append(group := attempt(names))
         less = [tuple(name for name in names if name != gone) for gone in group.fault]
         shown = {rest: sum(pair in new for pair in combinations(rest, 2)) for rest in less if _may_live(rest)}
         names = max(shown, key=shown.__getitem__, default=())
@@ -54,30 +65,31 @@ def try_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
 
 
 def try_group(arch: str, names: Names) -> Group:
-    """Live through a stack, and take it apart where it fails until no plugin is too many.
-
-    What is refused when it is built is taken apart by building alone, down to whom the reason names at once. Else the
-    last plugin goes first: what works on others is gone then before these are.
-    """
+    """Live through a stack, and take it apart where it fails: by building alone what building refuses."""
     reason = trouble(names, arch)
     said = reason and refusal(names, arch)
-    tell = refusal if said else trouble
-    fault, reason = names if reason else (), said or reason
+    return _apart(arch, names, said or reason, refusal if said else trouble)
+
+
+def _apart(arch: str, names: Names, reason: str, tell: Callable[[Names, str], str]) -> Group:
+    """Those of a stack that fail together, until no plugin is too many: whom the reason names at once, else without one
+    after the other. The last goes first: what works on others is gone then before these are."""
+    fault = names if reason else ()
 
     def still(less: Names) -> str:
         return tell(less, arch) if _may_live(less) else ""
 
     named = tuple(name for name in fault if name in reason)
-    if len(named) > 1 and (why := still(named)):
+    if 1 < len(named) < len(fault) and (why := still(named)):
         fault, reason = named, why
-    for i in reversed(range(len(fault))):
-        if why := still(less := (*fault[:i], *fault[i + 1 :])):
-            fault, reason = less, why
-    if fault and not said:
-        said = refusal(fault, arch)
-    if said and (changed := _left_behind(fault, arch)):
-        said, reason = "", f"{changed}: {reason}"
-    return Group(arch, names, fault, reason, refused=bool(said))
+    if len(fault) > 2 or tell is trouble:  # each stands by itself
+        for i in reversed(range(len(fault))):
+            if why := still(less := (*fault[:i], *fault[i + 1 :])):
+                fault, reason = less, why
+    refused = bool(fault) and bool(tell is refusal or refusal(fault, arch))
+    if refused and (changed := _left_behind(fault, arch)):
+        refused, reason = False, f"{changed}: {reason}"
+    return Group(arch, names, fault, reason, refused=refused)
 
 
 def refusal(names: Sequence[str], arch: str) -> str:
