@@ -499,6 +499,22 @@ def test_check_fails_a_plugin_that_breaks_its_word(installed: Any, run: Callable
     assert re.search(r"^- +config_is_frozen +passed", result.stdout, re.MULTILINE)
 
 
+def test_what_fails_alike_is_told_once(installed: Any, run: Callable[..., Any]) -> None:
+    installed.scaffold("fake-crash", "inject")
+    file = installed.site / "peftx_fake_crash.py"
+    file.write_text(
+        file.read_text().replace("        for site in model", "        1 / 0\n        for site in model")
+    )
+    result = run("check", "fake-crash", "-m", "llama")
+    assert result.exit_code == 1
+    named = re.findall(r"^(llama-\w+)  failed", result.stdout, re.MULTILINE)
+    more = [int(n) for n in re.findall(r"^and (\d+) more, all with this:$", result.stdout, re.MULTILINE)]
+    held, of = map(int, re.search(r"^(\d+) of (\d+) checks hold", result.stdout, re.MULTILINE).groups())  # type: ignore[union-attr]
+    assert more
+    assert len(named) + sum(more) == of - held
+    assert result.stdout.count("ZeroDivisionError") < 4
+
+
 def test_check_says_what_holds_by_failing(installed: Any, ok: Callable[..., str]) -> None:
     weaken(installed, "fake-frank", exempt='{"identity_at_start": "the gains begin at 2"}')
     assert re.fullmatch(

@@ -182,7 +182,7 @@ def test_validate(installed: Any, ok: Callable[..., str], ok_json: Callable[...,
     small_data(installed.work)
     text = "peftx: 1\nmodel: peftx:tiny\ndata: {train: rows.jsonl}\nstack: [fake-gain]\ntrain: {}\n"
     (installed.work / "spec.yaml").write_text(text, "utf-8")
-    assert ok("validate", "spec.yaml") == "ok: 1 plugins, 2 stages (inject, train)\n"
+    assert ok("validate", "spec.yaml") == "ok: 1 plugin, 2 stages (inject, train)\n"
     assert ok_json("validate", "spec.yaml", "--json")["stages"] == ["inject", "train"]
 
 

@@ -738,6 +738,20 @@ def test_folded_plugins_are_named_in_the_card(tmp_path: Path) -> None:
     assert "in the base's weights" in (tmp_path / "bundle" / "README.md").read_text()
 
 
+def test_the_card_says_which_numbers_are_trained(tmp_path: Path) -> None:
+    """Vera's A and B are frozen, and held."""
+    from peftx_lora import Lora
+    from peftx_vera import Vera
+
+    stack = Stack(tiny("llama"), [Vera(rank=2), Lora(rank=2)], tokenizer=tiny_tokenizer())
+    stack.save(tmp_path / "bundle")
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    held, trained = stack.plugin_parameters("vera"), sum(p.numel() for p in stack.ledger.parameters("vera"))
+    assert held > trained > 0
+    assert f"| {held:,}, {trained:,} of them trained |" in card
+    assert f"| {stack.plugin_parameters('lora'):,} |" in card
+
+
 def test_the_card_says_from_what_by_what_and_whom_to_cite(tmp_path: Path) -> None:
     from peftx.engines.files import sha256
     from peftx.pipeline import load_run

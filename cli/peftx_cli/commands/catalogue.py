@@ -72,7 +72,7 @@ def list_plugins(
     bad = [one for one in found if one.status in ("broken", "clash")]
     for one in bad:
         out(f"{one.status}: {one.name}: {one.reason}")  # whole, as the lines above may be cut
-    plugins = f"{len(found)} plugins" + (
+    plugins = f"{len(found)} plugin{'s' * (len(found) != 1)}" + (
         f", {len(bad)} of them unusable: peftx doctor says more" if bad else ""
     )
     out(plugins if long else f"{plugins}; --long shows marks, hooks, family and paper")

@@ -262,6 +262,8 @@ def check(
 
 
 BAD = ("failed", "not-run")
+ALIKE = 3
+"""Checks that are named of those that fail with the same words."""
 
 
 def _show_results(name: str, results: list[CheckResult], seconds: float, *, every: bool) -> None:
@@ -277,8 +279,14 @@ def _show_results(name: str, results: list[CheckResult], seconds: float, *, ever
             for result in results
         ]
         print_table(name, ("model", "check", "outcome", "seconds", ""), rows)
+    alike: dict[str, list[CheckResult]] = {}  # a plugin that cannot be built fails every check in one way
     for result in () if every else failed:
-        out(f"{result.id}  {result.outcome}  {result.seconds:.2f} s\n{indent(result.message, '  ')}\n")
+        alike.setdefault(result.message, []).append(result)
+    for message, those in alike.items():
+        for result in those[:ALIKE]:
+            out(f"{result.id}  {result.outcome}  {result.seconds:.2f} s")
+        more = f"and {len(those) - ALIKE} more, all with this:\n" if len(those) > ALIKE else ""
+        out(f"{more}{indent(message, '  ')}\n")
     exempt = sum(result.outcome == "expected" for result in results)
     said = f", {exempt} of them by failing, as the plugin's 'exempt' says" if exempt else ""
     out(f"{len(results) - len(failed)} of {len(results)} checks hold{said}; {seconds:.1f} s")

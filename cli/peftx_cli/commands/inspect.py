@@ -185,7 +185,8 @@ def validate(spec: SpecFile, override: options.Overrides = None, as_json: option
             {"valid": True, "problems": [], "plugins": [e.use for e in pipeline.stack], "stages": stages}
         )
     else:
-        out(f"ok: {len(pipeline.stack)} plugins, {len(stages)} stages ({', '.join(stages)})")
+        count = len(pipeline.stack)
+        out(f"ok: {count} plugin{'s' * (count != 1)}, {len(stages)} stages ({', '.join(stages)})")
 
 
 def _of_many(spec: str, overrides: Sequence[str], registry: Registry) -> tuple[str, dict[str, str]] | None:

@@ -41,7 +41,7 @@ def model_card(stack: Stack, folder: Path) -> str:
         "",
         f"# {' + '.join(stack.plugins) or 'plain'} on {stack.base_id}",
         "",
-        "| plugin | paper | parameters | options |",
+        "| plugin | paper | numbers | options |",
         "| --- | --- | --- | --- |",
     ]
     for member in stack.members:
@@ -51,7 +51,12 @@ def model_card(stack: Stack, folder: Path) -> str:
             f"{name}={getattr(member.plugin.config, name)}"
             for name in sorted(member.plugin.config.model_fields_set)
         )
-        count = f"{stack.plugin_parameters(member.id):,}" if stack.ledger.of(member.id) else "none"
+        held, trained = (
+            stack.plugin_parameters(member.id),
+            sum(p.numel() for p in stack.ledger.parameters(member.id)),
+        )
+        count = f"{held:,}" if held == trained else f"{held:,}, {trained:,} of them trained"
+        count = count if stack.ledger.of(member.id) else "none"
         if stack.standing[member.id].folded:
             count = "in the base's weights"
         lines.append(f"| {member.id} | {paper} | {count} | {options or 'defaults'} |")
