@@ -36,6 +36,16 @@ def test_links_of_what_is_made_are_looked_at(tmp_path: Path) -> None:
     assert found == "page.md, in what is made: the link 'no.md' leads nowhere: there is no no.md"
 
 
+def test_brackets_that_read_as_a_link_are_told(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(
+        "# Page\n\n`[a] [b]`, and [B - B0, B0] [A; A - A0].\n\n    [a][b]\n", "utf-8"
+    )
+    (found,) = dead([tmp_path / "page.md"], tmp_path)
+    assert found.startswith(
+        "page.md:3: '[...] [A; A - A0]' reads as a link to 'A; A - A0', which there is not"
+    )
+
+
 @pytest.mark.parametrize(
     ("link", "why"),
     [

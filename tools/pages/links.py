@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from urllib.parse import unquote
 REPOSITORY = "https://github.com/peftx/peftx/"
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)(?:\s+\"[^\"]*\")?\)")
 CODE = re.compile(r"`+[^`\n]*`+")
+REFERENCE = re.compile(r"\]\s?\[([^\]\n]*)\]")
 NAMED = re.compile(r'\bid="([^"]+)"|\{ *#([\w-]+)')
 HEADING = re.compile(r"^#{1,6} +(.*?)(?: *\{[^}]*\})? *#*$")
 
@@ -57,7 +58,7 @@ def anchors(text: str) -> set[str]:
 
 
 def dead(
-    pages: Iterable[Path], root: Path, read: Callable[[Path], str] = lambda page: page.read_text("utf-8")
+    pages: Sequence[Path], root: Path, read: Callable[[Path], str] = lambda page: page.read_text("utf-8")
 ) -> list[str]:
     """One line for each dead link: `docs/data.md:12: the link 'x.md' leads nowhere: there is no docs/x.md`.
 
@@ -72,7 +73,17 @@ def dead(
             place = link.page.relative_to(root).as_posix()
             line = f":{link.line}" if link.line else ", in what is made"
             found.append(f"{place}{line}: the link '{link.target}' {why}")
-    return found
+    return found + [problem for page in pages for problem in _references(page, root)]
+
+
+def _references(page: Path, root: Path) -> Iterator[str]:
+    """`[words][name]`, which MkDocs looks up in all pages, and which none here means: brackets of a formula."""
+    for number, line in prose(page.read_text("utf-8")):
+        if line.startswith("    "):  # code
+            continue
+        for name in REFERENCE.findall(LINK.sub("", CODE.sub("x", line))):
+            place = page.relative_to(root).as_posix()
+            yield f"{place}:{number}: '[...] [{name}]' reads as a link to '{name}', which there is not: put it in `code`"
 
 
 def _with_made(page: Path, read: Callable[[Path], str]) -> list[Link]:
