@@ -41,9 +41,7 @@ def test_brackets_that_read_as_a_link_are_told(tmp_path: Path) -> None:
         "# Page\n\n`[a] [b]`, and [B - B0, B0] [A; A - A0].\n\n    [a][b]\n", "utf-8"
     )
     (found,) = dead([tmp_path / "page.md"], tmp_path)
-    assert found.startswith(
-        "page.md:3: '[...] [A; A - A0]' reads as a link to 'A; A - A0', which there is not"
-    )
+    assert found.startswith("page.md:3: '[...] [A; A - A0]' reads as a link to 'A; A - A0', which is nowhere")
 
 
 @pytest.mark.parametrize(

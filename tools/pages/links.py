@@ -83,7 +83,7 @@ def _references(page: Path, root: Path) -> Iterator[str]:
             continue
         for name in REFERENCE.findall(LINK.sub("", CODE.sub("x", line))):
             place = page.relative_to(root).as_posix()
-            yield f"{place}:{number}: '[...] [{name}]' reads as a link to '{name}', which there is not: put it in `code`"
+            yield f"{place}:{number}: '[...] [{name}]' reads as a link to '{name}', which is nowhere: put it in `code`"
 
 
 def _with_made(page: Path, read: Callable[[Path], str]) -> list[Link]:
