@@ -105,6 +105,17 @@ def test_what_is_known_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert [(c.outcome, c.reason) for c in third.cells] == [(c.outcome, c.reason) for c in first.cells]
 
 
+def test_what_is_known_of_other_models_is_not_tried_again(tmp_path: Path) -> None:
+    """What stands there by itself, what does not, and refused pairs; also by a run of fewer plugins."""
+    names, kept = ["esft", "lora", "state-offset-tuning", "hft", "mend"], tmp_path / "shown.jsonl"
+    first = run_matrix(names, kept=kept)
+    assert {cell.arch for cell in first.cells} >= {"llama", "mixtral", "mamba"}
+    assert {cell.outcome for cell in first.cells} == {"works", "refused", "other-model"}
+    again = run_matrix(names, kept=kept)
+    assert (again.stacks, again.cells) == (0, first.cells)
+    assert run_matrix(["esft", "lora"], kept=kept).stacks == 0
+
+
 module = shown._module
 
 

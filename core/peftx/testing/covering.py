@@ -44,6 +44,10 @@ class Cover:
         self.allowed = self._matrix(pairs) | self._matrix(beside)
         self.avoided: list[frozenset[int]] = []
 
+    def knows(self, names: Collection[str]) -> bool:
+        """Has any pair each of these."""
+        return self.at.keys() >= set(names)
+
     def avoid(self, names: Collection[str]) -> None:
         """Let these no longer stand in one stack: they fail together."""
         self.avoided.append(frozenset(self.at[name] for name in names))

@@ -143,7 +143,7 @@ def run_matrix(
             working = {pair for pair in tried[arch] if cells[pair].outcome == "works"}
             cover = Cover(working, fits, size=SIZE, seed=seed)
             for group in found.together:
-                if group.arch == arch:
+                if group.arch == arch and cover.knows(group.fault):
                     cover.avoid(group.fault)
             more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
             for group in submit(try_stack, arch, ((names, ()) for names in more)):
@@ -221,7 +221,8 @@ def _lived(
 
     cover = Cover(pairs, fits, size=SIZE, seed=seed, beside=beside)
     for group in shown.of(arch):
-        judge(group)
+        if len(group.names) > 1 and cover.knows(group.fault):
+            judge(group)
     unbuilt = set(pairs)
     for _ in range(ROUNDS):
         for group in submit(build_stack, arch, new(cover.stacks(unbuilt))):
