@@ -176,16 +176,17 @@ def test_what_else_was_measured_has_its_means(schedule: Schedule) -> None:
         return found
 
     table = carried_out(schedule, more)
-    row = table.ordered[0]
+    row = next(row for row in table.ordered if len(row.seeds) == 3)
     assert list(row.others) == ["exact_match", "nll"]
     assert row.others["exact_match"].mean == pytest.approx(0.2)
     assert row.others["exact_match"].std == pytest.approx(0.2)
     heads, lines = others(table)
     assert heads == ("", "exact_match", "nll")
-    assert lines[0] == (row.row, "0.2 ± 0.2", "1.5 ± 0 nats per token")
+    assert (row.row, "0.2 ± 0.2", "1.5 ± 0 nats per token") in lines
     assert "What else was measured" in page(table)
     assert "What else was measured" not in page(carried_out(schedule, best_in_the_middle))
-    assert table.to_dict()["rows"][0]["others"]["nll"] == {"mean": 1.5, "std": 0.0, "unit": "nats per token"}
+    told = next(one for one in table.to_dict()["rows"] if one["row"] == row.row)["others"]["nll"]
+    assert told == {"mean": 1.5, "std": 0.0, "unit": "nats per token"}
 
 
 def compressing(job: Job) -> JobResult:
