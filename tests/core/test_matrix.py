@@ -192,6 +192,26 @@ def test_no_plugin_is_left_in_a_fault_that_it_has_no_part_in(monkeypatch: pytest
     assert found.fault == ("marconi", "beam-patience")
 
 
+@pytest.mark.parametrize("faulty", [("lora", "hft"), ("lora", "hft", "ia3")])
+def test_a_fault_that_several_stacks_show_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, faulty: tuple[str, ...]
+) -> None:
+    """A pair has its cell, and three their line, though stacks of a round do not know of each other."""
+    names = ("lora", "hft", "ia3", "propulsion", "compacter")
+    clash = lambda stack, arch: "they clash" if set(faulty) <= set(stack) else ""  # noqa: E731
+    monkeypatch.setattr(trying, "trouble", clash)
+    monkeypatch.setattr(trying, "refusal", clash)
+    monkeypatch.setattr(trying, "_left_behind", lambda names, arch: "")
+    every = [(a, b) for a in names for b in names]
+    monkeypatch.setattr(Cover, "stacks", lambda self, pairs: [names, names[::-1], *every] if pairs else [])
+    found = run_matrix(names)
+    assert [cell.outcome for cell in found.cells if {cell.first, cell.second} == set(faulty)].count(
+        "refused"
+    ) in (0, 2)
+    assert len(found.together) == (2 if len(faulty) == 3 else 0), "one for each order"
+    assert len({group.fault for group in found.together}) == len(found.together)
+
+
 def test_what_is_left_of_a_stack_that_fails_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the one whose loss leaves most of the pairs that nothing has shown, as long as some are left."""
     tried: list[tuple[str, ...]] = []

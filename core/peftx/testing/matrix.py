@@ -192,9 +192,10 @@ def _lived(
     refuses is found first, by building alone.
 
     Args:
-        beside: pairs that work on another model, and may fill stacks of this one.
+        beside: pairs that work on another model, and may fill stacks of this one; two that fail here do so by rows
+            that others make longer.
     """
-    lived = 0
+    lived, elsewhere, together = 0, set(beside), set[tuple[str, Names]]()
 
     def judge(group: Group) -> None:
         """Note what a stack showed of its pairs."""
@@ -202,7 +203,8 @@ def _lived(
         told = combinations(group.names, 2) if not fault else [fault] if len(fault) == 2 else []
         if len(fault) == 1:
             told = [pair for pair in sorted(pairs) if fault[0] in pair]
-        elif fault and fault not in pairs:  # two of which no cell is left work elsewhere: longer rows do it
+        elif (len(fault) > 2 or fault in elsewhere) and (arch, fault) not in together:
+            together.add((arch, fault))  # once, whichever stacks show it
             matrix.together.append(group)
         if fault:
             cover.avoid(fault)
