@@ -256,6 +256,14 @@ def test_a_refusal_that_leaves_something_behind_is_a_failure(monkeypatch: pytest
     assert found.reason == "refused, and the model is not what it was: no"
 
 
+def test_plan_folds_three_adapters_that_stand_on_each_other() -> None:
+    """On the meta device, of which torch does not tell whether autocast is on: a stack that worked was refused."""
+    from peftx.testing.planned import refused_by_plan
+    from peftx.testing.tried import specified
+
+    assert refused_by_plan(specified(("aligner", "adalora", "dora")), "llama") == []
+
+
 def test_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing of the stack does, a companion."""
     seen: list[list[str]] = []

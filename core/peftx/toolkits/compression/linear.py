@@ -324,7 +324,7 @@ class QuantLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise UnsupportedError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = not x.is_meta and torch.is_autocast_enabled(kind)  # of meta torch raises an error
         if autocast:
             x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
