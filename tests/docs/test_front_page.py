@@ -61,6 +61,16 @@ def test_figures_beside_other_libraries() -> None:
     assert ways == {name: 2 if name.startswith("peftx") else 1 for name in ways}
 
 
+def test_what_the_server_does_on_other_models_is_measured() -> None:
+    """The sentence below the table."""
+    told = " ".join(README.split())
+    for name in ("serving_tiny", "serving_llama-126m"):
+        ours, theirs = (
+            f"{results(name)['32'][who]['tokens_a_second']:.0f}" for who in ("peftx", "transformers")
+        )
+        assert re.search(rf"\b{ours}(?: tokens/s)? against {theirs}\b[^.]*results/{name}\.json\)", told), name
+
+
 def rows() -> dict[str, list[str]]:
     table = README[README.index("## Beside other libraries") :].split("\n\n")[2]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
