@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 4
 # Plugins whose tests `make test` runs, where there are more: those that changed and a draw of the commit.
-PLUGINS ?= 100
+PLUGINS ?= 150
 ARGS ?=
 
 .DEFAULT_GOAL := help

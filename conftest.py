@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import draw_plugins  # noqa: E402  its folder is known from here on
 
 DRAWN = pytest.StashKey[set[str]]()
-"""Folders of plugins whose tests run."""
+"""Folders of plugins whose tests run, where these are not all."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,9 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"{draw_plugins.VARIABLE} is {most!r}; a number from 1 on, or leave it out for all"
         )
-    config.stash[DRAWN] = draw_plugins.drawn(
-        draw_plugins.folders(), int(most), changed=draw_plugins.changed(), seed=draw_plugins.seed()
-    )
+    folders = draw_plugins.folders()
+    if len(folders) > int(most):
+        config.stash[DRAWN] = draw_plugins.drawn(
+            folders, int(most), changed=draw_plugins.changed(), seed=draw_plugins.seed()
+        )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -61,11 +63,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    if DRAWN not in config.stash or len(config.stash[DRAWN]) == len(draw_plugins.folders()):
+    if DRAWN not in config.stash:
         return None
-    return (
-        f"plugins: {len(config.stash[DRAWN])} of {len(draw_plugins.folders())}, those that changed and a draw"
-    )
+    drawn, every = len(config.stash[DRAWN]), len(draw_plugins.folders())
+    return f"plugins: {drawn} of {every}, those that changed and a draw; make test-all runs all"
 
 
 def pytest_collection_finish() -> None:

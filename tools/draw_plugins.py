@@ -1,6 +1,6 @@
 """Which plugins' tests a run has, so that hundreds of plugins take no longer than some: what changed, and a draw.
 
-    PEFTX_PLUGINS=100 pytest        # `make test`; all where there are no more, or without the variable: `make test-all`
+    PEFTX_PLUGINS=150 pytest        # `make test`; all where there are no more, or without the variable: `make test-all`
 
 The draw is of the commit: the same again for it, another one for the next, and every plugin's turn comes.
 """
