@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 
-from peftx.toolkits.serving.job import Piece
-from peftx.toolkits.serving.replies import Pieces, _Post
+from peftx.toolkits.serving.job import Job, Piece, Request
+from peftx.toolkits.serving.replies import _POSTS, Pieces, _pieces_of, _Post
 
 MANY = 2000
 
@@ -28,11 +30,11 @@ def test_every_piece_arrives_in_its_order_and_the_loop_is_woken_seldom() -> None
             return wake(*arguments)
 
         loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
-        post, queues = _Post(loop), [Pieces() for _ in range(4)]
+        post, queues = _Post(), [Pieces() for _ in range(4)]
 
         def write(queue: Pieces) -> None:
             for i in range(MANY):
-                post.put(queue, (i, Piece(str(i))))
+                post.put(loop, queue, (i, Piece(str(i))))
 
         threads = [threading.Thread(target=write, args=(queue,)) for queue in queues]
         for thread in threads:
@@ -49,11 +51,24 @@ def test_every_piece_arrives_in_its_order_and_the_loop_is_woken_seldom() -> None
     assert woken < 6 * MANY / 2
 
 
+def test_a_loop_that_is_gone_is_kept_by_nobody() -> None:
+    async def main() -> weakref.ref[asyncio.AbstractEventLoop]:
+        job = Job(Request(""), [1], 1)
+        _pieces_of([job])
+        job.send("text")
+        assert asyncio.get_running_loop() in _POSTS
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = asyncio.run(main())
+    gc.collect()
+    assert loop() is None
+
+
 def test_a_loop_that_is_closed_is_told_of_each_time() -> None:
     """So that every job whose reader is gone hears it."""
     loop = asyncio.new_event_loop()
-    post = _Post(loop)
+    post = _Post()
     loop.close()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):
-            post.put(Pieces(), (0, None))
+            post.put(loop, Pieces(), (0, None))

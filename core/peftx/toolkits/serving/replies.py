@@ -189,21 +189,19 @@ Pieces = asyncio.Queue[tuple[int, Piece | None]]
 class _Post:
     """Puts pieces into queues of an event loop, from any thread. The loop is woken once for all that come until it
     looks: each time it would take the interpreter from who writes the text.
-
-    Raises:
-        RuntimeError: the loop is closed.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._woken = loop, False
+    def __init__(self) -> None:  # without the loop, or what is kept for each would keep it alive
+        self._woken = False
         self._sent = deque[tuple[Pieces, tuple[int, Piece | None]]]()
 
-    def put(self, pieces: Pieces, piece: tuple[int, Piece | None]) -> None:
+    def put(self, loop: asyncio.AbstractEventLoop, pieces: Pieces, piece: tuple[int, Piece | None]) -> None:
+        """Raises RuntimeError where the loop, always the same one, is closed."""
         self._sent.append((pieces, piece))
         if not self._woken:  # twice is harmless
             self._woken = True
             try:
-                self._loop.call_soon_threadsafe(self._deliver)
+                loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:
                 self._woken = False
                 raise
@@ -221,11 +219,11 @@ _POSTS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary(
 def _pieces_of(jobs: Sequence[Job]) -> Pieces:
     """What all of them say, as it comes, and whose it is; None at the end of each."""
     loop, pieces = asyncio.get_running_loop(), Pieces()
-    post = _POSTS.setdefault(loop, _Post(loop))
+    post = _POSTS.setdefault(loop, _Post())
 
     def send(index: int, job: Job, piece: Piece | None) -> None:
         try:
-            post.put(pieces, (index, piece))
+            post.put(loop, pieces, (index, piece))
         except RuntimeError:  # the loop is closed, and nobody waits for the text
             job.cancel()
 

@@ -53,8 +53,9 @@ def alone(lengths: Sequence[int], call: int = CALL) -> list[int]:
 def by_length(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
     """Let a call that writes one column behind rows of these lengths read each row's own columns, where that is sooner.
     Models that attend by another way than torch's are called as they are."""
-    rows, config = alone(lengths), model.config.get_text_config()
-    if not rows or config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+    rows = alone(lengths)
+    config = model.config.get_text_config() if rows and model._supports_attention_backend else None
+    if config is None or config._attn_implementation != "sdpa":
         yield
         return
     others = [length for i, length in enumerate(lengths) if i not in rows]
