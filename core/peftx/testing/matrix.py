@@ -195,7 +195,7 @@ def _lived(
         beside: pairs that work on another model, and may fill stacks of this one; two that fail here do so by rows
             that others make longer.
     """
-    lived, elsewhere, together = 0, set(beside), set[tuple[str, Names]]()
+    lived, elsewhere, together = 0, set(beside), set[Names]()
 
     def judge(group: Group) -> None:
         """Note what a stack showed of its pairs."""
@@ -203,8 +203,8 @@ def _lived(
         told = combinations(group.names, 2) if not fault else [fault] if len(fault) == 2 else []
         if len(fault) == 1:
             told = [pair for pair in sorted(pairs) if fault[0] in pair]
-        elif (len(fault) > 2 or fault in elsewhere) and (arch, fault) not in together:
-            together.add((arch, fault))  # once, whichever stacks show it
+        elif (len(fault) > 2 or fault in elsewhere) and fault not in together:
+            together.add(fault)  # once, whichever stacks show it
             matrix.together.append(group)
         if fault:
             cover.avoid(fault)

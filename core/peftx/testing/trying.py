@@ -43,7 +43,7 @@ def try_alone(arch: str, names: Names, _: Collection[Pair]) -> list[Group]:
 def build_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
     """What building refuses of a stack, down to a rest that is built, which comes last; hundredths of a second each. No
     rest where none of the `new` pairs is left in it."""
-    return _down_to_rest(names, new, lambda less: _apart(arch, less, refusal(less, arch), refusal))
+    return _down_to_rest(names, new, lambda less: _apart(arch, less, refusal(less, arch), by_building=True))
 
 
 def try_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
@@ -68,13 +68,13 @@ def try_group(arch: str, names: Names) -> Group:
     """Live through a stack, and take it apart where it fails: by building alone what building refuses."""
     reason = trouble(names, arch)
     said = reason and refusal(names, arch)
-    return _apart(arch, names, said or reason, refusal if said else trouble)
+    return _apart(arch, names, said or reason, by_building=bool(said))
 
 
-def _apart(arch: str, names: Names, reason: str, tell: Callable[[Names, str], str]) -> Group:
+def _apart(arch: str, names: Names, reason: str, *, by_building: bool) -> Group:
     """Those of a stack that fail together, until no plugin is too many: whom the reason names at once, else without one
     after the other. The last goes first: what works on others is gone then before these are."""
-    fault = names if reason else ()
+    fault, tell = names if reason else (), refusal if by_building else trouble
 
     def still(less: Names) -> str:
         return tell(less, arch) if _may_live(less) else ""
@@ -82,11 +82,11 @@ def _apart(arch: str, names: Names, reason: str, tell: Callable[[Names, str], st
     named = tuple(name for name in fault if name in reason)
     if 1 < len(named) < len(fault) and (why := still(named)):
         fault, reason = named, why
-    if len(fault) > 2 or tell is trouble:  # each stands by itself
+    if len(fault) > 2 or not by_building:  # each can be built by itself
         for i in reversed(range(len(fault))):
             if why := still(less := (*fault[:i], *fault[i + 1 :])):
                 fault, reason = less, why
-    refused = bool(fault) and bool(tell is refusal or refusal(fault, arch))
+    refused = bool(fault) and (by_building or bool(refusal(fault, arch)))
     if refused and (changed := _left_behind(fault, arch)):
         refused, reason = False, f"{changed}: {reason}"
     return Group(arch, names, fault, reason, refused=refused)
