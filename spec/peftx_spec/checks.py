@@ -73,8 +73,12 @@ def _version(data: Data) -> Iterator[Finding]:
         yield Finding(("peftx",), message, expected="1", got=describe(version))
 
 
+OTHER_FILES = {"compare": "comparison", "search": "search"}
+"""Key of a file that has several pipelines -> what it is."""
+
+
 def _other_files(data: Data) -> Iterator[Finding]:
-    for key, noun in (("compare", "comparison"), ("search", "search")):
+    for key, noun in OTHER_FILES.items():
         if key in data:
             message = f"this is a {noun}, and no pipeline"
             yield Finding((key,), message, at_key=True, suggestion=f"run it with 'peftx {key} FILE'")

@@ -197,34 +197,37 @@ def _of_many(spec: str, overrides: Sequence[str], registry: Registry) -> tuple[s
         SpecError: all that is wrong in it. OptionError: overrides, which are a pipeline's.
     """
     from peftx.errors import OptionError
+    from peftx_spec.checks import OTHER_FILES
     from peftx_spec.loader import read_tolerantly
 
     document, _ = read_tolerantly(spec)
     data = document.data if isinstance(document.data, dict) else {}
-    if not {"compare", "search"} & data.keys() or {"stack", "model"} & data.keys():
+    if not OTHER_FILES.keys() & data.keys() or {"stack", "model"} & data.keys():
         return None
     if overrides:
-        raise OptionError("--set changes a pipeline, and this file has several", hint="change the file")
+        raise OptionError("--set changes a pipeline, and this file has several", hint="write it in the file")
     if "compare" in data:
         from peftx_spec.compare_load import load_compare
 
         rows = load_compare(spec, catalogue=registry).rows
-        return "comparison", {row.name: row.reason or _conflict(row.pipeline, registry) for row in rows}
+        return OTHER_FILES["compare"], {
+            row.name: row.reason or _conflict(row.pipeline, registry) for row in rows
+        }
     from peftx.searching.samplers import Samplers
     from peftx_spec.search_load import load_search
 
     found = load_search(spec, catalogue=registry, samplers=Samplers())
-    return "search", {candidate.name: "" for candidate in found.candidates}
+    return OTHER_FILES["search"], {candidate.name: "" for candidate in found.candidates}
 
 
 def _conflict(pipeline: Pipeline | None, registry: Registry) -> str:
-    """Why plugins of a row do not go together, as far as their claims tell it; nothing where they do."""
+    """Why plugins of a row do not go together by their claims, and what would; nothing where they do."""
     from peftx.composition.conflicts import find_conflicts
     from peftx.kernel.members import Member
 
     stack = pipeline.stack if pipeline is not None else ()
     members = [Member(e.id, registry.outline(e.use)(**e.options), phase=e.phase) for e in stack]
-    return next((conflict.reason for conflict in find_conflicts(members)), "")
+    return next((f"{found.reason} ({found.remedy})" for found in find_conflicts(members)), "")
 
 
 def _checked(spec: str, overrides: Sequence[str], registry: Registry) -> Pipeline:

@@ -51,18 +51,20 @@ def model_card(stack: Stack, folder: Path) -> str:
             f"{name}={getattr(member.plugin.config, name)}"
             for name in sorted(member.plugin.config.model_fields_set)
         )
-        held, trained = (
-            stack.plugin_parameters(member.id),
-            sum(p.numel() for p in stack.ledger.parameters(member.id)),
-        )
-        count = f"{held:,}" if held == trained else f"{held:,}, {trained:,} of them trained"
-        count = count if stack.ledger.of(member.id) else "none"
-        if stack.standing[member.id].folded:
-            count = "in the base's weights"
-        lines.append(f"| {member.id} | {paper} | {count} | {options or 'defaults'} |")
+        lines.append(f"| {member.id} | {paper} | {_numbers(stack, member.id)} | {options or 'defaults'} |")
     lines += ["", f"Trained for {stack.trained_steps} steps; seed {stack.seed}.", ""]
     lines += [*_measured(stack), *_use(stack), *_files(folder), *_data(stack)]
     return "\n".join([*lines, *_versions(stack, entries), *_terms(entries), *_citations(entries)])
+
+
+def _numbers(stack: Stack, id: str) -> str:
+    """How many a plugin holds, and how many of them are trained."""
+    if stack.standing[id].folded:
+        return "in the base's weights"
+    if not stack.ledger.of(id):
+        return "none"
+    held, trained = stack.plugin_parameters(id), sum(p.numel() for p in stack.ledger.parameters(id))
+    return f"{held:,}" if held == trained else f"{held:,}, {trained:,} of them trained"
 
 
 def _measured(stack: Stack) -> list[str]:
