@@ -29,6 +29,7 @@ from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.packed import _COPIES, Packed, pack
 from peftx.toolkits.serving.prefix import PrefixCache
 from peftx.toolkits.serving.rows import Rows, prove
+from peftx.toolkits.serving.shelves import Shelved, size_of
 from peftx.toolkits.serving.slots import Slots
 from peftx_pasta import Pasta
 
@@ -87,51 +88,98 @@ def test_slots_hold_what_caches_of_their_own_hold() -> None:
             found.update(*drawn(1, columns), layer)
         return found
 
-    slots, alone = Slots(cache_of(1), 5), list[DynamicCache]()
-    for _ in range(400):
+    slots, alone, moved = Slots[int](cache_of(1), 5), dict[int, DynamicCache](), 0
+    for name in range(600):
         choice = draw.random()
-        if choice < 0.15 and len(alone) < 5:
-            alone.append(cache_of(draw.choice((1, 3, 40, 150))))
-            slots.put(alone[-1], 0, alone[-1].get_seq_length())
-        elif choice < 0.25 and alone:
-            index = draw.randrange(len(alone))
-            slots.drop(index)
-            alone[index] = alone[-1]
-            alone.pop()
+        if choice < 0.12 and len(alone) < 5:
+            own = cache_of(draw.choice((1, 3, 40, 150, 253, 500, 900)))
+            slots.put(name, own, 0, own.get_seq_length())
+            alone[name] = own
+        elif choice < 0.2 and alone:
+            gone = draw.choice([*alone])
+            slots.drop(gone)
+            del alone[gone]
         elif alone:
+            before = slots.rows
             slots.ready()
+            moved += slots.rows != before
             for layer in range(2):
                 keys, values = drawn(len(alone), 1)
                 seen = slots.update(keys, values, layer)
-                for row, own in enumerate(alone):
-                    expected = own.update(keys[row : row + 1], values[row : row + 1], layer)
+                for row, name in enumerate(slots.rows):
+                    expected = alone[name].update(keys[row : row + 1], values[row : row + 1], layer)
                     for found, wanted in zip(seen, expected, strict=True):
                         assert torch.equal(found[row : row + 1, :, -wanted.shape[2] :], wanted)
+                        assert not found[row : row + 1, :, : -wanted.shape[2]].isnan().any()
             slots.advance()
-            assert slots.get_seq_length() == max(own.get_seq_length() for own in alone)
-            assert slots.lengths == [own.get_seq_length() for own in alone]
+            assert slots.get_seq_length() == max(own.get_seq_length() for own in alone.values())
+        assert {*slots.rows} == alone.keys()
+        assert slots.lengths == [alone[name].get_seq_length() for name in slots.rows]
+        assert all(size_of(length - 1) <= shelf.size for shelf in slots.shelves for length in shelf.lengths)
+    assert moved > 3, "no row outgrew its shelf before another"
+
+
+def cache_with(columns: int, rows: int = 1) -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.randn(rows, 2, columns, 4), torch.randn(rows, 2, columns, 4), 0)
+    return cache
 
 
 def test_a_slot_comes_out_as_a_cache() -> None:
-    cache = DynamicCache()
-    cache.update(torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 4), 0)
-    slots = Slots(cache, 2)
-    slots.put(cache, 1, 5)
-    slots.put(cache, 0, 7)
-    own = slots.row(0, tiny("llama").config)
+    cache = cache_with(7, rows=2)
+    slots = Slots[str](cache, 2)
+    slots.put("one", cache, 1, 5)
+    slots.put("two", cache, 0, 7)
+    own = slots.row("one", tiny("llama").config)
     assert torch.equal(own.layers[0].keys, cache.layers[0].keys[1:, :, 2:])
 
 
 def test_slots_take_the_memory_of_the_rows_that_there_are() -> None:
-    cache = DynamicCache()
-    cache.update(torch.randn(1, 2, 30, 4), torch.randn(1, 2, 30, 4), 0)
-    slots, most = Slots(cache, 32), []
-    for _ in range(5):
-        slots.put(cache, 0, 30)
-        most.append(slots.own[0].room[0])
+    cache = cache_with(30)
+    slots, most = Slots[int](cache, 32), []
+    for index in range(5):
+        slots.put(index, cache, 0, 30)
+        most.append(slots.own[0].room(slots.shelves[0])[0])
     assert most == [1, 2, 4, 4, 8]
     for index in range(5):
-        assert torch.equal(slots.own[0].row(index, 30)[0], cache.layers[0].keys[0])
+        assert torch.equal(slots.own[0].row(slots.shelves[0], index)[0], cache.layers[0].keys[0])
+
+
+def test_a_long_row_does_not_make_the_others_longer() -> None:
+    """31 rows of 40 and one of 8,000: four times what their columns take at most, and what goes is given back."""
+    short, long = cache_with(40), cache_with(8000)
+    slots = Slots[int](short, 32)
+
+    def held() -> int:
+        return sum(t.numel() for layer in slots.own for kept in layer._kept.values() for t in kept)
+
+    for index in range(31):
+        slots.put(index, short, 0, 40)
+    few = held()
+    slots.put(31, long, 0, 8000)
+    slots.ready()
+    assert held() <= 4 * 2 * 2 * 4 * (31 * 40 + 8000)
+    seen = slots.update(torch.ones(32, 2, 1, 4), torch.ones(32, 2, 1, 4), 0)
+    assert [part.shape[2] for part in seen[0].parts] == [41, 8001]
+    slots.advance()
+    slots.drop(31)
+    assert held() == few
+
+
+def test_shelves_look_like_one_tensor() -> None:
+    """Whatever is done with them, as with the whole; and what is read part by part is not copied."""
+    short, long = torch.randn(2, 3, 4, 5), torch.randn(1, 3, 9, 5)
+    found = Shelved([short, long], 0.0)
+    whole = torch.cat([F.pad(short, (0, 0, 5, 0)), long])
+    assert (found.shape, found.dtype, found.device) == (whole.shape, whole.dtype, whole.device)
+    query = torch.randn(3, 3, 1, 5)
+    for compute in (
+        lambda x: x + 1, lambda x: x[:, :, -4:], lambda x: torch.cat([x, x], 2), lambda x: query @ x.mT, torch.exp,
+        lambda x: F.scaled_dot_product_attention(query, x, x), lambda x: x.clone(), lambda x: x.contiguous(),
+        lambda x: x.repeat_interleave(2, 1), lambda x: x.to(torch.float64),
+    ):  # fmt: skip
+        assert torch.equal(compute(found), compute(whole))
+    assert found.parts[1] is long
 
 
 def test_what_was_no_number_goes_with_its_row() -> None:
@@ -147,12 +195,12 @@ def test_what_was_no_number_goes_with_its_row() -> None:
         ([(9, 1.0), (9, none)], 1, [(2, 1.0)]),  # one that comes
         ([(9, none), (9, 1.0), (2, 1.0)], 0, []),  # the last one, which takes the place
     ):
-        slots = Slots(cache_of(1, 1.0), 3)
-        for row in came:
-            slots.put(cache_of(*row), 0, row[0])
+        slots = Slots[int](cache_of(1, 1.0), 3)
+        for index, row in enumerate(came):
+            slots.put(index, cache_of(*row), 0, row[0])
         slots.drop(gone)
         for row in last:
-            slots.put(cache_of(*row), 0, row[0])
+            slots.put(9, cache_of(*row), 0, row[0])
         slots.ready()
         for seen in slots.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4), 0):
             assert seen.shape[2] == 10

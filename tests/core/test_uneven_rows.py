@@ -16,9 +16,10 @@ from torch import Tensor
 from peftx import Stack
 from peftx.errors import GenerationError
 from peftx.testing import tiny, tiny_tokenizer
-from peftx.toolkits.serving import Job, Request, uneven
+from peftx.toolkits.serving import Job, Request, shelves, slots, uneven
 from peftx.toolkits.serving.answers import Answers
 from peftx.toolkits.serving.rows import Rows
+from peftx.toolkits.serving.shelves import Shelved
 
 LENGTHS = (60, 3, 5, 33, 4)
 NEW = 12
@@ -94,6 +95,37 @@ def test_each_is_answered_as_alone(arch: str, monkeypatch: pytest.MonkeyPatch) -
     assert not [pair for pair in read if pair == (5, 61)]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "arch", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "opt", "mixtral", "bloom", "phi3"]
+)
+def test_rows_of_several_shelves_are_answered_as_alone(
+    arch: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of them leave theirs while they are answered; where attention is another's, it sees one tensor."""
+    monkeypatch.setattr(shelves, "LEAST", 8)
+    model = tiny(arch).eval()
+    model.set_attn_implementation(attention)
+    stack = Stack(model, [], tokenizer=tiny_tokenizer())
+    read, whole = set[tuple[int, ...]](), []
+    update, made = slots.Slots.update, Shelved.whole
+
+    def updated(self: Any, *args: Any, **options: Any) -> Any:
+        read.add(tuple(shelf.size for shelf in self.shelves))
+        return update(self, *args, **options)
+
+    def counted(self: Shelved) -> Tensor:
+        whole.append(1)
+        return made(self)
+
+    monkeypatch.setattr(slots.Slots, "update", updated)
+    monkeypatch.setattr(Shelved, "whole", counted)
+    asked = asked_of(stack)
+    assert answered(stack, asked) == [answered(stack, [ids])[0] for ids in asked]
+    assert {(8, 64), (16, 64, 128)} <= read
+    assert bool(whole) == (attention == "eager" or arch == "bloom")
+
+
 @pytest.mark.usefixtures("cheap")
 def test_logits_are_those_of_plain_attention() -> None:
     stack = Stack(tiny("llama").eval(), [], tokenizer=tiny_tokenizer())
@@ -134,8 +166,8 @@ def test_the_model_attends_as_before_when_the_step_is_done(implementation: str) 
 
     answered(stack, asked_of(stack))
     assert stack.model.config._attn_implementation == implementation
-    with failing(), uneven.by_length(stack.model, LENGTHS), pytest.raises(GenerationError):
+    with failing(), uneven.by_length(stack.model, [LENGTHS]), pytest.raises(GenerationError):
         stack.model(input_ids=torch.ones(5, 1, dtype=torch.long))
     assert during == [uneven.NAME if implementation == "sdpa" else "eager"]
     assert stack.model.config._attn_implementation == implementation
-    assert uneven._PLAN.get() is None
+    assert uneven._PARTS.get() == ()

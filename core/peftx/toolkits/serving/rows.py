@@ -111,10 +111,13 @@ class Rows:
     ) -> None:
         self.answers, self.most, self.crowd, self.piece = answers, most, crowd, piece
         self._reading: list[Row] = []
-        self._writing: list[Row] = []
-        self._slots: Slots | None = None
+        self._slots: Slots[Row] | None = None
 
     # -- what a worker asks -----------------------------------------------------------------------------------------
+
+    @property
+    def _writing(self) -> list[Row]:
+        return [] if self._slots is None else self._slots.rows
 
     @property
     def busy(self) -> bool:
@@ -150,7 +153,7 @@ class Rows:
             try:
                 self._write()
             except Exception as error:  # noqa: BLE001  as above
-                self._fail(list(self._writing), error)
+                self._fail(self._writing, error)
 
     # -- the parts of a step -----------------------------------------------------------------------------------------
 
@@ -217,15 +220,15 @@ class Rows:
             row.answers.prefixes.keep_row(row.job.ids, cache, index)
         if self._slots is None:
             self._slots = Slots(cache, self.most)
-        self._slots.put(cache, index, len(row.job.ids) + row.more)
+        self._slots.put(row, cache, index, len(row.job.ids) + row.more)
         row.cache = None
         self._reading.remove(row)
-        self._writing.append(row)
 
     def _write(self) -> None:
-        slots, rows = self._slots, list(self._writing)
+        slots = self._slots
         assert slots is not None
         slots.ready()
+        rows = slots.rows
         # A stack's own model knows of its soft tokens, and wants to hear of the others; the base of a crowd of all.
         writer, more = rows[0].answers.stack.model, rows[0].more
         if self.crowd is not None:
@@ -233,7 +236,7 @@ class Rows:
         lengths = torch.tensor(slots.lengths)[:, None] + (1 - more)
         mask = (torch.arange(int(lengths.max())).flip(0)[None] < lengths).long()
         tokens = torch.tensor([[row.ids[-1]] for row in rows])
-        with by_length(writer, slots.lengths):
+        with by_length(writer, [shelf.lengths for shelf in slots.shelves]):
             logits = self._call(writer, rows, tokens, mask, slots)
         slots.advance()
         self._next([(row, logits[index : index + 1]) for index, row in enumerate(rows)])
@@ -270,7 +273,7 @@ class Rows:
         try:
             if row in self._writing and row.answers.prefixes is not None:
                 assert self._slots is not None
-                columns = self._slots.row(self._writing.index(row), row.answers.stack.model.config)
+                columns = self._slots.row(row, row.answers.stack.model.config)
                 row.answers.prefixes.keep(row.ids[: int(columns.get_seq_length())], columns)
             if row.stream is not None:
                 row.stream.end()
@@ -285,16 +288,13 @@ class Rows:
             self._leave(row)
 
     def _leave(self, row: Row) -> None:
-        """Give a row's place away; the last row takes its slot, and with that one go all slots."""
+        """Give a row's place away; with the last one go all slots."""
         if row in self._reading:
             self._reading.remove(row)
             return
         assert self._slots is not None
-        index = self._writing.index(row)
-        self._slots.drop(index)
-        self._writing[index] = self._writing[-1]
-        self._writing.pop()
-        if not self._writing:
+        self._slots.drop(row)
+        if not self._slots.rows:
             self._slots = None
 
 

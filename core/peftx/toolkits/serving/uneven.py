@@ -1,9 +1,10 @@
 """Attention of rows of very different lengths, each over about as many columns as it has.
 
-Rows lie side by side and end together (`slots`), so that attention reads of every row as many columns as the longest
-has. Here the longest rows are computed each by itself, and all rows over the columns of the longest of the others:
+Rows of a shelf lie side by side and end together (`shelves`), so that attention reads of every row as many columns as
+the longest has. Here each shelf is read by itself, and of a shelf the longest rows each by itself where that is sooner,
+and all rows over the columns of the longest of the others:
 
-    lengths   900 40 38 35       plain: 4 x 900 columns       here: 900 + 4 x 40
+    lengths   100 40 38 35       plain: 4 x 100 columns       here: 100 + 4 x 40
 
 Of the same tensors, without a copy; the results of the long rows take the place of what the second call made of them.
 """
@@ -16,10 +17,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from peftx.toolkits.serving.shelves import Shelved
 
 NAME = "sdpa_by_length"
 CALL = 256
@@ -27,16 +31,18 @@ CALL = 256
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is in use: `columns` in all, of which `common` are read of every row, and more of the rows in `alone`."""
+class _Part:
+    """So many rows of one shelf: `columns` in all, of which `common` are read of every row, and more of those in
+    `alone`."""
 
+    rows: int
     columns: int
     common: int
     alone: dict[int, int]
     """Row -> its columns."""
 
 
-_PLAN: ContextVar[_Plan | None] = ContextVar("peftx_columns", default=None)
+_PARTS: ContextVar[tuple[_Part, ...]] = ContextVar("peftx_columns", default=())
 
 
 def alone(lengths: Sequence[int], call: int = CALL) -> list[int]:
@@ -49,23 +55,29 @@ def alone(lengths: Sequence[int], call: int = CALL) -> list[int]:
     return order[: costs.index(min(costs))] if costs else []
 
 
-@contextmanager
-def by_length(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
-    """Let a call that writes one column behind rows of these lengths read each row's own columns, where that is sooner.
-    Models that attend by another way than torch's are called as they are."""
+def _part_of(lengths: Sequence[int]) -> _Part:
+    """Of a shelf whose rows have these lengths, before a column is written."""
     rows = alone(lengths)
-    config = model.config.get_text_config() if rows and model._supports_attention_backend else None
+    others = [length for i, length in enumerate(lengths) if i not in rows]
+    return _Part(len(lengths), max(lengths) + 1, max(others) + 1, {i: lengths[i] + 1 for i in rows})
+
+
+@contextmanager
+def by_length(model: PreTrainedModel, shelves: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Let a call that writes one column behind rows of these lengths, of each shelf, read each row's own columns, where
+    that is sooner. Models that attend by another way than torch's are called as they are."""
+    parts = tuple(map(_part_of, shelves))
+    uneven = len(parts) > 1 or any(part.alone for part in parts)
+    config = model.config.get_text_config() if uneven and model._supports_attention_backend else None
     if config is None or config._attn_implementation != "sdpa":
         yield
         return
-    others = [length for i, length in enumerate(lengths) if i not in rows]
-    plan = _Plan(max(lengths) + 1, max(others) + 1, {i: lengths[i] + 1 for i in rows})
-    token, config._attn_implementation = _PLAN.set(plan), NAME
+    token, config._attn_implementation = _PARTS.set(parts), NAME
     try:
         yield
     finally:
         config._attn_implementation = "sdpa"
-        _PLAN.reset(token)
+        _PARTS.reset(token)
 
 
 def _attend(
@@ -77,27 +89,32 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """query [B, H, 1, D], key and value [B, H', columns, D], mask [B, 1, 1, columns] -> [B, 1, H, D]."""
-    plan = _PLAN.get()
+    parts = _PARTS.get()
+    keys, values = (x.parts if isinstance(x, Shelved) else [x] for x in (key, value))
     if (
-        plan is None  # another thread's call
-        or attention_mask is None
+        attention_mask is None
         or options.get("position_bias") is not None
-        or not plan.columns == key.shape[2] == attention_mask.shape[-1]  # a plugin's own stand in front
-        or query.shape[0] != len(attention_mask)
+        # Another thread's call, or one with a plugin's own columns in front:
+        or [(part.rows, part.columns) for part in parts] != [(len(own), own.shape[2]) for own in keys]
+        or not len(query) == len(attention_mask) == sum(part.rows for part in parts)
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    def over(rows: slice, columns: int) -> Tensor:
-        last = slice(plan.columns - columns, None)
-        return sdpa_attention_forward(
-            module, query[rows], key[rows, :, last], value[rows, :, last], attention_mask[rows, ..., last],
-            **options,
-        )[0]  # fmt: skip
+    def over(rows: slice, own: tuple[Tensor, Tensor]) -> Tensor:
+        """The last columns alone, as many as the keys have."""
+        mask = attention_mask[rows, ..., -own[0].shape[2] :]
+        return sdpa_attention_forward(module, query[rows], *own, mask, **options)[0]
 
-    found = over(slice(None), plan.common)
-    for row, columns in plan.alone.items():
-        found[row : row + 1] = over(slice(row, row + 1), columns)
-    return found, None
+    first, found = 0, list[Tensor]()
+    for part, key, value in zip(parts, keys, values, strict=True):
+        common = slice(part.columns - part.common, None)
+        each = over(slice(first, first + part.rows), (key[:, :, common], value[:, :, common]))
+        for row, columns in part.alone.items():
+            own = slice(row, row + 1), slice(None), slice(part.columns - columns, None)
+            each[row : row + 1] = over(slice(first + row, first + row + 1), (key[own], value[own]))
+        found.append(each)
+        first += part.rows
+    return found[0] if len(found) == 1 else torch.cat(found), None
 
 
 AttentionInterface.register(NAME, _attend)
