@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,7 +200,6 @@ def test_a_fault_that_several_stacks_show_is_told_once(
     clash = lambda stack, arch: "they clash" if set(faulty) <= set(stack) else ""  # noqa: E731
     monkeypatch.setattr(trying, "trouble", clash)
     monkeypatch.setattr(trying, "refusal", clash)
-    monkeypatch.setattr(trying, "_left_behind", lambda names, arch: "")
     every = [(a, b) for a in names for b in names]
     monkeypatch.setattr(Cover, "stacks", lambda self, pairs: [names, names[::-1], *every] if pairs else [])
     found = run_matrix(names)
@@ -236,22 +234,22 @@ def test_what_others_hide_from_building_is_refused_all_the_same(monkeypatch: pyt
     pair = {"lora", "propulsion"}
     monkeypatch.setattr(trying, "trouble", lambda names, arch: "no" if pair <= set(names) else "")
     monkeypatch.setattr(trying, "refusal", lambda names, arch: "no" if pair == set(names) else "")
-    monkeypatch.setattr(trying, "_left_behind", lambda names, arch: "")
     group = trying.try_group("llama", ("lora", "hft", "propulsion"))
     assert (group.fault, group.refused) == (("lora", "propulsion"), True)
 
 
 def test_a_refusal_that_leaves_something_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trying, "refusal", lambda names, arch: "no" if len(names) == 2 else "")
+    leaves: list[bool] = []
+
+    def refuse(members: Sequence[object], model: Any) -> None:
+        if len(members) == 2:
+            model.lm_head.weight.data.add_(float(bool(leaves)))
+            raise ConflictError("no")
+
+    monkeypatch.setattr(trying, "built", refuse)
     monkeypatch.setattr(trying, "trouble", lambda names, arch: "no" if len(names) == 2 else "")
     assert try_pair("lora", "propulsion").outcome == "refused"
-
-    def left(members: object, model: Any) -> None:
-        with torch.no_grad():
-            model.lm_head.weight.add_(1.0)
-        raise ConflictError("no")
-
-    monkeypatch.setattr(trying, "built", left)
+    leaves.append(True)
     found = try_pair("lora", "propulsion")
     assert found.outcome == "failed"
     assert found.reason == "refused, and the model is not what it was: no"
@@ -314,9 +312,10 @@ def test_a_cover_is_small_and_heeds_what_does_not_go_together() -> None:
     assert stacks != list(Cover(pairs, lambda stack: True, size=8, seed=1).stacks(pairs))
 
 
-def test_a_plugin_with_many_soft_tokens_stands_with_those_that_have_none() -> None:
-    assert tried.soft("prompt-tuning") > trying.SOFT
-    assert trying.fits(("prompt-tuning", "lora", "mezo"))
+def test_soft_tokens_of_a_stack_leave_positions_for_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trying.fits(("prompt-tuning", "lora", "xprompt"))
+    monkeypatch.setattr(trying, "soft", lambda name: {"prompt-tuning": 200, "xprompt": 20}.get(name, 0))
+    assert trying.fits(("prompt-tuning", "lora", "mezo")), "one that has more by itself"
     assert not trying.fits(("prompt-tuning", "lora", "xprompt"))
 
 

@@ -12,10 +12,10 @@ from peftx.kernel.names import HOOKS
 from peftx.kernel.plugin import Plugin, hooks_of
 
 
-def default_id(plugin: type[Plugin]) -> str:
+def default_id(plugin: type[Plugin], registry: Registry | None = None) -> str:
     """The name under which a distribution publishes the class; one that none does goes by its own: `MyGain` is
-    `my-gain`."""
-    published = Registry().name_of(plugin)
+    `my-gain`. `registry`: who asks for many has one, which looks at the path once."""
+    published = (registry or Registry()).name_of(plugin)
     if published is not None:
         return published
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", plugin.__name__).lower()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from peftx.stack import Stack
 from peftx.testing.case import assert_equal, inputs_for, output
 from peftx.testing.models import tiny, tiny_tokenizer
 from peftx.testing.reference import COMPANION, ReferenceGain, ReferenceLowRank
+from peftx.testing.shapes import RECIPES
 from peftx.testing.subject import ROWS_BY_FORMAT, TEXTS, steps_for
 from peftx.toolkits.serving import Engine, Request, Server
 from peftx_spec.models import FORMATS
@@ -28,16 +31,28 @@ OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
 WAIT = 120.0  # seconds for an answer
 LEAST_ROWS = 12  # of which plugins that choose leave some
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
-LENGTH = 112  # tokens of a row at most: the tiny models have positions for 128, soft tokens among them
+LENGTH = 112  # tokens of a row at most
+POSITIONS = 256  # of the models: soft tokens of a stack stand in front of a row
+
+
+def model_of(arch: str) -> PreTrainedModel:
+    """The tiny model of a stack, with more positions than it has elsewhere; a copy of one that is made once."""
+    return deepcopy(_model(arch))
+
+
+@cache
+def _model(arch: str) -> PreTrainedModel:
+    names = RECIPES[arch].options.keys() & {"max_position_embeddings", "n_positions"}
+    return tiny(arch, **dict.fromkeys(names, POSITIONS))
 
 
 def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     """The life of a stack: train, compress, run, measure, serve, save, load, run again. Each plugin that has parameters
     trains, its metric and its policy are asked for; where nothing trains, a companion does."""
-    stack = built(members, tiny(arch))
+    stack = built(members, model_of(arch))
     if not stack.trainable_parameters():
         members = accompanied(members)
-        stack = built(members, tiny(arch))
+        stack = built(members, model_of(arch))
     before = {
         id: [(p, p.detach().clone()) for p in stack.ledger.parameters(id) if p.requires_grad]
         for id in stack.plugins
@@ -62,14 +77,14 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
     assert bool(logits.isfinite().all()), "some logits are not finite"
     for member in stack.implementers("evaluate"):
-        scores = stack.evaluate(rows_of([member]), metrics=[member.id], max_length=length_of(stack))
+        scores = stack.evaluate(rows_of([member], least=1), metrics=[member.id], max_length=length_of(stack))
         assert all(math.isfinite(score.value) for score in scores.values()), f"{member.id}: {scores}"
     if stack.implementers("serve"):
         with Engine(Server(stack)) as engine:
             answer = engine.submit(Request(PROMPT, max_tokens=4, temperature=0.0)).result(WAIT).text
         assert answer == text, f"serves {answer!r} and generates {text!r}"
     stack.save(folder)
-    model = None if holds_base(folder) else tiny(arch)
+    model = None if holds_base(folder) else model_of(arch)
     again = peftx.load(folder, model=model, tokenizer=tiny_tokenizer())
     assert_equal(output(again.model, inputs), logits, "logits loaded and saved")
     found = again.generate(PROMPT, max_new_tokens=4)
@@ -115,7 +130,7 @@ def accompanied(members: Sequence[Member]) -> list[Member]:
     raise AssertionError("nothing trains, and nothing that does goes with it")
 
 
-def rows_of(members: Sequence[Member]) -> list[Mapping[str, Any]]:
+def rows_of(members: Sequence[Member], least: int = LEAST_ROWS) -> list[Mapping[str, Any]]:
     """The examples of a plugin that trains on rows of one kind, else of any, else rows of a format that goes through;
     with the further columns of all others' examples, and as many as the most of them."""
     given = [m.plugin for m in members if m.plugin.example_rows]
@@ -123,7 +138,7 @@ def rows_of(members: Sequence[Member]) -> list[Mapping[str, Any]]:
     fitting = [p for p in given if format is None or p.example_rows[0].keys() >= set(FORMATS[format])]
     first = next((p for p in fitting if p.takes), fitting[0] if fitting else None)
     rows = first.example_rows if first is not None else ROWS_BY_FORMAT[format or "prompt-completion"]
-    most = max([LEAST_ROWS, len(rows), *(len(plugin.example_rows) for plugin in given)])
+    most = max([least, len(rows), *(len(plugin.example_rows) for plugin in given)])
     return [
         {name: value for plugin in given for name, value in plugin.example_rows[i % len(plugin.example_rows)].items()
          if name not in OWN_COLUMNS}

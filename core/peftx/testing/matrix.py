@@ -129,7 +129,7 @@ def run_matrix(
             progress(len(cells), len(chosen) ** 2, cell)
 
     found = Matrix(chosen, hooks, families={name: facts[name].family for name in chosen})
-    with _workers(jobs) as submit:
+    with _workers(jobs, chosen) as submit:
         shown = Shown(kept)
         _find_places(chosen, submit, shown)
         rest = _told_ahead(chosen, note)
@@ -241,13 +241,13 @@ def _lived(
 
 
 @contextmanager
-def _workers(jobs: int) -> Iterator[Submit]:
+def _workers(jobs: int, names: Sequence[str]) -> Iterator[Submit]:
     """What tries stacks, in so many processes, and gives what they showed as it comes."""
     if jobs <= 1:
         yield lambda attempt, arch, stacks: chain.from_iterable(attempt(arch, *each) for each in stacks)
         return
     # Not a fork of this process: threads of torch do not survive one.
-    pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin)
+    pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin, initargs=(names,))
 
     def run(attempt: Try, arch: str, stacks: Iterable[tuple[Names, Collection[Pair]]]) -> Iterator[Group]:
         for done in as_completed([pool.submit(attempt, arch, *each) for each in stacks]):
@@ -259,8 +259,12 @@ def _workers(jobs: int) -> Iterator[Submit]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(names: Sequence[str]) -> None:
+    """With all plugins loaded, since no training is to look through what they hold for garbage."""
     torch.set_num_threads(1)
+    registry = Registry()
+    for name in names:
+        registry.load(name)
     settle()
 
 

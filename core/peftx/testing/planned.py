@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from peftx.composition.registry import Registry
 from peftx.planning import plan
@@ -16,10 +18,14 @@ from peftx_spec.models import Pipeline
 
 
 def refused_by_plan(
-    stack: Sequence[Mapping[str, Any]], arch: str, registry: Registry | None = None
+    stack: Sequence[Mapping[str, Any]],
+    arch: str,
+    registry: Registry | None = None,
+    model: Callable[[str], PreTrainedModel] = tiny,
 ) -> list[str]:
-    """Why `plan` says that the stack of a spec cannot be; empty if it says nothing."""
-    pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(arch), "stack": list(stack)})
+    """Why `plan` says that the stack of a spec cannot be; empty if it says nothing. `model`: what makes the one that it
+    would stand on."""
+    pipeline = Pipeline.model_validate({"peftx": 1, "model": _folder(model, arch), "stack": list(stack)})
     return [conflict.reason for conflict in plan(pipeline, registry=registry or _registry()).conflicts]
 
 
@@ -29,11 +35,11 @@ def _registry() -> Registry:
 
 
 @cache
-def _folder(arch: str) -> str:
+def _folder(make: Callable[[str], PreTrainedModel], arch: str) -> str:
     """Of a model's shape, for `plan`, which loads no weights; gone when the process ends."""
     folder = tempfile.mkdtemp(prefix=f"peftx-{arch}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    model = tiny(arch)
+    model = make(arch)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

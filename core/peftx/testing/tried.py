@@ -17,8 +17,8 @@ from peftx.kernel.members import Member
 from peftx.kernel.plugin import Plugin
 from peftx.kernel.positions import prompt_length
 from peftx.stack import Stack
-from peftx.testing.life import live
-from peftx.testing.models import tiny, tiny_tokenizer
+from peftx.testing.life import live, model_of
+from peftx.testing.models import tiny_tokenizer
 
 STANDS: dict[tuple[str, str], str | None] = {}
 """What `stands_on` has found of other models than `llama`, or what other processes have."""
@@ -50,8 +50,13 @@ def specified(names: Sequence[str]) -> list[dict[str, Any]]:
 
 @cache
 def _example(name: str) -> Plugin:
-    plugin = Registry().load(name)
+    plugin = _loaded(name)
     return plugin(**plugin.example)
+
+
+@cache
+def _loaded(name: str) -> type[Plugin]:
+    return Registry().load(name)
 
 
 @cache
@@ -96,7 +101,7 @@ class _Alone:
 @cache
 def _alone(name: str, arch: str) -> _Alone:
     try:
-        stack = Stack(tiny(arch), members_as_tried(name), tokenizer=tiny_tokenizer())
+        stack = Stack(model_of(arch), members_as_tried(name), tokenizer=tiny_tokenizer())
     except NO_PLACE as error:
         return _Alone(refused=str(error))
     except PeftxError:

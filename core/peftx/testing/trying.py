@@ -5,27 +5,28 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from peftx.composition.conflicts import find_conflicts
 from peftx.errors import ConflictError, PeftxError
 from peftx.kernel.plugin import Claim
 from peftx.testing.case import inputs_for, output
 from peftx.testing.covering import Pair
-from peftx.testing.life import built, early_ids, live
-from peftx.testing.models import tiny
+from peftx.testing.life import LENGTH, POSITIONS, built, early_ids, live, model_of
 from peftx.testing.planned import refused_by_plan
 from peftx.testing.shown import Group
 from peftx.testing.tried import lived_alone, members_as_tried, plain, soft, specified
 
 Names = tuple[str, ...]
-SOFT = 16
-"""Soft tokens of a stack at most, beside a row of `LENGTH`, unless one plugin has more by itself; a pair may have more,
-and fails where it matters."""
+SOFT = POSITIONS - LENGTH
+"""Soft tokens of a stack at most, unless one plugin has more by itself; a pair may have more, and fails where it
+matters."""
+LEFT = "refused, and the model is not what it was"
 
 
 def fits(names: Sequence[str]) -> bool:
@@ -86,33 +87,29 @@ def _apart(arch: str, names: Names, reason: str, *, by_building: bool) -> Group:
         for i in reversed(range(len(fault))):
             if why := still(less := (*fault[:i], *fault[i + 1 :])):
                 fault, reason = less, why
-    refused = bool(fault) and (by_building or bool(refusal(fault, arch)))
-    if refused and (changed := _left_behind(fault, arch)):
-        refused, reason = False, f"{changed}: {reason}"
-    return Group(arch, names, fault, reason, refused=refused)
+    said = reason if by_building or not fault else refusal(fault, arch)
+    return Group(arch, names, fault, said or reason, refused=bool(said) and LEFT not in said)
 
 
 def refusal(names: Sequence[str], arch: str) -> str:
-    """Why a stack of these plugins is refused when it is built; empty if it is not."""
+    """Why a stack of these plugins is refused when it is built, and whether that left something of itself on the model;
+    empty if it is not."""
+    model, members = model_of(arch), members_as_tried(*names)
     try:
-        built(members_as_tried(*names), tiny(arch))
+        built(members, model)
     except ConflictError as error:
-        return str(error)
+        # What was packed is not what it was.
+        whole = bool(early_ids(members)) or torch.equal(output(model, inputs_for(model)), _plain_output(arch))
+        return str(error) if whole else f"{LEFT}: {error}"
     except Exception:  # noqa: BLE001  any other is the failure that was seen
         return ""
     return ""
 
 
-def _left_behind(names: Sequence[str], arch: str) -> str:
-    """What a refusal left of itself on the model; empty if that is what it was, bit for bit."""
-    model, members = tiny(arch), members_as_tried(*names)
-    with suppress(ConflictError):
-        built(members, model)
-    if early_ids(members):  # which were packed, and so it is not what it was
-        return ""
-    inputs = inputs_for(model)
-    same = torch.equal(output(model, inputs), output(tiny(arch), inputs))
-    return "" if same else "refused, and the model is not what it was"
+@cache
+def _plain_output(arch: str) -> Tensor:
+    model = model_of(arch)
+    return output(model, inputs_for(model))
 
 
 def _may_live(names: Names) -> bool:
@@ -126,7 +123,7 @@ def trouble(names: Sequence[str], arch: str) -> str:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
             live(members_as_tried(*names), arch, Path(folder) / "bundle")
-            said = refused_by_plan(specified(names), arch)
+            said = refused_by_plan(specified(names), arch, model=model_of)
             assert not said, f"it works, and plan refuses it: {said[0]}"
     except (AssertionError, PeftxError) as error:
         return str(error) or "assertion failed"

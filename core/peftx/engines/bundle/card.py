@@ -24,14 +24,14 @@ def _is_on_the_hub(base: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
 
 
-def model_card(stack: Stack, folder: Path) -> str:
+def model_card(stack: Stack, folder: Path, registry: Registry) -> str:
     """Markdown: what stands on which model, from which rows, how to make it again, what was measured, how to load it,
     which files there are, under which terms, and whom to cite.
 
     Args:
         folder: of the bundle, with all in it but this card and the manifest.
     """
-    entries = _entries(stack)
+    entries = _entries(stack, registry)
     lines = [
         "---",
         "library_name: peftx",
@@ -106,11 +106,10 @@ def _files(folder: Path) -> list[str]:
     return ["## Files", "", "| file | bytes |", "| --- | --- |", *lines, "", told, ""]
 
 
-def _entries(stack: Stack) -> dict[str, Entry]:
+def _entries(stack: Stack, registry: Registry) -> dict[str, Entry]:
     """What is installed under the name of each member's class."""
-    registry = Registry()
     known = set(registry.names()) - set(registry.clashes())
-    uses = {member.id: default_id(type(member.plugin)) for member in stack.members}
+    uses = {member.id: default_id(type(member.plugin), registry) for member in stack.members}
     return {id: registry.describe(use) for id, use in uses.items() if use in known}
 
 

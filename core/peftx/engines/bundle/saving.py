@@ -66,7 +66,11 @@ def save(stack: Stack, path: Path) -> Path:
     contained = bool(stack.ledger.all(ReplacedPart))
     with replacing(path, marker=MANIFEST) as folder:
         gone = {id(t) for some, _ in pruned_of(stack) for t in some} if stack.trained_steps else set[int]()
-        entries = [_write_plugin(stack, m, folder, sparse=not contained, pruned=gone) for m in stack.members]
+        registry = Registry()
+        entries = [
+            _write_plugin(stack, m, folder, registry, sparse=not contained, pruned=gone)
+            for m in stack.members
+        ]
         manifest: dict[str, Any] = {
             "format": FORMAT if any(entry.get("zeros") for entry in entries) else WITHOUT_ZEROS,
             "versions": versions(),
@@ -88,12 +92,12 @@ def save(stack: Stack, path: Path) -> Path:
         }
         if contained:
             manifest["base"]["contained"] = _write_base(stack, folder)
-        (folder / PIPELINE).write_text(_pipeline_text(stack), encoding="utf-8")
+        (folder / PIPELINE).write_text(_pipeline_text(stack, registry), encoding="utf-8")
         if stack.history:
             (folder / HISTORY).write_text(stack.history.text(), encoding="utf-8")
         from peftx.engines.bundle.card import model_card
 
-        (folder / CARD).write_text(model_card(stack, folder), encoding="utf-8")
+        (folder / CARD).write_text(model_card(stack, folder, registry), encoding="utf-8")
         manifest["files"] = {f.relative_to(folder).as_posix(): sha256(f) for f in plain_files(folder)}
         manifest["own"] = own_digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -140,7 +144,7 @@ def _merged(part: DeltaPart) -> bool:
 
 
 def _write_plugin(
-    stack: Stack, member: Member, folder: Path, *, sparse: bool, pruned: Set[int]
+    stack: Stack, member: Member, folder: Path, registry: Registry, *, sparse: bool, pruned: Set[int]
 ) -> dict[str, Any]:
     """`pruned`: ids of the tensors that others have pruned."""
     at, parts = stack.standing[member.id], stack.ledger.of(member.id)
@@ -150,9 +154,9 @@ def _write_plugin(
     folded = {p.key: list(p.parameters) for p in parts if isinstance(p, BasePart)}
     entry: dict[str, Any] = {
         "id": member.id,
-        "use": default_id(type(member.plugin)),
-        "published": Registry().name_of(type(member.plugin)) is not None,
-        "version": _version(type(member.plugin)),
+        "use": default_id(type(member.plugin), registry),
+        "published": registry.name_of(type(member.plugin)) is not None,
+        "version": _version(type(member.plugin), registry),
         "class": f"{type(member.plugin).__module__}:{type(member.plugin).__qualname__}",
         "options": member.plugin.config.model_dump(mode="json"),
         "phase": member.phase,
@@ -185,9 +189,8 @@ def _write_plugin(
     return entry
 
 
-def _version(plugin: type[Plugin]) -> str | None:
+def _version(plugin: type[Plugin], registry: Registry) -> str | None:
     """Of the distribution that publishes a plugin, if exactly one does."""
-    registry = Registry()
     name = registry.name_of(plugin)
     known = name is not None and name in registry.names() and name not in registry.clashes()
     return registry.describe(name).version if known and name is not None else None
@@ -261,14 +264,14 @@ def _base_tensors(stack: Stack) -> dict[str, Tensor]:
     return found
 
 
-def _pipeline_text(stack: Stack) -> str:
+def _pipeline_text(stack: Stack, registry: Registry) -> str:
     """The spec that a run was made from, with every option of every plugin; of a stack made in Python what it tells."""
     from peftx_spec import dump
     from peftx_spec.models import Pipeline, StackEntry
 
     entries = []
     for member in stack.members:
-        entry: dict[str, Any] = {"use": default_id(type(member.plugin)), "id": member.id}
+        entry: dict[str, Any] = {"use": default_id(type(member.plugin), registry), "id": member.id}
         if options := member.plugin.config.model_dump(mode="json"):
             entry["with"] = options
         if member.phase:
