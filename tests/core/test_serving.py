@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from peftx import Claim, Delta, Generation, ModelView, Plugin, Stack, hookimpl
+from peftx.engines.models import load_model
 from peftx.errors import PeftxError, ServerError, UnsupportedError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
@@ -22,7 +28,7 @@ from peftx.toolkits.serving.app import build_app
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.job import Completion
 from peftx.toolkits.serving.metrics import Metrics
-from peftx.toolkits.serving.stream import TextStream, cut_at_stop, settled
+from peftx.toolkits.serving.stream import KEPT, Text, TextStream, cut_at_stop, settled
 from peftx.toolkits.serving.worker import QueueFull
 from peftx_nf4 import NF4Storage
 
@@ -290,13 +296,53 @@ def test_pieces_are_whole_characters() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer("né à 中", add_special_tokens=False)["input_ids"]
     got: list[str] = []
-    stream = TextStream(tokenizer, stop=(), send=got.append)
+    stream = TextStream(Text(tokenizer), stop=(), send=got.append)
     stream.put(torch.tensor([[1, 2]]))  # the prompt
     for token in ids:
         stream.put(torch.tensor([token]))
     stream.end()
     assert "".join(got) == "né à 中"
     assert all("�" not in piece for piece in got)
+
+
+def marked(model: Any, decoder: Any) -> PreTrainedTokenizerFast:
+    """Of characters, in words that `decoder` puts together."""
+    found = Tokenizer(model)
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoder
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="?")
+
+
+@cache
+def tokenizers() -> list[Callable[[], Any]]:
+    characters = [*"?▁abcdefgh.,'é", *("##" + c for c in "▁abcdefgh.,'é")]
+    words = {character: i for i, character in enumerate(characters)}
+    pieces = marked(models.WordPiece(words, unk_token="?"), decoders.WordPiece(cleanup=True))
+    spaced = marked(models.BPE(words, [], unk_token="?"), decoders.Metaspace())
+    bundled = load_model("peftx:tiny")[1]
+    return [tiny_tokenizer, lambda: bundled, lambda: pieces, lambda: spaced]
+
+
+@given(st.text("abcdefgh.,'é 中", min_size=60, max_size=200), st.integers(0, 3))
+@settings(max_examples=60)
+def test_a_text_is_what_all_its_tokens_say(text: str, kind: int) -> None:
+    """Whatever is kept of it: bytes of characters that are cut, the bundled tokenizer, one that strips the first blank
+    and marks words, one that says something else without what stands before."""
+    tokenizer = tokenizers()[kind]()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = Text(tokenizer)
+    for i, token in enumerate(ids):
+        assert found.put([token]) == tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
+
+
+def test_of_a_long_text_the_last_tokens_are_decoded() -> None:
+    tokenizer, read = tiny_tokenizer(), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **options: read.append(len(ids)) or decode(ids, **options)
+    found = Text(tokenizer)
+    for token in [3 + 100] * 2000:
+        found.put([token])
+    assert len(found.said) == 2000
+    assert sum(read) < 2000 * (2 * KEPT) + 2000 / KEPT * 2000
 
 
 def test_what_is_settled() -> None:

@@ -16,7 +16,7 @@ from peftx.kernel.positions import free_positions
 from peftx.toolkits.decoding.generation import decode
 from peftx.toolkits.serving.answers import Answers, ends_of
 from peftx.toolkits.serving.job import Job
-from peftx.toolkits.serving.stream import TextStream
+from peftx.toolkits.serving.stream import Text, TextStream
 
 
 class _Cancelled(StoppingCriteria):
@@ -87,7 +87,7 @@ class Batches:
         generation.stopping_criteria.append(_Cancelled(jobs))
         written = 1 if stack.model.config.is_encoder_decoder else generation.input_ids.shape[1]
         if first.stream:
-            generation.streamer = TextStream(self.answers.tokenizer, stop=first.stop, send=jobs[0].send)
+            generation.streamer = TextStream(Text(self.answers.tokenizer), stop=first.stop, send=jobs[0].send)
         alone = self.answers.prefixes if len(jobs) == 1 else None
         if alone is not None:
             generation.past_key_values = alone.take(generation.input_ids[0].tolist())

@@ -25,7 +25,7 @@ from peftx.toolkits.serving.crowd import Crowd
 from peftx.toolkits.serving.job import Job, Request, TokenScore
 from peftx.toolkits.serving.scoring import score_of
 from peftx.toolkits.serving.slots import Slots, check_layers
-from peftx.toolkits.serving.stream import TextStream, cut_at_stop
+from peftx.toolkits.serving.stream import Text, TextStream, cut_at_stop
 from peftx.toolkits.serving.uneven import by_length
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class Row:
         if request.seed is not None and prepared.config.do_sample:
             self.generator = torch.Generator(answers.stack.model.device).manual_seed(request.seed)
         self.scores, self.told = list[TokenScore](), 0  # of a stream's tokens, and how many of them were sent
+        self.text = Text(answers.tokenizer)
         self.stream = None
         if request.stream:
-            self.stream = TextStream(answers.tokenizer, stop=request.stop, send=self._send)
-            self.stream.put(torch.tensor([job.ids]))
+            self.stream = TextStream(self.text, stop=request.stop, send=self._send)
 
     @property
     def left(self) -> int:
@@ -82,18 +82,20 @@ class Row:
 
     def write(self, token: int, logits: Tensor) -> bool:
         """Take the next token, and the logits [1, V] that it is of; whether it was the last one."""
-        top, text = self.job.request.logprobs, self.answers.text
+        top, stop = self.job.request.logprobs, self.job.request.stop
         if self.stream is not None and top is not None:
-            self.scores.append(score_of(logits[0], token, len(text(self.written)), top=top, text=text))
+            score = score_of(logits[0], token, len(self.text.said), top=top, text=self.answers.text)
+            self.scores.append(score)
         self.ids.append(token)
         self.written.append(token)
+        if self.stream is not None or stop:
+            self.text.put([token])
         if self.stream is not None:
-            self.stream.put(torch.tensor([token]))
-        stop = self.job.request.stop
+            self.stream.pass_on()
         return (
             token in self.ends
             or len(self.written) >= self.job.max_tokens
-            or (bool(stop) and cut_at_stop(self.answers.text(self.written), stop)[1])
+            or cut_at_stop(self.text.said, stop)[1]
         )
 
 
