@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 4
 # Plugins whose tests `make test` runs, where there are more: those that changed and a draw of the commit.
-PLUGINS ?= 150
+PLUGINS ?= 100
 ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -62,6 +62,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if len(parts) == 3 and "/".join(parts) not in config.stash[DRAWN] else None
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Dear tests run where what they are about changed, or where all do."""
+    dear = {item: mark for item in items if (mark := item.get_closest_marker("dear")) is not None}
+    for item, mark in dear.items():
+        if gone := [path for path in mark.args if not (ROOT / path).exists()] or not mark.args:
+            raise pytest.UsageError(f"{item.nodeid}: dear, and about {gone or 'nothing'}, which is not there")
+    if dear and os.environ.get(draw_plugins.VARIABLE):
+        touched = draw_plugins.touched()
+        left = [item for item, mark in dear.items() if not draw_plugins.concerns(mark.args, touched)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
 def pytest_report_header(config: pytest.Config) -> str | None:
     if DRAWN not in config.stash:
         return None

@@ -1,8 +1,9 @@
 """Which plugins' tests a run has, so that hundreds of plugins take no longer than some: what changed, and a draw.
 
-    PEFTX_PLUGINS=150 pytest        # `make test`; all where there are no more, or without the variable: `make test-all`
+    PEFTX_PLUGINS=100 pytest        # `make test`; all where there are no more, or without the variable: `make test-all`
 
-The draw is of the commit: the same again for it, another one for the next, and every plugin's turn comes.
+The draw is of the commit: the same again for it, another one for the next, and every plugin's turn comes. Tests marked
+`dear` run in such a run where one of the paths that they are about changed.
 """
 
 from __future__ import annotations
@@ -37,10 +38,19 @@ def folders(root: Path = ROOT) -> list[str]:
 
 def changed(root: Path = ROOT) -> set[str]:
     """Folders of plugins with changes that are not committed, or of the last commits; none where git cannot tell."""
-    latest = _git(root, "log", f"-{RECENT}", "--format=", "--name-only", "--", "plugins")
-    open_ones = _git(root, "status", "--porcelain", "--untracked-files=all", "--", "plugins")
-    paths = [*latest, *(line[3:].rpartition(" -> ")[2].strip('"') for line in open_ones)]
-    return {"/".join(path.split("/")[:3]) for path in paths}
+    return {"/".join(path.split("/")[:3]) for path in touched(root, "plugins")}
+
+
+def touched(root: Path = ROOT, *under: str) -> set[str]:
+    """Files that changed: not committed, or in the last commits; none where git cannot tell."""
+    latest = _git(root, "log", f"-{RECENT}", "--format=", "--name-only", "--", *under)
+    open_ones = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *under)
+    return {*latest, *(line[3:].rpartition(" -> ")[2].strip('"') for line in open_ones)} - {""}
+
+
+def concerns(about: Sequence[str], touched: Iterable[str]) -> bool:
+    """Is one of the files `about` which a test is: files, and folders that end in a slash."""
+    return any(path.startswith(tuple(about)) for path in touched)
 
 
 def seed(root: Path = ROOT) -> str:

@@ -83,6 +83,9 @@ def killed_behind_a_checkpoint(folder: Path, mark: str, killed: list[int]) -> No
             continue
 
 
+@pytest.mark.dear(
+    "core/peftx/engines/training/", "core/peftx/engines/clusters.py", "tests/core/test_on_ray.py"
+)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_a_process_dies_and_the_run_ends_as_one_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

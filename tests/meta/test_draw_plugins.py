@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,8 @@ def test_what_changed_is_read_from_git(tmp_path: Path) -> None:
     write("new", "1")
     assert draw_plugins.changed(tmp_path) == {f"plugins/inject/{name}" for name in ("recent", "open", "new")}
     assert len(draw_plugins.folders(tmp_path)) == 4
+    assert draw_plugins.touched(tmp_path, "plugins/inject/new") == {"plugins/inject/new/pyproject.toml"}
+    assert draw_plugins.touched(tmp_path.parent) == set()
 
 
 def collected(most: str, *words: str) -> str:
@@ -71,6 +75,23 @@ def test_a_run_collects_those_that_are_drawn_and_what_it_names() -> None:
     assert found == {name for name in draw if name.startswith(folder)}
     left_out = next(name for name in draw_plugins.folders() if name not in draw)
     assert f"{left_out}/tests" in collected("60", left_out)
+
+
+def test_a_dear_test_runs_where_what_it_is_about_changed() -> None:
+    about = ("core/peftx/engines/training/", "Makefile")
+    assert draw_plugins.concerns(about, {"README.md", "core/peftx/engines/training/run.py"})
+    assert draw_plugins.concerns(about, {"Makefile"})
+    assert not draw_plugins.concerns(about, {"README.md", "core/peftx/engines/data/rows.py"})
+
+
+def test_a_run_of_all_has_dear_tests_and_another_those_of_what_changed() -> None:
+    file, name = "tests/core/test_on_ray.py", "::test_a_process_dies"
+    source = (ROOT / file).read_text(encoding="utf-8")
+    about = re.search(r"mark\.dear\((.*?)\)", source, re.DOTALL)
+    assert about is not None
+    changed = draw_plugins.concerns(ast.literal_eval(f"({about[1]},)"), draw_plugins.touched())
+    assert (name in collected("100", file)) == changed
+    assert name in collected("", file)
 
 
 def test_a_number_that_is_none_is_told() -> None:
