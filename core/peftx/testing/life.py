@@ -30,6 +30,7 @@ OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
 """What formats are made of: from one plugin's examples alone."""
 WAIT = 120.0  # seconds for an answer
 LEAST_ROWS = 12  # of which plugins that choose leave some
+MEASURED = 4  # rows that a metric looks at
 PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
 LENGTH = 112  # tokens of a row at most
 POSITIONS = 256  # of the models: soft tokens of a stack stand in front of a row
@@ -77,7 +78,9 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
     assert bool(logits.isfinite().all()), "some logits are not finite"
     for member in stack.implementers("evaluate"):
-        scores = stack.evaluate(rows_of([member], least=1), metrics=[member.id], max_length=length_of(stack))
+        scores = stack.evaluate(
+            rows_of([member])[:MEASURED], metrics=[member.id], max_length=length_of(stack)
+        )
         assert all(math.isfinite(score.value) for score in scores.values()), f"{member.id}: {scores}"
     if stack.implementers("serve"):
         with Engine(Server(stack)) as engine:
@@ -130,7 +133,7 @@ def accompanied(members: Sequence[Member]) -> list[Member]:
     raise AssertionError("nothing trains, and nothing that does goes with it")
 
 
-def rows_of(members: Sequence[Member], least: int = LEAST_ROWS) -> list[Mapping[str, Any]]:
+def rows_of(members: Sequence[Member]) -> list[Mapping[str, Any]]:
     """The examples of a plugin that trains on rows of one kind, else of any, else rows of a format that goes through;
     with the further columns of all others' examples, and as many as the most of them."""
     given = [m.plugin for m in members if m.plugin.example_rows]
@@ -138,7 +141,7 @@ def rows_of(members: Sequence[Member], least: int = LEAST_ROWS) -> list[Mapping[
     fitting = [p for p in given if format is None or p.example_rows[0].keys() >= set(FORMATS[format])]
     first = next((p for p in fitting if p.takes), fitting[0] if fitting else None)
     rows = first.example_rows if first is not None else ROWS_BY_FORMAT[format or "prompt-completion"]
-    most = max([least, len(rows), *(len(plugin.example_rows) for plugin in given)])
+    most = max([LEAST_ROWS, len(rows), *(len(plugin.example_rows) for plugin in given)])
     return [
         {name: value for plugin in given for name, value in plugin.example_rows[i % len(plugin.example_rows)].items()
          if name not in OWN_COLUMNS}

@@ -140,7 +140,7 @@ class CRome(Plugin):
         "bert": "it does not go on with a text",
         "t5": "a subject is read in one tower, and its object written in the other",
     }
-    example = {"edits": [["{} lives in", "Ann", "Rome"]], "steps": 3}
+    example = {"edits": [["{} lives in", "Ann", "Rome"]], "steps": 2, "prefixes": ["A letter", "The road"]}
     config: CRomeConfig
 
     def suits(self, model: ModelView) -> None:

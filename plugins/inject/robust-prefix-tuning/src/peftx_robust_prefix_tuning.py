@@ -165,6 +165,7 @@ class RobustPrefixTuning(Plugin):
     """See the module."""
 
     Config = RobustPrefixTuningConfig
+    example = {"length": 4, "steps": 2, "edits": 1}
     claims = {Claim.BESIDE_WEIGHTS, Claim.PREFIX_CACHE}
     refuses = {
         "bert": "it writes no next token",
