@@ -31,7 +31,7 @@ OWN_COLUMNS = frozenset(name for names in FORMATS.values() for name in names)
 WAIT = 120.0  # seconds for an answer
 LEAST_ROWS = 12  # of which plugins that choose leave some
 MEASURED = 4  # rows that a metric looks at
-PROMPT = TEXTS[0][:32]  # two soft prompts stand before it, and the tiny models read 128 tokens
+PROMPT = TEXTS[0][:32]  # soft prompts stand before it
 LENGTH = 112  # tokens of a row at most
 POSITIONS = 256  # of the models: soft tokens of a stack stand in front of a row
 
