@@ -63,15 +63,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Dear tests run where what they are about changed, or where all do."""
+    """Dear tests run where what they are about changed, or where all do; those of a plugin where it is drawn."""
     dear = {item: mark for item in items if (mark := item.get_closest_marker("dear")) is not None}
     for item, mark in dear.items():
         if gone := [path for path in mark.args if not (ROOT / path).exists()] or not mark.args:
             raise pytest.UsageError(f"{item.nodeid}: dear, and about {gone or 'nothing'}, which is not there")
+    left = set[pytest.Item]()
     if dear and os.environ.get(draw_plugins.VARIABLE):
         touched = draw_plugins.touched()
-        left = [item for item, mark in dear.items() if not draw_plugins.concerns(mark.args, touched)]
-        config.hook.pytest_deselected(items=left)
+        left |= {item for item, mark in dear.items() if not draw_plugins.concerns(mark.args, touched)}
+    if (drawn := config.stash.get(DRAWN, None)) is not None:
+        marks = ((item, item.get_closest_marker("of_plugin")) for item in items)
+        left |= {item for item, mark in marks if mark is not None and mark.args[0] not in drawn}
+    if left:
+        config.hook.pytest_deselected(items=[*left])
         items[:] = [item for item in items if item not in left]
 
 

@@ -121,7 +121,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "readme",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name in COSTLY)) for path in READMES],
+    [
+        pytest.param(
+            path,
+            marks=[
+                pytest.mark.of_plugin(path.parent.relative_to(ROOT).as_posix()),
+                *[pytest.mark.slow] * (path.parent.name in COSTLY),
+            ],
+        )
+        for path in READMES
+    ],
     ids=lambda path: path.parent.name,
 )
 def test_what_a_readme_shows_works(readme: Path, here: Path, shorten: Any) -> None:
