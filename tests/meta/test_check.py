@@ -12,15 +12,22 @@ from peftx.kernel.names import HOOKS
 from peftx.testing.kit import Planned, plan_checks
 from peftx_cli.main import app
 
-FOLDERS = [path.parent for path in (Path(__file__).parents[2] / "plugins").glob("*/*/pyproject.toml")]
-SLUGS = sorted(folder.name for folder in FOLDERS if folder.parent.name in HOOKS)
+ROOT = Path(__file__).parents[2]
+FOLDERS = sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))
+PLUGINS = [
+    pytest.param(
+        folder.name, marks=pytest.mark.of_plugin(folder.relative_to(ROOT).as_posix()), id=folder.name
+    )
+    for folder in FOLDERS
+    if folder.parent.name in HOOKS
+]
 
 
 def told(planned: Planned) -> tuple[str, dict[str, object], str | None]:
     return planned.id, dict(planned.subject.options), planned.expected
 
 
-@pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.parametrize("slug", PLUGINS)
 def test_the_command_plans_what_the_suite_runs(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Planned] = []
     monkeypatch.setattr(Planned, "run", lambda item: ran.append(item))
