@@ -209,6 +209,40 @@ def test_a_fault_that_several_stacks_show_is_told_once(
     assert len({group.fault for group in found.together}) == len(found.together)
 
 
+def test_two_that_are_named_and_fail_behind_a_third_are_found_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not by leaving out one of twelve after the other."""
+    tried: list[tuple[str, ...]] = []
+
+    def refusal(names: Sequence[str], arch: str) -> str:
+        tried.append(tuple(names))
+        return (
+            "'hft' stands on what 'lora' is to prune"
+            if names[0] != "lora" and {"lora", "hft"} <= {*names}
+            else ""
+        )
+
+    monkeypatch.setattr(trying, "refusal", refusal)
+    names = ("mosaic-it", "propulsion", "lora", "compacter", "hft", "vera", "ia3", "mezo")
+    (group,) = trying.build_stack("llama", names, ())
+    assert (group.fault, group.refused) == (("mosaic-it", "lora", "hft"), True)
+    assert len(tried) <= 6
+
+
+def test_two_that_failed_behind_several_stand_behind_none() -> None:
+    """So that a stack is not begun once more for every other plugin that may stand before them."""
+    names = [str(i) for i in range(12)]
+    pairs = {(a, b) for a in names for b in names if a != b}
+    cover = Cover(pairs, lambda stack: True, size=6)
+    for third in ("7", "9"):
+        cover.avoid((third, "1", "2"))
+        stacks = list(cover.stacks(pairs))
+        behind = [s for s in stacks if {"1", "2"} <= {*s} and 0 < s.index("1") < s.index("2")]
+        assert {(a, b) for s in stacks for i, a in enumerate(s) for b in s[i + 1 :]} == pairs
+    assert not behind
+
+
 def test_what_is_left_of_a_stack_that_fails_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the one whose loss leaves most of the pairs that nothing has shown, as long as some are left."""
     tried: list[tuple[str, ...]] = []

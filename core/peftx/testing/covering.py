@@ -15,6 +15,8 @@ from peftx.testing.shown import Group
 Pair = tuple[str, str]
 Left: TypeAlias = NDArray[numpy.bool_]
 """What no stack has yet, by numbers of plugins in their order: pairs [N, N], or triples [N, N, N]."""
+SEVERAL = 2
+"""Others behind which two fail, until they stand behind none."""
 TRIES = 50
 """Triples that are drawn for a stack before there is none."""
 
@@ -43,14 +45,20 @@ class Cover:
         self.fits, self.size = fits, size
         self.allowed = self._matrix(pairs) | self._matrix(beside)
         self.avoided: list[frozenset[int]] = []
+        self.behind: dict[tuple[int, int], int] = {}
+        """Pairs that failed behind a third plugin -> how many of these there were."""
 
     def knows(self, names: Collection[str]) -> bool:
         """Has any pair each of these."""
         return self.at.keys() >= set(names)
 
     def avoid(self, names: Collection[str]) -> None:
-        """Let these no longer stand in one stack: they fail together."""
+        """Let these no longer stand in one stack: they fail together. Two that failed behind several others each stand
+        behind none from then on."""
         self.avoided.append(frozenset(self.at[name] for name in names))
+        if len(names) == 3:
+            _, one, two = (self.at[name] for name in names)
+            self.behind[one, two] = self.behind.get((one, two), 0) + 1
         if len(names) == 2:
             first, second = (self.at[name] for name in names)
             self.allowed[first, second] = False
@@ -130,8 +138,12 @@ class Cover:
         return ()
 
     def _avoids(self, stack: list[int]) -> bool:
-        """Does it hold plugins that fail together, in whatever order."""
-        return any(len(group) > 2 and group <= set(stack) for group in self.avoided)
+        """Does it hold plugins that fail together, in whatever order, or two that fail behind others."""
+        held, places = set(stack), {i: place for place, i in enumerate(stack)}
+        return any(len(group) > 2 and group <= held for group in self.avoided) or any(
+            count >= SEVERAL and one in held and two in held and 0 < places[one] < places[two]
+            for (one, two), count in self.behind.items()
+        )
 
     def _matrix(self, pairs: Collection[Pair]) -> Left:
         found: Left = numpy.zeros((len(self.names), len(self.names)), dtype=bool)

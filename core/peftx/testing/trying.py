@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from itertools import combinations
+from itertools import chain, combinations, islice
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ Names = tuple[str, ...]
 SOFT = POSITIONS - LENGTH
 """Soft tokens of a stack at most, unless one plugin has more by itself; a pair may have more, and fails where it
 matters."""
+COMPANY = 3
+"""Plugins that are tried beside those whom a reason names, where these alone do not fail."""
 LEFT = "refused, and the model is not what it was"
 
 
@@ -73,16 +75,19 @@ def try_group(arch: str, names: Names) -> Group:
 
 
 def _apart(arch: str, names: Names, reason: str, *, by_building: bool) -> Group:
-    """Those of a stack that fail together, until no plugin is too many: whom the reason names at once, else without one
-    after the other. The last goes first: what works on others is gone then before these are."""
+    """Those of a stack that fail together, until no plugin is too many: whom the reason names at once, or these with
+    one more, else without one after the other. The last goes first: what works on others is gone then before these
+    are."""
     fault, tell = names if reason else (), refusal if by_building else trouble
 
     def still(less: Names) -> str:
         return tell(less, arch) if _may_live(less) else ""
 
     named = tuple(name for name in fault if name in reason)
-    if 1 < len(named) < len(fault) and (why := still(named)):
-        fault, reason = named, why
+    if 1 < len(named) < len(fault):
+        more = (tuple(n for n in fault if n in named or n == name) for name in fault if name not in named)
+        tries = ((less, still(less)) for less in chain([named], islice(more, COMPANY)))
+        fault, reason = next(((less, why) for less, why in tries if why), (fault, reason))
     if len(fault) > 2 or not by_building:  # each can be built by itself
         for i in reversed(range(len(fault))):
             if why := still(less := (*fault[:i], *fault[i + 1 :])):
