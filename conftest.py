@@ -66,8 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Dear tests run where what they are about changed, or where all do; those of a plugin where it is drawn."""
     dear = {item: mark for item in items if (mark := item.get_closest_marker("dear")) is not None}
     for item, mark in dear.items():
-        if gone := [path for path in mark.args if not (ROOT / path).exists()] or not mark.args:
-            raise pytest.UsageError(f"{item.nodeid}: dear, and about {gone or 'nothing'}, which is not there")
+        gone = [path for path in mark.args if not (ROOT / path).exists()]
+        if gone or not mark.args:
+            said = f"{', '.join(gone)}, which is not there" if gone else "nothing"
+            raise pytest.UsageError(f"{item.nodeid}: dear, and about {said}; name the files that it is about")
     left = set[pytest.Item]()
     if dear and os.environ.get(draw_plugins.VARIABLE):
         touched = draw_plugins.touched()

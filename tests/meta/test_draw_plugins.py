@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -95,6 +98,20 @@ def test_a_run_has_the_dear_tests_of_what_changed() -> None:
     assert about is not None
     changed = draw_plugins.concerns(ast.literal_eval(f"({about[1]},)"), draw_plugins.touched())
     assert (name in collected("100", file)) == changed
+
+
+@pytest.mark.parametrize(
+    ("about", "said"), [(("core/gone.py", "Makefile"), "core/gone.py, which is not there"), ((), "nothing")]
+)
+def test_a_dear_test_of_what_is_not_there_is_told(
+    about: tuple[str, ...], said: str, pytestconfig: pytest.Config
+) -> None:
+    """Else it would never run again when a file is moved."""
+    item = Mock(nodeid="a test")
+    item.get_closest_marker.return_value = pytest.mark.dear(*about).mark
+    hook = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py")).pytest_collection_modifyitems
+    with pytest.raises(pytest.UsageError, match=f"a test: dear, and about {said}; name the files"):
+        hook(pytestconfig, [item])
 
 
 def test_a_number_that_is_none_is_told() -> None:

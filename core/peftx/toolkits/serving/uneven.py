@@ -4,7 +4,7 @@ Rows of a shelf lie side by side and end together (`shelves`), so that attention
 the longest has. Here each shelf is read by itself, and of a shelf the longest rows each by itself where that is sooner,
 and all rows over the columns of the longest of the others:
 
-    lengths   100 40 38 35       plain: 4 x 100 columns       here: 100 + 4 x 40
+    lengths   250, and 40 fifteen times       plain: 16 x 250 columns       here: 250 + 16 x 40
 
 Of the same tensors, without a copy; the results of the long rows take the place of what the second call made of them.
 """
