@@ -39,10 +39,37 @@ LOG = VENV / "dev-install.log"
 DEFAULT_EXTRAS = ("serve", "worker", "compressed", "eval", "gguf", "ray", "search", "test")
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
+FINDER = "__peftx_editable_finder"
+FINDER_SOURCE = '''"""Where the modules of a checkout's plugins are: written by tools/dev_install.py."""
+
+import sys
+from importlib.util import spec_from_file_location
+
+MODULES = {}
+
+
+class PluginFinder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return spec_from_file_location(name, MODULES[name]) if name in MODULES else None
+
+
+sys.meta_path.append(PluginFinder)
+'''
+
 
 # ------------------------------------------------------------------------------------------- what there should be
 def plugin_folders() -> list[Path]:
     return sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))
+
+
+def plugin_modules() -> dict[str, str]:
+    """Name of a module or package -> its file, from the root."""
+    files = [*ROOT.glob("plugins/*/*/src/*.py"), *ROOT.glob("plugins/*/*/src/*/__init__.py")]
+    return {
+        file.parent.name if file.name == "__init__.py" else file.stem: str(file.relative_to(ROOT))
+        for file in sorted(files)
+    }
 
 
 def read_pyproject(folder: Path) -> dict[str, Any]:
@@ -97,6 +124,7 @@ def desired(extras: list[str]) -> tuple[dict[str, Any], list[str], dict[str, Pat
         "extras": extras,
         "third_party": digest(requirements, (ROOT / "constraints.txt").read_text("utf-8")),
         "packages": packages,
+        "modules": plugin_modules(),
     }
     return stamp, requirements, folders
 
@@ -150,6 +178,23 @@ def install_editables(folders: dict[str, Path]) -> None:
         run(pip, failed="pip could not install the editable wheels")
 
 
+def gather_paths(modules: dict[str, str]) -> None:
+    """Take the plugins' folders off `sys.path`, and have a finder look up their modules by name.
+
+    Each editable wheel puts a folder on the path by a `.pth` file. What lies behind site-packages, or is not there at
+    all (every training asks for nine packages that are not), would be looked for in all of them: 22 ms of CPU a
+    training at 130 plugins, 52 at 300.
+    """
+    run = [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip())
+    places = json.dumps({name: str(ROOT / path) for name, path in modules.items()}, indent=1)
+    (site / f"{FINDER}.py").write_text(FINDER_SOURCE.replace("{}", places), "utf-8")
+    (site / f"{FINDER}.pth").write_text(f"import {FINDER}\n", "utf-8")
+    for file in site.glob("peftx_*.pth"):
+        if Path(file.read_text("utf-8").strip()).is_relative_to(ROOT / "plugins"):
+            file.unlink()
+
+
 def build_editables(target: Path, folders: list[Path]) -> None:
     """Runs inside the environment: one wheel for each folder, all in this process."""
     for folder in folders:
@@ -200,6 +245,8 @@ def install(extras: list[str], *, force: bool) -> None:
         write_stamp(found | {"packages": {name: old[name] if name not in changed else "" for name in old}})
         say(f"installing {len(changed)} of {len(folders)} packages of this repository, editable")
         install_editables(changed)
+    if changed or found.get("modules") != wanted["modules"]:
+        gather_paths(wanted["modules"])
     run([*PIP, "check"], failed="the installed packages do not fit together")
     write_stamp(wanted)
     say(f"{len(folders)} packages ready in {time.monotonic() - started:.1f} s")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def module_file(entry: Entry) -> Path | None:
     name = entry.point.module.partition(".")[0]
     if known := _modules(tuple(sys.path)).get(name):
         return known
-    found = PathFinder.find_spec(name)  # as on paths that are no folders
+    found = find_spec(name)  # by a finder, as of an editable install, or on a path that is no folder
     return Path(found.origin) if found is not None and found.origin is not None else None
 
 

@@ -8,8 +8,9 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -273,6 +274,19 @@ def test_a_source_is_compiled_once(
     ok("list")
     monkeypatch.setattr(importable, "glance", lambda file: pytest.fail(f"{file} was looked at again"))
     ok("list")
+
+
+def test_a_module_that_a_finder_knows_is_there(
+    installed: Any, ok_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an editable install that puts no folder on the path."""
+    module = installed.publish("fake-gain", SOUND)
+    file = (installed.site / f"{module}.py").rename(installed.work / "elsewhere.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "meta_path", [*sys.meta_path, finder := SimpleNamespace()])
+        finder.find_spec = lambda name, *_: spec_from_file_location(name, file) if name == module else None
+        assert named(ok_json("list", "--json"), "fake-gain")["status"] == "ok"
+    assert named(ok_json("list", "--json"), "fake-gain")["status"] == "broken"
 
 
 def test_what_is_missing_shows_without_an_import(installed: Any, ok_json: Callable[..., Any]) -> None:

@@ -65,13 +65,13 @@ class Cover:
 
     def stacks(self, pairs: Collection[Pair]) -> Iterator[tuple[str, ...]]:
         """Stacks, greedily: each is begun with a pair that no other has, and grows by the plugin that brings most new
-        ones, or where none does by such a pair."""
+        ones, or where none does by such a pair. What fails while they are asked for stands in no later one."""
         left = self._matrix(pairs)
         twins = [int(i) for i in numpy.flatnonzero(left.diagonal())]  # a plugin beside itself
         numpy.fill_diagonal(left, False)
         for i in twins:
             yield self.names[i], self.names[i]
-        while left.any():
+        while (left := left & self.allowed).any():
             degrees = left.sum(1) + left.sum(0)
             scores = numpy.where(left, degrees[:, None] + degrees[None, :], -1)
             first, second = divmod(int(scores.argmax()), len(self.names))

@@ -18,10 +18,10 @@ what it ran: the files of the core and the modules of its plugins.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,11 @@ Submit = Callable[[Try, str, Iterable[tuple[Names, Collection[Pair]]]], Iterator
 """(what tries, architecture, stacks and the pairs of each that nothing has shown) -> what they showed."""
 SIZE = 12
 """Plugins of a stack at most."""
+AHEAD = 3
+"""Stacks that wait for each process."""
+SETTLED = 25
+"""Stacks of a process after which it takes what they left in caches from the collector's sight."""
+_TRIED = count(1)
 ROUNDS = 3
 """Times that pairs which no stack was built with are built in others, before any is lived through."""
 
@@ -250,8 +255,14 @@ def _workers(jobs: int, names: Sequence[str]) -> Iterator[Submit]:
     pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin, initargs=(names,))
 
     def run(attempt: Try, arch: str, stacks: Iterable[tuple[Names, Collection[Pair]]]) -> Iterator[Group]:
-        for done in as_completed([pool.submit(attempt, arch, *each) for each in stacks]):
-            yield from done.result()
+        # A stack is made when there is a place for it: so it is none that has in it what failed until then.
+        ahead = (pool.submit(_attempted, attempt, arch, *each) for each in stacks)
+        waiting = set(islice(ahead, AHEAD * jobs))
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for one in done:
+                yield from one.result()
+            waiting.update(islice(ahead, len(done)))
 
     try:
         yield run
@@ -266,6 +277,14 @@ def _begin(names: Sequence[str]) -> None:
     for name in names:
         registry.load(name)
     settle()
+
+
+def _attempted(attempt: Try, arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
+    """What a process does with a stack; from time to time it takes what stacks have cached from the collector."""
+    found = attempt(arch, names, new)
+    if next(_TRIED) % SETTLED == 0:
+        settle()
+    return found
 
 
 def _by_claims(first: str, second: str) -> Cell | None:

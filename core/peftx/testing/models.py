@@ -178,6 +178,7 @@ def tiny_tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+@cache
 def _byte_characters() -> list[str]:
     """The printable character that byte-level tokenizers write for each byte 0..255."""
     printable = [

@@ -23,6 +23,8 @@ HEADS = ("attention.q", "attention.k", "attention.v", "attention.o")
 NEURONS = ("mlp.gate", "mlp.up", "mlp.down")
 WORK = "Llama, Mistral, Qwen 2 and 3, Gemma, BERT and RoBERTa work"
 """Models whose heads and neurons can be taken out."""
+_RUNS: dict[tuple[object, ...], RuntimeError | None] = {}
+"""What `check_runs` has found in this process: a plan asks, and then the run."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,16 @@ def check_runs(model: ModelView, modules: Mapping[str, nn.Module], why: str, hin
     Raises:
         ArchitectureError: it does not run so.
     """
+    shapes = ((path, repr(module)) for path, module in modules.items())
+    key = (type(model.module), model.config.to_json_string(use_diff=False), *shapes)
+    if key not in _RUNS:
+        _RUNS[key] = _error_of(model, modules)
+    if (error := _RUNS[key]) is not None:
+        said = f"{model.owner}: {model.config.model_type} {why}"
+        raise ArchitectureError(said, hint=hint) from error
+
+
+def _error_of(model: ModelView, modules: Mapping[str, nn.Module]) -> RuntimeError | None:
     trial = blank(model.module).eval()
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -134,8 +146,8 @@ def check_runs(model: ModelView, modules: Mapping[str, nn.Module], why: str, hin
     try:
         trial(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
     except RuntimeError as error:
-        said = f"{model.owner}: {model.config.model_type} {why}"
-        raise ArchitectureError(said, hint=hint) from error
+        return error.with_traceback(None)
+    return None
 
 
 def wide(site: BoundSite) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,8 @@ from peftx.errors import DataError
 from peftx.quantities import between, plain
 
 _Z95: Final = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+_DRAWN = 1 << 16
+"""Units that `bootstrap_ratio` holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +99,10 @@ def bootstrap_ratio(
         return None
     random = np.random.default_rng(seed)
     ratios = np.empty(resamples)
-    for index in range(resamples):
-        drawn = random.integers(len(top), size=len(top))
-        ratios[index] = top[drawn].sum() / bottom[drawn].sum()
-    low, high = (float(np.quantile(ratios, share)) for share in (0.025, 0.975))
+    at_once = max(1, _DRAWN // len(top))
+    for start in range(0, resamples, at_once):
+        some = ratios[start : start + at_once]
+        drawn = random.integers(len(top), size=(len(some), len(top)))
+        some[:] = top[drawn].sum(1) / bottom[drawn].sum(1)
+    low, high = np.quantile(ratios, (0.025, 0.975)).tolist()
     return min(low, value), max(high, value)

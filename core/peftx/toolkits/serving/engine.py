@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peftx.errors import GenerationError, PeftxError, ServerError, UnsupportedError
@@ -109,8 +110,6 @@ class Engine:
     Attributes:
         whole: why batches run whole; empty where rows come and go.
         apart: why the stack has a batch of its own; empty where it shares one, or none was to be shared.
-        stopping: the plugins that `whole` is about; none where it is the model, or only several together.
-
     Raises:
         PeftxError: the model generates no text, or a plugin's `serve` hook failed.
     """
@@ -123,7 +122,6 @@ class Engine:
         scheduler = server.scheduler
         stack.model.eval()
         self.server, self.whole, self.apart = server, "", ""
-        self.stopping: list[str] = []
         self.prefixes = scheduler.prefixes
         if self.prefixes is None and scheduler.prefix_cache:
             self.prefixes = PrefixCache(stack.model, entries=scheduler.prefix_entries)
@@ -149,8 +147,17 @@ class Engine:
             prove({name: answers})
             return None, Worker(Rows({name: answers}, most=scheduler.max_batch), scheduler)
         except UnsupportedError as reason:
-            self.whole, self.stopping = reason.message, who_stops_rows(answers)
+            self.whole = reason.message
         return None, Worker(Batches(answers, most=scheduler.max_batch), scheduler)
+
+    @cached_property
+    def stopping(self) -> list[str]:
+        """The plugins that `whole` is about; none where it is the model, or only several together. They are found by
+        trying, between two steps, when somebody asks."""
+        if not self.whole:
+            return []
+        with self._worker.between_steps():
+            return who_stops_rows(self._answers)
 
     @property
     def context(self) -> int | None:

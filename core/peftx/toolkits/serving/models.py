@@ -59,11 +59,12 @@ class Models:
                 hint="give each its own",
             )
         base = base_of(server.stack.model)
-        if not self._many or base is server.stack.model:
-            return Engine(server)
-        if base not in self._batches:
+        alone = not self._many or base is server.stack.model
+        if not alone and base not in self._batches:
             self._batches[base] = Together(base, server.scheduler)
-        return Engine(server, self._batches[base])
+        engine = Engine(server, None if alone else self._batches[base])
+        engine.about()  # it finds who stops rows now, not while answers wait
+        return engine
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(list(self._engines.values()))

@@ -175,6 +175,7 @@ class AlphaTuning(Plugin):
 
     Config = AlphatuningConfig
     claims = {Claim.QUANTIZES, Claim.FOLDS_PREVIOUS, Claim.NEEDS_GRADIENTS}
+    example = {"rounds": 2}
     config: AlphatuningConfig
 
     def linears(self, model: ModelView) -> list[BoundSite]:

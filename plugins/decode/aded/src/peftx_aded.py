@@ -248,6 +248,7 @@ class Aded(Plugin):
         "t5": "drafts are checked on decoders alone",
         "mamba": "its state cannot go back over rejected tokens",
     }
+    example = {"iterations": 40, "sequences": 8, "draft_tokens": 16}
     config: AdedConfig
     table: TrigramTable
 

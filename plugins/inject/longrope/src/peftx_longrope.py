@@ -118,7 +118,10 @@ class LongRope(Plugin):
         "bert": "its positions are learned vectors",
         "t5": "its positions are biases of the attention",
     }
-    example = {"original": 16, "scale": 2, "rounds": 1, "population": 4, "parents": 2, "texts": 1}
+    example = {
+        "original": 16, "scale": 2, "rounds": 1, "population": 4, "parents": 2, "mutations": 2, "crossovers": 2,
+        "texts": 1,
+    }  # fmt: skip
     config: LongRopeConfig
 
     def suits(self, model: ModelView) -> None:

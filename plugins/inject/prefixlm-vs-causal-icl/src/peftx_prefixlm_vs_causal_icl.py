@@ -187,6 +187,7 @@ class PrefixlmVsCausalIcl(Plugin):
         "bloom": "its attention is not looked up by name",
         "vit": "it reads no tokens",
     }
+    example = {"pairs": 8, "most_pairs": 12, "layers": 6, "problems": 4}
     config: PrefixlmVsCausalIclConfig
 
     @hookimpl

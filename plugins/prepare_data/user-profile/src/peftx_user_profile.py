@@ -261,7 +261,7 @@ class UserProfile(Plugin):
         "bert": "it writes no profile",
         "t5": "probabilities of fields are read in one tower; without them it works",
     }
-    example = {"max_new_tokens": 24}
+    example = {"max_new_tokens": 8}
     example_rows = (
         {"text": "I am Ann, from Rome.", "profile": {"name": "Ann", "city": "Rome"}},
         {"text": "Moved to Oslo.", "old_profile": {"city": "Rome"}, "profile": {"city": "Oslo"}},
