@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -42,22 +42,25 @@ def find_conflicts(members: Sequence[Member]) -> list[Conflict]:
     return found + _without_adapters(members) + _with_nothing_before(members) + _rows_that_do_not_fit(members)
 
 
-def _collisions(members: Sequence[Member]) -> Iterator[tuple[Conflict, Rule | None]]:
-    late = _compressing_late(members)
-    for first, second in combinations(members, 2):
-        for claim, why in EXCLUSIVE.items():
-            if first.claims(claim) and second.claims(claim):
-                yield Conflict(first.id, second.id, (claim,), f"{first} and {second} {why}"), None
-        for rule in RULES:
-            pairs = [(first, second)] if rule.ordered else [(first, second), (second, first)]
-            for one, two in pairs:
-                if (
-                    rule.one.is_it(one.plugin)
-                    and rule.two.is_it(two.plugin)
-                    and (one in late or not rule.late)
-                ):
-                    reason = rule.reason.format(one=one, two=two)
-                    yield Conflict(first.id, second.id, rule.claims, reason), rule
+def _collisions(members: Sequence[Member]) -> list[tuple[Conflict, Rule | None]]:
+    """Two by two, in stack order. A side of a rule is asked once for each member, and not for each pair."""
+    late = {member.id for member in _compressing_late(members)}
+    found: list[tuple[tuple[int, ...], tuple[Conflict, Rule | None]]] = []  # with what they are sorted by
+    for claim, why in EXCLUSIVE.items():
+        for i, j in combinations((i for i, m in enumerate(members) if m.claims(claim)), 2):
+            said = f"{members[i]} and {members[j]} {why}"
+            found.append(((i, j, 0), (Conflict(members[i].id, members[j].id, (claim,), said), None)))
+    for number, rule in enumerate(RULES):
+        ones = [
+            i for i, m in enumerate(members) if rule.one.is_it(m.plugin) and (m.id in late or not rule.late)
+        ]
+        twos = [i for i, m in enumerate(members) if rule.two.is_it(m.plugin)] if ones else []
+        for i, j in ((i, j) for i in ones for j in twos if i < j or (i > j and not rule.ordered)):
+            first, second = sorted((i, j))
+            said = rule.reason.format(one=members[i], two=members[j])
+            conflict = Conflict(members[first].id, members[second].id, rule.claims, said)
+            found.append(((first, second, 1, number, i), (conflict, rule)))
+    return [one for _, one in sorted(found, key=lambda each: each[0])]
 
 
 def _compressing_late(members: Sequence[Member]) -> list[Member]:
@@ -84,7 +87,7 @@ def _with_order(conflict: Conflict, rule: Rule | None, members: Sequence[Member]
     at_the_end = [*(m for m in members if m is not first), first]
     compressed_first = [first, *(m for m in members if m is not first)]
     for order in (later, earlier, at_the_end, compressed_first):
-        free = next(_collisions(order), None) is None and _unfit(order) is None
+        free = not _collisions(order) and _unfit(order) is None
         if free and not _without_adapters(order) and _stays_known(members, order):
             return replace(conflict, working_order=tuple(m.id for m in order))
     return conflict
@@ -114,13 +117,11 @@ def _with_nothing_before(members: Sequence[Member]) -> list[Conflict]:
     """Plugins that work on what stands before them, where all that there is stands behind, or is of another kind."""
     found = []
     for place, member in enumerate(members):
+        if not member.claims(Claim.WORKS_ON_PREVIOUS):
+            continue
         others = [m for m in members if m is not member and changes_model(m.plugin)]
         attaching = [m for m in others if _attaches_parameters(m)]
-        if (
-            not member.claims(Claim.WORKS_ON_PREVIOUS)
-            or not others
-            or any(m in members[:place] for m in attaching)
-        ):
+        if not others or any(m in members[:place] for m in attaching):
             continue
         other = next(iter(attaching), others[0])
         what = "comes after it" if attaching else "brings nothing of the kind"
@@ -166,7 +167,7 @@ def _rows_that_do_not_fit(members: Sequence[Member]) -> list[Conflict]:
     one, two, reason = found
     order = [m for m in members if m is not two]
     order.insert(order.index(one), two)
-    works = _unfit(order) is None and next(_collisions(order), None) is None
+    works = _unfit(order) is None and not _collisions(order)
     claims = (f"takes {'/'.join(one.plugin.takes) or 'any'}", f"takes {'/'.join(two.plugin.takes)}")
     return [Conflict(one.id, two.id, claims, reason, tuple(m.id for m in order) if works else ())]
 

@@ -104,6 +104,5 @@ def bootstrap_ratio(
         some = ratios[start : start + at_once]
         drawn = random.integers(len(top), size=(len(some), len(top)))
         some[:] = top[drawn].sum(1) / bottom[drawn].sum(1)
-    edges = np.quantile(ratios, (0.025, 0.975))
-    low, high = float(edges[0]), float(edges[1])
+    low, high = (float(np.quantile(ratios, share)) for share in (0.025, 0.975))
     return min(low, value), max(high, value)
