@@ -39,7 +39,9 @@ def test_stacks_of_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def lived(stack: tuple[str, ...]) -> shown.Group:
         """What is left of it when it is built."""
-        return trying.try_group("llama", trying.build_stack("llama", stack, pairs)[-1].names)
+        return trying.try_group(
+            "llama", trying.build_stack("llama", stack, dict.fromkeys(pairs, True))[-1].names
+        )
 
     tried = [lived(stack) for stack in draw.sample(list(cover.stacks(pairs)), SAMPLE)]
     left = cover.threes()
@@ -96,7 +98,7 @@ def test_what_is_known_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     shown._key.cache_clear()
     tried: list[tuple[str, ...]] = []
     lived = trying.try_group
-    monkeypatch.setattr(trying, "try_group", lambda arch, names: tried.append(names) or lived(arch, names))
+    monkeypatch.setattr(trying, "try_group", lambda arch, names, *_: tried.append(names) or lived(arch, names))
     third = run_matrix(names, kept=kept)
     shown._key.cache_clear()
     assert tried
@@ -131,7 +133,7 @@ def test_a_fault_is_found_wherever_it_stands(
 ) -> None:
     """One plugin by itself, a pair, or three of which every two work."""
 
-    def trouble(names: Sequence[str], arch: str) -> str:
+    def trouble(names: Sequence[str], arch: str, measured: object = None) -> str:
         return "they clash" if faulty <= set(names) else ""
 
     monkeypatch.setattr(trying, "trouble", trouble)
@@ -152,7 +154,7 @@ def test_what_fails_together_on_another_model_is_told(
 ) -> None:
     """Two that work on their own model, and three of which one has no place there."""
 
-    def trouble(names: Sequence[str], arch: str) -> str:
+    def trouble(names: Sequence[str], arch: str, measured: object = None) -> str:
         return "they clash" if arch == "mixtral" and faulty <= set(names) else ""
 
     monkeypatch.setattr(trying, "trouble", trouble)
@@ -183,7 +185,7 @@ def test_a_model_that_one_has_no_place_on_is_no_fault_of_the_pair(names: tuple[s
 def test_no_plugin_is_left_in_a_fault_that_it_has_no_part_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor one that others in the stack need, which have no part in it either."""
 
-    def trouble(names: Sequence[str], arch: str) -> str:
+    def trouble(names: Sequence[str], arch: str, measured: object = None) -> str:
         return "they clash" if {"marconi", "beam-patience"} <= set(names) else ""
 
     monkeypatch.setattr(trying, "trouble", trouble)
@@ -197,7 +199,7 @@ def test_a_fault_that_several_stacks_show_is_told_once(
 ) -> None:
     """A pair has its cell, and three their line, though stacks of a round do not know of each other."""
     names = ("lora", "hft", "ia3", "propulsion", "compacter")
-    clash = lambda stack, arch: "they clash" if set(faulty) <= set(stack) else ""  # noqa: E731
+    clash = lambda stack, *_: "they clash" if set(faulty) <= set(stack) else ""  # noqa: E731
     monkeypatch.setattr(trying, "trouble", clash)
     monkeypatch.setattr(trying, "refusal", clash)
     every = [(a, b) for a in names for b in names]
@@ -225,9 +227,56 @@ def test_two_that_are_named_and_fail_behind_a_third_are_found_with_it(
 
     monkeypatch.setattr(trying, "refusal", refusal)
     names = ("mosaic-it", "propulsion", "lora", "compacter", "hft", "vera", "ia3", "mezo")
-    (group,) = trying.build_stack("llama", names, ())
+    (group,) = trying.build_stack("llama", names, {})
     assert (group.fault, group.refused) == (("mosaic-it", "lora", "hft"), True)
     assert len(tried) <= 6
+
+
+def test_one_of_a_name_within_another_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lora` is not, where a reason speaks of `sparselora`."""
+    tried: list[tuple[str, ...]] = []
+
+    def refusal(names: Sequence[str], arch: str) -> str:
+        tried.append(tuple(names))
+        return "sparselora: check: 'hft' trains what it computes" if {"sparselora", "hft"} <= {*names} else ""
+
+    monkeypatch.setattr(trying, "refusal", refusal)
+    (group,) = trying.build_stack("llama", ("lora", "mezo", "hft", "vera", "sparselora"), {})
+    assert group.fault == ("hft", "sparselora")
+    assert [len(names) for names in tried] == [5, 2]
+
+
+def test_two_that_fail_behind_each_of_others_are_parted_at_the_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not found anew behind every one that stands before them."""
+
+    def refusal(names: Sequence[str], arch: str) -> str:
+        behind = {"lora", "hft"} <= {*names} and names[0] != "lora"
+        return f"'hft' stands behind 'lora', and 'lora' behind '{names[0]}'" if behind else ""
+
+    monkeypatch.setattr(trying, "refusal", refusal)
+    names = ("mosaic-it", "propulsion", "compacter", "vera", "lora", "hft", "ia3")
+    found = trying.build_stack("llama", names, dict.fromkeys(combinations(names, 2), True))
+    assert [len(group.fault) for group in found] == [3, 3, 0]
+    assert len({"lora", "hft"} & {*found[-1].names}) == 1
+
+
+def test_metrics_and_servers_are_tried_in_one_of_two_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, lives = ("lora", "charbench", "yq-lsa"), list[tuple[list[str], Any]]()
+    monkeypatch.setattr(
+        trying, "live", lambda members, *_, measured: lives.append(([m.id for m in members], measured))
+    )
+    monkeypatch.setattr(trying, "refused_by_plan", lambda *_, **__: [])
+    run_matrix(names)
+    by_pair = {frozenset(pair): 0 for pair in combinations(names, 2)}
+    for stack, asked in lives:
+        if asked is None:  # a plugin beside itself is measured whole
+            assert stack[1] == f"{stack[0]}-2"
+            continue
+        for pair in combinations(stack, 2):
+            by_pair[frozenset(pair)] += {*pair} <= {*asked}
+    assert set(by_pair.values()) == {1}
 
 
 def test_two_that_failed_behind_several_stand_behind_none() -> None:
@@ -247,26 +296,26 @@ def test_what_is_left_of_a_stack_that_fails_is_tried_too(monkeypatch: pytest.Mon
     """Without the one whose loss leaves most of the pairs that nothing has shown, as long as some are left."""
     tried: list[tuple[str, ...]] = []
 
-    def trouble(names: Sequence[str], arch: str) -> str:
+    def trouble(names: Sequence[str], arch: str, measured: object = None) -> str:
         tried.append(tuple(names))
         return "they clash" if {"lora", "hft"} <= set(names) or "ia3" in names else ""
 
     monkeypatch.setattr(trying, "trouble", trouble)
     monkeypatch.setattr(trying, "refusal", lambda names, arch: "")
     names = ("lora", "propulsion", "hft", "ia3", "compacter")
-    new = {("lora", "propulsion"), ("lora", "compacter"), ("propulsion", "hft")}
+    new = dict.fromkeys([("lora", "propulsion"), ("lora", "compacter"), ("propulsion", "hft")], True)
     found = trying.try_stack("llama", names, new)
     assert [group.fault for group in found] == [("lora", "hft"), ("ia3",), ()]
     assert found[-1].names == ("lora", "propulsion", "compacter")
     tried.clear()
-    assert len(trying.try_stack("llama", names, ())) == 1
+    assert len(trying.try_stack("llama", names, {})) == 1
     assert len(tried) <= 1 + len(names)
 
 
 def test_what_others_hide_from_building_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stack that is built, and fails later by two that are refused when they are built without the others."""
     pair = {"lora", "propulsion"}
-    monkeypatch.setattr(trying, "trouble", lambda names, arch: "no" if pair <= set(names) else "")
+    monkeypatch.setattr(trying, "trouble", lambda names, *_: "no" if pair <= set(names) else "")
     monkeypatch.setattr(trying, "refusal", lambda names, arch: "no" if pair == set(names) else "")
     group = trying.try_group("llama", ("lora", "hft", "propulsion"))
     assert (group.fault, group.refused) == (("lora", "propulsion"), True)
@@ -281,7 +330,7 @@ def test_a_refusal_that_leaves_something_behind_is_a_failure(monkeypatch: pytest
             raise ConflictError("no")
 
     monkeypatch.setattr(trying, "built", refuse)
-    monkeypatch.setattr(trying, "trouble", lambda names, arch: "no" if len(names) == 2 else "")
+    monkeypatch.setattr(trying, "trouble", lambda names, *_: "no" if len(names) == 2 else "")
     assert try_pair("lora", "propulsion").outcome == "refused"
     leaves.append(True)
     found = try_pair("lora", "propulsion")
@@ -457,11 +506,11 @@ def test_stacks_around_triples_show_them_all_in_the_end(data: st.DataObject) -> 
 
 def test_triples_are_counted_as_shown_where_their_stack_works(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["lora", "propulsion", "hft", "compacter"]
-    monkeypatch.setattr(trying, "trouble", lambda stack, arch: "")
+    monkeypatch.setattr(trying, "trouble", lambda stack, *_: "")
     whole = run_matrix(names, threes=50)
     assert 0 < whole.threes[0] == whole.threes[1]
     three = {"lora", "hft", "compacter"}
-    monkeypatch.setattr(trying, "trouble", lambda stack, arch: "they clash" if three <= set(stack) else "")
+    monkeypatch.setattr(trying, "trouble", lambda stack, *_: "they clash" if three <= set(stack) else "")
     some = run_matrix(names, threes=50)
     assert some.threes[1] == whole.threes[1]
     assert some.threes[0] < some.threes[1]

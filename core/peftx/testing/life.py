@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -47,9 +47,15 @@ def _model(arch: str) -> PreTrainedModel:
     return tiny(arch, **dict.fromkeys(names, POSITIONS))
 
 
-def live(members: Sequence[Member], arch: str, folder: Path) -> None:
+def live(
+    members: Sequence[Member], arch: str, folder: Path, *, measured: Collection[str] | None = None
+) -> None:
     """The life of a stack: train, compress, run, measure, serve, save, load, run again. Each plugin that has parameters
-    trains, its metric and its policy are asked for; where nothing trains, a companion does."""
+    trains; where nothing trains, a companion does.
+
+    Args:
+        measured: ids of those whose metric and policy are asked for; all if left out.
+    """
     stack = built(members, model_of(arch))
     if not stack.trainable_parameters():
         members = accompanied(members)
@@ -77,12 +83,13 @@ def live(members: Sequence[Member], arch: str, folder: Path) -> None:
     inputs = inputs_for(stack.model)
     logits, text = output(stack.model, inputs), stack.generate(PROMPT, max_new_tokens=4)
     assert bool(logits.isfinite().all()), "some logits are not finite"
-    for member in stack.implementers("evaluate"):
+    asked = [m.id for m in members if measured is None or m.id in measured]
+    for member in (m for m in stack.implementers("evaluate") if m.id in asked):
         scores = stack.evaluate(
             rows_of([member])[:MEASURED], metrics=[member.id], max_length=length_of(stack)
         )
         assert all(math.isfinite(score.value) for score in scores.values()), f"{member.id}: {scores}"
-    if stack.implementers("serve"):
+    if any(member.id in asked for member in stack.implementers("serve")):
         with Engine(Server(stack)) as engine:
             answer = engine.submit(Request(PROMPT, max_tokens=4, temperature=0.0)).result(WAIT).text
         assert answer == text, f"serves {answer!r} and generates {text!r}"

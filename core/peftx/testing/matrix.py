@@ -3,10 +3,10 @@
     matrix = run_matrix(["lora", "mezo", "prefixquant"])        # `peftx matrix` shows it
 
 A pair *works* if a stack in which it stands in this order trains some steps to finite losses, moves what it trains, is
-saved, comes back bit for bit and generates the same tokens. It is *refused* if its claims collide: before anything is
-built, with the reason and the order that would work; or if both want one place, and then the model is bit for bit what
-it was. It is *not for this model* if one of the two cannot stand on the pair's architecture by itself. Anything else
-*failed*, and is a bug.
+saved, comes back bit for bit and generates the same tokens; metrics and servers are tried in one of the two orders. It
+is *refused* if its claims collide: before anything is built, with the reason and the order that would work; or if both
+want one place, and then the model is bit for bit what it was. It is *not for this model* if one of the two cannot stand
+on the pair's architecture by itself. Anything else *failed*, and is a bug.
 
 Pairs grow with the square of the plugins. Claims tell refused ones without a model; the others stand in stacks of up to
 twelve plugins (`peftx.testing.covering`), which show 66 pairs at once. Stacks are built first, which tells in some
@@ -17,7 +17,7 @@ what it ran: the files of the core and the modules of its plugins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,11 +40,11 @@ from peftx.testing.tried import (
     plain,
     stands_on,
 )
-from peftx.testing.trying import Names, build_stack, fits, try_alone, try_group, try_stack
+from peftx.testing.trying import Names, New, build_stack, fits, try_alone, try_group, try_stack
 
 Outcome = Literal["works", "refused", "other-model", "failed"]
-Try = Callable[[str, Names, Collection[Pair]], list[Group]]
-Submit = Callable[[Try, str, Iterable[tuple[Names, Collection[Pair]]]], Iterator[Group]]
+Try = Callable[[str, Names, New], list[Group]]
+Submit = Callable[[Try, str, Iterable[tuple[Names, New]]], Iterator[Group]]
 """(what tries, architecture, stacks and the pairs of each that nothing has shown) -> what they showed."""
 SIZE = 12
 """Plugins of a stack at most."""
@@ -151,7 +151,7 @@ def run_matrix(
                 if group.arch == arch and cover.knows(group.fault):
                     cover.avoid(group.fault)
             more = around_threes(cover, shown.of(arch), count=threes, seed=seed)
-            for group in submit(try_stack, arch, ((names, ()) for names in more)):
+            for group in submit(try_stack, arch, ((names, {}) for names in more)):
                 found.stacks += 1
                 shown.keep(group)
                 found.together += [group] if group.fault else []
@@ -165,7 +165,7 @@ def _find_places(names: Sequence[str], submit: Submit, shown: Shown) -> None:
     for arch in sorted({arch_of(name) for name in names} - {"llama"}):
         known = [shown.known(arch, (name,)) for name in names]
         new = [(name,) for name, group in zip(names, known, strict=True) if group is None]
-        for group in submit(try_alone, arch, ((one, ()) for one in new)):
+        for group in submit(try_alone, arch, ((one, {}) for one in new)):
             shown.keep(group)
             known.append(group)
         STANDS.update({(g.names[0], arch): g.reason or None for g in known if g is not None})
@@ -200,12 +200,12 @@ def _lived(
         beside: pairs that work on another model, and may fill stacks of this one; two that fail here do so by rows
             that others make longer.
     """
-    lived, elsewhere, together = 0, set(beside), set[Names]()
+    lived, elsewhere, together, met = 0, set(beside), set[Names](), set[Pair]()
 
     def judge(group: Group) -> None:
         """Note what a stack showed of its pairs."""
         fault = group.fault
-        told = combinations(group.names, 2) if not fault else [fault] if len(fault) == 2 else []
+        told = [*combinations(group.names, 2)] if not fault else [fault] if len(fault) == 2 else []
         if len(fault) == 1:
             told = [pair for pair in sorted(pairs) if fault[0] in pair]
         elif (len(fault) > 2 or fault in elsewhere) and fault not in together:
@@ -213,16 +213,20 @@ def _lived(
             matrix.together.append(group)
         if fault:
             cover.avoid(fault)
+        else:
+            met.update(told)
         for first, second in told:
             if (first, second) in pairs:
                 pairs.remove((first, second))
                 note(_cell(first, second, group))
 
-    def new(stacks: Iterable[Names]) -> Iterator[tuple[Names, Collection[Pair]]]:
+    def new(stacks: Iterable[Names]) -> Iterator[tuple[Names, New]]:
         """Those of which nothing is known yet, and what of each."""
         for names in stacks:
             if (known := shown.known(arch, names)) is None:
-                yield names, pairs.intersection(combinations(names, 2))
+                twins = len(set(names)) < len(names)
+                told = {} if twins else pairs.intersection(combinations(names, 2))
+                yield names, {pair: pair[::-1] not in met for pair in told}
             else:
                 judge(known)
 
@@ -254,7 +258,7 @@ def _workers(jobs: int, names: Sequence[str]) -> Iterator[Submit]:
     # Not a fork of this process: threads of torch do not survive one.
     pool = ProcessPoolExecutor(jobs, mp_context=fresh(__name__), initializer=_begin, initargs=(names,))
 
-    def run(attempt: Try, arch: str, stacks: Iterable[tuple[Names, Collection[Pair]]]) -> Iterator[Group]:
+    def run(attempt: Try, arch: str, stacks: Iterable[tuple[Names, New]]) -> Iterator[Group]:
         # A stack is made when there is a place for it: so it is none that has in it what failed until then.
         ahead = (pool.submit(_attempted, attempt, arch, *each) for each in stacks)
         waiting = set(islice(ahead, AHEAD * jobs))
@@ -279,7 +283,7 @@ def _begin(names: Sequence[str]) -> None:
     settle()
 
 
-def _attempted(attempt: Try, arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
+def _attempted(attempt: Try, arch: str, names: Names, new: New) -> list[Group]:
     """What a process does with a stack; from time to time it takes what stacks have cached from the collector."""
     found = attempt(arch, names, new)
     if next(_TRIED) % SETTLED == 0:

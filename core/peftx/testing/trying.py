@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from itertools import chain, combinations, islice
 from pathlib import Path
@@ -23,6 +24,8 @@ from peftx.testing.shown import Group
 from peftx.testing.tried import lived_alone, members_as_tried, plain, soft, specified
 
 Names = tuple[str, ...]
+New = Mapping[Pair, bool]
+"""Pairs of a stack that nothing has shown yet -> whether they did not stand in the other order either."""
 SOFT = POSITIONS - LENGTH
 """Soft tokens of a stack at most, unless one plugin has more by itself; a pair may have more, and fails where it
 matters."""
@@ -37,53 +40,65 @@ def fits(names: Sequence[str]) -> bool:
     return sum(tokens) <= max(SOFT, *tokens) and not find_conflicts(plain(names))
 
 
-def try_alone(arch: str, names: Names, _: Collection[Pair]) -> list[Group]:
+def try_alone(arch: str, names: Names, _: New) -> list[Group]:
     """Whether a plugin stands on a model, as a stack of one."""
     why = lived_alone(names[0], arch)
     return [Group(arch, names, names if why else (), why or "", refused=bool(why))]
 
 
-def build_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
+def build_stack(arch: str, names: Names, new: New) -> list[Group]:
     """What building refuses of a stack, down to a rest that is built, which comes last; hundredths of a second each. No
     rest where none of the `new` pairs is left in it."""
     return _down_to_rest(names, new, lambda less: _apart(arch, less, refusal(less, arch), by_building=True))
 
 
-def try_stack(arch: str, names: Names, new: Collection[Pair]) -> list[Group]:
-    """What fails of a stack that is lived through, down to a rest that lives."""
-    return _down_to_rest(names, new, lambda less: try_group(arch, less))
+def try_stack(arch: str, names: Names, new: New) -> list[Group]:
+    """What fails of a stack that is lived through, down to a rest that lives. It is measured and served by plugins that
+    were not beside each other in a stack before, in whichever order."""
+    measured = {name for pair, first in new.items() if first for name in pair} if new else None
+    return _down_to_rest(names, new, lambda less: try_group(arch, less, measured))
 
 
-def _down_to_rest(names: Names, new: Collection[Pair], attempt: Callable[[Names], Group]) -> list[Group]:
+def _down_to_rest(names: Names, new: New, attempt: Callable[[Names], Group]) -> list[Group]:
     """Try a stack, then what is left of it without one of those that fail, the one whose loss leaves most of the `new`
-    pairs."""
+    pairs; of more than two, one that failed before with others, or it would fail behind each in turn."""
     found: list[Group] = []
     while True:
-        found.append(group := attempt(names))
-        less = [tuple(name for name in names if name != gone) for gone in group.fault]
-        shown = {rest: sum(pair in new for pair in combinations(rest, 2)) for rest in less if _may_live(rest)}
+        group = attempt(names)
+        again = [sum(len(each.fault) > 2 and gone in each.fault for each in found) for gone in group.fault]
+        found.append(group)
+        shown = {}
+        for gone, often in zip(group.fault, again, strict=True):
+            rest = tuple(name for name in names if name != gone)
+            if often == max(again) and _may_live(rest):
+                shown[rest] = sum(pair in new for pair in combinations(rest, 2))
         names = max(shown, key=shown.__getitem__, default=())
         if not shown.get(names):
             return found
 
 
-def try_group(arch: str, names: Names) -> Group:
+def try_group(arch: str, names: Names, measured: Collection[str] | None = None) -> Group:
     """Live through a stack, and take it apart where it fails: by building alone what building refuses."""
-    reason = trouble(names, arch)
+    reason = trouble(names, arch, measured)
     said = reason and refusal(names, arch)
-    return _apart(arch, names, said or reason, by_building=bool(said))
+    return _apart(arch, names, said or reason, by_building=bool(said), measured=measured)
 
 
-def _apart(arch: str, names: Names, reason: str, *, by_building: bool) -> Group:
+def _apart(
+    arch: str, names: Names, reason: str, *, by_building: bool, measured: Collection[str] | None = None
+) -> Group:
     """Those of a stack that fail together, until no plugin is too many: whom the reason names at once, or these with
     one more, else without one after the other. The last goes first: what works on others is gone then before these
     are."""
-    fault, tell = names if reason else (), refusal if by_building else trouble
+    fault = names if reason else ()
 
+    @cache
     def still(less: Names) -> str:
-        return tell(less, arch) if _may_live(less) else ""
+        if not _may_live(less):
+            return ""
+        return refusal(less, arch) if by_building else trouble(less, arch, measured)
 
-    named = tuple(name for name in fault if name in reason)
+    named = tuple(name for name in fault if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", reason))
     if 1 < len(named) < len(fault):
         more = (tuple(n for n in fault if n in named or n == name) for name in fault if name not in named)
         tries = ((less, still(less)) for less in chain([named], islice(more, COMPANY)))
@@ -122,12 +137,16 @@ def _may_live(names: Names) -> bool:
     return bool(names) and fits(names) and not plain(names[:1])[0].claims(Claim.WORKS_ON_PREVIOUS)
 
 
-def trouble(names: Sequence[str], arch: str) -> str:
-    """Why a stack of these plugins does not live, or is refused by `plan` though it does; empty otherwise."""
+def trouble(names: Sequence[str], arch: str, measured: Collection[str] | None = None) -> str:
+    """Why a stack of these plugins does not live, or is refused by `plan` though it does; empty otherwise.
+
+    Args:
+        measured: whose metric and policy are asked for; all if left out.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix="peftx-matrix-") as folder, warnings.catch_warnings():
             warnings.simplefilter("error")
-            live(members_as_tried(*names), arch, Path(folder) / "bundle")
+            live(members_as_tried(*names), arch, Path(folder) / "bundle", measured=measured)
             said = refused_by_plan(specified(names), arch, model=model_of)
             assert not said, f"it works, and plan refuses it: {said[0]}"
     except (AssertionError, PeftxError) as error:
