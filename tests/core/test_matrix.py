@@ -98,7 +98,9 @@ def test_what_is_known_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     shown._key.cache_clear()
     tried: list[tuple[str, ...]] = []
     lived = trying.try_group
-    monkeypatch.setattr(trying, "try_group", lambda arch, names, *_: tried.append(names) or lived(arch, names))
+    monkeypatch.setattr(
+        trying, "try_group", lambda arch, names, *_: tried.append(names) or lived(arch, names)
+    )
     third = run_matrix(names, kept=kept)
     shown._key.cache_clear()
     assert tried
