@@ -14,6 +14,7 @@ What stands on the layer (`lora`, then this is QLoRA) is not the plugin's matter
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,16 +46,20 @@ class Nf4Config(PluginConfig):
     double_quant: bool = Field(True, description="keep these constants in 8 bits; false: in float32")
 
 
-def fp8() -> Tensor:
+@cache
+def _fp8() -> tuple[float, ...]:
     """[256] float32, rising: for i = 0..6 the middles of 2^i equal parts of [0.1, 1], times 10^(i - 6), of both signs;
     0 and 1. More digits near 1, more reach near 0 (the dynamic tree type of arXiv:2110.02861)."""
     with torch.device("cpu"):
         edges = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float64) for i in range(7)]
         middles = torch.cat([(e[1:] + e[:-1]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
-        return torch.cat((middles, -middles, torch.tensor([0.0, 1.0]))).sort()[0].float()
+        values = torch.cat((middles, -middles, torch.tensor([0.0, 1.0]))).sort()[0].float()
+    return tuple(values.tolist())
 
 
-FP8 = tuple(fp8().tolist())
+def fp8() -> Tensor:
+    """The same, [256] float32."""
+    return torch.tensor(_fp8())
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ class NF4Linear(QuantLinear):
         else:
             b, rest = scaled(a - a.mean(), GROUP)
             self.scale.copy_(torch.cat((a.mean()[None], b)))
-            self.absmax.copy_(nearest(rest, torch.tensor(FP8).to(a)).flatten()[: len(a)])
+            self.absmax.copy_(nearest(rest, fp8().to(a)).flatten()[: len(a)])
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
         return self
@@ -116,7 +121,7 @@ class NF4Linear(QuantLinear):
         """a^ of every block, [B] float32."""
         if self.absmax is None:
             return self.scale
-        rest = blocks(torch.tensor(FP8).to(self.scale)[self.absmax.int()], GROUP)
+        rest = blocks(fp8().to(self.scale)[self.absmax.int()], GROUP)
         return (self.scale[0] + self.scale[1:, None] * rest).flatten()[: len(self.absmax)]
 
     def quantized(self) -> Quantized:
