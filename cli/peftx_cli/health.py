@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +64,11 @@ def module_file(entry: Entry) -> Path | None:
     name = entry.point.module.partition(".")[0]
     if known := _modules(tuple(sys.path)).get(name):
         return known
-    found = find_spec(name)  # by a finder, as of an editable install, or on a path that is no folder
-    return Path(found.origin) if found is not None and found.origin is not None else None
+    # By a finder, as of an editable install, or on a path that is no folder. `find_spec` of importlib asks what is loaded
+    # first, and `__main__` has no spec there.
+    specs = (finder.find_spec(name, None) for finder in sys.meta_path)
+    found = next((spec for spec in specs if spec is not None), None)
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
 @lru_cache(maxsize=1)
