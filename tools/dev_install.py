@@ -186,10 +186,10 @@ def gather_paths(modules: dict[str, str]) -> None:
 
     Each editable wheel puts a folder on the path by a `.pth` file. What lies behind site-packages, or is not there at
     all (every training asks for nine packages that are not), would be looked for in all of them: 22 ms of CPU a
-    training at 130 plugins, 52 at 300.
+    training at 130 plugins.
     """
-    run = [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site = Path(subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip())
+    ask = [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
     places = json.dumps({name: str(ROOT / path) for name, path in modules.items()}, indent=1)
     (site / f"{FINDER}.py").write_text(FINDER_SOURCE.replace("{}", places), "utf-8")
     (site / f"{FINDER}.pth").write_text(f"import {FINDER}\n", "utf-8")
