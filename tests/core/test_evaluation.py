@@ -40,6 +40,7 @@ from peftx.toolkits.evaluation import (
     last_number,
     perplexity,
     score_requests,
+    scores,
     wilson_interval,
     windows,
 )
@@ -167,6 +168,14 @@ def test_bootstrap_is_seeded_and_covers_a_known_mean() -> None:
     assert bootstrap_ratio(sample, np.ones(40), seed=1) != bootstrap_ratio(sample, np.ones(40), seed=2)
     assert bootstrap_ratio([2, 4, 6], [1, 2, 3]) == (2.0, 2.0)  # a ratio, not a mean of ratios
     assert bootstrap_ratio([2], [1]) is None
+
+
+def test_an_interval_is_the_same_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.default_rng(0).random(7)
+    whole = bootstrap_ratio(numbers, numbers + 1)
+    for at_once in (1, 7, 50, 6999):
+        monkeypatch.setattr(scores, "_DRAWN", at_once)
+        assert bootstrap_ratio(numbers, numbers + 1) == whole
 
 
 def test_shares_and_ratios_are_recorded_with_their_intervals() -> None:

@@ -24,6 +24,7 @@ from peftx.errors import PeftxError, ServerError, UnsupportedError
 from peftx.testing import tiny, tiny_tokenizer
 from peftx.testing.shapes import FIRST_BYTE, VOCABULARY
 from peftx.toolkits.serving import Engine, Job, Request, Scheduler, Server
+from peftx.toolkits.serving import engine as serving_engine
 from peftx.toolkits.serving.app import build_app
 from peftx.toolkits.serving.guards import Guard
 from peftx.toolkits.serving.job import Completion
@@ -154,6 +155,19 @@ def test_health_says_why_rows_do_not_come_and_go(
     assert told["batching"] == f"whole: {told['why_whole']}"
     assert told["plugins"] == named
     assert told["why_apart"] is None
+
+
+def test_who_stops_rows_is_looked_for_once_and_before_anybody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    monkeypatch.setattr(
+        serving_engine, "who_stops_rows", lambda answers: looked.append(answers) or ["company"]
+    )
+    engine = Engine(Server(built(Company()), name="small"))
+    assert (bool(engine.whole), looked) == (True, [])
+    assert engine.stopping == engine.stopping == ["company"]
+    assert len(looked) == 1
+    build_app(Server(built(Company()), name="small"))
+    assert len(looked) == 2, "a server finds it before its first request"
 
 
 def test_what_cannot_be_switched_off_is_not_blamed() -> None:
