@@ -64,8 +64,8 @@ def module_file(entry: Entry) -> Path | None:
     name = entry.point.module.partition(".")[0]
     if known := _modules(tuple(sys.path)).get(name):
         return known
-    # By a finder, as of an editable install, or on a path that is no folder. `find_spec` of importlib asks what is loaded
-    # first, and `__main__` has no spec there.
+    # By a finder, as of an editable install, or on a path that is no folder. What is loaded is not asked, as by
+    # importlib's own `find_spec`: `__main__` has no spec there.
     specs = (finder.find_spec(name, None) for finder in sys.meta_path)
     found = next((spec for spec in specs if spec is not None), None)
     return Path(found.origin) if found is not None and found.has_location and found.origin else None
